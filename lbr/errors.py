@@ -1,0 +1,132 @@
+"""Every error that lbr raises on purpose, each with what its reader can do about it.
+
+Two roots: :class:`LbrError` is for the person at the keyboard and carries the exit code of the command
+line; :class:`CallError` is for one model call and carries the family that decides what happens to the job.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import ClassVar
+
+
+class LbrError(Exception):
+    """Something that the user can act on; its message says what was expected, what came and what to do."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(LbrError):
+    """The request as given cannot be carried out: a flag, a name, a path or a combination of them."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class InputError(LbrError):
+    """An input file or line is not what was promised; the message names file and line."""
+
+    def __init__(self, message: str, *, source: str | None = None, line: int | None = None) -> None:
+        self.source = source
+        self.line = line
+        where = ", ".join(
+            part for part in (source, f"line {line}" if line is not None else None) if part is not None
+        )
+        super().__init__(f"{where}: {message}" if where else message)
+
+
+class OutputError(LbrError):
+    """The answers cannot be written where they were asked for; nothing was changed there."""
+
+
+class DatabaseError(LbrError):
+    """The database cannot be opened, read or written."""
+
+
+class DatabaseBusyError(DatabaseError):
+    """Other processes kept the database locked for longer than lbr waits."""
+
+
+class RunNotFoundError(UsageError):
+    """No run of that name is in the database."""
+
+
+class RunMismatchError(UsageError):
+    """A run of that name exists, but asks for something else."""
+
+
+class RunChangedError(InputError):
+    """An input line differs from what the run already holds at that place."""
+
+
+class NothingToServeError(LbrError):
+    """A worker found runs to work on, but may or can answer none of them."""
+
+
+class AlreadyRunningError(LbrError):
+    """An exclusive worker already holds the lock; not a failure, the other one does the work."""
+
+    exit_code: ClassVar[int] = 0
+
+
+class Family(StrEnum):
+    """What kind of failure a call ended in; `lbr.retry` decides by it."""
+
+    TRANSIENT = "transient"
+    RATE_LIMITED = "rate_limited"
+    BAD_ANSWER = "bad_answer"
+    PERMANENT = "permanent"
+    ACCOUNT = "account"
+
+
+class CallError(Exception):
+    """One model call that failed, and how.
+
+    `retry_after` is in seconds, None where nobody said. `text` is the raw answer where there was one.
+    """
+
+    family: Family = Family.TRANSIENT
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        family: Family | None = None,
+        retry_after: float | None = None,
+        text: str | None = None,
+        kind: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.family = family or type(self).family
+        self.retry_after = retry_after
+        self.text = text
+        self.kind = kind or type(self).__name__
+
+
+class Permanent(CallError):  # noqa: N818 - the name that a user's function raises
+    """Raise it from a function when trying again cannot help: the job fails at once."""
+
+    family = Family.PERMANENT
+
+
+class RetryLater(CallError):  # noqa: N818
+    """Raise it from a function that was told to slow down; no attempt is charged.
+
+    `seconds` is how long to wait; None leaves the choice to lbr.
+    """
+
+    family = Family.RATE_LIMITED
+
+    def __init__(self, seconds: float | None = None, message: str = "asked to be called again later") -> None:
+        super().__init__(message, retry_after=seconds)
+
+
+class Pause(CallError):  # noqa: N818
+    """Raise it from a function when no call can succeed until somebody steps in: the run is paused."""
+
+    family = Family.ACCOUNT
+
+
+class BadAnswer(CallError):  # noqa: N818
+    """The answer came, but does not fit the output schema; `text` keeps it."""
+
+    family = Family.BAD_ANSWER

@@ -1,0 +1,303 @@
+"""The values that travel between the rooms of lbr: tasks, inputs, claims, replies and outcomes.
+
+All are frozen; none knows a database, a model or a clock. Times are integer milliseconds since 1970.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, NewType
+
+import orjson
+
+from lbr.errors import DatabaseError, Family
+
+RunId = NewType("RunId", int)
+JobId = NewType("JobId", int)
+WorkerId = NewType("WorkerId", int)
+Millis = NewType("Millis", int)
+
+Json = Any
+"""Whatever orjson reads: None, bool, int, float, str, list or dict of these."""
+
+KEY_BYTES = 16
+
+
+class JobState(StrEnum):
+    """Where a job stands; `docs/explanation/states.md` draws the ways between them."""
+
+    PENDING = "pending"
+    INFLIGHT = "inflight"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class RunState(StrEnum):
+    """Whether a run's jobs may be claimed."""
+
+    ACTIVE = "active"
+    PAUSED = "paused"
+    CANCELLED = "cancelled"
+
+
+class Shape(StrEnum):
+    """One row for every input, or one for every distinct input."""
+
+    ORIGINAL = "original"
+    UNIQUE = "unique"
+
+
+class Until(StrEnum):
+    """When a worker goes home."""
+
+    DONE = "done"
+    EMPTY = "empty"
+    FOREVER = "forever"
+
+
+def canonical_json(value: Json) -> bytes:
+    """Return the one spelling of a JSON value: UTF-8, sorted keys, no spaces."""
+    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a run asks of every input.
+
+    Exactly one of `model` and `function` is set. `function` is `module:qualname`; `version` is its author's,
+    None where none was set; `fingerprint` is set for functions whose name says nothing (lambdas, nested ones).
+    `schema` is the JSON schema of the answer, None for free text.
+    """
+
+    model: str | None = None
+    function: str | None = None
+    version: str | None = None
+    fingerprint: str | None = None
+    instructions: str | None = None
+    template: str | None = None
+    settings: dict[str, Json] = field(default_factory=dict)
+    schema: dict[str, Json] | None = None
+
+    @property
+    def answerer(self) -> str:
+        """The model's or function's name: what limits are kept by."""
+        return self.model or f"function:{self.function}"
+
+    def to_json(self) -> str:
+        """Return the task's canonical JSON; unset fields are left out, so that new fields keep old keys."""
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        return canonical_json({k: v for k, v in fields.items() if v is not None and v != {}}).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> Task:
+        """Read a stored task; DatabaseError when it is not one."""
+        try:
+            fields = orjson.loads(text)
+            task = cls(**fields)
+            if (task.model is None) == (task.function is None):
+                raise TypeError
+            if not isinstance(task.settings, dict):
+                raise TypeError
+        except (orjson.JSONDecodeError, TypeError) as error:
+            msg = f"expected a stored task, got: {text[:200]!r}; another version of lbr or another program wrote it"
+            raise DatabaseError(msg) from error
+        return task
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One input as the model gets it: `text`, or chat `messages` in the OpenAI form; exactly one is set."""
+
+    text: str | None = None
+    messages: tuple[dict[str, Json], ...] | None = None
+
+    def body(self) -> str:
+        """Return what the store keeps: the text, or the messages as canonical JSON."""
+        if self.messages is None:
+            return self.text or ""
+        return canonical_json(list(self.messages)).decode()
+
+    @classmethod
+    def from_body(cls, body: str, *, chat: bool) -> Prompt:
+        """Turn a stored body back into a prompt."""
+        if not chat:
+            return cls(text=body)
+        try:
+            messages = orjson.loads(body)
+        except orjson.JSONDecodeError as error:
+            raise DatabaseError(f"expected stored messages to be JSON, got: {body[:200]!r}") from error
+        return cls(messages=tuple(messages))
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One input's place in a run, as a reader hands it over.
+
+    `source` and `line` say where it came from, for messages; `metadata` is given back by collect.
+    """
+
+    prompt: Prompt
+    custom_id: str | None = None
+    metadata: dict[str, Json] | None = None
+    source: str | None = None
+    line: int | None = None
+
+
+class KeyMaker:
+    """Makes the content keys of one task: 16 bytes of BLAKE2b over the task and the input."""
+
+    def __init__(self, task: Task) -> None:
+        self._prefix = hashlib.blake2b(digest_size=KEY_BYTES)
+        head = task.to_json().encode()
+        self._prefix.update(len(head).to_bytes(8, "big"))
+        self._prefix.update(head)
+
+    def key(self, prompt: Prompt) -> bytes:
+        """Return the key of one input; equal inputs of one task, and only they, share it."""
+        digest = self._prefix.copy()
+        digest.update(b"t" if prompt.messages is None else b"m")
+        digest.update(prompt.body().encode("utf-8", "surrogatepass"))
+        return digest.digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run as stored. `sealed_at` is None while its enqueue has not come to its end."""
+
+    id: RunId
+    name: str
+    task: Task
+    state: RunState
+    pause_reason: str | None
+    max_attempts: int
+    fingerprint: str | None
+    created_at: Millis
+    enqueued_at: Millis
+    sealed_at: Millis | None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens and money of one call; None where the provider did not say. Money in billionths of a US dollar."""
+
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cost_nanos: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One answer. `model` is the name that the provider reported, `finish_reason` its word for why it ended."""
+
+    text: str
+    usage: Usage = Usage()
+    model: str | None = None
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BadTry:
+    """An earlier answer of a job that did not validate: what it said and what was wrong with it."""
+
+    text: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What a job went through since it was last put back by hand.
+
+    `limited_since` is when its first rate-limited try ended; `last_bad` is the newest answer that did not validate.
+    """
+
+    bad_answers: int = 0
+    limited_since: Millis | None = None
+    limited_tries: int = 0
+    last_bad: BadTry | None = None
+
+
+NO_HISTORY = History()
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A job that one worker holds until its lease ends; `claim_seq` is the fence of every later write."""
+
+    job_id: JobId
+    run_id: RunId
+    claim_seq: int
+    attempts: int
+    crashes: int
+    prompt: Prompt
+    history: History = NO_HISTORY
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """How a call failed. `error` is the class name; `text` the raw answer, where there was one."""
+
+    family: Family
+    error: str
+    message: str
+    retry_after: float | None = None
+    text: str | None = None
+    usage: Usage = Usage()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one call ended: with a reply or a failure, never both."""
+
+    reply: Reply | None
+    failure: Failure | None
+    latency_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """What is to be written about one claim: decided in `lbr.retry`, carried out by the store.
+
+    `charge` is what the try adds to the job's attempts. `available_at` is set for a job that goes back to
+    pending. `pause` is the reason to pause the run, `cooldown_until` a time before which nobody should
+    call this answerer again.
+    """
+
+    claim: Claim
+    state: JobState
+    outcome: Outcome
+    charge: int
+    available_at: Millis | None = None
+    pause: str | None = None
+    cooldown_until: Millis | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One collected answer.
+
+    `status` is a job state, or "missing" where the caller asked for that word for all that is not done.
+    `result` is None unless done; `error` says why a job failed, or what its last failed try said.
+    """
+
+    idx: int
+    key: str
+    prompt: Prompt
+    status: str
+    result: str | None = None
+    error: str | None = None
+    custom_id: str | None = None
+    metadata: dict[str, Json] | None = None
+
+    def to_dict(self) -> dict[str, Json]:
+        """Return the row as collected JSON: `id` and `metadata` only where the input had them."""
+        prompt = self.prompt.text if self.prompt.messages is None else list(self.prompt.messages)
+        row: dict[str, Json] = {"idx": self.idx}
+        if self.custom_id is not None:
+            row["id"] = self.custom_id
+        row |= {"key": self.key, "prompt": prompt, "status": self.status, "result": self.result, "error": self.error}
+        if self.metadata is not None:
+            row["metadata"] = self.metadata
+        return row

@@ -1,0 +1,80 @@
+"""The seam to whoever answers: one protocol, and the reading of names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Protocol
+
+from lbr.errors import UsageError
+
+if TYPE_CHECKING:
+    from lbr.jobs import BadTry, JobId, Prompt, Reply, Task
+
+OFFLINE = "offline:"
+OPENROUTER = "openrouter:"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One call. `seq` counts the job's claims, so a seeded model can tell tries apart.
+
+    `last_bad` is the job's previous answer that did not validate, None where there was none; a model that can
+    shows it to the provider together with the validator's words.
+    """
+
+    prompt: Prompt
+    task: Task
+    job_id: JobId
+    seq: int
+    last_bad: BadTry | None = None
+
+
+class Model(Protocol):
+    """Something that answers prompts. It makes one plain call per `answer` and never retries by itself."""
+
+    async def answer(self, request: Request) -> Reply:
+        """Answer one request.
+
+        Raises `lbr.errors.CallError` with the family of the failure; any other exception counts as transient.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Close connections; the model is not used again."""
+        ...
+
+
+class Kind(StrEnum):
+    """Which module of `lbr.models` serves a task."""
+
+    FUNCTION = "function"
+    OFFLINE = "offline"
+    PYDANTIC_AI = "pydantic_ai"
+
+
+def kind_of(task: Task) -> Kind:
+    """Tell which kind of answerer a task names."""
+    if task.function is not None:
+        return Kind.FUNCTION
+    return Kind.OFFLINE if (task.model or "").startswith(OFFLINE) else Kind.PYDANTIC_AI
+
+
+def model_string(name: str) -> str:
+    """Read a model's name as users write it and return the full string, `provider:model`.
+
+    A name with a provider before its first colon stays as it is; anything else (`google/gemini-flash`,
+    `meta-llama/llama-3:free`) is OpenRouter's. Raises UsageError for an empty name.
+    """
+    name = name.strip()
+    provider, colon, rest = name.partition(":")
+    if not name or (colon and (not provider or not rest)):
+        raise UsageError(f"expected a model like 'openai-chat:gpt-4o-mini' or 'offline:echo', got: {name!r}")
+    if colon and "/" not in provider:
+        return name
+    if "/" in name:
+        return OPENROUTER + name
+    raise UsageError(
+        f"expected a model like 'openai-chat:gpt-4o-mini', 'openrouter:google/gemini-flash' or 'offline:echo', "
+        f"got: {name!r}; put its provider and a colon before it"
+    )
