@@ -6,7 +6,7 @@ All are frozen; none knows a database, a model or a clock. Times are integer mil
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, NewType
 
@@ -94,16 +94,15 @@ class Task:
     @classmethod
     def from_json(cls, text: str) -> Task:
         """Read a stored task; DatabaseError when it is not one."""
+        complaint = (
+            f"expected a stored task, got: {text[:200]!r}; another version of lbr or another program wrote it"
+        )
         try:
-            fields = orjson.loads(text)
-            task = cls(**fields)
-            if (task.model is None) == (task.function is None):
-                raise TypeError
-            if not isinstance(task.settings, dict):
-                raise TypeError
+            task = cls(**orjson.loads(text))
         except (orjson.JSONDecodeError, TypeError) as error:
-            msg = f"expected a stored task, got: {text[:200]!r}; another version of lbr or another program wrote it"
-            raise DatabaseError(msg) from error
+            raise DatabaseError(complaint) from error
+        if (task.model is None) == (task.function is None) or not isinstance(task.settings, dict):
+            raise DatabaseError(complaint)
         return task
 
 
@@ -210,12 +209,13 @@ class BadTry:
 class History:
     """What a job went through since it was last put back by hand.
 
-    `limited_since` is when its first rate-limited try ended; `last_bad` is the newest answer that did not validate.
+    `limited_ms` is how long ago, at the claim, its first rate-limited try ended, 0 where there was none;
+    `last_bad` is the newest answer that did not validate.
     """
 
     bad_answers: int = 0
-    limited_since: Millis | None = None
     limited_tries: int = 0
+    limited_ms: int = 0
     last_bad: BadTry | None = None
 
 
@@ -260,18 +260,18 @@ class Outcome:
 class Settlement:
     """What is to be written about one claim: decided in `lbr.retry`, carried out by the store.
 
-    `charge` is what the try adds to the job's attempts. `available_at` is set for a job that goes back to
-    pending. `pause` is the reason to pause the run, `cooldown_until` a time before which nobody should
-    call this answerer again.
+    `charge` is what the try adds to the job's attempts, `wait_ms` how long a job that goes back to pending waits
+    from now on: the store adds it to the clock that leases are measured by. `pause` is the reason to pause the
+    run; with `cool_down` nobody calls this answerer again before the wait is over.
     """
 
     claim: Claim
     state: JobState
     outcome: Outcome
     charge: int
-    available_at: Millis | None = None
+    wait_ms: int = 0
     pause: str | None = None
-    cooldown_until: Millis | None = None
+    cool_down: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,13 +291,23 @@ class Row:
     custom_id: str | None = None
     metadata: dict[str, Json] | None = None
 
+    def missing(self) -> Row:
+        """Return the row as that of an answer that is not there; `error` stays."""
+        return replace(self, status="missing", result=None)
+
     def to_dict(self) -> dict[str, Json]:
         """Return the row as collected JSON: `id` and `metadata` only where the input had them."""
         prompt = self.prompt.text if self.prompt.messages is None else list(self.prompt.messages)
         row: dict[str, Json] = {"idx": self.idx}
         if self.custom_id is not None:
             row["id"] = self.custom_id
-        row |= {"key": self.key, "prompt": prompt, "status": self.status, "result": self.result, "error": self.error}
+        row |= {
+            "key": self.key,
+            "prompt": prompt,
+            "status": self.status,
+            "result": self.result,
+            "error": self.error,
+        }
         if self.metadata is not None:
             row["metadata"] = self.metadata
         return row

@@ -1,0 +1,29 @@
+"""lbr: a durable, multi-process batch runner for LLM prompts.
+
+At-least-once calls, exactly-once results: a finished answer that was committed is never lost, never
+overwritten by a slower worker, never paid for again.
+"""
+
+from lbr.api import cancel, collect, enqueue, pause, resume, retry, show, status, work
+from lbr.config import DB_URL_DEFAULT
+from lbr.errors import LbrError, Pause, Permanent, RetryLater
+from lbr.mapping import export_jsonl, prompt_map
+
+__all__ = [
+    "DB_URL_DEFAULT",
+    "LbrError",
+    "Pause",
+    "Permanent",
+    "RetryLater",
+    "cancel",
+    "collect",
+    "enqueue",
+    "export_jsonl",
+    "pause",
+    "prompt_map",
+    "resume",
+    "retry",
+    "show",
+    "status",
+    "work",
+]

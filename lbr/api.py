@@ -1,0 +1,385 @@
+"""What lbr does, as functions: every front end, the command line among them, comes in through here."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import Timeout
+
+from lbr import outputs, progress
+from lbr.asking import ask, authorize
+from lbr.config import DB_URL_DEFAULT, MAX_ATTEMPTS, WorkOptions, at_least_one, environment
+from lbr.errors import AlreadyRunningError, InputError, OutputError, UsageError
+from lbr.jobs import JobState, KeyMaker, Shape, Until
+from lbr.processes import run_processes
+from lbr.sources import Source, chunks
+from lbr.store import enqueue as queueing
+from lbr.store import files, mirror, reads, runs
+from lbr.store.engines import Database, open_database, sqlite_path
+from lbr.worker import Worker
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+
+    from lbr.asking import Asked
+    from lbr.calls import WorkReport
+    from lbr.jobs import Item, Json, Row, Run
+    from lbr.store.enqueue import EnqueueCounts
+    from lbr.store.reads import Story
+
+__all__ = [
+    "Collected",
+    "EnqueueReport",
+    "cancel",
+    "collect",
+    "enqueue",
+    "exclusive",
+    "follow",
+    "pause",
+    "resume",
+    "retry",
+    "run_processes",
+    "show",
+    "status",
+    "work",
+]
+
+WAIT_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class EnqueueReport:
+    """What an enqueue did: the run, its counts, and what its caller should hear."""
+
+    run: str
+    counts: EnqueueCounts
+    notices: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What a collect wrote.
+
+    `rows` holds the answers as dicts where no output was named, else None. `by_status` counts the rows
+    written; `sealed` tells whether all inputs are in.
+    """
+
+    run: str
+    by_status: dict[str, int]
+    sealed: bool
+    rows: list[dict[str, Json]] | None = None
+
+    @property
+    def total(self) -> int:
+        """How many rows there are."""
+        return sum(self.by_status.values())
+
+    @property
+    def unfinished(self) -> int:
+        """How many rows wait for an answer that may still come."""
+        return self.by_status.get(JobState.PENDING, 0) + self.by_status.get(JobState.INFLIGHT, 0)
+
+    @property
+    def failed(self) -> int:
+        """How many rows have no answer and get none."""
+        return self.by_status.get(JobState.FAILED, 0) + self.by_status.get(JobState.CANCELLED, 0)
+
+
+@asynccontextmanager
+async def opened(
+    db_url: str, *, create: bool = False, allow_network_fs: bool = False
+) -> AsyncIterator[Database]:
+    """Open a queue for a while; see `lbr.store.engines.open_database` for what it raises."""
+    database = await open_database(db_url, create=create, allow_network_fs=allow_network_fs)
+    try:
+        yield database
+    finally:
+        await database.close()
+
+
+async def enqueue(
+    inputs: Path | Iterable[Path | str | dict[str, Json]],
+    *,
+    run: str | None = None,
+    model: str | None = None,
+    function: Callable[..., Any] | str | None = None,
+    version: str | None = None,
+    instructions: str | None = None,
+    template: str | None = None,
+    schema: dict[str, Json] | None = None,
+    result_type: Any = None,
+    settings: dict[str, Json] | None = None,
+    prompt_column: str | None = None,
+    input_format: str | None = None,
+    max_attempts: int = MAX_ATTEMPTS,
+    append: bool = False,
+    fresh: bool = False,
+    db_url: str = DB_URL_DEFAULT,
+    allow_network_fs: bool = False,
+) -> EnqueueReport:
+    """Put inputs into a run as deduplicated jobs; safe to repeat, and to be repeated after a crash.
+
+    `inputs` are files (a `Path`, or several; `Path("-")` is stdin) or prompts: strings, or dicts like the
+    lines of a JSONL file. `run` may be left out for files: the first one's stem. With `append` they go
+    behind what the run holds, else they must begin with it. `fresh` refuses answers of other runs.
+
+    Raises UsageError, InputError (with file and line; files are checked whole before anything is written),
+    RunMismatchError, RunChangedError or DatabaseError.
+    """
+    asked = ask(
+        model=model,
+        function=function,
+        version=version,
+        instructions=instructions,
+        template=template,
+        settings=settings,
+        schema=schema,
+        result_type=result_type,
+        env=environment(Path.cwd()),
+    )
+    source = Source.of(inputs, input_format=input_format, template=template, prompt_column=prompt_column)
+    name = run or source.run_name()
+    at_least_one("max_attempts", max_attempts)
+    source.check()
+    async with opened(db_url, create=True, allow_network_fs=allow_network_fs) as database:
+        return await put(database, name, asked, source, max_attempts=max_attempts, append=append, fresh=fresh)
+
+
+async def put(
+    database: Database,
+    name: str,
+    asked: Asked,
+    items: Iterable[Item],
+    *,
+    max_attempts: int,
+    append: bool = False,
+    fresh: bool = False,
+) -> EnqueueReport:
+    """Put items into a run of an open database; see `enqueue`."""
+    _check_run_name(name)
+    items = iter(items)
+    # The first input is read before the run is made: a stream that is bad from its start leaves nothing behind.
+    head = list(itertools.islice(items, 1))
+    if not head:
+        raise InputError("expected at least one input, got: none")
+    spec = runs.RunSpec(name, asked.task, max_attempts, asked.fingerprint)
+    run = await runs.open_run(database, spec)
+    notices = await _note_function(database, run, asked)
+    maker = KeyMaker(asked.task)
+    place = await queueing.next_idx(database, run) if append else 0
+    counts = queueing.EnqueueCounts()
+    for chunk in chunks(itertools.chain(head, items), queueing.CHUNK):
+        keys = [maker.key(item.prompt) for item in chunk]
+        counts += await queueing.add_chunk(database, run, place, chunk, keys, reuse=not fresh)
+        place += len(chunk)
+    await runs.seal(database, run)
+    held = await queueing.next_idx(database, run)
+    if held > place:
+        notices.append(f"run {name} holds {held} inputs, this input has {place}; the others stay in it")
+    return EnqueueReport(name, counts, notices)
+
+
+async def _note_function(database: Database, run: Run, asked: Asked) -> list[str]:
+    if asked.fingerprint is None or run.fingerprint == asked.fingerprint:
+        return []
+    await runs.set_fingerprint(database, run, asked.fingerprint)
+    return [
+        (
+            f"the code of {run.task.function} has changed since run {run.name} was made; its answers are kept. To redo "
+            f"them, give the function another `version` and the run another name"
+        )
+    ]
+
+
+def _check_run_name(name: str) -> None:
+    if not name or name != name.strip() or not name.isprintable() or len(name) > 200:
+        raise UsageError(f"expected a run name of 1 to 200 printable characters, got: {name!r}; set --run")
+
+
+async def work(
+    *,
+    run: str | Sequence[str] | None = None,
+    functions: Sequence[Callable[..., Any] | str] = (),
+    result_types: Sequence[Any] = (),
+    openrouter_api_key: str | None = None,
+    concurrency: int = 32,
+    lease: float = 60.0,
+    until: str = Until.DONE,
+    grace: float = 30.0,
+    timeout: float = 120.0,
+    db_url: str = DB_URL_DEFAULT,
+    allow_network_fs: bool = False,
+    notify: Callable[[str], None] = lambda _: None,
+    on_start: Callable[[Worker], None] = lambda _: None,
+) -> WorkReport:
+    """Be one worker of the queue, until `done`, `empty` or `forever`.
+
+    `run` names the runs to serve, None all that this process can. `functions` and `result_types`, as objects
+    or `pkg.mod:name`, are what it may use beside models. Times are in seconds. `notify` gets a line for
+    whatever a person should know; `on_start` gets the worker, which can be told to `drain` or `abort`.
+
+    Raises UsageError, NothingToServeError or DatabaseError. Cancelled, it gives its jobs back first.
+    """
+    options = WorkOptions(concurrency, lease, Until(until), grace, timeout)
+    env = environment(Path.cwd())
+    key = openrouter_api_key or env.get("OPENROUTER_API_KEY") or None
+    authority = authorize(functions, result_types, openrouter_api_key=key)
+    names = [run] if isinstance(run, str) else run
+    async with opened(db_url, allow_network_fs=allow_network_fs) as database:
+        worker = Worker(database, authority, options, run_names=names, notify=notify)
+        on_start(worker)
+        return await worker.run()
+
+
+async def collect(
+    run: str,
+    *,
+    out: str | Path | None = None,
+    shape: str = Shape.ORIGINAL,
+    format: str | None = None,  # noqa: A002 - the word of the command line
+    wait: bool = False,
+    db_url: str = DB_URL_DEFAULT,
+    allow_network_fs: bool = False,
+) -> Collected:
+    """Write a run's answers in input order, or return them as `rows` where `out` is None; "-" is stdout.
+
+    A file appears whole or not at all. With `wait`, only once every job has come to its end; else whatever
+    there is now. Raises RunNotFoundError, UsageError, OutputError or DatabaseError.
+    """
+    target = None if out in {None, "-"} else str(out)
+    kind = outputs.OutputFormat(format) if format else outputs.format_of(target)
+    if kind is outputs.OutputFormat.DB and target is None:
+        raise UsageError("expected -o FILE for a results database, got: stdout")
+    if out is not None:
+        outputs.check_output(target)
+    async with opened(db_url, allow_network_fs=allow_network_fs) as database:
+        found = await reads.find_run(database, run)
+        if wait:
+            await until_finished(database, found)
+        pages = _Tally(reads.rows(database, found, Shape(shape)))
+        rows = None
+        if out is None:
+            rows = [row.to_dict() async for page in pages for row in page]
+        elif kind is outputs.OutputFormat.DB and target is not None:
+            _refuse_queue(database, target)
+            with outputs.atomic_path(target) as temporary:
+                await mirror.write_run(str(temporary), run, pages)
+        else:
+            columns = (
+                await reads.metadata_columns(database, found) if kind is outputs.OutputFormat.CSV else []
+            )
+            with outputs.open_writer(target, kind, metadata_columns=columns) as writer:
+                async for page in pages:
+                    writer.write(page)
+        found = await reads.find_run(database, run)
+        return Collected(run, pages.by_status, found.sealed_at is not None, rows)
+
+
+def _refuse_queue(database: Database, target: str) -> None:
+    if Path(target).absolute() == database.path:
+        raise OutputError(f"expected another file than the queue for the answers, got: {target}")
+
+
+async def until_finished(database: Database, run: Run) -> None:
+    """Wait until every job of a run has come to its end and all its inputs are in.
+
+    Returns as well where the run is paused or cancelled: nothing more would come.
+    """
+    while True:
+        (counts,) = await reads.counts(database, [run.id])
+        if counts.finished or (counts.run.state != "active" and not counts.of(JobState.INFLIGHT)):
+            return
+        await asyncio.sleep(WAIT_SECONDS)
+
+
+class _Tally:
+    """Passes pages of rows on and counts them by status."""
+
+    def __init__(self, pages: AsyncIterator[list[Row]]) -> None:
+        self._pages = pages
+        self.by_status: dict[str, int] = {}
+
+    async def __aiter__(self) -> AsyncIterator[list[Row]]:
+        async for page in self._pages:
+            for row in page:
+                self.by_status[row.status] = self.by_status.get(row.status, 0) + 1
+            yield page
+
+
+async def status(
+    run: str | None = None, *, db_url: str = DB_URL_DEFAULT, allow_network_fs: bool = False
+) -> progress.Status:
+    """Return how one run stands, or all of them, with the workers that report."""
+    async with opened(db_url, allow_network_fs=allow_network_fs) as database:
+        return progress.status_of(await reads.overview(database, run))
+
+
+async def follow(
+    run: str, *, seconds: float, db_url: str = DB_URL_DEFAULT, allow_network_fs: bool = False
+) -> AsyncIterator[progress.RunStatus]:
+    """Yield a run's status now and every so often, until it has finished."""
+    async with opened(db_url, allow_network_fs=allow_network_fs) as database:
+        while True:
+            (now,) = progress.status_of(await reads.overview(database, run)).runs
+            yield now
+            if now.finished:
+                return
+            await asyncio.sleep(seconds)
+
+
+@contextmanager
+def exclusive(db_url: str, *, wanted: bool = True) -> Iterator[None]:
+    """Be the only exclusive worker of a queue; AlreadyRunningError where another one is. The kernel frees it."""
+    path = sqlite_path(db_url)
+    if not wanted:
+        yield
+        return
+    files.check_location(path, create=False)
+    lock = files.file_lock(files.lock_path(path, "worker"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise AlreadyRunningError(
+            f"an exclusive worker of {path} is running already; nothing to do"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+async def retry(run: str, *, db_url: str = DB_URL_DEFAULT, allow_network_fs: bool = False) -> int:
+    """Put a run's failed and cancelled jobs back to pending; return how many."""
+    async with opened(db_url, allow_network_fs=allow_network_fs) as database:
+        return await runs.retry(database, await reads.find_run(database, run))
+
+
+async def cancel(run: str, *, db_url: str = DB_URL_DEFAULT, allow_network_fs: bool = False) -> int:
+    """Cancel a run's pending jobs; return how many. Calls in flight end and their answers are kept."""
+    async with opened(db_url, allow_network_fs=allow_network_fs) as database:
+        return await runs.cancel(database, await reads.find_run(database, run))
+
+
+async def pause(
+    run: str, *, reason: str = "by hand", db_url: str = DB_URL_DEFAULT, allow_network_fs: bool = False
+) -> None:
+    """Stop the claiming of a run's jobs until `resume`."""
+    async with opened(db_url, allow_network_fs=allow_network_fs) as database:
+        await runs.pause(database, await reads.find_run(database, run), reason)
+
+
+async def resume(run: str, *, db_url: str = DB_URL_DEFAULT, allow_network_fs: bool = False) -> None:
+    """Let a paused run's jobs be claimed again."""
+    async with opened(db_url, allow_network_fs=allow_network_fs) as database:
+        await runs.resume(database, await reads.find_run(database, run))
+
+
+async def show(run: str, idx: int, *, db_url: str = DB_URL_DEFAULT, allow_network_fs: bool = False) -> Story:
+    """Return everything about one input: its job, its answer and every try that was no plain success."""
+    async with opened(db_url, allow_network_fs=allow_network_fs) as database:
+        return await reads.story(database, await reads.find_run(database, run), idx)

@@ -1,0 +1,128 @@
+"""From what a caller named to the task that is stored, and to what this process may use to serve it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lbr.errors import UsageError
+from lbr.jobs import Task, canonical_json
+from lbr.models.base import OPENROUTER, model_string
+from lbr.models.function import identify, import_function
+from lbr.models.resolve import Authority, check_task
+from lbr.structured import import_type, schema_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from lbr.jobs import Json
+
+WAYS = (
+    "a function (worker=…, --function pkg.mod:fn), a model and its key (model_name=… with openrouter_api_key=…, "
+    "--model), or MODEL and OPENROUTER_API_KEY in the environment or .env"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A task, the code fingerprint of its function (None for a model), and the right to serve it here."""
+
+    task: Task
+    fingerprint: str | None
+    authority: Authority
+
+
+def ask(
+    *,
+    model: str | None = None,
+    function: Callable[..., Any] | str | None = None,
+    version: str | None = None,
+    instructions: str | None = None,
+    template: str | None = None,
+    settings: Mapping[str, Json] | None = None,
+    schema: dict[str, Json] | None = None,
+    result_type: Any = None,
+    openrouter_api_key: str | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Asked:
+    """Build the task that these arguments ask for.
+
+    `env` is asked for MODEL where neither `model` nor `function` is given. Raises UsageError where nobody is
+    named, or more than one, or where no worker could ever serve the task.
+    """
+    if model is not None and function is not None:
+        raise UsageError("expected a model or a function, got: both")
+    if schema is not None and result_type is not None:
+        raise UsageError("expected a schema or a result type, got: both")
+    if result_type is not None:
+        result_type = import_type(result_type) if isinstance(result_type, str) else result_type
+        schema = schema_of(result_type)
+    shared: dict[str, Any] = {
+        "instructions": instructions or None,
+        "template": template,
+        "settings": dict(settings or {}),
+        "schema": schema,
+    }
+    fingerprint = None
+    if function is not None:
+        task, fingerprint = _function_task(function, version, shared)
+    else:
+        env = env or {}
+        openrouter_api_key = openrouter_api_key or env.get("OPENROUTER_API_KEY") or None
+        task = Task(model=_model(model, openrouter_api_key, env), **shared)
+    check_task(task)
+    types = [result_type] if result_type is not None else []
+    functions = [function] if function is not None else []
+    return Asked(task, fingerprint, authorize(functions, types, openrouter_api_key=openrouter_api_key))
+
+
+def _function_task(
+    function: Callable[..., Any] | str, version: str | None, shared: dict[str, Any]
+) -> tuple[Task, str]:
+    if shared["instructions"] is not None:
+        raise UsageError("expected no instructions beside a function, got some; instructions are for models")
+    identity = identify(_function(function), version=version)
+    task = Task(
+        function=identity.name,
+        version=identity.version,
+        fingerprint=identity.fingerprint if identity.anonymous else None,
+        **shared,
+    )
+    return task, identity.fingerprint
+
+
+def _function(function: Callable[..., Any] | str) -> Callable[..., Any]:
+    if isinstance(function, str):
+        return import_function(function)
+    if not callable(function):
+        raise UsageError(f"expected a function from str to str, got: {function!r}")
+    return function
+
+
+def _model(name: str | None, key: str | None, env: Mapping[str, str]) -> str:
+    name = name or env.get("MODEL", "").strip() or None
+    if name is None:
+        raise UsageError(f"expected somebody to answer, got: nobody; name one of {WAYS}")
+    model = model_string(name)
+    if model.startswith(OPENROUTER) and not key:
+        raise UsageError(
+            f"expected a key for {model}, got: none; set OPENROUTER_API_KEY in the environment or .env, "
+            f"or name another: {WAYS}"
+        )
+    return model
+
+
+def authorize(
+    functions: Iterable[Callable[..., Any] | str] = (),
+    result_types: Iterable[Any] = (),
+    *,
+    openrouter_api_key: str | None = None,
+) -> Authority:
+    """Say what this process may use: exactly what its caller named, by object or by `pkg.mod:name`."""
+    found = [_function(function) for function in functions]
+    types = [import_type(one) if isinstance(one, str) else one for one in result_types]
+    return Authority(
+        functions={identify(function).name: function for function in found},
+        result_types={canonical_json(schema_of(one)).decode(): one for one in types},
+        openrouter_api_key=openrouter_api_key,
+    )

@@ -1,0 +1,60 @@
+"""One call under its timeout, from request to outcome. It knows no database and never retries."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from lbr.errors import BadAnswer, CallError, Family
+from lbr.jobs import Failure, Outcome, Reply
+from lbr.retry import failure_of
+
+if TYPE_CHECKING:
+    from lbr.models.base import Model, Request
+    from lbr.structured import Validator
+
+
+async def attempt(model: Model, validator: Validator | None, request: Request, *, timeout: float) -> Outcome:
+    """Make one call and return how it ended; only a cancellation from outside is raised."""
+    started = time.perf_counter()
+    reply: Reply | None = None
+    failure: Failure | None = None
+    try:
+        reply, failure = await _answer(model, validator, request, timeout)
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        # Nobody cancelled the call from outside: the answerer gave up on its own account.
+        failure = failure_of(CallError("the call cancelled itself", kind="CancelledError"))
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it was belongs to the job, not to the worker
+        failure = failure_of(error)
+    return Outcome(reply, failure, latency_ms=round((time.perf_counter() - started) * 1000))
+
+
+async def _answer(
+    model: Model, validator: Validator | None, request: Request, timeout: float
+) -> tuple[Reply | None, Failure | None]:
+    try:
+        async with asyncio.timeout(timeout) as deadline:
+            reply = _storable(await model.answer(request))
+    except TimeoutError:
+        if not deadline.expired():
+            raise
+        return None, Failure(Family.TRANSIENT, "CallTimeout", f"no answer within {timeout:g} s")
+    if validator is None:
+        return reply, None
+    try:
+        return replace(reply, text=validator.check(reply.text)), None
+    except BadAnswer as error:
+        # The answer does not fit, but it was paid for.
+        return None, replace(failure_of(error), usage=reply.usage)
+
+
+def _storable(reply: Reply) -> Reply:
+    """Replace what no database can hold as text: halves of surrogate pairs."""
+    if reply.text.isascii():
+        return reply
+    return replace(reply, text=reply.text.encode("utf-8", "replace").decode())

@@ -1,0 +1,207 @@
+"""The claims that one worker holds: each from its claim, through its call, until its settlement is committed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from lbr.attempt import attempt
+from lbr.jobs import Claim, JobId, JobState, Settlement
+from lbr.models.base import Request
+from lbr.retry import RetryPolicy, decide
+from lbr.settler import Settler
+from lbr.store.queue import SUSPECT_CRASHES
+from lbr.store.settle import Settled, settle
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from random import Random
+
+    from lbr.serving import Served
+    from lbr.store.engines import Database
+
+RATE_WINDOW_SECONDS = 30.0
+CANCEL_SECONDS = 5.0
+
+
+@dataclass(slots=True)
+class WorkReport:
+    """What one worker did: jobs answered, failed and put back for a retry, and what it left behind.
+
+    `stale` counts answers that came too late, `released` jobs given back unfinished, `reclaimed` those taken
+    from dead workers. `paused` maps runs to the reason that stopped them; `interrupted` names runs whose
+    enqueue did not come to its end; `drained` tells that the worker was asked to stop.
+    """
+
+    done: int = 0
+    failed: int = 0
+    retried: int = 0
+    stale: int = 0
+    released: int = 0
+    reclaimed: int = 0
+    drained: bool = False
+    paused: dict[str, str] = field(default_factory=dict)
+    interrupted: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class _Held:
+    """A claim in a slot; `task` is None once its call has ended and its settlement waits to be committed."""
+
+    claim: Claim
+    task: asyncio.Task[None] | None = None
+
+
+class Calls:
+    """Runs calls and settles them. `changed` is called whenever a slot may have become free, or all is lost."""
+
+    def __init__(
+        self,
+        database: Database,
+        report: WorkReport,
+        *,
+        policy: RetryPolicy,
+        timeout: float,
+        rng: Random,
+        changed: Callable[[], None],
+        notify: Callable[[str], None],
+    ) -> None:
+        self._database = database
+        self._report = report
+        self._policy = policy
+        self._timeout = timeout
+        self._rng = rng
+        self._changed = changed
+        self._notify = notify
+        self._settler = Settler(self._write, self._written)
+        self._settling: asyncio.Task[None] | None = None
+        self._held: dict[JobId, _Held] = {}
+        self._calling = 0
+        self._started = time.monotonic()
+        self._recent: deque[tuple[float, int]] = deque()
+        self.error: BaseException | None = None
+
+    def __len__(self) -> int:
+        """Return how many slots are taken."""
+        return len(self._held)
+
+    @property
+    def claims(self) -> list[Claim]:
+        """What is held now, called or waiting to be settled."""
+        return [held.claim for held in self._held.values()]
+
+    @property
+    def alone(self) -> bool:
+        """Whether a job runs that nothing else should run beside."""
+        return any(held.claim.crashes >= SUSPECT_CRASHES for held in self._held.values())
+
+    def open(self) -> None:
+        """Begin to settle; `close` ends it."""
+        self._settling = asyncio.create_task(self._settler.run())
+        self._settling.add_done_callback(self._note_error)
+
+    def start(self, claim: Claim, served: Served) -> None:
+        """Make the call of a claim."""
+        before = self._held.get(claim.job_id)
+        if before is not None and before.task is not None:
+            # Our own lease had run out, and we were the ones to claim the job again.
+            before.task.cancel()
+        held = _Held(claim)
+        self._held[claim.job_id] = held
+        self._calling += 1
+        held.task = asyncio.create_task(self._call(held, served))
+        held.task.add_done_callback(self._call_ended)
+
+    async def _call(self, held: _Held, served: Served) -> None:
+        claim = held.claim
+        request = Request(
+            prompt=claim.prompt,
+            task=served.run.task,
+            job_id=claim.job_id,
+            seq=claim.claim_seq,
+            last_bad=claim.history.last_bad,
+        )
+        outcome = await attempt(served.model, served.validator, request, timeout=self._timeout)
+        held.task = None
+        policy = replace(self._policy, max_attempts=served.run.max_attempts)
+        self._settler.put(decide(claim, outcome, policy, self._rng))
+
+    def _call_ended(self, task: asyncio.Task[None]) -> None:
+        self._calling -= 1
+        if self._calling == 0:
+            self._settler.hurry()
+        self._note_error(task)
+
+    def _note_error(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.error = self.error or error
+            self._changed()
+
+    async def _write(self, batch: Sequence[Settlement]) -> Settled:
+        return await settle(self._database, batch)
+
+    def _written(self, batch: Sequence[Settlement], settled: Settled) -> None:
+        for settlement in batch:
+            claim = settlement.claim
+            held = self._held.get(claim.job_id)
+            if held is not None and held.claim.claim_seq == claim.claim_seq:
+                del self._held[claim.job_id]
+            if claim.job_id in settled.taken:
+                self._count(settlement)
+        self._report.stale += len(settled.stale)
+        for name, reason in settled.paused.items():
+            self._notify(f"run {name} is paused: {reason}; mend it, then `lbr resume {name}`")
+        self._recent.append((time.monotonic(), len(settled.taken)))
+        self._changed()
+
+    def _count(self, settlement: Settlement) -> None:
+        match settlement.state:
+            case JobState.DONE:
+                self._report.done += 1
+            case JobState.FAILED:
+                self._report.failed += 1
+            case _:
+                self._report.retried += 1
+
+    def rate(self) -> float:
+        """Return how many calls a second were settled over the latest half minute."""
+        now = time.monotonic()
+        while self._recent and self._recent[0][0] < now - RATE_WINDOW_SECONDS:
+            self._recent.popleft()
+        window = max(1.0, min(RATE_WINDOW_SECONDS, now - self._started))
+        return sum(count for _, count in self._recent) / window
+
+    def lose(self, claim: Claim) -> None:
+        """Stop a call whose job is not ours any more; one that has ended meanwhile is left to the fence."""
+        held = self._held.get(claim.job_id)
+        if held is None or held.task is None or held.claim.claim_seq != claim.claim_seq:
+            return
+        held.task.cancel()
+        del self._held[claim.job_id]
+        self._changed()
+        self._notify(f"lost job {claim.job_id}: its lease ran out and it was taken back")
+
+    async def cancel(self) -> list[Claim]:
+        """Stop the calls that have not ended and return their claims, which are to be released."""
+        calling = [held for held in self._held.values() if held.task is not None]
+        tasks = [held.task for held in calling if held.task is not None]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            # A function that will not be cancelled must not keep us; its lease is given back all the same.
+            await asyncio.wait(tasks, timeout=CANCEL_SECONDS)
+        left = [held.claim for held in calling if held.task is not None]
+        for claim in left:
+            self._held.pop(claim.job_id, None)
+        return left
+
+    async def close(self) -> None:
+        """Write what has ended; afterwards `error` tells whether that failed."""
+        self._settler.close()
+        if self._settling is not None:
+            with suppress(Exception):  # kept in `error`
+                await self._settling

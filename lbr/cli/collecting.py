@@ -1,0 +1,78 @@
+"""`lbr collect`."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import click
+
+from lbr import api
+from lbr.cli.app import database_option, say
+from lbr.jobs import Shape
+from lbr.outputs import OutputFormat
+
+EXIT_UNFINISHED, EXIT_FAILURES = 3, 4
+
+
+def describe(collected: api.Collected) -> str:
+    """Return what a collect wrote, in words."""
+    counts = ", ".join(f"{count} {status}" for status, count in sorted(collected.by_status.items()))
+    return f"run {collected.run}: {collected.total} rows: {counts or 'none'}"
+
+
+def exit_code(collected: api.Collected) -> int:
+    """Return 3 where answers may still come, 4 where some never will, else 0; say what to do."""
+    if not collected.sealed:
+        say(
+            f"lbr: the enqueue of run {collected.run} has not come to its end; run it again if it was interrupted"
+        )
+    if collected.unfinished or not collected.sealed:
+        say(f"lbr: {collected.unfinished} rows are not finished; `lbr worker` finishes them")
+        return EXIT_UNFINISHED
+    if collected.failed:
+        say(f"lbr: {collected.failed} rows have no answer; `lbr retry {collected.run}` puts their jobs back")
+        return EXIT_FAILURES
+    return 0
+
+
+@click.command()
+@click.argument("run")
+@click.option(
+    "-o", "--output", "out", metavar="FILE", help="A .jsonl, .csv or .db file; JSONL to stdout if unset."
+)
+@click.option(
+    "--shape",
+    type=click.Choice([str(one) for one in Shape]),
+    default=str(Shape.ORIGINAL),
+    help="A row for every input, or for every distinct one.",
+)
+@click.option(
+    "--format",
+    "output_format",
+    type=click.Choice([str(one) for one in OutputFormat]),
+    help="How to write; by the file's ending if unset.",
+)
+@click.option("--wait", is_flag=True, help="Wait until every job has come to its end.")
+@database_option
+@click.pass_obj
+@click.pass_context
+def collect(
+    context: click.Context,
+    db: dict[str, Any],
+    /,
+    run: str,
+    out: str | None,
+    shape: str,
+    output_format: str | None,
+    wait: bool,
+) -> None:
+    """Write a run's answers in input order, finished or not.
+
+    A file appears whole or not at all. Exits with 3 where jobs are not finished, with 4 where some failed.
+    """
+    collected = asyncio.run(
+        api.collect(run, out=out or "-", shape=shape, format=output_format, wait=wait, **db)
+    )
+    say(f"lbr: {describe(collected)}")
+    context.exit(exit_code(collected))

@@ -1,0 +1,132 @@
+"""`lbr enqueue`, and the flags that say what is asked of the inputs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import orjson
+
+from lbr import api
+from lbr.cli.app import database_option, say
+from lbr.config import MAX_ATTEMPTS, default_model
+from lbr.errors import UsageError
+from lbr.inputs import InputFormat, load_template
+from lbr.models.offline import ECHO
+from lbr.structured import load_schema
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def task_options(command: F) -> F:
+    """Add the flags that make a task and choose its inputs."""
+    options = [
+        click.option(
+            "--run", "run_name", metavar="NAME", help="The run's name; the input file's stem if unset."
+        ),
+        click.option(
+            "--model", metavar="NAME", help=f"Who answers: openai-chat:gpt-4o-mini, openrouter:…, {ECHO}, …"
+        ),
+        click.option(
+            "--function", metavar="MODULE:NAME", help="A Python function that answers instead of a model."
+        ),
+        click.option(
+            "--version", "version", metavar="TEXT", help="The function's version: another one is other work."
+        ),
+        click.option("--instructions", metavar="TEXT", help="The system prompt of every call."),
+        click.option("--template", metavar="JINJA|@FILE", help="Makes each prompt from a row's fields."),
+        click.option("--prompt-column", metavar="NAME", help="The field or column that holds the prompt."),
+        click.option("--schema", metavar="FILE", help="A JSON schema that every answer must fit."),
+        click.option(
+            "--result-type", metavar="MODULE:CLASS", help="A pydantic class that every answer must fit."
+        ),
+        click.option(
+            "--set",
+            "settings",
+            metavar="NAME=VALUE",
+            multiple=True,
+            help="A model setting, such as temperature=0.2 or max_tokens=200; may be repeated.",
+        ),
+        click.option(
+            "--format",
+            "input_format",
+            type=click.Choice([str(one) for one in InputFormat]),
+            help="How the input is written; by its file ending if unset.",
+        ),
+        click.option(
+            "--max-attempts", type=int, default=MAX_ATTEMPTS, help="Charged tries of a job before it fails."
+        ),
+        click.option("--append", is_flag=True, help="Add the inputs behind those the run holds."),
+        click.option("--fresh", is_flag=True, help="Call again for what other runs have already answered."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def read_setting(text: str) -> tuple[str, Any]:
+    """Read NAME=VALUE; the value is JSON where it can be, else text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise UsageError(f"expected --set NAME=VALUE, got: {text!r}")
+    try:
+        return name.strip(), orjson.loads(value)
+    except orjson.JSONDecodeError:
+        return name.strip(), value
+
+
+def choose_model(model: str | None, function: str | None) -> str | None:
+    """Return the model to ask; the offline one, said aloud, where nobody is named anywhere."""
+    if model is not None or function is not None or default_model(os.environ):
+        return model
+    say(
+        f"lbr: no --model, no --function and no MODEL in the environment: trying out with {ECHO}, which repeats prompts"
+    )
+    return ECHO
+
+
+async def enqueue_inputs(db: dict[str, Any], inputs: tuple[str, ...], **flags: Any) -> api.EnqueueReport:
+    """Turn flags into a call of `api.enqueue` and tell what it did."""
+    template, schema = flags.pop("template"), flags.pop("schema")
+    settings = dict(read_setting(one) for one in flags.pop("settings"))
+    report = await api.enqueue(
+        [Path(name) for name in inputs],
+        run=flags.pop("run_name"),
+        model=choose_model(flags.pop("model"), flags["function"]),
+        template=None if template is None else load_template(template),
+        schema=None if schema is None else load_schema(schema),
+        settings=settings,
+        **flags,
+        **db,
+    )
+    for notice in report.notices:
+        say(f"lbr: {notice}")
+    return report
+
+
+@click.command()
+@click.argument("inputs", nargs=-1, required=True)
+@task_options
+@click.option("--json", "as_json", is_flag=True, help="Print the counts as JSON.")
+@database_option
+@click.pass_obj
+def enqueue(db: dict[str, Any], /, inputs: tuple[str, ...], as_json: bool, **flags: Any) -> None:
+    """Put prompts into a run, each distinct one once.
+
+    INPUTS are text files (a prompt a line), JSONL, CSV or TSV, or - for stdin. Running the same command again adds
+    nothing; after a crash it completes what is missing.
+    """
+    report = asyncio.run(enqueue_inputs(db, inputs, **flags))
+    counts = report.counts
+    if as_json:
+        fields = {name: getattr(counts, name) for name in counts.__slots__}
+        click.echo(orjson.dumps({"run": report.run} | fields))
+        return
+    click.echo(
+        f"run {report.run}: {counts.inputs} inputs, {counts.new} new, {counts.duplicate} duplicate, "
+        f"{counts.reused} reused, {counts.known} known"
+    )

@@ -1,0 +1,142 @@
+"""`lbr run`: enqueue, work and collect in one, with a progress bar."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lbr import api, outputs, progress
+from lbr.cli.app import database_option, say
+from lbr.cli.collecting import describe, exit_code
+from lbr.cli.enqueueing import enqueue_inputs, task_options
+from lbr.cli.working import EXIT_UNFINISHED, listen, work_in_processes, work_options
+from lbr.config import at_least_one
+from lbr.jobs import Shape
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+LOOK_SECONDS = 0.5
+LINE_SECONDS = 10.0
+
+
+@click.command()
+@click.argument("inputs", nargs=-1, required=True)
+@click.option("-o", "--output", "out", metavar="FILE", required=True, help="A .jsonl, .csv or .db file.")
+@click.option(
+    "--shape",
+    type=click.Choice([str(one) for one in Shape]),
+    default=str(Shape.ORIGINAL),
+    help="A row for every input, or for every distinct one.",
+)
+@task_options
+@work_options
+@database_option
+@click.pass_obj
+@click.pass_context
+def run(
+    context: click.Context, db: dict[str, Any], /, inputs: tuple[str, ...], out: str, shape: str, **flags: Any
+) -> None:
+    """Enqueue, work and collect in one command; run it again to resume.
+
+    Other workers may help. The output is written when every job has come to its end.
+    """
+    outputs.format_of(out)
+    outputs.check_output(out)
+    at_least_one("processes", flags["processes"])
+    context.exit(asyncio.run(_run(db, inputs, out, shape, flags)))
+
+
+async def _run(
+    db: dict[str, Any], inputs: tuple[str, ...], out: str, shape: str, flags: dict[str, Any]
+) -> int:
+    started = time.monotonic()
+    how = {name: flags.pop(name) for name in ("concurrency", "processes", "lease", "timeout", "grace")}
+    may: dict[str, Any] = {"functions": _one(flags["function"]), "result_types": _one(flags["result_type"])}
+    report = await enqueue_inputs(db, inputs, **flags)
+    counts = report.counts
+    say(
+        f"lbr: run {report.run}: {counts.inputs} inputs, {counts.new} new, {counts.duplicate} duplicate, "
+        f"{counts.reused} reused, {counts.known} known"
+    )
+    processes = how.pop("processes")
+    async with _progress(db, report.run) as line:
+        if processes > 1:
+            await work_in_processes(db, processes, runs=(report.run,), until="done", **how, **may)
+        else:
+            await api.work(run=report.run, **how, **may, **db, notify=line, on_start=listen)
+    (now,) = (await api.status(report.run, **db)).runs
+    if not now.finished:
+        say(
+            f"lbr: {progress.one_line(now)}; unfinished, nothing was written; run the same command again to resume"
+        )
+        return EXIT_UNFINISHED
+    collected = await api.collect(report.run, out=out, shape=shape, **db)
+    say(f"lbr: {describe(collected)}, in {out}, after {progress.duration(time.monotonic() - started)}")
+    return exit_code(collected)
+
+
+def _one(value: str | None) -> tuple[str, ...]:
+    return () if value is None else (value,)
+
+
+@asynccontextmanager
+async def _progress(db: dict[str, Any], /, run: str) -> AsyncIterator[Callable[[str], None]]:
+    """Show how the run goes: a bar on a terminal, else a line now and then. Yields where to put lines."""
+    show = _bar if sys.stderr.isatty() else _lines
+    async with show(db, run) as line:
+        yield line
+
+
+@asynccontextmanager
+async def _bar(db: dict[str, Any], /, run: str) -> AsyncIterator[Callable[[str], None]]:
+    from rich.console import Console  # noqa: PLC0415 - only where somebody looks
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(run, total=None)
+
+        def look(status: progress.RunStatus) -> None:
+            ended = status.done + status.failed + status.cancelled
+            failed = f" ({status.failed} failed)" if status.failed else ""
+            bar.update(task, total=status.jobs, completed=ended, description=f"{run}{failed}")
+
+        async with _looking(db, run, look):
+            yield lambda text: console.print(f"lbr: {text}", markup=False, highlight=False)
+
+
+@asynccontextmanager
+async def _lines(db: dict[str, Any], /, run: str) -> AsyncIterator[Callable[[str], None]]:
+    last = time.monotonic()
+
+    def look(status: progress.RunStatus) -> None:
+        nonlocal last
+        if time.monotonic() - last >= LINE_SECONDS:
+            last = time.monotonic()
+            say(f"lbr: {progress.one_line(status)}")
+
+    async with _looking(db, run, look):
+        yield lambda text: say(f"lbr: {text}")
+
+
+@asynccontextmanager
+async def _looking(
+    db: dict[str, Any], run: str, look: Callable[[progress.RunStatus], None]
+) -> AsyncIterator[None]:
+    async def watch() -> None:
+        async for status in api.follow(run, seconds=LOOK_SECONDS, **db):
+            look(status)
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)

@@ -1,0 +1,100 @@
+"""Settings: where they come from, in which order, and what they may be.
+
+A config file gives way to the environment (`.env` counts as environment), the environment to a flag.
+Unset is None in each of them; the defaults stand once, in the values below, and are applied last.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tomllib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lbr.errors import UsageError
+from lbr.jobs import Until
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+DB_URL_DEFAULT = "sqlite+aiosqlite:///runs.db"
+CONFIG_FILE = "lbr.toml"
+MAX_ATTEMPTS = 8
+CALL_TIMEOUT = 120.0
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Return the environment with the folder's `.env` beneath it; what is set outside the file wins."""
+    path = folder / ".env"
+    if not path.is_file():
+        return dict(os.environ)
+    from dotenv import dotenv_values  # noqa: PLC0415 - only where there is a file to read
+
+    try:
+        values = dotenv_values(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"expected {path} to be a readable UTF-8 file of NAME=value lines: {error}"
+        ) from error
+    return {name: value for name, value in values.items() if value is not None} | dict(os.environ)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Read a TOML file of flag defaults: top-level flags first, then one table per command.
+
+    A missing file is an empty one. Raises UsageError where it is not TOML.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"expected {path} to be TOML: {error}") from error
+
+
+def default_model(env: Mapping[str, str]) -> str | None:
+    """Return the model that the environment names, None where MODEL is unset or blank."""
+    return env.get("MODEL", "").strip() or None
+
+
+def positive(name: str, value: float) -> float:
+    """Return the value, or raise UsageError: it must be a finite number above zero."""
+    if not (math.isfinite(value) and value > 0):
+        raise UsageError(f"expected {name} to be a number above 0, got: {value:g}")
+    return value
+
+
+def at_least_one(name: str, value: int) -> int:
+    """Return the value, or raise UsageError: it must be a whole number of at least one."""
+    if type(value) is not int or value < 1:
+        raise UsageError(f"expected {name} to be a whole number of at least 1, got: {value!r}")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class WorkOptions:
+    """How one worker process works. Times are in seconds.
+
+    `concurrency` is the number of slots, `lease` how long a claim holds without renewal, `timeout` the
+    longest that one call may take, `grace` how long a drain waits for the calls in flight.
+    Raises UsageError for a value out of range.
+    """
+
+    concurrency: int = 32
+    lease: float = 60.0
+    until: Until = Until.DONE
+    grace: float = 30.0
+    timeout: float = CALL_TIMEOUT
+
+    def __post_init__(self) -> None:
+        at_least_one("concurrency", self.concurrency)
+        positive("lease", self.lease)
+        positive("timeout", self.timeout)
+        if not (math.isfinite(self.grace) and self.grace >= 0):
+            raise UsageError(f"expected grace to be a number of at least 0, got: {self.grace:g}")
+        if self.concurrency > 10_000:
+            raise UsageError(f"expected concurrency to be at most 10000, got: {self.concurrency}")
+        if not 0.5 <= self.lease <= 86_400:
+            raise UsageError(f"expected lease to be from 0.5 to 86400 seconds, got: {self.lease:g}")

@@ -1,0 +1,265 @@
+"""`prompt_map`: enqueue, work and collect as one awaitable call, and the export of what it left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from lbr import outputs, progress
+from lbr.api import opened, put
+from lbr.asking import ask
+from lbr.config import CALL_TIMEOUT, DB_URL_DEFAULT, MAX_ATTEMPTS, WorkOptions, at_least_one, environment
+from lbr.errors import LbrError, UsageError
+from lbr.jobs import JobState, Run, Shape
+from lbr.sources import Source
+from lbr.store import files, mirror, reads, runs
+from lbr.store.engines import sqlite_path
+from lbr.worker import Worker
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+
+    from lbr.asking import Asked
+    from lbr.jobs import Json, Row
+    from lbr.store.engines import Database
+
+MISSING = "missing"
+RETURN_DTYPES = ("list[dict]", "list[str]", "list[tuple[str,str]]", "polars")
+COLUMNS = ("idx", "key", "prompt", "status", "result", "error")
+
+
+async def prompt_map(
+    prompts: Iterable[str | dict[str, Json]],
+    worker: Callable[[str], Awaitable[str]] | Callable[..., Any] | None = None,
+    model_name: str | None = None,
+    openrouter_api_key: str | None = None,
+    *,
+    result_type: Any = None,
+    instructions: str | None = None,
+    template: str | None = None,
+    settings: dict[str, Json] | None = None,
+    version: str | None = None,
+    concurrency: int = 32,
+    max_attempts: int = MAX_ATTEMPTS,
+    timeout: float = CALL_TIMEOUT,
+    lease: float = 60.0,
+    db_url: str = DB_URL_DEFAULT,
+    results_db_url: str | None = None,
+    output_shape: str = Shape.UNIQUE,
+    return_dtype: str = "list[dict]",
+    progress_every: int | None = 200,
+    retry_failed: bool = True,
+    fresh: bool = False,
+    teardown: bool = False,
+    run: str | None = None,
+) -> Any:
+    """Answer every prompt, keep every answer, and return them; the same call again resumes.
+
+    Who answers: `worker`, an async (or plain) function from str to str, dict or BaseModel; else `model_name`
+    (with `openrouter_api_key` where it is OpenRouter's); else MODEL and OPENROUTER_API_KEY from the
+    environment or `.env`. `result_type` is a pydantic class: results are JSON strings that fit it.
+
+    `output_shape`: "unique", a row per distinct prompt in order of first occurrence, or "original", a row per
+    prompt. Rows are idx, key, prompt, status ("done" or "missing"), result (None unless done), error.
+    `return_dtype`: "list[dict]"; "list[str]", the results, "" where missing; "list[tuple[str,str]]", prompt
+    and result; "polars", a DataFrame of the rows.
+
+    The answers are mirrored to `results_db_url`, `runs-results.db` beside `runs.db` if unset. `run` names the
+    run; unset, equal tasks and prompts are one run. `retry_failed` tries again what failed in an earlier call,
+    `fresh` refuses answers of other runs. `progress_every` prints a line to stderr for so many ended jobs,
+    None never. `teardown` removes queue and results files when everything is done, and only then: never while
+    another process uses them, nor when they hold other runs.
+
+    Raises UsageError, InputError or DatabaseError. Cancelled or interrupted, everything answered stays.
+    """
+    shape, every = Shape(_one_of("output_shape", output_shape, tuple(Shape))), progress_every or 0
+    _one_of("return_dtype", return_dtype, RETURN_DTYPES)
+    options = WorkOptions(concurrency=at_least_one("concurrency", concurrency), lease=lease, timeout=timeout)
+    at_least_one("max_attempts", max_attempts)
+    asked = ask(
+        model=model_name,
+        function=worker,
+        version=version,
+        instructions=instructions,
+        template=template,
+        settings=settings,
+        result_type=result_type,
+        openrouter_api_key=openrouter_api_key,
+        env=environment(Path.cwd()),
+    )
+    source = Source.of(prompts, template=template)
+    results_url = results_db_url or results_url_of(db_url)
+    name = run or _run_name(asked, source)
+    source.check()
+    async with opened(db_url, create=True) as database:
+        report = await put(database, name, asked, source, max_attempts=max_attempts, fresh=fresh)
+        for notice in report.notices:
+            _say(notice)
+        found = await reads.find_run(database, name)
+        if retry_failed:
+            await runs.retry(database, found)
+        await _work(database, asked, options, found, every)
+        rows = [row async for page in _answers(database, found, shape) for row in page]
+        await mirror.write_run(results_url, name, _pages(rows))
+        sole = len(await reads.all_runs(database)) == 1
+    answer = _shaped(rows, return_dtype)
+    if teardown and all(row.status == JobState.DONE for row in rows):
+        _tear_down(db_url, results_url, sole=sole and await mirror.runs_in(results_url) == [name])
+    return answer
+
+
+async def export_jsonl(
+    db_url: str = DB_URL_DEFAULT,
+    *,
+    out: str | Path,
+    run: str | None = None,
+    output_shape: str = Shape.ORIGINAL,
+) -> int:
+    """Write a run's rows as JSONL and return how many; the newest run where `run` is None.
+
+    `db_url` is a queue, or a results database, whose rows have the shape they were written with. The file
+    appears whole or not at all.
+    """
+    shape = Shape(_one_of("output_shape", output_shape, tuple(Shape)))
+    outputs.check_output(str(out))
+    names = await mirror.runs_in(db_url)
+    if names:
+        return await _export_results(db_url, run or names[-1], str(out))
+    async with opened(db_url) as database:
+        found = await reads.find_run(database, run) if run else await _newest(database)
+        count = 0
+        with outputs.open_writer(str(out), outputs.OutputFormat.JSONL) as writer:
+            async for page in _answers(database, found, shape):
+                writer.write(page)
+                count += len(page)
+        return count
+
+
+async def _export_results(db_url: str, run: str, out: str) -> int:
+    count = 0
+    with outputs.atomic_path(out) as temporary, temporary.open("wb") as handle:
+        async for page in mirror.read_run(db_url, run):
+            handle.writelines(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in page)
+            count += len(page)
+        if not count:
+            raise UsageError(f"expected a run of the results database, got: {run!r}")
+    return count
+
+
+async def _newest(database: Database) -> Run:
+    found = await reads.all_runs(database)
+    if not found:
+        raise UsageError(f"expected a run in {database.path}, got: none")
+    return found[-1]
+
+
+def results_url_of(db_url: str) -> str:
+    """Return where the results of a queue go: `runs-results.db` beside `runs.db`."""
+    path = sqlite_path(db_url)
+    return f"sqlite+aiosqlite:///{path.with_name(f'{path.stem}-results{path.suffix}')}"
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str]) -> str:
+    if value not in allowed:
+        raise UsageError(f"expected {name} to be one of {', '.join(map(str, allowed))}, got: {value!r}")
+    return value
+
+
+def _run_name(asked: Asked, source: Source) -> str:
+    """Name a run by what it asks and of what, so that the same call finds it again."""
+    digest = hashlib.blake2b(asked.task.to_json().encode(), digest_size=8)
+    for item in source:
+        for part in (item.prompt.body(), item.custom_id or "", repr(item.metadata)):
+            data = part.encode()
+            digest.update(len(data).to_bytes(8, "big") + data)
+    return f"map-{digest.hexdigest()}"
+
+
+async def _work(database: Database, asked: Asked, options: WorkOptions, run: Run, every: int) -> None:
+    worker = Worker(database, asked.authority, options, run_names=[run.name], notify=_say)
+    working = asyncio.create_task(worker.run())
+    watching = asyncio.create_task(_report(database, run, every)) if every else None
+    try:
+        await asyncio.shield(working)
+    except asyncio.CancelledError:
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+        raise
+    finally:
+        if watching is not None:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+
+
+async def _report(database: Database, run: Run, every: int) -> None:
+    """Print a line whenever another `every` jobs have come to their end."""
+    told, started = 0, asyncio.get_running_loop().time()
+    (first,) = progress.status_of(await reads.overview(database, run.name)).runs
+    before = first.done + first.failed
+    told = before // every
+    while True:
+        await asyncio.sleep(0.2)
+        (now,) = progress.status_of(await reads.overview(database, run.name)).runs
+        ended = now.done + now.failed
+        if ended // every > told:
+            told = ended // every
+            elapsed = asyncio.get_running_loop().time() - started
+            _say(progress.one_line(now, rate=(ended - before) / elapsed))
+
+
+async def _answers(database: Database, run: Run, shape: Shape) -> AsyncIterator[list[Row]]:
+    """Yield a run's rows with two words for their status: done or missing."""
+    async for page in reads.rows(database, run, shape):
+        yield [row if row.status == JobState.DONE else row.missing() for row in page]
+
+
+async def _pages(rows: list[Row]) -> AsyncIterator[list[Row]]:
+    for start in range(0, len(rows), reads.PAGE):
+        yield rows[start : start + reads.PAGE]
+
+
+def _shaped(rows: list[Row], return_dtype: str) -> Any:
+    match return_dtype:
+        case "list[str]":
+            return [row.result or "" for row in rows]
+        case "list[tuple[str,str]]":
+            return [(row.prompt.body(), row.result or "") for row in rows]
+        case "polars":
+            return _frame(rows)
+    return [row.to_dict() for row in rows]
+
+
+def _frame(rows: list[Row]) -> Any:
+    try:
+        import polars as pl  # noqa: PLC0415 - heavy, and only for those who ask for it
+    except ImportError as error:
+        raise UsageError(
+            "expected polars to be installed; `pip install 'llm-batch-runner[polars]'`"
+        ) from error
+    types = dict.fromkeys(COLUMNS, pl.String) | {"idx": pl.Int64}
+    columns = [row.to_dict() | {"prompt": row.prompt.body()} for row in rows]
+    return pl.DataFrame([{name: row[name] for name in COLUMNS} for row in columns], schema=types)
+
+
+def _tear_down(db_url: str, results_url: str, *, sole: bool) -> None:
+    if not sole:
+        _say("teardown: the files hold other runs and stay")
+        return
+    for url in (db_url, results_url):
+        path = sqlite_path(url)
+        try:
+            removed = files.remove_unused(path)
+        except LbrError as error:
+            _say(f"teardown: {error}")
+            continue
+        if not removed:
+            _say(f"teardown: another process uses {path}; it stays")
+
+
+def _say(line: str) -> None:
+    print(f"lbr: {line}", file=sys.stderr)

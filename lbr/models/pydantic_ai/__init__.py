@@ -1,0 +1,10 @@
+"""Every provider that pydantic-ai speaks to, one plain call at a time.
+
+pydantic-ai takes a second to import, so that happens in the functions that need it; this package costs nothing.
+"""
+
+from lbr.models.pydantic_ai.checks import check_model
+from lbr.models.pydantic_ai.model import PydanticAIModel, output_mode
+from lbr.models.pydantic_ai.replies import call_error, family_of
+
+__all__ = ["PydanticAIModel", "call_error", "check_model", "family_of", "output_mode"]

@@ -1,0 +1,176 @@
+"""What can be said about a model, its settings and a schema before any call, without key and network."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+from lbr.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pydantic_ai.models import Model
+    from pydantic_ai.providers import Provider
+
+    from lbr.jobs import Json
+
+EXTRAS = ("anthropic", "bedrock", "cohere", "google", "groq", "huggingface", "mistral")
+"""Providers whose package comes with an extra of llm-batch-runner of the same name."""
+
+FORBIDDEN_SETTINGS = {
+    "max_retries": "lbr retries by itself, see --max-attempts",
+    "extra_headers": "settings are stored in the database, and headers carry keys",
+}
+
+_SLIM_EXTRA = re.compile(r"pydantic-ai-slim\[([\w-]+)\]")
+
+
+def check_model(name: str, settings: Mapping[str, Json], *, schema: dict[str, Json] | None = None) -> None:
+    """Raise UsageError for a model, a setting or a schema that no call could be made with.
+
+    Needs neither a key nor the network; a provider whose package is not installed is refused with the way to get it.
+    """
+    if schema is not None:
+        _check_schema(schema)
+    provider_class_of(name)
+    _check_settings(name, settings, _keyless_model(name))
+
+
+def _check_schema(schema: dict[str, Json]) -> None:
+    top = schema
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#/"):
+        for step in reference[2:].split("/"):
+            top = top.get(step, {})
+    if top.get("type", "object" if "properties" in top else None) != "object":
+        raise UsageError(
+            'expected an output schema with an object at its top ("type": "object"), for that is what providers want, '
+            f"got: {top.get('type', 'no type')}; put it into an object with one property"
+        )
+
+
+def provider_class_of(name: str) -> type[Provider[Any]]:
+    """Return the class behind the name's provider; UsageError for none, and for one whose package is missing."""
+    from pydantic_ai.exceptions import UserError  # noqa: PLC0415
+    from pydantic_ai.models import infer_model, parse_model_id  # noqa: PLC0415
+    from pydantic_ai.providers import infer_provider_class  # noqa: PLC0415
+
+    provider, model = parse_model_id(name)
+    if provider is None or not model:
+        raise UsageError(f"expected a model like 'openai-chat:gpt-4o-mini', got: {name!r}")
+    try:
+        found = infer_provider_class(provider)
+        found.model_profile(model)
+    except ImportError as error:
+        raise missing_package(name, error) from error
+    except UserError as error:
+        raise UsageError(f"cannot use model {name!r}: {error}") from error
+    except ValueError:
+        try:
+            infer_model(name)  # raises, and its words may hold a suggestion
+        except UserError as error:
+            raise UsageError(str(error)) from error
+        raise UsageError(f"Unknown model: {name}") from None
+    return found
+
+
+def missing_package(name: str, error: ImportError) -> UsageError:
+    """Say how to install the package that a provider needs."""
+    extra = _SLIM_EXTRA.search(str(error))
+    if extra is None:
+        return UsageError(f"cannot use model {name!r}: {error}")
+    package = "llm-batch-runner" if extra[1] in EXTRAS else "pydantic-ai-slim"
+    return UsageError(
+        f"model {name!r} needs a package that is not installed: pip install '{package}[{extra[1]}]'"
+    )
+
+
+def _keyless_model(name: str) -> Model | None:
+    """Build the model on a provider without key and connection, to ask it what it knows.
+
+    None for the few that insist on a real provider; the worker that builds them will tell.
+    """
+    from pydantic_ai.exceptions import UserError  # noqa: PLC0415
+    from pydantic_ai.models import infer_model  # noqa: PLC0415
+
+    try:
+        return infer_model(name, lambda provider: _keyless_provider(provider, provider_class_of(name)))
+    except ImportError as error:
+        raise missing_package(name, error) from error
+    except UserError as error:
+        if str(error).startswith("Unknown model"):
+            raise UsageError(str(error)) from error
+        return None
+    except Exception:  # noqa: BLE001 - whatever it tripped over was the missing connection
+        return None
+
+
+class _NoClient:
+    """Stands where a provider's client would be, and is never called."""
+
+    def __getattr__(self, name: str) -> _NoClient:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+
+def _keyless_provider(provider_name: str, provider_class: type[Provider[Any]]) -> Provider[Any]:
+    from pydantic_ai.providers import Provider  # noqa: PLC0415
+
+    class Keyless(Provider[Any]):
+        name = provider_name
+        base_url = "http://localhost"
+        client = _NoClient()
+        model_profile = staticmethod(provider_class.model_profile)
+
+    return Keyless()
+
+
+def _check_settings(name: str, settings: Mapping[str, Json], model: Model | None) -> None:
+    for setting, reason in FORBIDDEN_SETTINGS.items():
+        if setting in settings:
+            raise UsageError(f"the setting {setting} cannot be set: {reason}")
+    if model is None:
+        return
+    known = _known_settings(model)
+    for setting, value in settings.items():
+        if setting not in known:
+            close = difflib.get_close_matches(setting, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise UsageError(f"expected a setting that model {name!r} knows, got: {setting!r}{hint}")
+        _check_value(setting, value, known[setting])
+
+
+def _known_settings(model: Model) -> dict[str, Any]:
+    """Return the names of a model's settings with their types; they are declared beside its class and its bases."""
+    from typing import get_type_hints  # noqa: PLC0415
+
+    known: dict[str, Any] = {}
+    for base in type(model).__mro__:
+        for name, found in vars(sys.modules[base.__module__]).items():
+            if name.endswith("ModelSettings") and hasattr(found, "__optional_keys__"):
+                known |= dict.fromkeys(found.__optional_keys__ | found.__required_keys__, Any)
+                try:
+                    known |= get_type_hints(found)
+                except NameError:  # a type that is imported for type checkers only: the names will do
+                    continue
+    return known
+
+
+def _check_value(setting: str, value: Json, type_: Any) -> None:
+    from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError  # noqa: PLC0415
+
+    try:
+        TypeAdapter(type_, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(
+            value, strict=True
+        )
+    except PydanticUserError:  # a type that pydantic cannot check: the provider will
+        return
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]["msg"]
+        raise UsageError(
+            f"expected another value of the setting {setting}, got: {value!r}; {problem}"
+        ) from error

@@ -1,0 +1,147 @@
+"""The model: built once per task, called once per request."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING, Any, Literal
+
+from lbr.errors import UsageError
+from lbr.models.pydantic_ai.checks import missing_package, provider_class_of
+from lbr.models.pydantic_ai.history import history_of
+from lbr.models.pydantic_ai.replies import ANSWER_TOOL, call_error, clean, reply_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pydantic_ai.models import Model, ModelRequestParameters
+    from pydantic_ai.profiles import ModelProfile
+    from pydantic_ai.providers import Provider
+    from pydantic_ai.settings import ModelSettings
+
+    from lbr.jobs import Json, Reply
+    from lbr.models.base import Request
+
+OutputMode = Literal["native", "tool", "prompted"]
+
+_ENVIRONMENT_NAME = re.compile(r"`([A-Z][A-Z0-9_]{3,})`")
+
+
+class PydanticAIModel:
+    """One provider's model with one HTTP client, built once; the provider's SDK does not retry.
+
+    Construction raises UsageError when the key is missing, with the environment variable to set.
+    """
+
+    def __init__(self, name: str, *, task_settings: Mapping[str, Json], api_key: str | None = None) -> None:
+        from pydantic_ai.direct import model_request  # noqa: PLC0415
+
+        self._api_key = api_key
+        self._model = _build(name, api_key)
+        self._settings: Any = dict(task_settings)
+        if "max_retries" not in self._model.unsupported_settings:
+            self._settings["max_retries"] = 0
+        self._call = model_request
+
+    async def answer(self, request: Request) -> Reply:
+        """Make one call; CallError with the family of whatever goes wrong."""
+        schema = request.task.schema
+        history = history_of(request)
+        settings: ModelSettings = self._settings
+        try:
+            response = await self._call(
+                self._model,
+                history,
+                model_settings=settings,
+                model_request_parameters=None if schema is None else _parameters(schema, self._model.profile),
+            )
+        except Exception as error:
+            raise call_error(error, api_key=self._api_key) from error
+        return reply_of(response)
+
+    async def aclose(self) -> None:
+        """Close the HTTP client."""
+        async with self._model:
+            pass
+
+
+def _build(name: str, api_key: str | None) -> Model:
+    from pydantic_ai.exceptions import UserError  # noqa: PLC0415
+
+    provider_class_of(name)
+    try:
+        return _infer(name, api_key)
+    except ImportError as error:
+        raise missing_package(name, error) from error
+    except UserError as error:
+        variable = _ENVIRONMENT_NAME.search(str(error))
+        if variable is None:
+            raise UsageError(f"cannot use model {name!r}: {clean(str(error), api_key)}") from error
+        raise UsageError(f"model {name!r} needs a key: set the environment variable {variable[1]}") from error
+    except Exception as error:
+        cause = f"{type(error).__name__}: {clean(str(error), api_key)}"
+        raise UsageError(f"cannot use model {name!r}: {cause}") from error
+
+
+def _infer(name: str, api_key: str | None) -> Model:
+    from pydantic_ai.models import infer_model, parse_model_id  # noqa: PLC0415
+
+    provider, model = parse_model_id(name)
+    if provider != "openrouter":
+        return infer_model(name)
+    base_url = os.environ.get("OPENROUTER_BASE_URL")
+    if base_url:
+        return _relayed_openrouter(model, api_key, base_url)
+    return infer_model(name, lambda _: _openrouter_provider(api_key))
+
+
+def _openrouter_provider(api_key: str | None) -> Provider[Any]:
+    from pydantic_ai.providers.openrouter import OpenRouterProvider  # noqa: PLC0415
+
+    # Without a key of its own it looks into the environment, and says what to set when there is none.
+    return OpenRouterProvider(api_key=api_key) if api_key else OpenRouterProvider()
+
+
+def _relayed_openrouter(model: str, api_key: str | None, url: str) -> Model:
+    """Build an OpenRouter model at another URL: a relay, or a server that merely speaks the same language.
+
+    pydantic-ai reads no variable for the URL, and insists on a field of OpenRouter's own that others leave out.
+    """
+    from pydantic_ai.models.openrouter import OpenRouterModel  # noqa: PLC0415
+    from pydantic_ai.providers.openrouter import OpenRouterProvider  # noqa: PLC0415
+
+    class RelayProvider(OpenRouterProvider):
+        base_url = url
+
+    class RelayModel(OpenRouterModel):
+        def _validate_completion(self, response: Any) -> Any:
+            if getattr(response, "provider", None) is None:
+                response = response.model_copy(update={"provider": "unknown"})
+            return super()._validate_completion(response)
+
+    provider = RelayProvider(api_key=api_key) if api_key else RelayProvider()
+    return RelayModel(model, provider=provider)
+
+
+def output_mode(profile: ModelProfile) -> OutputMode:
+    """Choose how to ask for JSON: by the provider's own schema support, else as a tool call, else in words."""
+    if profile.get("supports_json_schema_output", False):
+        return "native"
+    return "tool" if profile.get("supports_tools", True) else "prompted"
+
+
+def _parameters(schema: dict[str, Json], profile: ModelProfile) -> ModelRequestParameters:
+    from pydantic_ai.models import ModelRequestParameters  # noqa: PLC0415
+    from pydantic_ai.output import OutputObjectDefinition  # noqa: PLC0415
+    from pydantic_ai.tools import ToolDefinition  # noqa: PLC0415
+
+    mode = output_mode(profile)
+    shape = schema if "$ref" in schema else {"type": "object", **schema}
+    if mode == "tool":
+        tool = ToolDefinition(
+            name=ANSWER_TOOL, parameters_json_schema=shape, description="The answer.", kind="output"
+        )
+        return ModelRequestParameters(output_mode="tool", output_tools=[tool], allow_text_output=False)
+    return ModelRequestParameters(
+        output_mode=mode, output_object=OutputObjectDefinition(json_schema=shape, name=ANSWER_TOOL)
+    )

@@ -1,0 +1,117 @@
+"""From a task to who answers it, by what this process was told it may use.
+
+A database is data, not authority: a function is called only when this process named it, and a key comes only from its
+own flags and environment; the run has to match.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lbr.errors import UsageError
+from lbr.jobs import canonical_json
+from lbr.models.base import Kind, kind_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from lbr.jobs import Task
+    from lbr.models.base import Model
+    from lbr.models.function import Identity
+    from lbr.structured import Validator
+
+
+@dataclass(frozen=True)
+class Authority:
+    """What this process was told it may use.
+
+    `functions` are by the name that `lbr.models.function.identify` gives them, `result_types` by the canonical JSON of
+    their schema. The OpenRouter key goes before the environment's.
+    """
+
+    functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    result_types: Mapping[str, type] = field(default_factory=dict)
+    openrouter_api_key: str | None = field(default=None, repr=False)
+
+
+def check_task(task: Task) -> None:
+    """Raise UsageError for what no worker could ever serve; needs neither a key nor the network."""
+    if task.schema is not None:
+        build_validator(task, Authority())
+    match kind_of(task):
+        case Kind.FUNCTION:
+            if task.settings:
+                names = ", ".join(sorted(task.settings))
+                raise UsageError(
+                    f"expected no settings beside a function, got: {names}; settings are for models"
+                )
+        case Kind.OFFLINE:
+            from lbr.models import offline  # noqa: PLC0415
+
+            offline.check_name(task.model or "")
+            offline.check_settings(task.settings)
+        case Kind.PYDANTIC_AI:
+            from lbr.models import pydantic_ai  # noqa: PLC0415
+
+            pydantic_ai.check_model(task.model or "", task.settings, schema=task.schema)
+
+
+def build_model(task: Task, authority: Authority, *, concurrency: int) -> Model:
+    """Build the one who answers the task; UsageError with the way out when this process may not or cannot."""
+    match kind_of(task):
+        case Kind.FUNCTION:
+            from lbr.models.function import FunctionModel  # noqa: PLC0415
+
+            return FunctionModel(_allowed_function(task, authority), concurrency=concurrency)
+        case Kind.OFFLINE:
+            from lbr.models.offline import OfflineModel  # noqa: PLC0415
+
+            return OfflineModel(task.model or "", task.settings)
+        case Kind.PYDANTIC_AI:
+            from lbr.models.pydantic_ai import PydanticAIModel  # noqa: PLC0415
+
+            return PydanticAIModel(
+                task.model or "", task_settings=task.settings, api_key=authority.openrouter_api_key
+            )
+
+
+def build_validator(task: Task, authority: Authority) -> Validator | None:
+    """Build what checks the task's answers; None for free text."""
+    if task.schema is None:
+        return None
+    from lbr.structured import Validator  # noqa: PLC0415
+
+    return Validator(task.schema, authority.result_types.get(canonical_json(task.schema).decode()))
+
+
+def _allowed_function(task: Task, authority: Authority) -> Callable[..., Any]:
+    from lbr.models.function import identify  # noqa: PLC0415
+
+    name = task.function or ""
+    function = authority.functions.get(name)
+    if function is None:
+        way_out = (
+            "only the program that defines it can serve it: start that again"
+            if task.fingerprint is not None
+            else f"start the worker with --function {name}"
+        )
+        raise UsageError(f"the run asks for function {name}; {way_out}")
+    _check_identity(task, identify(function))
+    return function
+
+
+def _check_identity(task: Task, identity: Identity) -> None:
+    """Refuse a function that is not the one the run asks for, by what its author or its code says."""
+    # A version may have been given beside the function when it was enqueued, so a function without one is no mismatch.
+    if identity.version is not None and identity.version != task.version:
+        asked = "no version" if task.version is None else f"version {task.version}"
+        raise UsageError(
+            f"the run asks for function {task.function} with {asked}, but here it has version {identity.version}; "
+            f"serve it with the code it was enqueued with, or enqueue again"
+        )
+    if task.fingerprint is not None and task.fingerprint != identity.fingerprint:
+        raise UsageError(
+            f"the run asks for function {task.function} with fingerprint {task.fingerprint}, but here it has "
+            f"{identity.fingerprint}: its code or what it closes over has changed; enqueue again"
+        )

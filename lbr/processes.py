@@ -1,0 +1,49 @@
+"""Several worker processes under one parent, which passes signals on and waits for all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+async def run_processes(
+    arguments: Sequence[str], count: int, *, notify: Callable[[str], None] = lambda _: None
+) -> list[int]:
+    """Run `lbr` with these arguments in `count` processes until all have ended; return their exit codes.
+
+    A negative code is the signal that killed a process; its jobs are reclaimed by the others. Each process
+    has a group of its own, so that a Ctrl-C reaches it once, through us.
+    """
+    command = [sys.executable, "-m", "lbr", *arguments]
+    children = [await asyncio.create_subprocess_exec(*command, process_group=0) for _ in range(count)]
+    loop = asyncio.get_running_loop()
+    for number in SIGNALS:
+        loop.add_signal_handler(number, _pass_on, children, number)
+    try:
+        return await asyncio.gather(*(_watch(child, notify) for child in children))
+    finally:
+        for number in SIGNALS:
+            loop.remove_signal_handler(number)
+        _pass_on(children, signal.SIGTERM)
+
+
+async def _watch(child: asyncio.subprocess.Process, notify: Callable[[str], None]) -> int:
+    code = await child.wait()
+    if code < 0:
+        notify(
+            f"worker process {child.pid} was killed by {signal.Signals(-code).name}; its jobs will be reclaimed"
+        )
+    return code
+
+
+def _pass_on(children: Sequence[asyncio.subprocess.Process], number: signal.Signals) -> None:
+    for child in children:
+        if child.returncode is None:
+            child.send_signal(number)

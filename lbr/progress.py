@@ -1,0 +1,197 @@
+"""How a run stands, as numbers and as words."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from lbr.errors import Family
+from lbr.jobs import JobState
+from lbr.store import counters
+
+if TYPE_CHECKING:
+    from lbr.jobs import Json
+    from lbr.store.reads import Overview, RunCounts, WorkerSeen
+
+SILENT_MS = 60_000
+"""A worker that has not reported for so long is not counted as working."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunStatus:
+    """One run's numbers.
+
+    `jobs` are distinct inputs, `duplicates` the inputs that share another's job, `reused` the jobs answered
+    from another run. `rate` is jobs per second of the workers now, `eta_seconds` None where nobody works or
+    nothing is left. `cost_usd` is None where no price was known, or nothing was spent. `errors` counts tries by family.
+    """
+
+    run: str
+    state: str
+    pause_reason: str | None
+    answerer: str
+    sealed: bool
+    finished: bool
+    inputs: int
+    jobs: int
+    duplicates: int
+    reused: int
+    pending: int
+    inflight: int
+    done: int
+    failed: int
+    cancelled: int
+    stale: int
+    crashed: int
+    input_tokens: int
+    output_tokens: int
+    cost_usd: float | None
+    errors: dict[str, int]
+    rate: float
+    eta_seconds: float | None
+
+    def to_dict(self) -> dict[str, Json]:
+        """Return the numbers as JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Runs, the workers that report, and answerers that nobody calls for now."""
+
+    runs: list[RunStatus]
+    workers: list[dict[str, Json]]
+    cooldowns: list[dict[str, Json]]
+
+    def to_dict(self) -> dict[str, Json]:
+        """Return everything as JSON."""
+        return asdict(self)
+
+
+def status_of(view: Overview) -> Status:
+    """Turn what the store holds into what people ask for."""
+    live = [worker for worker in view.workers if view.now - worker.seen_at < SILENT_MS]
+    rate = sum(worker.rate for worker in live)
+    return Status(
+        runs=[_run_status(one, rate) for one in view.runs],
+        workers=[_worker(worker, view.now) for worker in live],
+        cooldowns=[
+            {"answerer": c.answerer, "seconds": (c.until - view.now) / 1000, "reason": c.reason}
+            for c in view.cooldowns
+        ],
+    )
+
+
+def _worker(worker: WorkerSeen, now: int) -> dict[str, Json]:
+    return {
+        "host": worker.host,
+        "pid": worker.pid,
+        "concurrency": worker.concurrency,
+        "settled": worker.settled,
+        "rate": worker.rate,
+        "up_seconds": (now - worker.started_at) / 1000,
+        "seen_seconds_ago": (now - worker.seen_at) / 1000,
+    }
+
+
+def _run_status(one: RunCounts, rate: float) -> RunStatus:
+    counts = one.counts
+    errors = {
+        family.value: counts[counters.TRY + family] for family in Family if counts[counters.TRY + family]
+    }
+    cost = counts[counters.COST_NANOS]
+    return RunStatus(
+        run=one.run.name,
+        state=one.run.state,
+        pause_reason=one.run.pause_reason,
+        answerer=one.run.task.answerer,
+        sealed=one.run.sealed_at is not None,
+        finished=one.finished,
+        inputs=one.inputs,
+        jobs=one.jobs,
+        duplicates=one.inputs - one.jobs,
+        reused=counts[counters.REUSED],
+        pending=one.of(JobState.PENDING),
+        inflight=one.of(JobState.INFLIGHT),
+        done=one.of(JobState.DONE),
+        failed=one.of(JobState.FAILED),
+        cancelled=one.of(JobState.CANCELLED),
+        stale=counts[counters.STALE],
+        crashed=counts[counters.CRASHED],
+        input_tokens=counts[counters.INPUT_TOKENS],
+        output_tokens=counts[counters.OUTPUT_TOKENS],
+        cost_usd=cost / 1e9 if cost else None,
+        errors=errors,
+        rate=rate if one.open else 0.0,
+        eta_seconds=one.open / rate if one.open and rate > 0 else None,
+    )
+
+
+def duration(seconds: float) -> str:
+    """Write a time span as people read it: 4.2 s, 3 min 05 s, 2 h 10 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s"
+    return f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def one_line(status: RunStatus, *, rate: float | None = None) -> str:
+    """Return the line that a progress report prints; `rate` replaces the workers' own figure."""
+    ended = status.done + status.failed + status.cancelled
+    parts = [f"{status.run}: {ended}/{status.jobs} jobs", f"{status.done} done"]
+    if status.failed:
+        parts.append(f"{status.failed} failed")
+    if status.inflight:
+        parts.append(f"{status.inflight} in flight")
+    now = status.rate if rate is None else rate
+    left = status.pending + status.inflight
+    if now > 0 and left:
+        parts += [f"{now:.1f}/s", f"{duration(left / now)} left"]
+    return ", ".join(parts)
+
+
+def describe(status: Status) -> str:
+    """Return the report that `lbr status` prints."""
+    lines: list[str] = []
+    for run in status.runs:
+        lines += _describe_run(run)
+    if not status.runs:
+        lines.append("no runs yet; `lbr enqueue` makes one")
+    lines += [
+        f"cooling down: {c['answerer']} for another {duration(c['seconds'])}: {c['reason']}"
+        for c in status.cooldowns
+    ]
+    lines += [
+        f"worker {w['host']}:{w['pid']}: {w['settled']} settled, {w['rate']:.1f}/s, {w['concurrency']} slots, "
+        f"up {duration(w['up_seconds'])}"
+        for w in status.workers
+    ]
+    return "\n".join(lines)
+
+
+def _describe_run(run: RunStatus) -> list[str]:
+    word = "finished" if run.finished else run.state
+    lines = [f"run {run.run} ({run.answerer}): {word}"]
+    if run.pause_reason:
+        lines.append(f"  paused: {run.pause_reason}; mend it, then `lbr resume {run.run}`")
+    if not run.sealed:
+        lines.append("  its enqueue has not come to its end: if none is running, run the same command again")
+    lines.append(f"  inputs {run.inputs}, jobs {run.jobs}, duplicates {run.duplicates}, reused {run.reused}")
+    lines.append(
+        f"  pending {run.pending}, in flight {run.inflight}, done {run.done}, failed {run.failed}, "
+        f"cancelled {run.cancelled}"
+    )
+    if run.input_tokens or run.output_tokens:
+        cost = "" if run.cost_usd is None else f", cost ${run.cost_usd:.6f}"
+        lines.append(f"  tokens {run.input_tokens} in, {run.output_tokens} out{cost}")
+    if run.errors:
+        lines.append("  tries that failed: " + ", ".join(f"{n} {family}" for family, n in run.errors.items()))
+    if run.crashed or run.stale:
+        lines.append(f"  leases that ran out {run.crashed}, answers that came too late {run.stale}")
+    if run.eta_seconds is not None:
+        lines.append(f"  {run.rate:.1f} jobs/s, {duration(run.eta_seconds)} left")
+    if run.failed:
+        lines.append(f"  `lbr retry {run.run}` puts the failed jobs back")
+    return lines

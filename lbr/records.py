@@ -1,0 +1,145 @@
+"""From a record, wherever it was read, to an item: prompts checked, templates rendered, the rest kept as metadata."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, NamedTuple
+
+from lbr.errors import InputError, UsageError
+from lbr.jobs import Item, Json, Prompt, canonical_json
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+Fields = dict[str, Json]
+
+ID_FIELDS = ("id", "custom_id")
+ROLES = frozenset({"system", "developer", "user", "assistant"})
+SHOWN_CHARACTERS = 80
+
+
+class Place(NamedTuple):
+    """Where a record starts."""
+
+    source: str
+    line: int
+
+    def error(self, message: str) -> InputError:
+        """Return the error that names this place."""
+        return InputError(message, source=self.source, line=self.line)
+
+
+class Template:
+    """A compiled Jinja template. It cannot reach Python's insides, nor change the record it is given."""
+
+    def __init__(self, text: str) -> None:
+        # Jinja takes a tenth of a second to import: only those who use a template pay for it.
+        from jinja2 import StrictUndefined, TemplateSyntaxError, meta  # noqa: PLC0415
+        from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415
+
+        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+        try:
+            self._template = environment.from_string(text)
+            self._variables = meta.find_undeclared_variables(environment.parse(text))
+        except TemplateSyntaxError as error:
+            msg = f"expected a Jinja template, got: {error.message} (line {error.lineno}); mend the template"
+            raise UsageError(msg) from error
+
+    def check_columns(self, columns: Collection[str], source: str) -> None:
+        """Raise UsageError where the template asks for a column that no record of the source will have."""
+        if missing := sorted(self._variables - set(columns)):
+            msg = f"{source}: expected the columns that the template names, got no {names(missing)}"
+            raise UsageError(f"{msg}; there are: {names(columns)}")
+
+    def render(self, fields: Fields, place: Place) -> str:
+        """Return the prompt of one record; InputError for whatever the template's expressions raise."""
+        try:
+            return self._template.render(fields)
+        except Exception as error:  # whatever a template's expression may raise
+            msg = f"expected the template to render, got: {type(error).__name__}: {error}"
+            raise place.error(f"{msg}; the fields are: {names(fields)}") from error
+
+
+def item_of(fields: Fields, place: Place, template: Template | None, column: str | None) -> Item:
+    """Make an item of a record, using the record up: what is left of it is the metadata."""
+    if template is not None:
+        prompt = _text_prompt(template.render(fields, place), "the rendered template", place)
+    elif column is not None:
+        if column not in fields:
+            raise place.error(f"expected a field {shown(column)}, got: {names(fields)}; add it")
+        prompt = _text_prompt(fields.pop(column), column, place)
+    else:
+        prompt = _named_prompt(fields, place)
+    return Item(prompt, _pop_id(fields, place), fields or None, place.source, place.line)
+
+
+def _named_prompt(fields: Fields, place: Place) -> Prompt:
+    if ("prompt" in fields) == ("messages" in fields):
+        msg = f"expected one of the fields prompt and messages, got: {names(fields)}"
+        raise place.error(f"{msg}; set --prompt-column or --template")
+    if "prompt" in fields:
+        return _text_prompt(fields.pop("prompt"), "prompt", place)
+    messages = fields.pop("messages")
+    if not isinstance(messages, list) or not messages:
+        raise place.error(f"expected messages to be a list of at least one, got: {shown(messages)}")
+    for message in messages:
+        _check_message(message, place)
+    return Prompt(messages=tuple(messages))
+
+
+def _text_prompt(value: Json, what: str, place: Place) -> Prompt:
+    if not isinstance(value, str):
+        raise place.error(f"expected {what} to be a string, got: {shown(value)}; put it in quotes")
+    if not value.strip():
+        raise place.error(f"expected {what} to say something, got: {shown(value)}; fill it in or remove it")
+    if "\x00" in value:
+        raise place.error(f"expected {what} to be text, got: a NUL character; remove it")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise place.error(f"expected {what} to be Unicode, got: half a surrogate pair; remove it") from error
+    return Prompt(text=value)
+
+
+def _check_message(message: Json, place: Place) -> None:
+    if not isinstance(message, dict):
+        raise place.error(f"expected each message to be an object, got: {shown(message)}")
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or role not in ROLES:
+        raise place.error(f"expected the role to be one of {', '.join(sorted(ROLES))}, got: {shown(role)}")
+    parts = content if isinstance(content, list) else []
+    if not isinstance(content, str | list) or not all(isinstance(part, dict) for part in parts):
+        raise place.error(f"expected the content to be a string or a list of objects, got: {shown(content)}")
+
+
+def _pop_id(fields: Fields, place: Place) -> str | None:
+    given = [fields.pop(name) for name in ID_FIELDS if name in fields]
+    if len(given) > 1:
+        raise place.error("expected one of the fields id and custom_id, got: both; rename one")
+    value = given[0] if given else None
+    if value is None or value == "":
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise place.error(f"expected the id to be a string or a whole number, got: {shown(value)}")
+    return str(value)
+
+
+def check_storable(fields: Fields, place: Place) -> None:
+    """Raise InputError for what JSON can say but a database or a collected row cannot hold."""
+    try:
+        text = canonical_json([[fields]])  # a row nests metadata deeper than its line did
+    except TypeError as error:
+        raise place.error("expected at most 250 levels of nesting, got: more; flatten the object") from error
+    if b"\\u0000" in text.replace(rb"\\", b""):
+        raise place.error("expected text, got: a NUL character (\\u0000); remove it")
+
+
+def shown(value: Json) -> str:
+    """Return a value as messages quote it, shortened."""
+    text = repr(value[: SHOWN_CHARACTERS + 1] if isinstance(value, str) else value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
+
+
+def names(names: Collection[str]) -> str:
+    """Return names as messages list them."""
+    return ", ".join(map(shown, itertools.islice(names, 30))) or "none"

@@ -1,0 +1,102 @@
+"""What becomes of a job after a call: plain functions over values, with time and chance as arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, assert_never
+
+from lbr.errors import CallError, Family
+from lbr.jobs import Claim, Failure, JobState, Outcome, Settlement
+
+if TYPE_CHECKING:
+    from random import Random
+
+MESSAGE_LIMIT = 2_000
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """The bounds of trying again. Times are in seconds.
+
+    `max_attempts` bounds the charged tries of a job, `bad_answer_retries` how often an answer that does not
+    validate is asked for again. `limited_patience` is how long a job may be turned away by rate limits
+    before each further refusal is charged like a transient failure.
+    """
+
+    max_attempts: int = 8
+    bad_answer_retries: int = 2
+    backoff_first: float = 1.0
+    backoff_most: float = 60.0
+    retry_after_most: float = 600.0
+    limited_patience: float = 3600.0
+
+
+def failure_of(error: BaseException) -> Failure:
+    """Turn what a model raised into a failure; whatever is not a `CallError` counts as transient."""
+    if isinstance(error, CallError):
+        return Failure(error.family, error.kind, _message(error), error.retry_after, error.text)
+    return Failure(Family.TRANSIENT, type(error).__name__, _message(error))
+
+
+def _message(error: BaseException) -> str:
+    text = str(error) or type(error).__name__
+    return text.encode("utf-8", "replace").decode().replace("\x00", "")[:MESSAGE_LIMIT]
+
+
+def backoff_seconds(tries: int, policy: RetryPolicy, rng: Random) -> float:
+    """Return the wait before try `tries` + 1: full jitter over an exponential ceiling.
+
+    The ceiling doubles from `backoff_first` to `backoff_most`; see "Exponential Backoff And Jitter",
+    AWS Architecture Blog, 2015. Half the first ceiling is the least, so that no retry is immediate.
+    """
+    ceiling = min(policy.backoff_most, policy.backoff_first * 2.0 ** min(tries - 1, 32))
+    return max(policy.backoff_first / 2, rng.random() * ceiling)
+
+
+def wait_seconds(failure: Failure, tries: int, policy: RetryPolicy, rng: Random) -> float:
+    """Return how long to wait after a failure: what the provider asked for, capped, plus jitter; else backoff."""
+    if failure.retry_after is None:
+        return backoff_seconds(tries, policy, rng)
+    asked = min(max(0.0, failure.retry_after), policy.retry_after_most)
+    return asked * (1.0 + 0.1 * rng.random())
+
+
+def decide(claim: Claim, outcome: Outcome, policy: RetryPolicy, rng: Random) -> Settlement:
+    """Choose between done, retry, fail and pause for one ended call."""
+    failure = outcome.failure
+    if failure is None:
+        return Settlement(claim, JobState.DONE, outcome, charge=1)
+    match failure.family:
+        case Family.TRANSIENT:
+            return _retry_or_fail(claim, outcome, failure, policy, rng)
+        case Family.RATE_LIMITED:
+            return _wait_for_limit(claim, outcome, failure, policy, rng)
+        case Family.BAD_ANSWER:
+            spent = claim.history.bad_answers >= policy.bad_answer_retries
+            return Settlement(claim, JobState.FAILED if spent else JobState.PENDING, outcome, charge=1)
+        case Family.PERMANENT:
+            return Settlement(claim, JobState.FAILED, outcome, charge=1)
+        case Family.ACCOUNT:
+            reason = f"{failure.error}: {failure.message}"
+            return Settlement(claim, JobState.PENDING, outcome, charge=0, pause=reason)
+    assert_never(failure.family)
+
+
+def _retry_or_fail(
+    claim: Claim, outcome: Outcome, failure: Failure, policy: RetryPolicy, rng: Random
+) -> Settlement:
+    # Bad answers are charged to the same count, but have a budget of their own.
+    tries = max(1, claim.attempts + 1 - claim.history.bad_answers)
+    if tries >= policy.max_attempts:
+        return Settlement(claim, JobState.FAILED, outcome, charge=1)
+    wait_ms = round(wait_seconds(failure, tries, policy, rng) * 1000)
+    return Settlement(claim, JobState.PENDING, outcome, charge=1, wait_ms=wait_ms)
+
+
+def _wait_for_limit(
+    claim: Claim, outcome: Outcome, failure: Failure, policy: RetryPolicy, rng: Random
+) -> Settlement:
+    if claim.history.limited_ms > policy.limited_patience * 1000:
+        return _retry_or_fail(claim, outcome, failure, policy, rng)
+    wait_ms = round(wait_seconds(failure, claim.history.limited_tries + 1, policy, rng) * 1000)
+    return Settlement(claim, JobState.PENDING, outcome, charge=0, wait_ms=wait_ms, cool_down=True)

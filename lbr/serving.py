@@ -1,0 +1,77 @@
+"""Which runs this process can serve, and with whom."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lbr.errors import UsageError
+from lbr.jobs import RunState
+from lbr.models.function import identify
+from lbr.models.resolve import build_model, build_validator
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from lbr.jobs import Run, RunId
+    from lbr.models.base import Model
+    from lbr.models.resolve import Authority
+    from lbr.structured import Validator
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A run with the one who answers it and, for structured output, who checks the answers."""
+
+    run: Run
+    model: Model
+    validator: Validator | None
+
+
+class Servings:
+    """Builds each run's answerer once; runs that ask for the same task share it, with its connections."""
+
+    def __init__(self, authority: Authority, *, concurrency: int) -> None:
+        self._authority = authority
+        self._concurrency = concurrency
+        self._models: dict[str, Model] = {}
+        self.served: dict[RunId, Served] = {}
+        self.refused: dict[RunId, UsageError] = {}
+
+    def learn(self, runs: Iterable[Run]) -> list[str]:
+        """Take note of runs; return what a user should hear about those that are new."""
+        notices = []
+        for run in runs:
+            if run.state is not RunState.ACTIVE or run.id in self.served or run.id in self.refused:
+                continue
+            try:
+                self.served[run.id] = self._serve(run)
+            except UsageError as error:
+                self.refused[run.id] = error
+                notices.append(f"run {run.name}: not served: {error}")
+                continue
+            if self._function_changed(run):
+                notices.append(
+                    f"run {run.name}: the code of {run.task.function} has changed since its jobs were enqueued; "
+                    f"its answers are kept, new calls use the new code"
+                )
+        return notices
+
+    def _serve(self, run: Run) -> Served:
+        identity = run.task.to_json()
+        validator = build_validator(run.task, self._authority)
+        if identity not in self._models:
+            self._models[identity] = build_model(run.task, self._authority, concurrency=self._concurrency)
+        return Served(run, self._models[identity], validator)
+
+    def _function_changed(self, run: Run) -> bool:
+        function = self._authority.functions.get(run.task.function or "")
+        if function is None or run.fingerprint is None:
+            return False
+        return identify(function).fingerprint != run.fingerprint
+
+    async def aclose(self) -> None:
+        """Close every answerer."""
+        for model in self._models.values():
+            await model.aclose()
+        self._models.clear()

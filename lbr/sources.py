@@ -1,0 +1,93 @@
+"""Inputs however a caller hands them over, files or prompts in memory, as one kind of thing."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lbr import inputs
+from lbr.errors import UsageError
+from lbr.records import Place, Template, check_storable, item_of, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from lbr.jobs import Item, Json
+
+PROMPTS = "prompts"
+
+
+def chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    """Yield the items in lists of `size`, the last one shorter."""
+    while chunk := list(itertools.islice(items, size)):
+        yield chunk
+
+
+def items_of(prompts: Iterable[str | dict[str, Json]], *, template: str | None = None) -> Iterator[Item]:
+    """Yield the items of prompts in memory: strings, or dicts like the lines of a JSONL file.
+
+    Raises InputError that counts prompts from 1, as lines are.
+    """
+    compiled = None if template is None else Template(template)
+    for number, prompt in enumerate(prompts, start=1):
+        place = Place(PROMPTS, number)
+        if not isinstance(prompt, str | dict):
+            raise place.error(f"expected a string or a dict, got: {shown(repr(prompt))}")
+        fields = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
+        if isinstance(prompt, dict):
+            check_storable(fields, place)
+        yield item_of(fields, place, compiled, None)
+
+
+class Source:
+    """Inputs that can be checked before they are read: files are read twice, streams and prompts as they come."""
+
+    def __init__(self, read: Callable[[], Iterator[Item]], *, files: Sequence[str]) -> None:
+        self._read = read
+        self._files = files
+
+    @classmethod
+    def of(
+        cls,
+        given: Path | Iterable[Path | str | dict[str, Json]],
+        *,
+        input_format: str | None = None,
+        template: str | None = None,
+        prompt_column: str | None = None,
+    ) -> Source:
+        """Tell files (`Path`, or several) from prompts; UsageError for a mixture, for flags that do not fit."""
+        if isinstance(given, str):
+            raise UsageError(f"expected a list of prompts or a Path, got: the string {given[:60]!r}")
+        everything = [given] if isinstance(given, Path) else list(given)
+        files = [str(one) for one in everything if isinstance(one, Path)]
+        prompts = [one for one in everything if not isinstance(one, Path)]
+        if files and prompts:
+            raise UsageError("expected files or prompts, got: both")
+        if files:
+            kind = None if input_format is None else inputs.InputFormat(input_format)
+            inputs.check_sources(files)
+            return cls(
+                lambda: inputs.read_items(files, format=kind, template=template, prompt_column=prompt_column),
+                files=files,
+            )
+        if prompt_column is not None:
+            raise UsageError("expected a prompt column with files, got: prompts")
+        return cls(lambda: items_of(prompts, template=template), files=[])
+
+    def run_name(self) -> str:
+        """Return the run's name where none was given: the first file's stem."""
+        name = Path(self._files[0]).stem if self._files and not inputs.is_stream(self._files[0]) else ""
+        if not name:
+            raise UsageError("expected a name for the run, got: none; set --run (run=…)")
+        return name
+
+    def check(self) -> None:
+        """Read everything that can be read twice, so that a bad line is found before anything is written."""
+        if not any(inputs.is_stream(name) for name in self._files):
+            for _ in self._read():
+                pass
+
+    def __iter__(self) -> Iterator[Item]:
+        """Read the inputs from their beginning."""
+        return self._read()

@@ -1,0 +1,341 @@
+"""The databases that lbr runs on. Everything that differs between them is here, and nowhere else.
+
+A `Database` offers two verbs. `write` runs one short transaction that holds the write lock from its first
+statement, and runs it again when the database was busy; `read` runs one short transaction on a connection
+that cannot write. Neither is ever open across a model call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import stamina
+from filelock import Timeout
+from sqlalchemy import event
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from lbr.errors import DatabaseBusyError, DatabaseError, UsageError
+from lbr.jobs import Millis
+from lbr.store import files, schema
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
+T = TypeVar("T")
+Work = "Callable[[AsyncConnection], Awaitable[T]]"
+
+BUSY_TIMEOUT_MS = 2_500
+BUSY_PATIENCE_SECONDS = 120.0
+WAL_LIMIT_BYTES = 16 * 1024 * 1024
+CHECKPOINT_PAUSE_SECONDS = 5.0
+
+# Primary result codes of SQLite, https://sqlite.org/rescode.html
+BUSY, LOCKED, READONLY, IOERR, CORRUPT, FULL, CANTOPEN, NOTADB = 5, 6, 8, 10, 11, 13, 14, 26
+REASONS = {
+    READONLY: "it is read-only; make the file and its folder writable",
+    IOERR: "the disk reported an error",
+    CORRUPT: "the file is damaged; restore a copy, or enqueue into a new one",
+    FULL: "the disk is full; make room and run the same command again",
+    CANTOPEN: "it cannot be opened; check the path and the permissions of the file and its folder",
+    NOTADB: "the file is not a SQLite database; name another path",
+}
+
+
+def local_clock() -> Millis:
+    """Return this machine's time in milliseconds since 1970."""
+    return Millis(time.time_ns() // 1_000_000)
+
+
+def sqlite_path(url: str) -> Path:
+    """Return the file that a path or SQLite URL names; UsageError for anything else. Passwords are not shown."""
+    if "://" not in url:
+        path = url
+    else:
+        try:
+            parsed = make_url(url)
+        except ArgumentError as error:
+            raise UsageError(
+                "expected --db to be a path or a database URL, got: something unreadable"
+            ) from error
+        if parsed.get_backend_name() != "sqlite":
+            raise UsageError(
+                f"expected --db to be a path or an sqlite URL, got: a {parsed.drivername} URL; "
+                f"this version of lbr keeps its queue in SQLite"
+            )
+        path = parsed.database or ""
+    if not path.strip() or path == ":memory:":
+        raise UsageError(f"expected --db to name a file, got: {path!r}; processes share the queue through it")
+    return Path(path).expanduser().absolute()
+
+
+def _code(error: DBAPIError) -> int | None:
+    code = getattr(error.orig, "sqlite_errorcode", None)
+    if code is None and error.orig is not None:
+        code = getattr(error.orig.__cause__, "sqlite_errorcode", None)
+    return code & 0xFF if isinstance(code, int) else None
+
+
+def _is_busy(error: Exception) -> bool:
+    return isinstance(error, DBAPIError) and _code(error) in {BUSY, LOCKED}
+
+
+@contextmanager
+def database_errors(path: Path) -> Iterator[None]:
+    """Turn what the driver raises into `DatabaseError`, with the way out."""
+    try:
+        yield
+    except DBAPIError as error:
+        code = _code(error)
+        if code in {BUSY, LOCKED}:
+            raise DatabaseBusyError(
+                f"another process has kept {path} locked for too long; find it with `fuser {path}`, then run again"
+            ) from error
+        reason = REASONS.get(code or 0) or str(error.orig)
+        raise DatabaseError(f"cannot use the database {path}: {reason}") from error
+    except SQLAlchemyError as error:
+        raise DatabaseError(f"cannot use the database {path}: {error}") from error
+
+
+class Database:
+    """An open SQLite queue: one writing connection, and readers that cannot write."""
+
+    def __init__(
+        self, path: Path, *, synchronous: str = "FULL", clock: Callable[[], Millis] = local_clock
+    ) -> None:
+        self.path = path
+        self._clock = clock
+        self._write_lock = asyncio.Lock()
+        self._writer = make_engine(
+            path, begin="BEGIN IMMEDIATE", pool_size=1, pragmas=_writer_pragmas(synchronous)
+        )
+        self._reader = make_engine(path, begin="BEGIN", pool_size=4, pragmas=READER_PRAGMAS)
+        self._watch: AsyncConnection | None = None
+        self._data_version = -1
+        self._wal = Path(f"{path}-wal")
+        self._checkpoint_lock = files.file_lock(files.lock_path(path, "checkpoint"), timeout=0)
+        self._no_checkpoint_before = 0.0
+
+    async def now(self, connection: AsyncConnection) -> Millis:
+        """Return the time that leases are compared with: SQLite's users share one machine and its clock."""
+        return self._clock()
+
+    async def write(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        """Run one transaction; whole again after a busy database, so `work` must not change anything else.
+
+        A cancelled caller is told so only when the transaction has ended, one way or the other.
+        """
+        task = asyncio.ensure_future(self._write(work))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            while not task.done():
+                try:
+                    await asyncio.wait([task])
+                except asyncio.CancelledError:
+                    continue
+            if not task.cancelled():
+                task.exception()
+            raise
+
+    async def _write(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        with database_errors(self.path):
+            async for attempt in stamina.retry_context(
+                on=_is_busy,
+                attempts=None,
+                timeout=BUSY_PATIENCE_SECONDS,
+                wait_initial=0.02,
+                wait_max=1,
+                wait_jitter=0.2,
+            ):
+                with attempt:
+                    async with self._write_lock:
+                        async with self._writer.begin() as connection:
+                            result = await work(connection)
+                        await self._checkpoint_if_large()
+        return result
+
+    async def read(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        """Run one read-only transaction, short, so that the WAL can shrink."""
+        with database_errors(self.path):
+            async with self._reader.begin() as connection:
+                return await work(connection)
+
+    async def changed(self) -> bool:
+        """Tell whether anybody committed since the last call; it costs microseconds and takes no lock."""
+        with database_errors(self.path):
+            if self._watch is None:
+                self._watch = await self._reader.connect()
+                await self._watch.execution_options(lbr_begin="")
+            version = (await self._watch.exec_driver_sql("PRAGMA data_version")).scalar_one()
+            await self._watch.rollback()
+        before, self._data_version = self._data_version, version
+        return bool(before != version)
+
+    async def reserve_job_ids(self, connection: AsyncConnection, count: int) -> int:
+        """Return the first of `count` ids that no job has or had; the write lock keeps them ours."""
+        query = "SELECT seq FROM sqlite_sequence WHERE name = 'jobs'"
+        last = (await connection.exec_driver_sql(query)).scalar()
+        return int(last or 0) + 1
+
+    async def _checkpoint_if_large(self) -> None:
+        """Move the WAL into the file, in one process at a time and in a mode that holds the write lock.
+
+        SQLite before 3.51.3 can corrupt a database when a commit falls between two checkpoints that follow each
+        other closely; with its own checkpoints off, and ours under a lock, that cannot happen.
+        """
+        if time.monotonic() < self._no_checkpoint_before:
+            return
+        try:
+            if self._wal.stat().st_size < WAL_LIMIT_BYTES:
+                return
+        except FileNotFoundError:
+            return
+        self._no_checkpoint_before = time.monotonic() + CHECKPOINT_PAUSE_SECONDS
+        try:
+            self._checkpoint_lock.acquire()
+        except Timeout:
+            return
+        try:
+            complete = await self._checkpoint()
+        finally:
+            self._checkpoint_lock.release()
+        if complete:
+            self._no_checkpoint_before = 0.0
+
+    async def _checkpoint(self) -> bool:
+        async with self._writer.connect() as connection:
+            await connection.execution_options(lbr_begin="")
+            # A long reader must not make every writer wait for it.
+            await connection.exec_driver_sql("PRAGMA busy_timeout = 100")
+            try:
+                busy = (await connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")).one()[0]
+            except DBAPIError as error:
+                if not _is_busy(error):
+                    raise
+                busy = 1
+            finally:
+                await connection.exec_driver_sql(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+        return not busy
+
+    async def prepare(self, *, create: bool) -> None:
+        """Make sure the tables are there and current; only with `create` may it create or upgrade them."""
+        with database_errors(self.path):
+            version = await self.read(_inspect) if self.path.exists() else 0
+            if version > schema.LATEST:
+                raise DatabaseError(
+                    f"expected {self.path} at schema version {schema.LATEST} or older, got: {version}; a newer lbr "
+                    f"wrote it: upgrade with `pip install --upgrade llm-batch-runner`"
+                )
+            if version == schema.LATEST:
+                return
+            if not create and version == 0:
+                raise UsageError(
+                    f"expected an lbr database at {self.path}, got: an empty one; `lbr enqueue` fills it"
+                )
+            with files.creation_lock(self.path):
+                files.create_private(self.path)
+                async with self._writer.connect() as connection:
+                    await connection.execution_options(lbr_begin="")
+                    await connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+                await self.write(lambda connection: connection.run_sync(schema.migrate, self._clock()))
+
+    async def close(self) -> None:
+        """Close every connection."""
+        if self._watch is not None:
+            await self._watch.close()
+            self._watch = None
+        await self._reader.dispose()
+        await self._writer.dispose()
+
+
+READER_PRAGMAS = (
+    f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}",
+    "PRAGMA query_only = ON",
+    "PRAGMA mmap_size = 0",
+    "PRAGMA cache_size = -16384",
+)
+
+
+def _writer_pragmas(synchronous: str) -> tuple[str, ...]:
+    if synchronous not in {"FULL", "NORMAL"}:
+        raise UsageError(f"expected synchronous to be FULL or NORMAL, got: {synchronous!r}")
+    return (
+        f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}",
+        f"PRAGMA synchronous = {synchronous}",
+        "PRAGMA wal_autocheckpoint = 0",
+        f"PRAGMA journal_size_limit = {WAL_LIMIT_BYTES}",
+        "PRAGMA mmap_size = 0",
+        "PRAGMA cache_size = -32768",
+    )
+
+
+def make_engine(path: Path, *, begin: str, pool_size: int, pragmas: tuple[str, ...]) -> AsyncEngine:
+    """Return an engine over a file whose transactions start with `begin` and whose connections run `pragmas`."""
+    engine = create_async_engine(
+        f"sqlite+aiosqlite:///{path}",
+        connect_args={"isolation_level": None, "timeout": BUSY_TIMEOUT_MS / 1000},
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_reset_on_return="rollback",
+    )
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def _set_pragmas(connection: Any, _record: Any) -> None:
+        cursor = connection.cursor()
+        for pragma in pragmas:
+            cursor.execute(pragma)
+        cursor.close()
+
+    @event.listens_for(engine.sync_engine, "begin")
+    def _begin(connection: Any) -> None:
+        statement = connection.get_execution_options().get("lbr_begin", begin)
+        if statement:
+            connection.exec_driver_sql(statement)
+
+    return engine
+
+
+async def _inspect(connection: AsyncConnection) -> int:
+    tables = (
+        (await connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'table'"))
+        .scalars()
+        .all()
+    )
+    if tables and "schema_version" not in tables:
+        raise DatabaseError(
+            f"expected an lbr database, got: a SQLite file of another program, with tables {', '.join(tables[:5])}; "
+            f"name another path"
+        )
+    return await connection.run_sync(schema.applied_version)
+
+
+async def open_database(
+    url: str,
+    *,
+    create: bool = False,
+    allow_network_fs: bool = False,
+    synchronous: str = "FULL",
+    clock: Callable[[], Millis] = local_clock,
+) -> Database:
+    """Open the queue at a path or URL; with `create`, make or upgrade it first.
+
+    Raises UsageError for a URL or path that cannot be one, DatabaseError for a file that is no lbr database,
+    is damaged, or was written by a newer version. Nothing is created on an error or without `create`.
+    """
+    path = sqlite_path(url)
+    files.check_location(path, create=create)
+    if not allow_network_fs:
+        files.refuse_network_file_system(path)
+    database = Database(path, synchronous=synchronous, clock=clock)
+    try:
+        await database.prepare(create=create)
+    except BaseException:
+        await database.close()
+        raise
+    return database

@@ -1,0 +1,231 @@
+"""Putting inputs into a run: in chunks, each one transaction, each safe to repeat."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import bindparam, func, insert, literal_column, select, text, update
+
+from lbr.errors import RunChangedError, UsageError
+from lbr.jobs import JobState, RunState, canonical_json
+from lbr.store import counters
+from lbr.store.schema import items as items_table
+from lbr.store.schema import jobs, prompts, runs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from lbr.jobs import Item, Millis, Run
+    from lbr.store.engines import Database
+
+CHUNK = 2_000
+Held = tuple[bytes, "str | None", "str | None"]
+"""What a run holds at one place: key, custom id and metadata."""
+
+_KNOWN = (
+    select(items_table.c.idx, jobs.c.key, items_table.c.custom_id, items_table.c.metadata)
+    .join_from(items_table, jobs, items_table.c.job_id == jobs.c.id)
+    .where(
+        items_table.c.run_id == bindparam("run"),
+        items_table.c.idx >= bindparam("start"),
+        items_table.c.idx < bindparam("end"),
+    )
+)
+_BY_KEY = select(jobs.c.key, jobs.c.id).where(
+    jobs.c.run_id == bindparam("run"), jobs.c.key.in_(bindparam("keys", expanding=True))
+)
+_DONE_ELSEWHERE = (
+    select(jobs.c.key, func.min(jobs.c.id))
+    .where(literal_column("state = 'done'"), jobs.c.key.in_(bindparam("keys", expanding=True)))
+    .group_by(jobs.c.key)
+)
+_COPY_RESULT = text(
+    "INSERT INTO results (job_id, text, model, finish_reason, input_tokens, output_tokens, cost_nanos, latency_ms, "
+    "reused_from) SELECT :job_id, text, model, finish_reason, input_tokens, output_tokens, cost_nanos, latency_ms, "
+    ":source FROM results WHERE job_id = :source"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EnqueueCounts:
+    """What an enqueue did with its inputs.
+
+    `known` were there already, `new` became jobs, `duplicate` share the job of an equal input, `reused` of the
+    new ones were answered at once from another run.
+    """
+
+    inputs: int = 0
+    known: int = 0
+    new: int = 0
+    duplicate: int = 0
+    reused: int = 0
+
+    def __add__(self, other: EnqueueCounts) -> EnqueueCounts:
+        """Return the sum, field by field."""
+        return EnqueueCounts(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One input that the run does not hold yet, with its job."""
+
+    idx: int
+    item: Item
+    job_id: int
+    first: bool
+
+
+async def next_idx(database: Database, run: Run) -> int:
+    """Return the place behind the run's last input."""
+
+    async def work(connection: AsyncConnection) -> int:
+        last = await connection.scalar(
+            select(func.max(items_table.c.idx)).where(items_table.c.run_id == run.id)
+        )
+        return 0 if last is None else int(last) + 1
+
+    return await database.read(work)
+
+
+async def add_chunk(
+    database: Database, run: Run, start: int, items: Sequence[Item], keys: Sequence[bytes], *, reuse: bool
+) -> EnqueueCounts:
+    """Make sure that the run holds these inputs at `start` and behind it; what is there already stays as it is.
+
+    `keys` are the items' content keys. Raises RunChangedError, and changes nothing, where the run holds
+    another input at one of these places.
+    """
+
+    async def work(connection: AsyncConnection) -> EnqueueCounts:
+        span = {"run": run.id, "start": start, "end": start + len(items)}
+        rows = (await connection.execute(_KNOWN, span)).all()
+        known = {row.idx: (row.key, row.custom_id, row.metadata) for row in rows}
+        _check_unchanged(run, start, items, keys, known)
+        fresh = [(start + n, item, keys[n]) for n, item in enumerate(items) if start + n not in known]
+        if not fresh:
+            return EnqueueCounts(inputs=len(items), known=len(items))
+        now = await _touch_run(database, connection, run)
+        entries, new = await _assign_jobs(database, connection, run, fresh)
+        answered = await _find_answers(connection, new) if reuse else {}
+        await _insert_jobs(connection, run, entries, new, answered, now)
+        await _insert_items(connection, run, entries)
+        counts = Counter({(run.id, str(JobState.PENDING)): len(new) - len(answered)})
+        counts[run.id, str(JobState.DONE)] = counts[run.id, counters.REUSED] = len(answered)
+        await counters.add(connection, counts)
+        duplicates = len(entries) - len(new)
+        return EnqueueCounts(len(items), len(items) - len(entries), len(new), duplicates, len(answered))
+
+    return await database.write(work)
+
+
+def _check_unchanged(
+    run: Run, start: int, items: Sequence[Item], keys: Sequence[bytes], known: dict[int, Held]
+) -> None:
+    if not known:
+        return
+    for n, (item, key) in enumerate(zip(items, keys, strict=True)):
+        ours = (key, item.custom_id, _metadata_json(item))
+        if known.get(start + n, ours) != ours:
+            raise RunChangedError(
+                f"expected input {start + n} of run {run.name!r} to be what the run holds, got: a changed one; "
+                f"give the changed inputs a run of their own with --run, add them to this one with --append, "
+                f"or stop this one with `lbr cancel {run.name}`",
+                source=item.source,
+                line=item.line,
+            )
+
+
+def _metadata_json(item: Item) -> str | None:
+    return None if item.metadata is None else canonical_json(item.metadata).decode()
+
+
+async def _touch_run(database: Database, connection: AsyncConnection, run: Run) -> Millis:
+    """Note that inputs are arriving, so that nobody takes the run for complete."""
+    now = await database.now(connection)
+    where = (runs.c.id == run.id) & (runs.c.state != RunState.CANCELLED)
+    done = await connection.execute(update(runs).where(where).values(enqueued_at=now, sealed_at=None))
+    if done.rowcount != 1:
+        raise UsageError(f"run {run.name!r} was cancelled; `lbr retry {run.name}` takes it up again")
+    return now
+
+
+async def _assign_jobs(
+    database: Database, connection: AsyncConnection, run: Run, fresh: list[tuple[int, Item, bytes]]
+) -> tuple[list[_Entry], dict[bytes, int]]:
+    """Give every new input its job; return them with the keys that are new to the run."""
+    wanted = list(dict.fromkeys(key for _, _, key in fresh))
+    found = (await connection.execute(_BY_KEY, {"run": run.id, "keys": wanted})).all()
+    jobs_by_key: dict[bytes, int] = {row.key: row.id for row in found}
+    missing = [key for key in wanted if key not in jobs_by_key]
+    first_id = await database.reserve_job_ids(connection, len(missing))
+    new = {key: first_id + n for n, key in enumerate(missing)}
+    jobs_by_key |= new
+    unseen = set(new)
+    entries = []
+    for idx, item, key in fresh:
+        entries.append(_Entry(idx, item, jobs_by_key[key], key in unseen))
+        unseen.discard(key)
+    return entries, new
+
+
+async def _find_answers(connection: AsyncConnection, new: dict[bytes, int]) -> dict[int, int]:
+    """Map new jobs to done jobs of other runs with the same key."""
+    if not new:
+        return {}
+    found = (await connection.execute(_DONE_ELSEWHERE, {"keys": list(new)})).all()
+    return {new[key]: job_id for key, job_id in found}
+
+
+async def _insert_jobs(
+    connection: AsyncConnection,
+    run: Run,
+    entries: list[_Entry],
+    new: dict[bytes, int],
+    answered: dict[int, int],
+    now: Millis,
+) -> None:
+    if not new:
+        return
+    rows = [
+        {
+            "id": job_id,
+            "run_id": run.id,
+            "key": key,
+            "state": JobState.DONE if job_id in answered else JobState.PENDING,
+            "available_at": now,
+            "claim_seq": 0,
+            "attempts": 0,
+            "crashes": 0,
+            "retry_seq": 0,
+            "finished_at": now if job_id in answered else None,
+        }
+        for key, job_id in new.items()
+    ]
+    await connection.execute(insert(jobs), rows)
+    bodies: list[dict[str, Any]] = [
+        {"job_id": e.job_id, "chat": int(e.item.prompt.messages is not None), "body": e.item.prompt.body()}
+        for e in entries
+        if e.first
+    ]
+    await connection.execute(insert(prompts), bodies)
+    if answered:
+        await connection.execute(_COPY_RESULT, [{"job_id": j, "source": s} for j, s in answered.items()])
+
+
+async def _insert_items(connection: AsyncConnection, run: Run, entries: list[_Entry]) -> None:
+    rows = [
+        {
+            "run_id": run.id,
+            "idx": entry.idx,
+            "job_id": entry.job_id,
+            "first": int(entry.first),
+            "custom_id": entry.item.custom_id,
+            "metadata": _metadata_json(entry.item),
+        }
+        for entry in entries
+    ]
+    await connection.execute(insert(items_table), rows)

@@ -1,0 +1,135 @@
+"""The SQLite file on disk: its creation, its locks, the file system under it and its removal."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
+
+from lbr.errors import DatabaseBusyError, DatabaseError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+NETWORK_FILE_SYSTEMS = frozenset(
+    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "glusterfs", "fuse.sshfs"}
+    | {"fuse.glusterfs", "fuse.s3fs", "fuse.rclone", "fuse.gcsfuse", "beegfs", "gpfs", "ncpfs", "davfs"}
+)
+SUFFIXES = ("", "-wal", "-shm", "-journal")
+MOUNTS = Path("/proc/self/mountinfo")
+
+
+def lock_path(database: Path, purpose: str) -> Path:
+    """Return the lock file of one purpose: `runs.db.create.lock` beside `runs.db`."""
+    return database.with_name(f"{database.name}.{purpose}.lock")
+
+
+def file_lock(path: Path, *, timeout: float) -> FileLock:
+    """Return a kernel lock on a file beside the database; a killed holder frees it at once."""
+    return FileLock(path, timeout=timeout, mode=0o600, fallback_to_soft=False)
+
+
+def file_system_of(path: Path, mounts: str) -> str | None:
+    """Return the type of the file system that holds a path, from the text of /proc/self/mountinfo.
+
+    None where no mount matches. The format is in proc(5): the mount point is the fifth field, the type is
+    the first field after a lone hyphen.
+    """
+    best: tuple[int, str] | None = None
+    for line in mounts.splitlines():
+        fields, _, tail = line.partition(" - ")
+        parts = fields.split(" ")
+        if len(parts) < 5 or not tail:
+            continue
+        point = parts[4].replace("\\040", " ")
+        if path.is_relative_to(point) and (best is None or len(point) >= best[0]):
+            best = (len(point), tail.split(" ")[0])
+    return best[1] if best else None
+
+
+def refuse_network_file_system(path: Path) -> None:
+    """Raise UsageError where SQLite's locks cannot be trusted."""
+    if not MOUNTS.exists():
+        return
+    kind = file_system_of(path.resolve(), MOUNTS.read_text(encoding="utf-8", errors="replace"))
+    if kind in NETWORK_FILE_SYSTEMS:
+        raise UsageError(
+            f"expected {path} on a local disk, got: a network file system ({kind}), whose locks can fail and "
+            f"corrupt the database; put it on a local disk, or insist with --allow-network-fs"
+        )
+
+
+def check_location(path: Path, *, create: bool) -> None:
+    """Raise UsageError where the path cannot hold a database; with `create` false, also where none is there."""
+    try:
+        if path.is_dir():
+            raise UsageError(f"expected --db to name a file, got a directory: {path}; name a file in it")
+        if not path.parent.is_dir():
+            raise UsageError(
+                f"expected a folder for the database at {path.parent}, got: none; create it first"
+            )
+        if not create and not path.exists():
+            raise UsageError(f"expected a database at {path}, got: no such file; `lbr enqueue` creates it")
+    except OSError as error:
+        raise UsageError(f"expected a database path, got: {path}: {error.strerror}") from error
+
+
+def create_private(path: Path) -> None:
+    """Create an empty file that only its owner can read; prompts are private. An existing one stays as it is."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    except FileExistsError:
+        return
+    except OSError as error:
+        raise DatabaseError(f"cannot create the database {path}: {error.strerror}") from error
+
+
+@contextmanager
+def creation_lock(path: Path) -> Iterator[None]:
+    """Hold the lock of creation, migration and removal; DatabaseError when the folder does not let us."""
+    lock = file_lock(lock_path(path, "create"), timeout=60)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise DatabaseBusyError(
+            f"another process has been creating or removing {path} for a minute"
+        ) from error
+    except OSError as error:
+        raise DatabaseError(
+            f"cannot create or upgrade the database {path}: {error.strerror or error}"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def remove_unused(path: Path) -> bool:
+    """Remove a database file that nobody else has open; return False, and change nothing, where somebody has.
+
+    SQLite grants leaving WAL mode only to a sole connection, which is the question that has to be asked.
+    No connection of this process may be open: closing the file would drop its locks.
+    """
+    with creation_lock(path):
+        if not path.exists():
+            return True
+        connection = sqlite3.connect(path, timeout=0, isolation_level=None)
+        try:
+            connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+            if connection.execute("PRAGMA journal_mode = DELETE").fetchone() != ("delete",):
+                return False
+            connection.execute("BEGIN EXCLUSIVE")
+            for suffix in SUFFIXES:
+                with suppress(FileNotFoundError):
+                    os.unlink(f"{path}{suffix}")
+        except sqlite3.OperationalError:
+            return False
+        finally:
+            connection.close()
+    for lock in path.parent.glob(f"{path.name}.*.lock"):
+        lock.unlink(missing_ok=True)
+    return True

@@ -1,0 +1,159 @@
+"""The results database: the answers of runs as plain rows, for whoever reads SQLite and knows nothing of lbr."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from sqlalchemy import (
+    Column,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+    bindparam,
+    delete,
+    func,
+    insert,
+    inspect,
+    literal_column,
+    select,
+)
+
+from lbr.errors import OutputError, UsageError
+from lbr.store import files
+from lbr.store.engines import BUSY_TIMEOUT_MS, database_errors, make_engine, sqlite_path
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterable, AsyncIterator
+    from pathlib import Path
+
+    from sqlalchemy import ColumnElement, Connection, RowMapping
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from lbr.jobs import Row
+
+metadata = MetaData()
+
+results = Table(
+    "results",
+    metadata,
+    Column("run", Text, primary_key=True),
+    Column("idx", Integer, primary_key=True),
+    Column("id", Text),
+    Column("key", Text, nullable=False),
+    Column("prompt", Text, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("result", Text),
+    Column("error", Text),
+    Column("metadata", Text),
+)
+PAGE = 1_000
+
+
+async def write_run(url: str, run: str, pages: AsyncIterable[list[Row]]) -> int:
+    """Replace one run's rows in the results database, in one transaction; return how many rows.
+
+    The file is made if it is new, private like the queue. Other runs' rows stay.
+    """
+    path = sqlite_path(url)
+    files.check_location(path, create=True)
+    files.create_private(path)
+    engine = _open(path, begin="BEGIN IMMEDIATE")
+    count = 0
+    try:
+        with database_errors(path):
+            async with engine.begin() as connection:
+                await connection.run_sync(_check_table)
+                await connection.execute(delete(results).where(results.c.run == run))
+                async for page in pages:
+                    await connection.execute(insert(results), [_to_columns(run, row) for row in page])
+                    count += len(page)
+    finally:
+        await engine.dispose()
+    return count
+
+
+async def runs_in(url: str) -> list[str]:
+    """Return the names of the runs in a results database, the newest last; none where it is another kind of file."""
+    path = sqlite_path(url)
+    files.check_location(path, create=False)
+    engine = _open(path, begin="BEGIN")
+    try:
+        with database_errors(path):
+            async with engine.begin() as connection:
+                if not await connection.run_sync(_has_table):
+                    return []
+                newest: ColumnElement[int] = func.max(literal_column("rowid"))
+                query = select(results.c.run).group_by(results.c.run).order_by(newest)
+                return list((await connection.execute(query)).scalars())
+    finally:
+        await engine.dispose()
+
+
+async def read_run(url: str, run: str) -> AsyncIterator[list[dict[str, Any]]]:
+    """Yield one run's rows in order, page by page, as they are collected; UsageError where there is no such run."""
+    path = sqlite_path(url)
+    engine = _open(path, begin="BEGIN")
+    query = (
+        select(results)
+        .where(results.c.run == run, results.c.idx > bindparam("after"))
+        .order_by(results.c.idx)
+        .limit(PAGE)
+    )
+    after = -1
+    try:
+        while True:
+            with database_errors(path):
+                async with engine.begin() as connection:
+                    page = (await connection.execute(query, {"after": after})).mappings().all()
+            if page:
+                yield [_from_columns(row) for row in page]
+            if len(page) < PAGE:
+                return
+            after = page[-1]["idx"]
+    finally:
+        await engine.dispose()
+
+
+def _open(path: Path, *, begin: str) -> AsyncEngine:
+    # The default journal, not a WAL: the file stays one file, which can be copied or sent.
+    pragmas = (f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}", "PRAGMA synchronous = FULL")
+    return make_engine(path, begin=begin, pool_size=1, pragmas=pragmas)
+
+
+def _has_table(connection: Connection) -> bool:
+    return inspect(connection).has_table("results") and not inspect(connection).has_table("schema_version")
+
+
+def _check_table(connection: Connection) -> None:
+    if inspect(connection).has_table("schema_version"):
+        raise UsageError(
+            "expected a results database of its own, got: the queue; name another file for the results"
+        )
+    if inspect(connection).has_table("results"):
+        names = [column["name"] for column in inspect(connection).get_columns("results")]
+        if names != [column.name for column in results.c]:
+            raise OutputError(
+                f"expected a results database of lbr, got: one with other columns ({', '.join(names)}); "
+                f"name another file for the results"
+            )
+    metadata.create_all(connection)
+
+
+def _to_columns(run: str, row: Row) -> dict[str, Any]:
+    fields = row.to_dict()
+    for name in ("prompt", "metadata"):
+        if not isinstance(fields.get(name), str | None):
+            fields[name] = orjson.dumps(fields[name]).decode()
+    return {"id": None, "metadata": None} | fields | {"run": run}
+
+
+def _from_columns(found: RowMapping) -> dict[str, Any]:
+    fields: dict[str, Any] = {"idx": found["idx"]}
+    if found["id"] is not None:
+        fields["id"] = found["id"]
+    fields |= {name: found[name] for name in ("key", "prompt", "status", "result", "error")}
+    if found["metadata"] is not None:
+        fields["metadata"] = orjson.loads(found["metadata"])
+    return fields

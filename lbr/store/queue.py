@@ -1,0 +1,377 @@
+"""The life of a job between pending and its end: claim, renew, release and reclaim.
+
+Every method is one short transaction and safe to repeat. Whatever writes to a held job names the
+claim_seq of its claim: a job that somebody else has claimed since is not touched.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import bindparam, case, delete, func, insert, literal_column, select, update
+
+from lbr.errors import DatabaseError, Family
+from lbr.jobs import BadTry, Claim, History, JobId, JobState, Millis, Prompt, RunId, RunState, WorkerId
+from lbr.store import counters
+from lbr.store.schema import attempts, jobs, limits, prompts, runs, workers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from sqlalchemy import ColumnElement, Select
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from lbr.store.engines import Database
+    from lbr.store.schema import AnyRow
+
+SUSPECT_CRASHES = 2
+"""From this many crashes on a job runs alone in its worker, so that it cannot take others along."""
+
+MAX_CRASHES = 3
+RECLAIM_PAGE = 500
+WORKER_MEMORY_MS = 24 * 3600 * 1000
+
+# Literals, so that the partial indexes serve the statements that name them.
+PENDING: ColumnElement[bool] = literal_column("jobs.state = 'pending'")
+INFLIGHT: ColumnElement[bool] = literal_column("jobs.state = 'inflight'")
+
+
+def due_jobs(*, suspects: bool) -> Select[tuple[int]]:
+    """Select the ids of a run's jobs that may be claimed now, the longest due first."""
+    crashes = jobs.c.crashes >= SUSPECT_CRASHES if suspects else jobs.c.crashes < SUSPECT_CRASHES
+    return (
+        select(jobs.c.id)
+        .where(PENDING, jobs.c.run_id == bindparam("run"), jobs.c.available_at <= bindparam("now"), crashes)
+        .order_by(jobs.c.available_at, jobs.c.id)
+        .limit(bindparam("most"))
+        .with_for_update(skip_locked=True)
+    )
+
+
+def _claim(*, suspects: bool) -> Any:
+    return (
+        update(jobs)
+        .where(jobs.c.id.in_(due_jobs(suspects=suspects).scalar_subquery()))
+        .values(
+            state=literal_column("'inflight'"),
+            claim_seq=jobs.c.claim_seq + 1,
+            worker_id=bindparam("worker"),
+            lease_until=bindparam("until"),
+        )
+        .returning(
+            jobs.c.id, jobs.c.run_id, jobs.c.claim_seq, jobs.c.retry_seq, jobs.c.attempts, jobs.c.crashes
+        )
+    )
+
+
+CLAIM, CLAIM_SUSPECT = _claim(suspects=False), _claim(suspects=True)
+
+_PROMPTS = select(prompts).where(prompts.c.job_id.in_(bindparam("ids", expanding=True)))
+_TRIES = (
+    select(attempts.c.job_id, attempts.c.claim_seq, attempts.c.family, attempts.c.message, attempts.c.at)
+    .add_columns(case((attempts.c.family == Family.BAD_ANSWER, attempts.c.text)).label("text"))
+    .where(attempts.c.job_id.in_(bindparam("ids", expanding=True)))
+    .order_by(attempts.c.id)
+)
+RENEW = (
+    update(jobs)
+    .where(INFLIGHT, jobs.c.id.in_(bindparam("ids", expanding=True)), jobs.c.worker_id == bindparam("worker"))
+    .values(lease_until=bindparam("until"))
+    .returning(jobs.c.id, jobs.c.claim_seq)
+)
+_HELD = (
+    select(jobs.c.id, jobs.c.claim_seq, runs.c.id.label("run_id"), runs.c.state.label("run_state"))
+    .join_from(jobs, runs, jobs.c.run_id == runs.c.id)
+    .where(INFLIGHT, jobs.c.id.in_(bindparam("ids", expanding=True)), jobs.c.worker_id == bindparam("worker"))
+    .with_for_update(of=jobs)
+)
+EXPIRED = (
+    select(jobs.c.id)
+    .where(INFLIGHT, jobs.c.lease_until < bindparam("now"))
+    .order_by(jobs.c.lease_until)
+    .limit(RECLAIM_PAGE)
+    .with_for_update(skip_locked=True)
+)
+_RUN_CANCELLED = jobs.c.run_id.in_(select(runs.c.id).where(runs.c.state == RunState.CANCELLED))
+_RECLAIMED_STATE: ColumnElement[str] = case(
+    (jobs.c.crashes + 1 >= MAX_CRASHES, literal_column("'failed'")),
+    (_RUN_CANCELLED, literal_column("'cancelled'")),
+    else_=literal_column("'pending'"),
+)
+RECLAIM = (
+    update(jobs)
+    .where(jobs.c.id.in_(EXPIRED.scalar_subquery()), INFLIGHT, jobs.c.lease_until < bindparam("now"))
+    .values(
+        state=_RECLAIMED_STATE,
+        crashes=jobs.c.crashes + 1,
+        available_at=bindparam("now"),
+        finished_at=case((jobs.c.crashes + 1 >= MAX_CRASHES, bindparam("now"))),
+        lease_until=None,
+    )
+    .returning(jobs.c.id, jobs.c.run_id, jobs.c.claim_seq, jobs.c.crashes, jobs.c.state, jobs.c.worker_id)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a look without a lock saw: is anything due, are suspects, has a lease run out, when to look again.
+
+    `next_ms` is how long from now until more may be due, None where nothing is waiting.
+    """
+
+    due: bool
+    suspects: bool
+    expired: bool
+    next_ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Reclaimed:
+    """A job taken back from a worker whose lease ran out."""
+
+    job_id: JobId
+    run_id: RunId
+    worker_id: WorkerId
+    state: JobState
+
+
+class Queue:
+    """The statements that workers share, over one database."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def register(self, *, host: str, pid: int, concurrency: int) -> WorkerId:
+        """Add a worker and return its id; forget workers that have been silent for a day."""
+
+        async def work(connection: AsyncConnection) -> WorkerId:
+            now = await self._database.now(connection)
+            await connection.execute(delete(workers).where(workers.c.seen_at < now - WORKER_MEMORY_MS))
+            values = {"host": host, "pid": pid, "concurrency": concurrency, "started_at": now, "seen_at": now}
+            query = insert(workers).values(**values, settled=0, rate_milli=0).returning(workers.c.id)
+            return WorkerId((await connection.execute(query)).scalar_one())
+
+        return await self._database.write(work)
+
+    async def unregister(self, worker: WorkerId) -> None:
+        """Remove a worker that ends in good order."""
+
+        async def work(connection: AsyncConnection) -> None:
+            await connection.execute(delete(workers).where(workers.c.id == worker))
+
+        await self._database.write(work)
+
+    async def claim(
+        self, worker: WorkerId, run_ids: Sequence[RunId], most: int, *, lease: float, suspects: bool = False
+    ) -> list[Claim]:
+        """Take up to `most` due jobs of the named runs, in the order given, for `lease` seconds.
+
+        Runs that are not active and answerers that cool down are passed over. With `suspects`, only jobs
+        that have crashed their workers twice are taken, and the caller must run each alone.
+        """
+
+        async def work(connection: AsyncConnection) -> list[Claim]:
+            now = await self._database.now(connection)
+            open_ids = await _claimable(connection, run_ids, now)
+            bound = {"worker": worker, "now": now, "until": now + round(lease * 1000)}
+            rows: list[AnyRow] = []
+            for run_id in (r for r in run_ids if r in open_ids):
+                if len(rows) >= most:
+                    break
+                statement = CLAIM_SUSPECT if suspects else CLAIM
+                found = await connection.execute(statement, bound | {"run": run_id, "most": most - len(rows)})
+                rows += found.all()
+            if rows:
+                await counters.add(connection, _moved(rows, JobState.PENDING, JobState.INFLIGHT))
+            return await _with_prompts(connection, rows, now)
+
+        return await self._database.write(work)
+
+    async def look(self, run_ids: Sequence[RunId]) -> Outlook:
+        """See without a lock whether a claim or a reclaim would find anything."""
+
+        async def work(connection: AsyncConnection) -> Outlook:
+            now = await self._database.now(connection)
+            open_ids = await _claimable(connection, run_ids, now)
+            due = suspects = False
+            times: list[int | None] = list(await _cooldown_ends(connection, run_ids, now))
+            for run_id in open_ids:
+                bound = {"run": run_id, "now": now, "most": 1}
+                due |= (await connection.scalar(due_jobs(suspects=False), bound)) is not None
+                suspects |= (await connection.scalar(due_jobs(suspects=True), bound)) is not None
+                later = select(func.min(jobs.c.available_at)).where(PENDING, jobs.c.run_id == run_id)
+                times.append(await connection.scalar(later.where(jobs.c.available_at > now)))
+            lease_end: int | None = await connection.scalar(
+                select(func.min(jobs.c.lease_until)).where(INFLIGHT)
+            )
+            times.append(lease_end)
+            expired = lease_end is not None and lease_end < now
+            waits = [time - now for time in times if time is not None and time > now]
+            return Outlook(due, suspects, expired, min(waits, default=None))
+
+        return await self._database.read(work)
+
+    async def renew(
+        self, worker: WorkerId, claims: Iterable[Claim], *, lease: float, settled: int, rate: float
+    ) -> set[JobId]:
+        """Extend the leases of a worker's claims and note that it lives; return the jobs that it lost.
+
+        `settled` is how many jobs the worker has settled, `rate` how many a second of late.
+        """
+        held = {claim.job_id: claim.claim_seq for claim in claims}
+
+        async def work(connection: AsyncConnection) -> set[JobId]:
+            now = await self._database.now(connection)
+            values = {"seen_at": now, "settled": settled, "rate_milli": round(rate * 1000)}
+            await connection.execute(update(workers).where(workers.c.id == worker).values(**values))
+            if not held:
+                return set()
+            bound = {"ids": list(held), "worker": worker, "until": now + round(lease * 1000)}
+            rows = (await connection.execute(RENEW, bound)).all()
+            kept = {JobId(row.id) for row in rows if held[JobId(row.id)] == row.claim_seq}
+            return set(held) - kept
+
+        return await self._database.write(work)
+
+    async def release(self, worker: WorkerId, claims: Iterable[Claim]) -> int:
+        """Give claims back: pending again, nothing charged, claim_seq kept. Return how many were still held."""
+        held = {claim.job_id: claim.claim_seq for claim in claims}
+        if not held:
+            return 0
+
+        async def work(connection: AsyncConnection) -> int:
+            rows = (await connection.execute(_HELD, {"ids": list(held), "worker": worker})).all()
+            ours = [row for row in rows if held[row.id] == row.claim_seq]
+            deltas: counters.Deltas = Counter()
+            for state in (JobState.PENDING, JobState.CANCELLED):
+                back = [row for row in ours if _resting_state(row.run_state) is state]
+                values = {"state": state, "worker_id": None, "lease_until": None}
+                query = update(jobs).where(INFLIGHT, jobs.c.id.in_([row.id for row in back])).values(**values)
+                if back:
+                    await connection.execute(query)
+                deltas.update(_moved(back, JobState.INFLIGHT, state))
+            await counters.add(connection, deltas)
+            return len(ours)
+
+        return await self._database.write(work)
+
+    async def reclaim(self) -> list[Reclaimed]:
+        """Take back jobs whose lease ran out, at most a page of them; any worker may do it at any time.
+
+        Each is charged a crash; at the third it fails. Its worker's late answer is still taken, as long as
+        nobody has claimed the job again.
+        """
+
+        async def work(connection: AsyncConnection) -> list[Reclaimed]:
+            now = await self._database.now(connection)
+            rows = (await connection.execute(RECLAIM, {"now": now})).all()
+            if not rows:
+                return []
+            await connection.execute(insert(attempts), [_crash_record(row, now) for row in rows])
+            deltas: counters.Deltas = Counter()
+            for row in rows:
+                deltas[row.run_id, JobState.INFLIGHT] -= 1
+                deltas[row.run_id, row.state] += 1
+                deltas[row.run_id, counters.CRASHED] += 1
+            await counters.add(connection, deltas)
+            return [Reclaimed(row.id, row.run_id, row.worker_id, JobState(row.state)) for row in rows]
+
+        return await self._database.write(work)
+
+
+async def _claimable(connection: AsyncConnection, run_ids: Sequence[RunId], now: Millis) -> set[RunId]:
+    cooling = select(limits.c.answerer).where(limits.c.cooldown_until > now)
+    query = select(runs.c.id).where(
+        runs.c.id.in_(run_ids), runs.c.state == RunState.ACTIVE, runs.c.answerer.not_in(cooling)
+    )
+    return {RunId(run_id) for run_id in (await connection.execute(query)).scalars()}
+
+
+async def _cooldown_ends(
+    connection: AsyncConnection, run_ids: Sequence[RunId], now: Millis
+) -> Sequence[Millis]:
+    query = (
+        select(limits.c.cooldown_until)
+        .join_from(limits, runs, runs.c.answerer == limits.c.answerer)
+        .where(runs.c.id.in_(run_ids), runs.c.state == RunState.ACTIVE, limits.c.cooldown_until > now)
+    )
+    return (await connection.execute(query)).scalars().all()
+
+
+def _resting_state(run_state: str) -> JobState:
+    """Return where a job goes that is given back: a cancelled run takes no job up again."""
+    return JobState.CANCELLED if run_state == RunState.CANCELLED else JobState.PENDING
+
+
+def _moved(rows: Iterable[AnyRow], source: JobState, target: JobState) -> counters.Deltas:
+    deltas: counters.Deltas = Counter()
+    for row in rows:
+        deltas[row.run_id, source] -= 1
+        deltas[row.run_id, target] += 1
+    return deltas
+
+
+def _crash_record(row: AnyRow, now: Millis) -> dict[str, Any]:
+    message = "its worker's lease ran out"
+    if row.state == JobState.FAILED:
+        message = f"its worker died {row.crashes} times"
+    return {
+        "job_id": row.id,
+        "claim_seq": row.claim_seq,
+        "what": "crashed",
+        "error": "WorkerDied",
+        "message": message,
+        "at": now,
+    }
+
+
+async def _with_prompts(connection: AsyncConnection, rows: list[AnyRow], now: Millis) -> list[Claim]:
+    """Read, in the claim's own transaction, what its worker needs to make the calls."""
+    if not rows:
+        return []
+    found = (await connection.execute(_PROMPTS, {"ids": [row.id for row in rows]})).all()
+    by_id = {p.job_id: Prompt.from_body(p.body, chat=bool(p.chat)) for p in found}
+    tried = [row for row in rows if row.claim_seq > row.retry_seq + 1]
+    histories = await _histories(connection, tried, now)
+    for row in rows:
+        if row.id not in by_id:
+            raise DatabaseError(
+                f"expected a prompt for job {row.id}, got: none; the database was changed by hand"
+            )
+    return [
+        Claim(
+            job_id=JobId(row.id),
+            run_id=RunId(row.run_id),
+            claim_seq=row.claim_seq,
+            attempts=row.attempts,
+            crashes=row.crashes,
+            prompt=by_id[row.id],
+            history=histories.get(row.id, History()),
+        )
+        for row in sorted(rows, key=lambda row: row.id)
+    ]
+
+
+async def _histories(connection: AsyncConnection, rows: list[AnyRow], now: Millis) -> dict[int, History]:
+    if not rows:
+        return {}
+    since = {row.id: row.retry_seq for row in rows}
+    tries = (await connection.execute(_TRIES, {"ids": list(since)})).all()
+    by_job: dict[int, list[AnyRow]] = {}
+    for one in tries:
+        if one.claim_seq > since[one.job_id]:
+            by_job.setdefault(one.job_id, []).append(one)
+    return {job_id: _history(group, now) for job_id, group in by_job.items()}
+
+
+def _history(tries: list[AnyRow], now: Millis) -> History:
+    bad = [t for t in tries if t.family == Family.BAD_ANSWER]
+    limited = [t for t in tries if t.family == Family.RATE_LIMITED]
+    return History(
+        bad_answers=len(bad),
+        limited_tries=len(limited),
+        limited_ms=max(0, now - limited[0].at) if limited else 0,
+        last_bad=BadTry(bad[-1].text or "", bad[-1].message) if bad else None,
+    )

@@ -1,0 +1,330 @@
+"""What front ends ask of the store: counts, answers in order, one job's story. Nothing here writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from sqlalchemy import bindparam, func, select
+
+from lbr.errors import DatabaseError, UsageError
+from lbr.jobs import JobState, Millis, Prompt, Row, Run, RunId, Shape
+from lbr.store import counters, runs
+from lbr.store.schema import attempts, items, jobs, limits, prompts, results, workers
+
+if TYPE_CHECKING:
+    from collections import Counter
+    from collections.abc import AsyncIterator, Sequence
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from lbr.jobs import Json
+    from lbr.store.engines import Database
+    from lbr.store.schema import AnyRow
+
+PAGE = 1_000
+
+_LAST_ERROR = (
+    select(attempts.c.message)
+    .where(attempts.c.job_id == jobs.c.id, attempts.c.what != "stale")
+    .order_by(attempts.c.id.desc())
+    .limit(1)
+    .scalar_subquery()
+)
+_ROWS = (
+    select(
+        items.c.idx,
+        items.c.custom_id,
+        items.c.metadata,
+        jobs.c.id,
+        jobs.c.key,
+        jobs.c.state,
+        prompts.c.chat,
+        prompts.c.body,
+        results.c.text,
+    )
+    .join_from(items, jobs, items.c.job_id == jobs.c.id)
+    .join(prompts, prompts.c.job_id == jobs.c.id)
+    .outerjoin(results, results.c.job_id == jobs.c.id)
+    .where(items.c.run_id == bindparam("run"), items.c.idx > bindparam("after"))
+    .order_by(items.c.idx)
+    .limit(PAGE)
+)
+ROWS = {Shape.ORIGINAL: _ROWS, Shape.UNIQUE: _ROWS.where(items.c.first == 1)}
+_ERRORS = select(jobs.c.id, _LAST_ERROR.label("error")).where(jobs.c.id.in_(bindparam("ids", expanding=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class Cooldown:
+    """An answerer that nobody calls until a time, and why."""
+
+    answerer: str
+    until: Millis
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSeen:
+    """A worker as it last reported: jobs settled in all, and per second of late."""
+
+    host: str
+    pid: int
+    concurrency: int
+    started_at: Millis
+    seen_at: Millis
+    settled: int
+    rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunCounts:
+    """A run with its number of inputs and its counters."""
+
+    run: Run
+    inputs: int
+    counts: Counter[str]
+
+    def of(self, state: JobState) -> int:
+        """Return how many jobs are in a state."""
+        return self.counts[state]
+
+    @property
+    def jobs(self) -> int:
+        """How many distinct inputs there are."""
+        return sum(self.counts[state] for state in JobState)
+
+    @property
+    def open(self) -> int:
+        """How many jobs are neither answered nor given up."""
+        return self.counts[JobState.PENDING] + self.counts[JobState.INFLIGHT]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every input is in and every job has come to its end."""
+        return self.open == 0 and self.run.sealed_at is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """Runs, workers and cooldowns at one moment."""
+
+    now: Millis
+    runs: list[RunCounts]
+    workers: list[WorkerSeen]
+    cooldowns: list[Cooldown]
+
+
+@dataclass(frozen=True, slots=True)
+class Try:
+    """One try of a job that was no plain success."""
+
+    claim_seq: int
+    what: str
+    family: str | None
+    error: str
+    message: str
+    text: str | None
+    at: Millis
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """Everything about one input's job."""
+
+    row: Row
+    attempts: int
+    crashes: int
+    claim_seq: int
+    available_at: Millis
+    lease_until: Millis | None
+    finished_at: Millis | None
+    model: str | None
+    finish_reason: str | None
+    input_tokens: int | None
+    output_tokens: int | None
+    cost_nanos: int | None
+    latency_ms: int | None
+    reused: bool
+    tries: list[Try]
+
+
+async def find_run(database: Database, name: str) -> Run:
+    """Return the run of that name; RunNotFoundError names those that there are."""
+    return await database.read(lambda connection: runs.find(connection, name))
+
+
+async def all_runs(database: Database) -> list[Run]:
+    """Return every run, oldest first."""
+    return await database.read(runs.all_runs)
+
+
+async def counts(database: Database, run_ids: list[RunId]) -> list[RunCounts]:
+    """Return the named runs as they stand, in the order of their ids."""
+
+    async def work(connection: AsyncConnection) -> list[RunCounts]:
+        return await _counts(
+            connection, [run for run in await runs.all_runs(connection) if run.id in run_ids]
+        )
+
+    return await database.read(work)
+
+
+async def overview(database: Database, name: str | None = None) -> Overview:
+    """Return how one run stands, or all of them, with the workers and cooldowns of the database."""
+
+    async def work(connection: AsyncConnection) -> Overview:
+        found = await runs.all_runs(connection) if name is None else [await runs.find(connection, name)]
+        now = await database.now(connection)
+        seen = (await connection.execute(select(workers).order_by(workers.c.id))).all()
+        cooling = (await connection.execute(select(limits).where(limits.c.cooldown_until > now))).all()
+        return Overview(
+            now=now,
+            runs=await _counts(connection, found),
+            workers=[
+                WorkerSeen(
+                    w.host, w.pid, w.concurrency, w.started_at, w.seen_at, w.settled, w.rate_milli / 1000
+                )
+                for w in seen
+            ],
+            cooldowns=[Cooldown(c.answerer, c.cooldown_until, c.reason) for c in cooling],
+        )
+
+    return await database.read(work)
+
+
+async def _counts(connection: AsyncConnection, found: list[Run]) -> list[RunCounts]:
+    by_run = await counters.of_runs(connection, [run.id for run in found])
+    answer = []
+    for run in found:
+        last = await connection.scalar(select(func.max(items.c.idx)).where(items.c.run_id == run.id))
+        answer.append(RunCounts(run, 0 if last is None else last + 1, by_run[run.id]))
+    return answer
+
+
+async def rows(database: Database, run: Run, shape: Shape) -> AsyncIterator[list[Row]]:
+    """Yield a run's rows in input order, page by page; each page is a short transaction of its own."""
+    after = -1
+    while True:
+
+        async def work(connection: AsyncConnection, after: int = after) -> list[Row]:
+            bound = {"run": run.id, "after": after}
+            found = (await connection.execute(ROWS[shape], bound)).all()
+            return await _with_errors(connection, found)
+
+        page = await database.read(work)
+        if page:
+            yield page
+        if len(page) < PAGE:
+            return
+        after = page[-1].idx
+
+
+async def _with_errors(connection: AsyncConnection, found: Sequence[AnyRow]) -> list[Row]:
+    """Turn database rows into collected ones; what is not done gets what its last failed try said."""
+    open_ids = list({row.id for row in found if row.state != JobState.DONE})
+    errors: dict[int, str] = {}
+    if open_ids:
+        errors = {row.id: row.error for row in (await connection.execute(_ERRORS, {"ids": open_ids})).all()}
+    return [
+        Row(
+            idx=row.idx,
+            key=row.key.hex(),
+            prompt=Prompt.from_body(row.body, chat=bool(row.chat)),
+            status=row.state,
+            result=row.text if row.state == JobState.DONE else None,
+            error=errors.get(row.id),
+            custom_id=row.custom_id,
+            metadata=_metadata(row.metadata),
+        )
+        for row in found
+    ]
+
+
+def _metadata(text: str | None) -> dict[str, Json] | None:
+    if text is None:
+        return None
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise DatabaseError(f"expected stored metadata to be JSON, got: {text[:200]!r}") from error
+    if not isinstance(value, dict):
+        raise DatabaseError(f"expected stored metadata to be an object, got: {text[:200]!r}")
+    return value
+
+
+async def metadata_columns(database: Database, run: Run) -> list[str]:
+    """Return the names of a run's metadata fields, in the order of their first appearance."""
+    names: dict[str, None] = {}
+    after = -1
+    query = (
+        select(items.c.idx, items.c.metadata)
+        .where(items.c.run_id == run.id, items.c.idx > bindparam("after"))
+        .order_by(items.c.idx)
+        .limit(PAGE * 10)
+    )
+    while True:
+
+        async def work(connection: AsyncConnection, after: int = after) -> list[Any]:
+            return list((await connection.execute(query, {"after": after})).all())
+
+        page = await database.read(work)
+        for row in page:
+            names |= dict.fromkeys(_metadata(row.metadata) or ())
+        if len(page) < PAGE * 10:
+            return list(names)
+        after = page[-1].idx
+
+
+async def story(database: Database, run: Run, idx: int) -> Story:
+    """Return everything about the input at a place; UsageError where there is none."""
+
+    async def work(connection: AsyncConnection) -> Story:
+        query = (
+            select(
+                items.c.idx,
+                items.c.custom_id,
+                items.c.metadata,
+                jobs,
+                prompts.c.chat,
+                prompts.c.body,
+                results,
+            )
+            .join_from(items, jobs, items.c.job_id == jobs.c.id)
+            .join(prompts, prompts.c.job_id == jobs.c.id)
+            .outerjoin(results, results.c.job_id == jobs.c.id)
+            .where(items.c.run_id == run.id, items.c.idx == idx)
+        )
+        found = (await connection.execute(query)).one_or_none()
+        if found is None:
+            last = await connection.scalar(select(func.max(items.c.idx)).where(items.c.run_id == run.id))
+            there = "none" if last is None else f"0 to {last}"
+            raise UsageError(f"expected an input of run {run.name!r}, got: {idx}; there are {there}")
+        tried = select(attempts).where(attempts.c.job_id == found.id).order_by(attempts.c.id)
+        tries = [
+            Try(t.claim_seq, t.what, t.family, t.error, t.message, t.text, t.at)
+            for t in (await connection.execute(tried)).all()
+        ]
+        return _story(found, (await _with_errors(connection, [found]))[0], tries)
+
+    return await database.read(work)
+
+
+def _story(found: AnyRow, row: Row, tries: list[Try]) -> Story:
+    return Story(
+        row=row,
+        attempts=found.attempts,
+        crashes=found.crashes,
+        claim_seq=found.claim_seq,
+        available_at=found.available_at,
+        lease_until=found.lease_until,
+        finished_at=found.finished_at,
+        model=found.model,
+        finish_reason=found.finish_reason,
+        input_tokens=found.input_tokens,
+        output_tokens=found.output_tokens,
+        cost_nanos=found.cost_nanos,
+        latency_ms=found.latency_ms,
+        reused=found.reused_from is not None,
+        tries=tries,
+    )

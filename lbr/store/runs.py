@@ -1,0 +1,230 @@
+"""Runs: made once, found by name, paused, resumed, cancelled and put back for another try."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import insert, select, update
+
+from lbr.errors import RunMismatchError, RunNotFoundError, UsageError
+from lbr.jobs import JobState, Millis, Run, RunId, RunState, Task
+from lbr.store import counters
+from lbr.store.schema import jobs, runs
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from lbr.store.engines import Database
+    from lbr.store.schema import AnyRow
+
+BATCH = 5_000
+
+
+@dataclass(frozen=True, slots=True)
+class RunSpec:
+    """What an enqueue asks for. `fingerprint` is a named function's, None for a model."""
+
+    name: str
+    task: Task
+    max_attempts: int
+    fingerprint: str | None = None
+
+
+def run_of(row: AnyRow) -> Run:
+    """Read a row of `runs`."""
+    return Run(
+        id=RunId(row.id),
+        name=row.name,
+        task=Task.from_json(row.task),
+        state=RunState(row.state),
+        pause_reason=row.pause_reason,
+        max_attempts=row.max_attempts,
+        fingerprint=row.fingerprint,
+        created_at=row.created_at,
+        enqueued_at=row.enqueued_at,
+        sealed_at=row.sealed_at,
+    )
+
+
+def differences(old: Task, new: Task) -> list[str]:
+    """Name the fields in which two tasks differ, with both values, shortened."""
+    pairs = [(name, getattr(old, name), getattr(new, name)) for name in Task.__slots__]
+    return [f"{name} {_short(a)} there, {_short(b)} here" for name, a, b in pairs if a != b]
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+async def find(connection: AsyncConnection, name: str) -> Run:
+    """Return the run of that name; RunNotFoundError names those that there are."""
+    row = (await connection.execute(select(runs).where(runs.c.name == name))).one_or_none()
+    if row is not None:
+        return run_of(row)
+    names = (
+        (await connection.execute(select(runs.c.name).order_by(runs.c.id.desc()).limit(8))).scalars().all()
+    )
+    known = f"the newest runs here are {', '.join(names)}" if names else "there are no runs here yet"
+    raise RunNotFoundError(f"expected the name of a run, got: {name!r}; {known}")
+
+
+async def all_runs(connection: AsyncConnection) -> list[Run]:
+    """Return every run, oldest first."""
+    return [run_of(row) for row in (await connection.execute(select(runs).order_by(runs.c.id))).all()]
+
+
+async def open_run(database: Database, spec: RunSpec) -> Run:
+    """Return the run of that name, made if it is new.
+
+    Raises RunMismatchError where the name is taken by another task, UsageError where the run was cancelled.
+    """
+
+    async def work(connection: AsyncConnection) -> Run:
+        row = (await connection.execute(select(runs).where(runs.c.name == spec.name))).one_or_none()
+        if row is None:
+            return await _make(database, connection, spec)
+        run = run_of(row)
+        if run.task != spec.task:
+            raise RunMismatchError(
+                f"expected run {spec.name!r} to be free or to ask for the same, got: another task "
+                f"({'; '.join(differences(run.task, spec.task))}); choose another name with --run"
+            )
+        if run.state is RunState.CANCELLED:
+            raise UsageError(f"run {spec.name!r} was cancelled; `lbr retry {spec.name}` takes it up again")
+        return run
+
+    return await database.write(work)
+
+
+async def _make(database: Database, connection: AsyncConnection, spec: RunSpec) -> Run:
+    now = await database.now(connection)
+    values = {
+        "name": spec.name,
+        "task": spec.task.to_json(),
+        "answerer": spec.task.answerer,
+        "fingerprint": spec.fingerprint,
+        "state": RunState.ACTIVE,
+        "max_attempts": spec.max_attempts,
+        "created_at": now,
+        "enqueued_at": now,
+    }
+    await connection.execute(insert(runs).values(**values))
+    return await find(connection, spec.name)
+
+
+async def seal(database: Database, run: Run) -> None:
+    """Record that an enqueue has come to its end."""
+
+    async def work(connection: AsyncConnection) -> None:
+        now = await database.now(connection)
+        await connection.execute(update(runs).where(runs.c.id == run.id).values(sealed_at=now))
+
+    await database.write(work)
+
+
+async def set_fingerprint(database: Database, run: Run, fingerprint: str) -> None:
+    """Remember the code that a named function has now."""
+
+    async def work(connection: AsyncConnection) -> None:
+        await connection.execute(update(runs).where(runs.c.id == run.id).values(fingerprint=fingerprint))
+
+    await database.write(work)
+
+
+async def pause(database: Database, run: Run, reason: str) -> Run:
+    """Stop the claiming of a run's jobs until `resume`; calls in flight go on. Safe to repeat."""
+    return await _set_state(database, run, RunState.PAUSED, reason)
+
+
+async def resume(database: Database, run: Run) -> Run:
+    """Let a paused run's jobs be claimed again. UsageError for a cancelled run. Safe to repeat."""
+    return await _set_state(database, run, RunState.ACTIVE, None)
+
+
+async def _set_state(database: Database, run: Run, state: RunState, reason: str | None) -> Run:
+    async def work(connection: AsyncConnection) -> Run:
+        current = await find(connection, run.name)
+        if current.state is RunState.CANCELLED:
+            raise UsageError(f"run {run.name!r} was cancelled; `lbr retry {run.name}` takes it up again")
+        values = {"state": state, "pause_reason": reason}
+        await connection.execute(update(runs).where(runs.c.id == run.id).values(**values))
+        return await find(connection, run.name)
+
+    return await database.write(work)
+
+
+async def cancel(database: Database, run: Run) -> int:
+    """Cancel a run and its pending jobs; return how many jobs. Answers on their way are still kept."""
+
+    async def mark(connection: AsyncConnection) -> None:
+        values = {"state": RunState.CANCELLED, "pause_reason": None}
+        await connection.execute(update(runs).where(runs.c.id == run.id).values(**values))
+
+    await database.write(mark)
+    return await _move(database, run, (JobState.PENDING,), JobState.CANCELLED)
+
+
+async def retry(database: Database, run: Run) -> int:
+    """Put the failed and cancelled jobs of a run back to pending with all their tries; return how many.
+
+    A cancelled run becomes active again. Answers, history and claim_seq stay.
+    """
+
+    async def revive(connection: AsyncConnection) -> None:
+        values = {"state": RunState.ACTIVE}
+        where = (runs.c.id == run.id) & (runs.c.state == RunState.CANCELLED)
+        await connection.execute(update(runs).where(where).values(**values))
+
+    await database.write(revive)
+    return await _move(database, run, (JobState.FAILED, JobState.CANCELLED), JobState.PENDING)
+
+
+async def _move(database: Database, run: Run, sources: tuple[JobState, ...], target: JobState) -> int:
+    """Move a run's jobs between resting states, in short transactions of one page each."""
+    moved, last = 0, 0
+    while True:
+
+        async def work(connection: AsyncConnection, after: int = last) -> list[tuple[int, str]]:
+            query = (
+                select(jobs.c.id, jobs.c.state)
+                .where(jobs.c.id > after, jobs.c.run_id == run.id, jobs.c.state.in_(sources))
+                .order_by(jobs.c.id)
+                .limit(BATCH)
+                .with_for_update()
+            )
+            page = [(row.id, row.state) for row in (await connection.execute(query)).all()]
+            await _move_page(database, connection, run, page, target)
+            return page
+
+        page = await database.write(work)
+        moved += len(page)
+        if len(page) < BATCH:
+            return moved
+        last = page[-1][0]
+
+
+async def _move_page(
+    database: Database, connection: AsyncConnection, run: Run, page: list[tuple[int, str]], target: JobState
+) -> None:
+    now = await database.now(connection)
+    values: dict[str, Any] = {"state": target, "finished_at": Millis(now)}
+    if target is JobState.PENDING:
+        values = {
+            "state": target,
+            "finished_at": None,
+            "available_at": now,
+            "attempts": 0,
+            "crashes": 0,
+            "retry_seq": jobs.c.claim_seq,
+        }
+    await connection.execute(
+        update(jobs).where(jobs.c.id.in_([job_id for job_id, _ in page])).values(**values)
+    )
+    deltas: counters.Deltas = Counter()
+    for _, state in page:
+        deltas[run.id, state] -= 1
+        deltas[run.id, target] += 1
+    await counters.add(connection, deltas)

@@ -1,0 +1,224 @@
+"""The tables, and the ordered steps that bring an older database up to them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    Table,
+    Text,
+    insert,
+    select,
+    text,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy import Connection, Row
+
+AnyRow: TypeAlias = "Row[*tuple[Any, ...]]"
+
+metadata = MetaData()
+
+# SQLite only treats INTEGER as the row's own id; PostgreSQL wants 64 bits said aloud.
+Id = BigInteger().with_variant(Integer, "sqlite")
+Millis = BigInteger().with_variant(Integer, "sqlite")
+
+STATES = "('pending', 'inflight', 'done', 'failed', 'cancelled')"
+
+schema_version = Table(
+    "schema_version",
+    metadata,
+    Column("version", Integer, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("applied_at", Millis, nullable=False),
+)
+
+runs = Table(
+    "runs",
+    metadata,
+    Column("id", Id, primary_key=True, autoincrement=True),
+    Column("name", Text, nullable=False, unique=True),
+    Column("task", Text, nullable=False),
+    Column("answerer", Text, nullable=False),
+    Column("fingerprint", Text),
+    Column("state", Text, nullable=False),
+    Column("pause_reason", Text),
+    Column("max_attempts", Integer, nullable=False),
+    Column("created_at", Millis, nullable=False),
+    # When its newest chunk was enqueued; sealed_at is null until an enqueue came to its end.
+    Column("enqueued_at", Millis, nullable=False),
+    Column("sealed_at", Millis),
+    CheckConstraint("state IN ('active', 'paused', 'cancelled')", name="runs_state"),
+    sqlite_autoincrement=True,
+)
+
+# Narrow on purpose: every claim, renewal and settlement rewrites this row and no payload.
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", Id, primary_key=True, autoincrement=True),
+    Column("run_id", Id, nullable=False),
+    Column("key", LargeBinary, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("available_at", Millis, nullable=False),
+    Column("claim_seq", Id, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("crashes", Integer, nullable=False),
+    # The claim_seq at which somebody last put the job back by hand: older tries do not count any more.
+    Column("retry_seq", Id, nullable=False),
+    Column("worker_id", Id),
+    Column("lease_until", Millis),
+    Column("finished_at", Millis),
+    CheckConstraint(f"state IN {STATES}", name="jobs_state"),
+    # Ids are never given out twice, so that a stale claim cannot meet another job.
+    sqlite_autoincrement=True,
+)
+Index("jobs_run_key", jobs.c.run_id, jobs.c.key, unique=True)
+Index(
+    "jobs_pending",
+    jobs.c.run_id,
+    jobs.c.available_at,
+    jobs.c.id,
+    sqlite_where=text("state = 'pending'"),
+    postgresql_where=text("state = 'pending'"),
+)
+Index(
+    "jobs_lease",
+    jobs.c.lease_until,
+    sqlite_where=text("state = 'inflight'"),
+    postgresql_where=text("state = 'inflight'"),
+)
+Index(
+    "jobs_done_key",
+    jobs.c.key,
+    sqlite_where=text("state = 'done'"),
+    postgresql_where=text("state = 'done'"),
+)
+
+prompts = Table(
+    "prompts",
+    metadata,
+    Column("job_id", Id, primary_key=True, autoincrement=False),
+    Column("chat", SmallInteger, nullable=False),
+    Column("body", Text, nullable=False),
+)
+
+results = Table(
+    "results",
+    metadata,
+    Column("job_id", Id, primary_key=True, autoincrement=False),
+    Column("text", Text, nullable=False),
+    Column("model", Text),
+    Column("finish_reason", Text),
+    Column("input_tokens", Integer),
+    Column("output_tokens", Integer),
+    Column("cost_nanos", Id),
+    Column("latency_ms", Integer, nullable=False),
+    # The job of another run whose answer this is, null for one that was called for.
+    Column("reused_from", Id),
+)
+
+# Every try that was not a plain success.
+attempts = Table(
+    "attempts",
+    metadata,
+    Column("id", Id, primary_key=True, autoincrement=True),
+    Column("job_id", Id, nullable=False),
+    Column("claim_seq", Id, nullable=False),
+    Column("what", Text, nullable=False),
+    Column("family", Text),
+    Column("error", Text, nullable=False),
+    Column("message", Text, nullable=False),
+    Column("text", Text),
+    Column("input_tokens", Integer),
+    Column("output_tokens", Integer),
+    Column("cost_nanos", Id),
+    Column("latency_ms", Integer),
+    Column("at", Millis, nullable=False),
+    CheckConstraint("what IN ('retried', 'failed', 'stale', 'crashed')", name="attempts_what"),
+)
+Index("attempts_job", attempts.c.job_id, attempts.c.id)
+
+items = Table(
+    "items",
+    metadata,
+    Column("run_id", Id, primary_key=True),
+    Column("idx", Id, primary_key=True),
+    Column("job_id", Id, nullable=False),
+    # 1 where this input is the first of its job: the order of distinct inputs.
+    Column("first", SmallInteger, nullable=False),
+    Column("custom_id", Text),
+    Column("metadata", Text),
+    sqlite_with_rowid=False,
+)
+
+# Job states, tokens, cost and failed tries of a run, kept in the transactions that change them.
+counters = Table(
+    "counters",
+    metadata,
+    Column("run_id", Id, primary_key=True),
+    Column("name", Text, primary_key=True),
+    Column("shard", SmallInteger, primary_key=True),
+    Column("value", Id, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+# What all workers share about one answerer: until when nobody should call it, and why.
+limits = Table(
+    "limits",
+    metadata,
+    Column("answerer", Text, primary_key=True),
+    Column("cooldown_until", Millis, nullable=False),
+    Column("reason", Text, nullable=False),
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("id", Id, primary_key=True, autoincrement=True),
+    Column("host", Text, nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("concurrency", Integer, nullable=False),
+    Column("started_at", Millis, nullable=False),
+    Column("seen_at", Millis, nullable=False),
+    Column("settled", Id, nullable=False),
+    # Jobs settled per 1,000 seconds, over the worker's latest half minute.
+    Column("rate_milli", Id, nullable=False),
+    sqlite_autoincrement=True,
+)
+
+
+def _create_tables(connection: Connection) -> None:
+    metadata.create_all(connection, checkfirst=True)
+
+
+MIGRATIONS: tuple[tuple[str, Callable[[Connection], None]], ...] = (("create the tables", _create_tables),)
+"""Ordered and append-only: a database's version is the number of them that it has seen."""
+
+LATEST = len(MIGRATIONS)
+
+
+def applied_version(connection: Connection) -> int:
+    """Return how many migrations the database has seen, 0 for an empty one."""
+    if not connection.dialect.has_table(connection, "schema_version"):
+        return 0
+    versions = connection.execute(select(schema_version.c.version)).scalars().all()
+    return max(versions, default=0)
+
+
+def migrate(connection: Connection, now: int) -> None:
+    """Apply what is missing, with its record, in the caller's transaction. Safe to repeat."""
+    for version, (name, step) in enumerate(MIGRATIONS, start=1):
+        if version > applied_version(connection):
+            step(connection)
+            connection.execute(insert(schema_version).values(version=version, name=name, applied_at=now))

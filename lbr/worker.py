@@ -1,0 +1,305 @@
+"""One worker process's loop: claim what slots are free for, call, settle, until there is no more to do.
+
+A slot is taken from the claim until its settlement is committed, so a killed worker costs at most as many
+calls as it has slots. The loop itself is never cancelled half way through a transaction: it is told to stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections import deque
+from contextlib import suppress
+from random import Random
+from typing import TYPE_CHECKING
+
+from lbr.calls import Calls, WorkReport
+from lbr.errors import DatabaseError, NothingToServeError
+from lbr.jobs import Claim, JobState, RunId, RunState, Until, WorkerId
+from lbr.retry import RetryPolicy
+from lbr.serving import Servings
+from lbr.store import reads
+from lbr.store.queue import Queue
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from lbr.config import WorkOptions
+    from lbr.models.resolve import Authority
+    from lbr.store.engines import Database
+
+POLL_SECONDS = 0.1
+TICK_SECONDS = 5.0
+ABANDONED_MS = 30_000
+"""An enqueue that added nothing for so long, and did not come to its end, is taken for interrupted."""
+
+
+class Worker:
+    """Serves runs until told to stop or until nothing is left, by `options.until`.
+
+    `run_names` restricts it to those runs, None means all that it can serve. `notify` gets what a person
+    should know, one line at a time.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        authority: Authority,
+        options: WorkOptions,
+        *,
+        run_names: Sequence[str] | None = None,
+        policy: RetryPolicy | None = None,
+        notify: Callable[[str], None] = lambda _: None,
+        rng: Random | None = None,
+    ) -> None:
+        self._database = database
+        self._queue = Queue(database)
+        self._options = options
+        self._run_names = run_names
+        self._notify = notify
+        self._servings = Servings(authority, concurrency=options.concurrency)
+        self.report = WorkReport()
+        self._calls = Calls(
+            database,
+            self.report,
+            policy=policy or RetryPolicy(),
+            timeout=options.timeout,
+            rng=rng or Random(),  # noqa: S311 - jitter
+            changed=self._calls_changed,
+            notify=notify,
+        )
+        self._order: deque[RunId] = deque()
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._aborting = False
+        # Whether the last claim filled every free slot, so that another is likely to find more.
+        self._more = True
+        self._next_look = 0.0
+        self._next_due = 0.0
+        self._id = WorkerId(0)
+
+    def drain(self) -> None:
+        """Claim no more, finish what is held within the grace, then release the rest and return."""
+        self.report.drained = True
+        self._stop()
+
+    def abort(self) -> None:
+        """Release everything at once; nothing is charged."""
+        self._aborting = True
+        self.drain()
+
+    def _stop(self) -> None:
+        self._stopping = True
+        self._wake.set()
+
+    def _stop_asked(self) -> bool:
+        return self._stopping
+
+    def _calls_changed(self) -> None:
+        if self._calls.error is not None:
+            self._aborting = True
+            self._stop()
+        self._wake.set()
+
+    async def run(self) -> WorkReport:
+        """Work. A cancelled caller gets its cancellation after everything held has been given back.
+
+        Raises NothingToServeError where there are jobs but none that this process may answer, DatabaseError
+        when the database stays away.
+        """
+        work = asyncio.ensure_future(self._run())
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            self.abort()
+            with suppress(Exception):
+                await work
+            raise
+
+    async def _run(self) -> WorkReport:
+        try:
+            await self._learn()
+            host, concurrency = socket.gethostname(), self._options.concurrency
+            self._id = await self._queue.register(host=host, pid=os.getpid(), concurrency=concurrency)
+            self._calls.open()
+            ticking = asyncio.create_task(self._tick())
+            ticking.add_done_callback(self._tick_ended)
+            try:
+                await self._loop()
+                await self._finish_calls()
+            finally:
+                ticking.cancel()
+                await self._wind_up()
+                await asyncio.gather(ticking, return_exceptions=True)
+        finally:
+            await self._servings.aclose()
+        return self.report
+
+    def _tick_ended(self, ticking: asyncio.Task[None]) -> None:
+        if not ticking.cancelled() and (error := ticking.exception()) is not None:
+            self._calls.error = self._calls.error or error
+            self._calls_changed()
+
+    async def _wind_up(self) -> None:
+        """Give back what is held, write what has ended, and raise what went wrong on the way."""
+        try:
+            self.report.released += await self._queue.release(self._id, await self._calls.cancel())
+        except DatabaseError as error:
+            self._calls.error = self._calls.error or error
+        await self._calls.close()
+        if self._calls.error is not None:
+            raise self._calls.error
+        await self._queue.unregister(self._id)
+
+    async def _loop(self) -> None:
+        while not self._stop_asked():
+            claims = await self._claim()
+            if self._stop_asked():
+                self.report.released += await self._queue.release(self._id, claims)
+                return
+            for claim in claims:
+                self._calls.start(claim, self._servings.served[claim.run_id])
+            if not claims and not self._more and await self._finished():
+                return
+            await self._wait()
+
+    async def _wait(self) -> None:
+        """Sleep until a slot is free, or, with nothing to claim, until it is time to look again."""
+        free = len(self._calls) < self._options.concurrency and not self._calls.alone
+        if self._more and free:
+            return
+        self._wake.clear()
+        if self._stop_asked():
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(POLL_SECONDS if free else None):
+                await self._wake.wait()
+
+    async def _learn(self) -> None:
+        if self._run_names is None:
+            runs = await reads.all_runs(self._database)
+        else:
+            runs = [await reads.find_run(self._database, name) for name in self._run_names]
+        fresh = [run for run in runs if run.id not in self._servings.served]
+        for notice in self._servings.learn(fresh):
+            self._notify(notice)
+        self._order.extend(run.id for run in fresh if run.id in self._servings.served)
+        for run in runs if self._run_names is not None else ():
+            if run.id in self._servings.refused:
+                raise self._servings.refused[run.id]
+
+    async def _claim(self) -> list[Claim]:
+        free = self._options.concurrency - len(self._calls)
+        if free <= 0 or self._calls.alone:
+            return []
+        if not self._more and not await self._look():
+            return []
+        self._order.rotate(-1)
+        claims = await self._queue.claim(self._id, list(self._order), free, lease=self._options.lease)
+        self._more = len(claims) == free
+        return claims
+
+    async def _look(self) -> bool:
+        """Look whether anything came up since the last claim found too little; True if a claim is worth it.
+
+        A look is due when somebody committed, or when a wait that an earlier look saw is over.
+        """
+        now = time.monotonic()
+        if now < self._next_look:
+            return False
+        self._next_look = now + POLL_SECONDS
+        if await self._database.changed():
+            await self._learn()
+        elif now < self._next_due:
+            return False
+        outlook = await self._queue.look(list(self._order))
+        if outlook.expired:
+            await self._reclaim()
+            outlook = await self._queue.look(list(self._order))
+        if outlook.suspects and not outlook.due and not self._calls:
+            claims = await self._queue.claim(
+                self._id, list(self._order), 1, lease=self._options.lease, suspects=True
+            )
+            for claim in claims:
+                self._calls.start(claim, self._servings.served[claim.run_id])
+        busy = outlook.due or outlook.suspects or outlook.expired
+        self._next_due = now + (0 if busy else (outlook.next_ms or 1000 * TICK_SECONDS) / 1000)
+        return outlook.due and not self._calls.alone
+
+    async def _reclaim(self) -> None:
+        taken = await self._queue.reclaim()
+        self.report.reclaimed += len(taken)
+        for worker in sorted({one.worker_id for one in taken}):
+            count = sum(one.worker_id == worker for one in taken)
+            self._notify(f"reclaimed {count} jobs of worker {worker}, whose lease ran out")
+        for one in taken:
+            if one.state is JobState.FAILED:
+                self._notify(f"job {one.job_id} failed: its worker died 3 times")
+
+    async def _finished(self) -> bool:
+        if self._calls or self._options.until is Until.FOREVER:
+            return False
+        if self._options.until is Until.EMPTY:
+            outlook = await self._queue.look(list(self._order))
+            if outlook.due or outlook.suspects or outlook.expired:
+                return False
+        view = await reads.overview(self._database)
+        if self._options.until is Until.DONE and not self._all_done(view):
+            return False
+        self._check_served(view)
+        return True
+
+    def _all_done(self, view: reads.Overview) -> bool:
+        interrupted = []
+        for one in view.runs:
+            if one.run.id not in self._servings.served or one.run.state is not RunState.ACTIVE:
+                continue
+            if one.open:
+                return False
+            if one.run.sealed_at is None:
+                if view.now - one.run.enqueued_at < ABANDONED_MS:
+                    return False
+                interrupted.append(one.run.name)
+        self.report.interrupted = interrupted
+        return True
+
+    def _check_served(self, view: reads.Overview) -> None:
+        """Raise NothingToServeError where there was work, and none of it for this process."""
+        refused = self._servings.refused
+        waiting = [one for one in view.runs if one.run.id in refused and one.open]
+        if waiting and not self._servings.served:
+            reasons = "; ".join(f"{one.run.name}: {refused[one.run.id]}" for one in waiting)
+            raise NothingToServeError(f"expected a run that this worker can serve, got: none. {reasons}")
+        for one in view.runs:
+            if one.run.id in self._servings.served and one.run.state is RunState.PAUSED:
+                self.report.paused[one.run.name] = one.run.pause_reason or ""
+
+    async def _tick(self) -> None:
+        """Renew the leases, say that we live, and take back what the dead have left."""
+        interval = min(self._options.lease / 3, TICK_SECONDS)
+        while True:
+            await asyncio.sleep(interval)
+            claims = self._calls.claims
+            settled, rate = self.report.done + self.report.failed, self._calls.rate()
+            lost = await self._queue.renew(
+                self._id, claims, lease=self._options.lease, settled=settled, rate=rate
+            )
+            for claim in claims:
+                if claim.job_id in lost:
+                    self._calls.lose(claim)
+            if self._more and not self._stop_asked():
+                await self._reclaim()
+
+    async def _finish_calls(self) -> None:
+        """Let the calls in flight end, for as long as the grace lasts."""
+        deadline = time.monotonic() + self._options.grace
+        while self._calls and not self._aborting:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return
+            self._wake.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await self._wake.wait()
