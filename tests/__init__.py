@@ -1,0 +1,1 @@
+"""The tests of lbr: real databases, processes, signals and HTTP servers."""

@@ -1,0 +1,182 @@
+"""What tests share: a clock to move, a small driver of the store, and real `lbr` processes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import func, select
+
+from lbr.jobs import (
+    Claim,
+    Item,
+    JobState,
+    KeyMaker,
+    Millis,
+    Outcome,
+    Prompt,
+    Reply,
+    Run,
+    RunId,
+    Settlement,
+    Task,
+)
+from lbr.retry import RetryPolicy, decide
+from lbr.store import counters, enqueue, runs
+from lbr.store.schema import jobs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from lbr.jobs import Failure
+    from lbr.store.engines import Database
+
+ECHO = Task(model="offline:echo")
+PATIENCE_SECONDS = 60.0
+
+
+class Clock:
+    """Milliseconds that stand still until a test moves them."""
+
+    def __init__(self) -> None:
+        self.now = 1_800_000_000_000
+
+    def __call__(self) -> Millis:
+        return Millis(self.now)
+
+    def forward(self, seconds: float) -> None:
+        """Let time pass."""
+        self.now += round(seconds * 1000)
+
+
+async def put(
+    database: Database, prompts: Sequence[str], *, name: str = "r", task: Task = ECHO, reuse: bool = True
+) -> Run:
+    """Enqueue prompts into a run and seal it."""
+    run = await runs.open_run(database, runs.RunSpec(name, task, 8))
+    items = [Item(Prompt(text=prompt)) for prompt in prompts]
+    maker = KeyMaker(task)
+    await enqueue.add_chunk(database, run, 0, items, [maker.key(i.prompt) for i in items], reuse=reuse)
+    await runs.seal(database, run)
+    return run
+
+
+def answered(claim: Claim, text: str = "answer") -> Settlement:
+    """Return the settlement of a call that succeeded."""
+    return decide(claim, Outcome(Reply(text), None, 5), RetryPolicy(), Random(1))
+
+
+def failed(claim: Claim, failure: Failure, policy: RetryPolicy | None = None) -> Settlement:
+    """Return the settlement of a call that failed."""
+    return decide(claim, Outcome(None, failure, 5), policy or RetryPolicy(), Random(1))
+
+
+async def states(database: Database, run: Run) -> dict[str, int]:
+    """Count a run's jobs by state, from the rows themselves."""
+    query = select(jobs.c.state, func.count()).where(jobs.c.run_id == run.id).group_by(jobs.c.state)
+    found = await database.read(lambda connection: connection.execute(query))
+    return {state: count for state, count in found.all()}
+
+
+async def assert_counted(database: Database, run: Run) -> None:
+    """Check that the run's counters say what a recount of the rows says."""
+    kept = await database.read(lambda connection: counters.of_runs(connection, [RunId(run.id)]))
+    by_state = {str(s): n for s in JobState if (n := kept[run.id][s])}
+    assert by_state == await states(database, run)
+
+
+async def job_row(database: Database, job_id: int) -> Any:
+    """Return a job's row."""
+    query = select(jobs).where(jobs.c.id == job_id)
+    return (await database.read(lambda connection: connection.execute(query))).one()
+
+
+async def eventually(condition: Callable[[], Any]) -> Any:
+    """Wait until a condition holds; fail loudly when it never does."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "the condition never held"
+        await asyncio.sleep(0.02)
+    return value
+
+
+class Cli:
+    """Runs `lbr` commands as processes of their own in one folder."""
+
+    def __init__(self, folder: Path, **environment: str) -> None:
+        self.folder = folder
+        secret = ("KEY", "MODEL", "LBR_", "OPENAI", "OPENROUTER")
+        clean = {name: value for name, value in os.environ.items() if not any(s in name for s in secret)}
+        self.environment = clean | environment
+        self.started: list[subprocess.Popen[str]] = []
+
+    def __call__(
+        self, *arguments: str, check: bool = True, stdin: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end; with `check`, it must end with 0."""
+        done = subprocess.run(
+            self._command(arguments),
+            cwd=self.folder,
+            env=self.environment,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SECONDS * 2,
+            check=False,
+        )
+        assert "Traceback" not in done.stderr, done.stderr
+        if check:
+            assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
+        return done
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start a command and let it run."""
+        process = subprocess.Popen(
+            self._command(arguments),
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.started.append(process)
+        return process
+
+    def _command(self, arguments: Sequence[str]) -> list[str]:
+        return [sys.executable, "-m", "lbr", *arguments]
+
+    def status(self, run: str) -> Counter[str]:
+        """Return a run's numbers; all 0 while there is no such run yet."""
+        done = self("status", run, "--json", check=False)
+        if done.returncode:
+            return Counter()
+        numbers = json.loads(done.stdout)["runs"][0]
+        return Counter({name: value for name, value in numbers.items() if isinstance(value, int)})
+
+    def wait_for(self, run: str, name: str, least: int) -> Counter[str]:
+        """Wait until one of a run's numbers is large enough."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while (now := self.status(run))[name] < least:
+            assert time.monotonic() < deadline, f"{name} never reached {least}: {now}"
+        return now
+
+    def collect(self, run: str, *arguments: str, code: int = 0) -> list[dict[str, Any]]:
+        """Return a run's collected rows."""
+        done = self("collect", run, *arguments, check=False)
+        assert done.returncode == code, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    def stop_all(self) -> None:
+        """Kill what a test left running."""
+        for process in self.started:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()

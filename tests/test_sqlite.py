@@ -1,0 +1,285 @@
+"""What is SQLite's own: the file and its mode, plans, locks, checkpoints, and databases that are not ours."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import event, text
+
+from lbr.errors import DatabaseBusyError, DatabaseError, UsageError
+from lbr.jobs import Item, KeyMaker, Prompt
+from lbr.store import engines, enqueue, files, runs
+from lbr.store.engines import Database, open_database, sqlite_path
+from lbr.store.queue import CLAIM, EXPIRED, RENEW, Queue, due_jobs
+from lbr.store.settle import SETTLE, settle
+from tests.support import ECHO, answered, assert_counted, put
+
+if TYPE_CHECKING:
+    from sqlalchemy import Executable
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+
+async def test_file_is_private(tmp_path: Path) -> None:
+    """Prompts are private: the database and what SQLite puts beside it can be read by their owner only."""
+    database = await open_database(str(tmp_path / "q.db"), create=True)
+    await put(database, ["secret"])
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.glob("q.db*")}
+    await database.close()
+    assert {"q.db", "q.db-wal", "q.db-shm"} <= set(modes)
+    assert set(modes.values()) == {0o600}
+
+
+class Undo(Exception):  # noqa: N818
+    """Rolls a transaction back."""
+
+
+async def plan(database: Database, statement: Executable) -> str:
+    """Run a statement, undo it, and return SQLite's plan of what was sent, one line per step."""
+    bound = {"ids": [1, 2], "keys": [b"k"], "worker": 1, "until": 1, "now": 1, "run": 1, "most": 5}
+    bound |= {"job": 1, "seq": 1, "to": "done", "available": 1, "charge": 1, "finished": 1}
+    sent: list[tuple[str, Any]] = []
+    steps: list[str] = []
+
+    async def work(connection: AsyncConnection) -> None:
+        event.listen(
+            connection.sync_connection,
+            "before_cursor_execute",
+            lambda _c, _cursor, sql, parameters, _context, _many: sent.append((sql, parameters)),
+        )
+        names = statement.compile().params  # type: ignore[attr-defined]
+        await connection.execute(statement, {name: bound[name] for name in names if name in bound})
+        found = await connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {sent[0][0]}", sent[0][1])
+        steps.extend(row.detail for row in found)
+        raise Undo
+
+    with pytest.raises(Undo):
+        await database.write(work)
+    return "\n".join(steps)
+
+
+async def test_plans_use_the_partial_indexes(database: Database) -> None:
+    """No statement of the hot path scans the jobs table."""
+    await put(database, [f"p{n}" for n in range(10)])
+    for statement, index in (
+        (due_jobs(suspects=False), "INDEX jobs_pending (run_id=? AND available_at<?)"),
+        (due_jobs(suspects=True), "INDEX jobs_pending (run_id=? AND available_at<?)"),
+        (CLAIM, "INDEX jobs_pending (run_id=? AND available_at<?)"),
+        (EXPIRED, "INDEX jobs_lease (lease_until<?)"),
+        (RENEW, "INTEGER PRIMARY KEY"),
+        (SETTLE, "INTEGER PRIMARY KEY"),
+        (enqueue._BY_KEY, "INDEX jobs_run_key (run_id=? AND key=?)"),
+        (enqueue._DONE_ELSEWHERE, "INDEX jobs_done_key (key=?)"),
+    ):
+        steps = await plan(database, statement)
+        assert index in steps, steps
+        assert "SCAN" not in steps, steps
+        assert "TEMP B-TREE FOR ORDER" not in steps, steps
+
+
+@pytest.mark.parametrize(
+    ("mounts", "kind"),
+    [
+        ("22 1 8:1 / / rw - ext4 /dev/sda1 rw\n30 22 0:40 / /data rw - nfs4 server:/x rw", "nfs4"),
+        ("22 1 8:1 / / rw - ext4 /dev/sda1 rw\n30 22 0:40 / /other rw - nfs4 server:/x rw", "ext4"),
+        ("22 1 8:1 / / rw - ext4 /dev/sda1 rw\n30 22 0:40 / /da rw - nfs4 server:/x rw", "ext4"),
+        ("nonsense\n", None),
+    ],
+)
+def test_file_system_is_read_from_the_mounts(mounts: str, kind: str | None) -> None:
+    """The longest mount point above a path names its file system."""
+    assert files.file_system_of(Path("/data/runs.db"), mounts) == kind
+
+
+async def test_network_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A queue on NFS is refused with the way out, and allowed to those who insist."""
+    mounts = tmp_path / "mounts"
+    mounts.write_text("22 1 8:1 / / rw - nfs4 server:/x rw\n")
+    monkeypatch.setattr(files, "MOUNTS", mounts)
+    with pytest.raises(UsageError, match=r"network file system \(nfs4\).*--allow-network-fs"):
+        await open_database(str(tmp_path / "q.db"), create=True)
+    assert not (tmp_path / "q.db").exists()
+    await (await open_database(str(tmp_path / "q.db"), create=True, allow_network_fs=True)).close()
+
+
+@pytest.mark.parametrize(
+    ("url", "path"),
+    [
+        ("runs.db", "runs.db"),
+        ("sqlite:///runs.db", "runs.db"),
+        ("sqlite+aiosqlite:///runs.db", "runs.db"),
+        ("sqlite+aiosqlite:////tmp/a b.db", "/tmp/a b.db"),
+    ],
+)
+def test_paths_and_urls_name_files(url: str, path: str) -> None:
+    """A path and the URLs that people paste name the same file."""
+    assert sqlite_path(url) == Path(path).absolute()
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("postgresql://me:secret@host/db", "a postgresql URL"),
+        ("mysql+pymysql://me:secret@host/db", r"a mysql\+pymysql URL"),
+        ("sqlite://", "to name a file"),
+        (":memory:", "to name a file"),
+        ("", "to name a file"),
+    ],
+)
+def test_other_urls_are_refused_without_their_password(url: str, words: str) -> None:
+    """What cannot be a shared queue is refused, and a password in it is not repeated."""
+    with pytest.raises(UsageError, match=words) as caught:
+        sqlite_path(url)
+    assert "secret" not in str(caught.value)
+
+
+async def test_newer_schema_is_refused(tmp_path: Path) -> None:
+    """A database of a newer lbr is left as it is, with advice to upgrade."""
+    path = tmp_path / "q.db"
+    await (await open_database(str(path), create=True)).close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("INSERT INTO schema_version VALUES (99, 'future', 0)")
+    connection.close()
+    with pytest.raises(DatabaseError, match=r"schema version 1 or older, got: 99.*pip install --upgrade"):
+        await open_database(str(path), create=True)
+
+
+async def test_interrupted_creation_is_completed(tmp_path: Path) -> None:
+    """A file that a creator left empty when it was killed becomes a database on the next enqueue."""
+    path = tmp_path / "q.db"
+    path.touch(mode=0o600)
+    with pytest.raises(UsageError, match="got: an empty one"):
+        await open_database(str(path))
+    database = await open_database(str(path), create=True)
+    await put(database, ["a"])
+    await database.close()
+
+
+async def test_many_processes_may_create_at_once(tmp_path: Path) -> None:
+    """Processes that all want to create the database end up with one, whole."""
+    program = (
+        "import asyncio, sys\n"
+        "from lbr.store.engines import open_database\n"
+        "async def main():\n"
+        "    await (await open_database(sys.argv[1], create=True)).close()\n"
+        "asyncio.run(main())\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "q.db")]
+    racers = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(5)]
+    assert [(racer.communicate()[1], racer.returncode) for racer in racers] == [(b"", 0)] * 5
+    database = await open_database(str(tmp_path / "q.db"))
+    version = await database.read(lambda c: c.execute(text("SELECT count(*) FROM schema_version")))
+    assert version.scalar() == 1
+    await database.close()
+
+
+async def test_foreign_lock_is_ridden_out(tmp_path: Path) -> None:
+    """Another program that holds the write lock for longer than the busy timeout delays us, and no more."""
+    path = tmp_path / "q.db"
+    database = await open_database(str(path), create=True)
+    program = (
+        "import sqlite3, sys, time\n"
+        "c = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
+        "c.execute('BEGIN IMMEDIATE'); print('held', flush=True)\n"
+        "time.sleep(4); c.execute('ROLLBACK')\n"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    run = await put(database, ["a"])
+    await assert_counted(database, run)
+    assert holder.wait() == 0
+    holder.stdout.close()
+    await database.close()
+
+
+async def test_endless_foreign_lock_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database that stays locked ends in words with the way out, after a bounded time."""
+    monkeypatch.setattr(engines, "BUSY_PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(engines, "BUSY_TIMEOUT_MS", 50)
+    path = tmp_path / "q.db"
+    database = await open_database(str(path), create=True)
+    await database.close()
+    database = Database(path)
+    blocker = sqlite3.connect(path, isolation_level=None)
+    blocker.execute("BEGIN IMMEDIATE")
+    with pytest.raises(DatabaseBusyError, match="has kept .* locked for too long.*fuser"):
+        await put(database, ["a"])
+    blocker.execute("ROLLBACK")
+    blocker.close()
+    await put(database, ["a"])
+    await database.close()
+
+
+async def test_wal_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints of our own keep the WAL near its limit under a load with readers."""
+    monkeypatch.setattr(engines, "WAL_LIMIT_BYTES", 1_000_000)
+    database = await open_database(str(tmp_path / "q.db"), create=True)
+    run = await runs.open_run(database, runs.RunSpec("r", ECHO, 8))
+    queue = Queue(database)
+    worker = await queue.register(host="a", pid=1, concurrency=100)
+    maker, largest = KeyMaker(ECHO), 0
+    for start in range(0, 10_000, 1_000):
+        items = [Item(Prompt(text=f"prompt {n} " + "x" * 300)) for n in range(start, start + 1_000)]
+        keys = [maker.key(item.prompt) for item in items]
+        reading = asyncio.create_task(queue.look([run.id]))
+        await enqueue.add_chunk(database, run, start, items, keys, reuse=True)
+        claims = await queue.claim(worker, [run.id], 1_000, lease=60)
+        await settle(database, [answered(claim, "y" * 300) for claim in claims])
+        await reading
+        largest = max(largest, (tmp_path / "q.db-wal").stat().st_size)
+    moved = (tmp_path / "q.db").stat().st_size
+    await database.close()
+    assert largest < 2_000_000
+    assert moved > 5_000_000
+
+
+async def test_checkpoint_gives_way_to_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that stays in its transaction delays the checkpoint, not the writers."""
+    monkeypatch.setattr(engines, "WAL_LIMIT_BYTES", 10_000)
+    path = tmp_path / "q.db"
+    database = await open_database(str(path), create=True)
+    reader = sqlite3.connect(path, isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT count(*) FROM jobs").fetchone()
+    run = await put(database, [f"p{n}" for n in range(500)])
+    reader.close()
+    await assert_counted(database, run)
+    await database.close()
+
+
+async def test_writes_are_refused_on_a_reading_connection(database: Database) -> None:
+    """Nothing that reads can change the queue by mistake."""
+    with pytest.raises(DatabaseError, match="read-only"):
+        await database.read(lambda c: c.execute(text("DELETE FROM jobs")))
+
+
+async def test_unused_database_is_removed(tmp_path: Path) -> None:
+    """Teardown removes the file and what lies beside it, but not while anybody has it open."""
+    path = tmp_path / "q.db"
+    database = await open_database(str(path), create=True)
+    await put(database, ["a"])
+    await database.close()
+    program = (
+        "import sqlite3, sys\n"
+        "c = sqlite3.connect(sys.argv[1]); c.execute('SELECT 1 FROM jobs').fetchone()\n"
+        "print('open', flush=True); sys.stdin.read()\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "open\n"
+    assert files.remove_unused(path) is False
+    holder.communicate()
+    database = await open_database(str(path))
+    await assert_counted(database, await put(database, ["a"]))
+    await database.close()
+    assert files.remove_unused(path) is True
+    assert list(tmp_path.glob("q.db*")) == []

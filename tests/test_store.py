@@ -1,0 +1,427 @@
+"""The store's promises, on every database: claims, fences, leases, counts, and what an enqueue may repeat."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from sqlalchemy import insert, select
+
+from lbr.errors import DatabaseError, Family, RunChangedError, RunMismatchError, RunNotFoundError, UsageError
+from lbr.jobs import Failure, Item, JobState, KeyMaker, Prompt, RunState, Shape, Task, Usage, WorkerId
+from lbr.store import enqueue, reads, runs, schema
+from lbr.store.engines import Database, open_database
+from lbr.store.queue import Queue
+from lbr.store.settle import settle
+from tests.support import ECHO, Clock, answered, assert_counted, failed, job_row, put, states
+
+TRANSIENT = Failure(Family.TRANSIENT, "ServerError", "503")
+PERMANENT = Failure(Family.PERMANENT, "BadRequest", "400: no")
+LIMITED = Failure(Family.RATE_LIMITED, "RateLimit", "429", retry_after=10.0)
+BROKE = Failure(Family.ACCOUNT, "Quota", "no credit")
+BAD = Failure(Family.BAD_ANSWER, "BadAnswer", "no field x", text="{}")
+
+
+async def two_workers(database: Database) -> tuple[Queue, WorkerId, WorkerId]:
+    """Return a queue and two registered workers."""
+    queue = Queue(database)
+    first = await queue.register(host="a", pid=1, concurrency=4)
+    return queue, first, await queue.register(host="b", pid=2, concurrency=4)
+
+
+async def test_equal_inputs_share_a_job(database: Database) -> None:
+    """Duplicates become items of one job, in input order."""
+    run = await put(database, ["a", "b", "a", "c", "b"])
+    assert await states(database, run) == {"pending": 3}
+    rows = [row async for page in reads.rows(database, run, Shape.ORIGINAL) for row in page]
+    assert [row.prompt.text for row in rows] == ["a", "b", "a", "c", "b"]
+    unique = [row async for page in reads.rows(database, run, Shape.UNIQUE) for row in page]
+    assert [(row.idx, row.prompt.text) for row in unique] == [(0, "a"), (1, "b"), (3, "c")]
+    await assert_counted(database, run)
+
+
+async def test_enqueue_again_adds_nothing(database: Database) -> None:
+    """The same chunk a second time is known, whole."""
+    run = await put(database, ["a", "b", "a"])
+    items = [Item(Prompt(text=text)) for text in ("a", "b", "a", "c")]
+    keys = [KeyMaker(ECHO).key(item.prompt) for item in items]
+    again = await enqueue.add_chunk(database, run, 0, items, keys, reuse=True)
+    assert again == enqueue.EnqueueCounts(inputs=4, known=3, new=1)
+    assert (await enqueue.add_chunk(database, run, 0, items, keys, reuse=True)).new == 0
+    await assert_counted(database, run)
+
+
+async def test_changed_line_changes_nothing(database: Database) -> None:
+    """An input that differs from what the run holds is refused with its file and line, and the chunk with it."""
+    run = await put(database, ["a", "b"])
+    items = [
+        Item(Prompt(text="a")),
+        Item(Prompt(text="B"), source="in.txt", line=2),
+        Item(Prompt(text="c")),
+    ]
+    keys = [KeyMaker(ECHO).key(item.prompt) for item in items]
+    with pytest.raises(RunChangedError, match=r"in\.txt, line 2: .*--run.*--append.*lbr cancel r"):
+        await enqueue.add_chunk(database, run, 0, items, keys, reuse=True)
+    assert await states(database, run) == {"pending": 2}
+
+
+async def test_changed_metadata_is_a_changed_line(database: Database) -> None:
+    """A line that keeps its prompt but changes its id or metadata is not the same line."""
+    run = await put(database, ["a"])
+    item = Item(Prompt(text="a"), custom_id="x", metadata={"n": 1}, source="in.jsonl", line=1)
+    with pytest.raises(RunChangedError, match="line 1"):
+        await enqueue.add_chunk(database, run, 0, [item], [KeyMaker(ECHO).key(item.prompt)], reuse=True)
+
+
+async def test_racing_enqueues_add_every_input_once(database: Database, db_url: str) -> None:
+    """Two enqueues of the same inputs, interleaved chunk by chunk, leave what one would have left."""
+    other = await open_database(db_url, create=True)
+    run = await runs.open_run(database, runs.RunSpec("r", ECHO, 8))
+    items = [Item(Prompt(text=f"p{n % 70}")) for n in range(100)]
+    keys = [KeyMaker(ECHO).key(item.prompt) for item in items]
+
+    async def one(store: Database) -> int:
+        new = 0
+        for start in range(0, 100, 10):
+            chunk = slice(start, start + 10)
+            new += (await enqueue.add_chunk(store, run, start, items[chunk], keys[chunk], reuse=True)).new
+        return new
+
+    added = await asyncio.gather(one(database), one(other))
+    await other.close()
+    assert sum(added) == 70
+    assert await states(database, run) == {"pending": 70}
+    rows = [row async for page in reads.rows(database, run, Shape.ORIGINAL) for row in page]
+    assert [row.prompt.text for row in rows] == [f"p{n % 70}" for n in range(100)]
+    unique = [row async for page in reads.rows(database, run, Shape.UNIQUE) for row in page]
+    assert [row.idx for row in unique] == list(range(70))
+    await assert_counted(database, run)
+
+
+async def test_answers_of_other_runs_are_reused(database: Database) -> None:
+    """A job that another run has answered is done at once; `fresh` asks again; another task is other work."""
+    queue, worker, _ = await two_workers(database)
+    first = await put(database, ["a"], name="first")
+    (claim,) = await queue.claim(worker, [first.id], 5, lease=60)
+    await settle(database, [answered(claim, "A")])
+    second = await put(database, ["a", "b"], name="second")
+    assert await states(database, second) == {"done": 1, "pending": 1}
+    rows = [row async for page in reads.rows(database, second, Shape.ORIGINAL) for row in page]
+    assert [(row.status, row.result) for row in rows] == [("done", "A"), ("pending", None)]
+    assert await states(database, await put(database, ["a"], name="fresh", reuse=False)) == {"pending": 1}
+    warmer = Task(model="offline:echo", settings={"seed": 2})
+    assert await states(database, await put(database, ["a"], name="warmer", task=warmer)) == {"pending": 1}
+    await assert_counted(database, second)
+
+
+async def test_run_of_another_task_is_refused(database: Database) -> None:
+    """A run's name stands for one task; the refusal says what differs."""
+    await put(database, ["a"])
+    other = runs.RunSpec("r", Task(model="offline:echo", instructions="Be brief."), 8)
+    with pytest.raises(RunMismatchError, match=r"instructions None there, 'Be brief\.' here.*--run"):
+        await runs.open_run(database, other)
+
+
+async def test_unknown_run_names_the_known(database: Database) -> None:
+    """Whoever mistypes a run's name is told the names there are."""
+    await put(database, ["a"], name="cities")
+    with pytest.raises(RunNotFoundError, match="got: 'citis'; the newest runs here are cities"):
+        await reads.find_run(database, "citis")
+
+
+async def test_no_job_is_claimed_twice(database: Database, db_url: str) -> None:
+    """Concurrent claims from two connections divide the jobs between them."""
+    run = await put(database, [f"p{n}" for n in range(200)])
+    other = await open_database(db_url)
+    queue, one, two = await two_workers(database)
+
+    async def take(store: Database, worker: WorkerId) -> list[int]:
+        taken: list[int] = []
+        while claims := await Queue(store).claim(worker, [run.id], 7, lease=60):
+            taken += [claim.job_id for claim in claims]
+        return taken
+
+    taken = await asyncio.gather(take(database, one), take(other, two))
+    await other.close()
+    assert len(taken[0]) + len(taken[1]) == 200
+    assert len(set(taken[0]) | set(taken[1])) == 200
+    assert await queue.claim(one, [run.id], 1, lease=60) == []
+    await assert_counted(database, run)
+
+
+async def test_claim_takes_no_more_than_asked(database: Database) -> None:
+    """A claim fills free slots and no more, the longest due first, across runs in the order given."""
+    first, second = await put(database, ["a", "b"], name="1"), await put(database, ["c", "d"], name="2")
+    queue, worker, _ = await two_workers(database)
+    claims = await queue.claim(worker, [second.id, first.id], 3, lease=60)
+    assert sorted(claim.prompt.text or "" for claim in claims) == ["a", "c", "d"]
+    assert {claim.claim_seq for claim in claims} == {1}
+
+
+async def test_zombie_cannot_overwrite(database: Database, clock: Clock) -> None:
+    """An answer whose job was claimed again since is refused and recorded as stale, with its text."""
+    run = await put(database, ["a"])
+    queue, zombie, heir = await two_workers(database)
+    (old,) = await queue.claim(zombie, [run.id], 1, lease=60)
+    clock.forward(61)
+    assert [one.job_id for one in await queue.reclaim()] == [old.job_id]
+    (new,) = await queue.claim(heir, [run.id], 1, lease=60)
+    assert (new.claim_seq, new.crashes) == (2, 1)
+    late = await settle(database, [answered(old, "late")])
+    assert (late.taken, late.stale) == (frozenset(), {old.job_id})
+    await settle(database, [answered(new, "good")])
+    assert (await settle(database, [answered(old, "later")])).stale == {old.job_id}
+    story = await reads.story(database, run, 0)
+    assert (story.row.result, [t.what for t in story.tries]) == ("good", ["crashed", "stale", "stale"])
+    assert [t.text for t in story.tries] == [None, "late", "later"]
+    await assert_counted(database, run)
+
+
+async def test_late_answer_is_kept_until_claimed_again(database: Database, clock: Clock) -> None:
+    """An answer that comes after its lease, but before anyone took the job again, is paid for and kept."""
+    run = await put(database, ["a"])
+    queue, worker, _ = await two_workers(database)
+    (claim,) = await queue.claim(worker, [run.id], 1, lease=60)
+    clock.forward(61)
+    await queue.reclaim()
+    assert (await settle(database, [answered(claim)])).taken == {claim.job_id}
+    assert await states(database, run) == {"done": 1}
+    assert await queue.claim(worker, [run.id], 1, lease=60) == []
+    await assert_counted(database, run)
+
+
+async def test_settling_an_answer_twice_changes_nothing(database: Database) -> None:
+    """A settlement that is repeated, for its commit's fate was unknown, is neither doubled nor called stale."""
+    run = await put(database, ["a"])
+    queue, worker, _ = await two_workers(database)
+    (claim,) = await queue.claim(worker, [run.id], 1, lease=60)
+    await settle(database, [answered(claim)])
+    again = await settle(database, [answered(claim, "other")])
+    assert (again.taken, again.stale) == (frozenset(), frozenset())
+    story = await reads.story(database, run, 0)
+    assert (story.row.result, story.attempts, story.tries) == ("answer", 1, [])
+    await assert_counted(database, run)
+
+
+async def test_renewed_lease_is_not_reclaimed(database: Database, clock: Clock) -> None:
+    """A lease holds as long as it is renewed; the holder of a lost one is told."""
+    run = await put(database, ["a", "b"])
+    queue, worker, other = await two_workers(database)
+    claims = await queue.claim(worker, [run.id], 2, lease=60)
+    clock.forward(50)
+    assert await queue.renew(worker, claims[:1], lease=60, settled=0, rate=0.0) == set()
+    clock.forward(20)
+    assert [one.job_id for one in await queue.reclaim()] == [claims[1].job_id]
+    assert await queue.renew(worker, claims, lease=60, settled=0, rate=0.0) == {claims[1].job_id}
+    (again,) = await queue.claim(other, [run.id], 5, lease=60)
+    assert again.job_id == claims[1].job_id
+    assert await queue.renew(worker, claims, lease=60, settled=0, rate=0.0) == {claims[1].job_id}
+
+
+async def test_release_charges_nothing(database: Database) -> None:
+    """A released job is pending at once, with its fence kept and nothing charged; others' jobs stay."""
+    run = await put(database, ["a", "b"])
+    queue, worker, other = await two_workers(database)
+    claims = await queue.claim(worker, [run.id], 1, lease=60)
+    (theirs,) = await queue.claim(other, [run.id], 1, lease=60)
+    assert await queue.release(worker, [*claims, theirs]) == 1
+    row = await job_row(database, claims[0].job_id)
+    assert (row.state, row.claim_seq, row.attempts, row.crashes) == ("pending", 1, 0, 0)
+    assert (await job_row(database, theirs.job_id)).state == "inflight"
+    assert await queue.release(worker, claims) == 0
+    await assert_counted(database, run)
+
+
+async def test_third_crash_fails_the_job(database: Database, clock: Clock) -> None:
+    """A job that kills its workers runs alone from the second crash on, and fails at the third."""
+    run = await put(database, ["poison"])
+    queue, worker, _ = await two_workers(database)
+    for crashes in (0, 1):
+        claims = await queue.claim(worker, [run.id], 1, lease=60)
+        assert [claim.crashes for claim in claims] == [crashes]
+        clock.forward(61)
+        await queue.reclaim()
+    innocent = await put(database, ["innocent"], name="innocent")
+    outlook = await queue.look([run.id])
+    assert (outlook.due, outlook.suspects) == (False, True)
+    beside = await queue.claim(worker, [run.id, innocent.id], 5, lease=60)
+    assert [claim.prompt.text for claim in beside] == ["innocent"]
+    (alone,) = await queue.claim(worker, [run.id], 5, lease=60, suspects=True)
+    assert (alone.prompt.text, alone.crashes) == ("poison", 2)
+    await settle(database, [answered(beside[0])])
+    clock.forward(61)
+    (dead,) = await queue.reclaim()
+    assert dead.state is JobState.FAILED
+    story = await reads.story(database, run, 0)
+    assert (story.row.status, story.row.error) == ("failed", "its worker died 3 times")
+    assert story.attempts == 0
+    await assert_counted(database, run)
+
+
+async def test_transient_failure_waits_in_the_database(database: Database, clock: Clock) -> None:
+    """A retry is a pending job with a later time; nobody claims it before, and the look knows when."""
+    run = await put(database, ["a"])
+    queue, worker, _ = await two_workers(database)
+    (claim,) = await queue.claim(worker, [run.id], 1, lease=60)
+    settlement = failed(claim, TRANSIENT)
+    await settle(database, [settlement])
+    assert await queue.claim(worker, [run.id], 1, lease=60) == []
+    outlook = await queue.look([run.id])
+    assert (outlook.due, outlook.next_ms) == (False, settlement.wait_ms)
+    clock.forward(settlement.wait_ms / 1000)
+    assert (await queue.look([run.id])).due
+    (again,) = await queue.claim(worker, [run.id], 1, lease=60)
+    assert (again.attempts, again.claim_seq) == (1, 2)
+    await assert_counted(database, run)
+
+
+async def test_rate_limit_cools_every_run_of_the_answerer(database: Database, clock: Clock) -> None:
+    """After a 429 nobody claims for that answerer until the wait is over, and no attempt is charged."""
+    other = Task(function="m:f")
+    run, same, free = (
+        await put(database, ["a", "b"], name="1"),
+        await put(database, ["c"], name="2"),
+        await put(database, ["d"], name="3", task=other),
+    )
+    queue, worker, second = await two_workers(database)
+    (claim,) = await queue.claim(worker, [run.id], 1, lease=60)
+    settlement = failed(claim, LIMITED)
+    await settle(database, [settlement])
+    everything = [run.id, same.id, free.id]
+    assert [c.prompt.text for c in await queue.claim(second, everything, 9, lease=60)] == ["d"]
+    view = await reads.overview(database)
+    assert [(c.answerer, c.reason) for c in view.cooldowns] == [("offline:echo", "429")]
+    assert 10_000 <= settlement.wait_ms <= 11_000
+    clock.forward(settlement.wait_ms / 1000)
+    claims = await queue.claim(second, everything, 9, lease=60)
+    assert sorted((c.prompt.text or "", c.attempts) for c in claims) == [("a", 0), ("b", 0), ("c", 0)]
+
+
+async def test_account_failure_pauses_the_run(database: Database) -> None:
+    """No credit: the run is paused with the reason, the job is kept uncharged, and resume goes on."""
+    run = await put(database, ["a", "b"])
+    queue, worker, _ = await two_workers(database)
+    (claim,) = await queue.claim(worker, [run.id], 1, lease=60)
+    assert (await settle(database, [failed(claim, BROKE)])).paused == {"r": "Quota: no credit"}
+    assert await queue.claim(worker, [run.id], 9, lease=60) == []
+    found = await reads.find_run(database, "r")
+    assert (found.state, found.pause_reason) == (RunState.PAUSED, "Quota: no credit")
+    await runs.resume(database, found)
+    assert [c.attempts for c in await queue.claim(worker, [run.id], 9, lease=60)] == [0, 0]
+    await assert_counted(database, run)
+
+
+async def test_bad_answer_comes_back_with_its_words(database: Database) -> None:
+    """The next claim of a job whose answer did not validate carries that answer and the validator's words."""
+    run = await put(database, ["a"])
+    queue, worker, _ = await two_workers(database)
+    (claim,) = await queue.claim(worker, [run.id], 1, lease=60)
+    await settle(database, [failed(claim, BAD)])
+    (second,) = await queue.claim(worker, [run.id], 1, lease=60)
+    assert second.history.bad_answers == 1
+    assert second.history.last_bad is not None
+    assert (second.history.last_bad.text, second.history.last_bad.message) == ("{}", "no field x")
+    await settle(database, [failed(second, BAD)])
+    (third,) = await queue.claim(worker, [run.id], 1, lease=60)
+    await settle(database, [failed(third, BAD)])
+    assert await states(database, run) == {"failed": 1}
+
+
+async def test_retry_gives_back_every_try(database: Database) -> None:
+    """Retry puts failed jobs back with all their budgets, keeps their history, and leaves answers alone."""
+    run = await put(database, ["a", "b"])
+    queue, worker, _ = await two_workers(database)
+    bad, good = await queue.claim(worker, [run.id], 2, lease=60)
+    await settle(database, [failed(bad, PERMANENT), answered(good)])
+    assert await runs.retry(database, run) == 1
+    assert await states(database, run) == {"pending": 1, "done": 1}
+    (again,) = await queue.claim(worker, [run.id], 2, lease=60)
+    assert (again.attempts, again.crashes, again.claim_seq, again.history.bad_answers) == (0, 0, 2, 0)
+    assert (await settle(database, [answered(bad, "zombie")])).stale == {bad.job_id}
+    assert [t.what for t in (await reads.story(database, run, 0)).tries] == ["failed", "stale"]
+    await assert_counted(database, run)
+
+
+async def test_cancel_keeps_answers_on_their_way(database: Database, clock: Clock) -> None:
+    """Cancelling stops what is pending; what is in flight may still be answered, but is not taken up again."""
+    run = await put(database, ["a", "b", "c", "d"])
+    queue, worker, _ = await two_workers(database)
+    one, two, three = await queue.claim(worker, [run.id], 3, lease=60)
+    assert await runs.cancel(database, run) == 1
+    await settle(database, [answered(one), failed(two, TRANSIENT)])
+    assert await states(database, run) == {"done": 1, "cancelled": 2, "inflight": 1}
+    assert await queue.release(worker, [three]) == 1
+    assert await states(database, run) == {"done": 1, "cancelled": 3}
+    await assert_counted(database, run)
+    with pytest.raises(UsageError, match="lbr retry r"):
+        await runs.resume(database, run)
+    assert await runs.retry(database, run) == 3
+    (claim, *_rest) = await queue.claim(worker, [run.id], 3, lease=60)
+    clock.forward(61)
+    await runs.cancel(database, run)
+    await queue.reclaim()
+    assert await states(database, run) == {"done": 1, "cancelled": 3}
+    assert (await settle(database, [answered(claim)])).stale == {claim.job_id}
+    await assert_counted(database, run)
+
+
+async def test_tokens_and_cost_are_counted_for_failed_tries_too(database: Database) -> None:
+    """A try that failed after it was paid for counts in the run's tokens and cost."""
+    run = await put(database, ["a"])
+    queue, worker, _ = await two_workers(database)
+    (claim,) = await queue.claim(worker, [run.id], 1, lease=60)
+    paid = Failure(Family.BAD_ANSWER, "BadAnswer", "no", text="{}", usage=Usage(7, 3, 1_000))
+    await settle(database, [failed(claim, paid)])
+    view = await reads.overview(database, "r")
+    counts = view.runs[0].counts
+    assert (counts["input_tokens"], counts["output_tokens"], counts["cost_nanos"]) == (7, 3, 1_000)
+    assert counts["try:bad_answer"] == 1
+
+
+async def test_settle_is_all_or_nothing(database: Database) -> None:
+    """A batch that fails half way leaves no trace of its first half."""
+    run = await put(database, ["a", "b"])
+    queue, worker, _ = await two_workers(database)
+    one, two = await queue.claim(worker, [run.id], 2, lease=60)
+    await database.write(
+        lambda c: c.execute(insert(schema.results).values(job_id=two.job_id, text="planted", latency_ms=0))
+    )
+    with pytest.raises(DatabaseError):
+        await settle(database, [answered(one), answered(two)])
+    assert await states(database, run) == {"inflight": 2}
+    await assert_counted(database, run)
+
+
+async def test_cancelled_caller_does_not_break_a_transaction(database: Database) -> None:
+    """A write whose caller is cancelled ends whole, and the next one works."""
+    run = await put(database, [f"p{n}" for n in range(50)])
+    queue, worker, _ = await two_workers(database)
+    for _ in range(20):
+        claiming = asyncio.create_task(queue.claim(worker, [run.id], 1, lease=60))
+        await asyncio.sleep(0)
+        claiming.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await claiming
+    await assert_counted(database, run)
+    assert (await states(database, run)).get("inflight", 0) + len(
+        await queue.claim(worker, [run.id], 50, lease=60)
+    ) == 50
+
+
+async def test_changed_sees_other_connections(database: Database, db_url: str) -> None:
+    """A poll tells a commit of another process from silence."""
+    await database.changed()
+    assert not await database.changed()
+    other = await open_database(db_url)
+    await put(other, ["a"])
+    await other.close()
+    assert await database.changed()
+    assert not await database.changed()
+
+
+async def test_schema_migrates_once(database: Database, db_url: str) -> None:
+    """Opening an up-to-date database applies nothing; every migration is recorded by version and name."""
+    other = await open_database(db_url, create=True)
+    await other.close()
+    rows = (await database.read(lambda c: c.execute(select(schema.schema_version)))).all()
+    assert [(row.version, row.name) for row in rows] == [(1, "create the tables")]
