@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,19 +13,19 @@ from filelock import Timeout
 from lbr import outputs, progress
 from lbr.asking import ask, authorize
 from lbr.config import DB_URL_DEFAULT, MAX_ATTEMPTS, WorkOptions, at_least_one, environment
-from lbr.errors import AlreadyRunningError, InputError, OutputError, UsageError
+from lbr.errors import AlreadyRunningError, OutputError, UsageError
 from lbr.jobs import JobState, KeyMaker, Shape, Until
 from lbr.processes import run_processes
 from lbr.sources import Source, chunks
 from lbr.store import enqueue as queueing
 from lbr.store import files, mirror, reads, runs
 from lbr.store.engines import Database, open_database, sqlite_path
+from lbr.store.runs import RunSpec
 from lbr.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 
-    from lbr.asking import Asked
     from lbr.calls import WorkReport
     from lbr.jobs import Item, Json, Row, Run
     from lbr.store.enqueue import EnqueueCounts
@@ -143,62 +142,43 @@ async def enqueue(
         env=environment(Path.cwd()),
     )
     source = Source.of(inputs, input_format=input_format, template=template, prompt_column=prompt_column)
-    name = run or source.run_name()
-    at_least_one("max_attempts", max_attempts)
+    spec = RunSpec(
+        run or source.run_name(), asked.task, at_least_one("max_attempts", max_attempts), asked.fingerprint
+    )
     source.check()
     async with opened(db_url, create=True, allow_network_fs=allow_network_fs) as database:
-        return await put(database, name, asked, source, max_attempts=max_attempts, append=append, fresh=fresh)
+        return await put(database, spec, source, append=append, fresh=fresh)
 
 
 async def put(
-    database: Database,
-    name: str,
-    asked: Asked,
-    items: Iterable[Item],
-    *,
-    max_attempts: int,
-    append: bool = False,
-    fresh: bool = False,
+    database: Database, spec: RunSpec, items: Iterable[Item], *, append: bool = False, fresh: bool = False
 ) -> EnqueueReport:
     """Put items into a run of an open database; see `enqueue`."""
-    _check_run_name(name)
-    items = iter(items)
-    # The first input is read before the run is made: a stream that is bad from its start leaves nothing behind.
-    head = list(itertools.islice(items, 1))
-    if not head:
-        raise InputError("expected at least one input, got: none")
-    spec = runs.RunSpec(name, asked.task, max_attempts, asked.fingerprint)
     run = await runs.open_run(database, spec)
-    notices = await _note_function(database, run, asked)
-    maker = KeyMaker(asked.task)
+    notices = await _note_function(database, run, spec)
+    maker = KeyMaker(spec.task)
     place = await queueing.next_idx(database, run) if append else 0
     counts = queueing.EnqueueCounts()
-    for chunk in chunks(itertools.chain(head, items), queueing.CHUNK):
+    for chunk in chunks(iter(items), queueing.CHUNK):
         keys = [maker.key(item.prompt) for item in chunk]
         counts += await queueing.add_chunk(database, run, place, chunk, keys, reuse=not fresh)
         place += len(chunk)
     await runs.seal(database, run)
     held = await queueing.next_idx(database, run)
     if held > place:
-        notices.append(f"run {name} holds {held} inputs, this input has {place}; the others stay in it")
-    return EnqueueReport(name, counts, notices)
+        notices.append(f"run {run.name} holds {held} inputs, this input has {place}; the others stay in it")
+    return EnqueueReport(run.name, counts, notices)
 
 
-async def _note_function(database: Database, run: Run, asked: Asked) -> list[str]:
-    if asked.fingerprint is None or run.fingerprint == asked.fingerprint:
+async def _note_function(database: Database, run: Run, spec: RunSpec) -> list[str]:
+    if spec.fingerprint is None or run.fingerprint == spec.fingerprint:
         return []
-    await runs.set_fingerprint(database, run, asked.fingerprint)
-    return [
-        (
-            f"the code of {run.task.function} has changed since run {run.name} was made; its answers are kept. To redo "
-            f"them, give the function another `version` and the run another name"
-        )
-    ]
-
-
-def _check_run_name(name: str) -> None:
-    if not name or name != name.strip() or not name.isprintable() or len(name) > 200:
-        raise UsageError(f"expected a run name of 1 to 200 printable characters, got: {name!r}; set --run")
+    await runs.set_fingerprint(database, run, spec.fingerprint)
+    notice = (
+        f"the code of {run.task.function} has changed since run {run.name} was made; its answers are kept. To redo "
+        f"them, give the function another `version` and the run another name"
+    )
+    return [notice]
 
 
 async def work(
@@ -278,6 +258,25 @@ async def collect(
                     writer.write(page)
         found = await reads.find_run(database, run)
         return Collected(run, pages.by_status, found.sealed_at is not None, rows)
+
+
+async def _write_file(
+    database: Database, run: Run, pages: _Tally, target: str, kind: outputs.OutputFormat
+) -> None:
+    if kind is not outputs.OutputFormat.DB:
+        await _write_lines(database, run, pages, target, kind)
+        return
+    with outputs.atomic_path(target) as temporary:
+        await mirror.write_run(str(temporary), run.name, pages)
+
+
+async def _write_lines(
+    database: Database, run: Run, pages: _Tally, target: str | None, kind: outputs.OutputFormat
+) -> None:
+    columns = await reads.metadata_columns(database, run) if kind is outputs.OutputFormat.CSV else []
+    with outputs.open_writer(target, kind, metadata_columns=columns) as writer:
+        async for page in pages:
+            writer.write(page)
 
 
 def _refuse_queue(database: Database, target: str) -> None:

@@ -19,6 +19,7 @@ from lbr.jobs import JobState, Run, Shape
 from lbr.sources import Source
 from lbr.store import files, mirror, reads, runs
 from lbr.store.engines import sqlite_path
+from lbr.store.runs import RunSpec
 from lbr.worker import Worker
 
 if TYPE_CHECKING:
@@ -80,7 +81,6 @@ async def prompt_map(
     shape, every = Shape(_one_of("output_shape", output_shape, tuple(Shape))), progress_every or 0
     _one_of("return_dtype", return_dtype, RETURN_DTYPES)
     options = WorkOptions(concurrency=at_least_one("concurrency", concurrency), lease=lease, timeout=timeout)
-    at_least_one("max_attempts", max_attempts)
     asked = ask(
         model=model_name,
         function=worker,
@@ -94,10 +94,11 @@ async def prompt_map(
     )
     source = Source.of(prompts, template=template)
     results_url = results_db_url or results_url_of(db_url)
-    name = run or _run_name(asked, source)
     source.check()
+    name = run or _run_name(asked, source)
+    spec = RunSpec(name, asked.task, at_least_one("max_attempts", max_attempts), asked.fingerprint)
     async with opened(db_url, create=True) as database:
-        report = await put(database, name, asked, source, max_attempts=max_attempts, fresh=fresh)
+        report = await put(database, spec, source, fresh=fresh)
         for notice in report.notices:
             _say(notice)
         found = await reads.find_run(database, name)
@@ -109,7 +110,7 @@ async def prompt_map(
         sole = len(await reads.all_runs(database)) == 1
     answer = _shaped(rows, return_dtype)
     if teardown and all(row.status == JobState.DONE for row in rows):
-        _tear_down(db_url, results_url, sole=sole and await mirror.runs_in(results_url) == [name])
+        await _tear_down(db_url, results_url, sole=sole and await mirror.runs_in(results_url) == [name])
     return answer
 
 
@@ -133,21 +134,24 @@ async def export_jsonl(
     async with opened(db_url) as database:
         found = await reads.find_run(database, run) if run else await _newest(database)
         count = 0
-        with outputs.open_writer(str(out), outputs.OutputFormat.JSONL) as writer:
-            async for page in _answers(database, found, shape):
-                writer.write(page)
-                count += len(page)
+        async with outputs.output_lock(out):
+            with outputs.open_writer(str(out), outputs.OutputFormat.JSONL) as writer:
+                async for page in _answers(database, found, shape):
+                    writer.write(page)
+                    count += len(page)
         return count
 
 
 async def _export_results(db_url: str, run: str, out: str) -> int:
     count = 0
-    with outputs.atomic_path(out) as temporary, temporary.open("wb") as handle:
-        async for page in mirror.read_run(db_url, run):
-            handle.writelines(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in page)
-            count += len(page)
-        if not count:
-            raise UsageError(f"expected a run of the results database, got: {run!r}")
+    async with outputs.output_lock(out):
+        with outputs.atomic_path(out) as temporary:
+            with temporary.open("wb") as handle:
+                async for page in mirror.read_run(db_url, run):
+                    handle.writelines(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in page)
+                    count += len(page)
+            if not count:
+                raise UsageError(f"expected a run of the results database, got: {run!r}")
     return count
 
 
@@ -246,14 +250,14 @@ def _frame(rows: list[Row]) -> Any:
     return pl.DataFrame([{name: row[name] for name in COLUMNS} for row in columns], schema=types)
 
 
-def _tear_down(db_url: str, results_url: str, *, sole: bool) -> None:
+async def _tear_down(db_url: str, results_url: str, *, sole: bool) -> None:
     if not sole:
         _say("teardown: the files hold other runs and stay")
         return
     for url in (db_url, results_url):
         path = sqlite_path(url)
         try:
-            removed = files.remove_unused(path)
+            removed = await files.remove_unused(path)
         except LbrError as error:
             _say(f"teardown: {error}")
             continue

@@ -9,18 +9,18 @@ import secrets
 import stat
 import sys
 import tempfile
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import orjson
-from filelock import FileLock
+from filelock import AsyncFileLock
 
 from lbr.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 
     from lbr.jobs import Json, Row
 
@@ -88,24 +88,36 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     Close it by then; its data reach the disk before its name does. Whatever the block raises, the
     temporary file goes and the old file stays as it was. The mode of an old file is kept, a link to it
-    too. A process of the same user on this machine that writes the same file waits until this one is
-    done; the lock stands in the temporary folder and is never removed, for a waiter may have it open.
-    Raises OutputError.
+    too. Raises OutputError.
     """
     target = _target(path)
-    lock = _locked(target)
+    with _reasons(path):
+        temporary = _create(target)
     try:
+        yield temporary
         with _reasons(path):
-            temporary = _create(target)
-        try:
-            yield temporary
-            with _reasons(path):
-                _publish(temporary, target)
-        except BaseException:
-            _discard(temporary)
-            raise
+            _publish(temporary, target)
+    except BaseException:
+        _discard(temporary)
+        raise
+
+
+@asynccontextmanager
+async def output_lock(path: str | Path) -> AsyncIterator[None]:
+    """Let one writer of a file go after the other: of one user on one machine, in this event loop or another process.
+
+    The lock stands in the temporary folder and is never removed, for a waiter may have it open; a killed
+    holder frees it. Raises OutputError.
+    """
+    lock = _lock_of(_target(path))
+    try:
+        await lock.acquire()
+    except OSError as error:
+        raise OutputError(f"expected to lock {path}, got: {error.strerror or error}; set TMPDIR") from error
+    try:
+        yield
     finally:
-        lock.release()
+        await lock.release()
 
 
 class JsonlWriter:
@@ -294,11 +306,9 @@ def _discard(temporary: Path) -> None:
             temporary.with_name(temporary.name + suffix).unlink(missing_ok=True)
 
 
-def _locked(target: Path) -> FileLock:
-    """Take the lock of one output file: in the user's own folder of the temporary folder, not beside it."""
+def _lock_of(target: Path) -> AsyncFileLock:
+    """Return the lock of one output file: in the user's own folder of the temporary folder, not beside it."""
     folder = Path(tempfile.gettempdir()) / f"lbr-{os.getuid()}"
-    name = hashlib.blake2b(os.fsencode(target), digest_size=16).hexdigest()
-    lock = FileLock(folder / f"{name}.lock", mode=0o600, fallback_to_soft=False, thread_local=False)
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
@@ -307,8 +317,8 @@ def _locked(target: Path) -> FileLock:
                 f"expected {folder} to be your own folder, got: another's; set TMPDIR to a private one"
             )
         folder.chmod(0o700)
-        lock.acquire()
     except OSError as error:
         reason = error.strerror or str(error)
         raise OutputError(f"expected to lock a file in {folder}, got: {reason}; set TMPDIR") from error
-    return lock
+    name = hashlib.blake2b(os.fsencode(target), digest_size=16).hexdigest()
+    return AsyncFileLock(folder / f"{name}.lock", mode=0o600, fallback_to_soft=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lbr import inputs
-from lbr.errors import UsageError
+from lbr.errors import InputError, UsageError
 from lbr.records import Place, Template, check_storable, item_of, shown
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ class Source:
     def __init__(self, read: Callable[[], Iterator[Item]], *, files: Sequence[str]) -> None:
         self._read = read
         self._files = files
+        self._head: list[Item] = []
+        self._begun: Iterator[Item] | None = None
 
     @classmethod
     def of(
@@ -83,11 +85,22 @@ class Source:
         return name
 
     def check(self) -> None:
-        """Read everything that can be read twice, so that a bad line is found before anything is written."""
-        if not any(inputs.is_stream(name) for name in self._files):
-            for _ in self._read():
-                pass
+        """Read everything that can be read twice, of a stream its first input, so that rubbish leaves no trace.
+
+        Raises InputError for the first bad input, and where there is none at all.
+        """
+        if any(inputs.is_stream(name) for name in self._files):
+            self._begun = self._read()
+            self._head = list(itertools.islice(self._begun, 1))
+            count = len(self._head)
+        else:
+            count = sum(1 for _ in self._read())
+        if not count:
+            where = ", ".join(self._files) or PROMPTS
+            raise InputError("expected at least one input, got: none", source=where)
 
     def __iter__(self) -> Iterator[Item]:
-        """Read the inputs from their beginning."""
-        return self._read()
+        """Read the inputs from their beginning; of a stream, once."""
+        if self._begun is None:
+            return self._read()
+        return itertools.chain(self._head, self._begun)

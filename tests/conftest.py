@@ -45,4 +45,3 @@ async def database(db_url: str, clock: Clock) -> AsyncIterator[Database]:
     opened = await open_database(db_url, create=True, clock=clock)
     yield opened
     await opened.close()
-

@@ -50,6 +50,7 @@ class Clock:
         self.now = 1_800_000_000_000
 
     def __call__(self) -> Millis:
+        """Return the time."""
         return Millis(self.now)
 
     def forward(self, seconds: float) -> None:
@@ -83,7 +84,7 @@ async def states(database: Database, run: Run) -> dict[str, int]:
     """Count a run's jobs by state, from the rows themselves."""
     query = select(jobs.c.state, func.count()).where(jobs.c.run_id == run.id).group_by(jobs.c.state)
     found = await database.read(lambda connection: connection.execute(query))
-    return {state: count for state, count in found.all()}
+    return dict(found.all())
 
 
 async def assert_counted(database: Database, run: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import io
 import os
@@ -26,6 +27,7 @@ from lbr.outputs import (
     check_output,
     format_of,
     open_writer,
+    output_lock,
 )
 
 if TYPE_CHECKING:
@@ -255,47 +257,9 @@ class TestAtomicPath:
             path.mkdir()
         assert names(tmp_path) == ["out.csv"]
 
-    def test_locks_are_private_and_out_of_the_way(self, tmp_path: Path) -> None:
-        """Locks stand in the user's own folder, closed to others."""
-        with atomic_path(tmp_path / "out.csv"):
-            folder = Path(tempfile.gettempdir()) / f"lbr-{os.getuid()}"
-            (lock,) = folder.iterdir()
-        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-        assert stat.S_IMODE(lock.stat().st_mode) == 0o600
-
-    def test_a_foreign_lock_folder_is_refused(self, tmp_path: Path) -> None:
-        """A lock folder that somebody else laid out is not trusted."""
-        folder = Path(tempfile.gettempdir()) / f"lbr-{os.getuid()}"
-        folder.symlink_to(tmp_path)
-        with (
-            pytest.raises(OutputError, match="to be your own folder, got: another's"),
-            atomic_path(tmp_path / "a"),
-        ):
-            pass
-
     @pytest.mark.processes
-    def test_two_processes_write_one_after_the_other(self, tmp_path: Path) -> None:
-        """Of two processes that write one file at once, each waits for the other, and the file is whole."""
-        code = (
-            "import sys; from lbr.outputs import atomic_path\n"
-            "path, word = sys.argv[1:]\n"
-            "for turn in range(20):\n"
-            "    with atomic_path(path) as new, new.open('w') as file:\n"
-            "        others = [o for o in new.parent.glob('.*.tmp') if o != new]\n"
-            "        assert not others, others\n"
-            "        for line in range(2000): file.write(word + '\\n')\n"
-        )
-        path = tmp_path / "out.jsonl"
-        environment = os.environ | {"TMPDIR": tempfile.gettempdir()}
-        command = [sys.executable, "-c", code, str(path)]
-        writers = [subprocess.Popen([*command, word], env=environment) for word in ("one", "two")]
-        assert [writer.wait(timeout=60) for writer in writers] == [0, 0]
-        assert path.read_text() in ("one\n" * 2000, "two\n" * 2000)
-        assert names(tmp_path) == ["out.jsonl"]
-
-    @pytest.mark.processes
-    def test_a_killed_writer_leaves_the_old_file_and_frees_the_lock(self, tmp_path: Path) -> None:
-        """After a kill in the middle the old file is whole, and the next writer does not wait."""
+    def test_a_killed_writer_leaves_the_old_file(self, tmp_path: Path) -> None:
+        """After a kill in the middle the old file is whole, and the next writer succeeds."""
         code = (
             "import os, signal, sys; from lbr.outputs import atomic_path\n"
             "with atomic_path(sys.argv[1]) as new:\n"
@@ -304,15 +268,68 @@ class TestAtomicPath:
         )
         path = tmp_path / "out.jsonl"
         path.write_text("old")
-        environment = os.environ | {"TMPDIR": tempfile.gettempdir()}
-        ended = subprocess.run(
-            [sys.executable, "-c", code, str(path)], env=environment, check=False, timeout=60
-        )
+        ended = subprocess.run([sys.executable, "-c", code, str(path)], check=False, timeout=60)
         assert ended.returncode == -9
         assert path.read_text() == "old"
         with atomic_path(path) as temporary:
             temporary.write_text("new")
         assert path.read_text() == "new"
+
+
+class TestLock:
+    """Writers of one file go one after the other."""
+
+    async def test_locks_are_private_and_out_of_the_way(self, tmp_path: Path) -> None:
+        """Locks stand in the user's own folder, closed to others."""
+        async with output_lock(tmp_path / "out.csv"):
+            folder = Path(tempfile.gettempdir()) / f"lbr-{os.getuid()}"
+            (lock,) = folder.iterdir()
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert stat.S_IMODE(lock.stat().st_mode) == 0o600
+
+    async def test_a_foreign_lock_folder_is_refused(self, tmp_path: Path) -> None:
+        """A lock folder that somebody else laid out is not trusted."""
+        folder = Path(tempfile.gettempdir()) / f"lbr-{os.getuid()}"
+        folder.symlink_to(tmp_path)
+        with pytest.raises(OutputError, match="to be your own folder, got: another's"):
+            async with output_lock(tmp_path / "a"):
+                pass
+
+    async def test_tasks_of_one_loop_wait_for_each_other(self, tmp_path: Path) -> None:
+        """Two writers in one event loop neither overlap nor block it."""
+        inside: list[str] = []
+
+        async def write(word: str) -> None:
+            async with output_lock(tmp_path / "out.csv"):
+                inside.append(word)
+                await asyncio.sleep(0.05)
+                inside.append(word)
+
+        await asyncio.gather(write("one"), write("two"))
+        assert inside in (["one", "one", "two", "two"], ["two", "two", "one", "one"])
+
+    @pytest.mark.processes
+    def test_two_processes_write_one_after_the_other(self, tmp_path: Path) -> None:
+        """Of two processes that write one file at once, each waits for the other, and the file is whole."""
+        code = (
+            "import asyncio, sys; from lbr.outputs import atomic_path, output_lock\n"
+            "path, word = sys.argv[1:]\n"
+            "async def main():\n"
+            "    for turn in range(20):\n"
+            "        async with output_lock(path):\n"
+            "            with atomic_path(path) as new, new.open('w') as file:\n"
+            "                others = [o for o in new.parent.glob('.*.tmp') if o != new]\n"
+            "                assert not others, others\n"
+            "                for line in range(2000): file.write(word + '\\n')\n"
+            "asyncio.run(main())\n"
+        )
+        path = tmp_path / "out.jsonl"
+        environment = os.environ | {"TMPDIR": tempfile.gettempdir()}
+        command = [sys.executable, "-c", code, str(path)]
+        writers = [subprocess.Popen([*command, word], env=environment) for word in ("one", "two")]
+        assert [writer.wait(timeout=60) for writer in writers] == [0, 0]
+        assert path.read_text() in ("one\n" * 2000, "two\n" * 2000)
+        assert names(tmp_path) == ["out.jsonl"]
 
 
 class TestJsonl:

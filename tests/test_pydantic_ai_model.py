@@ -12,13 +12,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.llmock_server import free_port, serve
 
 from lbr.errors import CallError, Family, UsageError
 from lbr.jobs import BadTry, JobId, Prompt, Task
 from lbr.models.base import Request
 from lbr.models.pydantic_ai import PydanticAIModel, call_error, check_model, family_of, output_mode
 from lbr.models.resolve import Authority, build_model, check_task
+from tests.llmock_server import free_port, serve
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator

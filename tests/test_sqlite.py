@@ -276,10 +276,10 @@ async def test_unused_database_is_removed(tmp_path: Path) -> None:
     )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "open\n"
-    assert files.remove_unused(path) is False
+    assert await files.remove_unused(path) is False
     holder.communicate()
     database = await open_database(str(path))
     await assert_counted(database, await put(database, ["a"]))
     await database.close()
-    assert files.remove_unused(path) is True
+    assert await files.remove_unused(path) is True
     assert list(tmp_path.glob("q.db*")) == []

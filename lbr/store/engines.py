@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import stamina
 from filelock import Timeout
-from sqlalchemy import event
+from sqlalchemy import URL, event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -238,7 +238,7 @@ class Database:
                 raise UsageError(
                     f"expected an lbr database at {self.path}, got: an empty one; `lbr enqueue` fills it"
                 )
-            with files.creation_lock(self.path):
+            async with files.creation_lock(self.path):
                 files.create_private(self.path)
                 async with self._writer.connect() as connection:
                     await connection.execution_options(lbr_begin="")
@@ -278,7 +278,8 @@ def _writer_pragmas(synchronous: str) -> tuple[str, ...]:
 def make_engine(path: Path, *, begin: str, pool_size: int, pragmas: tuple[str, ...]) -> AsyncEngine:
     """Return an engine over a file whose transactions start with `begin` and whose connections run `pragmas`."""
     engine = create_async_engine(
-        f"sqlite+aiosqlite:///{path}",
+        # Not a string, in which a path's ? would begin a query.
+        URL.create("sqlite+aiosqlite", database=str(path)),
         connect_args={"isolation_level": None, "timeout": BUSY_TIMEOUT_MS / 1000},
         pool_size=pool_size,
         max_overflow=0,

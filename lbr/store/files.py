@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import sqlite3
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock, Timeout
+from filelock import AsyncFileLock, FileLock, Timeout
 
 from lbr.errors import DatabaseBusyError, DatabaseError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator
 
 NETWORK_FILE_SYSTEMS = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "glusterfs", "fuse.sshfs"}
@@ -88,12 +89,12 @@ def create_private(path: Path) -> None:
         raise DatabaseError(f"cannot create the database {path}: {error.strerror}") from error
 
 
-@contextmanager
-def creation_lock(path: Path) -> Iterator[None]:
+@asynccontextmanager
+async def creation_lock(path: Path) -> AsyncIterator[None]:
     """Hold the lock of creation, migration and removal; DatabaseError when the folder does not let us."""
-    lock = file_lock(lock_path(path, "create"), timeout=60)
+    lock = AsyncFileLock(lock_path(path, "create"), timeout=60, mode=0o600, fallback_to_soft=False)
     try:
-        lock.acquire()
+        await lock.acquire()
     except Timeout as error:
         raise DatabaseBusyError(
             f"another process has been creating or removing {path} for a minute"
@@ -105,31 +106,37 @@ def creation_lock(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
+        await lock.release()
 
 
-def remove_unused(path: Path) -> bool:
+async def remove_unused(path: Path) -> bool:
     """Remove a database file that nobody else has open; return False, and change nothing, where somebody has.
 
-    SQLite grants leaving WAL mode only to a sole connection, which is the question that has to be asked.
     No connection of this process may be open: closing the file would drop its locks.
     """
-    with creation_lock(path):
-        if not path.exists():
-            return True
-        connection = sqlite3.connect(path, timeout=0, isolation_level=None)
-        try:
-            connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-            if connection.execute("PRAGMA journal_mode = DELETE").fetchone() != ("delete",):
-                return False
-            connection.execute("BEGIN EXCLUSIVE")
-            for suffix in SUFFIXES:
-                with suppress(FileNotFoundError):
-                    os.unlink(f"{path}{suffix}")
-        except sqlite3.OperationalError:
+    async with creation_lock(path):
+        removed = _remove_if_sole(path)
+    if removed:
+        for lock in path.parent.glob(f"{glob.escape(path.name)}.*.lock"):
+            lock.unlink(missing_ok=True)
+    return removed
+
+
+def _remove_if_sole(path: Path) -> bool:
+    """Remove the file as its sole user. SQLite lets only a sole connection leave WAL mode, so that is what we ask."""
+    if not path.exists():
+        return True
+    connection = sqlite3.connect(path, timeout=0, isolation_level=None)
+    try:
+        connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+        if connection.execute("PRAGMA journal_mode = DELETE").fetchone() != ("delete",):
             return False
-        finally:
-            connection.close()
-    for lock in path.parent.glob(f"{path.name}.*.lock"):
-        lock.unlink(missing_ok=True)
+        connection.execute("BEGIN EXCLUSIVE")
+        for suffix in SUFFIXES:
+            with suppress(FileNotFoundError):
+                os.unlink(f"{path}{suffix}")
+    except sqlite3.OperationalError:
+        return False
+    finally:
+        connection.close()
     return True

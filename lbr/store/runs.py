@@ -20,16 +20,25 @@ if TYPE_CHECKING:
     from lbr.store.schema import AnyRow
 
 BATCH = 5_000
+NAME_LENGTH = 200
 
 
 @dataclass(frozen=True, slots=True)
 class RunSpec:
-    """What an enqueue asks for. `fingerprint` is a named function's, None for a model."""
+    """What an enqueue asks for. `fingerprint` is a function's, None for a model. Raises UsageError for a bad name."""
 
     name: str
     task: Task
     max_attempts: int
     fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check what no database should see."""
+        name = self.name
+        if not name or name != name.strip() or not name.isprintable() or len(name) > NAME_LENGTH:
+            raise UsageError(
+                f"expected a run name of 1 to {NAME_LENGTH} printable characters, got: {name[:250]!r}; set --run"
+            )
 
 
 def run_of(row: AnyRow) -> Run:

@@ -40,16 +40,28 @@ def check_model(name: str, settings: Mapping[str, Json], *, schema: dict[str, Js
 
 
 def _check_schema(schema: dict[str, Json]) -> None:
-    top = schema
-    reference = schema.get("$ref")
-    if isinstance(reference, str) and reference.startswith("#/"):
-        for step in reference[2:].split("/"):
-            top = top.get(step, {})
+    top = _top(schema)
     if top.get("type", "object" if "properties" in top else None) != "object":
         raise UsageError(
             'expected an output schema with an object at its top ("type": "object"), for that is what providers want, '
             f"got: {top.get('type', 'no type')}; put it into an object with one property"
         )
+
+
+def _top(schema: dict[str, Json]) -> dict[str, Json]:
+    """Follow the references at the top of a schema, a few of them, for they may go round."""
+    top: Json = schema
+    for _ in range(10):
+        reference = top.get("$ref")
+        if not isinstance(reference, str) or not reference.startswith("#/"):
+            break
+        top = schema
+        for step in reference[2:].split("/"):
+            name = step.replace("~1", "/").replace("~0", "~")
+            top = top.get(name) if isinstance(top, dict) else None
+        if not isinstance(top, dict):
+            return {}
+    return dict(top)
 
 
 def provider_class_of(name: str) -> type[Provider[Any]]:

@@ -1,0 +1,355 @@
+"""The main job with real processes and real signals: each test ends by comparing all that went in with all that came out."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import signal
+import sqlite3
+import subprocess
+import textwrap
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.support import Cli
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.processes
+
+SLOW = ("--model", "offline:echo", "--set", "latency=0.05")
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Iterator[Cli]:
+    """Return a driver of `lbr` in an empty folder; whatever it started is killed at the end."""
+    driver = Cli(tmp_path)
+    yield driver
+    driver.stop_all()
+
+
+def prompts(count: int, distinct: int) -> list[str]:
+    """Return prompts with duplicates in a fixed disorder."""
+    rng = random.Random(7)
+    return [f"prompt {rng.randrange(distinct)}" for _ in range(count)]
+
+
+def write(folder: Path, lines: list[str], name: str = "in.txt") -> None:
+    """Write a text file of prompts."""
+    (folder / name).write_text("".join(line + "\n" for line in lines))
+
+
+def check(rows: list[dict[str, Any]], lines: list[str]) -> None:
+    """Compare every collected row with the input: present, in order, answered by what was asked."""
+    assert [(row["idx"], row["prompt"], row["status"], row["result"]) for row in rows] == [
+        (idx, line, "done", line) for idx, line in enumerate(lines)
+    ]
+
+
+def recount(folder: Path) -> None:
+    """Check the counters against the rows, and the file's integrity, as an outsider."""
+    connection = sqlite3.connect(folder / "runs.db")
+    try:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        rows = connection.execute("SELECT run_id, state, count(*) FROM jobs GROUP BY 1, 2").fetchall()
+        states = "('pending', 'inflight', 'done', 'failed', 'cancelled')"
+        kept = connection.execute(
+            f"SELECT run_id, name, value FROM counters WHERE name IN {states} AND value <> 0"
+        ).fetchall()
+        assert sorted(kept) == sorted(rows)
+    finally:
+        connection.close()
+
+
+def test_three_workers_one_killed(cli: Cli) -> None:
+    """Three workers on one file, one killed with SIGKILL while it holds jobs: nothing lost, nothing done twice."""
+    lines = prompts(700, 600)
+    write(cli.folder, lines)
+    cli("enqueue", "in.txt", "--model", "offline:echo", "--set", "latency=0.3")
+    workers = [cli.start("worker", "--concurrency", "8", "--lease", "1.5") for _ in range(3)]
+    cli.wait_for("in", "done", 100)
+    workers[0].kill()
+    output = [worker.communicate(timeout=90) for worker in workers]
+    assert [worker.returncode for worker in workers] == [-9, 0, 0]
+    told = output[1][1] + output[2][1]
+    assert sum(map(int, re.findall(r"reclaimed (\d+) jobs", told))) == cli.status("in")["crashed"]
+    assert 1 <= cli.status("in")["crashed"] <= 8
+    check(cli.collect("in"), lines)
+    recount(cli.folder)
+
+
+def test_resume_after_every_process_was_killed(cli: Cli) -> None:
+    """All workers killed at once: the same command again finishes, and repeats no more than was in flight."""
+    log = cli.folder / "calls.log"
+    (cli.folder / "answers.py").write_text(
+        textwrap.dedent(
+            """
+            import asyncio, os
+
+            async def echo(prompt):
+                with open("calls.log", "ab", buffering=0) as log:
+                    log.write(prompt.encode() + b"\\n")
+                await asyncio.sleep(0.05)
+                return prompt
+            """
+        )
+    )
+    lines = prompts(400, 350)
+    write(cli.folder, lines)
+    cli("enqueue", "in.txt", "--function", "answers:echo")
+    command = ("worker", "--function", "answers:echo", "--concurrency", "6", "--lease", "1.5")
+    workers = [cli.start(*command) for _ in range(2)]
+    cli.wait_for("in", "done", 80)
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.communicate()
+    inflight = cli.status("in")["inflight"]
+    assert 0 < inflight <= 12
+    cli(*command)
+    check(cli.collect("in"), lines)
+    calls = Counter(log.read_text().splitlines())
+    assert set(calls) == set(lines)
+    assert sum(calls.values()) - len(calls) <= inflight
+    assert max(calls.values()) <= 2
+    recount(cli.folder)
+
+
+def test_two_runs_at_once(cli: Cli) -> None:
+    """Two `lbr run` of different files share one queue and each writes its own whole answers."""
+    first, second = prompts(200, 150), [f"other {n}" for n in range(200)]
+    write(cli.folder, first, "one.txt")
+    write(cli.folder, second, "two.txt")
+    runs = [cli.start("run", f"{name}.txt", "-o", f"{name}.jsonl", *SLOW) for name in ("one", "two")]
+    assert [(run.communicate(timeout=90)[1][-400:], run.returncode)[1] for run in runs] == [0, 0]
+    for name, lines in (("one", first), ("two", second)):
+        check([json.loads(line) for line in (cli.folder / f"{name}.jsonl").read_text().splitlines()], lines)
+    recount(cli.folder)
+
+
+def test_the_same_run_twice_at_once(cli: Cli) -> None:
+    """The same `lbr run` in two terminals divides the work; both end well with the same file."""
+    lines = prompts(200, 150)
+    write(cli.folder, lines)
+    runs = [cli.start("run", "in.txt", "-o", "out.jsonl", *SLOW) for _ in range(2)]
+    assert [(run.communicate(timeout=90), run.returncode)[1] for run in runs] == [0, 0]
+    check([json.loads(line) for line in (cli.folder / "out.jsonl").read_text().splitlines()], lines)
+    assert cli.status("in")["stale"] == 0
+    recount(cli.folder)
+
+
+def test_two_enqueues_of_the_same_file_at_once(cli: Cli) -> None:
+    """Two enqueues that race add every input once."""
+    lines = prompts(20_000, 12_000)
+    write(cli.folder, lines)
+    racers = [cli.start("enqueue", "in.txt", "--model", "offline:echo", "--json") for _ in range(2)]
+    counts = [json.loads(racer.communicate(timeout=90)[0]) for racer in racers]
+    assert [racer.returncode for racer in racers] == [0, 0]
+    assert sum(count["new"] for count in counts) == len(set(lines))
+    assert sum(count["known"] for count in counts) == 20_000
+    cli("worker", "--concurrency", "200")
+    check(cli.collect("in"), lines)
+    recount(cli.folder)
+
+
+def test_enqueue_killed_in_the_middle_is_completed(cli: Cli) -> None:
+    """After kill -9 the same enqueue adds what is missing, and collect says until then that it is unfinished."""
+    lines = prompts(60_000, 50_000)
+    write(cli.folder, lines)
+    enqueue = ("enqueue", "in.txt", "--model", "offline:echo")
+    first = cli.start(*enqueue)
+    cli.wait_for("in", "inputs", 2_000)
+    first.kill()
+    first.communicate()
+    held = cli.status("in")["inputs"]
+    assert held % 2_000 == 0
+    assert 0 < held < 60_000
+    done = cli("collect", "in", "-o", "early.jsonl", check=False)
+    assert done.returncode == 3
+    assert "enqueue of run in has not come to its end" in done.stderr
+    report = json.loads(cli(*enqueue, "--json").stdout)
+    assert (report["inputs"], report["known"]) == (60_000, held)
+    rows = cli.collect("in", code=3)
+    assert [row["prompt"] for row in rows] == lines
+    recount(cli.folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_drain_on_signal(cli: Cli, number: signal.Signals) -> None:
+    """Told to stop, a worker finishes what is in flight, leaves the rest pending and charges nothing."""
+    write(cli.folder, [f"p{n}" for n in range(300)])
+    cli("enqueue", "in.txt", "--model", "offline:echo", "--set", "latency=0.3")
+    worker = cli.start("worker", "--concurrency", "10")
+    cli.wait_for("in", "done", 10)
+    worker.send_signal(number)
+    _, told = worker.communicate(timeout=30)
+    assert worker.returncode == 0, told
+    assert "stopping: finishing the calls in flight" in told
+    now = cli.status("in")
+    assert (now["inflight"], now["crashed"], now["done"] + now["pending"]) == (0, 0, 300)
+    assert now["done"] < 300
+    assert f"{now['done']} done, 0 failed" in told
+    recount(cli.folder)
+
+
+def test_second_signal_releases_at_once(cli: Cli) -> None:
+    """A second signal gives the calls in flight back without waiting for them."""
+    write(cli.folder, ["a", "b", "c"])
+    cli("enqueue", "in.txt", "--model", "offline:echo", "--set", "latency=600")
+    worker = cli.start("worker", "--timeout", "1000")
+    cli.wait_for("in", "inflight", 3)
+    worker.send_signal(signal.SIGTERM)
+    assert worker.stderr is not None
+    assert "stopping" in worker.stderr.readline()
+    worker.send_signal(signal.SIGTERM)
+    _, told = worker.communicate(timeout=20)
+    assert (worker.returncode, "3 released" in told) == (0, True)
+    now = cli.status("in")
+    assert (now["pending"], now["crashed"]) == (3, 0)
+    recount(cli.folder)
+
+
+def test_collect_while_workers_run(cli: Cli) -> None:
+    """Collects during the work are whole and in order; `--wait` ends with everything."""
+    lines = prompts(3_000, 2_500)
+    write(cli.folder, lines)
+    cli("enqueue", "in.txt", *SLOW)
+    worker = cli.start("worker", "--concurrency", "20", "--processes", "2")
+    waiting = cli.start("collect", "in", "--wait", "-o", "all.jsonl")
+    cli.wait_for("in", "done", 50)
+    for _ in range(3):
+        rows = [json.loads(line) for line in cli("collect", "in", check=False).stdout.splitlines()]
+        assert [row["prompt"] for row in rows] == lines
+        assert all(row["result"] == (row["prompt"] if row["status"] == "done" else None) for row in rows)
+    assert waiting.wait(timeout=120) == 0
+    assert worker.wait(timeout=60) == 0
+    check([json.loads(line) for line in (cli.folder / "all.jsonl").read_text().splitlines()], lines)
+
+
+def test_processes_flag_and_a_killed_child(cli: Cli) -> None:
+    """`--processes` starts children that share the work; when one is killed the others finish."""
+    lines = [f"p{n}" for n in range(400)]
+    write(cli.folder, lines)
+    cli("enqueue", "in.txt", *SLOW)
+    parent = cli.start("worker", "--processes", "3", "--concurrency", "4", "--lease", "1.5")
+    cli.wait_for("in", "done", 50)
+    connection = sqlite3.connect(cli.folder / "runs.db")
+    pids = [pid for (pid,) in connection.execute("SELECT pid FROM workers")]
+    connection.close()
+    assert len(pids) == 3
+    subprocess.run(["kill", "-9", str(pids[0])], check=True)
+    _, told = parent.communicate(timeout=90)
+    assert parent.returncode == 0, told
+    assert f"worker process {pids[0]} was killed by SIGKILL" in told
+    check(cli.collect("in"), lines)
+    recount(cli.folder)
+
+
+def test_exclusive_worker_for_cron(cli: Cli) -> None:
+    """A second exclusive worker exits with 0 at once and says so; a killed one frees the lock."""
+    write(cli.folder, ["a"])
+    cli("enqueue", "in.txt", "--model", "offline:echo")
+    first = cli.start("worker", "--exclusive", "--until", "forever")
+    cli.wait_for("in", "done", 1)
+    second = cli("worker", "--exclusive")
+    assert "an exclusive worker" in second.stderr
+    assert "nothing to do" in second.stderr
+    first.kill()
+    first.communicate()
+    assert "0 done" in cli("worker", "--exclusive").stderr
+
+
+def test_failures_and_retry(cli: Cli) -> None:
+    """Failed rows carry their error and exit code 4; retry puts them back, and only them are called again."""
+    (cli.folder / "shaky.py").write_text(
+        textwrap.dedent(
+            """
+            import pathlib
+            import lbr
+
+            def answer(prompt):
+                with open("calls.log", "a") as log:
+                    log.write(prompt + "\\n")
+                if prompt == "bad" and not pathlib.Path("mended").exists():
+                    raise lbr.Permanent("not today")
+                return prompt
+            """
+        )
+    )
+    write(cli.folder, ["good", "bad", "good"])
+    done = cli("run", "in.txt", "-o", "out.csv", "--function", "shaky:answer", check=False)
+    assert done.returncode == 4, done.stderr
+    assert "1 rows have no answer; `lbr retry in`" in done.stderr
+    assert "bad,failed,,not today" in (cli.folder / "out.csv").read_text()
+    (cli.folder / "mended").touch()
+    assert cli("retry", "in").stdout == "run in: 1 jobs back to pending\n"
+    cli("run", "in.txt", "-o", "out.jsonl", "--function", "shaky:answer")
+    check(
+        [json.loads(line) for line in (cli.folder / "out.jsonl").read_text().splitlines()],
+        ["good", "bad", "good"],
+    )
+    assert Counter((cli.folder / "calls.log").read_text().split()) == Counter({"good": 1, "bad": 2})
+
+
+def test_run_resumes(cli: Cli) -> None:
+    """An interrupted `lbr run` writes nothing; the same command again resumes and writes everything."""
+    lines = [f"p{n}" for n in range(200)]
+    write(cli.folder, lines)
+    command = ("run", "in.txt", "-o", "out.jsonl", *SLOW, "--concurrency", "4")
+    first = cli.start(*command)
+    cli.wait_for("in", "done", 20)
+    first.send_signal(signal.SIGINT)
+    _, told = first.communicate(timeout=60)
+    assert first.returncode == 3, told
+    assert "run the same command again to resume" in told
+    assert not (cli.folder / "out.jsonl").exists()
+    cli(*command)
+    check([json.loads(line) for line in (cli.folder / "out.jsonl").read_text().splitlines()], lines)
+
+
+def test_workers_under_faults_finish_everything(cli: Cli) -> None:
+    """With failures and rate limits of every kind mixed in, every job ends done, and none is answered twice."""
+    lines = [f"p{n}" for n in range(150)]
+    write(cli.folder, lines)
+    settings = ["failure_rate=0.05", "rate_limit_rate=0.02", "seed=3", "retry_after=0.05"]
+    flags = [flag for setting in settings for flag in ("--set", setting)]
+    cli("enqueue", "in.txt", "--model", "offline:echo", *flags)
+    workers = [cli.start("worker", "--concurrency", "8") for _ in range(2)]
+    assert [(worker.communicate(timeout=120), worker.returncode)[1] for worker in workers] == [0, 0]
+    check(cli.collect("in"), lines)
+    recount(cli.folder)
+    now = json.loads(cli("status", "in", "--json").stdout)["runs"][0]
+    assert set(now["errors"]) == {"transient", "rate_limited"}
+
+
+def test_results_database_and_csv(cli: Cli) -> None:
+    """Metadata, ids and order survive into every output format."""
+    rows = [{"prompt": f"p{n % 7}", "id": f"r{n}", "city": f"c{n}", "n": n} for n in range(20)]
+    (cli.folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cli("run", "in.jsonl", "-o", "out.jsonl", "--model", "offline:echo")
+    collected = [json.loads(line) for line in (cli.folder / "out.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["metadata"], row["result"]) for row in collected] == [
+        (row["id"], {"city": row["city"], "n": row["n"]}, row["prompt"]) for row in rows
+    ]
+    cli("collect", "in", "-o", "out.csv")
+    header, first, *_ = (cli.folder / "out.csv").read_text().splitlines()
+    assert header == "idx,id,key,prompt,status,result,error,city,n"
+    assert first.startswith("0,r0,")
+    assert first.endswith(",p0,done,p0,,c0,0")
+    cli("collect", "in", "-o", "out.db", "--shape", "unique")
+    connection = sqlite3.connect(cli.folder / "out.db")
+    found = connection.execute("SELECT idx, id, prompt, result FROM results ORDER BY idx").fetchall()
+    connection.close()
+    assert found == [(n, f"r{n}", f"p{n}", f"p{n}") for n in range(7)]
+
+
+def test_stdin_is_streamed_into_a_run(cli: Cli) -> None:
+    """Prompts from a pipe become a named run."""
+    cli("enqueue", "-", "--run", "piped", "--model", "offline:echo", stdin="a\nb\na\n")
+    cli("worker")
+    check(cli.collect("piped"), ["a", "b", "a"])

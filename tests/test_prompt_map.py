@@ -1,0 +1,413 @@
+"""prompt_map, as the design's section on Python describes it: against a function, offline:echo and an HTTP server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+import pytest
+from pydantic import BaseModel
+
+import lbr
+from lbr import DB_URL_DEFAULT, LbrError, Permanent, export_jsonl, prompt_map
+from tests.llmock_server import serve
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CITIES = ["Oslo", "Bergen", "Oslo", "Narvik", "Bergen"]
+
+
+class City(BaseModel):
+    """A structured answer."""
+
+    name: str
+    people: int
+
+
+class Calls:
+    """Counts calls; its values do not change who a function is."""
+
+    def __init__(self) -> None:
+        self.made: Counter[str] = Counter()
+        self.broken: set[str] = set()
+
+
+@pytest.fixture
+def calls() -> Calls:
+    """Return a fresh counter."""
+    return Calls()
+
+
+@pytest.fixture(scope="module")
+def llmock() -> Iterator[str]:
+    """Start a chat server that others wrote."""
+    with serve("--response-style", "echo") as url:
+        yield url
+
+
+def rows_of(
+    path: str, query: str = "SELECT idx, prompt, status, result FROM results ORDER BY idx"
+) -> list[Any]:
+    """Read a results database as anybody would."""
+    connection = sqlite3.connect(path)
+    try:
+        return connection.execute(query).fetchall()
+    finally:
+        connection.close()
+
+
+async def shout(prompt: str) -> str:
+    """Answer in capitals."""
+    return prompt.upper()
+
+
+async def test_unique_rows_by_first_occurrence() -> None:
+    """By default there is a row for each distinct prompt, in order of first occurrence, with these fields."""
+    rows = await prompt_map(CITIES, shout)
+    assert [list(row) for row in rows] == [["idx", "key", "prompt", "status", "result", "error"]] * 3
+    assert [(r["idx"], r["prompt"], r["status"], r["result"], r["error"]) for r in rows] == [
+        (0, "Oslo", "done", "OSLO", None),
+        (1, "Bergen", "done", "BERGEN", None),
+        (3, "Narvik", "done", "NARVIK", None),
+    ]
+    assert DB_URL_DEFAULT == "sqlite+aiosqlite:///runs.db"
+    assert Path("runs.db").exists()
+
+
+async def test_original_rows_in_order() -> None:
+    """The original shape has a row for every prompt; equal ones share their answer and key."""
+    rows = await prompt_map(CITIES, shout, output_shape="original")
+    assert [row["result"] for row in rows] == [city.upper() for city in CITIES]
+    assert len({row["key"] for row in rows}) == 3
+
+
+async def test_what_did_not_finish_is_missing() -> None:
+    """A prompt without an answer has status missing, result None and the error beside it."""
+
+    async def picky(prompt: str) -> str:
+        if prompt == "Bergen":
+            raise Permanent("it rains")
+        return prompt
+
+    rows = await prompt_map(CITIES, picky, output_shape="original")
+    assert [(r["status"], r["result"], r["error"]) for r in rows] == [
+        ("done", "Oslo", None),
+        ("missing", None, "it rains"),
+        ("done", "Oslo", None),
+        ("done", "Narvik", None),
+        ("missing", None, "it rains"),
+    ]
+
+
+async def test_dtypes() -> None:
+    """Every return_dtype carries the same answers in its own form."""
+    assert await prompt_map(CITIES, shout, return_dtype="list[str]") == ["OSLO", "BERGEN", "NARVIK"]
+    pairs = await prompt_map(CITIES, shout, return_dtype="list[tuple[str,str]]", output_shape="original")
+    assert pairs == [(city, city.upper()) for city in CITIES]
+    frame = await prompt_map(CITIES, shout, return_dtype="polars")
+    assert isinstance(frame, pl.DataFrame)
+    assert frame.columns == ["idx", "key", "prompt", "status", "result", "error"]
+    assert frame["result"].to_list() == ["OSLO", "BERGEN", "NARVIK"]
+    assert frame.schema["error"] == pl.String
+
+
+async def test_rerun_calls_nothing_again(calls: Calls) -> None:
+    """The same call a second time returns the same rows without a call."""
+
+    async def count(prompt: str) -> str:
+        calls.made[prompt] += 1
+        return prompt[::-1]
+
+    first = await prompt_map(CITIES, count)
+    assert await prompt_map(CITIES, count) == first
+    assert calls.made == Counter({"Oslo": 1, "Bergen": 1, "Narvik": 1})
+
+
+async def test_more_prompts_reuse_earlier_answers(calls: Calls) -> None:
+    """A longer list only calls for what is new; `fresh` calls for all of it."""
+
+    async def count(prompt: str) -> str:
+        calls.made[prompt] += 1
+        return prompt
+
+    await prompt_map(["a", "b"], count)
+    await prompt_map(["a", "b", "c"], count)
+    assert calls.made == Counter({"a": 1, "b": 1, "c": 1})
+    await prompt_map(["a", "b", "c", "d"], count, fresh=True)
+    assert calls.made == Counter({"a": 2, "b": 2, "c": 2, "d": 1})
+
+
+async def test_rerun_tries_failures_again(calls: Calls) -> None:
+    """What failed in one call is tried again in the next, and only that."""
+    calls.broken = {"b"}
+
+    async def flaky(prompt: str) -> str:
+        calls.made[prompt] += 1
+        if prompt in calls.broken:
+            raise Permanent("down")
+        return prompt
+
+    assert [r["status"] for r in await prompt_map(["a", "b"], flaky)] == ["done", "missing"]
+    assert (await prompt_map(["a", "b"], flaky, retry_failed=False))[1]["error"] == "down"
+    calls.broken = set()
+    assert [r["status"] for r in await prompt_map(["a", "b"], flaky)] == ["done", "done"]
+    assert calls.made == Counter({"a": 1, "b": 2})
+
+
+async def test_interrupted_call_resumes(calls: Calls) -> None:
+    """A cancelled call keeps what was answered; the same call again finishes the rest, each prompt once."""
+    reached, gate = asyncio.Event(), asyncio.Event()
+
+    async def gated(prompt: str) -> str:
+        calls.made[prompt] += 1
+        if len(calls.made) > 10 and not gate.is_set():
+            reached.set()
+            await gate.wait()
+        return prompt
+
+    prompts = [f"p{n}" for n in range(30)]
+    task = asyncio.create_task(prompt_map(prompts, gated, concurrency=1, db_url="x.db"))
+    await asyncio.wait_for(reached.wait(), 30)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    gate.set()
+    (before,) = (await lbr.status(db_url="x.db")).runs
+    assert (before.done, before.pending, before.inflight) == (10, 20, 0)
+    rows = await prompt_map(prompts, gated, concurrency=1, db_url="x.db")
+    assert [row["result"] for row in rows] == prompts
+    assert calls.made == Counter(prompts) + Counter({"p10": 1})
+
+
+async def test_another_model_is_other_work() -> None:
+    """The same prompts with another setting are other jobs, in a run of their own."""
+    first = await prompt_map(["a"], model_name="offline:echo")
+    second = await prompt_map(["a"], model_name="offline:echo", settings={"seed": 7})
+    assert first[0]["key"] != second[0]["key"]
+    assert len((await lbr.status()).runs) == 2
+
+
+async def test_offline_model_with_result_type() -> None:
+    """With a result type each result is a JSON string of it, from the offline model too."""
+    rows = await prompt_map(["Oslo", "Bergen"], model_name="offline:echo", result_type=City)
+    assert [City.model_validate_json(row["result"]).name for row in rows] == ["Oslo", "Bergen"]
+
+
+async def test_function_with_result_type(calls: Calls) -> None:
+    """A function's dict or model is validated; what does not fit is asked for again, then missing."""
+
+    async def structured(prompt: str) -> Any:
+        calls.made[prompt] += 1
+        return City(name=prompt, people=3) if prompt == "Oslo" else {"name": prompt}
+
+    rows = await prompt_map(["Oslo", "Bergen"], structured, result_type=City)
+    assert json.loads(rows[0]["result"]) == {"name": "Oslo", "people": 3}
+    assert (rows[1]["status"], rows[1]["result"]) == ("missing", None)
+    assert "people" in rows[1]["error"]
+    assert calls.made == Counter({"Oslo": 1, "Bergen": 3})
+
+
+async def test_http_server(llmock: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real chat server answers through pydantic-ai, plain and structured."""
+    monkeypatch.setenv("OPENAI_BASE_URL", llmock)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    rows = await prompt_map(CITIES, model_name="openai-chat:gpt-4o-mini", output_shape="original")
+    assert [row["status"] for row in rows] == ["done"] * 5
+    assert all(city in row["result"] for city, row in zip(CITIES, rows, strict=True))
+    typed = await prompt_map(["Oslo"], model_name="openai-chat:gpt-4o-mini", result_type=City)
+    City.model_validate_json(typed[0]["result"])
+    (run, _) = (await lbr.status()).runs
+    assert run.input_tokens > 0
+    assert run.output_tokens > 0
+
+
+@pytest.mark.parametrize("way", ["arguments", "environment", "file"])
+async def test_openrouter(way: str, llmock: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """OpenRouter is named by arguments, by the environment or by a `.env` file; the key is stored nowhere."""
+    key = "sk-or-v1-0123456789abcdef"
+    monkeypatch.setenv("OPENROUTER_BASE_URL", llmock)
+    arguments: dict[str, Any] = {}
+    if way == "arguments":
+        arguments = {"model_name": "openai/gpt-4o-mini", "openrouter_api_key": key}
+    elif way == "environment":
+        monkeypatch.setenv("MODEL", "openai/gpt-4o-mini")
+        monkeypatch.setenv("OPENROUTER_API_KEY", key)
+    else:
+        (tmp_path / ".env").write_text(f"MODEL=openai/gpt-4o-mini\nOPENROUTER_API_KEY={key}\n")
+    rows = await prompt_map(["Oslo"], **arguments)
+    assert rows[0]["status"] == "done"
+    stored = b"".join(path.read_bytes() for path in tmp_path.glob("runs*"))
+    assert key.encode() not in stored
+    assert (await lbr.status()).runs[0].answerer == "openrouter:openai/gpt-4o-mini"
+
+
+async def test_nobody_to_answer_is_one_clear_error() -> None:
+    """Without a worker, a model or MODEL, the error names the three ways."""
+    with pytest.raises(LbrError, match=r"worker=.*model_name=.*MODEL and OPENROUTER_API_KEY"):
+        await prompt_map(["a"])
+    with pytest.raises(LbrError, match="OPENROUTER_API_KEY"):
+        await prompt_map(["a"], model_name="google/gemini-flash")
+    assert not Path("runs.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"concurrency": 0}, "concurrency to be a whole number of at least 1, got: 0"),
+        ({"lease": -1}, "lease"),
+        ({"output_shape": "odd"}, "output_shape to be one of original, unique, got: 'odd'"),
+        ({"return_dtype": "dict"}, "return_dtype"),
+        ({"max_attempts": 0}, "max_attempts"),
+        ({"run": ""}, None),
+        ({"run": " x"}, "run name"),
+        ({"result_type": 3}, "3"),
+        ({"db_url": "postgresql://u:p@h/d"}, "SQLite"),
+        ({"model_name": "offline:echo"}, "both"),
+    ],
+)
+async def test_wrong_arguments(arguments: dict[str, Any], words: str | None) -> None:
+    """A wrong argument is refused with what was expected and what came; nothing is written."""
+    if words is None:
+        assert await prompt_map(["a"], shout, **arguments)
+        return
+    with pytest.raises(LbrError, match=words):
+        await prompt_map(["a"], shout, **arguments)
+    assert not Path("runs.db").exists()
+
+
+@pytest.mark.parametrize("prompts", [[], [""], ["a", "  "], [3], "a string"])
+async def test_wrong_prompts(prompts: Any) -> None:
+    """Empty or wrong prompts are refused by number; nothing is written."""
+    with pytest.raises(LbrError, match="expected"):
+        await prompt_map(prompts, shout)
+    assert not Path("runs.db").exists()
+
+
+async def test_results_database_mirrors_the_shape() -> None:
+    """The results database beside the queue holds the rows in the shape of the latest call."""
+    await prompt_map(CITIES, shout)
+    assert rows_of("runs-results.db") == [
+        (0, "Oslo", "done", "OSLO"),
+        (1, "Bergen", "done", "BERGEN"),
+        (3, "Narvik", "done", "NARVIK"),
+    ]
+    await prompt_map(CITIES, shout, output_shape="original")
+    assert [row[3] for row in rows_of("runs-results.db")] == [city.upper() for city in CITIES]
+    await prompt_map(["a"], shout, results_db_url="elsewhere.db")
+    assert rows_of("elsewhere.db") == [(0, "a", "done", "A")]
+
+
+async def test_export_from_queue_and_from_results() -> None:
+    """Both databases export their newest run as JSONL, whole, in order."""
+    rows = await prompt_map(CITIES, shout, output_shape="original")
+    assert await export_jsonl(DB_URL_DEFAULT, out="queue.jsonl") == 5
+    assert await export_jsonl("runs-results.db", out="results.jsonl") == 5
+    for name in ("queue.jsonl", "results.jsonl"):
+        assert [json.loads(line) for line in Path(name).read_text().splitlines()] == rows
+    assert await export_jsonl(out="unique.jsonl", output_shape="unique") == 3
+    with pytest.raises(LbrError, match="nope"):
+        await export_jsonl(out="x.jsonl", run="nope")
+    assert not Path("x.jsonl").exists()
+
+
+async def test_chat_and_metadata_prompts() -> None:
+    """Dicts carry messages, ids and metadata, which come back with the rows."""
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    rows = await prompt_map(
+        [{"messages": chat, "id": "x", "n": 1}, {"prompt": "Ho"}], model_name="offline:echo"
+    )
+    assert [(r["prompt"], r["result"]) for r in rows] == [(chat, "Hi"), ("Ho", "Ho")]
+    assert (rows[0]["id"], rows[0]["metadata"]) == ("x", {"n": 1})
+
+
+async def test_teardown_after_a_complete_run() -> None:
+    """Teardown leaves no file behind when everything is done."""
+    rows = await prompt_map(CITIES, shout, teardown=True)
+    assert [row["result"] for row in rows] == ["OSLO", "BERGEN", "NARVIK"]
+    assert list(Path().glob("runs*")) == []
+
+
+async def test_teardown_spares_what_is_not_done_or_not_ours(capfd: pytest.CaptureFixture[str]) -> None:
+    """Teardown keeps the files after a failure, beside other runs, and while another process has them open."""
+
+    async def picky(prompt: str) -> str:
+        if prompt == "b":
+            raise Permanent("no")
+        return prompt
+
+    await prompt_map(["a", "b"], picky, teardown=True, db_url="failed.db")
+    assert Path("failed.db").exists()
+    await prompt_map(["a"], shout, db_url="other.db")
+    await prompt_map(["b"], shout, db_url="other.db", teardown=True)
+    assert Path("other.db").exists()
+    assert "hold other runs" in capfd.readouterr().err
+    await prompt_map(["a"], shout, db_url="used.db")
+    program = (
+        "import sqlite3, sys; c = sqlite3.connect('used.db'); c.execute('SELECT 1 FROM jobs').fetchone(); "
+    )
+    program += "print('open', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "open\n"
+    await prompt_map(["a"], shout, db_url="used.db", teardown=True)
+    holder.communicate()
+    assert Path("used.db").exists()
+    assert "another process uses" in capfd.readouterr().err
+
+
+async def test_progress_lines(capfd: pytest.CaptureFixture[str]) -> None:
+    """A line on stderr tells of progress now and then; None keeps quiet; stdout stays clean."""
+
+    async def slow(prompt: str) -> str:
+        await asyncio.sleep(0.01)
+        return prompt
+
+    await prompt_map([f"p{n}" for n in range(100)], slow, concurrency=2, progress_every=10, run="m")
+    told = capfd.readouterr()
+    assert "/100 jobs" in told.err
+    assert told.out == ""
+    await prompt_map(["x"], slow, progress_every=None)
+    assert capfd.readouterr() == ("", "")
+
+
+async def test_runs_beside_other_work_in_one_loop() -> None:
+    """Inside a running loop, as in a notebook, several calls at once share the loop and the queue."""
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0.001)
+            ticks += 1
+
+    ticking = asyncio.create_task(tick())
+    first, second = await asyncio.gather(
+        prompt_map([f"a{n}" for n in range(50)], shout), prompt_map([f"b{n}" for n in range(50)], shout)
+    )
+    ticking.cancel()
+    assert [row["result"] for row in first] == [f"A{n}" for n in range(50)]
+    assert [row["result"] for row in second] == [f"B{n}" for n in range(50)]
+    assert ticks > 0
+
+
+def sync_answer(prompt: str) -> str:
+    """Answer without async."""
+    return f"<{prompt}>"
+
+
+async def test_plain_functions_and_lambdas_answer_too() -> None:
+    """A plain function runs in a thread; a lambda is told apart by its code."""
+    assert (await prompt_map(["a"], sync_answer))[0]["result"] == "<a>"
+    first = await prompt_map(["a"], lambda p: p + "1", return_dtype="list[str]")
+    second = await prompt_map(["a"], lambda p: p + "2", return_dtype="list[str]")
+    assert (first, second) == (["a1"], ["a2"])
