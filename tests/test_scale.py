@@ -1,0 +1,68 @@
+"""Memory and locks at 100,000 prompts: constant memory in every process, no lock that reaches a user."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+
+from tests.support import Cli
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+COUNT = 100_000
+LIMIT_BYTES = 250 * 1000 * 1000
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Iterator[Cli]:
+    """Return a driver of `lbr` in an empty folder."""
+    driver = Cli(tmp_path)
+    yield driver
+    driver.stop_all()
+
+
+def peak_until_end(*processes: subprocess.Popen[str]) -> list[int]:
+    """Wait for processes and return the largest resident size that each was seen with."""
+    watched = [psutil.Process(process.pid) for process in processes]
+    peaks = [0] * len(watched)
+    while any(process.poll() is None for process in processes):
+        for n, one in enumerate(watched):
+            try:
+                peaks[n] = max(peaks[n], one.memory_info().rss)
+            except psutil.NoSuchProcess:
+                continue
+        time.sleep(0.02)
+    return peaks
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(600)
+def test_hundred_thousand_prompts(cli: Cli) -> None:
+    """100,000 prompts through two workers: each process stays under 250 MB, and nobody hears of a locked database."""
+    with (cli.folder / "in.txt").open("w") as file:
+        file.writelines(f"prompt number {n} of a hundred thousand\n" for n in range(COUNT))
+    enqueue = cli.start("enqueue", "in.txt", "--model", "offline:echo")
+    peaks = peak_until_end(enqueue)
+    workers = [cli.start("worker", "--concurrency", "200") for _ in range(2)]
+    peaks += peak_until_end(*workers)
+    collect = cli.start("collect", "in", "-o", "out.jsonl")
+    peaks += peak_until_end(collect)
+    told = [process.communicate() for process in cli.started]
+    assert [process.returncode for process in cli.started] == [0, 0, 0, 0], told
+    assert "locked" not in "".join(out + err for out, err in told)
+    with (cli.folder / "out.jsonl").open() as file:
+        for idx, line in enumerate(file):
+            row = json.loads(line)
+            assert (row["idx"], row["result"]) == (idx, f"prompt number {idx} of a hundred thousand")
+    assert idx == COUNT - 1
+    assert max(peaks) < LIMIT_BYTES, peaks
+    assert min(peaks) > 20_000_000, peaks
+    sys.stderr.write(f"peak memory of enqueue, two workers and collect: {[p // 10**6 for p in peaks]} MB\n")
