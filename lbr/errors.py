@@ -6,6 +6,7 @@ line; :class:`CallError` is for one model call and carries the family that decid
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar
 
@@ -78,10 +79,24 @@ class Family(StrEnum):
     ACCOUNT = "account"
 
 
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens and money of one call; None where the provider did not say. Money in billionths of a US dollar."""
+
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cost_nanos: int | None = None
+
+
+NO_USAGE = Usage()
+"""Nothing is known of what a call took."""
+
+
 class CallError(Exception):
     """One model call that failed, and how.
 
-    `retry_after` is in seconds, None where nobody said. `text` is the raw answer where there was one.
+    `retry_after` is in seconds, None where nobody said. `text` is the raw answer where there was one,
+    `usage` what the call cost all the same.
     """
 
     family: Family = Family.TRANSIENT
@@ -94,12 +109,14 @@ class CallError(Exception):
         retry_after: float | None = None,
         text: str | None = None,
         kind: str | None = None,
+        usage: Usage | None = None,
     ) -> None:
         super().__init__(message)
         self.family = family or type(self).family
         self.retry_after = retry_after
         self.text = text
         self.kind = kind or type(self).__name__
+        self.usage = usage or NO_USAGE
 
 
 class Permanent(CallError):  # noqa: N818 - the name that a user's function raises

@@ -12,7 +12,7 @@ from typing import Any, NewType
 
 import orjson
 
-from lbr.errors import DatabaseError, Family
+from lbr.errors import NO_USAGE, DatabaseError, Family, Usage
 
 RunId = NewType("RunId", int)
 JobId = NewType("JobId", int)
@@ -179,20 +179,11 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
-    """Tokens and money of one call; None where the provider did not say. Money in billionths of a US dollar."""
-
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    cost_nanos: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Reply:
     """One answer. `model` is the name that the provider reported, `finish_reason` its word for why it ended."""
 
     text: str
-    usage: Usage = Usage()
+    usage: Usage = NO_USAGE
     model: str | None = None
     finish_reason: str | None = None
 
@@ -244,7 +235,7 @@ class Failure:
     message: str
     retry_after: float | None = None
     text: str | None = None
-    usage: Usage = Usage()
+    usage: Usage = NO_USAGE
 
 
 @dataclass(frozen=True, slots=True)

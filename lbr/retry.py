@@ -34,7 +34,7 @@ class RetryPolicy:
 def failure_of(error: BaseException) -> Failure:
     """Turn what a model raised into a failure; whatever is not a `CallError` counts as transient."""
     if isinstance(error, CallError):
-        return Failure(error.family, error.kind, _message(error), error.retry_after, error.text)
+        return Failure(error.family, error.kind, _message(error), error.retry_after, error.text, error.usage)
     return Failure(Family.TRANSIENT, type(error).__name__, _message(error))
 
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pydantic import BaseModel, Field
 
-from lbr.errors import CallError, Family, Pause, Permanent, UsageError
-from lbr.jobs import JobId, Prompt, Task, Usage, canonical_json
+from lbr.errors import CallError, Family, Pause, Permanent, Usage, UsageError
+from lbr.jobs import JobId, Prompt, Task, canonical_json
 from lbr.models.base import Request
 from lbr.models.function import FunctionModel, identify, import_function
 from lbr.models.resolve import Authority, build_model, build_validator, check_task

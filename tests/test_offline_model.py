@@ -11,8 +11,8 @@ import orjson
 import pytest
 from pydantic import BaseModel, Field
 
-from lbr.errors import CallError, Family, UsageError
-from lbr.jobs import BadTry, JobId, Prompt, Reply, Task, Usage
+from lbr.errors import CallError, Family, Usage, UsageError
+from lbr.jobs import BadTry, JobId, Prompt, Reply, Task
 from lbr.models.base import Request
 from lbr.models.offline import Behaviour, OfflineModel, check_settings, fill
 from lbr.models.resolve import Authority, build_model, check_task

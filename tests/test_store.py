@@ -7,8 +7,16 @@ import asyncio
 import pytest
 from sqlalchemy import insert, select
 
-from lbr.errors import DatabaseError, Family, RunChangedError, RunMismatchError, RunNotFoundError, UsageError
-from lbr.jobs import Failure, Item, JobState, KeyMaker, Prompt, RunState, Shape, Task, Usage, WorkerId
+from lbr.errors import (
+    DatabaseError,
+    Family,
+    RunChangedError,
+    RunMismatchError,
+    RunNotFoundError,
+    Usage,
+    UsageError,
+)
+from lbr.jobs import Failure, Item, JobState, KeyMaker, Prompt, RunState, Shape, Task, WorkerId
 from lbr.store import enqueue, reads, runs, schema
 from lbr.store.engines import Database, open_database
 from lbr.store.queue import Queue

@@ -12,8 +12,8 @@ from urllib.parse import unquote
 
 import orjson
 
-from lbr.errors import CallError, Family, UsageError
-from lbr.jobs import Reply, Usage
+from lbr.errors import CallError, Family, Usage, UsageError
+from lbr.jobs import Reply
 from lbr.models.base import OFFLINE
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import bindparam, insert, literal_column, select, text, update
 
-from lbr.errors import DatabaseError
-from lbr.jobs import JobId, JobState, Millis, RunState, Settlement, Usage
+from lbr.errors import DatabaseError, Usage
+from lbr.jobs import JobId, JobState, Millis, RunState, Settlement
 from lbr.store import counters
 from lbr.store.schema import attempts, jobs, results, runs
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from lbr.errors import CallError, Family, Permanent
-from lbr.jobs import Reply, Usage
+from lbr.errors import CallError, Family, Permanent, Usage
+from lbr.jobs import Reply
 
 if TYPE_CHECKING:
     from pydantic_ai.messages import ModelResponse
@@ -29,10 +29,16 @@ def reply_of(response: ModelResponse) -> Reply:
         details = response.provider_details or {}
         if response.finish_reason == "content_filter":
             said = details.get("refusal") or "no reason given"
-            raise Permanent(clean(f"the provider refused to answer: {said}"), kind="ContentFilterError")
+            raise Permanent(
+                clean(f"the provider refused to answer: {said}"),
+                kind="ContentFilterError",
+                usage=_usage(response),
+            )
         hint = "; raise max_tokens" if response.finish_reason == "length" else ""
         raise CallError(
-            f"the answer is empty, finish reason: {response.finish_reason}{hint}", kind="EmptyAnswer"
+            f"the answer is empty, finish reason: {response.finish_reason}{hint}",
+            kind="EmptyAnswer",
+            usage=_usage(response),
         )
     return Reply(
         text=text, usage=_usage(response), model=response.model_name, finish_reason=response.finish_reason

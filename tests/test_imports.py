@@ -1,0 +1,29 @@
+"""What starting a command costs: heavy packages are imported only by those who use them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("pydantic_ai", "pydantic", "polars", "jinja2", "jsonschema", "rich", "dotenv")
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import lbr.cli",
+        "import lbr.cli; lbr.cli.lbr(['--help'], standalone_mode=False)",
+        "import lbr.cli, pathlib; pathlib.Path('in.txt').write_text('a'); "
+        "lbr.cli.lbr(['enqueue', 'in.txt', '--model', 'offline:echo'], standalone_mode=False); "
+        "lbr.cli.lbr(['worker'], standalone_mode=False); "
+        "lbr.cli.lbr(['status'], standalone_mode=False)",
+    ],
+)
+def test_commands_do_not_import_heavy_packages(program: str) -> None:
+    """Help, enqueue, worker and status of the offline model get by without the heavy packages."""
+    check = f"{program}\nimport sys\nprint(sorted(set({HEAVY!r}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
