@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,12 +13,12 @@ from lbr.store.engines import open_database
 from tests.support import Clock
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-    from pathlib import Path
+    from collections.abc import AsyncIterator, Iterator
 
     from lbr.store.engines import Database
 
 DATABASES = ("sqlite",)
+NOBODY = 65534
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +27,22 @@ def _quiet_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("MODEL", "OPENROUTER_API_KEY", "OPENAI_API_KEY", "OPENAI_BASE_URL", "LBR_DB", "LBR_CONFIG"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def mortal_folder() -> Iterator[Path]:
+    """Return a folder of a user to whom permissions apply, and be that user: root may do everything."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        root = os.geteuid() == 0
+        if root:
+            os.chown(name, NOBODY, NOBODY)
+            os.seteuid(NOBODY)
+        try:
+            yield Path(name)
+        finally:
+            if root:
+                os.seteuid(0)
+            Path(name).chmod(0o700)
 
 
 @pytest.fixture

@@ -457,7 +457,7 @@ class TestSources:
             ),
             ("", "expected an input file, got: the folder .*; name the files in it"),
             ("a.txt/b", "expected a readable file, got: '.*b': Not a directory"),
-            ("nul\0", "expected a readable file, got: '.*': embedded null byte"),
+            ("nul\0", "expected a readable file, got: .*null"),
         ],
     )
     def test_all_sources_are_checked_before_anything_is_read(
@@ -471,10 +471,9 @@ class TestSources:
         with pytest.raises(UsageError, match=message):
             read_items(sources)
 
-    @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-    def test_an_unreadable_file_is_refused(self, tmp_path: Path) -> None:
+    def test_an_unreadable_file_is_refused(self, mortal_folder: Path) -> None:
         """A file without permission is refused with the reason."""
-        path = tmp_path / "a.txt"
+        path = mortal_folder / "a.txt"
         path.write_text("a")
         path.chmod(0)
         with pytest.raises(UsageError, match="Permission denied; check path and mode"):

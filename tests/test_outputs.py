@@ -159,12 +159,11 @@ class TestCheckOutput:
         with pytest.raises(OutputError, match=f"^expected to write {path}, got: {reason}; "):
             check_output(path)
 
-    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-    def test_a_read_only_folder_is_refused(self, tmp_path: Path) -> None:
+    def test_a_read_only_folder_is_refused(self, mortal_folder: Path) -> None:
         """A folder without permission is refused with the reason."""
-        tmp_path.chmod(0o500)
+        mortal_folder.chmod(0o500)
         with pytest.raises(OutputError, match="Permission denied"):
-            check_output(str(tmp_path / "a.csv"))
+            check_output(str(mortal_folder / "a.csv"))
 
 
 class TestAtomicPath:

@@ -94,7 +94,7 @@ def test_resume_after_every_process_was_killed(cli: Cli) -> None:
             async def echo(prompt):
                 with open("calls.log", "ab", buffering=0) as log:
                     log.write(prompt.encode() + b"\\n")
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.2)
                 return prompt
             """
         )

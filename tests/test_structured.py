@@ -60,8 +60,8 @@ def test_load_schema_reads_a_schema(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (
-            b'{"type":\n  "object",\n}',
-            "{path}, line 3: expected JSON, got: Expecting property name enclosed in",
+            b'{"type":\n  "object"\n"x"}',
+            "{path}, line 3: expected JSON, got: Expecting ',' delimiter",
         ),
         (b"", "{path}, line 1: expected JSON, got: Expecting value at column 1"),
         (b"\xff", "{path}: expected UTF-8 text, got: byte 0xff at 0"),
