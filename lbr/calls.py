@@ -154,7 +154,7 @@ class Calls:
                 self._count(settlement)
         self._report.stale += len(settled.stale)
         for name, reason in settled.paused.items():
-            self._notify(f"run {name} is paused: {reason}; mend it, then `lbr resume {name}`")
+            self._notify(f"run {name} is paused now: {reason}")
         self._recent.append((time.monotonic(), len(settled.taken)))
         self._changed()
 

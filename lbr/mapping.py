@@ -15,7 +15,7 @@ from lbr.api import opened, put
 from lbr.asking import ask
 from lbr.config import CALL_TIMEOUT, DB_URL_DEFAULT, MAX_ATTEMPTS, WorkOptions, at_least_one, environment
 from lbr.errors import LbrError, UsageError
-from lbr.jobs import JobState, Run, Shape
+from lbr.jobs import JobState, Run, RunState, Shape
 from lbr.sources import Source
 from lbr.store import files, mirror, reads, runs
 from lbr.store.engines import sqlite_path
@@ -104,6 +104,9 @@ async def prompt_map(
         found = await reads.find_run(database, name)
         if retry_failed:
             await runs.retry(database, found)
+        if found.state is RunState.PAUSED:
+            # Whoever calls again has mended what paused it, or will be told once more.
+            await runs.resume(database, found)
         await _work(database, asked, options, found, every)
         rows = [row async for page in _answers(database, found, shape) for row in page]
         await mirror.write_run(results_url, name, _pages(rows))

@@ -266,15 +266,15 @@ class Worker:
         return True
 
     def _check_served(self, view: reads.Overview) -> None:
-        """Raise NothingToServeError where there was work, and none of it for this process."""
+        """Raise NothingToServeError where there was work, and none of it for this process; report paused runs."""
         refused = self._servings.refused
-        waiting = [one for one in view.runs if one.run.id in refused and one.open]
+        wanted = [one for one in view.runs if self._run_names is None or one.run.name in self._run_names]
+        waiting = [one for one in wanted if one.run.id in refused and one.open]
         if waiting and not self._servings.served:
             reasons = "; ".join(f"{one.run.name}: {refused[one.run.id]}" for one in waiting)
             raise NothingToServeError(f"expected a run that this worker can serve, got: none. {reasons}")
-        for one in view.runs:
-            if one.run.id in self._servings.served and one.run.state is RunState.PAUSED:
-                self.report.paused[one.run.name] = one.run.pause_reason or ""
+        paused = [one.run for one in wanted if one.open and one.run.state is RunState.PAUSED]
+        self.report.paused = {run.name: run.pause_reason or "" for run in paused}
 
     async def _tick(self) -> None:
         """Renew the leases, say that we live, and take back what the dead have left."""

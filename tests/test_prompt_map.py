@@ -16,7 +16,7 @@ import pytest
 from pydantic import BaseModel
 
 import lbr
-from lbr import DB_URL_DEFAULT, LbrError, Permanent, export_jsonl, prompt_map
+from lbr import DB_URL_DEFAULT, LbrError, Pause, Permanent, export_jsonl, prompt_map
 from tests.llmock_server import serve
 
 if TYPE_CHECKING:
@@ -185,6 +185,23 @@ async def test_interrupted_call_resumes(calls: Calls) -> None:
     rows = await prompt_map(prompts, gated, concurrency=1, db_url="x.db")
     assert [row["result"] for row in rows] == prompts
     assert calls.made == Counter(prompts) + Counter({"p10": 1})
+
+
+async def test_rerun_after_a_pause_goes_on(calls: Calls) -> None:
+    """A run that paused for its account is taken up again by the same call."""
+    calls.broken = {"everything"}
+
+    async def paid(prompt: str) -> str:
+        calls.made[prompt] += 1
+        if calls.broken:
+            raise Pause("no credit")
+        return prompt
+
+    rows = await prompt_map(["a", "b"], paid, concurrency=1)
+    assert [(row["status"], row["error"]) for row in rows] == [("missing", "no credit"), ("missing", None)]
+    calls.broken = set()
+    assert [row["status"] for row in await prompt_map(["a", "b"], paid)] == ["done", "done"]
+    assert calls.made == Counter({"a": 2, "b": 1})
 
 
 async def test_another_model_is_other_work() -> None:

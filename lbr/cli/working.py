@@ -125,6 +125,8 @@ def worker(
             )
         )
     say(f"lbr: worker: {describe_work(report)}")
+    for name, reason in report.paused.items():
+        say(f"lbr: run {name} is paused: {reason}; mend it, then `lbr resume {name}`")
     for name in report.interrupted:
         say(f"lbr: the enqueue of run {name} did not come to its end; run the same enqueue again")
     context.exit(EXIT_UNFINISHED if report.paused or report.interrupted else 0)
