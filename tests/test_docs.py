@@ -245,10 +245,10 @@ def test_odd_twins_are_documented() -> None:
         for option in command.params:
             flag = max(option.opts, key=len)
             if isinstance(option, click.Option) and flag != f"--{(option.name or '').replace('_', '-')}":
-                odd.add((flag, name, (option.name or "").upper(), option.name))
+                odd.add((flag, name, (option.name or "").upper()))
     section = sections_of(ROOT / "docs/reference/settings.md")["Where a setting comes from"]
-    rows = re.findall(r"^\| `(--[\w-]+)` \| ([\w, ]+) \| `(\w+)` \| `(\w+)` \|$", section, flags=re.MULTILINE)
-    assert {(flag, one, twin, key) for flag, ones, twin, key in rows for one in ones.split(", ")} == odd
+    rows = re.findall(r"^\| `(--[\w-]+)` \| ([\w, ]+) \| `(\w+)` \|$", section, flags=re.MULTILINE)
+    assert {(flag, one, twin) for flag, ones, twin in rows for one in ones.split(", ")} == odd
 
 
 def test_extras_are_documented() -> None:
