@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from filelock import Timeout
 
 from lbr import outputs, progress
-from lbr.asking import ask, authorize
-from lbr.config import DB_URL_DEFAULT, MAX_ATTEMPTS, WorkOptions, at_least_one, environment
+from lbr.asking import ask, authorize, check_servable
+from lbr.config import DB_URL_DEFAULT, MAX_ATTEMPTS, WorkOptions, at_least_one, load_environment
 from lbr.errors import AlreadyRunningError, OutputError, UsageError
 from lbr.jobs import JobState, KeyMaker, Shape, Until
 from lbr.processes import run_processes
@@ -118,6 +118,7 @@ async def enqueue(
     max_attempts: int = MAX_ATTEMPTS,
     append: bool = False,
     fresh: bool = False,
+    servable: bool = False,
     db_url: str = DB_URL_DEFAULT,
     allow_network_fs: bool = False,
 ) -> EnqueueReport:
@@ -125,7 +126,8 @@ async def enqueue(
 
     `inputs` are files (a `Path`, or several; `Path("-")` is stdin) or prompts: strings, or dicts like the
     lines of a JSONL file. `run` may be left out for files: the first one's stem. With `append` they go
-    behind what the run holds, else they must begin with it. `fresh` refuses answers of other runs.
+    behind what the run holds, else they must begin with it. `fresh` refuses answers of other runs. With
+    `servable`, nothing is written where this process could not serve the run, for want of a key say.
 
     Raises UsageError, InputError (with file and line; files are checked whole before anything is written),
     RunMismatchError, RunChangedError or DatabaseError.
@@ -139,13 +141,15 @@ async def enqueue(
         settings=settings,
         schema=schema,
         result_type=result_type,
-        env=environment(Path.cwd()),
+        env=load_environment(Path.cwd()),
     )
     source = Source.of(inputs, input_format=input_format, template=template, prompt_column=prompt_column)
     spec = RunSpec(
         run or source.run_name(), asked.task, at_least_one("max_attempts", max_attempts), asked.fingerprint
     )
     source.check()
+    if servable:
+        await check_servable(asked)
     async with opened(db_url, create=True, allow_network_fs=allow_network_fs) as database:
         return await put(database, spec, source, append=append, fresh=fresh)
 
@@ -206,7 +210,7 @@ async def work(
     Raises UsageError, NothingToServeError or DatabaseError. Cancelled, it gives its jobs back first.
     """
     options = WorkOptions(concurrency, lease, Until(until), grace, timeout)
-    env = environment(Path.cwd())
+    env = load_environment(Path.cwd())
     key = openrouter_api_key or env.get("OPENROUTER_API_KEY") or None
     authority = authorize(functions, result_types, openrouter_api_key=key)
     names = [run] if isinstance(run, str) else run

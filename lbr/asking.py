@@ -9,7 +9,7 @@ from lbr.errors import UsageError
 from lbr.jobs import Task, canonical_json
 from lbr.models.base import OPENROUTER, model_string
 from lbr.models.function import identify, import_function
-from lbr.models.resolve import Authority, check_task
+from lbr.models.resolve import Authority, build_model, check_task
 from lbr.structured import import_type, schema_of
 
 if TYPE_CHECKING:
@@ -76,12 +76,24 @@ def ask(
     return Asked(task, fingerprint, authorize(functions, types, openrouter_api_key=openrouter_api_key))
 
 
+async def check_servable(asked: Asked) -> None:
+    """Raise UsageError where this process could not serve the task, for want of a key or a package."""
+    await build_model(asked.task, asked.authority, concurrency=1).aclose()
+
+
 def _function_task(
     function: Callable[..., Any] | str, version: str | None, shared: dict[str, Any]
 ) -> tuple[Task, str]:
     if shared["instructions"] is not None:
         raise UsageError("expected no instructions beside a function, got some; instructions are for models")
-    identity = identify(_function(function), version=version)
+    function = _function(function)
+    own = identify(function).version
+    if version is not None and own not in {None, version}:
+        raise UsageError(
+            f"expected the version that the function itself declares ({own}), got: {version}; change it there, "
+            f"for workers go by it"
+        )
+    identity = identify(function, version=version)
     task = Task(
         function=identity.name,
         version=identity.version,

@@ -25,20 +25,25 @@ MAX_ATTEMPTS = 8
 CALL_TIMEOUT = 120.0
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """Return the environment with the folder's `.env` beneath it; what is set outside the file wins."""
-    path = folder / ".env"
-    if not path.is_file():
-        return dict(os.environ)
-    from dotenv import dotenv_values  # noqa: PLC0415 - only where there is a file to read
+def load_environment(folder: Path) -> Mapping[str, str]:
+    """Add what the folder's `.env` says to the environment and return it; what is set outside the file wins.
 
-    try:
-        values = dotenv_values(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"expected {path} to be a readable UTF-8 file of NAME=value lines: {error}"
-        ) from error
-    return {name: value for name, value in values.items() if value is not None} | dict(os.environ)
+    Providers read their keys from the environment themselves, so a copy would not do.
+    """
+    path = folder / ".env"
+    if path.is_file():
+        from dotenv import dotenv_values  # noqa: PLC0415 - only where there is a file to read
+
+        try:
+            values = dotenv_values(path)
+            for name, value in values.items():
+                if value is not None:
+                    os.environ.setdefault(name, value)
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"expected {path} to be a readable UTF-8 file of NAME=value lines: {error}"
+            ) from error
+    return os.environ
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import orjson
 
 from lbr import outputs, progress
 from lbr.api import opened, put
-from lbr.asking import ask
-from lbr.config import CALL_TIMEOUT, DB_URL_DEFAULT, MAX_ATTEMPTS, WorkOptions, at_least_one, environment
+from lbr.asking import ask, check_servable
+from lbr.config import CALL_TIMEOUT, DB_URL_DEFAULT, MAX_ATTEMPTS, WorkOptions, at_least_one, load_environment
 from lbr.errors import LbrError, UsageError
 from lbr.jobs import JobState, Run, RunState, Shape
 from lbr.sources import Source
@@ -90,11 +90,12 @@ async def prompt_map(
         settings=settings,
         result_type=result_type,
         openrouter_api_key=openrouter_api_key,
-        env=environment(Path.cwd()),
+        env=load_environment(Path.cwd()),
     )
     source = Source.of(prompts, template=template)
     results_url = results_db_url or results_url_of(db_url)
     source.check()
+    await check_servable(asked)
     name = run or _run_name(asked, source)
     spec = RunSpec(name, asked.task, at_least_one("max_attempts", max_attempts), asked.fingerprint)
     async with opened(db_url, create=True) as database:

@@ -6,10 +6,11 @@ import csv
 import hashlib
 import os
 import secrets
+import sqlite3
 import stat
 import sys
 import tempfile
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -80,6 +81,26 @@ def check_output(path: str | None) -> None:
             problem = "a file" if target.parent.exists() else "nothing there"
             raise UsageError(f"expected {target.parent} to be a folder, got: {problem}; create it first")
         _create(target).unlink()
+        _refuse_other_database(target, path)
+
+
+def _refuse_other_database(target: Path, path: str) -> None:
+    """Raise UsageError where a SQLite file that holds more than answers, the queue above all, would be replaced."""
+    if not target.exists():
+        return
+    # By SQLite itself: whoever else opens and closes a file that this process has connected drops its locks.
+    with closing(sqlite3.connect(target)) as connection:
+        try:
+            found = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+        except sqlite3.DatabaseError as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_NOTADB:
+                return
+            raise UsageError(f"expected an output file, got: {path}: {error}; name another file") from error
+    others = sorted({name for (name,) in found} - {"results"})
+    if others:
+        tables = ", ".join(others[:5])
+        msg = f"expected an output file, got: {path}, a database with other tables than answers ({tables})"
+        raise UsageError(f"{msg}; name another file")
 
 
 @contextmanager

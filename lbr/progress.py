@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from lbr.errors import Family
-from lbr.jobs import JobState
+from lbr.jobs import JobState, RunState
 from lbr.store import counters
 
 if TYPE_CHECKING:
     from lbr.jobs import Json
     from lbr.store.reads import Overview, RunCounts, WorkerSeen
 
-SILENT_MS = 60_000
+SILENT_MS = 15_000
 """A worker that has not reported for so long is not counted as working."""
 
 
@@ -172,7 +172,7 @@ def describe(status: Status) -> str:
 
 
 def _describe_run(run: RunStatus) -> list[str]:
-    word = "finished" if run.finished else run.state
+    word = "finished" if run.finished and run.state != RunState.CANCELLED else run.state
     lines = [f"run {run.run} ({run.answerer}): {word}"]
     if run.pause_reason:
         lines.append(f"  paused: {run.pause_reason}; mend it, then `lbr resume {run.run}`")

@@ -44,6 +44,9 @@ class Template:
         except TemplateSyntaxError as error:
             msg = f"expected a Jinja template, got: {error.message} (line {error.lineno}); mend the template"
             raise UsageError(msg) from error
+        except Exception as error:  # constants are folded, and expressions nested, while it compiles
+            msg = f"expected a Jinja template, got one that does not compile: {type(error).__name__}: {error}"
+            raise UsageError(f"{msg}; mend the template") from error
 
     def check_columns(self, columns: Collection[str], source: str) -> None:
         """Raise UsageError where the template asks for a column that no record of the source will have."""

@@ -178,17 +178,21 @@ class Worker:
                 await self._wake.wait()
 
     async def _learn(self) -> None:
-        if self._run_names is None:
-            runs = await reads.all_runs(self._database)
+        """Take note of runs that have work and are not known yet; UsageError for a named one that we cannot serve."""
+        names = self._run_names
+        if names is None:
+            found = [one.run for one in (await reads.overview(self._database)).runs if not one.finished]
         else:
-            runs = [await reads.find_run(self._database, name) for name in self._run_names]
-        fresh = [run for run in runs if run.id not in self._servings.served]
-        for notice in self._servings.learn(fresh):
-            self._notify(notice)
-        self._order.extend(run.id for run in fresh if run.id in self._servings.served)
-        for run in runs if self._run_names is not None else ():
+            found = [await reads.find_run(self._database, name) for name in names]
+        notices = self._servings.learn(found)
+        for run in found if names is not None else ():
             if run.id in self._servings.refused:
                 raise self._servings.refused[run.id]
+        for notice in notices:
+            self._notify(notice)
+        self._order.extend(
+            run.id for run in found if run.id in self._servings.served and run.id not in self._order
+        )
 
     async def _claim(self) -> list[Claim]:
         free = self._options.concurrency - len(self._calls)

@@ -238,17 +238,27 @@ def test_every_public_name_is_documented() -> None:
     assert sorted(headings) == sorted(lbr.__all__)
 
 
-def test_odd_twins_are_documented() -> None:
-    """The page of settings lists exactly the flags whose environment twin has another name, with that name."""
-    odd = set()
+def test_every_flag_has_the_twin_that_is_documented() -> None:
+    """Each flag is read from LBR_, its command and its own name, as the page of settings says."""
     for name, command in group.commands.items():
         for option in command.params:
-            flag = max(option.opts, key=len)
-            if isinstance(option, click.Option) and flag != f"--{(option.name or '').replace('_', '-')}":
-                odd.add((flag, name, (option.name or "").upper()))
-    section = sections_of(ROOT / "docs/reference/settings.md")["Where a setting comes from"]
-    rows = re.findall(r"^\| `(--[\w-]+)` \| ([\w, ]+) \| `(\w+)` \|$", section, flags=re.MULTILINE)
-    assert {(flag, one, twin) for flag, ones, twin in rows for one in ones.split(", ")} == odd
+            if isinstance(option, click.Option):
+                flag = max(option.opts, key=len).removeprefix("--").replace("-", "_")
+                assert option.envvar == f"LBR_{name}_{flag}".upper()
+
+
+def test_a_twin_is_used(tmp_path: Path) -> None:
+    """A flag that is set in the environment holds, and one on the command line wins over it."""
+    (tmp_path / "in.txt").write_text("a\n")
+    environment = os.environ | {"LBR_ENQUEUE_RUN": "twin", "LBR_ENQUEUE_SET": "latency=0 seed=1"}
+    command = [sys.executable, "-m", "lbr", "enqueue", "in.txt", "--model", "offline:echo"]
+    done = [
+        subprocess.run(
+            [*command, *flags], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
+        for flags in ([], ["--run", "flag"])
+    ]
+    assert [one.stdout.split(":")[0] for one in done] == ["run twin", "run flag"]
 
 
 def test_extras_are_documented() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -11,8 +12,8 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
-from lbr.config import CONFIG_FILE, environment, read_config_file
-from lbr.errors import LbrError
+from lbr.config import CONFIG_FILE, load_environment, read_config_file
+from lbr.errors import LbrError, OutputError, UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -25,16 +26,74 @@ class Group(click.Group):
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run a command; an `LbrError` ends the process with its message and its exit code."""
         try:
-            os.environ.update(environment(Path.cwd()))
-            extra.setdefault("default_map", read_config_file(Path(os.environ.get("LBR_CONFIG", CONFIG_FILE))))
+            _read_environment()
+            path = Path(os.environ.get("LBR_CONFIG", CONFIG_FILE))
+            extra.setdefault("default_map", flag_defaults(self, read_config_file(path), str(path)))
             return super().main(*args, **extra)
         except LbrError as error:
             fail(error)
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Add a command, and give each of its flags its twin in the environment."""
+        for option in cmd.params:
+            if isinstance(option, click.Option):
+                option.envvar = twin_of(cmd, option)
+        super().add_command(cmd, name)
+
+
+def twin_of(command: click.Command, option: click.Option) -> str:
+    """Return the environment variable of a flag: LBR_WORKER_MAX_ATTEMPTS for `lbr worker --max-attempts`."""
+    flag = max(option.opts, key=len).lstrip("-")
+    return f"LBR_{command.name}_{flag}".replace("-", "_").upper()
+
+
+def _read_environment() -> None:
+    """Put `.env` into the environment; UsageError for flags and LBR_ variables that no database could hold."""
+    load_environment(Path.cwd())
+    ours = (value for name, value in os.environ.items() if name.startswith("LBR_"))
+    for text in (*sys.argv[1:], *ours):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"expected flags, names and file names in UTF-8, got: {text!r}; "
+                f"rename the file, or set LC_ALL=C.UTF-8 where the locale is another"
+            ) from error
+
+
+def flag_defaults(command: click.Command, found: Any, where: str) -> dict[str, Any]:
+    """Turn the flags in a config file, one table per command, into what click calls them.
+
+    Raises UsageError for what is no flag, and for a value that no flag takes.
+    """
+    if not isinstance(found, dict):
+        raise UsageError(f"expected {where} to be a table of flags, got: {found!r}; write [{command.name}]")
+    options = [one for one in command.params if isinstance(one, click.Option)]
+    flags = {flag.lstrip("-"): one for one in options for flag in one.opts}
+    commands = command.commands if isinstance(command, click.Group) else {}
+    defaults: dict[str, Any] = {}
+    for name, value in found.items():
+        option = flags.get(name.replace("_", "-"))
+        if name in commands:
+            defaults[name] = flag_defaults(commands[name], value, f"{name} in {where}")
+        elif option is None or option.name is None:
+            known = ", ".join(sorted(flag for flag in flags if len(flag) > 1))
+            raise UsageError(f"expected a flag in {where}, got: {name!r}; there are: {known}")
+        elif isinstance(value, dict) or isinstance(value, list) != option.multiple:
+            kind = "a list" if option.multiple else "one value"
+            raise UsageError(f"expected {name} in {where} to be {kind}, got: {value!r}; mend the file")
+        else:
+            defaults[option.name] = value
+    return defaults
 
 
 def fail(error: LbrError) -> NoReturn:
     """End the process as the error asks for."""
     say(f"lbr: {error}")
+    try:
+        sys.stdout.flush()
+    except (AttributeError, OSError, ValueError):  # it is closed or full, and Python would flush it once more
+        sys.stdout = None
     sys.exit(error.exit_code)
 
 
@@ -43,10 +102,19 @@ def say(text: str) -> None:
     click.echo(text, err=True)
 
 
+def tell(data: str | bytes) -> None:
+    """Write what was asked for to stdout. Raises OutputError; a BrokenPipeError is click's."""
+    try:
+        click.echo(data)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"expected to write stdout, got: {error.strerror}; make room") from error
+
+
 @click.group(
     cls=Group,
     context_settings={
-        "auto_envvar_prefix": "LBR",
         "help_option_names": ["-h", "--help"],
         "show_default": True,
         "max_content_width": 100,
@@ -63,6 +131,7 @@ def say(text: str) -> None:
 @click.option(
     "--allow-network-fs",
     is_flag=True,
+    envvar="LBR_ALLOW_NETWORK_FS",
     help="Use a SQLite file on a network file system, at your own risk.",
 )
 @click.version_option(version("llm-batch-runner"), prog_name="lbr")
@@ -94,5 +163,8 @@ def database_option(command: F) -> F:
 
 
 def main() -> None:
-    """Be the command `lbr`."""
+    """Be the command `lbr`. SIGTERM is Ctrl-C, so that it too removes temporary files; workers handle both."""
+    # A background job of a shell may have been started with Ctrl-C ignored: SIGTERM must still end that.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     lbr(prog_name="lbr")

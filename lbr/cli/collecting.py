@@ -72,7 +72,7 @@ def collect(
     A file appears whole or not at all. Exits with 3 where jobs are not finished, with 4 where some failed.
     """
     collected = asyncio.run(
-        api.collect(run, out=out or "-", shape=shape, format=output_format, wait=wait, **db)
+        api.collect(run, out="-" if out is None else out, shape=shape, format=output_format, wait=wait, **db)
     )
     say(f"lbr: {describe(collected)}")
     context.exit(exit_code(collected))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,14 +14,16 @@ import click
 import orjson
 
 from lbr import api
-from lbr.cli.app import database_option, say
+from lbr.cli.app import database_option, say, tell
 from lbr.config import MAX_ATTEMPTS, default_model
 from lbr.errors import UsageError
-from lbr.inputs import InputFormat, load_template
+from lbr.inputs import InputFormat, is_stream, load_template
 from lbr.models.offline import ECHO
 from lbr.structured import load_schema
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+MOST_ATTEMPTS = 1_000_000
 
 
 def task_options(command: F) -> F:
@@ -58,7 +62,10 @@ def task_options(command: F) -> F:
             help="How the input is written; by its file ending if unset.",
         ),
         click.option(
-            "--max-attempts", type=int, default=MAX_ATTEMPTS, help="Charged tries of a job before it fails."
+            "--max-attempts",
+            type=click.IntRange(1, MOST_ATTEMPTS),
+            default=MAX_ATTEMPTS,
+            help="Charged tries of a job before it fails.",
         ),
         click.option("--append", is_flag=True, help="Add the inputs behind those the run holds."),
         click.option("--fresh", is_flag=True, help="Call again for what other runs have already answered."),
@@ -89,20 +96,34 @@ def choose_model(model: str | None, function: str | None) -> str | None:
     return ECHO
 
 
+@contextmanager
+def _interruptible(inputs: tuple[str, ...]) -> Iterator[None]:
+    """Let Ctrl-C end a read that waits for a stream: asyncio cancels a task, of which a read hears nothing."""
+    if not any(map(is_stream, inputs)):
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 async def enqueue_inputs(db: dict[str, Any], inputs: tuple[str, ...], **flags: Any) -> api.EnqueueReport:
     """Turn flags into a call of `api.enqueue` and tell what it did."""
     template, schema = flags.pop("template"), flags.pop("schema")
     settings = dict(read_setting(one) for one in flags.pop("settings"))
-    report = await api.enqueue(
-        [Path(name) for name in inputs],
-        run=flags.pop("run_name"),
-        model=choose_model(flags.pop("model"), flags["function"]),
-        template=None if template is None else load_template(template),
-        schema=None if schema is None else load_schema(schema),
-        settings=settings,
-        **flags,
-        **db,
-    )
+    with _interruptible(inputs):
+        report = await api.enqueue(
+            [Path(name) for name in inputs],
+            run=flags.pop("run_name"),
+            model=choose_model(flags.pop("model"), flags["function"]),
+            template=None if template is None else load_template(template),
+            schema=None if schema is None else load_schema(schema),
+            settings=settings,
+            **flags,
+            **db,
+        )
     for notice in report.notices:
         say(f"lbr: {notice}")
     return report
@@ -124,9 +145,9 @@ def enqueue(db: dict[str, Any], /, inputs: tuple[str, ...], as_json: bool, **fla
     counts = report.counts
     if as_json:
         fields = {name: getattr(counts, name) for name in counts.__slots__}
-        click.echo(orjson.dumps({"run": report.run} | fields))
+        tell(orjson.dumps({"run": report.run} | fields))
         return
-    click.echo(
+    tell(
         f"run {report.run}: {counts.inputs} inputs, {counts.new} new, {counts.duplicate} duplicate, "
         f"{counts.reused} reused, {counts.known} known"
     )

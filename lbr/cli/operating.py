@@ -12,11 +12,15 @@ import click
 import orjson
 
 from lbr import api
-from lbr.cli.app import database_option
+from lbr.cli.app import database_option, tell
+from lbr.config import positive
 from lbr.progress import describe
 
 if TYPE_CHECKING:
     from lbr.store.reads import Story
+
+LARGEST_IDX = 2**63 - 1
+LONGEST_PAUSE_SECONDS = 86_400.0
 
 
 @click.command()
@@ -28,19 +32,20 @@ if TYPE_CHECKING:
 @click.pass_obj
 def status(db: dict[str, Any], /, run: str | None, as_json: bool, watch: bool, interval: float) -> None:
     """Tell how one run stands, or all of them: counts, speed, tokens, cost, failures, workers."""
+    pause_seconds = min(max(0.1, positive("interval", interval)), LONGEST_PAUSE_SECONDS)
     while True:
         found = asyncio.run(api.status(run, **db))
         if watch and not as_json and sys.stdout.isatty():
             click.clear()
-        click.echo(orjson.dumps(found.to_dict()) if as_json else describe(found))
+        tell(orjson.dumps(found.to_dict()) if as_json else describe(found))
         if not watch or all(one.finished or one.state == "cancelled" for one in found.runs):
             return
-        time.sleep(max(0.1, interval))
+        time.sleep(pause_seconds)
 
 
 @click.command()
 @click.argument("run")
-@click.argument("idx", type=int)
+@click.argument("idx", type=click.IntRange(0, LARGEST_IDX))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, one object.")
 @database_option
 @click.pass_obj
@@ -48,7 +53,7 @@ def show(db: dict[str, Any], /, run: str, idx: int, as_json: bool) -> None:
     """Tell everything about the input at place IDX, counted from 0: its job, its answer, its failed tries."""
     story = asyncio.run(api.show(run, idx, **db))
     fields = story.row.to_dict() | {k: v for k, v in asdict(story).items() if k != "row"}
-    click.echo(orjson.dumps(fields) if as_json else _describe_story(story))
+    tell(orjson.dumps(fields) if as_json else _describe_story(story))
 
 
 def _describe_story(story: Story) -> str:
@@ -81,7 +86,7 @@ def _describe_story(story: Story) -> str:
 @click.pass_obj
 def retry(db: dict[str, Any], /, run: str) -> None:
     """Put a run's failed and cancelled jobs back to pending, with all their tries."""
-    click.echo(f"run {run}: {asyncio.run(api.retry(run, **db))} jobs back to pending")
+    tell(f"run {run}: {asyncio.run(api.retry(run, **db))} jobs back to pending")
 
 
 @click.command()
@@ -90,7 +95,7 @@ def retry(db: dict[str, Any], /, run: str) -> None:
 @click.pass_obj
 def cancel(db: dict[str, Any], /, run: str) -> None:
     """Cancel a run's pending jobs; calls in flight end and their answers are kept."""
-    click.echo(f"run {run}: {asyncio.run(api.cancel(run, **db))} jobs cancelled")
+    tell(f"run {run}: {asyncio.run(api.cancel(run, **db))} jobs cancelled")
 
 
 @click.command()
@@ -101,7 +106,7 @@ def cancel(db: dict[str, Any], /, run: str) -> None:
 def pause(db: dict[str, Any], /, run: str, reason: str) -> None:
     """Stop the claiming of a run's jobs, in every worker, until `lbr resume`."""
     asyncio.run(api.pause(run, reason=reason, **db))
-    click.echo(f"run {run}: paused")
+    tell(f"run {run}: paused")
 
 
 @click.command()
@@ -111,4 +116,4 @@ def pause(db: dict[str, Any], /, run: str, reason: str) -> None:
 def resume(db: dict[str, Any], /, run: str) -> None:
     """Let a paused run's jobs be claimed again."""
     asyncio.run(api.resume(run, **db))
-    click.echo(f"run {run}: active")
+    tell(f"run {run}: active")

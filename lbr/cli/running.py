@@ -6,6 +6,7 @@ import asyncio
 import sys
 import time
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,8 +16,10 @@ from lbr.cli.app import database_option, say
 from lbr.cli.collecting import describe, exit_code
 from lbr.cli.enqueueing import enqueue_inputs, task_options
 from lbr.cli.working import EXIT_UNFINISHED, listen, work_in_processes, work_options
-from lbr.config import at_least_one
+from lbr.config import WorkOptions, at_least_one
+from lbr.errors import UsageError
 from lbr.jobs import Shape
+from lbr.store.engines import sqlite_path
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -48,8 +51,19 @@ def run(
     """
     outputs.format_of(out)
     outputs.check_output(out)
+    _check_overwriting(inputs, out, db["db_url"])
     at_least_one("processes", flags["processes"])
+    WorkOptions(flags["concurrency"], flags["lease"], grace=flags["grace"], timeout=flags["timeout"])
     context.exit(asyncio.run(_run(db, inputs, out, shape, flags)))
+
+
+def _check_overwriting(inputs: tuple[str, ...], out: str, db_url: str) -> None:
+    """Raise UsageError where the answers would replace what they come from."""
+    target = Path(out).resolve()
+    if target == sqlite_path(db_url).resolve():
+        raise UsageError(f"expected another file for the answers than the queue, got: {out}; name a new one")
+    if any(target == Path(source).resolve() for source in inputs):
+        raise UsageError(f"expected another file for the answers than the input, got: {out}; name a new one")
 
 
 async def _run(
@@ -72,6 +86,8 @@ async def _run(
             await api.work(run=report.run, **how, **may, **db, notify=line, on_start=listen)
     (now,) = (await api.status(report.run, **db)).runs
     if not now.finished:
+        if now.pause_reason:
+            say(f"lbr: run {now.run} is paused: {now.pause_reason}; mend it, then `lbr resume {now.run}`")
         say(
             f"lbr: {progress.one_line(now)}; unfinished, nothing was written; run the same command again to resume"
         )

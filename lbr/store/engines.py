@@ -8,6 +8,7 @@ that cannot write. Neither is ever open across a model call.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Work = "Callable[[AsyncConnection], Awaitable[T]]"
+
+# A retry is not news. Without a handler Python would print it for a program that set up no logging.
+logging.getLogger("stamina").addHandler(logging.NullHandler())
 
 BUSY_TIMEOUT_MS = 2_500
 BUSY_PATIENCE_SECONDS = 120.0
@@ -54,24 +58,34 @@ def local_clock() -> Millis:
 
 def sqlite_path(url: str) -> Path:
     """Return the file that a path or SQLite URL names; UsageError for anything else. Passwords are not shown."""
-    if "://" not in url:
-        path = url
-    else:
-        try:
-            parsed = make_url(url)
-        except ArgumentError as error:
-            raise UsageError(
-                "expected --db to be a path or a database URL, got: something unreadable"
-            ) from error
-        if parsed.get_backend_name() != "sqlite":
-            raise UsageError(
-                f"expected --db to be a path or an sqlite URL, got: a {parsed.drivername} URL; "
-                f"this version of lbr keeps its queue in SQLite"
-            )
-        path = parsed.database or ""
+    path = _path_in(url) if "://" in url else url
     if not path.strip() or path == ":memory:":
         raise UsageError(f"expected --db to name a file, got: {path!r}; processes share the queue through it")
-    return Path(path).expanduser().absolute()
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise UsageError(
+            f"expected --db to name a file, got: {path!r}, in the home of a user who is not known here; "
+            f"write ./{path} for a file of that name"
+        ) from error
+
+
+def _path_in(url: str) -> str:
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):  # a port that is no number is the second; its words show the URL
+        raise UsageError(
+            "expected --db to be a path or a database URL, got: something unreadable; write sqlite:///runs.db"
+        ) from None
+    if parsed.get_backend_name() != "sqlite":
+        raise UsageError(
+            f"expected --db to be a path or an sqlite URL, got: a {parsed.drivername} URL; "
+            f"this version of lbr keeps its queue in SQLite"
+        )
+    if parsed.host or parsed.query:
+        more = "a host" if parsed.host else f"the options {', '.join(parsed.query)}"
+        raise UsageError(f"expected an sqlite URL with a path alone, got: {more}; write sqlite:///runs.db")
+    return parsed.database or ""
 
 
 def _code(error: DBAPIError) -> int | None:

@@ -65,7 +65,10 @@ def refuse_network_file_system(path: Path) -> None:
 
 
 def check_location(path: Path, *, create: bool) -> None:
-    """Raise UsageError where the path cannot hold a database; with `create` false, also where none is there."""
+    """Raise UsageError where the path cannot hold a database; with `create` false, also where none is there.
+
+    DatabaseError where one is there that this user may not read, or with `create` write.
+    """
     try:
         if path.is_dir():
             raise UsageError(f"expected --db to name a file, got a directory: {path}; name a file in it")
@@ -75,6 +78,11 @@ def check_location(path: Path, *, create: bool) -> None:
             )
         if not create and not path.exists():
             raise UsageError(f"expected a database at {path}, got: no such file; `lbr enqueue` creates it")
+        if path.exists() and not os.access(path, os.R_OK | os.W_OK if create else os.R_OK):
+            allowed = "read and written" if create else "read"
+            raise DatabaseError(
+                f"expected {path} to be a file that may be {allowed}, got: permission denied; change its mode"
+            )
     except OSError as error:
         raise UsageError(f"expected a database path, got: {path}: {error.strerror}") from error
 
