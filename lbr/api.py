@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 from filelock import Timeout
 
 from lbr import outputs, progress
+from lbr.answers import Collected, Tally, write_pages
 from lbr.asking import ask, authorize, check_servable
-from lbr.config import DB_URL_DEFAULT, MAX_ATTEMPTS, WorkOptions, at_least_one, load_environment
-from lbr.errors import AlreadyRunningError, OutputError, UsageError
+from lbr.config import DB_URL_DEFAULT, MAX_ATTEMPTS, WorkOptions, at_least_one, load_environment, one_of
+from lbr.errors import AlreadyRunningError, UsageError
 from lbr.jobs import JobState, KeyMaker, Shape, Until
 from lbr.processes import run_processes
 from lbr.sources import Source, chunks
 from lbr.store import enqueue as queueing
-from lbr.store import files, mirror, reads, runs
+from lbr.store import files, reads, runs
 from lbr.store.engines import Database, open_database, sqlite_path
 from lbr.store.runs import RunSpec
 from lbr.worker import Worker
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 
     from lbr.calls import WorkReport
-    from lbr.jobs import Item, Json, Row, Run
+    from lbr.jobs import Item, Json, Run
     from lbr.store.enqueue import EnqueueCounts
     from lbr.store.reads import Story
 
@@ -58,35 +59,6 @@ class EnqueueReport:
     run: str
     counts: EnqueueCounts
     notices: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Collected:
-    """What a collect wrote.
-
-    `rows` holds the answers as dicts where no output was named, else None. `by_status` counts the rows
-    written; `sealed` tells whether all inputs are in.
-    """
-
-    run: str
-    by_status: dict[str, int]
-    sealed: bool
-    rows: list[dict[str, Json]] | None = None
-
-    @property
-    def total(self) -> int:
-        """How many rows there are."""
-        return sum(self.by_status.values())
-
-    @property
-    def unfinished(self) -> int:
-        """How many rows wait for an answer that may still come."""
-        return self.by_status.get(JobState.PENDING, 0) + self.by_status.get(JobState.INFLIGHT, 0)
-
-    @property
-    def failed(self) -> int:
-        """How many rows have no answer and get none."""
-        return self.by_status.get(JobState.FAILED, 0) + self.by_status.get(JobState.CANCELLED, 0)
 
 
 @asynccontextmanager
@@ -145,7 +117,10 @@ async def enqueue(
     )
     source = Source.of(inputs, input_format=input_format, template=template, prompt_column=prompt_column)
     spec = RunSpec(
-        run or source.run_name(), asked.task, at_least_one("max_attempts", max_attempts), asked.fingerprint
+        source.run_name() if run is None else run,
+        asked.task,
+        at_least_one("max_attempts", max_attempts),
+        asked.fingerprint,
     )
     source.check()
     if servable:
@@ -232,11 +207,13 @@ async def collect(
 ) -> Collected:
     """Write a run's answers in input order, or return them as `rows` where `out` is None; "-" is stdout.
 
-    A file appears whole or not at all. With `wait`, only once every job has come to its end; else whatever
+    A file appears whole or not at all; a results database keeps the rows of other runs. With `wait`, only once every job has come to its end; else whatever
     there is now. Raises RunNotFoundError, UsageError, OutputError or DatabaseError.
     """
     target = None if out in {None, "-"} else str(out)
-    kind = outputs.OutputFormat(format) if format else outputs.format_of(target)
+    kind = outputs.OutputFormat(one_of("format", format, tuple(outputs.OutputFormat))) if format else None
+    kind = kind or outputs.format_of(target)
+    chosen = Shape(one_of("shape", shape, tuple(Shape)))
     if kind is outputs.OutputFormat.DB and target is None:
         raise UsageError("expected -o FILE for a results database, got: stdout")
     if out is not None:
@@ -245,47 +222,14 @@ async def collect(
         found = await reads.find_run(database, run)
         if wait:
             await until_finished(database, found)
-        pages = _Tally(reads.rows(database, found, Shape(shape)))
+        pages = Tally(reads.rows(database, found, chosen))
         rows = None
         if out is None:
             rows = [row.to_dict() async for page in pages for row in page]
-        elif kind is outputs.OutputFormat.DB and target is not None:
-            _refuse_queue(database, target)
-            with outputs.atomic_path(target) as temporary:
-                await mirror.write_run(str(temporary), run, pages)
         else:
-            columns = (
-                await reads.metadata_columns(database, found) if kind is outputs.OutputFormat.CSV else []
-            )
-            with outputs.open_writer(target, kind, metadata_columns=columns) as writer:
-                async for page in pages:
-                    writer.write(page)
+            await write_pages(database, found, pages, target, kind)
         found = await reads.find_run(database, run)
         return Collected(run, pages.by_status, found.sealed_at is not None, rows)
-
-
-async def _write_file(
-    database: Database, run: Run, pages: _Tally, target: str, kind: outputs.OutputFormat
-) -> None:
-    if kind is not outputs.OutputFormat.DB:
-        await _write_lines(database, run, pages, target, kind)
-        return
-    with outputs.atomic_path(target) as temporary:
-        await mirror.write_run(str(temporary), run.name, pages)
-
-
-async def _write_lines(
-    database: Database, run: Run, pages: _Tally, target: str | None, kind: outputs.OutputFormat
-) -> None:
-    columns = await reads.metadata_columns(database, run) if kind is outputs.OutputFormat.CSV else []
-    with outputs.open_writer(target, kind, metadata_columns=columns) as writer:
-        async for page in pages:
-            writer.write(page)
-
-
-def _refuse_queue(database: Database, target: str) -> None:
-    if Path(target).absolute() == database.path:
-        raise OutputError(f"expected another file than the queue for the answers, got: {target}")
 
 
 async def until_finished(database: Database, run: Run) -> None:
@@ -298,20 +242,6 @@ async def until_finished(database: Database, run: Run) -> None:
         if counts.finished or (counts.run.state != "active" and not counts.of(JobState.INFLIGHT)):
             return
         await asyncio.sleep(WAIT_SECONDS)
-
-
-class _Tally:
-    """Passes pages of rows on and counts them by status."""
-
-    def __init__(self, pages: AsyncIterator[list[Row]]) -> None:
-        self._pages = pages
-        self.by_status: dict[str, int] = {}
-
-    async def __aiter__(self) -> AsyncIterator[list[Row]]:
-        async for page in self._pages:
-            for row in page:
-                self.by_status[row.status] = self.by_status.get(row.status, 0) + 1
-            yield page
 
 
 async def status(

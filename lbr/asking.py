@@ -54,6 +54,8 @@ def ask(
         raise UsageError("expected a model or a function, got: both")
     if schema is not None and result_type is not None:
         raise UsageError("expected a schema or a result type, got: both")
+    if version is not None and function is None:
+        raise UsageError(f"expected a version beside a function, got: {version} without one")
     if result_type is not None:
         result_type = import_type(result_type) if isinstance(result_type, str) else result_type
         schema = schema_of(result_type)
@@ -70,10 +72,21 @@ def ask(
         env = env or {}
         openrouter_api_key = openrouter_api_key or env.get("OPENROUTER_API_KEY") or None
         task = Task(model=_model(model, openrouter_api_key, env), **shared)
+    _check_storable(task)
     check_task(task)
     types = [result_type] if result_type is not None else []
     functions = [function] if function is not None else []
     return Asked(task, fingerprint, authorize(functions, types, openrouter_api_key=openrouter_api_key))
+
+
+def _check_storable(task: Task) -> None:
+    """Raise UsageError for what Python can say and JSON cannot: half characters, huge numbers, deep nesting."""
+    try:
+        task.to_json()
+    except (TypeError, RecursionError) as error:
+        raise UsageError(
+            f"expected instructions, template, settings and schema that JSON can hold, got: {error}"
+        ) from error
 
 
 async def check_servable(asked: Asked) -> None:

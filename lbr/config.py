@@ -16,13 +16,14 @@ from lbr.errors import UsageError
 from lbr.jobs import Until
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 DB_URL_DEFAULT = "sqlite+aiosqlite:///runs.db"
 CONFIG_FILE = "lbr.toml"
 MAX_ATTEMPTS = 8
 CALL_TIMEOUT = 120.0
+LARGEST = 1_000_000
 
 
 def load_environment(folder: Path) -> Mapping[str, str]:
@@ -72,9 +73,16 @@ def positive(name: str, value: float) -> float:
 
 
 def at_least_one(name: str, value: int) -> int:
-    """Return the value, or raise UsageError: it must be a whole number of at least one."""
-    if type(value) is not int or value < 1:
-        raise UsageError(f"expected {name} to be a whole number of at least 1, got: {value!r}")
+    """Return the value, or raise UsageError: it must be a whole number of at least one, and sane."""
+    if type(value) is not int or not 1 <= value <= LARGEST:
+        raise UsageError(f"expected {name} to be a whole number from 1 to {LARGEST}, got: {value!r}")
+    return value
+
+
+def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
+    """Return the value, or raise UsageError: it must be one of those allowed."""
+    if value not in allowed:
+        raise UsageError(f"expected {name} to be one of {', '.join(map(str, allowed))}, got: {value!r}")
     return value
 
 

@@ -13,7 +13,15 @@ import orjson
 from lbr import outputs, progress
 from lbr.api import opened, put
 from lbr.asking import ask, check_servable
-from lbr.config import CALL_TIMEOUT, DB_URL_DEFAULT, MAX_ATTEMPTS, WorkOptions, at_least_one, load_environment
+from lbr.config import (
+    CALL_TIMEOUT,
+    DB_URL_DEFAULT,
+    MAX_ATTEMPTS,
+    WorkOptions,
+    at_least_one,
+    load_environment,
+    one_of,
+)
 from lbr.errors import LbrError, UsageError
 from lbr.jobs import JobState, Run, RunState, Shape
 from lbr.sources import Source
@@ -23,7 +31,7 @@ from lbr.store.runs import RunSpec
 from lbr.worker import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 
     from lbr.asking import Asked
     from lbr.jobs import Json, Row
@@ -78,8 +86,8 @@ async def prompt_map(
 
     Raises UsageError, InputError or DatabaseError. Cancelled or interrupted, everything answered stays.
     """
-    shape, every = Shape(_one_of("output_shape", output_shape, tuple(Shape))), progress_every or 0
-    _one_of("return_dtype", return_dtype, RETURN_DTYPES)
+    shape, every = Shape(one_of("output_shape", output_shape, tuple(Shape))), progress_every or 0
+    one_of("return_dtype", return_dtype, RETURN_DTYPES)
     options = WorkOptions(concurrency=at_least_one("concurrency", concurrency), lease=lease, timeout=timeout)
     asked = ask(
         model=model_name,
@@ -96,7 +104,7 @@ async def prompt_map(
     results_url = results_db_url or results_url_of(db_url)
     source.check()
     await check_servable(asked)
-    name = run or _run_name(asked, source)
+    name = _run_name(asked, source) if run is None else run
     spec = RunSpec(name, asked.task, at_least_one("max_attempts", max_attempts), asked.fingerprint)
     async with opened(db_url, create=True) as database:
         report = await put(database, spec, source, fresh=fresh)
@@ -130,7 +138,7 @@ async def export_jsonl(
     `db_url` is a queue, or a results database, whose rows have the shape they were written with. The file
     appears whole or not at all.
     """
-    shape = Shape(_one_of("output_shape", output_shape, tuple(Shape)))
+    shape = Shape(one_of("output_shape", output_shape, tuple(Shape)))
     outputs.check_output(str(out))
     names = await mirror.runs_in(db_url)
     if names:
@@ -170,12 +178,6 @@ def results_url_of(db_url: str) -> str:
     """Return where the results of a queue go: `runs-results.db` beside `runs.db`."""
     path = sqlite_path(db_url)
     return f"sqlite+aiosqlite:///{path.with_name(f'{path.stem}-results{path.suffix}')}"
-
-
-def _one_of(name: str, value: str, allowed: Sequence[str]) -> str:
-    if value not in allowed:
-        raise UsageError(f"expected {name} to be one of {', '.join(map(str, allowed))}, got: {value!r}")
-    return value
 
 
 def _run_name(asked: Asked, source: Source) -> str:

@@ -65,7 +65,7 @@ def _read_json(path: str | Path) -> Json:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
         raise UsageError(
             f"{path}, line {error.lineno}: expected JSON, got: {error.msg} at column {error.colno}"
@@ -74,6 +74,12 @@ def _read_json(path: str | Path) -> Json:
         raise UsageError(
             f"{path}: expected a JSON schema, got JSON that is nested too deeply to read"
         ) from None
+    except ValueError as error:  # NaN, or a number of thousands of digits
+        raise UsageError(f"{path}: expected JSON, got: {error}") from error
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name}, which is no JSON number")
 
 
 def _kind_of_json(value: Json) -> str:

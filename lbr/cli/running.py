@@ -72,7 +72,7 @@ async def _run(
     started = time.monotonic()
     how = {name: flags.pop(name) for name in ("concurrency", "processes", "lease", "timeout", "grace")}
     may: dict[str, Any] = {"functions": _one(flags["function"]), "result_types": _one(flags["result_type"])}
-    report = await enqueue_inputs(db, inputs, **flags)
+    report = await enqueue_inputs(db, inputs, servable=True, **flags)
     counts = report.counts
     say(
         f"lbr: run {report.run}: {counts.inputs} inputs, {counts.new} new, {counts.duplicate} duplicate, "

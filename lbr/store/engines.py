@@ -240,7 +240,7 @@ class Database:
     async def prepare(self, *, create: bool) -> None:
         """Make sure the tables are there and current; only with `create` may it create or upgrade them."""
         with database_errors(self.path):
-            version = await self.read(_inspect) if self.path.exists() else 0
+            version = await self.read(self._inspect) if self.path.exists() else 0
             if version > schema.LATEST:
                 raise DatabaseError(
                     f"expected {self.path} at schema version {schema.LATEST} or older, got: {version}; a newer lbr "
@@ -258,6 +258,19 @@ class Database:
                     await connection.execution_options(lbr_begin="")
                     await connection.exec_driver_sql("PRAGMA journal_mode = WAL")
                 await self.write(lambda connection: connection.run_sync(schema.migrate, self._clock()))
+
+    async def _inspect(self, connection: AsyncConnection) -> int:
+        tables = (
+            (await connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'table'"))
+            .scalars()
+            .all()
+        )
+        if tables and "schema_version" not in tables:
+            raise DatabaseError(
+                f"expected an lbr database at {self.path}, got: a SQLite file of another program, with tables {', '.join(tables[:5])}; "
+                f"name another path"
+            )
+        return await connection.run_sync(schema.applied_version)
 
     async def close(self) -> None:
         """Close every connection."""
@@ -314,20 +327,6 @@ def make_engine(path: Path, *, begin: str, pool_size: int, pragmas: tuple[str, .
             connection.exec_driver_sql(statement)
 
     return engine
-
-
-async def _inspect(connection: AsyncConnection) -> int:
-    tables = (
-        (await connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'table'"))
-        .scalars()
-        .all()
-    )
-    if tables and "schema_version" not in tables:
-        raise DatabaseError(
-            f"expected an lbr database, got: a SQLite file of another program, with tables {', '.join(tables[:5])}; "
-            f"name another path"
-        )
-    return await connection.run_sync(schema.applied_version)
 
 
 async def open_database(

@@ -295,7 +295,7 @@ async def story(database: Database, run: Run, idx: int) -> Story:
             .outerjoin(results, results.c.job_id == jobs.c.id)
             .where(items.c.run_id == run.id, items.c.idx == idx)
         )
-        found = (await connection.execute(query)).one_or_none()
+        found = (await connection.execute(query)).one_or_none() if 0 <= idx < 2**63 else None
         if found is None:
             last = await connection.scalar(select(func.max(items.c.idx)).where(items.c.run_id == run.id))
             there = "none" if last is None else f"0 to {last}"

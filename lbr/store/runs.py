@@ -70,9 +70,10 @@ def _short(value: object) -> str:
 
 async def find(connection: AsyncConnection, name: str) -> Run:
     """Return the run of that name; RunNotFoundError names those that there are."""
-    row = (await connection.execute(select(runs).where(runs.c.name == name))).one_or_none()
-    if row is not None:
-        return run_of(row)
+    if name.isprintable():  # nothing else is ever stored, and some of it could not even be asked for
+        row = (await connection.execute(select(runs).where(runs.c.name == name))).one_or_none()
+        if row is not None:
+            return run_of(row)
     names = (
         (await connection.execute(select(runs.c.name).order_by(runs.c.id.desc()).limit(8))).scalars().all()
     )
