@@ -425,3 +425,21 @@ async def test_plain_functions_and_lambdas_answer_too() -> None:
     first = await prompt_map(["a"], lambda p: p + "1", return_dtype="list[str]")
     second = await prompt_map(["a"], lambda p: p + "2", return_dtype="list[str]")
     assert (first, second) == (["a1"], ["a2"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"instructions": "\ud800"}, {"settings": {"extra_body": 10**30}}, {"template": "{{ prompt }}\ud800"}],
+)
+async def test_what_json_cannot_hold_is_refused(arguments: dict[str, Any]) -> None:
+    """A task that could not be stored is refused before anything is written."""
+    with pytest.raises(LbrError, match="that JSON can hold"):
+        await prompt_map(["a"], model_name="offline:echo", **arguments)
+    assert not Path("runs.db").exists()
+
+
+async def test_missing_key_leaves_nothing_behind() -> None:
+    """A model that cannot be called for want of a key is refused before anything is written."""
+    with pytest.raises(LbrError, match="OPENAI_API_KEY"):
+        await prompt_map(["a"], model_name="openai-chat:gpt-4o-mini")
+    assert not Path("runs.db").exists()

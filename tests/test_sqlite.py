@@ -129,6 +129,7 @@ def test_paths_and_urls_name_files(url: str, path: str) -> None:
         ("mysql+pymysql://me:secret@host/db", r"a mysql\+pymysql URL"),
         ("sqlite://", "to name a file"),
         (":memory:", "to name a file"),
+        ("sqlite:///x.db?mode=ro", "the options mode"),
         ("", "to name a file"),
     ],
 )
@@ -137,6 +138,16 @@ def test_other_urls_are_refused_without_their_password(url: str, words: str) -> 
     with pytest.raises(UsageError, match=words) as caught:
         sqlite_path(url)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("query", "level"), [("", 2), ("?synchronous=FULL", 2), ("?synchronous=NORMAL", 1)])
+async def test_durability_is_full_unless_the_url_says_otherwise(
+    tmp_path: Path, query: str, level: int
+) -> None:
+    """Every commit reaches the disk by default; a URL may ask for less."""
+    database = await open_database(f"sqlite:///{tmp_path / 'q.db'}{query}", create=True)
+    assert (await database.write(lambda c: c.exec_driver_sql("PRAGMA synchronous"))).scalar() == level
+    await database.close()
 
 
 async def test_newer_schema_is_refused(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ def test_load_schema_reads_a_schema(tmp_path: Path) -> None:
             b'{"type":\n  "object"\n"x"}',
             "{path}, line 3: expected JSON, got: Expecting ',' delimiter",
         ),
+        (b'{"type": "integer", "minimum": NaN}', "{path}: expected JSON, got: NaN, which is no JSON number"),
         (b"", "{path}, line 1: expected JSON, got: Expecting value at column 1"),
         (b"\xff", "{path}: expected UTF-8 text, got: byte 0xff at 0"),
         (b"[1]", "{path}: expected a JSON schema, an object such as"),

@@ -82,10 +82,19 @@ def _path_in(url: str) -> str:
             f"expected --db to be a path or an sqlite URL, got: a {parsed.drivername} URL; "
             f"this version of lbr keeps its queue in SQLite"
         )
-    if parsed.host or parsed.query:
-        more = "a host" if parsed.host else f"the options {', '.join(parsed.query)}"
+    unknown = sorted(set(parsed.query) - {"synchronous"})
+    if parsed.host or unknown:
+        more = "a host" if parsed.host else f"the options {', '.join(unknown)}"
         raise UsageError(f"expected an sqlite URL with a path alone, got: {more}; write sqlite:///runs.db")
     return parsed.database or ""
+
+
+def _synchronous_in(url: str) -> str:
+    """Return the durability that a URL asks for: FULL, or NORMAL, which may lose the last commits to a power cut."""
+    asked = make_url(url).query.get("synchronous", "FULL") if "://" in url else "FULL"
+    if asked not in {"FULL", "NORMAL"}:
+        raise UsageError(f"expected synchronous to be FULL or NORMAL, got: {asked!r}")
+    return str(asked)
 
 
 def _code(error: DBAPIError) -> int | None:
@@ -290,8 +299,6 @@ READER_PRAGMAS = (
 
 
 def _writer_pragmas(synchronous: str) -> tuple[str, ...]:
-    if synchronous not in {"FULL", "NORMAL"}:
-        raise UsageError(f"expected synchronous to be FULL or NORMAL, got: {synchronous!r}")
     return (
         f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}",
         f"PRAGMA synchronous = {synchronous}",
@@ -334,7 +341,6 @@ async def open_database(
     *,
     create: bool = False,
     allow_network_fs: bool = False,
-    synchronous: str = "FULL",
     clock: Callable[[], Millis] = local_clock,
 ) -> Database:
     """Open the queue at a path or URL; with `create`, make or upgrade it first.
@@ -343,6 +349,7 @@ async def open_database(
     is damaged, or was written by a newer version. Nothing is created on an error or without `create`.
     """
     path = sqlite_path(url)
+    synchronous = _synchronous_in(url)
     files.check_location(path, create=create)
     if not allow_network_fs:
         files.refuse_network_file_system(path)
