@@ -136,15 +136,16 @@ async def put(
     run = await runs.open_run(database, spec)
     notices = await _note_function(database, run, spec)
     maker = KeyMaker(spec.task)
-    place = await queueing.next_idx(database, run) if append else 0
+    place = 0
     counts = queueing.EnqueueCounts()
     for chunk in chunks(iter(items), queueing.CHUNK):
         keys = [maker.key(item.prompt) for item in chunk]
-        counts += await queueing.add_chunk(database, run, place, chunk, keys, reuse=not fresh)
+        where = None if append else place
+        counts += await queueing.add_chunk(database, run, where, chunk, keys, reuse=not fresh)
         place += len(chunk)
     await runs.seal(database, run)
     held = await queueing.next_idx(database, run)
-    if held > place:
+    if held > place and not append:
         notices.append(f"run {run.name} holds {held} inputs, this input has {place}; the others stay in it")
     return EnqueueReport(run.name, counts, notices)
 

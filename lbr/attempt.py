@@ -7,13 +7,15 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lbr.errors import BadAnswer, CallError, Family
+from lbr.errors import BadAnswer, CallError, Family, Permanent
 from lbr.jobs import Failure, Outcome, Reply
-from lbr.retry import failure_of
+from lbr.retry import failure_of, storable
 
 if TYPE_CHECKING:
     from lbr.models.base import Model, Request
     from lbr.structured import Validator
+
+ANSWER_LIMIT = 50_000_000
 
 
 async def attempt(model: Model, validator: Validator | None, request: Request, *, timeout: float) -> Outcome:
@@ -29,7 +31,9 @@ async def attempt(model: Model, validator: Validator | None, request: Request, *
             raise
         # Nobody cancelled the call from outside: the answerer gave up on its own account.
         failure = failure_of(CallError("the call cancelled itself", kind="CancelledError"))
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it was belongs to the job, not to the worker
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - whatever it was belongs to the job, not to the worker
         failure = failure_of(error)
     return Outcome(reply, failure, latency_ms=round((time.perf_counter() - started) * 1000))
 
@@ -54,7 +58,12 @@ async def _answer(
 
 
 def _storable(reply: Reply) -> Reply:
-    """Replace what no database can hold as text: halves of surrogate pairs."""
+    """Return the reply as a database can hold it. Raises Permanent for one that is too long for any."""
+    if len(reply.text) > ANSWER_LIMIT:
+        raise Permanent(
+            f"expected an answer of at most {ANSWER_LIMIT:,} characters, got: {len(reply.text):,}",
+            usage=reply.usage,
+        )
     if reply.text.isascii():
         return reply
-    return replace(reply, text=reply.text.encode("utf-8", "replace").decode())
+    return replace(reply, text=storable(reply.text))

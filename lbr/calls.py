@@ -7,12 +7,14 @@ import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lbr.attempt import attempt
-from lbr.jobs import Claim, JobId, JobState, Settlement
+from lbr.errors import CallError
+from lbr.jobs import Claim, JobId, JobState, Outcome, Settlement
 from lbr.models.base import Request
-from lbr.retry import RetryPolicy, decide
+from lbr.retry import RetryPolicy, decide, failure_of
 from lbr.settler import Settler
 from lbr.store.queue import SUSPECT_CRASHES
 from lbr.store.settle import Settled, settle
@@ -33,7 +35,7 @@ class WorkReport:
     """What one worker did: jobs answered, failed and put back for a retry, and what it left behind.
 
     `stale` counts answers that came too late, `released` jobs given back unfinished, `reclaimed` those taken
-    from dead workers. `paused` maps runs to the reason that stopped them; `interrupted` names runs whose
+    from dead workers. `stuck` counts calls that would not be cancelled. `paused` maps runs to the reason that stopped them; `interrupted` names runs whose
     enqueue did not come to its end; `drained` tells that the worker was asked to stop.
     """
 
@@ -43,6 +45,7 @@ class WorkReport:
     stale: int = 0
     released: int = 0
     reclaimed: int = 0
+    stuck: int = 0
     drained: bool = False
     paused: dict[str, str] = field(default_factory=dict)
     interrupted: list[str] = field(default_factory=list)
@@ -53,7 +56,17 @@ class _Held:
     """A claim in a slot; `task` is None once its call has ended and its settlement waits to be committed."""
 
     claim: Claim
+    max_attempts: int
     task: asyncio.Task[None] | None = None
+    settled: bool = False
+
+
+def _stop(held: _Held) -> asyncio.Task[None] | None:
+    """Cancel a call; with its task forgotten, its end is known to be our doing."""
+    task, held.task = held.task, None
+    if task is not None:
+        task.cancel()
+    return task
 
 
 class Calls:
@@ -109,12 +122,12 @@ class Calls:
         before = self._held.get(claim.job_id)
         if before is not None and before.task is not None:
             # Our own lease had run out, and we were the ones to claim the job again.
-            before.task.cancel()
-        held = _Held(claim)
+            _stop(before)
+        held = _Held(claim, served.run.max_attempts)
         self._held[claim.job_id] = held
         self._calling += 1
         held.task = asyncio.create_task(self._call(held, served))
-        held.task.add_done_callback(self._call_ended)
+        held.task.add_done_callback(partial(self._call_ended, held))
 
     async def _call(self, held: _Held, served: Served) -> None:
         claim = held.claim
@@ -125,13 +138,19 @@ class Calls:
             seq=claim.claim_seq,
             last_bad=claim.history.last_bad,
         )
-        outcome = await attempt(served.model, served.validator, request, timeout=self._timeout)
-        held.task = None
-        policy = replace(self._policy, max_attempts=served.run.max_attempts)
-        self._settler.put(decide(claim, outcome, policy, self._rng))
+        self._settle(held, await attempt(served.model, served.validator, request, timeout=self._timeout))
 
-    def _call_ended(self, task: asyncio.Task[None]) -> None:
+    def _settle(self, held: _Held, outcome: Outcome) -> None:
+        held.task = None
+        held.settled = True
+        policy = replace(self._policy, max_attempts=held.max_attempts)
+        self._settler.put(decide(held.claim, outcome, policy, self._rng))
+
+    def _call_ended(self, held: _Held, task: asyncio.Task[None]) -> None:
         self._calling -= 1
+        if task.cancelled() and held.task is task:
+            # Not we cancelled it: the function cancelled the task that it runs in.
+            self._settle(held, Outcome(None, failure_of(CallError("the call cancelled itself")), 0))
         if self._calling == 0:
             self._settler.hurry()
         self._note_error(task)
@@ -180,7 +199,7 @@ class Calls:
         held = self._held.get(claim.job_id)
         if held is None or held.task is None or held.claim.claim_seq != claim.claim_seq:
             return
-        held.task.cancel()
+        _stop(held)
         del self._held[claim.job_id]
         self._changed()
         self._notify(f"lost job {claim.job_id}: its lease ran out and it was taken back")
@@ -188,13 +207,12 @@ class Calls:
     async def cancel(self) -> list[Claim]:
         """Stop the calls that have not ended and return their claims, which are to be released."""
         calling = [held for held in self._held.values() if held.task is not None]
-        tasks = [held.task for held in calling if held.task is not None]
-        for task in tasks:
-            task.cancel()
+        tasks = {task for held in calling if (task := _stop(held)) is not None}
         if tasks:
             # A function that will not be cancelled must not keep us; its lease is given back all the same.
-            await asyncio.wait(tasks, timeout=CANCEL_SECONDS)
-        left = [held.claim for held in calling if held.task is not None]
+            _, stuck = await asyncio.wait(tasks, timeout=CANCEL_SECONDS)
+            self._report.stuck = len(stuck)
+        left = [held.claim for held in calling if not held.settled]
         for claim in left:
             self._held.pop(claim.job_id, None)
         return left

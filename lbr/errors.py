@@ -6,6 +6,7 @@ line; :class:`CallError` is for one model call and carries the family that decid
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar
@@ -113,10 +114,19 @@ class CallError(Exception):
     ) -> None:
         super().__init__(message)
         self.family = family or type(self).family
-        self.retry_after = retry_after
+        self.retry_after = _seconds(retry_after)
         self.text = text
         self.kind = kind or type(self).__name__
         self.usage = usage or NO_USAGE
+
+
+def _seconds(value: object) -> float | None:
+    """Read what somebody passed on as seconds, perhaps a header's text; None where it is no finite number."""
+    try:
+        seconds = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    return seconds if math.isfinite(seconds) else None
 
 
 class Permanent(CallError):  # noqa: N818 - the name that a user's function raises

@@ -22,7 +22,7 @@ from lbr.config import (
     load_environment,
     one_of,
 )
-from lbr.errors import LbrError, UsageError
+from lbr.errors import DatabaseError, LbrError, UsageError
 from lbr.jobs import JobState, Run, RunState, Shape
 from lbr.sources import Source
 from lbr.store import files, mirror, reads, runs
@@ -118,12 +118,21 @@ async def prompt_map(
             await runs.resume(database, found)
         await _work(database, asked, options, found, every)
         rows = [row async for page in _answers(database, found, shape) for row in page]
-        await mirror.write_run(results_url, name, _pages(rows))
-        sole = len(await reads.all_runs(database)) == 1
+    mirrored = await _mirror(results_url, name, rows)
     answer = _shaped(rows, return_dtype)
-    if teardown and all(row.status == JobState.DONE for row in rows):
-        await _tear_down(db_url, results_url, sole=sole and await mirror.runs_in(results_url) == [name])
+    if teardown and mirrored and all(row.status == JobState.DONE for row in rows):
+        await _tear_down(db_url, results_url, name)
     return answer
+
+
+async def _mirror(results_url: str, run: str, rows: list[Row]) -> bool:
+    """Write the rows to the results database; one that cannot be written must not cost the caller the answers."""
+    try:
+        await mirror.write_run(results_url, run, _pages(rows))
+    except DatabaseError as error:
+        _say(f"the results database was not written: {error}")
+        return False
+    return True
 
 
 async def export_jsonl(
@@ -256,19 +265,16 @@ def _frame(rows: list[Row]) -> Any:
     return pl.DataFrame([{name: row[name] for name in COLUMNS} for row in columns], schema=types)
 
 
-async def _tear_down(db_url: str, results_url: str, *, sole: bool) -> None:
-    if not sole:
-        _say("teardown: the files hold other runs and stay")
-        return
-    for url in (db_url, results_url):
+async def _tear_down(db_url: str, results_url: str, run: str) -> None:
+    for url, query in ((db_url, "SELECT name FROM runs"), (results_url, "SELECT DISTINCT run FROM results")):
         path = sqlite_path(url)
         try:
-            removed = await files.remove_unused(path)
+            removed = await files.remove_unused(path, run=run, query=query)
         except LbrError as error:
             _say(f"teardown: {error}")
             continue
         if not removed:
-            _say(f"teardown: another process uses {path}; it stays")
+            _say(f"teardown: {path} stays: it holds other runs, or another process uses it")
 
 
 def _say(line: str) -> None:

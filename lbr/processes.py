@@ -22,16 +22,27 @@ async def run_processes(
     has a group of its own, so that a Ctrl-C reaches it once, through us.
     """
     command = [sys.executable, "-m", "lbr", *arguments]
-    children = [await asyncio.create_subprocess_exec(*command, process_group=0) for _ in range(count)]
+    children: list[asyncio.subprocess.Process] = []
+    told: list[signal.Signals] = []
+
+    def pass_on(number: signal.Signals) -> None:
+        told.append(number)
+        _send(children, number)
+
     loop = asyncio.get_running_loop()
+    # Before the first child: a signal that comes while they start must find them all.
     for number in SIGNALS:
-        loop.add_signal_handler(number, _pass_on, children, number)
+        loop.add_signal_handler(number, pass_on, number)
     try:
+        while len(children) < count and not told:
+            children.append(await asyncio.create_subprocess_exec(*command, process_group=0))
+        if told:
+            _send(children[-1:], told[-1])
         return await asyncio.gather(*(_watch(child, notify) for child in children))
     finally:
         for number in SIGNALS:
             loop.remove_signal_handler(number)
-        _pass_on(children, signal.SIGTERM)
+        _send(children, signal.SIGTERM)
 
 
 async def _watch(child: asyncio.subprocess.Process, notify: Callable[[str], None]) -> int:
@@ -43,7 +54,7 @@ async def _watch(child: asyncio.subprocess.Process, notify: Callable[[str], None
     return code
 
 
-def _pass_on(children: Sequence[asyncio.subprocess.Process], number: signal.Signals) -> None:
+def _send(children: Sequence[asyncio.subprocess.Process], number: signal.Signals) -> None:
     for child in children:
         if child.returncode is None:
             child.send_signal(number)

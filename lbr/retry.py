@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from random import Random
 
 MESSAGE_LIMIT = 2_000
+TEXT_LIMIT = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,20 +28,31 @@ class RetryPolicy:
     bad_answer_retries: int = 2
     backoff_first: float = 1.0
     backoff_most: float = 60.0
+    retry_after_least: float = 0.05
     retry_after_most: float = 600.0
     limited_patience: float = 3600.0
 
 
 def failure_of(error: BaseException) -> Failure:
     """Turn what a model raised into a failure; whatever is not a `CallError` counts as transient."""
-    if isinstance(error, CallError):
-        return Failure(error.family, error.kind, _message(error), error.retry_after, error.text, error.usage)
-    return Failure(Family.TRANSIENT, type(error).__name__, _message(error))
+    if not isinstance(error, CallError):
+        return Failure(Family.TRANSIENT, type(error).__name__, _message(error))
+    text = None if error.text is None else storable(error.text)[:TEXT_LIMIT]
+    kind = storable(error.kind)[:MESSAGE_LIMIT]
+    return Failure(error.family, kind, _message(error), error.retry_after, text, error.usage)
+
+
+def storable(text: str) -> str:
+    """Replace what no database holds as text: halves of surrogate pairs."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def _message(error: BaseException) -> str:
-    text = str(error) or type(error).__name__
-    return text.encode("utf-8", "replace").decode().replace("\x00", "")[:MESSAGE_LIMIT]
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 - an error that cannot even say what it is
+        text = ""
+    return storable(text or type(error).__name__).replace("\x00", "")[:MESSAGE_LIMIT]
 
 
 def backoff_seconds(tries: int, policy: RetryPolicy, rng: Random) -> float:
@@ -54,10 +66,14 @@ def backoff_seconds(tries: int, policy: RetryPolicy, rng: Random) -> float:
 
 
 def wait_seconds(failure: Failure, tries: int, policy: RetryPolicy, rng: Random) -> float:
-    """Return how long to wait after a failure: what the provider asked for, capped, plus jitter; else backoff."""
+    """Return how long to wait after a failure: what the provider asked for, capped, plus jitter; else backoff.
+
+    A provider that asks for next to nothing, again and again, is given more each time.
+    """
     if failure.retry_after is None:
         return backoff_seconds(tries, policy, rng)
-    asked = min(max(0.0, failure.retry_after), policy.retry_after_most)
+    least = min(policy.backoff_most, policy.retry_after_least * 2.0 ** min(tries - 1, 32))
+    asked = min(max(least, failure.retry_after), policy.retry_after_most)
     return asked * (1.0 + 0.1 * rng.random())
 
 

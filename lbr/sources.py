@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from lbr.errors import InputError, UsageError
 from lbr.records import Place, Template, check_storable, item_of, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from lbr.jobs import Item, Json
 
@@ -61,6 +62,8 @@ class Source:
         """Tell files (`Path`, or several) from prompts; UsageError for a mixture, for flags that do not fit."""
         if isinstance(given, str):
             raise UsageError(f"expected a list of prompts or a Path, got: the string {given[:60]!r}")
+        if not isinstance(given, Path | Iterable):
+            raise UsageError(f"expected a list of prompts or a Path, got: {type(given).__name__}")
         everything = [given] if isinstance(given, Path) else list(given)
         files = [str(one) for one in everything if isinstance(one, Path)]
         prompts = [one for one in everything if not isinstance(one, Path)]

@@ -27,11 +27,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from lbr.config import WorkOptions
+    from lbr.jobs import Millis, Run
     from lbr.models.resolve import Authority
     from lbr.store.engines import Database
 
 POLL_SECONDS = 0.1
 TICK_SECONDS = 5.0
+CHECK_SECONDS = 1.0
+STANDSTILL_SECONDS = 1.0
 ABANDONED_MS = 30_000
 """An enqueue that added nothing for so long, and did not come to its end, is taken for interrupted."""
 
@@ -78,6 +81,7 @@ class Worker:
         self._more = True
         self._next_look = 0.0
         self._next_due = 0.0
+        self._next_check = 0.0
         self._id = WorkerId(0)
 
     def drain(self) -> None:
@@ -149,9 +153,10 @@ class Worker:
         except DatabaseError as error:
             self._calls.error = self._calls.error or error
         await self._calls.close()
+        if not isinstance(self._calls.error, DatabaseError):
+            await self._queue.unregister(self._id)
         if self._calls.error is not None:
             raise self._calls.error
-        await self._queue.unregister(self._id)
 
     async def _loop(self) -> None:
         while not self._stop_asked():
@@ -178,21 +183,22 @@ class Worker:
                 await self._wake.wait()
 
     async def _learn(self) -> None:
-        """Take note of runs that have work and are not known yet; UsageError for a named one that we cannot serve."""
-        names = self._run_names
-        if names is None:
-            found = [one.run for one in (await reads.overview(self._database)).runs if not one.finished]
-        else:
-            found = [await reads.find_run(self._database, name) for name in names]
+        """Take note of the runs that have work; UsageError for a named one that we cannot serve."""
+        found = await self._wanted()
         notices = self._servings.learn(found)
-        for run in found if names is not None else ():
+        for run in found if self._run_names is not None else ():
             if run.id in self._servings.refused:
                 raise self._servings.refused[run.id]
         for notice in notices:
             self._notify(notice)
-        self._order.extend(
-            run.id for run in found if run.id in self._servings.served and run.id not in self._order
-        )
+        served = [run.id for run in found if run.id in self._servings.served]
+        known = [run_id for run_id in self._order if run_id in served]
+        self._order = deque(known + [run_id for run_id in served if run_id not in known])
+
+    async def _wanted(self) -> list[Run]:
+        if self._run_names is None:
+            return await reads.open_runs(self._database)
+        return [await reads.find_run(self._database, name) for name in self._run_names]
 
     async def _claim(self) -> list[Claim]:
         free = self._options.concurrency - len(self._calls)
@@ -215,11 +221,14 @@ class Worker:
             return False
         self._next_look = now + POLL_SECONDS
         if await self._database.changed():
+            self._next_check = 0.0
             await self._learn()
         elif now < self._next_due:
             return False
         outlook = await self._queue.look(list(self._order))
         if outlook.expired:
+            # Ours first: after a standstill they may have run out, but we are alive.
+            await self._renew()
             await self._reclaim()
             outlook = await self._queue.look(list(self._order))
         if outlook.suspects and not outlook.due and not self._calls:
@@ -243,58 +252,69 @@ class Worker:
                 self._notify(f"job {one.job_id} failed: its worker died 3 times")
 
     async def _finished(self) -> bool:
-        if self._calls or self._options.until is Until.FOREVER:
+        now = time.monotonic()
+        if self._calls or self._options.until is Until.FOREVER or now < self._next_check:
             return False
+        self._next_check = now + CHECK_SECONDS
         if self._options.until is Until.EMPTY:
             outlook = await self._queue.look(list(self._order))
             if outlook.due or outlook.suspects or outlook.expired:
                 return False
-        view = await reads.overview(self._database)
-        if self._options.until is Until.DONE and not self._all_done(view):
+        view = await reads.counts(self._database, [run.id for run in await self._wanted()])
+        if self._options.until is Until.DONE and not self._all_done(view, await reads.now(self._database)):
             return False
         self._check_served(view)
         return True
 
-    def _all_done(self, view: reads.Overview) -> bool:
+    def _all_done(self, view: list[reads.RunCounts], now: Millis) -> bool:
         interrupted = []
-        for one in view.runs:
+        for one in view:
             if one.run.id not in self._servings.served or one.run.state is not RunState.ACTIVE:
                 continue
             if one.open:
                 return False
             if one.run.sealed_at is None:
-                if view.now - one.run.enqueued_at < ABANDONED_MS:
+                if now - one.run.enqueued_at < ABANDONED_MS:
                     return False
                 interrupted.append(one.run.name)
         self.report.interrupted = interrupted
         return True
 
-    def _check_served(self, view: reads.Overview) -> None:
+    def _check_served(self, view: list[reads.RunCounts]) -> None:
         """Raise NothingToServeError where there was work, and none of it for this process; report paused runs."""
         refused = self._servings.refused
-        wanted = [one for one in view.runs if self._run_names is None or one.run.name in self._run_names]
-        waiting = [one for one in wanted if one.run.id in refused and one.open]
+        waiting = [one for one in view if one.run.id in refused and one.open]
         if waiting and not self._servings.served:
             reasons = "; ".join(f"{one.run.name}: {refused[one.run.id]}" for one in waiting)
             raise NothingToServeError(f"expected a run that this worker can serve, got: none. {reasons}")
-        paused = [one.run for one in wanted if one.open and one.run.state is RunState.PAUSED]
+        paused = [one.run for one in view if one.open and one.run.state is RunState.PAUSED]
         self.report.paused = {run.name: run.pause_reason or "" for run in paused}
 
     async def _tick(self) -> None:
         """Renew the leases, say that we live, and take back what the dead have left."""
         interval = min(self._options.lease / 3, TICK_SECONDS)
         while True:
+            before = time.monotonic()
             await asyncio.sleep(interval)
-            claims = self._calls.claims
-            settled, rate = self.report.done + self.report.failed, self._calls.rate()
-            lost = await self._queue.renew(
-                self._id, claims, lease=self._options.lease, settled=settled, rate=rate
-            )
-            for claim in claims:
-                if claim.job_id in lost:
-                    self._calls.lose(claim)
+            late = time.monotonic() - before - interval
+            if late > max(interval, STANDSTILL_SECONDS):
+                self._notify(
+                    f"everything stood still for {late:.1f} s, so leases may run out: does an async function block? "
+                    f"Make it a plain function, which runs in a thread, or raise --lease"
+                )
+            await self._renew()
             if self._more and not self._stop_asked():
                 await self._reclaim()
+
+    async def _renew(self) -> None:
+        claims = self._calls.claims
+        settled, rate = self.report.done + self.report.failed, self._calls.rate()
+        lost = await self._queue.renew(
+            self._id, claims, lease=self._options.lease, settled=settled, rate=rate
+        )
+        for claim in claims:
+            if claim.job_id in lost:
+                self._calls.lose(claim)
 
     async def _finish_calls(self) -> None:
         """Let the calls in flight end, for as long as the grace lasts."""

@@ -227,6 +227,33 @@ def test_second_signal_releases_at_once(cli: Cli) -> None:
     recount(cli.folder)
 
 
+def test_function_that_will_not_stop_does_not_keep_the_worker(cli: Cli) -> None:
+    """A function that swallows its cancellation cannot keep a stopped worker alive; its job is released."""
+    (cli.folder / "stubborn.py").write_text(
+        textwrap.dedent(
+            """
+            import asyncio
+
+            async def stay(prompt):
+                while True:
+                    try:
+                        await asyncio.sleep(3600)
+                    except asyncio.CancelledError:
+                        pass
+            """
+        )
+    )
+    write(cli.folder, ["a"])
+    cli("enqueue", "in.txt", "--function", "stubborn:stay")
+    worker = cli.start("worker", "--function", "stubborn:stay", "--grace", "0", "--timeout", "1000")
+    cli.wait_for("in", "inflight", 1)
+    worker.send_signal(signal.SIGTERM)
+    _, told = worker.communicate(timeout=30)
+    assert worker.returncode == 0
+    assert "left 1 calls behind" in told
+    assert cli.status("in")["pending"] == 1
+
+
 def test_collect_while_workers_run(cli: Cli) -> None:
     """Collects during the work are whole and in order; `--wait` ends with everything."""
     lines = prompts(3_000, 2_500)

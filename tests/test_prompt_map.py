@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 import lbr
 from lbr import DB_URL_DEFAULT, LbrError, Pause, Permanent, export_jsonl, prompt_map
+from lbr.store import mirror
 from tests.llmock_server import serve
 
 if TYPE_CHECKING:
@@ -297,7 +298,7 @@ async def test_wrong_arguments(arguments: dict[str, Any], words: str) -> None:
     assert not Path("runs.db").exists()
 
 
-@pytest.mark.parametrize("prompts", [[], [""], ["a", "  "], [3], "a string"])
+@pytest.mark.parametrize("prompts", [[], [""], ["a", "  "], [3], "a string", None, 7])
 async def test_wrong_prompts(prompts: Any) -> None:
     """Empty or wrong prompts are refused by number; nothing is written."""
     with pytest.raises(LbrError, match="expected"):
@@ -362,7 +363,7 @@ async def test_teardown_spares_what_is_not_done_or_not_ours(capfd: pytest.Captur
     await prompt_map(["a"], shout, db_url="other.db")
     await prompt_map(["b"], shout, db_url="other.db", teardown=True)
     assert Path("other.db").exists()
-    assert "hold other runs" in capfd.readouterr().err
+    assert "holds other runs" in capfd.readouterr().err
     await prompt_map(["a"], shout, db_url="used.db")
     program = (
         "import sqlite3, sys; c = sqlite3.connect('used.db'); c.execute('SELECT 1 FROM jobs').fetchone(); "
@@ -376,7 +377,7 @@ async def test_teardown_spares_what_is_not_done_or_not_ours(capfd: pytest.Captur
     await prompt_map(["a"], shout, db_url="used.db", teardown=True)
     holder.communicate()
     assert Path("used.db").exists()
-    assert "another process uses" in capfd.readouterr().err
+    assert "another process uses it" in capfd.readouterr().err
 
 
 async def test_progress_lines(capfd: pytest.CaptureFixture[str]) -> None:
@@ -443,3 +444,18 @@ async def test_missing_key_leaves_nothing_behind() -> None:
     with pytest.raises(LbrError, match="OPENAI_API_KEY"):
         await prompt_map(["a"], model_name="openai-chat:gpt-4o-mini")
     assert not Path("runs.db").exists()
+
+
+async def test_locked_results_database_does_not_cost_the_answers(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rows are returned though somebody keeps the results database locked; the caller is told."""
+    monkeypatch.setattr(mirror, "PATIENCE_MS", 50)
+    await prompt_map(["a"], shout)
+    holder = sqlite3.connect("runs-results.db", isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    rows = await prompt_map(["b"], shout, teardown=True)
+    holder.close()
+    assert [row["result"] for row in rows] == ["B"]
+    assert "the results database was not written" in capfd.readouterr().err
+    assert Path("runs.db").exists()

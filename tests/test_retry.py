@@ -70,9 +70,16 @@ def test_backoff_is_bounded(tries: int, seed: int) -> None:
 @given(st.floats(-10, 1e9, allow_nan=False), st.integers(0, 2**32))
 def test_retry_after_wins_over_backoff(asked: float, seed: int) -> None:
     """What the provider asks for is respected, up to ten minutes, with at most a tenth added."""
-    wait = wait_seconds(Failure(Family.RATE_LIMITED, "E", "m", asked), 3, POLICY, Random(seed))
-    expected = min(max(0.0, asked), 600.0)
+    wait = wait_seconds(Failure(Family.RATE_LIMITED, "E", "m", asked), 1, POLICY, Random(seed))
+    expected = min(max(0.05, asked), 600.0)
     assert expected <= wait <= expected * 1.1
+
+
+@pytest.mark.parametrize(("tries", "least"), [(1, 0.05), (5, 0.8), (20, 60.0)])
+def test_asking_for_nothing_again_and_again_is_slowed_down(tries: int, least: float) -> None:
+    """A provider that says "retry after 0" is not hammered: each refusal of a job doubles its least wait."""
+    wait = wait_seconds(Failure(Family.RATE_LIMITED, "E", "m", 0.0), tries, POLICY, Random(1))
+    assert least <= wait <= least * 1.1
 
 
 @pytest.mark.parametrize(
@@ -81,6 +88,9 @@ def test_retry_after_wins_over_backoff(asked: float, seed: int) -> None:
         (Permanent("no"), Family.PERMANENT, None),
         (RetryLater(3), Family.RATE_LIMITED, 3),
         (RetryLater(), Family.RATE_LIMITED, None),
+        (RetryLater("5"), Family.RATE_LIMITED, 5.0),  # type: ignore[arg-type]
+        (RetryLater("soon"), Family.RATE_LIMITED, None),  # type: ignore[arg-type]
+        (RetryLater(float("nan")), Family.RATE_LIMITED, None),
         (Pause("no credit"), Family.ACCOUNT, None),
         (CallError("?"), Family.TRANSIENT, None),
         (ValueError("x"), Family.TRANSIENT, None),
@@ -99,3 +109,15 @@ def test_messages_can_always_be_stored() -> None:
     message = failure_of(ValueError("\ud800\x00" + "x" * 5_000)).message
     assert len(message) == 2_000
     assert message.startswith("?x")
+    failure = failure_of(Permanent("bad", text="\ud800", kind="\ud800"))
+    assert (failure.text, failure.error) == ("?", "?")
+
+
+def test_an_error_that_cannot_be_printed_is_named() -> None:
+    """An exception whose own text raises is told by its class."""
+
+    class MuteError(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    assert failure_of(MuteError()).message == "MuteError"

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Executable
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+RUNS = "SELECT name FROM runs"
+
 
 async def test_file_is_private(tmp_path: Path) -> None:
     """Prompts are private: the database and what SQLite puts beside it can be read by their owner only."""
@@ -287,10 +289,25 @@ async def test_unused_database_is_removed(tmp_path: Path) -> None:
     )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "open\n"
-    assert await files.remove_unused(path) is False
+    assert await files.remove_unused(path, run="r", query=RUNS) is False
     holder.communicate()
     database = await open_database(str(path))
     await assert_counted(database, await put(database, ["a"]))
     await database.close()
-    assert await files.remove_unused(path) is True
+    assert await files.remove_unused(path, run="other", query=RUNS) is False
+    assert await files.remove_unused(path, run="r", query=RUNS) is True
     assert list(tmp_path.glob("q.db*")) == []
+
+
+async def test_file_that_goes_away_is_noticed(tmp_path: Path) -> None:
+    """Nothing is written to a file that was removed or replaced while it was open: it would be lost."""
+    path = tmp_path / "q.db"
+    database = await open_database(str(path), create=True)
+    await put(database, ["a"])
+    path.unlink()
+    with pytest.raises(DatabaseError, match="was removed while in use"):
+        await put(database, ["a"])
+    path.touch()
+    with pytest.raises(DatabaseError, match="was replaced while in use"):
+        await put(database, ["a"])
+    await database.close()

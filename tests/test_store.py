@@ -221,10 +221,65 @@ async def test_renewed_lease_is_not_reclaimed(database: Database, clock: Clock) 
     assert await queue.renew(worker, claims[:1], lease=60, settled=0, rate=0.0) == set()
     clock.forward(20)
     assert [one.job_id for one in await queue.reclaim()] == [claims[1].job_id]
-    assert await queue.renew(worker, claims, lease=60, settled=0, rate=0.0) == {claims[1].job_id}
     (again,) = await queue.claim(other, [run.id], 5, lease=60)
     assert again.job_id == claims[1].job_id
     assert await queue.renew(worker, claims, lease=60, settled=0, rate=0.0) == {claims[1].job_id}
+
+
+async def test_lapsed_lease_is_taken_up_again_by_the_living(database: Database, clock: Clock) -> None:
+    """A job that was taken back, but not claimed since, stays with its worker when that proves to be alive."""
+    run = await put(database, ["a"])
+    queue, worker, _ = await two_workers(database)
+    (claim,) = await queue.claim(worker, [run.id], 1, lease=60)
+    clock.forward(61)
+    await queue.reclaim()
+    assert await queue.renew(worker, [claim], lease=60, settled=0, rate=0.0) == set()
+    row = await job_row(database, claim.job_id)
+    assert (row.state, row.crashes, row.claim_seq) == ("inflight", 0, 1)
+    await assert_counted(database, run)
+    assert (await settle(database, [answered(claim)])).taken == {claim.job_id}
+    await assert_counted(database, run)
+
+
+async def test_appends_at_once_lose_nothing(database: Database, db_url: str) -> None:
+    """Two enqueues that append different inputs at the same time both find their place."""
+    run = await put(database, ["first"])
+    other = await open_database(db_url)
+
+    async def append(store: Database, word: str) -> None:
+        for n in range(10):
+            items = [Item(Prompt(text=f"{word} {n}"))]
+            await enqueue.add_chunk(
+                store, run, None, items, [KeyMaker(ECHO).key(items[0].prompt)], reuse=True
+            )
+
+    await asyncio.gather(append(database, "x"), append(other, "y"))
+    await other.close()
+    rows = [row async for page in reads.rows(database, run, Shape.ORIGINAL) for row in page]
+    assert [row.idx for row in rows] == list(range(21))
+    for word in "xy":
+        found = [row.prompt.text for row in rows if (row.prompt.text or "").startswith(word)]
+        assert found == [f"{word} {n}" for n in range(10)]
+    await assert_counted(database, run)
+
+
+async def test_cancel_and_retry_do_not_mix(
+    database: Database, db_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of a cancel and a retry comes last has its way with every job."""
+    monkeypatch.setattr(runs, "BATCH", 3)
+    run = await put(database, [f"p{n}" for n in range(40)])
+    other = await open_database(db_url)
+    for _ in range(5):
+        await asyncio.gather(runs.cancel(database, run), runs.retry(other, run))
+        state = (await reads.find_run(database, "r")).state
+        expected = "cancelled" if state is RunState.CANCELLED else "pending"
+        if await states(database, run) != {expected: 40}:
+            # The one that came first may have ended on a page that the other had already passed.
+            await (runs.cancel if state is RunState.CANCELLED else runs.retry)(database, run)
+        assert await states(database, run) == {expected: 40}
+    await other.close()
+    await assert_counted(database, run)
 
 
 async def test_release_charges_nothing(database: Database) -> None:

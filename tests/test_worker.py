@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections import Counter
 from contextlib import asynccontextmanager
 from random import Random
@@ -459,3 +460,98 @@ async def test_function_that_cancels_itself_is_retried(live: Database) -> None:
     await put(live, ["a"], task=asks(confused))
     report = await worker_for(live, confused).run()
     assert (report.done, report.retried) == (1, 1)
+
+
+async def test_function_that_cancels_its_own_task_is_retried(live: Database) -> None:
+    """A call whose task ends cancelled, though nobody of ours cancelled it, frees its slot and is charged."""
+    calls = 0
+
+    async def stubborn(prompt: str) -> str:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            await asyncio.sleep(0)
+        return prompt
+
+    await put(live, ["a"], task=asks(stubborn))
+    report = await worker_for(live, stubborn).run()
+    assert (report.done, report.retried) == (1, 1)
+
+
+class PanicError(BaseException):
+    """What an extension may raise: no Exception."""
+
+
+@pytest.mark.parametrize("error", [PanicError("panic"), GeneratorExit(), SystemExit(3)])
+async def test_whatever_a_function_raises_belongs_to_its_job(live: Database, error: BaseException) -> None:
+    """No exception of a user's function takes the worker or the other jobs along."""
+
+    async def panics(prompt: str) -> str:
+        if prompt == "bad":
+            raise error
+        return prompt
+
+    run = await put(live, ["a", "bad", "b"], task=asks(panics))
+    report = await worker_for(live, panics).run()
+    assert (report.done, report.failed) == (2, 1)
+    assert {t.error for t in (await reads.story(live, run, 1)).tries} == {type(error).__name__}
+
+
+async def test_answers_that_no_database_holds_fail_alone(
+    live: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure's text is made storable, an answer without measure is refused; the others are kept."""
+    monkeypatch.setattr("lbr.attempt.ANSWER_LIMIT", 1_000)
+
+    async def odd(prompt: str) -> str:
+        if prompt == "half":
+            raise Permanent("bad", text="\ud800")
+        return "x" * 1_001 if prompt == "huge" else prompt
+
+    run = await put(live, ["a", "half", "huge"], task=asks(odd))
+    report = await worker_for(live, odd).run()
+    assert (report.done, report.failed) == (1, 2)
+    assert (await reads.story(live, run, 1)).tries[0].text == "?"
+    assert "at most 1,000 characters, got: 1,001" in ((await reads.story(live, run, 2)).row.error or "")
+
+
+async def test_locked_database_does_not_make_a_worker_take_its_own_jobs(live: Database) -> None:
+    """A worker that could not renew for longer than its lease keeps its calls; no crash, no second call."""
+    calls = 0
+
+    async def long(prompt: str) -> str:
+        nonlocal calls
+        calls += 1
+        await asyncio.sleep(4)
+        return prompt
+
+    run = await put(live, ["a", "b"], task=asks(long))
+    worker = worker_for(live, long, lease=0.6)
+    async with working(worker) as task:
+        await eventually(lambda: calls == 2)
+        holder = sqlite3.connect(live.path, isolation_level=None)
+        holder.execute("BEGIN IMMEDIATE")
+        await asyncio.sleep(1.5)
+        holder.execute("ROLLBACK")
+        holder.close()
+        report = await task
+    assert (calls, report.done, report.stale) == (2, 2, 0)
+    assert (await reads.story(live, run, 0)).crashes == 0
+
+
+async def test_finished_runs_cost_a_worker_nothing(live: Database) -> None:
+    """A worker knows only the runs that still have work, however many have finished before."""
+
+    async def echo(prompt: str) -> str:
+        return prompt
+
+    for n in range(5):
+        await put(live, [f"p{n}"], name=f"old {n}", task=asks(echo))
+    await worker_for(live, echo).run()
+    run = await put(live, ["new"], name="new", task=asks(echo))
+    assert [one.id for one in await reads.open_runs(live)] == [run.id]
+    assert (await worker_for(live, echo).run()).done == 1
+    assert await reads.open_runs(live) == []

@@ -15,7 +15,7 @@ from lbr import api, outputs, progress
 from lbr.cli.app import database_option, say
 from lbr.cli.collecting import describe, exit_code
 from lbr.cli.enqueueing import enqueue_inputs, task_options
-from lbr.cli.working import EXIT_UNFINISHED, listen, work_in_processes, work_options
+from lbr.cli.working import EXIT_UNFINISHED, serve, work_in_processes, work_options
 from lbr.config import WorkOptions, at_least_one
 from lbr.errors import UsageError
 from lbr.jobs import Shape
@@ -83,7 +83,7 @@ async def _run(
         if processes > 1:
             await work_in_processes(db, processes, runs=(report.run,), until="done", **how, **may)
         else:
-            await api.work(run=report.run, **how, **may, **db, notify=line, on_start=listen)
+            await serve(db, line, run=report.run, **how, **may)
     (now,) = (await api.status(report.run, **db)).runs
     if not now.finished:
         if now.pause_reason:

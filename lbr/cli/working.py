@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import signal
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,6 +13,7 @@ from lbr import api
 from lbr.cli.app import database_option, say
 from lbr.config import WorkOptions, at_least_one
 from lbr.jobs import Until
+from lbr.processes import SIGNALS
 
 if TYPE_CHECKING:
     from lbr.calls import WorkReport
@@ -46,22 +47,45 @@ def work_options(command: F) -> F:
     return command
 
 
-def listen(worker: Worker) -> None:
-    """Drain on the first Ctrl-C or SIGTERM, release at once on the second."""
+async def serve(db: dict[str, Any], notify: Callable[[str], None], **how: Any) -> WorkReport:
+    """Be a worker that listens to signals: drain on the first Ctrl-C or SIGTERM, release at once on the second."""
     loop = asyncio.get_running_loop()
     told = False
 
-    def stop() -> None:
-        nonlocal told
-        if told:
-            worker.abort()
-            return
-        told = True
-        say("lbr: stopping: finishing the calls in flight; once more to give them back at once")
-        worker.drain()
+    def listen(worker: Worker) -> None:
+        def stop() -> None:
+            nonlocal told
+            if told:
+                worker.abort()
+                return
+            told = True
+            say("lbr: stopping: finishing the calls in flight; once more to give them back at once")
+            worker.drain()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop)
+        for number in SIGNALS:
+            loop.add_signal_handler(number, stop)
+
+    try:
+        return await api.work(**how, **db, notify=notify, on_start=listen)
+    finally:
+        for number in SIGNALS:
+            loop.remove_signal_handler(number)
+
+
+async def work_alone(db: dict[str, Any], **how: Any) -> int:
+    """Be one worker process to its end, and return its exit code."""
+    report = await serve(db, lambda line: say(f"lbr: {line}"), **how)
+    say(f"lbr: worker: {describe_work(report)}")
+    for name, reason in report.paused.items():
+        say(f"lbr: run {name} is paused: {reason}; mend it, then `lbr resume {name}`")
+    for name in report.interrupted:
+        say(f"lbr: the enqueue of run {name} did not come to its end; run the same enqueue again")
+    code = EXIT_UNFINISHED if report.paused or report.interrupted else 0
+    if report.stuck:
+        # Their jobs are released; asyncio would wait for them for ever.
+        say(f"lbr: left {report.stuck} calls behind that would not be cancelled")
+        os._exit(code)
+    return code
 
 
 def describe_work(report: WorkReport) -> str:
@@ -119,17 +143,7 @@ def worker(
     with api.exclusive(db["db_url"], wanted=exclusive):
         if processes > 1:
             context.exit(asyncio.run(work_in_processes(db, processes, runs=runs, **flags)))
-        report = asyncio.run(
-            api.work(
-                run=runs or None, **flags, **db, notify=lambda line: say(f"lbr: {line}"), on_start=listen
-            )
-        )
-    say(f"lbr: worker: {describe_work(report)}")
-    for name, reason in report.paused.items():
-        say(f"lbr: run {name} is paused: {reason}; mend it, then `lbr resume {name}`")
-    for name in report.interrupted:
-        say(f"lbr: the enqueue of run {name} did not come to its end; run the same enqueue again")
-    context.exit(EXIT_UNFINISHED if report.paused or report.interrupted else 0)
+        context.exit(asyncio.run(work_alone(db, run=runs or None, **flags)))
 
 
 async def work_in_processes(db: dict[str, Any], count: int, **flags: Any) -> int:

@@ -138,6 +138,7 @@ class Database:
             path, begin="BEGIN IMMEDIATE", pool_size=1, pragmas=_writer_pragmas(synchronous)
         )
         self._reader = make_engine(path, begin="BEGIN", pool_size=4, pragmas=READER_PRAGMAS)
+        self._identity: tuple[int, int] | None = None
         self._watch: AsyncConnection | None = None
         self._data_version = -1
         self._wal = Path(f"{path}-wal")
@@ -147,6 +148,21 @@ class Database:
     async def now(self, connection: AsyncConnection) -> Millis:
         """Return the time that leases are compared with: SQLite's users share one machine and its clock."""
         return self._clock()
+
+    def check_file(self) -> None:
+        """Raise DatabaseError where the file that we have open is no longer the one at its path."""
+        try:
+            found = self.path.stat()
+        except FileNotFoundError:
+            found = None
+        identity = None if found is None else (found.st_dev, found.st_ino)
+        if self._identity is None:
+            self._identity = identity
+        if identity is None or identity != self._identity:
+            raise DatabaseError(
+                f"the database {self.path} was {'removed' if identity is None else 'replaced'} while in use; "
+                f"what was written to it is gone with it: put it back, or enqueue again"
+            )
 
     async def write(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """Run one transaction; whole again after a busy database, so `work` must not change anything else.
@@ -178,6 +194,7 @@ class Database:
             ):
                 with attempt:
                     async with self._write_lock:
+                        self.check_file()
                         async with self._writer.begin() as connection:
                             result = await work(connection)
                         await self._checkpoint_if_large()
@@ -256,6 +273,7 @@ class Database:
                     f"wrote it: upgrade with `pip install --upgrade llm-batch-runner`"
                 )
             if version == schema.LATEST:
+                await self._use_wal()
                 return
             if not create and version == 0:
                 raise UsageError(
@@ -263,10 +281,18 @@ class Database:
                 )
             async with files.creation_lock(self.path):
                 files.create_private(self.path)
-                async with self._writer.connect() as connection:
-                    await connection.execution_options(lbr_begin="")
-                    await connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+                await self._use_wal()
                 await self.write(lambda connection: connection.run_sync(schema.migrate, self._clock()))
+
+    async def _use_wal(self) -> None:
+        """Let readers and the writer work side by side. It is kept in the file, so this is nearly always a look."""
+        async with self._reader.connect() as connection:
+            await connection.execution_options(lbr_begin="")
+            if (await connection.exec_driver_sql("PRAGMA journal_mode")).scalar() == "wal":
+                return
+        async with self._writer.connect() as connection:
+            await connection.execution_options(lbr_begin="")
+            await connection.exec_driver_sql("PRAGMA journal_mode = WAL")
 
     async def _inspect(self, connection: AsyncConnection) -> int:
         tables = (

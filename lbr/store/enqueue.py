@@ -81,26 +81,31 @@ class _Entry:
 
 async def next_idx(database: Database, run: Run) -> int:
     """Return the place behind the run's last input."""
+    return await database.read(lambda connection: _next_idx(connection, run))
 
-    async def work(connection: AsyncConnection) -> int:
-        last = await connection.scalar(
-            select(func.max(items_table.c.idx)).where(items_table.c.run_id == run.id)
-        )
-        return 0 if last is None else int(last) + 1
 
-    return await database.read(work)
+async def _next_idx(connection: AsyncConnection, run: Run) -> int:
+    last = await connection.scalar(select(func.max(items_table.c.idx)).where(items_table.c.run_id == run.id))
+    return 0 if last is None else int(last) + 1
 
 
 async def add_chunk(
-    database: Database, run: Run, start: int, items: Sequence[Item], keys: Sequence[bytes], *, reuse: bool
+    database: Database,
+    run: Run,
+    place: int | None,
+    items: Sequence[Item],
+    keys: Sequence[bytes],
+    *,
+    reuse: bool,
 ) -> EnqueueCounts:
-    """Make sure that the run holds these inputs at `start` and behind it; what is there already stays as it is.
+    """Make sure that the run holds these inputs at `place` and behind it; what is there already stays as it is.
 
-    `keys` are the items' content keys. Raises RunChangedError, and changes nothing, where the run holds
+    With `place` None they go behind all that the run holds, whoever else is adding to it. `keys` are the items' content keys. Raises RunChangedError, and changes nothing, where the run holds
     another input at one of these places.
     """
 
     async def work(connection: AsyncConnection) -> EnqueueCounts:
+        start = await _next_idx(connection, run) if place is None else place
         span = {"run": run.id, "start": start, "end": start + len(items)}
         rows = (await connection.execute(_KNOWN, span)).all()
         known = {row.idx: (row.key, row.custom_id, row.metadata) for row in rows}

@@ -117,20 +117,22 @@ async def creation_lock(path: Path) -> AsyncIterator[None]:
         await lock.release()
 
 
-async def remove_unused(path: Path) -> bool:
-    """Remove a database file that nobody else has open; return False, and change nothing, where somebody has.
+async def remove_unused(path: Path, *, run: str, query: str) -> bool:
+    """Remove a database file that nobody else has open and that holds one run only.
 
+    `query` selects the names of its runs. Returns False, and changes nothing, where it is used or holds more.
     No connection of this process may be open: closing the file would drop its locks.
     """
     async with creation_lock(path):
-        removed = _remove_if_sole(path)
-    if removed:
-        for lock in path.parent.glob(f"{glob.escape(path.name)}.*.lock"):
-            lock.unlink(missing_ok=True)
+        removed = _remove_if_sole(path, run, query)
+        if removed:
+            # Whoever waits for one of these locks notices that it is gone, and makes it anew.
+            for lock in path.parent.glob(f"{glob.escape(path.name)}.*.lock"):
+                lock.unlink(missing_ok=True)
     return removed
 
 
-def _remove_if_sole(path: Path) -> bool:
+def _remove_if_sole(path: Path, run: str, query: str) -> bool:
     """Remove the file as its sole user. SQLite lets only a sole connection leave WAL mode, so that is what we ask."""
     if not path.exists():
         return True
@@ -140,6 +142,8 @@ def _remove_if_sole(path: Path) -> bool:
         if connection.execute("PRAGMA journal_mode = DELETE").fetchone() != ("delete",):
             return False
         connection.execute("BEGIN EXCLUSIVE")
+        if {name for (name,) in connection.execute(query)} != {run}:
+            return False
         for suffix in SUFFIXES:
             with suppress(FileNotFoundError):
                 os.unlink(f"{path}{suffix}")

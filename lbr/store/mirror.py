@@ -22,7 +22,7 @@ from sqlalchemy import (
 
 from lbr.errors import OutputError, UsageError
 from lbr.store import files
-from lbr.store.engines import BUSY_TIMEOUT_MS, database_errors, make_engine, sqlite_path
+from lbr.store.engines import database_errors, make_engine, sqlite_path
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator
@@ -49,6 +49,7 @@ results = Table(
     Column("metadata", Text),
 )
 PAGE = 1_000
+PATIENCE_MS = 30_000
 
 
 async def write_run(url: str, run: str, pages: AsyncIterable[list[Row]]) -> int:
@@ -118,7 +119,7 @@ async def read_run(url: str, run: str) -> AsyncIterator[list[dict[str, Any]]]:
 
 def _open(path: Path, *, begin: str) -> AsyncEngine:
     # The default journal, not a WAL: the file stays one file, which can be copied or sent.
-    pragmas = (f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}", "PRAGMA synchronous = FULL")
+    pragmas = (f"PRAGMA busy_timeout = {PATIENCE_MS}", "PRAGMA synchronous = FULL")
     return make_engine(path, begin=begin, pool_size=1, pragmas=pragmas)
 
 

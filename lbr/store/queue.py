@@ -81,6 +81,17 @@ RENEW = (
     .values(lease_until=bindparam("until"))
     .returning(jobs.c.id, jobs.c.claim_seq)
 )
+# Taken back from us, but by nobody claimed since: we live, so the job is still ours and no crash happened.
+_LAPSED = (
+    select(jobs.c.id, jobs.c.claim_seq, jobs.c.run_id)
+    .where(PENDING, jobs.c.id.in_(bindparam("ids", expanding=True)), jobs.c.worker_id == bindparam("worker"))
+    .with_for_update()
+)
+RETAKE = (
+    update(jobs)
+    .where(PENDING, jobs.c.id.in_(bindparam("ids", expanding=True)), jobs.c.worker_id == bindparam("worker"))
+    .values(state=literal_column("'inflight'"), crashes=jobs.c.crashes - 1, lease_until=bindparam("until"))
+)
 _HELD = (
     select(jobs.c.id, jobs.c.claim_seq, runs.c.id.label("run_id"), runs.c.state.label("run_state"))
     .join_from(jobs, runs, jobs.c.run_id == runs.c.id)
@@ -218,6 +229,8 @@ class Queue:
     ) -> set[JobId]:
         """Extend the leases of a worker's claims and note that it lives; return the jobs that it lost.
 
+        A lease that ran out, but whose job nobody has claimed since, is taken up again as if it had held.
+
         `settled` is how many jobs the worker has settled, `rate` how many a second of late.
         """
         held = {claim.job_id: claim.claim_seq for claim in claims}
@@ -231,7 +244,7 @@ class Queue:
             bound = {"ids": list(held), "worker": worker, "until": now + round(lease * 1000)}
             rows = (await connection.execute(RENEW, bound)).all()
             kept = {JobId(row.id) for row in rows if held[JobId(row.id)] == row.claim_seq}
-            return set(held) - kept
+            return set(held) - kept - await _retake(connection, held, bound | {"ids": list(set(held) - kept)})
 
         return await self._database.write(work)
 
@@ -279,6 +292,17 @@ class Queue:
             return [Reclaimed(row.id, row.run_id, row.worker_id, JobState(row.state)) for row in rows]
 
         return await self._database.write(work)
+
+
+async def _retake(connection: AsyncConnection, held: dict[JobId, int], bound: dict[str, Any]) -> set[JobId]:
+    if not bound["ids"]:
+        return set()
+    lapsed = (await connection.execute(_LAPSED, {"ids": bound["ids"], "worker": bound["worker"]})).all()
+    ours = [row for row in lapsed if held[JobId(row.id)] == row.claim_seq]
+    if ours:
+        await connection.execute(RETAKE, bound | {"ids": [row.id for row in ours]})
+        await counters.add(connection, _moved(ours, JobState.PENDING, JobState.INFLIGHT))
+    return {JobId(row.id) for row in ours}
 
 
 async def _claimable(connection: AsyncConnection, run_ids: Sequence[RunId], now: Millis) -> set[RunId]:

@@ -6,16 +6,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import orjson
-from sqlalchemy import bindparam, func, select
+from sqlalchemy import bindparam, func, or_, select
 
 from lbr.errors import DatabaseError, UsageError
 from lbr.jobs import JobState, Millis, Prompt, Row, Run, RunId, Shape
 from lbr.store import counters, runs
 from lbr.store.schema import attempts, items, jobs, limits, prompts, results, workers
+from lbr.store.schema import counters as counters_table
+from lbr.store.schema import runs as runs_table
 
 if TYPE_CHECKING:
     from collections import Counter
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Iterable, Sequence
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -159,15 +161,38 @@ async def all_runs(database: Database) -> list[Run]:
     return await database.read(runs.all_runs)
 
 
-async def counts(database: Database, run_ids: list[RunId]) -> list[RunCounts]:
-    """Return the named runs as they stand, in the order of their ids."""
+async def counts(database: Database, run_ids: Iterable[RunId]) -> list[RunCounts]:
+    """Return the runs of these ids as they stand, in the order of their ids."""
+    ids = list(run_ids)
 
     async def work(connection: AsyncConnection) -> list[RunCounts]:
+        found = select(runs_table).where(runs_table.c.id.in_(ids)).order_by(runs_table.c.id)
         return await _counts(
-            connection, [run for run in await runs.all_runs(connection) if run.id in run_ids]
+            connection, [runs.run_of(row) for row in (await connection.execute(found)).all()]
         )
 
     return await database.read(work)
+
+
+async def open_runs(database: Database) -> list[Run]:
+    """Return the runs that still have jobs to do or inputs to come, oldest first."""
+    left = (
+        select(counters_table.c.run_id)
+        .where(counters_table.c.name.in_([JobState.PENDING, JobState.INFLIGHT]))
+        .group_by(counters_table.c.run_id)
+        .having(func.sum(counters_table.c.value) > 0)
+    )
+    query = select(runs_table).where(or_(runs_table.c.sealed_at.is_(None), runs_table.c.id.in_(left)))
+
+    async def work(connection: AsyncConnection) -> list[Run]:
+        return [runs.run_of(row) for row in (await connection.execute(query.order_by(runs_table.c.id))).all()]
+
+    return await database.read(work)
+
+
+async def now(database: Database) -> Millis:
+    """Return the time that the database goes by."""
+    return await database.read(database.now)
 
 
 async def overview(database: Database, name: str | None = None) -> Overview:
@@ -194,12 +219,13 @@ async def overview(database: Database, name: str | None = None) -> Overview:
 
 
 async def _counts(connection: AsyncConnection, found: list[Run]) -> list[RunCounts]:
-    by_run = await counters.of_runs(connection, [run.id for run in found])
-    answer = []
-    for run in found:
-        last = await connection.scalar(select(func.max(items.c.idx)).where(items.c.run_id == run.id))
-        answer.append(RunCounts(run, 0 if last is None else last + 1, by_run[run.id]))
-    return answer
+    ids = [run.id for run in found]
+    by_run = await counters.of_runs(connection, ids)
+    last = (
+        select(items.c.run_id, func.max(items.c.idx)).where(items.c.run_id.in_(ids)).group_by(items.c.run_id)
+    )
+    inputs = {run_id: idx + 1 for run_id, idx in (await connection.execute(last)).all()}
+    return [RunCounts(run, inputs.get(run.id, 0), by_run[run.id]) for run in found]
 
 
 async def rows(database: Database, run: Run, shape: Shape) -> AsyncIterator[list[Row]]:

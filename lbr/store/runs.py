@@ -174,7 +174,7 @@ async def cancel(database: Database, run: Run) -> int:
         await connection.execute(update(runs).where(runs.c.id == run.id).values(**values))
 
     await database.write(mark)
-    return await _move(database, run, (JobState.PENDING,), JobState.CANCELLED)
+    return await _move(database, run, (JobState.PENDING,), JobState.CANCELLED, cancelled=True)
 
 
 async def retry(database: Database, run: Run) -> int:
@@ -189,15 +189,24 @@ async def retry(database: Database, run: Run) -> int:
         await connection.execute(update(runs).where(where).values(**values))
 
     await database.write(revive)
-    return await _move(database, run, (JobState.FAILED, JobState.CANCELLED), JobState.PENDING)
+    return await _move(
+        database, run, (JobState.FAILED, JobState.CANCELLED), JobState.PENDING, cancelled=False
+    )
 
 
-async def _move(database: Database, run: Run, sources: tuple[JobState, ...], target: JobState) -> int:
-    """Move a run's jobs between resting states, in short transactions of one page each."""
+async def _move(
+    database: Database, run: Run, sources: tuple[JobState, ...], target: JobState, *, cancelled: bool
+) -> int:
+    """Move a run's jobs between resting states, in short transactions of one page each.
+
+    It ends early where the run has meanwhile been taken up or cancelled by somebody else, who then moves them back.
+    """
     moved, last = 0, 0
     while True:
 
         async def work(connection: AsyncConnection, after: int = last) -> list[tuple[int, str]]:
+            if ((await find(connection, run.name)).state is RunState.CANCELLED) != cancelled:
+                return []
             query = (
                 select(jobs.c.id, jobs.c.state)
                 .where(jobs.c.id > after, jobs.c.run_id == run.id, jobs.c.state.in_(sources))
