@@ -153,6 +153,8 @@ async def _looking(
     watching = asyncio.create_task(watch())
     try:
         yield
+        (last,) = (await api.status(run, **db)).runs
+        look(last)
     finally:
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
