@@ -94,6 +94,7 @@ class Calls:
         self._settling: asyncio.Task[None] | None = None
         self._held: dict[JobId, _Held] = {}
         self._calling = 0
+        self._told: set[str] = set()
         self._started = time.monotonic()
         self._recent: deque[tuple[float, int]] = deque()
         self.error: BaseException | None = None
@@ -171,11 +172,21 @@ class Calls:
                 del self._held[claim.job_id]
             if claim.job_id in settled.taken:
                 self._count(settlement)
+                self._tell_first(settlement)
         self._report.stale += len(settled.stale)
         for name, reason in settled.paused.items():
             self._notify(f"run {name} is paused now: {reason}")
         self._recent.append((time.monotonic(), len(settled.taken)))
         self._changed()
+
+    def _tell_first(self, settlement: Settlement) -> None:
+        """Say each kind of failure once: a typo in a function should not be found out eight tries later."""
+        failure = settlement.outcome.failure
+        if failure is None or failure.error in self._told:
+            return
+        self._told.add(failure.error)
+        after = "failed" if settlement.state is JobState.FAILED else "to be tried again"
+        self._notify(f"first {failure.error}, job {settlement.claim.job_id} {after}: {failure.message[:200]}")
 
     def _count(self, settlement: Settlement) -> None:
         match settlement.state:

@@ -87,7 +87,8 @@ async def prompt_map(
     Raises UsageError, InputError or DatabaseError. Cancelled or interrupted, everything answered stays.
     """
     shape, every = Shape(one_of("output_shape", output_shape, tuple(Shape))), progress_every or 0
-    one_of("return_dtype", return_dtype, RETURN_DTYPES)
+    if one_of("return_dtype", return_dtype, RETURN_DTYPES) == "polars":
+        _polars()  # before any call is paid for
     options = WorkOptions(concurrency=at_least_one("concurrency", concurrency), lease=lease, timeout=timeout)
     asked = ask(
         model=model_name,
@@ -253,13 +254,18 @@ def _shaped(rows: list[Row], return_dtype: str) -> Any:
     return [row.to_dict() for row in rows]
 
 
-def _frame(rows: list[Row]) -> Any:
+def _polars() -> Any:
     try:
         import polars as pl  # noqa: PLC0415 - heavy, and only for those who ask for it
-    except ImportError as error:
+    except ImportError:
         raise UsageError(
-            "expected polars to be installed; `pip install 'llm-batch-runner[polars]'`"
-        ) from error
+            "expected polars to be installed, got: no such package; `pip install polars`"
+        ) from None
+    return pl
+
+
+def _frame(rows: list[Row]) -> Any:
+    pl = _polars()
     types = dict.fromkeys(COLUMNS, pl.String) | {"idx": pl.Int64}
     columns = [row.to_dict() | {"prompt": row.prompt.body()} for row in rows]
     return pl.DataFrame([{name: row[name] for name in COLUMNS} for row in columns], schema=types)

@@ -165,7 +165,7 @@ def describe(status: Status) -> str:
     ]
     lines += [
         f"worker {w['host']}:{w['pid']}: {w['settled']} settled, {w['rate']:.1f}/s, {w['concurrency']} slots, "
-        f"up {duration(w['up_seconds'])}"
+        f"up {duration(w['up_seconds'])}, seen {duration(w['seen_seconds_ago'])} ago"
         for w in status.workers
     ]
     return "\n".join(lines)

@@ -48,6 +48,12 @@ class Template:
             msg = f"expected a Jinja template, got one that does not compile: {type(error).__name__}: {error}"
             raise UsageError(f"{msg}; mend the template") from error
 
+        if not self._variables:
+            raise UsageError(
+                f"expected a template that names a field, such as {{{{ prompt }}}}, got: {shown(text)}; "
+                f"every prompt would be the same. A template in a file is @FILE"
+            )
+
     def check_columns(self, columns: Collection[str], source: str) -> None:
         """Raise UsageError where the template asks for a column that no record of the source will have."""
         if missing := sorted(self._variables - set(columns)):

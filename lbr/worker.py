@@ -82,6 +82,7 @@ class Worker:
         self._next_look = 0.0
         self._next_due = 0.0
         self._next_check = 0.0
+        self._told_held = False
         self._id = WorkerId(0)
 
     def drain(self) -> None:
@@ -272,6 +273,7 @@ class Worker:
             if one.run.id not in self._servings.served or one.run.state is not RunState.ACTIVE:
                 continue
             if one.open:
+                self._tell_held(one)
                 return False
             if one.run.sealed_at is None:
                 if now - one.run.enqueued_at < ABANDONED_MS:
@@ -279,6 +281,16 @@ class Worker:
                 interrupted.append(one.run.name)
         self.report.interrupted = interrupted
         return True
+
+    def _tell_held(self, one: reads.RunCounts) -> None:
+        """Say once what an idle worker waits for."""
+        held = one.of(JobState.INFLIGHT)
+        if held and not one.of(JobState.PENDING) and not self._told_held:
+            self._told_held = True
+            self._notify(
+                f"run {one.run.name}: waiting for {held} jobs that other workers hold; a dead worker's are taken back "
+                f"when their leases run out"
+            )
 
     def _check_served(self, view: list[reads.RunCounts]) -> None:
         """Raise NothingToServeError where there was work, and none of it for this process; report paused runs."""

@@ -343,8 +343,8 @@ class TestTemplate:
             ("{{ items.append(1) }}", "SecurityError"),
             ("{{ n + 'a' }}", "TypeError"),
             ("{{ n / (n - n) }}", "ZeroDivisionError"),
-            ("{{ range(10 ** 9) }}", "OverflowError"),
-            ("{% include 'x' %}", "TypeError"),
+            ("{{ range(10 ** 9) }}{{ n }}", "OverflowError"),
+            ("{% include 'x' %}{{ n }}", "TypeError"),
         ],
     )
     def test_a_template_that_cannot_be_rendered_is_refused(
@@ -357,15 +357,22 @@ class TestTemplate:
     @pytest.mark.parametrize(
         ("template", "message"),
         [
-            ("{% if false %}x{% endif %}", "to say something, got: ''"),
-            ('{{ "\\ud800" }}', "to be Unicode, got: half a surrogate pair"),
-            ('{{ "\\x00" }}', "to be text, got: a NUL character"),
+            ("{% if n is defined %}x{% endif %}", "to say something, got: ''"),
+            ('{{ "\\ud800" if n is undefined }}', "to be Unicode, got: half a surrogate pair"),
+            ('{{ "\\x00" if n is undefined }}', "to be text, got: a NUL character"),
         ],
     )
     def test_what_is_no_prompt_is_refused(self, tmp_path: Path, template: str, message: str) -> None:
         """A rendered prompt has to be one that can be stored and sent."""
         path = write(tmp_path, "in.jsonl", "{}\n")
         refused(path, 1, f"expected the rendered template {message}", template=template)
+
+    @pytest.mark.parametrize("template", ["prompt.txt", "Summarise {review}", ""])
+    def test_a_template_that_names_nothing_is_refused(self, tmp_path: Path, template: str) -> None:
+        """A template that would make every prompt the same is a mistake: a forgotten @, or the wrong braces."""
+        path = write(tmp_path, "in.jsonl", "{}\n")
+        with pytest.raises(UsageError, match="a template that names a field"):
+            read_items([path], template=template)
 
     @pytest.mark.parametrize(
         ("name", "content", "columns"),

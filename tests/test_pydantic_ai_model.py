@@ -650,7 +650,7 @@ def test_a_provider_without_language_models_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("provider", "package", "extra"),
-    [("anthropic", "anthropic", "llm-batch-runner[anthropic]"), ("xai", "xai_sdk", "pydantic-ai-slim[xai]")],
+    [("anthropic", "anthropic", "pydantic-ai-slim[anthropic]"), ("xai", "xai_sdk", "pydantic-ai-slim[xai]")],
 )
 def test_a_missing_package_is_named_with_the_way_to_get_it(
     monkeypatch: pytest.MonkeyPatch, provider: Any, package: Any, extra: Any

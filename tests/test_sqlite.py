@@ -159,7 +159,7 @@ async def test_newer_schema_is_refused(tmp_path: Path) -> None:
     with sqlite3.connect(path) as connection:
         connection.execute("INSERT INTO schema_version VALUES (99, 'future', 0)")
     connection.close()
-    with pytest.raises(DatabaseError, match=r"schema version 1 or older, got: 99.*pip install --upgrade"):
+    with pytest.raises(DatabaseError, match=r"schema version 1 or older, got: 99.*a newer lbr"):
         await open_database(str(path), create=True)
 
 

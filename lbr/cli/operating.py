@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,13 @@ LONGEST_PAUSE_SECONDS = 86_400.0
 def status(db: dict[str, Any], /, run: str | None, as_json: bool, watch: bool, interval: float) -> None:
     """Tell how one run stands, or all of them: counts, speed, tokens, cost, failures, workers."""
     pause_seconds = min(max(0.1, positive("interval", interval)), LONGEST_PAUSE_SECONDS)
+    with suppress(KeyboardInterrupt) if watch else nullcontext():
+        _print_status(db, run, as_json=as_json, watch=watch, pause_seconds=pause_seconds)
+
+
+def _print_status(
+    db: dict[str, Any], run: str | None, *, as_json: bool, watch: bool, pause_seconds: float
+) -> None:
     while True:
         found = asyncio.run(api.status(run, **db))
         if watch and not as_json and sys.stdout.isatty():

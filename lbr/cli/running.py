@@ -86,11 +86,10 @@ async def _run(
             await serve(db, line, run=report.run, **how, **may)
     (now,) = (await api.status(report.run, **db)).runs
     if not now.finished:
+        way_out = "run the same command again to resume"
         if now.pause_reason:
-            say(f"lbr: run {now.run} is paused: {now.pause_reason}; mend it, then `lbr resume {now.run}`")
-        say(
-            f"lbr: {progress.one_line(now)}; unfinished, nothing was written; run the same command again to resume"
-        )
+            way_out = f"paused: {now.pause_reason}; `lbr resume {now.run}` lets it go on, then run the same command again"
+        say(f"lbr: {progress.one_line(now)}; unfinished, nothing was written; {way_out}")
         return EXIT_UNFINISHED
     collected = await api.collect(report.run, out=out, shape=shape, **db)
     say(f"lbr: {describe(collected)}, in {out}, after {progress.duration(time.monotonic() - started)}")

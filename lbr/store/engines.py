@@ -270,7 +270,7 @@ class Database:
             if version > schema.LATEST:
                 raise DatabaseError(
                     f"expected {self.path} at schema version {schema.LATEST} or older, got: {version}; a newer lbr "
-                    f"wrote it: upgrade with `pip install --upgrade llm-batch-runner`"
+                    f"wrote it: use that one"
                 )
             if version == schema.LATEST:
                 await self._use_wal()

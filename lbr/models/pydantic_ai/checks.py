@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
     from lbr.jobs import Json
 
-EXTRAS = ("anthropic", "bedrock", "cohere", "google", "groq", "huggingface", "mistral")
-"""Providers whose package comes with an extra of llm-batch-runner of the same name."""
-
 FORBIDDEN_SETTINGS = {
     "max_retries": "lbr retries by itself, see --max-attempts",
     "extra_headers": "settings are stored in the database, and headers carry keys",
@@ -94,9 +91,8 @@ def missing_package(name: str, error: ImportError) -> UsageError:
     extra = _SLIM_EXTRA.search(str(error))
     if extra is None:
         return UsageError(f"cannot use model {name!r}: {error}")
-    package = "llm-batch-runner" if extra[1] in EXTRAS else "pydantic-ai-slim"
     return UsageError(
-        f"model {name!r} needs a package that is not installed: pip install '{package}[{extra[1]}]'"
+        f"model {name!r} needs a package that is not installed: pip install 'pydantic-ai-slim[{extra[1]}]'"
     )
 
 
