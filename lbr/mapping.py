@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from lbr.jobs import Json, Row
     from lbr.store.engines import Database
 
-MISSING = "missing"
 RETURN_DTYPES = ("list[dict]", "list[str]", "list[tuple[str,str]]", "polars")
 COLUMNS = ("idx", "key", "prompt", "status", "result", "error")
 

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
 T = TypeVar("T")
-Work = "Callable[[AsyncConnection], Awaitable[T]]"
 
 # A retry is not news. Without a handler Python would print it for a program that set up no logging.
 logging.getLogger("stamina").addHandler(logging.NullHandler())
