@@ -119,8 +119,12 @@ class Worker:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
             self.abort()
-            with suppress(Exception):
-                await work
+            while not work.done():
+                # Whoever is impatient and cancels again must not stop the giving back half way.
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait([work])
+            if not work.cancelled():
+                work.exception()
             raise
 
     async def _run(self) -> WorkReport:
