@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import time
@@ -162,12 +163,34 @@ class Cli:
         numbers = json.loads(done.stdout)["runs"][0]
         return Counter({name: value for name, value in numbers.items() if isinstance(value, int)})
 
-    def wait_for(self, run: str, name: str, least: int) -> Counter[str]:
-        """Wait until one of a run's numbers is large enough."""
+    def wait_for(self, run: str, name: str, least: int) -> None:
+        """Wait until one of a run's numbers is large enough.
+
+        It looks into the file itself: starting a command takes so long that the moment would be gone.
+        """
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while (now := self.status(run))[name] < least:
+        while (now := self._look(run, name)) < least:
             assert time.monotonic() < deadline, f"{name} never reached {least}: {now}"
-        return now
+            time.sleep(0.005)
+
+    def _look(self, run: str, name: str) -> int:
+        counted = (
+            "SELECT value FROM counters WHERE run_id = (SELECT id FROM runs WHERE name = ?) AND name = ?"
+        )
+        inputs = (
+            "SELECT max(idx) + 1 FROM items WHERE run_id = (SELECT id FROM runs WHERE name = ?) AND ? <> ''"
+        )
+        path = self.folder / "runs.db"
+        if not path.exists():
+            return 0
+        connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
+        try:
+            found = connection.execute(inputs if name == "inputs" else counted, (run, name)).fetchone()
+        except sqlite3.OperationalError:  # the tables are being made
+            return 0
+        finally:
+            connection.close()
+        return int(found[0] or 0) if found else 0
 
     def collect(self, run: str, *arguments: str, code: int = 0) -> list[dict[str, Any]]:
         """Return a run's collected rows."""

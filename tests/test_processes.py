@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import textwrap
+import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -271,17 +272,25 @@ def test_collect_while_workers_run(cli: Cli) -> None:
     check([json.loads(line) for line in (cli.folder / "all.jsonl").read_text().splitlines()], lines)
 
 
+def worker_pids(folder: Path) -> list[int]:
+    """Return the processes of all registered workers."""
+    connection = sqlite3.connect(folder / "runs.db")
+    try:
+        return [pid for (pid,) in connection.execute("SELECT pid FROM workers")]
+    finally:
+        connection.close()
+
+
 def test_processes_flag_and_a_killed_child(cli: Cli) -> None:
     """`--processes` starts children that share the work; when one is killed the others finish."""
     lines = [f"p{n}" for n in range(400)]
     write(cli.folder, lines)
-    cli("enqueue", "in.txt", *SLOW)
+    cli("enqueue", "in.txt", "--model", "offline:echo", "--set", "latency=0.2")
     parent = cli.start("worker", "--processes", "3", "--concurrency", "4", "--lease", "1.5")
     cli.wait_for("in", "done", 50)
-    connection = sqlite3.connect(cli.folder / "runs.db")
-    pids = [pid for (pid,) in connection.execute("SELECT pid FROM workers")]
-    connection.close()
-    assert len(pids) == 3
+    deadline = time.monotonic() + 30
+    while len(pids := worker_pids(cli.folder)) < 3:
+        assert time.monotonic() < deadline
     subprocess.run(["kill", "-9", str(pids[0])], check=True)
     _, told = parent.communicate(timeout=90)
     assert parent.returncode == 0, told
