@@ -651,7 +651,8 @@ def test_another_version_or_fingerprint_is_refused() -> None:
 
 def test_a_version_given_beside_the_function_does_not_shut_workers_out() -> None:
     """A function that says no version serves a run whose version was given when it was enqueued."""
-    build_model(Task(function=f"{HERE}:shout", version="1"), authority(shout), concurrency=1)
+    model = build_model(Task(function=f"{HERE}:shout", version="1"), authority(shout), concurrency=1)
+    assert isinstance(model, FunctionModel)
 
 
 def test_functions_take_no_settings() -> None:
