@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator
 
     from lbr.jobs import Json, Row, Run
-    from lbr.store.engines import Database
+    from lbr.store.database import Database
 
 
 @dataclass(frozen=True, slots=True)

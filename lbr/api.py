@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import Timeout
-
 from lbr import outputs, progress
 from lbr.answers import Collected, Tally, write_pages
 from lbr.asking import ask, authorize, check_servable
-from lbr.config import DB_URL_DEFAULT, MAX_ATTEMPTS, WorkOptions, at_least_one, load_environment, one_of
-from lbr.errors import AlreadyRunningError, UsageError
+from lbr.config import (
+    DB_URL_DEFAULT,
+    MAX_ATTEMPTS,
+    PATIENCE,
+    WorkOptions,
+    at_least_one,
+    load_environment,
+    one_of,
+)
+from lbr.errors import UsageError
 from lbr.jobs import JobState, KeyMaker, Shape, Until
 from lbr.processes import run_processes
 from lbr.sources import Source, chunks
 from lbr.store import enqueue as queueing
-from lbr.store import files, reads, runs
-from lbr.store.engines import Database, open_database, sqlite_path
+from lbr.store import reads, runs
+from lbr.store.engines import open_database, sole_worker
 from lbr.store.runs import RunSpec
 from lbr.worker import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+    from contextlib import AbstractAsyncContextManager
 
     from lbr.calls import WorkReport
     from lbr.jobs import Item, Json, Run
+    from lbr.store.database import Database
     from lbr.store.enqueue import EnqueueCounts
     from lbr.store.reads import Story
 
@@ -63,10 +71,12 @@ class EnqueueReport:
 
 @asynccontextmanager
 async def opened(
-    db_url: str, *, create: bool = False, allow_network_fs: bool = False
+    db_url: str, *, create: bool = False, allow_network_fs: bool = False, patience: float = PATIENCE
 ) -> AsyncIterator[Database]:
     """Open a queue for a while; see `lbr.store.engines.open_database` for what it raises."""
-    database = await open_database(db_url, create=create, allow_network_fs=allow_network_fs)
+    database = await open_database(
+        db_url, create=create, allow_network_fs=allow_network_fs, patience=patience
+    )
     try:
         yield database
     finally:
@@ -138,12 +148,14 @@ async def put(
     maker = KeyMaker(spec.task)
     place = 0
     counts = queueing.EnqueueCounts()
-    for chunk in chunks(iter(items), queueing.CHUNK):
+    for chunk in chunks(iter(items), queueing.CHUNK, characters=queueing.CHUNK_CHARACTERS):
         keys = [maker.key(item.prompt) for item in chunk]
         where = None if append else place
         counts += await queueing.add_chunk(database, run, where, chunk, keys, reuse=not fresh)
         place += len(chunk)
     await runs.seal(database, run)
+    if counts.new:
+        await database.filled()
     held = await queueing.next_idx(database, run)
     if held > place and not append:
         notices.append(f"run {run.name} holds {held} inputs, this input has {place}; the others stay in it")
@@ -172,6 +184,7 @@ async def work(
     until: str = Until.DONE,
     grace: float = 30.0,
     timeout: float = 120.0,
+    patience: float = PATIENCE,
     db_url: str = DB_URL_DEFAULT,
     allow_network_fs: bool = False,
     notify: Callable[[str], None] = lambda _: None,
@@ -185,12 +198,12 @@ async def work(
 
     Raises UsageError, NothingToServeError or DatabaseError. Cancelled, it gives its jobs back first.
     """
-    options = WorkOptions(concurrency, lease, Until(until), grace, timeout)
+    options = WorkOptions(concurrency, lease, Until(until), grace, timeout, patience)
     env = load_environment(Path.cwd())
     key = openrouter_api_key or env.get("OPENROUTER_API_KEY") or None
     authority = authorize(functions, result_types, openrouter_api_key=key)
     names = [run] if isinstance(run, str) else run
-    async with opened(db_url, allow_network_fs=allow_network_fs) as database:
+    async with opened(db_url, allow_network_fs=allow_network_fs, patience=patience) as database:
         worker = Worker(database, authority, options, run_names=names, notify=notify)
         on_start(worker)
         return await worker.run()
@@ -266,25 +279,9 @@ async def follow(
             await asyncio.sleep(seconds)
 
 
-@contextmanager
-def exclusive(db_url: str, *, wanted: bool = True) -> Iterator[None]:
-    """Be the only exclusive worker of a queue; AlreadyRunningError where another one is. The kernel frees it."""
-    path = sqlite_path(db_url)
-    if not wanted:
-        yield
-        return
-    files.check_location(path, create=False)
-    lock = files.file_lock(files.lock_path(path, "worker"), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise AlreadyRunningError(
-            f"an exclusive worker of {path} is running already; nothing to do"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+def exclusive(db_url: str, *, wanted: bool = True) -> AbstractAsyncContextManager[None]:
+    """Be the only exclusive worker of a queue; AlreadyRunningError where another one is. A killed one frees it."""
+    return sole_worker(db_url) if wanted else nullcontext()
 
 
 async def retry(run: str, *, db_url: str = DB_URL_DEFAULT, allow_network_fs: bool = False) -> int:

@@ -64,6 +64,8 @@ def _storable(reply: Reply) -> Reply:
             f"expected an answer of at most {ANSWER_LIMIT:,} characters, got: {len(reply.text):,}",
             usage=reply.usage,
         )
-    if reply.text.isascii():
+    texts = [reply.text, reply.model, reply.finish_reason]
+    if all(text is None or (text.isascii() and "\x00" not in text) for text in texts):
         return reply
-    return replace(reply, text=storable(reply.text))
+    model, finish_reason = (None if text is None else storable(text) for text in texts[1:])
+    return replace(reply, text=storable(reply.text), model=model, finish_reason=finish_reason)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from random import Random
 
     from lbr.serving import Served
-    from lbr.store.engines import Database
+    from lbr.store.database import Database
 
 RATE_WINDOW_SECONDS = 30.0
 CANCEL_SECONDS = 5.0
@@ -102,6 +102,16 @@ class Calls:
     def __len__(self) -> int:
         """Return how many slots are taken."""
         return len(self._held)
+
+    @property
+    def unfinished(self) -> int:
+        """How many slots will still become free: those whose calls go on, and as long as all is well the others."""
+        return self._calling if self.error is not None else len(self._held)
+
+    @property
+    def unwritten(self) -> list[Settlement]:
+        """Outcomes that the database did not take, after `close`."""
+        return self._settler.unwritten
 
     @property
     def claims(self) -> list[Claim]:

@@ -23,6 +23,7 @@ DB_URL_DEFAULT = "sqlite+aiosqlite:///runs.db"
 CONFIG_FILE = "lbr.toml"
 MAX_ATTEMPTS = 8
 CALL_TIMEOUT = 120.0
+PATIENCE = 120.0
 LARGEST = 1_000_000
 
 
@@ -91,7 +92,8 @@ class WorkOptions:
     """How one worker process works. Times are in seconds.
 
     `concurrency` is the number of slots, `lease` how long a claim holds without renewal, `timeout` the
-    longest that one call may take, `grace` how long a drain waits for the calls in flight.
+    longest that one call may take, `grace` how long a drain waits for the calls in flight, `patience` how
+    long a database that is busy or away is waited for.
     Raises UsageError for a value out of range.
     """
 
@@ -100,11 +102,13 @@ class WorkOptions:
     until: Until = Until.DONE
     grace: float = 30.0
     timeout: float = CALL_TIMEOUT
+    patience: float = PATIENCE
 
     def __post_init__(self) -> None:
         at_least_one("concurrency", self.concurrency)
         positive("lease", self.lease)
         positive("timeout", self.timeout)
+        positive("patience", self.patience)
         if not (math.isfinite(self.grace) and self.grace >= 0):
             raise UsageError(f"expected grace to be a number of at least 0, got: {self.grace:g}")
         if self.concurrency > 10_000:

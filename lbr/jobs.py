@@ -223,6 +223,7 @@ class Claim:
     attempts: int
     crashes: int
     prompt: Prompt
+    key: bytes
     history: History = NO_HISTORY
 
 

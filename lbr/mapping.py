@@ -25,8 +25,8 @@ from lbr.config import (
 from lbr.errors import DatabaseError, LbrError, UsageError
 from lbr.jobs import JobState, Run, RunState, Shape
 from lbr.sources import Source
-from lbr.store import files, mirror, reads, runs
-from lbr.store.engines import sqlite_path
+from lbr.store import mirror, reads, runs
+from lbr.store.engines import file_of, remove_queue, shown
 from lbr.store.runs import RunSpec
 from lbr.worker import Worker
 
@@ -35,9 +35,10 @@ if TYPE_CHECKING:
 
     from lbr.asking import Asked
     from lbr.jobs import Json, Row
-    from lbr.store.engines import Database
+    from lbr.store.database import Database
 
 RETURN_DTYPES = ("list[dict]", "list[str]", "list[tuple[str,str]]", "polars")
+RESULTS_BESIDE = "runs.db"
 COLUMNS = ("idx", "key", "prompt", "status", "result", "error")
 
 
@@ -149,7 +150,7 @@ async def export_jsonl(
     """
     shape = Shape(one_of("output_shape", output_shape, tuple(Shape)))
     outputs.check_output(str(out))
-    names = await mirror.runs_in(db_url)
+    names = await mirror.runs_in(db_url) if file_of(db_url) is not None else []
     if names:
         return await _export_results(db_url, run or names[-1], str(out))
     async with opened(db_url) as database:
@@ -179,13 +180,13 @@ async def _export_results(db_url: str, run: str, out: str) -> int:
 async def _newest(database: Database) -> Run:
     found = await reads.all_runs(database)
     if not found:
-        raise UsageError(f"expected a run in {database.path}, got: none")
+        raise UsageError(f"expected a run in {database.name}, got: none")
     return found[-1]
 
 
 def results_url_of(db_url: str) -> str:
-    """Return where the results of a queue go: `runs-results.db` beside `runs.db`."""
-    path = sqlite_path(db_url)
+    """Return where the results of a queue go: `runs-results.db` beside `runs.db`, or here if that is on a server."""
+    path = file_of(db_url) or Path(RESULTS_BESIDE)
     return f"sqlite+aiosqlite:///{path.with_name(f'{path.stem}-results{path.suffix}')}"
 
 
@@ -271,15 +272,17 @@ def _frame(rows: list[Row]) -> Any:
 
 
 async def _tear_down(db_url: str, results_url: str, run: str) -> None:
-    for url, query in ((db_url, "SELECT name FROM runs"), (results_url, "SELECT DISTINCT run FROM results")):
-        path = sqlite_path(url)
+    for name, removing in (
+        (shown(db_url), remove_queue(db_url, run=run)),
+        (shown(results_url), mirror.remove(results_url, run=run)),
+    ):
         try:
-            removed = await files.remove_unused(path, run=run, query=query)
+            removed = await removing
         except LbrError as error:
             _say(f"teardown: {error}")
             continue
         if not removed:
-            _say(f"teardown: {path} stays: it holds other runs, or another process uses it")
+            _say(f"teardown: {name} stays: it holds other runs, or another process uses it")
 
 
 def _say(line: str) -> None:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 async def run_processes(
-    arguments: Sequence[str], count: int, *, notify: Callable[[str], None] = lambda _: None
+    arguments: Sequence[str],
+    count: int,
+    *,
+    environment: Mapping[str, str],
+    notify: Callable[[str], None] = lambda _: None,
 ) -> list[int]:
     """Run `lbr` with these arguments in `count` processes until all have ended; return their exit codes.
+
+    `environment` is added to this process's own.
 
     A negative code is the signal that killed a process; its jobs are reclaimed by the others. Each process
     has a group of its own, so that a Ctrl-C reaches it once, through us.
@@ -35,7 +42,9 @@ async def run_processes(
         loop.add_signal_handler(number, pass_on, number)
     try:
         while len(children) < count and not told:
-            children.append(await asyncio.create_subprocess_exec(*command, process_group=0))
+            children.append(
+                await asyncio.create_subprocess_exec(*command, process_group=0, env=os.environ | environment)
+            )
         if told:
             _send(children[-1:], told[-1])
         return await asyncio.gather(*(_watch(child, notify) for child in children))

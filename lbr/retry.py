@@ -43,7 +43,9 @@ def failure_of(error: BaseException) -> Failure:
 
 
 def storable(text: str) -> str:
-    """Replace what no database holds as text: halves of surrogate pairs."""
+    """Replace what not every database holds as text: NUL, and halves of surrogate pairs."""
+    if "\x00" in text:
+        text = text.replace("\x00", "\ufffd")
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
@@ -52,7 +54,7 @@ def _message(error: BaseException) -> str:
         text = str(error)
     except Exception:  # noqa: BLE001 - an error that cannot even say what it is
         text = ""
-    return storable(text or type(error).__name__).replace("\x00", "")[:MESSAGE_LIMIT]
+    return storable((text or type(error).__name__).replace("\x00", ""))[:MESSAGE_LIMIT]
 
 
 def backoff_seconds(tries: int, policy: RetryPolicy, rng: Random) -> float:

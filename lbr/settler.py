@@ -43,6 +43,11 @@ class Settler:
         self._closing = False
         self._linger = MIN_LINGER_SECONDS
 
+    @property
+    def unwritten(self) -> list[Settlement]:
+        """What was put and is not durable, once `run` has ended."""
+        return self._waiting
+
     def put(self, settlement: Settlement) -> None:
         """Take one settlement; it is durable only when `written` names it."""
         self._waiting.append(settlement)
@@ -73,7 +78,11 @@ class Settler:
             batch, self._waiting = self._waiting[:MAX_ROWS], self._waiting[MAX_ROWS:]
             self._reset_signals()
             started = time.perf_counter()
-            settled = await self._write(batch)
+            try:
+                settled = await self._write(batch)
+            except BaseException:
+                self._waiting = [*batch, *self._waiting]
+                raise
             self._linger = linger_seconds(time.perf_counter() - started)
             self._written(batch, settled)
 

@@ -19,9 +19,17 @@ if TYPE_CHECKING:
 PROMPTS = "prompts"
 
 
-def chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
-    """Yield the items in lists of `size`, the last one shorter."""
-    while chunk := list(itertools.islice(items, size)):
+def chunks(items: Iterator[Item], size: int, *, characters: int) -> Iterator[list[Item]]:
+    """Yield the items in lists of `size`, or fewer where they hold so many characters; the last one is shorter."""
+    chunk: list[Item] = []
+    room = characters
+    for item in items:
+        chunk.append(item)
+        room -= len(item.prompt.text or "") if item.prompt.messages is None else len(item.prompt.body())
+        if len(chunk) == size or room <= 0:
+            yield chunk
+            chunk, room = [], characters
+    if chunk:
         yield chunk
 
 

@@ -20,6 +20,7 @@ from lbr.errors import DatabaseError, NothingToServeError
 from lbr.jobs import Claim, JobState, RunId, RunState, Until, WorkerId
 from lbr.retry import RetryPolicy
 from lbr.serving import Servings
+from lbr.spool import keep, settle_kept
 from lbr.store import reads
 from lbr.store.queue import Queue
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from lbr.config import WorkOptions
     from lbr.jobs import Millis, Run
     from lbr.models.resolve import Authority
-    from lbr.store.engines import Database
+    from lbr.store.database import Database
 
 POLL_SECONDS = 0.1
 TICK_SECONDS = 5.0
@@ -104,15 +105,22 @@ class Worker:
 
     def _calls_changed(self) -> None:
         if self._calls.error is not None:
-            self._aborting = True
-            self._stop()
+            self._fail(self._calls.error)
         self._wake.set()
+
+    def _fail(self, error: BaseException) -> None:
+        """Come to an end. Where the database is the trouble, calls in flight may end: they are paid for."""
+        self._calls.error = self._calls.error or error
+        self._aborting |= not isinstance(error, DatabaseError)
+        if isinstance(error, DatabaseError):
+            self._database.give_up()
+        self._stop()
 
     async def run(self) -> WorkReport:
         """Work. A cancelled caller gets its cancellation after everything held has been given back.
 
         Raises NothingToServeError where there are jobs but none that this process may answer, DatabaseError
-        when the database stays away.
+        when the database stays away; the answers that it did not take are kept for the next worker.
         """
         work = asyncio.ensure_future(self._run())
         try:
@@ -129,6 +137,7 @@ class Worker:
 
     async def _run(self) -> WorkReport:
         try:
+            await settle_kept(self._database, self._notify)
             await self._learn()
             host, concurrency = socket.gethostname(), self._options.concurrency
             self._id = await self._queue.register(host=host, pid=os.getpid(), concurrency=concurrency)
@@ -136,7 +145,10 @@ class Worker:
             ticking = asyncio.create_task(self._tick())
             ticking.add_done_callback(self._tick_ended)
             try:
-                await self._loop()
+                try:
+                    await self._loop()
+                except DatabaseError as error:
+                    self._fail(error)
                 await self._finish_calls()
             finally:
                 ticking.cancel()
@@ -148,8 +160,7 @@ class Worker:
 
     def _tick_ended(self, ticking: asyncio.Task[None]) -> None:
         if not ticking.cancelled() and (error := ticking.exception()) is not None:
-            self._calls.error = self._calls.error or error
-            self._calls_changed()
+            self._fail(error)
 
     async def _wind_up(self) -> None:
         """Give back what is held, write what has ended, and raise what went wrong on the way."""
@@ -161,7 +172,25 @@ class Worker:
         if not isinstance(self._calls.error, DatabaseError):
             await self._queue.unregister(self._id)
         if self._calls.error is not None:
-            raise self._calls.error
+            raise self._kept(self._calls.error)
+
+    def _kept(self, error: BaseException) -> BaseException:
+        """Keep what was not written, and return the error that says where."""
+        left = self._calls.unwritten
+        if not left or not isinstance(error, DatabaseError):
+            return error
+        try:
+            path = keep(self._database, left)
+        except OSError as problem:
+            lost = DatabaseError(f"{error}; {len(left)} finished answers are lost: {problem}")
+            lost.__cause__ = error
+            return lost
+        kept = DatabaseError(
+            f"{error}. {len(left)} finished answers are kept in {path}: the next `lbr worker` on this machine "
+            f"writes them"
+        )
+        kept.__cause__ = error
+        return kept
 
     async def _loop(self) -> None:
         while not self._stop_asked():
@@ -335,7 +364,7 @@ class Worker:
     async def _finish_calls(self) -> None:
         """Let the calls in flight end, for as long as the grace lasts."""
         deadline = time.monotonic() + self._options.grace
-        while self._calls and not self._aborting:
+        while self._calls.unfinished and not self._aborting:
             left = deadline - time.monotonic()
             if left <= 0:
                 return

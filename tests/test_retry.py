@@ -17,7 +17,7 @@ POLICY = RetryPolicy()
 
 def claim(attempts: int = 0, history: History | None = None) -> Claim:
     """Return a claim with a past."""
-    return Claim(JobId(1), RunId(1), 5, attempts, 0, Prompt(text="p"), history or History())
+    return Claim(JobId(1), RunId(1), 5, attempts, 0, Prompt(text="p"), b"k", history or History())
 
 
 def outcome(family: Family, retry_after: float | None = None) -> Outcome:

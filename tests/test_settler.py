@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def settlement(number: int) -> Settlement:
     """Return the settlement of some answered job."""
-    return answered(Claim(JobId(number), RunId(1), 1, 0, 0, Prompt(text="p")))
+    return answered(Claim(JobId(number), RunId(1), 1, 0, 0, Prompt(text="p"), b"k"))
 
 
 class Disk:

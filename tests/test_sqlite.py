@@ -15,10 +15,12 @@ from sqlalchemy import event, text
 
 from lbr.errors import DatabaseBusyError, DatabaseError, UsageError
 from lbr.jobs import Item, KeyMaker, Prompt
-from lbr.store import engines, enqueue, files, runs
-from lbr.store.engines import Database, open_database, sqlite_path
-from lbr.store.queue import CLAIM, EXPIRED, RENEW, Queue, due_jobs
+from lbr.store import enqueue, files, runs, sqlite
+from lbr.store.database import Database
+from lbr.store.engines import open_database
+from lbr.store.queue import CLAIM, DUE, DUE_SUSPECT, EXPIRED, RENEW, Queue
 from lbr.store.settle import SETTLE, settle
+from lbr.store.sqlite import SQLiteDatabase, sqlite_path
 from tests.support import ECHO, answered, assert_counted, put
 
 if TYPE_CHECKING:
@@ -26,6 +28,12 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 RUNS = "SELECT name FROM runs"
+
+
+@pytest.fixture
+def db_url(tmp_path: Path) -> str:
+    """Return the URL of a file that does not exist yet: nothing here concerns another kind of database."""
+    return f"sqlite+aiosqlite:///{tmp_path / 'queue.db'}"
 
 
 async def test_file_is_private(tmp_path: Path) -> None:
@@ -70,18 +78,18 @@ async def test_plans_use_the_partial_indexes(database: Database) -> None:
     """No statement of the hot path scans the jobs table."""
     await put(database, [f"p{n}" for n in range(10)])
     for statement, index in (
-        (due_jobs(suspects=False), "INDEX jobs_pending (run_id=? AND available_at<?)"),
-        (due_jobs(suspects=True), "INDEX jobs_pending (run_id=? AND available_at<?)"),
+        (DUE, "INDEX jobs_pending (run_id=? AND available_at<?)"),
+        (DUE_SUSPECT, "INDEX jobs_pending (run_id=? AND available_at<?)"),
         (CLAIM, "INDEX jobs_pending (run_id=? AND available_at<?)"),
         (EXPIRED, "INDEX jobs_lease (lease_until<?)"),
         (RENEW, "INTEGER PRIMARY KEY"),
-        (SETTLE, "INTEGER PRIMARY KEY"),
+        (SETTLE.each, "INTEGER PRIMARY KEY"),
         (enqueue._BY_KEY, "INDEX jobs_run_key (run_id=? AND key=?)"),
         (enqueue._DONE_ELSEWHERE, "INDEX jobs_done_key (key=?)"),
     ):
         steps = await plan(database, statement)
         assert index in steps, steps
-        assert "SCAN" not in steps, steps
+        assert "SCAN jobs" not in steps, steps
         assert "TEMP B-TREE FOR ORDER" not in steps, steps
 
 
@@ -214,12 +222,11 @@ async def test_foreign_lock_is_ridden_out(tmp_path: Path) -> None:
 
 async def test_endless_foreign_lock_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A database that stays locked ends in words with the way out, after a bounded time."""
-    monkeypatch.setattr(engines, "BUSY_PATIENCE_SECONDS", 0.5)
-    monkeypatch.setattr(engines, "BUSY_TIMEOUT_MS", 50)
+    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_MS", 50)
     path = tmp_path / "q.db"
     database = await open_database(str(path), create=True)
     await database.close()
-    database = Database(path)
+    database = SQLiteDatabase(path, patience=0.5)
     blocker = sqlite3.connect(path, isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")
     with pytest.raises(DatabaseBusyError, match="has kept .* locked for too long.*fuser"):
@@ -232,7 +239,7 @@ async def test_endless_foreign_lock_is_an_error(tmp_path: Path, monkeypatch: pyt
 
 async def test_wal_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints of our own keep the WAL near its limit under a load with readers."""
-    monkeypatch.setattr(engines, "WAL_LIMIT_BYTES", 1_000_000)
+    monkeypatch.setattr(sqlite, "WAL_LIMIT_BYTES", 1_000_000)
     database = await open_database(str(tmp_path / "q.db"), create=True)
     run = await runs.open_run(database, runs.RunSpec("r", ECHO, 8))
     queue = Queue(database)
@@ -255,7 +262,7 @@ async def test_wal_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 async def test_checkpoint_gives_way_to_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that stays in its transaction delays the checkpoint, not the writers."""
-    monkeypatch.setattr(engines, "WAL_LIMIT_BYTES", 10_000)
+    monkeypatch.setattr(sqlite, "WAL_LIMIT_BYTES", 10_000)
     path = tmp_path / "q.db"
     database = await open_database(str(path), create=True)
     reader = sqlite3.connect(path, isolation_level=None)

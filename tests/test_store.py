@@ -18,7 +18,8 @@ from lbr.errors import (
 )
 from lbr.jobs import Failure, Item, JobState, KeyMaker, Prompt, RunState, Shape, Task, WorkerId
 from lbr.store import enqueue, reads, runs, schema
-from lbr.store.engines import Database, open_database
+from lbr.store.database import Database
+from lbr.store.engines import open_database
 from lbr.store.queue import Queue
 from lbr.store.settle import settle
 from tests.support import ECHO, Clock, answered, assert_counted, failed, job_row, put, states

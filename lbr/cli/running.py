@@ -19,7 +19,7 @@ from lbr.cli.working import EXIT_UNFINISHED, serve, work_in_processes, work_opti
 from lbr.config import WorkOptions, at_least_one
 from lbr.errors import UsageError
 from lbr.jobs import Shape
-from lbr.store.engines import sqlite_path
+from lbr.store.engines import file_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -53,14 +53,20 @@ def run(
     outputs.check_output(out)
     _check_overwriting(inputs, out, db["db_url"])
     at_least_one("processes", flags["processes"])
-    WorkOptions(flags["concurrency"], flags["lease"], grace=flags["grace"], timeout=flags["timeout"])
+    WorkOptions(
+        flags["concurrency"],
+        flags["lease"],
+        grace=flags["grace"],
+        timeout=flags["timeout"],
+        patience=flags["patience"],
+    )
     context.exit(asyncio.run(_run(db, inputs, out, shape, flags)))
 
 
 def _check_overwriting(inputs: tuple[str, ...], out: str, db_url: str) -> None:
     """Raise UsageError where the answers would replace what they come from."""
-    target = Path(out).resolve()
-    if target == sqlite_path(db_url).resolve():
+    target, queue = Path(out).resolve(), file_of(db_url)
+    if queue is not None and target == queue.resolve():
         raise UsageError(f"expected another file for the answers than the queue, got: {out}; name a new one")
     if any(target == Path(source).resolve() for source in inputs):
         raise UsageError(f"expected another file for the answers than the input, got: {out}; name a new one")
@@ -70,7 +76,10 @@ async def _run(
     db: dict[str, Any], inputs: tuple[str, ...], out: str, shape: str, flags: dict[str, Any]
 ) -> int:
     started = time.monotonic()
-    how = {name: flags.pop(name) for name in ("concurrency", "processes", "lease", "timeout", "grace")}
+    how = {
+        name: flags.pop(name)
+        for name in ("concurrency", "processes", "lease", "timeout", "grace", "patience")
+    }
     may: dict[str, Any] = {"functions": _one(flags["function"]), "result_types": _one(flags["result_type"])}
     report = await enqueue_inputs(db, inputs, servable=True, **flags)
     counts = report.counts

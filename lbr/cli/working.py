@@ -41,6 +41,12 @@ def work_options(command: F) -> F:
         click.option(
             "--grace", type=float, default=DEFAULTS.grace, help="Seconds that a drain waits for calls."
         ),
+        click.option(
+            "--patience",
+            type=float,
+            default=DEFAULTS.patience,
+            help="Seconds to wait for a database that is busy or away.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -140,23 +146,38 @@ def worker(
     worker's jobs are taken up by the others when their leases run out.
     """
     at_least_one("processes", processes)
-    with api.exclusive(db["db_url"], wanted=exclusive):
+    context.exit(asyncio.run(_work(db, exclusive, processes, runs, flags)))
+
+
+async def _work(
+    db: dict[str, Any], exclusive: bool, processes: int, runs: tuple[str, ...], flags: dict[str, Any]
+) -> int:
+    async with api.exclusive(db["db_url"], wanted=exclusive):
         if processes > 1:
-            context.exit(asyncio.run(work_in_processes(db, processes, runs=runs, **flags)))
-        context.exit(asyncio.run(work_alone(db, run=runs or None, **flags)))
+            return await work_in_processes(db, processes, runs=runs, **flags)
+        return await work_alone(db, run=runs or None, **flags)
 
 
 async def work_in_processes(db: dict[str, Any], count: int, **flags: Any) -> int:
     """Run `lbr worker` in several processes; return the worst exit code of those that were not killed."""
     # Checked here once, rather than by every child.
-    WorkOptions(flags["concurrency"], flags["lease"], Until(flags["until"]), flags["grace"], flags["timeout"])
-    arguments = (
-        ["--db", db["db_url"]] + (["--allow-network-fs"] if db["allow_network_fs"] else []) + ["worker"]
+    WorkOptions(
+        flags["concurrency"],
+        flags["lease"],
+        Until(flags["until"]),
+        flags["grace"],
+        flags["timeout"],
+        flags["patience"],
     )
+    # Not as a flag, for a URL may have a password in it, and every user of the machine sees the flags.
+    environment = {"LBR_DB": db["db_url"], "LBR_ALLOW_NETWORK_FS": str(int(db["allow_network_fs"]))}
+    arguments = ["worker"]
     for flag, value in flags.items():
         name = {"runs": "run", "functions": "function", "result_types": "result-type"}.get(flag, flag)
         for one in value if isinstance(value, tuple) else (value,):
             arguments += [f"--{name}", str(one)]
-    codes = await api.run_processes(arguments, count, notify=lambda line: say(f"lbr: {line}"))
+    codes = await api.run_processes(
+        arguments, count, environment=environment, notify=lambda line: say(f"lbr: {line}")
+    )
     ended = [code for code in codes if code >= 0]
     return max(ended) if ended else 1

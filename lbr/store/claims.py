@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sqlalchemy import bindparam, case, select
+from sqlalchemy import case, select
 
 from lbr.errors import DatabaseError, Family
 from lbr.jobs import BadTry, Claim, History, JobId, Millis, Prompt, RunId
+from lbr.store.arrays import among
 from lbr.store.schema import attempts, prompts
 
 if TYPE_CHECKING:
@@ -15,11 +16,11 @@ if TYPE_CHECKING:
 
     from lbr.store.schema import AnyRow
 
-_PROMPTS = select(prompts).where(prompts.c.job_id.in_(bindparam("ids", expanding=True)))
+_PROMPTS = select(prompts).where(among(prompts.c.job_id, "ids"))
 _TRIES = (
     select(attempts.c.job_id, attempts.c.claim_seq, attempts.c.family, attempts.c.message, attempts.c.at)
     .add_columns(case((attempts.c.family == Family.BAD_ANSWER, attempts.c.text)).label("text"))
-    .where(attempts.c.job_id.in_(bindparam("ids", expanding=True)))
+    .where(among(attempts.c.job_id, "ids"))
     .order_by(attempts.c.id)
 )
 
@@ -45,6 +46,7 @@ async def with_prompts(connection: AsyncConnection, rows: list[AnyRow], now: Mil
             attempts=row.attempts,
             crashes=row.crashes,
             prompt=by_id[row.id],
+            key=row.key,
             history=histories.get(row.id, History()),
         )
         for row in sorted(rows, key=lambda row: row.id)

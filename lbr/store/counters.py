@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from sqlalchemy import func, select, text
+from sqlalchemy import func, select
 
+from lbr.store.arrays import SHARD, Bulk, Given, option
 from lbr.store.schema import counters
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from typing import Any
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -27,21 +29,37 @@ TRY = "try:"
 
 Deltas = Counter[tuple["RunId", str]]
 
-_ADD = text(
-    "INSERT INTO counters (run_id, name, shard, value) VALUES (:run_id, :name, 0, :value) "
-    "ON CONFLICT (run_id, name, shard) DO UPDATE SET value = counters.value + excluded.value"
+
+def _adding(given: Given) -> Any:
+    row = {"run_id": given["run"], "name": given["counter"], "shard": given["in_shard"], "value": given["by"]}
+    adding = given.insert_into(counters, row)
+    return adding.on_conflict_do_update(
+        index_elements=["run_id", "name", "shard"], set_={"value": counters.c.value + adding.excluded.value}
+    )
+
+
+_ADD = Bulk(
+    {
+        "run": counters.c.run_id.type,
+        "counter": counters.c.name.type,
+        "in_shard": counters.c.shard.type,
+        "by": counters.c.value.type,
+    },
+    _adding,
 )
 
 
 async def add(connection: AsyncConnection, deltas: Deltas) -> None:
     """Add to the counts; the rows that they count must change in the same transaction."""
+    shard = option(connection, SHARD) or 0
     rows = [
-        {"run_id": run_id, "name": str(name), "value": value}
-        for (run_id, name), value in sorted(deltas.items())
+        {"run": run_id, "counter": str(name), "in_shard": shard, "by": value}
+        for (run_id, name), value in sorted(
+            deltas.items()
+        )  # in one order, so that two never wait for each other
         if value
     ]
-    if rows:
-        await connection.execute(_ADD, rows)
+    await _ADD.run(connection, rows)
 
 
 async def of_runs(connection: AsyncConnection, run_ids: Iterable[RunId]) -> dict[RunId, Counter[str]]:

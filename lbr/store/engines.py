@@ -1,364 +1,24 @@
-"""The databases that lbr runs on. Everything that differs between them is here, and nowhere else.
+"""The door to the databases: which kind a URL names, and everything that is done before one is open.
 
-A `Database` offers two verbs. `write` runs one short transaction that holds the write lock from its first
-statement, and runs it again when the database was busy; `read` runs one short transaction on a connection
-that cannot write. Neither is ever open across a model call.
+This module, the two beside it, `sqlite` and `postgres`, and `arrays` know the kinds of database by name; the
+rest of the store knows `lbr.store.database.Database`.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import time
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
-import stamina
-from filelock import Timeout
-from sqlalchemy import URL, event
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-
-from lbr.errors import DatabaseBusyError, DatabaseError, UsageError
-from lbr.jobs import Millis
-from lbr.store import files, schema
+from lbr.config import PATIENCE
+from lbr.store import files, sqlite
+from lbr.store.addresses import address_of, is_postgresql
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Callable
+    from contextlib import AbstractAsyncContextManager
+    from pathlib import Path
 
-T = TypeVar("T")
-
-# A retry is not news. Without a handler Python would print it for a program that set up no logging.
-logging.getLogger("stamina").addHandler(logging.NullHandler())
-
-BUSY_TIMEOUT_MS = 2_500
-BUSY_PATIENCE_SECONDS = 120.0
-WAL_LIMIT_BYTES = 16 * 1024 * 1024
-CHECKPOINT_PAUSE_SECONDS = 5.0
-
-# Primary result codes of SQLite, https://sqlite.org/rescode.html
-BUSY, LOCKED, READONLY, IOERR, CORRUPT, FULL, CANTOPEN, NOTADB = 5, 6, 8, 10, 11, 13, 14, 26
-REASONS = {
-    READONLY: "it is read-only; make the file and its folder writable",
-    IOERR: "the disk reported an error",
-    CORRUPT: "the file is damaged; restore a copy, or enqueue into a new one",
-    FULL: "the disk is full; make room and run the same command again",
-    CANTOPEN: "it cannot be opened; check the path and the permissions of the file and its folder",
-    NOTADB: "the file is not a SQLite database; name another path",
-}
-
-
-def local_clock() -> Millis:
-    """Return this machine's time in milliseconds since 1970."""
-    return Millis(time.time_ns() // 1_000_000)
-
-
-def sqlite_path(url: str) -> Path:
-    """Return the file that a path or SQLite URL names; UsageError for anything else. Passwords are not shown."""
-    path = _path_in(url) if "://" in url else url
-    if not path.strip() or path == ":memory:":
-        raise UsageError(f"expected --db to name a file, got: {path!r}; processes share the queue through it")
-    try:
-        return Path(path).expanduser().absolute()
-    except RuntimeError as error:
-        raise UsageError(
-            f"expected --db to name a file, got: {path!r}, in the home of a user who is not known here; "
-            f"write ./{path} for a file of that name"
-        ) from error
-
-
-def _path_in(url: str) -> str:
-    try:
-        parsed = make_url(url)
-    except (ArgumentError, ValueError):  # a port that is no number is the second; its words show the URL
-        raise UsageError(
-            "expected --db to be a path or a database URL, got: something unreadable; write sqlite:///runs.db"
-        ) from None
-    if parsed.get_backend_name() != "sqlite":
-        raise UsageError(
-            f"expected --db to be a path or an sqlite URL, got: a {parsed.drivername} URL; "
-            f"this version of lbr keeps its queue in SQLite"
-        )
-    unknown = sorted(set(parsed.query) - {"synchronous"})
-    if parsed.host or unknown:
-        more = "a host" if parsed.host else f"the options {', '.join(unknown)}"
-        raise UsageError(f"expected an sqlite URL with a path alone, got: {more}; write sqlite:///runs.db")
-    return parsed.database or ""
-
-
-def _synchronous_in(url: str) -> str:
-    """Return the durability that a URL asks for: FULL, or NORMAL, which may lose the last commits to a power cut."""
-    asked = make_url(url).query.get("synchronous", "FULL") if "://" in url else "FULL"
-    if asked not in {"FULL", "NORMAL"}:
-        raise UsageError(f"expected synchronous to be FULL or NORMAL, got: {asked!r}")
-    return str(asked)
-
-
-def _code(error: DBAPIError) -> int | None:
-    code = getattr(error.orig, "sqlite_errorcode", None)
-    if code is None and error.orig is not None:
-        code = getattr(error.orig.__cause__, "sqlite_errorcode", None)
-    return code & 0xFF if isinstance(code, int) else None
-
-
-def _is_busy(error: Exception) -> bool:
-    return isinstance(error, DBAPIError) and _code(error) in {BUSY, LOCKED}
-
-
-@contextmanager
-def database_errors(path: Path) -> Iterator[None]:
-    """Turn what the driver raises into `DatabaseError`, with the way out."""
-    try:
-        yield
-    except DBAPIError as error:
-        code = _code(error)
-        if code in {BUSY, LOCKED}:
-            raise DatabaseBusyError(
-                f"another process has kept {path} locked for too long; find it with `fuser {path}`, then run again"
-            ) from error
-        reason = REASONS.get(code or 0) or str(error.orig)
-        raise DatabaseError(f"cannot use the database {path}: {reason}") from error
-    except SQLAlchemyError as error:
-        raise DatabaseError(f"cannot use the database {path}: {error}") from error
-
-
-class Database:
-    """An open SQLite queue: one writing connection, and readers that cannot write."""
-
-    def __init__(
-        self, path: Path, *, synchronous: str = "FULL", clock: Callable[[], Millis] = local_clock
-    ) -> None:
-        self.path = path
-        self._clock = clock
-        self._write_lock = asyncio.Lock()
-        self._writer = make_engine(
-            path, begin="BEGIN IMMEDIATE", pool_size=1, pragmas=_writer_pragmas(synchronous)
-        )
-        self._reader = make_engine(path, begin="BEGIN", pool_size=4, pragmas=READER_PRAGMAS)
-        self._identity: tuple[int, int] | None = None
-        self._watch: AsyncConnection | None = None
-        self._data_version = -1
-        self._wal = Path(f"{path}-wal")
-        self._checkpoint_lock = files.file_lock(files.lock_path(path, "checkpoint"), timeout=0)
-        self._no_checkpoint_before = 0.0
-
-    async def now(self, connection: AsyncConnection) -> Millis:
-        """Return the time that leases are compared with: SQLite's users share one machine and its clock."""
-        return self._clock()
-
-    def check_file(self) -> None:
-        """Raise DatabaseError where the file that we have open is no longer the one at its path."""
-        try:
-            found = self.path.stat()
-        except FileNotFoundError:
-            found = None
-        identity = None if found is None else (found.st_dev, found.st_ino)
-        if self._identity is None:
-            self._identity = identity
-        if identity is None or identity != self._identity:
-            raise DatabaseError(
-                f"the database {self.path} was {'removed' if identity is None else 'replaced'} while in use; "
-                f"what was written to it is gone with it: put it back, or enqueue again"
-            )
-
-    async def write(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
-        """Run one transaction; whole again after a busy database, so `work` must not change anything else.
-
-        A cancelled caller is told so only when the transaction has ended, one way or the other.
-        """
-        task = asyncio.ensure_future(self._write(work))
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            while not task.done():
-                try:
-                    await asyncio.wait([task])
-                except asyncio.CancelledError:
-                    continue
-            if not task.cancelled():
-                task.exception()
-            raise
-
-    async def _write(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
-        with database_errors(self.path):
-            async for attempt in stamina.retry_context(
-                on=_is_busy,
-                attempts=None,
-                timeout=BUSY_PATIENCE_SECONDS,
-                wait_initial=0.02,
-                wait_max=1,
-                wait_jitter=0.2,
-            ):
-                with attempt:
-                    async with self._write_lock:
-                        self.check_file()
-                        async with self._writer.begin() as connection:
-                            result = await work(connection)
-                        await self._checkpoint_if_large()
-        return result
-
-    async def read(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
-        """Run one read-only transaction, short, so that the WAL can shrink."""
-        with database_errors(self.path):
-            async with self._reader.begin() as connection:
-                return await work(connection)
-
-    async def changed(self) -> bool:
-        """Tell whether anybody committed since the last call; it costs microseconds and takes no lock."""
-        with database_errors(self.path):
-            if self._watch is None:
-                self._watch = await self._reader.connect()
-                await self._watch.execution_options(lbr_begin="")
-            version = (await self._watch.exec_driver_sql("PRAGMA data_version")).scalar_one()
-            await self._watch.rollback()
-        before, self._data_version = self._data_version, version
-        return bool(before != version)
-
-    async def reserve_job_ids(self, connection: AsyncConnection, count: int) -> int:
-        """Return the first of `count` ids that no job has or had; the write lock keeps them ours."""
-        query = "SELECT seq FROM sqlite_sequence WHERE name = 'jobs'"
-        last = (await connection.exec_driver_sql(query)).scalar()
-        return int(last or 0) + 1
-
-    async def _checkpoint_if_large(self) -> None:
-        """Move the WAL into the file, in one process at a time and in a mode that holds the write lock.
-
-        SQLite before 3.51.3 can corrupt a database when a commit falls between two checkpoints that follow each
-        other closely; with its own checkpoints off, and ours under a lock, that cannot happen.
-        """
-        if time.monotonic() < self._no_checkpoint_before:
-            return
-        try:
-            if self._wal.stat().st_size < WAL_LIMIT_BYTES:
-                return
-        except FileNotFoundError:
-            return
-        self._no_checkpoint_before = time.monotonic() + CHECKPOINT_PAUSE_SECONDS
-        try:
-            self._checkpoint_lock.acquire()
-        except Timeout:
-            return
-        try:
-            complete = await self._checkpoint()
-        finally:
-            self._checkpoint_lock.release()
-        if complete:
-            self._no_checkpoint_before = 0.0
-
-    async def _checkpoint(self) -> bool:
-        async with self._writer.connect() as connection:
-            await connection.execution_options(lbr_begin="")
-            # A long reader must not make every writer wait for it.
-            await connection.exec_driver_sql("PRAGMA busy_timeout = 100")
-            try:
-                busy = (await connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")).one()[0]
-            except DBAPIError as error:
-                if not _is_busy(error):
-                    raise
-                busy = 1
-            finally:
-                await connection.exec_driver_sql(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
-        return not busy
-
-    async def prepare(self, *, create: bool) -> None:
-        """Make sure the tables are there and current; only with `create` may it create or upgrade them."""
-        with database_errors(self.path):
-            version = await self.read(self._inspect) if self.path.exists() else 0
-            if version > schema.LATEST:
-                raise DatabaseError(
-                    f"expected {self.path} at schema version {schema.LATEST} or older, got: {version}; a newer lbr "
-                    f"wrote it: use that one"
-                )
-            if version == schema.LATEST:
-                await self._use_wal()
-                return
-            if not create and version == 0:
-                raise UsageError(
-                    f"expected an lbr database at {self.path}, got: an empty one; `lbr enqueue` fills it"
-                )
-            async with files.creation_lock(self.path):
-                files.create_private(self.path)
-                await self._use_wal()
-                await self.write(lambda connection: connection.run_sync(schema.migrate, self._clock()))
-
-    async def _use_wal(self) -> None:
-        """Let readers and the writer work side by side. It is kept in the file, so this is nearly always a look."""
-        async with self._reader.connect() as connection:
-            await connection.execution_options(lbr_begin="")
-            if (await connection.exec_driver_sql("PRAGMA journal_mode")).scalar() == "wal":
-                return
-        async with self._writer.connect() as connection:
-            await connection.execution_options(lbr_begin="")
-            await connection.exec_driver_sql("PRAGMA journal_mode = WAL")
-
-    async def _inspect(self, connection: AsyncConnection) -> int:
-        tables = (
-            (await connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'table'"))
-            .scalars()
-            .all()
-        )
-        if tables and "schema_version" not in tables:
-            raise DatabaseError(
-                f"expected an lbr database at {self.path}, got: a SQLite file of another program, with tables {', '.join(tables[:5])}; "
-                f"name another path"
-            )
-        return await connection.run_sync(schema.applied_version)
-
-    async def close(self) -> None:
-        """Close every connection."""
-        if self._watch is not None:
-            await self._watch.close()
-            self._watch = None
-        await self._reader.dispose()
-        await self._writer.dispose()
-
-
-READER_PRAGMAS = (
-    f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}",
-    "PRAGMA query_only = ON",
-    "PRAGMA mmap_size = 0",
-    "PRAGMA cache_size = -16384",
-)
-
-
-def _writer_pragmas(synchronous: str) -> tuple[str, ...]:
-    return (
-        f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}",
-        f"PRAGMA synchronous = {synchronous}",
-        "PRAGMA wal_autocheckpoint = 0",
-        f"PRAGMA journal_size_limit = {WAL_LIMIT_BYTES}",
-        "PRAGMA mmap_size = 0",
-        "PRAGMA cache_size = -32768",
-    )
-
-
-def make_engine(path: Path, *, begin: str, pool_size: int, pragmas: tuple[str, ...]) -> AsyncEngine:
-    """Return an engine over a file whose transactions start with `begin` and whose connections run `pragmas`."""
-    engine = create_async_engine(
-        # Not a string, in which a path's ? would begin a query.
-        URL.create("sqlite+aiosqlite", database=str(path)),
-        connect_args={"isolation_level": None, "timeout": BUSY_TIMEOUT_MS / 1000},
-        pool_size=pool_size,
-        max_overflow=0,
-        pool_reset_on_return="rollback",
-    )
-
-    @event.listens_for(engine.sync_engine, "connect")
-    def _set_pragmas(connection: Any, _record: Any) -> None:
-        cursor = connection.cursor()
-        for pragma in pragmas:
-            cursor.execute(pragma)
-        cursor.close()
-
-    @event.listens_for(engine.sync_engine, "begin")
-    def _begin(connection: Any) -> None:
-        statement = connection.get_execution_options().get("lbr_begin", begin)
-        if statement:
-            connection.exec_driver_sql(statement)
-
-    return engine
+    from lbr.jobs import Millis
+    from lbr.store.database import Database
 
 
 async def open_database(
@@ -366,22 +26,62 @@ async def open_database(
     *,
     create: bool = False,
     allow_network_fs: bool = False,
-    clock: Callable[[], Millis] = local_clock,
+    clock: Callable[[], Millis] | None = None,
+    patience: float = PATIENCE,
 ) -> Database:
     """Open the queue at a path or URL; with `create`, make or upgrade it first.
 
-    Raises UsageError for a URL or path that cannot be one, DatabaseError for a file that is no lbr database,
-    is damaged, or was written by a newer version. Nothing is created on an error or without `create`.
+    `clock` None is the one that the database goes by: this machine's for a file, the server's for PostgreSQL.
+    `patience` is for how many seconds a transaction is tried again while the database is busy or away.
+
+    Raises UsageError for a URL or path that cannot be one, DatabaseError for what is no lbr database, is
+    damaged, does not answer, or was written by a newer version. Nothing is created on an error or without `create`.
     """
-    path = sqlite_path(url)
-    synchronous = _synchronous_in(url)
-    files.check_location(path, create=create)
-    if not allow_network_fs:
-        files.refuse_network_file_system(path)
-    database = Database(path, synchronous=synchronous, clock=clock)
+    if is_postgresql(url):
+        from lbr.store import postgres  # noqa: PLC0415 - its driver is an extra
+
+        database: Database = postgres.open_postgres(url, clock=clock, patience=patience)
+    else:
+        database = sqlite.open_sqlite(
+            url, create=create, allow_network_fs=allow_network_fs, clock=clock, patience=patience
+        )
     try:
         await database.prepare(create=create)
     except BaseException:
         await database.close()
         raise
     return database
+
+
+def file_of(url: str) -> Path | None:
+    """Return the file that holds the queue, None where it is on a server. Raises UsageError as `open_database`."""
+    return None if is_postgresql(url) else sqlite.sqlite_path(url)
+
+
+def shown(url: str) -> str:
+    """Return how messages call the database at a URL: without its password. Raises UsageError as `open_database`."""
+    return address_of(url).shown if is_postgresql(url) else str(sqlite.sqlite_path(url))
+
+
+def sole_worker(url: str) -> AbstractAsyncContextManager[None]:
+    """Be the queue's only exclusive worker while the context lasts.
+
+    Raises AlreadyRunningError where another one is. A killed holder frees it at once.
+    """
+    if is_postgresql(url):
+        from lbr.store import postgres  # noqa: PLC0415 - see above
+
+        return postgres.sole_worker(url)
+    return sqlite.sole_worker(url)
+
+
+async def remove_queue(url: str, *, run: str) -> bool:
+    """Remove a queue that nobody else uses and that holds one run only; False, and nothing changed, where not so.
+
+    No connection of this process to it may be open.
+    """
+    if is_postgresql(url):
+        from lbr.store import postgres  # noqa: PLC0415 - see above
+
+        return await postgres.remove_queue(url, run=run)
+    return await files.remove_unused(sqlite.sqlite_path(url), run=run, query="SELECT name FROM runs")

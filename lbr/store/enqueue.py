@@ -6,13 +6,14 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import bindparam, func, insert, literal_column, select, text, update
+from sqlalchemy import bindparam, func, literal_column, select, update
 
 from lbr.errors import RunChangedError, UsageError
 from lbr.jobs import JobState, RunState, canonical_json
 from lbr.store import counters
+from lbr.store.arrays import Bulk, Given, Inserting, among
 from lbr.store.schema import items as items_table
-from lbr.store.schema import jobs, prompts, runs
+from lbr.store.schema import jobs, prompts, results, runs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,9 +21,12 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from lbr.jobs import Item, Millis, Run
-    from lbr.store.engines import Database
+    from lbr.store.database import Database
 
 CHUNK = 2_000
+CHUNK_CHARACTERS = 8_000_000
+"""A transaction holds no more than about this: it must get through a slow line in time, and fit into memory."""
+
 Held = tuple[bytes, "str | None", "str | None"]
 """What a run holds at one place: key, custom id and metadata."""
 
@@ -35,19 +39,37 @@ _KNOWN = (
         items_table.c.idx < bindparam("end"),
     )
 )
-_BY_KEY = select(jobs.c.key, jobs.c.id).where(
-    jobs.c.run_id == bindparam("run"), jobs.c.key.in_(bindparam("keys", expanding=True))
-)
+_BY_KEY = select(jobs.c.key, jobs.c.id).where(jobs.c.run_id == bindparam("run"), among(jobs.c.key, "keys"))
 _DONE_ELSEWHERE = (
     select(jobs.c.key, func.min(jobs.c.id))
-    .where(literal_column("state = 'done'"), jobs.c.key.in_(bindparam("keys", expanding=True)))
+    .where(literal_column("state = 'done'"), among(jobs.c.key, "keys"))
     .group_by(jobs.c.key)
 )
-_COPY_RESULT = text(
-    "INSERT INTO results (job_id, text, model, finish_reason, input_tokens, output_tokens, cost_nanos, latency_ms, "
-    "reused_from) SELECT :job_id, text, model, finish_reason, input_tokens, output_tokens, cost_nanos, latency_ms, "
-    ":source FROM results WHERE job_id = :source"
+_COPIED = ("text", "model", "finish_reason", "input_tokens", "output_tokens", "cost_nanos", "latency_ms")
+
+
+def _copying(given: Given) -> Any:
+    there = results.alias("there")
+    row = {"job_id": given["job"], "reused_from": given["source"]} | {name: there.c[name] for name in _COPIED}
+    return given.insert_into(results, row, where=[there.c.job_id == given["source"]])
+
+
+_COPY_RESULTS = Bulk({"job": jobs.c.id.type, "source": jobs.c.id.type}, _copying)
+ADD_JOBS = Inserting(
+    jobs,
+    "id",
+    "run_id",
+    "key",
+    "state",
+    "available_at",
+    "claim_seq",
+    "attempts",
+    "crashes",
+    "retry_seq",
+    "finished_at",
 )
+ADD_PROMPTS = Inserting(prompts, "job_id", "chat", "body")
+ADD_ITEMS = Inserting(items_table, "run_id", "idx", "job_id", "first", "custom_id", "metadata")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +122,13 @@ async def add_chunk(
 ) -> EnqueueCounts:
     """Make sure that the run holds these inputs at `place` and behind it; what is there already stays as it is.
 
-    With `place` None they go behind all that the run holds, whoever else is adding to it. `keys` are the items' content keys. Raises RunChangedError, and changes nothing, where the run holds
-    another input at one of these places.
+    With `place` None they go behind all that the run holds, whoever else is adding to it. `keys` are the
+    items' content keys. Raises RunChangedError, and changes nothing, where the run holds another input at one
+    of these places.
     """
 
     async def work(connection: AsyncConnection) -> EnqueueCounts:
+        await database.take_turns(connection, run.id)
         start = await _next_idx(connection, run) if place is None else place
         span = {"run": run.id, "start": start, "end": start + len(items)}
         rows = (await connection.execute(_KNOWN, span)).all()
@@ -113,11 +137,14 @@ async def add_chunk(
         fresh = [(start + n, item, keys[n]) for n, item in enumerate(items) if start + n not in known]
         if not fresh:
             return EnqueueCounts(inputs=len(items), known=len(items))
-        now = await _touch_run(database, connection, run)
+        now = await database.now(connection)
         entries, new = await _assign_jobs(database, connection, run, fresh)
         answered = await _find_answers(connection, new) if reuse else {}
         await _insert_jobs(connection, run, entries, new, answered, now)
         await _insert_items(connection, run, entries)
+        await _touch_run(connection, run, now)
+        if start == 0:
+            await database.wake(connection)
         counts = Counter({(run.id, str(JobState.PENDING)): len(new) - len(answered)})
         counts[run.id, str(JobState.DONE)] = counts[run.id, counters.REUSED] = len(answered)
         await counters.add(connection, counts)
@@ -148,14 +175,16 @@ def _metadata_json(item: Item) -> str | None:
     return None if item.metadata is None else canonical_json(item.metadata).decode()
 
 
-async def _touch_run(database: Database, connection: AsyncConnection, run: Run) -> Millis:
-    """Note that inputs are arriving, so that nobody takes the run for complete."""
-    now = await database.now(connection)
+async def _touch_run(connection: AsyncConnection, run: Run, now: Millis) -> None:
+    """Note that inputs are arriving, so that nobody takes the run for complete.
+
+    Last of all, for it locks the run's row, which others wait for. UsageError, and nothing is changed, where
+    the run was cancelled.
+    """
     where = (runs.c.id == run.id) & (runs.c.state != RunState.CANCELLED)
     done = await connection.execute(update(runs).where(where).values(enqueued_at=now, sealed_at=None))
     if done.rowcount != 1:
         raise UsageError(f"run {run.name!r} was cancelled; `lbr retry {run.name}` takes it up again")
-    return now
 
 
 async def _assign_jobs(
@@ -166,8 +195,8 @@ async def _assign_jobs(
     found = (await connection.execute(_BY_KEY, {"run": run.id, "keys": wanted})).all()
     jobs_by_key: dict[bytes, int] = {row.key: row.id for row in found}
     missing = [key for key in wanted if key not in jobs_by_key]
-    first_id = await database.reserve_job_ids(connection, len(missing))
-    new = {key: first_id + n for n, key in enumerate(missing)}
+    ids = await database.reserve_job_ids(connection, len(missing))
+    new = dict(zip(missing, ids, strict=True))
     jobs_by_key |= new
     unseen = set(new)
     entries = []
@@ -210,15 +239,14 @@ async def _insert_jobs(
         }
         for key, job_id in new.items()
     ]
-    await connection.execute(insert(jobs), rows)
+    await ADD_JOBS.run(connection, rows)
     bodies: list[dict[str, Any]] = [
         {"job_id": e.job_id, "chat": int(e.item.prompt.messages is not None), "body": e.item.prompt.body()}
         for e in entries
         if e.first
     ]
-    await connection.execute(insert(prompts), bodies)
-    if answered:
-        await connection.execute(_COPY_RESULT, [{"job_id": j, "source": s} for j, s in answered.items()])
+    await ADD_PROMPTS.run(connection, bodies)
+    await _COPY_RESULTS.run(connection, [{"job": j, "source": s} for j, s in answered.items()])
 
 
 async def _insert_items(connection: AsyncConnection, run: Run, entries: list[_Entry]) -> None:
@@ -233,4 +261,4 @@ async def _insert_items(connection: AsyncConnection, run: Run, entries: list[_En
         }
         for entry in entries
     ]
-    await connection.execute(insert(items_table), rows)
+    await ADD_ITEMS.run(connection, rows)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
+import re
 import sqlite3
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -95,6 +97,32 @@ def create_private(path: Path) -> None:
         return
     except OSError as error:
         raise DatabaseError(f"cannot create the database {path}: {error.strerror}") from error
+
+
+def state_folder() -> Path:
+    """Return the folder for what a program keeps between its runs, by the XDG base directory specification."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()) / "lbr"
+
+
+def telling_name(database: str) -> str:
+    """Return a file name for what belongs to a database: readable, and another one for each database."""
+    digest = hashlib.blake2b(database.encode(), digest_size=6).hexdigest()
+    return f"{re.sub(r'[^A-Za-z0-9.-]+', '-', database)[-60:].strip('-')}.{digest}"
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Write a new file that only its owner can read, whole or not at all, and wait for the disk. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.part")
+    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @asynccontextmanager

@@ -22,7 +22,7 @@ from sqlalchemy import (
 
 from lbr.errors import OutputError, UsageError
 from lbr.store import files
-from lbr.store.engines import database_errors, make_engine, sqlite_path
+from lbr.store.sqlite import database_errors, make_engine, sqlite_path
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator
@@ -115,6 +115,11 @@ async def read_run(url: str, run: str) -> AsyncIterator[list[dict[str, Any]]]:
             after = page[-1]["idx"]
     finally:
         await engine.dispose()
+
+
+async def remove(url: str, *, run: str) -> bool:
+    """Remove a results database that nobody else uses and that holds one run only; tell whether it did."""
+    return await files.remove_unused(sqlite_path(url), run=run, query="SELECT DISTINCT run FROM results")
 
 
 def _open(path: Path, *, begin: str) -> AsyncEngine:

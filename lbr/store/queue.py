@@ -14,7 +14,9 @@ from sqlalchemy import bindparam, case, delete, func, insert, literal_column, se
 
 from lbr.jobs import Claim, JobId, JobState, Millis, RunId, RunState, WorkerId
 from lbr.store import counters
+from lbr.store.arrays import Inserting, among
 from lbr.store.claims import with_prompts
+from lbr.store.runs import hold_states, resting_state
 from lbr.store.schema import attempts, jobs, limits, runs, workers
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from lbr.store.engines import Database
+    from lbr.store.database import Database
     from lbr.store.schema import AnyRow
 
 SUSPECT_CRASHES = 2
@@ -38,7 +40,7 @@ PENDING: ColumnElement[bool] = literal_column("jobs.state = 'pending'")
 INFLIGHT: ColumnElement[bool] = literal_column("jobs.state = 'inflight'")
 
 
-def due_jobs(*, suspects: bool) -> Select[tuple[int]]:
+def _due(*, suspects: bool) -> Select[tuple[int]]:
     """Select the ids of a run's jobs that may be claimed now, the longest due first."""
     crashes = jobs.c.crashes >= SUSPECT_CRASHES if suspects else jobs.c.crashes < SUSPECT_CRASHES
     return (
@@ -46,14 +48,18 @@ def due_jobs(*, suspects: bool) -> Select[tuple[int]]:
         .where(PENDING, jobs.c.run_id == bindparam("run"), jobs.c.available_at <= bindparam("now"), crashes)
         .order_by(jobs.c.available_at, jobs.c.id)
         .limit(bindparam("most"))
-        .with_for_update(skip_locked=True)
     )
 
 
-def _claim(*, suspects: bool) -> Any:
+DUE, DUE_SUSPECT = _due(suspects=False), _due(suspects=True)
+
+
+def _claim(due: Select[tuple[int]]) -> Any:
+    # Materialised: PostgreSQL may otherwise run the inner query anew, and lock and claim more than the limit.
+    chosen = due.with_for_update(skip_locked=True).cte("due").prefix_with("MATERIALIZED")
     return (
         update(jobs)
-        .where(jobs.c.id.in_(due_jobs(suspects=suspects).scalar_subquery()))
+        .where(jobs.c.id.in_(select(chosen.c.id)))
         .values(
             state=literal_column("'inflight'"),
             claim_seq=jobs.c.claim_seq + 1,
@@ -61,38 +67,50 @@ def _claim(*, suspects: bool) -> Any:
             lease_until=bindparam("until"),
         )
         .returning(
-            jobs.c.id, jobs.c.run_id, jobs.c.claim_seq, jobs.c.retry_seq, jobs.c.attempts, jobs.c.crashes
+            jobs.c.id,
+            jobs.c.run_id,
+            jobs.c.key,
+            jobs.c.claim_seq,
+            jobs.c.retry_seq,
+            jobs.c.attempts,
+            jobs.c.crashes,
         )
     )
 
 
-CLAIM, CLAIM_SUSPECT = _claim(suspects=False), _claim(suspects=True)
+CLAIM, CLAIM_SUSPECT = _claim(DUE), _claim(DUE_SUSPECT)
 
 RENEW = (
     update(jobs)
-    .where(INFLIGHT, jobs.c.id.in_(bindparam("ids", expanding=True)), jobs.c.worker_id == bindparam("worker"))
+    .where(INFLIGHT, among(jobs.c.id, "ids"), jobs.c.worker_id == bindparam("worker"))
     .values(lease_until=bindparam("until"))
     .returning(jobs.c.id, jobs.c.claim_seq)
 )
 # Taken back from us, but by nobody claimed since: we live, so the job is still ours and no crash happened.
 _LAPSED = (
     select(jobs.c.id, jobs.c.claim_seq, jobs.c.run_id)
-    .where(PENDING, jobs.c.id.in_(bindparam("ids", expanding=True)), jobs.c.worker_id == bindparam("worker"))
+    .where(PENDING, among(jobs.c.id, "ids"), jobs.c.worker_id == bindparam("worker"))
+    .order_by(jobs.c.id)
     .with_for_update()
 )
 RETAKE = (
     update(jobs)
-    .where(PENDING, jobs.c.id.in_(bindparam("ids", expanding=True)), jobs.c.worker_id == bindparam("worker"))
+    .where(PENDING, among(jobs.c.id, "ids"), jobs.c.worker_id == bindparam("worker"))
     .values(state=literal_column("'inflight'"), crashes=jobs.c.crashes - 1, lease_until=bindparam("until"))
 )
 _HELD = (
-    select(jobs.c.id, jobs.c.claim_seq, runs.c.id.label("run_id"), runs.c.state.label("run_state"))
-    .join_from(jobs, runs, jobs.c.run_id == runs.c.id)
-    .where(INFLIGHT, jobs.c.id.in_(bindparam("ids", expanding=True)), jobs.c.worker_id == bindparam("worker"))
-    .with_for_update(of=jobs)
+    select(jobs.c.id, jobs.c.claim_seq, jobs.c.run_id)
+    .where(INFLIGHT, among(jobs.c.id, "ids"), jobs.c.worker_id == bindparam("worker"))
+    .order_by(jobs.c.id)
+    .with_for_update()
+)
+_GIVE_BACK = (
+    update(jobs)
+    .where(INFLIGHT, among(jobs.c.id, "ids"))
+    .values(state=bindparam("to"), worker_id=None, lease_until=None)
 )
 EXPIRED = (
-    select(jobs.c.id)
+    select(jobs.c.id, jobs.c.run_id)
     .where(INFLIGHT, jobs.c.lease_until < bindparam("now"))
     .order_by(jobs.c.lease_until)
     .limit(RECLAIM_PAGE)
@@ -106,16 +124,20 @@ _RECLAIMED_STATE: ColumnElement[str] = case(
 )
 RECLAIM = (
     update(jobs)
-    .where(jobs.c.id.in_(EXPIRED.scalar_subquery()), INFLIGHT, jobs.c.lease_until < bindparam("now"))
+    .where(among(jobs.c.id, "ids"), INFLIGHT, jobs.c.lease_until < bindparam("now"))
     .values(
         state=_RECLAIMED_STATE,
         crashes=jobs.c.crashes + 1,
         available_at=bindparam("now"),
-        finished_at=case((jobs.c.crashes + 1 >= MAX_CRASHES, bindparam("now"))),
+        finished_at=case(
+            (jobs.c.crashes + 1 >= MAX_CRASHES, bindparam("now", type_=jobs.c.finished_at.type))
+        ),
         lease_until=None,
     )
     .returning(jobs.c.id, jobs.c.run_id, jobs.c.claim_seq, jobs.c.crashes, jobs.c.state, jobs.c.worker_id)
 )
+
+ADD_CRASHES = Inserting(attempts, "job_id", "claim_seq", "what", "error", "message", "at")
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,8 +225,8 @@ class Queue:
             times: list[int | None] = list(await _cooldown_ends(connection, run_ids, now))
             for run_id in open_ids:
                 bound = {"run": run_id, "now": now, "most": 1}
-                due |= (await connection.scalar(due_jobs(suspects=False), bound)) is not None
-                suspects |= (await connection.scalar(due_jobs(suspects=True), bound)) is not None
+                due |= (await connection.scalar(DUE, bound)) is not None
+                suspects |= (await connection.scalar(DUE_SUSPECT, bound)) is not None
                 later = select(func.min(jobs.c.available_at)).where(PENDING, jobs.c.run_id == run_id)
                 times.append(await connection.scalar(later.where(jobs.c.available_at > now)))
             lease_end: int | None = await connection.scalar(
@@ -250,13 +272,12 @@ class Queue:
         async def work(connection: AsyncConnection) -> int:
             rows = (await connection.execute(_HELD, {"ids": list(held), "worker": worker})).all()
             ours = [row for row in rows if held[row.id] == row.claim_seq]
+            standing = await hold_states(connection, {row.run_id for row in ours})
             deltas: counters.Deltas = Counter()
             for state in (JobState.PENDING, JobState.CANCELLED):
-                back = [row for row in ours if _resting_state(row.run_state) is state]
-                values = {"state": state, "worker_id": None, "lease_until": None}
-                query = update(jobs).where(INFLIGHT, jobs.c.id.in_([row.id for row in back])).values(**values)
+                back = [row for row in ours if resting_state(standing[row.run_id]) is state]
                 if back:
-                    await connection.execute(query)
+                    await connection.execute(_GIVE_BACK, {"ids": [row.id for row in back], "to": state})
                 deltas.update(_moved(back, JobState.INFLIGHT, state))
             await counters.add(connection, deltas)
             return len(ours)
@@ -272,10 +293,13 @@ class Queue:
 
         async def work(connection: AsyncConnection) -> list[Reclaimed]:
             now = await self._database.now(connection)
-            rows = (await connection.execute(RECLAIM, {"now": now})).all()
-            if not rows:
+            expired = (await connection.execute(EXPIRED, {"now": now})).all()
+            if not expired:
                 return []
-            await connection.execute(insert(attempts), [_crash_record(row, now) for row in rows])
+            await hold_states(connection, {row.run_id for row in expired})
+            bound = {"ids": [row.id for row in expired], "now": now}
+            rows = (await connection.execute(RECLAIM, bound)).all()
+            await ADD_CRASHES.run(connection, [_crash_record(row, now) for row in rows])
             deltas: counters.Deltas = Counter()
             for row in rows:
                 deltas[row.run_id, JobState.INFLIGHT] -= 1
@@ -301,9 +325,9 @@ async def _retake(connection: AsyncConnection, held: dict[JobId, int], bound: di
 async def _claimable(connection: AsyncConnection, run_ids: Sequence[RunId], now: Millis) -> set[RunId]:
     cooling = select(limits.c.answerer).where(limits.c.cooldown_until > now)
     query = select(runs.c.id).where(
-        runs.c.id.in_(run_ids), runs.c.state == RunState.ACTIVE, runs.c.answerer.not_in(cooling)
+        among(runs.c.id, "ids"), runs.c.state == RunState.ACTIVE, runs.c.answerer.not_in(cooling)
     )
-    return {RunId(run_id) for run_id in (await connection.execute(query)).scalars()}
+    return {RunId(run_id) for run_id in (await connection.execute(query, {"ids": list(run_ids)})).scalars()}
 
 
 async def _cooldown_ends(
@@ -312,14 +336,9 @@ async def _cooldown_ends(
     query = (
         select(limits.c.cooldown_until)
         .join_from(limits, runs, runs.c.answerer == limits.c.answerer)
-        .where(runs.c.id.in_(run_ids), runs.c.state == RunState.ACTIVE, limits.c.cooldown_until > now)
+        .where(among(runs.c.id, "ids"), runs.c.state == RunState.ACTIVE, limits.c.cooldown_until > now)
     )
-    return (await connection.execute(query)).scalars().all()
-
-
-def _resting_state(run_state: str) -> JobState:
-    """Return where a job goes that is given back: a cancelled run takes no job up again."""
-    return JobState.CANCELLED if run_state == RunState.CANCELLED else JobState.PENDING
+    return (await connection.execute(query, {"ids": list(run_ids)})).scalars().all()
 
 
 def _moved(rows: Iterable[AnyRow], source: JobState, target: JobState) -> counters.Deltas:

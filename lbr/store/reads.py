@@ -9,8 +9,9 @@ import orjson
 from sqlalchemy import bindparam, func, or_, select
 
 from lbr.errors import DatabaseError, UsageError
-from lbr.jobs import JobState, Millis, Prompt, Row, Run, RunId, Shape
+from lbr.jobs import JobId, JobState, Millis, Prompt, Row, Run, RunId, Shape
 from lbr.store import counters, runs
+from lbr.store.arrays import among
 from lbr.store.schema import attempts, items, jobs, limits, prompts, results, workers
 from lbr.store.schema import counters as counters_table
 from lbr.store.schema import runs as runs_table
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from lbr.jobs import Json
-    from lbr.store.engines import Database
+    from lbr.store.database import Database
     from lbr.store.schema import AnyRow
 
 PAGE = 1_000
@@ -54,7 +55,7 @@ _ROWS = (
     .limit(PAGE)
 )
 ROWS = {Shape.ORIGINAL: _ROWS, Shape.UNIQUE: _ROWS.where(items.c.first == 1)}
-_ERRORS = select(jobs.c.id, _LAST_ERROR.label("error")).where(jobs.c.id.in_(bindparam("ids", expanding=True)))
+_ERRORS = select(jobs.c.id, _LAST_ERROR.label("error")).where(among(jobs.c.id, "ids"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +189,13 @@ async def open_runs(database: Database) -> list[Run]:
         return [runs.run_of(row) for row in (await connection.execute(query.order_by(runs_table.c.id))).all()]
 
     return await database.read(work)
+
+
+async def job_keys(database: Database, job_ids: Sequence[JobId]) -> dict[JobId, bytes]:
+    """Return the content keys of those of the jobs that there are."""
+    query = select(jobs.c.id, jobs.c.key).where(among(jobs.c.id, "ids"))
+    found = await database.read(lambda connection: connection.execute(query, {"ids": list(job_ids)}))
+    return {JobId(row.id): row.key for row in found.all()}
 
 
 async def now(database: Database) -> Millis:

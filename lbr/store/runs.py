@@ -6,21 +6,36 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import select, update
 
 from lbr.errors import RunMismatchError, RunNotFoundError, UsageError
 from lbr.jobs import JobState, Millis, Run, RunId, RunState, Task
 from lbr.store import counters
+from lbr.store.arrays import Bulk, Given, among
 from lbr.store.schema import jobs, runs
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from lbr.store.engines import Database
+    from lbr.store.database import Database
     from lbr.store.schema import AnyRow
 
 BATCH = 5_000
 NAME_LENGTH = 200
+
+
+def _making(given: Given) -> Any:
+    """Insert a run whose name is new; of two that come at once, the second finds the first one's."""
+    names = {f"new_{name}": name for name in _NEW}
+    adding = given.insert_into(runs, {column: given[field] for field, column in names.items()})
+    return adding.on_conflict_do_nothing(index_elements=["name"])
+
+
+_NEW = ("name", "task", "answerer", "fingerprint", "state", "max_attempts", "created_at", "enqueued_at")
+_MAKE = Bulk({f"new_{name}": runs.c[name].type for name in _NEW}, _making)
+_STATES = select(runs.c.id, runs.c.state).where(among(runs.c.id, "ids")).order_by(runs.c.id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +108,8 @@ async def open_run(database: Database, spec: RunSpec) -> Run:
     """
 
     async def work(connection: AsyncConnection) -> Run:
-        row = (await connection.execute(select(runs).where(runs.c.name == spec.name))).one_or_none()
-        if row is None:
-            return await _make(database, connection, spec)
-        run = run_of(row)
+        await _make(database, connection, spec)
+        run = await find(connection, spec.name)
         if run.task != spec.task:
             raise RunMismatchError(
                 f"expected run {spec.name!r} to be free or to ask for the same, got: another task "
@@ -109,20 +122,37 @@ async def open_run(database: Database, spec: RunSpec) -> Run:
     return await database.write(work)
 
 
-async def _make(database: Database, connection: AsyncConnection, spec: RunSpec) -> Run:
+async def _make(database: Database, connection: AsyncConnection, spec: RunSpec) -> None:
     now = await database.now(connection)
-    values = {
-        "name": spec.name,
-        "task": spec.task.to_json(),
-        "answerer": spec.task.answerer,
-        "fingerprint": spec.fingerprint,
-        "state": RunState.ACTIVE,
-        "max_attempts": spec.max_attempts,
-        "created_at": now,
-        "enqueued_at": now,
+    row = {
+        "new_name": spec.name,
+        "new_task": spec.task.to_json(),
+        "new_answerer": spec.task.answerer,
+        "new_fingerprint": spec.fingerprint,
+        "new_state": RunState.ACTIVE,
+        "new_max_attempts": spec.max_attempts,
+        "new_created_at": now,
+        "new_enqueued_at": now,
     }
-    await connection.execute(insert(runs).values(**values))
-    return await find(connection, spec.name)
+    await _MAKE.run(connection, [row])
+
+
+async def hold_states(
+    connection: AsyncConnection, run_ids: Iterable[RunId], *, to_change: bool = False
+) -> dict[RunId, RunState]:
+    """Return the states of runs, which stay as they are until this transaction ends.
+
+    Whoever puts a job back to rest must look so: a cancel that goes on at the same time would pass it by.
+    With `to_change` this transaction may change them itself.
+    """
+    query = _STATES.with_for_update(read=not to_change)
+    rows = (await connection.execute(query, {"ids": list(run_ids)})).all()
+    return {RunId(row.id): RunState(row.state) for row in rows}
+
+
+def resting_state(run_state: RunState) -> JobState:
+    """Return where a job goes that is given back: a cancelled run takes no job up again."""
+    return JobState.CANCELLED if run_state is RunState.CANCELLED else JobState.PENDING
 
 
 async def seal(database: Database, run: Run) -> None:
@@ -161,6 +191,7 @@ async def _set_state(database: Database, run: Run, state: RunState, reason: str 
             raise UsageError(f"run {run.name!r} was cancelled; `lbr retry {run.name}` takes it up again")
         values = {"state": state, "pause_reason": reason}
         await connection.execute(update(runs).where(runs.c.id == run.id).values(**values))
+        await database.wake(connection)
         return await find(connection, run.name)
 
     return await database.write(work)
@@ -205,7 +236,8 @@ async def _move(
     while True:
 
         async def work(connection: AsyncConnection, after: int = last) -> list[tuple[int, str]]:
-            if ((await find(connection, run.name)).state is RunState.CANCELLED) != cancelled:
+            state = (await hold_states(connection, [run.id]))[run.id]
+            if (state is RunState.CANCELLED) != cancelled:
                 return []
             query = (
                 select(jobs.c.id, jobs.c.state)
@@ -239,11 +271,12 @@ async def _move_page(
             "crashes": 0,
             "retry_seq": jobs.c.claim_seq,
         }
-    await connection.execute(
-        update(jobs).where(jobs.c.id.in_([job_id for job_id, _ in page])).values(**values)
-    )
+    query = update(jobs).where(among(jobs.c.id, "ids")).values(**values)
+    await connection.execute(query, {"ids": [job_id for job_id, _ in page]})
     deltas: counters.Deltas = Counter()
     for _, state in page:
         deltas[run.id, state] -= 1
         deltas[run.id, target] += 1
     await counters.add(connection, deltas)
+    if target is JobState.PENDING:
+        await database.wake(connection)

@@ -16,6 +16,7 @@ from sqlalchemy import (
     Table,
     Text,
     insert,
+    inspect,
     select,
     text,
 )
@@ -26,6 +27,16 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Row
 
 AnyRow: TypeAlias = "Row[*tuple[Any, ...]]"
+
+# A job is rewritten four times in its life, a counter always: pages keep room for that, so that no index is
+# touched where no indexed column changes, and dead rows go before they slow a claim down.
+HOT = {
+    "fillfactor": 70,
+    "autovacuum_vacuum_scale_factor": 0.02,
+    "autovacuum_vacuum_threshold": 1000,
+    "autovacuum_analyze_scale_factor": 0.05,
+    "autovacuum_vacuum_cost_delay": 0,
+}
 
 metadata = MetaData()
 
@@ -82,6 +93,7 @@ jobs = Table(
     CheckConstraint(f"state IN {STATES}", name="jobs_state"),
     # Ids are never given out twice, so that a stale claim cannot meet another job.
     sqlite_autoincrement=True,
+    postgresql_with=HOT,
 )
 Index("jobs_run_key", jobs.c.run_id, jobs.c.key, unique=True)
 Index(
@@ -120,10 +132,10 @@ results = Table(
     Column("text", Text, nullable=False),
     Column("model", Text),
     Column("finish_reason", Text),
-    Column("input_tokens", Integer),
-    Column("output_tokens", Integer),
+    Column("input_tokens", Id),
+    Column("output_tokens", Id),
     Column("cost_nanos", Id),
-    Column("latency_ms", Integer, nullable=False),
+    Column("latency_ms", Id, nullable=False),
     # The job of another run whose answer this is, null for one that was called for.
     Column("reused_from", Id),
 )
@@ -140,10 +152,10 @@ attempts = Table(
     Column("error", Text, nullable=False),
     Column("message", Text, nullable=False),
     Column("text", Text),
-    Column("input_tokens", Integer),
-    Column("output_tokens", Integer),
+    Column("input_tokens", Id),
+    Column("output_tokens", Id),
     Column("cost_nanos", Id),
-    Column("latency_ms", Integer),
+    Column("latency_ms", Id),
     Column("at", Millis, nullable=False),
     CheckConstraint("what IN ('retried', 'failed', 'stale', 'crashed')", name="attempts_what"),
 )
@@ -171,6 +183,7 @@ counters = Table(
     Column("shard", SmallInteger, primary_key=True),
     Column("value", Id, nullable=False),
     sqlite_with_rowid=False,
+    postgresql_with=HOT | {"fillfactor": 25, "autovacuum_vacuum_threshold": 200},
 )
 
 # What all workers share about one answerer: until when nobody should call it, and why.
@@ -210,7 +223,8 @@ LATEST = len(MIGRATIONS)
 
 def applied_version(connection: Connection) -> int:
     """Return how many migrations the database has seen, 0 for an empty one."""
-    if not connection.dialect.has_table(connection, "schema_version"):
+    where = connection.get_execution_options().get("schema_translate_map", {}).get(None)
+    if not inspect(connection).has_table("schema_version", schema=where):
         return 0
     versions = connection.execute(select(schema_version.c.version)).scalars().all()
     return max(versions, default=0)

@@ -6,12 +6,14 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import bindparam, insert, literal_column, select, text, update
+from sqlalchemy import literal_column, select, update
 
 from lbr.errors import DatabaseError, Usage
-from lbr.jobs import JobId, JobState, Millis, RunState, Settlement
+from lbr.jobs import JobId, JobState, Millis, RunId, RunState, Settlement
 from lbr.store import counters
-from lbr.store.schema import attempts, jobs, results, runs
+from lbr.store.arrays import Bulk, Given, Inserting, among
+from lbr.store.runs import hold_states, resting_state
+from lbr.store.schema import attempts, jobs, limits, results, runs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from lbr.store.engines import Database
+    from lbr.store.database import Database
     from lbr.store.schema import AnyRow
 
 # The fence: a claim's outcome is taken while nobody has claimed the job again. Pending is let in, for a late
@@ -36,25 +38,62 @@ _STANDING = (
         runs.c.answerer,
     )
     .join_from(jobs, runs, jobs.c.run_id == runs.c.id)
-    .where(jobs.c.id.in_(bindparam("ids", expanding=True)))
+    .where(among(jobs.c.id, "ids"))
+    .order_by(jobs.c.id)
     .with_for_update(of=jobs)
 )
-SETTLE = (
-    update(jobs)
-    .where(FENCE, jobs.c.id == bindparam("job"), jobs.c.claim_seq == bindparam("seq"))
-    .values(
-        state=bindparam("to"),
-        available_at=bindparam("available"),
-        attempts=jobs.c.attempts + bindparam("charge"),
-        finished_at=bindparam("finished"),
-        worker_id=None,
-        lease_until=None,
-    )
+# What is known of these claims' failures: one that is written already must not be charged again.
+_TOLD = select(attempts.c.job_id, attempts.c.claim_seq).where(
+    among(attempts.c.job_id, "ids"), literal_column("attempts.what IN ('retried', 'failed')")
 )
-_COOL_DOWN = text(
-    "INSERT INTO limits (answerer, cooldown_until, reason) VALUES (:answerer, :until, :reason) "
-    "ON CONFLICT (answerer) DO UPDATE SET cooldown_until = excluded.cooldown_until, reason = excluded.reason "
-    "WHERE excluded.cooldown_until > limits.cooldown_until"
+
+
+def _settling(given: Given) -> Any:
+    return (
+        update(jobs)
+        .where(FENCE, jobs.c.id == given["job"], jobs.c.claim_seq == given["seq"])
+        .values(
+            state=given["to"],
+            available_at=given["available"],
+            attempts=jobs.c.attempts + given["charge"],
+            finished_at=given["finished"],
+            worker_id=None,
+            lease_until=None,
+        )
+    )
+
+
+SETTLE = Bulk(
+    {
+        "job": jobs.c.id.type,
+        "seq": jobs.c.claim_seq.type,
+        "to": jobs.c.state.type,
+        "available": jobs.c.available_at.type,
+        "charge": jobs.c.attempts.type,
+        "finished": jobs.c.finished_at.type,
+    },
+    _settling,
+)
+
+
+def _cooling(given: Given) -> Any:
+    row = {"answerer": given["who"], "cooldown_until": given["until"], "reason": given["why"]}
+    adding = given.insert_into(limits, row)
+    return adding.on_conflict_do_update(
+        index_elements=["answerer"],
+        set_={"cooldown_until": adding.excluded.cooldown_until, "reason": adding.excluded.reason},
+        where=adding.excluded.cooldown_until > limits.c.cooldown_until,
+    )
+
+
+_COOL_DOWN = Bulk(
+    {"who": limits.c.answerer.type, "until": limits.c.cooldown_until.type, "why": limits.c.reason.type},
+    _cooling,
+)
+_USAGE = ("input_tokens", "output_tokens", "cost_nanos")
+_ADD_RESULTS = Inserting(results, "job_id", "text", "model", "finish_reason", "latency_ms", *_USAGE)
+_ADD_ATTEMPTS = Inserting(
+    attempts, "job_id", "claim_seq", "what", "family", "error", "message", "text", "latency_ms", "at", *_USAGE
 )
 
 
@@ -74,13 +113,15 @@ def is_mine(settlement: Settlement, row: AnyRow) -> bool:
     )
 
 
-def is_repeated(settlement: Settlement, row: AnyRow) -> bool:
-    """Tell whether this very settlement is in the database already: only its claim could have written it."""
-    return bool(
-        row.claim_seq == settlement.claim.claim_seq
-        and settlement.state is JobState.DONE
-        and row.state == JobState.DONE
-    )
+def is_repeated(settlement: Settlement, row: AnyRow, told: set[tuple[int, int]]) -> bool:
+    """Tell whether this very settlement is in the database already: only its claim could have written it.
+
+    `told` are the claims, by job and claim_seq, whose failure is on record.
+    """
+    claim = settlement.claim
+    if settlement.outcome.failure is not None:
+        return (claim.job_id, claim.claim_seq) in told
+    return bool(row.claim_seq == claim.claim_seq and row.state == JobState.DONE)
 
 
 async def settle(database: Database, batch: Sequence[Settlement]) -> Settled:
@@ -98,15 +139,17 @@ async def settle(database: Database, batch: Sequence[Settlement]) -> Settled:
             raise DatabaseError(
                 "expected the jobs of every call to exist, got: some removed; the database was replaced"
             )
-        mine = [s for s in batch if is_mine(s, standing[s.claim.job_id])]
-        rest = [s for s in batch if not is_mine(s, standing[s.claim.job_id])]
-        stale = [s for s in rest if not is_repeated(s, standing[s.claim.job_id])]
-        await _update_jobs(connection, mine, standing, now)
+        told = await _told(connection, batch)
+        new = [s for s in batch if not is_repeated(s, standing[s.claim.job_id], told)]
+        mine = [s for s in new if is_mine(s, standing[s.claim.job_id])]
+        stale = [s for s in new if not is_mine(s, standing[s.claim.job_id])]
+        states = await _run_states(connection, mine, standing)
+        await _update_jobs(connection, mine, states, now)
         await _insert_results(connection, mine)
         await _insert_attempts(connection, mine, stale, now)
-        await counters.add(connection, _deltas(mine, stale, standing))
-        await _cool_down(connection, mine, standing, now)
         paused = await _pause(connection, mine)
+        await _cool_down(connection, mine, standing, now)
+        await counters.add(connection, _deltas(mine, stale, standing, states))
         return Settled(
             taken=frozenset(s.claim.job_id for s in mine),
             stale=frozenset(s.claim.job_id for s in stale),
@@ -116,21 +159,38 @@ async def settle(database: Database, batch: Sequence[Settlement]) -> Settled:
     return await database.write(work)
 
 
-def _target(settlement: Settlement, row: AnyRow) -> JobState:
-    """Return the state to write: a cancelled run takes no job up again."""
-    if settlement.state is JobState.PENDING and row.run_state == RunState.CANCELLED:
-        return JobState.CANCELLED
+async def _told(connection: AsyncConnection, batch: Sequence[Settlement]) -> set[tuple[int, int]]:
+    failed = [s.claim.job_id for s in batch if s.outcome.failure is not None]
+    if not failed:
+        return set()
+    return {(row.job_id, row.claim_seq) for row in (await connection.execute(_TOLD, {"ids": failed})).all()}
+
+
+async def _run_states(
+    connection: AsyncConnection, mine: list[Settlement], standing: dict[int, AnyRow]
+) -> dict[RunId, RunState]:
+    """Return the states of the runs of these jobs, held where a job goes back to rest."""
+    back = {s.claim.run_id for s in mine if s.state is JobState.PENDING}
+    states = {RunId(row.run_id): RunState(row.run_state) for row in standing.values()}
+    if back:
+        pausing = any(s.pause is not None for s in mine)
+        states |= await hold_states(connection, back, to_change=pausing)
+    return states
+
+
+def _target(settlement: Settlement, states: dict[RunId, RunState]) -> JobState:
+    """Return the state to write."""
+    if settlement.state is JobState.PENDING:
+        return resting_state(states[settlement.claim.run_id])
     return settlement.state
 
 
 async def _update_jobs(
-    connection: AsyncConnection, mine: list[Settlement], standing: dict[int, AnyRow], now: Millis
+    connection: AsyncConnection, mine: list[Settlement], states: dict[RunId, RunState], now: Millis
 ) -> None:
-    if not mine:
-        return
     rows = []
     for s in mine:
-        to = _target(s, standing[s.claim.job_id])
+        to = _target(s, states)
         rows.append(
             {
                 "job": s.claim.job_id,
@@ -141,11 +201,9 @@ async def _update_jobs(
                 "finished": None if to is JobState.PENDING else now,
             }
         )
-    done = await connection.execute(SETTLE, rows)
-    if done.rowcount != len(rows):
-        raise DatabaseError(
-            f"expected {len(rows)} jobs to be settled, got: {done.rowcount}; nothing was written"
-        )
+    done = await SETTLE.run(connection, rows)
+    if done != len(rows):
+        raise DatabaseError(f"expected {len(rows)} jobs to be settled, got: {done}; nothing was written")
 
 
 async def _insert_results(connection: AsyncConnection, mine: list[Settlement]) -> None:
@@ -161,12 +219,10 @@ async def _insert_results(connection: AsyncConnection, mine: list[Settlement]) -
                 "model": reply.model,
                 "finish_reason": reply.finish_reason,
                 "latency_ms": s.outcome.latency_ms,
-                "reused_from": None,
                 **_usage(reply.usage),
             }
         )
-    if rows:
-        await connection.execute(insert(results), rows)
+    await _ADD_RESULTS.run(connection, rows)
 
 
 def _usage(usage: Usage) -> dict[str, int | None]:
@@ -193,8 +249,7 @@ async def _insert_attempts(
         if s.outcome.failure is not None
     ]
     rows += [_attempt(s, "stale", now) for s in stale]
-    if rows:
-        await connection.execute(insert(attempts), rows)
+    await _ADD_ATTEMPTS.run(connection, rows)
 
 
 def _attempt(settlement: Settlement, what: str, now: Millis) -> dict[str, Any]:
@@ -214,12 +269,17 @@ def _attempt(settlement: Settlement, what: str, now: Millis) -> dict[str, Any]:
     }
 
 
-def _deltas(mine: list[Settlement], stale: list[Settlement], standing: dict[int, AnyRow]) -> counters.Deltas:
+def _deltas(
+    mine: list[Settlement],
+    stale: list[Settlement],
+    standing: dict[int, AnyRow],
+    states: dict[RunId, RunState],
+) -> counters.Deltas:
     deltas: counters.Deltas = Counter()
     for s in mine:
         row = standing[s.claim.job_id]
         deltas[row.run_id, row.state] -= 1
-        deltas[row.run_id, _target(s, row)] += 1
+        deltas[row.run_id, _target(s, states)] += 1
     for s in stale:
         deltas[s.claim.run_id, counters.STALE] += 1
     for s in [*mine, *stale]:
@@ -239,11 +299,15 @@ async def _cool_down(
     longest: dict[str, Settlement] = {}
     for s in sorted((s for s in mine if s.cool_down), key=lambda s: s.wait_ms):
         longest[standing[s.claim.job_id].answerer] = s
-    for answerer, s in longest.items():
-        reason = s.outcome.failure.message if s.outcome.failure else ""
-        await connection.execute(
-            _COOL_DOWN, {"answerer": answerer, "until": now + s.wait_ms, "reason": reason}
-        )
+    rows = [
+        {
+            "who": answerer,
+            "until": now + s.wait_ms,
+            "why": s.outcome.failure.message if s.outcome.failure else "",
+        }
+        for answerer, s in sorted(longest.items())
+    ]
+    await _COOL_DOWN.run(connection, rows)
 
 
 async def _pause(connection: AsyncConnection, mine: list[Settlement]) -> dict[str, str]:

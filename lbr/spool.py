@@ -1,0 +1,144 @@
+"""Finished answers that no database took: kept in a private file, and settled by the next worker that starts.
+
+A file is written whole or not at all. It holds what a settlement needs, without prompts; each line names its
+job by id, claim and content key, so that an answer never lands at a job that it does not belong to.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import orjson
+from filelock import Timeout
+
+from lbr.errors import Family, LbrError, Usage
+from lbr.jobs import Claim, Failure, JobId, JobState, Outcome, Prompt, Reply, RunId, Settlement
+from lbr.store import files, reads
+from lbr.store.settle import settle
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from lbr.store.database import Database
+
+ENDING = ".spool.jsonl"
+PAGE = 100
+
+
+def keep(database: Database, batch: Sequence[Settlement]) -> Path:
+    """Write settlements to a new file, which has reached the disk when this returns.
+
+    Raises OSError where none of the places can be written.
+    """
+    lines = b"".join(orjson.dumps(_line(s), option=orjson.OPT_APPEND_NEWLINE) for s in batch)
+    problem: OSError | None = None
+    for place in database.spool_places:
+        path = place.with_name(f"{place.name}.{os.getpid()}-{uuid4().hex[:8]}{ENDING}")
+        try:
+            place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            files.write_private(path, lines)
+        except OSError as error:
+            problem = error
+            continue
+        return path
+    raise problem or FileNotFoundError("no place to keep answers in")
+
+
+async def settle_kept(database: Database, notify: Callable[[str], None]) -> None:
+    """Settle what earlier workers on this machine could not write; safe to repeat, and for many at once.
+
+    A file that cannot be read, or that is about other jobs, stays where it is, and `notify` says so.
+    """
+    for place in database.spool_places:
+        for path in sorted(place.parent.glob(f"{_escaped(place.name)}.*{ENDING}")):
+            lock = files.file_lock(path.with_name(path.name + ".lock"), timeout=0)
+            try:
+                with lock:
+                    if path.exists():
+                        await _settle_file(database, path, notify)
+            except Timeout:
+                continue
+            except OSError as error:
+                notify(f"cannot take up the answers in {path}: {error.strerror or error}")
+            else:
+                path.with_name(path.name + ".lock").unlink(missing_ok=True)
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+async def _settle_file(database: Database, path: Path, notify: Callable[[str], None]) -> None:
+    try:
+        kept = _read(path)
+    except (ValueError, KeyError, TypeError, AttributeError, LbrError) as error:
+        notify(f"expected kept answers in {path}, got: something else ({error}); look at it and remove it")
+        return
+    keys = await reads.job_keys(database, [s.claim.job_id for s in kept])
+    ours = [s for s in kept if keys.get(s.claim.job_id) == s.claim.key]
+    taken = stale = 0
+    for start in range(0, len(ours), PAGE):
+        settled = await settle(database, ours[start : start + PAGE])
+        taken += len(settled.taken)
+        stale += len(settled.stale)
+    if len(ours) == len(kept):
+        _remove(path)
+        notify(
+            f"took up {taken} answers that were kept in {path}" + (f", {stale} came too late" * bool(stale))
+        )
+    else:
+        notify(
+            f"expected the jobs of {len(kept)} kept answers, got: {len(kept) - len(ours)} of another database; "
+            f"{path} stays: remove it when you do not need it"
+        )
+
+
+def _read(path: Path) -> list[Settlement]:
+    return [_settlement(orjson.loads(line)) for line in path.read_bytes().splitlines()]
+
+
+def _remove(path: Path) -> None:
+    path.unlink()
+
+
+def _line(settlement: Settlement) -> dict[str, Any]:
+    claim, outcome = settlement.claim, settlement.outcome
+    return {
+        "job": claim.job_id,
+        "run": claim.run_id,
+        "claim_seq": claim.claim_seq,
+        "key": claim.key.hex(),
+        "state": settlement.state,
+        "charge": settlement.charge,
+        "latency_ms": outcome.latency_ms,
+        "reply": None if outcome.reply is None else asdict(outcome.reply),
+        "failure": None if outcome.failure is None else asdict(outcome.failure),
+    }
+
+
+def _settlement(line: dict[str, Any]) -> Settlement:
+    """Read a line. Waits and cooldowns are over by now, and what paused a run may be mended: they are left out."""
+    claim = Claim(
+        job_id=JobId(int(line["job"])),
+        run_id=RunId(int(line["run"])),
+        claim_seq=int(line["claim_seq"]),
+        attempts=0,
+        crashes=0,
+        prompt=Prompt(text=""),
+        key=bytes.fromhex(line["key"]),
+    )
+    reply, failure = line["reply"], line["failure"]
+    if (reply is None) == (failure is None):
+        raise ValueError("neither an answer nor a failure")
+    outcome = Outcome(
+        None if reply is None else Reply(**reply | {"usage": Usage(**reply["usage"])}),
+        None
+        if failure is None
+        else Failure(**failure | {"usage": Usage(**failure["usage"]), "family": Family(failure["family"])}),
+        latency_ms=int(line["latency_ms"]),
+    )
+    return Settlement(claim, JobState(line["state"]), outcome, charge=int(line["charge"]))

@@ -1,0 +1,144 @@
+"""How lists and many rows reach a database: SQLite takes them one by one, PostgreSQL as arrays.
+
+A statement over a list of ids names it with `among`; a statement over many rows is a `Bulk`. Both are built
+once and sent in the form of the database that they meet: on SQLite an expanding IN and executemany, on
+PostgreSQL `= ANY(array)` and `unnest`, whose text, unlike an IN list, is the same for every length.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import ARRAY, ColumnElement, bindparam, column, func, insert, literal, select
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.visitors import InternalTraversal
+from sqlalchemy.types import Boolean
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from sqlalchemy import Table
+    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.sql.compiler import SQLCompiler
+    from sqlalchemy.types import TypeEngine
+
+TAKES_ARRAYS = "lbr_takes_arrays"
+"""Execution option of a connection: whether many rows go to it as arrays."""
+
+SHARD = "lbr_shard"
+"""Execution option of a connection: which shard of the counters it adds to, the first where it is not set."""
+
+
+class among(ColumnElement[bool]):  # noqa: N801 - reads as an operator
+    """Whether a column is one of a list that is given when the statement is run, by its name."""
+
+    inherit_cache = True
+    type = Boolean()
+    _traverse_internals = [  # noqa: RUF012 - SQLAlchemy's own form
+        ("column", InternalTraversal.dp_clauseelement),
+        ("name", InternalTraversal.dp_string),
+    ]
+
+    def __init__(self, column: ColumnElement[Any], name: str) -> None:
+        self.column = column
+        self.name = name
+
+    def self_group(self, against: Any = None) -> among:
+        """Stay as it is: a comparison, not a column of booleans, which SQLite would have compared with 1."""
+        return self
+
+
+@compiles(among)
+def _in_list(element: among, compiler: SQLCompiler, **options: Any) -> str:
+    return compiler.process(element.column.in_(bindparam(element.name, expanding=True)), **options)
+
+
+@compiles(among, "postgresql")
+def _in_array(element: among, compiler: SQLCompiler, **options: Any) -> str:
+    given = bindparam(element.name, type_=ARRAY(element.column.type, dimensions=1))
+    return compiler.process(element.column == func.any(given), **options)
+
+
+class Given:
+    """The rows of a bulk statement as its SQL sees them: `given["name"]` is a field of each of them.
+
+    For the sake of SQLite's form, a field that goes into a VALUES clause is not called as its column is.
+    """
+
+    def __init__(
+        self, fields: Mapping[str, ColumnElement[Any]], insert: Callable[..., Any], *, arrays: bool
+    ) -> None:
+        self._fields = fields
+        self._insert = insert
+        self._arrays = arrays
+
+    def __getitem__(self, name: str) -> ColumnElement[Any]:
+        return self._fields[name]
+
+    def insert_into(self, table: Table, values: Mapping[str, Any], *, where: Sequence[Any] = ()) -> Any:
+        """Return the INSERT of one row of `values` for each given row, joined `where` it says."""
+        if not self._arrays and not where:
+            return self._insert(table).values(dict(values))
+        chosen = select(
+            *(value if isinstance(value, ColumnElement) else literal(value) for value in values.values())
+        )
+        return self._insert(table).from_select(list(values), chosen.where(*where), include_defaults=False)
+
+
+class Bulk:
+    """One statement for many rows, whose fields have these types; `build` makes it of a `Given`."""
+
+    def __init__(self, types: Mapping[str, TypeEngine[Any]], build: Callable[[Given], Any]) -> None:
+        self._types = types
+        self._build = build
+
+    @cached_property
+    def each(self) -> Any:
+        """The statement for one row at a time."""
+        from sqlalchemy.dialects.sqlite import insert as sqlite_insert  # noqa: PLC0415 - a dialect is loaded by those who use it
+
+        fields: dict[str, ColumnElement[Any]] = {
+            name: bindparam(name, type_=type_) for name, type_ in self._types.items()
+        }
+        return self._build(Given(fields, sqlite_insert, arrays=False))
+
+    @cached_property
+    def whole(self) -> Any:
+        """The statement for arrays, one for each field."""
+        from sqlalchemy.dialects.postgresql import insert as postgresql_insert  # noqa: PLC0415 - see above
+
+        arrays = [bindparam(name, type_=ARRAY(type_, dimensions=1)) for name, type_ in self._types.items()]
+        columns = [column(name, type_) for name, type_ in self._types.items()]
+        rows = func.unnest(*arrays).table_valued(*columns, name="given").render_derived()
+        return self._build(Given(dict(rows.c.items()), postgresql_insert, arrays=True))
+
+    async def run(self, connection: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> int:
+        """Run the statement for all of the rows; return how many rows it changed, 0 for none given."""
+        if not rows:
+            return 0
+        if option(connection, TAKES_ARRAYS):
+            columns = {name: [row[name] for row in rows] for name in self._types}
+            return (await connection.execute(self.whole, columns)).rowcount
+        return (await connection.execute(self.each, list(rows))).rowcount
+
+
+class Inserting(Bulk):
+    """The bulk INSERT of these columns of a table, whose fields are called as they are."""
+
+    def __init__(self, table: Table, *names: str) -> None:
+        types = {name: table.c[name].type for name in names}
+        super().__init__(types, lambda given: given.insert_into(table, {name: given[name] for name in names}))
+        self._table = table
+
+    @cached_property
+    def each(self) -> Any:
+        """The statement for one row at a time."""
+        return insert(self._table)
+
+
+def option(connection: AsyncConnection, name: str) -> Any:
+    """Return an execution option of a connection, None where it is not set."""
+    return (
+        connection.sync_connection.get_execution_options().get(name) if connection.sync_connection else None
+    )

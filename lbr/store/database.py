@@ -1,0 +1,150 @@
+"""What the store asks of a database, whichever it is: short transactions that are run again when they must be.
+
+A `Database` offers two verbs. `write` runs one short transaction, and runs it again where the database was busy
+or away for a while; `read` runs one short transaction that cannot write and sees one moment. Neither is ever
+open across a model call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, TypeVar
+
+import stamina
+
+from lbr.jobs import Millis
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+    from contextlib import AbstractAsyncContextManager, AbstractContextManager
+    from pathlib import Path
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from lbr.jobs import RunId
+
+T = TypeVar("T")
+
+# A retry is not news. Without a handler Python would print it for a program that set up no logging.
+logging.getLogger("stamina").addHandler(logging.NullHandler())
+
+
+def local_clock() -> Millis:
+    """Return this machine's time in milliseconds since 1970."""
+    return Millis(time.time_ns() // 1_000_000)
+
+
+async def to_its_end(work: Awaitable[T]) -> T:
+    """Await `work` to its end even if the caller is cancelled, once or again; only then is the cancellation raised."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError:
+                continue
+        if not task.cancelled():
+            task.exception()
+        raise
+
+
+class Database(ABC):
+    """An open queue. `name` is how messages call it, never with a password; `patience` is in seconds.
+
+    `spool_places` are beginnings of paths, the best first, for files with answers that it does not take.
+    """
+
+    def __init__(self, name: str, *, patience: float, spool_places: Sequence[Path]) -> None:
+        self.name = name
+        self.patience = patience
+        self.spool_places = spool_places
+        self._write_lock = asyncio.Lock()
+        self._given_up = False
+
+    def give_up(self) -> None:
+        """Try nothing again from now on: it has been tried for long enough."""
+        self._given_up = True
+
+    async def write(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        """Run one transaction; whole again after a failure that passes, so `work` must not change anything else.
+
+        A cancelled caller is told so only when the transaction has ended, one way or the other. Raises
+        DatabaseError when the database stays busy or away for longer than `patience`.
+        """
+        return await to_its_end(self._retried(self._writing(work)))
+
+    async def read(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        """Run one short read-only transaction, again after a failure that passes. Raises as `write` does."""
+
+        async def once() -> T:
+            async with self._reading() as connection:
+                return await work(connection)
+
+        return await self._retried(once)
+
+    async def _retried(self, once: Callable[[], Awaitable[T]]) -> T:
+        with self._errors():
+            async for attempt in stamina.retry_context(
+                on=lambda error: not self._given_up and self._passes(error),
+                attempts=None,
+                timeout=self.patience,
+                wait_initial=0.02,
+                wait_max=1,
+                wait_jitter=0.2,
+            ):
+                with attempt:
+                    result = await once()
+        return result
+
+    @abstractmethod
+    def _writing(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> Callable[[], Awaitable[T]]:
+        """Return what runs `work` in a transaction each time it is called, until it succeeds. It is not cancelled."""
+
+    @abstractmethod
+    def _reading(self) -> AbstractAsyncContextManager[AsyncConnection]:
+        """Return a read-only transaction."""
+
+    @abstractmethod
+    def _passes(self, error: Exception) -> bool:
+        """Tell whether the same transaction may well succeed when it is run again."""
+
+    @abstractmethod
+    def _errors(self) -> AbstractContextManager[None]:
+        """Turn what the driver raises into `DatabaseError`, with the way out."""
+
+    @abstractmethod
+    async def now(self, connection: AsyncConnection) -> Millis:
+        """Return the time that leases are compared with: one clock for all workers of the queue."""
+
+    @abstractmethod
+    async def changed(self) -> bool:
+        """Tell whether it is worth looking for work that others left since the last call; it costs next to nothing."""
+
+    @abstractmethod
+    async def wake(self, connection: AsyncConnection) -> None:
+        """Have this transaction's commit wake idle workers, where that takes saying."""
+
+    @abstractmethod
+    async def take_turns(self, connection: AsyncConnection, run_id: RunId) -> None:
+        """Let enqueues of one run follow each other until this transaction ends; workers do not wait for it."""
+
+    @abstractmethod
+    async def reserve_job_ids(self, connection: AsyncConnection, count: int) -> Sequence[int]:
+        """Return `count` ascending ids that no job has, had, or will have otherwise."""
+
+    @abstractmethod
+    async def filled(self) -> None:
+        """Hear that an enqueue has come to its end: many rows may be new."""
+
+    @abstractmethod
+    async def prepare(self, *, create: bool) -> None:
+        """Make sure the tables are there and current; only with `create` may it create or upgrade them."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Close every connection."""

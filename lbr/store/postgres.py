@@ -1,0 +1,304 @@
+"""The PostgreSQL queue: its connections, its clock, its errors, and outages that are ridden out.
+
+Everything is in a schema of its own, `lbr`, so that the database may hold other programs' tables too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from random import SystemRandom
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from uuid import uuid4
+
+from sqlalchemy import Text, bindparam, select, text
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from lbr.errors import AlreadyRunningError, DatabaseError, UsageError
+from lbr.jobs import Millis
+from lbr.store import files, schema
+from lbr.store.addresses import Address, address_of
+from lbr.store.arrays import SHARD, TAKES_ARRAYS
+from lbr.store.database import Database
+from lbr.store.listener import Listener
+from lbr.store.outages import is_passing, reason_of
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+    from contextlib import AbstractAsyncContextManager, AbstractContextManager
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from lbr.jobs import RunId
+
+T = TypeVar("T")
+
+SCHEMA = "lbr"
+CHANNEL = "lbr"
+SHARDS = 32
+CONNECT_SECONDS = 10.0
+OPEN_PATIENCE_SECONDS = 10.0
+STALL_SECONDS = 30.0
+"""A transaction that takes longer than this is given up and run again: the network may be cut, which no one says."""
+
+# What a worker that is cut off leaves behind: the server ends its transaction, and with it its locks, by itself.
+SERVER_SETTINGS = {
+    "application_name": "lbr",
+    "jit": "off",
+    "idle_in_transaction_session_timeout": "20s",
+    "tcp_keepalives_idle": "15",
+    "tcp_keepalives_interval": "5",
+    "tcp_keepalives_count": "3",
+}
+# Advisory locks are shared by all users of a database; these numbers spell lbr.
+CREATION_LOCK, SOLE_LOCK, TURNS_LOCK = 0x6C_62_72_01, 0x6C_62_72_02, 0x6C_62_72_03
+
+_CLOCK = "CAST(extract(epoch FROM clock_timestamp()) * 1000 AS bigint)"
+_NOW = text(f"SELECT {_CLOCK}")
+_BEGUN = text(f"SELECT {_CLOCK} AS now, CAST(pg_current_xact_id() AS text) AS xid")
+_FATE = text("SELECT pg_xact_status(CAST(:xid AS xid8))").bindparams(bindparam("xid", type_=Text))
+_TAKE_TURNS = text("SELECT pg_advisory_xact_lock(:kind, :run)")
+_CREATING = text("SELECT pg_advisory_xact_lock(:kind, 0)")
+_SOLE = "SELECT pg_try_advisory_lock($1, 0)"
+_IDS = text("SELECT nextval(pg_get_serial_sequence(:table, 'id')) FROM generate_series(1, :count) ORDER BY 1")
+_OTHERS = text(
+    "SELECT count(*) FROM pg_stat_activity "
+    "WHERE datname = current_database() AND application_name = 'lbr' AND pid <> pg_backend_pid()"
+)
+_WRITE_NOW = "lbr_now"
+
+
+class StillCommittingError(Exception):
+    """The server has not yet decided about a transaction whose connection was lost during its commit."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Doubt(Generic[T]):
+    """A transaction that was sent its commit and of which nothing was heard since."""
+
+    xid: str
+    result: T
+
+
+class PostgresDatabase(Database):
+    """An open PostgreSQL queue: one writing connection, up to two readers, one that listens."""
+
+    def __init__(self, address: Address, *, clock: Callable[[], Millis] | None, patience: float) -> None:
+        places = [
+            folder / files.telling_name(address.server) for folder in (files.state_folder(), Path.cwd())
+        ]
+        super().__init__(address.shown, patience=patience, spool_places=places)
+        self._clock = clock
+        options = {
+            "schema_translate_map": {None: SCHEMA},
+            TAKES_ARRAYS: True,
+            # Workers of one machine or of many draw different shards, so that they do not queue for one row.
+            SHARD: SystemRandom().randrange(SHARDS),
+        }
+        self._writer = _make_engine(address, "READ COMMITTED", pool_size=1, options=options)
+        reading = options | {"postgresql_readonly": True}
+        self._reader = _make_engine(address, "REPEATABLE READ", pool_size=2, options=reading)
+        self._listener = Listener(_arguments(address), CHANNEL, listen=not address.pooled)
+
+    def _writing(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> Callable[[], Awaitable[T]]:
+        doubt: _Doubt[T] | None = None
+
+        async def once() -> T:
+            nonlocal doubt
+            async with self._write_lock, asyncio.timeout(STALL_SECONDS):
+                if doubt is not None:
+                    if await self._is_committed(doubt.xid):
+                        return doubt.result
+                    doubt = None
+                async with self._writer.connect() as connection:
+                    begun = (await connection.execute(_BEGUN)).one()
+                    connection.info[_WRITE_NOW] = begun.now
+                    result = await work(connection)
+                    doubt = _Doubt(begun.xid, result)
+                    await connection.commit()
+            return result
+
+        return once
+
+    async def _is_committed(self, xid: str) -> bool:
+        """Ask what became of a transaction; see pg_xact_status in PostgreSQL's manual, 9.27."""
+        async with self._reader.connect() as connection:
+            fate = await connection.scalar(_FATE, {"xid": xid})
+        if fate == "in progress":
+            raise StillCommittingError
+        return bool(fate == "committed")
+
+    def _reading(self) -> AbstractAsyncContextManager[AsyncConnection]:
+        return self._read_in_time()
+
+    @asynccontextmanager
+    async def _read_in_time(self) -> AsyncIterator[AsyncConnection]:
+        async with asyncio.timeout(STALL_SECONDS), self._reader.connect() as connection:
+            yield connection
+
+    def _passes(self, error: Exception) -> bool:
+        return isinstance(error, StillCommittingError) or is_passing(error)
+
+    def _errors(self) -> AbstractContextManager[None]:
+        return _database_errors(self.name, self.patience)
+
+    async def now(self, connection: AsyncConnection) -> Millis:
+        """Return the server's time, for its users' clocks may be hours apart; in a write, that of its beginning."""
+        if self._clock is not None:
+            return self._clock()
+        begun = connection.info.get(_WRITE_NOW)
+        return Millis(begun if begun is not None else await connection.scalar(_NOW))
+
+    async def changed(self) -> bool:
+        """Tell whether somebody called, or enough time has passed that a call may have been lost."""
+        return self._listener.heard()
+
+    async def wake(self, connection: AsyncConnection) -> None:
+        """Have this transaction's commit call those who listen."""
+        await connection.execute(text(f"SELECT pg_notify('{CHANNEL}', '')"))
+
+    async def take_turns(self, connection: AsyncConnection, run_id: RunId) -> None:
+        """Wait for the other enqueues of a run; the lock goes with the transaction."""
+        await connection.execute(_TAKE_TURNS, {"kind": TURNS_LOCK, "run": run_id % 2**31})
+
+    async def reserve_job_ids(self, connection: AsyncConnection, count: int) -> Sequence[int]:
+        """Return `count` ascending ids of the sequence."""
+        bound = {"table": f"{SCHEMA}.jobs", "count": count}
+        return (await connection.execute(_IDS, bound)).scalars().all() if count else []
+
+    async def filled(self) -> None:
+        """Let the planner know how many rows there are now; autovacuum would come a minute later."""
+        await self.write(lambda connection: connection.execute(text(f"ANALYZE {SCHEMA}.jobs")))
+
+    async def prepare(self, *, create: bool) -> None:
+        """Make sure the tables are there and current; only with `create` may it create or upgrade them."""
+        patience, self.patience = self.patience, min(self.patience, OPEN_PATIENCE_SECONDS)
+        version = await self.read(lambda connection: connection.run_sync(schema.applied_version))
+        if version > schema.LATEST:
+            raise DatabaseError(
+                f"expected {self.name} at schema version {schema.LATEST} or older, got: {version}; a newer lbr "
+                f"wrote it: use that one"
+            )
+        if version == 0 and not create:
+            raise UsageError(
+                f"expected an lbr queue in {self.name}, got: none there; `lbr enqueue` creates it"
+            )
+        if version < schema.LATEST:
+            await self.write(self._create)
+        self.patience = patience
+
+    async def _create(self, connection: AsyncConnection) -> None:
+        await connection.execute(_CREATING, {"kind": CREATION_LOCK})
+        await connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
+        await connection.run_sync(schema.migrate, await self.now(connection))
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._listener.close()
+        await self._reader.dispose()
+        await self._writer.dispose()
+
+    async def remove(self, run: str) -> bool:
+        """Drop the queue where this is its only user and `run` its only run; tell whether it did."""
+
+        async def work(connection: AsyncConnection) -> bool:
+            await connection.execute(_CREATING, {"kind": CREATION_LOCK})
+            if await connection.scalar(_OTHERS):
+                return False
+            # Whoever comes now waits for the lock, and finds no table behind it.
+            await connection.execute(text(f"LOCK TABLE {SCHEMA}.runs IN ACCESS EXCLUSIVE MODE"))
+            names = (await connection.execute(select(schema.runs.c.name))).scalars().all()
+            if set(names) != {run}:
+                return False
+            await connection.execute(text(f"DROP SCHEMA {SCHEMA} CASCADE"))
+            return True
+
+        return await self.write(work)
+
+
+def open_postgres(url: str, *, clock: Callable[[], Millis] | None, patience: float) -> PostgresDatabase:
+    """Return the queue on a server, not yet connected. UsageError for a URL that cannot be read."""
+    _check_driver()
+    return PostgresDatabase(address_of(url), clock=clock, patience=patience)
+
+
+@asynccontextmanager
+async def sole_worker(url: str) -> AsyncIterator[None]:
+    """Hold the lock of the queue's exclusive worker, on whatever machine; it goes with its connection."""
+    _check_driver()
+    import asyncpg  # noqa: PLC0415 - an extra
+
+    address = address_of(url)
+    if address.pooled:
+        raise UsageError(
+            "expected a URL without pgbouncer=true for --exclusive, whose lock a transaction pooler would give "
+            "to others; name the server itself"
+        )
+    with _database_errors(address.shown, CONNECT_SECONDS):
+        connection = await asyncpg.connect(**_arguments(address))
+    try:
+        if not await connection.fetchval(_SOLE, SOLE_LOCK):
+            raise AlreadyRunningError(
+                f"an exclusive worker of {address.shown} is running already; nothing to do"
+            )
+        yield
+    finally:
+        connection.terminate()
+
+
+async def remove_queue(url: str, *, run: str) -> bool:
+    """Drop a queue that nobody else uses and that holds one run only; see `lbr.store.engines.remove_queue`."""
+    database = open_postgres(url, clock=None, patience=OPEN_PATIENCE_SECONDS)
+    try:
+        return await database.remove(run)
+    finally:
+        await database.close()
+
+
+def _check_driver() -> None:
+    try:
+        import asyncpg  # noqa: F401, PLC0415 - an extra
+    except ImportError:
+        raise UsageError(
+            "expected asyncpg to be installed for a PostgreSQL URL, got: no such package; "
+            "`pip install 'llm-batch-runner[postgres]'`, or in a checkout `pip install '.[postgres]'`"
+        ) from None
+
+
+def _arguments(address: Address) -> dict[str, Any]:
+    """Return what a connection is made with. A pooler refuses settings and keeps no prepared statement."""
+    shared: dict[str, Any] = {"dsn": address.dsn, "timeout": CONNECT_SECONDS}
+    if address.pooled:
+        return shared | {"statement_cache_size": 0, "server_settings": {"application_name": "lbr"}}
+    return shared | {"server_settings": SERVER_SETTINGS}
+
+
+def _make_engine(address: Address, isolation: Any, *, pool_size: int, options: dict[str, Any]) -> AsyncEngine:
+    arguments = _arguments(address)
+    if address.pooled:
+        arguments |= {
+            "prepared_statement_cache_size": 0,
+            "prepared_statement_name_func": lambda: f"lbr_{uuid4().hex}",
+        }
+    return create_async_engine(
+        "postgresql+asyncpg://",
+        connect_args=arguments,
+        isolation_level=isolation,
+        pool_size=pool_size,
+        max_overflow=0,
+        execution_options=options,
+    )
+
+
+@contextmanager
+def _database_errors(name: str, patience: float) -> Iterator[None]:
+    """Turn what the driver raises into `DatabaseError`, with the way out."""
+    try:
+        yield
+    except (OSError, TimeoutError, StillCommittingError) as error:
+        raise DatabaseError(f"cannot reach the database {name}: {reason_of(error, patience)}") from error
+    except (DBAPIError, SQLAlchemyError) as error:
+        raise DatabaseError(f"cannot use the database {name}: {reason_of(error, patience)}") from error

@@ -1,0 +1,376 @@
+"""The SQLite queue: one file in WAL mode, its pragmas, its errors, and checkpoints in our own hands."""
+
+from __future__ import annotations
+
+import time
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from filelock import Timeout
+from sqlalchemy import URL, event
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from lbr.config import PATIENCE
+from lbr.errors import AlreadyRunningError, DatabaseBusyError, DatabaseError, UsageError
+from lbr.store import files, schema
+from lbr.store.database import Database, local_clock
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+    from contextlib import AbstractAsyncContextManager, AbstractContextManager
+
+    from lbr.jobs import Millis, RunId
+
+T = TypeVar("T")
+
+BUSY_TIMEOUT_MS = 2_500
+WAL_LIMIT_BYTES = 16 * 1024 * 1024
+CHECKPOINT_PAUSE_SECONDS = 5.0
+
+# Primary result codes of SQLite, https://sqlite.org/rescode.html
+BUSY, LOCKED, READONLY, IOERR, CORRUPT, FULL, CANTOPEN, NOTADB = 5, 6, 8, 10, 11, 13, 14, 26
+REASONS = {
+    READONLY: "it is read-only; make the file and its folder writable",
+    IOERR: "the disk reported an error",
+    CORRUPT: "the file is damaged; restore a copy, or enqueue into a new one",
+    FULL: "the disk is full; make room and run the same command again",
+    CANTOPEN: "it cannot be opened; check the path and the permissions of the file and its folder",
+    NOTADB: "the file is not a SQLite database; name another path",
+}
+
+
+def sqlite_path(url: str) -> Path:
+    """Return the file that a path or SQLite URL names; UsageError for anything else. Passwords are not shown."""
+    path = _path_in(url) if "://" in url else url
+    if not path.strip() or path == ":memory:":
+        raise UsageError(f"expected --db to name a file, got: {path!r}; processes share the queue through it")
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise UsageError(
+            f"expected --db to name a file, got: {path!r}, in the home of a user who is not known here; "
+            f"write ./{path} for a file of that name"
+        ) from error
+
+
+def _path_in(url: str) -> str:
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):  # a port that is no number is the second; its words show the URL
+        raise UsageError(
+            "expected --db to be a path or a database URL, got: something unreadable; write sqlite:///runs.db"
+        ) from None
+    if parsed.get_backend_name() != "sqlite":
+        raise UsageError(
+            f"expected --db to be a path or an sqlite URL, got: a {parsed.drivername} URL; "
+            f"this version of lbr keeps its queue in SQLite"
+        )
+    unknown = sorted(set(parsed.query) - {"synchronous"})
+    if parsed.host or unknown:
+        more = "a host" if parsed.host else f"the options {', '.join(unknown)}"
+        raise UsageError(f"expected an sqlite URL with a path alone, got: {more}; write sqlite:///runs.db")
+    return parsed.database or ""
+
+
+def _synchronous_in(url: str) -> str:
+    """Return the durability that a URL asks for: FULL, or NORMAL, which may lose the last commits to a power cut."""
+    asked = make_url(url).query.get("synchronous", "FULL") if "://" in url else "FULL"
+    if asked not in {"FULL", "NORMAL"}:
+        raise UsageError(f"expected synchronous to be FULL or NORMAL, got: {asked!r}")
+    return str(asked)
+
+
+def _code(error: DBAPIError) -> int | None:
+    code = getattr(error.orig, "sqlite_errorcode", None)
+    if code is None and error.orig is not None:
+        code = getattr(error.orig.__cause__, "sqlite_errorcode", None)
+    return code & 0xFF if isinstance(code, int) else None
+
+
+def _is_busy(error: Exception) -> bool:
+    return isinstance(error, DBAPIError) and _code(error) in {BUSY, LOCKED}
+
+
+@contextmanager
+def database_errors(path: Path) -> Iterator[None]:
+    """Turn what the driver raises into `DatabaseError`, with the way out."""
+    try:
+        yield
+    except DBAPIError as error:
+        code = _code(error)
+        if code in {BUSY, LOCKED}:
+            raise DatabaseBusyError(
+                f"another process has kept {path} locked for too long; find it with `fuser {path}`, then run again"
+            ) from error
+        reason = REASONS.get(code or 0) or str(error.orig)
+        raise DatabaseError(f"cannot use the database {path}: {reason}") from error
+    except SQLAlchemyError as error:
+        raise DatabaseError(f"cannot use the database {path}: {error}") from error
+
+
+class SQLiteDatabase(Database):
+    """An open SQLite queue: one writing connection, and readers that cannot write."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        synchronous: str = "FULL",
+        clock: Callable[[], Millis] = local_clock,
+        patience: float = PATIENCE,
+    ) -> None:
+        super().__init__(str(path), patience=patience, spool_places=[path, _elsewhere(path)])
+        self.path = path
+        self._clock = clock
+        self._writer = make_engine(
+            path, begin="BEGIN IMMEDIATE", pool_size=1, pragmas=_writer_pragmas(synchronous)
+        )
+        self._reader = make_engine(path, begin="BEGIN", pool_size=4, pragmas=READER_PRAGMAS)
+        self._identity: tuple[int, int] | None = None
+        self._watch: AsyncConnection | None = None
+        self._data_version = -1
+        self._wal = Path(f"{path}-wal")
+        self._checkpoint_lock = files.file_lock(files.lock_path(path, "checkpoint"), timeout=0)
+        self._no_checkpoint_before = 0.0
+
+    async def now(self, connection: AsyncConnection) -> Millis:
+        """Return the time that leases are compared with: SQLite's users share one machine and its clock."""
+        return self._clock()
+
+    def check_file(self) -> None:
+        """Raise DatabaseError where the file that we have open is no longer the one at its path."""
+        try:
+            found = self.path.stat()
+        except FileNotFoundError:
+            found = None
+        identity = None if found is None else (found.st_dev, found.st_ino)
+        if self._identity is None:
+            self._identity = identity
+        if identity is None or identity != self._identity:
+            raise DatabaseError(
+                f"the database {self.path} was {'removed' if identity is None else 'replaced'} while in use; "
+                f"what was written to it is gone with it: put it back, or enqueue again"
+            )
+
+    def _writing(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> Callable[[], Awaitable[T]]:
+        async def once() -> T:
+            async with self._write_lock:
+                self.check_file()
+                async with self._writer.begin() as connection:
+                    result = await work(connection)
+                await self._checkpoint_if_large()
+            return result
+
+        return once
+
+    def _reading(self) -> AbstractAsyncContextManager[AsyncConnection]:
+        return self._reader.begin()
+
+    def _passes(self, error: Exception) -> bool:
+        return _is_busy(error)
+
+    def _errors(self) -> AbstractContextManager[None]:
+        return database_errors(self.path)
+
+    async def changed(self) -> bool:
+        """Tell whether anybody committed since the last call; it costs microseconds and takes no lock."""
+        with self._errors():
+            if self._watch is None:
+                self._watch = await self._reader.connect()
+                await self._watch.execution_options(lbr_begin="")
+            version = (await self._watch.exec_driver_sql("PRAGMA data_version")).scalar_one()
+            await self._watch.rollback()
+        before, self._data_version = self._data_version, version
+        return bool(before != version)
+
+    async def reserve_job_ids(self, connection: AsyncConnection, count: int) -> Sequence[int]:
+        """Return `count` ids that no job has or had; the write lock keeps them ours."""
+        query = "SELECT seq FROM sqlite_sequence WHERE name = 'jobs'"
+        last = (await connection.exec_driver_sql(query)).scalar()
+        first = int(last or 0) + 1
+        return range(first, first + count)
+
+    async def wake(self, connection: AsyncConnection) -> None:
+        """Do nothing: every commit is seen by those who poll."""
+
+    async def take_turns(self, connection: AsyncConnection, run_id: RunId) -> None:
+        """Do nothing: whoever writes holds the lock of the whole file."""
+
+    async def filled(self) -> None:
+        """Do nothing: the plans do not depend on statistics."""
+
+    async def _checkpoint_if_large(self) -> None:
+        """Move the WAL into the file, in one process at a time and in a mode that holds the write lock.
+
+        SQLite before 3.51.3 can corrupt a database when a commit falls between two checkpoints that follow each
+        other closely; with its own checkpoints off, and ours under a lock, that cannot happen.
+        """
+        if time.monotonic() < self._no_checkpoint_before:
+            return
+        try:
+            if self._wal.stat().st_size < WAL_LIMIT_BYTES:
+                return
+        except FileNotFoundError:
+            return
+        self._no_checkpoint_before = time.monotonic() + CHECKPOINT_PAUSE_SECONDS
+        try:
+            self._checkpoint_lock.acquire()
+        except Timeout:
+            return
+        try:
+            complete = await self._checkpoint()
+        finally:
+            self._checkpoint_lock.release()
+        if complete:
+            self._no_checkpoint_before = 0.0
+
+    async def _checkpoint(self) -> bool:
+        async with self._writer.connect() as connection:
+            await connection.execution_options(lbr_begin="")
+            # A long reader must not make every writer wait for it.
+            await connection.exec_driver_sql("PRAGMA busy_timeout = 100")
+            try:
+                busy = (await connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")).one()[0]
+            except DBAPIError as error:
+                if not _is_busy(error):
+                    raise
+                busy = 1
+            finally:
+                await connection.exec_driver_sql(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+        return not busy
+
+    async def prepare(self, *, create: bool) -> None:
+        """Make sure the tables are there and current; only with `create` may it create or upgrade them."""
+        with self._errors():
+            version = await self.read(self._inspect) if self.path.exists() else 0
+            if version > schema.LATEST:
+                raise DatabaseError(
+                    f"expected {self.path} at schema version {schema.LATEST} or older, got: {version}; a newer lbr "
+                    f"wrote it: use that one"
+                )
+            if version == schema.LATEST:
+                await self._use_wal()
+                return
+            if not create and version == 0:
+                raise UsageError(
+                    f"expected an lbr database at {self.path}, got: an empty one; `lbr enqueue` fills it"
+                )
+            async with files.creation_lock(self.path):
+                files.create_private(self.path)
+                await self._use_wal()
+                await self.write(lambda connection: connection.run_sync(schema.migrate, self._clock()))
+
+    async def _use_wal(self) -> None:
+        """Let readers and the writer work side by side. It is kept in the file, so this is nearly always a look."""
+        async with self._reader.connect() as connection:
+            await connection.execution_options(lbr_begin="")
+            if (await connection.exec_driver_sql("PRAGMA journal_mode")).scalar() == "wal":
+                return
+        async with self._writer.connect() as connection:
+            await connection.execution_options(lbr_begin="")
+            await connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+
+    async def _inspect(self, connection: AsyncConnection) -> int:
+        tables = (
+            (await connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'table'"))
+            .scalars()
+            .all()
+        )
+        if tables and "schema_version" not in tables:
+            raise DatabaseError(
+                f"expected an lbr database at {self.path}, got: a SQLite file of another program, with tables {', '.join(tables[:5])}; "
+                f"name another path"
+            )
+        return await connection.run_sync(schema.applied_version)
+
+    async def close(self) -> None:
+        """Close every connection."""
+        if self._watch is not None:
+            await self._watch.close()
+            self._watch = None
+        await self._reader.dispose()
+        await self._writer.dispose()
+
+
+def _elsewhere(path: Path) -> Path:
+    """Return where to keep answers when the database's own folder is full or gone."""
+    return files.state_folder() / files.telling_name(str(path))
+
+
+READER_PRAGMAS = (
+    f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}",
+    "PRAGMA query_only = ON",
+    "PRAGMA mmap_size = 0",
+    "PRAGMA cache_size = -16384",
+)
+
+
+def _writer_pragmas(synchronous: str) -> tuple[str, ...]:
+    return (
+        f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}",
+        f"PRAGMA synchronous = {synchronous}",
+        "PRAGMA wal_autocheckpoint = 0",
+        f"PRAGMA journal_size_limit = {WAL_LIMIT_BYTES}",
+        "PRAGMA mmap_size = 0",
+        "PRAGMA cache_size = -32768",
+    )
+
+
+def make_engine(path: Path, *, begin: str, pool_size: int, pragmas: tuple[str, ...]) -> AsyncEngine:
+    """Return an engine over a file whose transactions start with `begin` and whose connections run `pragmas`."""
+    engine = create_async_engine(
+        # Not a string, in which a path's ? would begin a query.
+        URL.create("sqlite+aiosqlite", database=str(path)),
+        connect_args={"isolation_level": None, "timeout": BUSY_TIMEOUT_MS / 1000},
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_reset_on_return="rollback",
+    )
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def _set_pragmas(connection: Any, _record: Any) -> None:
+        cursor = connection.cursor()
+        for pragma in pragmas:
+            cursor.execute(pragma)
+        cursor.close()
+
+    @event.listens_for(engine.sync_engine, "begin")
+    def _begin(connection: Any) -> None:
+        statement = connection.get_execution_options().get("lbr_begin", begin)
+        if statement:
+            connection.exec_driver_sql(statement)
+
+    return engine
+
+
+def open_sqlite(
+    url: str, *, create: bool, allow_network_fs: bool, clock: Callable[[], Millis] | None, patience: float
+) -> SQLiteDatabase:
+    """Open the queue in a file; see `lbr.store.engines.open_database`."""
+    path = sqlite_path(url)
+    synchronous = _synchronous_in(url)
+    files.check_location(path, create=create)
+    if not allow_network_fs:
+        files.refuse_network_file_system(path)
+    return SQLiteDatabase(path, synchronous=synchronous, clock=clock or local_clock, patience=patience)
+
+
+@asynccontextmanager
+async def sole_worker(url: str) -> AsyncIterator[None]:
+    """Hold the lock of the queue's exclusive worker; AlreadyRunningError where another one does. The kernel frees it."""
+    path = sqlite_path(url)
+    files.check_location(path, create=False)
+    lock = files.file_lock(files.lock_path(path, "worker"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise AlreadyRunningError(
+            f"an exclusive worker of {path} is running already; nothing to do"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
