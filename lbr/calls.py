@@ -16,7 +16,7 @@ from lbr.jobs import Claim, JobId, JobState, Outcome, Settlement
 from lbr.models.base import Request
 from lbr.retry import RetryPolicy, decide, failure_of
 from lbr.settler import Settler
-from lbr.store.queue import SUSPECT_CRASHES
+from lbr.store.schema import SUSPECT_CRASHES
 from lbr.store.settle import Settled, settle
 
 if TYPE_CHECKING:

@@ -10,15 +10,28 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lbr.store.engines import open_database
-from tests.support import Clock
+from tests import postgres
+from tests.support import Cli, Clock
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
 
-    from lbr.store.engines import Database
+    from lbr.store.database import Database
 
-DATABASES = ("sqlite",)
+DATABASES = ("sqlite", "postgresql")
 NOBODY = 65534
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let all processes of pytest-xdist share one PostgreSQL."""
+    if not hasattr(config, "workerinput"):
+        postgres.open_session()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End that PostgreSQL when the last of them is gone."""
+    if not hasattr(config, "workerinput"):
+        postgres.close_session()
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +39,8 @@ def _quiet_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Keep the machine's own settings and keys out of every test."""
     for name in ("MODEL", "OPENROUTER_API_KEY", "OPENAI_API_KEY", "OPENAI_BASE_URL", "LBR_DB", "LBR_CONFIG"):
         monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith("PG")]:
+        monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
 
 
@@ -51,10 +66,32 @@ def clock() -> Clock:
     return Clock()
 
 
+@pytest.fixture
+def new_database() -> Iterator[Callable[[], str]]:
+    """Return what makes empty PostgreSQL databases and tells their URLs; they are dropped after the test."""
+    made: list[str] = []
+
+    def make() -> str:
+        made.append(postgres.create_database(postgres.shared_server()))
+        return made[-1]
+
+    yield make
+    for url in made:
+        postgres.drop_database(postgres.shared_server(), url)
+
+
+@pytest.fixture
+def own_server() -> Iterator[postgres.Server]:
+    """Return a running PostgreSQL that the test may stop and start."""
+    with postgres.Server() as server:
+        yield server
+
+
 @pytest.fixture(params=DATABASES)
-def db_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def db_url(request: pytest.FixtureRequest, tmp_path: Path, new_database: Callable[[], str]) -> str:
     """Return the URL of a queue that does not exist yet."""
-    assert request.param == "sqlite"
+    if request.param == "postgresql":
+        return new_database()
     return f"sqlite+aiosqlite:///{tmp_path / 'queue.db'}"
 
 
@@ -64,3 +101,11 @@ async def database(db_url: str, clock: Clock) -> AsyncIterator[Database]:
     opened = await open_database(db_url, create=True, clock=clock)
     yield opened
     await opened.close()
+
+
+@pytest.fixture
+def cli(tmp_path: Path, db_url: str) -> Iterator[Cli]:
+    """Return a driver of `lbr` in an empty folder; whatever it started is killed at the end."""
+    driver = Cli(tmp_path, db_url=db_url)
+    yield driver
+    driver.stop_all()

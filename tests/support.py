@@ -10,10 +10,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import func, select
+import psycopg
+from sqlalchemy import func, make_url, select
 
 from lbr.jobs import (
     Claim,
@@ -32,13 +35,13 @@ from lbr.jobs import (
 from lbr.retry import RetryPolicy, decide
 from lbr.store import counters, enqueue, runs
 from lbr.store.schema import jobs
+from tests import postgres
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from pathlib import Path
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from lbr.jobs import Failure
-    from lbr.store.engines import Database
+    from lbr.store.database import Database
 
 ECHO = Task(model="offline:echo")
 PATIENCE_SECONDS = 60.0
@@ -57,6 +60,11 @@ class Clock:
     def forward(self, seconds: float) -> None:
         """Let time pass."""
         self.now += round(seconds * 1000)
+
+
+def real_clock(shift_seconds: float = 0) -> Callable[[], Millis]:
+    """Return this machine's clock, fast by so many seconds."""
+    return lambda: Millis(time.time_ns() // 1_000_000 + round(shift_seconds * 1000))
 
 
 async def put(
@@ -110,14 +118,44 @@ async def eventually(condition: Callable[[], Any]) -> Any:
     return value
 
 
-class Cli:
-    """Runs `lbr` commands as processes of their own in one folder."""
+def is_postgresql(db_url: str) -> bool:
+    """Tell whether a URL is one of PostgreSQL."""
+    return make_url(db_url).get_backend_name() == "postgresql"
 
-    def __init__(self, folder: Path, **environment: str) -> None:
+
+@asynccontextmanager
+async def locked_by_another(db_url: str) -> AsyncIterator[None]:
+    """Let another program keep everybody from writing jobs for the length of the block."""
+
+    def lock() -> sqlite3.Connection | psycopg.Connection:
+        if is_postgresql(db_url):
+            other = postgres.connect(db_url, autocommit=False)
+            other.execute("LOCK TABLE lbr.jobs IN ACCESS EXCLUSIVE MODE")
+            return other
+        file = sqlite3.connect(str(make_url(db_url).database), isolation_level=None, check_same_thread=False)
+        file.execute("BEGIN IMMEDIATE")
+        return file
+
+    # In a thread: it may wait for a transaction of ours, which this loop has to finish.
+    holder = await asyncio.to_thread(lock)
+    try:
+        yield
+    finally:
+        holder.rollback()
+        holder.close()
+
+
+class Cli:
+    """Runs `lbr` commands as processes of their own in one folder, with the queue `runs.db` there or at a URL."""
+
+    def __init__(self, folder: Path, *, db_url: str | None = None, **environment: str) -> None:
         self.folder = folder
+        self.outside_url = db_url or f"sqlite:///{folder / 'runs.db'}"
+        """Where `query` asks: the same queue, perhaps by another way than the commands take."""
+        self._server: psycopg.Connection | None = None
         secret = ("KEY", "MODEL", "LBR_", "OPENAI", "OPENROUTER")
         clean = {name: value for name, value in os.environ.items() if not any(s in name for s in secret)}
-        self.environment = clean | environment
+        self.environment = clean | ({"LBR_DB": db_url} if db_url else {}) | environment
         self.started: list[subprocess.Popen[str]] = []
 
     def __call__(
@@ -166,7 +204,7 @@ class Cli:
     def wait_for(self, run: str, name: str, least: int) -> None:
         """Wait until one of a run's numbers is large enough.
 
-        It looks into the file itself: starting a command takes so long that the moment would be gone.
+        It looks into the database itself: starting a command takes so long that the moment would be gone.
         """
         deadline = time.monotonic() + PATIENCE_SECONDS
         while (now := self._look(run, name)) < least:
@@ -174,23 +212,35 @@ class Cli:
             time.sleep(0.005)
 
     def _look(self, run: str, name: str) -> int:
-        counted = (
-            "SELECT value FROM counters WHERE run_id = (SELECT id FROM runs WHERE name = ?) AND name = ?"
-        )
-        inputs = (
-            "SELECT max(idx) + 1 FROM items WHERE run_id = (SELECT id FROM runs WHERE name = ?) AND ? <> ''"
-        )
-        path = self.folder / "runs.db"
-        if not path.exists():
-            return 0
-        connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
+        mine = "run_id = (SELECT id FROM runs WHERE name = ?)"
         try:
-            found = connection.execute(inputs if name == "inputs" else counted, (run, name)).fetchone()
-        except sqlite3.OperationalError:  # the tables are being made
+            if name == "inputs":
+                found = self.query(f"SELECT max(idx) + 1 FROM items WHERE {mine}", run)
+            else:
+                found = self.query(f"SELECT sum(value) FROM counters WHERE {mine} AND name = ?", run, name)
+        except (sqlite3.OperationalError, psycopg.Error):  # the tables are being made, or the server is away
             return 0
-        finally:
-            connection.close()
-        return int(found[0] or 0) if found else 0
+        return int(found[0][0] or 0)
+
+    def query(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
+        """Ask the queue's database as an outsider; values stand for `?`.
+
+        Raises sqlite3.OperationalError or psycopg.Error, also where there is no database yet.
+        """
+        if not is_postgresql(self.outside_url):
+            path = Path(str(make_url(self.outside_url).database))
+            with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
+                return connection.execute(sql, values).fetchall()
+        own = sql.replace("%", "%%").replace("?", "%s")
+        for again in (True, False):
+            if self._server is None or self._server.closed:
+                self._server = postgres.connect(self.outside_url, options="-c search_path=lbr")
+            try:
+                return self._server.execute(own, values).fetchall()
+            except psycopg.OperationalError:  # the server has been restarted since
+                if not again or not self._server.closed:
+                    raise
+        raise AssertionError
 
     def collect(self, run: str, *arguments: str, code: int = 0) -> list[dict[str, Any]]:
         """Return a run's collected rows."""
@@ -204,3 +254,5 @@ class Cli:
             if process.poll() is None:
                 process.kill()
             process.communicate()
+        if self._server is not None:
+            self._server.close()

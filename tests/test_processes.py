@@ -15,23 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support import Cli
+from tests.support import is_postgresql
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
+
+    from tests.support import Cli
 
 pytestmark = pytest.mark.processes
 
 SLOW = ("--model", "offline:echo", "--set", "latency=0.05")
-
-
-@pytest.fixture
-def cli(tmp_path: Path) -> Iterator[Cli]:
-    """Return a driver of `lbr` in an empty folder; whatever it started is killed at the end."""
-    driver = Cli(tmp_path)
-    yield driver
-    driver.stop_all()
 
 
 def prompts(count: int, distinct: int) -> list[str]:
@@ -52,31 +45,21 @@ def check(rows: list[dict[str, Any]], lines: list[str]) -> None:
     ]
 
 
-def recount(folder: Path) -> None:
-    """Check the counters against the rows, and the file's integrity, as an outsider."""
-    connection = sqlite3.connect(folder / "runs.db")
-    try:
-        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        rows = connection.execute("SELECT run_id, state, count(*) FROM jobs GROUP BY 1, 2").fetchall()
-        states = "('pending', 'inflight', 'done', 'failed', 'cancelled')"
-        kept = connection.execute(
-            f"SELECT run_id, name, value FROM counters WHERE name IN {states} AND value <> 0"
-        ).fetchall()
-        assert sorted(kept) == sorted(rows)
-    finally:
-        connection.close()
+def recount(cli: Cli) -> None:
+    """Check the counters against the rows, and a file's integrity, as an outsider."""
+    if not is_postgresql(cli.outside_url):
+        assert cli.query("PRAGMA integrity_check") == [("ok",)]
+    states = "('pending', 'inflight', 'done', 'failed', 'cancelled')"
+    kept = cli.query(
+        f"SELECT run_id, name, sum(value) FROM counters WHERE name IN {states} GROUP BY 1, 2 HAVING sum(value) <> 0"
+    )
+    assert sorted(kept) == sorted(cli.query("SELECT run_id, state, count(*) FROM jobs GROUP BY 1, 2"))
 
 
-def pid_that_holds_jobs(folder: Path) -> int:
+def pid_that_holds_jobs(cli: Cli) -> int:
     """Return the process of a worker that holds jobs now."""
-    connection = sqlite3.connect(folder / "runs.db")
-    try:
-        query = (
-            "SELECT w.pid FROM jobs j JOIN workers w ON w.id = j.worker_id WHERE j.state = 'inflight' LIMIT 1"
-        )
-        return int(connection.execute(query).fetchone()[0])
-    finally:
-        connection.close()
+    query = "SELECT w.pid FROM jobs j JOIN workers w ON w.id = j.worker_id WHERE j.state = 'inflight' LIMIT 1"
+    return int(cli.query(query)[0][0])
 
 
 def test_three_workers_one_killed(cli: Cli) -> None:
@@ -86,7 +69,7 @@ def test_three_workers_one_killed(cli: Cli) -> None:
     cli("enqueue", "in.txt", "--model", "offline:echo", "--set", "latency=0.3")
     workers = [cli.start("worker", "--concurrency", "8", "--lease", "1.5") for _ in range(3)]
     cli.wait_for("in", "done", 100)
-    holder = next(worker for worker in workers if worker.pid == pid_that_holds_jobs(cli.folder))
+    holder = next(worker for worker in workers if worker.pid == pid_that_holds_jobs(cli))
     holder.kill()
     output = [worker.communicate(timeout=90) for worker in workers]
     assert sorted(worker.returncode for worker in workers) == [-9, 0, 0]
@@ -94,7 +77,7 @@ def test_three_workers_one_killed(cli: Cli) -> None:
     assert sum(map(int, re.findall(r"reclaimed (\d+) jobs", told))) == cli.status("in")["crashed"]
     assert 1 <= cli.status("in")["crashed"] <= 8
     check(cli.collect("in"), lines)
-    recount(cli.folder)
+    recount(cli)
 
 
 def test_resume_after_every_process_was_killed(cli: Cli) -> None:
@@ -131,7 +114,7 @@ def test_resume_after_every_process_was_killed(cli: Cli) -> None:
     assert set(calls) == set(lines)
     assert sum(calls.values()) - len(calls) <= inflight
     assert max(calls.values()) <= 2
-    recount(cli.folder)
+    recount(cli)
 
 
 def test_two_runs_at_once(cli: Cli) -> None:
@@ -143,7 +126,7 @@ def test_two_runs_at_once(cli: Cli) -> None:
     assert [(run.communicate(timeout=90)[1][-400:], run.returncode)[1] for run in runs] == [0, 0]
     for name, lines in (("one", first), ("two", second)):
         check([json.loads(line) for line in (cli.folder / f"{name}.jsonl").read_text().splitlines()], lines)
-    recount(cli.folder)
+    recount(cli)
 
 
 def test_the_same_run_twice_at_once(cli: Cli) -> None:
@@ -154,7 +137,7 @@ def test_the_same_run_twice_at_once(cli: Cli) -> None:
     assert [(run.communicate(timeout=90), run.returncode)[1] for run in runs] == [0, 0]
     check([json.loads(line) for line in (cli.folder / "out.jsonl").read_text().splitlines()], lines)
     assert cli.status("in")["stale"] == 0
-    recount(cli.folder)
+    recount(cli)
 
 
 def test_two_enqueues_of_the_same_file_at_once(cli: Cli) -> None:
@@ -168,7 +151,7 @@ def test_two_enqueues_of_the_same_file_at_once(cli: Cli) -> None:
     assert sum(count["known"] for count in counts) == 20_000
     cli("worker", "--concurrency", "200")
     check(cli.collect("in"), lines)
-    recount(cli.folder)
+    recount(cli)
 
 
 def test_enqueue_killed_in_the_middle_is_completed(cli: Cli) -> None:
@@ -190,7 +173,7 @@ def test_enqueue_killed_in_the_middle_is_completed(cli: Cli) -> None:
     assert (report["inputs"], report["known"]) == (60_000, held)
     rows = cli.collect("in", code=3)
     assert [row["prompt"] for row in rows] == lines
-    recount(cli.folder)
+    recount(cli)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -208,7 +191,7 @@ def test_drain_on_signal(cli: Cli, number: signal.Signals) -> None:
     assert (now["inflight"], now["crashed"], now["done"] + now["pending"]) == (0, 0, 300)
     assert now["done"] < 300
     assert f"{now['done']} done, 0 failed" in told
-    recount(cli.folder)
+    recount(cli)
 
 
 def test_second_signal_releases_at_once(cli: Cli) -> None:
@@ -225,7 +208,7 @@ def test_second_signal_releases_at_once(cli: Cli) -> None:
     assert (worker.returncode, "3 released" in told) == (0, True)
     now = cli.status("in")
     assert (now["pending"], now["crashed"]) == (3, 0)
-    recount(cli.folder)
+    recount(cli)
 
 
 def test_function_that_will_not_stop_does_not_keep_the_worker(cli: Cli) -> None:
@@ -272,13 +255,9 @@ def test_collect_while_workers_run(cli: Cli) -> None:
     check([json.loads(line) for line in (cli.folder / "all.jsonl").read_text().splitlines()], lines)
 
 
-def worker_pids(folder: Path) -> list[int]:
+def worker_pids(cli: Cli) -> list[int]:
     """Return the processes of all registered workers."""
-    connection = sqlite3.connect(folder / "runs.db")
-    try:
-        return [pid for (pid,) in connection.execute("SELECT pid FROM workers")]
-    finally:
-        connection.close()
+    return [pid for (pid,) in cli.query("SELECT pid FROM workers")]
 
 
 def test_processes_flag_and_a_killed_child(cli: Cli) -> None:
@@ -289,14 +268,14 @@ def test_processes_flag_and_a_killed_child(cli: Cli) -> None:
     parent = cli.start("worker", "--processes", "3", "--concurrency", "4", "--lease", "1.5")
     cli.wait_for("in", "done", 50)
     deadline = time.monotonic() + 30
-    while len(pids := worker_pids(cli.folder)) < 3:
+    while len(pids := worker_pids(cli)) < 3:
         assert time.monotonic() < deadline
     subprocess.run(["kill", "-9", str(pids[0])], check=True)
     _, told = parent.communicate(timeout=90)
     assert parent.returncode == 0, told
     assert f"worker process {pids[0]} was killed by SIGKILL" in told
     check(cli.collect("in"), lines)
-    recount(cli.folder)
+    recount(cli)
 
 
 def test_exclusive_worker_for_cron(cli: Cli) -> None:
@@ -371,7 +350,7 @@ def test_workers_under_faults_finish_everything(cli: Cli) -> None:
     workers = [cli.start("worker", "--concurrency", "8") for _ in range(2)]
     assert [(worker.communicate(timeout=120), worker.returncode)[1] for worker in workers] == [0, 0]
     check(cli.collect("in"), lines)
-    recount(cli.folder)
+    recount(cli)
     now = json.loads(cli("status", "in", "--json").stdout)["runs"][0]
     assert set(now["errors"]) == {"transient", "rate_limited"}
 

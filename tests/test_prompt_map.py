@@ -19,6 +19,7 @@ import lbr
 from lbr import DB_URL_DEFAULT, LbrError, Pause, Permanent, export_jsonl, prompt_map
 from lbr.store import mirror
 from tests.llmock_server import serve
+from tests.support import is_postgresql
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -120,33 +121,33 @@ async def test_dtypes() -> None:
     assert frame.schema["error"] == pl.String
 
 
-async def test_rerun_calls_nothing_again(calls: Calls) -> None:
+async def test_rerun_calls_nothing_again(calls: Calls, db_url: str) -> None:
     """The same call a second time returns the same rows without a call."""
 
     async def count(prompt: str) -> str:
         calls.made[prompt] += 1
         return prompt[::-1]
 
-    first = await prompt_map(CITIES, count)
-    assert await prompt_map(CITIES, count) == first
+    first = await prompt_map(CITIES, count, db_url=db_url)
+    assert await prompt_map(CITIES, count, db_url=db_url) == first
     assert calls.made == Counter({"Oslo": 1, "Bergen": 1, "Narvik": 1})
 
 
-async def test_more_prompts_reuse_earlier_answers(calls: Calls) -> None:
+async def test_more_prompts_reuse_earlier_answers(calls: Calls, db_url: str) -> None:
     """A longer list only calls for what is new; `fresh` calls for all of it."""
 
     async def count(prompt: str) -> str:
         calls.made[prompt] += 1
         return prompt
 
-    await prompt_map(["a", "b"], count)
-    await prompt_map(["a", "b", "c"], count)
+    await prompt_map(["a", "b"], count, db_url=db_url)
+    await prompt_map(["a", "b", "c"], count, db_url=db_url)
     assert calls.made == Counter({"a": 1, "b": 1, "c": 1})
-    await prompt_map(["a", "b", "c", "d"], count, fresh=True)
+    await prompt_map(["a", "b", "c", "d"], count, fresh=True, db_url=db_url)
     assert calls.made == Counter({"a": 2, "b": 2, "c": 2, "d": 1})
 
 
-async def test_rerun_tries_failures_again(calls: Calls) -> None:
+async def test_rerun_tries_failures_again(calls: Calls, db_url: str) -> None:
     """What failed in one call is tried again in the next, and only that."""
     calls.broken = {"b"}
 
@@ -156,14 +157,14 @@ async def test_rerun_tries_failures_again(calls: Calls) -> None:
             raise Permanent("down")
         return prompt
 
-    assert [r["status"] for r in await prompt_map(["a", "b"], flaky)] == ["done", "missing"]
-    assert (await prompt_map(["a", "b"], flaky, retry_failed=False))[1]["error"] == "down"
+    assert [r["status"] for r in await prompt_map(["a", "b"], flaky, db_url=db_url)] == ["done", "missing"]
+    assert (await prompt_map(["a", "b"], flaky, retry_failed=False, db_url=db_url))[1]["error"] == "down"
     calls.broken = set()
-    assert [r["status"] for r in await prompt_map(["a", "b"], flaky)] == ["done", "done"]
+    assert [r["status"] for r in await prompt_map(["a", "b"], flaky, db_url=db_url)] == ["done", "done"]
     assert calls.made == Counter({"a": 1, "b": 2})
 
 
-async def test_interrupted_call_resumes(calls: Calls) -> None:
+async def test_interrupted_call_resumes(calls: Calls, db_url: str) -> None:
     """A cancelled call keeps what was answered; the same call again finishes the rest, each prompt once."""
     reached, gate = asyncio.Event(), asyncio.Event()
 
@@ -175,20 +176,20 @@ async def test_interrupted_call_resumes(calls: Calls) -> None:
         return prompt
 
     prompts = [f"p{n}" for n in range(30)]
-    task = asyncio.create_task(prompt_map(prompts, gated, concurrency=1, db_url="x.db"))
+    task = asyncio.create_task(prompt_map(prompts, gated, concurrency=1, db_url=db_url))
     await asyncio.wait_for(reached.wait(), 30)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     gate.set()
-    (before,) = (await lbr.status(db_url="x.db")).runs
+    (before,) = (await lbr.status(db_url=db_url)).runs
     assert (before.done, before.pending, before.inflight) == (10, 20, 0)
-    rows = await prompt_map(prompts, gated, concurrency=1, db_url="x.db")
+    rows = await prompt_map(prompts, gated, concurrency=1, db_url=db_url)
     assert [row["result"] for row in rows] == prompts
     assert calls.made == Counter(prompts) + Counter({"p10": 1})
 
 
-async def test_rerun_after_a_pause_goes_on(calls: Calls) -> None:
+async def test_rerun_after_a_pause_goes_on(calls: Calls, db_url: str) -> None:
     """A run that paused for its account is taken up again by the same call."""
     calls.broken = {"everything"}
 
@@ -198,19 +199,19 @@ async def test_rerun_after_a_pause_goes_on(calls: Calls) -> None:
             raise Pause("no credit")
         return prompt
 
-    rows = await prompt_map(["a", "b"], paid, concurrency=1)
+    rows = await prompt_map(["a", "b"], paid, concurrency=1, db_url=db_url)
     assert [(row["status"], row["error"]) for row in rows] == [("missing", "no credit"), ("missing", None)]
     calls.broken = set()
-    assert [row["status"] for row in await prompt_map(["a", "b"], paid)] == ["done", "done"]
+    assert [row["status"] for row in await prompt_map(["a", "b"], paid, db_url=db_url)] == ["done", "done"]
     assert calls.made == Counter({"a": 2, "b": 1})
 
 
-async def test_another_model_is_other_work() -> None:
+async def test_another_model_is_other_work(db_url: str) -> None:
     """The same prompts with another setting are other jobs, in a run of their own."""
-    first = await prompt_map(["a"], model_name="offline:echo")
-    second = await prompt_map(["a"], model_name="offline:echo", settings={"seed": 7})
+    first = await prompt_map(["a"], model_name="offline:echo", db_url=db_url)
+    second = await prompt_map(["a"], model_name="offline:echo", settings={"seed": 7}, db_url=db_url)
     assert first[0]["key"] != second[0]["key"]
-    assert len((await lbr.status()).runs) == 2
+    assert len((await lbr.status(db_url=db_url)).runs) == 2
 
 
 async def test_offline_model_with_result_type() -> None:
@@ -287,7 +288,7 @@ async def test_nobody_to_answer_is_one_clear_error() -> None:
         ({"run": ""}, "run name"),
         ({"run": " x"}, "run name"),
         ({"result_type": 3}, "3"),
-        ({"db_url": "postgresql://u:p@h/d"}, "SQLite"),
+        ({"db_url": "mysql://u:p@h/d"}, "a mysql URL"),
         ({"model_name": "offline:echo"}, "both"),
     ],
 )
@@ -306,38 +307,39 @@ async def test_wrong_prompts(prompts: Any) -> None:
     assert not Path("runs.db").exists()
 
 
-async def test_results_database_mirrors_the_shape() -> None:
-    """The results database beside the queue holds the rows in the shape of the latest call."""
-    await prompt_map(CITIES, shout)
-    assert rows_of("runs-results.db") == [
+async def test_results_database_mirrors_the_shape(db_url: str) -> None:
+    """The results database, beside a file or in the working directory, holds the rows in the shape of the latest call."""
+    await prompt_map(CITIES, shout, db_url=db_url)
+    beside = "runs-results.db" if is_postgresql(db_url) else "queue-results.db"
+    assert rows_of(beside) == [
         (0, "Oslo", "done", "OSLO"),
         (1, "Bergen", "done", "BERGEN"),
         (3, "Narvik", "done", "NARVIK"),
     ]
-    await prompt_map(CITIES, shout, output_shape="original")
-    assert [row[3] for row in rows_of("runs-results.db")] == [city.upper() for city in CITIES]
-    await prompt_map(["a"], shout, results_db_url="elsewhere.db")
+    await prompt_map(CITIES, shout, output_shape="original", db_url=db_url)
+    assert [row[3] for row in rows_of(beside)] == [city.upper() for city in CITIES]
+    await prompt_map(["a"], shout, results_db_url="elsewhere.db", db_url=db_url)
     assert rows_of("elsewhere.db") == [(0, "a", "done", "A")]
 
 
-async def test_export_from_queue_and_from_results() -> None:
+async def test_export_from_queue_and_from_results(db_url: str) -> None:
     """Both databases export their newest run as JSONL, whole, in order."""
-    rows = await prompt_map(CITIES, shout, output_shape="original")
-    assert await export_jsonl(DB_URL_DEFAULT, out="queue.jsonl") == 5
-    assert await export_jsonl("runs-results.db", out="results.jsonl") == 5
+    rows = await prompt_map(CITIES, shout, output_shape="original", db_url=db_url, results_db_url="r.db")
+    assert await export_jsonl(db_url, out="queue.jsonl") == 5
+    assert await export_jsonl("r.db", out="results.jsonl") == 5
     for name in ("queue.jsonl", "results.jsonl"):
         assert [json.loads(line) for line in Path(name).read_text().splitlines()] == rows
-    assert await export_jsonl(out="unique.jsonl", output_shape="unique") == 3
+    assert await export_jsonl(db_url, out="unique.jsonl", output_shape="unique") == 3
     with pytest.raises(LbrError, match="nope"):
-        await export_jsonl(out="x.jsonl", run="nope")
+        await export_jsonl(db_url, out="x.jsonl", run="nope")
     assert not Path("x.jsonl").exists()
 
 
-async def test_chat_and_metadata_prompts() -> None:
+async def test_chat_and_metadata_prompts(db_url: str) -> None:
     """Dicts carry messages, ids and metadata, which come back with the rows."""
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     rows = await prompt_map(
-        [{"messages": chat, "id": "x", "n": 1}, {"prompt": "Ho"}], model_name="offline:echo"
+        [{"messages": chat, "id": "x", "n": 1}, {"prompt": "Ho"}], model_name="offline:echo", db_url=db_url
     )
     assert [(r["prompt"], r["result"]) for r in rows] == [(chat, "Hi"), ("Ho", "Ho")]
     assert (rows[0]["id"], rows[0]["metadata"]) == ("x", {"n": 1})
@@ -395,7 +397,7 @@ async def test_progress_lines(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "")
 
 
-async def test_runs_beside_other_work_in_one_loop() -> None:
+async def test_runs_beside_other_work_in_one_loop(db_url: str) -> None:
     """Inside a running loop, as in a notebook, several calls at once share the loop and the queue."""
     ticks = 0
 
@@ -407,7 +409,8 @@ async def test_runs_beside_other_work_in_one_loop() -> None:
 
     ticking = asyncio.create_task(tick())
     first, second = await asyncio.gather(
-        prompt_map([f"a{n}" for n in range(50)], shout), prompt_map([f"b{n}" for n in range(50)], shout)
+        prompt_map([f"a{n}" for n in range(50)], shout, db_url=db_url),
+        prompt_map([f"b{n}" for n in range(50)], shout, db_url=db_url),
     )
     ticking.cancel()
     assert [row["result"] for row in first] == [f"A{n}" for n in range(50)]

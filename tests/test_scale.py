@@ -10,23 +10,13 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from tests.support import Cli
-
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Iterator
-    from pathlib import Path
+
+    from tests.support import Cli
 
 COUNT = 100_000
 LIMIT_BYTES = 250 * 1000 * 1000
-
-
-@pytest.fixture
-def cli(tmp_path: Path) -> Iterator[Cli]:
-    """Return a driver of `lbr` in an empty folder."""
-    driver = Cli(tmp_path)
-    yield driver
-    driver.stop_all()
 
 
 def peak_until_end(*processes: subprocess.Popen[str]) -> list[int]:

@@ -16,7 +16,6 @@ from sqlalchemy import event, text
 from lbr.errors import DatabaseBusyError, DatabaseError, UsageError
 from lbr.jobs import Item, KeyMaker, Prompt
 from lbr.store import enqueue, files, runs, sqlite
-from lbr.store.database import Database
 from lbr.store.engines import open_database
 from lbr.store.queue import CLAIM, DUE, DUE_SUSPECT, EXPIRED, RENEW, Queue
 from lbr.store.settle import SETTLE, settle
@@ -26,6 +25,8 @@ from tests.support import ECHO, answered, assert_counted, put
 if TYPE_CHECKING:
     from sqlalchemy import Executable
     from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from lbr.store.database import Database
 
 RUNS = "SELECT name FROM runs"
 
@@ -79,7 +80,7 @@ async def test_plans_use_the_partial_indexes(database: Database) -> None:
     await put(database, [f"p{n}" for n in range(10)])
     for statement, index in (
         (DUE, "INDEX jobs_pending (run_id=? AND available_at<?)"),
-        (DUE_SUSPECT, "INDEX jobs_pending (run_id=? AND available_at<?)"),
+        (DUE_SUSPECT, "INDEX jobs_suspects (run_id=? AND available_at<?)"),
         (CLAIM, "INDEX jobs_pending (run_id=? AND available_at<?)"),
         (EXPIRED, "INDEX jobs_lease (lease_until<?)"),
         (RENEW, "INTEGER PRIMARY KEY"),
@@ -167,7 +168,7 @@ async def test_newer_schema_is_refused(tmp_path: Path) -> None:
     with sqlite3.connect(path) as connection:
         connection.execute("INSERT INTO schema_version VALUES (99, 'future', 0)")
     connection.close()
-    with pytest.raises(DatabaseError, match=r"schema version 1 or older, got: 99.*a newer lbr"):
+    with pytest.raises(DatabaseError, match=r"schema version 2 or older, got: 99.*a newer lbr"):
         await open_database(str(path), create=True)
 
 

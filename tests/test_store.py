@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy import insert, select
@@ -18,11 +19,13 @@ from lbr.errors import (
 )
 from lbr.jobs import Failure, Item, JobState, KeyMaker, Prompt, RunState, Shape, Task, WorkerId
 from lbr.store import enqueue, reads, runs, schema
-from lbr.store.database import Database
 from lbr.store.engines import open_database
 from lbr.store.queue import Queue
 from lbr.store.settle import settle
 from tests.support import ECHO, Clock, answered, assert_counted, failed, job_row, put, states
+
+if TYPE_CHECKING:
+    from lbr.store.database import Database
 
 TRANSIENT = Failure(Family.TRANSIENT, "ServerError", "503")
 PERMANENT = Failure(Family.PERMANENT, "BadRequest", "400: no")
@@ -489,4 +492,7 @@ async def test_schema_migrates_once(database: Database, db_url: str) -> None:
     other = await open_database(db_url, create=True)
     await other.close()
     rows = (await database.read(lambda c: c.execute(select(schema.schema_version)))).all()
-    assert [(row.version, row.name) for row in rows] == [(1, "create the tables")]
+    assert [(row.version, row.name) for row in rows] == [
+        (1, "create the tables"),
+        (2, "index the suspects"),
+    ]

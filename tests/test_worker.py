@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 from collections import Counter
 from contextlib import asynccontextmanager
 from random import Random
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import text
 
 from lbr.asking import authorize
 from lbr.config import WorkOptions
@@ -18,17 +16,17 @@ from lbr.errors import DatabaseError, NothingToServeError, Pause, Permanent, Ret
 from lbr.jobs import Shape, Task, Until
 from lbr.models.function import identify
 from lbr.retry import RetryPolicy
-from lbr.store import reads, runs
+from lbr.store import reads, runs, schema
 from lbr.store.engines import open_database
 from lbr.store.queue import Queue
 from lbr.worker import Worker
-from tests.support import ECHO, assert_counted, eventually, put, states
+from tests.support import ECHO, assert_counted, eventually, locked_by_another, put, real_clock, states
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from lbr.jobs import Run
-    from lbr.store.engines import Database
+    from lbr.store.database import Database
 
 QUICK = RetryPolicy(backoff_first=0.02, backoff_most=0.05)
 
@@ -296,7 +294,7 @@ async def test_dead_workers_jobs_are_reclaimed(live: Database) -> None:
     await assert_counted(live, run)
 
 
-async def test_lost_job_is_dropped_and_its_answer_refused(live: Database) -> None:
+async def test_lost_job_is_dropped_and_its_answer_refused(live: Database, db_url: str) -> None:
     """A worker that learns from its renewal that a job is somebody else's stops that call."""
     cancelled = asyncio.Event()
     started = asyncio.Event()
@@ -315,7 +313,7 @@ async def test_lost_job_is_dropped_and_its_answer_refused(live: Database) -> Non
     async with working(worker):
         await started.wait()
         # Somebody with a faster clock takes the job back and claims it.
-        ahead = await open_database(str(live.path), clock=lambda: live._clock() + 60_000)  # type: ignore[arg-type, return-value]
+        ahead = await open_database(db_url, clock=real_clock(60))
         queue = Queue(ahead)
         thief = await queue.register(host="b", pid=2, concurrency=1)
         assert len(await queue.reclaim()) == 1
@@ -327,7 +325,7 @@ async def test_lost_job_is_dropped_and_its_answer_refused(live: Database) -> Non
     assert row.status == "inflight"
 
 
-async def test_suspect_runs_alone(live: Database) -> None:
+async def test_suspect_runs_alone(live: Database, db_url: str) -> None:
     """A job that has crashed its workers twice waits until nothing else is held, then runs by itself."""
     together: list[set[str]] = []
     now: set[str] = set()
@@ -343,9 +341,9 @@ async def test_suspect_runs_alone(live: Database) -> None:
     queue = Queue(live)
     ghost = await queue.register(host="gone", pid=1, concurrency=1)
     for _ in range(2):
-        ahead = await open_database(str(live.path), clock=lambda: live._clock() - 60_000)  # type: ignore[arg-type, return-value]
-        assert len(await Queue(ahead).claim(ghost, [run.id], 1, lease=1)) in {0, 1}
-        await ahead.close()
+        behind = await open_database(db_url, clock=real_clock(-60))
+        assert len(await Queue(behind).claim(ghost, [run.id], 1, lease=1)) in {0, 1}
+        await behind.close()
         if not await queue.reclaim():
             await queue.claim(ghost, [run.id], 1, lease=0.001)
             await asyncio.sleep(0.01)
@@ -440,7 +438,7 @@ async def test_database_that_goes_away_is_an_error(live: Database) -> None:
     """A settlement that cannot be written ends the worker with an error, not with silence."""
 
     async def spoil(prompt: str) -> str:
-        await live.write(lambda connection: connection.execute(text("DROP TABLE results")))
+        await live.write(lambda connection: connection.run_sync(schema.results.drop))
         return prompt
 
     await put(live, ["a"], task=asks(spoil))
@@ -520,7 +518,7 @@ async def test_answers_that_no_database_holds_fail_alone(
     assert "at most 1,000 characters, got: 1,001" in ((await reads.story(live, run, 2)).row.error or "")
 
 
-async def test_locked_database_does_not_make_a_worker_take_its_own_jobs(live: Database) -> None:
+async def test_locked_database_does_not_make_a_worker_take_its_own_jobs(live: Database, db_url: str) -> None:
     """A worker that could not renew for longer than its lease keeps its calls; no crash, no second call."""
     calls = 0
 
@@ -534,11 +532,8 @@ async def test_locked_database_does_not_make_a_worker_take_its_own_jobs(live: Da
     worker = worker_for(live, long, lease=0.6)
     async with working(worker) as task:
         await eventually(lambda: calls == 2)
-        holder = sqlite3.connect(live.path, isolation_level=None)
-        holder.execute("BEGIN IMMEDIATE")
-        await asyncio.sleep(1.5)
-        holder.execute("ROLLBACK")
-        holder.close()
+        async with locked_by_another(db_url):
+            await asyncio.sleep(1.5)
         report = await task
     assert (calls, report.done, report.stale) == (2, 2, 0)
     assert (await reads.story(live, run, 0)).crashes == 0

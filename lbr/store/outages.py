@@ -12,9 +12,10 @@ from sqlalchemy.exc import DBAPIError
 PASSING_CLASSES = frozenset({"08", "57"})
 """Connection exceptions; operator intervention: the server is stopped, started, or ended our session."""
 
-PASSING = frozenset({"40001", "40P01", "55P03", "53300", "25P03", "25006"})
-"""Serialization failure, deadlock, lock timeout, too many connections, a transaction that idled for too long,
-and a server that is read-only since another has taken its place."""
+PASSING = frozenset({"40001", "40P01", "55P03", "53300", "25P03"})
+"""Serialization failure, deadlock, lock timeout, too many connections, a transaction that idled for too long."""
+
+READ_ONLY = "25006"
 
 REASONS = {
     "28P01": "the server refused the password; check user and password in the URL, PGPASSWORD or ~/.pgpass",
@@ -29,6 +30,10 @@ REASONS = {
 }
 
 
+class PassingError(Exception):
+    """What keeps a transaction from succeeding for now, in words."""
+
+
 def sqlstate_of(error: BaseException) -> str | None:
     """Return the server's code for an error, None where it has none."""
     if isinstance(error, DBAPIError) and error.orig is not None:
@@ -41,7 +46,7 @@ def is_passing(error: Exception) -> bool:
     """Tell whether the same transaction may well succeed when it is run again."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return False
-    if isinstance(error, OSError | TimeoutError):
+    if isinstance(error, OSError | TimeoutError | PassingError):
         return True
     code = sqlstate_of(error)
     if code is not None:

@@ -6,14 +6,14 @@ Everything is in a schema of its own, `lbr`, so that the database may hold other
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import SystemRandom
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import uuid4
 
-from sqlalchemy import Text, bindparam, select, text
+from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
@@ -24,7 +24,7 @@ from lbr.store.addresses import Address, address_of
 from lbr.store.arrays import SHARD, TAKES_ARRAYS
 from lbr.store.database import Database
 from lbr.store.listener import Listener
-from lbr.store.outages import is_passing, reason_of
+from lbr.store.outages import READ_ONLY, PassingError, is_passing, reason_of, sqlstate_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -40,6 +40,7 @@ SCHEMA = "lbr"
 CHANNEL = "lbr"
 SHARDS = 32
 CONNECT_SECONDS = 10.0
+CLOSE_SECONDS = 2.0
 OPEN_PATIENCE_SECONDS = 10.0
 STALL_SECONDS = 30.0
 """A transaction that takes longer than this is given up and run again: the network may be cut, which no one says."""
@@ -58,8 +59,20 @@ CREATION_LOCK, SOLE_LOCK, TURNS_LOCK = 0x6C_62_72_01, 0x6C_62_72_02, 0x6C_62_72_
 
 _CLOCK = "CAST(extract(epoch FROM clock_timestamp()) * 1000 AS bigint)"
 _NOW = text(f"SELECT {_CLOCK}")
-_BEGUN = text(f"SELECT {_CLOCK} AS now, CAST(pg_current_xact_id() AS text) AS xid")
-_FATE = text("SELECT pg_xact_status(CAST(:xid AS xid8))").bindparams(bindparam("xid", type_=Text))
+# Each open queue numbers its transactions in a row of its own, which goes with their commit: whether a commit whose
+# answer was lost was carried out can be read there. The transaction's own number would not do, for a server that
+# crashed gives the numbers of what it lost to others.
+_WRITERS = (
+    f"CREATE TABLE IF NOT EXISTS {SCHEMA}.writers (id text PRIMARY KEY, seq bigint NOT NULL, at bigint NOT NULL) "
+    f"WITH (fillfactor = 25)"
+)
+_BEGIN = text(
+    f"INSERT INTO {SCHEMA}.writers (id, seq, at) VALUES (:writer, :seq, {_CLOCK}) "
+    f"ON CONFLICT (id) DO UPDATE SET seq = excluded.seq, at = excluded.at RETURNING at"
+)
+# Waits for the lost connection's transaction to end, if the server still has it.
+_LAST = text(f"SELECT seq FROM {SCHEMA}.writers WHERE id = :writer FOR UPDATE")
+_FORGET = text(f"DELETE FROM {SCHEMA}.writers WHERE id = :writer OR at < {_CLOCK} - {24 * 3600 * 1000}")
 _TAKE_TURNS = text("SELECT pg_advisory_xact_lock(:kind, :run)")
 _CREATING = text("SELECT pg_advisory_xact_lock(:kind, 0)")
 _SOLE = "SELECT pg_try_advisory_lock($1, 0)"
@@ -71,15 +84,11 @@ _OTHERS = text(
 _WRITE_NOW = "lbr_now"
 
 
-class StillCommittingError(Exception):
-    """The server has not yet decided about a transaction whose connection was lost during its commit."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Doubt(Generic[T]):
-    """A transaction that was sent its commit and of which nothing was heard since."""
+    """A transaction, by its number, that was sent its commit and of which nothing was heard since."""
 
-    xid: str
+    seq: int
     result: T
 
 
@@ -92,6 +101,8 @@ class PostgresDatabase(Database):
         ]
         super().__init__(address.shown, patience=patience, spool_places=places)
         self._clock = clock
+        self._id = uuid4().hex
+        self._seq = 0
         options = {
             "schema_translate_map": {None: SCHEMA},
             TAKES_ARRAYS: True,
@@ -108,28 +119,36 @@ class PostgresDatabase(Database):
 
         async def once() -> T:
             nonlocal doubt
-            async with self._write_lock, asyncio.timeout(STALL_SECONDS):
+            async with (
+                self._write_lock,
+                asyncio.timeout(STALL_SECONDS),
+                self._connected() as connection,
+            ):
                 if doubt is not None:
-                    if await self._is_committed(doubt.xid):
+                    if await connection.scalar(_LAST, {"writer": self._id}) == doubt.seq:
                         return doubt.result
                     doubt = None
-                async with self._writer.connect() as connection:
-                    begun = (await connection.execute(_BEGUN)).one()
-                    connection.info[_WRITE_NOW] = begun.now
-                    result = await work(connection)
-                    doubt = _Doubt(begun.xid, result)
-                    await connection.commit()
+                self._seq += 1
+                bound = {"writer": self._id, "seq": self._seq}
+                connection.info[_WRITE_NOW] = await connection.scalar(_BEGIN, bound)
+                result = await work(connection)
+                doubt = _Doubt(self._seq, result)
+                await connection.commit()
             return result
 
         return once
 
-    async def _is_committed(self, xid: str) -> bool:
-        """Ask what became of a transaction; see pg_xact_status in PostgreSQL's manual, 9.27."""
-        async with self._reader.connect() as connection:
-            fate = await connection.scalar(_FATE, {"xid": xid})
-        if fate == "in progress":
-            raise StillCommittingError
-        return bool(fate == "committed")
+    @asynccontextmanager
+    async def _connected(self) -> AsyncIterator[AsyncConnection]:
+        async with self._writer.connect() as connection:
+            try:
+                yield connection
+            except DBAPIError as error:
+                if sqlstate_of(error) != READ_ONLY:
+                    raise
+                # It was the primary when we connected; the next connection may lead to the one that is now.
+                await connection.invalidate()
+                raise PassingError("the server is read-only: another may have taken its place") from error
 
     def _reading(self) -> AbstractAsyncContextManager[AsyncConnection]:
         return self._read_in_time()
@@ -140,7 +159,7 @@ class PostgresDatabase(Database):
             yield connection
 
     def _passes(self, error: Exception) -> bool:
-        return isinstance(error, StillCommittingError) or is_passing(error)
+        return is_passing(error)
 
     def _errors(self) -> AbstractContextManager[None]:
         return _database_errors(self.name, self.patience)
@@ -187,19 +206,29 @@ class PostgresDatabase(Database):
                 f"expected an lbr queue in {self.name}, got: none there; `lbr enqueue` creates it"
             )
         if version < schema.LATEST:
-            await self.write(self._create)
+            await self._retried(self._create)
         self.patience = patience
 
-    async def _create(self, connection: AsyncConnection) -> None:
-        await connection.execute(_CREATING, {"kind": CREATION_LOCK})
-        await connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
-        await connection.run_sync(schema.migrate, await self.now(connection))
+    async def _create(self) -> None:
+        async with asyncio.timeout(STALL_SECONDS), self._writer.begin() as connection:
+            await connection.execute(_CREATING, {"kind": CREATION_LOCK})
+            await connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
+            await connection.execute(text(_WRITERS))
+            await connection.run_sync(schema.migrate, await self.now(connection))
 
     async def close(self) -> None:
         """Close every connection."""
         await self._listener.close()
+        if self._seq and not self._given_up:
+            await self._forget()
         await self._reader.dispose()
         await self._writer.dispose()
+
+    async def _forget(self) -> None:
+        """Remove our row of writers, and those of killed ones; one that stays does no harm for a day."""
+        with suppress(DBAPIError, OSError, TimeoutError):
+            async with asyncio.timeout(CLOSE_SECONDS), self._writer.begin() as connection:
+                await connection.execute(_FORGET, {"writer": self._id})
 
     async def remove(self, run: str) -> bool:
         """Drop the queue where this is its only user and `run` its only run; tell whether it did."""
@@ -298,7 +327,7 @@ def _database_errors(name: str, patience: float) -> Iterator[None]:
     """Turn what the driver raises into `DatabaseError`, with the way out."""
     try:
         yield
-    except (OSError, TimeoutError, StillCommittingError) as error:
+    except (OSError, TimeoutError, PassingError) as error:
         raise DatabaseError(f"cannot reach the database {name}: {reason_of(error, patience)}") from error
     except (DBAPIError, SQLAlchemyError) as error:
         raise DatabaseError(f"cannot use the database {name}: {reason_of(error, patience)}") from error

@@ -17,7 +17,7 @@ from lbr.store import counters
 from lbr.store.arrays import Inserting, among
 from lbr.store.claims import with_prompts
 from lbr.store.runs import hold_states, resting_state
-from lbr.store.schema import attempts, jobs, limits, runs, workers
+from lbr.store.schema import SUSPECT_CRASHES, attempts, jobs, limits, runs, workers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
     from lbr.store.database import Database
     from lbr.store.schema import AnyRow
-
-SUSPECT_CRASHES = 2
-"""From this many crashes on a job runs alone in its worker, so that it cannot take others along."""
 
 MAX_CRASHES = 3
 RECLAIM_PAGE = 500
@@ -42,7 +39,9 @@ INFLIGHT: ColumnElement[bool] = literal_column("jobs.state = 'inflight'")
 
 def _due(*, suspects: bool) -> Select[tuple[int]]:
     """Select the ids of a run's jobs that may be claimed now, the longest due first."""
-    crashes = jobs.c.crashes >= SUSPECT_CRASHES if suspects else jobs.c.crashes < SUSPECT_CRASHES
+    crashes: ColumnElement[bool] = literal_column(
+        f"jobs.crashes {'>=' if suspects else '<'} {SUSPECT_CRASHES}"
+    )
     return (
         select(jobs.c.id)
         .where(PENDING, jobs.c.run_id == bindparam("run"), jobs.c.available_at <= bindparam("now"), crashes)

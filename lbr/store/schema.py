@@ -104,6 +104,19 @@ Index(
     sqlite_where=text("state = 'pending'"),
     postgresql_where=text("state = 'pending'"),
 )
+SUSPECT_CRASHES = 2
+"""From this many crashes on a job runs alone in its worker, so that it cannot take others along."""
+
+_SUSPECT = text(f"state = 'pending' AND crashes >= {SUSPECT_CRASHES}")
+# Nearly always empty. Without it, to see that there is no suspect means to look at every pending job.
+_suspects = Index(
+    "jobs_suspects",
+    jobs.c.run_id,
+    jobs.c.available_at,
+    jobs.c.id,
+    sqlite_where=_SUSPECT,
+    postgresql_where=_SUSPECT,
+)
 Index(
     "jobs_lease",
     jobs.c.lease_until,
@@ -215,7 +228,14 @@ def _create_tables(connection: Connection) -> None:
     metadata.create_all(connection, checkfirst=True)
 
 
-MIGRATIONS: tuple[tuple[str, Callable[[Connection], None]], ...] = (("create the tables", _create_tables),)
+def _index_suspects(connection: Connection) -> None:
+    _suspects.create(connection, checkfirst=True)
+
+
+MIGRATIONS: tuple[tuple[str, Callable[[Connection], None]], ...] = (
+    ("create the tables", _create_tables),
+    ("index the suspects", _index_suspects),
+)
 """Ordered and append-only: a database's version is the number of them that it has seen."""
 
 LATEST = len(MIGRATIONS)
