@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+import psutil
 import pytest
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
@@ -75,6 +77,10 @@ async def plan(database: Database, statement: Any, bound: dict[str, Any]) -> str
     return "\n".join(steps)
 
 
+async def _run(sql: str, connection: AsyncConnection) -> None:
+    await connection.execute(text(sql))
+
+
 async def fill(database: Database, *, statistics: str) -> int:
     """Make a run of a million pending and some held jobs, with statistics that are fresh, old or missing."""
 
@@ -88,7 +94,7 @@ async def fill(database: Database, *, statistics: str) -> int:
 
     await put(database, ["first"])
     for statement in ("DELETE FROM lbr.jobs", "ALTER TABLE lbr.jobs SET (autovacuum_enabled = false)"):
-        await database.write(lambda connection, sql=statement: connection.execute(text(sql)))
+        await database.write(partial(_run, statement))
     if statistics == "of finished jobs":
         await rows("done", 1, 100_000)
         await database.filled()
@@ -152,7 +158,7 @@ async def test_everything_is_in_a_schema_of_its_own(url: str) -> None:
 async def test_hot_tables_keep_room_for_their_updates(live: Database, url: str) -> None:
     """The fill factor lets most settlements of a job be written beside it, without touching an index."""
     with postgres.connect(url) as connection:
-        options = dict(
+        options: dict[str, str] = dict(
             connection.execute(
                 "SELECT relname, array_to_string(reloptions, ' ') FROM pg_class WHERE reloptions IS NOT NULL "
                 "AND relnamespace = 'lbr'::regnamespace"
@@ -333,7 +339,7 @@ def test_passwords_of_any_kind_work_and_are_never_shown(own_server: postgres.Ser
         output = cli("enqueue", "in.txt", "--model", "offline:echo", "--set", "latency=0.1")
         worker = cli.start("worker", "--processes", "2", "--concurrency", "4")
         cli.wait_for("in", "done", 5)
-        children = postgres.psutil.Process(worker.pid).children()
+        children = psutil.Process(worker.pid).children()
         assert len(children) == 2
         assert all("pass" not in word and password not in word for c in children for word in c.cmdline())
         told = worker.communicate(timeout=60)
