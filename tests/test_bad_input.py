@@ -372,8 +372,8 @@ def _damaged(path: Path, queue: bytes) -> None:
         (lambda path, _: path.write_text(""), "status", 2, ("runs.db", "an empty one", "lbr enqueue")),
         (lambda *_: None, "worker", 2, ("runs.db", "no such file", "lbr enqueue")),
         (_another_program, "enqueue p.txt", 1, ("another program", "accounts", "name another path")),
-        (_newer_version, "enqueue p.txt", 1, ("schema version 1", "99", "use that one")),
-        (_newer_version, "status", 1, ("schema version 1", "99", "use that one")),
+        (_newer_version, "enqueue p.txt", 1, ("schema version 2", "99", "use that one")),
+        (_newer_version, "status", 1, ("schema version 2", "99", "use that one")),
         (_damaged, "enqueue p.txt", 1, ("runs.db", "damaged", "restore")),
     ],
     ids=[
@@ -404,11 +404,9 @@ def test_what_is_no_queue_is_refused_and_left_alone(
     ("url", "says"),
     [
         ("no/folder/runs.db", ("a folder for the database", "no/folder", "create it")),
-        (f"postgresql://lbr:{PASSWORD}@localhost/lbr", ("sqlite URL", "a postgresql URL")),
-        (
-            f"postgresql://lbr:{PASSWORD}@localhost:port/lbr",
-            ("a path or a database URL", "sqlite:///runs.db"),
-        ),
+        (f"mysql://lbr:{PASSWORD}@localhost/lbr", ("an sqlite or a postgresql URL", "a mysql URL")),
+        (f"postgresql://lbr:{PASSWORD}@localhost:port/lbr", ("host, port or database cannot be read",)),
+        (f"postgresql://lbr:{PASSWORD}@localhost/lbr?mode=x", ("options of a PostgreSQL URL", "mode")),
         ("sqlite:///runs.db?mode=ro", ("a path alone", "the options mode")),
         (":memory:", ("name a file", "':memory:'")),
         ("~nobody-here/runs.db", ("~nobody-here/runs.db", "home")),

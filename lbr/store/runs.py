@@ -123,6 +123,9 @@ async def open_run(database: Database, spec: RunSpec) -> Run:
 
 
 async def _make(database: Database, connection: AsyncConnection, spec: RunSpec) -> None:
+    """Insert the run where its name is free. For one that is known, nothing is written."""
+    if await connection.scalar(select(runs.c.id).where(runs.c.name == spec.name)) is not None:
+        return
     now = await database.now(connection)
     row = {
         "new_name": spec.name,

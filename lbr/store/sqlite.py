@@ -65,8 +65,7 @@ def _path_in(url: str) -> str:
         ) from None
     if parsed.get_backend_name() != "sqlite":
         raise UsageError(
-            f"expected --db to be a path or an sqlite URL, got: a {parsed.drivername} URL; "
-            f"this version of lbr keeps its queue in SQLite"
+            f"expected --db to be a path, an sqlite or a postgresql URL, got: a {parsed.drivername} URL"
         )
     unknown = sorted(set(parsed.query) - {"synchronous"})
     if parsed.host or unknown:
