@@ -15,7 +15,7 @@ from sqlalchemy import event, text
 
 from lbr.errors import DatabaseBusyError, DatabaseError, UsageError
 from lbr.jobs import Item, KeyMaker, Prompt
-from lbr.store import enqueue, files, runs, sqlite
+from lbr.store import enqueue, files, runs, schema, sqlite
 from lbr.store.engines import open_database
 from lbr.store.queue import CLAIM, DUE, DUE_SUSPECT, EXPIRED, RENEW, Queue
 from lbr.store.settle import SETTLE, settle
@@ -197,7 +197,7 @@ async def test_many_processes_may_create_at_once(tmp_path: Path) -> None:
     assert [(racer.communicate()[1], racer.returncode) for racer in racers] == [(b"", 0)] * 5
     database = await open_database(str(tmp_path / "q.db"))
     version = await database.read(lambda c: c.execute(text("SELECT count(*) FROM schema_version")))
-    assert version.scalar() == 1
+    assert version.scalar() == schema.LATEST
     await database.close()
 
 
