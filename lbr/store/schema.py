@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 AnyRow: TypeAlias = "Row[*tuple[Any, ...]]"
 
-# A job is rewritten four times in its life, a counter always: pages keep room for that, so that no index is
-# touched where no indexed column changes, and dead rows go before they slow a claim down.
+# A job is rewritten three times in its life, a counter always. Pages keep room for the new version beside the old
+# one; a counter's then touches no index, a job's still does, for its state decides which indexes have it. Dead rows
+# are cleared away before they slow a claim down.
 HOT = {
     "fillfactor": 70,
     "autovacuum_vacuum_scale_factor": 0.02,
