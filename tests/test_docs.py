@@ -267,4 +267,6 @@ def test_extras_are_documented() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
     page = (ROOT / "docs/how-to/real-models.md").read_text(encoding="utf-8")
-    assert [extra for extra in extras if extra not in {"polars", "postgres"} and f"[{extra}]" not in page] == []
+    assert [
+        extra for extra in extras if extra not in {"polars", "postgres"} and f"[{extra}]" not in page
+    ] == []
