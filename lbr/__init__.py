@@ -8,6 +8,7 @@ from lbr.api import cancel, collect, enqueue, pause, resume, retry, show, status
 from lbr.config import DB_URL_DEFAULT
 from lbr.errors import LbrError, Pause, Permanent, RetryLater
 from lbr.mapping import export_jsonl, prompt_map
+from lbr.moving import move
 
 __all__ = [
     "DB_URL_DEFAULT",
@@ -19,6 +20,7 @@ __all__ = [
     "collect",
     "enqueue",
     "export_jsonl",
+    "move",
     "pause",
     "prompt_map",
     "resume",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lbr.errors import Family
 from lbr.jobs import JobState, RunState
 from lbr.store import counters
+from lbr.store.runs import MOVED_TO
 
 if TYPE_CHECKING:
     from lbr.jobs import Json
@@ -152,6 +153,13 @@ def one_line(status: RunStatus, *, rate: float | None = None) -> str:
     return ", ".join(parts)
 
 
+def paused_words(run: str, reason: str) -> str:
+    """Return why a run is paused, and what to do about it."""
+    if reason.startswith(MOVED_TO):
+        return f"{reason}, where it goes on; this is a copy that rests"
+    return f"{reason}; mend it, then `lbr resume {run}`"
+
+
 def describe(status: Status) -> str:
     """Return the report that `lbr status` prints."""
     lines: list[str] = []
@@ -175,7 +183,7 @@ def _describe_run(run: RunStatus) -> list[str]:
     word = "finished" if run.finished and run.state != RunState.CANCELLED else run.state
     lines = [f"run {run.run} ({run.answerer}): {word}"]
     if run.pause_reason:
-        lines.append(f"  paused: {run.pause_reason}; mend it, then `lbr resume {run.run}`")
+        lines.append(f"  paused: {paused_words(run.run, run.pause_reason)}")
     if not run.sealed:
         lines.append("  its enqueue has not come to its end: if none is running, run the same command again")
     lines.append(f"  inputs {run.inputs}, jobs {run.jobs}, duplicates {run.duplicates}, reused {run.reused}")

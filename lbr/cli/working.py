@@ -14,6 +14,7 @@ from lbr.cli.app import database_option, say
 from lbr.config import WorkOptions, at_least_one
 from lbr.jobs import Until
 from lbr.processes import SIGNALS
+from lbr.progress import paused_words
 
 if TYPE_CHECKING:
     from lbr.calls import WorkReport
@@ -83,7 +84,7 @@ async def work_alone(db: dict[str, Any], **how: Any) -> int:
     report = await serve(db, lambda line: say(f"lbr: {line}"), **how)
     say(f"lbr: worker: {describe_work(report)}")
     for name, reason in report.paused.items():
-        say(f"lbr: run {name} is paused: {reason}; mend it, then `lbr resume {name}`")
+        say(f"lbr: run {name} is paused: {paused_words(name, reason)}")
     for name in report.interrupted:
         say(f"lbr: the enqueue of run {name} did not come to its end; run the same enqueue again")
     code = EXIT_UNFINISHED if report.paused or report.interrupted else 0

@@ -12,6 +12,7 @@ from lbr.errors import RunChangedError, UsageError
 from lbr.jobs import JobState, RunState, canonical_json
 from lbr.store import counters
 from lbr.store.arrays import Bulk, Given, Inserting, among
+from lbr.store.runs import check_not_moving
 from lbr.store.schema import items as items_table
 from lbr.store.schema import jobs, prompts, results, runs
 
@@ -39,7 +40,7 @@ _KNOWN = (
         items_table.c.idx < bindparam("end"),
     )
 )
-_BY_KEY = select(jobs.c.key, jobs.c.id).where(jobs.c.run_id == bindparam("run"), among(jobs.c.key, "keys"))
+BY_KEY = select(jobs.c.key, jobs.c.id).where(jobs.c.run_id == bindparam("run"), among(jobs.c.key, "keys"))
 _DONE_ELSEWHERE = (
     select(jobs.c.key, func.min(jobs.c.id))
     .where(literal_column("state = 'done'"), among(jobs.c.key, "keys"))
@@ -103,10 +104,11 @@ class _Entry:
 
 async def next_idx(database: Database, run: Run) -> int:
     """Return the place behind the run's last input."""
-    return await database.read(lambda connection: _next_idx(connection, run))
+    return await database.read(lambda connection: place_behind(connection, run))
 
 
-async def _next_idx(connection: AsyncConnection, run: Run) -> int:
+async def place_behind(connection: AsyncConnection, run: Run) -> int:
+    """Return the same as `next_idx`, within a transaction."""
     last = await connection.scalar(select(func.max(items_table.c.idx)).where(items_table.c.run_id == run.id))
     return 0 if last is None else int(last) + 1
 
@@ -129,7 +131,7 @@ async def add_chunk(
 
     async def work(connection: AsyncConnection) -> EnqueueCounts:
         await database.take_turns(connection, run.id)
-        start = await _next_idx(connection, run) if place is None else place
+        start = await place_behind(connection, run) if place is None else place
         span = {"run": run.id, "start": start, "end": start + len(items)}
         rows = (await connection.execute(_KNOWN, span)).all()
         known = {row.idx: (row.key, row.custom_id, row.metadata) for row in rows}
@@ -179,11 +181,14 @@ async def _touch_run(connection: AsyncConnection, run: Run, now: Millis) -> None
     """Note that inputs are arriving, so that nobody takes the run for complete.
 
     Last of all, for it locks the run's row, which others wait for. UsageError, and nothing is changed, where
-    the run was cancelled.
+    the run was cancelled or is being moved.
     """
     where = (runs.c.id == run.id) & (runs.c.state != RunState.CANCELLED)
-    done = await connection.execute(update(runs).where(where).values(enqueued_at=now, sealed_at=None))
-    if done.rowcount != 1:
+    touching = update(runs).where(where).values(enqueued_at=now, sealed_at=None)
+    touched = (await connection.execute(touching.returning(runs.c.pause_reason))).one_or_none()
+    if touched is not None:
+        check_not_moving(run.name, touched.pause_reason)
+    else:
         raise UsageError(f"run {run.name!r} was cancelled; `lbr retry {run.name}` takes it up again")
 
 
@@ -192,7 +197,7 @@ async def _assign_jobs(
 ) -> tuple[list[_Entry], dict[bytes, int]]:
     """Give every new input its job; return them with the keys that are new to the run."""
     wanted = list(dict.fromkeys(key for _, _, key in fresh))
-    found = (await connection.execute(_BY_KEY, {"run": run.id, "keys": wanted})).all()
+    found = (await connection.execute(BY_KEY, {"run": run.id, "keys": wanted})).all()
     jobs_by_key: dict[bytes, int] = {row.key: row.id for row in found}
     missing = [key for key in wanted if key not in jobs_by_key]
     ids = await database.reserve_job_ids(connection, len(missing))

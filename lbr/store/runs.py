@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 BATCH = 5_000
 NAME_LENGTH = 200
 
+# How the reasons of runs begin that `lbr move` paused: at the place that they leave, and where they arrive.
+MOVING_TO, MOVED_TO, MOVING_FROM = "moving to ", "moved to ", "moving from "
+BEFORE = " (was "
+"""Begins what such a reason says of the run's state before, so that it can be given back."""
+
 
 def _making(given: Given) -> Any:
     """Insert a run whose name is new; of two that come at once, the second finds the first one's."""
@@ -104,28 +109,36 @@ async def all_runs(connection: AsyncConnection) -> list[Run]:
 async def open_run(database: Database, spec: RunSpec) -> Run:
     """Return the run of that name, made if it is new.
 
-    Raises RunMismatchError where the name is taken by another task, UsageError where the run was cancelled.
+    Raises RunMismatchError where the name is taken by another task, UsageError where the run was cancelled or
+    is being moved.
     """
 
     async def work(connection: AsyncConnection) -> Run:
-        await _make(database, connection, spec)
-        run = await find(connection, spec.name)
-        if run.task != spec.task:
-            raise RunMismatchError(
-                f"expected run {spec.name!r} to be free or to ask for the same, got: another task "
-                f"({'; '.join(differences(run.task, spec.task))}); choose another name with --run"
-            )
+        run, _ = await ensure(database, connection, spec)
         if run.state is RunState.CANCELLED:
             raise UsageError(f"run {spec.name!r} was cancelled; `lbr retry {spec.name}` takes it up again")
+        check_not_moving(run.name, run.pause_reason)
         return run
 
     return await database.write(work)
 
 
-async def _make(database: Database, connection: AsyncConnection, spec: RunSpec) -> None:
-    """Insert the run where its name is free. For one that is known, nothing is written."""
+async def ensure(database: Database, connection: AsyncConnection, spec: RunSpec) -> tuple[Run, bool]:
+    """Return the run of that name, made if it is new, and whether it was; RunMismatchError for another task's."""
+    made = await _make(database, connection, spec)
+    run = await find(connection, spec.name)
+    if run.task != spec.task:
+        raise RunMismatchError(
+            f"expected run {spec.name!r} to be free or to ask for the same, got: another task "
+            f"({'; '.join(differences(run.task, spec.task))}); choose another name with --run"
+        )
+    return run, made
+
+
+async def _make(database: Database, connection: AsyncConnection, spec: RunSpec) -> bool:
+    """Insert the run where its name is free; tell whether it was. For one that is known, nothing is written."""
     if await connection.scalar(select(runs.c.id).where(runs.c.name == spec.name)) is not None:
-        return
+        return False
     now = await database.now(connection)
     row = {
         "new_name": spec.name,
@@ -137,7 +150,26 @@ async def _make(database: Database, connection: AsyncConnection, spec: RunSpec) 
         "new_created_at": now,
         "new_enqueued_at": now,
     }
-    await _MAKE.run(connection, [row])
+    return await _MAKE.run(connection, [row]) == 1
+
+
+def check_not_moving(name: str, reason: str | None) -> None:
+    """Raise UsageError where a run with this pause reason takes no inputs, for it is being or was moved."""
+    where = (reason or "").partition(BEFORE)[0]
+    if where.startswith(MOVED_TO):
+        raise UsageError(f"run {name!r} was {where} and goes on there; name that database with --db")
+    if where.startswith(MOVING_TO):
+        raise UsageError(
+            f"run {name!r} is {where}; finish that with the same `lbr move` and go on there, or keep the run "
+            f"here with `lbr resume {name}`"
+        )
+    _check_whole(name, reason)
+
+
+def _check_whole(name: str, reason: str | None) -> None:
+    """Raise UsageError where only a part of a run may be here yet: nobody must work on it."""
+    if (reason or "").startswith(MOVING_FROM):
+        raise UsageError(f"run {name!r} is still {reason}; finish that with the same `lbr move` first")
 
 
 async def hold_states(
@@ -192,6 +224,7 @@ async def _set_state(database: Database, run: Run, state: RunState, reason: str 
         current = await find(connection, run.name)
         if current.state is RunState.CANCELLED:
             raise UsageError(f"run {run.name!r} was cancelled; `lbr retry {run.name}` takes it up again")
+        _check_whole(run.name, current.pause_reason)
         values = {"state": state, "pause_reason": reason}
         await connection.execute(update(runs).where(runs.c.id == run.id).values(**values))
         await database.wake(connection)
@@ -204,6 +237,7 @@ async def cancel(database: Database, run: Run) -> int:
     """Cancel a run and its pending jobs; return how many jobs. Answers on their way are still kept."""
 
     async def mark(connection: AsyncConnection) -> None:
+        _check_whole(run.name, (await find(connection, run.name)).pause_reason)
         values = {"state": RunState.CANCELLED, "pause_reason": None}
         await connection.execute(update(runs).where(runs.c.id == run.id).values(**values))
 
@@ -218,6 +252,7 @@ async def retry(database: Database, run: Run) -> int:
     """
 
     async def revive(connection: AsyncConnection) -> None:
+        _check_whole(run.name, (await find(connection, run.name)).pause_reason)
         values = {"state": RunState.ACTIVE}
         where = (runs.c.id == run.id) & (runs.c.state == RunState.CANCELLED)
         await connection.execute(update(runs).where(where).values(**values))

@@ -150,7 +150,8 @@ results = Table(
     Column("output_tokens", Id),
     Column("cost_nanos", Id),
     Column("latency_ms", Id, nullable=False),
-    # The job of another run whose answer this is, null for one that was called for.
+    # The job of another run whose answer this is, 0 where that one stayed in a database from which the run was
+    # moved; null for an answer that was called for.
     Column("reused_from", Id),
 )
 

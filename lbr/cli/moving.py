@@ -1,0 +1,55 @@
+"""`lbr move`."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import click
+import orjson
+
+from lbr import moving
+from lbr.cli.app import say, tell
+
+
+@click.command()
+@click.argument("from_url", metavar="FROM_URL")
+@click.argument("to_url", metavar="TO_URL")
+@click.argument("run")
+@click.option("--restart", is_flag=True, help="Copy anew what a move that was interrupted has left there.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, one object.")
+@click.pass_obj
+def move(db: dict[str, Any], /, from_url: str, to_url: str, run: str, restart: bool, as_json: bool) -> None:
+    """Copy a run with its answers into another database, and go on there.
+
+    The run is paused where it is, calls in flight are waited for, and all that it holds is copied and compared. It
+    stays there as a paused copy. Interrupted, the same command goes on.
+    """
+    try:
+        moved = asyncio.run(
+            moving.move(
+                run,
+                db_url=from_url,
+                to_url=to_url,
+                restart=restart,
+                allow_network_fs=db["allow_network_fs"],
+                notify=lambda line: say(f"lbr: {line}"),
+            )
+        )
+    except KeyboardInterrupt:
+        say("lbr: the move has not come to its end; run the same command again to go on")
+        raise
+    if as_json:
+        tell(orjson.dumps(moved.to_dict()))
+        return
+    done = "was moved before to" if moved.known else "moved to"
+    tell(
+        f"run {moved.run}: {moved.inputs} inputs, {moved.jobs} jobs, {moved.answers} answers {done} {moved.target}"
+    )
+    if moved.known:
+        return
+    tell(f"hash {moved.hash}: the same in both")
+    say(
+        f"lbr: the run stays here as a paused copy: `lbr resume` would call twice for what is left. "
+        f"Go on with `lbr worker` and --db or LBR_DB for {moved.target}"
+    )

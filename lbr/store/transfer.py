@@ -1,0 +1,319 @@
+"""A run's way into another database: read in pages here, written there, compared, and only then taken up.
+
+The run is paused in both databases for as long as it takes, so what is copied is at rest. A page is one short
+transaction, written where it follows what is there: a copy that was interrupted goes on, and two at once do the
+work of one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import bindparam, delete, func, select, update
+
+from lbr.errors import DatabaseError, RunNotFoundError, UsageError
+from lbr.jobs import JobState, Run, RunState
+from lbr.store import counters, enqueue, runs
+from lbr.store.arrays import Inserting, among
+from lbr.store.contents import ITEM, JOB, PAGE, PROMPT, RESULT, TRY, Contents, Page
+from lbr.store.locks import alone_with
+from lbr.store.queue import INFLIGHT
+from lbr.store.runs import BEFORE, MOVED_TO, MOVING_FROM, MOVING_TO
+from lbr.store.schema import attempts, items, jobs, prompts, results
+from lbr.store.schema import counters as counters_table
+from lbr.store.schema import runs as runs_table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from lbr.store.database import Database
+    from lbr.store.schema import AnyRow
+
+ELSEWHERE = 0
+"""The `reused_from` of an answer whose source is a job of the database that the run has left."""
+
+_LAST = (
+    select(items.c.idx, items.c.job_id, items.c.first, jobs.c.state)
+    .join_from(items, jobs, items.c.job_id == jobs.c.id)
+    .where(items.c.run_id == bindparam("run"))
+    .order_by(items.c.idx.desc())
+    .limit(PAGE)
+)
+_ADD_RESULTS = Inserting(results, "job_id", *RESULT, "reused_from")
+_ADD_TRIES = Inserting(attempts, "job_id", *TRY)
+
+
+class NotHalfDoneError(UsageError):
+    """A copy that was being made is finished, or was changed by somebody else."""
+
+
+def _fields(row: AnyRow, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in names}
+
+
+async def find(database: Database, name: str) -> Run | None:
+    """Return the run of that name, None where there is none."""
+    try:
+        return await database.read(lambda connection: runs.find(connection, name))
+    except RunNotFoundError:
+        return None
+
+
+def has_left(run: Run, aim: str) -> bool:
+    """Tell whether a run was moved to `aim`."""
+    return _leaving(run, aim, (MOVED_TO,)) is not None
+
+
+def check_may_leave(run: Run, aim: str) -> None:
+    """Raise UsageError where a run is on its way to another database than `aim`, or is not whole."""
+    if _leaving(run, aim) is None and run.state is RunState.PAUSED:
+        runs.check_not_moving(run.name, run.pause_reason)
+
+
+def state_before(run: Run, aim: str) -> tuple[RunState, str | None]:
+    """Return the state and the reason that a run had before it was paused to be moved to `aim`."""
+    before = (_leaving(run, aim) or "").removeprefix(BEFORE).removesuffix(")")
+    if before == RunState.CANCELLED:
+        return RunState.CANCELLED, None
+    return (RunState.PAUSED, before.removeprefix("paused: ")) if before else (RunState.ACTIVE, None)
+
+
+def _leaving(run: Run, aim: str, words: Sequence[str] = (MOVING_TO, MOVED_TO)) -> str | None:
+    """Return what a run's reason says behind "moving to" the aim, None where it does not begin so."""
+    reason = run.pause_reason or ""
+    for start in (f"{word}{aim}" for word in words):
+        rest = reason.removeprefix(start)
+        if (
+            run.state is RunState.PAUSED
+            and reason.startswith(start)
+            and (not rest or rest.startswith(BEFORE))
+        ):
+            return rest
+    return None
+
+
+def is_copy(copy: Run, run: Run) -> bool:
+    """Tell whether one run was made as a copy of the other."""
+    return (copy.task, copy.created_at) == (run.task, run.created_at)
+
+
+def is_half_done(copy: Run, run: Run) -> bool:
+    """Tell whether one run is a copy of the other whose making has not come to its end."""
+    reason = copy.pause_reason or ""
+    return copy.state is RunState.PAUSED and reason.startswith(MOVING_FROM) and is_copy(copy, run)
+
+
+async def hold(source: Database, name: str, aim: str) -> Run:
+    """Pause a run as on its way to `aim`, and return it; none of its jobs is claimed from then on. Safe to repeat.
+
+    Raises UsageError as `check_may_leave`.
+    """
+
+    async def work(connection: AsyncConnection) -> Run:
+        # A claim that saw the run active must be in sight before anybody counts what is in flight.
+        await connection.execute(alone_with(runs_table))
+        run = await runs.find(connection, name)
+        check_may_leave(run, aim)
+        if _leaving(run, aim) is not None:
+            return run
+        before = {RunState.ACTIVE: "", RunState.CANCELLED: f"{BEFORE}cancelled)"}.get(
+            run.state, f"{BEFORE}paused: {run.pause_reason})"
+        )
+        values = {"state": RunState.PAUSED, "pause_reason": f"{MOVING_TO}{aim}{before}"}
+        await connection.execute(update(runs_table).where(runs_table.c.id == run.id).values(**values))
+        return await runs.find(connection, name)
+
+    return await source.write(work)
+
+
+async def in_flight(database: Database, run: Run) -> tuple[int, float]:
+    """Return how many of a run's jobs are in flight, and in how many seconds the last of their leases ends."""
+    query = select(func.count(), func.max(jobs.c.lease_until)).where(INFLIGHT, jobs.c.run_id == run.id)
+
+    async def work(connection: AsyncConnection) -> tuple[int, float]:
+        count, until = (await connection.execute(query)).one()
+        return count, (until - await database.now(connection)) / 1000 if count else 0.0
+
+    return await database.read(work)
+
+
+async def open_copy(target: Database, run: Run, origin: str) -> Run:
+    """Return the run's copy, made paused where its name is free. Safe to repeat."""
+    spec = runs.RunSpec(run.name, run.task, run.max_attempts, run.fingerprint)
+    values = {
+        "state": RunState.PAUSED,
+        "pause_reason": f"{MOVING_FROM}{origin}",
+        "created_at": run.created_at,
+    }
+
+    async def work(connection: AsyncConnection) -> Run:
+        copy, made = await runs.ensure(target, connection, spec)
+        if not made:
+            return copy
+        await connection.execute(update(runs_table).where(runs_table.c.id == copy.id).values(**values))
+        return await runs.find(connection, run.name)
+
+    return await target.write(work)
+
+
+async def add_page(target: Database, copy: Run, page: Page) -> int:
+    """Write a page where it follows what the copy holds; return the place behind that then. Safe to repeat.
+
+    Raises NotHalfDoneError where the copy was finished or changed by somebody else.
+    """
+
+    async def work(connection: AsyncConnection) -> int:
+        await target.take_turns(connection, copy.id)
+        await _check_half_done(connection, copy)
+        place = await enqueue.place_behind(connection, copy)
+        if place != page.start:
+            return place
+        ids = await _add_jobs(target, connection, copy, page)
+        rows = [{"run_id": copy.id, "job_id": ids[row.key]} | _fields(row, ITEM) for row in page.places]
+        await enqueue.ADD_ITEMS.run(connection, rows)
+        return page.end
+
+    return await target.write(work)
+
+
+async def _check_half_done(connection: AsyncConnection, copy: Run) -> None:
+    """Hold the copy as it is until the transaction ends; NotHalfDoneError where its making is over."""
+    await runs.hold_states(connection, [copy.id], to_change=True)
+    now = await runs.find(connection, copy.name)
+    if (now.id, now.state, now.pause_reason) != (copy.id, RunState.PAUSED, copy.pause_reason):
+        raise NotHalfDoneError(
+            f"expected run {copy.name!r} to be {copy.pause_reason}, got: {now.pause_reason or now.state}; "
+            f"somebody else has finished or changed it"
+        )
+
+
+async def _add_jobs(target: Database, connection: AsyncConnection, copy: Run, page: Page) -> dict[bytes, int]:
+    """Write the page's jobs with all that is theirs; return the ids of all jobs that it names."""
+    new = [row for row in page.places if row.first]
+    if any(row.state == JobState.INFLIGHT for row in new):
+        raise DatabaseError(
+            f"expected run {copy.name!r} to be at rest, got: a job in flight, which a worker has taken up again; "
+            f"run the same command again"
+        )
+    keys = list(dict.fromkeys(row.key for row in page.places))
+    found = (await connection.execute(enqueue.BY_KEY, {"run": copy.id, "keys": keys})).all()
+    ids: dict[bytes, int] = {row.key: row.id for row in found}
+    reserved = await target.reserve_job_ids(connection, len(new))
+    ids |= zip((row.key for row in new), reserved, strict=True)
+    rows = [{"id": ids[row.key], "run_id": copy.id, "key": row.key} | _fields(row, JOB) for row in new]
+    await enqueue.ADD_JOBS.run(connection, rows)
+    await _add_payloads(connection, {row.id: ids[row.key] for row in new}, page)
+    await counters.add(connection, Counter((copy.id, row.state) for row in new))
+    return ids
+
+
+async def _add_payloads(connection: AsyncConnection, ids: dict[int, int], page: Page) -> None:
+    """Write what stands beside the jobs; `ids` maps their ids where they come from to those here."""
+    asked = [{"job_id": new} | _fields(page.prompts[old], PROMPT) for old, new in ids.items()]
+    await enqueue.ADD_PROMPTS.run(connection, asked)
+    answered = [
+        {"job_id": ids[old], "reused_from": None if row.reused_from is None else ELSEWHERE}
+        | _fields(row, RESULT)
+        for old, row in page.results.items()
+    ]
+    await _ADD_RESULTS.run(connection, answered)
+    tried = [{"job_id": ids[old]} | _fields(one, TRY) for old, tries in page.tries.items() for one in tries]
+    await _ADD_TRIES.run(connection, tried)
+
+
+async def check_half_done(target: Database, copy: Run) -> None:
+    """Raise NotHalfDoneError where the making of a copy is over."""
+    await target.write(lambda connection: _check_half_done(connection, copy))
+
+
+async def clear(target: Database, copy: Run) -> None:
+    """Take away what a half-done copy holds, from its end on, so that at any moment its beginning is whole."""
+
+    async def work(connection: AsyncConnection) -> bool:
+        await target.take_turns(connection, copy.id)
+        await _check_half_done(connection, copy)
+        last = (await connection.execute(_LAST, {"run": copy.id})).all()
+        gone = [row for row in last if row.first]
+        for column in (attempts.c.job_id, results.c.job_id, prompts.c.job_id, jobs.c.id):
+            await connection.execute(
+                delete(column.table).where(among(column, "ids")), {"ids": [row.job_id for row in gone]}
+            )
+        if last:
+            behind = (items.c.run_id == copy.id) & (items.c.idx >= last[-1].idx)
+            await connection.execute(delete(items).where(behind))
+        await counters.add(
+            connection, Counter({k: -n for k, n in Counter((copy.id, r.state) for r in gone).items()})
+        )
+        return bool(last)
+
+    while await target.write(work):
+        pass
+
+
+async def counts(database: Database, run: Run) -> Counter[str]:
+    """Return a run's counts by name."""
+    return (await database.read(lambda connection: counters.of_runs(connection, [run.id])))[run.id]
+
+
+async def depart(source: Database, run: Run, aim: str, *, seen: Counter[str]) -> None:
+    """Write down that the run has gone to `aim`, where its counts are still those `seen`. Safe to repeat.
+
+    Raises DatabaseError where anything has happened to it meanwhile.
+    """
+
+    async def work(connection: AsyncConnection) -> None:
+        await runs.hold_states(connection, [run.id], to_change=True)
+        now = await runs.find(connection, run.name)
+        rest = _leaving(now, aim)
+        counted = (await counters.of_runs(connection, [run.id]))[run.id]
+        if rest is None or counted != seen or counted[JobState.INFLIGHT]:
+            raise DatabaseError(
+                f"expected run {run.name!r} to stay as it was while it was copied, got: a change by somebody else "
+                f"in {source.name}; nothing was taken up at {aim}: run the same command again"
+            )
+        reason = f"{MOVED_TO}{aim}{rest}"
+        await connection.execute(
+            update(runs_table).where(runs_table.c.id == run.id).values(pause_reason=reason)
+        )
+
+    await source.write(work)
+
+
+async def arrive(
+    target: Database,
+    copy: Run,
+    run: Run,
+    *,
+    held: Contents,
+    seen: Counter[str],
+    to: tuple[RunState, str | None],
+) -> None:
+    """Give the copy the run's other counts, its seal, and its state `to`: from now on it is the run.
+
+    Raises NotHalfDoneError where somebody else has done so, DatabaseError where its counts by state are not
+    those of the jobs `held`.
+    """
+    values = {"state": to[0], "pause_reason": to[1], "max_attempts": run.max_attempts}
+    values |= {"fingerprint": run.fingerprint, "enqueued_at": run.enqueued_at, "sealed_at": run.sealed_at}
+    states = {str(state) for state in JobState}
+
+    async def work(connection: AsyncConnection) -> None:
+        await target.take_turns(connection, copy.id)
+        await _check_half_done(connection, copy)
+        counted = (await counters.of_runs(connection, [copy.id]))[copy.id]
+        if any(counted[state] != held.states[state] for state in states):
+            raise DatabaseError(
+                f"expected the counters of run {copy.name!r} in {target.name} to be {dict(held.states)}, got: "
+                f"{dict(counted)}; they were changed by hand: copy it again with --restart"
+            )
+        others = counters_table.c.name.not_in(states)
+        await connection.execute(delete(counters_table).where(counters_table.c.run_id == copy.id, others))
+        await counters.add(connection, Counter({(copy.id, n): v for n, v in seen.items() if n not in states}))
+        await connection.execute(update(runs_table).where(runs_table.c.id == copy.id).values(**values))
+        await target.wake(connection)
+
+    await target.write(work)
+    await target.filled()

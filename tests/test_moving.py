@@ -1,0 +1,233 @@
+"""Moving a run between databases: everything comes along, nothing is called for twice, and whatever stops it, it goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import lbr
+from lbr import LbrError, Permanent
+from lbr.errors import DatabaseError, UsageError
+from lbr.jobs import Shape
+from lbr.moving import Moved
+from lbr.store import contents, enqueue, reads, transfer
+from lbr.store.engines import open_database
+from lbr.store.queue import Queue
+from tests import postgres
+from tests.support import Cli, assert_counted, is_postgresql, put, states
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+DIRECTIONS = ("sqlite to postgresql", "postgresql to sqlite", "sqlite to sqlite")
+
+
+class StoppedError(Exception):
+    """What ends a move half way."""
+
+
+class Calls:
+    """What a function was called for; its values do not change who the function is."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []
+        self.mended = False
+
+
+@pytest.fixture(params=DIRECTIONS)
+def urls(request: pytest.FixtureRequest, tmp_path: Path, new_database: Callable[[], str]) -> tuple[str, str]:
+    """Return the URLs of two databases without a queue."""
+
+    def url(kind: str, name: str) -> str:
+        return new_database() if kind == "postgresql" else f"sqlite:///{tmp_path / name}"
+
+    source, target = request.param.split(" to ")
+    return url(source, "source.db"), url(target, "target.db")
+
+
+async def rows_of(url: str, run: str = "r") -> list[dict[str, Any]]:
+    """Return a run's collected rows."""
+    rows = (await lbr.collect(run, db_url=url)).rows
+    assert rows is not None
+    return rows
+
+
+async def test_everything_comes_along_and_the_rest_is_done_there(urls: tuple[str, str]) -> None:
+    """Answers, failures, tries, order and metadata are the same there; only what is missing is called for, once."""
+    source, target = urls
+    calls = Calls()
+
+    async def picky(prompt: str) -> str:
+        calls.made.append(prompt)
+        if prompt == "bad" and not calls.mended:
+            raise Permanent("not today")
+        return prompt.upper()
+
+    await lbr.enqueue(["reused"], run="other", function=picky, db_url=source)
+    await lbr.work(functions=[picky], db_url=source)
+    inputs: list[Any] = [{"prompt": f"p{n % 40}", "id": f"i{n}", "n": n} for n in range(60)]
+    await lbr.enqueue([*inputs, "bad", "reused"], run="r", function=picky, db_url=source)
+    await lbr.work(run="r", functions=[picky], db_url=source)
+    await lbr.enqueue(["new 1", "new 2", "p1"], run="r", function=picky, append=True, db_url=source)
+    before = await rows_of(source)
+    called = list(calls.made)
+    moved = await lbr.move("r", db_url=source, to_url=target)
+    assert (moved.inputs, moved.jobs, moved.answers, moved.known) == (65, 44, 41, False)
+    assert await rows_of(target) == before
+    assert (await lbr.show("r", 60, db_url=target)).tries == (await lbr.show("r", 60, db_url=source)).tries
+    assert (await lbr.show("r", 61, db_url=target)).reused
+    here, there = [(await lbr.status("r", db_url=url)).runs[0] for url in urls]
+    assert (here.state, there.state, there.pause_reason) == ("paused", "active", None)
+    assert (here.pause_reason or "").startswith("moved to ")
+    for name in ("done", "failed", "pending", "reused", "errors", "input_tokens", "sealed"):
+        assert getattr(here, name) == getattr(there, name)
+    assert (await lbr.work(functions=[picky], db_url=source)).done == 0
+    calls.mended = True
+    await lbr.retry("r", db_url=target)
+    assert (await lbr.work(functions=[picky], db_url=target)).done == 3
+    assert sorted(calls.made[len(called) :]) == ["bad", "new 1", "new 2"]
+    assert {row["status"] for row in await rows_of(target)} == {"done"}
+    assert (await lbr.move("r", db_url=source, to_url=target)).known
+
+
+async def test_interrupted_move_goes_on(urls: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever page it stopped behind, the same call completes the copy, and two at once do the work of one."""
+    monkeypatch.setattr(contents, "_PLACES", contents._PLACES.limit(10))
+    source, target = urls
+    database = await open_database(source, create=True)
+    await put(database, [f"p{n % 70}" for n in range(100)])
+    real, left = transfer.add_page, 3
+
+    async def stops(*arguments: Any) -> int:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise StoppedError
+        return await real(*arguments)
+
+    monkeypatch.setattr(transfer, "add_page", stops)
+    with pytest.raises(StoppedError):
+        await lbr.move("r", db_url=source, to_url=target)
+    half = await open_database(target)
+    copy = await reads.find_run(half, "r")
+    assert (await enqueue.next_idx(half, copy), copy.state) == (30, "paused")
+    with pytest.raises(UsageError, match="run 'r' is still moving from"):
+        await lbr.resume("r", db_url=target)
+    with pytest.raises(UsageError, match="run 'r' is moving to .*lbr resume r"):
+        await lbr.enqueue(["more"], run="r", model="offline:echo", append=True, db_url=source)
+    await assert_counted(half, copy)
+    monkeypatch.setattr(transfer, "add_page", real)
+    both = await asyncio.gather(
+        *(lbr.move("r", db_url=source, to_url=target) for _ in range(2)), return_exceptions=True
+    )
+    assert any(isinstance(one, Moved) for one in both), both
+    assert all(isinstance(one, Moved | LbrError) for one in both), both
+    assert (await lbr.move("r", db_url=source, to_url=target)).known
+    rows = [row async for page in reads.rows(half, copy, Shape.ORIGINAL) for row in page]
+    assert [row.prompt.text for row in rows] == [f"p{n % 70}" for n in range(100)]
+    assert await states(half, copy) == {"pending": 70}
+    await assert_counted(half, copy)
+    assert (await reads.find_run(half, "r")).state == "active"
+    await half.close()
+    await database.close()
+
+
+async def test_jobs_in_flight_are_waited_for(urls: tuple[str, str]) -> None:
+    """A move waits for what is in flight; a dead worker's leases are taken back when they run out."""
+    source, target = urls
+    database = await open_database(source, create=True)
+    run = await put(database, ["a", "b"])
+    queue = Queue(database)
+    worker = await queue.register(host="gone", pid=1, concurrency=2)
+    await queue.claim(worker, [run.id], 1, lease=1.5)
+    told: list[str] = []
+    await lbr.move("r", db_url=source, to_url=target, notify=told.append)
+    assert len(told) == 1
+    assert "run r is paused; waiting for 1 jobs in flight" in told[0]
+    status = (await lbr.status("r", db_url=target)).runs[0]
+    assert (status.pending, status.inflight, status.crashed) == (2, 0, 1)
+    await database.close()
+
+
+async def test_states_come_along(urls: tuple[str, str]) -> None:
+    """A run that was paused before, or cancelled, is so there."""
+    source, target = urls
+    await lbr.enqueue(["a"], run="paused", model="offline:echo", db_url=source)
+    await lbr.enqueue(["b"], run="cancelled", model="offline:echo", db_url=source)
+    await lbr.pause("paused", reason="no credit", db_url=source)
+    await lbr.cancel("cancelled", db_url=source)
+    for name in ("paused", "cancelled"):
+        await lbr.move(name, db_url=source, to_url=target)
+    found = {run.run: (run.state, run.pause_reason) for run in (await lbr.status(db_url=target)).runs}
+    assert found == {"paused": ("paused", "no credit"), "cancelled": ("cancelled", None)}
+
+
+async def test_a_copy_that_differs_is_found(urls: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that is another one there is found by the hash; the copy stays paused."""
+    source, target = urls
+    await lbr.enqueue([f"p{n}" for n in range(5)], run="r", model="offline:echo", db_url=source)
+    await lbr.work(db_url=source)
+    real = transfer._fields
+
+    def forging(row: Any, names: Any) -> dict[str, Any]:
+        forged = names is contents.RESULT and row.text == "p3"
+        return real(row, names) | ({"text": "forged"} if forged else {})
+
+    monkeypatch.setattr(transfer, "_fields", forging)
+    with pytest.raises(DatabaseError, match=r"a difference at input 3; the copy stays paused.*--restart"):
+        await lbr.move("r", db_url=source, to_url=target)
+    there = (await lbr.status("r", db_url=target)).runs[0]
+    assert (there.state, there.sealed) == ("paused", False)
+    monkeypatch.setattr(transfer, "_fields", real)
+    with pytest.raises(DatabaseError, match="a difference at input 3"):
+        await lbr.move("r", db_url=source, to_url=target)
+    assert (await lbr.move("r", db_url=source, to_url=target, restart=True)).answers == 5
+    assert [row["result"] for row in await rows_of(target)] == [f"p{n}" for n in range(5)]
+
+
+async def test_what_cannot_be_moved_is_refused(urls: tuple[str, str]) -> None:
+    """A name that is taken, a run that is not there, and one database under two names are refused."""
+    source, target = urls
+    await lbr.enqueue(["a"], run="r", model="offline:echo", db_url=source)
+    with pytest.raises(UsageError, match="expected another database to move to"):
+        await lbr.move("r", db_url=source, to_url=source)
+    with pytest.raises(UsageError, match="expected the name of a run, got: 'x'"):
+        await lbr.move("x", db_url=source, to_url=target)
+    await lbr.enqueue(["b"], run="r", model="offline:echo", db_url=target)
+    with pytest.raises(UsageError, match="or a half-done copy of this run, got: another run"):
+        await lbr.move("r", db_url=source, to_url=target)
+    await lbr.enqueue(["a"], run="s", model="offline:echo", db_url=source)
+    await lbr.enqueue(["a"], run="s", model="offline:echo", settings={"seed": 1}, db_url=target)
+    with pytest.raises(UsageError, match="got: another run"):
+        await lbr.move("s", db_url=source, to_url=target)
+    assert (await lbr.status("r", db_url=source)).runs[0].state == "active"
+
+
+@pytest.mark.processes
+def test_killed_move_goes_on(tmp_path: Path, new_database: Callable[[], str]) -> None:
+    """A move that is killed while it copies goes on with the same command, and shows no password."""
+    target = new_database()
+    (tmp_path / "in.txt").write_text("".join(f"prompt {n % 18_000}\n" for n in range(20_000)))
+    cli = Cli(tmp_path)
+    cli("enqueue", "in.txt", "--model", "offline:echo")
+    cli("worker", "--concurrency", "500")
+    there = Cli(tmp_path, db_url=target)
+    first = cli.start("move", "runs.db", target, "in")
+    there.wait_for("in", "inputs", 2_000)
+    first.kill()
+    first.communicate()
+    held = int(there.query("SELECT count(*) FROM items")[0][0])
+    assert 2_000 <= held < 20_000
+    assert is_postgresql(target)
+    done = json.loads(cli("move", "runs.db", target, "in", "--json").stdout)
+    assert (done["inputs"], done["jobs"], done["answers"]) == (20_000, 18_000, 18_000)
+    assert "was moved before to" in cli("move", "runs.db", target, "in").stdout
+    assert there.collect("in") == cli.collect("in")
+    with postgres.connect(target) as connection:
+        assert connection.execute("SELECT count(*) FROM lbr.results").fetchone() == (18_000,)
+    cli.stop_all()
+    there.stop_all()
