@@ -126,7 +126,7 @@ async def test_plans_hold_at_a_million_jobs(live: Database, statistics: str) -> 
         (RENEW, "jobs_"),
         (settle._STANDING, "jobs_pkey"),
         (settle.SETTLE, "jobs_pkey"),
-        (enqueue._BY_KEY, "jobs_run_key"),
+        (enqueue.BY_KEY, "jobs_run_key"),
         (enqueue._DONE_ELSEWHERE, "jobs_done_key"),
         (claims._PROMPTS, "prompts"),
     ):

@@ -85,7 +85,7 @@ async def test_plans_use_the_partial_indexes(database: Database) -> None:
         (EXPIRED, "INDEX jobs_lease (lease_until<?)"),
         (RENEW, "INTEGER PRIMARY KEY"),
         (SETTLE.each, "INTEGER PRIMARY KEY"),
-        (enqueue._BY_KEY, "INDEX jobs_run_key (run_id=? AND key=?)"),
+        (enqueue.BY_KEY, "INDEX jobs_run_key (run_id=? AND key=?)"),
         (enqueue._DONE_ELSEWHERE, "INDEX jobs_done_key (key=?)"),
     ):
         steps = await plan(database, statement)
