@@ -152,6 +152,8 @@ async def put(
         keys = [maker.key(item.prompt) for item in chunk]
         where = None if append else place
         counts += await queueing.add_chunk(database, run, where, chunk, keys, reuse=not fresh)
+        if place == 0 and counts.new:
+            await database.filled()
         place += len(chunk)
     await runs.seal(database, run)
     if counts.new:

@@ -27,7 +27,7 @@ from lbr.store.listener import Listener
 from lbr.store.outages import READ_ONLY, PassingError, is_passing, reason_of, sqlstate_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
 
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -54,6 +54,11 @@ SERVER_SETTINGS = {
     "tcp_keepalives_interval": "5",
     "tcp_keepalives_count": "3",
 }
+# Whatever the planner knows of a table that has just been filled: every statement of a writer finds its rows by an
+# index and takes the pending in the order of theirs. Never analysed, PostgreSQL 14 would sort all of them each time.
+WRITER_SETTINGS = SERVER_SETTINGS | dict.fromkeys(
+    ("enable_seqscan", "enable_bitmapscan", "enable_sort"), "off"
+)
 # Advisory locks are shared by all users of a database; these numbers spell lbr.
 CREATION_LOCK, SOLE_LOCK, TURNS_LOCK = 0x6C_62_72_01, 0x6C_62_72_02, 0x6C_62_72_03
 
@@ -109,7 +114,9 @@ class PostgresDatabase(Database):
             # Workers of one machine or of many draw different shards, so that they do not queue for one row.
             SHARD: SystemRandom().randrange(SHARDS),
         }
-        self._writer = _make_engine(address, "READ COMMITTED", pool_size=1, options=options)
+        self._writer = _make_engine(
+            address, "READ COMMITTED", pool_size=1, options=options, settings=WRITER_SETTINGS
+        )
         reading = options | {"postgresql_readonly": True}
         self._reader = _make_engine(address, "REPEATABLE READ", pool_size=2, options=reading)
         self._listener = Listener(_arguments(address), CHANNEL, listen=not address.pooled)
@@ -297,16 +304,23 @@ def _check_driver() -> None:
         ) from None
 
 
-def _arguments(address: Address) -> dict[str, Any]:
+def _arguments(address: Address, settings: Mapping[str, str] = SERVER_SETTINGS) -> dict[str, Any]:
     """Return what a connection is made with. A pooler refuses settings and keeps no prepared statement."""
     shared: dict[str, Any] = {"dsn": address.dsn, "timeout": CONNECT_SECONDS}
     if address.pooled:
         return shared | {"statement_cache_size": 0, "server_settings": {"application_name": "lbr"}}
-    return shared | {"server_settings": SERVER_SETTINGS}
+    return shared | {"server_settings": dict(settings)}
 
 
-def _make_engine(address: Address, isolation: Any, *, pool_size: int, options: dict[str, Any]) -> AsyncEngine:
-    arguments = _arguments(address)
+def _make_engine(
+    address: Address,
+    isolation: Any,
+    *,
+    pool_size: int,
+    options: dict[str, Any],
+    settings: Mapping[str, str] = SERVER_SETTINGS,
+) -> AsyncEngine:
+    arguments = _arguments(address, settings)
     if address.pooled:
         arguments |= {
             "prepared_statement_cache_size": 0,

@@ -231,7 +231,10 @@ def _create_tables(connection: Connection) -> None:
 
 
 def _index_suspects(connection: Connection) -> None:
-    _suspects.create(connection, checkfirst=True)
+    # Made last even where the tables were just made with all of their indexes, in whatever order: of two that would
+    # do, SQLite takes the younger.
+    _suspects.drop(connection, checkfirst=True)
+    _suspects.create(connection)
 
 
 MIGRATIONS: tuple[tuple[str, Callable[[Connection], None]], ...] = (
