@@ -7,9 +7,9 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lbr.errors import BadAnswer, CallError, Family, Permanent
+from lbr.errors import NO_USAGE, BadAnswer, CallError, Family, Permanent
 from lbr.jobs import Failure, Outcome, Reply
-from lbr.retry import failure_of, storable
+from lbr.retry import failure_of, storable, storable_usage
 
 if TYPE_CHECKING:
     from lbr.models.base import Model, Request
@@ -64,6 +64,7 @@ def _storable(reply: Reply) -> Reply:
             f"expected an answer of at most {ANSWER_LIMIT:,} characters, got: {len(reply.text):,}",
             usage=reply.usage,
         )
+    reply = replace(reply, usage=storable_usage(reply.usage)) if reply.usage != NO_USAGE else reply
     texts = [reply.text, reply.model, reply.finish_reason]
     if all(text is None or (text.isascii() and "\x00" not in text) for text in texts):
         return reply

@@ -64,11 +64,7 @@ async def move(
     async with opened(db_url, allow_network_fs=allow_network_fs) as source:
         found = await reads.find_run(source, run)
         transfer.check_may_leave(found, aim)
-        if found.sealed_at is None:
-            raise UsageError(
-                f"expected run {run!r} to hold all of its inputs, got: an enqueue that has not come to its end; run "
-                f"it again first"
-            )
+        transfer.check_whole(found)
         async with opened(to_url, create=True, allow_network_fs=allow_network_fs) as target:
             there = await transfer.find(target, run)
             if there is not None and not transfer.is_half_done(there, found):

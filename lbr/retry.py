@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, assert_never
 
-from lbr.errors import CallError, Family
+from lbr.errors import CallError, Family, Usage
 from lbr.jobs import Claim, Failure, JobState, Outcome, Settlement
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def failure_of(error: BaseException) -> Failure:
         return Failure(Family.TRANSIENT, type(error).__name__, _message(error))
     text = None if error.text is None else storable(error.text)[:TEXT_LIMIT]
     kind = storable(error.kind)[:MESSAGE_LIMIT]
-    return Failure(error.family, kind, _message(error), error.retry_after, text, error.usage)
+    return Failure(error.family, kind, _message(error), error.retry_after, text, storable_usage(error.usage))
 
 
 def storable(text: str) -> str:
@@ -47,6 +47,12 @@ def storable(text: str) -> str:
     if "\x00" in text:
         text = text.replace("\x00", "\ufffd")
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+def storable_usage(usage: Usage) -> Usage:
+    """Leave out what no database holds as a count: numbers below 0, or of more than 63 bits."""
+    counts = (usage.input_tokens, usage.output_tokens, usage.cost_nanos)
+    return Usage(*(n if n is None or 0 <= n < 2**63 else None for n in counts))
 
 
 def _message(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from uuid import uuid4
 import orjson
 from filelock import Timeout
 
-from lbr.errors import Family, LbrError, Usage
+from lbr.errors import DatabaseError, Family, LbrError, Usage
 from lbr.jobs import Claim, Failure, JobId, JobState, Outcome, Prompt, Reply, RunId, Settlement
 from lbr.store import files, reads
 from lbr.store.settle import settle
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lbr.store.database import Database
 
 ENDING = ".spool.jsonl"
+LEFT = ".left.jsonl"
 PAGE = 100
 
 
@@ -34,7 +35,7 @@ def keep(database: Database, batch: Sequence[Settlement]) -> Path:
 
     Raises OSError where none of the places can be written.
     """
-    lines = b"".join(orjson.dumps(_line(s), option=orjson.OPT_APPEND_NEWLINE) for s in batch)
+    lines = _lines(batch)
     problem: OSError | None = None
     for place in database.spool_places:
         path = place.with_name(f"{place.name}.{os.getpid()}-{uuid4().hex[:8]}{ENDING}")
@@ -51,7 +52,8 @@ def keep(database: Database, batch: Sequence[Settlement]) -> Path:
 async def settle_kept(database: Database, notify: Callable[[str], None]) -> None:
     """Settle what earlier workers on this machine could not write; safe to repeat, and for many at once.
 
-    A file that cannot be read, or that is about other jobs, stays where it is, and `notify` says so.
+    What cannot be read, or is not taken, stays where it is, and `notify` says so: it must not keep a worker from
+    its work.
     """
     for place in database.spool_places:
         for path in sorted(place.parent.glob(f"{_escaped(place.name)}.*{ENDING}")):
@@ -60,12 +62,14 @@ async def settle_kept(database: Database, notify: Callable[[str], None]) -> None
                 with lock:
                     if path.exists():
                         await _settle_file(database, path, notify)
+                    if not path.exists():
+                        path.with_name(path.name + ".lock").unlink(missing_ok=True)
             except Timeout:
                 continue
             except OSError as error:
                 notify(f"cannot take up the answers in {path}: {error.strerror or error}")
-            else:
-                path.with_name(path.name + ".lock").unlink(missing_ok=True)
+            except DatabaseError as error:
+                notify(f"the answers in {path} are still not taken: {error}")
 
 
 def _escaped(name: str) -> str:
@@ -80,20 +84,23 @@ async def _settle_file(database: Database, path: Path, notify: Callable[[str], N
         return
     keys = await reads.job_keys(database, [s.claim.job_id for s in kept])
     ours = [s for s in kept if keys.get(s.claim.job_id) == s.claim.key]
+    others = [s for s in kept if keys.get(s.claim.job_id) != s.claim.key]
     taken = stale = 0
     for start in range(0, len(ours), PAGE):
         settled = await settle(database, ours[start : start + PAGE])
         taken += len(settled.taken)
         stale += len(settled.stale)
-    if len(ours) == len(kept):
-        _remove(path)
+    if others:
+        left = path.with_name(path.name.removesuffix(ENDING) + LEFT)
+        files.write_private(left, _lines(others))
+        notify(
+            f"expected the jobs of {len(kept)} kept answers, got: {len(others)} of another database; they are in "
+            f"{left}: remove it when you do not need it"
+        )
+    _remove(path)
+    if ours:
         notify(
             f"took up {taken} answers that were kept in {path}" + (f", {stale} came too late" * bool(stale))
-        )
-    else:
-        notify(
-            f"expected the jobs of {len(kept)} kept answers, got: {len(kept) - len(ours)} of another database; "
-            f"{path} stays: remove it when you do not need it"
         )
 
 
@@ -103,6 +110,10 @@ def _read(path: Path) -> list[Settlement]:
 
 def _remove(path: Path) -> None:
     path.unlink()
+
+
+def _lines(batch: Sequence[Settlement]) -> bytes:
+    return b"".join(orjson.dumps(_line(s), option=orjson.OPT_APPEND_NEWLINE) for s in batch)
 
 
 def _line(settlement: Settlement) -> dict[str, Any]:

@@ -177,7 +177,7 @@ class Worker:
     def _kept(self, error: BaseException) -> BaseException:
         """Keep what was not written, and return the error that says where."""
         left = self._calls.unwritten
-        if not left or not isinstance(error, DatabaseError):
+        if not left:
             return error
         try:
             path = keep(self._database, left)

@@ -72,6 +72,11 @@ def test_all_users_of_a_server_mean_the_same_one() -> None:
     ("url", "words"),
     [
         ("postgresql://me:hunter2@host:abc/db", "host, port or database cannot be read"),
+        ("postgresql://me:hunter2@host:99999/db", "host, port or database cannot be read"),
+        ("postgresql://me:hunter2@a..b/db", "host, port or database cannot be read"),
+        ("postgresql://me:hunter2@,/db", "host, port or database cannot be read"),
+        ("postgresql://h/d?user=u&password=x&hunter2=", "got: others"),
+        ("postgresql://me:12?hunter2=a@host/db", "got: others"),
         ("postgresql://me:hunter2@host/a/b", "host, port or database cannot be read"),
         ("postgresql://me:hunter2@host/db?foo=1&bar=2", "got: bar, foo"),
         ("mysql://me:hunter2@host/db", "another kind"),

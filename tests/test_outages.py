@@ -158,6 +158,16 @@ async def test_broken_commit_of_an_append_appends_once(far: Database, proxy: Pro
     await assert_counted(far, run)
 
 
+async def test_broken_commit_of_the_first_write_is_waited_for(far: Database, proxy: Proxy) -> None:
+    """A queue's very first transaction, too, is looked up before it is run again."""
+    first = await open_database(proxy.url)
+    proxy.eat_answers = 1
+    await Queue(first).register(host="only once", pid=1, concurrency=1)
+    await first.close()
+    with postgres.connect(proxy._target.render_as_string(hide_password=False)) as connection:
+        assert connection.execute("SELECT count(*) FROM lbr.workers").fetchone() == (1,)
+
+
 async def test_settling_a_failure_twice_charges_once(database: Database) -> None:
     """A failure that was kept in a file although its commit had been written is recognised."""
     run = await put(database, ["a"])
@@ -354,8 +364,13 @@ async def test_kept_answers_of_another_database_are_left_alone(db_url: str, tmp_
     await settle_kept(database, lines.append)
     assert any("1 of another database" in line for line in lines)
     assert any("something else" in line for line in lines)
-    assert path.exists()
+    assert not path.exists()
+    (left,) = path.parent.glob("*.left.jsonl")
+    assert len(left.read_text().splitlines()) == 1
     assert rubbish.exists()
+    lines.clear()
+    await settle_kept(database, lines.append)
+    assert len(lines) == 1
     assert await states(database, run) == {"done": 1, "inflight": 1}
     assert (await reads.story(database, run, 0)).row.result == "ours\x85"
     await database.close()

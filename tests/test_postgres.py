@@ -16,10 +16,10 @@ from sqlalchemy.exc import DBAPIError
 
 from lbr import api, prompt_map
 from lbr.errors import AlreadyRunningError, DatabaseError, UsageError
-from lbr.store import claims, enqueue, listener, reads, runs, settle
+from lbr.store import claims, enqueue, listener, reads, runs, settle, sole
 from lbr.store.arrays import Bulk
 from lbr.store.engines import open_database
-from lbr.store.postgres import SHARDS, PostgresDatabase
+from lbr.store.postgres import SHARDS, SOLE_LOCK, PostgresDatabase
 from lbr.store.queue import CLAIM, CLAIM_SUSPECT, DUE, DUE_SUSPECT, EXPIRED, RECLAIM, RENEW, Queue
 from tests import postgres
 from tests.support import Cli, answered, assert_counted, eventually, put, states
@@ -297,6 +297,45 @@ async def test_sole_worker_of_all_machines(live: Database, url: str) -> None:
     with pytest.raises(UsageError, match="pgbouncer=true"):
         async with api.exclusive(f"{url}{'&' if '?' in url else '?'}pgbouncer=true"):
             pass
+
+
+async def test_lost_lock_of_the_sole_worker(
+    live: Database, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lock that was lost with its connection is taken again; where another was quicker, its holder ends."""
+    monkeypatch.setattr(sole, "AGAIN_SECONDS", 0.02)
+    holders = text("SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND classid = :kind AND granted")
+
+    async def holder() -> int:
+        bound = {"kind": SOLE_LOCK}
+        found = (await live.read(lambda connection: connection.scalars(holders, bound))).all()
+        return int(found[0]) if found else 0
+
+    async def work(started: asyncio.Event) -> None:
+        async with api.exclusive(url):
+            started.set()
+            await asyncio.Event().wait()
+
+    started = asyncio.Event()
+    task = asyncio.create_task(work(started))
+    await asyncio.wait_for(started.wait(), 30)
+    first = await holder()
+    postgres.execute(url, f"SELECT pg_terminate_backend({first})")
+    deadline = time.monotonic() + 30
+    while await holder() in {0, first}:
+        assert time.monotonic() < deadline
+    assert not task.done()
+    waiting = text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
+    with postgres.connect(url) as thief:
+        wait = asyncio.create_task(
+            asyncio.to_thread(thief.execute, "SELECT pg_advisory_lock(%s, 0)", (SOLE_LOCK,))
+        )
+        while not (await live.read(lambda connection: connection.scalar(waiting))):
+            assert time.monotonic() < deadline
+        postgres.execute(url, f"SELECT pg_terminate_backend({await holder()})")
+        await wait
+        with pytest.raises(AlreadyRunningError, match="is running already"):
+            await asyncio.wait_for(task, 30)
 
 
 async def test_a_pooled_url_works(url: str) -> None:

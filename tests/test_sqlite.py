@@ -136,7 +136,8 @@ def test_paths_and_urls_name_files(url: str, path: str) -> None:
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("postgresql://me:secret@host/db", "a postgresql URL"),
+        ("postgresql://me:secret@host/db", "nearly a PostgreSQL URL"),
+        ("postgres//me:secret@host/db", "nearly a PostgreSQL URL"),
         ("mysql+pymysql://me:secret@host/db", r"a mysql\+pymysql URL"),
         ("sqlite://", "to name a file"),
         (":memory:", "to name a file"),

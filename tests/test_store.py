@@ -183,10 +183,11 @@ async def test_zombie_cannot_overwrite(database: Database, clock: Clock) -> None
     assert late.taken == set()
     assert late.stale == {old.job_id}
     await settle(database, [answered(new, "good")])
-    assert (await settle(database, [answered(old, "later")])).stale == {old.job_id}
+    again = await settle(database, [answered(old, "late")])
+    assert (again.taken, again.stale) == (frozenset(), frozenset())
     story = await reads.story(database, run, 0)
-    assert (story.row.result, [t.what for t in story.tries]) == ("good", ["crashed", "stale", "stale"])
-    assert [t.text for t in story.tries] == [None, "late", "later"]
+    assert (story.row.result, [t.what for t in story.tries]) == ("good", ["crashed", "stale"])
+    assert [t.text for t in story.tries] == [None, "late"]
     await assert_counted(database, run)
 
 
@@ -405,8 +406,8 @@ async def test_retry_gives_back_every_try(database: Database) -> None:
     assert await states(database, run) == {"pending": 1, "done": 1}
     (again,) = await queue.claim(worker, [run.id], 2, lease=60)
     assert (again.attempts, again.crashes, again.claim_seq, again.history.bad_answers) == (0, 0, 2, 0)
-    assert (await settle(database, [answered(bad, "zombie")])).stale == {bad.job_id}
-    assert [t.what for t in (await reads.story(database, run, 0)).tries] == ["failed", "stale"]
+    assert (await settle(database, [failed(bad, PERMANENT)])).taken == frozenset()
+    assert [t.what for t in (await reads.story(database, run, 0)).tries] == ["failed"]
     await assert_counted(database, run)
 
 
@@ -496,3 +497,50 @@ async def test_schema_migrates_once(database: Database, db_url: str) -> None:
         (1, "create the tables"),
         (2, "index the suspects"),
     ]
+
+
+async def test_late_failure_does_not_undo_a_retry(database: Database, clock: Clock) -> None:
+    """A failure from before somebody put the job back by hand is of the past; an answer is still welcome."""
+    run = await put(database, ["a"])
+    queue, worker, _ = await two_workers(database)
+    (claim,) = await queue.claim(worker, [run.id], 1, lease=60)
+    await runs.cancel(database, run)
+    clock.forward(61)
+    await queue.reclaim()
+    assert await runs.retry(database, run) == 1
+    assert (await settle(database, [failed(claim, PERMANENT)])).stale == {claim.job_id}
+    assert await states(database, run) == {"pending": 1}
+    assert await queue.renew(worker, [claim], lease=60, settled=0, rate=0.0) == {claim.job_id}
+    assert (await job_row(database, claim.job_id)).crashes == 0
+    await assert_counted(database, run)
+
+
+async def test_stale_answer_is_counted_once(database: Database, clock: Clock) -> None:
+    """However often a late answer is brought, its cost and its record are written once."""
+    run = await put(database, ["a"])
+    queue, zombie, heir = await two_workers(database)
+    (old,) = await queue.claim(zombie, [run.id], 1, lease=60)
+    clock.forward(61)
+    await queue.reclaim()
+    await queue.claim(heir, [run.id], 1, lease=60)
+    for _ in range(3):
+        await settle(database, [answered(old, "late")])
+    counts = (await reads.overview(database, "r")).runs[0].counts
+    assert counts["stale"] == 1
+    assert [t.what for t in (await reads.story(database, run, 0)).tries] == ["crashed", "stale"]
+
+
+async def test_cancel_is_not_undone_by_a_pause(database: Database, db_url: str) -> None:
+    """Whatever comes at the same moment, a cancelled run stays cancelled, and its jobs with it."""
+    other = await open_database(db_url)
+    for n in range(15):
+        run = await put(database, [f"p{m}" for m in range(5)], name=f"r{n}", reuse=False)
+        await asyncio.gather(
+            runs.pause(other, run, "x"),
+            runs.cancel(database, run),
+            runs.resume(other, run),
+            return_exceptions=True,
+        )
+        assert (await reads.find_run(database, f"r{n}")).state is RunState.CANCELLED
+        assert await states(database, run) == {"cancelled": 5}
+    await other.close()

@@ -12,7 +12,7 @@ import pytest
 
 from lbr.asking import authorize
 from lbr.config import WorkOptions
-from lbr.errors import DatabaseError, NothingToServeError, Pause, Permanent, RetryLater, UsageError
+from lbr.errors import DatabaseError, NothingToServeError, Pause, Permanent, RetryLater, Usage, UsageError
 from lbr.jobs import Shape, Task, Until
 from lbr.models.function import identify
 from lbr.retry import RetryPolicy
@@ -552,3 +552,16 @@ async def test_finished_runs_cost_a_worker_nothing(live: Database) -> None:
     assert [one.id for one in await reads.open_runs(live)] == [run.id]
     assert (await worker_for(live, echo).run()).done == 1
     assert await reads.open_runs(live) == []
+
+
+async def test_rubbish_counts_of_tokens_are_left_out(live: Database) -> None:
+    """A provider's count that no database holds does not keep the answer, nor those beside it, from being written."""
+
+    async def odd(prompt: str) -> str:
+        raise Permanent("odd", usage=Usage(2**64, -1, 7))
+
+    run = await put(live, ["a"], task=asks(odd))
+    assert (await worker_for(live, odd).run()).failed == 1
+    counts = (await reads.overview(live, "r")).runs[0].counts
+    assert (counts["input_tokens"], counts["output_tokens"], counts["cost_nanos"]) == (0, 0, 7)
+    await assert_counted(live, run)

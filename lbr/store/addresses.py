@@ -67,7 +67,7 @@ def address_of(url: str) -> Address:
         )
     user, password, rest, query = _split(url[scheme.end() :])
     hosts, _, database = rest.partition("/")
-    if not all(_HOST.fullmatch(host) for host in hosts.split(",")) or "/" in database:
+    if not all(map(_is_host, hosts.split(","))) or (hosts and "" in hosts.split(",")) or "/" in database:
         raise UsageError(
             "expected a PostgreSQL URL such as postgresql://user:password@host:5432/database, got: one whose host, "
             "port or database cannot be read; percent-encode what is special in its user or password"
@@ -82,6 +82,15 @@ def address_of(url: str) -> Address:
         shown=_shown(user, hosts, database, options),
         pooled=pooled,
     )
+
+
+def _is_host(text: str) -> bool:
+    """Tell whether a text may be a host with or without its port; empty is the one that is set elsewhere."""
+    found = _HOST.fullmatch(text)
+    if found is None or int(found[3] or 0) > 65_535:
+        return False
+    labels = found[1].split(".") if found[1] and not found[1].startswith(("[", "%2F", "%2f")) else ["ok"]
+    return all(0 < len(label) < 64 for label in labels)
 
 
 def _split(body: str) -> tuple[str, str, str, str]:
@@ -103,10 +112,15 @@ def _options(query: str) -> dict[str, str]:
     given = {OTHER_NAMES.get(name, name): value for name, value in parse_qsl(query, keep_blank_values=True)}
     if unknown := sorted(set(given) - PASSED - IGNORED - {"pgbouncer"}):
         raise UsageError(
-            f"expected options of a PostgreSQL URL that lbr knows, got: {', '.join(unknown)}; "
+            f"expected options of a PostgreSQL URL that lbr knows, got: {_safely(unknown, query)}; "
             f"there are: {', '.join(sorted(PASSED | {'pgbouncer'}))}"
         )
     return {name: value for name, value in given.items() if name not in IGNORED}
+
+
+def _safely(names: list[str], query: str) -> str:
+    """Return names as a message may show them: what stands beside a password may be a part of it."""
+    return "others" if "password" in query or "@" in query else ", ".join(names)
 
 
 def _shown(user: str, hosts: str, database: str, options: Mapping[str, str]) -> str:

@@ -69,9 +69,9 @@ def sole_worker(url: str) -> AbstractAsyncContextManager[None]:
     Raises AlreadyRunningError where another one is. A killed holder frees it at once.
     """
     if is_postgresql(url):
-        from lbr.store import postgres  # noqa: PLC0415 - see above
+        from lbr.store import sole  # noqa: PLC0415 - see above
 
-        return postgres.sole_worker(url)
+        return sole.sole_worker(url)
     return sqlite.sole_worker(url)
 
 

@@ -46,6 +46,12 @@ _DONE_ELSEWHERE = (
     .where(literal_column("state = 'done'"), among(jobs.c.key, "keys"))
     .group_by(jobs.c.key)
 )
+_HELD_ANSWERS = (
+    select(results.c.job_id)
+    .where(among(results.c.job_id, "ids"))
+    .order_by(results.c.job_id)
+    .with_for_update(read=True)
+)
 _COPIED = ("text", "model", "finish_reason", "input_tokens", "output_tokens", "cost_nanos", "latency_ms")
 
 
@@ -212,11 +218,13 @@ async def _assign_jobs(
 
 
 async def _find_answers(connection: AsyncConnection, new: dict[bytes, int]) -> dict[int, int]:
-    """Map new jobs to done jobs of other runs with the same key."""
+    """Map new jobs to done jobs of other runs with the same key, whose answers stay until they are copied."""
     if not new:
         return {}
     found = (await connection.execute(_DONE_ELSEWHERE, {"keys": list(new)})).all()
-    return {new[key]: job_id for key, job_id in found}
+    sources = {job_id: new[key] for key, job_id in found}
+    held = (await connection.execute(_HELD_ANSWERS, {"ids": sorted(sources)})).scalars()
+    return {sources[source]: source for source in held}
 
 
 async def _insert_jobs(

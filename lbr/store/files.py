@@ -99,9 +99,15 @@ def create_private(path: Path) -> None:
         raise DatabaseError(f"cannot create the database {path}: {error.strerror}") from error
 
 
-def state_folder() -> Path:
-    """Return the folder for what a program keeps between its runs, by the XDG base directory specification."""
-    return Path(os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()) / "lbr"
+def state_folder() -> Path | None:
+    """Return the folder for what a program keeps between its runs, by the XDG base directory specification.
+
+    None for a user who has no home.
+    """
+    try:
+        return Path(os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()) / "lbr"
+    except RuntimeError:
+        return None
 
 
 def telling_name(database: str) -> str:
@@ -120,6 +126,11 @@ def write_private(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -17,7 +17,7 @@ from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from lbr.errors import AlreadyRunningError, DatabaseError, UsageError
+from lbr.errors import DatabaseError, UsageError
 from lbr.jobs import Millis
 from lbr.store import files, schema
 from lbr.store.addresses import Address, address_of
@@ -60,7 +60,7 @@ WRITER_SETTINGS = SERVER_SETTINGS | dict.fromkeys(
     ("enable_seqscan", "enable_bitmapscan", "enable_sort"), "off"
 )
 # Advisory locks are shared by all users of a database; these numbers spell lbr.
-CREATION_LOCK, SOLE_LOCK, TURNS_LOCK = 0x6C_62_72_01, 0x6C_62_72_02, 0x6C_62_72_03
+CREATION_LOCK, TURNS_LOCK, SOLE_LOCK = 0x6C_62_72_01, 0x6C_62_72_02, 0x6C_62_72_03
 
 _CLOCK = "CAST(extract(epoch FROM clock_timestamp()) * 1000 AS bigint)"
 _NOW = text(f"SELECT {_CLOCK}")
@@ -75,12 +75,15 @@ _BEGIN = text(
     f"INSERT INTO {SCHEMA}.writers (id, seq, at) VALUES (:writer, :seq, {_CLOCK}) "
     f"ON CONFLICT (id) DO UPDATE SET seq = excluded.seq, at = excluded.at RETURNING at"
 )
-# Waits for the lost connection's transaction to end, if the server still has it.
-_LAST = text(f"SELECT seq FROM {SCHEMA}.writers WHERE id = :writer FOR UPDATE")
+# Waits for the lost connection's transaction to end, if the server still has it; an insert that is not committed yet
+# could not be waited for by looking.
+_LAST = text(
+    f"INSERT INTO {SCHEMA}.writers (id, seq, at) VALUES (:writer, -1, {_CLOCK}) "
+    f"ON CONFLICT (id) DO UPDATE SET at = writers.at RETURNING seq"
+)
 _FORGET = text(f"DELETE FROM {SCHEMA}.writers WHERE id = :writer OR at < {_CLOCK} - {24 * 3600 * 1000}")
 _TAKE_TURNS = text("SELECT pg_advisory_xact_lock(:kind, :run)")
 _CREATING = text("SELECT pg_advisory_xact_lock(:kind, 0)")
-_SOLE = "SELECT pg_try_advisory_lock($1, 0)"
 _IDS = text("SELECT nextval(pg_get_serial_sequence(:table, 'id')) FROM generate_series(1, :count) ORDER BY 1")
 _OTHERS = text(
     "SELECT count(*) FROM pg_stat_activity "
@@ -101,9 +104,8 @@ class PostgresDatabase(Database):
     """An open PostgreSQL queue: one writing connection, up to two readers, one that listens."""
 
     def __init__(self, address: Address, *, clock: Callable[[], Millis] | None, patience: float) -> None:
-        places = [
-            folder / files.telling_name(address.server) for folder in (files.state_folder(), Path.cwd())
-        ]
+        folders = [folder for folder in (files.state_folder(), Path.cwd()) if folder is not None]
+        places = [folder / files.telling_name(address.server) for folder in folders]
         super().__init__(address.shown, patience=patience, spool_places=places)
         self._clock = clock
         self._id = uuid4().hex
@@ -119,7 +121,7 @@ class PostgresDatabase(Database):
         )
         reading = options | {"postgresql_readonly": True}
         self._reader = _make_engine(address, "REPEATABLE READ", pool_size=2, options=reading)
-        self._listener = Listener(_arguments(address), CHANNEL, listen=not address.pooled)
+        self._listener = Listener(arguments_of(address), CHANNEL, listen=not address.pooled)
 
     def _writing(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> Callable[[], Awaitable[T]]:
         doubt: _Doubt[T] | None = None
@@ -169,7 +171,7 @@ class PostgresDatabase(Database):
         return is_passing(error)
 
     def _errors(self) -> AbstractContextManager[None]:
-        return _database_errors(self.name, self.patience)
+        return database_errors(self.name, self.patience)
 
     async def now(self, connection: AsyncConnection) -> Millis:
         """Return the server's time, for its users' clocks may be hours apart; in a write, that of its beginning."""
@@ -257,32 +259,8 @@ class PostgresDatabase(Database):
 
 def open_postgres(url: str, *, clock: Callable[[], Millis] | None, patience: float) -> PostgresDatabase:
     """Return the queue on a server, not yet connected. UsageError for a URL that cannot be read."""
-    _check_driver()
+    check_driver()
     return PostgresDatabase(address_of(url), clock=clock, patience=patience)
-
-
-@asynccontextmanager
-async def sole_worker(url: str) -> AsyncIterator[None]:
-    """Hold the lock of the queue's exclusive worker, on whatever machine; it goes with its connection."""
-    _check_driver()
-    import asyncpg  # noqa: PLC0415 - an extra
-
-    address = address_of(url)
-    if address.pooled:
-        raise UsageError(
-            "expected a URL without pgbouncer=true for --exclusive, whose lock a transaction pooler would give "
-            "to others; name the server itself"
-        )
-    with _database_errors(address.shown, CONNECT_SECONDS):
-        connection = await asyncpg.connect(**_arguments(address))
-    try:
-        if not await connection.fetchval(_SOLE, SOLE_LOCK):
-            raise AlreadyRunningError(
-                f"an exclusive worker of {address.shown} is running already; nothing to do"
-            )
-        yield
-    finally:
-        connection.terminate()
 
 
 async def remove_queue(url: str, *, run: str) -> bool:
@@ -294,7 +272,8 @@ async def remove_queue(url: str, *, run: str) -> bool:
         await database.close()
 
 
-def _check_driver() -> None:
+def check_driver() -> None:
+    """Raise UsageError where the driver is not installed."""
     try:
         import asyncpg  # noqa: F401, PLC0415 - an extra
     except ImportError:
@@ -304,7 +283,7 @@ def _check_driver() -> None:
         ) from None
 
 
-def _arguments(address: Address, settings: Mapping[str, str] = SERVER_SETTINGS) -> dict[str, Any]:
+def arguments_of(address: Address, settings: Mapping[str, str] = SERVER_SETTINGS) -> dict[str, Any]:
     """Return what a connection is made with. A pooler refuses settings and keeps no prepared statement."""
     shared: dict[str, Any] = {"dsn": address.dsn, "timeout": CONNECT_SECONDS}
     if address.pooled:
@@ -320,7 +299,7 @@ def _make_engine(
     options: dict[str, Any],
     settings: Mapping[str, str] = SERVER_SETTINGS,
 ) -> AsyncEngine:
-    arguments = _arguments(address, settings)
+    arguments = arguments_of(address, settings)
     if address.pooled:
         arguments |= {
             "prepared_statement_cache_size": 0,
@@ -337,7 +316,7 @@ def _make_engine(
 
 
 @contextmanager
-def _database_errors(name: str, patience: float) -> Iterator[None]:
+def database_errors(name: str, patience: float) -> Iterator[None]:
     """Turn what the driver raises into `DatabaseError`, with the way out."""
     try:
         yield

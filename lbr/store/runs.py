@@ -221,6 +221,7 @@ async def resume(database: Database, run: Run) -> Run:
 
 async def _set_state(database: Database, run: Run, state: RunState, reason: str | None) -> Run:
     async def work(connection: AsyncConnection) -> Run:
+        await hold_states(connection, [run.id], to_change=True)
         current = await find(connection, run.name)
         if current.state is RunState.CANCELLED:
             raise UsageError(f"run {run.name!r} was cancelled; `lbr retry {run.name}` takes it up again")
@@ -237,6 +238,7 @@ async def cancel(database: Database, run: Run) -> int:
     """Cancel a run and its pending jobs; return how many jobs. Answers on their way are still kept."""
 
     async def mark(connection: AsyncConnection) -> None:
+        await hold_states(connection, [run.id], to_change=True)
         _check_whole(run.name, (await find(connection, run.name)).pause_reason)
         values = {"state": RunState.CANCELLED, "pause_reason": None}
         await connection.execute(update(runs).where(runs.c.id == run.id).values(**values))
@@ -252,6 +254,7 @@ async def retry(database: Database, run: Run) -> int:
     """
 
     async def revive(connection: AsyncConnection) -> None:
+        await hold_states(connection, [run.id], to_change=True)
         _check_whole(run.name, (await find(connection, run.name)).pause_reason)
         values = {"state": RunState.ACTIVE}
         where = (runs.c.id == run.id) & (runs.c.state == RunState.CANCELLED)
@@ -308,6 +311,7 @@ async def _move_page(
             "attempts": 0,
             "crashes": 0,
             "retry_seq": jobs.c.claim_seq,
+            "worker_id": None,
         }
     query = update(jobs).where(among(jobs.c.id, "ids")).values(**values)
     await connection.execute(query, {"ids": [job_id for job_id, _ in page]})

@@ -34,6 +34,7 @@ _STANDING = (
         jobs.c.run_id,
         jobs.c.state,
         jobs.c.claim_seq,
+        jobs.c.retry_seq,
         runs.c.state.label("run_state"),
         runs.c.answerer,
     )
@@ -42,9 +43,9 @@ _STANDING = (
     .order_by(jobs.c.id)
     .with_for_update(of=jobs)
 )
-# What is known of these claims' failures: one that is written already must not be charged again.
+# What is on record of these claims: what is written already must be neither charged nor counted again.
 _TOLD = select(attempts.c.job_id, attempts.c.claim_seq).where(
-    among(attempts.c.job_id, "ids"), literal_column("attempts.what IN ('retried', 'failed')")
+    among(attempts.c.job_id, "ids"), literal_column("attempts.what IN ('retried', 'failed', 'stale')")
 )
 
 
@@ -108,20 +109,28 @@ class Settled:
 
 def is_mine(settlement: Settlement, row: AnyRow) -> bool:
     """Tell whether the fence lets a settlement through, given how the job stands."""
-    return bool(
-        row.claim_seq == settlement.claim.claim_seq and row.state in {JobState.INFLIGHT, JobState.PENDING}
-    )
+    if row.claim_seq != settlement.claim.claim_seq:
+        return False
+    if (
+        row.state == JobState.PENDING
+        and row.retry_seq == row.claim_seq
+        and settlement.outcome.failure is not None
+    ):
+        # Somebody has put the job back by hand since: a late answer is welcome, a late failure is of the past.
+        return False
+    return row.state in {JobState.INFLIGHT, JobState.PENDING}
 
 
 def is_repeated(settlement: Settlement, row: AnyRow, told: set[tuple[int, int]]) -> bool:
     """Tell whether this very settlement is in the database already: only its claim could have written it.
 
-    `told` are the claims, by job and claim_seq, whose failure is on record.
+    `told` are the claims, by job and claim_seq, whose failure or late answer is on record.
     """
     claim = settlement.claim
-    if settlement.outcome.failure is not None:
-        return (claim.job_id, claim.claim_seq) in told
-    return bool(row.claim_seq == claim.claim_seq and row.state == JobState.DONE)
+    if (claim.job_id, claim.claim_seq) in told:
+        return True
+    done = row.claim_seq == claim.claim_seq and row.state == JobState.DONE
+    return bool(done and settlement.outcome.failure is None)
 
 
 async def settle(database: Database, batch: Sequence[Settlement]) -> Settled:
@@ -139,7 +148,7 @@ async def settle(database: Database, batch: Sequence[Settlement]) -> Settled:
             raise DatabaseError(
                 "expected the jobs of every call to exist, got: some removed; the database was replaced"
             )
-        told = await _told(connection, batch)
+        told = await _told(connection, batch, standing)
         new = [s for s in batch if not is_repeated(s, standing[s.claim.job_id], told)]
         mine = [s for s in new if is_mine(s, standing[s.claim.job_id])]
         stale = [s for s in new if not is_mine(s, standing[s.claim.job_id])]
@@ -159,11 +168,17 @@ async def settle(database: Database, batch: Sequence[Settlement]) -> Settled:
     return await database.write(work)
 
 
-async def _told(connection: AsyncConnection, batch: Sequence[Settlement]) -> set[tuple[int, int]]:
-    failed = [s.claim.job_id for s in batch if s.outcome.failure is not None]
-    if not failed:
+async def _told(
+    connection: AsyncConnection, batch: Sequence[Settlement], standing: dict[int, AnyRow]
+) -> set[tuple[int, int]]:
+    ids = [
+        s.claim.job_id
+        for s in batch
+        if s.outcome.failure is not None or not is_mine(s, standing[s.claim.job_id])
+    ]
+    if not ids:
         return set()
-    return {(row.job_id, row.claim_seq) for row in (await connection.execute(_TOLD, {"ids": failed})).all()}
+    return {(row.job_id, row.claim_seq) for row in (await connection.execute(_TOLD, {"ids": ids})).all()}
 
 
 async def _run_states(

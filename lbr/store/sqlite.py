@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -42,8 +43,16 @@ REASONS = {
 }
 
 
+_ALMOST_POSTGRESQL = re.compile(r"postgres(ql)?\b.*@", re.IGNORECASE)
+
+
 def sqlite_path(url: str) -> Path:
     """Return the file that a path or SQLite URL names; UsageError for anything else. Passwords are not shown."""
+    if _ALMOST_POSTGRESQL.match(url):  # and perhaps with a password in it
+        raise UsageError(
+            "expected --db to be a path or a database URL, got: something that is nearly a PostgreSQL URL; "
+            "write postgresql://user@host/database"
+        )
     path = _path_in(url) if "://" in url else url
     if not path.strip() or path == ":memory:":
         raise UsageError(f"expected --db to name a file, got: {path!r}; processes share the queue through it")
@@ -121,7 +130,7 @@ class SQLiteDatabase(Database):
         clock: Callable[[], Millis] = local_clock,
         patience: float = PATIENCE,
     ) -> None:
-        super().__init__(str(path), patience=patience, spool_places=[path, _elsewhere(path)])
+        super().__init__(str(path), patience=patience, spool_places=[path, *_elsewhere(path)])
         self.path = path
         self._clock = clock
         self._writer = make_engine(
@@ -294,9 +303,10 @@ class SQLiteDatabase(Database):
         await self._writer.dispose()
 
 
-def _elsewhere(path: Path) -> Path:
+def _elsewhere(path: Path) -> list[Path]:
     """Return where to keep answers when the database's own folder is full or gone."""
-    return files.state_folder() / files.telling_name(str(path))
+    folder = files.state_folder()
+    return [] if folder is None else [folder / files.telling_name(str(path))]
 
 
 READER_PRAGMAS = (

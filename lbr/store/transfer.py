@@ -73,6 +73,15 @@ def check_may_leave(run: Run, aim: str) -> None:
         runs.check_not_moving(run.name, run.pause_reason)
 
 
+def check_whole(run: Run) -> None:
+    """Raise UsageError where inputs of a run may still be on their way."""
+    if run.sealed_at is None:
+        raise UsageError(
+            f"expected run {run.name!r} to hold all of its inputs, got: an enqueue that has not come to its end; run "
+            f"it again first"
+        )
+
+
 def state_before(run: Run, aim: str) -> tuple[RunState, str | None]:
     """Return the state and the reason that a run had before it was paused to be moved to `aim`."""
     before = (_leaving(run, aim) or "").removeprefix(BEFORE).removesuffix(")")
@@ -117,6 +126,7 @@ async def hold(source: Database, name: str, aim: str) -> Run:
         await connection.execute(alone_with(runs_table))
         run = await runs.find(connection, name)
         check_may_leave(run, aim)
+        check_whole(run)
         if _leaving(run, aim) is not None:
             return run
         before = {RunState.ACTIVE: "", RunState.CANCELLED: f"{BEFORE}cancelled)"}.get(
@@ -316,4 +326,7 @@ async def arrive(
         await target.wake(connection)
 
     await target.write(work)
+    if to[0] is RunState.CANCELLED:
+        # What was given back while the run was on its way was pending there.
+        await runs.cancel(target, copy)
     await target.filled()
