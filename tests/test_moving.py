@@ -11,13 +11,14 @@ import pytest
 import lbr
 from lbr import LbrError, Permanent
 from lbr.errors import DatabaseError, UsageError
-from lbr.jobs import Shape
+from lbr.jobs import Item, KeyMaker, Prompt, Shape
 from lbr.moving import Moved
-from lbr.store import contents, enqueue, reads, transfer
+from lbr.store import contents, enqueue, reads, runs, transfer
 from lbr.store.engines import open_database
 from lbr.store.queue import Queue
+from lbr.store.settle import settle
 from tests import postgres
-from tests.support import Cli, assert_counted, is_postgresql, put, states
+from tests.support import ECHO, Cli, answered, assert_counted, is_postgresql, put, states
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -231,3 +232,70 @@ def test_killed_move_goes_on(tmp_path: Path, new_database: Callable[[], str]) ->
         assert connection.execute("SELECT count(*) FROM lbr.results").fetchone() == (18_000,)
     cli.stop_all()
     there.stop_all()
+
+
+async def test_cancelled_run_arrives_cancelled(urls: tuple[str, str]) -> None:
+    """A job that is given back while its cancelled run is on its way is cancelled there, not pending."""
+    source, target = urls
+    database = await open_database(source, create=True)
+    run = await put(database, ["a", "b", "c"])
+    queue = Queue(database)
+    worker = await queue.register(host="h", pid=1, concurrency=1)
+    claims = await queue.claim(worker, [run.id], 1, lease=60)
+    await runs.cancel(database, run)
+    waiting = asyncio.Event()
+    moving = asyncio.create_task(lbr.move("r", db_url=source, to_url=target, notify=lambda _: waiting.set()))
+    await asyncio.wait_for(waiting.wait(), 30)
+    await queue.release(worker, claims)
+    await moving
+    there = (await lbr.status("r", db_url=target)).runs[0]
+    assert (there.state, there.cancelled, there.pending) == ("cancelled", 3, 0)
+    await database.close()
+
+
+async def test_a_run_that_is_still_enqueued_is_not_held(urls: tuple[str, str]) -> None:
+    """Inputs that may still be on their way keep a run where it is, active as it was."""
+    source, _ = urls
+    database = await open_database(source, create=True)
+    run = await put(database, ["a"])
+    item = Item(Prompt(text="b"))
+    await enqueue.add_chunk(database, run, 1, [item], [KeyMaker(ECHO).key(item.prompt)], reuse=True)
+    with pytest.raises(UsageError, match="an enqueue that has not come to its end"):
+        await transfer.hold(database, "r", "elsewhere")
+    assert (await reads.find_run(database, "r")).state == "active"
+    await database.close()
+
+
+async def test_a_reused_answer_stays_until_it_is_copied(
+    new_database: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy that is cleared while another run takes its answers over leaves that run its answers, or asks anew."""
+    url = new_database()
+    database = await open_database(url, create=True)
+    first = await put(database, ["a"], name="first")
+    queue = Queue(database)
+    worker = await queue.register(host="h", pid=1, concurrency=1)
+    await settle(database, [answered(c, "A") for c in await queue.claim(worker, [first.id], 1, lease=60)])
+    reason = f"{runs.MOVING_FROM}elsewhere"
+    copy = await runs.pause(database, first, reason)
+    other = await open_database(url)
+    real, clearing = enqueue._find_answers, []
+    blocked = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+
+    async def meanwhile(connection: Any, new: Any) -> Any:
+        found = await real(connection, new)
+        clearing.append(asyncio.create_task(transfer.clear(other, copy)))
+        with postgres.connect(url) as outside:
+            while not clearing[0].done() and outside.execute(blocked).fetchone() == (0,):
+                await asyncio.wait(clearing, timeout=0.01)
+        return found
+
+    monkeypatch.setattr(enqueue, "_find_answers", meanwhile)
+    second = await put(database, ["a"], name="second")
+    await clearing[0]
+    rows = [row async for page in reads.rows(database, second, Shape.ORIGINAL) for row in page]
+    assert [(row.status, row.result) for row in rows] == [("done", "A")]
+    assert await states(database, first) == {}
+    await assert_counted(database, second)
+    await other.close()
+    await database.close()

@@ -345,6 +345,26 @@ def test_clocks_hours_apart(new_database: Callable[[], str], tmp_path: Path) -> 
             driver.stop_all()
 
 
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+async def test_a_user_without_a_home_needs_none(
+    kind: str, tmp_path: Path, new_database: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no home, answers are kept beside the database or in the working directory, and all else works."""
+
+    def nobody(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    url = new_database() if kind == "postgresql" else "sqlite:///queue.db"
+    monkeypatch.setattr("lbr.store.sqlite.sqlite_path", lambda _: tmp_path / "queue.db")
+    monkeypatch.setattr("pathlib.Path.expanduser", nobody)
+    database = await open_database(url, create=True)
+    assert [place.parent for place in database.spool_places] == [tmp_path]
+    run = await put(database, ["a"])
+    assert await states(database, run) == {"pending": 1}
+    await database.close()
+
+
 async def test_kept_answers_of_another_database_are_left_alone(db_url: str, tmp_path: Path) -> None:
     """A kept answer whose job is another one here, or a file that is none of ours, is reported and stays."""
     from lbr.spool import keep, settle_kept

@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import ARRAY, ColumnElement, bindparam, column, func, insert, literal, select
+from sqlalchemy import ARRAY, ColumnElement, bindparam, column, func, insert, select
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.visitors import InternalTraversal
 from sqlalchemy.types import Boolean
@@ -76,14 +76,14 @@ class Given:
     def __getitem__(self, name: str) -> ColumnElement[Any]:
         return self._fields[name]
 
-    def insert_into(self, table: Table, values: Mapping[str, Any], *, where: Sequence[Any] = ()) -> Any:
+    def insert_into(
+        self, table: Table, values: Mapping[str, ColumnElement[Any]], *, where: Sequence[Any] = ()
+    ) -> Any:
         """Return the INSERT of one row of `values` for each given row, joined `where` it says."""
         if not self._arrays and not where:
             return self._insert(table).values(dict(values))
-        chosen = select(
-            *(value if isinstance(value, ColumnElement) else literal(value) for value in values.values())
-        )
-        return self._insert(table).from_select(list(values), chosen.where(*where), include_defaults=False)
+        chosen = select(*values.values()).where(*where)
+        return self._insert(table).from_select(list(values), chosen, include_defaults=False)
 
 
 class Bulk:

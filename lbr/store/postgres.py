@@ -28,7 +28,7 @@ from lbr.store.outages import READ_ONLY, PassingError, is_passing, reason_of, sq
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-    from contextlib import AbstractAsyncContextManager, AbstractContextManager
+    from contextlib import AbstractContextManager
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -159,11 +159,8 @@ class PostgresDatabase(Database):
                 await connection.invalidate()
                 raise PassingError("the server is read-only: another may have taken its place") from error
 
-    def _reading(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        return self._read_in_time()
-
     @asynccontextmanager
-    async def _read_in_time(self) -> AsyncIterator[AsyncConnection]:
+    async def _reading(self) -> AsyncIterator[AsyncConnection]:
         async with asyncio.timeout(STALL_SECONDS), self._reader.connect() as connection:
             yield connection
 

@@ -137,7 +137,7 @@ async def settle(database: Database, batch: Sequence[Settlement]) -> Settled:
     """Write a batch of outcomes in one transaction.
 
     An outcome whose job was claimed again since, or has come to its end, changes nothing but is recorded as
-    stale. Safe to repeat for answers.
+    stale. Safe to repeat.
     """
 
     async def work(connection: AsyncConnection) -> Settled:
