@@ -57,8 +57,11 @@ def recount(cli: Cli) -> None:
 
 
 def pid_that_holds_jobs(cli: Cli) -> int:
-    """Return the process of a worker that holds jobs now."""
-    query = "SELECT w.pid FROM jobs j JOIN workers w ON w.id = j.worker_id WHERE j.state = 'inflight' LIMIT 1"
+    """Return the process of the worker that has claimed last of those that hold jobs now."""
+    query = (
+        "SELECT w.pid FROM jobs j JOIN workers w ON w.id = j.worker_id WHERE j.state = 'inflight' "
+        "ORDER BY j.lease_until DESC LIMIT 1"
+    )
     return int(cli.query(query)[0][0])
 
 
@@ -69,6 +72,8 @@ def test_three_workers_one_killed(cli: Cli) -> None:
     cli("enqueue", "in.txt", "--model", "offline:echo", "--set", "latency=0.3")
     workers = [cli.start("worker", "--concurrency", "8", "--lease", "1.5") for _ in range(3)]
     cli.wait_for("in", "done", 100)
+    # Between a settlement and the next claim a worker holds nothing: not that moment.
+    cli.wait_for("in", "inflight", 24)
     holder = next(worker for worker in workers if worker.pid == pid_that_holds_jobs(cli))
     holder.kill()
     output = [worker.communicate(timeout=90) for worker in workers]
@@ -102,6 +107,8 @@ def test_resume_after_every_process_was_killed(cli: Cli) -> None:
     command = ("worker", "--function", "answers:echo", "--concurrency", "6", "--lease", "1.5")
     workers = [cli.start(*command) for _ in range(2)]
     cli.wait_for("in", "done", 80)
+    # Both at work, and at least one of them with calls that have just begun.
+    cli.wait_for("in", "inflight", 12)
     for worker in workers:
         worker.kill()
     for worker in workers:
