@@ -211,6 +211,13 @@ class Cli:
             assert time.monotonic() < deadline, f"{name} never reached {least}: {now}"
             time.sleep(0.005)
 
+    def wait_for_file(self, name: str) -> None:
+        """Wait until a file is in the folder: what a function has come to is not in the database."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not (self.folder / name).exists():
+            assert time.monotonic() < deadline, f"{name} was never written"
+            time.sleep(0.005)
+
     def _look(self, run: str, name: str) -> int:
         mine = "run_id = (SELECT id FROM runs WHERE name = ?)"
         try:
