@@ -56,7 +56,7 @@ class _Held:
     """A claim in a slot; `task` is None once its call has ended and its settlement waits to be committed."""
 
     claim: Claim
-    max_attempts: int
+    policy: RetryPolicy
     task: asyncio.Task[None] | None = None
     settled: bool = False
 
@@ -86,6 +86,7 @@ class Calls:
         self._database = database
         self._report = report
         self._policy = policy
+        self._policies: dict[int, RetryPolicy] = {}
         self._timeout = timeout
         self._rng = rng
         self._changed = changed
@@ -134,11 +135,16 @@ class Calls:
         if before is not None and before.task is not None:
             # Our own lease had run out, and we were the ones to claim the job again.
             _stop(before)
-        held = _Held(claim, served.run.max_attempts)
+        held = _Held(claim, self._policy_of(served.run.max_attempts))
         self._held[claim.job_id] = held
         self._calling += 1
         held.task = asyncio.create_task(self._call(held, served))
         held.task.add_done_callback(partial(self._call_ended, held))
+
+    def _policy_of(self, max_attempts: int) -> RetryPolicy:
+        if max_attempts not in self._policies:
+            self._policies[max_attempts] = replace(self._policy, max_attempts=max_attempts)
+        return self._policies[max_attempts]
 
     async def _call(self, held: _Held, served: Served) -> None:
         claim = held.claim
@@ -154,8 +160,7 @@ class Calls:
     def _settle(self, held: _Held, outcome: Outcome) -> None:
         held.task = None
         held.settled = True
-        policy = replace(self._policy, max_attempts=held.max_attempts)
-        self._settler.put(decide(held.claim, outcome, policy, self._rng))
+        self._settler.put(decide(held.claim, outcome, held.policy, self._rng))
 
     def _call_ended(self, held: _Held, task: asyncio.Task[None]) -> None:
         self._calling -= 1

@@ -30,6 +30,15 @@ TRY = "try:"
 Deltas = Counter[tuple["RunId", str]]
 
 
+def moved(moves: Iterable[tuple[RunId, str, str]]) -> Deltas:
+    """Return what jobs change in the counts by going, in a run each, from one state to another."""
+    deltas: Deltas = Counter()
+    for (run_id, source, target), count in Counter(moves).items():
+        deltas[run_id, source] -= count
+        deltas[run_id, target] += count
+    return deltas
+
+
 def _adding(given: Given) -> Any:
     row = {"run_id": given["run"], "name": given["counter"], "shard": given["in_shard"], "value": given["by"]}
     adding = given.insert_into(counters, row)

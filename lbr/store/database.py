@@ -63,20 +63,22 @@ class Database(ABC):
         self.name = name
         self.patience = patience
         self.spool_places = spool_places
-        self._write_lock = asyncio.Lock()
         self._given_up = False
 
     def give_up(self) -> None:
         """Try nothing again from now on: it has been tried for long enough."""
         self._given_up = True
 
-    async def write(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+    async def write(self, work: Callable[[AsyncConnection], Awaitable[T]], *, beside: bool = False) -> T:
         """Run one transaction; whole again after a failure that passes, so `work` must not change anything else.
+
+        Transactions of one process take turns. One that is to run `beside` takes turns with others of its kind
+        only, where the database can write two at once: it must not wait for rows that the others may hold.
 
         A cancelled caller is told so only when the transaction has ended, one way or the other. Raises
         DatabaseError when the database stays busy or away for longer than `patience`.
         """
-        return await to_its_end(self._retried(self._writing(work)))
+        return await to_its_end(self._write(work, beside=beside))
 
     async def read(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """Run one short read-only transaction, again after a failure that passes. Raises as `write` does."""
@@ -89,6 +91,13 @@ class Database(ABC):
 
     async def _retried(self, once: Callable[[], Awaitable[T]]) -> T:
         with self._errors():
+            # Most succeed at once, and are spared what it costs to set up the trying again.
+            try:
+                return await once()
+            except Exception as error:
+                if self._given_up or not self._passes(error):
+                    raise
+                first = error
             async for attempt in stamina.retry_context(
                 on=lambda error: not self._given_up and self._passes(error),
                 attempts=None,
@@ -98,12 +107,14 @@ class Database(ABC):
                 wait_jitter=0.2,
             ):
                 with attempt:
+                    if attempt.num == 1:
+                        raise first
                     result = await once()
         return result
 
     @abstractmethod
-    def _writing(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> Callable[[], Awaitable[T]]:
-        """Return what runs `work` in a transaction each time it is called, until it succeeds. It is not cancelled."""
+    async def _write(self, work: Callable[[AsyncConnection], Awaitable[T]], *, beside: bool) -> T:
+        """Run `work` in a transaction, by `_retried`, when its turn has come. It is not cancelled."""
 
     @abstractmethod
     def _reading(self) -> AbstractAsyncContextManager[AsyncConnection]:

@@ -64,7 +64,7 @@ CREATION_LOCK, TURNS_LOCK, SOLE_LOCK = 0x6C_62_72_01, 0x6C_62_72_02, 0x6C_62_72_
 
 _CLOCK = "CAST(extract(epoch FROM clock_timestamp()) * 1000 AS bigint)"
 _NOW = text(f"SELECT {_CLOCK}")
-# Each open queue numbers its transactions in a row of its own, which goes with their commit: whether a commit whose
+# Each lane of an open queue numbers its transactions in a row of its own, which goes with their commit: whether a commit whose
 # answer was lost was carried out can be read there. The transaction's own number would not do, for a server that
 # crashed gives the numbers of what it lost to others.
 _WRITERS = (
@@ -81,7 +81,7 @@ _LAST = text(
     f"INSERT INTO {SCHEMA}.writers (id, seq, at) VALUES (:writer, -1, {_CLOCK}) "
     f"ON CONFLICT (id) DO UPDATE SET at = writers.at RETURNING seq"
 )
-_FORGET = text(f"DELETE FROM {SCHEMA}.writers WHERE id = :writer OR at < {_CLOCK} - {24 * 3600 * 1000}")
+_FORGET = text(f"DELETE FROM {SCHEMA}.writers WHERE id IN (:one, :other) OR at < {_CLOCK} - {24 * 3600 * 1000}")
 _TAKE_TURNS = text("SELECT pg_advisory_xact_lock(:kind, :run)")
 _CREATING = text("SELECT pg_advisory_xact_lock(:kind, 0)")
 _IDS = text("SELECT nextval(pg_get_serial_sequence(:table, 'id')) FROM generate_series(1, :count) ORDER BY 1")
@@ -100,56 +100,19 @@ class _Doubt(Generic[T]):
     result: T
 
 
-class PostgresDatabase(Database):
-    """An open PostgreSQL queue: one writing connection, up to two readers, one that listens."""
+class _Lane:
+    """Transactions that take turns on one connection; `id` names their row of writers, `seq` the latest of them."""
 
-    def __init__(self, address: Address, *, clock: Callable[[], Millis] | None, patience: float) -> None:
-        folders = [folder for folder in (files.state_folder(), Path.cwd()) if folder is not None]
-        places = [folder / files.telling_name(address.server) for folder in folders]
-        super().__init__(address.shown, patience=patience, spool_places=places)
-        self._clock = clock
-        self._id = uuid4().hex
-        self._seq = 0
-        options = {
-            "schema_translate_map": {None: SCHEMA},
-            TAKES_ARRAYS: True,
-            # Workers of one machine or of many draw different shards, so that they do not queue for one row.
-            SHARD: SystemRandom().randrange(SHARDS),
-        }
-        self._writer = _make_engine(
-            address, "READ COMMITTED", pool_size=1, options=options, settings=WRITER_SETTINGS
-        )
-        reading = options | {"postgresql_readonly": True}
-        self._reader = _make_engine(address, "REPEATABLE READ", pool_size=2, options=reading)
-        self._listener = Listener(arguments_of(address), CHANNEL, listen=not address.pooled)
-
-    def _writing(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> Callable[[], Awaitable[T]]:
-        doubt: _Doubt[T] | None = None
-
-        async def once() -> T:
-            nonlocal doubt
-            async with (
-                self._write_lock,
-                asyncio.timeout(STALL_SECONDS),
-                self._connected() as connection,
-            ):
-                if doubt is not None:
-                    if await connection.scalar(_LAST, {"writer": self._id}) == doubt.seq:
-                        return doubt.result
-                    doubt = None
-                self._seq += 1
-                bound = {"writer": self._id, "seq": self._seq}
-                connection.info[_WRITE_NOW] = await connection.scalar(_BEGIN, bound)
-                result = await work(connection)
-                doubt = _Doubt(self._seq, result)
-                await connection.commit()
-            return result
-
-        return once
+    def __init__(self, engine: AsyncEngine, shard: int) -> None:
+        self.engine = engine.execution_options(**{SHARD: shard})
+        self.id = uuid4().hex
+        self.seq = 0
+        self.turn = asyncio.Lock()
 
     @asynccontextmanager
-    async def _connected(self) -> AsyncIterator[AsyncConnection]:
-        async with self._writer.connect() as connection:
+    async def connected(self) -> AsyncIterator[AsyncConnection]:
+        """Connect to a server that takes writes. Raises PassingError where it has ceased to."""
+        async with self.engine.connect() as connection:
             try:
                 yield connection
             except DBAPIError as error:
@@ -158,6 +121,52 @@ class PostgresDatabase(Database):
                 # It was the primary when we connected; the next connection may lead to the one that is now.
                 await connection.invalidate()
                 raise PassingError("the server is read-only: another may have taken its place") from error
+
+
+class PostgresDatabase(Database):
+    """An open PostgreSQL queue: two writing connections, up to two readers, one that listens."""
+
+    def __init__(self, address: Address, *, clock: Callable[[], Millis] | None, patience: float) -> None:
+        folders = [folder for folder in (files.state_folder(), Path.cwd()) if folder is not None]
+        places = [folder / files.telling_name(address.server) for folder in folders]
+        super().__init__(address.shown, patience=patience, spool_places=places)
+        self._clock = clock
+        options = {"schema_translate_map": {None: SCHEMA}, TAKES_ARRAYS: True}
+        self._writer = _make_engine(
+            address, "READ COMMITTED", pool_size=2, options=options, settings=WRITER_SETTINGS
+        )
+        # Workers of one machine or of many draw different shards, so that they do not queue for one row; nor do the
+        # two lanes of one worker.
+        shard = SystemRandom().randrange(SHARDS)
+        self._lane = _Lane(self._writer, shard)
+        self._beside = _Lane(self._writer, (shard + SHARDS // 2) % SHARDS)
+        reading = options | {"postgresql_readonly": True}
+        self._reader = _make_engine(address, "REPEATABLE READ", pool_size=2, options=reading)
+        self._listener = Listener(arguments_of(address), CHANNEL, listen=not address.pooled)
+
+    async def _write(self, work: Callable[[AsyncConnection], Awaitable[T]], *, beside: bool) -> T:
+        lane = self._beside if beside else self._lane
+        doubt: _Doubt[T] | None = None
+
+        async def once() -> T:
+            nonlocal doubt
+            async with asyncio.timeout(STALL_SECONDS), lane.connected() as connection:
+                if doubt is not None:
+                    if await connection.scalar(_LAST, {"writer": lane.id}) == doubt.seq:
+                        return doubt.result
+                    doubt = None
+                lane.seq += 1
+                bound = {"writer": lane.id, "seq": lane.seq}
+                connection.info[_WRITE_NOW] = await connection.scalar(_BEGIN, bound)
+                result = await work(connection)
+                doubt = _Doubt(lane.seq, result)
+                await connection.commit()
+            return result
+
+        # The turn ends only with the last try: the next transaction's number would hide whether this one's commit,
+        # whose answer was lost, was carried out.
+        async with lane.turn:
+            return await self._retried(once)
 
     @asynccontextmanager
     async def _reading(self) -> AsyncIterator[AsyncConnection]:
@@ -225,16 +234,16 @@ class PostgresDatabase(Database):
     async def close(self) -> None:
         """Close every connection."""
         await self._listener.close()
-        if self._seq and not self._given_up:
+        if (self._lane.seq or self._beside.seq) and not self._given_up:
             await self._forget()
         await self._reader.dispose()
         await self._writer.dispose()
 
     async def _forget(self) -> None:
-        """Remove our row of writers, and those of killed ones; one that stays does no harm for a day."""
+        """Remove our rows of writers, and those of killed ones; one that stays does no harm for a day."""
         with suppress(DBAPIError, OSError, TimeoutError):
             async with asyncio.timeout(CLOSE_SECONDS), self._writer.begin() as connection:
-                await connection.execute(_FORGET, {"writer": self._id})
+                await connection.execute(_FORGET, {"one": self._lane.id, "other": self._beside.id})
 
     async def remove(self, run: str) -> bool:
         """Drop the queue where this is its only user and `run` its only run; tell whether it did."""

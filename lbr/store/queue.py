@@ -136,6 +136,10 @@ RECLAIM = (
     .returning(jobs.c.id, jobs.c.run_id, jobs.c.claim_seq, jobs.c.crashes, jobs.c.state, jobs.c.worker_id)
 )
 
+_COOLING = select(limits.c.answerer).where(limits.c.cooldown_until > bindparam("now"))
+_CLAIMABLE = select(runs.c.id).where(
+    among(runs.c.id, "ids"), runs.c.state == RunState.ACTIVE, runs.c.answerer.not_in(_COOLING)
+)
 ADD_CRASHES = Inserting(attempts, "job_id", "claim_seq", "what", "error", "message", "at")
 
 
@@ -212,7 +216,8 @@ class Queue:
                 await counters.add(connection, _moved(rows, JobState.PENDING, JobState.INFLIGHT))
             return await with_prompts(connection, rows, now)
 
-        return await self._database.write(work)
+        # It skips what is locked, so it need not wait for what is being settled.
+        return await self._database.write(work, beside=True)
 
     async def look(self, run_ids: Sequence[RunId]) -> Outlook:
         """See without a lock whether a claim or a reclaim would find anything."""
@@ -299,10 +304,8 @@ class Queue:
             bound = {"ids": [row.id for row in expired], "now": now}
             rows = (await connection.execute(RECLAIM, bound)).all()
             await ADD_CRASHES.run(connection, [_crash_record(row, now) for row in rows])
-            deltas: counters.Deltas = Counter()
+            deltas = counters.moved((row.run_id, JobState.INFLIGHT, row.state) for row in rows)
             for row in rows:
-                deltas[row.run_id, JobState.INFLIGHT] -= 1
-                deltas[row.run_id, row.state] += 1
                 deltas[row.run_id, counters.CRASHED] += 1
             await counters.add(connection, deltas)
             return [Reclaimed(row.id, row.run_id, row.worker_id, JobState(row.state)) for row in rows]
@@ -322,11 +325,8 @@ async def _retake(connection: AsyncConnection, held: dict[JobId, int], bound: di
 
 
 async def _claimable(connection: AsyncConnection, run_ids: Sequence[RunId], now: Millis) -> set[RunId]:
-    cooling = select(limits.c.answerer).where(limits.c.cooldown_until > now)
-    query = select(runs.c.id).where(
-        among(runs.c.id, "ids"), runs.c.state == RunState.ACTIVE, runs.c.answerer.not_in(cooling)
-    )
-    return {RunId(run_id) for run_id in (await connection.execute(query, {"ids": list(run_ids)})).scalars()}
+    bound = {"ids": list(run_ids), "now": now}
+    return {RunId(run_id) for run_id in (await connection.execute(_CLAIMABLE, bound)).scalars()}
 
 
 async def _cooldown_ends(
@@ -341,11 +341,7 @@ async def _cooldown_ends(
 
 
 def _moved(rows: Iterable[AnyRow], source: JobState, target: JobState) -> counters.Deltas:
-    deltas: counters.Deltas = Counter()
-    for row in rows:
-        deltas[row.run_id, source] -= 1
-        deltas[row.run_id, target] += 1
-    return deltas
+    return counters.moved((row.run_id, source, target) for row in rows)
 
 
 def _crash_record(row: AnyRow, now: Millis) -> dict[str, Any]:

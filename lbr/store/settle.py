@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import literal_column, select, update
 
-from lbr.errors import DatabaseError, Usage
+from lbr.errors import NO_USAGE, DatabaseError, Usage
 from lbr.jobs import JobId, JobState, Millis, RunId, RunState, Settlement
 from lbr.store import counters
 from lbr.store.arrays import Bulk, Given, Inserting, among
@@ -148,10 +148,11 @@ async def settle(database: Database, batch: Sequence[Settlement]) -> Settled:
             raise DatabaseError(
                 "expected the jobs of every call to exist, got: some removed; the database was replaced"
             )
-        told = await _told(connection, batch, standing)
-        new = [s for s in batch if not is_repeated(s, standing[s.claim.job_id], told)]
-        mine = [s for s in new if is_mine(s, standing[s.claim.job_id])]
-        stale = [s for s in new if not is_mine(s, standing[s.claim.job_id])]
+        fits = [(s, is_mine(s, standing[s.claim.job_id])) for s in batch]
+        told = await _told(connection, [s for s, fit in fits if not fit or s.outcome.failure is not None])
+        new = [(s, fit) for s, fit in fits if not is_repeated(s, standing[s.claim.job_id], told)]
+        mine = [s for s, fit in new if fit]
+        stale = [s for s, fit in new if not fit]
         states = await _run_states(connection, mine, standing)
         await _update_jobs(connection, mine, states, now)
         await _insert_results(connection, mine)
@@ -168,17 +169,11 @@ async def settle(database: Database, batch: Sequence[Settlement]) -> Settled:
     return await database.write(work)
 
 
-async def _told(
-    connection: AsyncConnection, batch: Sequence[Settlement], standing: dict[int, AnyRow]
-) -> set[tuple[int, int]]:
-    ids = [
-        s.claim.job_id
-        for s in batch
-        if s.outcome.failure is not None or not is_mine(s, standing[s.claim.job_id])
-    ]
-    if not ids:
+async def _told(connection: AsyncConnection, doubtful: list[Settlement]) -> set[tuple[int, int]]:
+    if not doubtful:
         return set()
-    return {(row.job_id, row.claim_seq) for row in (await connection.execute(_TOLD, {"ids": ids})).all()}
+    bound = {"ids": [s.claim.job_id for s in doubtful]}
+    return {(row.job_id, row.claim_seq) for row in (await connection.execute(_TOLD, bound)).all()}
 
 
 async def _run_states(
@@ -186,7 +181,8 @@ async def _run_states(
 ) -> dict[RunId, RunState]:
     """Return the states of the runs of these jobs, held where a job goes back to rest."""
     back = {s.claim.run_id for s in mine if s.state is JobState.PENDING}
-    states = {RunId(row.run_id): RunState(row.run_state) for row in standing.values()}
+    found = {(row.run_id, row.run_state) for row in standing.values()}
+    states = {RunId(run_id): RunState(state) for run_id, state in found}
     if back:
         pausing = any(s.pause is not None for s in mine)
         states |= await hold_states(connection, back, to_change=pausing)
@@ -252,7 +248,7 @@ def _usage_of(settlement: Settlement) -> Usage:
     outcome = settlement.outcome
     if outcome.reply is not None:
         return outcome.reply.usage
-    return outcome.failure.usage if outcome.failure is not None else Usage()
+    return outcome.failure.usage if outcome.failure is not None else NO_USAGE
 
 
 async def _insert_attempts(
@@ -290,18 +286,17 @@ def _deltas(
     standing: dict[int, AnyRow],
     states: dict[RunId, RunState],
 ) -> counters.Deltas:
-    deltas: counters.Deltas = Counter()
-    for s in mine:
-        row = standing[s.claim.job_id]
-        deltas[row.run_id, row.state] -= 1
-        deltas[row.run_id, _target(s, states)] += 1
+    deltas = counters.moved(
+        (s.claim.run_id, standing[s.claim.job_id].state, _target(s, states)) for s in mine
+    )
     for s in stale:
         deltas[s.claim.run_id, counters.STALE] += 1
     for s in [*mine, *stale]:
         usage = _usage_of(s)
-        deltas[s.claim.run_id, counters.INPUT_TOKENS] += usage.input_tokens or 0
-        deltas[s.claim.run_id, counters.OUTPUT_TOKENS] += usage.output_tokens or 0
-        deltas[s.claim.run_id, counters.COST_NANOS] += usage.cost_nanos or 0
+        if usage is not NO_USAGE:
+            deltas[s.claim.run_id, counters.INPUT_TOKENS] += usage.input_tokens or 0
+            deltas[s.claim.run_id, counters.OUTPUT_TOKENS] += usage.output_tokens or 0
+            deltas[s.claim.run_id, counters.COST_NANOS] += usage.cost_nanos or 0
         if s.outcome.failure is not None:
             deltas[s.claim.run_id, counters.TRY + s.outcome.failure.family] += 1
     return deltas

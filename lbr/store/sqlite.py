@@ -139,6 +139,7 @@ class SQLiteDatabase(Database):
         self._reader = make_engine(path, begin="BEGIN", pool_size=4, pragmas=READER_PRAGMAS)
         self._identity: tuple[int, int] | None = None
         self._watch: AsyncConnection | None = None
+        self._write_lock = asyncio.Lock()
         self._data_version = -1
         self._wal = Path(f"{path}-wal")
         self._checkpoint_lock = files.file_lock(files.lock_path(path, "checkpoint"), timeout=0)
@@ -163,7 +164,9 @@ class SQLiteDatabase(Database):
                 f"what was written to it is gone with it: put it back, or enqueue again"
             )
 
-    def _writing(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> Callable[[], Awaitable[T]]:
+    async def _write(self, work: Callable[[AsyncConnection], Awaitable[T]], *, beside: bool) -> T:
+        del beside  # a file takes one writer at a time
+
         async def once() -> T:
             async with self._write_lock:
                 self.check_file()
@@ -172,7 +175,7 @@ class SQLiteDatabase(Database):
                 await self._checkpoint_if_large()
             return result
 
-        return once
+        return await self._retried(once)
 
     def _reading(self) -> AbstractAsyncContextManager[AsyncConnection]:
         return self._reader.begin()
