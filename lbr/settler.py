@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lbr.jobs import Settlement
     from lbr.store.settle import Settled
 
-MAX_ROWS = 250
+MAX_ROWS = 500
 MAX_LINGER_SECONDS = 0.05
 MIN_LINGER_SECONDS = 0.002
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from lbr.store.schema import LATEST
 from tests.support import Cli
 
 if TYPE_CHECKING:
@@ -372,8 +373,8 @@ def _damaged(path: Path, queue: bytes) -> None:
         (lambda path, _: path.write_text(""), "status", 2, ("runs.db", "an empty one", "lbr enqueue")),
         (lambda *_: None, "worker", 2, ("runs.db", "no such file", "lbr enqueue")),
         (_another_program, "enqueue p.txt", 1, ("another program", "accounts", "name another path")),
-        (_newer_version, "enqueue p.txt", 1, ("schema version 2", "99", "use that one")),
-        (_newer_version, "status", 1, ("schema version 2", "99", "use that one")),
+        (_newer_version, "enqueue p.txt", 1, (f"schema version {LATEST}", "99", "use that one")),
+        (_newer_version, "status", 1, (f"schema version {LATEST}", "99", "use that one")),
         (_damaged, "enqueue p.txt", 1, ("runs.db", "damaged", "restore")),
     ],
     ids=[

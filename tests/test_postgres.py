@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError
 
 from lbr import api, prompt_map
 from lbr.errors import AlreadyRunningError, DatabaseError, UsageError
-from lbr.store import claims, enqueue, listener, reads, runs, settle, sole
+from lbr.store import claims, enqueue, listener, reads, runs, schema, settle, sole
 from lbr.store.arrays import Bulk
 from lbr.store.engines import open_database
 from lbr.store.postgres import SHARDS, SOLE_LOCK, PostgresDatabase
@@ -87,15 +87,21 @@ async def fill(database: Database, *, statistics: str) -> int:
 
     async def rows(state: str, first: int, last: int, held: str = "NULL, NULL") -> None:
         sql = (
-            "INSERT INTO lbr.jobs (run_id, key, state, available_at, claim_seq, attempts, crashes, retry_seq, "
-            f"worker_id, lease_until) SELECT 1, decode(md5(n::text), 'hex'), '{state}', n, 0, 0, 0, 0, {held} "
-            f"FROM generate_series({first}, {last}) AS n"
+            "WITH made AS (INSERT INTO lbr.jobs (run_id, state, available_at, claim_seq, attempts, crashes, "
+            f"retry_seq, worker_id, lease_until) SELECT 1, '{state}', n, 0, 0, 0, 0, {held} "
+            f"FROM generate_series({first}, {last}) AS n RETURNING id) "
+            "INSERT INTO lbr.prompts (job_id, run_id, key, chat, body) "
+            "SELECT id, 1, decode(md5(id::text), 'hex'), 0, '' FROM made"
         )
         await database.write(lambda connection: connection.execute(text(sql)))
 
     await put(database, ["first"])
-    for statement in ("DELETE FROM lbr.jobs", "ALTER TABLE lbr.jobs SET (autovacuum_enabled = false)"):
-        await database.write(partial(_run, statement))
+    for table in ("jobs", "prompts"):
+        for statement in (
+            f"DELETE FROM lbr.{table}",
+            f"ALTER TABLE lbr.{table} SET (autovacuum_enabled = false)",
+        ):
+            await database.write(partial(_run, statement))
     if statistics == "of finished jobs":
         await rows("done", 1, 100_000)
         await database.filled()
@@ -127,13 +133,15 @@ async def test_plans_hold_at_a_million_jobs(live: Database, statistics: str) -> 
         (RENEW, "jobs_"),
         (settle._STANDING, "jobs_pkey"),
         (settle.SETTLE, "jobs_pkey"),
-        (enqueue.BY_KEY, "jobs_run_key"),
-        (enqueue._DONE_ELSEWHERE, "jobs_done_key"),
+        (enqueue.BY_KEY, "prompts_key"),
+        (enqueue._KEYS_OF_EQUALS, "prompts_key"),
+        (enqueue._DONE, "jobs_pkey"),
         (claims._PROMPTS, "prompts"),
     ):
         steps = await plan(live, statement, bound | (settling if statement is settle.SETTLE else {}))
         assert index in steps, steps
         assert "Seq Scan on jobs" not in steps, steps
+        assert "Seq Scan on prompts" not in steps, steps
         if statement in {CLAIM, CLAIM_SUSPECT}:
             assert re.search(rf"Limit.*LockRows.*Scan (using|on) {index} ", steps, re.DOTALL), steps
             # Of few suspects a sort is as good; the pending must come in the order of their index.
@@ -181,7 +189,9 @@ async def test_missing_queue_is_told(url: str) -> None:
 async def test_newer_schema_is_refused(live: Database, url: str) -> None:
     """A queue of a newer lbr is left as it is."""
     postgres.execute(url, "INSERT INTO lbr.schema_version VALUES (99, 'future', 0)")
-    with pytest.raises(DatabaseError, match=r"schema version 2 or older, got: 99.*a newer lbr"):
+    with pytest.raises(
+        DatabaseError, match=rf"schema version {schema.LATEST} or older, got: 99.*a newer lbr"
+    ):
         await open_database(url, create=True)
 
 

@@ -85,12 +85,14 @@ async def test_plans_use_the_partial_indexes(database: Database) -> None:
         (EXPIRED, "INDEX jobs_lease (lease_until<?)"),
         (RENEW, "INTEGER PRIMARY KEY"),
         (SETTLE.each, "INTEGER PRIMARY KEY"),
-        (enqueue.BY_KEY, "INDEX jobs_run_key (run_id=? AND key=?)"),
-        (enqueue._DONE_ELSEWHERE, "INDEX jobs_done_key (key=?)"),
+        (enqueue.BY_KEY, "INDEX prompts_key (key=? AND run_id=?)"),
+        (enqueue._KEYS_OF_EQUALS, "INDEX prompts_key (key=?)"),
+        (enqueue._DONE, "INTEGER PRIMARY KEY"),
     ):
         steps = await plan(database, statement)
         assert index in steps, steps
         assert "SCAN jobs" not in steps, steps
+        assert "SCAN prompts" not in steps, steps
         assert "TEMP B-TREE FOR ORDER" not in steps, steps
 
 
@@ -169,7 +171,9 @@ async def test_newer_schema_is_refused(tmp_path: Path) -> None:
     with sqlite3.connect(path) as connection:
         connection.execute("INSERT INTO schema_version VALUES (99, 'future', 0)")
     connection.close()
-    with pytest.raises(DatabaseError, match=r"schema version 2 or older, got: 99.*a newer lbr"):
+    with pytest.raises(
+        DatabaseError, match=rf"schema version {schema.LATEST} or older, got: 99.*a newer lbr"
+    ):
         await open_database(str(path), create=True)
 
 

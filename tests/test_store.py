@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
-from sqlalchemy import insert, select
+from sqlalchemy import insert, select, text
 
 from lbr.errors import (
     DatabaseError,
@@ -22,9 +23,11 @@ from lbr.store import enqueue, reads, runs, schema
 from lbr.store.engines import open_database
 from lbr.store.queue import Queue
 from lbr.store.settle import settle
-from tests.support import ECHO, Clock, answered, assert_counted, failed, job_row, put, states
+from tests.support import ECHO, Clock, answered, assert_counted, failed, is_postgresql, job_row, put, states
 
 if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
     from lbr.store.database import Database
 
 TRANSIENT = Failure(Family.TRANSIENT, "ServerError", "503")
@@ -496,7 +499,45 @@ async def test_schema_migrates_once(database: Database, db_url: str) -> None:
     assert [(row.version, row.name) for row in rows] == [
         (1, "create the tables"),
         (2, "index the suspects"),
+        (3, "keep keys beside prompts"),
     ]
+
+
+async def _run(sql: str, connection: AsyncConnection) -> None:
+    await connection.execute(text(sql))
+
+
+async def test_older_schema_is_brought_up(db_url: str) -> None:
+    """A queue whose jobs hold the keys, as they did at version 2, keeps all that is in it."""
+    database = await open_database(db_url, create=True)
+    run = await put(database, ["a", "b"])
+    queue, worker, _ = await two_workers(database)
+    (claim,) = await queue.claim(worker, [run.id], 1, lease=60)
+    await settle(database, [answered(claim, "kept")])
+    before = [row async for page in reads.rows(database, run, Shape.ORIGINAL) for row in page]
+    items = [Item(Prompt(text=prompt)) for prompt in ("b", "c")]
+    keys = [KeyMaker(ECHO).key(item.prompt) for item in items]
+    where, binary = ("lbr.", "bytea") if is_postgresql(db_url) else ("", "BLOB")
+    for statement in (
+        f"ALTER TABLE {where}jobs ADD COLUMN key {binary}",
+        f"UPDATE {where}jobs SET key = (SELECT key FROM {where}prompts WHERE job_id = jobs.id)",
+        f"CREATE UNIQUE INDEX jobs_run_key ON {where}jobs (run_id, key)",
+        f"CREATE INDEX jobs_done_key ON {where}jobs (key) WHERE state = 'done'",
+        f"DROP INDEX {where}prompts_key",
+        f"ALTER TABLE {where}prompts DROP COLUMN key",
+        f"ALTER TABLE {where}prompts DROP COLUMN run_id",
+        f"DELETE FROM {where}schema_version WHERE version > 2",
+    ):
+        await database.write(partial(_run, statement))
+    await database.close()
+    database = await open_database(db_url)
+    assert [row async for page in reads.rows(database, run, Shape.ORIGINAL) for row in page] == before
+    assert [row.status for row in before] == ["done", "pending"]
+    counts = await enqueue.add_chunk(database, run, None, items, keys, reuse=False)
+    assert (counts.new, counts.duplicate) == (1, 1)
+    reused = await put(database, ["a"], name="again")
+    assert await states(database, reused) == {"done": 1}
+    await database.close()
 
 
 async def test_late_failure_does_not_undo_a_retry(database: Database, clock: Clock) -> None:

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
     from lbr.store.schema import AnyRow
 
-_PROMPTS = select(prompts.c.job_id, prompts.c.body, prompts.c.chat).where(among(prompts.c.job_id, "ids"))
+_PROMPTS = select(prompts.c.job_id, prompts.c.key, prompts.c.body, prompts.c.chat).where(
+    among(prompts.c.job_id, "ids")
+)
 _TRIES = (
     select(attempts.c.job_id, attempts.c.claim_seq, attempts.c.family, attempts.c.message, attempts.c.at)
     .add_columns(case((attempts.c.family == Family.BAD_ANSWER, attempts.c.text)).label("text"))
@@ -30,7 +32,7 @@ async def with_prompts(connection: AsyncConnection, rows: list[AnyRow], now: Mil
     if not rows:
         return []
     found = (await connection.execute(_PROMPTS, {"ids": [row.id for row in rows]})).all()
-    by_id = {job_id: Prompt.from_body(body, chat=bool(chat)) for job_id, body, chat in found}
+    by_id = {job_id: (key, Prompt.from_body(body, chat=bool(chat))) for job_id, key, body, chat in found}
     tried = [row for row in rows if row.claim_seq > row.retry_seq + 1]
     histories = await _histories(connection, tried, now)
     for row in rows:
@@ -45,8 +47,8 @@ async def with_prompts(connection: AsyncConnection, rows: list[AnyRow], now: Mil
             claim_seq=row.claim_seq,
             attempts=row.attempts,
             crashes=row.crashes,
-            prompt=by_id[row.id],
-            key=row.key,
+            key=by_id[row.id][0],
+            prompt=by_id[row.id][1],
             history=histories.get(row.id, NO_HISTORY),
         )
         for row in sorted(rows, key=lambda row: row.id)

@@ -39,7 +39,7 @@ _TRIED = select(func.sum(func.length(attempts.c.text))).where(attempts.c.job_id 
 _TEXTS = (func.length(prompts.c.body), func.length(results.c.text), _TRIED.scalar_subquery())
 _CHARACTERS = sum((func.coalesce(text, 0) for text in _TEXTS[1:]), func.coalesce(_TEXTS[0], 0))
 _PLACES = (
-    select(*(items.c[name] for name in ITEM), jobs.c.id, jobs.c.key, *(jobs.c[name] for name in JOB))
+    select(*(items.c[name] for name in ITEM), jobs.c.id, prompts.c.key, *(jobs.c[name] for name in JOB))
     .add_columns(case((items.c.first == 1, _CHARACTERS), else_=0).label("characters"))
     .join_from(items, jobs, items.c.job_id == jobs.c.id)
     .outerjoin(prompts, prompts.c.job_id == jobs.c.id)

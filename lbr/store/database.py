@@ -154,7 +154,7 @@ class Database(ABC):
 
     @abstractmethod
     async def prepare(self, *, create: bool) -> None:
-        """Make sure the tables are there and current; only with `create` may it create or upgrade them."""
+        """Make sure the tables are there and current: older ones are upgraded, missing ones created only with `create`."""
 
     @abstractmethod
     async def close(self) -> None:

@@ -32,20 +32,20 @@ Held = tuple[bytes, "str | None", "str | None"]
 """What a run holds at one place: key, custom id and metadata."""
 
 _KNOWN = (
-    select(items_table.c.idx, jobs.c.key, items_table.c.custom_id, items_table.c.metadata)
-    .join_from(items_table, jobs, items_table.c.job_id == jobs.c.id)
+    select(items_table.c.idx, prompts.c.key, items_table.c.custom_id, items_table.c.metadata)
+    .join_from(items_table, prompts, items_table.c.job_id == prompts.c.job_id)
     .where(
         items_table.c.run_id == bindparam("run"),
         items_table.c.idx >= bindparam("start"),
         items_table.c.idx < bindparam("end"),
     )
 )
-BY_KEY = select(jobs.c.key, jobs.c.id).where(jobs.c.run_id == bindparam("run"), among(jobs.c.key, "keys"))
-_DONE_ELSEWHERE = (
-    select(jobs.c.key, func.min(jobs.c.id))
-    .where(literal_column("state = 'done'"), among(jobs.c.key, "keys"))
-    .group_by(jobs.c.key)
+BY_KEY = select(prompts.c.key, prompts.c.job_id).where(
+    prompts.c.run_id == bindparam("run"), among(prompts.c.key, "keys")
 )
+# Two looks, for joined a planner may begin with all jobs that are done.
+_KEYS_OF_EQUALS = select(prompts.c.job_id, prompts.c.key).where(among(prompts.c.key, "keys"))
+_DONE = select(jobs.c.id).where(literal_column("jobs.state = 'done'"), among(jobs.c.id, "ids"))
 _HELD_ANSWERS = (
     select(results.c.job_id)
     .where(among(results.c.job_id, "ids"))
@@ -66,7 +66,6 @@ ADD_JOBS = Inserting(
     jobs,
     "id",
     "run_id",
-    "key",
     "state",
     "available_at",
     "claim_seq",
@@ -75,7 +74,7 @@ ADD_JOBS = Inserting(
     "retry_seq",
     "finished_at",
 )
-ADD_PROMPTS = Inserting(prompts, "job_id", "chat", "body")
+ADD_PROMPTS = Inserting(prompts, "job_id", "run_id", "key", "chat", "body")
 ADD_ITEMS = Inserting(items_table, "run_id", "idx", "job_id", "first", "custom_id", "metadata")
 
 
@@ -104,6 +103,7 @@ class _Entry:
 
     idx: int
     item: Item
+    key: bytes
     job_id: int
     first: bool
 
@@ -204,7 +204,7 @@ async def _assign_jobs(
     """Give every new input its job; return them with the keys that are new to the run."""
     wanted = list(dict.fromkeys(key for _, _, key in fresh))
     found = (await connection.execute(BY_KEY, {"run": run.id, "keys": wanted})).all()
-    jobs_by_key: dict[bytes, int] = {row.key: row.id for row in found}
+    jobs_by_key: dict[bytes, int] = {row.key: row.job_id for row in found}
     missing = [key for key in wanted if key not in jobs_by_key]
     ids = await database.reserve_job_ids(connection, len(missing))
     new = dict(zip(missing, ids, strict=True))
@@ -212,7 +212,7 @@ async def _assign_jobs(
     unseen = set(new)
     entries = []
     for idx, item, key in fresh:
-        entries.append(_Entry(idx, item, jobs_by_key[key], key in unseen))
+        entries.append(_Entry(idx, item, key, jobs_by_key[key], key in unseen))
         unseen.discard(key)
     return entries, new
 
@@ -221,10 +221,14 @@ async def _find_answers(connection: AsyncConnection, new: dict[bytes, int]) -> d
     """Map new jobs to done jobs of other runs with the same key, whose answers stay until they are copied."""
     if not new:
         return {}
-    found = (await connection.execute(_DONE_ELSEWHERE, {"keys": list(new)})).all()
-    sources = {job_id: new[key] for key, job_id in found}
-    held = (await connection.execute(_HELD_ANSWERS, {"ids": sorted(sources)})).scalars()
-    return {sources[source]: source for source in held}
+    equals = dict((await connection.execute(_KEYS_OF_EQUALS, {"keys": list(new)})).all())
+    if not equals:
+        return {}
+    done = (await connection.execute(_DONE, {"ids": list(equals)})).scalars()
+    # The oldest of several.
+    sources = {equals[job_id]: job_id for job_id in sorted(done, reverse=True)}
+    held = (await connection.execute(_HELD_ANSWERS, {"ids": sorted(sources.values())})).scalars()
+    return {new[equals[source]]: source for source in held}
 
 
 async def _insert_jobs(
@@ -241,7 +245,6 @@ async def _insert_jobs(
         {
             "id": job_id,
             "run_id": run.id,
-            "key": key,
             "state": JobState.DONE if job_id in answered else JobState.PENDING,
             "available_at": now,
             "claim_seq": 0,
@@ -250,11 +253,17 @@ async def _insert_jobs(
             "retry_seq": 0,
             "finished_at": now if job_id in answered else None,
         }
-        for key, job_id in new.items()
+        for job_id in new.values()
     ]
     await ADD_JOBS.run(connection, rows)
     bodies: list[dict[str, Any]] = [
-        {"job_id": e.job_id, "chat": int(e.item.prompt.messages is not None), "body": e.item.prompt.body()}
+        {
+            "job_id": e.job_id,
+            "run_id": run.id,
+            "key": e.key,
+            "chat": int(e.item.prompt.messages is not None),
+            "body": e.item.prompt.body(),
+        }
         for e in entries
         if e.first
     ]

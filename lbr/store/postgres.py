@@ -81,7 +81,9 @@ _LAST = text(
     f"INSERT INTO {SCHEMA}.writers (id, seq, at) VALUES (:writer, -1, {_CLOCK}) "
     f"ON CONFLICT (id) DO UPDATE SET at = writers.at RETURNING seq"
 )
-_FORGET = text(f"DELETE FROM {SCHEMA}.writers WHERE id IN (:one, :other) OR at < {_CLOCK} - {24 * 3600 * 1000}")
+_FORGET = text(
+    f"DELETE FROM {SCHEMA}.writers WHERE id IN (:one, :other) OR at < {_CLOCK} - {24 * 3600 * 1000}"
+)
 _TAKE_TURNS = text("SELECT pg_advisory_xact_lock(:kind, :run)")
 _CREATING = text("SELECT pg_advisory_xact_lock(:kind, 0)")
 _IDS = text("SELECT nextval(pg_get_serial_sequence(:table, 'id')) FROM generate_series(1, :count) ORDER BY 1")
@@ -208,7 +210,7 @@ class PostgresDatabase(Database):
         await self.write(lambda connection: connection.execute(text(f"ANALYZE {SCHEMA}.jobs")))
 
     async def prepare(self, *, create: bool) -> None:
-        """Make sure the tables are there and current; only with `create` may it create or upgrade them."""
+        """Make sure the tables are there and current: older ones are upgraded, missing ones created only with `create`."""
         patience, self.patience = self.patience, min(self.patience, OPEN_PATIENCE_SECONDS)
         version = await self.read(lambda connection: connection.run_sync(schema.applied_version))
         if version > schema.LATEST:

@@ -68,7 +68,6 @@ def _claim(due: Select[tuple[int]]) -> Any:
         .returning(
             jobs.c.id,
             jobs.c.run_id,
-            jobs.c.key,
             jobs.c.claim_seq,
             jobs.c.retry_seq,
             jobs.c.attempts,

@@ -41,7 +41,7 @@ _ROWS = (
         items.c.custom_id,
         items.c.metadata,
         jobs.c.id,
-        jobs.c.key,
+        prompts.c.key,
         jobs.c.state,
         prompts.c.chat,
         prompts.c.body,
@@ -193,9 +193,9 @@ async def open_runs(database: Database) -> list[Run]:
 
 async def job_keys(database: Database, job_ids: Sequence[JobId]) -> dict[JobId, bytes]:
     """Return the content keys of those of the jobs that there are."""
-    query = select(jobs.c.id, jobs.c.key).where(among(jobs.c.id, "ids"))
+    query = select(prompts.c.job_id, prompts.c.key).where(among(prompts.c.job_id, "ids"))
     found = await database.read(lambda connection: connection.execute(query, {"ids": list(job_ids)}))
-    return {JobId(row.id): row.key for row in found.all()}
+    return {JobId(row.job_id): row.key for row in found.all()}
 
 
 async def now(database: Database) -> Millis:
@@ -320,6 +320,7 @@ async def story(database: Database, run: Run, idx: int) -> Story:
                 items.c.custom_id,
                 items.c.metadata,
                 jobs,
+                prompts.c.key,
                 prompts.c.chat,
                 prompts.c.body,
                 results,

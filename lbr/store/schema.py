@@ -80,7 +80,6 @@ jobs = Table(
     metadata,
     Column("id", Id, primary_key=True, autoincrement=True),
     Column("run_id", Id, nullable=False),
-    Column("key", LargeBinary, nullable=False),
     Column("state", Text, nullable=False),
     Column("available_at", Millis, nullable=False),
     Column("claim_seq", Id, nullable=False),
@@ -96,7 +95,6 @@ jobs = Table(
     sqlite_autoincrement=True,
     postgresql_with=HOT,
 )
-Index("jobs_run_key", jobs.c.run_id, jobs.c.key, unique=True)
 Index(
     "jobs_pending",
     jobs.c.run_id,
@@ -124,20 +122,20 @@ Index(
     sqlite_where=text("state = 'inflight'"),
     postgresql_where=text("state = 'inflight'"),
 )
-Index(
-    "jobs_done_key",
-    jobs.c.key,
-    sqlite_where=text("state = 'done'"),
-    postgresql_where=text("state = 'done'"),
-)
 
+# What a job is for ever. The key is here, for every index of jobs costs PostgreSQL an entry at each claim and each
+# settlement.
 prompts = Table(
     "prompts",
     metadata,
     Column("job_id", Id, primary_key=True, autoincrement=False),
+    Column("run_id", Id, nullable=False),
+    Column("key", LargeBinary, nullable=False),
     Column("chat", SmallInteger, nullable=False),
     Column("body", Text, nullable=False),
 )
+# The key first: an answer is looked for in all runs.
+Index("prompts_key", prompts.c.key, prompts.c.run_id, unique=True)
 
 results = Table(
     "results",
@@ -237,19 +235,49 @@ def _index_suspects(connection: Connection) -> None:
     _suspects.create(connection)
 
 
+def _alter(connection: Connection, table: Table, change: str) -> None:
+    where = _schema_of(connection)
+    name = table.name if where is None else f"{where}.{table.name}"
+    connection.execute(text(f"ALTER TABLE {name} {change}"))
+
+
+def _move_keys(connection: Connection) -> None:
+    columns = {
+        column["name"] for column in inspect(connection).get_columns("jobs", schema=_schema_of(connection))
+    }
+    if "key" not in columns:
+        return
+    old = Table("prompts_before", MetaData(), *(Column(name) for name in ("job_id", "chat", "body")))
+    keyed = Table("jobs", MetaData(), *(Column(name) for name in ("id", "run_id", "key")))
+    _alter(connection, prompts, "RENAME TO prompts_before")
+    prompts.create(connection)
+    whole = select(old.c.job_id, keyed.c.run_id, keyed.c.key, old.c.chat, old.c.body)
+    rows = whole.join_from(old, keyed, keyed.c.id == old.c.job_id)
+    connection.execute(prompts.insert().from_select(["job_id", "run_id", "key", "chat", "body"], rows))
+    old.drop(connection)
+    for name, column in (("jobs_run_key", keyed.c.run_id), ("jobs_done_key", keyed.c.key)):
+        Index(name, column).drop(connection)
+    _alter(connection, jobs, "DROP COLUMN key")
+
+
 MIGRATIONS: tuple[tuple[str, Callable[[Connection], None]], ...] = (
     ("create the tables", _create_tables),
     ("index the suspects", _index_suspects),
+    ("keep keys beside prompts", _move_keys),
 )
 """Ordered and append-only: a database's version is the number of them that it has seen."""
 
 LATEST = len(MIGRATIONS)
 
 
+def _schema_of(connection: Connection) -> str | None:
+    where: str | None = connection.get_execution_options().get("schema_translate_map", {}).get(None)
+    return where
+
+
 def applied_version(connection: Connection) -> int:
     """Return how many migrations the database has seen, 0 for an empty one."""
-    where = connection.get_execution_options().get("schema_translate_map", {}).get(None)
-    if not inspect(connection).has_table("schema_version", schema=where):
+    if not inspect(connection).has_table("schema_version", schema=_schema_of(connection)):
         return 0
     versions = connection.execute(select(schema_version.c.version)).scalars().all()
     return max(versions, default=0)

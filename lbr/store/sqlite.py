@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from contextlib import asynccontextmanager, contextmanager
@@ -254,7 +255,7 @@ class SQLiteDatabase(Database):
         return not busy
 
     async def prepare(self, *, create: bool) -> None:
-        """Make sure the tables are there and current; only with `create` may it create or upgrade them."""
+        """Make sure the tables are there and current: older ones are upgraded, missing ones created only with `create`."""
         with self._errors():
             version = await self.read(self._inspect) if self.path.exists() else 0
             if version > schema.LATEST:

@@ -210,19 +210,22 @@ async def _add_jobs(target: Database, connection: AsyncConnection, copy: Run, pa
         )
     keys = list(dict.fromkeys(row.key for row in page.places))
     found = (await connection.execute(enqueue.BY_KEY, {"run": copy.id, "keys": keys})).all()
-    ids: dict[bytes, int] = {row.key: row.id for row in found}
+    ids: dict[bytes, int] = {row.key: row.job_id for row in found}
     reserved = await target.reserve_job_ids(connection, len(new))
     ids |= zip((row.key for row in new), reserved, strict=True)
-    rows = [{"id": ids[row.key], "run_id": copy.id, "key": row.key} | _fields(row, JOB) for row in new]
+    rows = [{"id": ids[row.key], "run_id": copy.id} | _fields(row, JOB) for row in new]
     await enqueue.ADD_JOBS.run(connection, rows)
-    await _add_payloads(connection, {row.id: ids[row.key] for row in new}, page)
+    await _add_payloads(connection, copy, {row.id: ids[row.key] for row in new}, page)
     await counters.add(connection, Counter((copy.id, row.state) for row in new))
     return ids
 
 
-async def _add_payloads(connection: AsyncConnection, ids: dict[int, int], page: Page) -> None:
+async def _add_payloads(connection: AsyncConnection, copy: Run, ids: dict[int, int], page: Page) -> None:
     """Write what stands beside the jobs; `ids` maps their ids where they come from to those here."""
-    asked = [{"job_id": new} | _fields(page.prompts[old], PROMPT) for old, new in ids.items()]
+    asked = [
+        {"job_id": new, "run_id": copy.id} | _fields(page.prompts[old], ("key", *PROMPT))
+        for old, new in ids.items()
+    ]
     await enqueue.ADD_PROMPTS.run(connection, asked)
     answered = [
         {"job_id": ids[old], "reused_from": None if row.reused_from is None else ELSEWHERE}
