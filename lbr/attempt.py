@@ -7,24 +7,28 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from lbr.deadlines import DeadlineError
 from lbr.errors import NO_USAGE, BadAnswer, CallError, Family, Permanent
 from lbr.jobs import Failure, Outcome, Reply
 from lbr.retry import failure_of, storable, storable_usage
 
 if TYPE_CHECKING:
+    from lbr.deadlines import Deadlines
     from lbr.models.base import Model, Request
     from lbr.structured import Validator
 
 ANSWER_LIMIT = 50_000_000
 
 
-async def attempt(model: Model, validator: Validator | None, request: Request, *, timeout: float) -> Outcome:
+async def attempt(
+    model: Model, validator: Validator | None, request: Request, deadlines: Deadlines
+) -> Outcome:
     """Make one call and return how it ended; only a cancellation from outside is raised."""
     started = time.perf_counter()
     reply: Reply | None = None
     failure: Failure | None = None
     try:
-        reply, failure = await _answer(model, validator, request, timeout)
+        reply, failure = await _answer(model, validator, request, deadlines)
     except asyncio.CancelledError:
         task = asyncio.current_task()
         if task is None or task.cancelling():
@@ -39,15 +43,12 @@ async def attempt(model: Model, validator: Validator | None, request: Request, *
 
 
 async def _answer(
-    model: Model, validator: Validator | None, request: Request, timeout: float
+    model: Model, validator: Validator | None, request: Request, deadlines: Deadlines
 ) -> tuple[Reply | None, Failure | None]:
     try:
-        async with asyncio.timeout(timeout) as deadline:
-            reply = _storable(await model.answer(request))
-    except TimeoutError:
-        if not deadline.expired():
-            raise
-        return None, Failure(Family.TRANSIENT, "CallTimeout", f"no answer within {timeout:g} s")
+        reply = _storable(await deadlines.wait_for(model.answer(request)))
+    except DeadlineError:
+        return None, Failure(Family.TRANSIENT, "CallTimeout", f"no answer within {deadlines.seconds:g} s")
     if validator is None:
         return reply, None
     try:

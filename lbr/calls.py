@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lbr.attempt import attempt
+from lbr.deadlines import Deadlines
 from lbr.errors import CallError
 from lbr.jobs import Claim, JobId, JobState, Outcome, Settlement
 from lbr.models.base import Request
@@ -87,7 +88,7 @@ class Calls:
         self._report = report
         self._policy = policy
         self._policies: dict[int, RetryPolicy] = {}
-        self._timeout = timeout
+        self._deadlines = Deadlines(timeout)
         self._rng = rng
         self._changed = changed
         self._notify = notify
@@ -155,7 +156,7 @@ class Calls:
             seq=claim.claim_seq,
             last_bad=claim.history.last_bad,
         )
-        self._settle(held, await attempt(served.model, served.validator, request, timeout=self._timeout))
+        self._settle(held, await attempt(served.model, served.validator, request, self._deadlines))
 
     def _settle(self, held: _Held, outcome: Outcome) -> None:
         held.task = None
