@@ -66,7 +66,9 @@ def read_options(arguments: Sequence[str] | None = None) -> Options:
         "--databases", type=_names(DATABASES), default=list(DATABASES), help="of lbr, or none"
     )
     parser.add_argument("--rivals", type=_names(RIVALS), default=list(RIVALS), help="other queues, or none")
-    parser.add_argument("--concurrency", type=_positive, default=500, help="calls at a time of an lbr worker")
+    parser.add_argument(
+        "--concurrency", type=_positive, default=1_500, help="calls at a time of an lbr worker"
+    )
     parser.add_argument("--repeat", type=_positive, default=1, help="measure so often, and take medians")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement to a file as well")
     return Options(**vars(parser.parse_args(arguments)))
