@@ -12,11 +12,13 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy import select
 
 from lbr.jobs import Item, KeyMaker, Prompt
 from lbr.store import enqueue, reads
 from lbr.store.engines import open_database
 from lbr.store.queue import Queue
+from lbr.store.schema import workers as workers_table
 from lbr.store.settle import settle
 from tests import postgres
 from tests.proxy import Proxy
@@ -166,6 +168,16 @@ async def test_broken_commit_of_the_first_write_is_waited_for(far: Database, pro
     await first.close()
     with postgres.connect(proxy._target.render_as_string(hide_password=False)) as connection:
         assert connection.execute("SELECT count(*) FROM lbr.workers").fetchone() == (1,)
+
+
+async def test_broken_commit_is_not_hidden_by_the_next(far: Database, proxy: Proxy) -> None:
+    """Transactions that wait for their turn begin only when it is known what became of the one before them."""
+    queue = Queue(far)
+    proxy.eat_answers = 1
+    ids = await asyncio.gather(*(queue.register(host="h", pid=n, concurrency=1) for n in range(5)))
+    assert len(set(ids)) == 5
+    seen = await far.read(lambda connection: connection.execute(select(workers_table.c.pid)))
+    assert sorted(seen.scalars()) == [0, 1, 2, 3, 4]
 
 
 async def test_settling_a_failure_twice_charges_once(database: Database) -> None:
