@@ -500,6 +500,7 @@ async def test_schema_migrates_once(database: Database, db_url: str) -> None:
         (1, "create the tables"),
         (2, "index the suspects"),
         (3, "keep keys beside prompts"),
+        (4, "share limits, price runs, set jobs apart"),
     ]
 
 
@@ -526,6 +527,9 @@ async def test_older_schema_is_brought_up(db_url: str) -> None:
         f"DROP INDEX {where}prompts_key",
         f"ALTER TABLE {where}prompts DROP COLUMN key",
         f"ALTER TABLE {where}prompts DROP COLUMN run_id",
+        f"ALTER TABLE {where}prompts DROP COLUMN settings",
+        f"ALTER TABLE {where}runs DROP COLUMN price",
+        f"ALTER TABLE {where}limits DROP COLUMN rpm",
         f"DELETE FROM {where}schema_version WHERE version > 2",
     ):
         await database.write(partial(_run, statement))

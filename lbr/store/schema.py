@@ -8,6 +8,7 @@ from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     Column,
+    Double,
     Index,
     Integer,
     LargeBinary,
@@ -70,6 +71,9 @@ runs = Table(
     # When its newest chunk was enqueued; sealed_at is null until an enqueue came to its end.
     Column("enqueued_at", Millis, nullable=False),
     Column("sealed_at", Millis),
+    # Prices per million tokens as JSON, where the price table is not to be asked; what the run may cost.
+    Column("price", Text),
+    Column("budget_nanos", Id),
     CheckConstraint("state IN ('active', 'paused', 'cancelled')", name="runs_state"),
     sqlite_autoincrement=True,
 )
@@ -133,6 +137,8 @@ prompts = Table(
     Column("key", LargeBinary, nullable=False),
     Column("chat", SmallInteger, nullable=False),
     Column("body", Text, nullable=False),
+    # Settings of this job alone, as JSON, that a retry by hand put over the task's.
+    Column("settings", Text),
 )
 # The key first: an answer is looked for in all runs.
 Index("prompts_key", prompts.c.key, prompts.c.run_id, unique=True)
@@ -199,13 +205,26 @@ counters = Table(
     postgresql_with=HOT | {"fillfactor": 25, "autovacuum_vacuum_threshold": 200},
 )
 
-# What all workers share about one answerer: until when nobody should call it, and why.
+# What all workers share about one answerer; null where nothing was set or seen.
 limits = Table(
     "limits",
     metadata,
     Column("answerer", Text, primary_key=True),
+    # Until when nobody should call it, and why.
     Column("cooldown_until", Millis, nullable=False),
     Column("reason", Text, nullable=False),
+    # Set by hand: requests and tokens a minute, calls at a time.
+    Column("rpm", Integer),
+    Column("tpm", Integer),
+    Column("concurrency", Integer),
+    # Learned: calls at a time, up to where they double, when they were last cut.
+    Column("slots", Double),
+    Column("threshold", Double),
+    Column("cut_at", Millis),
+    # What is left of the minute's requests and tokens, below 0 where more was taken, and when that was so.
+    Column("requests", Double),
+    Column("tokens", Double),
+    Column("balanced_at", Millis),
 )
 
 workers = Table(
@@ -260,10 +279,24 @@ def _move_keys(connection: Connection) -> None:
     _alter(connection, jobs, "DROP COLUMN key")
 
 
+def _add_columns(connection: Connection) -> None:
+    for table in (limits, runs, prompts):
+        there = {
+            column["name"]
+            for column in inspect(connection).get_columns(table.name, schema=_schema_of(connection))
+        }
+        for column in table.columns:
+            if column.name not in there:
+                _alter(
+                    connection, table, f"ADD COLUMN {column.name} {column.type.compile(connection.dialect)}"
+                )
+
+
 MIGRATIONS: tuple[tuple[str, Callable[[Connection], None]], ...] = (
     ("create the tables", _create_tables),
     ("index the suspects", _index_suspects),
     ("keep keys beside prompts", _move_keys),
+    ("share limits, price runs, set jobs apart", _add_columns),
 )
 """Ordered and append-only: a database's version is the number of them that it has seen."""
 
