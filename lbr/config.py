@@ -25,6 +25,7 @@ MAX_ATTEMPTS = 8
 CALL_TIMEOUT = 120.0
 PATIENCE = 120.0
 LARGEST = 1_000_000
+MOST_A_MINUTE = 2_000_000_000
 
 
 def load_environment(folder: Path) -> Mapping[str, str]:
@@ -80,6 +81,13 @@ def at_least_one(name: str, value: int) -> int:
     return value
 
 
+def a_minute(name: str, value: int) -> int:
+    """Return the value, or raise UsageError: it must be a whole number of requests or tokens a minute."""
+    if type(value) is not int or not 1 <= value <= MOST_A_MINUTE:
+        raise UsageError(f"expected {name} to be a whole number from 1 to {MOST_A_MINUTE}, got: {value!r}")
+    return value
+
+
 def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
     """Return the value, or raise UsageError: it must be one of those allowed."""
     if value not in allowed:
@@ -93,7 +101,8 @@ class WorkOptions:
 
     `concurrency` is the number of slots, `lease` how long a claim holds without renewal, `timeout` the
     longest that one call may take, `grace` how long a drain waits for the calls in flight, `patience` how
-    long a database that is busy or away is waited for.
+    long a database that is busy or away is waited for. `rpm` and `tpm` are requests and tokens a minute of all
+    workers together, for each answerer that this one serves; None leaves what is set.
     Raises UsageError for a value out of range.
     """
 
@@ -103,12 +112,17 @@ class WorkOptions:
     grace: float = 30.0
     timeout: float = CALL_TIMEOUT
     patience: float = PATIENCE
+    rpm: int | None = None
+    tpm: int | None = None
 
     def __post_init__(self) -> None:
         at_least_one("concurrency", self.concurrency)
         positive("lease", self.lease)
         positive("timeout", self.timeout)
         positive("patience", self.patience)
+        for name, value in (("rpm", self.rpm), ("tpm", self.tpm)):
+            if value is not None:
+                a_minute(name, value)
         if not (math.isfinite(self.grace) and self.grace >= 0):
             raise UsageError(f"expected grace to be a number of at least 0, got: {self.grace:g}")
         if self.concurrency > 10_000:

@@ -215,7 +215,11 @@ NO_HISTORY = History()
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A job that one worker holds until its lease ends; `claim_seq` is the fence of every later write."""
+    """A job that one worker holds until its lease ends; `claim_seq` is the fence of every later write.
+
+    `tokens` are what it was debited of its answerer's tokens a minute, 0 where none are set; `narrow` tells that
+    the answerer was held to fewer calls at a time than the workers have slots.
+    """
 
     job_id: JobId
     run_id: RunId
@@ -225,11 +229,16 @@ class Claim:
     prompt: Prompt
     key: bytes
     history: History = NO_HISTORY
+    tokens: int = 0
+    narrow: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """How a call failed. `error` is the class name; `text` the raw answer, where there was one."""
+    """How a call failed. `error` is the class name; `text` the raw answer, where there was one.
+
+    `overloaded` tells that the one who answers has too much to do, so that fewer calls at a time are better.
+    """
 
     family: Family
     error: str
@@ -237,6 +246,7 @@ class Failure:
     retry_after: float | None = None
     text: str | None = None
     usage: Usage = NO_USAGE
+    overloaded: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lbr.errors import UsageError
-from lbr.jobs import RunState
+from lbr.jobs import RunState, canonical_json
+from lbr.models.base import Kind, kind_of
 from lbr.models.function import identify
 from lbr.models.resolve import build_model, build_validator
+from lbr.tokens import ASSUMED_OUTPUT, tokens_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,6 +28,21 @@ class Served:
     run: Run
     model: Model
     validator: Validator | None
+
+    @property
+    def extra_tokens(self) -> int:
+        """How many tokens a call probably takes besides its prompt: what always goes with it, and the answer."""
+        task = self.run.task
+        always = len(task.instructions or "") + (
+            0 if task.schema is None else len(canonical_json(task.schema))
+        )
+        most = task.settings.get("max_tokens")
+        return tokens_of(always) + (most if isinstance(most, int) else ASSUMED_OUTPUT)
+
+    @property
+    def begins_slowly(self) -> bool:
+        """Whether a provider answers, who may not be able to take all calls at once."""
+        return kind_of(self.run.task) is Kind.PYDANTIC_AI
 
 
 class Servings:

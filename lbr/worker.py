@@ -21,7 +21,7 @@ from lbr.jobs import Claim, JobState, RunId, RunState, Until, WorkerId
 from lbr.retry import RetryPolicy
 from lbr.serving import Servings
 from lbr.spool import keep, settle_kept
-from lbr.store import reads
+from lbr.store import limiting, reads
 from lbr.store.queue import Queue
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ POLL_SECONDS = 0.1
 TICK_SECONDS = 5.0
 CHECK_SECONDS = 1.0
 STANDSTILL_SECONDS = 1.0
+JITTER_SECONDS = 1.0
 ABANDONED_MS = 30_000
 """An enqueue that added nothing for so long, and did not come to its end, is taken for interrupted."""
 
@@ -65,12 +66,13 @@ class Worker:
         self._notify = notify
         self._servings = Servings(authority, concurrency=options.concurrency)
         self.report = WorkReport()
+        self._rng = rng or Random()  # noqa: S311 - jitter
         self._calls = Calls(
             database,
             self.report,
             policy=policy or RetryPolicy(),
             timeout=options.timeout,
-            rng=rng or Random(),  # noqa: S311 - jitter
+            rng=self._rng,
             changed=self._calls_changed,
             notify=notify,
         )
@@ -80,6 +82,10 @@ class Worker:
         self._aborting = False
         # Whether the last claim filled every free slot, so that another is likely to find more.
         self._more = True
+        # Whether a call has ended since the last claim, and whether its answerer was held to few at a time.
+        self._settled = False
+        self._narrow = False
+        self._limited: set[str] = set()
         self._next_look = 0.0
         self._next_due = 0.0
         self._next_check = 0.0
@@ -106,6 +112,7 @@ class Worker:
     def _calls_changed(self) -> None:
         if self._calls.error is not None:
             self._fail(self._calls.error)
+        self._settled = True
         self._wake.set()
 
     def _fail(self, error: BaseException) -> None:
@@ -196,7 +203,7 @@ class Worker:
         while not self._stop_asked():
             claims = await self._claim()
             if self._stop_asked():
-                self.report.released += await self._queue.release(self._id, claims)
+                self.report.released += await self._queue.release(self._id, claims, unused=True)
                 return
             for claim in claims:
                 self._calls.start(claim, self._servings.served[claim.run_id])
@@ -228,6 +235,23 @@ class Worker:
         served = [run.id for run in found if run.id in self._servings.served]
         known = [run_id for run_id in self._order if run_id in served]
         self._order = deque(known + [run_id for run_id in served if run_id not in known])
+        await self._set_limits()
+
+    async def _set_limits(self) -> None:
+        """Carry over the limits that this worker was started with, and begin slowly with providers not yet known."""
+        new = {
+            served.run.task.answerer: served
+            for served in self._servings.served.values()
+            if served.run.task.answerer not in self._limited
+        }
+        wanted = {"rpm": self._options.rpm, "tpm": self._options.tpm}
+        values = {name: value for name, value in wanted.items() if value is not None}
+        for answerer in sorted(new) if values else ():
+            await limiting.change(self._database, answerer, values)
+        await limiting.begin_slowly(
+            self._database, [who for who, served in new.items() if served.begins_slowly]
+        )
+        self._limited |= set(new)
 
     async def _wanted(self) -> list[Run]:
         if self._run_names is None:
@@ -238,12 +262,21 @@ class Worker:
         free = self._options.concurrency - len(self._calls)
         if free <= 0 or self._calls.alone:
             return []
-        if not self._more and not await self._look():
+        # Where an answerer is held to fewer calls than there are slots, one that ended makes room for another.
+        settled, self._settled = self._settled, False
+        if not self._more and not (settled and self._narrow) and not await self._look():
             return []
         self._order.rotate(-1)
-        claims = await self._queue.claim(self._id, list(self._order), free, lease=self._options.lease)
+        claims = await self._claim_up_to(free)
         self._more = len(claims) == free
+        self._narrow = any(claim.narrow for claim in claims) or (self._narrow and not claims)
         return claims
+
+    async def _claim_up_to(self, most: int, *, suspects: bool = False) -> list[Claim]:
+        extra = {run_id: self._servings.served[run_id].extra_tokens for run_id in self._order}
+        return await self._queue.claim(
+            self._id, list(self._order), most, lease=self._options.lease, suspects=suspects, extra=extra
+        )
 
     async def _look(self) -> bool:
         """Look whether anything came up since the last claim found too little; True if a claim is worth it.
@@ -266,13 +299,12 @@ class Worker:
             await self._reclaim()
             outlook = await self._queue.look(list(self._order))
         if outlook.suspects and not outlook.due and not self._calls:
-            claims = await self._queue.claim(
-                self._id, list(self._order), 1, lease=self._options.lease, suspects=True
-            )
-            for claim in claims:
+            for claim in await self._claim_up_to(1, suspects=True):
                 self._calls.start(claim, self._servings.served[claim.run_id])
         busy = outlook.due or outlook.suspects or outlook.expired
-        self._next_due = now + (0 if busy else (outlook.next_ms or 1000 * TICK_SECONDS) / 1000)
+        wait = (outlook.next_ms or 1000 * TICK_SECONDS) / 1000
+        # Not all workers come back at the same moment.
+        self._next_due = now + (0 if busy else wait + self._rng.random() * min(wait / 10, JITTER_SECONDS))
         return outlook.due and not self._calls.alone
 
     async def _reclaim(self) -> None:

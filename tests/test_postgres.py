@@ -18,9 +18,10 @@ from lbr import api, prompt_map
 from lbr.errors import AlreadyRunningError, DatabaseError, UsageError
 from lbr.store import claims, enqueue, listener, reads, runs, schema, settle, sole
 from lbr.store.arrays import Bulk
+from lbr.store.claims import CLAIM, CLAIM_CHOSEN, CLAIM_SUSPECT, DUE, DUE_SIZED, DUE_SUSPECT
 from lbr.store.engines import open_database
 from lbr.store.postgres import SHARDS, SOLE_LOCK, PostgresDatabase
-from lbr.store.queue import CLAIM, CLAIM_SUSPECT, DUE, DUE_SUSPECT, EXPIRED, RECLAIM, RENEW, Queue
+from lbr.store.queue import EXPIRED, RECLAIM, RENEW, Queue
 from tests import postgres
 from tests.support import Cli, answered, assert_counted, eventually, put, states
 
@@ -127,6 +128,8 @@ async def test_plans_hold_at_a_million_jobs(live: Database, statistics: str) -> 
         (DUE, "jobs_pending"),
         (DUE_SUSPECT, "jobs_suspects"),
         (CLAIM, "jobs_pending"),
+        (DUE_SIZED, "jobs_pending"),
+        (CLAIM_CHOSEN, "jobs_"),
         (CLAIM_SUSPECT, "jobs_suspects"),
         (EXPIRED, "jobs_lease"),
         (RECLAIM, "jobs_"),

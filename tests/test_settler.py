@@ -48,16 +48,16 @@ class Disk:
 
 
 async def test_everything_is_written_once_in_order() -> None:
-    """Closing writes all that was put, in batches of at most 250, each row once."""
+    """Closing writes all that was put, in batches of at most 500, each row once."""
     disk = Disk()
     settler = Settler(disk.write, disk.written)
     running = asyncio.create_task(settler.run())
-    for number in range(600):
+    for number in range(1_100):
         settler.put(settlement(number))
     settler.close()
     await running
-    assert [len(batch) for batch in disk.batches] == [250, 250, 100]
-    assert disk.told == list(range(600))
+    assert [len(batch) for batch in disk.batches] == [500, 500, 100]
+    assert disk.told == list(range(1_100))
 
 
 async def test_what_comes_during_a_commit_goes_into_the_next() -> None:

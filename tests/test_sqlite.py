@@ -16,8 +16,9 @@ from sqlalchemy import event, text
 from lbr.errors import DatabaseBusyError, DatabaseError, UsageError
 from lbr.jobs import Item, KeyMaker, Prompt
 from lbr.store import enqueue, files, runs, schema, sqlite
+from lbr.store.claims import CLAIM, CLAIM_CHOSEN, DUE, DUE_SIZED, DUE_SUSPECT
 from lbr.store.engines import open_database
-from lbr.store.queue import CLAIM, DUE, DUE_SUSPECT, EXPIRED, RENEW, Queue
+from lbr.store.queue import EXPIRED, RENEW, Queue
 from lbr.store.settle import SETTLE, settle
 from lbr.store.sqlite import SQLiteDatabase, sqlite_path
 from tests.support import ECHO, answered, assert_counted, put
@@ -82,6 +83,8 @@ async def test_plans_use_the_partial_indexes(database: Database) -> None:
         (DUE, "INDEX jobs_pending (run_id=? AND available_at<?)"),
         (DUE_SUSPECT, "INDEX jobs_suspects (run_id=? AND available_at<?)"),
         (CLAIM, "INDEX jobs_pending (run_id=? AND available_at<?)"),
+        (DUE_SIZED, "INDEX jobs_pending (run_id=? AND available_at<?)"),
+        (CLAIM_CHOSEN, "INTEGER PRIMARY KEY"),
         (EXPIRED, "INDEX jobs_lease (lease_until<?)"),
         (RENEW, "INTEGER PRIMARY KEY"),
         (SETTLE.each, "INTEGER PRIMARY KEY"),

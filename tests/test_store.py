@@ -19,7 +19,7 @@ from lbr.errors import (
     UsageError,
 )
 from lbr.jobs import Failure, Item, JobState, KeyMaker, Prompt, RunState, Shape, Task, WorkerId
-from lbr.store import enqueue, reads, runs, schema
+from lbr.store import enqueue, limiting, reads, runs, schema
 from lbr.store.engines import open_database
 from lbr.store.queue import Queue
 from lbr.store.settle import settle
@@ -356,6 +356,7 @@ async def test_rate_limit_cools_every_run_of_the_answerer(database: Database, cl
         await put(database, ["d"], name="3", task=other),
     )
     queue, worker, second = await two_workers(database)
+    await limiting.change(database, "offline:echo", {"concurrency": 9})
     (claim,) = await queue.claim(worker, [run.id], 1, lease=60)
     settlement = failed(claim, LIMITED)
     await settle(database, [settlement])

@@ -1,20 +1,87 @@
-"""From claimed rows to claims: the prompts and the past that a worker needs to make the calls."""
+"""From due jobs to claims: which are taken, and the prompts and the past that a worker needs to make the calls."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import case, select
+from sqlalchemy import bindparam, case, func, literal_column, select, update
 
 from lbr.errors import DatabaseError, Family
 from lbr.jobs import NO_HISTORY, BadTry, Claim, History, JobId, Millis, Prompt, RunId
+from lbr.limits import fitting
 from lbr.store.arrays import among
-from lbr.store.schema import attempts, prompts
+from lbr.store.schema import PENDING, SUSPECT_CRASHES, attempts, jobs, prompts
+from lbr.tokens import tokens_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from sqlalchemy import ColumnElement, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from lbr.jobs import WorkerId
+    from lbr.store.limiting import Gate
     from lbr.store.schema import AnyRow
+
+
+def _due(*, suspects: bool) -> Select[tuple[int]]:
+    """Select the ids of a run's jobs that may be claimed now, the longest due first."""
+    crashes: ColumnElement[bool] = literal_column(
+        f"jobs.crashes {'>=' if suspects else '<'} {SUSPECT_CRASHES}"
+    )
+    return (
+        select(jobs.c.id)
+        .where(PENDING, jobs.c.run_id == bindparam("run"), jobs.c.available_at <= bindparam("now"), crashes)
+        .order_by(jobs.c.available_at, jobs.c.id)
+        .limit(bindparam("most"))
+    )
+
+
+DUE, DUE_SUSPECT = _due(suspects=False), _due(suspects=True)
+
+
+def _claiming(which: ColumnElement[bool]) -> Any:
+    return (
+        update(jobs)
+        .where(which)
+        .values(
+            state=literal_column("'inflight'"),
+            claim_seq=jobs.c.claim_seq + 1,
+            worker_id=bindparam("worker"),
+            lease_until=bindparam("until"),
+        )
+        .returning(
+            jobs.c.id,
+            jobs.c.run_id,
+            jobs.c.claim_seq,
+            jobs.c.retry_seq,
+            jobs.c.attempts,
+            jobs.c.crashes,
+        )
+    )
+
+
+def _claim(due: Select[tuple[int]]) -> Any:
+    # Materialised: PostgreSQL may otherwise run the inner query anew, and lock and claim more than the limit.
+    chosen = due.with_for_update(skip_locked=True).cte("due").prefix_with("MATERIALIZED")
+    return _claiming(jobs.c.id.in_(select(chosen.c.id)))
+
+
+CLAIM, CLAIM_SUSPECT = _claim(DUE), _claim(DUE_SUSPECT)
+
+
+def _sized(due: Select[tuple[int]]) -> Any:
+    return (
+        due.add_columns(func.length(prompts.c.body).label("characters"))
+        .join_from(jobs, prompts, prompts.c.job_id == jobs.c.id)
+        .with_for_update(of=jobs, skip_locked=True)
+    )
+
+
+# Where tokens are counted: first look how large the prompts are, then claim those that fit.
+DUE_SIZED, DUE_SUSPECT_SIZED = _sized(DUE), _sized(DUE_SUSPECT)
+CLAIM_CHOSEN = _claiming(PENDING & among(jobs.c.id, "ids"))
 
 _PROMPTS = select(prompts.c.job_id, prompts.c.key, prompts.c.body, prompts.c.chat).where(
     among(prompts.c.job_id, "ids")
@@ -27,7 +94,35 @@ _TRIES = (
 )
 
 
-async def with_prompts(connection: AsyncConnection, rows: list[AnyRow], now: Millis) -> list[Claim]:
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a worker asks for: up to `most` jobs of these runs; see `lbr.store.queue.Queue.claim`."""
+
+    worker: WorkerId
+    run_ids: Sequence[RunId]
+    most: int
+    suspects: bool
+    extra: Mapping[RunId, int]
+
+
+async def take(connection: AsyncConnection, gate: Gate, wish: Wish, *, until: int) -> list[Claim]:
+    """Claim what the gate lets through, with leases that hold until then, and debit it there."""
+    rows: list[AnyRow] = []
+    sizes: dict[int, int] = {}
+    for run_id in (r for r in wish.run_ids if r in gate.answerers):
+        room = gate.room(run_id, wish.most - len(rows))
+        if room > 0:
+            asked = {"run": run_id, "most": room, "worker": wish.worker, "now": gate.now, "until": until}
+            fit = await _fitting(connection, gate, asked, wish)
+            found = (await connection.execute(*_taking(asked, fit, wish))).all()
+            gate.take(run_id, len(found), sum(fit.values()) if fit else 0)
+            rows += found
+            sizes |= fit or {}
+    claims = await _with_prompts(connection, rows, gate.now)
+    return _marked(claims, gate, sizes) if gate.limits else claims
+
+
+async def _with_prompts(connection: AsyncConnection, rows: list[AnyRow], now: Millis) -> list[Claim]:
     """Read, in the claim's own transaction, what its worker needs to make the calls."""
     if not rows:
         return []
@@ -76,3 +171,34 @@ def _history(tries: list[AnyRow], now: Millis) -> History:
         limited_ms=max(0, now - limited[0].at) if limited else 0,
         last_bad=BadTry(bad[-1].text or "", bad[-1].message) if bad else None,
     )
+
+
+async def _fitting(
+    connection: AsyncConnection, gate: Gate, asked: dict[str, Any], wish: Wish
+) -> dict[int, int] | None:
+    """Return the jobs that a limit of tokens lets through, with their tokens; None where there is no such limit."""
+    limit = gate.limit(asked["run"])
+    if limit is None or limit.tpm is None:
+        return None
+    found = (await connection.execute(DUE_SUSPECT_SIZED if wish.suspects else DUE_SIZED, asked)).all()
+    sizes = [wish.extra.get(asked["run"], 0) + tokens_of(row.characters) for row in found]
+    count = fitting(limit, sizes)
+    return {row.id: size for row, size in zip(found[:count], sizes[:count], strict=True)}
+
+
+def _taking(asked: dict[str, Any], fit: dict[int, int] | None, wish: Wish) -> tuple[Any, dict[str, Any]]:
+    """Return the statement that claims, with what it is given."""
+    if fit is None:
+        return CLAIM_SUSPECT if wish.suspects else CLAIM, asked
+    return CLAIM_CHOSEN, {"ids": list(fit), "worker": asked["worker"], "until": asked["until"]}
+
+
+def _marked(claims: list[Claim], gate: Gate, sizes: dict[int, int]) -> list[Claim]:
+    """Note on the claims what is to be made good when they are settled."""
+    narrow = {run_id for run_id in gate.answerers if gate.is_narrow(run_id)}
+    return [
+        replace(claim, tokens=sizes.get(claim.job_id, 0), narrow=claim.run_id in narrow)
+        if claim.job_id in sizes or claim.run_id in narrow
+        else claim
+        for claim in claims
+    ]

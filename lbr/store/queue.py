@@ -15,14 +15,15 @@ from sqlalchemy import bindparam, case, delete, func, insert, literal_column, se
 from lbr.jobs import Claim, JobId, JobState, Millis, RunId, RunState, WorkerId
 from lbr.store import counters
 from lbr.store.arrays import Inserting, among
-from lbr.store.claims import with_prompts
+from lbr.store.claims import DUE, DUE_SUSPECT, Wish, take
+from lbr.store.limiting import give_back, open_gate
 from lbr.store.runs import hold_states, resting_state
-from lbr.store.schema import SUSPECT_CRASHES, attempts, jobs, limits, runs, workers
+from lbr.store.schema import INFLIGHT, PENDING, attempts, jobs, runs, workers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from sqlalchemy import ColumnElement, Select
+    from sqlalchemy import ColumnElement
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from lbr.store.database import Database
@@ -31,52 +32,6 @@ if TYPE_CHECKING:
 MAX_CRASHES = 3
 RECLAIM_PAGE = 500
 WORKER_MEMORY_MS = 24 * 3600 * 1000
-
-# Literals, so that the partial indexes serve the statements that name them.
-PENDING: ColumnElement[bool] = literal_column("jobs.state = 'pending'")
-INFLIGHT: ColumnElement[bool] = literal_column("jobs.state = 'inflight'")
-
-
-def _due(*, suspects: bool) -> Select[tuple[int]]:
-    """Select the ids of a run's jobs that may be claimed now, the longest due first."""
-    crashes: ColumnElement[bool] = literal_column(
-        f"jobs.crashes {'>=' if suspects else '<'} {SUSPECT_CRASHES}"
-    )
-    return (
-        select(jobs.c.id)
-        .where(PENDING, jobs.c.run_id == bindparam("run"), jobs.c.available_at <= bindparam("now"), crashes)
-        .order_by(jobs.c.available_at, jobs.c.id)
-        .limit(bindparam("most"))
-    )
-
-
-DUE, DUE_SUSPECT = _due(suspects=False), _due(suspects=True)
-
-
-def _claim(due: Select[tuple[int]]) -> Any:
-    # Materialised: PostgreSQL may otherwise run the inner query anew, and lock and claim more than the limit.
-    chosen = due.with_for_update(skip_locked=True).cte("due").prefix_with("MATERIALIZED")
-    return (
-        update(jobs)
-        .where(jobs.c.id.in_(select(chosen.c.id)))
-        .values(
-            state=literal_column("'inflight'"),
-            claim_seq=jobs.c.claim_seq + 1,
-            worker_id=bindparam("worker"),
-            lease_until=bindparam("until"),
-        )
-        .returning(
-            jobs.c.id,
-            jobs.c.run_id,
-            jobs.c.claim_seq,
-            jobs.c.retry_seq,
-            jobs.c.attempts,
-            jobs.c.crashes,
-        )
-    )
-
-
-CLAIM, CLAIM_SUSPECT = _claim(DUE), _claim(DUE_SUSPECT)
 
 RENEW = (
     update(jobs)
@@ -135,10 +90,6 @@ RECLAIM = (
     .returning(jobs.c.id, jobs.c.run_id, jobs.c.claim_seq, jobs.c.crashes, jobs.c.state, jobs.c.worker_id)
 )
 
-_COOLING = select(limits.c.answerer).where(limits.c.cooldown_until > bindparam("now"))
-_CLAIMABLE = select(runs.c.id).where(
-    among(runs.c.id, "ids"), runs.c.state == RunState.ACTIVE, runs.c.answerer.not_in(_COOLING)
-)
 ADD_CRASHES = Inserting(attempts, "job_id", "claim_seq", "what", "error", "message", "at")
 
 
@@ -192,28 +143,31 @@ class Queue:
         await self._database.write(work)
 
     async def claim(
-        self, worker: WorkerId, run_ids: Sequence[RunId], most: int, *, lease: float, suspects: bool = False
+        self,
+        worker: WorkerId,
+        run_ids: Sequence[RunId],
+        most: int,
+        *,
+        lease: float,
+        suspects: bool = False,
+        extra: Mapping[RunId, int] | None = None,
     ) -> list[Claim]:
         """Take up to `most` due jobs of the named runs, in the order given, for `lease` seconds.
 
-        Runs that are not active and answerers that cool down are passed over. With `suspects`, only jobs
-        that have crashed their workers twice are taken, and the caller must run each alone.
+        Runs that are not active and answerers that cool down are passed over, and the limits of the others are
+        kept. With `suspects`, only jobs that have crashed their workers twice are taken, and the caller must run
+        each alone. `extra` is how many tokens a call of a run takes besides its prompt, where they are limited.
         """
+        wish = Wish(worker, run_ids, most, suspects, extra or {})
 
         async def work(connection: AsyncConnection) -> list[Claim]:
             now = await self._database.now(connection)
-            open_ids = await _claimable(connection, run_ids, now)
-            bound = {"worker": worker, "now": now, "until": now + round(lease * 1000)}
-            rows: list[AnyRow] = []
-            for run_id in (r for r in run_ids if r in open_ids):
-                if len(rows) >= most:
-                    break
-                statement = CLAIM_SUSPECT if suspects else CLAIM
-                found = await connection.execute(statement, bound | {"run": run_id, "most": most - len(rows)})
-                rows += found.all()
-            if rows:
-                await counters.add(connection, _moved(rows, JobState.PENDING, JobState.INFLIGHT))
-            return await with_prompts(connection, rows, now)
+            gate = await open_gate(connection, run_ids, now, lock=True)
+            claims = await take(connection, gate, wish, until=now + round(lease * 1000))
+            if claims:
+                await gate.save(connection)
+                await counters.add(connection, _moved(claims, JobState.PENDING, JobState.INFLIGHT))
+            return claims
 
         # It skips what is locked, so it need not wait for what is being settled.
         return await self._database.write(work, beside=True)
@@ -223,11 +177,14 @@ class Queue:
 
         async def work(connection: AsyncConnection) -> Outlook:
             now = await self._database.now(connection)
-            open_ids = await _claimable(connection, run_ids, now)
+            gate = await open_gate(connection, run_ids, now, lock=False)
             due = suspects = False
-            times: list[int | None] = list(await _cooldown_ends(connection, run_ids, now))
-            for run_id in open_ids:
+            times: list[int | None] = list(gate.waits)
+            for run_id in gate.answerers:
                 bound = {"run": run_id, "now": now, "most": 1}
+                if wait := gate.wait_ms(run_id):
+                    times.append(now + wait)
+                    continue
                 due |= (await connection.scalar(DUE, bound)) is not None
                 suspects |= (await connection.scalar(DUE_SUSPECT, bound)) is not None
                 later = select(func.min(jobs.c.available_at)).where(PENDING, jobs.c.run_id == run_id)
@@ -266,8 +223,12 @@ class Queue:
 
         return await self._database.write(work)
 
-    async def release(self, worker: WorkerId, claims: Iterable[Claim]) -> int:
-        """Give claims back: pending again, nothing charged, claim_seq kept. Return how many were still held."""
+    async def release(self, worker: WorkerId, claims: Iterable[Claim], *, unused: bool = False) -> int:
+        """Give claims back: pending again, nothing charged, claim_seq kept. Return how many were still held.
+
+        With `unused`, no call was made for them, so that limits get back what they were debited.
+        """
+        claims = list(claims)
         held = {claim.job_id: claim.claim_seq for claim in claims}
         if not held:
             return 0
@@ -282,6 +243,10 @@ class Queue:
                 if back:
                     await connection.execute(_GIVE_BACK, {"ids": [row.id for row in back], "to": state})
                 deltas.update(_moved(back, JobState.INFLIGHT, state))
+            if unused:
+                await give_back(
+                    connection, claims, {row.id for row in ours}, await self._database.now(connection)
+                )
             await counters.add(connection, deltas)
             return len(ours)
 
@@ -323,23 +288,7 @@ async def _retake(connection: AsyncConnection, held: dict[JobId, int], bound: di
     return {JobId(row.id) for row in ours}
 
 
-async def _claimable(connection: AsyncConnection, run_ids: Sequence[RunId], now: Millis) -> set[RunId]:
-    bound = {"ids": list(run_ids), "now": now}
-    return {RunId(run_id) for run_id in (await connection.execute(_CLAIMABLE, bound)).scalars()}
-
-
-async def _cooldown_ends(
-    connection: AsyncConnection, run_ids: Sequence[RunId], now: Millis
-) -> Sequence[Millis]:
-    query = (
-        select(limits.c.cooldown_until)
-        .join_from(limits, runs, runs.c.answerer == limits.c.answerer)
-        .where(among(runs.c.id, "ids"), runs.c.state == RunState.ACTIVE, limits.c.cooldown_until > now)
-    )
-    return (await connection.execute(query, {"ids": list(run_ids)})).scalars().all()
-
-
-def _moved(rows: Iterable[AnyRow], source: JobState, target: JobState) -> counters.Deltas:
+def _moved(rows: Iterable[AnyRow | Claim], source: JobState, target: JobState) -> counters.Deltas:
     return counters.moved((row.run_id, source, target) for row in rows)
 
 

@@ -18,6 +18,7 @@ from sqlalchemy import (
     Text,
     insert,
     inspect,
+    literal_column,
     select,
     text,
 )
@@ -25,7 +26,7 @@ from sqlalchemy import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sqlalchemy import Connection, Row
+    from sqlalchemy import ColumnElement, Connection, Row
 
 AnyRow: TypeAlias = "Row[*tuple[Any, ...]]"
 
@@ -126,6 +127,10 @@ Index(
     sqlite_where=text("state = 'inflight'"),
     postgresql_where=text("state = 'inflight'"),
 )
+
+# Literals, so that the partial indexes serve the statements that name them.
+PENDING: ColumnElement[bool] = literal_column("jobs.state = 'pending'")
+INFLIGHT: ColumnElement[bool] = literal_column("jobs.state = 'inflight'")
 
 # What a job is for ever. The key is here, for every index of jobs costs PostgreSQL an entry at each claim and each
 # settlement.

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import literal_column, select, update
 
-from lbr.errors import NO_USAGE, DatabaseError, Usage
+from lbr.errors import NO_USAGE, DatabaseError, Family, Usage
 from lbr.jobs import JobId, JobState, Millis, RunId, RunState, Settlement
 from lbr.store import counters
 from lbr.store.arrays import Bulk, Given, Inserting, among
+from lbr.store.limiting import Lesson, learn
 from lbr.store.runs import hold_states, resting_state
 from lbr.store.schema import attempts, jobs, limits, results, runs
 
@@ -158,6 +159,7 @@ async def settle(database: Database, batch: Sequence[Settlement]) -> Settled:
         await _insert_attempts(connection, mine, stale, now)
         paused = await _pause(connection, mine)
         await _cool_down(connection, mine, standing, now)
+        await learn(connection, _lessons([*mine, *stale], standing, now), now)
         await counters.add(connection, _deltas(mine, stale, standing, states))
         return Settled(
             taken=frozenset(s.claim.job_id for s in mine),
@@ -317,6 +319,34 @@ async def _cool_down(
         for answerer, s in sorted(longest.items())
     ]
     await _COOL_DOWN.run(connection, rows)
+
+
+def _lessons(ended: list[Settlement], standing: dict[int, AnyRow], now: Millis) -> dict[str, Lesson]:
+    """Return what these calls say about their answerers' limits."""
+    lessons: dict[str, Lesson] = {}
+    for s in ended:
+        claim, failure = s.claim, s.outcome.failure
+        too_much = failure is not None and (failure.family is Family.RATE_LIMITED or failure.overloaded)
+        if not (claim.tokens or claim.narrow or too_much):
+            continue
+        lesson = lessons.setdefault(standing[claim.job_id].answerer, Lesson())
+        if claim.tokens:
+            lesson.tokens += claim.tokens - _tokens_used(s)
+        if failure is None and claim.narrow:
+            lesson.successes += 1
+        if too_much:
+            lesson.too_much = max(lesson.too_much or 0, now - s.outcome.latency_ms)
+    return lessons
+
+
+def _tokens_used(settlement: Settlement) -> int:
+    """Return what a call took of its answerer's tokens: as much as was debited where nobody said."""
+    usage, failure = _usage_of(settlement), settlement.outcome.failure
+    if failure is not None and failure.family is Family.RATE_LIMITED:
+        return 0
+    if usage.input_tokens is None and usage.output_tokens is None:
+        return settlement.claim.tokens
+    return (usage.input_tokens or 0) + (usage.output_tokens or 0)
 
 
 async def _pause(connection: AsyncConnection, mine: list[Settlement]) -> dict[str, str]:

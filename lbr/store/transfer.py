@@ -18,9 +18,8 @@ from lbr.store import counters, enqueue, runs
 from lbr.store.arrays import Inserting, among
 from lbr.store.contents import ITEM, JOB, PAGE, PROMPT, RESULT, TRY, Contents, Page
 from lbr.store.locks import alone_with
-from lbr.store.queue import INFLIGHT
 from lbr.store.runs import BEFORE, MOVED_TO, MOVING_FROM, MOVING_TO
-from lbr.store.schema import attempts, items, jobs, prompts, results
+from lbr.store.schema import INFLIGHT, attempts, items, jobs, prompts, results
 from lbr.store.schema import counters as counters_table
 from lbr.store.schema import runs as runs_table
 

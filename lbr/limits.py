@@ -1,0 +1,149 @@
+"""How much of an answerer's limits is left, as plain arithmetic over one row that all workers share.
+
+Requests and tokens a minute are token buckets: each is filled at its rate, holds what a second fills in, and may be
+overdrawn by the last call that is let through, so that a call larger than the bucket is paced like the others.
+The number of calls at a time is learned as TCP learns its window: it doubles while nothing goes wrong, is cut when the
+provider is asked for too much, and then grows by one for each round of calls (slow start and additive increase with
+multiplicative decrease; Jacobson, "Congestion Avoidance and Control", 1988).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+MINUTE_MS = 60_000
+BURST_SECONDS = 1.0
+LOOK_SECONDS = 0.2
+FIRST_SLOTS = 8.0
+"""Calls at a time with which a provider of which nothing is known is begun."""
+CUT = 0.5
+EPSILON = 1e-6
+AGAIN_MS = 100
+"""How long to wait for a slot: nobody knows when one will be free."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What is set and known of one answerer. Times are milliseconds; None is what nobody has set or seen.
+
+    `rpm` and `tpm` are requests and tokens a minute, `requests` and `tokens` what was left of them at
+    `balanced_at`. `concurrency` fixes the calls at a time of all workers together; else it is `slots`, learned,
+    which doubles up to `threshold` and was last cut at `cut_at`.
+    """
+
+    rpm: int | None = None
+    tpm: int | None = None
+    concurrency: int | None = None
+    slots: float | None = None
+    threshold: float | None = None
+    cut_at: int | None = None
+    requests: float | None = None
+    tokens: float | None = None
+    balanced_at: int | None = None
+
+    @property
+    def at_a_time(self) -> int | None:
+        """How many calls may be in flight, in all workers together; None for as many as they have slots."""
+        if self.concurrency is not None:
+            return self.concurrency
+        return None if self.slots is None else max(1, math.floor(self.slots))
+
+    def binds(self, ceiling: int) -> bool:
+        """Tell whether it holds anything back, where the workers have `ceiling` slots together."""
+        narrow = self.at_a_time is not None and self.at_a_time < ceiling
+        return self.rpm is not None or self.tpm is not None or narrow
+
+
+def capacity(per_minute: int) -> float:
+    """Return what a bucket holds: as much as a second fills in, or one call and what comes in between two looks."""
+    return max(per_minute * BURST_SECONDS / 60, 1 + per_minute * LOOK_SECONDS / 60)
+
+
+def refilled(limit: Limit, now: int) -> Limit:
+    """Return the limit with what has come in since it was last balanced; a new bucket is full."""
+    # A clock that was set back must not take anything away.
+    passed = max(0, now - (limit.balanced_at if limit.balanced_at is not None else now))
+    return replace(
+        limit,
+        requests=_filled(limit.requests, limit.rpm, passed),
+        tokens=_filled(limit.tokens, limit.tpm, passed),
+        balanced_at=max(now, limit.balanced_at or 0),
+    )
+
+
+def _filled(balance: float | None, per_minute: int | None, passed: int) -> float | None:
+    if per_minute is None:
+        return None
+    full = capacity(per_minute)
+    return full if balance is None else min(full, balance + per_minute * passed / MINUTE_MS)
+
+
+def room(limit: Limit, inflight: int) -> int | None:
+    """Return how many calls a refilled limit lets through now; None for any number."""
+    bounds = []
+    if limit.at_a_time is not None:
+        bounds.append(limit.at_a_time - inflight)
+    if limit.requests is not None:
+        bounds.append(math.floor(limit.requests + EPSILON))
+    if limit.tokens is not None and limit.tokens <= 0:
+        bounds.append(0)
+    return max(0, min(bounds)) if bounds else None
+
+
+def fitting(limit: Limit, sizes: Sequence[int]) -> int:
+    """Return how many calls of these tokens, in this order, a refilled limit lets through."""
+    left = limit.tokens
+    if left is None:
+        return len(sizes)
+    for count, size in enumerate(sizes):
+        if left <= 0:
+            return count
+        left -= size
+    return len(sizes)
+
+
+def wait_ms(limit: Limit, inflight: int) -> int:
+    """Return after how long a refilled limit may let a call through, 0 for now."""
+    waits = [0]
+    if limit.rpm is not None and limit.requests is not None and limit.requests < 1 - EPSILON:
+        waits.append(math.ceil((1 - limit.requests) * MINUTE_MS / limit.rpm - EPSILON))
+    if limit.tpm is not None and limit.tokens is not None and limit.tokens <= 0:
+        waits.append(math.floor(-limit.tokens * MINUTE_MS / limit.tpm + EPSILON) + 1)
+    if limit.at_a_time is not None and inflight >= limit.at_a_time:
+        waits.append(AGAIN_MS)
+    return max(waits)
+
+
+def debited(limit: Limit, calls: int, tokens: int) -> Limit:
+    """Return the limit after so many calls of so many tokens; negative ones give back."""
+    return replace(
+        limit,
+        requests=None if limit.requests is None else limit.requests - calls,
+        tokens=None if limit.tokens is None else limit.tokens - tokens,
+    )
+
+
+def grown(limit: Limit, successes: int, ceiling: int) -> Limit:
+    """Return the limit after so many calls went well: no further than the slots that the workers have."""
+    if limit.slots is None:
+        return limit
+    doubling = limit.threshold is None or limit.slots < limit.threshold
+    more = successes if doubling else successes / limit.slots
+    return replace(limit, slots=max(1.0, min(float(max(1, ceiling)), limit.slots + more)))
+
+
+def cut(limit: Limit, *, began: int, now: int, inflight: int, ceiling: int) -> Limit:
+    """Return the limit after a call that `began` then was one too many; once for each round of calls.
+
+    `inflight` are the calls in flight with this one, `ceiling` the slots of all workers. What a person fixed stays.
+    """
+    if limit.cut_at is not None and began < limit.cut_at:
+        return limit
+    before = min(limit.slots if limit.slots is not None else math.inf, max(1, inflight), max(1, ceiling))
+    slots = max(1.0, before * CUT)
+    return replace(limit, slots=slots, threshold=slots, cut_at=now)

@@ -1,0 +1,273 @@
+"""What all workers share about an answerer: what a claim may take of it now, and what ended calls teach about it.
+
+One row of `limits` for each answerer. A claim locks the rows that hold anything back, in the order of their names,
+and debits them in its own transaction; those that hold nothing back are only read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import bindparam, func, select, update
+
+from lbr import limits as arithmetic
+from lbr.jobs import JobState, RunId, RunState
+from lbr.limits import Limit
+from lbr.store.arrays import Bulk, Given, among
+from lbr.store.schema import counters, limits, runs, workers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from lbr.jobs import Claim, Millis
+    from lbr.store.database import Database
+    from lbr.store.schema import AnyRow
+
+SILENT_MS = 15_000
+"""A worker that has not reported for so long is not counted as working."""
+
+_FIELDS = tuple(one.name for one in fields(Limit))
+_LEARNED = ("slots", "threshold", "cut_at", "requests", "tokens", "balanced_at")
+_COLUMNS = [limits.c[name] for name in _FIELDS]
+_OPEN = (
+    select(runs.c.id, runs.c.answerer, limits.c.cooldown_until, *_COLUMNS)
+    .join_from(runs, limits, runs.c.answerer == limits.c.answerer, isouter=True)
+    .where(among(runs.c.id, "ids"), runs.c.state == RunState.ACTIVE)
+)
+_LOCKED = (
+    select(limits.c.answerer, *_COLUMNS)
+    .where(among(limits.c.answerer, "answerers"))
+    .order_by(limits.c.answerer)
+    .with_for_update()
+)
+_INFLIGHT = (
+    select(runs.c.answerer, func.sum(counters.c.value).label("calls"))
+    .join_from(runs, counters, runs.c.id == counters.c.run_id)
+    .where(among(runs.c.answerer, "answerers"), counters.c.name == str(JobState.INFLIGHT))
+    .group_by(runs.c.answerer)
+)
+_CEILING = select(func.sum(workers.c.concurrency)).where(workers.c.seen_at > bindparam("since"))
+_SAVE = (
+    update(limits)
+    .where(limits.c.answerer == bindparam("who"))
+    .values({name: bindparam(f"new_{name}", type_=limits.c[name].type) for name in _LEARNED})
+)
+
+
+def _making(given: Given) -> Any:
+    row = {"answerer": given["who"], "cooldown_until": given["until"], "reason": given["why"]}
+    return given.insert_into(limits, row).on_conflict_do_nothing(index_elements=["answerer"])
+
+
+_MAKE = Bulk(
+    {"who": limits.c.answerer.type, "until": limits.c.cooldown_until.type, "why": limits.c.reason.type},
+    _making,
+)
+
+
+@dataclass(slots=True)
+class Gate:
+    """What may be claimed now, of which run.
+
+    `answerers` are those of the runs that are active and do not cool down; `limits` those of them that hold
+    anything back, refilled. `ceiling` is how many slots the workers have together; `waits` are the times of the
+    ends of cooldowns.
+    """
+
+    now: Millis
+    ceiling: int = 0
+    answerers: dict[RunId, str] = field(default_factory=dict)
+    limits: dict[str, Limit] = field(default_factory=dict)
+    inflight: dict[str, int] = field(default_factory=dict)
+    waits: list[int] = field(default_factory=list)
+
+    def limit(self, run_id: RunId) -> Limit | None:
+        """Return what holds a run's jobs back, None for nothing."""
+        return self.limits.get(self.answerers[run_id])
+
+    def room(self, run_id: RunId, most: int) -> int:
+        """Return how many of a run's jobs may be claimed, `most` at most."""
+        limit = self.limit(run_id)
+        room = None if limit is None else arithmetic.room(limit, self._inflight(run_id))
+        return most if room is None else min(room, most)
+
+    def wait_ms(self, run_id: RunId) -> int:
+        """Return after how long a run's job may perhaps be claimed, 0 for now."""
+        limit = self.limit(run_id)
+        return 0 if limit is None else arithmetic.wait_ms(limit, self._inflight(run_id))
+
+    def is_narrow(self, run_id: RunId) -> bool:
+        """Tell whether calls that go well should widen what is learned of the answerer."""
+        limit = self.limit(run_id)
+        if limit is None or limit.slots is None or limit.concurrency is not None:
+            return False
+        return limit.slots < self.ceiling
+
+    def take(self, run_id: RunId, calls: int, tokens: int) -> None:
+        """Debit what was claimed."""
+        who, limit = self.answerers[run_id], self.limit(run_id)
+        if limit is not None:
+            self.limits[who] = arithmetic.debited(limit, calls, tokens)
+            self.inflight[who] = self._inflight(run_id) + calls
+
+    def _inflight(self, run_id: RunId) -> int:
+        return self.inflight.get(self.answerers[run_id], 0)
+
+    async def save(self, connection: AsyncConnection) -> None:
+        """Write the balances down."""
+        for who, limit in self.limits.items():
+            if limit.rpm is not None or limit.tpm is not None:
+                await _save(connection, who, limit)
+
+
+async def open_gate(
+    connection: AsyncConnection, run_ids: Sequence[RunId], now: Millis, *, lock: bool
+) -> Gate:
+    """Return what may be claimed of these runs; with `lock` it stays so until the transaction ends."""
+    gate = Gate(now)
+    known: dict[str, Limit] = {}
+    for row in (await connection.execute(_OPEN, {"ids": list(run_ids)})).all():
+        if row.cooldown_until is not None and row.cooldown_until > now:
+            gate.waits.append(row.cooldown_until)
+            continue
+        gate.answerers[RunId(row.id)] = row.answerer
+        known[row.answerer] = _limit_of(row)
+    if any(limit != _NONE for limit in known.values()):
+        gate.ceiling = await ceiling(connection, now)
+        binding = {who: limit for who, limit in known.items() if limit.binds(gate.ceiling)}
+        if binding and lock:
+            found = (await connection.execute(_LOCKED, {"answerers": list(binding)})).all()
+            binding = {row.answerer: _limit_of(row) for row in found}
+        gate.limits = {who: arithmetic.refilled(limit, now) for who, limit in binding.items()}
+        gate.inflight = await _calls_in_flight(
+            connection, [who for who, limit in binding.items() if limit.at_a_time is not None]
+        )
+    return gate
+
+
+_NONE = Limit()
+
+
+def _limit_of(row: AnyRow) -> Limit:
+    return Limit(*(getattr(row, name) for name in _FIELDS))
+
+
+async def ceiling(connection: AsyncConnection, now: Millis) -> int:
+    """Return how many slots the workers that report have together, at least one."""
+    return max(1, int(await connection.scalar(_CEILING, {"since": now - SILENT_MS}) or 0))
+
+
+async def _calls_in_flight(connection: AsyncConnection, answerers: list[str]) -> dict[str, int]:
+    if not answerers:
+        return {}
+    found = (await connection.execute(_INFLIGHT, {"answerers": answerers})).all()
+    return {row.answerer: int(row.calls) for row in found}
+
+
+async def _save(connection: AsyncConnection, who: str, limit: Limit) -> None:
+    values = {f"new_{name}": getattr(limit, name) for name in _LEARNED}
+    await connection.execute(_SAVE, {"who": who} | values)
+
+
+@dataclass(slots=True)
+class Lesson:
+    """What a batch of ended calls says about their answerer.
+
+    `tokens` and `calls` were debited and not used, `successes` are those that may widen what is learned;
+    `too_much` is when the latest call began that the provider refused as one too many, None where it refused none.
+    """
+
+    tokens: int = 0
+    calls: int = 0
+    successes: int = 0
+    too_much: int | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing follows from it."""
+        return not (self.tokens or self.calls or self.successes) and self.too_much is None
+
+
+async def learn(connection: AsyncConnection, lessons: Mapping[str, Lesson], now: Millis) -> None:
+    """Carry over what ended calls say, answerer by answerer in the order of their names."""
+    lessons = {who: lesson for who, lesson in lessons.items() if not lesson.is_empty}
+    if not lessons:
+        return
+    refused = sorted(who for who, lesson in lessons.items() if lesson.too_much is not None)
+    await make(connection, refused)
+    rows = (await connection.execute(_LOCKED, {"answerers": sorted(lessons)})).all()
+    slots = await ceiling(connection, now)
+    inflight = await _calls_in_flight(connection, refused)
+    for row in rows:
+        before, lesson = _limit_of(row), lessons[row.answerer]
+        after = arithmetic.debited(arithmetic.refilled(before, now), -lesson.calls, -lesson.tokens)
+        after = arithmetic.grown(after, lesson.successes, slots) if lesson.successes else after
+        if lesson.too_much is not None:
+            calls = inflight.get(row.answerer, 0)
+            after = arithmetic.cut(after, began=lesson.too_much, now=now, inflight=calls, ceiling=slots)
+        if replace(after, balanced_at=before.balanced_at) != before:
+            await _save(connection, row.answerer, after)
+
+
+async def give_back(
+    connection: AsyncConnection, claims: Iterable[Claim], released: set[int], now: Millis
+) -> None:
+    """Credit the answerers with what claims were debited that were released without a call."""
+    back = [claim for claim in claims if claim.job_id in released]
+    query = select(runs.c.id, runs.c.answerer).where(among(runs.c.id, "ids"))
+    found = (await connection.execute(query, {"ids": list({claim.run_id for claim in back})})).all()
+    answerers = {row.id: row.answerer for row in found}
+    lessons: dict[str, Lesson] = {}
+    for claim in back:
+        lesson = lessons.setdefault(answerers[claim.run_id], Lesson())
+        lesson.calls += 1
+        lesson.tokens += claim.tokens
+    await learn(connection, lessons, now)
+
+
+async def make(connection: AsyncConnection, answerers: Iterable[str]) -> None:
+    """Make sure that there is a row for each."""
+    await _MAKE.run(connection, [{"who": who, "until": 0, "why": ""} for who in answerers])
+
+
+async def begin_slowly(database: Database, answerers: Iterable[str]) -> None:
+    """Begin with few calls at a time where nothing has been learned of an answerer yet. Safe to repeat."""
+    wanted = sorted(set(answerers))
+
+    async def missing(connection: AsyncConnection) -> list[str]:
+        query = select(limits.c.answerer).where(
+            among(limits.c.answerer, "answerers"), limits.c.slots.is_not(None)
+        )
+        known = set((await connection.execute(query, {"answerers": wanted})).scalars())
+        return [who for who in wanted if who not in known]
+
+    async def work(connection: AsyncConnection) -> None:
+        await make(connection, wanted)
+        unknown = among(limits.c.answerer, "answerers") & limits.c.slots.is_(None)
+        query = update(limits).where(unknown).values(slots=arithmetic.FIRST_SLOTS)
+        await connection.execute(query, {"answerers": wanted})
+
+    if wanted and await database.read(missing):
+        await database.write(work)
+
+
+async def change(database: Database, answerer: str, values: Mapping[str, int | None]) -> Limit:
+    """Set `rpm`, `tpm` or `concurrency` of an answerer, None to lift them, for all workers from now on."""
+    buckets = {"rpm": "requests", "tpm": "tokens"}
+
+    async def work(connection: AsyncConnection) -> Limit:
+        await make(connection, [answerer])
+        row = (await connection.execute(_LOCKED, {"answerers": [answerer]})).one()
+        changed = {name: value for name, value in values.items() if getattr(row, name) != value}
+        if changed:
+            # A bucket of another size begins full: what was left of the old one says nothing.
+            full: dict[str, Any] = {buckets[name]: None for name in changed if name in buckets}
+            query = update(limits).where(limits.c.answerer == answerer).values(**changed, **full)
+            await connection.execute(query)
+            await database.wake(connection)
+        return replace(_limit_of(row), **changed)
+
+    return await database.write(work)
