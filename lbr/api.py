@@ -16,22 +16,24 @@ from lbr.config import (
     MAX_ATTEMPTS,
     PATIENCE,
     WorkOptions,
+    a_minute,
     at_least_one,
     load_environment,
     one_of,
 )
 from lbr.errors import UsageError
 from lbr.jobs import JobState, KeyMaker, Shape, Until
+from lbr.models.base import model_string
 from lbr.processes import run_processes
 from lbr.sources import Source, chunks
 from lbr.store import enqueue as queueing
-from lbr.store import reads, runs
+from lbr.store import limiting, reads, runs
 from lbr.store.engines import open_database, sole_worker
 from lbr.store.runs import RunSpec
 from lbr.worker import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from lbr.calls import WorkReport
@@ -48,6 +50,7 @@ __all__ = [
     "enqueue",
     "exclusive",
     "follow",
+    "limit",
     "pause",
     "resume",
     "retry",
@@ -187,6 +190,8 @@ async def work(
     grace: float = 30.0,
     timeout: float = 120.0,
     patience: float = PATIENCE,
+    rpm: int | None = None,
+    tpm: int | None = None,
     db_url: str = DB_URL_DEFAULT,
     allow_network_fs: bool = False,
     notify: Callable[[str], None] = lambda _: None,
@@ -195,12 +200,13 @@ async def work(
     """Be one worker of the queue, until `done`, `empty` or `forever`.
 
     `run` names the runs to serve, None all that this process can. `functions` and `result_types`, as objects
-    or `pkg.mod:name`, are what it may use beside models. Times are in seconds. `notify` gets a line for
+    or `pkg.mod:name`, are what it may use beside models. Times are in seconds. `rpm` and `tpm` set the
+    requests and tokens a minute of all workers together, for whatever this one serves. `notify` gets a line for
     whatever a person should know; `on_start` gets the worker, which can be told to `drain` or `abort`.
 
     Raises UsageError, NothingToServeError or DatabaseError. Cancelled, it gives its jobs back first.
     """
-    options = WorkOptions(concurrency, lease, Until(until), grace, timeout, patience)
+    options = WorkOptions(concurrency, lease, Until(until), grace, timeout, patience, rpm, tpm)
     env = load_environment(Path.cwd())
     key = openrouter_api_key or env.get("OPENROUTER_API_KEY") or None
     authority = authorize(functions, result_types, openrouter_api_key=key)
@@ -310,6 +316,33 @@ async def resume(run: str, *, db_url: str = DB_URL_DEFAULT, allow_network_fs: bo
     """Let a paused run's jobs be claimed again."""
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         await runs.resume(database, await reads.find_run(database, run))
+
+
+async def limit(
+    scope: str | None = None,
+    values: Mapping[str, int | None] | None = None,
+    *,
+    db_url: str = DB_URL_DEFAULT,
+    allow_network_fs: bool = False,
+) -> list[dict[str, Json]]:
+    """Set the limits of one answerer for all workers, and return them; with no `scope`, return those of all.
+
+    `scope` is the name of a model or function as `status` tells it. `values` may have `rpm` and `tpm`, requests
+    and tokens a minute, and `concurrency`, calls at a time; None lifts what is set, and what has no name in it
+    stays. Raises UsageError for a name or a number out of range.
+    """
+    changes = dict(values or {})
+    for name, value in changes.items():
+        one_of("limit", name, ("rpm", "tpm", "concurrency"))
+        if value is not None:
+            at_least_one(name, value) if name == "concurrency" else a_minute(name, value)
+    answerer = scope if scope is None or scope.startswith("function:") else model_string(scope)
+    async with opened(db_url, allow_network_fs=allow_network_fs) as database:
+        if changes and answerer is not None:
+            await limiting.change(database, answerer, changes)
+        view = await reads.overview(database)
+        found = [progress.limit_fields(one) for one in view.limits]
+        return [one for one in found if answerer in {None, one["answerer"]}]
 
 
 async def show(run: str, idx: int, *, db_url: str = DB_URL_DEFAULT, allow_network_fs: bool = False) -> Story:

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 from lbr.errors import Family
 from lbr.jobs import JobState, RunState
 from lbr.store import counters
+from lbr.store.limiting import SILENT_MS
 from lbr.store.runs import MOVED_TO
 
 if TYPE_CHECKING:
     from lbr.jobs import Json
+    from lbr.store.limiting import LimitSeen
     from lbr.store.reads import Overview, RunCounts, WorkerSeen
-
-SILENT_MS = 15_000
-"""A worker that has not reported for so long is not counted as working."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +57,12 @@ class RunStatus:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Runs, the workers that report, and answerers that nobody calls for now."""
+    """Runs, the workers that report, answerers that nobody calls for now, and what is set or learned of them."""
 
     runs: list[RunStatus]
     workers: list[dict[str, Json]]
     cooldowns: list[dict[str, Json]]
+    limits: list[dict[str, Json]]
 
     def to_dict(self) -> dict[str, Json]:
         """Return everything as JSON."""
@@ -80,7 +80,36 @@ def status_of(view: Overview) -> Status:
             {"answerer": c.answerer, "seconds": (c.until - view.now) / 1000, "reason": c.reason}
             for c in view.cooldowns
         ],
+        limits=[limit_fields(one) for one in view.limits],
     )
+
+
+def limit_fields(seen: LimitSeen) -> dict[str, Json]:
+    """Return one answerer's limits: what is set, and how many calls at a time it is held to; None is unlimited."""
+    limit = seen.limit
+    return {
+        "answerer": seen.answerer,
+        "rpm": limit.rpm,
+        "tpm": limit.tpm,
+        "concurrency": limit.concurrency,
+        "at_a_time": limit.at_a_time if limit.at_a_time is None else min(limit.at_a_time, seen.ceiling),
+        "slots": seen.ceiling,
+        "inflight": seen.inflight,
+    }
+
+
+def describe_limit(fields: dict[str, Json]) -> str:
+    """Return one answerer's limits in words."""
+    parts = [
+        f"{fields[name]:,} {words} a minute"
+        for name, words in (("rpm", "requests"), ("tpm", "tokens"))
+        if fields[name] is not None
+    ]
+    if fields["concurrency"] is not None:
+        parts.append(f"{fields['concurrency']} calls at a time")
+    elif fields["at_a_time"] is not None:
+        parts.append(f"{fields['at_a_time']} calls at a time, learned")
+    return f"{fields['answerer']}: {', '.join(parts) or 'no limits'}; {fields['inflight']} in flight"
 
 
 def _worker(worker: WorkerSeen, now: int) -> dict[str, Json]:
@@ -171,12 +200,19 @@ def describe(status: Status) -> str:
         f"cooling down: {c['answerer']} for another {duration(c['seconds'])}: {c['reason']}"
         for c in status.cooldowns
     ]
+    lines += [f"limit {describe_limit(one)}" for one in status.limits if _binds(one)]
     lines += [
         f"worker {w['host']}:{w['pid']}: {w['settled']} settled, {w['rate']:.1f}/s, {w['concurrency']} slots, "
         f"up {duration(w['up_seconds'])}, seen {duration(w['seen_seconds_ago'])} ago"
         for w in status.workers
     ]
     return "\n".join(lines)
+
+
+def _binds(fields: dict[str, Json]) -> bool:
+    """Tell whether a limit holds anything back: one that was learned may have grown to all slots."""
+    set_by_hand = any(fields[name] is not None for name in ("rpm", "tpm", "concurrency"))
+    return set_by_hand or (fields["at_a_time"] is not None and fields["at_a_time"] < fields["slots"])
 
 
 def _describe_run(run: RunStatus) -> list[str]:

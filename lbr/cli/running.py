@@ -59,6 +59,8 @@ def run(
         grace=flags["grace"],
         timeout=flags["timeout"],
         patience=flags["patience"],
+        rpm=flags["rpm"],
+        tpm=flags["tpm"],
     )
     context.exit(asyncio.run(_run(db, inputs, out, shape, flags)))
 
@@ -78,7 +80,7 @@ async def _run(
     started = time.monotonic()
     how = {
         name: flags.pop(name)
-        for name in ("concurrency", "processes", "lease", "timeout", "grace", "patience")
+        for name in ("concurrency", "processes", "lease", "timeout", "grace", "patience", "rpm", "tpm")
     }
     may: dict[str, Any] = {"functions": _one(flags["function"]), "result_types": _one(flags["result_type"])}
     report = await enqueue_inputs(db, inputs, servable=True, **flags)

@@ -51,6 +51,10 @@ def work_options(command: F) -> F:
             default=DEFAULTS.patience,
             help="Seconds to wait for a database that is busy or away.",
         ),
+        click.option(
+            "--rpm", type=int, help="Requests a minute of all workers together; `lbr limit` lifts it."
+        ),
+        click.option("--tpm", type=int, help="Tokens a minute of all workers together, in and out."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -175,13 +179,15 @@ async def work_in_processes(db: dict[str, Any], count: int, **flags: Any) -> int
         flags["grace"],
         flags["timeout"],
         flags["patience"],
+        flags["rpm"],
+        flags["tpm"],
     )
     # Not as a flag, for a URL may have a password in it, and every user of the machine sees the flags.
     environment = {"LBR_DB": db["db_url"], "LBR_ALLOW_NETWORK_FS": str(int(db["allow_network_fs"]))}
     arguments = ["worker"]
     for flag, value in flags.items():
         name = {"runs": "run", "functions": "function", "result_types": "result-type"}.get(flag, flag)
-        for one in value if isinstance(value, tuple) else (value,):
+        for one in value if isinstance(value, tuple) else () if value is None else (value,):
             arguments += [f"--{name}", str(one)]
     codes = await api.run_processes(
         arguments, count, environment=environment, notify=lambda line: say(f"lbr: {line}")

@@ -43,6 +43,7 @@ _LOCKED = (
     .order_by(limits.c.answerer)
     .with_for_update()
 )
+_ALL = select(limits.c.answerer, *_COLUMNS).order_by(limits.c.answerer)
 _INFLIGHT = (
     select(runs.c.answerer, func.sum(counters.c.value).label("calls"))
     .join_from(runs, counters, runs.c.id == counters.c.run_id)
@@ -252,6 +253,30 @@ async def begin_slowly(database: Database, answerers: Iterable[str]) -> None:
 
     if wanted and await database.read(missing):
         await database.write(work)
+
+
+@dataclass(frozen=True, slots=True)
+class LimitSeen:
+    """What is set and learned of an answerer, refilled, with its calls in flight and the slots of all workers."""
+
+    answerer: str
+    limit: Limit
+    inflight: int
+    ceiling: int
+
+
+async def all_limits(connection: AsyncConnection, now: Millis) -> list[LimitSeen]:
+    """Return every answerer of which anything is set or learned, by name."""
+    rows = (await connection.execute(_ALL)).all()
+    known = {row.answerer: _limit_of(row) for row in rows}
+    held = {who: limit for who, limit in known.items() if limit != _NONE}
+    if not held:
+        return []
+    slots, inflight = await ceiling(connection, now), await _calls_in_flight(connection, list(held))
+    return [
+        LimitSeen(who, arithmetic.refilled(limit, now), inflight.get(who, 0), slots)
+        for who, limit in held.items()
+    ]
 
 
 async def change(database: Database, answerer: str, values: Mapping[str, int | None]) -> Limit:

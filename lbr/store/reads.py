@@ -12,6 +12,7 @@ from lbr.errors import DatabaseError, UsageError
 from lbr.jobs import JobId, JobState, Millis, Prompt, Row, Run, RunId, Shape
 from lbr.store import counters, runs
 from lbr.store.arrays import among
+from lbr.store.limiting import LimitSeen, all_limits
 from lbr.store.schema import attempts, items, jobs, limits, prompts, results, workers
 from lbr.store.schema import counters as counters_table
 from lbr.store.schema import runs as runs_table
@@ -110,12 +111,13 @@ class RunCounts:
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """Runs, workers and cooldowns at one moment."""
+    """Runs, workers, cooldowns and limits at one moment."""
 
     now: Millis
     runs: list[RunCounts]
     workers: list[WorkerSeen]
     cooldowns: list[Cooldown]
+    limits: list[LimitSeen]
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +206,7 @@ async def now(database: Database) -> Millis:
 
 
 async def overview(database: Database, name: str | None = None) -> Overview:
-    """Return how one run stands, or all of them, with the workers and cooldowns of the database."""
+    """Return how one run stands, or all of them, with the workers, cooldowns and limits of the database."""
 
     async def work(connection: AsyncConnection) -> Overview:
         found = await runs.all_runs(connection) if name is None else [await runs.find(connection, name)]
@@ -221,6 +223,7 @@ async def overview(database: Database, name: str | None = None) -> Overview:
                 for w in seen
             ],
             cooldowns=[Cooldown(c.answerer, c.cooldown_until, c.reason) for c in cooling],
+            limits=await all_limits(connection, now),
         )
 
     return await database.read(work)
