@@ -1,0 +1,197 @@
+"""Limits that all workers keep together, on every database: in the claims' transactions, and by real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import textwrap
+from typing import TYPE_CHECKING
+
+import pytest
+
+from lbr.errors import Family, Usage
+from lbr.jobs import Failure, Outcome, Reply
+from lbr.retry import RetryPolicy, decide
+from lbr.store import limiting, reads
+from lbr.store.engines import open_database
+from lbr.store.queue import Queue
+from lbr.store.settle import settle
+from tests.support import Clock, answered, assert_counted, failed, put
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lbr.jobs import Claim, Run, Settlement
+    from lbr.limits import Limit
+    from lbr.store.database import Database
+    from tests.support import Cli
+
+WHO = "offline:echo"
+LIMITED = Failure(Family.RATE_LIMITED, "RateLimit", "429", retry_after=1.0)
+
+
+async def workers(database: Database, *slots: int) -> list[tuple[Queue, int]]:
+    """Register workers with so many slots each."""
+    queue = Queue(database)
+    return [
+        (queue, await queue.register(host="h", pid=n, concurrency=count)) for n, count in enumerate(slots)
+    ]
+
+
+async def limit_of(database: Database, who: str = WHO) -> Limit:
+    """Return what is set and learned of an answerer."""
+    view = await reads.overview(database)
+    return next(one.limit for one in view.limits if one.answerer == who)
+
+
+def used(claim: Claim, tokens: int) -> Settlement:
+    """Return the settlement of a call that took so many tokens."""
+    reply = Reply("answer", Usage(tokens, 0, None))
+    return decide(claim, Outcome(reply, None, 5), RetryPolicy(), None)  # type: ignore[arg-type]
+
+
+async def claim(database: Database, worker: int, run: Run, most: int = 1_000, extra: int = 0) -> list[Claim]:
+    """Claim as a worker does."""
+    return await Queue(database).claim(worker, [run.id], most, lease=60, extra={run.id: extra})  # type: ignore[arg-type]
+
+
+async def test_workers_share_the_requests_of_a_minute(database: Database, clock: Clock) -> None:
+    """What one worker takes another does not get, in all runs of the answerer; what comes in goes to who asks first."""
+    run, same = (
+        await put(database, [f"a{n}" for n in range(90)], name="1"),
+        await put(database, ["b"], name="2"),
+    )
+    (queue, one), (_, two) = await workers(database, 500, 500)
+    await limiting.change(database, WHO, {"rpm": 600})
+    assert len(await claim(database, one, run)) == 10
+    assert await claim(database, two, same) == []
+    outlook = await queue.look([run.id, same.id])
+    assert (outlook.due, outlook.next_ms) == (False, 100)
+    clock.forward(0.3)
+    assert len(await claim(database, two, same)) == 1
+    assert len(await claim(database, one, run)) == 2
+    clock.forward(3600)
+    assert len(await claim(database, one, run)) == 10
+    await limiting.change(database, WHO, {"rpm": None})
+    assert len(await claim(database, one, run)) == 68
+    await assert_counted(database, run)
+
+
+async def test_tokens_are_debited_by_estimate_and_settled_by_use(database: Database, clock: Clock) -> None:
+    """A claim takes what its prompt and its answer will probably need; the rest, or all of it, is given back."""
+    run = await put(database, ["x" * 400 + str(n) for n in range(20)])
+    ((_, one),) = await workers(database, 500)
+    await limiting.change(database, WHO, {"tpm": 60_000})
+    claims = await claim(database, one, run, extra=299)
+    assert [c.tokens for c in claims] == [400, 400, 400]
+    assert (await limit_of(database)).tokens == -200
+    assert await claim(database, one, run) == []
+    await settle(database, [used(claims[0], 100), failed(claims[1], LIMITED), answered(claims[2])])
+    assert (await limit_of(database)).tokens == -200 + 300 + 400
+    await assert_counted(database, run)
+
+
+async def test_what_is_released_without_a_call_is_given_back(database: Database, clock: Clock) -> None:
+    """A worker that stops between claim and call has used nothing; one that gives up a call has."""
+    run = await put(database, [f"{n:0400}" for n in range(40)])
+    ((queue, one),) = await workers(database, 500)
+    await limiting.change(database, WHO, {"rpm": 600, "tpm": 60_000})
+    claims = await claim(database, one, run, 4)
+    limit = await limit_of(database)
+    assert (limit.requests, limit.tokens) == (6, 600)
+    await queue.release(one, claims[:2], unused=True)  # type: ignore[arg-type]
+    await queue.release(one, claims[2:])  # type: ignore[arg-type]
+    limit = await limit_of(database)
+    assert (limit.requests, limit.tokens) == (8, 800)
+
+
+async def test_calls_at_a_time_are_counted_over_all_workers(db_url: str) -> None:
+    """However many workers claim at once, no more is in flight than was fixed, and none of it is lost."""
+    databases = [await open_database(db_url, create=True) for _ in range(4)]
+    run = await put(databases[0], [f"p{n}" for n in range(60)])
+    ids = [(await workers(database, 20))[0][1] for database in databases]
+    await limiting.change(databases[0], WHO, {"concurrency": 7})
+    done = 0
+    while done < 60:
+        found = await asyncio.gather(*(claim(d, w, run) for d, w in zip(databases, ids, strict=True)))
+        held = [c for claims in found for c in claims]
+        assert len(held) == min(7, 60 - done)
+        await settle(databases[0], [answered(c) for c in held])
+        done += len(held)
+    await assert_counted(databases[0], run)
+    for database in databases:
+        await database.close()
+
+
+async def test_too_much_halves_and_success_widens(database: Database, clock: Clock) -> None:
+    """A refusal cuts the calls at a time to half of those in flight, once for all that began before; then they grow."""
+    run = await put(database, [f"p{n}" for n in range(300)])
+    (_, one), (_, two) = await workers(database, 20, 20)
+    claims = [*await claim(database, one, run, 20), *await claim(database, two, run, 20)]
+    assert not any(c.narrow for c in claims)
+    clock.forward(1)
+    await settle(database, [failed(c, LIMITED) for c in claims[:10]])
+    assert (await limit_of(database)).slots == 20
+    await settle(database, [failed(c, LIMITED) for c in claims[10:20]] + [answered(c) for c in claims[20:]])
+    assert (await limit_of(database)).slots == 20
+    clock.forward(5)
+    again = await claim(database, one, run)
+    assert len(again) == 20
+    assert all(c.narrow for c in again)
+    await settle(database, [answered(c) for c in again])
+    assert 20.9 < ((await limit_of(database)).slots or 0) <= 21
+    overloaded = Failure(Family.TRANSIENT, "Overloaded", "529", overloaded=True)
+    again = await claim(database, two, run)
+    clock.forward(1)
+    await settle(database, [failed(again[0], overloaded), *(answered(c) for c in again[1:])])
+    assert 10 < ((await limit_of(database)).slots or 0) < 13
+    await assert_counted(database, run)
+
+
+async def test_unknown_provider_is_begun_slowly(database: Database, clock: Clock) -> None:
+    """Few calls at first, twice as many after each round, until the workers' slots are all in use."""
+    run = await put(database, [f"p{n}" for n in range(300)])
+    (_, one), _ = await workers(database, 30, 30)
+    for _ in range(2):
+        await limiting.begin_slowly(database, [WHO])
+    for expected in (8, 16, 32, 60):
+        claims = await claim(database, one, run, 60)
+        assert len(claims) == expected
+        await settle(database, [answered(c) for c in claims])
+    assert not any(c.narrow for c in await claim(database, one, run, 60))
+
+
+FUNCTION = """
+    import os, time
+
+    async def stamp(prompt):
+        with open("calls", "a") as file:
+            file.write(f"{time.time()}\\n")
+        return prompt
+"""
+
+
+def called(cli: Cli) -> Sequence[float]:
+    """Return when calls were made, in order."""
+    file = cli.folder / "calls"
+    return sorted(map(float, file.read_text().split())) if file.exists() else []
+
+
+@pytest.mark.processes
+def test_four_workers_under_one_limit(cli: Cli) -> None:
+    """Four processes make the requests of a minute together, within 5 %, and not more in any stretch of it."""
+    (cli.folder / "stamps.py").write_text(textwrap.dedent(FUNCTION))
+    (cli.folder / "in.txt").write_text("".join(f"p{n}\n" for n in range(230)))
+    cli("enqueue", "in.txt", "--function", "stamps:stamp")
+    flags = ("--function", "stamps:stamp", "--rpm", "600", "--concurrency", "8")
+    started = [cli.start("worker", *flags) for _ in range(4)]
+    for worker in started:
+        worker.communicate(timeout=120)
+        assert worker.returncode == 0
+    times = called(cli)
+    assert len(times) == 230
+    seconds = times[-1] - times[0]
+    # The first second's worth was there at once.
+    assert 220 / 10 * 0.95 <= seconds <= 220 / 10 * 1.05
+    for first, last in ((0, 100), (50, 150), (100, 229)):
+        assert times[last] - times[first] >= (last - first - 20) / 10
+    assert {row["status"] for row in cli.collect("in")} == {"done"}
