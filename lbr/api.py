@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from lbr.config import (
     a_minute,
     at_least_one,
     load_environment,
+    nanos_of,
     one_of,
 )
 from lbr.errors import UsageError
@@ -192,6 +194,7 @@ async def work(
     patience: float = PATIENCE,
     rpm: int | None = None,
     tpm: int | None = None,
+    max_cost: float | None = None,
     db_url: str = DB_URL_DEFAULT,
     allow_network_fs: bool = False,
     notify: Callable[[str], None] = lambda _: None,
@@ -201,12 +204,13 @@ async def work(
 
     `run` names the runs to serve, None all that this process can. `functions` and `result_types`, as objects
     or `pkg.mod:name`, are what it may use beside models. Times are in seconds. `rpm` and `tpm` set the
-    requests and tokens a minute of all workers together, for whatever this one serves. `notify` gets a line for
+    requests and tokens a minute of all workers together, for whatever this one serves, `max_cost` what each run
+    that it serves may cost, in US dollars. `notify` gets a line for
     whatever a person should know; `on_start` gets the worker, which can be told to `drain` or `abort`.
 
     Raises UsageError, NothingToServeError or DatabaseError. Cancelled, it gives its jobs back first.
     """
-    options = WorkOptions(concurrency, lease, Until(until), grace, timeout, patience, rpm, tpm)
+    options = WorkOptions(concurrency, lease, Until(until), grace, timeout, patience, rpm, tpm, max_cost)
     env = load_environment(Path.cwd())
     key = openrouter_api_key or env.get("OPENROUTER_API_KEY") or None
     authority = authorize(functions, result_types, openrouter_api_key=key)
@@ -312,10 +316,21 @@ async def pause(
         await runs.pause(database, await reads.find_run(database, run), reason)
 
 
-async def resume(run: str, *, db_url: str = DB_URL_DEFAULT, allow_network_fs: bool = False) -> None:
-    """Let a paused run's jobs be claimed again."""
+async def resume(
+    run: str, *, max_cost: float | None = None, db_url: str = DB_URL_DEFAULT, allow_network_fs: bool = False
+) -> None:
+    """Let a paused run's jobs be claimed again.
+
+    `max_cost` is what the run may cost from now on, in US dollars, all that it has cost included; inf lifts what
+    is set, None leaves it.
+    """
+    lifted = max_cost == math.inf
+    nanos = None if max_cost is None or lifted else nanos_of("max_cost", max_cost)
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
-        await runs.resume(database, await reads.find_run(database, run))
+        found = await reads.find_run(database, run)
+        if nanos is not None or lifted:
+            await limiting.set_budget(database, found.id, nanos)
+        await runs.resume(database, found)
 
 
 async def limit(

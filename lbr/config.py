@@ -26,6 +26,7 @@ CALL_TIMEOUT = 120.0
 PATIENCE = 120.0
 LARGEST = 1_000_000
 MOST_A_MINUTE = 2_000_000_000
+MOST_DOLLARS = 1_000_000_000
 
 
 def load_environment(folder: Path) -> Mapping[str, str]:
@@ -88,6 +89,13 @@ def a_minute(name: str, value: int) -> int:
     return value
 
 
+def nanos_of(name: str, dollars: float) -> int:
+    """Return an amount of US dollars in billionths, or raise UsageError: it must be above zero, and sane."""
+    if not 0 < positive(name, dollars) <= MOST_DOLLARS:
+        raise UsageError(f"expected {name} to be at most {MOST_DOLLARS:,} US dollars, got: {dollars:g}")
+    return max(1, round(dollars * 10**9))
+
+
 def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
     """Return the value, or raise UsageError: it must be one of those allowed."""
     if value not in allowed:
@@ -102,7 +110,8 @@ class WorkOptions:
     `concurrency` is the number of slots, `lease` how long a claim holds without renewal, `timeout` the
     longest that one call may take, `grace` how long a drain waits for the calls in flight, `patience` how
     long a database that is busy or away is waited for. `rpm` and `tpm` are requests and tokens a minute of all
-    workers together, for each answerer that this one serves; None leaves what is set.
+    workers together, for each answerer that this one serves, `max_cost` what each run that it serves may cost in US
+    dollars, all that it has cost included; None leaves what is set.
     Raises UsageError for a value out of range.
     """
 
@@ -114,6 +123,7 @@ class WorkOptions:
     patience: float = PATIENCE
     rpm: int | None = None
     tpm: int | None = None
+    max_cost: float | None = None
 
     def __post_init__(self) -> None:
         at_least_one("concurrency", self.concurrency)
@@ -123,6 +133,8 @@ class WorkOptions:
         for name, value in (("rpm", self.rpm), ("tpm", self.tpm)):
             if value is not None:
                 a_minute(name, value)
+        if self.max_cost is not None:
+            nanos_of("max_cost", self.max_cost)
         if not (math.isfinite(self.grace) and self.grace >= 0):
             raise UsageError(f"expected grace to be a number of at least 0, got: {self.grace:g}")
         if self.concurrency > 10_000:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from lbr.budget import BUDGET_SPENT
 from lbr.errors import Family
 from lbr.jobs import JobState, RunState
 from lbr.store import counters
@@ -186,6 +187,8 @@ def paused_words(run: str, reason: str) -> str:
     """Return why a run is paused, and what to do about it."""
     if reason.startswith(MOVED_TO):
         return f"{reason}, where it goes on; this is a copy that rests"
+    if reason.startswith(BUDGET_SPENT):
+        return f"{reason}; `lbr resume {run} --max-cost DOLLARS` lets it cost more"
     return f"{reason}; mend it, then `lbr resume {run}`"
 
 

@@ -16,6 +16,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from lbr.calls import Calls, WorkReport
+from lbr.config import nanos_of
 from lbr.errors import DatabaseError, NothingToServeError
 from lbr.jobs import Claim, JobState, RunId, RunState, Until, WorkerId
 from lbr.retry import RetryPolicy
@@ -86,6 +87,7 @@ class Worker:
         self._settled = False
         self._narrow = False
         self._limited: set[str] = set()
+        self._budgeted: set[RunId] = set()
         self._next_look = 0.0
         self._next_due = 0.0
         self._next_check = 0.0
@@ -239,6 +241,11 @@ class Worker:
 
     async def _set_limits(self) -> None:
         """Carry over the limits that this worker was started with, and begin slowly with providers not yet known."""
+        for run_id in sorted(self._servings.served.keys() - self._budgeted):
+            self._budgeted.add(run_id)
+            if self._options.max_cost is not None:
+                nanos = nanos_of("max_cost", self._options.max_cost)
+                await limiting.set_budget(self._database, run_id, nanos)
         new = {
             served.run.task.answerer: served
             for served in self._servings.served.values()

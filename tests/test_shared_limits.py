@@ -11,7 +11,7 @@ import pytest
 from lbr.errors import Family, Usage
 from lbr.jobs import Failure, Outcome, Reply
 from lbr.retry import RetryPolicy, decide
-from lbr.store import limiting, reads
+from lbr.store import limiting, reads, runs
 from lbr.store.engines import open_database
 from lbr.store.queue import Queue
 from lbr.store.settle import settle
@@ -195,3 +195,45 @@ def test_four_workers_under_one_limit(cli: Cli) -> None:
     for first, last in ((0, 100), (50, 150), (100, 229)):
         assert times[last] - times[first] >= (last - first - 20) / 10
     assert {row["status"] for row in cli.collect("in")} == {"done"}
+
+
+def cost(claim: Claim, nanos: int) -> Settlement:
+    """Return the settlement of a call that cost so much."""
+    reply = Reply("answer", Usage(1, 1, nanos))
+    return decide(claim, Outcome(reply, None, 5), RetryPolicy(), None)  # type: ignore[arg-type]
+
+
+async def test_budget_holds_for_all_workers_together(database: Database, clock: Clock) -> None:
+    """The first call goes alone, then as many as what is left will pay for; then the run is paused and says so."""
+    run = await put(database, [f"p{n}" for n in range(300)])
+    (queue, one), (_, two) = await workers(database, 100, 100)
+    await limiting.set_budget(database, run.id, 1_000_000)
+    spent, calls, flights = 0, 0, []
+    while True:
+        claims = [*await claim(database, one, run, 60), *await claim(database, two, run, 60)]
+        if not claims:
+            break
+        flights.append(len(claims))
+        await settle(database, [cost(c, 10_000) for c in claims])
+        calls, spent = calls + len(claims), spent + 10_000 * len(claims)
+    assert flights == [1, 2, 6, 18, 54, 19]
+    assert (calls, spent) == (100, 1_000_000)
+    found = await reads.find_run(database, "r")
+    assert found.state == "paused"
+    assert found.pause_reason == "it may cost $0.001, with $0.001 spent there is no room for a call"
+    await limiting.set_budget(database, run.id, 1_050_000)
+    await runs.resume(database, found)
+    assert len(await claim(database, one, run, 60)) == 5
+    assert not (await queue.look([run.id])).due
+    await assert_counted(database, run)
+
+
+async def test_free_calls_need_no_budget(database: Database, clock: Clock) -> None:
+    """A run whose calls cost nothing is held to few at a time only until that is known."""
+    run = await put(database, [f"p{n}" for n in range(300)])
+    ((_, one),) = await workers(database, 100)
+    await limiting.set_budget(database, run.id, 1)
+    for expected in (1, 2, 6, 18, 54, 100):
+        claims = await claim(database, one, run, 100)
+        assert len(claims) == expected
+        await settle(database, [answered(c) for c in claims])

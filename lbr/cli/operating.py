@@ -119,9 +119,15 @@ def pause(db: dict[str, Any], /, run: str, reason: str) -> None:
 
 @click.command()
 @click.argument("run")
+@click.option(
+    "--max-cost",
+    type=float,
+    metavar="DOLLARS",
+    help="What it may cost from now on, in all; inf for any amount.",
+)
 @database_option
 @click.pass_obj
-def resume(db: dict[str, Any], /, run: str) -> None:
+def resume(db: dict[str, Any], /, run: str, max_cost: float | None) -> None:
     """Let a paused run's jobs be claimed again."""
-    asyncio.run(api.resume(run, **db))
+    asyncio.run(api.resume(run, max_cost=max_cost, **db))
     tell(f"run {run}: active")

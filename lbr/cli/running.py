@@ -61,6 +61,7 @@ def run(
         patience=flags["patience"],
         rpm=flags["rpm"],
         tpm=flags["tpm"],
+        max_cost=flags["max_cost"],
     )
     context.exit(asyncio.run(_run(db, inputs, out, shape, flags)))
 
@@ -80,7 +81,17 @@ async def _run(
     started = time.monotonic()
     how = {
         name: flags.pop(name)
-        for name in ("concurrency", "processes", "lease", "timeout", "grace", "patience", "rpm", "tpm")
+        for name in (
+            "concurrency",
+            "processes",
+            "lease",
+            "timeout",
+            "grace",
+            "patience",
+            "rpm",
+            "tpm",
+            "max_cost",
+        )
     }
     may: dict[str, Any] = {"functions": _one(flags["function"]), "result_types": _one(flags["result_type"])}
     report = await enqueue_inputs(db, inputs, servable=True, **flags)

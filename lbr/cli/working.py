@@ -55,6 +55,12 @@ def work_options(command: F) -> F:
             "--rpm", type=int, help="Requests a minute of all workers together; `lbr limit` lifts it."
         ),
         click.option("--tpm", type=int, help="Tokens a minute of all workers together, in and out."),
+        click.option(
+            "--max-cost",
+            type=float,
+            metavar="DOLLARS",
+            help="What each run may cost, in all; when it is spent the run is paused.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -181,12 +187,18 @@ async def work_in_processes(db: dict[str, Any], count: int, **flags: Any) -> int
         flags["patience"],
         flags["rpm"],
         flags["tpm"],
+        flags["max_cost"],
     )
     # Not as a flag, for a URL may have a password in it, and every user of the machine sees the flags.
     environment = {"LBR_DB": db["db_url"], "LBR_ALLOW_NETWORK_FS": str(int(db["allow_network_fs"]))}
     arguments = ["worker"]
     for flag, value in flags.items():
-        name = {"runs": "run", "functions": "function", "result_types": "result-type"}.get(flag, flag)
+        name = {
+            "runs": "run",
+            "functions": "function",
+            "result_types": "result-type",
+            "max_cost": "max-cost",
+        }.get(flag, flag)
         for one in value if isinstance(value, tuple) else () if value is None else (value,):
             arguments += [f"--{name}", str(one)]
     codes = await api.run_processes(

@@ -6,15 +6,19 @@ and debits them in its own transaction; those that hold nothing back are only re
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import bindparam, func, select, update
 
 from lbr import limits as arithmetic
+from lbr.budget import Budget
+from lbr.errors import Family
 from lbr.jobs import JobState, RunId, RunState
 from lbr.limits import Limit
 from lbr.store.arrays import Bulk, Given, among
+from lbr.store.counters import COST_NANOS, REUSED, TRY
 from lbr.store.schema import counters, limits, runs, workers
 
 if TYPE_CHECKING:
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from lbr.store.database import Database
     from lbr.store.schema import AnyRow
 
+_BAD_ANSWERS = TRY + Family.BAD_ANSWER
 SILENT_MS = 15_000
 """A worker that has not reported for so long is not counted as working."""
 
@@ -33,7 +38,7 @@ _FIELDS = tuple(one.name for one in fields(Limit))
 _LEARNED = ("slots", "threshold", "cut_at", "requests", "tokens", "balanced_at")
 _COLUMNS = [limits.c[name] for name in _FIELDS]
 _OPEN = (
-    select(runs.c.id, runs.c.answerer, limits.c.cooldown_until, *_COLUMNS)
+    select(runs.c.id, runs.c.answerer, runs.c.budget_nanos, limits.c.cooldown_until, *_COLUMNS)
     .join_from(runs, limits, runs.c.answerer == limits.c.answerer, isouter=True)
     .where(among(runs.c.id, "ids"), runs.c.state == RunState.ACTIVE)
 )
@@ -49,6 +54,17 @@ _INFLIGHT = (
     .join_from(runs, counters, runs.c.id == counters.c.run_id)
     .where(among(runs.c.answerer, "answerers"), counters.c.name == str(JobState.INFLIGHT))
     .group_by(runs.c.answerer)
+)
+_BUDGETS = (
+    select(runs.c.id, runs.c.budget_nanos)
+    .where(among(runs.c.id, "ids"), runs.c.state == RunState.ACTIVE)
+    .order_by(runs.c.id)
+)
+_BUDGETS_LOCKED = _BUDGETS.with_for_update()
+_COUNTS = (
+    select(counters.c.run_id, counters.c.name, func.sum(counters.c.value).label("value"))
+    .where(among(counters.c.run_id, "ids"))
+    .group_by(counters.c.run_id, counters.c.name)
 )
 _CEILING = select(func.sum(workers.c.concurrency)).where(workers.c.seen_at > bindparam("since"))
 _SAVE = (
@@ -74,8 +90,8 @@ class Gate:
     """What may be claimed now, of which run.
 
     `answerers` are those of the runs that are active and do not cool down; `limits` those of them that hold
-    anything back, refilled. `ceiling` is how many slots the workers have together; `waits` are the times of the
-    ends of cooldowns.
+    anything back, refilled, and `budgets` those of the runs that have one. `ceiling` is how many slots the workers
+    have together; `waits` are the times of the ends of cooldowns; `debited` are those from which was taken.
     """
 
     now: Millis
@@ -83,7 +99,9 @@ class Gate:
     answerers: dict[RunId, str] = field(default_factory=dict)
     limits: dict[str, Limit] = field(default_factory=dict)
     inflight: dict[str, int] = field(default_factory=dict)
+    budgets: dict[RunId, Budget] = field(default_factory=dict)
     waits: list[int] = field(default_factory=list)
+    debited: set[str] = field(default_factory=set)
 
     def limit(self, run_id: RunId) -> Limit | None:
         """Return what holds a run's jobs back, None for nothing."""
@@ -91,13 +109,18 @@ class Gate:
 
     def room(self, run_id: RunId, most: int) -> int:
         """Return how many of a run's jobs may be claimed, `most` at most."""
-        limit = self.limit(run_id)
-        room = None if limit is None else arithmetic.room(limit, self._inflight(run_id))
-        return most if room is None else min(room, most)
+        limit, budget = self.limit(run_id), self.budgets.get(run_id)
+        rooms = [
+            None if limit is None else arithmetic.room(limit, self._inflight(run_id)),
+            None if budget is None else budget.room,
+        ]
+        return min([most, *(room for room in rooms if room is not None)])
 
     def wait_ms(self, run_id: RunId) -> int:
-        """Return after how long a run's job may perhaps be claimed, 0 for now."""
-        limit = self.limit(run_id)
+        """Return after how long a run's job may perhaps be claimed, 0 for now, or for a run that is to be paused."""
+        limit, budget = self.limit(run_id), self.budgets.get(run_id)
+        if budget is not None and budget.room == 0:
+            return 0 if budget.is_spent else arithmetic.AGAIN_MS
         return 0 if limit is None else arithmetic.wait_ms(limit, self._inflight(run_id))
 
     def is_narrow(self, run_id: RunId) -> bool:
@@ -110,18 +133,25 @@ class Gate:
     def take(self, run_id: RunId, calls: int, tokens: int) -> None:
         """Debit what was claimed."""
         who, limit = self.answerers[run_id], self.limit(run_id)
-        if limit is not None:
+        if limit is not None and calls:
+            self.debited.add(who)
             self.limits[who] = arithmetic.debited(limit, calls, tokens)
             self.inflight[who] = self._inflight(run_id) + calls
+        if run_id in self.budgets:
+            budget = self.budgets[run_id]
+            self.budgets[run_id] = replace(budget, inflight=budget.inflight + calls)
 
     def _inflight(self, run_id: RunId) -> int:
         return self.inflight.get(self.answerers[run_id], 0)
 
     async def save(self, connection: AsyncConnection) -> None:
-        """Write the balances down."""
-        for who, limit in self.limits.items():
-            if limit.rpm is not None or limit.tpm is not None:
-                await _save(connection, who, limit)
+        """Write the balances down, and pause the runs whose budget is spent."""
+        for run_id, budget in self.budgets.items():
+            if budget.is_spent:
+                pausing = update(runs).where(runs.c.id == run_id)
+                await connection.execute(pausing.values(state=RunState.PAUSED, pause_reason=budget.words()))
+        for who in sorted(self.debited):
+            await _save(connection, who, self.limits[who])
 
 
 async def open_gate(
@@ -130,12 +160,17 @@ async def open_gate(
     """Return what may be claimed of these runs; with `lock` it stays so until the transaction ends."""
     gate = Gate(now)
     known: dict[str, Limit] = {}
+    limited: list[RunId] = []
     for row in (await connection.execute(_OPEN, {"ids": list(run_ids)})).all():
         if row.cooldown_until is not None and row.cooldown_until > now:
             gate.waits.append(row.cooldown_until)
             continue
         gate.answerers[RunId(row.id)] = row.answerer
         known[row.answerer] = _limit_of(row)
+        if row.budget_nanos is not None:
+            limited.append(RunId(row.id))
+    # Runs before answerers: so does whoever settles.
+    gate.budgets = await _budgets(connection, limited, lock=lock)
     if any(limit != _NONE for limit in known.values()):
         gate.ceiling = await ceiling(connection, now)
         binding = {who: limit for who, limit in known.items() if limit.binds(gate.ceiling)}
@@ -147,6 +182,26 @@ async def open_gate(
             connection, [who for who, limit in binding.items() if limit.at_a_time is not None]
         )
     return gate
+
+
+async def _budgets(connection: AsyncConnection, run_ids: list[RunId], *, lock: bool) -> dict[RunId, Budget]:
+    if not run_ids:
+        return {}
+    query = _BUDGETS_LOCKED if lock else _BUDGETS
+    allowed = {row.id: row.budget_nanos for row in (await connection.execute(query, {"ids": run_ids})).all()}
+    counts: dict[int, Counter[str]] = {run_id: Counter() for run_id in allowed}
+    for row in (await connection.execute(_COUNTS, {"ids": list(allowed)})).all() if allowed else ():
+        counts[row.run_id][row.name] = int(row.value)
+    return {
+        RunId(run_id): Budget(
+            limit=limit,
+            spent=counts[run_id][COST_NANOS],
+            calls=counts[run_id][JobState.DONE] - counts[run_id][REUSED] + counts[run_id][_BAD_ANSWERS],
+            inflight=counts[run_id][JobState.INFLIGHT],
+        )
+        for run_id, limit in allowed.items()
+        if limit is not None
+    }
 
 
 _NONE = Limit()
@@ -277,6 +332,12 @@ async def all_limits(connection: AsyncConnection, now: Millis) -> list[LimitSeen
         LimitSeen(who, arithmetic.refilled(limit, now), inflight.get(who, 0), slots)
         for who, limit in held.items()
     ]
+
+
+async def set_budget(database: Database, run_id: RunId, nanos: int | None) -> None:
+    """Set what a run may cost from now on, all that it has cost included; None lifts it."""
+    query = update(runs).where(runs.c.id == run_id).values(budget_nanos=nanos)
+    await database.write(lambda connection: connection.execute(query))
 
 
 async def change(database: Database, answerer: str, values: Mapping[str, int | None]) -> Limit:

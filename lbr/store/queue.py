@@ -164,8 +164,8 @@ class Queue:
             now = await self._database.now(connection)
             gate = await open_gate(connection, run_ids, now, lock=True)
             claims = await take(connection, gate, wish, until=now + round(lease * 1000))
+            await gate.save(connection)
             if claims:
-                await gate.save(connection)
                 await counters.add(connection, _moved(claims, JobState.PENDING, JobState.INFLIGHT))
             return claims
 

@@ -1,0 +1,57 @@
+"""How many calls a run can still afford, as plain arithmetic over its counts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+NANOS = 10**9
+KNOWN_CALLS = 50
+"""After so many calls their mean is trusted; before, no more are in flight than twice those that have ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a run may cost and has cost, in billionths of a US dollar.
+
+    `calls` are those that were answered, well or not, and `inflight` those that have not ended.
+    """
+
+    limit: int
+    spent: int
+    calls: int
+    inflight: int
+
+    @property
+    def room(self) -> int | None:
+        """How many more calls fit beside those in flight, each at the mean so far; None for any number.
+
+        The first call goes alone, for nothing is known of what they cost.
+        """
+        if self.spent >= self.limit:
+            return 0
+        if self.calls and not self.spent and self.calls >= KNOWN_CALLS:
+            return None
+        rooms = [] if self.calls >= KNOWN_CALLS else [max(1, 2 * self.calls) - self.inflight]
+        if self.spent:
+            each = self.spent / self.calls
+            rooms.append(math.floor((self.limit - self.spent) / each) - self.inflight)
+        return max(0, min(rooms))
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether not even one more call fits, and none is in flight that might leave room."""
+        return self.inflight == 0 and self.room == 0
+
+    def words(self) -> str:
+        """Say that it is spent."""
+        return f"{BUDGET_SPENT}{dollars(self.limit)}, with {dollars(self.spent)} spent there is no room for a call"
+
+
+BUDGET_SPENT = "it may cost "
+"""How the reason begins of a run that was paused for its budget."""
+
+
+def dollars(nanos: int) -> str:
+    """Write an amount of money as people read it."""
+    return f"${nanos / NANOS:.6f}".rstrip("0").rstrip(".") if nanos % NANOS else f"${nanos // NANOS}"
