@@ -16,13 +16,13 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from lbr.calls import Calls, WorkReport
-from lbr.config import nanos_of
 from lbr.errors import DatabaseError, NothingToServeError
 from lbr.jobs import Claim, JobState, RunId, RunState, Until, WorkerId
+from lbr.pacing import Pacing
 from lbr.retry import RetryPolicy
 from lbr.serving import Servings
 from lbr.spool import keep, settle_kept
-from lbr.store import limiting, reads
+from lbr.store import reads
 from lbr.store.queue import Queue
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class Worker:
         self._options = options
         self._run_names = run_names
         self._notify = notify
+        self._pacing = Pacing(database, options)
         self._servings = Servings(authority, concurrency=options.concurrency)
         self.report = WorkReport()
         self._rng = rng or Random()  # noqa: S311 - jitter
@@ -86,8 +87,6 @@ class Worker:
         # Whether a call has ended since the last claim, and whether its answerer was held to few at a time.
         self._settled = False
         self._narrow = False
-        self._limited: set[str] = set()
-        self._budgeted: set[RunId] = set()
         self._next_look = 0.0
         self._next_due = 0.0
         self._next_check = 0.0
@@ -237,28 +236,7 @@ class Worker:
         served = [run.id for run in found if run.id in self._servings.served]
         known = [run_id for run_id in self._order if run_id in served]
         self._order = deque(known + [run_id for run_id in served if run_id not in known])
-        await self._set_limits()
-
-    async def _set_limits(self) -> None:
-        """Carry over the limits that this worker was started with, and begin slowly with providers not yet known."""
-        for run_id in sorted(self._servings.served.keys() - self._budgeted):
-            self._budgeted.add(run_id)
-            if self._options.max_cost is not None:
-                nanos = nanos_of("max_cost", self._options.max_cost)
-                await limiting.set_budget(self._database, run_id, nanos)
-        new = {
-            served.run.task.answerer: served
-            for served in self._servings.served.values()
-            if served.run.task.answerer not in self._limited
-        }
-        wanted = {"rpm": self._options.rpm, "tpm": self._options.tpm}
-        values = {name: value for name, value in wanted.items() if value is not None}
-        for answerer in sorted(new) if values else ():
-            await limiting.change(self._database, answerer, values)
-        await limiting.begin_slowly(
-            self._database, [who for who, served in new.items() if served.begins_slowly]
-        )
-        self._limited |= set(new)
+        await self._pacing.begin(self._servings.served.values())
 
     async def _wanted(self) -> list[Run]:
         if self._run_names is None:

@@ -1,0 +1,45 @@
+"""What a worker brings to the limits that all share: what it was started with, and how it begins with a provider."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lbr.config import nanos_of
+from lbr.store import limiting
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from lbr.config import WorkOptions
+    from lbr.jobs import RunId
+    from lbr.serving import Served
+    from lbr.store.database import Database
+
+
+class Pacing:
+    """Carries each limit over once: what a person changes later must stay."""
+
+    def __init__(self, database: Database, options: WorkOptions) -> None:
+        self._database = database
+        self._budget = None if options.max_cost is None else nanos_of("max_cost", options.max_cost)
+        wanted = {"rpm": options.rpm, "tpm": options.tpm}
+        self._limits = {name: value for name, value in wanted.items() if value is not None}
+        self._answerers: set[str] = set()
+        self._runs: set[RunId] = set()
+
+    async def begin(self, served: Iterable[Served]) -> None:
+        """Set what this worker was told for runs and answerers that are new to it; begin slowly with providers."""
+        new_runs = [one for one in served if one.run.id not in self._runs]
+        new = {one.run.task.answerer: one for one in new_runs}
+        slowly = []
+        for answerer in sorted(new.keys() - self._answerers):
+            if self._limits:
+                await limiting.change(self._database, answerer, self._limits)
+            if new[answerer].begins_slowly:
+                slowly.append(answerer)
+        await limiting.begin_slowly(self._database, slowly)
+        for one in new_runs:
+            if self._budget is not None:
+                await limiting.set_budget(self._database, one.run.id, self._budget)
+        self._answerers |= set(new)
+        self._runs |= {one.run.id for one in new_runs}
