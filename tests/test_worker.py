@@ -13,7 +13,7 @@ import pytest
 from lbr.asking import authorize
 from lbr.config import WorkOptions
 from lbr.errors import DatabaseError, NothingToServeError, Pause, Permanent, RetryLater, Usage, UsageError
-from lbr.jobs import Shape, Task, Until
+from lbr.jobs import Claim, Shape, Task, Until
 from lbr.models.function import identify
 from lbr.retry import RetryPolicy
 from lbr.store import reads, runs, schema
@@ -316,11 +316,13 @@ async def test_lost_job_is_dropped_and_its_answer_refused(live: Database, db_url
         ahead = await open_database(db_url, clock=real_clock(60))
         queue = Queue(ahead)
         thief = await queue.register(host="b", pid=2, concurrency=1)
-        assert len(await queue.reclaim()) == 1
-        (claim,) = await queue.claim(thief, [run.id], 1, lease=60)
+        claims: list[Claim] = []
+        while not claims:  # until the owner's renewal has not come in between
+            await queue.reclaim()
+            claims = await queue.claim(thief, [run.id], 1, lease=60)
         await ahead.close()
         await asyncio.wait_for(cancelled.wait(), 10)
-    assert claim.claim_seq == 2
+    assert claims[0].claim_seq >= 2
     row = (await reads.story(live, run, 0)).row
     assert row.status == "inflight"
 
