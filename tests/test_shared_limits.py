@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import textwrap
-from typing import TYPE_CHECKING
+import urllib.request
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -15,9 +17,11 @@ from lbr.store import limiting, reads, runs
 from lbr.store.engines import open_database
 from lbr.store.queue import Queue
 from lbr.store.settle import settle
+from tests.llmock_server import serve
 from tests.support import Clock, answered, assert_counted, failed, put
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Sequence
 
     from lbr.jobs import Claim, Run, Settlement
@@ -237,3 +241,70 @@ async def test_free_calls_need_no_budget(database: Database, clock: Clock) -> No
         claims = await claim(database, one, run, 100)
         assert len(claims) == expected
         await settle(database, [answered(c) for c in claims])
+
+
+def verdict(url: str) -> dict[str, Any]:
+    """Return what the mock server says of its clients."""
+    with urllib.request.urlopen(url.replace("/v1", "/_llmock/verdict"), timeout=10) as answer:  # noqa: S310
+        return dict(json.load(answer))
+
+
+def provided(cli: Cli, url: str, count: int) -> None:
+    """Enqueue so many prompts for a model at that URL, whose price is known."""
+    cli.environment |= {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": "sk-test"}
+    (cli.folder / "in.txt").write_text("".join(f"prompt {n}\n" for n in range(count)))
+    cli("enqueue", "in.txt", "--model", "openai-chat:gpt-4o-mini")
+
+
+def finished(started: Sequence[subprocess.Popen[str]]) -> list[str]:
+    """Wait for workers and return what they said."""
+    return [worker.communicate(timeout=120)[1] for worker in started]
+
+
+@pytest.mark.processes
+def test_no_refusal_from_a_server_whose_limit_is_kept(cli: Cli) -> None:
+    """Four workers that keep the server's own limit together are refused nothing."""
+    with serve("--rpm", "600") as url:
+        provided(cli, url, 80)
+        started = [cli.start("worker", "--rpm", "600", "--concurrency", "8") for _ in range(4)]
+        finished(started)
+        seen = verdict(url)
+    assert [worker.returncode for worker in started] == [0] * 4
+    assert (seen["calls"], seen["attempts"], seen["faults_injected"]) == (80, 80, 0)
+    assert cli.status("in")["done"] == 80
+
+
+@pytest.mark.processes
+def test_refusals_cool_every_worker_down(cli: Cli) -> None:
+    """Nobody calls before the wait that the server asked one of them for is over, and no attempt is charged."""
+    with serve("--rpm", "60") as url:
+        provided(cli, url, 75)
+        started = [cli.start("worker", "--concurrency", "8") for _ in range(3)]
+        finished(started)
+        seen = verdict(url)
+    assert seen["passed"], seen
+    assert seen["faults_injected"] > 0
+    found = json.loads(cli("status", "in", "--json").stdout)
+    assert (found["runs"][0]["done"], found["runs"][0]["failed"]) == (75, 0)
+    assert found["runs"][0]["errors"] == {"rate_limited": seen["faults_injected"]}
+    assert found["limits"][0]["at_a_time"] < 24
+    assert cli.query("SELECT max(attempts) FROM jobs") == [(1,)]
+
+
+@pytest.mark.processes
+def test_budget_stops_every_worker(cli: Cli) -> None:
+    """Three workers together spend what the run may cost and not more; more money lets it go on."""
+    with serve() as url:
+        provided(cli, url, 300)
+        started = [cli.start("worker", "--max-cost", "0.0001", "--concurrency", "8") for _ in range(3)]
+        told = finished(started)
+        assert {worker.returncode for worker in started} == {3}, told
+        assert "it may cost $0.0001, with $" in "".join(told)
+        found = json.loads(cli("status", "in", "--json").stdout)["runs"][0]
+        assert 0.000085 < found["cost_usd"] <= 0.000115
+        assert (found["inflight"], found["failed"]) == (0, 0)
+        assert found["state"] == "paused"
+        cli("resume", "in", "--max-cost", "inf")
+        cli("worker")
+        assert cli.status("in")["done"] == 300
+        assert verdict(url)["calls"] == 300
