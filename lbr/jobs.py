@@ -215,7 +215,10 @@ NO_HISTORY = History()
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A job that one worker holds until its lease ends; `claim_seq` is the fence of every later write."""
+    """A job that one worker holds until its lease ends; `claim_seq` is the fence of every later write.
+
+    `settings` are the job's own, which go over the task's; None where it has none.
+    """
 
     job_id: JobId
     run_id: RunId
@@ -225,6 +228,7 @@ class Claim:
     prompt: Prompt
     key: bytes
     history: History = NO_HISTORY
+    settings: dict[str, Json] | None = None
 
 
 @dataclass(frozen=True, slots=True)

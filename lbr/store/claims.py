@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import orjson
 from sqlalchemy import case, select
 
 from lbr.errors import DatabaseError, Family
@@ -14,9 +15,10 @@ from lbr.store.schema import attempts, prompts
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from lbr.jobs import Json
     from lbr.store.schema import AnyRow
 
-_PROMPTS = select(prompts.c.job_id, prompts.c.key, prompts.c.body, prompts.c.chat).where(
+_PROMPTS = select(prompts.c.job_id, prompts.c.key, prompts.c.body, prompts.c.chat, prompts.c.settings).where(
     among(prompts.c.job_id, "ids")
 )
 _TRIES = (
@@ -32,7 +34,7 @@ async def with_prompts(connection: AsyncConnection, rows: list[AnyRow], now: Mil
     if not rows:
         return []
     found = (await connection.execute(_PROMPTS, {"ids": [row.id for row in rows]})).all()
-    by_id = {job_id: (key, Prompt.from_body(body, chat=bool(chat))) for job_id, key, body, chat in found}
+    by_id = {row.job_id: row for row in found}
     tried = [row for row in rows if row.claim_seq > row.retry_seq + 1]
     histories = await _histories(connection, tried, now)
     for row in rows:
@@ -47,12 +49,25 @@ async def with_prompts(connection: AsyncConnection, rows: list[AnyRow], now: Mil
             claim_seq=row.claim_seq,
             attempts=row.attempts,
             crashes=row.crashes,
-            key=by_id[row.id][0],
-            prompt=by_id[row.id][1],
+            key=by_id[row.id].key,
+            prompt=Prompt.from_body(by_id[row.id].body, chat=bool(by_id[row.id].chat)),
             history=histories.get(row.id, NO_HISTORY),
+            settings=_settings(by_id[row.id].settings),
         )
         for row in sorted(rows, key=lambda row: row.id)
     ]
+
+
+def _settings(text: str | None) -> dict[str, Json] | None:
+    if text is None:
+        return None
+    try:
+        settings = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise DatabaseError(f"expected the stored settings of a job to be an object, got: {text[:200]!r}")
+    return settings
 
 
 async def _histories(connection: AsyncConnection, rows: list[AnyRow], now: Millis) -> dict[int, History]:
