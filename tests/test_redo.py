@@ -20,7 +20,7 @@ from lbr.store.engines import open_database
 from lbr.store.queue import Queue
 from lbr.store.schema import attempts, jobs, prompts, results
 from lbr.store.settle import settle
-from tests.support import ECHO, Clock, assert_counted, failed, job_row, put, states
+from tests.support import ECHO, Cli, Clock, assert_counted, failed, job_row, put, states
 from tests.test_pydantic_ai_model import Scripted, completion
 
 if TYPE_CHECKING:
@@ -240,6 +240,30 @@ async def test_killed_between_pages(database: Database, monkeypatch: pytest.Monk
     }
     assert await states(database, run) == {"pending": 9, "done": 9}
     await assert_all_counted(database, run)
+
+
+@pytest.mark.processes
+def test_a_killed_retry_has_done_whole_pages(cli: Cli) -> None:
+    """Every job is either answered or pending with its answer in the history, and running it again does the rest."""
+    (cli.folder / "in.txt").write_text("".join(f"p{n}\n" for n in range(4_000)))
+    cli("run", "in.txt", "-o", "out.jsonl", "--model", "offline:echo")
+    retrying = cli.start("retry", "in", "--where", "finish_reason=stop")
+    cli.wait_for("in", "pending", 1)
+    retrying.kill()
+    retrying.wait()
+    by_state = Counter(dict(cli.query("SELECT state, count(*) FROM jobs GROUP BY state")))
+    ((kept,),) = cli.query("SELECT count(*) FROM attempts WHERE error = 'Redone'")
+    ((left,),) = cli.query("SELECT count(*) FROM results")
+    assert (by_state["pending"], by_state["done"]) == (kept, left) == (4_000 - left, 4_000 - kept)
+    status = cli.status("in")
+    assert (status["pending"], status["done"]) == (kept, left)
+    assert (
+        cli("retry", "in", "--where", "finish_reason=stop").stdout == f"run in: {left} jobs back to pending\n"
+    )
+    cli("worker")
+    rows = cli.collect("in")
+    assert [row["result"] for row in rows] == [f"p{n}" for n in range(4_000)]
+    assert cli.status("in")["input_tokens"] == 8_000
 
 
 async def test_two_at_once_redo_each_job_once(
