@@ -4,7 +4,7 @@ At-least-once calls, exactly-once results: a finished answer that was committed 
 overwritten by a slower worker, never paid for again.
 """
 
-from lbr.api import cancel, collect, enqueue, limit, pause, resume, retry, show, status, work
+from lbr.api import cancel, collect, enqueue, limit, pause, reparse, resume, retry, show, status, work
 from lbr.config import DB_URL_DEFAULT
 from lbr.errors import LbrError, Pause, Permanent, RetryLater
 from lbr.mapping import export_jsonl, prompt_map
@@ -24,6 +24,7 @@ __all__ = [
     "move",
     "pause",
     "prompt_map",
+    "reparse",
     "resume",
     "retry",
     "show",

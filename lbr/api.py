@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lbr import outputs, progress
 from lbr.answers import Collected, Tally, write_pages
-from lbr.asking import ask, authorize, check_servable
+from lbr.asking import ask, authorize, check_servable, check_settings, checker
 from lbr.config import (
     DB_URL_DEFAULT,
     MAX_ATTEMPTS,
@@ -29,7 +29,7 @@ from lbr.models.base import model_string
 from lbr.processes import run_processes
 from lbr.sources import Source, chunks
 from lbr.store import enqueue as queueing
-from lbr.store import limiting, reads, runs
+from lbr.store import limiting, reads, redo, runs
 from lbr.store.engines import open_database, sole_worker
 from lbr.store.runs import RunSpec
 from lbr.worker import Worker
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from lbr.store.database import Database
     from lbr.store.enqueue import EnqueueCounts
     from lbr.store.reads import Story
+    from lbr.store.redo import Reparsed
 
 __all__ = [
     "Collected",
@@ -54,6 +55,7 @@ __all__ = [
     "follow",
     "limit",
     "pause",
+    "reparse",
     "resume",
     "retry",
     "run_processes",
@@ -296,10 +298,46 @@ def exclusive(db_url: str, *, wanted: bool = True) -> AbstractAsyncContextManage
     return sole_worker(db_url) if wanted else nullcontext()
 
 
-async def retry(run: str, *, db_url: str = DB_URL_DEFAULT, allow_network_fs: bool = False) -> int:
-    """Put a run's failed and cancelled jobs back to pending; return how many."""
+async def retry(
+    run: str,
+    *,
+    where: str | Sequence[str] = (),
+    settings: dict[str, Json] | None = None,
+    db_url: str = DB_URL_DEFAULT,
+    allow_network_fs: bool = False,
+) -> int:
+    """Put a run's failed and cancelled jobs back to pending, or those that meet all of `where`; return how many.
+
+    A condition is `family=…`, `error~TEXT`, `finish_reason=WORD` or `status=…`. An answer that is redone is kept among
+    its job's tries. `settings` go over the task's for these jobs alone, also at later retries that name none.
+
+    Raises UsageError, and changes nothing, for other conditions and for settings that no call could be made with.
+    """
+    conditions = redo.read_conditions([where] if isinstance(where, str) else where)
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
-        return await runs.retry(database, await reads.find_run(database, run))
+        found = await reads.find_run(database, run)
+        if settings:
+            check_settings(found.task, settings)
+        if conditions or settings:
+            return await redo.retry(database, found, conditions, settings or None)
+        return await runs.retry(database, found)
+
+
+async def reparse(
+    run: str,
+    *,
+    result_types: Sequence[Any] = (),
+    db_url: str = DB_URL_DEFAULT,
+    allow_network_fs: bool = False,
+) -> Reparsed:
+    """Validate the bad answers that a run's jobs failed with again, without a call; those that fit are taken.
+
+    `result_types`, as objects or `pkg.mod:name`, are what the run's schema may be checked by. Raises UsageError for a
+    run without a schema.
+    """
+    async with opened(db_url, allow_network_fs=allow_network_fs) as database:
+        found = await reads.find_run(database, run)
+        return await redo.reparse(database, found, checker(run, found.task, result_types).check)
 
 
 async def cancel(run: str, *, db_url: str = DB_URL_DEFAULT, allow_network_fs: bool = False) -> int:

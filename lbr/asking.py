@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lbr.errors import UsageError
 from lbr.jobs import Task, canonical_json
 from lbr.models.base import OPENROUTER, model_string
 from lbr.models.function import identify, import_function
-from lbr.models.resolve import Authority, build_model, check_task
+from lbr.models.resolve import Authority, build_model, build_validator, check_task
 from lbr.structured import import_type, schema_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from lbr.jobs import Json
+    from lbr.structured import Validator
 
 WAYS = (
     "a function (worker=…, --function pkg.mod:fn), a model and its key (model_name=… with openrouter_api_key=…, "
@@ -87,6 +88,38 @@ def _check_storable(task: Task) -> None:
         raise UsageError(
             f"expected instructions, template, settings and schema that JSON can hold, got: {error}"
         ) from error
+
+
+def check_settings(task: Task, settings: Mapping[str, Json]) -> None:
+    """Raise UsageError where no job of the task could have these settings over the task's."""
+    wanted = replace(task, settings={**task.settings, **settings})
+    _check_storable(wanted)
+    check_task(wanted)
+
+
+def checker(run: str, task: Task, result_types: Iterable[Any] = ()) -> Validator:
+    """Build what checks the answers of a run, by the class of its schema where that is among `result_types`.
+
+    UsageError for a run without a schema, and for a class whose schema is another.
+    """
+    authority = authorize(result_types=result_types)
+    validator = build_validator(task, authority)
+    if validator is None:
+        raise UsageError(
+            f"expected a run with an output schema, got: run {run!r}, whose answers are free text"
+        )
+    strangers = authority.result_types.keys() - {canonical_json(task.schema).decode()}
+    if strangers:
+        names = ", ".join(sorted(_name_of(authority.result_types[schema]) for schema in strangers))
+        raise UsageError(
+            f"expected a result type with the schema that run {run!r} was enqueued with, got: {names}, whose schema is "
+            f"another; mend its validators and leave its fields, or enqueue again under another --run"
+        )
+    return validator
+
+
+def _name_of(result_type: Any) -> str:
+    return str(getattr(result_type, "__qualname__", result_type))
 
 
 async def check_servable(asked: Asked) -> None:

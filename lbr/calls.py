@@ -155,6 +155,7 @@ class Calls:
             job_id=claim.job_id,
             seq=claim.claim_seq,
             last_bad=claim.history.last_bad,
+            settings=claim.settings,
         )
         self._settle(held, await attempt(served.model, served.validator, request, self._deadlines))
 

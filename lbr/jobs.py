@@ -219,6 +219,7 @@ class Claim:
 
     `tokens` are what it was debited of its answerer's tokens a minute, 0 where none are set; `narrow` tells that
     the answerer was held to fewer calls at a time than the workers have slots.
+    `settings` are the job's own, which go over the task's; None where it has none.
     """
 
     job_id: JobId
@@ -231,6 +232,7 @@ class Claim:
     history: History = NO_HISTORY
     tokens: int = 0
     narrow: bool = False
+    settings: dict[str, Json] | None = None
 
 
 @dataclass(frozen=True, slots=True)

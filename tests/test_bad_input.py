@@ -338,6 +338,39 @@ def test_a_known_run_and_older_outputs_stay_as_they_are(wrong: Case, held: Path)
     assert not list(held.glob(".*.tmp"))
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        case("retry nobody --where status=done", "the name of a run", "'nobody'", "are p"),
+        case(
+            "retry p --where length", "family=transient|", "error~TEXT", "finish_reason=WORD", "got: 'length'"
+        ),
+        case("retry p --where family=bad", "bad_answer", "got: 'family=bad'"),
+        case("retry p --where status=pending", "status=failed|cancelled|done", "got: 'status=pending'"),
+        case("retry p --where error~", "error~TEXT", "got: 'error~'"),
+        case("retry p --where ''", "a condition of the form", "got: ''"),
+        case(f"retry p --where error~{LATIN}", "UTF-8", "LC_ALL", name="condition not UTF-8"),
+        case(
+            "retry p --where family=permanent --where finish_reason=length",
+            "conditions that one job can meet",
+            "got: family=permanent and finish_reason=length",
+        ),
+        case("retry p --set seed", "--set NAME=VALUE", "got: 'seed'"),
+        case("retry p --where status=done --set max_tokens=5", "a setting of offline:echo", "'max_tokens'"),
+        case("retry p --set failure_rate=2", "failure_rate", "a number from 0 to 1", "got: 2"),
+        case("retry p --reparse", "a run with an output schema", "run 'p'", "free text"),
+        case("retry p --reparse --where status=failed", "--reparse alone", "--where or --set"),
+        case("retry p --reparse --set seed=1", "--reparse alone", "--where or --set"),
+        case("retry p --result-type fns:fn", "beside --reparse", "lbr worker"),
+        case("retry p --reparse --result-type none:T", "'none:T'", "No module named 'none'"),
+        case("retry p --reparse --result-type fns:fn", "'fns:fn'", "pydantic BaseModel", files=FUNCTIONS),
+    ],
+)
+def test_bad_retries_are_refused(wrong: Case, held: Path) -> None:
+    """A condition, a setting or a type that cannot be meant puts no job back."""
+    refuse(held, wrong)
+
+
 def test_another_name_of_the_queue_is_no_output(held: Path) -> None:
     """Answers never replace a queue, by whatever name it goes."""
     (held / "answers.db").symlink_to(held / "runs.db")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
+import orjson
 
 from lbr.config import CONFIG_FILE, load_environment, read_config_file
 from lbr.errors import LbrError, OutputError, UsageError
@@ -160,6 +161,17 @@ def database_option(command: F) -> F:
         show_default=False,
         help="The queue; the same as before the command.",
     )(command)
+
+
+def read_setting(text: str) -> tuple[str, Any]:
+    """Read NAME=VALUE; the value is JSON where it can be, else text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise UsageError(f"expected --set NAME=VALUE, got: {text!r}")
+    try:
+        return name.strip(), orjson.loads(value)
+    except orjson.JSONDecodeError:
+        return name.strip(), value
 
 
 def main() -> None:

@@ -14,9 +14,8 @@ import click
 import orjson
 
 from lbr import api
-from lbr.cli.app import database_option, say, tell
+from lbr.cli.app import database_option, read_setting, say, tell
 from lbr.config import MAX_ATTEMPTS, default_model
-from lbr.errors import UsageError
 from lbr.inputs import InputFormat, is_stream, load_template
 from lbr.models.offline import ECHO
 from lbr.structured import load_schema
@@ -73,17 +72,6 @@ def task_options(command: F) -> F:
     for option in reversed(options):
         command = option(command)
     return command
-
-
-def read_setting(text: str) -> tuple[str, Any]:
-    """Read NAME=VALUE; the value is JSON where it can be, else text."""
-    name, equals, value = text.partition("=")
-    if not equals or not name.strip():
-        raise UsageError(f"expected --set NAME=VALUE, got: {text!r}")
-    try:
-        return name.strip(), orjson.loads(value)
-    except orjson.JSONDecodeError:
-        return name.strip(), value
 
 
 def choose_model(model: str | None, function: str | None) -> str | None:

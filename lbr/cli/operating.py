@@ -13,12 +13,14 @@ import click
 import orjson
 
 from lbr import api
-from lbr.cli.app import database_option, tell
+from lbr.cli.app import database_option, read_setting, tell
 from lbr.config import positive
+from lbr.errors import UsageError
 from lbr.progress import describe
 
 if TYPE_CHECKING:
     from lbr.store.reads import Story
+    from lbr.store.redo import Reparsed
 
 LARGEST_IDX = 2**63 - 1
 LONGEST_PAUSE_SECONDS = 86_400.0
@@ -90,11 +92,64 @@ def _describe_story(story: Story) -> str:
 
 @click.command()
 @click.argument("run")
+@click.option(
+    "--where",
+    metavar="CONDITION",
+    multiple=True,
+    help="Only jobs of which this holds: family=FAMILY or error~TEXT of their last failure, finish_reason=WORD of "
+    "their answer, such as length, or status=failed|cancelled|done; may be repeated.",
+)
+@click.option(
+    "--set",
+    "settings",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="A model setting for these jobs alone, over the run's, such as max_tokens=900; may be repeated.",
+)
+@click.option(
+    "--reparse", is_flag=True, help="Make no call: validate again the bad answers that jobs failed with."
+)
+@click.option(
+    "--result-type",
+    "result_types",
+    metavar="MODULE:CLASS",
+    multiple=True,
+    help="With --reparse: the pydantic class of the run's schema, to check by.",
+)
 @database_option
 @click.pass_obj
-def retry(db: dict[str, Any], /, run: str) -> None:
-    """Put a run's failed and cancelled jobs back to pending, with all their tries."""
-    tell(f"run {run}: {asyncio.run(api.retry(run, **db))} jobs back to pending")
+def retry(
+    db: dict[str, Any],
+    /,
+    run: str,
+    where: tuple[str, ...],
+    settings: tuple[str, ...],
+    reparse: bool,
+    result_types: tuple[str, ...],
+) -> None:
+    """Put a run's failed and cancelled jobs back to pending, with all their tries, or those that --where chooses.
+
+    Answers that are chosen leave the results, and stay in the history that `lbr show` tells.
+    """
+    if reparse:
+        if where or settings:
+            raise UsageError(
+                "expected --reparse alone or with --result-type, got: --where or --set beside it"
+            )
+        tell(_describe_reparsed(run, asyncio.run(api.reparse(run, result_types=result_types, **db))))
+        return
+    if result_types:
+        raise UsageError(
+            "expected --result-type beside --reparse, got: it alone; name it to `lbr worker` instead"
+        )
+    own = dict(read_setting(one) for one in settings)
+    count = asyncio.run(api.retry(run, where=where, settings=own, **db))
+    tell(f"run {run}: {count} jobs back to pending")
+
+
+def _describe_reparsed(run: str, reparsed: Reparsed) -> str:
+    words = f"run {run}: {reparsed.taken} kept answers fit now and are taken, {reparsed.left} still do not"
+    return words if reparsed.problem is None else f"{words}; the first: {reparsed.problem}"
 
 
 @click.command()

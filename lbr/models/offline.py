@@ -81,6 +81,8 @@ class OfflineModel:
     async def answer(self, request: Request) -> Reply:
         """Answer after the latency; CallError as often as the settings say."""
         behaviour = self._behaviour
+        if request.settings is not None:
+            behaviour = check_settings({**request.task.settings, **request.settings})
         draw = random.Random(f"{behaviour.seed}:{request.seq}:{request.prompt.body()}")  # noqa: S311 - no secret
         hangs, limited, fails = draw.random(), draw.random(), draw.random()
         if hangs < behaviour.hang_rate:

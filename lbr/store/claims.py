@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import orjson
 from sqlalchemy import bindparam, case, func, literal_column, select, update
 
 from lbr.errors import DatabaseError, Family
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from lbr.jobs import WorkerId
+    from lbr.jobs import Json, WorkerId
     from lbr.store.limiting import Gate
     from lbr.store.schema import AnyRow
 
@@ -83,7 +84,7 @@ def _sized(due: Select[tuple[int]]) -> Any:
 DUE_SIZED, DUE_SUSPECT_SIZED = _sized(DUE), _sized(DUE_SUSPECT)
 CLAIM_CHOSEN = _claiming(PENDING & among(jobs.c.id, "ids"))
 
-_PROMPTS = select(prompts.c.job_id, prompts.c.key, prompts.c.body, prompts.c.chat).where(
+_PROMPTS = select(prompts.c.job_id, prompts.c.key, prompts.c.body, prompts.c.chat, prompts.c.settings).where(
     among(prompts.c.job_id, "ids")
 )
 _TRIES = (
@@ -127,7 +128,7 @@ async def _with_prompts(connection: AsyncConnection, rows: list[AnyRow], now: Mi
     if not rows:
         return []
     found = (await connection.execute(_PROMPTS, {"ids": [row.id for row in rows]})).all()
-    by_id = {job_id: (key, Prompt.from_body(body, chat=bool(chat))) for job_id, key, body, chat in found}
+    by_id = {row.job_id: row for row in found}
     tried = [row for row in rows if row.claim_seq > row.retry_seq + 1]
     histories = await _histories(connection, tried, now)
     for row in rows:
@@ -142,12 +143,25 @@ async def _with_prompts(connection: AsyncConnection, rows: list[AnyRow], now: Mi
             claim_seq=row.claim_seq,
             attempts=row.attempts,
             crashes=row.crashes,
-            key=by_id[row.id][0],
-            prompt=by_id[row.id][1],
+            key=by_id[row.id].key,
+            prompt=Prompt.from_body(by_id[row.id].body, chat=bool(by_id[row.id].chat)),
             history=histories.get(row.id, NO_HISTORY),
+            settings=_settings(by_id[row.id].settings),
         )
         for row in sorted(rows, key=lambda row: row.id)
     ]
+
+
+def _settings(text: str | None) -> dict[str, Json] | None:
+    if text is None:
+        return None
+    try:
+        settings = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise DatabaseError(f"expected the stored settings of a job to be an object, got: {text[:200]!r}")
+    return settings
 
 
 async def _histories(connection: AsyncConnection, rows: list[AnyRow], now: Millis) -> dict[int, History]:

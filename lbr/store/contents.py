@@ -30,7 +30,7 @@ PAGE = 1_000
 
 ITEM = ("idx", "first", "custom_id", "metadata")
 JOB = ("state", "available_at", "claim_seq", "attempts", "crashes", "retry_seq", "finished_at")
-PROMPT = ("chat", "body")
+PROMPT = ("chat", "body", "settings")
 USAGE = ("input_tokens", "output_tokens", "cost_nanos")
 RESULT = ("text", "model", "finish_reason", *USAGE, "latency_ms")
 TRY = ("claim_seq", "what", "family", "error", "message", "text", *USAGE, "latency_ms", "at")

@@ -43,8 +43,11 @@ _KNOWN = (
 BY_KEY = select(prompts.c.key, prompts.c.job_id).where(
     prompts.c.run_id == bindparam("run"), among(prompts.c.key, "keys")
 )
-# Two looks, for joined a planner may begin with all jobs that are done.
-_KEYS_OF_EQUALS = select(prompts.c.job_id, prompts.c.key).where(among(prompts.c.key, "keys"))
+# Two looks, for joined a planner may begin with all jobs that are done. A job with settings of its own answers
+# another question than its key says.
+_KEYS_OF_EQUALS = select(prompts.c.job_id, prompts.c.key).where(
+    among(prompts.c.key, "keys"), prompts.c.settings.is_(None)
+)
 _DONE = select(jobs.c.id).where(literal_column("jobs.state = 'done'"), among(jobs.c.id, "ids"))
 _HELD_ANSWERS = (
     select(results.c.job_id)
@@ -74,7 +77,7 @@ ADD_JOBS = Inserting(
     "retry_seq",
     "finished_at",
 )
-ADD_PROMPTS = Inserting(prompts, "job_id", "run_id", "key", "chat", "body")
+_ADD_PROMPTS = Inserting(prompts, "job_id", "run_id", "key", "chat", "body")
 ADD_ITEMS = Inserting(items_table, "run_id", "idx", "job_id", "first", "custom_id", "metadata")
 
 
@@ -267,7 +270,7 @@ async def _insert_jobs(
         for e in entries
         if e.first
     ]
-    await ADD_PROMPTS.run(connection, bodies)
+    await _ADD_PROMPTS.run(connection, bodies)
     await _COPY_RESULTS.run(connection, [{"job": j, "source": s} for j, s in answered.items()])
 
 

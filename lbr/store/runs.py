@@ -252,18 +252,23 @@ async def retry(database: Database, run: Run) -> int:
 
     A cancelled run becomes active again. Answers, history and claim_seq stay.
     """
+    await revive(database, run)
+    return await _move(
+        database, run, (JobState.FAILED, JobState.CANCELLED), JobState.PENDING, cancelled=False
+    )
 
-    async def revive(connection: AsyncConnection) -> None:
+
+async def revive(database: Database, run: Run) -> None:
+    """Make a cancelled run active again. UsageError where only a part of it may be here. Safe to repeat."""
+
+    async def work(connection: AsyncConnection) -> None:
         await hold_states(connection, [run.id], to_change=True)
         _check_whole(run.name, (await find(connection, run.name)).pause_reason)
         values = {"state": RunState.ACTIVE}
         where = (runs.c.id == run.id) & (runs.c.state == RunState.CANCELLED)
         await connection.execute(update(runs).where(where).values(**values))
 
-    await database.write(revive)
-    return await _move(
-        database, run, (JobState.FAILED, JobState.CANCELLED), JobState.PENDING, cancelled=False
-    )
+    await database.write(work)
 
 
 async def _move(
@@ -288,7 +293,7 @@ async def _move(
                 .with_for_update()
             )
             page = [(row.id, row.state) for row in (await connection.execute(query)).all()]
-            await _move_page(database, connection, run, page, target)
+            await move_page(database, connection, run, page, target)
             return page
 
         page = await database.write(work)
@@ -298,9 +303,10 @@ async def _move(
         last = page[-1][0]
 
 
-async def _move_page(
+async def move_page(
     database: Database, connection: AsyncConnection, run: Run, page: list[tuple[int, str]], target: JobState
 ) -> None:
+    """Move jobs, each named with the state that it has, to another resting state. Pending, they have all their tries."""
     now = await database.now(connection)
     values: dict[str, Any] = {"state": target, "finished_at": Millis(now)}
     if target is JobState.PENDING:

@@ -92,7 +92,7 @@ _COOL_DOWN = Bulk(
     _cooling,
 )
 _USAGE = ("input_tokens", "output_tokens", "cost_nanos")
-_ADD_RESULTS = Inserting(results, "job_id", "text", "model", "finish_reason", "latency_ms", *_USAGE)
+ADD_RESULTS = Inserting(results, "job_id", "text", "model", "finish_reason", "latency_ms", *_USAGE)
 _ADD_ATTEMPTS = Inserting(
     attempts, "job_id", "claim_seq", "what", "family", "error", "message", "text", "latency_ms", "at", *_USAGE
 )
@@ -111,11 +111,7 @@ def is_mine(settlement: Settlement, row: AnyRow) -> bool:
     """Tell whether the fence lets a settlement through, given how the job stands."""
     if row.claim_seq != settlement.claim.claim_seq:
         return False
-    if (
-        row.state == JobState.PENDING
-        and row.retry_seq == row.claim_seq
-        and settlement.outcome.failure is not None
-    ):
+    if _was_put_back(row) and settlement.outcome.failure is not None:
         # Somebody has put the job back by hand since: a late answer is welcome, a late failure is of the past.
         return False
     return row.state in {JobState.INFLIGHT, JobState.PENDING}
@@ -124,7 +120,7 @@ def is_mine(settlement: Settlement, row: AnyRow) -> bool:
 def is_repeated(settlement: Settlement, row: AnyRow, told: set[tuple[int, int]]) -> bool:
     """Tell whether this very settlement is in the database already: only its claim could have written it.
 
-    `told` are the claims, by job and claim_seq, whose failure or late answer is on record.
+    `told` are the claims, by job and claim_seq, whose failure, late answer or redone answer is on record.
     """
     claim = settlement.claim
     if (claim.job_id, claim.claim_seq) in told:
@@ -149,7 +145,7 @@ async def settle(database: Database, batch: Sequence[Settlement]) -> Settled:
                 "expected the jobs of every call to exist, got: some removed; the database was replaced"
             )
         fits = [(s, is_mine(s, standing[s.claim.job_id])) for s in batch]
-        told = await _told(connection, [s for s, fit in fits if not fit or s.outcome.failure is not None])
+        told = await _told(connection, [s for s, fit in fits if _is_doubtful(s, fit, standing)])
         new = [(s, fit) for s, fit in fits if not is_repeated(s, standing[s.claim.job_id], told)]
         mine = [s for s, fit in new if fit]
         stale = [s for s, fit in new if not fit]
@@ -168,6 +164,18 @@ async def settle(database: Database, batch: Sequence[Settlement]) -> Settled:
         )
 
     return await database.write(work)
+
+
+def _is_doubtful(settlement: Settlement, fit: bool, standing: dict[int, AnyRow]) -> bool:
+    """Tell whether a settlement may be on record: an answer that fits is so only where it was redone since."""
+    return (
+        not fit or settlement.outcome.failure is not None or _was_put_back(standing[settlement.claim.job_id])
+    )
+
+
+def _was_put_back(row: AnyRow) -> bool:
+    """Tell whether a job was put back by hand, and not claimed again since."""
+    return bool(row.state == JobState.PENDING and row.retry_seq == row.claim_seq)
 
 
 async def _told(connection: AsyncConnection, doubtful: list[Settlement]) -> set[tuple[int, int]]:
@@ -234,7 +242,7 @@ async def _insert_results(connection: AsyncConnection, mine: list[Settlement]) -
                 **_usage(reply.usage),
             }
         )
-    await _ADD_RESULTS.run(connection, rows)
+    await ADD_RESULTS.run(connection, rows)
 
 
 def _usage(usage: Usage) -> dict[str, int | None]:

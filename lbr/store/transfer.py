@@ -41,6 +41,7 @@ _LAST = (
     .order_by(items.c.idx.desc())
     .limit(PAGE)
 )
+_ADD_PROMPTS = Inserting(prompts, "job_id", "run_id", "key", *PROMPT)
 _ADD_RESULTS = Inserting(results, "job_id", *RESULT, "reused_from")
 _ADD_TRIES = Inserting(attempts, "job_id", *TRY)
 
@@ -225,7 +226,7 @@ async def _add_payloads(connection: AsyncConnection, copy: Run, ids: dict[int, i
         {"job_id": new, "run_id": copy.id} | _fields(page.prompts[old], ("key", *PROMPT))
         for old, new in ids.items()
     ]
-    await enqueue.ADD_PROMPTS.run(connection, asked)
+    await _ADD_PROMPTS.run(connection, asked)
     answered = [
         {"job_id": ids[old], "reused_from": None if row.reused_from is None else ELSEWHERE}
         | _fields(row, RESULT)

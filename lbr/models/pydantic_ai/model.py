@@ -38,9 +38,8 @@ class PydanticAIModel:
 
         self._api_key = api_key
         self._model = _build(name, api_key)
-        self._settings: Any = dict(task_settings)
-        if "max_retries" not in self._model.unsupported_settings:
-            self._settings["max_retries"] = 0
+        self._fixed = {} if "max_retries" in self._model.unsupported_settings else {"max_retries": 0}
+        self._settings: Any = {**task_settings, **self._fixed}
         self._call = model_request
 
     async def answer(self, request: Request) -> Reply:
@@ -48,6 +47,8 @@ class PydanticAIModel:
         schema = request.task.schema
         history = history_of(request)
         settings: ModelSettings = self._settings
+        if request.settings is not None:
+            settings = self._settings | request.settings | self._fixed
         try:
             response = await self._call(
                 self._model,
