@@ -11,21 +11,26 @@ from lbr.models.function import identify
 from lbr.models.resolve import build_model, build_validator
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from lbr.jobs import Run, RunId
     from lbr.models.base import Model
     from lbr.models.resolve import Authority
+    from lbr.prices import Price
     from lbr.structured import Validator
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Served:
-    """A run with the one who answers it and, for structured output, who checks the answers."""
+    """A run with the one who answers it and, for structured output, who checks the answers.
+
+    `price` is what its calls cost now by its user's word, None where the answerer's own word counts.
+    """
 
     run: Run
     model: Model
     validator: Validator | None
+    price: Price | None
 
 
 class Servings:
@@ -42,6 +47,7 @@ class Servings:
         """Take note of runs; return what a user should hear about those that are new."""
         notices = []
         for run in runs:
+            self.reprice({run.id: run.price})
             if run.state is not RunState.ACTIVE or run.id in self.served or run.id in self.refused:
                 continue
             try:
@@ -62,7 +68,13 @@ class Servings:
         validator = build_validator(run.task, self._authority)
         if identity not in self._models:
             self._models[identity] = build_model(run.task, self._authority, concurrency=self._concurrency)
-        return Served(run, self._models[identity], validator)
+        return Served(run, self._models[identity], validator, run.price)
+
+    def reprice(self, prices: Mapping[RunId, Price | None]) -> None:
+        """Take note of what the calls of runs cost from now on, those in flight among them."""
+        for run_id, price in prices.items():
+            if run_id in self.served:
+                self.served[run_id].price = price
 
     def _function_changed(self, run: Run) -> bool:
         function = self._authority.functions.get(run.task.function or "")

@@ -5,12 +5,13 @@ from __future__ import annotations
 from lbr.cli.app import lbr, main
 from lbr.cli.collecting import collect
 from lbr.cli.enqueueing import enqueue
+from lbr.cli.estimating import estimate
 from lbr.cli.moving import move
 from lbr.cli.operating import cancel, pause, resume, retry, show, status
 from lbr.cli.running import run
 from lbr.cli.working import worker
 
-for command in (enqueue, worker, collect, run, status, show, retry, cancel, pause, resume, move):
+for command in (enqueue, worker, collect, run, estimate, status, show, retry, cancel, pause, resume, move):
     lbr.add_command(command)
 
 __all__ = ["lbr", "main"]
