@@ -33,7 +33,9 @@ from lbr.tokens import CHARACTERS_PER_TOKEN
 )
 @click.option("--rpm", type=float, metavar="N", help="Calls a minute that the provider allows.")
 @click.option("--tpm", type=float, metavar="N", help="Tokens a minute that the provider allows.")
-@click.option("--concurrency", type=int, default=WorkOptions().concurrency, help="Calls at a time.")
+@click.option(
+    "--concurrency", type=int, default=WorkOptions().concurrency, help="Calls at a time, of all workers."
+)
 @click.option("--seconds-per-call", type=float, default=SECONDS_PER_CALL, help="How long one call takes.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, one object.")
 def estimate(inputs: tuple[str, ...], as_json: bool, **flags: Any) -> None:
@@ -42,19 +44,22 @@ def estimate(inputs: tuple[str, ...], as_json: bool, **flags: Any) -> None:
     INPUTS and flags are those of enqueue. Nothing is called and nothing is written; no key and no database is
     needed.
     """
-    template, schema = flags.pop("template"), flags.pop("schema")
-    with interruptible(inputs):
-        found = asyncio.run(
-            estimate_inputs(
-                [Path(name) for name in inputs],
-                model=choose_model(flags.pop("model"), None),
-                template=None if template is None else load_template(template),
-                schema=None if schema is None else load_schema(schema),
-                settings=dict(read_setting(one) for one in flags.pop("settings")),
-                **flags,
-            )
-        )
+    found = asyncio.run(_estimate(inputs, flags))
     tell(orjson.dumps(found.to_dict()) if as_json else describe(found))
+
+
+async def _estimate(inputs: tuple[str, ...], flags: dict[str, Any]) -> Estimate:
+    template, schema = flags.pop("template"), flags.pop("schema")
+    settings = dict(read_setting(one) for one in flags.pop("settings"))
+    with interruptible(inputs):
+        return await estimate_inputs(
+            [Path(name) for name in inputs],
+            model=choose_model(flags.pop("model"), None),
+            template=None if template is None else load_template(template),
+            schema=None if schema is None else load_schema(schema),
+            settings=settings,
+            **flags,
+        )
 
 
 def describe(found: Estimate) -> str:
