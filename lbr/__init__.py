@@ -7,6 +7,7 @@ overwritten by a slower worker, never paid for again.
 from lbr.api import cancel, collect, enqueue, limit, pause, reparse, resume, retry, show, status, work
 from lbr.config import DB_URL_DEFAULT
 from lbr.errors import LbrError, Pause, Permanent, RetryLater
+from lbr.estimating import estimate
 from lbr.mapping import export_jsonl, prompt_map
 from lbr.moving import move
 
@@ -19,6 +20,7 @@ __all__ = [
     "cancel",
     "collect",
     "enqueue",
+    "estimate",
     "export_jsonl",
     "limit",
     "move",

@@ -26,6 +26,7 @@ from lbr.config import (
 from lbr.errors import UsageError
 from lbr.jobs import JobState, KeyMaker, Shape, Until
 from lbr.models.base import model_string
+from lbr.prices import read_price
 from lbr.processes import run_processes
 from lbr.sources import Source, chunks
 from lbr.store import enqueue as queueing
@@ -105,6 +106,7 @@ async def enqueue(
     prompt_column: str | None = None,
     input_format: str | None = None,
     max_attempts: int = MAX_ATTEMPTS,
+    price: str | None = None,
     append: bool = False,
     fresh: bool = False,
     servable: bool = False,
@@ -117,6 +119,8 @@ async def enqueue(
     lines of a JSONL file. `run` may be left out for files: the first one's stem. With `append` they go
     behind what the run holds, else they must begin with it. `fresh` refuses answers of other runs. With
     `servable`, nothing is written where this process could not serve the run, for want of a key say.
+    `price`, like "in=0.15,out=0.60" in US dollars for a million tokens, is what calls cost from now on; None
+    leaves it as it is.
 
     Raises UsageError, InputError (with file and line; files are checked whole before anything is written),
     RunMismatchError, RunChangedError or DatabaseError.
@@ -138,6 +142,7 @@ async def enqueue(
         asked.task,
         at_least_one("max_attempts", max_attempts),
         asked.fingerprint,
+        None if price is None else read_price(price),
     )
     source.check()
     if servable:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from lbr.config import default_model
 from lbr.errors import UsageError
 from lbr.jobs import Task, canonical_json
-from lbr.models.base import OPENROUTER, model_string
+from lbr.models.base import OPENROUTER, Kind, kind_of, model_string
 from lbr.models.function import identify, import_function
 from lbr.models.resolve import Authority, build_model, build_validator, check_task
 from lbr.structured import import_type, schema_of
@@ -53,19 +54,11 @@ def ask(
     """
     if model is not None and function is not None:
         raise UsageError("expected a model or a function, got: both")
-    if schema is not None and result_type is not None:
-        raise UsageError("expected a schema or a result type, got: both")
     if version is not None and function is None:
         raise UsageError(f"expected a version beside a function, got: {version} without one")
-    if result_type is not None:
-        result_type = import_type(result_type) if isinstance(result_type, str) else result_type
-        schema = schema_of(result_type)
-    shared: dict[str, Any] = {
-        "instructions": instructions or None,
-        "template": template,
-        "settings": dict(settings or {}),
-        "schema": schema,
-    }
+    if isinstance(result_type, str):
+        result_type = import_type(result_type)
+    shared = _shared(instructions, template, settings, schema, result_type)
     fingerprint = None
     if function is not None:
         task, fingerprint = _function_task(function, version, shared)
@@ -78,6 +71,51 @@ def ask(
     types = [result_type] if result_type is not None else []
     functions = [function] if function is not None else []
     return Asked(task, fingerprint, authorize(functions, types, openrouter_api_key=openrouter_api_key))
+
+
+def _shared(
+    instructions: str | None,
+    template: str | None,
+    settings: Mapping[str, Json] | None,
+    schema: dict[str, Json] | None,
+    result_type: Any,
+) -> dict[str, Any]:
+    """Return the fields that every task has; UsageError for two schemas."""
+    if schema is not None and result_type is not None:
+        raise UsageError("expected a schema or a result type, got: both")
+    return {
+        "instructions": instructions or None,
+        "template": template,
+        "settings": dict(settings or {}),
+        "schema": schema if result_type is None else schema_of(result_type),
+    }
+
+
+def model_task(
+    model: str | None,
+    *,
+    instructions: str | None = None,
+    template: str | None = None,
+    settings: Mapping[str, Json] | None = None,
+    schema: dict[str, Json] | None = None,
+    result_type: Any = None,
+    env: Mapping[str, str] | None = None,
+) -> Task:
+    """Build the task of a model, or of MODEL in `env`, for somebody who will not call it.
+
+    Neither a key nor the provider's package is needed, so its settings are not checked against the model's.
+    Raises UsageError for what is wrong without asking them.
+    """
+    if isinstance(result_type, str):
+        result_type = import_type(result_type)
+    shared = _shared(instructions, template, settings, schema, result_type)
+    task = Task(model=_named_model(model, env or {}), **shared)
+    _check_storable(task)
+    if kind_of(task) is Kind.OFFLINE:
+        check_task(task)
+    elif task.schema is not None:
+        build_validator(task, Authority())
+    return task
 
 
 def _check_storable(task: Task) -> None:
@@ -157,11 +195,15 @@ def _function(function: Callable[..., Any] | str) -> Callable[..., Any]:
     return function
 
 
-def _model(name: str | None, key: str | None, env: Mapping[str, str]) -> str:
-    name = name or env.get("MODEL", "").strip() or None
+def _named_model(name: str | None, env: Mapping[str, str]) -> str:
+    name = name or default_model(env)
     if name is None:
         raise UsageError(f"expected somebody to answer, got: nobody; name one of {WAYS}")
-    model = model_string(name)
+    return model_string(name)
+
+
+def _model(name: str | None, key: str | None, env: Mapping[str, str]) -> str:
+    model = _named_model(name, env)
     if model.startswith(OPENROUTER) and not key:
         raise UsageError(
             f"expected a key for {model}, got: none; set OPENROUTER_API_KEY in the environment or .env, "

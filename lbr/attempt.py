@@ -15,6 +15,7 @@ from lbr.retry import failure_of, storable, storable_usage
 if TYPE_CHECKING:
     from lbr.deadlines import Deadlines
     from lbr.models.base import Model, Request
+    from lbr.prices import Price
     from lbr.structured import Validator
 
 ANSWER_LIMIT = 50_000_000
@@ -71,3 +72,13 @@ def _storable(reply: Reply) -> Reply:
         return reply
     model, finish_reason = (None if text is None else storable(text) for text in texts[1:])
     return replace(reply, text=storable(reply.text), model=model, finish_reason=finish_reason)
+
+
+def priced(outcome: Outcome, price: Price) -> Outcome:
+    """Return the outcome with the cost of its tokens at this price, in the place of what the answerer said."""
+    reply, failure = outcome.reply, outcome.failure
+    if reply is not None:
+        return replace(outcome, reply=replace(reply, usage=price.apply(reply.usage)))
+    if failure is not None:
+        return replace(outcome, failure=replace(failure, usage=price.apply(failure.usage)))
+    return outcome

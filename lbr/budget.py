@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-NANOS = 10**9
+from lbr.prices import dollars
+
 KNOWN_CALLS = 50
 """After so many calls their mean is trusted; before, no more are in flight than twice those that have ended."""
 
@@ -50,8 +51,3 @@ class Budget:
 
 BUDGET_SPENT = "it may cost "
 """How the reason begins of a run that was paused for its budget."""
-
-
-def dollars(nanos: int) -> str:
-    """Write an amount of money as people read it."""
-    return f"${nanos / NANOS:.6f}".rstrip("0").rstrip(".") if nanos % NANOS else f"${nanos // NANOS}"

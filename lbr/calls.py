@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lbr.attempt import attempt
+from lbr.attempt import attempt, priced
 from lbr.deadlines import Deadlines
 from lbr.errors import CallError
 from lbr.jobs import Claim, JobId, JobState, Outcome, Settlement
@@ -157,7 +157,9 @@ class Calls:
             last_bad=claim.history.last_bad,
             settings=claim.settings,
         )
-        self._settle(held, await attempt(served.model, served.validator, request, self._deadlines))
+        outcome = await attempt(served.model, served.validator, request, self._deadlines)
+        price = served.price
+        self._settle(held, outcome if price is None else priced(outcome, price))
 
     def _settle(self, held: _Held, outcome: Outcome) -> None:
         held.task = None

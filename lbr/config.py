@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lbr.errors import UsageError
 from lbr.jobs import Until
+from lbr.prices import NANOS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -93,7 +94,7 @@ def nanos_of(name: str, dollars: float) -> int:
     """Return an amount of US dollars in billionths, or raise UsageError: it must be above zero, and sane."""
     if not 0 < positive(name, dollars) <= MOST_DOLLARS:
         raise UsageError(f"expected {name} to be at most {MOST_DOLLARS:,} US dollars, got: {dollars:g}")
-    return max(1, round(dollars * 10**9))
+    return max(1, round(dollars * NANOS))
 
 
 def one_of(name: str, value: str, allowed: Sequence[str]) -> str:

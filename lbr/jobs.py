@@ -8,11 +8,14 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, NewType
+from typing import TYPE_CHECKING, Any, NewType
 
 import orjson
 
 from lbr.errors import NO_USAGE, DatabaseError, Family, Usage
+
+if TYPE_CHECKING:
+    from lbr.prices import Price
 
 RunId = NewType("RunId", int)
 JobId = NewType("JobId", int)
@@ -164,7 +167,10 @@ class KeyMaker:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run as stored. `sealed_at` is None while its enqueue has not come to its end."""
+    """A run as stored. `sealed_at` is None while its enqueue has not come to its end.
+
+    `price` is what its user says that its calls cost, None where the provider and the price table are asked.
+    """
 
     id: RunId
     name: str
@@ -176,6 +182,7 @@ class Run:
     created_at: Millis
     enqueued_at: Millis
     sealed_at: Millis | None
+    price: Price | None = None
 
 
 @dataclass(frozen=True, slots=True)

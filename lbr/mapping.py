@@ -24,6 +24,7 @@ from lbr.config import (
 )
 from lbr.errors import DatabaseError, LbrError, UsageError
 from lbr.jobs import JobState, Run, RunState, Shape
+from lbr.prices import read_price
 from lbr.sources import Source
 from lbr.store import mirror, reads, runs
 from lbr.store.engines import file_of, remove_queue, shown
@@ -57,6 +58,7 @@ async def prompt_map(
     max_attempts: int = MAX_ATTEMPTS,
     timeout: float = CALL_TIMEOUT,
     lease: float = 60.0,
+    price: str | None = None,
     db_url: str = DB_URL_DEFAULT,
     results_db_url: str | None = None,
     output_shape: str = Shape.UNIQUE,
@@ -81,7 +83,8 @@ async def prompt_map(
     The answers are mirrored to `results_db_url`, `runs-results.db` beside `runs.db` if unset. `run` names the
     run; unset, equal tasks and prompts are one run. `retry_failed` tries again what failed in an earlier call,
     `fresh` refuses answers of other runs. `progress_every` prints a line to stderr for so many ended jobs,
-    None never. `teardown` removes queue and results files when everything is done, and only then: never while
+    None never. `price`, like "in=0.15,out=0.60" in US dollars for a million tokens, is what calls cost from now
+    on; None leaves it as it is. `teardown` removes queue and results files when everything is done, and only then: never while
     another process uses them, nor when they hold other runs.
 
     Raises UsageError, InputError or DatabaseError. Cancelled or interrupted, everything answered stays.
@@ -90,6 +93,7 @@ async def prompt_map(
     if one_of("return_dtype", return_dtype, RETURN_DTYPES) == "polars":
         _polars()  # before any call is paid for
     options = WorkOptions(concurrency=at_least_one("concurrency", concurrency), lease=lease, timeout=timeout)
+    said = None if price is None else read_price(price)
     asked = ask(
         model=model_name,
         function=worker,
@@ -106,7 +110,8 @@ async def prompt_map(
     source.check()
     await check_servable(asked)
     name = _run_name(asked, source) if run is None else run
-    spec = RunSpec(name, asked.task, at_least_one("max_attempts", max_attempts), asked.fingerprint)
+    tries = at_least_one("max_attempts", max_attempts)
+    spec = RunSpec(name, asked.task, tries, asked.fingerprint, said)
     async with opened(db_url, create=True) as database:
         report = await put(database, spec, source, fresh=fresh)
         for notice in report.notices:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lbr.budget import BUDGET_SPENT
 from lbr.errors import Family
 from lbr.jobs import JobState, RunState
+from lbr.prices import NANOS, Price, dollars
 from lbr.store import counters
 from lbr.store.limiting import SILENT_MS
 from lbr.store.runs import MOVED_TO
@@ -24,7 +25,9 @@ class RunStatus:
 
     `jobs` are distinct inputs, `duplicates` the inputs that share another's job, `reused` the jobs answered
     from another run. `rate` is jobs per second of the workers now, `eta_seconds` None where nobody works or
-    nothing is left. `cost_usd` is None where no price was known, or nothing was spent. `errors` counts tries by family.
+    nothing is left. `cost_usd` is None where no price was known, or nothing was spent; `wasted_usd` is the part of
+    it that went to tries that were no answers, or came too late. `price` is what the run's user says that a million
+    tokens cost, None where the provider and the price table are asked. `errors` counts tries by family.
     """
 
     run: str
@@ -47,6 +50,8 @@ class RunStatus:
     input_tokens: int
     output_tokens: int
     cost_usd: float | None
+    wasted_usd: float | None
+    price: dict[str, float] | None
     errors: dict[str, int]
     rate: float
     eta_seconds: float | None
@@ -151,7 +156,9 @@ def _run_status(one: RunCounts, rate: float) -> RunStatus:
         crashed=counts[counters.CRASHED],
         input_tokens=counts[counters.INPUT_TOKENS],
         output_tokens=counts[counters.OUTPUT_TOKENS],
-        cost_usd=cost / 1e9 if cost else None,
+        cost_usd=cost / NANOS if cost else None,
+        wasted_usd=counts[counters.WASTED_NANOS] / NANOS if cost else None,
+        price=None if one.run.price is None else one.run.price.to_dict(),
         errors=errors,
         rate=rate if one.open else 0.0,
         eta_seconds=one.open / rate if one.open and rate > 0 else None,
@@ -218,6 +225,16 @@ def _binds(fields: dict[str, Json]) -> bool:
     return set_by_hand or (fields["at_a_time"] is not None and fields["at_a_time"] < fields["slots"])
 
 
+def _cost_words(run: RunStatus) -> str:
+    """Return what is to be said of a run's cost behind its tokens."""
+    if run.cost_usd is None:
+        return ""
+    words = f", cost {dollars(round(run.cost_usd * NANOS))}"
+    if run.wasted_usd:
+        words += f", {dollars(round(run.wasted_usd * NANOS))} of it for tries that were no answers"
+    return words
+
+
 def _describe_run(run: RunStatus) -> list[str]:
     word = "finished" if run.finished and run.state != RunState.CANCELLED else run.state
     lines = [f"run {run.run} ({run.answerer}): {word}"]
@@ -231,8 +248,10 @@ def _describe_run(run: RunStatus) -> list[str]:
         f"cancelled {run.cancelled}"
     )
     if run.input_tokens or run.output_tokens:
-        cost = "" if run.cost_usd is None else f", cost ${run.cost_usd:.6f}"
-        lines.append(f"  tokens {run.input_tokens} in, {run.output_tokens} out{cost}")
+        lines.append(f"  tokens {run.input_tokens} in, {run.output_tokens} out{_cost_words(run)}")
+    if run.price is not None:
+        price = Price(run.price["in"], run.price["out"])
+        lines.append(f"  price of calls {price.words()}, in dollars for a million tokens")
     if run.errors:
         lines.append("  tries that failed: " + ", ".join(f"{n} {family}" for family, n in run.errors.items()))
     if run.crashed or run.stale:

@@ -6,38 +6,35 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lbr.errors import UsageError
-from lbr.jobs import RunState, canonical_json
+from lbr.jobs import RunState
 from lbr.models.base import Kind, kind_of
 from lbr.models.function import identify
 from lbr.models.resolve import build_model, build_validator
-from lbr.tokens import ASSUMED_OUTPUT, tokens_of
+from lbr.tokens import ASSUMED_OUTPUT_TOKENS, most_output_tokens, task_characters, tokens_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
-    from lbr.jobs import Run, RunId
+    from lbr.jobs import Run, RunId, Task
     from lbr.models.base import Model
     from lbr.models.resolve import Authority
+    from lbr.prices import Price
     from lbr.structured import Validator
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Served:
-    """A run with the one who answers it and, for structured output, who checks the answers."""
+    """A run with the one who answers it and, for structured output, who checks the answers.
+
+    `price` is what its calls cost now by its user's word, None where the answerer's own word counts.
+    `extra_tokens` is what a call probably takes besides its prompt: what always goes with it, and the answer.
+    """
 
     run: Run
     model: Model
     validator: Validator | None
-
-    @property
-    def extra_tokens(self) -> int:
-        """How many tokens a call probably takes besides its prompt: what always goes with it, and the answer."""
-        task = self.run.task
-        always = len(task.instructions or "") + (
-            0 if task.schema is None else len(canonical_json(task.schema))
-        )
-        most = task.settings.get("max_tokens")
-        return tokens_of(always) + (most if isinstance(most, int) else ASSUMED_OUTPUT)
+    price: Price | None
+    extra_tokens: int
 
     @property
     def begins_slowly(self) -> bool:
@@ -59,6 +56,7 @@ class Servings:
         """Take note of runs; return what a user should hear about those that are new."""
         notices = []
         for run in runs:
+            self.reprice({run.id: run.price})
             if run.state is not RunState.ACTIVE or run.id in self.served or run.id in self.refused:
                 continue
             try:
@@ -79,7 +77,13 @@ class Servings:
         validator = build_validator(run.task, self._authority)
         if identity not in self._models:
             self._models[identity] = build_model(run.task, self._authority, concurrency=self._concurrency)
-        return Served(run, self._models[identity], validator)
+        return Served(run, self._models[identity], validator, run.price, _extra_tokens(run.task))
+
+    def reprice(self, prices: Mapping[RunId, Price | None]) -> None:
+        """Take note of what the calls of runs cost from now on, those in flight among them."""
+        for run_id, price in prices.items():
+            if run_id in self.served:
+                self.served[run_id].price = price
 
     def _function_changed(self, run: Run) -> bool:
         function = self._authority.functions.get(run.task.function or "")
@@ -92,3 +96,8 @@ class Servings:
         for model in self._models.values():
             await model.aclose()
         self._models.clear()
+
+
+def _extra_tokens(task: Task) -> int:
+    most = most_output_tokens(task.settings)
+    return tokens_of(task_characters(task)) + (ASSUMED_OUTPUT_TOKENS if most is None else most)

@@ -107,8 +107,11 @@ class Source:
         else:
             count = sum(1 for _ in self._read())
         if not count:
-            where = ", ".join(self._files) or PROMPTS
-            raise InputError("expected at least one input, got: none", source=where)
+            raise self.nothing()
+
+    def nothing(self) -> InputError:
+        """Return what is to be said of a source without inputs."""
+        return InputError("expected at least one input, got: none", source=", ".join(self._files) or PROMPTS)
 
     def __iter__(self) -> Iterator[Item]:
         """Read the inputs from their beginning; of a stream, once."""

@@ -365,6 +365,8 @@ class Worker:
                     f"Make it a plain function, which runs in a thread, or raise --lease"
                 )
             await self._renew()
+            # While there is more to claim, nobody looks at the runs themselves.
+            self._servings.reprice(await reads.prices(self._database, self._servings.served))
             if self._more and not self._stop_asked():
                 await self._reclaim()
 

@@ -545,11 +545,14 @@ def test_a_full_or_closed_stdout_is_told_of(held: Path) -> None:
     assert "Exception" not in done.stderr
 
 
+@pytest.mark.parametrize("command", ["enqueue - --run r", "estimate -"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_read_that_waits_for_stdin_can_be_interrupted(number: signal.Signals, tmp_path: Path) -> None:
-    """Ctrl-C ends an enqueue that waits for its first line, quietly and without a trace."""
+def test_a_read_that_waits_for_stdin_can_be_interrupted(
+    number: signal.Signals, command: str, tmp_path: Path
+) -> None:
+    """Ctrl-C ends a command that waits for its first line, quietly and without a trace."""
     with subprocess.Popen(
-        [sys.executable, "-m", "lbr", "enqueue", "-", "--run", "r"],
+        [sys.executable, "-m", "lbr", *command.split()],
         cwd=tmp_path,
         env=Cli(tmp_path).environment,
         stdin=subprocess.PIPE,

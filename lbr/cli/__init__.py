@@ -5,13 +5,28 @@ from __future__ import annotations
 from lbr.cli.app import lbr, main
 from lbr.cli.collecting import collect
 from lbr.cli.enqueueing import enqueue
+from lbr.cli.estimating import estimate
 from lbr.cli.limiting import limit
 from lbr.cli.moving import move
 from lbr.cli.operating import cancel, pause, resume, retry, show, status
 from lbr.cli.running import run
 from lbr.cli.working import worker
 
-for command in (enqueue, worker, collect, run, status, show, retry, cancel, pause, resume, limit, move):
+for command in (
+    enqueue,
+    worker,
+    collect,
+    run,
+    estimate,
+    status,
+    show,
+    retry,
+    cancel,
+    pause,
+    resume,
+    limit,
+    move,
+):
     lbr.add_command(command)
 
 __all__ = ["lbr", "main"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,21 +25,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 MOST_ATTEMPTS = 1_000_000
 
 
-def task_options(command: F) -> F:
-    """Add the flags that make a task and choose its inputs."""
+def with_options(command: F, options: Sequence[Callable[[F], F]]) -> F:
+    """Add flags to a command, in this order before those that it has."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def input_options(command: F) -> F:
+    """Add the flags that say how the inputs are written and what is asked of them, and what that costs."""
     options = [
-        click.option(
-            "--run", "run_name", metavar="NAME", help="The run's name; the input file's stem if unset."
-        ),
-        click.option(
-            "--model", metavar="NAME", help=f"Who answers: openai-chat:gpt-4o-mini, openrouter:…, {ECHO}, …"
-        ),
-        click.option(
-            "--function", metavar="MODULE:NAME", help="A Python function that answers instead of a model."
-        ),
-        click.option(
-            "--version", "version", metavar="TEXT", help="The function's version: another one is other work."
-        ),
         click.option("--instructions", metavar="TEXT", help="The system prompt of every call."),
         click.option("--template", metavar="JINJA|@FILE", help="Makes each prompt from a row's fields."),
         click.option("--prompt-column", metavar="NAME", help="The field or column that holds the prompt."),
@@ -61,6 +56,18 @@ def task_options(command: F) -> F:
             help="How the input is written; by its file ending if unset.",
         ),
         click.option(
+            "--price",
+            metavar="in=USD,out=USD",
+            help="Dollars for a million tokens; as the provider or the price table says if unset.",
+        ),
+    ]
+    return with_options(command, options)
+
+
+def task_options(command: F) -> F:
+    """Add the flags that make a task and choose its inputs."""
+    keeping = [
+        click.option(
             "--max-attempts",
             type=click.IntRange(1, MOST_ATTEMPTS),
             default=MAX_ATTEMPTS,
@@ -69,9 +76,21 @@ def task_options(command: F) -> F:
         click.option("--append", is_flag=True, help="Add the inputs behind those the run holds."),
         click.option("--fresh", is_flag=True, help="Call again for what other runs have already answered."),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    naming = [
+        click.option(
+            "--run", "run_name", metavar="NAME", help="The run's name; the input file's stem if unset."
+        ),
+        click.option(
+            "--model", metavar="NAME", help=f"Who answers: openai-chat:gpt-4o-mini, openrouter:…, {ECHO}, …"
+        ),
+        click.option(
+            "--function", metavar="MODULE:NAME", help="A Python function that answers instead of a model."
+        ),
+        click.option(
+            "--version", "version", metavar="TEXT", help="The function's version: another one is other work."
+        ),
+    ]
+    return with_options(input_options(with_options(command, keeping)), naming)
 
 
 def choose_model(model: str | None, function: str | None) -> str | None:
@@ -85,7 +104,7 @@ def choose_model(model: str | None, function: str | None) -> str | None:
 
 
 @contextmanager
-def _interruptible(inputs: tuple[str, ...]) -> Iterator[None]:
+def interruptible(inputs: tuple[str, ...]) -> Iterator[None]:
     """Let Ctrl-C end a read that waits for a stream: asyncio cancels a task, of which a read hears nothing."""
     if not any(map(is_stream, inputs)):
         yield
@@ -101,7 +120,7 @@ async def enqueue_inputs(db: dict[str, Any], inputs: tuple[str, ...], **flags: A
     """Turn flags into a call of `api.enqueue` and tell what it did."""
     template, schema = flags.pop("template"), flags.pop("schema")
     settings = dict(read_setting(one) for one in flags.pop("settings"))
-    with _interruptible(inputs):
+    with interruptible(inputs):
         report = await api.enqueue(
             [Path(name) for name in inputs],
             run=flags.pop("run_name"),

@@ -16,10 +16,11 @@ from lbr import api
 from lbr.cli.app import database_option, read_setting, tell
 from lbr.config import positive
 from lbr.errors import UsageError
+from lbr.prices import dollars
 from lbr.progress import describe
 
 if TYPE_CHECKING:
-    from lbr.store.reads import Story
+    from lbr.store.reads import Story, Try
     from lbr.store.redo import Reparsed
 
 LARGEST_IDX = 2**63 - 1
@@ -80,6 +81,7 @@ def _describe_story(story: Story) -> str:
             else f"{story.model or 'function'}, {story.latency_ms} ms"
         )
         lines.append(f"answer ({source}): {row.result}")
+        lines += _usage_lines(story)
     for one in story.tries:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.at / 1000))
         lines.append(
@@ -87,7 +89,17 @@ def _describe_story(story: Story) -> str:
         )
         if one.text:
             lines.append(f"  raw answer: {one.text}")
+        lines += _usage_lines(one)
     return "\n".join(lines)
+
+
+def _usage_lines(of: Story | Try) -> list[str]:
+    """Return a line of the tokens and the cost of an answer or of a try, none where neither is known."""
+    counts = ((of.input_tokens, "in"), (of.output_tokens, "out"))
+    tokens = ", ".join(f"{count} {way}" for count, way in counts if count is not None)
+    parts = [f"tokens {tokens}"] if tokens else []
+    parts += [f"cost {dollars(of.cost_nanos)}"] if of.cost_nanos is not None else []
+    return [f"  {', '.join(parts)}"] if parts else []
 
 
 @click.command()

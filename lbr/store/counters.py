@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 INPUT_TOKENS = "input_tokens"
 OUTPUT_TOKENS = "output_tokens"
 COST_NANOS = "cost_nanos"
+WASTED_NANOS = "wasted_nanos"
+"""The part of the cost that went to tries that were no answers, or to answers that came too late."""
 REUSED = "reused"
 STALE = "stale"
 CRASHED = "crashed"

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from lbr.jobs import Json
+    from lbr.prices import Price
     from lbr.store.database import Database
     from lbr.store.schema import AnyRow
 
@@ -122,7 +123,7 @@ class Overview:
 
 @dataclass(frozen=True, slots=True)
 class Try:
-    """One try of a job that was no plain success."""
+    """One try of a job that was no plain success; tokens, cost and latency are None where they are not known."""
 
     claim_seq: int
     what: str
@@ -131,6 +132,10 @@ class Try:
     message: str
     text: str | None
     at: Millis
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cost_nanos: int | None = None
+    latency_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +180,12 @@ async def counts(database: Database, run_ids: Iterable[RunId]) -> list[RunCounts
         )
 
     return await database.read(work)
+
+
+async def prices(database: Database, run_ids: Iterable[RunId]) -> dict[RunId, Price | None]:
+    """Return what the calls of these runs cost by their users' word, None where there is none."""
+    ids = list(run_ids)
+    return await database.read(lambda connection: runs.prices(connection, ids))
 
 
 async def open_runs(database: Database) -> list[Run]:
@@ -340,7 +351,7 @@ async def story(database: Database, run: Run, idx: int) -> Story:
             raise UsageError(f"expected an input of run {run.name!r}, got: {idx}; there are {there}")
         tried = select(attempts).where(attempts.c.job_id == found.id).order_by(attempts.c.id)
         tries = [
-            Try(t.claim_seq, t.what, t.family, t.error, t.message, t.text, t.at)
+            Try(**{name: getattr(t, name) for name in Try.__slots__})
             for t in (await connection.execute(tried)).all()
         ]
         return _story(found, (await _with_errors(connection, [found]))[0], tries)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import select, update
 
 from lbr.errors import RunMismatchError, RunNotFoundError, UsageError
 from lbr.jobs import JobState, Millis, Run, RunId, RunState, Task
+from lbr.prices import Price
 from lbr.store import counters
 from lbr.store.arrays import Bulk, Given, among
 from lbr.store.schema import jobs, runs
@@ -38,19 +39,33 @@ def _making(given: Given) -> Any:
     return adding.on_conflict_do_nothing(index_elements=["name"])
 
 
-_NEW = ("name", "task", "answerer", "fingerprint", "state", "max_attempts", "created_at", "enqueued_at")
+_NEW = (
+    "name",
+    "task",
+    "answerer",
+    "fingerprint",
+    "state",
+    "max_attempts",
+    "created_at",
+    "enqueued_at",
+    "price",
+)
 _MAKE = Bulk({f"new_{name}": runs.c[name].type for name in _NEW}, _making)
 _STATES = select(runs.c.id, runs.c.state).where(among(runs.c.id, "ids")).order_by(runs.c.id)
 
 
 @dataclass(frozen=True, slots=True)
 class RunSpec:
-    """What an enqueue asks for. `fingerprint` is a function's, None for a model. Raises UsageError for a bad name."""
+    """What an enqueue asks for. `fingerprint` is a function's, None for a model. Raises UsageError for a bad name.
+
+    `price` is what calls cost from then on; None leaves it as it is. It is no part of the task.
+    """
 
     name: str
     task: Task
     max_attempts: int
     fingerprint: str | None = None
+    price: Price | None = None
 
     def __post_init__(self) -> None:
         """Check what no database should see."""
@@ -74,6 +89,7 @@ def run_of(row: AnyRow) -> Run:
         created_at=row.created_at,
         enqueued_at=row.enqueued_at,
         sealed_at=row.sealed_at,
+        price=None if row.price is None else Price.from_json(row.price),
     )
 
 
@@ -106,8 +122,15 @@ async def all_runs(connection: AsyncConnection) -> list[Run]:
     return [run_of(row) for row in (await connection.execute(select(runs).order_by(runs.c.id))).all()]
 
 
+async def prices(connection: AsyncConnection, run_ids: Iterable[RunId]) -> dict[RunId, Price | None]:
+    """Return what the calls of these runs cost by their users' word, None where there is none."""
+    query = select(runs.c.id, runs.c.price).where(among(runs.c.id, "ids"))
+    rows = (await connection.execute(query, {"ids": list(run_ids)})).all()
+    return {RunId(row.id): None if row.price is None else Price.from_json(row.price) for row in rows}
+
+
 async def open_run(database: Database, spec: RunSpec) -> Run:
-    """Return the run of that name, made if it is new.
+    """Return the run of that name, made if it is new, with the price that the spec names.
 
     Raises RunMismatchError where the name is taken by another task, UsageError where the run was cancelled or
     is being moved.
@@ -118,7 +141,11 @@ async def open_run(database: Database, spec: RunSpec) -> Run:
         if run.state is RunState.CANCELLED:
             raise UsageError(f"run {spec.name!r} was cancelled; `lbr retry {spec.name}` takes it up again")
         check_not_moving(run.name, run.pause_reason)
-        return run
+        if spec.price in {None, run.price}:
+            return run
+        values = {"price": _price_text(spec.price)}
+        await connection.execute(update(runs).where(runs.c.id == run.id).values(**values))
+        return replace(run, price=spec.price)
 
     return await database.write(work)
 
@@ -149,8 +176,13 @@ async def _make(database: Database, connection: AsyncConnection, spec: RunSpec) 
         "new_max_attempts": spec.max_attempts,
         "new_created_at": now,
         "new_enqueued_at": now,
+        "new_price": _price_text(spec.price),
     }
     return await _MAKE.run(connection, [row]) == 1
+
+
+def _price_text(price: Price | None) -> str | None:
+    return None if price is None else price.to_json()
 
 
 def check_not_moving(name: str, reason: str | None) -> None:

@@ -300,6 +300,8 @@ def _deltas(
     )
     for s in stale:
         deltas[s.claim.run_id, counters.STALE] += 1
+    for s in [*stale, *(s for s in mine if s.outcome.failure is not None)]:
+        deltas[s.claim.run_id, counters.WASTED_NANOS] += _usage_of(s).cost_nanos or 0
     for s in [*mine, *stale]:
         usage = _usage_of(s)
         if usage is not NO_USAGE:

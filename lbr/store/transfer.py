@@ -152,7 +152,7 @@ async def in_flight(database: Database, run: Run) -> tuple[int, float]:
 
 async def open_copy(target: Database, run: Run, origin: str) -> Run:
     """Return the run's copy, made paused where its name is free. Safe to repeat."""
-    spec = runs.RunSpec(run.name, run.task, run.max_attempts, run.fingerprint)
+    spec = runs.RunSpec(run.name, run.task, run.max_attempts, run.fingerprint, run.price)
     values = {
         "state": RunState.PAUSED,
         "pause_reason": f"{MOVING_FROM}{origin}",
@@ -311,6 +311,7 @@ async def arrive(
     """
     values = {"state": to[0], "pause_reason": to[1], "max_attempts": run.max_attempts}
     values |= {"fingerprint": run.fingerprint, "enqueued_at": run.enqueued_at, "sealed_at": run.sealed_at}
+    values |= {"price": None if run.price is None else run.price.to_json()}
     states = {str(state) for state in JobState}
 
     async def work(connection: AsyncConnection) -> None:

@@ -1,0 +1,104 @@
+"""`lbr estimate`."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import click
+import orjson
+
+from lbr.cli.app import read_setting, tell
+from lbr.cli.enqueueing import choose_model, input_options, interruptible
+from lbr.config import WorkOptions
+from lbr.estimating import SECONDS_PER_CALL, Estimate, rounded
+from lbr.estimating import estimate as estimate_inputs
+from lbr.inputs import load_template
+from lbr.prices import NANOS, Price, dollars
+from lbr.progress import duration
+from lbr.structured import load_schema
+from lbr.tokens import CHARACTERS_PER_TOKEN
+
+
+@click.command()
+@click.argument("inputs", nargs=-1, required=True)
+@click.option("--model", metavar="NAME", help="Who would answer, as for enqueue.")
+@input_options
+@click.option(
+    "--output-tokens",
+    type=int,
+    metavar="N",
+    help="Tokens of an answer; max_tokens or an assumption if unset.",
+)
+@click.option("--rpm", type=float, metavar="N", help="Calls a minute that the provider allows.")
+@click.option("--tpm", type=float, metavar="N", help="Tokens a minute that the provider allows.")
+@click.option(
+    "--concurrency", type=int, default=WorkOptions().concurrency, help="Calls at a time, of all workers."
+)
+@click.option("--seconds-per-call", type=float, default=SECONDS_PER_CALL, help="How long one call takes.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, one object.")
+def estimate(inputs: tuple[str, ...], as_json: bool, **flags: Any) -> None:
+    """Tell what a batch would take, before anything is spent: rows, tokens, money, time.
+
+    INPUTS and flags are those of enqueue. Nothing is called and nothing is written; no key and no database is
+    needed.
+    """
+    found = asyncio.run(_estimate(inputs, flags))
+    tell(orjson.dumps(found.to_dict()) if as_json else describe(found))
+
+
+async def _estimate(inputs: tuple[str, ...], flags: dict[str, Any]) -> Estimate:
+    template, schema = flags.pop("template"), flags.pop("schema")
+    settings = dict(read_setting(one) for one in flags.pop("settings"))
+    with interruptible(inputs):
+        return await estimate_inputs(
+            [Path(name) for name in inputs],
+            model=choose_model(flags.pop("model"), None),
+            template=None if template is None else load_template(template),
+            schema=None if schema is None else load_schema(schema),
+            settings=settings,
+            **flags,
+        )
+
+
+def describe(found: Estimate) -> str:
+    """Return what `lbr estimate` prints."""
+    return "\n".join(
+        (
+            f"{found.model}: {found.inputs} inputs, {found.prompts} distinct, {found.duplicates} duplicate",
+            f"input: about {found.input_tokens} tokens, estimated at {CHARACTERS_PER_TOKEN} characters a token",
+            f"output: {_output_words(found)}",
+            f"money: {_money_words(found)}",
+            f"time: {_time_words(found)}",
+        )
+    )
+
+
+def _output_words(found: Estimate) -> str:
+    each = found.output_tokens_per_call
+    match found.output_tokens_from:
+        case "max_tokens":
+            return f"at most {found.output_tokens} tokens, max_tokens={each} an answer"
+        case "given":
+            return f"about {found.output_tokens} tokens, {each} an answer"
+    return f"about {found.output_tokens} tokens, assumed to be {each} an answer: give --output-tokens or --set max_tokens=…"
+
+
+def _money_words(found: Estimate) -> str:
+    if found.price is None or found.cost_usd is None:
+        return "price unknown: give --price in=…,out=…"
+    price = Price(found.price["in"], found.price["out"]).words()
+    source = ", by the price table" if found.price_from == "table" else ""
+    return f"about {dollars(rounded(found.cost_usd * NANOS))} at {price} a million tokens{source}"
+
+
+def _time_words(found: Estimate) -> str:
+    match found.bound_by:
+        case "rpm":
+            why = f"{found.prompts} calls at {found.rpm:g} a minute"
+        case "tpm":
+            why = f"{found.input_tokens + found.output_tokens} tokens at {found.tpm:g} a minute"
+        case _:
+            why = f"{found.prompts} calls of {found.seconds_per_call:g} s, {found.concurrency} at a time"
+    return f"about {duration(found.seconds)}: {why}"
