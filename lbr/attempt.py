@@ -46,9 +46,11 @@ async def _answer(
     model: Model, validator: Validator | None, request: Request, deadlines: Deadlines
 ) -> tuple[Reply | None, Failure | None]:
     try:
-        reply = _storable(await deadlines.wait_for(model.answer(request)))
+        asked = replace(request, timeout=deadlines.seconds)
+        reply = _storable(await deadlines.wait_for(model.answer(asked)))
     except DeadlineError:
-        return None, Failure(Family.TRANSIENT, "CallTimeout", f"no answer within {deadlines.seconds:g} s")
+        words = f"no answer within {deadlines.seconds:g} s"
+        return None, Failure(Family.TRANSIENT, "CallTimeout", words, overloaded=True)
     if validator is None:
         return reply, None
     try:

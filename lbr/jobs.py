@@ -229,7 +229,10 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """How a call failed. `error` is the class name; `text` the raw answer, where there was one."""
+    """How a call failed. `error` is the class name; `text` the raw answer, where there was one.
+
+    `overloaded` says that the answerer has too much to do or took too long; see `lbr.retry.is_overload`.
+    """
 
     family: Family
     error: str
@@ -237,6 +240,7 @@ class Failure:
     retry_after: float | None = None
     text: str | None = None
     usage: Usage = NO_USAGE
+    overloaded: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,8 @@ class Request:
     """One call. `seq` counts the job's claims, so a seeded model can tell tries apart.
 
     `last_bad` is the job's previous answer that did not validate, None where there was none; a model that can
-    shows it to the provider together with the validator's words.
+    shows it to the provider together with the validator's words. `timeout` is after how many seconds nobody waits
+    for the answer any more, None where there is no such bound; a client of its own must not give up before.
     """
 
     prompt: Prompt
@@ -28,6 +29,7 @@ class Request:
     job_id: JobId
     seq: int
     last_bad: BadTry | None = None
+    timeout: float | None = None
 
 
 class Model(Protocol):

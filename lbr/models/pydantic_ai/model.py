@@ -48,6 +48,9 @@ class PydanticAIModel:
         schema = request.task.schema
         history = history_of(request)
         settings: ModelSettings = self._settings
+        if request.timeout is not None and "timeout" not in settings:
+            # Else the client gives up after ten minutes, however long the caller is willing to wait.
+            settings = {**settings, "timeout": request.timeout}
         try:
             response = await self._call(
                 self._model,
