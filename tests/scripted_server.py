@@ -31,6 +31,10 @@ class Scripted:
                 self.end_headers()
                 self.wfile.write(data)
 
+            def do_GET(self) -> None:
+                scripted.headers_seen.append((self.path, dict(self.headers.items())))
+                self.send_error(404)
+
             def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - its name there
                 """Say nothing."""
 

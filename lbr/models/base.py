@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Protocol
 from lbr.errors import UsageError
 
 if TYPE_CHECKING:
-    from lbr.jobs import BadTry, JobId, Prompt, Reply, Task
+    from collections.abc import Mapping
+
+    from lbr.jobs import BadTry, JobId, Json, Prompt, Reply, Task
 
 OFFLINE = "offline:"
 OPENROUTER = "openrouter:"
@@ -20,7 +22,8 @@ class Request:
     """One call. `seq` counts the job's claims, so a seeded model can tell tries apart.
 
     `last_bad` is the job's previous answer that did not validate, None where there was none; a model that can
-    shows it to the provider together with the validator's words. `timeout` is after how many seconds nobody waits
+    shows it to the provider together with the validator's words. `settings` are this job's own and go over the
+    task's, None where it has none. `timeout` is after how many seconds nobody waits
     for the answer any more, None where there is no such bound; a client of its own must not give up before.
     """
 
@@ -29,6 +32,7 @@ class Request:
     job_id: JobId
     seq: int
     last_bad: BadTry | None = None
+    settings: Mapping[str, Json] | None = None
     timeout: float | None = None
 
 
