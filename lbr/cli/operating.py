@@ -77,6 +77,8 @@ def _describe_story(story: Story) -> str:
             if story.reused
             else f"{story.model or 'function'}, {story.latency_ms} ms"
         )
+        if story.finish_reason not in {None, "stop"}:
+            source += f", finish reason {story.finish_reason}"
         lines.append(f"answer ({source}): {row.result}")
     for one in story.tries:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.at / 1000))
