@@ -1,7 +1,7 @@
 """Starts the mock server of `@copilotkit/aimock` (not of this project) for one block of a test.
 
-It is an npm package. Node and npm come from a Python package, and the first test that needs it installs it into the
-virtual environment, from wherever npm is configured to look.
+It is an npm package. Node and npm come from a Python package; `./scripts/install`, or else the first test that needs
+it, installs it into the virtual environment, from wherever npm is configured to look.
 """
 
 from __future__ import annotations
@@ -137,3 +137,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
         except OSError:
             time.sleep(0.05)
     raise RuntimeError(f"aimock was not ready within {READY_SECONDS} seconds")
+
+
+if __name__ == "__main__":
+    install()
