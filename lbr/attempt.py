@@ -13,7 +13,7 @@ from lbr.jobs import Failure, Outcome, Reply
 from lbr.retry import failure_of, storable, storable_usage
 
 if TYPE_CHECKING:
-    from lbr.deadlines import Deadlines
+    from lbr.deadlines import Deadlines, Lateness
     from lbr.models.base import Model, Request
     from lbr.prices import Price
     from lbr.structured import Validator
@@ -22,14 +22,14 @@ ANSWER_LIMIT = 50_000_000
 
 
 async def attempt(
-    model: Model, validator: Validator | None, request: Request, deadlines: Deadlines
+    model: Model, validator: Validator | None, request: Request, deadlines: Deadlines, lateness: Lateness
 ) -> Outcome:
     """Make one call and return how it ended; only a cancellation from outside is raised."""
     started = time.perf_counter()
     reply: Reply | None = None
     failure: Failure | None = None
     try:
-        reply, failure = await _answer(model, validator, request, deadlines)
+        reply, failure = await _answer(model, validator, request, deadlines, lateness)
     except asyncio.CancelledError:
         task = asyncio.current_task()
         if task is None or task.cancelling():
@@ -44,12 +44,15 @@ async def attempt(
 
 
 async def _answer(
-    model: Model, validator: Validator | None, request: Request, deadlines: Deadlines
+    model: Model, validator: Validator | None, request: Request, deadlines: Deadlines, lateness: Lateness
 ) -> tuple[Reply | None, Failure | None]:
     try:
-        reply = _storable(await deadlines.wait_for(model.answer(request)))
+        asked = replace(request, timeout=deadlines.seconds)
+        reply = _storable(await deadlines.wait_for(model.answer(asked)))
     except DeadlineError:
-        return None, Failure(Family.TRANSIENT, "CallTimeout", f"no answer within {deadlines.seconds:g} s")
+        words = f"no answer within {deadlines.seconds:g} s"
+        return None, Failure(Family.TRANSIENT, "CallTimeout", words, overloaded=lateness.note(late=True))
+    lateness.note(late=False)
     if validator is None:
         return reply, None
     try:

@@ -157,7 +157,7 @@ class Calls:
             last_bad=claim.history.last_bad,
             settings=claim.settings,
         )
-        outcome = await attempt(served.model, served.validator, request, self._deadlines)
+        outcome = await attempt(served.model, served.validator, request, self._deadlines, served.lateness)
         price = served.price
         self._settle(held, outcome if price is None else priced(outcome, price))
 

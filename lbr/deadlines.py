@@ -1,4 +1,7 @@
-"""How long a call may take: one timer for all calls of a worker, where `asyncio.timeout` would set one for each."""
+"""How long a call may take: one timer for all calls of a worker, where `asyncio.timeout` would set one for each.
+
+And what to make of calls that took too long.
+"""
 
 from __future__ import annotations
 
@@ -61,3 +64,22 @@ class Deadlines:
 
 class DeadlineError(Exception):
     """The time was over."""
+
+
+class Lateness:
+    """Whether an answerer is late so often that it must have too much to do.
+
+    One late call may just have asked for a long answer, and is no reason to make fewer at a time. `share` is a moving
+    average of the calls that were late, in which each call weighs an eighth.
+    """
+
+    WEIGHT = 1 / 8
+    TOO_OFTEN = 1 / 4
+
+    def __init__(self) -> None:
+        self.share = 0.0
+
+    def note(self, *, late: bool) -> bool:
+        """Take note of a call; return whether it says that the answerer has too much to do."""
+        self.share += self.WEIGHT * ((1.0 if late else 0.0) - self.share)
+        return late and self.share > self.TOO_OFTEN

@@ -97,7 +97,8 @@ class CallError(Exception):
     """One model call that failed, and how.
 
     `retry_after` is in seconds, None where nobody said. `text` is the raw answer where there was one,
-    `usage` what the call cost all the same.
+    `usage` what the call cost all the same. `overloaded` says that the answerer has too much to do, or took too
+    long, so that fewer calls at a time may help; of a rate limit the family says so already.
     """
 
     family: Family = Family.TRANSIENT
@@ -111,6 +112,7 @@ class CallError(Exception):
         text: str | None = None,
         kind: str | None = None,
         usage: Usage | None = None,
+        overloaded: bool = False,
     ) -> None:
         super().__init__(message)
         self.family = family or type(self).family
@@ -118,6 +120,7 @@ class CallError(Exception):
         self.text = text
         self.kind = kind or type(self).__name__
         self.usage = usage or NO_USAGE
+        self.overloaded = overloaded
 
 
 def _seconds(value: object) -> float | None:

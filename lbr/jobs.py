@@ -246,7 +246,8 @@ class Claim:
 class Failure:
     """How a call failed. `error` is the class name; `text` the raw answer, where there was one.
 
-    `overloaded` tells that the one who answers has too much to do, so that fewer calls at a time are better.
+    `overloaded` says that the answerer has too much to do or took too long, so that fewer calls at a time are better;
+    see `lbr.retry.is_overload`.
     """
 
     family: Family

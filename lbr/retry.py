@@ -39,7 +39,18 @@ def failure_of(error: BaseException) -> Failure:
         return Failure(Family.TRANSIENT, type(error).__name__, _message(error))
     text = None if error.text is None else storable(error.text)[:TEXT_LIMIT]
     kind = storable(error.kind)[:MESSAGE_LIMIT]
-    return Failure(error.family, kind, _message(error), error.retry_after, text, storable_usage(error.usage))
+    usage = storable_usage(error.usage)
+    return Failure(
+        error.family, kind, _message(error), error.retry_after, text, usage, overloaded=error.overloaded
+    )
+
+
+def is_overload(failure: Failure) -> bool:
+    """Tell whether fewer calls at a time could have avoided a failure: 429, 408, 503, 504, 529, timeouts in numbers.
+
+    Every other failure, also another transient one, says nothing about how much the answerer has to do.
+    """
+    return failure.family is Family.RATE_LIMITED or failure.overloaded
 
 
 def storable(text: str) -> str:

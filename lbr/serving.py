@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from lbr.deadlines import Lateness
 from lbr.errors import UsageError
 from lbr.jobs import RunState
 from lbr.models.base import Kind, kind_of
@@ -35,6 +36,7 @@ class Served:
     validator: Validator | None
     price: Price | None
     extra_tokens: int
+    lateness: Lateness = field(default_factory=Lateness)
 
     @property
     def begins_slowly(self) -> bool:

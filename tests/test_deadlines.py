@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from lbr.deadlines import DeadlineError, Deadlines
+from lbr.deadlines import DeadlineError, Deadlines, Lateness
 
 
 async def test_each_gets_its_own_time() -> None:
@@ -85,3 +85,13 @@ async def test_an_answer_in_spite_of_the_deadline_counts() -> None:
     assert asyncio.current_task().cancelling() == 0  # type: ignore[union-attr]
     with pytest.raises(DeadlineError):
         await deadlines.wait_for(asyncio.sleep(60))
+
+
+def test_one_late_call_is_no_overload() -> None:
+    """A late call now and then says nothing; as soon as many are late, each says that there are too many."""
+    lateness = Lateness()
+    now_and_then = [lateness.note(late=n % 10 == 0) for n in range(1000)]
+    assert not any(now_and_then)
+    assert [lateness.note(late=True) for _ in range(5)] == [False, True, True, True, True]
+    assert not any(lateness.note(late=False) for _ in range(50))
+    assert not lateness.note(late=True)

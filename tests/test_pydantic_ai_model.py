@@ -7,8 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,6 +17,7 @@ from lbr.models.base import Request
 from lbr.models.pydantic_ai import PydanticAIModel, call_error, check_model, family_of, output_mode
 from lbr.models.resolve import Authority, build_model, check_task
 from tests.llmock_server import free_port, serve
+from tests.scripted_server import Scripted
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -82,46 +81,6 @@ def completion(content: Any = "fine", *, finish: Any = "stop", usage: Any = True
     if usage:
         body["usage"] = {"prompt_tokens": 1000, "completion_tokens": 500, "total_tokens": 1500}
     return json.dumps(body)
-
-
-class Scripted:
-    """A server that gives one answer to every call and keeps what it was asked."""
-
-    def __init__(self, status: Any = 200, body: Any = "", headers: Any = None) -> None:
-        self.asked: list[Any] = []
-        self.headers_seen: list[tuple[str, dict[str, str]]] = []
-        scripted = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                text = self.rfile.read(int(self.headers["content-length"]))
-                scripted.asked.append(json.loads(text))
-                scripted.headers_seen.append(
-                    (self.path, {name.lower(): value for name, value in self.headers.items()})
-                )
-                data = body.encode()
-                self.send_response(status)
-                for name, value in {"content-type": "application/json", **(headers or {})}.items():
-                    self.send_header(name, value)
-                self.send_header("content-length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - its name there
-                """Say nothing."""
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
-
-    def __enter__(self) -> Any:
-        self._thread.start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
 
 
 async def ask(

@@ -20,8 +20,9 @@ from lbr.store.engines import open_database
 from lbr.store.queue import Queue
 from lbr.store.schema import attempts, jobs, prompts, results
 from lbr.store.settle import settle
+from tests.scripted_server import Scripted
 from tests.support import ECHO, Cli, Clock, assert_counted, failed, job_row, put, states
-from tests.test_pydantic_ai_model import Scripted, completion
+from tests.test_pydantic_ai_model import completion
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

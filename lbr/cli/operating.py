@@ -80,6 +80,8 @@ def _describe_story(story: Story) -> str:
             if story.reused
             else f"{story.model or 'function'}, {story.latency_ms} ms"
         )
+        if story.finish_reason not in {None, "stop"}:
+            source += f", finish reason {story.finish_reason}"
         lines.append(f"answer ({source}): {row.result}")
         lines += _usage_lines(story)
     for one in story.tries:

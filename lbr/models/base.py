@@ -23,7 +23,8 @@ class Request:
 
     `last_bad` is the job's previous answer that did not validate, None where there was none; a model that can
     shows it to the provider together with the validator's words. `settings` are this job's own and go over the
-    task's, None where it has none.
+    task's, None where it has none. `timeout` is after how many seconds nobody waits for the answer any more, None
+    where there is no such bound; a client of its own must not give up before.
     """
 
     prompt: Prompt
@@ -32,6 +33,7 @@ class Request:
     seq: int
     last_bad: BadTry | None = None
     settings: Mapping[str, Json] | None = None
+    timeout: float | None = None
 
 
 class Model(Protocol):

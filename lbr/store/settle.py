@@ -9,6 +9,7 @@ from sqlalchemy import literal_column, select, update
 
 from lbr.errors import NO_USAGE, DatabaseError, Family, Usage
 from lbr.jobs import JobId, JobState, Millis, RunId, RunState, Settlement
+from lbr.retry import is_overload
 from lbr.store import counters
 from lbr.store.arrays import Bulk, Given, Inserting, among
 from lbr.store.limiting import Lesson, learn
@@ -336,7 +337,7 @@ def _lessons(ended: list[Settlement], standing: dict[int, AnyRow], now: Millis) 
     lessons: dict[str, Lesson] = {}
     for s in ended:
         claim, failure = s.claim, s.outcome.failure
-        too_much = failure is not None and (failure.family is Family.RATE_LIMITED or failure.overloaded)
+        too_much = failure is not None and is_overload(failure)
         if not (claim.tokens or claim.narrow or too_much):
             continue
         lesson = lessons.setdefault(standing[claim.job_id].answerer, Lesson())

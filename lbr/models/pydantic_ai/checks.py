@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lbr.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from pydantic_ai.models import Model
     from pydantic_ai.providers import Provider
@@ -22,6 +22,13 @@ FORBIDDEN_SETTINGS = {
     "extra_headers": "settings are stored in the database, and headers carry keys",
 }
 
+_AUTHORITY = re.compile(
+    r"(?:.*_)?(?:api_?(?:base|key|url)|(?:base|server)_?url|endpoint|authorization|headers|http_client|prox(?:y|ies))\Z"
+)
+"""Names by which a setting would say where calls go or with whose key; also what a relay would take from a body."""
+
+_SCHEMA_WORDS = frozenset({"properties", "$defs", "definitions"})
+
 _SLIM_EXTRA = re.compile(r"pydantic-ai-slim\[([\w-]+)\]")
 
 
@@ -32,8 +39,11 @@ def check_model(name: str, settings: Mapping[str, Json], *, schema: dict[str, Js
     """
     if schema is not None:
         _check_schema(schema)
+    check_authority(settings)
     provider_class_of(name)
-    _check_settings(name, settings, _keyless_model(name))
+    model = _keyless_model(name)
+    if model is not None:
+        check_known(name, settings, model)
 
 
 def _check_schema(schema: dict[str, Json]) -> None:
@@ -137,12 +147,38 @@ def _keyless_provider(provider_name: str, provider_class: type[Provider[Any]]) -
     return Keyless()
 
 
-def _check_settings(name: str, settings: Mapping[str, Json], model: Model | None) -> None:
+def check_authority(settings: Mapping[str, Json]) -> None:
+    """Raise UsageError for settings that say more than how to answer: who is called, with which key, how often.
+
+    Settings come out of a database, and a database is data: whoever can write to it must not move the calls, with the
+    key of the worker, to a server of theirs. Needs no provider.
+    """
     for setting, reason in FORBIDDEN_SETTINGS.items():
         if setting in settings:
             raise UsageError(f"the setting {setting} cannot be set: {reason}")
-    if model is None:
-        return
+    for setting in _names(settings):
+        if _AUTHORITY.match(setting.rpartition(".")[2].lower().replace("-", "_")):
+            raise UsageError(
+                f"the setting {setting} cannot be set: settings are stored in the database, and where calls go and with "
+                f"which key is for the worker's environment to say, such as OPENAI_BASE_URL and OPENAI_API_KEY"
+            )
+
+
+def _names(value: Json, path: str = "") -> Iterator[str]:
+    """Yield the paths of all names in a value, but not what a JSON schema in it calls the fields of an answer."""
+    if isinstance(value, list):
+        for one in value:
+            yield from _names(one, path)
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield f"{path}{name}"
+            if name in _SCHEMA_WORDS and isinstance(inner, dict):
+                inner = list(inner.values())  # noqa: PLW2901 - the names of fields are anybody's choice
+            yield from _names(inner, f"{path}{name}.")
+
+
+def check_known(name: str, settings: Mapping[str, Json], model: Model) -> None:
+    """Raise UsageError for a setting that the model does not know, or of another type."""
     known = _known_settings(model)
     for setting, value in settings.items():
         if setting not in known:

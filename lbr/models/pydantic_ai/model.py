@@ -6,8 +6,8 @@ import os
 import re
 from typing import TYPE_CHECKING, Any, Literal
 
-from lbr.errors import UsageError
-from lbr.models.pydantic_ai.checks import missing_package, provider_class_of
+from lbr.errors import Permanent, UsageError
+from lbr.models.pydantic_ai.checks import check_authority, check_known, missing_package, provider_class_of
 from lbr.models.pydantic_ai.history import history_of
 from lbr.models.pydantic_ai.replies import ANSWER_TOOL, call_error, clean, reply_of
 
@@ -30,14 +30,18 @@ _ENVIRONMENT_NAME = re.compile(r"`([A-Z][A-Z0-9_]{3,})`")
 class PydanticAIModel:
     """One provider's model with one HTTP client, built once; the provider's SDK does not retry.
 
-    Construction raises UsageError when the key is missing, with the environment variable to set.
+    Construction raises UsageError when the key is missing, with the environment variable to set, and for settings
+    that no database may bring.
     """
 
     def __init__(self, name: str, *, task_settings: Mapping[str, Json], api_key: str | None = None) -> None:
         from pydantic_ai.direct import model_request  # noqa: PLC0415
 
         self._api_key = api_key
+        self._name = name
+        check_authority(task_settings)  # again, for whoever wrote to the database need not have been lbr
         self._model = _build(name, api_key)
+        check_known(name, task_settings, self._model)
         self._fixed = {} if "max_retries" in self._model.unsupported_settings else {"max_retries": 0}
         self._settings: Any = {**task_settings, **self._fixed}
         self._call = model_request
@@ -48,7 +52,10 @@ class PydanticAIModel:
         history = history_of(request)
         settings: ModelSettings = self._settings
         if request.settings is not None:
-            settings = self._settings | request.settings | self._fixed
+            settings = self._settings | self._checked(request.settings) | self._fixed
+        if request.timeout is not None and "timeout" not in settings:
+            # Else the client gives up after ten minutes, however long the caller is willing to wait.
+            settings = {**settings, "timeout": request.timeout}
         try:
             response = await self._call(
                 self._model,
@@ -59,6 +66,14 @@ class PydanticAIModel:
         except Exception as error:
             raise call_error(error, api_key=self._api_key) from error
         return reply_of(response)
+
+    def _checked(self, settings: Mapping[str, Json]) -> Mapping[str, Json]:
+        try:
+            check_authority(settings)
+            check_known(self._name, settings, self._model)
+        except UsageError as error:
+            raise Permanent(str(error), kind="UsageError") from error
+        return settings
 
     async def aclose(self) -> None:
         """Close the HTTP client."""

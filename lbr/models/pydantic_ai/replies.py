@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ import orjson
 
 from lbr.errors import CallError, Family, Permanent, Usage
 from lbr.jobs import Reply
+from lbr.models.pydantic_ai.families import family_of, headers_of, is_overloaded, message_of, retry_delay_of
+from lbr.models.pydantic_ai.waits import wait_of
 
 if TYPE_CHECKING:
     from pydantic_ai.messages import ModelResponse
@@ -25,15 +28,14 @@ _SECRET_NAME = re.compile(r"(?:KEY|TOKEN|SECRET|PASSWORD)S?\Z", re.IGNORECASE)
 def reply_of(response: ModelResponse) -> Reply:
     """Read a response; CallError when it holds no answer."""
     text = _answer_text(response)
+    if response.finish_reason == "content_filter":
+        raise _refusal(response, text)
+    if response.finish_reason == "error":
+        # OpenRouter passes a failure behind it on like this, with as much of the answer as had come.
+        raise CallError(
+            "the provider broke off in the answer", kind="BrokenAnswer", text=text, usage=_usage(response)
+        )
     if not text.strip():
-        details = response.provider_details or {}
-        if response.finish_reason == "content_filter":
-            said = details.get("refusal") or "no reason given"
-            raise Permanent(
-                clean(f"the provider refused to answer: {said}"),
-                kind="ContentFilterError",
-                usage=_usage(response),
-            )
         hint = "; raise max_tokens" if response.finish_reason == "length" else ""
         raise CallError(
             f"the answer is empty, finish reason: {response.finish_reason}{hint}",
@@ -42,6 +44,18 @@ def reply_of(response: ModelResponse) -> Reply:
         )
     return Reply(
         text=text, usage=_usage(response), model=response.model_name, finish_reason=response.finish_reason
+    )
+
+
+def _refusal(response: ModelResponse, text: str) -> Permanent:
+    """Say that the answer was filtered, and keep what had come of it."""
+    said = (response.provider_details or {}).get("refusal")
+    words = said or " ".join(text.split()) or "no reason given"
+    return Permanent(
+        clean(f"the provider refused to answer: {words}"),
+        kind="ContentFilterError",
+        text=text if text.strip() else said,
+        usage=_usage(response),
     )
 
 
@@ -72,60 +86,40 @@ def _cost_nanos(response: ModelResponse) -> int | None:
         return None
 
 
-def call_error(error: Exception, *, api_key: str | None = None) -> CallError:
-    """Say in lbr's words how a call failed; no key gets into the message."""
+def call_error(error: Exception, *, api_key: str | None = None, now: float | None = None) -> CallError:
+    """Say in lbr's words how a call failed; no key gets into the message.
+
+    `now`, in seconds since 1970, is what resets of rate limits are compared with; None asks the clock.
+    """
     kind = type(error).__name__.lstrip("_").removeprefix("HTTP")
+    family = family_of(error)
     return CallError(
         clean(_provider_words(error), api_key) or kind,
-        family=family_of(error),
-        retry_after=getattr(error, "retry_after", None),
+        family=family,
+        retry_after=_retry_after(error, family, time.time() if now is None else now),
         kind=kind,
+        overloaded=family is Family.TRANSIENT and is_overloaded(error),
     )
 
 
-def family_of(error: Exception) -> Family:
-    """Sort an error of a call by pydantic-ai's classes and the HTTP status."""
-    from pydantic_ai import exceptions  # noqa: PLC0415
-
-    status = getattr(error, "status_code", None) or 0
-    if isinstance(error, exceptions.ModelQuotaExceededError | exceptions.ModelAuthenticationError):
-        return Family.ACCOUNT
-    if isinstance(error, exceptions.ModelRateLimitError) or status == 429:
-        return Family.RATE_LIMITED
-    if status in {408, 409}:
-        return Family.TRANSIENT
-    if isinstance(
-        error, exceptions.ModelRequestRejectedError | exceptions.ContentFilterError | exceptions.UserError
-    ):
-        # Also a 403 that is about the prompt (OpenRouter's moderation), which must not pause the whole run.
-        return Family.PERMANENT
-    if status in {401, 402, 403}:
-        return Family.ACCOUNT
-    return Family.PERMANENT if 400 <= status < 500 else Family.TRANSIENT
+def _retry_after(error: Exception, family: Family, now: float) -> float | None:
+    asked: float | None = getattr(error, "retry_after", None)
+    if asked is not None or family is not Family.RATE_LIMITED:
+        # Resets come with every answer, and say nothing about when a broken server will be well.
+        return asked
+    headers = headers_of(error)
+    delay = retry_delay_of(error)
+    return wait_of(headers if delay is None else headers | {"ratelimit-reset": delay}, now)
 
 
 def _provider_words(error: Exception) -> str:
-    said = _message_in(getattr(error, "body", None))
+    said = message_of(error)
     if said is None:
         return str(error)
     status = getattr(error, "status_code", None)
     words = said if status is None else f"{said} (HTTP {status})"
     suggestion = getattr(error, "suggested_model_id", None)
     return f"{words}; did you mean {suggestion!r}?" if suggestion else words
-
-
-def _message_in(body: object) -> str | None:
-    """Find the message in an error's body, with what OpenRouter passes on from the provider behind it."""
-    match body:
-        case str() if body.strip():
-            return body
-        case {"message": str(message), "metadata": {"raw": str(raw)}}:
-            return f"{message}: {raw}"
-        case {"message": str(message)} | {"detail": str(message)}:
-            return message
-        case {"error": inner}:
-            return _message_in(inner)
-    return None
 
 
 def clean(text: str, api_key: str | None = None) -> str:
