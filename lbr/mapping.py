@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from lbr import outputs, progress
-from lbr.api import opened, put
+from lbr.api import put
 from lbr.asking import ask, check_servable
 from lbr.config import (
     CALL_TIMEOUT,
@@ -26,8 +26,8 @@ from lbr.errors import DatabaseError, LbrError, UsageError
 from lbr.jobs import JobState, Run, RunState, Shape
 from lbr.prices import read_price
 from lbr.sources import Source
-from lbr.store import mirror, reads, runs
-from lbr.store.engines import file_of, remove_queue, shown
+from lbr.store import mirror, reads, redo, runs
+from lbr.store.engines import file_of, opened, remove_queue, shown
 from lbr.store.runs import RunSpec
 from lbr.worker import Worker
 
@@ -118,7 +118,7 @@ async def prompt_map(
             _say(notice)
         found = await reads.find_run(database, name)
         if retry_failed:
-            await runs.retry(database, found)
+            await redo.retry(database, found)
         if found.state is RunState.PAUSED:
             # Whoever calls again has mended what paused it, or will be told once more.
             await runs.resume(database, found)

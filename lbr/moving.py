@@ -6,12 +6,11 @@ import asyncio
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from lbr.api import opened
 from lbr.config import DB_URL_DEFAULT
 from lbr.errors import DatabaseError, UsageError
 from lbr.jobs import JobState
 from lbr.store import contents, reads, transfer
-from lbr.store.engines import shown
+from lbr.store.engines import opened, shown
 from lbr.store.queue import Queue
 
 if TYPE_CHECKING:

@@ -372,7 +372,7 @@ async def test_settings_are_the_jobs_own(database: Database) -> None:
     (claim,) = await _claim(database, run)
     assert (claim.prompt.text, claim.settings) == ("length", {"seed": 3, "latency": 0})
     await settle(database, [replace(failed(claim, FAILURES["refused"]), state=JobState.FAILED)])
-    assert await runs.retry(database, run) == 1
+    assert await redo.retry(database, run) == 1
     (claim,) = await _claim(database, run)
     assert claim.settings == {"seed": 3, "latency": 0}
     await settle(database, [ended(claim)])
@@ -536,7 +536,7 @@ async def test_reparse_counts_nothing_twice(database: Database) -> None:
 async def test_reparse_looks_at_the_last_try(database: Database) -> None:
     """A job that failed for another reason since is not answered by what it said before."""
     run, _ = await settled(database, ["bad", "stop"], task=replace(ECHO, schema=SHAPE))
-    await runs.retry(database, run)
+    await redo.retry(database, run)
     (claim,) = await _claim(database, run)
     assert (await redo.reparse(database, run, str)).taken == 0
     await settle(database, [replace(failed(claim, FAILURES["refused"]), state=JobState.FAILED)])
@@ -575,7 +575,7 @@ async def test_what_changed_since_the_look_is_left(database: Database) -> None:
     _, seen, bad = await database.read(lambda connection: redo._bad_answers(connection, run, 0))
     fitting = {one.job_id: redo._result(run, one, "{}") for one in bad}
     assert len(fitting) == 2
-    await runs.retry(database, run)
+    await redo.retry(database, run)
     assert await database.write(lambda c: redo._take(database, c, run, seen, fitting)) == 0
     assert await database.write(lambda c: redo._put_back(database, c, run, seen, None)) == 0
     assert await states(database, run) == {"pending": 2, "done": 1}

@@ -19,7 +19,7 @@ from lbr.errors import (
     UsageError,
 )
 from lbr.jobs import Failure, Item, JobState, KeyMaker, Prompt, RunState, Shape, Task, WorkerId
-from lbr.store import enqueue, limiting, reads, runs, schema
+from lbr.store import enqueue, limiting, reads, redo, runs, schema
 from lbr.store.engines import open_database
 from lbr.store.queue import Queue
 from lbr.store.settle import settle
@@ -279,12 +279,12 @@ async def test_cancel_and_retry_do_not_mix(
     run = await put(database, [f"p{n}" for n in range(40)])
     other = await open_database(db_url)
     for _ in range(5):
-        await asyncio.gather(runs.cancel(database, run), runs.retry(other, run))
+        await asyncio.gather(runs.cancel(database, run), redo.retry(other, run))
         state = (await reads.find_run(database, "r")).state
         expected = "cancelled" if state is RunState.CANCELLED else "pending"
         if await states(database, run) != {expected: 40}:
             # The one that came first may have ended on a page that the other had already passed.
-            await (runs.cancel if state is RunState.CANCELLED else runs.retry)(database, run)
+            await (runs.cancel if state is RunState.CANCELLED else redo.retry)(database, run)
         assert await states(database, run) == {expected: 40}
     await other.close()
     await assert_counted(database, run)
@@ -406,7 +406,7 @@ async def test_retry_gives_back_every_try(database: Database) -> None:
     queue, worker, _ = await two_workers(database)
     bad, good = await queue.claim(worker, [run.id], 2, lease=60)
     await settle(database, [failed(bad, PERMANENT), answered(good)])
-    assert await runs.retry(database, run) == 1
+    assert await redo.retry(database, run) == 1
     assert await states(database, run) == {"pending": 1, "done": 1}
     (again,) = await queue.claim(worker, [run.id], 2, lease=60)
     assert (again.attempts, again.crashes, again.claim_seq, again.history.bad_answers) == (0, 0, 2, 0)
@@ -428,7 +428,7 @@ async def test_cancel_keeps_answers_on_their_way(database: Database, clock: Cloc
     await assert_counted(database, run)
     with pytest.raises(UsageError, match="lbr retry r"):
         await runs.resume(database, run)
-    assert await runs.retry(database, run) == 3
+    assert await redo.retry(database, run) == 3
     (claim, *_rest) = await queue.claim(worker, [run.id], 3, lease=60)
     clock.forward(61)
     await runs.cancel(database, run)
@@ -553,7 +553,7 @@ async def test_late_failure_does_not_undo_a_retry(database: Database, clock: Clo
     await runs.cancel(database, run)
     clock.forward(61)
     await queue.reclaim()
-    assert await runs.retry(database, run) == 1
+    assert await redo.retry(database, run) == 1
     assert (await settle(database, [failed(claim, PERMANENT)])).stale == {claim.job_id}
     assert await states(database, run) == {"pending": 1}
     assert await queue.renew(worker, [claim], lease=60, settled=0, rate=0.0) == {claim.job_id}

@@ -1,4 +1,4 @@
-"""The command line: flags in, words and exit codes out. Everything it does is a call of `lbr.api`."""
+"""The command line: flags in, words and exit codes out. Everything it does is a call of `lbr.api` or `lbr.operating`."""
 
 from __future__ import annotations
 

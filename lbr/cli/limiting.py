@@ -8,7 +8,7 @@ from typing import Any
 import click
 import orjson
 
-from lbr import api
+from lbr import operating
 from lbr.cli.app import database_option, tell
 from lbr.config import a_minute, at_least_one
 from lbr.errors import UsageError
@@ -61,7 +61,7 @@ def limit(
     )
     if values and scope is None:
         raise UsageError("expected a SCOPE to set limits of, got: none; `lbr status` names them")
-    found = asyncio.run(api.limit(scope, values, **db))
+    found = asyncio.run(operating.limit(scope, values, **db))
     for one in found:
         tell(orjson.dumps(one) if as_json else describe_limit(one))
     if not found and not as_json:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import orjson
 
-from lbr import api
+from lbr import operating
 from lbr.cli.app import database_option, read_setting, tell
 from lbr.config import positive
 from lbr.errors import UsageError
@@ -45,7 +45,7 @@ def _print_status(
     db: dict[str, Any], run: str | None, *, as_json: bool, watch: bool, pause_seconds: float
 ) -> None:
     while True:
-        found = asyncio.run(api.status(run, **db))
+        found = asyncio.run(operating.status(run, **db))
         if watch and not as_json and sys.stdout.isatty():
             click.clear()
         tell(orjson.dumps(found.to_dict()) if as_json else describe(found))
@@ -62,7 +62,7 @@ def _print_status(
 @click.pass_obj
 def show(db: dict[str, Any], /, run: str, idx: int, as_json: bool) -> None:
     """Tell everything about the input at place IDX, counted from 0: its job, its answer, its failed tries."""
-    story = asyncio.run(api.show(run, idx, **db))
+    story = asyncio.run(operating.show(run, idx, **db))
     fields = story.row.to_dict() | {k: v for k, v in asdict(story).items() if k != "row"}
     tell(orjson.dumps(fields) if as_json else _describe_story(story))
 
@@ -150,14 +150,14 @@ def retry(
             raise UsageError(
                 "expected --reparse alone or with --result-type, got: --where or --set beside it"
             )
-        tell(_describe_reparsed(run, asyncio.run(api.reparse(run, result_types=result_types, **db))))
+        tell(_describe_reparsed(run, asyncio.run(operating.reparse(run, result_types=result_types, **db))))
         return
     if result_types:
         raise UsageError(
             "expected --result-type beside --reparse, got: it alone; name it to `lbr worker` instead"
         )
     own = dict(read_setting(one) for one in settings)
-    count = asyncio.run(api.retry(run, where=where, settings=own, **db))
+    count = asyncio.run(operating.retry(run, where=where, settings=own, **db))
     tell(f"run {run}: {count} jobs back to pending")
 
 
@@ -172,7 +172,7 @@ def _describe_reparsed(run: str, reparsed: Reparsed) -> str:
 @click.pass_obj
 def cancel(db: dict[str, Any], /, run: str) -> None:
     """Cancel a run's pending jobs; calls in flight end and their answers are kept."""
-    tell(f"run {run}: {asyncio.run(api.cancel(run, **db))} jobs cancelled")
+    tell(f"run {run}: {asyncio.run(operating.cancel(run, **db))} jobs cancelled")
 
 
 @click.command()
@@ -182,7 +182,7 @@ def cancel(db: dict[str, Any], /, run: str) -> None:
 @click.pass_obj
 def pause(db: dict[str, Any], /, run: str, reason: str) -> None:
     """Stop the claiming of a run's jobs, in every worker, until `lbr resume`."""
-    asyncio.run(api.pause(run, reason=reason, **db))
+    asyncio.run(operating.pause(run, reason=reason, **db))
     tell(f"run {run}: paused")
 
 
@@ -198,5 +198,5 @@ def pause(db: dict[str, Any], /, run: str, reason: str) -> None:
 @click.pass_obj
 def resume(db: dict[str, Any], /, run: str, max_cost: float | None) -> None:
     """Let a paused run's jobs be claimed again."""
-    asyncio.run(api.resume(run, max_cost=max_cost, **db))
+    asyncio.run(operating.resume(run, max_cost=max_cost, **db))
     tell(f"run {run}: active")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lbr import api, outputs, progress
+from lbr import api, operating, outputs, progress
 from lbr.cli.app import database_option, say
 from lbr.cli.collecting import describe, exit_code
 from lbr.cli.enqueueing import enqueue_inputs, task_options
@@ -106,7 +106,7 @@ async def _run(
             await work_in_processes(db, processes, runs=(report.run,), until="done", **how, **may)
         else:
             await serve(db, line, run=report.run, **how, **may)
-    (now,) = (await api.status(report.run, **db)).runs
+    (now,) = (await operating.status(report.run, **db)).runs
     if not now.finished:
         way_out = "run the same command again to resume"
         if now.pause_reason:
@@ -168,13 +168,13 @@ async def _looking(
     db: dict[str, Any], run: str, look: Callable[[progress.RunStatus], None]
 ) -> AsyncIterator[None]:
     async def watch() -> None:
-        async for status in api.follow(run, seconds=LOOK_SECONDS, **db):
+        async for status in operating.follow(run, seconds=LOOK_SECONDS, **db):
             look(status)
 
     watching = asyncio.create_task(watch())
     try:
         yield
-        (last,) = (await api.status(run, **db)).runs
+        (last,) = (await operating.status(run, **db)).runs
         look(last)
     finally:
         watching.cancel()

@@ -6,6 +6,7 @@ rest of the store knows `lbr.store.database.Database`.
 
 from __future__ import annotations
 
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from lbr.config import PATIENCE
@@ -13,7 +14,7 @@ from lbr.store import files, sqlite
 from lbr.store.addresses import address_of, is_postgresql
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
@@ -51,6 +52,18 @@ async def open_database(
         await database.close()
         raise
     return database
+
+
+@asynccontextmanager
+async def opened(
+    url: str, *, create: bool = False, allow_network_fs: bool = False, patience: float = PATIENCE
+) -> AsyncIterator[Database]:
+    """Open a queue for a while; see `open_database`."""
+    database = await open_database(url, create=create, allow_network_fs=allow_network_fs, patience=patience)
+    try:
+        yield database
+    finally:
+        await database.close()
 
 
 def file_of(url: str) -> Path | None:

@@ -205,7 +205,7 @@ def _read_condition(text: str) -> Condition:
 async def retry(
     database: Database,
     run: Run,
-    conditions: Sequence[Condition],
+    conditions: Sequence[Condition] = (),
     settings: Mapping[str, Json] | None = None,
 ) -> int:
     """Put the jobs that meet all conditions back to pending with all their tries; return how many.

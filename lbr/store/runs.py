@@ -276,18 +276,7 @@ async def cancel(database: Database, run: Run) -> int:
         await connection.execute(update(runs).where(runs.c.id == run.id).values(**values))
 
     await database.write(mark)
-    return await _move(database, run, (JobState.PENDING,), JobState.CANCELLED, cancelled=True)
-
-
-async def retry(database: Database, run: Run) -> int:
-    """Put the failed and cancelled jobs of a run back to pending with all their tries; return how many.
-
-    A cancelled run becomes active again. Answers, history and claim_seq stay.
-    """
-    await revive(database, run)
-    return await _move(
-        database, run, (JobState.FAILED, JobState.CANCELLED), JobState.PENDING, cancelled=False
-    )
+    return await _cancel_pending(database, run)
 
 
 async def revive(database: Database, run: Run) -> None:
@@ -303,29 +292,26 @@ async def revive(database: Database, run: Run) -> None:
     await database.write(work)
 
 
-async def _move(
-    database: Database, run: Run, sources: tuple[JobState, ...], target: JobState, *, cancelled: bool
-) -> int:
-    """Move a run's jobs between resting states, in short transactions of one page each.
+async def _cancel_pending(database: Database, run: Run) -> int:
+    """Cancel a run's pending jobs, in short transactions of one page each; return how many.
 
-    It ends early where the run has meanwhile been taken up or cancelled by somebody else, who then moves them back.
+    It ends early where the run has meanwhile been taken up again, by somebody who then moves them back.
     """
     moved, last = 0, 0
     while True:
 
         async def work(connection: AsyncConnection, after: int = last) -> list[tuple[int, str]]:
-            state = (await hold_states(connection, [run.id]))[run.id]
-            if (state is RunState.CANCELLED) != cancelled:
+            if (await hold_states(connection, [run.id]))[run.id] is not RunState.CANCELLED:
                 return []
             query = (
                 select(jobs.c.id, jobs.c.state)
-                .where(jobs.c.id > after, jobs.c.run_id == run.id, jobs.c.state.in_(sources))
+                .where(jobs.c.id > after, jobs.c.run_id == run.id, jobs.c.state == JobState.PENDING)
                 .order_by(jobs.c.id)
                 .limit(BATCH)
                 .with_for_update()
             )
             page = [(row.id, row.state) for row in (await connection.execute(query)).all()]
-            await move_page(database, connection, run, page, target)
+            await move_page(database, connection, run, page, JobState.CANCELLED)
             return page
 
         page = await database.write(work)
