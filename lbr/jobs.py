@@ -169,7 +169,8 @@ class KeyMaker:
 class Run:
     """A run as stored. `sealed_at` is None while its enqueue has not come to its end.
 
-    `price` is what its user says that its calls cost, None where the provider and the price table are asked.
+    `price` is what its user says that its calls cost, None where the provider and the price table are asked;
+    `budget_nanos` what it may cost in billionths of a US dollar, None without a limit.
     """
 
     id: RunId
@@ -183,6 +184,7 @@ class Run:
     enqueued_at: Millis
     sealed_at: Millis | None
     price: Price | None = None
+    budget_nanos: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from lbr import progress
 from lbr.asking import check_settings, checker
 from lbr.config import DB_URL_DEFAULT, a_minute, at_least_one, nanos_of, one_of
 from lbr.models.base import model_string
+from lbr.serving import check_tells_cost
 from lbr.store import limiting, reads, redo, runs
 from lbr.store.engines import opened
 
@@ -108,6 +109,8 @@ async def resume(
     nanos = None if max_cost is None or lifted else nanos_of("max_cost", max_cost)
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         found = await reads.find_run(database, run)
+        if nanos is not None:
+            check_tells_cost(found)
         if nanos is not None or lifted:
             await limiting.set_budget(database, found.id, nanos)
         await runs.resume(database, found)

@@ -27,7 +27,8 @@ class RunStatus:
     from another run. `rate` is jobs per second of the workers now, `eta_seconds` None where nobody works or
     nothing is left. `cost_usd` is None where no price was known, or nothing was spent; `wasted_usd` is the part of
     it that went to tries that were no answers, or came too late. `price` is what the run's user says that a million
-    tokens cost, None where the provider and the price table are asked. `errors` counts tries by family.
+    tokens cost, None where the provider and the price table are asked; `max_cost_usd` what the run may cost, None
+    without a limit. `errors` counts tries by family.
     """
 
     run: str
@@ -52,6 +53,7 @@ class RunStatus:
     cost_usd: float | None
     wasted_usd: float | None
     price: dict[str, float] | None
+    max_cost_usd: float | None
     errors: dict[str, int]
     rate: float
     eta_seconds: float | None
@@ -159,6 +161,7 @@ def _run_status(one: RunCounts, rate: float) -> RunStatus:
         cost_usd=cost / NANOS if cost else None,
         wasted_usd=counts[counters.WASTED_NANOS] / NANOS if cost else None,
         price=None if one.run.price is None else one.run.price.to_dict(),
+        max_cost_usd=None if one.run.budget_nanos is None else one.run.budget_nanos / NANOS,
         errors=errors,
         rate=rate if one.open else 0.0,
         eta_seconds=one.open / rate if one.open and rate > 0 else None,
@@ -252,6 +255,8 @@ def _describe_run(run: RunStatus) -> list[str]:
     if run.price is not None:
         price = Price(run.price["in"], run.price["out"])
         lines.append(f"  price of calls {price.words()}, in dollars for a million tokens")
+    if run.max_cost_usd is not None:
+        lines.append(f"  may cost {dollars(round(run.max_cost_usd * NANOS))}")
     if run.errors:
         lines.append("  tries that failed: " + ", ".join(f"{n} {family}" for family, n in run.errors.items()))
     if run.crashed or run.stale:

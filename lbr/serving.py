@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lbr.deadlines import Lateness
 from lbr.errors import UsageError
 from lbr.jobs import RunState
-from lbr.models.base import Kind, kind_of
+from lbr.models.base import Kind, kind_of, tells_cost
 from lbr.models.function import identify
 from lbr.models.resolve import build_model, build_validator
 from lbr.tokens import ASSUMED_OUTPUT_TOKENS, most_output_tokens, task_characters, tokens_of
@@ -45,10 +45,14 @@ class Served:
 
 
 class Servings:
-    """Builds each run's answerer once; runs that ask for the same task share it, with its connections."""
+    """Builds each run's answerer once; runs that ask for the same task share it, with its connections.
 
-    def __init__(self, authority: Authority, *, concurrency: int) -> None:
+    With `limits_cost`, a run of whose calls nobody will know the cost is not served.
+    """
+
+    def __init__(self, authority: Authority, *, concurrency: int, limits_cost: bool) -> None:
         self._authority = authority
+        self._limits_cost = limits_cost
         self._concurrency = concurrency
         self._models: dict[str, Model] = {}
         self.served: dict[RunId, Served] = {}
@@ -75,6 +79,8 @@ class Servings:
         return notices
 
     def _serve(self, run: Run) -> Served:
+        if self._limits_cost:
+            check_tells_cost(run)
         identity = run.task.to_json()
         validator = build_validator(run.task, self._authority)
         if identity not in self._models:
@@ -98,6 +104,20 @@ class Servings:
         for model in self._models.values():
             await model.aclose()
         self._models.clear()
+
+
+def check_tells_cost(run: Run) -> None:
+    """Raise UsageError where what a run costs cannot be limited, for nobody will know what its calls cost."""
+    if run.task.function is not None:
+        raise UsageError(
+            f"expected a run of a model to limit the cost of, got: run {run.name!r} of {run.task.answerer}, whose calls "
+            f"tell no cost; serve it without --max-cost"
+        )
+    if not tells_cost(run.task, run.price):
+        raise UsageError(
+            f"expected a known price to limit the cost of run {run.name!r} by, got: none for {run.task.answerer}, which "
+            f"the price table does not have; give it with --price in=…,out=… at the enqueue, which may be repeated"
+        )
 
 
 def _extra_tokens(task: Task) -> int:

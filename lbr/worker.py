@@ -66,7 +66,9 @@ class Worker:
         self._run_names = run_names
         self._notify = notify
         self._pacing = Pacing(database, options)
-        self._servings = Servings(authority, concurrency=options.concurrency)
+        self._servings = Servings(
+            authority, concurrency=options.concurrency, limits_cost=options.max_cost is not None
+        )
         self.report = WorkReport()
         self._rng = rng or Random()  # noqa: S311 - jitter
         self._calls = Calls(

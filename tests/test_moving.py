@@ -95,6 +95,18 @@ async def test_everything_comes_along_and_the_rest_is_done_there(urls: tuple[str
     assert (await lbr.move("r", db_url=source, to_url=target)).known
 
 
+async def test_what_a_run_may_cost_comes_along(urls: tuple[str, str]) -> None:
+    """Price and budget are the same there, with what was spent, so that a move lets nobody spend more."""
+    source, target = urls
+    price = "in=3,out=15"
+    await lbr.enqueue([f"p{n}" for n in range(5)], run="r", model="offline:echo", price=price, db_url=source)
+    await lbr.work(run="r", max_cost=1.5, db_url=source)
+    await lbr.move("r", db_url=source, to_url=target)
+    here, there = [(await lbr.status("r", db_url=url)).runs[0] for url in urls]
+    assert (there.price, there.max_cost_usd) == ({"in": 3.0, "out": 15.0}, 1.5)
+    assert there.cost_usd == here.cost_usd == pytest.approx(5 * 18e-6)
+
+
 async def test_interrupted_move_goes_on(urls: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever page it stopped behind, the same call completes the copy, and two at once do the work of one."""
     monkeypatch.setattr(contents, "_PLACES", contents._PLACES.limit(10))

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lbr.errors import Family, Usage
+import lbr
+from lbr.errors import Family, Usage, UsageError
 from lbr.jobs import Failure, Outcome, Reply
 from lbr.retry import RetryPolicy, decide
 from lbr.store import limiting, reads, runs
@@ -286,9 +287,11 @@ def test_refusals_cool_every_worker_down(cli: Cli) -> None:
     assert seen["faults_injected"] > 0
     found = json.loads(cli("status", "in", "--json").stdout)
     assert (found["runs"][0]["done"], found["runs"][0]["failed"]) == (75, 0)
-    assert found["runs"][0]["errors"] == {"rate_limited": seen["faults_injected"]}
+    assert found["runs"][0]["errors"]["rate_limited"] == seen["faults_injected"]
     assert found["limits"][0]["at_a_time"] < 24
-    assert cli.query("SELECT max(attempts) FROM jobs") == [(1,)]
+    # A connection that the server closed for its long rest while it was used again is charged; a refusal is not.
+    tries = "SELECT count(*) FROM attempts WHERE job_id = jobs.id AND family = 'transient'"
+    assert cli.query(f"SELECT count(*) FROM jobs WHERE attempts != 1 + ({tries})") == [(0,)]
 
 
 @pytest.mark.processes
@@ -308,3 +311,42 @@ def test_budget_stops_every_worker(cli: Cli) -> None:
         cli("worker")
         assert cli.status("in")["done"] == 300
         assert verdict(url)["calls"] == 300
+
+
+async def held(prompt: str) -> str:
+    """Answer without a word about what it cost."""
+    return prompt
+
+
+@pytest.mark.processes
+def test_a_cost_that_nobody_knows_cannot_be_limited(cli: Cli) -> None:
+    """A budget without a price is refused before a call, and nothing is set; with a price it holds."""
+    with serve() as url:
+        cli.environment |= {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": "sk-of-this-test"}
+        (cli.folder / "in.txt").write_text("one\ntwo\nthree\n", encoding="utf-8")
+        cli("enqueue", "in.txt", "--model", "openai-chat:house-model")
+        refused = [
+            cli("worker", "--max-cost", "1", check=False),
+            cli("worker", "--run", "in", "--max-cost", "1", check=False),
+            cli("resume", "in", "--max-cost", "1", check=False),
+        ]
+        assert [done.returncode for done in refused] == [1, 2, 2]
+        for done in refused:
+            assert "none for openai-chat:house-model, which the price table does not have" in done.stderr
+            assert "--price in=…,out=…" in done.stderr
+        found = json.loads(cli("status", "in", "--json").stdout)["runs"][0]
+        assert (found["pending"], found["max_cost_usd"]) == (3, None)
+        assert verdict(url)["calls"] == 0
+        cli("enqueue", "in.txt", "--model", "openai-chat:house-model", "--price", "in=1,out=1")
+        cli("worker", "--max-cost", "1")
+        found = json.loads(cli("status", "in", "--json").stdout)["runs"][0]
+        assert (found["done"], found["max_cost_usd"]) == (3, 1.0)
+        assert "may cost $1.00" in cli("status", "in").stdout
+
+
+async def test_a_function_tells_no_cost(db_url: str) -> None:
+    """A function's run is not served under a budget, for nothing would ever hold it back."""
+    await lbr.enqueue(["one"], run="f", function=held, db_url=db_url)
+    with pytest.raises(UsageError, match="whose calls tell no cost; serve it without --max-cost"):
+        await lbr.work(run="f", functions=[held], max_cost=1, db_url=db_url)
+    assert (await lbr.work(run="f", functions=[held], db_url=db_url)).done == 1

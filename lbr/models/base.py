@@ -7,11 +7,13 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
 from lbr.errors import UsageError
+from lbr.prices import table_price
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from lbr.jobs import BadTry, JobId, Json, Prompt, Reply, Task
+    from lbr.prices import Price
 
 OFFLINE = "offline:"
 OPENROUTER = "openrouter:"
@@ -64,6 +66,17 @@ def kind_of(task: Task) -> Kind:
     if task.function is not None:
         return Kind.FUNCTION
     return Kind.OFFLINE if (task.model or "").startswith(OFFLINE) else Kind.PYDANTIC_AI
+
+
+def tells_cost(task: Task, price: Price | None) -> bool:
+    """Tell whether it will be known what a call costs: by a price of its run, the answerer's word, or the price table."""
+    match kind_of(task):
+        case Kind.FUNCTION:
+            return False  # of its calls not even the tokens are known
+        case Kind.OFFLINE:
+            return True
+    named = task.answerer.startswith(OPENROUTER) or price is not None
+    return named or table_price(task.answerer) is not None
 
 
 def model_string(name: str) -> str:

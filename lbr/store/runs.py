@@ -90,6 +90,7 @@ def run_of(row: AnyRow) -> Run:
         enqueued_at=row.enqueued_at,
         sealed_at=row.sealed_at,
         price=None if row.price is None else Price.from_json(row.price),
+        budget_nanos=row.budget_nanos,
     )
 
 
