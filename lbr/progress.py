@@ -93,14 +93,17 @@ def status_of(view: Overview) -> Status:
 
 
 def limit_fields(seen: LimitSeen) -> dict[str, Json]:
-    """Return one answerer's limits: what is set, and how many calls at a time it is held to; None is unlimited."""
+    """Return one answerer's limits: what is set, how many calls at a time it is held to, and the slots of all workers.
+
+    None is unlimited. What was learned of the calls at a time stays where no worker is left.
+    """
     limit = seen.limit
     return {
         "answerer": seen.answerer,
         "rpm": limit.rpm,
         "tpm": limit.tpm,
         "concurrency": limit.concurrency,
-        "at_a_time": limit.at_a_time if limit.at_a_time is None else min(limit.at_a_time, seen.ceiling),
+        "at_a_time": limit.at_a_time,
         "slots": seen.ceiling,
         "inflight": seen.inflight,
     }
@@ -115,8 +118,10 @@ def describe_limit(fields: dict[str, Json]) -> str:
     ]
     if fields["concurrency"] is not None:
         parts.append(f"{fields['concurrency']} calls at a time")
-    elif fields["at_a_time"] is not None:
-        parts.append(f"{fields['at_a_time']} calls at a time, learned")
+    elif _is_narrow(fields):
+        parts.append(f"{fields['at_a_time']} of {fields['slots']} calls at a time, learned")
+    elif fields["at_a_time"] is not None and not fields["slots"]:
+        parts.append(f"{fields['at_a_time']} calls at a time were learned")
     return f"{fields['answerer']}: {', '.join(parts) or 'no limits'}; {fields['inflight']} in flight"
 
 
@@ -213,7 +218,7 @@ def describe(status: Status) -> str:
         f"cooling down: {c['answerer']} for another {duration(c['seconds'])}: {c['reason']}"
         for c in status.cooldowns
     ]
-    lines += [f"limit {describe_limit(one)}" for one in status.limits if _binds(one)]
+    lines += [f"limit {describe_limit(one)}" for one in status.limits if _holds_back(one)]
     lines += [
         f"worker {w['host']}:{w['pid']}: {w['settled']} settled, {w['rate']:.1f}/s, {w['concurrency']} slots, "
         f"up {duration(w['up_seconds'])}, seen {duration(w['seen_seconds_ago'])} ago"
@@ -222,10 +227,14 @@ def describe(status: Status) -> str:
     return "\n".join(lines)
 
 
-def _binds(fields: dict[str, Json]) -> bool:
-    """Tell whether a limit holds anything back: one that was learned may have grown to all slots."""
-    set_by_hand = any(fields[name] is not None for name in ("rpm", "tpm", "concurrency"))
-    return set_by_hand or (fields["at_a_time"] is not None and fields["at_a_time"] < fields["slots"])
+def _holds_back(fields: dict[str, Json]) -> bool:
+    """Tell whether a limit holds anything back now."""
+    return any(fields[name] is not None for name in ("rpm", "tpm", "concurrency")) or _is_narrow(fields)
+
+
+def _is_narrow(fields: dict[str, Json]) -> bool:
+    """Tell whether fewer calls at a time are made than the workers have slots: what was learned may be all of them."""
+    return fields["at_a_time"] is not None and bool(fields["at_a_time"] < fields["slots"])
 
 
 def _cost_words(run: RunStatus) -> str:
