@@ -1,0 +1,160 @@
+"""Operations of the store in processes that kill themselves before a chosen statement or commit, as SIGKILL would."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Engine, event
+
+from lbr import api
+from lbr.errors import Family
+from lbr.jobs import Failure, Item, Outcome, Prompt, Reply
+from lbr.retry import RetryPolicy, decide
+from lbr.store import reads, redo, runs
+from lbr.store.engines import open_database
+from lbr.store.queue import Queue
+from lbr.store.runs import RunSpec
+from lbr.store.settle import settle
+from tests.support import ECHO, real_clock
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from lbr.jobs import Claim, RunId, Settlement
+    from lbr.store.database import Database
+
+PROMPTS = [f"prompt {n}" for n in range(6)]
+LEASE = 60.0
+LATER = 3600.0
+"""By so many seconds the clock is ahead of those who come after a death: every lease has run out for them."""
+
+
+class Fuse:
+    """Burns with each statement and commit; at the chosen one it kills the process, like a power cut."""
+
+    def __init__(self, length: int) -> None:
+        self.left = length
+
+    def light(self) -> None:
+        """Begin to count."""
+        event.listen(Engine, "before_cursor_execute", self._burn)
+        event.listen(Engine, "commit", self._burn)
+
+    def _burn(self, *_: Any) -> None:
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.left -= 1
+
+
+def spec(name: str) -> RunSpec:
+    """Return the run that the operations are tried on."""
+    return RunSpec(name, ECHO, 8)
+
+
+def enqueue(database: Database, name: str) -> Awaitable[object]:
+    """Put the prompts into the run."""
+    return api.put(database, spec(name), [Item(Prompt(text=one)) for one in PROMPTS], fresh=True)
+
+
+def outcomes(claims: list[Claim]) -> list[Settlement]:
+    """Return how calls ended: three well, the others in ways that wait, fail for good and cool down."""
+    failures = [
+        Failure(Family.TRANSIENT, "E", "broke"),
+        Failure(Family.PERMANENT, "E", "never"),
+        Failure(Family.RATE_LIMITED, "E", "429", retry_after=0.001),
+    ]
+    ends = [Outcome(Reply(claim.prompt.text or ""), None, 5) for claim in claims[:3]]
+    ends += [Outcome(None, failure, 5) for failure in failures]
+    return [decide(claim, end, RetryPolicy(), Random(1)) for claim, end in zip(claims, ends, strict=True)]
+
+
+async def _claimed(database: Database, name: str) -> tuple[Queue, Any, list[Claim], RunId]:
+    run = await reads.find_run(database, name)
+    queue = Queue(database)
+    worker = await queue.register(host="h", pid=1, concurrency=8)
+    return queue, worker, await queue.claim(worker, [run.id], 8, lease=LEASE), run.id
+
+
+async def _enqueue(_: Database, name: str) -> Callable[[Database], Awaitable[object]]:
+    return lambda database: enqueue(database, name)
+
+
+async def _claim(database: Database, name: str) -> Callable[[Database], Awaitable[object]]:
+    run = await reads.find_run(database, name)
+    worker = await Queue(database).register(host="h", pid=1, concurrency=8)
+    return lambda database: Queue(database).claim(worker, [run.id], 8, lease=LEASE)
+
+
+async def _settle(database: Database, name: str) -> Callable[[Database], Awaitable[object]]:
+    *_, claims, _ = await _claimed(database, name)
+    return lambda database: settle(database, outcomes(claims))
+
+
+async def _renew(database: Database, name: str) -> Callable[[Database], Awaitable[object]]:
+    _, worker, claims, _ = await _claimed(database, name)
+    return lambda database: Queue(database).renew(worker, claims, lease=LEASE, settled=0, rate=0)
+
+
+async def _release(database: Database, name: str) -> Callable[[Database], Awaitable[object]]:
+    _, worker, claims, _ = await _claimed(database, name)
+    return lambda database: Queue(database).release(worker, claims, unused=True)
+
+
+async def _reclaim(database: Database, name: str) -> Callable[[Database], Awaitable[object]]:
+    await _claimed(database, name)
+    return lambda database: Queue(database).reclaim()
+
+
+async def _cancel(database: Database, name: str) -> Callable[[Database], Awaitable[object]]:
+    run = await reads.find_run(database, name)
+    return lambda database: runs.cancel(database, run)
+
+
+async def _redo(database: Database, name: str) -> Callable[[Database], Awaitable[object]]:
+    *_, claims, _ = await _claimed(database, name)
+    await settle(database, outcomes(claims))
+    run = await reads.find_run(database, name)
+    done = redo.read_conditions(["status=done"])
+    return lambda database: redo.retry(database, run, done, {"latency": 0})
+
+
+OPERATIONS = {
+    "enqueue": _enqueue,
+    "claim": _claim,
+    "settle": _settle,
+    "renew": _renew,
+    "release": _release,
+    "reclaim": _reclaim,
+    "cancel": _cancel,
+    "redo": _redo,
+}
+
+
+def _run(url: str, name: str, operation: str, length: int) -> None:
+    async def operate() -> None:
+        database = await open_database(url)
+        act = await OPERATIONS[operation](database, name)
+        await database.close()
+        # Late enough for a reclaim to find something.
+        database = await open_database(url, clock=real_clock(LATER if operation == "reclaim" else 0))
+        Fuse(length).light()
+        await act(database)
+        os._exit(0)
+
+    asyncio.run(operate())
+
+
+def die(url: str, name: str, operation: str, length: int) -> bool:
+    """Do the operation in a process that dies after so many statements; False when it came to its end before."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=_run, args=(url, name, operation, length))
+    process.start()
+    process.join()
+    assert process.exitcode in {0, -signal.SIGKILL}, process.exitcode
+    return process.exitcode != 0
