@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+import re
 import secrets
 import sqlite3
 import stat
@@ -29,6 +30,10 @@ STDOUT_NAME = "stdout"
 CSV_COLUMNS = ("idx", "id", "key", "prompt", "status", "result", "error")
 BUFFER_BYTES = 1 << 20
 SQLITE_COMPANIONS = ("-journal", "-wal", "-shm")
+
+_FORMULA = frozenset("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
+"""What a formula begins with; the last four are the wide forms of the first."""
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 
 
 class OutputFormat(StrEnum):
@@ -156,7 +161,7 @@ class JsonlWriter:
 class CsvWriter:
     """Writes a header at once, then each row as a record; None is an empty cell.
 
-    Chat messages, and metadata that are not strings, are written as JSON. A metadata column whose name is
+    A text that a spreadsheet would run as a formula gets an apostrophe before it. Chat messages, and metadata that are not strings, are written as JSON. A metadata column whose name is
     taken becomes `metadata.NAME`.
     """
 
@@ -165,7 +170,7 @@ class CsvWriter:
     ) -> None:
         self._metadata_columns = tuple(metadata_columns)
         self._csv = csv.writer(_CsvLines(_Sink(handle, name)))
-        self._csv.writerow(csv_header(metadata_columns))
+        self._csv.writerow([_inert(name) for name in csv_header(metadata_columns)])
 
     def write(self, rows: Iterable[Row]) -> None:
         """Write rows in the order they come. Raises OutputError."""
@@ -213,7 +218,15 @@ def _cells(row: Row, metadata_columns: Sequence[str]) -> list[Json]:
     metadata = row.metadata or {}
     prompt = row.prompt.text if row.prompt.messages is None else list(row.prompt.messages)
     own = [row.idx, row.custom_id, row.key, _cell(prompt), row.status, row.result, row.error]
-    return own + [_cell(metadata.get(column)) for column in metadata_columns]
+    cells = own + [_cell(metadata.get(column)) for column in metadata_columns]
+    return [_inert(cell) if isinstance(cell, str) else cell for cell in cells]
+
+
+def _inert(text: str) -> str:
+    """Return a cell that no spreadsheet takes for a formula (OWASP, "CSV Injection"); a number is left as it is."""
+    if text[:1] not in _FORMULA or _NUMBER.fullmatch(text):
+        return text
+    return f"'{text}"
 
 
 def _cell(value: Json) -> str | None:

@@ -387,13 +387,27 @@ class TestCsv:
             'Oslo,1.5,"{""x"":[null]}",theirs,,\n'
         )
 
-    @pytest.mark.parametrize("text", ["a\rb", "a\r\nb", "a\nb\n", "\r\n", '"', ",", " a ", "=1+1", "ü\u2028"])
+    @pytest.mark.parametrize(
+        "text", ["a\rb", "a\r\nb", "a\nb\n", "x\r\n", '"', ",", " a ", "ü\u2028", "-1.5", "+4e10", "'"]
+    )
     def test_every_text_comes_back(self, text: str) -> None:
         """What a CSV reader gets is what the model said, line ends of every kind too."""
         handle = io.BytesIO()
         CsvWriter(handle).write([Row(0, "k", Prompt(text=text), "done", result=text)])
         (row,) = csv.DictReader(io.StringIO(handle.getvalue().decode(), newline=""), strict=True)
         assert (row["prompt"], row["result"]) == (text, text)
+
+    @pytest.mark.parametrize(
+        "text", ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(1)", "\t=1", "\r=1", "\n=1", "\uff1d1+1", "-"]
+    )
+    def test_no_cell_is_a_formula(self, text: str) -> None:
+        """What a spreadsheet would run has an apostrophe before it, in every column and in the header."""
+        handle = io.BytesIO()
+        row = Row(0, "k", Prompt(text=text), "failed", text, text, text, {text: text})
+        CsvWriter(handle, [text]).write([row])
+        header, cells = csv.reader(io.StringIO(handle.getvalue().decode(), newline=""), strict=True)
+        assert header[-1] == f"'{text}"
+        assert cells == ["0", f"'{text}", "k", f"'{text}", "failed", f"'{text}", f"'{text}", f"'{text}"]
 
     def test_metadata_names_are_made_distinct(self) -> None:
         """No two columns share a name, whatever the metadata's names are."""
