@@ -11,6 +11,7 @@ import pytest
 
 from lbr.store.engines import open_database
 from tests import postgres
+from tests.proxy import Proxy
 from tests.support import Cli, Clock
 
 if TYPE_CHECKING:
@@ -78,6 +79,13 @@ def new_database() -> Iterator[Callable[[], str]]:
     yield make
     for url in made:
         postgres.drop_database(postgres.shared_server(), url)
+
+
+@pytest.fixture
+def proxy(new_database: Callable[[], str]) -> Iterator[Proxy]:
+    """Return a network to an empty database."""
+    with Proxy(postgres.over_tcp(new_database())) as made:
+        yield made
 
 
 @pytest.fixture

@@ -35,20 +35,31 @@ LATER = 3600.0
 
 
 class Fuse:
-    """Burns with each statement and commit; at the chosen one it kills the process, like a power cut."""
+    """Burns with each statement and commit from `light` on; before the chosen one it does what it is there for."""
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, blow: Callable[[], object]) -> None:
         self.left = length
+        self._blow = blow
+
+    @property
+    def blown(self) -> bool:
+        """Whether there were so many statements."""
+        return self.left < 0
 
     def light(self) -> None:
         """Begin to count."""
         event.listen(Engine, "before_cursor_execute", self._burn)
         event.listen(Engine, "commit", self._burn)
 
+    def douse(self) -> None:
+        """Count no more."""
+        event.remove(Engine, "before_cursor_execute", self._burn)
+        event.remove(Engine, "commit", self._burn)
+
     def _burn(self, *_: Any) -> None:
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
         self.left -= 1
+        if self.left == -1:
+            self._blow()
 
 
 def spec(name: str) -> RunSpec:
@@ -142,7 +153,7 @@ def _run(url: str, name: str, operation: str, length: int) -> None:
         await database.close()
         # Late enough for a reclaim to find something.
         database = await open_database(url, clock=real_clock(LATER if operation == "reclaim" else 0))
-        Fuse(length).light()
+        Fuse(length, lambda: os.kill(os.getpid(), signal.SIGKILL)).light()
         await act(database)
         os._exit(0)
 

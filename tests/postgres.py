@@ -309,6 +309,15 @@ def execute(url: str, statement: str) -> None:
         connection.close()
 
 
+def over_tcp(url: str) -> str:
+    """Return the URL of the same database over TCP, which a proxy can stand in."""
+    with connect(url) as connection:
+        found = connection.execute("SELECT current_setting('port'), current_database()").fetchone()
+    if found is None:
+        raise RuntimeError("expected the server to name its port, got: nothing")
+    return f"postgresql://{SUPERUSER}@127.0.0.1:{found[0]}/{found[1]}"
+
+
 def create_database(server: str) -> str:
     """Create an empty database whose name nobody has, and return its URL."""
     name = f"lbr_test_{uuid4().hex}"

@@ -39,11 +39,22 @@ FEWEST = 4
 """So many places to die has the shortest of them, a renewal: begin, the worker's row, the leases, commit."""
 
 
+async def named(database: Database, name: str) -> Run | None:
+    """Return the run of that name, None where there is none yet."""
+    return next((run for run in await database.read(runs.all_runs) if run.name == name), None)
+
+
+async def set_limits(database: Database) -> None:
+    """Set limits that hold nothing back, so that what keeps them is done as well."""
+    await limiting.change(
+        database, ECHO.answerer, {"rpm": 2_000_000, "tpm": 200_000_000, "concurrency": 1_000}
+    )
+
+
 async def finish(later: Database, name: str) -> Run:
     """Do what those do who come later: enqueue again, take back what is held, answer everything."""
-    for run in await later.read(runs.all_runs):
-        if run.name == name:
-            await redo.retry(later, run)
+    if run := await named(later, name):
+        await redo.retry(later, run)
     await enqueue(later, name)
     run = await reads.find_run(later, name)
     queue = Queue(later)
@@ -61,9 +72,7 @@ async def test_a_death_at_any_statement_leaves_all_or_nothing(db_url: str, opera
     """Whatever statement a process dies before, the operation is there or is not, and the run can be finished."""
     database = await open_database(db_url, create=True, clock=real_clock())
     later = await open_database(db_url, clock=real_clock(2 * LATER))
-    await limiting.change(
-        database, ECHO.answerer, {"rpm": 2_000_000, "tpm": 200_000_000, "concurrency": 1_000}
-    )
+    await set_limits(database)
     length, seen = 0, set()
     while True:
         name = f"{operation} {length}"
@@ -71,8 +80,8 @@ async def test_a_death_at_any_statement_leaves_all_or_nothing(db_url: str, opera
             await enqueue(database, name)
         died = die(db_url, name, operation, length)
 
-        known = [run for run in await database.read(runs.all_runs) if run.name == name]
-        there = await states(database, known[0]) if known else {}
+        found = await named(database, name)
+        there = {} if found is None else await states(database, found)
         assert there in BEFORE_AND_AFTER[operation], (length, there)
         seen.add(str(there))
         run = await finish(later, name)

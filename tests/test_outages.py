@@ -21,7 +21,6 @@ from lbr.store.queue import Queue
 from lbr.store.schema import workers as workers_table
 from lbr.store.settle import settle
 from tests import postgres
-from tests.proxy import Proxy
 from tests.support import (
     ECHO,
     Cli,
@@ -35,10 +34,11 @@ from tests.support import (
 from tests.test_store import TRANSIENT
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
     from lbr.store.database import Database
+    from tests.proxy import Proxy
 
 ANSWERS = """
 import asyncio, os, time
@@ -60,26 +60,11 @@ FUNCTION = ("--function", "answers:echo")
 
 
 @pytest.fixture
-def proxy(new_database: Callable[[], str]) -> Iterator[Proxy]:
-    """Return a network to an empty database."""
-    with Proxy(_over_tcp(new_database())) as made:
-        yield made
-
-
-@pytest.fixture
 async def far(proxy: Proxy) -> AsyncIterator[Database]:
     """Return an empty queue on the other side of that network."""
     opened = await open_database(proxy.url, create=True)
     yield opened
     await opened.close()
-
-
-def _over_tcp(url: str) -> str:
-    """Return the URL of the same database over TCP, which a proxy can stand in."""
-    with postgres.connect(url) as connection:
-        found = connection.execute("SELECT current_setting('port'), current_database()").fetchone()
-    assert found is not None
-    return f"postgresql://{postgres.SUPERUSER}@127.0.0.1:{found[0]}/{found[1]}"
 
 
 def far_driver(folder: Path, url: str, **environment: str) -> Cli:
