@@ -88,7 +88,11 @@ async def _claimed(database: Database, name: str) -> tuple[Queue, Any, list[Clai
     run = await reads.find_run(database, name)
     queue = Queue(database)
     worker = await queue.register(host="h", pid=1, concurrency=8)
-    return queue, worker, await queue.claim(worker, [run.id], 8, lease=LEASE), run.id
+    claims: list[Claim] = []
+    while len(claims) < len(PROMPTS):
+        # The answerer may cool down for a moment from what was settled before.
+        claims += await queue.claim(worker, [run.id], 8, lease=LEASE)
+    return queue, worker, claims, run.id
 
 
 async def _enqueue(_: Database, name: str) -> Callable[[Database], Awaitable[object]]:
