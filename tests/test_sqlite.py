@@ -217,7 +217,7 @@ async def test_foreign_lock_is_ridden_out(tmp_path: Path) -> None:
         "import sqlite3, sys, time\n"
         "c = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
         "c.execute('BEGIN IMMEDIATE'); print('held', flush=True)\n"
-        "time.sleep(4); c.execute('ROLLBACK')\n"
+        "time.sleep(10); c.execute('ROLLBACK')\n"
     )
     holder = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None

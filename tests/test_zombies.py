@@ -48,6 +48,19 @@ def functions(cli: Cli) -> None:
                 await asyncio.sleep(0.1)
                 return prompt
 
+            async def forking(prompt):
+                log(prompt)
+                if os.fork() == 0:
+                    return "the child's"
+                await asyncio.sleep(0.2)
+                return prompt
+
+            def forking_in_a_thread(prompt):
+                log(prompt)
+                if os.fork() == 0:
+                    raise SystemExit
+                return prompt
+
             async def steady(prompt):
                 log(prompt)
                 await asyncio.sleep(0.2)
@@ -165,4 +178,19 @@ def test_a_kill_of_all_workers_charges_no_attempt(cli: Cli) -> None:
     check(cli.collect("in"), lines)
     assert cli.status("in")["crashed"] >= 8
     assert cli.query("SELECT max(attempts) FROM jobs") == [(1,)]
+    recount(cli)
+
+
+@pytest.mark.parametrize("function", ["forking", "forking_in_a_thread"])
+def test_a_function_that_forks_makes_no_second_worker(cli: Cli, function: str) -> None:
+    """A child that comes back out of the function ends there: it holds no claim, and settles none."""
+    functions(cli)
+    lines = [f"prompt {n}" for n in range(8)]
+    write(cli.folder, lines)
+    cli("enqueue", "in.txt", "--function", f"answers:{function}")
+    told = cli("worker", "--function", f"answers:{function}", "--concurrency", "4").stderr
+    assert "8 done, 0 failed" in told
+    check(cli.collect("in"), lines)
+    assert Counter(calls(cli)) == {f"None {line}": 1 for line in lines}
+    assert cli.status("in")["stale"] == 0
     recount(cli)

@@ -8,10 +8,12 @@ import enum
 import functools
 import hashlib
 import inspect
+import os
 import queue
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from lbr.models.base import Request
 
 AnyFunction = Callable[..., Any]
+
+FORKED = 70
+"""How a process ends that a function left behind by a fork; EX_SOFTWARE of sysexits.h."""
 
 MAIN_MODULES = ("__main__", "__mp_main__")
 DIGEST_BYTES = 16
@@ -230,7 +235,8 @@ class FunctionModel:
 
     async def _call(self, argument: Any) -> Any:
         if self._is_async:
-            return await self._function(argument)
+            with _no_copies():
+                return await self._function(argument)
         result = await self._threads.run(self._function, argument)
         return await result if inspect.isawaitable(result) else result
 
@@ -277,6 +283,17 @@ def _describe(value: Any) -> str:
     return f"{type(value).__name__} {shown if len(shown) <= 80 else shown[:79] + '…'}"
 
 
+@contextmanager
+def _no_copies() -> Iterator[None]:
+    """End a process here that the function forked off and did not end itself: two must not settle one claim."""
+    ours = os.getpid()
+    try:
+        yield
+    finally:
+        if os.getpid() != ours:
+            os._exit(FORKED)
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
     """A call on its way to a thread, and the future that waits for it."""
@@ -290,7 +307,8 @@ class _Job:
         result: Any = None
         error: BaseException | None = None
         try:
-            result = self.call()
+            with _no_copies():
+                result = self.call()
         except StopIteration as caught:  # a future refuses this one
             error = RuntimeError(f"the function raised {caught!r}")
             error.__cause__ = caught
