@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from typing import TYPE_CHECKING, Any, Literal
+
+import orjson
 
 from lbr.errors import Permanent, UsageError
 from lbr.models.pydantic_ai.checks import check_authority, check_known, missing_package, provider_class_of
+from lbr.models.pydantic_ai.families import status_in
 from lbr.models.pydantic_ai.history import history_of
 from lbr.models.pydantic_ai.replies import ANSWER_TOOL, call_error, clean, reply_of
 
@@ -36,7 +40,10 @@ class PydanticAIModel:
 
     def __init__(self, name: str, *, task_settings: Mapping[str, Json], api_key: str | None = None) -> None:
         from pydantic_ai.direct import model_request  # noqa: PLC0415
+        from pydantic_ai.exceptions import UsageExtractionFailedWarning  # noqa: PLC0415
 
+        # A server's odd counts are no reason to show whoever watches a worker a line of pydantic-ai's code.
+        warnings.filterwarnings("ignore", category=UsageExtractionFailedWarning)
         self._api_key = api_key
         self._name = name
         check_authority(task_settings)  # again, for whoever wrote to the database need not have been lbr
@@ -104,7 +111,9 @@ def _infer(name: str, api_key: str | None) -> Model:
 
     provider, model = parse_model_id(name)
     if provider != "openrouter":
-        return infer_model(name)
+        found = infer_model(name)
+        _tell_errors_in_answers(found)
+        return found
     base_url = os.environ.get("OPENROUTER_BASE_URL")
     if base_url:
         return _relayed_openrouter(model, api_key, base_url)
@@ -137,6 +146,30 @@ def _relayed_openrouter(model: str, api_key: str | None, url: str) -> Model:
 
     provider = RelayProvider(api_key=api_key) if api_key else RelayProvider()
     return RelayModel(model, provider=provider)
+
+
+def _tell_errors_in_answers(model: Any) -> None:
+    """Let an error that a server sends with status 200 keep its code and its words, and let no answer be none.
+
+    pydantic-ai does so for OpenRouter alone: elsewhere such an error is a list of fields that are missing.
+    """
+    from pydantic_ai.exceptions import ModelHTTPError, UnexpectedModelBehavior  # noqa: PLC0415
+
+    validate = getattr(model, "_validate_completion", None)
+    if validate is None:  # none that speaks OpenAI's chat completions
+        return
+
+    def checked(response: Any) -> Any:
+        if response.choices:
+            return validate(response)
+        error = getattr(response, "error", None)
+        status = status_in(error)
+        if status is not None:
+            raise ModelHTTPError(status, model.model_name, error)
+        said = "no choices" if error is None else f"the error {orjson.dumps(error, default=str).decode()}"
+        raise UnexpectedModelBehavior(f"expected an answer, got: {said}")
+
+    model._validate_completion = checked  # noqa: SLF001 - the one place that sees the whole answer
 
 
 def output_mode(profile: ModelProfile) -> OutputMode:
