@@ -95,12 +95,15 @@ def status_of(view: Overview) -> Status:
 def limit_fields(seen: LimitSeen) -> dict[str, Json]:
     """Return one answerer's limits: what is set, and how many calls at a time it is held to; None is unlimited."""
     limit = seen.limit
+    most = limit.at_a_time
+    if most is not None and seen.ceiling:  # no worker says nothing about what was learned
+        most = min(most, seen.ceiling)
     return {
         "answerer": seen.answerer,
         "rpm": limit.rpm,
         "tpm": limit.tpm,
         "concurrency": limit.concurrency,
-        "at_a_time": limit.at_a_time if limit.at_a_time is None else min(limit.at_a_time, seen.ceiling),
+        "at_a_time": most,
         "slots": seen.ceiling,
         "inflight": seen.inflight,
     }
@@ -200,6 +203,19 @@ def paused_words(run: str, reason: str) -> str:
     if reason.startswith(BUDGET_SPENT):
         return f"{reason}; `lbr resume {run} --max-cost DOLLARS` lets it cost more"
     return f"{reason}; mend it, then `lbr resume {run}`"
+
+
+def unfinished_words(run: str, reason: str | None) -> str:
+    """Return what to do about a run that `lbr run` could not finish; `reason` is None where it is not paused."""
+    if reason is None:
+        return "run the same command again to resume"
+    words = f"paused: {paused_words(run, reason)}"
+    if reason.startswith(MOVED_TO):
+        return words
+    if reason.startswith(BUDGET_SPENT):
+        # The old --max-cost would be set again, and the run be paused again at once.
+        return f"{words}, then run the command again with that --max-cost"
+    return f"{words}, then run the same command again"
 
 
 def describe(status: Status) -> str:
