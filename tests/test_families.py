@@ -256,6 +256,9 @@ def chat(content: Any, finish: str, **message: Any) -> dict[str, Any]:
     }
 
 
+NO_CHOICES = chat("x", "stop") | {"choices": []}
+
+
 def candidate(reason: str, *texts: str) -> dict[str, Any]:
     """Return an answer of Google."""
     parts = [{"text": text} for text in texts]
@@ -308,22 +311,23 @@ async def test_an_answer_that_is_none(
 
 
 @pytest.mark.parametrize(
-    ("body", "family", "said"),
+    ("model", "body", "family", "said"),
     [
-        (openrouter(402, "Insufficient credits"), ACCOUNT, "Insufficient credits (HTTP 402)"),
-        (openrouter(429, "Rate limited upstream"), LIMITED, "Rate limited upstream (HTTP 429)"),
-        (openrouter(400, "Too long"), PERMANENT, "Too long (HTTP 400)"),
-        (openai("Out of memory", "x", "oom"), TRANSIENT, "Out of memory"),
-        ({"error": "out of order"}, TRANSIENT, "out of order"),
-        (chat("x", "stop") | {"choices": []}, TRANSIENT, "expected an answer, got: no choices"),
+        (OPENAI, openrouter(402, "Insufficient credits"), ACCOUNT, "Insufficient credits (HTTP 402)"),
+        (OPENAI, openrouter(429, "Rate limited upstream"), LIMITED, "Rate limited upstream (HTTP 429)"),
+        (OPENAI, openrouter(400, "Too long"), PERMANENT, "Too long (HTTP 400)"),
+        (OPENAI, openai("Out of memory", "x", "oom"), TRANSIENT, "Out of memory"),
+        (OPENAI, {"error": "out of order"}, TRANSIENT, "out of order"),
+        (OPENAI, NO_CHOICES, TRANSIENT, "expected an answer, got: no choices"),
+        (OPENROUTER, NO_CHOICES | {"provider": "Google"}, TRANSIENT, "expected an answer, got: no choices"),
     ],
 )
 async def test_an_error_inside_a_200_keeps_its_words(
-    monkeypatch: pytest.MonkeyPatch, body: Any, family: Family, said: str
+    monkeypatch: pytest.MonkeyPatch, model: str, body: Any, family: Family, said: str
 ) -> None:
     """Relays send errors so, each with its own code; an answer without choices is none."""
     with Scripted(200, json.dumps(body)) as server:
-        error = await fail(monkeypatch, OPENAI, server)
+        error = await fail(monkeypatch, model, server)
     assert error.family is family
     assert said in str(error)
 

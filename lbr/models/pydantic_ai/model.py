@@ -93,7 +93,7 @@ def _build(name: str, api_key: str | None) -> Model:
 
     provider_class_of(name)
     try:
-        return _infer(name, api_key)
+        found = _infer(name, api_key)
     except ImportError as error:
         raise missing_package(name, error) from error
     except UserError as error:
@@ -104,6 +104,8 @@ def _build(name: str, api_key: str | None) -> Model:
     except Exception as error:
         cause = f"{type(error).__name__}: {clean(str(error), api_key)}"
         raise UsageError(f"cannot use model {name!r}: {cause}") from error
+    _tell_errors_in_answers(found)
+    return found
 
 
 def _infer(name: str, api_key: str | None) -> Model:
@@ -111,9 +113,7 @@ def _infer(name: str, api_key: str | None) -> Model:
 
     provider, model = parse_model_id(name)
     if provider != "openrouter":
-        found = infer_model(name)
-        _tell_errors_in_answers(found)
-        return found
+        return infer_model(name)
     base_url = os.environ.get("OPENROUTER_BASE_URL")
     if base_url:
         return _relayed_openrouter(model, api_key, base_url)
@@ -151,7 +151,7 @@ def _relayed_openrouter(model: str, api_key: str | None, url: str) -> Model:
 def _tell_errors_in_answers(model: Any) -> None:
     """Let an error that a server sends with status 200 keep its code and its words, and let no answer be none.
 
-    pydantic-ai does so for OpenRouter alone: elsewhere such an error is a list of fields that are missing.
+    pydantic-ai tells such errors of OpenRouter alone: elsewhere they are a list of fields that are missing.
     """
     from pydantic_ai.exceptions import ModelHTTPError, UnexpectedModelBehavior  # noqa: PLC0415
 
@@ -159,9 +159,12 @@ def _tell_errors_in_answers(model: Any) -> None:
     if validate is None:  # none that speaks OpenAI's chat completions
         return
 
+    told = model.system == "openrouter"
+
     def checked(response: Any) -> Any:
-        if response.choices:
-            return validate(response)
+        found = validate(response) if response.choices or told else response
+        if found.choices:
+            return found
         error = getattr(response, "error", None)
         status = status_in(error)
         if status is not None:
