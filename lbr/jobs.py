@@ -104,7 +104,12 @@ class Task:
             task = cls(**orjson.loads(text))
         except (orjson.JSONDecodeError, TypeError) as error:
             raise DatabaseError(complaint) from error
-        if (task.model is None) == (task.function is None) or not isinstance(task.settings, dict):
+        words: list[object] = [task.model, task.function, task.version, task.fingerprint]
+        words += [task.instructions, task.template]
+        objects: list[object] = [task.settings, {} if task.schema is None else task.schema]
+        fits = all(word is None or isinstance(word, str) for word in words)
+        fits = fits and all(isinstance(one, dict) for one in objects)
+        if not fits or (task.model is None) == (task.function is None):
             raise DatabaseError(complaint)
         return task
 
@@ -131,6 +136,8 @@ class Prompt:
             messages = orjson.loads(body)
         except orjson.JSONDecodeError as error:
             raise DatabaseError(f"expected stored messages to be JSON, got: {body[:200]!r}") from error
+        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+            raise DatabaseError(f"expected stored messages to be a list of objects, got: {body[:200]!r}")
         return cls(messages=tuple(messages))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from lbr.errors import DatabaseError, Usage, UsageError
+from lbr.errors import MOST_NANOS, DatabaseError, Usage, UsageError
 
 FORM = "in=0.15,out=0.60 (US dollars for a million tokens of input and of output)"
 HIGHEST = 1_000_000.0
@@ -42,7 +42,7 @@ class Price:
         if usage.input_tokens is None or usage.output_tokens is None:
             return usage
         cost = self.cost_nanos(usage.input_tokens, usage.output_tokens)
-        return replace(usage, cost_nanos=cost if cost < 2**63 else None)
+        return replace(usage, cost_nanos=cost if cost <= MOST_NANOS else None)
 
     def words(self) -> str:
         """Return the price as `read_price` reads it."""

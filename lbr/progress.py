@@ -207,6 +207,19 @@ def paused_words(run: str, reason: str) -> str:
     return f"{reason}; mend it, then `lbr resume {run}`"
 
 
+def unfinished_words(run: str, reason: str | None) -> str:
+    """Return what to do about a run that `lbr run` could not finish; `reason` is None where it is not paused."""
+    if reason is None:
+        return "run the same command again to resume"
+    words = f"paused: {paused_words(run, reason)}"
+    if reason.startswith(MOVED_TO):
+        return words
+    if reason.startswith(BUDGET_SPENT):
+        # The old --max-cost would be set again, and the run be paused again at once.
+        return f"{words}, then run the command again with that --max-cost"
+    return f"{words}, then run the same command again"
+
+
 def describe(status: Status) -> str:
     """Return the report that `lbr status` prints."""
     lines: list[str] = []

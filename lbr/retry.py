@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, assert_never
 
-from lbr.errors import CallError, Family, Usage
+from lbr.errors import MOST_NANOS, MOST_TOKENS, CallError, Family, Usage
 from lbr.jobs import Claim, Failure, JobState, Outcome, Settlement
 
 if TYPE_CHECKING:
@@ -61,9 +61,16 @@ def storable(text: str) -> str:
 
 
 def storable_usage(usage: Usage) -> Usage:
-    """Leave out what no database holds as a count: numbers below 0, or of more than 63 bits."""
-    counts = (usage.input_tokens, usage.output_tokens, usage.cost_nanos)
-    return Usage(*(n if n is None or 0 <= n < 2**63 else None for n in counts))
+    """Leave out what cannot be the count of one call: numbers below 0, and those that no call comes to."""
+    return Usage(
+        _count(usage.input_tokens, MOST_TOKENS),
+        _count(usage.output_tokens, MOST_TOKENS),
+        _count(usage.cost_nanos, MOST_NANOS),
+    )
+
+
+def _count(number: int | None, most: int) -> int | None:
+    return number if number is not None and 0 <= number <= most else None
 
 
 def _message(error: BaseException) -> str:

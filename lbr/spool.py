@@ -16,6 +16,7 @@ from filelock import Timeout
 
 from lbr.errors import DatabaseError, Family, LbrError, Usage
 from lbr.jobs import Claim, Failure, JobId, JobState, Outcome, Prompt, Reply, RunId, Settlement
+from lbr.retry import storable_usage
 from lbr.store import files, reads
 from lbr.store.settle import settle
 
@@ -146,10 +147,15 @@ def _settlement(line: dict[str, Any]) -> Settlement:
     if (reply is None) == (failure is None):
         raise ValueError("neither an answer nor a failure")
     outcome = Outcome(
-        None if reply is None else Reply(**reply | {"usage": Usage(**reply["usage"])}),
+        None if reply is None else Reply(**reply | {"usage": _usage(reply)}),
         None
         if failure is None
-        else Failure(**failure | {"usage": Usage(**failure["usage"]), "family": Family(failure["family"])}),
+        else Failure(**failure | {"usage": _usage(failure), "family": Family(failure["family"])}),
         latency_ms=int(line["latency_ms"]),
     )
     return Settlement(claim, JobState(line["state"]), outcome, charge=int(line["charge"]))
+
+
+def _usage(kept: dict[str, Any]) -> Usage:
+    # The counts may themselves be why the database took none of these.
+    return storable_usage(Usage(**kept["usage"]))

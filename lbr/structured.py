@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import re
 import sys
@@ -65,7 +66,7 @@ def _read_json(path: str | Path) -> Json:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        return json.loads(text, parse_constant=_no_constant, parse_float=_finite)
     except json.JSONDecodeError as error:
         raise UsageError(
             f"{path}, line {error.lineno}: expected JSON, got: {error.msg} at column {error.colno}"
@@ -80,6 +81,13 @@ def _read_json(path: str | Path) -> Json:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name}, which is no JSON number")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"{digits[:40]}, which is larger than any number here")
+    return number
 
 
 def _kind_of_json(value: Json) -> str:
@@ -211,10 +219,12 @@ def _type_check(result_type: Any) -> Check:
     def check(text: str, _: Json) -> tuple[str, list[str]]:
         try:
             value = adapter.validate_json(text)
+            # By alias, so that the answer fits the schema that was asked for and can be read back by the type.
+            return adapter.dump_json(value, by_alias=True).decode(), []
         except ValidationError as error:
             return "", _pydantic_problems(error)
-        # By alias, so that the answer fits the schema that was asked for and can be read back by the type.
-        return adapter.dump_json(value, by_alias=True).decode(), []
+        except Exception as error:  # noqa: BLE001 - a validator of the user's own may raise anything, here for this answer
+            return "", [f"$: the result type failed with {type(error).__name__}: {_first_line(error)}"]
 
     return check
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import make_url
 
-from lbr.errors import Family, Permanent, UsageError
+from lbr.errors import DatabaseError, Family, Permanent, UsageError
 from lbr.jobs import JobId, Prompt, Task
 from lbr.models.base import Request
 from lbr.models.pydantic_ai import PydanticAIModel, check_model
@@ -211,3 +211,26 @@ def test_a_schema_fetches_nothing(queued: Cli, own: Any, attacker: Any) -> None:
     assert done.returncode == 1
     assert "run in: not served" in done.stderr
     assert (own.asked, attacker.asked, attacker.headers_seen) == ([], [], [])
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        {"model": 5},
+        {"function": 5},
+        {"model": MODEL, "instructions": 5},
+        {"model": MODEL, "schema": "object"},
+        {"model": MODEL, "settings": []},
+    ],
+)
+def test_a_task_of_other_types_is_none(task: dict[str, Any]) -> None:
+    """What another program wrote is refused in words where it is read, not wherever it is used."""
+    with pytest.raises(DatabaseError, match="expected a stored task"):
+        Task.from_json(json.dumps(task))
+
+
+@pytest.mark.parametrize("body", ["{nope", "5", "[5]", "{}"])
+def test_stored_messages_of_other_types_are_none(body: str) -> None:
+    """The same holds for a prompt."""
+    with pytest.raises(DatabaseError, match="expected stored messages"):
+        Prompt.from_body(body, chat=True)

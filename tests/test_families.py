@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from typing import Any
 
 import pytest
@@ -255,6 +256,9 @@ def chat(content: Any, finish: str, **message: Any) -> dict[str, Any]:
     }
 
 
+NO_CHOICES = chat("x", "stop") | {"choices": []}
+
+
 def candidate(reason: str, *texts: str) -> dict[str, Any]:
     """Return an answer of Google."""
     parts = [{"text": text} for text in texts]
@@ -304,6 +308,49 @@ async def test_an_answer_that_is_none(
         error = await fail(monkeypatch, model, server)
     assert (error.family, error.text) == (family, text), str(error)
     assert not is_overload(failure_of(error))
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "family", "said"),
+    [
+        (OPENAI, openrouter(402, "Insufficient credits"), ACCOUNT, "Insufficient credits (HTTP 402)"),
+        (OPENAI, openrouter(429, "Rate limited upstream"), LIMITED, "Rate limited upstream (HTTP 429)"),
+        (OPENAI, openrouter(400, "Too long"), PERMANENT, "Too long (HTTP 400)"),
+        (OPENAI, openai("Out of memory", "x", "oom"), TRANSIENT, "Out of memory"),
+        (OPENAI, {"error": "out of order"}, TRANSIENT, "out of order"),
+        (OPENAI, NO_CHOICES, TRANSIENT, "expected an answer, got: no choices"),
+        (OPENROUTER, NO_CHOICES | {"provider": "Google"}, TRANSIENT, "expected an answer, got: no choices"),
+    ],
+)
+async def test_an_error_inside_a_200_keeps_its_words(
+    monkeypatch: pytest.MonkeyPatch, model: str, body: Any, family: Family, said: str
+) -> None:
+    """Relays send errors so, each with its own code; an answer without choices is none."""
+    with Scripted(200, json.dumps(body)) as server:
+        error = await fail(monkeypatch, model, server)
+    assert error.family is family
+    assert said in str(error)
+
+
+async def test_words_of_a_server_cannot_move_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control characters become spaces: messages are shown by workers and by lbr status."""
+    with Scripted(400, json.dumps(openai("no \x1b[2J\x9b1m\x00\x7f this"))) as server:
+        error = await fail(monkeypatch, OPENAI, server)
+    assert str(error) == "no [2J 1m this (HTTP 400)"
+
+
+async def test_odd_counts_are_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server's rubbish is not answered with a line of a library's code on the terminal."""
+    usage = {"prompt_tokens": -10, "completion_tokens": 1, "total_tokens": 1}
+    with Scripted(200, json.dumps(chat("fine", "stop") | {"usage": usage})) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        asked = Request(prompt=Prompt(text="hello"), task=Task(model=OPENAI), job_id=JobId(1), seq=1)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            model = PydanticAIModel(OPENAI, task_settings={})
+            assert (await model.answer(asked)).text == "fine"
+        await model.aclose()
+    assert told == []
 
 
 @pytest.mark.parametrize("model", [OPENAI, RESPONSES, OPENROUTER, ANTHROPIC, GOOGLE])

@@ -508,6 +508,25 @@ async def test_instructions_go_with_chat_messages(monkeypatch: pytest.MonkeyPatc
             "expected a base64 data: URL in message 1, got: ",
         ),
         (
+            [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBO@w0K"}}
+                    ],
+                }
+            ],
+            "expected a base64 data: URL in message 1, got: ",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": "data:image/png;base64,"}]}],
+            "expected a base64 data: URL in message 1, got: no data",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {"uri": "x"}}]}],
+            'expected an image of message 1 to be like {"type": "image_url", "image_url": {"url": "https://…"}}, got: ',
+        ),
+        (
             [{"role": "system", "content": [{"type": "image_url", "image_url": "https://example.com"}]}],
             "expected message 1 to hold text only",
         ),

@@ -313,6 +313,33 @@ def test_budget_stops_every_worker(cli: Cli) -> None:
         assert verdict(url)["calls"] == 300
 
 
+@pytest.mark.processes
+def test_the_way_out_of_a_spent_budget_leads_out(cli: Cli) -> None:
+    """`lbr run` says how to go on, and doing so ends the run; what was learned is told without a worker too."""
+    with serve() as url:
+        cli.environment |= {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": "sk-of-this-test"}
+        (cli.folder / "in.txt").write_text("one\ntwo\nthree\n", encoding="utf-8")
+        command = (
+            "run",
+            "in.txt",
+            "-o",
+            "out.jsonl",
+            "--model",
+            "openai-chat:gpt-4o-mini",
+            "--price",
+            "in=1,out=1",
+        )
+        stopped = cli(*command, "--max-cost", "1e-9", check=False)
+        assert stopped.returncode == 3
+        assert "`lbr resume in --max-cost DOLLARS` lets it cost more" in stopped.stderr
+        assert stopped.stderr.rstrip().endswith(", then run the command again with that --max-cost")
+        cli("resume", "in", "--max-cost", "1")
+        cli(*command, "--max-cost", "1")
+        assert cli.status("in")["done"] == 3
+    (found,) = [json.loads(line) for line in cli("limit", "--json").stdout.splitlines()]
+    assert (found["slots"], found["at_a_time"] >= 8) == (0, True)
+
+
 async def held(prompt: str) -> str:
     """Answer without a word about what it cost."""
     return prompt

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from pydantic import BaseModel, Field, RootModel
+from pydantic import BaseModel, Field, RootModel, field_validator
 
 from lbr.errors import BadAnswer, Family, UsageError
 from lbr.structured import Validator, import_type, load_schema, schema_of
@@ -64,6 +64,7 @@ def test_load_schema_reads_a_schema(tmp_path: Path) -> None:
             "{path}, line 3: expected JSON, got: Expecting ',' delimiter",
         ),
         (b'{"type": "integer", "minimum": NaN}', "{path}: expected JSON, got: NaN, which is no JSON number"),
+        (b'{"type": "number", "maximum": 1e999}', "{path}: expected JSON, got: 1e999, which is larger than"),
         (b"", "{path}, line 1: expected JSON, got: Expecting value at column 1"),
         (b"\xff", "{path}: expected UTF-8 text, got: byte 0xff at 0"),
         (b"[1]", "{path}: expected a JSON schema, an object such as"),
@@ -315,3 +316,21 @@ def test_importing_costs_nothing() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_validator_that_fails_is_a_bad_answer() -> None:
+    """What a class of the user's own raises belongs to the answer, whose text is kept to be validated again."""
+
+    class Mood(BaseModel):
+        score: int
+
+        @field_validator("score", mode="before")
+        @classmethod
+        def read(cls, value: object) -> object:
+            return {"bad": 1}[str(value)]
+
+    validator = Validator(schema_of(Mood), Mood)
+    assert validator.check('{"score": "bad"}') == '{"score":1}'
+    with pytest.raises(BadAnswer, match="the result type failed with KeyError: 'fine'") as caught:
+        validator.check('{"score": "fine"}')
+    assert caught.value.text == '{"score": "fine"}'

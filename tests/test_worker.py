@@ -567,3 +567,16 @@ async def test_rubbish_counts_of_tokens_are_left_out(live: Database) -> None:
     counts = (await reads.overview(live, "r")).runs[0].counts
     assert (counts["input_tokens"], counts["output_tokens"], counts["cost_nanos"]) == (0, 0, 7)
     await assert_counted(live, run)
+
+
+async def test_counts_that_no_call_comes_to_do_not_stop_the_worker(live: Database) -> None:
+    """Numbers that the database holds one by one, and not their sum, are left out as well."""
+
+    async def odd(prompt: str) -> str:
+        raise Permanent(prompt, usage=Usage(2**62, 5, 2**62))
+
+    run = await put(live, ["a", "b", "c"], task=asks(odd))
+    assert (await worker_for(live, odd).run()).failed == 3
+    counts = (await reads.overview(live, "r")).runs[0].counts
+    assert (counts["input_tokens"], counts["output_tokens"], counts["cost_nanos"]) == (0, 15, 0)
+    await assert_counted(live, run)

@@ -108,9 +108,7 @@ async def _run(
             await serve(db, line, run=report.run, **how, **may)
     (now,) = (await operating.status(report.run, **db)).runs
     if not now.finished:
-        way_out = "run the same command again to resume"
-        if now.pause_reason:
-            way_out = f"paused: {now.pause_reason}; `lbr resume {now.run}` lets it go on, then run the same command again"
+        way_out = progress.unfinished_words(now.run, now.pause_reason)
         say(f"lbr: {progress.one_line(now)}; unfinished, nothing was written; {way_out}")
         return EXIT_UNFINISHED
     collected = await api.collect(report.run, out=out, shape=shape, **db)

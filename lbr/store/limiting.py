@@ -213,7 +213,11 @@ def _limit_of(row: AnyRow) -> Limit:
 
 async def ceiling(connection: AsyncConnection, now: Millis) -> int:
     """Return how many slots the workers that report have together, at least one."""
-    return max(1, int(await connection.scalar(_CEILING, {"since": now - SILENT_MS}) or 0))
+    return max(1, await _slots_reported(connection, now))
+
+
+async def _slots_reported(connection: AsyncConnection, now: Millis) -> int:
+    return int(await connection.scalar(_CEILING, {"since": now - SILENT_MS}) or 0)
 
 
 async def _calls_in_flight(connection: AsyncConnection, answerers: list[str]) -> dict[str, int]:
@@ -312,7 +316,10 @@ async def begin_slowly(database: Database, answerers: Iterable[str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class LimitSeen:
-    """What is set and learned of an answerer, refilled, with its calls in flight and the slots of all workers."""
+    """What is set and learned of an answerer, refilled, with its calls in flight and the slots of all workers.
+
+    `ceiling`, the slots, is 0 where no worker reports.
+    """
 
     answerer: str
     limit: Limit
@@ -327,7 +334,7 @@ async def all_limits(connection: AsyncConnection, now: Millis) -> list[LimitSeen
     held = {who: limit for who, limit in known.items() if limit != _NONE}
     if not held:
         return []
-    slots, inflight = await ceiling(connection, now), await _calls_in_flight(connection, list(held))
+    slots, inflight = await _slots_reported(connection, now), await _calls_in_flight(connection, list(held))
     return [
         LimitSeen(who, arithmetic.refilled(limit, now), inflight.get(who, 0), slots)
         for who, limit in held.items()

@@ -87,6 +87,12 @@ def status_of(error: Exception) -> int:
     return status if isinstance(status, int) else 0
 
 
+def status_in(body: object) -> int | None:
+    """Return the HTTP status that an error's body names as its code, None where it names none."""
+    code = body.get("code") if isinstance(body, dict) else None
+    return code if isinstance(code, int) and 400 <= code < 600 else None
+
+
 def message_of(error: Exception) -> str | None:
     """Return the provider's own words, None where the error's body has none."""
     return _message_in(getattr(error, "body", None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from typing import TYPE_CHECKING
 
 from lbr.errors import Permanent
@@ -92,9 +93,22 @@ def _content(part: Json, where: str) -> UserContent:
                 return ImageUrl(url, vendor_metadata=metadata)
             try:
                 image = BinaryContent.from_data_uri(url)
+                _check_base64(url)
             except ValueError as error:
                 raise Permanent(f"expected a base64 data: URL in {where}, got: {error}") from error
             image.vendor_metadata = metadata
             return image
+        case {"type": "image_url"}:
+            raise Permanent(
+                f'expected an image of {where} to be like {{"type": "image_url", "image_url": {{"url": "https://…"}}}}, '
+                f"got: {str(part)[:100]}"
+            )
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     raise Permanent(f"expected the parts of {where} to be text or image_url, got: {kind!r}")
+
+
+def _check_base64(url: str) -> None:
+    """Raise ValueError for a data: URL whose image is damaged: decoders leave out what they do not know."""
+    data = "".join(url.partition(",")[2].split())
+    if not base64.b64decode(data, validate=True):
+        raise ValueError("no data")

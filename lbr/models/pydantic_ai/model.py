@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from typing import TYPE_CHECKING, Any, Literal
+
+import orjson
 
 from lbr.errors import Permanent, UsageError
 from lbr.models.pydantic_ai.checks import check_authority, check_known, missing_package, provider_class_of
+from lbr.models.pydantic_ai.families import status_in
 from lbr.models.pydantic_ai.history import history_of
 from lbr.models.pydantic_ai.replies import ANSWER_TOOL, call_error, clean, reply_of
 
@@ -36,7 +40,10 @@ class PydanticAIModel:
 
     def __init__(self, name: str, *, task_settings: Mapping[str, Json], api_key: str | None = None) -> None:
         from pydantic_ai.direct import model_request  # noqa: PLC0415
+        from pydantic_ai.exceptions import UsageExtractionFailedWarning  # noqa: PLC0415
 
+        # A server's odd counts are no reason to show whoever watches a worker a line of pydantic-ai's code.
+        warnings.filterwarnings("ignore", category=UsageExtractionFailedWarning)
         self._api_key = api_key
         self._name = name
         check_authority(task_settings)  # again, for whoever wrote to the database need not have been lbr
@@ -86,7 +93,7 @@ def _build(name: str, api_key: str | None) -> Model:
 
     provider_class_of(name)
     try:
-        return _infer(name, api_key)
+        found = _infer(name, api_key)
     except ImportError as error:
         raise missing_package(name, error) from error
     except UserError as error:
@@ -97,6 +104,8 @@ def _build(name: str, api_key: str | None) -> Model:
     except Exception as error:
         cause = f"{type(error).__name__}: {clean(str(error), api_key)}"
         raise UsageError(f"cannot use model {name!r}: {cause}") from error
+    _tell_errors_in_answers(found)
+    return found
 
 
 def _infer(name: str, api_key: str | None) -> Model:
@@ -137,6 +146,33 @@ def _relayed_openrouter(model: str, api_key: str | None, url: str) -> Model:
 
     provider = RelayProvider(api_key=api_key) if api_key else RelayProvider()
     return RelayModel(model, provider=provider)
+
+
+def _tell_errors_in_answers(model: Any) -> None:
+    """Let an error that a server sends with status 200 keep its code and its words, and let no answer be none.
+
+    pydantic-ai tells such errors of OpenRouter alone: elsewhere they are a list of fields that are missing.
+    """
+    from pydantic_ai.exceptions import ModelHTTPError, UnexpectedModelBehavior  # noqa: PLC0415
+
+    validate = getattr(model, "_validate_completion", None)
+    if validate is None:  # none that speaks OpenAI's chat completions
+        return
+
+    told = model.system == "openrouter"
+
+    def checked(response: Any) -> Any:
+        found = validate(response) if response.choices or told else response
+        if found.choices:
+            return found
+        error = getattr(response, "error", None)
+        status = status_in(error)
+        if status is not None:
+            raise ModelHTTPError(status, model.model_name, error)
+        said = "no choices" if error is None else f"the error {orjson.dumps(error, default=str).decode()}"
+        raise UnexpectedModelBehavior(f"expected an answer, got: {said}")
+
+    model._validate_completion = checked  # noqa: SLF001 - the one place that sees the whole answer
 
 
 def output_mode(profile: ModelProfile) -> OutputMode:

@@ -22,6 +22,8 @@ ANSWER_TOOL = "answer"
 MAX_MESSAGE_CHARS = 500
 MIN_SECRET_CHARS = 6
 
+# What moves the cursor or the colours of a terminal that shows the message.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _SECRET_NAME = re.compile(r"(?:KEY|TOKEN|SECRET|PASSWORD)S?\Z", re.IGNORECASE)
 
 
@@ -128,5 +130,5 @@ def clean(text: str, api_key: str | None = None) -> str:
     for secret in sorted([*secrets, api_key or ""], key=len, reverse=True):
         if len(secret) >= MIN_SECRET_CHARS:
             text = text.replace(secret, "***")
-    line = " ".join(text.split())
+    line = " ".join(_CONTROL.sub(" ", text).split())
     return line if len(line) <= MAX_MESSAGE_CHARS else line[: MAX_MESSAGE_CHARS - 1] + "…"
