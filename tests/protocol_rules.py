@@ -4,7 +4,7 @@ Workers claim jobs, call, settle, renew and release; they die, are started anew,
 run out and are reclaimed; a person cancels and retries. Each step is one transaction of the store, or something that
 happens between two. What the store decides in plain functions is decided by these here too: `settle.is_mine`, the
 fence, `settle.is_repeated`, `retry.decide` and `runs.resting_state`. What it decides in SQL is said here once more,
-and `tests/test_protocol.py` compares that with the statements, row by row.
+and `tests/test_protocol.py` compares each step of a worker with the statements, row by row.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from sqlalchemy import insert, select, update
 from lbr.jobs import Claim, JobId, JobState, Prompt, RunState, WorkerId
 from lbr.store import schema
 from lbr.store.queue import MAX_CRASHES, Queue
+from lbr.store.schema import SUSPECT_CRASHES
 from lbr.store.settle import SETTLE, is_mine
 from tests import protocol
 from tests import protocol_rules as rules
@@ -186,3 +187,18 @@ async def test_release_goes_by_the_rule(database: Database, clock: Clock) -> Non
     expected = [rules.released(row, OURS, 1, RunState.ACTIVE) for row in rows]
     assert await read_back(database, clock, ids, workers) == expected
     assert count == sum(rules.is_held(row, OURS, 1) for row in rows)
+
+
+@pytest.mark.parametrize("suspects", [False, True])
+async def test_claim_goes_by_the_rule(database: Database, clock: Clock, suspects: bool) -> None:
+    """The store claims what the model claims: pending jobs, those that killed their workers apart from the others."""
+    rows = every_job(crashes=range(MAX_CRASHES))
+    run, ids, workers = await stored(database, clock, rows)
+    await Queue(database).claim(workers[OURS], [run.id], len(rows), lease=60, suspects=suspects)
+    expected = [
+        rules.claimed(row, OURS)._replace(calls=0)
+        if row.state is JobState.PENDING and (row.crashes >= SUSPECT_CRASHES) == suspects
+        else row
+        for row in rows
+    ]
+    assert await read_back(database, clock, ids, workers) == expected
