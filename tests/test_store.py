@@ -400,6 +400,21 @@ async def test_bad_answer_comes_back_with_its_words(database: Database) -> None:
     assert await states(database, run) == {"failed": 1}
 
 
+async def test_a_late_bad_answer_uses_up_no_budget(database: Database, clock: Clock) -> None:
+    """What a zombie's call came to is recorded as stale, and is no part of what its successors go by."""
+    run = await put(database, ["a"])
+    queue, zombie, heir = await two_workers(database)
+    (old,) = await queue.claim(zombie, [run.id], 1, lease=60)
+    clock.forward(61)
+    await queue.reclaim()
+    (new,) = await queue.claim(heir, [run.id], 1, lease=60)
+    assert (await settle(database, [failed(old, BAD)])).stale == {old.job_id}
+    await settle(database, [failed(new, TRANSIENT)])
+    clock.forward(3600)
+    (last,) = await queue.claim(heir, [run.id], 1, lease=60)
+    assert (last.attempts, last.history.bad_answers, last.history.last_bad) == (1, 0, None)
+
+
 async def test_retry_gives_back_every_try(database: Database) -> None:
     """Retry puts failed jobs back with all their budgets, keeps their history, and leaves answers alone."""
     run = await put(database, ["a", "b"])

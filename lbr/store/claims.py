@@ -87,10 +87,11 @@ CLAIM_CHOSEN = _claiming(PENDING & among(jobs.c.id, "ids"))
 _PROMPTS = select(prompts.c.job_id, prompts.c.key, prompts.c.body, prompts.c.chat, prompts.c.settings).where(
     among(prompts.c.job_id, "ids")
 )
+# Without what came too late: that is another claim's, was charged to nobody and must use up no budget.
 _TRIES = (
     select(attempts.c.job_id, attempts.c.claim_seq, attempts.c.family, attempts.c.message, attempts.c.at)
     .add_columns(case((attempts.c.family == Family.BAD_ANSWER, attempts.c.text)).label("text"))
-    .where(among(attempts.c.job_id, "ids"))
+    .where(among(attempts.c.job_id, "ids"), attempts.c.what != "stale")
     .order_by(attempts.c.id)
 )
 
