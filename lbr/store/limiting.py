@@ -14,11 +14,10 @@ from sqlalchemy import bindparam, func, select, update
 
 from lbr import limits as arithmetic
 from lbr.budget import Budget
-from lbr.errors import Family
 from lbr.jobs import JobState, RunId, RunState
 from lbr.limits import Limit
 from lbr.store.arrays import Bulk, Given, among
-from lbr.store.counters import COST_NANOS, REUSED, TRY
+from lbr.store.counters import ANSWERED, COST_NANOS, REUSED
 from lbr.store.schema import counters, limits, runs, workers
 
 if TYPE_CHECKING:
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from lbr.store.database import Database
     from lbr.store.schema import AnyRow
 
-_BAD_ANSWERS = TRY + Family.BAD_ANSWER
 SILENT_MS = 15_000
 """A worker that has not reported for so long is not counted as working."""
 
@@ -196,7 +194,8 @@ async def _budgets(connection: AsyncConnection, run_ids: list[RunId], *, lock: b
         RunId(run_id): Budget(
             limit=limit,
             spent=counts[run_id][COST_NANOS],
-            calls=counts[run_id][JobState.DONE] - counts[run_id][REUSED] + counts[run_id][_BAD_ANSWERS],
+            # At least those whose answers are there: a run of an earlier version has no such count.
+            calls=max(counts[run_id][ANSWERED], counts[run_id][JobState.DONE] - counts[run_id][REUSED]),
             inflight=counts[run_id][JobState.INFLIGHT],
         )
         for run_id, limit in allowed.items()
