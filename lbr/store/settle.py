@@ -155,8 +155,9 @@ async def settle(database: Database, batch: Sequence[Settlement]) -> Settled:
         await _insert_results(connection, mine)
         await _insert_attempts(connection, mine, stale, now)
         paused = await _pause(connection, mine)
-        await _cool_down(connection, mine, standing, now)
+        # First what locks all answerers in the order of their names; those that cool down are among them.
         await learn(connection, _lessons([*mine, *stale], standing, now), now)
+        await _cool_down(connection, mine, standing, now)
         await counters.add(connection, _deltas(mine, stale, standing, states))
         return Settled(
             taken=frozenset(s.claim.job_id for s in mine),
