@@ -35,7 +35,7 @@ class Budget:
             return None
         rooms = [] if self.calls >= KNOWN_CALLS else [max(1, 2 * self.calls) - self.inflight]
         if self.spent:
-            each = self.spent / self.calls
+            each = self.spent / max(1, self.calls)
             rooms.append(math.floor((self.limit - self.spent) / each) - self.inflight)
         return max(0, min(rooms))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -15,15 +16,16 @@ from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
 
 from lbr import api, prompt_map
-from lbr.errors import AlreadyRunningError, DatabaseError, UsageError
-from lbr.store import claims, enqueue, listener, reads, runs, schema, settle, sole
+from lbr.errors import AlreadyRunningError, DatabaseError, Family, Usage, UsageError
+from lbr.jobs import Failure, Outcome, Reply, Task
+from lbr.store import claims, enqueue, limiting, listener, reads, runs, schema, settle, sole
 from lbr.store.arrays import Bulk
 from lbr.store.claims import CLAIM, CLAIM_CHOSEN, CLAIM_SUSPECT, DUE, DUE_SIZED, DUE_SUSPECT
 from lbr.store.engines import open_database
 from lbr.store.postgres import SHARDS, SOLE_LOCK, PostgresDatabase
 from lbr.store.queue import EXPIRED, RECLAIM, RENEW, Queue
 from tests import postgres
-from tests.support import Cli, answered, assert_counted, eventually, put, states
+from tests.support import ECHO, Cli, answered, assert_counted, eventually, failed, put, states
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 FAR = 10**15
 HELD = 500
+REVERSED = Task(model="offline:reverse")
 
 
 @pytest.fixture
@@ -460,3 +463,52 @@ async def test_deadlocks_and_conflicts_are_run_again(live: Database) -> None:
     with pytest.raises(DatabaseError) as caught:
         await live.write(lambda c: c.execute(text("SELECT 1 / 0")))
     assert isinstance(caught.value.__cause__, DBAPIError)
+
+
+@pytest.mark.parametrize(
+    ("row", "change"),
+    [
+        ("runs", "state = 'paused', pause_reason = 'it is spent'"),
+        ("limits", "cooldown_until = extract(epoch FROM now()) * 1000 + 60000"),
+    ],
+)
+async def test_what_a_claim_waited_for_it_obeys(live: Database, url: str, row: str, change: str) -> None:
+    """A claim that waits for somebody who pauses its run, or cools its answerer down, takes nothing of it then."""
+    queue = Queue(live)
+    worker = await queue.register(host="h", pid=1, concurrency=40)
+    run, free = await put(live, ["a", "b"], name="a"), await put(live, ["c"], name="b", task=REVERSED)
+    await limiting.set_budget(live, run.id, 10**9)
+    await limiting.change(live, run.task.answerer, {"rpm": 6000})
+    with postgres.connect(url, autocommit=False) as other:
+        other.execute(f"UPDATE lbr.{row} SET {change}")
+        claiming = asyncio.create_task(queue.claim(worker, [run.id, free.id], 40, lease=60))
+        await eventually(lambda: waiters(url))
+        other.commit()
+    assert [one.run_id for one in await claiming] == [free.id]
+
+
+def waiters(url: str) -> int:
+    """Return how many sessions wait for a row or a transaction that another one holds."""
+    with postgres.connect(url) as asking:
+        found = asking.execute("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+        return int(found.fetchall()[0][0])
+
+
+async def test_cooling_and_learning_lock_in_one_order(live: Database, url: str) -> None:
+    """A settlement that cools one answerer down and teaches about another waits for neither while it holds the other."""
+    queue = Queue(live)
+    worker = await queue.register(host="h", pid=1, concurrency=40)
+    runs_ = [await put(live, ["a"], name=task.model or "", task=task) for task in (ECHO, REVERSED)]
+    for run in runs_:
+        await limiting.change(live, run.task.answerer, {"tpm": 60_000})
+    first, second = await queue.claim(worker, [run.id for run in runs_], 2, lease=60)
+    limited = Failure(Family.RATE_LIMITED, "RateLimit", "429", retry_after=1.0)
+    told = replace(answered(first), outcome=Outcome(Reply("answer", Usage(1, 1, 1)), None, 5))
+    with postgres.connect(url, autocommit=False) as other:
+        lock = "SELECT 1 FROM lbr.limits WHERE answerer = %s FOR UPDATE"
+        other.execute(lock, [ECHO.answerer])
+        settling = asyncio.create_task(settle.settle(live, [told, failed(second, limited)]))
+        await eventually(lambda: waiters(url))
+        other.execute(f"{lock} NOWAIT", [REVERSED.answerer])
+        other.commit()
+    assert len((await settling).taken) == 2

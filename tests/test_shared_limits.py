@@ -14,7 +14,7 @@ import lbr
 from lbr.errors import Family, Usage, UsageError
 from lbr.jobs import Failure, Outcome, Reply
 from lbr.retry import RetryPolicy, decide
-from lbr.store import limiting, reads, runs
+from lbr.store import limiting, reads, redo, runs
 from lbr.store.engines import open_database
 from lbr.store.queue import Queue
 from lbr.store.settle import settle
@@ -242,6 +242,25 @@ async def test_free_calls_need_no_budget(database: Database, clock: Clock) -> No
         claims = await claim(database, one, run, 100)
         assert len(claims) == expected
         await settle(database, [answered(c) for c in claims])
+
+
+async def test_a_budget_knows_what_calls_cost_that_are_no_answers_now(
+    database: Database, clock: Clock
+) -> None:
+    """Answers that are redone, and calls that failed but cost something, count among the calls that were paid."""
+    run = await put(database, [f"p{n}" for n in range(60)])
+    ((_, one),) = await workers(database, 100)
+    refused = Failure(Family.PERMANENT, "ContentFilter", "no", usage=Usage(1, 1, 10_000))
+    first, *_ = await claim(database, one, run, 1)
+    await settle(database, [failed(first, refused)])
+    await limiting.set_budget(database, run.id, 1_000_000)
+    for expected in (2, 6, 18, 33):
+        claims = await claim(database, one, run, 100)
+        assert len(claims) == expected
+        await settle(database, [cost(c, 10_000) for c in claims])
+    assert await redo.retry(database, run, redo.read_conditions(["status=done"])) == 59
+    assert len(await claim(database, one, run, 100)) == (1_000_000 - 600_000) // 10_000
+    await assert_counted(database, run)
 
 
 def verdict(url: str) -> dict[str, Any]:

@@ -14,11 +14,10 @@ from sqlalchemy import bindparam, func, select, update
 
 from lbr import limits as arithmetic
 from lbr.budget import Budget
-from lbr.errors import Family
 from lbr.jobs import JobState, RunId, RunState
 from lbr.limits import Limit
 from lbr.store.arrays import Bulk, Given, among
-from lbr.store.counters import COST_NANOS, REUSED, TRY
+from lbr.store.counters import ANSWERED, COST_NANOS, REUSED
 from lbr.store.schema import counters, limits, runs, workers
 
 if TYPE_CHECKING:
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from lbr.store.database import Database
     from lbr.store.schema import AnyRow
 
-_BAD_ANSWERS = TRY + Family.BAD_ANSWER
 SILENT_MS = 15_000
 """A worker that has not reported for so long is not counted as working."""
 
@@ -43,7 +41,7 @@ _OPEN = (
     .where(among(runs.c.id, "ids"), runs.c.state == RunState.ACTIVE)
 )
 _LOCKED = (
-    select(limits.c.answerer, *_COLUMNS)
+    select(limits.c.answerer, limits.c.cooldown_until, *_COLUMNS)
     .where(among(limits.c.answerer, "answerers"))
     .order_by(limits.c.answerer)
     .with_for_update()
@@ -102,6 +100,12 @@ class Gate:
     budgets: dict[RunId, Budget] = field(default_factory=dict)
     waits: list[int] = field(default_factory=list)
     debited: set[str] = field(default_factory=set)
+
+    def cool(self, until: Mapping[str, int]) -> None:
+        """Pass over the runs of answerers that cool down, each until its time."""
+        cooling = {who: end for who, end in until.items() if end > self.now}
+        self.waits += cooling.values()
+        self.answerers = {run_id: who for run_id, who in self.answerers.items() if who not in cooling}
 
     def limit(self, run_id: RunId) -> Limit | None:
         """Return what holds a run's jobs back, None for nothing."""
@@ -170,13 +174,18 @@ async def open_gate(
         if row.budget_nanos is not None:
             limited.append(RunId(row.id))
     # Runs before answerers: so does whoever settles.
-    gate.budgets = await _budgets(connection, limited, lock=lock)
+    gate.budgets, active = await _budgets(connection, limited, lock=lock)
+    for run_id in set(limited) - active:
+        # Paused while we waited for the lock, perhaps for this very budget.
+        del gate.answerers[run_id]
     if any(limit != _NONE for limit in known.values()):
         gate.ceiling = await ceiling(connection, now)
         binding = {who: limit for who, limit in known.items() if limit.binds(gate.ceiling)}
         if binding and lock:
             found = (await connection.execute(_LOCKED, {"answerers": list(binding)})).all()
             binding = {row.answerer: _limit_of(row) for row in found}
+            # Who held the lock before us may have been told to wait.
+            gate.cool({row.answerer: row.cooldown_until for row in found})
         gate.limits = {who: arithmetic.refilled(limit, now) for who, limit in binding.items()}
         gate.inflight = await _calls_in_flight(
             connection, [who for who, limit in binding.items() if limit.at_a_time is not None]
@@ -184,24 +193,29 @@ async def open_gate(
     return gate
 
 
-async def _budgets(connection: AsyncConnection, run_ids: list[RunId], *, lock: bool) -> dict[RunId, Budget]:
+async def _budgets(
+    connection: AsyncConnection, run_ids: list[RunId], *, lock: bool
+) -> tuple[dict[RunId, Budget], set[RunId]]:
+    """Return the budgets of these runs, and which of them are active still."""
     if not run_ids:
-        return {}
+        return {}, set()
     query = _BUDGETS_LOCKED if lock else _BUDGETS
     allowed = {row.id: row.budget_nanos for row in (await connection.execute(query, {"ids": run_ids})).all()}
     counts: dict[int, Counter[str]] = {run_id: Counter() for run_id in allowed}
     for row in (await connection.execute(_COUNTS, {"ids": list(allowed)})).all() if allowed else ():
         counts[row.run_id][row.name] = int(row.value)
-    return {
+    budgets = {
         RunId(run_id): Budget(
             limit=limit,
             spent=counts[run_id][COST_NANOS],
-            calls=counts[run_id][JobState.DONE] - counts[run_id][REUSED] + counts[run_id][_BAD_ANSWERS],
+            # At least those whose answers are there: a run of an earlier version has no such count.
+            calls=max(counts[run_id][ANSWERED], counts[run_id][JobState.DONE] - counts[run_id][REUSED]),
             inflight=counts[run_id][JobState.INFLIGHT],
         )
         for run_id, limit in allowed.items()
         if limit is not None
     }
+    return budgets, {RunId(run_id) for run_id in allowed}
 
 
 _NONE = Limit()

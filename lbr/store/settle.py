@@ -155,8 +155,9 @@ async def settle(database: Database, batch: Sequence[Settlement]) -> Settled:
         await _insert_results(connection, mine)
         await _insert_attempts(connection, mine, stale, now)
         paused = await _pause(connection, mine)
-        await _cool_down(connection, mine, standing, now)
+        # First what locks all answerers in the order of their names; those that cool down are among them.
         await learn(connection, _lessons([*mine, *stale], standing, now), now)
+        await _cool_down(connection, mine, standing, now)
         await counters.add(connection, _deltas(mine, stale, standing, states))
         return Settled(
             taken=frozenset(s.claim.job_id for s in mine),
@@ -261,6 +262,12 @@ def _usage_of(settlement: Settlement) -> Usage:
     return outcome.failure.usage if outcome.failure is not None else NO_USAGE
 
 
+def _was_answered(settlement: Settlement) -> bool:
+    """Tell whether a call brought an answer, or anything else that is paid for."""
+    failure = settlement.outcome.failure
+    return failure is None or failure.family is Family.BAD_ANSWER or failure.usage != NO_USAGE
+
+
 async def _insert_attempts(
     connection: AsyncConnection, mine: list[Settlement], stale: list[Settlement], now: Millis
 ) -> None:
@@ -305,6 +312,7 @@ def _deltas(
         deltas[s.claim.run_id, counters.WASTED_NANOS] += _usage_of(s).cost_nanos or 0
     for s in [*mine, *stale]:
         usage = _usage_of(s)
+        deltas[s.claim.run_id, counters.ANSWERED] += _was_answered(s)
         if usage is not NO_USAGE:
             deltas[s.claim.run_id, counters.INPUT_TOKENS] += usage.input_tokens or 0
             deltas[s.claim.run_id, counters.OUTPUT_TOKENS] += usage.output_tokens or 0
