@@ -66,13 +66,13 @@ def capacity(per_minute: int) -> float:
 
 def refilled(limit: Limit, now: int) -> Limit:
     """Return the limit with what has come in since it was last balanced; a new bucket is full."""
-    # A clock that was set back must not take anything away.
+    # A clock that was set back must neither take anything away, nor hold anything back until it is there again.
     passed = max(0, now - (limit.balanced_at if limit.balanced_at is not None else now))
     return replace(
         limit,
         requests=_filled(limit.requests, limit.rpm, passed),
         tokens=_filled(limit.tokens, limit.tpm, passed),
-        balanced_at=max(now, limit.balanced_at or 0),
+        balanced_at=now,
     )
 
 
@@ -142,7 +142,7 @@ def cut(limit: Limit, *, began: int, now: int, inflight: int, ceiling: int) -> L
 
     `inflight` are the calls in flight with this one, `ceiling` the slots of all workers. What a person fixed stays.
     """
-    if limit.cut_at is not None and began < limit.cut_at:
+    if limit.cut_at is not None and began < limit.cut_at <= now:
         return limit
     before = min(limit.slots if limit.slots is not None else math.inf, max(1, inflight), max(1, ceiling))
     slots = max(1.0, before * CUT)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 MESSAGE_LIMIT = 2_000
 TEXT_LIMIT = 1_000_000
+FARTHEST_MS = 3600 * 1000
+"""Nobody is ever told to wait for so long: a later time was set by a clock that has been set back since."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -280,6 +280,12 @@ class Worker:
         elif now < self._next_due:
             return False
         outlook = await self._queue.look(list(self._order))
+        if outlook.stranded:
+            self._notify(
+                "jobs wait for a time that only a clock that was ahead can have set; they are due now"
+            )
+            await self._queue.bring_forward(list(self._order))
+            outlook = await self._queue.look(list(self._order))
         if outlook.expired:
             # Ours first: after a standstill they may have run out, but we are alive.
             await self._renew()

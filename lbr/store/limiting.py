@@ -16,6 +16,7 @@ from lbr import limits as arithmetic
 from lbr.budget import Budget
 from lbr.jobs import JobState, RunId, RunState
 from lbr.limits import Limit
+from lbr.retry import FARTHEST_MS
 from lbr.store.arrays import Bulk, Given, among
 from lbr.store.counters import ANSWERED, COST_NANOS, REUSED
 from lbr.store.schema import counters, limits, runs, workers
@@ -103,7 +104,7 @@ class Gate:
 
     def cool(self, until: Mapping[str, int]) -> None:
         """Pass over the runs of answerers that cool down, each until its time."""
-        cooling = {who: end for who, end in until.items() if end > self.now}
+        cooling = {who: end for who, end in until.items() if _is_ahead(end, self.now)}
         self.waits += cooling.values()
         self.answerers = {run_id: who for run_id, who in self.answerers.items() if who not in cooling}
 
@@ -158,6 +159,11 @@ class Gate:
             await _save(connection, who, self.limits[who])
 
 
+def _is_ahead(until: int, now: int) -> bool:
+    """Tell whether a cooldown goes on; one that would go on for too long was set by a clock that was ahead."""
+    return now < until <= now + FARTHEST_MS
+
+
 async def open_gate(
     connection: AsyncConnection, run_ids: Sequence[RunId], now: Millis, *, lock: bool
 ) -> Gate:
@@ -166,7 +172,7 @@ async def open_gate(
     known: dict[str, Limit] = {}
     limited: list[RunId] = []
     for row in (await connection.execute(_OPEN, {"ids": list(run_ids)})).all():
-        if row.cooldown_until is not None and row.cooldown_until > now:
+        if row.cooldown_until is not None and _is_ahead(row.cooldown_until, now):
             gate.waits.append(row.cooldown_until)
             continue
         gate.answerers[RunId(row.id)] = row.answerer

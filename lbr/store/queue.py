@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import bindparam, case, delete, func, insert, literal_column, select, update
 
 from lbr.jobs import Claim, JobId, JobState, Millis, RunId, RunState, WorkerId
+from lbr.retry import FARTHEST_MS
 from lbr.store import counters
 from lbr.store.arrays import Inserting, among
 from lbr.store.claims import DUE, DUE_SUSPECT, Wish, take
@@ -97,12 +98,13 @@ ADD_CRASHES = Inserting(attempts, "job_id", "claim_seq", "what", "error", "messa
 class Outlook:
     """What a look without a lock saw: is anything due, are suspects, has a lease run out, when to look again.
 
-    `next_ms` is how long from now until more may be due, None where nothing is waiting.
+    `stranded` tells that jobs wait for a time that only a clock that was ahead can have set. `next_ms` is how long from now until more may be due, None where nothing is waiting.
     """
 
     due: bool
     suspects: bool
     expired: bool
+    stranded: bool
     next_ms: int | None
 
 
@@ -178,7 +180,7 @@ class Queue:
         async def work(connection: AsyncConnection) -> Outlook:
             now = await self._database.now(connection)
             gate = await open_gate(connection, run_ids, now, lock=False)
-            due = suspects = False
+            due = suspects = stranded = False
             times: list[int | None] = list(gate.waits)
             for run_id in gate.answerers:
                 bound = {"run": run_id, "now": now, "most": 1}
@@ -188,16 +190,29 @@ class Queue:
                 due |= (await connection.scalar(DUE, bound)) is not None
                 suspects |= (await connection.scalar(DUE_SUSPECT, bound)) is not None
                 later = select(func.min(jobs.c.available_at)).where(PENDING, jobs.c.run_id == run_id)
-                times.append(await connection.scalar(later.where(jobs.c.available_at > now)))
+                first: int | None = await connection.scalar(later.where(jobs.c.available_at > now))
+                stranded |= first is not None and first > now + FARTHEST_MS
+                times.append(first)
             lease_end: int | None = await connection.scalar(
                 select(func.min(jobs.c.lease_until)).where(INFLIGHT)
             )
             times.append(lease_end)
             expired = lease_end is not None and lease_end < now
             waits = [time - now for time in times if time is not None and time > now]
-            return Outlook(due, suspects, expired, min(waits, default=None))
+            return Outlook(due, suspects, expired, stranded, min(waits, default=None))
 
         return await self._database.read(work)
+
+    async def bring_forward(self, run_ids: Sequence[RunId]) -> None:
+        """Let jobs be claimed now that a clock which was ahead told to wait for longer than anybody waits."""
+
+        async def work(connection: AsyncConnection) -> None:
+            now = await self._database.now(connection)
+            stranded = (PENDING, among(jobs.c.run_id, "runs"), jobs.c.available_at > now + FARTHEST_MS)
+            query = update(jobs).where(*stranded).values(available_at=now)
+            await connection.execute(query, {"runs": list(run_ids)})
+
+        await self._database.write(work)
 
     async def renew(
         self, worker: WorkerId, claims: Iterable[Claim], *, lease: float, settled: int, rate: float
