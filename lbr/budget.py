@@ -15,13 +15,15 @@ KNOWN_CALLS = 50
 class Budget:
     """What a run may cost and has cost, in billionths of a US dollar.
 
-    `calls` are those that were answered, well or not, and `inflight` those that have not ended.
+    `calls` are those that were answered, well or not, `inflight` those that have not ended, and `pending` the jobs that
+    wait for one.
     """
 
     limit: int
     spent: int
     calls: int
     inflight: int
+    pending: int = 0
 
     @property
     def room(self) -> int | None:

@@ -66,13 +66,16 @@ def capacity(per_minute: int) -> float:
 
 def refilled(limit: Limit, now: int) -> Limit:
     """Return the limit with what has come in since it was last balanced; a new bucket is full."""
-    # A clock that was set back must neither take anything away, nor hold anything back until it is there again.
-    passed = max(0, now - (limit.balanced_at if limit.balanced_at is not None else now))
+    # Who waited for a lock comes with an older time, which takes nothing away. A time that is far ahead is that of
+    # a clock which has been set right since: nothing would come in until then.
+    before = limit.balanced_at if limit.balanced_at is not None else now
+    before = now if before > now + MINUTE_MS else before
+    passed = max(0, now - before)
     return replace(
         limit,
         requests=_filled(limit.requests, limit.rpm, passed),
         tokens=_filled(limit.tokens, limit.tpm, passed),
-        balanced_at=now,
+        balanced_at=max(now, before),
     )
 
 
@@ -129,12 +132,15 @@ def debited(limit: Limit, calls: int, tokens: int) -> Limit:
 
 
 def grown(limit: Limit, successes: int, ceiling: int) -> Limit:
-    """Return the limit after so many calls went well: no further than the slots that the workers have."""
+    """Return the limit after so many calls went well: grown no further than to the slots that the workers have.
+
+    Fewer workers than before take nothing away: with the next ones it holds again.
+    """
     if limit.slots is None:
         return limit
     doubling = limit.threshold is None or limit.slots < limit.threshold
     more = successes if doubling else successes / limit.slots
-    return replace(limit, slots=max(1.0, min(float(max(1, ceiling)), limit.slots + more)))
+    return replace(limit, slots=max(1.0, limit.slots, min(float(ceiling), limit.slots + more)))
 
 
 def cut(limit: Limit, *, began: int, now: int, inflight: int, ceiling: int) -> Limit:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lbr import progress
 from lbr.asking import check_settings, checker
 from lbr.config import DB_URL_DEFAULT, a_minute, at_least_one, nanos_of, one_of
+from lbr.errors import UsageError
 from lbr.models.base import model_string
 from lbr.serving import check_tells_cost
 from lbr.store import limiting, reads, redo, runs
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from lbr.jobs import Json
     from lbr.store.reads import Story
     from lbr.store.redo import Reparsed
+
+FUNCTION = "function:"
+LONGEST_SCOPE = 1_000
 
 
 async def status(
@@ -105,15 +109,13 @@ async def resume(
     `max_cost` is what the run may cost from now on, in US dollars, all that it has cost included; inf lifts what
     is set, None leaves it.
     """
-    lifted = max_cost == math.inf
-    nanos = None if max_cost is None or lifted else nanos_of("max_cost", max_cost)
+    nanos = None if max_cost in {None, math.inf} else nanos_of("max_cost", max_cost)
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         found = await reads.find_run(database, run)
         if nanos is not None:
             check_tells_cost(found)
-        if nanos is not None or lifted:
-            await limiting.set_budget(database, found.id, nanos)
-        await runs.resume(database, found)
+        budget = {} if max_cost is None else {"budget_nanos": nanos}
+        await runs.resume(database, found, **budget)
 
 
 async def limit(
@@ -134,13 +136,24 @@ async def limit(
         one_of("limit", name, ("rpm", "tpm", "concurrency"))
         if value is not None:
             at_least_one(name, value) if name == "concurrency" else a_minute(name, value)
-    answerer = scope if scope is None or scope.startswith("function:") else model_string(scope)
+    answerer = None if scope is None else _answerer(scope)
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         if changes and answerer is not None:
             await limiting.change(database, answerer, changes)
         view = await reads.overview(database)
         found = [progress.limit_fields(one) for one in view.limits]
         return [one for one in found if answerer in {None, one["answerer"]}]
+
+
+def _answerer(scope: str) -> str:
+    """Return the answerer that a scope names; UsageError for what can be the name of none."""
+    named = scope.removeprefix(FUNCTION)
+    if not named or named != named.strip() or not scope.isprintable() or len(scope) > LONGEST_SCOPE:
+        raise UsageError(
+            f"expected a scope as `lbr status` names it, openai-chat:gpt-4o-mini or function:module:name say, got: "
+            f"{scope[:100]!r}"
+        )
+    return scope if named != scope else model_string(scope)
 
 
 async def show(run: str, idx: int, *, db_url: str = DB_URL_DEFAULT, allow_network_fs: bool = False) -> Story:

@@ -281,15 +281,12 @@ class Worker:
             return False
         outlook = await self._queue.look(list(self._order))
         if outlook.stranded:
-            self._notify(
-                "jobs wait for a time that only a clock that was ahead can have set; they are due now"
-            )
             await self._queue.bring_forward(list(self._order))
-            outlook = await self._queue.look(list(self._order))
         if outlook.expired:
             # Ours first: after a standstill they may have run out, but we are alive.
             await self._renew()
             await self._reclaim()
+        if outlook.stranded or outlook.expired:
             outlook = await self._queue.look(list(self._order))
         if outlook.suspects and not outlook.due and not self._calls:
             for claim in await self._claim_up_to(1, suspects=True):

@@ -45,8 +45,17 @@ def test_bucket_is_never_fuller_than_a_second() -> None:
     assert (limit.requests, limit.tokens) == (0, 0)
     later = refilled(limit, 10 * 3_600_000)
     assert (later.requests, later.tokens) == (10, 100)
-    back = refilled(later, 0)
-    assert (back.requests, back.tokens, back.balanced_at) == (10, 100, later.balanced_at)
+    back = refilled(debited(later, 4, 40), 10 * 3_600_000 - 30_000)
+    assert (back.requests, back.tokens, back.balanced_at) == (6, 60, later.balanced_at)
+
+
+def test_bucket_fills_again_after_a_clock_was_far_ahead() -> None:
+    """A clock that was set right holds nobody back until the time that it showed before."""
+    ahead = debited(refilled(Limit(rpm=600, tpm=6_000), 24 * 3_600_000), 10, 100)
+    right = refilled(ahead, 1_000)
+    assert (right.requests, right.tokens, right.balanced_at) == (0, 0, 1_000)
+    right = refilled(right, 1_500)
+    assert (right.requests, right.tokens) == (5, 50)
 
 
 @pytest.mark.parametrize("limit", [Limit(rpm=7), Limit(tpm=500), Limit(rpm=90, tpm=100)])
@@ -83,6 +92,7 @@ def test_slots_double_then_grow_by_one() -> None:
     for expected in (16, 32, 64, 100, 100):
         limit = grown(limit, round(limit.slots or 0), 100)
         assert limit.slots == expected
+    assert grown(limit, 5, 8) == limit  # most workers have ended; the next ones need not learn anew
     after = cut(limit, began=1_000, now=2_000, inflight=100, ceiling=100)
     assert (after.slots, after.threshold, after.cut_at) == (50, 50, 2_000)
     rounds = after

@@ -244,6 +244,34 @@ async def test_free_calls_need_no_budget(database: Database, clock: Clock) -> No
         await settle(database, [answered(c) for c in claims])
 
 
+async def test_what_is_done_is_not_paused(database: Database, clock: Clock) -> None:
+    """A run that has come to its end with its last cent is finished, whatever else its worker does."""
+    run, other = await put(database, ["a"], name="a"), await put(database, ["b"], name="b", reuse=False)
+    ((queue, one),) = await workers(database, 5)
+    await limiting.set_budget(database, run.id, 10)
+    await settle(database, [cost(c, 10) for c in await claim(database, one, run)])
+    assert len(await queue.claim(one, [run.id, other.id], 5, lease=60)) == 1  # type: ignore[arg-type]
+    assert (await reads.find_run(database, "a")).state == "active"
+
+
+async def test_a_refused_resume_sets_no_budget(db_url: str) -> None:
+    """What a cancelled run may cost stays as it was."""
+    await lbr.enqueue(["a"], run="r", model="openai-chat:gpt-4o-mini", db_url=db_url)
+    await lbr.cancel("r", db_url=db_url)
+    with pytest.raises(UsageError, match="was cancelled"):
+        await lbr.resume("r", max_cost=5, db_url=db_url)
+    assert (await lbr.status("r", db_url=db_url)).runs[0].max_cost_usd is None
+
+
+@pytest.mark.parametrize(
+    "scope", ["function:", "function: f", "function:a\nb", "a:\x00", "a:" + "x" * 3_000, " "]
+)
+async def test_a_scope_that_nobody_can_have_is_refused(db_url: str, scope: str) -> None:
+    """What no answerer is called gets no row."""
+    with pytest.raises(UsageError, match="expected a scope as"):
+        await lbr.limit(scope, {"rpm": 5}, db_url=db_url)
+
+
 async def test_a_budget_knows_what_calls_cost_that_are_no_answers_now(
     database: Database, clock: Clock
 ) -> None:

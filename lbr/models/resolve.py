@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lbr.errors import UsageError
 from lbr.jobs import canonical_json
 from lbr.models.base import Kind, kind_of
+from lbr.tokens import most_output_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -55,6 +56,7 @@ def check_task(task: Task) -> None:
             from lbr.models import pydantic_ai  # noqa: PLC0415
 
             pydantic_ai.check_model(task.model or "", task.settings, schema=task.schema)
+            most_output_tokens(task.settings)  # raises for what it cannot read, and so does every worker
 
 
 def build_model(task: Task, authority: Authority, *, concurrency: int) -> Model:

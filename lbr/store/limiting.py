@@ -152,7 +152,7 @@ class Gate:
     async def save(self, connection: AsyncConnection) -> None:
         """Write the balances down, and pause the runs whose budget is spent."""
         for run_id, budget in self.budgets.items():
-            if budget.is_spent:
+            if budget.is_spent and budget.pending:
                 pausing = update(runs).where(runs.c.id == run_id)
                 await connection.execute(pausing.values(state=RunState.PAUSED, pause_reason=budget.words()))
         for who in sorted(self.debited):
@@ -217,6 +217,7 @@ async def _budgets(
             # At least those whose answers are there: a run of an earlier version has no such count.
             calls=max(counts[run_id][ANSWERED], counts[run_id][JobState.DONE] - counts[run_id][REUSED]),
             inflight=counts[run_id][JobState.INFLIGHT],
+            pending=counts[run_id][JobState.PENDING],
         )
         for run_id, limit in allowed.items()
         if limit is not None

@@ -247,19 +247,24 @@ async def pause(database: Database, run: Run, reason: str) -> Run:
     return await _set_state(database, run, RunState.PAUSED, reason)
 
 
-async def resume(database: Database, run: Run) -> Run:
-    """Let a paused run's jobs be claimed again. UsageError for a cancelled run. Safe to repeat."""
-    return await _set_state(database, run, RunState.ACTIVE, None)
+async def resume(database: Database, run: Run, **budget: int | None) -> Run:
+    """Let a paused run's jobs be claimed again. UsageError for a cancelled run. Safe to repeat.
+
+    `budget_nanos` is what it may cost from now on, None for any amount; left out, that stays as it is.
+    """
+    return await _set_state(database, run, RunState.ACTIVE, None, **budget)
 
 
-async def _set_state(database: Database, run: Run, state: RunState, reason: str | None) -> Run:
+async def _set_state(
+    database: Database, run: Run, state: RunState, reason: str | None, **more: int | None
+) -> Run:
     async def work(connection: AsyncConnection) -> Run:
         await hold_states(connection, [run.id], to_change=True)
         current = await find(connection, run.name)
         if current.state is RunState.CANCELLED:
             raise UsageError(f"run {run.name!r} was cancelled; `lbr retry {run.name}` takes it up again")
         _check_whole(run.name, current.pause_reason)
-        values = {"state": state, "pause_reason": reason}
+        values = {"state": state, "pause_reason": reason, **more}
         await connection.execute(update(runs).where(runs.c.id == run.id).values(**values))
         await database.wake(connection)
         return await find(connection, run.name)
