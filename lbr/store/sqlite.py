@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import time
 from contextlib import asynccontextmanager, contextmanager
@@ -58,12 +59,14 @@ def sqlite_path(url: str) -> Path:
     if not path.strip() or path == ":memory:":
         raise UsageError(f"expected --db to name a file, got: {path!r}; processes share the queue through it")
     try:
-        return Path(path).expanduser().absolute()
+        found = Path(path).expanduser().absolute()
     except RuntimeError as error:
         raise UsageError(
             f"expected --db to name a file, got: {path!r}, in the home of a user who is not known here; "
             f"write ./{path} for a file of that name"
         ) from error
+    # SQLite keeps the WAL beside the file, not beside a link to it; so must we, and our locks.
+    return Path(os.path.realpath(found)) if os.path.islink(found) else found
 
 
 def _path_in(url: str) -> str:
