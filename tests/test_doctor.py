@@ -617,6 +617,8 @@ async def test_network_file_systems_are_told(tmp_path: Path, monkeypatch: pytest
     assert "a network file system (fuse.sshfs)" in one.found
     assert "PostgreSQL" in (one.do or "")
     assert "counters" not in found
+    found = await examined(str(tmp_path / "new.db"))
+    assert [found[check][0].gravity for check in ("database", "file system")] == [Gravity.ERROR] * 2
     found = await examined(str(path), allow_network_fs=True)
     assert (found["file system"][0].gravity, found["counters"][0].gravity) == (Gravity.WARNING, Gravity.OK)
     for kind in ("tmpfs", "overlay"):

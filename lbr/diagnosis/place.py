@@ -28,8 +28,8 @@ def of_file(file: FileHealth, health: Health) -> Iterator[Finding]:
     """Say what there is to say of the file of an SQLite queue."""
     yield _sqlite(file.sqlite_version)
     yield _file_system(file, health)
-    if health.version is None and not health.refused:
-        return  # it may be anybody's
+    if not file.modes or (health.version is None and not health.refused):
+        return  # there is none, or it may be anybody's
     yield _modes(file)
     if not file.writable:
         yield Finding(

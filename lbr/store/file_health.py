@@ -52,7 +52,7 @@ class LookingDatabase(SQLiteDatabase):
         self._before = _state_of(path)
         # A connection in WAL mode makes the files that it shares with others, and one that cannot write would leave
         # them behind. Where they are not there, nobody has the database open, and all of it is in the one file.
-        alone = hasty and not self._wal.exists()
+        alone = hasty and not self._wal.exists() and not Path(f"{path}-journal").exists()
         options = {"immutable": "1"} if alone else {"mode": "ro"}
         self._alone = alone
         self._reader = make_engine(path, begin="BEGIN", pool_size=1, pragmas=READER_PRAGMAS, options=options)

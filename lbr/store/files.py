@@ -92,10 +92,10 @@ def file_system_of(path: Path, mounts: str, device: str = "") -> str | None:
 
 def file_system(path: Path) -> str | None:
     """Return the type of the file system that a file is on, or will be; None where this system does not tell."""
-    real = Path(os.path.realpath(path))
     try:
+        real = Path(os.path.realpath(path))
         return file_system_of(real, MOUNTS.read_text(encoding="utf-8", errors="replace"), device_of(real))
-    except OSError:
+    except (OSError, ValueError):  # the second for what cannot be a path
         return None
 
 

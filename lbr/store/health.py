@@ -76,11 +76,11 @@ async def _examine_file(
     """Return how a file stands, and whether others came in between, so that it has to be looked at again."""
     health = Health(str(path), SQLiteDatabase(path).spool_places)
     try:
-        files.check_location(path, create=False)
         health.file = file_health.look_at_file(path)
         health.refused = health.file.is_network and not allow_network_fs
+        files.check_location(path, create=False)
         database = file_health.LookingDatabase(path, clock=clock, patience=PATIENCE, hasty=hasty)
-    except (LbrError, OSError) as error:
+    except (LbrError, OSError, ValueError) as error:
         health.problems.append(Problem(OPENING, str(error)))
         return health, False
     if health.refused:
