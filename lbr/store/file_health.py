@@ -88,10 +88,12 @@ def _may_write(path: Path) -> bool:
 
 
 def _stat(path: Path) -> os.stat_result | None:
+    """Look at a regular file; None for none, and for what is something else."""
     try:
-        return path.stat()
+        found = path.stat()
     except OSError:
         return None
+    return found if stat.S_ISREG(found.st_mode) else None
 
 
 async def damages(database: SQLiteDatabase) -> list[str]:
