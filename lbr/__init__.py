@@ -8,6 +8,7 @@ from lbr.api import collect, enqueue, work
 from lbr.config import DB_URL_DEFAULT
 from lbr.errors import LbrError, Pause, Permanent, RetryLater
 from lbr.estimating import estimate
+from lbr.examining import doctor
 from lbr.mapping import export_jsonl, prompt_map
 from lbr.moving import move
 from lbr.operating import cancel, limit, pause, reparse, resume, retry, show, status
@@ -20,6 +21,7 @@ __all__ = [
     "RetryLater",
     "cancel",
     "collect",
+    "doctor",
     "enqueue",
     "estimate",
     "export_jsonl",

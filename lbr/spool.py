@@ -7,7 +7,7 @@ job by id, claim and content key, so that an answer never lands at a job that it
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -21,7 +21,7 @@ from lbr.store import files, reads
 from lbr.store.settle import settle
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from lbr.store.database import Database
@@ -48,6 +48,37 @@ def keep(database: Database, batch: Sequence[Settlement]) -> Path:
             continue
         return path
     raise problem or FileNotFoundError("no place to keep answers in")
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A file of kept answers: how many, None where it cannot be read; `left` are of another database."""
+
+    path: Path
+    answers: int | None
+    left: bool
+
+
+def waiting(places: Iterable[Path]) -> list[Waiting]:
+    """Return the files that are about a database, given its `spool_places`; nothing is changed."""
+    found = []
+    for place in places:
+        for ending in (ENDING, LEFT):
+            try:
+                paths = sorted(place.parent.glob(f"{_escaped(place.name)}.*{ending}"))
+            except (
+                OSError
+            ):  # a folder that we may not look into: no worker of ours finds anything there either
+                continue
+            found += [Waiting(path, _count(path), left=ending == LEFT) for path in paths if path.exists()]
+    return found
+
+
+def _count(path: Path) -> int | None:
+    try:
+        return path.read_bytes().count(b"\n")
+    except OSError:
+        return None
 
 
 async def settle_kept(database: Database, notify: Callable[[str], None]) -> None:

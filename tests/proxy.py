@@ -17,7 +17,8 @@ class Proxy:
     """Passes bytes on between those who connect to its port and a PostgreSQL server on 127.0.0.1.
 
     `silence` passes nothing on and says nothing. Of that many commits `eat_answers` eats the answer, `eat_commits`
-    the commit itself, and breaks the connection off.
+    the commit itself, and breaks the connection off. What the client says of `says` reaches the server as `hears`, of
+    the same length.
     """
 
     def __init__(self, server_url: str) -> None:
@@ -29,6 +30,7 @@ class Proxy:
         self._flowing.set()
         self.eat_answers = 0
         self.eat_commits = 0
+        self.says = self.hears = b"-"
         self.port = 0
 
     @property
@@ -77,7 +79,7 @@ class Proxy:
                     eating.set()
                 elif not asks and eating.is_set():
                     break
-                target.write(data)
+                target.write(data.replace(self.says, self.hears) if asks else data)
                 await target.drain()
         target.transport.abort()
 

@@ -33,7 +33,7 @@ from lbr.jobs import (
     Task,
 )
 from lbr.retry import RetryPolicy, decide
-from lbr.store import counters, enqueue, runs
+from lbr.store import counters, enqueue, recount, runs
 from lbr.store.schema import jobs
 from tests import postgres
 
@@ -97,7 +97,8 @@ async def states(database: Database, run: Run) -> dict[str, int]:
 
 
 async def assert_counted(database: Database, run: Run) -> None:
-    """Check that the run's counters say what a recount of the rows says."""
+    """Check that the counters say what a recount of the rows says."""
+    assert await recount.drifts(database) == []
     kept = await database.read(lambda connection: counters.of_runs(connection, [RunId(run.id)]))
     by_state = {str(s): n for s in JobState if (n := kept[run.id][s])}
     assert by_state == await states(database, run)

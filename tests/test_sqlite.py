@@ -105,23 +105,135 @@ async def test_plans_use_the_partial_indexes(database: Database) -> None:
         ("22 1 8:1 / / rw - ext4 /dev/sda1 rw\n30 22 0:40 / /data rw - nfs4 server:/x rw", "nfs4"),
         ("22 1 8:1 / / rw - ext4 /dev/sda1 rw\n30 22 0:40 / /other rw - nfs4 server:/x rw", "ext4"),
         ("22 1 8:1 / / rw - ext4 /dev/sda1 rw\n30 22 0:40 / /da rw - nfs4 server:/x rw", "ext4"),
+        ("22 1 8:1 / / rw - ext4 /dev/sda1 rw\n30 22 0:40 / /data rw shared:1 - cifs //s/x rw", "cifs"),
+        ("30 22 0:40 / /data rw - nfs4 server:/x rw\n31 30 8:2 / /data rw - ext4 /dev/sdb rw", "ext4"),
         ("nonsense\n", None),
     ],
 )
 def test_file_system_is_read_from_the_mounts(mounts: str, kind: str | None) -> None:
-    """The longest mount point above a path names its file system."""
+    """The longest mount point above a path names its file system; of two at one place the later."""
     assert files.file_system_of(Path("/data/runs.db"), mounts) == kind
 
 
-async def test_network_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A queue on NFS is refused with the way out, and allowed to those who insist."""
+def test_mount_points_are_read_with_what_is_escaped_in_them() -> None:
+    """A folder with a space, a tab or a backslash in its name is found among the mounts."""
+    mounts = "22 1 8:1 / / rw - ext4 /dev/sda1 rw\n30 22 0:40 / /a\\040b\\011c\\134d rw - nfs4 server:/x rw\n"
+    assert files.file_system_of(Path("/a b\tc\\d/runs.db"), mounts) == "nfs4"
+
+
+def test_a_mount_that_hides_another_is_what_counts() -> None:
+    """A network mount under a later mount of a folder above it is out of sight: the device tells."""
+    mounts = "30 22 0:40 / /data/x rw - nfs4 server:/x rw\n31 22 8:2 / /data rw - ext4 /dev/sdb rw\n"
+    assert files.file_system_of(Path("/data/x/runs.db"), mounts, "8:2") == "ext4"
+    assert files.file_system_of(Path("/data/x/runs.db"), mounts, "0:40") == "nfs4"
+
+
+NETWORK = (
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "9p",
+    "afs",
+    "ceph",
+    "lustre",
+    "glusterfs",
+    "beegfs",
+    "gpfs",
+    "davfs",
+)
+NETWORK_FUSE = ("fuse.sshfs", "fuse.glusterfs", "fuse.ceph-fuse", "fuse.s3fs", "fuse.rclone", "fuse.gcsfuse")
+LOCAL = (
+    "ext4",
+    "xfs",
+    "btrfs",
+    "zfs",
+    "tmpfs",
+    "overlay",
+    "fuseblk",
+    "fuse.mergerfs",
+    "fuse.gocryptfs",
+    "fuse",
+)
+
+
+@pytest.mark.parametrize("kind", [*NETWORK, *NETWORK_FUSE, *LOCAL, "what-nobody-knows"])
+def test_what_is_not_known_to_be_a_network_is_not_refused(kind: str) -> None:
+    """File systems on other machines are known by their names; whatever else there is may be local."""
+    assert files.is_network(kind) == (kind in NETWORK + NETWORK_FUSE)
+
+
+@pytest.fixture
+def mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder that the system calls a mount of NFS."""
+    share = tmp_path / "the share"
+    share.mkdir()
     mounts = tmp_path / "mounts"
-    mounts.write_text("22 1 8:1 / / rw - nfs4 server:/x rw\n")
+    escaped = str(share).replace(" ", "\\040")
+    mounts.write_text(f"22 1 8:1 / / rw - ext4 /dev/sda1 rw\n30 22 0:1 / {escaped} rw - nfs4 server:/x rw\n")
     monkeypatch.setattr(files, "MOUNTS", mounts)
-    with pytest.raises(UsageError, match=r"network file system \(nfs4\).*--allow-network-fs"):
-        await open_database(str(tmp_path / "q.db"), create=True)
-    assert not (tmp_path / "q.db").exists()
-    await (await open_database(str(tmp_path / "q.db"), create=True, allow_network_fs=True)).close()
+    # What is really there is another device, whose number must not count here.
+    monkeypatch.setattr(files, "device_of", lambda _: "")
+    return share
+
+
+async def test_network_file_system_is_refused(tmp_path: Path, mounted: Path) -> None:
+    """A queue on NFS is refused with the ways out, and allowed to those who insist."""
+    url = str(mounted / "q.db")
+    words = r"network file system \(nfs4\).*local disk.*PostgreSQL.*--allow-network-fs"
+    with pytest.raises(UsageError, match=words):
+        await open_database(url, create=True)
+    assert list(mounted.iterdir()) == []
+    await (await open_database(url, create=True, allow_network_fs=True)).close()
+    with pytest.raises(UsageError, match=words):
+        await open_database(url)
+    await (await open_database(str(tmp_path / "q.db"), create=True)).close()
+
+
+@pytest.mark.parametrize("link", ["file", "folder", "dangling"])
+async def test_links_to_a_network_file_system_are_followed(tmp_path: Path, mounted: Path, link: str) -> None:
+    """A link to a file or folder on a network file system does not hide it, nor one to a file that is to come."""
+    if link == "folder":
+        (tmp_path / "here").symlink_to(mounted)
+        url = tmp_path / "here" / "q.db"
+    else:
+        url = tmp_path / "q.db"
+        url.symlink_to(mounted / "real.db")
+    if link == "file":
+        (mounted / "real.db").touch(mode=0o600)
+    with pytest.raises(UsageError, match="network file system"):
+        await open_database(str(url), create=True)
+
+
+@pytest.mark.parametrize("mounts", ["missing", "unreadable", "nonsense"])
+async def test_a_system_that_does_not_tell_its_mounts_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mounts: str
+) -> None:
+    """Where there is no /proc, as on macOS, or it cannot be read, nothing is refused."""
+    path = tmp_path / "mounts"
+    if mounts == "unreadable":
+        path.mkdir()
+    elif mounts == "nonsense":
+        path.write_bytes(b"\xff - \x00 nonsense\n")
+    monkeypatch.setattr(files, "MOUNTS", path)
+    assert files.file_system(tmp_path / "q.db") is None
+    await (await open_database(str(tmp_path / "q.db"), create=True)).close()
+
+
+async def test_link_to_a_file_is_that_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a link the WAL is beside the file itself: it is found there, and checkpoints are taken."""
+    monkeypatch.setattr(sqlite, "WAL_LIMIT_BYTES", 100_000)
+    (tmp_path / "far").mkdir()
+    link, real = tmp_path / "q.db", tmp_path / "far" / "real.db"
+    link.symlink_to(real)
+    database = await open_database(str(link), create=True)
+    for n in range(5):
+        await put(database, [f"prompt {n} {m} " + "x" * 300 for m in range(300)], name=f"r{n}")
+    wal, moved = Path(f"{real}-wal").stat().st_size, real.stat().st_size
+    await database.close()
+    assert wal < 300_000
+    assert moved > 400_000
+    assert [path.name for path in tmp_path.glob("q.db*")] == ["q.db"]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from lbr.cli.app import lbr, main
 from lbr.cli.collecting import collect
 from lbr.cli.enqueueing import enqueue
 from lbr.cli.estimating import estimate
+from lbr.cli.examining import doctor
 from lbr.cli.limiting import limit
 from lbr.cli.moving import move
 from lbr.cli.operating import cancel, pause, resume, retry, show, status
@@ -26,6 +27,7 @@ for command in (
     resume,
     limit,
     move,
+    doctor,
 ):
     lbr.add_command(command)
 

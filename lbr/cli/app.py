@@ -141,7 +141,7 @@ def lbr(context: click.Context, db: str, allow_network_fs: bool) -> None:
     """Run LLM prompts in batches that survive crashes.
 
     Enqueue prompts once, start workers in as many terminals as you like, collect the answers in input order.
-    Exit codes: 0 all well, 1 error, 2 usage, 3 unfinished, 4 finished with failures.
+    Exit codes: 0 all well, 1 error, 2 usage, 3 unfinished, 4 finished with failures, 5 the doctor found something.
     """
     context.obj = {"db_url": db, "allow_network_fs": allow_network_fs}
 

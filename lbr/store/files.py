@@ -19,11 +19,45 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 NETWORK_FILE_SYSTEMS = frozenset(
-    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "glusterfs", "fuse.sshfs"}
-    | {"fuse.glusterfs", "fuse.s3fs", "fuse.rclone", "fuse.gcsfuse", "beegfs", "gpfs", "ncpfs", "davfs"}
+    {
+        "nfs",
+        "nfs3",
+        "nfs4",
+        "cifs",
+        "smb2",
+        "smb3",
+        "smbfs",
+        "9p",
+        "afs",
+        "coda",
+        "ncpfs",
+        "davfs",
+        "ceph",
+        "lustre",
+    }
+    | {"glusterfs", "beegfs", "fhgfs", "gpfs", "panfs", "pvfs2", "orangefs", "sshfs", "ceph-fuse", "s3fs"}
+    | {"goofys", "mount-s3", "mountpoint-s3", "gcsfuse", "blobfuse", "blobfuse2", "rclone", "curlftpfs"}
+    | {
+        "smbnetfs",
+        "davfs2",
+        "juicefs",
+        "mfs",
+        "moosefs",
+        "lizardfs",
+        "saunafs",
+        "seaweedfs",
+        "fuse_dfs",
+        "dfuse",
+    }
+    | {"gvfsd-fuse", "kio-fuse", "google-drive-ocamlfuse"}
+    # Folders of the host that a virtual machine shares: the host knows nothing of its locks.
+    | {"vboxsf", "vmhgfs", "vmhgfs-fuse", "prl_fs", "osxfs", "grpcfuse"}
 )
+"""As /proc/self/mountinfo calls them, those in user space without the `fuse.` before their name."""
 SUFFIXES = ("", "-wal", "-shm", "-journal")
 MOUNTS = Path("/proc/self/mountinfo")
+NETWORK_WAYS = "put it on a local disk, or name a PostgreSQL server with --db"
+_ESCAPED = re.compile(r"\\([0-7]{3})")
 
 
 def lock_path(database: Path, purpose: str) -> Path:
@@ -36,33 +70,53 @@ def file_lock(path: Path, *, timeout: float) -> FileLock:
     return FileLock(path, timeout=timeout, mode=0o600, fallback_to_soft=False)
 
 
-def file_system_of(path: Path, mounts: str) -> str | None:
+def file_system_of(path: Path, mounts: str, device: str = "") -> str | None:
     """Return the type of the file system that holds a path, from the text of /proc/self/mountinfo.
 
-    None where no mount matches. The format is in proc(5): the mount point is the fifth field, the type is
-    the first field after a lone hyphen.
+    `device` is the major:minor of what is at the path: a mount point may lie hidden under a later mount. None where
+    no mount matches. The format is in proc(5): the device is the third field, the mount point the fifth, the type
+    is the first field after a lone hyphen.
     """
-    best: tuple[int, str] | None = None
+    best: tuple[bool, int, str] | None = None
     for line in mounts.splitlines():
         fields, _, tail = line.partition(" - ")
         parts = fields.split(" ")
         if len(parts) < 5 or not tail:
             continue
-        point = parts[4].replace("\\040", " ")
-        if path.is_relative_to(point) and (best is None or len(point) >= best[0]):
-            best = (len(point), tail.split(" ")[0])
-    return best[1] if best else None
+        point = _ESCAPED.sub(lambda found: chr(int(found[1], 8)), parts[4])
+        rank = (parts[2] == device, len(point), tail.split(" ")[0])
+        if path.is_relative_to(point) and (best is None or rank[:2] >= best[:2]):
+            best = rank
+    return best[2] if best else None
+
+
+def file_system(path: Path) -> str | None:
+    """Return the type of the file system that a file is on, or will be; None where this system does not tell."""
+    try:
+        real = Path(os.path.realpath(path))
+        return file_system_of(real, MOUNTS.read_text(encoding="utf-8", errors="replace"), device_of(real))
+    except (OSError, ValueError):  # the second for what cannot be a path
+        return None
+
+
+def device_of(path: Path) -> str:
+    """Return the major:minor of the device that a file is on, or will be. Raises OSError."""
+    found = next((one for one in (path, *path.parents) if one.exists()), path).stat().st_dev
+    return f"{os.major(found)}:{os.minor(found)}"
+
+
+def is_network(kind: str | None) -> bool:
+    """Tell whether a type of file system is known to be on other machines; one that is not known may be local."""
+    return kind is not None and kind.removeprefix("fuse.") in NETWORK_FILE_SYSTEMS
 
 
 def refuse_network_file_system(path: Path) -> None:
     """Raise UsageError where SQLite's locks cannot be trusted."""
-    if not MOUNTS.exists():
-        return
-    kind = file_system_of(path.resolve(), MOUNTS.read_text(encoding="utf-8", errors="replace"))
-    if kind in NETWORK_FILE_SYSTEMS:
+    kind = file_system(path)
+    if is_network(kind):
         raise UsageError(
             f"expected {path} on a local disk, got: a network file system ({kind}), whose locks can fail and "
-            f"corrupt the database; put it on a local disk, or insist with --allow-network-fs"
+            f"corrupt the database; {NETWORK_WAYS}, or insist with --allow-network-fs"
         )
 
 

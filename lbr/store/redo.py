@@ -93,7 +93,7 @@ _IS_ON_RECORD = (
 )
 
 
-def _own(column: ColumnElement[Any]) -> ColumnElement[Any]:
+def own_usage(column: ColumnElement[Any]) -> ColumnElement[Any]:
     """Select what a call took, null where it is counted elsewhere: in another run, or with its try."""
     return case((results.c.reused_from.is_(None) & ~_IS_ON_RECORD, column))
 
@@ -108,9 +108,9 @@ _KEPT: dict[str, ColumnElement[Any]] = {
         else_=literal("its answer, reused from another run, was asked for again by hand"),
     ),
     "text": results.c.text,
-    "input_tokens": _own(results.c.input_tokens),
-    "output_tokens": _own(results.c.output_tokens),
-    "cost_nanos": _own(results.c.cost_nanos),
+    "input_tokens": own_usage(results.c.input_tokens),
+    "output_tokens": own_usage(results.c.output_tokens),
+    "cost_nanos": own_usage(results.c.cost_nanos),
     "latency_ms": results.c.latency_ms,
     "at": bindparam("now", type_=attempts.c.at.type),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import time
 from contextlib import asynccontextmanager, contextmanager
@@ -21,7 +22,7 @@ from lbr.store import files, schema
 from lbr.store.database import Database, local_clock
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
 
     from lbr.jobs import Millis, RunId
@@ -58,12 +59,14 @@ def sqlite_path(url: str) -> Path:
     if not path.strip() or path == ":memory:":
         raise UsageError(f"expected --db to name a file, got: {path!r}; processes share the queue through it")
     try:
-        return Path(path).expanduser().absolute()
+        found = Path(path).expanduser().absolute()
     except RuntimeError as error:
         raise UsageError(
             f"expected --db to name a file, got: {path!r}, in the home of a user who is not known here; "
             f"write ./{path} for a file of that name"
         ) from error
+    # SQLite keeps the WAL beside the file, not beside a link to it; so must we, and our locks.
+    return Path(os.path.realpath(found)) if os.path.islink(found) else found
 
 
 def _path_in(url: str) -> str:
@@ -257,7 +260,7 @@ class SQLiteDatabase(Database):
     async def prepare(self, *, create: bool) -> None:
         """Make sure the tables are there and current: older ones are upgraded, missing ones created only with `create`."""
         with self._errors():
-            version = await self.read(self._inspect) if self.path.exists() else 0
+            version = await self.read(self.version) if self.path.exists() else 0
             if version > schema.LATEST:
                 raise DatabaseError(
                     f"expected {self.path} at schema version {schema.LATEST} or older, got: {version}; a newer lbr "
@@ -285,7 +288,8 @@ class SQLiteDatabase(Database):
             await connection.execution_options(lbr_begin="")
             await connection.exec_driver_sql("PRAGMA journal_mode = WAL")
 
-    async def _inspect(self, connection: AsyncConnection) -> int:
+    async def version(self, connection: AsyncConnection) -> int:
+        """Return the schema's version, 0 for an empty file; DatabaseError for another program's."""
         tables = (
             (await connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'table'"))
             .scalars()
@@ -332,11 +336,24 @@ def _writer_pragmas(synchronous: str) -> tuple[str, ...]:
     )
 
 
-def make_engine(path: Path, *, begin: str, pool_size: int, pragmas: tuple[str, ...]) -> AsyncEngine:
-    """Return an engine over a file whose transactions start with `begin` and whose connections run `pragmas`."""
+def make_engine(
+    path: Path,
+    *,
+    begin: str,
+    pool_size: int,
+    pragmas: tuple[str, ...],
+    options: Mapping[str, str] | None = None,
+) -> AsyncEngine:
+    """Return an engine over a file whose transactions start with `begin` and whose connections run `pragmas`.
+
+    `options` are those of SQLite's URI file names; None for a connection that may write.
+    """
+    # Not a string, in which a path's ? would begin a query.
+    url = URL.create("sqlite+aiosqlite", database=str(path))
+    if options is not None:
+        url = URL.create("sqlite+aiosqlite", database=path.as_uri(), query={"uri": "true", **options})
     engine = create_async_engine(
-        # Not a string, in which a path's ? would begin a query.
-        URL.create("sqlite+aiosqlite", database=str(path)),
+        url,
         connect_args={"isolation_level": None, "timeout": BUSY_TIMEOUT_MS / 1000},
         pool_size=pool_size,
         max_overflow=0,

@@ -1,0 +1,55 @@
+"""`lbr doctor`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import click
+import orjson
+
+from lbr import examining
+from lbr.cli.app import database_option, say, tell
+from lbr.diagnosis import Gravity
+
+if TYPE_CHECKING:
+    from lbr.diagnosis import Finding
+
+EXIT_GRAVE = 5
+
+
+@click.command()
+@click.option(
+    "--fix", is_flag=True, help="Mend counters that a recount contradicts; nothing else is changed."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, one object for each finding.")
+@database_option
+@click.pass_obj
+@click.pass_context
+def doctor(context: click.Context, db: dict[str, Any], /, fix: bool, as_json: bool) -> None:
+    """Look at the database from all sides, and tell what is wrong and what to do; workers need not be stopped.
+
+    The file or the server, its settings, damage, leases, clock, counters, limits, keys, paused runs. Nothing is
+    changed without --fix. Ends with 5 where there is a warning or an error.
+    """
+    found = asyncio.run(examining.doctor(fix=fix, **db))
+    for one in found:
+        tell(orjson.dumps(one.to_dict()) if as_json else _describe(one))
+    counts = Counter(one.gravity for one in found)
+    shown = [f"{counts[g]} {g}{'s' * (counts[g] > 1)}" for g in Gravity if g is not Gravity.OK and counts[g]]
+    if not as_json:
+        say(f"lbr: {', '.join(shown) or 'all is well'}")
+    context.exit(EXIT_GRAVE if any(one.is_grave for one in found) else 0)
+
+
+def _describe(finding: Finding) -> str:
+    lines = [f"{finding.gravity:<7}  {finding.check}: {finding.found}"]
+    if finding.do is not None:
+        lines.append(f"{'':<9}{finding.do}")
+    return "\n".join(map(_printable, lines))
+
+
+def _printable(text: str) -> str:
+    """Spell out what would steer a terminal: names and reasons come out of a database that anybody may have made."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
