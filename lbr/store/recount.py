@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 MENDING = RunId(0)
 """No run has this id: whoever mends takes its turn, so that two do not both make up for the same."""
 
+_NOT_IN_ROWS = frozenset({counters.ANSWERED})
+"""Which tries brought an answer that was paid for is known when they are settled, and not told by their rows."""
+
 _STATES = frozenset(str(state) for state in JobState)
 _RUNS = select(runs.c.id, runs.c.name, runs.c.state, runs.c.pause_reason).order_by(runs.c.id)
 _KEPT = select(counters_table.c.run_id, counters_table.c.name, func.sum(counters_table.c.value)).group_by(
@@ -105,7 +108,7 @@ async def _drifts(connection: AsyncConnection) -> list[Drift]:
     kept: counters.Deltas = Counter()
     for run_id, name, value in (await connection.execute(_KEPT)).all():
         kept[run_id, name] = int(value)
-    names = sorted({name for _, name in [*counted, *kept]})
+    names = sorted({name for _, name in [*counted, *kept]} - _NOT_IN_ROWS)
     return [
         Drift(RunId(run.id), run.name, name, kept[run.id, name], counted[run.id, name])
         for run in found
