@@ -12,9 +12,9 @@ import pytest
 
 import lbr
 from lbr.errors import Family, Usage, UsageError
-from lbr.jobs import Failure, Outcome, Reply
+from lbr.jobs import Failure, Item, KeyMaker, Outcome, Prompt, Reply, Task
 from lbr.retry import RetryPolicy, decide
-from lbr.store import limiting, reads, redo, runs
+from lbr.store import enqueue, limiting, reads, redo, runs
 from lbr.store.engines import open_database
 from lbr.store.queue import Queue
 from lbr.store.settle import settle
@@ -93,6 +93,18 @@ async def test_tokens_are_debited_by_estimate_and_settled_by_use(database: Datab
     await settle(database, [used(claims[0], 100), failed(claims[1], LIMITED), answered(claims[2])])
     assert (await limit_of(database)).tokens == -200 + 300 + 400
     await assert_counted(database, run)
+
+
+async def test_an_image_is_no_text(database: Database, clock: Clock) -> None:
+    """Of messages the texts are debited: the letters of an image would hold everybody back for minutes."""
+    run = await runs.open_run(database, runs.RunSpec("r", Task(model=WHO), 8))
+    image: Any = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 100_000}}
+    prompt = Prompt(messages=({"role": "user", "content": [{"type": "text", "text": "x" * 40}, image]},))
+    await enqueue.add_chunk(database, run, 0, [Item(prompt)], [KeyMaker(run.task).key(prompt)], reuse=True)
+    ((_, one),) = await workers(database, 5)
+    await limiting.change(database, WHO, {"tpm": 60_000})
+    (taken,) = await claim(database, one, run, extra=5)
+    assert taken.tokens == 15
 
 
 async def test_what_is_released_without_a_call_is_given_back(database: Database, clock: Clock) -> None:
