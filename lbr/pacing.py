@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lbr.config import nanos_of
+from lbr.jobs import RunState
 from lbr.store import limiting
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from lbr.config import WorkOptions
-    from lbr.jobs import RunId
+    from lbr.jobs import Run, RunId
     from lbr.serving import Served
     from lbr.store.database import Database
 
@@ -26,9 +27,16 @@ class Pacing:
         self._limits = {name: value for name, value in wanted.items() if value is not None}
         self._answerers: set[str] = set()
         self._runs: set[RunId] = set()
+        self._stopped: dict[RunId, int | None] = {}
 
-    async def begin(self, served: Iterable[Served]) -> None:
-        """Set what this worker was told for runs and answerers that are new to it; begin slowly with providers."""
+    async def begin(self, served: Iterable[Served], found: Iterable[Run]) -> None:
+        """Set what this worker was told for runs and answerers that are new to it; begin slowly with providers.
+
+        `found` are all runs that have work, those that are paused among them.
+        """
+        for run in found:
+            if run.state is not RunState.ACTIVE:
+                self._stopped.setdefault(run.id, run.budget_nanos)
         new_runs = [one for one in served if one.run.id not in self._runs]
         new = {one.run.task.answerer: one for one in new_runs}
         slowly = []
@@ -39,7 +47,11 @@ class Pacing:
                 slowly.append(answerer)
         await limiting.begin_slowly(self._database, slowly)
         for one in new_runs:
-            if self._budget is not None:
+            if self._budget is not None and not self._was_told_since(one.run):
                 await limiting.set_budget(self._database, one.run.id, self._budget)
         self._answerers |= set(new)
         self._runs |= {one.run.id for one in new_runs}
+
+    def _was_told_since(self, run: Run) -> bool:
+        """Tell whether somebody has changed what a run may cost since this worker saw it paused."""
+        return run.id in self._stopped and run.budget_nanos != self._stopped[run.id]

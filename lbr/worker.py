@@ -238,7 +238,7 @@ class Worker:
         served = [run.id for run in found if run.id in self._servings.served]
         known = [run_id for run_id in self._order if run_id in served]
         self._order = deque(known + [run_id for run_id in served if run_id not in known])
-        await self._pacing.begin(self._servings.served.values())
+        await self._pacing.begin(self._servings.served.values(), found)
 
     async def _wanted(self) -> list[Run]:
         if self._run_names is None:

@@ -12,9 +12,9 @@ import pytest
 
 import lbr
 from lbr.errors import Family, Usage, UsageError
-from lbr.jobs import Failure, Outcome, Reply
+from lbr.jobs import Failure, Item, KeyMaker, Outcome, Prompt, Reply, Task
 from lbr.retry import RetryPolicy, decide
-from lbr.store import limiting, reads, redo, runs
+from lbr.store import enqueue, limiting, reads, redo, runs
 from lbr.store.engines import open_database
 from lbr.store.queue import Queue
 from lbr.store.settle import settle
@@ -23,7 +23,7 @@ from tests.support import Clock, answered, assert_counted, failed, put
 
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from lbr.jobs import Claim, Run, Settlement
     from lbr.limits import Limit
@@ -93,6 +93,18 @@ async def test_tokens_are_debited_by_estimate_and_settled_by_use(database: Datab
     await settle(database, [used(claims[0], 100), failed(claims[1], LIMITED), answered(claims[2])])
     assert (await limit_of(database)).tokens == -200 + 300 + 400
     await assert_counted(database, run)
+
+
+async def test_an_image_is_no_text(database: Database, clock: Clock) -> None:
+    """Of messages the texts are debited: the letters of an image would hold everybody back for minutes."""
+    run = await runs.open_run(database, runs.RunSpec("r", Task(model=WHO), 8))
+    image: Any = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 100_000}}
+    prompt = Prompt(messages=({"role": "user", "content": [{"type": "text", "text": "x" * 40}, image]},))
+    await enqueue.add_chunk(database, run, 0, [Item(prompt)], [KeyMaker(run.task).key(prompt)], reuse=True)
+    ((_, one),) = await workers(database, 5)
+    await limiting.change(database, WHO, {"tpm": 60_000})
+    (taken,) = await claim(database, one, run, extra=5)
+    assert taken.tokens == 15
 
 
 async def test_what_is_released_without_a_call_is_given_back(database: Database, clock: Clock) -> None:
@@ -252,6 +264,34 @@ async def test_what_is_done_is_not_paused(database: Database, clock: Clock) -> N
     await settle(database, [cost(c, 10) for c in await claim(database, one, run)])
     assert len(await queue.claim(one, [run.id, other.id], 5, lease=60)) == 1  # type: ignore[arg-type]
     assert (await reads.find_run(database, "a")).state == "active"
+
+
+async def _until(look: Callable[[], Awaitable[Any]], holds: Callable[[Any], Any]) -> Any:
+    async with asyncio.timeout(60):
+        while True:
+            if holds(seen := await look()):
+                return seen
+            await asyncio.sleep(0.01)
+
+
+async def test_a_resume_outlives_the_budget_of_a_worker_that_waits(db_url: str) -> None:
+    """A worker that was started while a run was paused does not take back what the run may cost since; a new one does."""
+    await lbr.enqueue(["a", "b"], run="r", model="offline:echo", db_url=db_url)
+    await lbr.pause("r", db_url=db_url)
+    working = asyncio.create_task(lbr.work(max_cost=1, until="forever", db_url=db_url))
+    database = await open_database(db_url)
+    # It looks at the runs first, and registers then.
+    await _until(lambda: reads.overview(database), lambda view: view.workers)
+    await lbr.resume("r", max_cost=7, db_url=db_url)
+    seen = await _until(lambda: lbr.status("r", db_url=db_url), lambda status: status.runs[0].done == 2)
+    assert seen.runs[0].max_cost_usd == 7
+    working.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await working
+    await lbr.enqueue(["a", "b", "c"], run="r", model="offline:echo", append=True, db_url=db_url)
+    await lbr.work(max_cost=1, db_url=db_url)
+    assert (await lbr.status("r", db_url=db_url)).runs[0].max_cost_usd == 1
+    await database.close()
 
 
 async def test_a_refused_resume_sets_no_budget(db_url: str) -> None:

@@ -13,7 +13,7 @@ from lbr.jobs import NO_HISTORY, BadTry, Claim, History, JobId, Millis, Prompt, 
 from lbr.limits import fitting
 from lbr.store.arrays import among
 from lbr.store.schema import PENDING, SUSPECT_CRASHES, attempts, jobs, prompts
-from lbr.tokens import tokens_of
+from lbr.tokens import characters_of, tokens_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -75,6 +75,8 @@ CLAIM, CLAIM_SUSPECT = _claim(DUE), _claim(DUE_SUSPECT)
 def _sized(due: Select[tuple[int]]) -> Any:
     return (
         due.add_columns(func.length(prompts.c.body).label("characters"))
+        # Of messages the texts count, and an image in them, which may be as long as a book, does not.
+        .add_columns(case((prompts.c.chat != 0, prompts.c.body)).label("messages"))
         .join_from(jobs, prompts, prompts.c.job_id == jobs.c.id)
         .with_for_update(of=jobs, skip_locked=True)
     )
@@ -196,9 +198,15 @@ async def _fitting(
     if limit is None or limit.tpm is None:
         return None
     found = (await connection.execute(DUE_SUSPECT_SIZED if wish.suspects else DUE_SIZED, asked)).all()
-    sizes = [wish.extra.get(asked["run"], 0) + tokens_of(row.characters) for row in found]
+    sizes = [wish.extra.get(asked["run"], 0) + tokens_of(_characters(row)) for row in found]
     count = fitting(limit, sizes)
     return {row.id: size for row, size in zip(found[:count], sizes[:count], strict=True)}
+
+
+def _characters(row: AnyRow) -> int:
+    if row.messages is None:
+        return int(row.characters)
+    return characters_of(Prompt.from_body(row.messages, chat=True))
 
 
 def _taking(asked: dict[str, Any], fit: dict[int, int] | None, wish: Wish) -> tuple[Any, dict[str, Any]]:
