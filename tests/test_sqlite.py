@@ -15,7 +15,7 @@ from sqlalchemy import event, text
 
 from lbr.errors import DatabaseBusyError, DatabaseError, UsageError
 from lbr.jobs import Item, KeyMaker, Prompt
-from lbr.store import enqueue, files, runs, schema, sqlite
+from lbr.store import connections, enqueue, files, runs, schema, sqlite
 from lbr.store.claims import CLAIM, CLAIM_CHOSEN, DUE, DUE_SIZED, DUE_SUSPECT
 from lbr.store.engines import open_database
 from lbr.store.queue import EXPIRED, RENEW, Queue
@@ -343,7 +343,7 @@ async def test_foreign_lock_is_ridden_out(tmp_path: Path) -> None:
 
 async def test_endless_foreign_lock_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A database that stays locked ends in words with the way out, after a bounded time."""
-    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_MS", 50)
+    monkeypatch.setattr(connections, "BUSY_TIMEOUT_MS", 50)
     path = tmp_path / "q.db"
     database = await open_database(str(path), create=True)
     await database.close()

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lbr.store import files
-from lbr.store.sqlite import READER_PRAGMAS, SQLiteDatabase, make_engine
+from lbr.store.connections import READER_PRAGMAS, make_engine
+from lbr.store.sqlite import SQLiteDatabase
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -22,7 +22,8 @@ from sqlalchemy import (
 
 from lbr.errors import OutputError, UsageError
 from lbr.store import files
-from lbr.store.sqlite import database_errors, make_engine, sqlite_path
+from lbr.store.connections import make_engine
+from lbr.store.sqlite import database_errors, sqlite_path
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator

@@ -1,4 +1,4 @@
-"""The SQLite queue: one file in WAL mode, its pragmas, its errors, and checkpoints in our own hands."""
+"""The SQLite queue: one file in WAL mode, its errors, and checkpoints in our own hands."""
 
 from __future__ import annotations
 
@@ -8,28 +8,27 @@ import re
 import time
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from filelock import Timeout
-from sqlalchemy import URL, event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from lbr.config import PATIENCE
 from lbr.errors import AlreadyRunningError, DatabaseBusyError, DatabaseError, UsageError
-from lbr.store import files, schema
+from lbr.store import connections, files, schema
 from lbr.store.database import Database, local_clock
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
 
     from lbr.jobs import Millis, RunId
 
 T = TypeVar("T")
 
-BUSY_TIMEOUT_MS = 2_500
 WAL_LIMIT_BYTES = 16 * 1024 * 1024
 CHECKPOINT_PAUSE_SECONDS = 5.0
 
@@ -137,10 +136,15 @@ class SQLiteDatabase(Database):
         super().__init__(str(path), patience=patience, spool_places=[path, *_elsewhere(path)])
         self.path = path
         self._clock = clock
-        self._writer = make_engine(
-            path, begin="BEGIN IMMEDIATE", pool_size=1, pragmas=_writer_pragmas(synchronous)
+        self._writer = connections.make_engine(
+            path,
+            begin="BEGIN IMMEDIATE",
+            pool_size=1,
+            pragmas=connections.writer_pragmas(synchronous, WAL_LIMIT_BYTES),
         )
-        self._reader = make_engine(path, begin="BEGIN", pool_size=4, pragmas=READER_PRAGMAS)
+        self._reader = connections.make_engine(
+            path, begin="BEGIN", pool_size=4, pragmas=connections.READER_PRAGMAS
+        )
         self._identity: tuple[int, int] | None = None
         self._watch: AsyncConnection | None = None
         self._write_lock = asyncio.Lock()
@@ -254,7 +258,7 @@ class SQLiteDatabase(Database):
                     raise
                 busy = 1
             finally:
-                await connection.exec_driver_sql(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+                await connection.exec_driver_sql(f"PRAGMA busy_timeout = {connections.BUSY_TIMEOUT_MS}")
         return not busy
 
     async def prepare(self, *, create: bool) -> None:
@@ -315,65 +319,6 @@ def _elsewhere(path: Path) -> list[Path]:
     """Return where to keep answers when the database's own folder is full or gone."""
     folder = files.state_folder()
     return [] if folder is None else [folder / files.telling_name(str(path))]
-
-
-READER_PRAGMAS = (
-    f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}",
-    "PRAGMA query_only = ON",
-    "PRAGMA mmap_size = 0",
-    "PRAGMA cache_size = -16384",
-)
-
-
-def _writer_pragmas(synchronous: str) -> tuple[str, ...]:
-    return (
-        f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}",
-        f"PRAGMA synchronous = {synchronous}",
-        "PRAGMA wal_autocheckpoint = 0",
-        f"PRAGMA journal_size_limit = {WAL_LIMIT_BYTES}",
-        "PRAGMA mmap_size = 0",
-        "PRAGMA cache_size = -32768",
-    )
-
-
-def make_engine(
-    path: Path,
-    *,
-    begin: str,
-    pool_size: int,
-    pragmas: tuple[str, ...],
-    options: Mapping[str, str] | None = None,
-) -> AsyncEngine:
-    """Return an engine over a file whose transactions start with `begin` and whose connections run `pragmas`.
-
-    `options` are those of SQLite's URI file names; None for a connection that may write.
-    """
-    # Not a string, in which a path's ? would begin a query.
-    url = URL.create("sqlite+aiosqlite", database=str(path))
-    if options is not None:
-        url = URL.create("sqlite+aiosqlite", database=path.as_uri(), query={"uri": "true", **options})
-    engine = create_async_engine(
-        url,
-        connect_args={"isolation_level": None, "timeout": BUSY_TIMEOUT_MS / 1000},
-        pool_size=pool_size,
-        max_overflow=0,
-        pool_reset_on_return="rollback",
-    )
-
-    @event.listens_for(engine.sync_engine, "connect")
-    def _set_pragmas(connection: Any, _record: Any) -> None:
-        cursor = connection.cursor()
-        for pragma in pragmas:
-            cursor.execute(pragma)
-        cursor.close()
-
-    @event.listens_for(engine.sync_engine, "begin")
-    def _begin(connection: Any) -> None:
-        statement = connection.get_execution_options().get("lbr_begin", begin)
-        if statement:
-            connection.exec_driver_sql(statement)
-
-    return engine
 
 
 def open_sqlite(
