@@ -18,12 +18,10 @@ from lbr.models.base import Request
 from lbr.models.pydantic_ai import PydanticAIModel, check_model
 from tests import postgres
 from tests.scripted_server import Scripted
-from tests.support import is_postgresql
+from tests.support import Cli, is_postgresql
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from tests.support import Cli
 
 pytestmark = pytest.mark.processes
 
@@ -234,3 +232,35 @@ def test_stored_messages_of_other_types_are_none(body: str) -> None:
     """The same holds for a prompt."""
     with pytest.raises(DatabaseError, match="expected stored messages"):
         Prompt.from_body(body, chat=True)
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "value", "says"),
+    [
+        ("limits", "rpm", "'x'", "expected rpm of limits to be integer, got: text"),
+        ("limits", "rpm", "-5", "expected stored limits of at least 1 for 'offline:echo'"),
+        ("limits", "slots", "'x'", "expected slots of limits to be real, got: text"),
+        ("runs", "budget_nanos", "'x'", "expected budget_nanos of runs to be integer, got: text"),
+        ("runs", "task", "'x'", "cannot read run 'in': expected a stored task"),
+        ("jobs", "available_at", "'x'", "expected available_at of jobs to be integer, got: text"),
+        ("prompts", "body", "x'ff00'", "expected body of prompts to be text, got: blob"),
+    ],
+)
+def test_a_file_of_wrong_types_is_an_error(
+    tmp_path: Path, table: str, column: str, value: str, says: str
+) -> None:
+    """Whatever another program wrote into the file, a worker tells what and where, and does not break down or wait."""
+    cli = Cli(tmp_path)
+    (tmp_path / "in.txt").write_text("one\ntwo\n")
+    cli("enqueue", "in.txt", "--model", "offline:echo")
+    cli("limit", "offline:echo", "--rpm", "100")
+    with closing(sqlite3.connect(tmp_path / "runs.db")) as connection:
+        connection.execute(f"UPDATE {table} SET {column} = {value}")
+        connection.commit()
+    told = [
+        cli(*command, check=False)
+        for command in (("worker", "--until", "empty"), ("collect", "in", "-o", "o.csv"))
+    ]
+    failed = [done for done in told if done.returncode == 1]
+    assert failed, told
+    assert all(says in done.stderr for done in failed), told

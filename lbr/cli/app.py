@@ -14,7 +14,7 @@ import click
 import orjson
 
 from lbr.config import CONFIG_FILE, load_environment, read_config_file
-from lbr.errors import LbrError, OutputError, UsageError
+from lbr.errors import DatabaseError, LbrError, OutputError, UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,6 +33,19 @@ class Group(click.Group):
             return super().main(*args, **extra)
         except LbrError as error:
             fail(error)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; where a value in the database that is none made it fail, tell that instead of a traceback."""
+        try:
+            return super().invoke(ctx)
+        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+            from lbr.store.engines import misfit  # noqa: PLC0415 - only where something failed
+
+            if (found := misfit(ctx.obj["db_url"])) is None:
+                raise
+            raise DatabaseError(
+                f"{found}; the database was changed by another program: restore a copy, or mend that value"
+            ) from error
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
         """Add a command, and give each of its flags its twin in the environment."""
@@ -151,7 +164,7 @@ def database_option(command: F) -> F:
 
     def remember(context: click.Context, _: click.Parameter, value: str | None) -> None:
         if value is not None:
-            context.obj = context.obj | {"db_url": value}
+            context.find_root().obj = context.obj = context.obj | {"db_url": value}
 
     return click.option(
         "--db",

@@ -6,6 +6,7 @@ rest of the store knows `lbr.store.database.Database`.
 
 from __future__ import annotations
 
+import sqlite3
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -69,6 +70,22 @@ async def opened(
 def file_of(url: str) -> Path | None:
     """Return the file that holds the queue, None where it is on a server. Raises UsageError as `open_database`."""
     return None if is_postgresql(url) else sqlite.sqlite_path(url)
+
+
+def misfit(url: str) -> str | None:
+    """Return what of a queue's rows is of a type that lbr never writes, None where all is well or cannot be read.
+
+    On a server no such value can be.
+    """
+    path = file_of(url)
+    if path is None or not path.is_file():
+        return None
+    from lbr.store import file_health  # noqa: PLC0415 - only where something failed
+
+    try:
+        return file_health.misfit(path)
+    except sqlite3.Error:
+        return None
 
 
 def shown(url: str) -> str:

@@ -5,22 +5,30 @@ from __future__ import annotations
 import os
 import sqlite3
 import stat
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lbr.store import files
+from sqlalchemy import Float, Integer, LargeBinary, func, select
+from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
+
+from lbr.store import files, schema
 from lbr.store.connections import READER_PRAGMAS, make_engine
 from lbr.store.sqlite import SQLiteDatabase
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from sqlalchemy import Column
     from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.types import TypeEngine
 
     from lbr.jobs import Millis
 
 MOST_DAMAGES = 5
+
+_LITERALLY: dict[str, Any] = {"dialect": sqlite_dialect(), "compile_kwargs": {"literal_binds": True}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +90,33 @@ def look_at_file(path: Path) -> FileHealth:
         wal_bytes=found["-wal"].st_size if "-wal" in found else 0,
         writable=_may_write(path) and _may_write(path.parent),
     )
+
+
+def misfit(path: Path) -> str | None:
+    """Return where the file has a value of another type than its column: SQLite lets anybody write one.
+
+    None where all fit. It reads all rows, and is for those whom such a value may have made fail. Raises sqlite3.Error.
+    """
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
+        for table in schema.metadata.sorted_tables:
+            for column in table.columns:
+                fitting = _fitting_types(column)
+                kind = func.typeof(column)
+                query = select(kind).where(kind.not_in(fitting)).limit(1)
+                found = connection.execute(str(query.compile(**_LITERALLY))).fetchone()
+                if found is not None:
+                    return f"expected {column.name} of {table.name} to be {fitting[0]}, got: {found[0]}"
+    return None
+
+
+def _fitting_types(column: Column[Any]) -> list[str]:
+    kinds: list[tuple[type[TypeEngine[Any]], list[str]]] = [
+        (Integer, ["integer"]),
+        (Float, ["real", "integer"]),
+        (LargeBinary, ["blob"]),
+    ]
+    fitting = next((types for kind, types in kinds if isinstance(column.type, kind)), ["text"])
+    return [*fitting, "null"] if column.nullable else fitting
 
 
 def _may_write(path: Path) -> bool:

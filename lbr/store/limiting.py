@@ -14,6 +14,7 @@ from sqlalchemy import bindparam, func, select, update
 
 from lbr import limits as arithmetic
 from lbr.budget import Budget
+from lbr.errors import DatabaseError
 from lbr.jobs import JobState, RunId, RunState
 from lbr.limits import Limit
 from lbr.retry import FARTHEST_MS
@@ -229,7 +230,10 @@ _NONE = Limit()
 
 
 def _limit_of(row: AnyRow) -> Limit:
-    return Limit(*(getattr(row, name) for name in _FIELDS))
+    found = Limit(*(getattr(row, name) for name in _FIELDS))
+    if any(value is not None and value < 1 for value in (found.rpm, found.tpm, found.concurrency)):
+        raise DatabaseError(f"expected stored limits of at least 1 for {row.answerer!r}, got: {found}")
+    return found
 
 
 async def ceiling(connection: AsyncConnection, now: Millis) -> int:

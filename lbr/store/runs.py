@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import select, update
 
-from lbr.errors import RunMismatchError, RunNotFoundError, UsageError
+from lbr.errors import DatabaseError, RunMismatchError, RunNotFoundError, UsageError
 from lbr.jobs import JobState, Millis, Run, RunId, RunState, Task
 from lbr.prices import Price
 from lbr.store import counters
@@ -77,7 +77,14 @@ class RunSpec:
 
 
 def run_of(row: AnyRow) -> Run:
-    """Read a row of `runs`."""
+    """Read a row of `runs`. DatabaseError names the run whose row is none."""
+    try:
+        return _run_of(row)
+    except (DatabaseError, ValueError, TypeError) as error:
+        raise DatabaseError(f"cannot read run {row.name!r}: {error}") from error
+
+
+def _run_of(row: AnyRow) -> Run:
     return Run(
         id=RunId(row.id),
         name=row.name,
