@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sqlite3
 import textwrap
-from contextlib import closing
+import time
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 from sqlalchemy import make_url
 
@@ -264,3 +266,31 @@ def test_a_file_of_wrong_types_is_an_error(
     failed = [done for done in told if done.returncode == 1]
     assert failed, told
     assert all(says in done.stderr for done in failed), told
+
+
+@pytest.mark.parametrize("status", [401, 429, 500])
+def test_a_key_is_nowhere(tmp_path: Path, status: int) -> None:
+    """A key that the provider even repeats is in no output, no file, no command line and no message."""
+    key = "sk-secret-of-this-test-0123456789"
+    body = json.dumps({"error": {"message": f"no such key: {key}", "type": "x", "code": "y"}})
+    cli = Cli(tmp_path, XDG_STATE_HOME=str(tmp_path / "state"))
+    with Scripted(status, body, {"retry-after": "0.05"}) as server:
+        cli.environment |= {"OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": key}
+        (tmp_path / "in.txt").write_text("one\n")
+        told = [cli("enqueue", "in.txt", "--model", MODEL, "--max-attempts", "1")]
+        worker = cli.start("worker")
+        command_line: list[str] = []
+        while worker.poll() is None:
+            with suppress(psutil.Error):
+                command_line += psutil.Process(worker.pid).cmdline()
+            if server.asked:
+                worker.terminate()
+            time.sleep(0.02)
+        seen = [*worker.communicate(), *command_line]
+    assert server.asked
+    told += [cli(*command, check=False) for command in (("status",), ("show", "in", "0"), ("collect", "in"))]
+    seen += [text for done in told for text in (done.stdout, done.stderr)]
+    assert "worker" in seen
+    assert key not in "\n".join(seen)
+    for file in tmp_path.rglob("*"):
+        assert not file.is_file() or key.encode() not in file.read_bytes(), file
