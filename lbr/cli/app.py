@@ -41,7 +41,7 @@ class Group(click.Group):
         except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             from lbr.store.engines import misfit  # noqa: PLC0415 - only where something failed
 
-            if (found := misfit(ctx.obj["db_url"])) is None:
+            if ctx.obj is None or (found := misfit(ctx.obj["db_url"])) is None:
                 raise
             raise DatabaseError(
                 f"{found}; the database was changed by another program: restore a copy, or mend that value"
