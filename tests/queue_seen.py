@@ -70,6 +70,8 @@ class Seen:
         self.counters = {name: Counter[str]() for name in runs.values()}
         for row in tables["counters"]:
             self.counters[runs[row.run_id]][row.name] += row.value
+        for count in self.counters.values():
+            del count[counters.ANSWERED]  # not told by the rows
         self.counters = {name: _without_zeros(count) for name, count in self.counters.items()}
 
     def _job(self, row: Any, prompt: Any, result: Any, tries: list[Any], workers: dict[int, int]) -> Job:

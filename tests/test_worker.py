@@ -260,11 +260,10 @@ async def test_cancelled_worker_gives_everything_back(live: Database) -> None:
 
 async def test_leases_are_renewed_while_calls_run(live: Database) -> None:
     """A call that takes several leases is not taken away from its living worker."""
-    calls = 0
+    account = Account()
 
     async def long(prompt: str) -> str:
-        nonlocal calls
-        calls += 1
+        account.calls += 1
         await asyncio.sleep(2.5)
         return prompt
 
@@ -272,7 +271,7 @@ async def test_leases_are_renewed_while_calls_run(live: Database) -> None:
     first = worker_for(live, long, lease=0.6)
     second = worker_for(live, long, lease=0.6)
     reports = await asyncio.gather(first.run(), second.run())
-    assert calls == 1
+    assert account.calls == 1
     assert sum(report.done for report in reports) == 1
     assert sum(report.reclaimed for report in reports) == 0
     assert (await reads.story(live, run, 0)).crashes == 0
