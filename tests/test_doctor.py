@@ -357,7 +357,7 @@ async def test_what_lbr_has_not_written_is_told(database: Database, db_url: str,
     change(db_url, f"UPDATE runs SET task = 'nonsense' || {character}(27) || '[31m', pause_reason = '...'")
     done = Cli(tmp_path, db_url=db_url)("doctor", check=False)
     assert done.returncode == GRAVE
-    assert "runs: cannot be told: expected a stored task, got: 'nonsense" in done.stdout
+    assert "runs: cannot be told: cannot read run 'r': expected a stored task, got: 'nonsense" in done.stdout
     assert "counters: what a recount says" in done.stdout
     assert "\x1b" not in done.stdout
 
