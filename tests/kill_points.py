@@ -25,7 +25,7 @@ from tests.support import ECHO, real_clock
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from lbr.jobs import Claim, RunId, Settlement
+    from lbr.jobs import Claim, Settlement, WorkerId
     from lbr.store.database import Database
 
 PROMPTS = [f"prompt {n}" for n in range(6)]
@@ -84,7 +84,7 @@ def outcomes(claims: list[Claim]) -> list[Settlement]:
     return [decide(claim, end, RetryPolicy(), Random(1)) for claim, end in zip(claims, ends, strict=True)]
 
 
-async def _claimed(database: Database, name: str) -> tuple[Queue, Any, list[Claim], RunId]:
+async def _claimed(database: Database, name: str) -> tuple[WorkerId, list[Claim]]:
     run = await reads.find_run(database, name)
     queue = Queue(database)
     worker = await queue.register(host="h", pid=1, concurrency=8)
@@ -92,7 +92,7 @@ async def _claimed(database: Database, name: str) -> tuple[Queue, Any, list[Clai
     while len(claims) < len(PROMPTS):
         # The answerer may cool down for a moment from what was settled before.
         claims += await queue.claim(worker, [run.id], 8, lease=LEASE)
-    return queue, worker, claims, run.id
+    return worker, claims
 
 
 async def _enqueue(_: Database, name: str) -> Callable[[Database], Awaitable[object]]:
@@ -106,17 +106,17 @@ async def _claim(database: Database, name: str) -> Callable[[Database], Awaitabl
 
 
 async def _settle(database: Database, name: str) -> Callable[[Database], Awaitable[object]]:
-    *_, claims, _ = await _claimed(database, name)
+    _, claims = await _claimed(database, name)
     return lambda database: settle(database, outcomes(claims))
 
 
 async def _renew(database: Database, name: str) -> Callable[[Database], Awaitable[object]]:
-    _, worker, claims, _ = await _claimed(database, name)
+    worker, claims = await _claimed(database, name)
     return lambda database: Queue(database).renew(worker, claims, lease=LEASE, settled=0, rate=0)
 
 
 async def _release(database: Database, name: str) -> Callable[[Database], Awaitable[object]]:
-    _, worker, claims, _ = await _claimed(database, name)
+    worker, claims = await _claimed(database, name)
     return lambda database: Queue(database).release(worker, claims, unused=True)
 
 
@@ -131,7 +131,7 @@ async def _cancel(database: Database, name: str) -> Callable[[Database], Awaitab
 
 
 async def _redo(database: Database, name: str) -> Callable[[Database], Awaitable[object]]:
-    *_, claims, _ = await _claimed(database, name)
+    _, claims = await _claimed(database, name)
     await settle(database, outcomes(claims))
     run = await reads.find_run(database, name)
     done = redo.read_conditions(["status=done"])

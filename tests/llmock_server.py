@@ -41,7 +41,7 @@ def serve(*flags: str, style: str = "echo") -> Iterator[str]:
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        _wait_until_ready(process, f"http://127.0.0.1:{port}/_llmock/verdict")
+        wait_until_ready(process, f"http://127.0.0.1:{port}/_llmock/verdict", name="llmock")
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.kill()  # asked nicely, it waits for calls under way
@@ -55,11 +55,12 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
+def wait_until_ready(process: subprocess.Popen[bytes], url: str, *, name: str) -> None:
+    """Wait until a server answers at all. Raises RuntimeError when it ends before, or takes too long."""
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise RuntimeError(f"llmock ended with {process.returncode} before it was ready")
+            raise RuntimeError(f"{name} ended with {process.returncode} before it was ready")
         try:
             with urllib.request.urlopen(url, timeout=5):  # noqa: S310 - http, on this machine
                 return
@@ -68,4 +69,4 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
             return
         except OSError:
             time.sleep(0.05)
-    raise RuntimeError(f"llmock was not ready within {READY_SECONDS} seconds")
+    raise RuntimeError(f"{name} was not ready within {READY_SECONDS} seconds")
