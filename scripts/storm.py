@@ -39,6 +39,7 @@ PAUSE = 0.4
 """Seconds from kill to kill, in the mean."""
 COLLECT_SECONDS = 2.0
 PATIENCE_SECONDS = 900.0
+PATIENCE_PER_KILL = 10.0
 
 
 @dataclass
@@ -77,7 +78,8 @@ class Storm:
     async def run(self) -> None:
         """Let it rage, and then let the workers finish."""
         self._begun[0].set()
-        async with asyncio.timeout(PATIENCE_SECONDS), asyncio.TaskGroup() as group:
+        patience = PATIENCE_SECONDS + PATIENCE_PER_KILL * self._kills
+        async with asyncio.timeout(patience), asyncio.TaskGroup() as group:
             enqueues = [
                 group.create_task(self._keep(f"enqueue {run}", self._begun[run], self._enqueue(run)))
                 for run in range(RUNS)
