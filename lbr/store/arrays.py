@@ -1,24 +1,29 @@
-"""How lists and many rows reach a database: SQLite takes them one by one, PostgreSQL as arrays.
+"""How lists and many rows reach a database: as one value each, whatever their length.
 
-A statement over a list of ids names it with `among`; a statement over many rows is a `Bulk`. Both are built
-once and sent in the form of the database that they meet: on SQLite an expanding IN and executemany, on
-PostgreSQL `= ANY(array)` and `unnest`, whose text, unlike an IN list, is the same for every length.
+A statement over a list of ids names it with `among`; a statement over many rows is a `Bulk`. Both are built once and
+sent in the form of the database that they meet: on SQLite a JSON array (or, for keys, one string of bytes) that the
+statement takes apart, and executemany of plain tuples; on PostgreSQL `= ANY(array)` and `unnest`. The text of a
+statement, unlike an IN list's, is thus the same for every length, and is made once.
 """
 
 from __future__ import annotations
 
 from functools import cached_property
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
+import orjson
 from sqlalchemy import ARRAY, ColumnElement, bindparam, column, func, insert, select
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.visitors import InternalTraversal
-from sqlalchemy.types import Boolean
+from sqlalchemy.types import Boolean, LargeBinary, Text, TypeDecorator
+
+from lbr.jobs import KEY_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from sqlalchemy import Table
+    from sqlalchemy import Dialect, Table
     from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.sql.compiler import SQLCompiler
     from sqlalchemy.types import TypeEngine
@@ -49,9 +54,42 @@ class among(ColumnElement[bool]):  # noqa: N801 - reads as an operator
         return self
 
 
+class _JsonArray(TypeDecorator[Any]):
+    """A list of numbers or texts as JSON."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> str:
+        """Write the list."""
+        return orjson.dumps(value).decode()
+
+
+class _KeysInARow(TypeDecorator[Any]):
+    """A list of keys, which are all of one length, as one string of bytes."""
+
+    impl = LargeBinary
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> bytes:
+        """Put the keys behind each other."""
+        return b"".join(value)
+
+
+_KEYS = f"""\
+WITH RECURSIVE places(place) AS (
+  SELECT 1 UNION ALL SELECT place + {KEY_BYTES} FROM places WHERE place + {KEY_BYTES} <= length(%s)
+) SELECT substr(%s, place, {KEY_BYTES}) FROM places"""
+
+
 @compiles(among)
-def _in_list(element: among, compiler: SQLCompiler, **options: Any) -> str:
-    return compiler.process(element.column.in_(bindparam(element.name, expanding=True)), **options)
+def _in_values(element: among, compiler: SQLCompiler, **options: Any) -> str:
+    what = compiler.process(element.column, **options)
+    if isinstance(element.column.type, LargeBinary):
+        given = compiler.process(bindparam(element.name, type_=_KeysInARow()), **options)
+        return f"{what} IN ({_KEYS % (given, given)})"
+    given = compiler.process(bindparam(element.name, type_=_JsonArray()), **options)
+    return f"{what} IN (SELECT value FROM json_each({given}))"
 
 
 @compiles(among, "postgresql")
@@ -104,6 +142,22 @@ class Bulk:
         return self._build(Given(fields, sqlite_insert, arrays=False))
 
     @cached_property
+    def _direct(self) -> tuple[str, Callable[[Mapping[str, Any]], tuple[Any, ...]]]:
+        """The text for one row at a time, and what takes its values out of a row, in their order.
+
+        The driver gets both as they are: what SQLAlchemy does for each row of an executemany takes as long as the
+        row's way into the table.
+        """
+        from sqlalchemy.dialects.sqlite import dialect  # noqa: PLC0415 - see `each`
+
+        names = list(self._types)
+        compiled = self.each.compile(dialect=dialect(paramstyle="qmark"), column_keys=names)
+        wanted = compiled.positiontup or []
+        if not set(wanted) <= set(names):
+            raise TypeError(f"expected a statement over {names} alone, got: one over {wanted}")
+        return str(compiled), itemgetter(*wanted)
+
+    @cached_property
     def whole(self) -> Any:
         """The statement for arrays, one for each field."""
         from sqlalchemy.dialects.postgresql import insert as postgresql_insert  # noqa: PLC0415 - see above
@@ -120,7 +174,8 @@ class Bulk:
         if option(connection, TAKES_ARRAYS):
             columns = {name: [row[name] for row in rows] for name in self._types}
             return (await connection.execute(self.whole, columns)).rowcount
-        return (await connection.execute(self.each, list(rows))).rowcount
+        text, values = self._direct
+        return (await connection.exec_driver_sql(text, [values(row) for row in rows])).rowcount
 
 
 class Inserting(Bulk):

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import URL, event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from lbr.store import trips
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
@@ -51,7 +53,11 @@ def make_engine(
         url = URL.create("sqlite+aiosqlite", database=path.as_uri(), query={"uri": "true", **options})
     engine = create_async_engine(
         url,
-        connect_args={"isolation_level": None, "timeout": BUSY_TIMEOUT_MS / 1000},
+        connect_args={
+            "isolation_level": None,
+            "timeout": BUSY_TIMEOUT_MS / 1000,
+            "async_creator_fn": trips.connect,
+        },
         pool_size=pool_size,
         max_overflow=0,
         pool_reset_on_return="rollback",

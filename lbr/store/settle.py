@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import literal_column, select, update
+from sqlalchemy import literal_column, null, select, update
 
 from lbr.errors import NO_USAGE, DatabaseError, Family, Usage
 from lbr.jobs import JobId, JobState, Millis, RunId, RunState, Settlement
@@ -59,8 +59,8 @@ def _settling(given: Given) -> Any:
             available_at=given["available"],
             attempts=jobs.c.attempts + given["charge"],
             finished_at=given["finished"],
-            worker_id=None,
-            lease_until=None,
+            worker_id=null(),
+            lease_until=null(),
         )
     )
 

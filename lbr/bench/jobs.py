@@ -1,0 +1,28 @@
+"""What the workers under measurement run."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+NAP_SECONDS = 0.005
+BURN_SECONDS = 0.002
+
+
+async def echo(prompt: str) -> str:
+    """Answer at once."""
+    return prompt
+
+
+async def nap(prompt: str) -> str:
+    """Answer after `NAP_SECONDS`, as somebody else's server would."""
+    await asyncio.sleep(NAP_SECONDS)
+    return prompt
+
+
+def burn(prompt: str) -> str:
+    """Use the processor for `BURN_SECONDS`."""
+    end = time.thread_time() + BURN_SECONDS
+    while time.thread_time() < end:
+        pass
+    return prompt
