@@ -24,7 +24,10 @@ ANSWER_LIMIT = 50_000_000
 async def attempt(
     model: Model, validator: Validator | None, request: Request, deadlines: Deadlines, lateness: Lateness
 ) -> Outcome:
-    """Make one call and return how it ended; only a cancellation from outside is raised."""
+    """Make one call and return how it ended; only a cancellation from outside is raised.
+
+    `deadlines` end it after as many seconds as `request.timeout` says.
+    """
     started = time.perf_counter()
     reply: Reply | None = None
     failure: Failure | None = None
@@ -47,8 +50,7 @@ async def _answer(
     model: Model, validator: Validator | None, request: Request, deadlines: Deadlines, lateness: Lateness
 ) -> tuple[Reply | None, Failure | None]:
     try:
-        asked = replace(request, timeout=deadlines.seconds)
-        reply = _storable(await deadlines.wait_for(model.answer(asked)))
+        reply = _storable(await deadlines.wait_for(model.answer(request)))
     except DeadlineError:
         words = f"no answer within {deadlines.seconds:g} s"
         return None, Failure(Family.TRANSIENT, "CallTimeout", words, overloaded=lateness.note(late=True))
@@ -70,11 +72,12 @@ def _storable(reply: Reply) -> Reply:
             usage=reply.usage,
         )
     reply = replace(reply, usage=storable_usage(reply.usage)) if reply.usage != NO_USAGE else reply
-    texts = [reply.text, reply.model, reply.finish_reason]
-    if all(text is None or (text.isascii() and "\x00" not in text) for text in texts):
+    text = storable(reply.text)
+    model = reply.model and storable(reply.model)
+    finish_reason = reply.finish_reason and storable(reply.finish_reason)
+    if text is reply.text and model is reply.model and finish_reason is reply.finish_reason:
         return reply
-    model, finish_reason = (None if text is None else storable(text) for text in texts[1:])
-    return replace(reply, text=storable(reply.text), model=model, finish_reason=finish_reason)
+    return replace(reply, text=text, model=model, finish_reason=finish_reason)
 
 
 def priced(outcome: Outcome, price: Price) -> Outcome:

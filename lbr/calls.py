@@ -156,6 +156,7 @@ class Calls:
             seq=claim.claim_seq,
             last_bad=claim.history.last_bad,
             settings=claim.settings,
+            timeout=self._deadlines.seconds,
         )
         outcome = await attempt(served.model, served.validator, request, self._deadlines, served.lateness)
         price = served.price

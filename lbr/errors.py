@@ -7,9 +7,10 @@ line; :class:`CallError` is for one model call and carries the family that decid
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar
+
+from lbr.values import value
 
 
 class LbrError(Exception):
@@ -80,7 +81,7 @@ class Family(StrEnum):
     ACCOUNT = "account"
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Usage:
     """Tokens and money of one call; None where the provider did not say. Money in billionths of a US dollar."""
 

@@ -1,18 +1,19 @@
 """The values that travel between the rooms of lbr: tasks, inputs, claims, replies and outcomes.
 
-All are frozen; none knows a database, a model or a clock. Times are integer milliseconds since 1970.
+None changes; none knows a database, a model or a clock. Times are integer milliseconds since 1970.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NewType
 
 import orjson
 
 from lbr.errors import NO_USAGE, DatabaseError, Family, Usage
+from lbr.values import value
 
 if TYPE_CHECKING:
     from lbr.prices import Price
@@ -66,7 +67,7 @@ def canonical_json(value: Json) -> bytes:
     return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Task:
     """What a run asks of every input.
 
@@ -114,7 +115,7 @@ class Task:
         return task
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Prompt:
     """One input as the model gets it: `text`, or chat `messages` in the OpenAI form; exactly one is set."""
 
@@ -141,7 +142,7 @@ class Prompt:
         return cls(messages=tuple(messages))
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Item:
     """One input's place in a run, as a reader hands it over.
 
@@ -172,7 +173,7 @@ class KeyMaker:
         return digest.digest()
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Run:
     """A run as stored. `sealed_at` is None while its enqueue has not come to its end.
 
@@ -194,7 +195,7 @@ class Run:
     budget_nanos: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Reply:
     """One answer. `model` is the name that the provider reported, `finish_reason` its word for why it ended."""
 
@@ -204,7 +205,7 @@ class Reply:
     finish_reason: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class BadTry:
     """An earlier answer of a job that did not validate: what it said and what was wrong with it."""
 
@@ -212,7 +213,7 @@ class BadTry:
     message: str
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class History:
     """What a job went through since it was last put back by hand.
 
@@ -229,7 +230,7 @@ class History:
 NO_HISTORY = History()
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Claim:
     """A job that one worker holds until its lease ends; `claim_seq` is the fence of every later write.
 
@@ -251,7 +252,7 @@ class Claim:
     settings: dict[str, Json] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Failure:
     """How a call failed. `error` is the class name; `text` the raw answer, where there was one.
 
@@ -268,7 +269,7 @@ class Failure:
     overloaded: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Outcome:
     """How one call ended: with a reply or a failure, never both."""
 
@@ -277,7 +278,7 @@ class Outcome:
     latency_ms: int
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Settlement:
     """What is to be written about one claim: decided in `lbr.retry`, carried out by the store.
 
@@ -295,7 +296,7 @@ class Settlement:
     cool_down: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Row:
     """One collected answer.
 

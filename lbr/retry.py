@@ -56,10 +56,16 @@ def is_overload(failure: Failure) -> bool:
 
 
 def storable(text: str) -> str:
-    """Replace what not every database holds as text: NUL, and halves of surrogate pairs."""
+    """Replace what not every database holds as text: NUL, and halves of surrogate pairs. Most text is returned itself."""
     if "\x00" in text:
         text = text.replace("\x00", "\ufffd")
-    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode()
+    return text
 
 
 def storable_usage(usage: Usage) -> Usage:

@@ -74,7 +74,8 @@ def enqueue(path: Path, run_id: int, prompts: Sequence[str]) -> None:
         )
         connection.executemany("INSERT INTO items (run_id, idx, job_id, first) VALUES (?, ?, ?, ?)", items)
         connection.execute(
-            "INSERT INTO counters (run_id, name, shard, value) VALUES (?, 'pending', 0, ?)", (run_id, len(bodies))
+            "INSERT INTO counters (run_id, name, shard, value) VALUES (?, 'pending', 0, ?)",
+            (run_id, len(bodies)),
         )
         connection.execute("COMMIT")
 
@@ -126,7 +127,14 @@ def collect(path: Path, run_id: int, out: Path) -> int:
     rows = 0
     with closing(connect(path)) as connection, out.open("wb") as file:
         for idx, key, state, prompt, text in connection.execute(_ROWS, (run_id,)):
-            row = {"idx": idx, "key": key.hex(), "prompt": prompt, "status": state, "result": text, "error": None}
+            row = {
+                "idx": idx,
+                "key": key.hex(),
+                "prompt": prompt,
+                "status": state,
+                "result": text,
+                "error": None,
+            }
             file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
             rows += 1
     return rows

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
 from lbr.errors import UsageError
 from lbr.prices import table_price
+from lbr.values import value
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,7 +19,7 @@ OFFLINE = "offline:"
 OPENROUTER = "openrouter:"
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Request:
     """One call. `seq` counts the job's claims, so a seeded model can tell tries apart.
 

@@ -12,8 +12,7 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
@@ -235,8 +234,11 @@ class FunctionModel:
 
     async def _call(self, argument: Any) -> Any:
         if self._is_async:
-            with _no_copies():
+            ours = os.getpid()
+            try:
                 return await self._function(argument)
+            finally:
+                _end_copy_of(ours)
         result = await self._threads.run(self._function, argument)
         return await result if inspect.isawaitable(result) else result
 
@@ -263,7 +265,8 @@ def _text_of(result: Any) -> str:
     if not isinstance(result, str):
         raise Permanent(f"expected the function to return str, dict or BaseModel, got: {_describe(result)}")
     try:
-        result.encode()
+        if not result.isascii():
+            result.encode()
     except UnicodeEncodeError as error:
         raise Permanent(
             f"expected the function to return text, got: {error.reason} at character {error.start}"
@@ -283,15 +286,10 @@ def _describe(value: Any) -> str:
     return f"{type(value).__name__} {shown if len(shown) <= 80 else shown[:79] + '…'}"
 
 
-@contextmanager
-def _no_copies() -> Iterator[None]:
-    """End a process here that the function forked off and did not end itself: two must not settle one claim."""
-    ours = os.getpid()
-    try:
-        yield
-    finally:
-        if os.getpid() != ours:
-            os._exit(FORKED)
+def _end_copy_of(ours: int) -> None:
+    """End this process if a function forked it off and did not end it itself: two must not settle one claim."""
+    if os.getpid() != ours:
+        os._exit(FORKED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,9 +304,12 @@ class _Job:
         """Call, and hand the outcome to the loop, if that is still there."""
         result: Any = None
         error: BaseException | None = None
+        ours = os.getpid()
         try:
-            with _no_copies():
+            try:
                 result = self.call()
+            finally:
+                _end_copy_of(ours)
         except StopIteration as caught:  # a future refuses this one
             error = RuntimeError(f"the function raised {caught!r}")
             error.__cause__ = caught

@@ -15,6 +15,7 @@ from lbr.store.arrays import Bulk, Given, Inserting, among
 from lbr.store.runs import check_not_moving
 from lbr.store.schema import items as items_table
 from lbr.store.schema import jobs, prompts, results, runs
+from lbr.values import value
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -100,7 +101,7 @@ class EnqueueCounts:
         return EnqueueCounts(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class _Entry:
     """One input that the run does not hold yet, with its job."""
 

@@ -7,14 +7,14 @@ second brings the rows along, and the others find everything done.
 
 from __future__ import annotations
 
+import sqlite3
 from typing import TYPE_CHECKING, Any
 
 import aiosqlite
 from aiosqlite.context import contextmanager
 
 if TYPE_CHECKING:
-    import sqlite3
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
 ITER_CHUNK = 64
@@ -24,7 +24,7 @@ class OneTripCursor(aiosqlite.Cursor):
     """A cursor that has all rows of its statement once that was run, and is closed by then."""
 
     def __init__(self, connection: OneTripConnection) -> None:
-        super().__init__(connection, None)  # type: ignore[arg-type] - made in the thread, with the statement
+        super().__init__(connection, None)  # type: ignore[arg-type]  # made in the thread, with the statement
         self._rows: list[Any] = []
 
     def _run(self, connection: sqlite3.Connection, sql: str, parameters: Any) -> None:
@@ -36,14 +36,18 @@ class OneTripCursor(aiosqlite.Cursor):
         self._cursor = connection.executemany(sql, parameters)
         self._cursor.close()
 
+    async def _go(self, run: Callable[..., None], sql: str, parameters: Any) -> None:
+        connection = self._conn._conn  # noqa: SLF001 - aiosqlite's own name for what its cursors use
+        await self._execute(run, connection, sql, parameters)  # type: ignore[no-untyped-call]
+
     async def execute(self, sql: str, parameters: Iterable[Any] | None = None) -> OneTripCursor:
         """Run a statement and fetch its rows."""
-        await self._execute(self._run, self._conn._conn, sql, parameters or ())  # noqa: SLF001 - its own connection
+        await self._go(self._run, sql, parameters or ())
         return self
 
     async def executemany(self, sql: str, parameters: Iterable[Iterable[Any]]) -> OneTripCursor:
         """Run a statement once for each of the parameters."""
-        await self._execute(self._run_many, self._conn._conn, sql, parameters)  # noqa: SLF001
+        await self._go(self._run_many, sql, parameters)
         return self
 
     async def fetchall(self) -> list[Any]:
@@ -59,13 +63,11 @@ class OneTripConnection(aiosqlite.Connection):
     """A connection whose cursors take one trip to its thread."""
 
     @contextmanager
-    async def cursor(self) -> OneTripCursor:
+    async def cursor(self) -> aiosqlite.Cursor:
         """Return a cursor, without a trip."""
         return OneTripCursor(self)
 
 
 def connect(database: str | Path, **options: Any) -> OneTripConnection:
     """Return what `aiosqlite.connect` would, with cursors of one trip."""
-    import sqlite3  # noqa: PLC0415
-
     return OneTripConnection(lambda: sqlite3.connect(database, **options), ITER_CHUNK)
