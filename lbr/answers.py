@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -51,12 +52,11 @@ class Tally:
 
     def __init__(self, pages: AsyncIterator[list[Row]]) -> None:
         self._pages = pages
-        self.by_status: dict[str, int] = {}
+        self.by_status: Counter[str] = Counter()
 
     async def __aiter__(self) -> AsyncIterator[list[Row]]:
         async for page in self._pages:
-            for row in page:
-                self.by_status[row.status] = self.by_status.get(row.status, 0) + 1
+            self.by_status.update([row.status for row in page])
             yield page
 
 

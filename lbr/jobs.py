@@ -323,13 +323,11 @@ class Row:
         row: dict[str, Json] = {"idx": self.idx}
         if self.custom_id is not None:
             row["id"] = self.custom_id
-        row |= {
-            "key": self.key,
-            "prompt": prompt,
-            "status": self.status,
-            "result": self.result,
-            "error": self.error,
-        }
+        row["key"] = self.key
+        row["prompt"] = prompt
+        row["status"] = self.status
+        row["result"] = self.result
+        row["error"] = self.error
         if self.metadata is not None:
             row["metadata"] = self.metadata
         return row

@@ -154,8 +154,8 @@ class JsonlWriter:
 
     def write(self, rows: Iterable[Row]) -> None:
         """Write rows in the order they come. Raises OutputError."""
-        for row in rows:
-            self._sink.write(orjson.dumps(row.to_dict(), option=orjson.OPT_APPEND_NEWLINE))
+        newline = orjson.OPT_APPEND_NEWLINE
+        self._sink.write(b"".join([orjson.dumps(row.to_dict(), option=newline) for row in rows]))
 
 
 class CsvWriter:

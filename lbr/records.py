@@ -72,11 +72,11 @@ class Template:
 def item_of(fields: Fields, place: Place, template: Template | None, column: str | None) -> Item:
     """Make an item of a record, using the record up: what is left of it is the metadata."""
     if template is not None:
-        prompt = _text_prompt(template.render(fields, place), "the rendered template", place)
+        prompt = text_prompt(template.render(fields, place), "the rendered template", place)
     elif column is not None:
         if column not in fields:
             raise place.error(f"expected a field {shown(column)}, got: {names(fields)}; add it")
-        prompt = _text_prompt(fields.pop(column), column, place)
+        prompt = text_prompt(fields.pop(column), column, place)
     else:
         prompt = _named_prompt(fields, place)
     return Item(prompt, _pop_id(fields, place), fields or None, place.source, place.line)
@@ -87,7 +87,7 @@ def _named_prompt(fields: Fields, place: Place) -> Prompt:
         msg = f"expected one of the fields prompt and messages, got: {names(fields)}"
         raise place.error(f"{msg}; set --prompt-column or --template")
     if "prompt" in fields:
-        return _text_prompt(fields.pop("prompt"), "prompt", place)
+        return text_prompt(fields.pop("prompt"), "prompt", place)
     messages = fields.pop("messages")
     if not isinstance(messages, list) or not messages:
         raise place.error(f"expected messages to be a list of at least one, got: {shown(messages)}")
@@ -96,18 +96,20 @@ def _named_prompt(fields: Fields, place: Place) -> Prompt:
     return Prompt(messages=tuple(messages))
 
 
-def _text_prompt(value: Json, what: str, place: Place) -> Prompt:
+def text_prompt(value: Json, what: str, place: Place) -> Prompt:
+    """Make a prompt of a text; InputError, in which it is called `what`, for what says nothing or is no text."""
     if not isinstance(value, str):
         raise place.error(f"expected {what} to be a string, got: {shown(value)}; put it in quotes")
-    if not value.strip():
+    if not value or value.isspace():
         raise place.error(f"expected {what} to say something, got: {shown(value)}; fill it in or remove it")
     if "\x00" in value:
         raise place.error(f"expected {what} to be text, got: a NUL character; remove it")
     try:
-        value.encode()
+        if not value.isascii():
+            value.encode()
     except UnicodeEncodeError as error:
         raise place.error(f"expected {what} to be Unicode, got: half a surrogate pair; remove it") from error
-    return Prompt(text=value)
+    return Prompt(value)
 
 
 def _check_message(message: Json, place: Place) -> None:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 from lbr import inputs
 from lbr.errors import InputError, UsageError
-from lbr.records import Place, Template, check_storable, item_of, shown
+from lbr.jobs import Item
+from lbr.records import Place, Template, check_storable, item_of, shown, text_prompt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from lbr.jobs import Item, Json
+    from lbr.jobs import Json
 
 PROMPTS = "prompts"
 
@@ -41,12 +42,17 @@ def items_of(prompts: Iterable[str | dict[str, Json]], *, template: str | None =
     compiled = None if template is None else Template(template)
     for number, prompt in enumerate(prompts, start=1):
         place = Place(PROMPTS, number)
-        if not isinstance(prompt, str | dict):
-            raise place.error(f"expected a string or a dict, got: {shown(repr(prompt))}")
-        fields = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
-        if isinstance(prompt, dict):
+        if isinstance(prompt, str):
+            if compiled is None:
+                yield Item(text_prompt(prompt, "prompt", place), None, None, PROMPTS, number)
+            else:
+                yield item_of({"prompt": prompt}, place, compiled, None)
+        elif isinstance(prompt, dict):
+            fields = dict(prompt)
             check_storable(fields, place)
-        yield item_of(fields, place, compiled, None)
+            yield item_of(fields, place, compiled, None)
+        else:
+            raise place.error(f"expected a string or a dict, got: {shown(repr(prompt))}")
 
 
 class Source:

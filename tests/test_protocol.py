@@ -10,9 +10,10 @@ from sqlalchemy import insert, select, update
 
 from lbr.jobs import Claim, JobId, JobState, Prompt, RunState, WorkerId
 from lbr.store import schema
+from lbr.store.fence import is_mine
 from lbr.store.queue import MAX_CRASHES, Queue
 from lbr.store.schema import SUSPECT_CRASHES
-from lbr.store.settle import SETTLE, is_mine
+from lbr.store.settle import SETTLE
 from tests import protocol
 from tests import protocol_rules as rules
 from tests.protocol import search

@@ -9,7 +9,7 @@ import orjson
 from sqlalchemy import bindparam, case, func, literal_column, select, update
 
 from lbr.errors import DatabaseError, Family
-from lbr.jobs import NO_HISTORY, BadTry, Claim, History, JobId, Millis, Prompt, RunId
+from lbr.jobs import NO_HISTORY, BadTry, Claim, History, Millis, Prompt, RunId
 from lbr.limits import fitting
 from lbr.store.arrays import among
 from lbr.store.schema import PENDING, SUSPECT_CRASHES, attempts, jobs, prompts
@@ -131,33 +131,33 @@ async def _with_prompts(connection: AsyncConnection, rows: list[AnyRow], now: Mi
     if not rows:
         return []
     found = (await connection.execute(_PROMPTS, {"ids": [row.id for row in rows]})).all()
-    by_id = {row.job_id: row for row in found}
+    by_id = {row[0]: row for row in found}
     tried = [row for row in rows if row.claim_seq > row.retry_seq + 1]
     histories = await _histories(connection, tried, now)
-    for row in rows:
-        if row.id not in by_id:
+    claims = []
+    for job_id, run_id, claim_seq, _, attempts_, crashes in sorted(rows):  # in the order of their ids
+        if job_id not in by_id:
             raise DatabaseError(
-                f"expected a prompt for job {row.id}, got: none; the database was changed by hand"
+                f"expected a prompt for job {job_id}, got: none; the database was changed by hand"
             )
-    return [
-        Claim(
-            job_id=JobId(row.id),
-            run_id=RunId(row.run_id),
-            claim_seq=row.claim_seq,
-            attempts=row.attempts,
-            crashes=row.crashes,
-            key=by_id[row.id].key,
-            prompt=Prompt.from_body(by_id[row.id].body, chat=bool(by_id[row.id].chat)),
-            history=histories.get(row.id, NO_HISTORY),
-            settings=_settings(by_id[row.id].settings),
+        _, key, body, chat, settings = by_id[job_id]
+        claims.append(
+            Claim(
+                job_id,
+                run_id,
+                claim_seq,
+                attempts_,
+                crashes,
+                Prompt.from_body(body, chat=bool(chat)),
+                key,
+                histories.get(job_id, NO_HISTORY),
+                settings=None if settings is None else _settings(settings),
+            )
         )
-        for row in sorted(rows, key=lambda row: row.id)
-    ]
+    return claims
 
 
-def _settings(text: str | None) -> dict[str, Json] | None:
-    if text is None:
-        return None
+def _settings(text: str) -> dict[str, Json]:
     try:
         settings = orjson.loads(text)
     except orjson.JSONDecodeError:

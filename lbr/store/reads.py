@@ -270,28 +270,26 @@ async def rows(database: Database, run: Run, shape: Shape) -> AsyncIterator[list
 
 async def _with_errors(connection: AsyncConnection, found: Sequence[AnyRow]) -> list[Row]:
     """Turn database rows into collected ones; what is not done gets what its last failed try said."""
-    open_ids = list({row.id for row in found if row.state != JobState.DONE})
+    open_ids = list({job_id for _, _, _, job_id, _, state, *_ in found if state != JobState.DONE})
     errors: dict[int, str] = {}
     if open_ids:
         errors = {row.id: row.error for row in (await connection.execute(_ERRORS, {"ids": open_ids})).all()}
     return [
         Row(
-            idx=row.idx,
-            key=row.key.hex(),
-            prompt=Prompt.from_body(row.body, chat=bool(row.chat)),
-            status=row.state,
-            result=row.text if row.state == JobState.DONE else None,
-            error=errors.get(row.id),
-            custom_id=row.custom_id,
-            metadata=_metadata(row.metadata),
+            idx,
+            key.hex(),
+            Prompt.from_body(body, chat=True) if chat else Prompt(body),
+            state,
+            text if state == JobState.DONE else None,
+            errors.get(job_id) if errors else None,
+            custom_id,
+            None if metadata is None else _metadata(metadata),
         )
-        for row in found
+        for idx, custom_id, metadata, job_id, key, state, chat, body, text in found
     ]
 
 
-def _metadata(text: str | None) -> dict[str, Json] | None:
-    if text is None:
-        return None
+def _metadata(text: str) -> dict[str, Json]:
     try:
         value = orjson.loads(text)
     except orjson.JSONDecodeError as error:
@@ -307,7 +305,7 @@ async def metadata_columns(database: Database, run: Run) -> list[str]:
     after = -1
     query = (
         select(items.c.idx, items.c.metadata)
-        .where(items.c.run_id == run.id, items.c.idx > bindparam("after"))
+        .where(items.c.run_id == run.id, items.c.idx > bindparam("after"), items.c.metadata.is_not(None))
         .order_by(items.c.idx)
         .limit(PAGE * 10)
     )
@@ -318,7 +316,7 @@ async def metadata_columns(database: Database, run: Run) -> list[str]:
 
         page = await database.read(work)
         for row in page:
-            names |= dict.fromkeys(_metadata(row.metadata) or ())
+            names |= dict.fromkeys(_metadata(row.metadata))
         if len(page) < PAGE * 10:
             return list(names)
         after = page[-1].idx

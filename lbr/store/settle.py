@@ -12,6 +12,7 @@ from lbr.jobs import JobId, JobState, Millis, RunId, RunState, Settlement
 from lbr.retry import is_overload
 from lbr.store import counters
 from lbr.store.arrays import Bulk, Given, Inserting, among
+from lbr.store.fence import FENCE, Standing, is_doubtful, is_mine, is_repeated
 from lbr.store.limiting import Lesson, learn
 from lbr.store.runs import hold_states, resting_state
 from lbr.store.schema import attempts, jobs, limits, results, runs
@@ -19,15 +20,9 @@ from lbr.store.schema import attempts, jobs, limits, results, runs
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sqlalchemy import ColumnElement
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from lbr.store.database import Database
-    from lbr.store.schema import AnyRow
-
-# The fence: a claim's outcome is taken while nobody has claimed the job again. Pending is let in, for a late
-# answer to a job that was reclaimed but not yet claimed again is paid for.
-FENCE: ColumnElement[bool] = literal_column("jobs.state IN ('inflight', 'pending')")
 
 _STANDING = (
     select(
@@ -108,28 +103,6 @@ class Settled:
     paused: dict[str, str]
 
 
-def is_mine(settlement: Settlement, row: AnyRow) -> bool:
-    """Tell whether the fence lets a settlement through, given how the job stands."""
-    if row.claim_seq != settlement.claim.claim_seq:
-        return False
-    if _was_put_back(row) and settlement.outcome.failure is not None:
-        # Somebody has put the job back by hand since: a late answer is welcome, a late failure is of the past.
-        return False
-    return row.state in {JobState.INFLIGHT, JobState.PENDING}
-
-
-def is_repeated(settlement: Settlement, row: AnyRow, told: set[tuple[int, int]]) -> bool:
-    """Tell whether this very settlement is in the database already: only its claim could have written it.
-
-    `told` are the claims, by job and claim_seq, whose failure, late answer or redone answer is on record.
-    """
-    claim = settlement.claim
-    if (claim.job_id, claim.claim_seq) in told:
-        return True
-    done = row.claim_seq == claim.claim_seq and row.state == JobState.DONE
-    return bool(done and settlement.outcome.failure is None)
-
-
 async def settle(database: Database, batch: Sequence[Settlement]) -> Settled:
     """Write a batch of outcomes in one transaction.
 
@@ -140,14 +113,16 @@ async def settle(database: Database, batch: Sequence[Settlement]) -> Settled:
     async def work(connection: AsyncConnection) -> Settled:
         now = await database.now(connection)
         ids = [s.claim.job_id for s in batch]
-        standing = {row.id: row for row in (await connection.execute(_STANDING, {"ids": ids})).all()}
+        found = (await connection.execute(_STANDING, {"ids": ids})).all()
+        standing = {row[0]: Standing(*row) for row in found}
         if len(standing) != len(set(ids)):
             raise DatabaseError(
                 "expected the jobs of every call to exist, got: some removed; the database was replaced"
             )
-        fits = [(s, is_mine(s, standing[s.claim.job_id])) for s in batch]
-        told = await _told(connection, [s for s, fit in fits if _is_doubtful(s, fit, standing)])
-        new = [(s, fit) for s, fit in fits if not is_repeated(s, standing[s.claim.job_id], told)]
+        seen = [(s, standing[s.claim.job_id]) for s in batch]
+        fits = [(s, job, is_mine(s, job)) for s, job in seen]
+        told = await _told(connection, [s for s, job, fit in fits if is_doubtful(s, job, fits=fit)])
+        new = [(s, fit) for s, job, fit in fits if not is_repeated(s, job, told)]
         mine = [s for s, fit in new if fit]
         stale = [s for s, fit in new if not fit]
         states = await _run_states(connection, mine, standing)
@@ -168,18 +143,6 @@ async def settle(database: Database, batch: Sequence[Settlement]) -> Settled:
     return await database.write(work)
 
 
-def _is_doubtful(settlement: Settlement, fit: bool, standing: dict[int, AnyRow]) -> bool:
-    """Tell whether a settlement may be on record: an answer that fits is so only where it was redone since."""
-    return (
-        not fit or settlement.outcome.failure is not None or _was_put_back(standing[settlement.claim.job_id])
-    )
-
-
-def _was_put_back(row: AnyRow) -> bool:
-    """Tell whether a job was put back by hand, and not claimed again since."""
-    return bool(row.state == JobState.PENDING and row.retry_seq == row.claim_seq)
-
-
 async def _told(connection: AsyncConnection, doubtful: list[Settlement]) -> set[tuple[int, int]]:
     if not doubtful:
         return set()
@@ -188,7 +151,7 @@ async def _told(connection: AsyncConnection, doubtful: list[Settlement]) -> set[
 
 
 async def _run_states(
-    connection: AsyncConnection, mine: list[Settlement], standing: dict[int, AnyRow]
+    connection: AsyncConnection, mine: list[Settlement], standing: dict[int, Standing]
 ) -> dict[RunId, RunState]:
     """Return the states of the runs of these jobs, held where a job goes back to rest."""
     back = {s.claim.run_id for s in mine if s.state is JobState.PENDING}
@@ -300,7 +263,7 @@ def _attempt(settlement: Settlement, what: str, now: Millis) -> dict[str, Any]:
 def _deltas(
     mine: list[Settlement],
     stale: list[Settlement],
-    standing: dict[int, AnyRow],
+    standing: dict[int, Standing],
     states: dict[RunId, RunState],
 ) -> counters.Deltas:
     deltas = counters.moved(
@@ -323,7 +286,7 @@ def _deltas(
 
 
 async def _cool_down(
-    connection: AsyncConnection, mine: list[Settlement], standing: dict[int, AnyRow], now: Millis
+    connection: AsyncConnection, mine: list[Settlement], standing: dict[int, Standing], now: Millis
 ) -> None:
     """Tell every worker to leave an answerer alone until its provider's wait is over."""
     longest: dict[str, Settlement] = {}
@@ -340,7 +303,7 @@ async def _cool_down(
     await _COOL_DOWN.run(connection, rows)
 
 
-def _lessons(ended: list[Settlement], standing: dict[int, AnyRow], now: Millis) -> dict[str, Lesson]:
+def _lessons(ended: list[Settlement], standing: dict[int, Standing], now: Millis) -> dict[str, Lesson]:
     """Return what these calls say about their answerers' limits."""
     lessons: dict[str, Lesson] = {}
     for s in ended:
