@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -192,4 +193,8 @@ def main() -> None:
     # A background job of a shell may have been started with Ctrl-C ignored: SIGTERM must still end that.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # A batch makes many values that live as long as a call, and none of them in circles: looking for circles every few
+    # hundred of them takes a fifth of a worker's time.
+    gc.freeze()
+    gc.set_threshold(5_000, 20, 20)
     lbr(prog_name="lbr")
