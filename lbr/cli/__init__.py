@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lbr.cli.app import lbr, main
+from lbr.cli.benching import bench
 from lbr.cli.collecting import collect
 from lbr.cli.enqueueing import enqueue
 from lbr.cli.estimating import estimate
@@ -28,6 +29,7 @@ for command in (
     limit,
     move,
     doctor,
+    bench,
 ):
     lbr.add_command(command)
 
