@@ -14,6 +14,7 @@ from lbr.models.pydantic_ai.checks import check_authority, check_known, missing_
 from lbr.models.pydantic_ai.families import status_in
 from lbr.models.pydantic_ai.history import history_of
 from lbr.models.pydantic_ai.replies import ANSWER_TOOL, call_error, clean, reply_of
+from lbr.models.pydantic_ai.transport import carry_over_aiohttp
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -94,6 +95,7 @@ def _build(name: str, api_key: str | None) -> Model:
     provider_class_of(name)
     try:
         found = _infer(name, api_key)
+        carry_over_aiohttp(found)
     except ImportError as error:
         raise missing_package(name, error) from error
     except UserError as error:
