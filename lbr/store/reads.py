@@ -37,18 +37,20 @@ _LAST_ERROR = (
     .limit(1)
     .scalar_subquery()
 )
+_COLLECTED = (
+    items.c.idx,
+    items.c.custom_id,
+    items.c.metadata,
+    jobs.c.id,
+    prompts.c.key,
+    jobs.c.state,
+    prompts.c.chat,
+    prompts.c.body,
+    results.c.text,
+)
+_REST = [column for table in (jobs, results) for column in table.c if column not in set(_COLLECTED)]
 _ROWS = (
-    select(
-        items.c.idx,
-        items.c.custom_id,
-        items.c.metadata,
-        jobs.c.id,
-        prompts.c.key,
-        jobs.c.state,
-        prompts.c.chat,
-        prompts.c.body,
-        results.c.text,
-    )
+    select(*_COLLECTED)
     .join_from(items, jobs, items.c.job_id == jobs.c.id)
     .join(prompts, prompts.c.job_id == jobs.c.id)
     .outerjoin(results, results.c.job_id == jobs.c.id)
@@ -268,7 +270,7 @@ async def rows(database: Database, run: Run, shape: Shape) -> AsyncIterator[list
         after = page[-1].idx
 
 
-async def _with_errors(connection: AsyncConnection, found: Sequence[AnyRow]) -> list[Row]:
+async def _with_errors(connection: AsyncConnection, found: Sequence[Sequence[Any]]) -> list[Row]:
     """Turn database rows into collected ones; what is not done gets what its last failed try said."""
     open_ids = list({job_id for _, _, _, job_id, _, state, *_ in found if state != JobState.DONE})
     errors: dict[int, str] = {}
@@ -327,16 +329,7 @@ async def story(database: Database, run: Run, idx: int) -> Story:
 
     async def work(connection: AsyncConnection) -> Story:
         query = (
-            select(
-                items.c.idx,
-                items.c.custom_id,
-                items.c.metadata,
-                jobs,
-                prompts.c.key,
-                prompts.c.chat,
-                prompts.c.body,
-                results,
-            )
+            select(*_COLLECTED, *_REST)
             .join_from(items, jobs, items.c.job_id == jobs.c.id)
             .join(prompts, prompts.c.job_id == jobs.c.id)
             .outerjoin(results, results.c.job_id == jobs.c.id)
@@ -352,7 +345,7 @@ async def story(database: Database, run: Run, idx: int) -> Story:
             Try(**{name: getattr(t, name) for name in Try.__slots__})
             for t in (await connection.execute(tried)).all()
         ]
-        return _story(found, (await _with_errors(connection, [found]))[0], tries)
+        return _story(found, (await _with_errors(connection, [found[: len(_COLLECTED)]]))[0], tries)
 
     return await database.read(work)
 
