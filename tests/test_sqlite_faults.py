@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support import Cli
+from tests.support import PATIENCE_SECONDS, Cli
 from tests.test_processes import check, recount, write
 
 if TYPE_CHECKING:
@@ -42,6 +42,9 @@ async def echo(prompt):
     with open("calls.log", "ab", buffering=0) as log:
         log.write(prompt.encode() + b"\\n")
     await asyncio.sleep(0.1)
+    while os.path.exists("hold"):
+        open("held " + prompt, "w").close()
+        await asyncio.sleep(0.01)
     return prompt
 """
 SKEW = """
@@ -154,12 +157,14 @@ def test_a_clock_that_is_set_holds_nothing_up(local: Cli) -> None:
     recount(local)
 
 
-def work_until(cli: Cli, done: int, *, prompt: str = "prompt") -> tuple[list[str], Popen[str]]:
+def work_until(
+    cli: Cli, done: int, *, prompt: str = "prompt", lease: str = "2"
+) -> tuple[list[str], Popen[str]]:
     """Enqueue that many prompts, and return them with a worker that has answered some of them."""
     lines = [f"{prompt} {n}" for n in range(400)]
     write(cli.folder, lines)
     cli("enqueue", "in.txt", "--function", "answers:echo")
-    worker = cli.start("worker", "--function", "answers:echo", "--concurrency", "8", "--lease", "2")
+    worker = cli.start("worker", "--function", "answers:echo", "--concurrency", "8", "--lease", lease)
     cli.wait_for("in", "done", done)
     return lines, worker
 
@@ -177,13 +182,20 @@ def ends_with(worker: Popen[str], words: str) -> int:
 def test_a_file_that_is_put_back_has_lost_nothing(local: Cli) -> None:
     """A worker whose file is moved away ends with words; back in its place it is finished, and no call is repeated."""
     lines, worker = work_until(local, 60)
+    # All its calls go on while the file goes away.
+    (local.folder / "hold").touch()
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while len(list(local.folder.glob("held *"))) < 8:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
     away = local.folder / "away"
     away.mkdir()
     names = ("runs.db", "runs.db-wal", "runs.db-shm")
     for name in names:
         (local.folder / name).rename(away / name)
+    (local.folder / "hold").unlink()
     kept = ends_with(worker, "was removed while in use")
-    assert kept > 0
+    assert kept == 8
     # Nothing is made anew where it was: that would be another queue.
     assert [name for name in names if (local.folder / name).exists()] == []
     assert "no such file" in local("status", check=False).stderr
@@ -272,7 +284,7 @@ def test_a_file_that_turns_read_only_stops_those_who_come(local: Cli) -> None:
 
 def test_a_foreign_lock_of_ten_seconds_is_ridden_out(local: Cli) -> None:
     """Nobody hears of a lock that another program holds for 10 s: workers and an enqueue wait, readers do not."""
-    lines, worker = work_until(local, 60)
+    lines, worker = work_until(local, 60, lease="60")
     other = local.start("worker", "--function", "answers:echo", "--concurrency", "8")
     local.wait_for("in", "done", 120)
     with closing(sqlite3.connect(local.folder / "runs.db", isolation_level=None, timeout=30)) as foreign:
