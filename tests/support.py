@@ -147,10 +147,16 @@ async def locked_by_another(db_url: str) -> AsyncIterator[None]:
 
 
 class Cli:
-    """Runs `lbr` commands as processes of their own in one folder, with the queue `runs.db` there or at a URL."""
+    """Runs `lbr` commands as processes of their own in one folder, with the queue `runs.db` there or at a URL.
 
-    def __init__(self, folder: Path, *, db_url: str | None = None, **environment: str) -> None:
+    `prefix` is what stands before each command, such as what it is to run under.
+    """
+
+    def __init__(
+        self, folder: Path, *, db_url: str | None = None, prefix: Sequence[str] = (), **environment: str
+    ) -> None:
         self.folder = folder
+        self._prefix = prefix
         self.outside_url = db_url or f"sqlite:///{folder / 'runs.db'}"
         """Where `query` asks: the same queue, perhaps by another way than the commands take."""
         self._server: psycopg.Connection | None = None
@@ -192,7 +198,7 @@ class Cli:
         return process
 
     def _command(self, arguments: Sequence[str]) -> list[str]:
-        return [sys.executable, "-m", "lbr", *arguments]
+        return [*self._prefix, sys.executable, "-m", "lbr", *arguments]
 
     def status(self, run: str) -> Counter[str]:
         """Return a run's numbers; all 0 while there is no such run yet."""

@@ -167,9 +167,13 @@ class SQLiteDatabase(Database):
         if self._identity is None:
             self._identity = identity
         if identity is None or identity != self._identity:
+            # SQLite would take the old file's log for the new one's, and write its pages into it.
+            log = identity is not None and self._wal.exists()
             raise DatabaseError(
                 f"the database {self.path} was {'removed' if identity is None else 'replaced'} while in use; "
                 f"what was written to it is gone with it: put it back, or enqueue again"
+                + f". Unless it came with the new file, remove {self._wal} first, which would damage it"
+                * log
             )
 
     async def _write(self, work: Callable[[AsyncConnection], Awaitable[T]], *, beside: bool) -> T:
@@ -253,9 +257,9 @@ class SQLiteDatabase(Database):
             await connection.exec_driver_sql("PRAGMA busy_timeout = 100")
             try:
                 busy = (await connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")).one()[0]
-            except DBAPIError as error:
-                if not _is_busy(error):
-                    raise
+            except DBAPIError:
+                # Locked, or no room for what is to be moved. The transaction before is committed all the same, and
+                # its caller must hear so; what does not pass by itself the next one tells.
                 busy = 1
             finally:
                 await connection.exec_driver_sql(f"PRAGMA busy_timeout = {connections.BUSY_TIMEOUT_MS}")
