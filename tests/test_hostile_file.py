@@ -130,6 +130,13 @@ def test_every_column_may_hold_anything(queue: Queue) -> None:
             "expected stored limits of finite numbers for 'offline:echo'",
         ),
         ("attempts", "output_tokens", "smallest", "doctor fix", "a number in it is so large"),
+        (
+            "items",
+            "job_id",
+            "minus one",
+            "move",
+            "expected a prompt for input 0 of run 'm'",
+        ),
         ("runs", "name", "no utf-8", "status", "expected text in UTF-8 in a column name, got: other bytes"),
         ("sqlite_sequence", "seq", "text", "enqueue another", "4 new"),
         ("limits", "requests", "fraction", "run", "5 done"),
