@@ -49,6 +49,10 @@ class DatabaseBusyError(DatabaseError):
     """Other processes kept the database locked for longer than lbr waits."""
 
 
+class MisfitError(DatabaseError):
+    """The database holds, or was to take, a value of a type that lbr never writes there."""
+
+
 class RunNotFoundError(UsageError):
     """No run of that name is in the database."""
 

@@ -71,10 +71,12 @@ def refilled(limit: Limit, now: int) -> Limit:
     before = limit.balanced_at if limit.balanced_at is not None else now
     before = now if before > now + MINUTE_MS else before
     passed = max(0, now - before)
+    # What nobody says when it was left would never be refilled, for a claim that takes nothing writes nothing down.
+    left = (None, None) if limit.balanced_at is None else (limit.requests, limit.tokens)
     return replace(
         limit,
-        requests=_filled(limit.requests, limit.rpm, passed),
-        tokens=_filled(limit.tokens, limit.tpm, passed),
+        requests=_filled(left[0], limit.rpm, passed),
+        tokens=_filled(left[1], limit.tpm, passed),
         balanced_at=max(now, before),
     )
 

@@ -122,7 +122,9 @@ def describe_limit(fields: dict[str, Json]) -> str:
         parts.append(f"{fields['at_a_time']} of {fields['slots']} calls at a time, learned")
     elif fields["at_a_time"] is not None and not fields["slots"]:
         parts.append(f"{fields['at_a_time']} calls at a time were learned")
-    return f"{fields['answerer']}: {', '.join(parts) or 'no limits'}; {fields['inflight']} in flight"
+    return printable(
+        f"{fields['answerer']}: {', '.join(parts) or 'no limits'}; {fields['inflight']} in flight"
+    )
 
 
 def _worker(worker: WorkerSeen, now: int) -> dict[str, Json]:
@@ -220,6 +222,14 @@ def unfinished_words(run: str, reason: str | None) -> str:
     return f"{words}, then run the same command again"
 
 
+def printable(text: str) -> str:
+    """Return one line with all spelled out that would steer a terminal, or begin another line.
+
+    Names and reasons come out of a database that anybody may have made.
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def describe(status: Status) -> str:
     """Return the report that `lbr status` prints."""
     lines: list[str] = []
@@ -237,7 +247,7 @@ def describe(status: Status) -> str:
         f"up {duration(w['up_seconds'])}, seen {duration(w['seen_seconds_ago'])} ago"
         for w in status.workers
     ]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _holds_back(fields: dict[str, Json]) -> bool:

@@ -49,6 +49,12 @@ def test_bucket_is_never_fuller_than_a_second() -> None:
     assert (back.requests, back.tokens, back.balanced_at) == (6, 60, later.balanced_at)
 
 
+def test_a_balance_without_its_time_is_a_full_bucket() -> None:
+    """What nobody says when it was left would never be refilled: it holds nobody back."""
+    limit = refilled(Limit(rpm=600, tpm=6_000, requests=0.5, tokens=-1e9), 1_000)
+    assert (limit.requests, limit.tokens) == (10, 100)
+
+
 def test_bucket_fills_again_after_a_clock_was_far_ahead() -> None:
     """A clock that was set right holds nobody back until the time that it showed before."""
     ahead = debited(refilled(Limit(rpm=600, tpm=6_000), 24 * 3_600_000), 10, 100)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -15,11 +16,14 @@ import click
 import orjson
 
 from lbr.config import CONFIG_FILE, load_environment, read_config_file
-from lbr.errors import DatabaseError, LbrError, OutputError, UsageError
+from lbr.errors import DatabaseError, LbrError, MisfitError, OutputError, UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 DB_DEFAULT = "runs.db"
+
+# Control characters but for tabs and the ends of lines; and what turns the direction of writing.
+_STEERING = re.compile(r"[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]|\r(?!\n)")
 
 
 class Group(click.Group):
@@ -39,7 +43,7 @@ class Group(click.Group):
         """Run the command; where a value in the database that is none made it fail, tell that instead of a traceback."""
         try:
             return super().invoke(ctx)
-        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, MisfitError) as error:
             from lbr.store.engines import misfit  # noqa: PLC0415 - only where something failed
 
             if ctx.obj is None or (found := misfit(ctx.obj["db_url"])) is None:
@@ -112,15 +116,20 @@ def fail(error: LbrError) -> NoReturn:
     sys.exit(error.exit_code)
 
 
+def harmless(text: str) -> str:
+    """Return text whose lines stay, with what would steer the terminal spelled out: names, prompts, answers have it."""
+    return _STEERING.sub(lambda found: repr(found[0])[1:-1], text)
+
+
 def say(text: str) -> None:
     """Talk to the person: on stderr, so that stdout carries data only."""
-    click.echo(text, err=True)
+    click.echo(harmless(text), err=True)
 
 
 def tell(data: str | bytes) -> None:
-    """Write what was asked for to stdout. Raises OutputError; a BrokenPipeError is click's."""
+    """Write what was asked for to stdout: words, or data as they are. Raises OutputError; a BrokenPipeError is click's."""
     try:
-        click.echo(data)
+        click.echo(harmless(data) if isinstance(data, str) else data)
     except BrokenPipeError:
         raise
     except OSError as error:

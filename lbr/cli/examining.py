@@ -12,6 +12,7 @@ import orjson
 from lbr import examining
 from lbr.cli.app import database_option, say, tell
 from lbr.diagnosis import Gravity
+from lbr.progress import printable
 
 if TYPE_CHECKING:
     from lbr.diagnosis import Finding
@@ -47,9 +48,4 @@ def _describe(finding: Finding) -> str:
     lines = [f"{finding.gravity:<7}  {finding.check}: {finding.found}"]
     if finding.do is not None:
         lines.append(f"{'':<9}{finding.do}")
-    return "\n".join(map(_printable, lines))
-
-
-def _printable(text: str) -> str:
-    """Spell out what would steer a terminal: names and reasons come out of a database that anybody may have made."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return "\n".join(map(printable, lines))

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 BUSY_TIMEOUT_MS = 2_500
 
+# What a file's own schema says may call no function that could do harm.
+HARMLESS = "PRAGMA trusted_schema = OFF"
+
 READER_PRAGMAS = (
     f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}",
     "PRAGMA query_only = ON",
@@ -66,9 +69,11 @@ def make_engine(
     @event.listens_for(engine.sync_engine, "connect")
     def _set_pragmas(connection: Any, _record: Any) -> None:
         cursor = connection.cursor()
-        for pragma in pragmas:
+        for pragma in (HARMLESS, *pragmas):
             cursor.execute(pragma)
         cursor.close()
+        # SQLAlchemy's, in Python: a check in the file could call it with a pattern that takes for ever.
+        connection.create_function("regexp", 2, None)
 
     @event.listens_for(engine.sync_engine, "begin")
     def _begin(connection: Any) -> None:

@@ -41,7 +41,7 @@ _CHARACTERS = sum((func.coalesce(text, 0) for text in _TEXTS[1:]), func.coalesce
 _PLACES = (
     select(*(items.c[name] for name in ITEM), jobs.c.id, prompts.c.key, *(jobs.c[name] for name in JOB))
     .add_columns(case((items.c.first == 1, _CHARACTERS), else_=0).label("characters"))
-    .join_from(items, jobs, items.c.job_id == jobs.c.id)
+    .join_from(items, jobs, items.c.job_id == jobs.c.id, isouter=True)
     .outerjoin(prompts, prompts.c.job_id == jobs.c.id)
     .outerjoin(results, results.c.job_id == jobs.c.id)
     .where(items.c.run_id == bindparam("run"), items.c.idx >= bindparam("start"))
@@ -114,9 +114,9 @@ async def read_page(database: Database, run: Run, start: int) -> Page:
         )
         for one in (await connection.execute(_TRIES, ids)).all():
             page.tries.setdefault(one.job_id, []).append(one)
-        if lost := next((row.idx for row in places if row.first and row.id not in page.prompts), None):
+        if lost := next((row for row in places if row.key is None), None):
             raise DatabaseError(
-                f"expected a prompt for input {lost} of run {run.name!r} in {database.name}, got: none; the "
+                f"expected a prompt for input {lost.idx} of run {run.name!r} in {database.name}, got: none; the "
                 f"database was changed by hand"
             )
         return page

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from lbr.config import PATIENCE
 from lbr.store import files, sqlite
 from lbr.store.addresses import address_of, is_postgresql
+from lbr.store.database import to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -64,7 +65,8 @@ async def opened(
     try:
         yield database
     finally:
-        await database.close()
+        # A caller that is cancelled just now must not break the closing off: SQLAlchemy would print a traceback.
+        await to_its_end(database.close())
 
 
 def file_of(url: str) -> Path | None:

@@ -14,7 +14,7 @@ from sqlalchemy import Float, Integer, LargeBinary, func, select
 from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
 
 from lbr.store import files, schema
-from lbr.store.connections import READER_PRAGMAS, make_engine
+from lbr.store.connections import HARMLESS, READER_PRAGMAS, make_engine
 from lbr.store.sqlite import SQLiteDatabase
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ def misfit(path: Path) -> str | None:
     None where all fit. It reads all rows, and is for those whom such a value may have made fail. Raises sqlite3.Error.
     """
     with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
+        connection.execute(HARMLESS)
         for table in schema.metadata.sorted_tables:
             for column in table.columns:
                 fitting = _fitting_types(column)

@@ -6,6 +6,7 @@ and debits them in its own transaction; those that hold nothing back are only re
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -233,6 +234,10 @@ def _limit_of(row: AnyRow) -> Limit:
     found = Limit(*(getattr(row, name) for name in _FIELDS))
     if any(value is not None and value < 1 for value in (found.rpm, found.tpm, found.concurrency)):
         raise DatabaseError(f"expected stored limits of at least 1 for {row.answerer!r}, got: {found}")
+    if math.inf in (
+        abs(value or 0) for value in (found.slots, found.threshold, found.requests, found.tokens)
+    ):
+        raise DatabaseError(f"expected stored limits of finite numbers for {row.answerer!r}, got: {found}")
     return found
 
 

@@ -20,7 +20,7 @@ from sqlalchemy import (
     select,
 )
 
-from lbr.errors import OutputError, UsageError
+from lbr.errors import DatabaseError, OutputError, UsageError
 from lbr.store import files
 from lbr.store.connections import make_engine
 from lbr.store.sqlite import database_errors, sqlite_path
@@ -162,5 +162,12 @@ def _from_columns(found: RowMapping) -> dict[str, Any]:
         fields["id"] = found["id"]
     fields |= {name: found[name] for name in ("key", "prompt", "status", "result", "error")}
     if found["metadata"] is not None:
-        fields["metadata"] = orjson.loads(found["metadata"])
+        fields["metadata"] = _metadata(found["metadata"])
     return fields
+
+
+def _metadata(text: Any) -> Any:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as error:  # for what is no text, too
+        raise DatabaseError(f"expected stored metadata to be JSON, got: {str(text)[:200]!r}") from error

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from filelock import Timeout
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError, StatementError
 
 from lbr.config import PATIENCE
-from lbr.errors import AlreadyRunningError, DatabaseBusyError, DatabaseError, UsageError
+from lbr.errors import AlreadyRunningError, DatabaseBusyError, DatabaseError, MisfitError, UsageError
 from lbr.store import connections, files, schema
 from lbr.store.database import Database, local_clock
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from lbr.jobs import Millis, RunId
+    from lbr.store.schema import AnyRow
 
 T = TypeVar("T")
 
@@ -33,7 +34,7 @@ WAL_LIMIT_BYTES = 16 * 1024 * 1024
 CHECKPOINT_PAUSE_SECONDS = 5.0
 
 # Primary result codes of SQLite, https://sqlite.org/rescode.html
-BUSY, LOCKED, READONLY, IOERR, CORRUPT, FULL, CANTOPEN, NOTADB = 5, 6, 8, 10, 11, 13, 14, 26
+ERROR, BUSY, LOCKED, READONLY, IOERR, CORRUPT, FULL, CANTOPEN, NOTADB = 1, 5, 6, 8, 10, 11, 13, 14, 26
 REASONS = {
     READONLY: "it is read-only; make the file and its folder writable",
     IOERR: "the disk reported an error",
@@ -44,6 +45,7 @@ REASONS = {
 }
 
 
+_UNDECODED = re.compile(r"Could not decode to UTF-8 column '([^']*)'")
 _ALMOST_POSTGRESQL = re.compile(r"postgres(ql)?\b.*@", re.IGNORECASE)
 
 
@@ -105,6 +107,16 @@ def _is_busy(error: Exception) -> bool:
     return isinstance(error, DBAPIError) and _code(error) in {BUSY, LOCKED}
 
 
+def _reason(code: int | None, words: str) -> str:
+    if code in REASONS:
+        return REASONS[code]
+    if (found := _UNDECODED.match(words)) is not None:  # what follows is the value, however long
+        return f"expected text in UTF-8 in a column {found[1][:50]}, got: other bytes; restore a copy, or mend that value"
+    if code == ERROR:
+        return f"its tables are not those that lbr makes ({words[:200]}); restore a copy"
+    return words
+
+
 @contextmanager
 def database_errors(path: Path) -> Iterator[None]:
     """Turn what the driver raises into `DatabaseError`, with the way out."""
@@ -116,10 +128,19 @@ def database_errors(path: Path) -> Iterator[None]:
             raise DatabaseBusyError(
                 f"another process has kept {path} locked for too long; find it with `fuser {path}`, then run again"
             ) from error
-        reason = REASONS.get(code or 0) or str(error.orig)
-        raise DatabaseError(f"cannot use the database {path}: {reason}") from error
+        raise DatabaseError(f"cannot use the database {path}: {_reason(code, str(error.orig))}") from error
+    except StatementError as error:  # its own words would show the statement, with all that was to be written
+        raise MisfitError(
+            f"cannot use the database {path}: it has a value of another type than lbr writes ({error.orig}); "
+            f"restore a copy, or mend that value"
+        ) from error
     except SQLAlchemyError as error:
         raise DatabaseError(f"cannot use the database {path}: {error}") from error
+    except OverflowError as error:  # lbr's own numbers are far from it
+        raise MisfitError(
+            f"cannot use the database {path}: a number in it is so large that a sum with it is too large to write; "
+            f"restore a copy, or mend that value"
+        ) from error
 
 
 class SQLiteDatabase(Database):
@@ -211,9 +232,11 @@ class SQLiteDatabase(Database):
 
     async def reserve_job_ids(self, connection: AsyncConnection, count: int) -> Sequence[int]:
         """Return `count` ids that no job has or had; the write lock keeps them ours."""
-        query = "SELECT seq FROM sqlite_sequence WHERE name = 'jobs'"
-        last = (await connection.exec_driver_sql(query)).scalar()
-        first = int(last or 0) + 1
+        # SQLite keeps the highest id that there was, where another program can write anything.
+        seq = "SELECT CAST(seq AS INTEGER) FROM sqlite_sequence WHERE name = 'jobs'"
+        kept = (await connection.exec_driver_sql(seq)).scalar() or 0
+        there = (await connection.exec_driver_sql("SELECT max(id) FROM jobs")).scalar() or 0
+        first = max(kept, there) + 1
         return range(first, first + count)
 
     async def wake(self, connection: AsyncConnection) -> None:
@@ -298,17 +321,32 @@ class SQLiteDatabase(Database):
 
     async def version(self, connection: AsyncConnection) -> int:
         """Return the schema's version, 0 for an empty file; DatabaseError for another program's."""
-        tables = (
-            (await connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'table'"))
-            .scalars()
-            .all()
-        )
+        found = (await connection.exec_driver_sql("SELECT type, name, rootpage FROM sqlite_master")).all()
+        tables = [row.name for row in found if row.type == "table"]
         if tables and "schema_version" not in tables:
             raise DatabaseError(
                 f"expected an lbr database at {self.path}, got: a SQLite file of another program, with tables {', '.join(tables[:5])}; "
                 f"name another path"
             )
+        self._refuse_code(found)
         return await connection.run_sync(schema.applied_version)
+
+    def _refuse_code(self, found: Sequence[AnyRow]) -> None:
+        """Raise DatabaseError where the file brings statements of its own that would run with ours.
+
+        They are triggers, and views and virtual tables in the place of our tables.
+        """
+        ours = schema.metadata.tables
+        running = [
+            f"the {row.type} {row.name[:50]!r}"
+            for row in found
+            if row.type == "trigger" or (row.name in ours and (row.type != "table" or not row.rootpage))
+        ]
+        if running:
+            raise DatabaseError(
+                f"expected an lbr database at {self.path}, got: one with {', '.join(running[:5])}, which would run in "
+                f"lbr's transactions and which lbr never makes; drop what another program has added, or restore a copy"
+            )
 
     async def close(self) -> None:
         """Close every connection."""

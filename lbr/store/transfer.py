@@ -182,6 +182,11 @@ async def add_page(target: Database, copy: Run, page: Page) -> int:
         if place != page.start:
             return place
         ids = await _add_jobs(target, connection, copy, page)
+        if lost := next((row for row in page.places if row.key not in ids), None):
+            raise DatabaseError(
+                f"expected input {lost.idx} of run {copy.name!r} to share the job of an input before it, got: none that "
+                f"has it; the database that it is moved from was changed by another program: restore a copy"
+            )
         rows = [{"run_id": copy.id, "job_id": ids[row.key]} | _fields(row, ITEM) for row in page.places]
         await enqueue.ADD_ITEMS.run(connection, rows)
         return page.end
