@@ -160,15 +160,17 @@ class KeyMaker:
     """Makes the content keys of one task: 16 bytes of BLAKE2b over the task and the input."""
 
     def __init__(self, task: Task) -> None:
-        self._prefix = hashlib.blake2b(digest_size=KEY_BYTES)
+        prefix = hashlib.blake2b(digest_size=KEY_BYTES)
         head = task.to_json().encode()
-        self._prefix.update(len(head).to_bytes(8, "big"))
-        self._prefix.update(head)
+        prefix.update(len(head).to_bytes(8, "big"))
+        prefix.update(head)
+        self._text, self._messages = prefix.copy(), prefix.copy()
+        self._text.update(b"t")
+        self._messages.update(b"m")
 
     def key(self, prompt: Prompt) -> bytes:
         """Return the key of one input; equal inputs of one task, and only they, share it."""
-        digest = self._prefix.copy()
-        digest.update(b"t" if prompt.messages is None else b"m")
+        digest = (self._text if prompt.messages is None else self._messages).copy()
         digest.update(prompt.body().encode("utf-8", "surrogatepass"))
         return digest.digest()
 

@@ -72,11 +72,11 @@ class Template:
 def item_of(fields: Fields, place: Place, template: Template | None, column: str | None) -> Item:
     """Make an item of a record, using the record up: what is left of it is the metadata."""
     if template is not None:
-        prompt = text_prompt(template.render(fields, place), "the rendered template", place)
+        prompt = _text_prompt(template.render(fields, place), "the rendered template", place)
     elif column is not None:
         if column not in fields:
             raise place.error(f"expected a field {shown(column)}, got: {names(fields)}; add it")
-        prompt = text_prompt(fields.pop(column), column, place)
+        prompt = _text_prompt(fields.pop(column), column, place)
     else:
         prompt = _named_prompt(fields, place)
     return Item(prompt, _pop_id(fields, place), fields or None, place.source, place.line)
@@ -87,7 +87,7 @@ def _named_prompt(fields: Fields, place: Place) -> Prompt:
         msg = f"expected one of the fields prompt and messages, got: {names(fields)}"
         raise place.error(f"{msg}; set --prompt-column or --template")
     if "prompt" in fields:
-        return text_prompt(fields.pop("prompt"), "prompt", place)
+        return _text_prompt(fields.pop("prompt"), "prompt", place)
     messages = fields.pop("messages")
     if not isinstance(messages, list) or not messages:
         raise place.error(f"expected messages to be a list of at least one, got: {shown(messages)}")
@@ -96,7 +96,12 @@ def _named_prompt(fields: Fields, place: Place) -> Prompt:
     return Prompt(messages=tuple(messages))
 
 
-def text_prompt(value: Json, what: str, place: Place) -> Prompt:
+def is_plain(text: str) -> bool:
+    """Tell whether a text is a prompt without a doubt, as nearly all are; `item_of` knows what to say of others."""
+    return text != "" and text.isascii() and not text.isspace() and "\x00" not in text
+
+
+def _text_prompt(value: Json, what: str, place: Place) -> Prompt:
     """Make a prompt of a text; InputError, in which it is called `what`, for what says nothing or is no text."""
     if not isinstance(value, str):
         raise place.error(f"expected {what} to be a string, got: {shown(value)}; put it in quotes")

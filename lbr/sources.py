@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from lbr import inputs
 from lbr.errors import InputError, UsageError
-from lbr.jobs import Item
-from lbr.records import Place, Template, check_storable, item_of, shown, text_prompt
+from lbr.jobs import Item, Prompt
+from lbr.records import Place, Template, check_storable, is_plain, item_of, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -41,12 +41,12 @@ def items_of(prompts: Iterable[str | dict[str, Json]], *, template: str | None =
     """
     compiled = None if template is None else Template(template)
     for number, prompt in enumerate(prompts, start=1):
+        if compiled is None and isinstance(prompt, str) and is_plain(prompt):
+            yield Item(Prompt(prompt), None, None, PROMPTS, number)
+            continue
         place = Place(PROMPTS, number)
         if isinstance(prompt, str):
-            if compiled is None:
-                yield Item(text_prompt(prompt, "prompt", place), None, None, PROMPTS, number)
-            else:
-                yield item_of({"prompt": prompt}, place, compiled, None)
+            yield item_of({"prompt": prompt}, place, compiled, None)
         elif isinstance(prompt, dict):
             fields = dict(prompt)
             check_storable(fields, place)
