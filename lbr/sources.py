@@ -43,23 +43,37 @@ def items_of(prompts: Iterable[str | dict[str, Json]], *, template: str | None =
     for number, prompt in enumerate(prompts, start=1):
         if compiled is None and isinstance(prompt, str) and is_plain(prompt):
             yield Item(Prompt(prompt), None, None, PROMPTS, number)
-            continue
-        place = Place(PROMPTS, number)
-        if isinstance(prompt, str):
-            yield item_of({"prompt": prompt}, place, compiled, None)
-        elif isinstance(prompt, dict):
-            fields = dict(prompt)
-            check_storable(fields, place)
-            yield item_of(fields, place, compiled, None)
         else:
-            raise place.error(f"expected a string or a dict, got: {shown(repr(prompt))}")
+            yield _item(prompt, Place(PROMPTS, number), compiled)
+
+
+def _check_prompts(prompts: Sequence[str | dict[str, Json]], *, template: str | None) -> int:
+    """Return how many prompts there are; InputError for the first that is none. Items are made of the doubtful only."""
+    compiled = None if template is None else Template(template)
+    for number, prompt in enumerate(prompts, start=1):
+        if compiled is not None or not isinstance(prompt, str) or not is_plain(prompt):
+            _item(prompt, Place(PROMPTS, number), compiled)
+    return len(prompts)
+
+
+def _item(prompt: object, place: Place, template: Template | None) -> Item:
+    if isinstance(prompt, str):
+        return item_of({"prompt": prompt}, place, template, None)
+    if not isinstance(prompt, dict):
+        raise place.error(f"expected a string or a dict, got: {shown(repr(prompt))}")
+    fields = dict(prompt)
+    check_storable(fields, place)
+    return item_of(fields, place, template, None)
 
 
 class Source:
     """Inputs that can be checked before they are read: files are read twice, streams and prompts as they come."""
 
-    def __init__(self, read: Callable[[], Iterator[Item]], *, files: Sequence[str]) -> None:
+    def __init__(
+        self, read: Callable[[], Iterator[Item]], *, count: Callable[[], int], files: Sequence[str]
+    ) -> None:
         self._read = read
+        self._count = count
         self._files = files
         self._head: list[Item] = []
         self._begun: Iterator[Item] | None = None
@@ -86,13 +100,18 @@ class Source:
         if files:
             kind = None if input_format is None else inputs.InputFormat(input_format)
             inputs.check_sources(files)
-            return cls(
-                lambda: inputs.read_items(files, format=kind, template=template, prompt_column=prompt_column),
-                files=files,
-            )
+
+            def read() -> Iterator[Item]:
+                return inputs.read_items(files, format=kind, template=template, prompt_column=prompt_column)
+
+            return cls(read, count=lambda: sum(1 for _ in read()), files=files)
         if prompt_column is not None:
             raise UsageError("expected a prompt column with files, got: prompts")
-        return cls(lambda: items_of(prompts, template=template), files=[])
+        return cls(
+            lambda: items_of(prompts, template=template),
+            count=lambda: _check_prompts(prompts, template=template),
+            files=[],
+        )
 
     def run_name(self) -> str:
         """Return the run's name where none was given: the first file's stem."""
@@ -111,7 +130,7 @@ class Source:
             self._head = list(itertools.islice(self._begun, 1))
             count = len(self._head)
         else:
-            count = sum(1 for _ in self._read())
+            count = self._count()
         if not count:
             raise self.nothing()
 
