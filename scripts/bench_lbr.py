@@ -58,12 +58,14 @@ def _done(run: str) -> str:
     )
 
 
-async def measure_sqlite(folder: Path, prompts: Sequence[str], workers: int, concurrency: int) -> Measured:
+async def measure_sqlite(
+    folder: Path, prompts: Sequence[str], workers: int, concurrency: int, function: str = FUNCTION
+) -> Measured:
     """Measure lbr on a SQLite file with its default settings, which are the durable ones."""
     path = folder / "runs.db"
-    enqueue = await _enqueue(folder, str(path), prompts, workers)
+    enqueue = await _enqueue(folder, str(path), prompts, workers, function)
     with _look_into_file(path) as look:
-        drain, cpu = await _drain(folder, str(path), look, len(prompts), workers, concurrency)
+        drain, cpu = await _drain(folder, str(path), look, len(prompts), workers, concurrency, function)
     await _check(str(path), prompts)
     return Measured("lbr", "sqlite", workers, len(prompts), enqueue, drain, cpu)
 
@@ -80,7 +82,9 @@ async def measure_postgres(
     return Measured("lbr", "postgresql", workers, len(prompts), enqueue, drain, cpu)
 
 
-async def _enqueue(folder: Path, db_url: str, prompts: Sequence[str], workers: int) -> float:
+async def _enqueue(
+    folder: Path, db_url: str, prompts: Sequence[str], workers: int, function: str = FUNCTION
+) -> float:
     """Put both runs in, the large one paused, and return the seconds that the large one took.
 
     In this process, for the other queues are filled from it too: the start of an interpreter is not measured.
@@ -90,9 +94,9 @@ async def _enqueue(folder: Path, db_url: str, prompts: Sequence[str], workers: i
     file = folder / f"{RUN}.txt"
     file.write_text("".join(f"{prompt}\n" for prompt in prompts))
     warm_up = [f"Warm-up {n}" for n in range(WARM_UP_JOBS * workers)]
-    await lbr.enqueue(warm_up, run=WARM_UP, function=FUNCTION, db_url=db_url)
+    await lbr.enqueue(warm_up, run=WARM_UP, function=function, db_url=db_url)
     started = time.perf_counter()
-    report = await lbr.enqueue(file, function=FUNCTION, db_url=db_url)
+    report = await lbr.enqueue(file, function=function, db_url=db_url)
     took = time.perf_counter() - started
     expect("the name of the run", RUN, report.run)
     await lbr.pause(RUN, db_url=db_url)
@@ -100,13 +104,19 @@ async def _enqueue(folder: Path, db_url: str, prompts: Sequence[str], workers: i
 
 
 async def _drain(
-    folder: Path, db_url: str, look: Look, jobs: int, workers: int, concurrency: int
+    folder: Path,
+    db_url: str,
+    look: Look,
+    jobs: int,
+    workers: int,
+    concurrency: int,
+    function: str = FUNCTION,
 ) -> tuple[float, float]:
     """Start the workers on the warm-up run, then resume the large one and time it."""
     import lbr  # noqa: PLC0415
 
     warm_up = WARM_UP_JOBS * workers
-    command = ["--db", db_url, "worker", "--function", FUNCTION, "--until", "forever"]
+    command = ["--db", db_url, "worker", "--function", function, "--until", "forever"]
     with Crew(folder, workers, ["bench_lbr.py", *command, "--concurrency", str(concurrency)]) as crew:
         await crew.until(lambda: look("SELECT count(*) FROM workers") == workers, "workers to register")
         await crew.until(lambda: look(_done(WARM_UP)) == warm_up, "the warm-up to be done")

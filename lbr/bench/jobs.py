@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
+from pathlib import Path
 
 NAP_SECONDS = 0.005
 BURN_SECONDS = 0.002
@@ -26,3 +28,14 @@ def burn(prompt: str) -> str:
     while time.thread_time() < end:
         pass
     return prompt
+
+
+async def note_start(prompt: str) -> str:
+    """Write down when the first call of a process was made, in the file that LBR_BENCH_NOTE names."""
+    _note(Path(os.environ["LBR_BENCH_NOTE"]))
+    return prompt
+
+
+def _note(path: Path) -> None:
+    if not path.exists():
+        path.write_text(str(time.time()))
