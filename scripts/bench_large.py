@@ -30,7 +30,8 @@ from lbr.store.queue import Queue
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-ECHO, BURN, NOTE = "lbr.bench.jobs:echo", "lbr.bench.jobs:burn", "lbr.bench.jobs:note_start"
+ECHO, NOTE = "lbr.bench.jobs:echo", "lbr.bench.jobs:note_start"
+NOOP, BURN = "bench_job:noop", "bench_job:burn"
 FEW = 10_000
 CLAIMED = 128
 TIMES = 25
@@ -206,7 +207,7 @@ def _rate(folder: Path, function: str, jobs: int, workers: int, concurrency: int
 
 def processes(folder: Path, count: int) -> list[Target]:
     """Compare several workers with one."""
-    rates = {n: _rate(folder, ECHO, count, n, 500) for n in (1, 2, 4, 8)}
+    rates = {n: _rate(folder, NOOP, count, n, 500) for n in (1, 2, 4, 8)}
     print("jobs/s of 1, 2, 4, 8 workers: " + ", ".join(f"{rate:,.0f}" for rate in rates.values()))
     burnt = {n: _rate(folder, BURN, BURNT_JOBS, n, 32) for n in (1, 2)}
     print(

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 NAP_SECONDS = 0.005
-BURN_SECONDS = 0.002
 
 
 async def echo(prompt: str) -> str:
@@ -19,14 +18,6 @@ async def echo(prompt: str) -> str:
 async def nap(prompt: str) -> str:
     """Answer after `NAP_SECONDS`, as somebody else's server would."""
     await asyncio.sleep(NAP_SECONDS)
-    return prompt
-
-
-def burn(prompt: str) -> str:
-    """Use the processor for `BURN_SECONDS`."""
-    end = time.thread_time() + BURN_SECONDS
-    while time.thread_time() < end:
-        pass
     return prompt
 
 
