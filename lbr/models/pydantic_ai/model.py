@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import orjson
 
 from lbr.errors import Permanent, UsageError
-from lbr.models.pydantic_ai.checks import check_authority, check_known, missing_package, provider_class_of
-from lbr.models.pydantic_ai.families import status_in
+from lbr.models.checking import check_authority
+from lbr.models.pydantic_ai.checks import check_known, missing_package, provider_class_of
+from lbr.models.pydantic_ai.families import call_error
 from lbr.models.pydantic_ai.history import history_of
-from lbr.models.pydantic_ai.replies import ANSWER_TOOL, call_error, clean, reply_of
+from lbr.models.pydantic_ai.replies import ANSWER_TOOL, reply_of
+from lbr.models.refusals import status_in
+from lbr.models.wording import clean
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
