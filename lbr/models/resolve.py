@@ -53,9 +53,7 @@ def check_task(task: Task) -> None:
             offline.check_name(task.model or "")
             offline.check_settings(task.settings)
         case Kind.PYDANTIC_AI:
-            from lbr.models import pydantic_ai  # noqa: PLC0415
-
-            pydantic_ai.check_model(task.model or "", task.settings, schema=task.schema)
+            _check_provider(task)
             most_output_tokens(task.settings)  # raises for what it cannot read, and so does every worker
 
 
@@ -71,11 +69,39 @@ def build_model(task: Task, authority: Authority, *, concurrency: int) -> Model:
 
             return OfflineModel(task.model or "", task.settings)
         case Kind.PYDANTIC_AI:
-            from lbr.models.pydantic_ai import PydanticAIModel  # noqa: PLC0415
+            return _provider_model(task, authority)
 
-            return PydanticAIModel(
-                task.model or "", task_settings=task.settings, api_key=authority.openrouter_api_key
-            )
+
+def _check_provider(task: Task) -> None:
+    """Raise UsageError for what no provider could be asked; without pydantic-ai where the chat adapter knows enough."""
+    from lbr.models import chat, checking  # noqa: PLC0415
+
+    if chat.serves(task.model or "") and chat.knows(task.settings):
+        if task.schema is not None:
+            checking.check_schema(task.schema)
+        return
+    from lbr.models import pydantic_ai  # noqa: PLC0415
+
+    pydantic_ai.check_model(task.model or "", task.settings, schema=task.schema)
+
+
+def _provider_model(task: Task, authority: Authority) -> Model:
+    """Build the chat adapter where it can serve the task, with pydantic-ai's behind it, else pydantic-ai's."""
+    from lbr.models import chat  # noqa: PLC0415
+
+    key, name, settings = authority.openrouter_api_key, task.model or "", task.settings
+    endpoint = chat.endpoint_of(name, key)
+    ready = None
+    if endpoint is None or not chat.knows(settings):
+        from lbr.models.pydantic_ai import PydanticAIModel  # noqa: PLC0415
+
+        ready = PydanticAIModel(name, task_settings=settings, api_key=key)
+        if endpoint is None:
+            return ready
+    from lbr.models.pydantic_ai import Reference  # noqa: PLC0415
+
+    reference = Reference(name, task_settings=settings, api_key=key, ready=ready)
+    return chat.ChatModel(endpoint, task_settings=settings, reference=reference, api_key=key)
 
 
 def build_validator(task: Task, authority: Authority) -> Validator | None:

@@ -55,7 +55,7 @@ _MESSAGE_MAY = {
     "reasoning_content": _TEXT_OR_NONE,
 }
 _COUNTS = {"prompt_tokens": _INT, "completion_tokens": _INT, "total_tokens": _INT}
-_COUNTS_MAY = {
+_COUNTS_MAY: dict[str, Types] = {
     "prompt_tokens_details": _OBJECT_OR_NONE,
     "completion_tokens_details": _OBJECT_OR_NONE,
     "cost": _NUMBER_OR_NONE,

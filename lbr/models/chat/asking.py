@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _PLAIN_IMAGE = re.compile(r"data:image/[\w.-]+;base64,")
 
 _SPECIAL_TOKEN = re.compile(
-    r"<\||<｜|<[a-z_]{1,32}\|>|<(?:start|end)_of_turn>|\[\||INST\]|SYSTEM_PROMPT\]|AVAILABLE_TOOLS\]|TOOL_RESULTS\]"
+    r"<\||<\uff5c|<[a-z_]{1,32}\|>|<(?:start|end)_of_turn>|\[\||INST\]|SYSTEM_PROMPT\]|AVAILABLE_TOOLS\]|TOOL_RESULTS\]"
     r"|TOOL_CALLS\]|\[e~\[|\]~"
 )
 """What a chat template may read as a turn of its own. pydantic-ai breaks it up for the servers that would."""

@@ -7,10 +7,12 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lbr.models.http import environment_proxies
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from lbr.jobs import Json, Task
+    from lbr.jobs import Json
 
 PLACEHOLDER_KEY = "api-key-not-set"
 """What a server gets that needs no key, for its client library insists on one."""
@@ -54,14 +56,15 @@ def serves(name: str) -> bool:
     return not model.startswith("o1-mini")
 
 
-def endpoint_of(task: Task, api_key: str | None) -> Endpoint | None:
-    """Return where a task's calls go by this process's environment; `api_key` is OpenRouter's, from a flag.
+def endpoint_of(name: str, api_key: str | None = None) -> Endpoint | None:
+    """Return where a model's calls go by this process's environment; `api_key` is OpenRouter's, from a flag.
 
-    None where the chat adapter cannot serve it, or a key or URL is missing or out of the ordinary: pydantic-ai's
+    None where the chat adapter cannot serve the model, or a key or URL is missing or out of the ordinary: pydantic-ai's
     adapter takes it then, or says what is wrong.
     """
-    name = task.model or ""
     if not serves(name) or any(os.environ.get(variable) for variable in _FOREIGN_VARIABLES):
+        return None
+    if environment_proxies().unsupported is not None:
         return None
     provider, _, model = name.partition(":")
     found = _PLACES[provider](api_key)

@@ -47,7 +47,11 @@ def kind_of(status: int, error: Any) -> str:
     type_, said = found.get("type"), found.get("message")
     message = said.lower() if isinstance(said, str) else ""
     metadata = found.get("metadata")
-    if status == 403 and isinstance(metadata, dict) and ("flagged_input" in metadata or "reasons" in metadata):
+    if (
+        status == 403
+        and isinstance(metadata, dict)
+        and ("flagged_input" in metadata or "reasons" in metadata)
+    ):
         return "ModelRequestRejectedError"  # what was asked is refused, not who asks
     if code in _QUOTA or (isinstance(type_, str) and type_ in _QUOTA):
         return "ModelQuotaExceededError"

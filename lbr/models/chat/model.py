@@ -152,7 +152,7 @@ class ChatModel:
             from aiohttp import ClientTimeout  # noqa: PLC0415
 
             # No bound on the whole: an answer that comes in bit by bit may take its time.
-            found = ClientTimeout(total=None, sock_connect=min(seconds, CONNECT_SECONDS), sock_read=seconds)
+            found = ClientTimeout(total=None, connect=min(seconds, CONNECT_SECONDS), sock_read=seconds)
             self._timeouts[seconds] = found
         return found
 
@@ -168,7 +168,9 @@ class ChatModel:
                 return response.status, _plain_headers(response), await response.read()
         except TimeoutError as error:
             connecting = isinstance(error, ConnectionTimeoutError)
-            raise call_error(_lost("ModelTimeoutError", "Request timed out.", connecting)) from error
+            raise call_error(
+                _lost("ModelTimeoutError", "Request timed out.", connecting=connecting)
+            ) from error
         except (ClientError, ClientConnectionError, OSError) as error:
             raise call_error(_lost("ModelConnectionError", "Connection error.")) from error
 
@@ -178,7 +180,7 @@ class ChatModel:
         await self._reference.aclose()
 
 
-def _lost(kind: str, words: str, connecting: bool = False) -> Refusal:  # noqa: FBT001, FBT002
+def _lost(kind: str, words: str, *, connecting: bool = False) -> Refusal:
     return Refusal(kind=kind, categories=categories_of(kind), words=words, connecting=connecting)
 
 

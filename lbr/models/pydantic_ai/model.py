@@ -15,6 +15,7 @@ from lbr.models.pydantic_ai.checks import check_known, missing_package, provider
 from lbr.models.pydantic_ai.families import call_error
 from lbr.models.pydantic_ai.history import history_of
 from lbr.models.pydantic_ai.replies import ANSWER_TOOL, reply_of
+from lbr.models.pydantic_ai.transport import carry_over_aiohttp
 from lbr.models.refusals import status_in
 from lbr.models.wording import clean
 
@@ -85,6 +86,12 @@ class PydanticAIModel:
             raise Permanent(str(error), kind="UsageError") from error
         return settings
 
+    def replace_transport(self, transport: Any) -> None:
+        """Let calls go by another httpx2 transport; only for providers that are called with the OpenAI SDK."""
+        client = self._model.client._client  # type: ignore[attr-defined]  # noqa: SLF001
+        client._transport = transport  # noqa: SLF001
+        client._mounts.clear()  # noqa: SLF001 - a proxy would go before the transport
+
     async def aclose(self) -> None:
         """Close the HTTP client."""
         async with self._model:
@@ -97,6 +104,7 @@ def _build(name: str, api_key: str | None) -> Model:
     provider_class_of(name)
     try:
         found = _infer(name, api_key)
+        carry_over_aiohttp(found)
     except ImportError as error:
         raise missing_package(name, error) from error
     except UserError as error:

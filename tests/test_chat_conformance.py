@@ -1,0 +1,597 @@
+"""The same cases through both adapters for chat endpoints: what the server is asked, and what comes of its answer."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from lbr.jobs import BadTry, JobId, Prompt, Task
+from lbr.models.base import Request
+from tests.chat_wire import (
+    KEY,
+    MODELS,
+    Script,
+    Wire,
+    chat_model,
+    environment,
+    http,
+    outcome,
+    reference_model,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+PROVIDERS = sorted(MODELS)
+DIFFERENCES: dict[str, str] = {}
+"""What comes out otherwise through the chat adapter, each with the reason. While it is not empty for a provider, that
+provider is not served by it."""
+
+
+@pytest.fixture(params=PROVIDERS)
+def provider(request: pytest.FixtureRequest) -> str:
+    """Name a provider."""
+    return str(request.param)
+
+
+@pytest.fixture
+async def wire(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Wire]:
+    """Serve where all providers' calls go."""
+    found = Wire()
+    async with found.open() as url:
+        for name, value in environment(url).items():
+            monkeypatch.setenv(name, value)
+        yield found
+
+
+def asking(text: str = "hello", *, timeout: float | None = 30, **how: Any) -> Request:
+    """Return a request."""
+    messages, settings, last_bad = (how.pop(name, None) for name in ("messages", "settings", "last_bad"))
+    prompt = Prompt(text=text) if messages is None else Prompt(messages=tuple(messages))
+    task = Task(model="openai-chat:x", **how)
+    return Request(prompt, task, JobId(1), 1, last_bad=last_bad, settings=settings, timeout=timeout)
+
+
+async def both(
+    wire: Wire, name: str, request: Request, *, settings: Any = None, alone: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Make one call through each adapter, pydantic-ai's first; its outcome first."""
+    ended = []
+    for model in (reference_model(name, settings), chat_model(name, settings, alone=alone)):
+        try:
+            ended.append(await outcome(model, request))
+        finally:
+            await model.aclose()
+    return ended[0], ended[1]
+
+
+def completion(content: Any = "fine", finish: Any = "stop", **more: Any) -> dict[str, Any]:
+    """Return a chat completion."""
+    message = {"role": "assistant", "content": content, **more.pop("message", {})}
+    return {
+        "id": "c1",
+        "object": "chat.completion",
+        "created": 1_700_000_000,
+        "model": "m",
+        "choices": [{"index": 0, "finish_reason": finish, "message": message, **more.pop("choice", {})}],
+        "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
+        "provider": "Somebody",
+        **more,
+    }
+
+
+# --- what is asked ----------------------------------------------------------------------------------------------------
+
+PNG = "data:image/png;base64,iVBORw0KGgo="
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+USER = {"role": "user", "content": "u"}
+ASKED: dict[str, Request] = {
+    "plain": asking("p"),
+    "empty": asking(""),
+    "unicode": asking('żółć 🦊 \u2028 \x00 " \\'),
+    "instructions": asking("p", instructions="be brief"),
+    "empty instructions": asking("p", instructions=""),
+    "system first": asking(messages=[{"role": "system", "content": "s"}, USER], instructions="i"),
+    "two systems": asking(
+        messages=[{"role": "system", "content": "s"}, {"role": "developer", "content": "d"}, USER],
+        instructions="i",
+    ),
+    "system later": asking(messages=[USER, {"role": "system", "content": "s"}, USER], instructions="i"),
+    "only a system": asking(messages=[{"role": "system", "content": "s"}]),
+    "system and assistant": asking(
+        messages=[{"role": "system", "content": "s"}, {"role": "assistant", "content": "a"}]
+    ),
+    "a talk": asking(messages=[USER, {"role": "assistant", "content": "a"}, USER, USER], instructions="i"),
+    "assistant last": asking(messages=[USER, {"role": "assistant", "content": ""}]),
+    "assistants": asking(
+        messages=[USER, {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ),
+    "parts": asking(
+        messages=[
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": "look"},
+                    {"type": "image_url", "image_url": {"url": "https://example.com/x.png", "detail": "low"}},
+                    {"type": "image_url", "image_url": "https://example.com/y"},
+                    {"type": "image_url", "image_url": {"url": PNG}},
+                    {"type": "image_url", "image_url": {"url": PNG, "detail": "high"}},
+                ],
+            }
+        ]
+    ),
+    "no parts": asking(messages=[{"role": "user", "content": []}]),
+    "text in parts": asking(
+        messages=[USER, {"role": "assistant", "content": [{"type": "text", "text": t} for t in "ab"]}]
+    ),
+    "an odd image": asking(
+        messages=[
+            {
+                "role": "user",
+                "content": [{"type": "image_url", "image_url": {"url": "data:image/svg+xml;base64,eA=="}}],
+            }
+        ]
+    ),
+    "a sloppy image": asking(
+        messages=[
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBO Rw0KGgo="}}
+                ],
+            }
+        ]
+    ),
+    "special tokens": asking("say <|im_start|>system and [INST] and <start_of_turn>"),
+    "almost special": asking("a |> b, <b>, [x], ]~, <turn|>"),
+    "a bad try": asking("p", last_bad=BadTry(text="x", message="not a number"), instructions="i"),
+    "an empty bad try": asking("p", last_bad=BadTry(text=" ", message="not a number")),
+    "a schema": asking("p", schema=SCHEMA),
+    "a schema, a bad try": asking(
+        "p", schema=SCHEMA, last_bad=BadTry(text="{}", message="no"), instructions="i"
+    ),
+    "a schema without type": asking("p", schema={"properties": {"a": {"minLength": 3, "type": "string"}}}),
+    "a schema by reference": asking(
+        "p", schema={"$ref": "#/$defs/n", "$defs": {"n": {"type": "object", "properties": {}}}}
+    ),
+}
+SETTINGS: list[dict[str, Any]] = [
+    {"temperature": 0.5, "max_tokens": 7, "seed": 1, "top_p": 1, "stop_sequences": ["a", "b"]},
+    {"presence_penalty": 0.1, "frequency_penalty": -1, "timeout": 30},
+    {"stop_sequences": [], "temperature": 0},
+    {"extra_body": {"top_k": 5, "guided_json": {"type": "object"}, "temperature": 2}},
+    {"logit_bias": {"5": 1}, "parallel_tool_calls": True},
+    {"thinking": "low", "temperature": 0.2},
+    {"service_tier": "flex"},
+    {"request_timeout": 20},
+]
+
+
+async def asked_by_both(wire: Wire, name: str, request: Request, settings: Any = None) -> None:
+    """Check that both adapters ask the server for the same, with the same key, and end the same."""
+    wire.script = http(200, json.dumps(completion('{"a": 1}')))
+    theirs, ours = await both(wire, name, request, settings=settings)
+    assert ours == theirs
+    if "class" in ours:
+        assert wire.asked == [], "nothing is sent that is refused"
+        return
+    (their_headers, their_body), (our_headers, our_body) = wire.asked
+    assert our_body == their_body
+    for header in ("path", "authorization", "content-type", "accept", "http-referer", "x-title"):
+        assert our_headers.get(header) == their_headers.get(header), header
+    assert KEY in our_headers["authorization"]
+    assert "cookie" not in our_headers
+
+
+@pytest.mark.parametrize("case", ASKED)
+async def test_the_same_is_asked(wire: Wire, provider: str, case: str) -> None:
+    """Every kind of prompt arrives at the server in the same words."""
+    await asked_by_both(wire, MODELS[provider], ASKED[case])
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids="-".join)
+@pytest.mark.parametrize("of_job", [False, True], ids=["task", "job"])
+async def test_settings_arrive_the_same(
+    wire: Wire, provider: str, settings: dict[str, Any], of_job: bool
+) -> None:
+    """Settings of a task and those of one job, which go over them, arrive in the same words."""
+    task = {"temperature": 1.0, "max_tokens": 3} if of_job else settings
+    await asked_by_both(wire, MODELS[provider], asking(settings=settings if of_job else None), task)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temprature": 1}, {"base_url": "http://x"}, {"max_tokens": "7"}, {"seed": 1.5}]
+)
+async def test_settings_of_a_job_are_refused_the_same(wire: Wire, provider: str, settings: Any) -> None:
+    """What no job may set fails it in the same words, and nothing is sent."""
+    theirs, ours = await both(wire, MODELS[provider], asking(settings=settings))
+    assert ours == theirs
+    assert wire.asked == []
+
+
+REFUSED_PROMPTS: list[Any] = [
+    [],
+    [{"role": "assistant", "content": "a"}],
+    [USER, {"role": "tool", "content": "b"}],
+    [{"content": "a"}],
+    [{"role": "user"}],
+    [{"role": "user", "content": [{"type": "input_audio"}]}],
+    [{"role": "user", "content": ["a"]}],
+    [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png,x"}}]}],
+    [
+        {
+            "role": "user",
+            "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBO@w0K"}}],
+        }
+    ],
+    [{"role": "user", "content": [{"type": "image_url", "image_url": "data:image/png;base64,"}]}],
+    [{"role": "user", "content": [{"type": "image_url", "image_url": {"uri": "x"}}]}],
+    [{"role": "system", "content": [{"type": "image_url", "image_url": "https://example.com"}]}],
+]
+
+
+@pytest.mark.parametrize("number", range(len(REFUSED_PROMPTS)))
+async def test_prompts_are_refused_the_same(wire: Wire, number: int) -> None:
+    """A prompt that is not understood fails its job for good in the same words."""
+    theirs, ours = await both(wire, MODELS["openai"], asking(messages=REFUSED_PROMPTS[number]), alone=True)
+    assert ours == theirs
+    assert ours["class"] == "Permanent"
+    assert wire.asked == []
+
+
+# --- what comes back --------------------------------------------------------------------------------------------------
+
+DETAILS = {
+    "prompt_tokens": 100,
+    "completion_tokens": 50,
+    "total_tokens": 150,
+    "prompt_tokens_details": {"cached_tokens": 40, "audio_tokens": 0},
+    "completion_tokens_details": {"reasoning_tokens": 30, "audio_tokens": None},
+}
+REASONING = [
+    {"type": "reasoning.text", "text": "hm", "format": "anthropic-claude-v1", "index": 0, "signature": None},
+    {"type": "reasoning.summary", "summary": "hm", "id": "r"},
+    {"type": "reasoning.encrypted", "data": "x"},
+]
+
+PLAIN: dict[str, Any] = {
+    "an answer": completion(),
+    "no usage": completion(usage=None),
+    "a length": completion(finish="length"),
+    "blank": completion(" \n"),
+    "null": completion(None),
+    "null at its length": completion(None, "length"),
+    "details": completion(usage=DETAILS, model="gpt-4o-mini-2024-07-18"),
+    "a cost": completion(
+        usage={
+            **DETAILS,
+            "cost": 0.000123,
+            "is_byok": False,
+            "cost_details": {"upstream_inference_cost": None},
+        }
+    ),
+    "a cost of none": completion(usage={**DETAILS, "cost": 0}, model="google/gemini-2.5-flash"),
+    "reasoning": completion(message={"reasoning": "hm", "reasoning_details": REASONING, "refusal": None}),
+    "reasoning content": completion(message={"reasoning_content": "hm", "tool_calls": [], "annotations": []}),
+    "thinking": completion("<think>hm</think>yes"),
+    "thinking twice": completion("a<think>hm</think> b<think></think>c"),
+    "thinking without end": completion("a<think>b"),
+    "thinking only": completion("<think>hm</think>"),
+    "nulls": completion(
+        system_fingerprint=None, service_tier=None, choice={"logprobs": None, "native_finish_reason": "STOP"}
+    ),
+    "unknown fields": completion(extra={"a": [1]}, choice={"x": 1}, message={"y": None}),
+    "a service tier": completion(service_tier="flex", model="gpt-5-mini", usage=DETAILS),
+    "no model": completion(model=""),
+    "long": completion("x" * 300_000),
+}
+
+ODD: dict[str, Any] = {
+    "thinking of another": completion("<thinking>hm</thinking>yes"),
+    "a refusal": completion(None, message={"refusal": "I cannot."}),
+    "an empty refusal": completion("x", message={"refusal": ""}),
+    "filtered": completion("I can", "content_filter"),
+    "filtered without a word": completion(None, "content_filter"),
+    "broken off": completion("The half of an ans", "error"),
+    "tool calls": completion(
+        None,
+        "tool_calls",
+        message={
+            "tool_calls": [
+                {"id": "t", "type": "function", "function": {"name": "answer", "arguments": '{"a": 1}'}}
+            ]
+        },
+    ),
+    "another tool": completion(
+        None,
+        "tool_calls",
+        message={
+            "tool_calls": [{"id": "t", "type": "function", "function": {"name": "x", "arguments": "{}"}}]
+        },
+    ),
+    "a word of its own": completion("x", "eos"),
+    "no finish reason": completion("x", None),
+    "an empty finish reason": completion("x", ""),
+    "content in parts": completion([{"type": "text", "text": "a"}, "b", {"type": "ref"}]),
+    "no choices": completion(choices=[]),
+    "null choices": completion(choices=None),
+    "two choices": completion(choices=completion()["choices"] * 2),
+    "no provider": {k: v for k, v in completion().items() if k != "provider"},
+    "an error": {"error": {"message": "upstream", "code": 502}},
+    "a limit": {
+        "error": {
+            "message": "Rate limited upstream",
+            "code": 429,
+            "metadata": {"headers": {"retry-after": "7"}},
+        }
+    },
+    "an account": {"error": {"message": "Insufficient credits", "code": 402}},
+    "an error in words": {"error": "out of order"},
+    "an error beside an answer": completion(error={"message": "late", "code": 503}),
+    "a null error": completion(error=None),
+    "nothing": {},
+    "a list": [],
+    "a text": "hello",
+    "a number": 5,
+    "null": None,
+    "texts for numbers": completion(
+        usage={"prompt_tokens": "10", "completion_tokens": 5, "total_tokens": 15}
+    ),
+    "floats": completion(usage={"prompt_tokens": 10.0, "completion_tokens": 5.5, "total_tokens": 15}),
+    "negative": completion(usage={"prompt_tokens": -10, "completion_tokens": 5, "total_tokens": 15}),
+    "usage is a list": completion(usage=[]),
+    "usage is empty": completion(usage={}),
+    "huge": completion(usage={"prompt_tokens": 10**30, "completion_tokens": 5, "total_tokens": 15}),
+    "cache writes": completion(
+        usage={**DETAILS, "prompt_tokens_details": {"cache_write_tokens": 9}}, model="gpt-4o"
+    ),
+    "created is null": completion(created=None),
+    "created is a float": completion(created=1.5),
+    "no id": {k: v for k, v in completion().items() if k != "id"},
+    "no model": {k: v for k, v in completion().items() if k != "model"},
+    "model is a number": completion(model=5),
+    "another object": completion(object="text_completion"),
+    "role is user": completion(message={"role": "user"}),
+    "content is a number": completion(5),
+    "no message": completion(choices=[{"index": 0, "finish_reason": "stop"}]),
+    "choices is an object": completion(choices={"0": completion()["choices"][0]}),
+    "a choice is null": completion(choices=[None]),
+    "a joiner": completion("a <\u200d|im_start|> b"),
+    "reasoning is a list": completion(message={"reasoning": ["x"]}),
+    "odd reasoning details": completion(message={"reasoning_details": [{"type": "reasoning.audio"}]}),
+    "reasoning without text": completion(
+        message={"reasoning_details": [{"type": "reasoning.text", "text": None}]}
+    ),
+    "logprobs": completion(choice={"logprobs": {"content": None, "refusal": None}}),
+    "metadata": completion(metadata={"a": [1]}),
+    "metadata is a list": completion(metadata=[]),
+    "a tier of five": completion(service_tier=5),
+    "annotations": completion(
+        message={
+            "annotations": [
+                {
+                    "type": "url_citation",
+                    "url_citation": {"end_index": 1, "start_index": 0, "title": "t", "url": "u"},
+                }
+            ]
+        }
+    ),
+    "nested": {"provider": completion(), "choices": None},
+}
+
+
+@pytest.mark.parametrize("case", PLAIN)
+async def test_a_plain_answer_is_read_alone(wire: Wire, provider: str, case: str) -> None:
+    """The usual answers give the same reply, usage and cost, without pydantic-ai."""
+    wire.script = http(200, json.dumps(PLAIN[case]))
+    theirs, ours = await both(wire, MODELS[provider], asking(), alone=True)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("case", ODD)
+async def test_an_odd_answer_is_read_the_same(wire: Wire, provider: str, case: str) -> None:
+    """Whatever else a server puts into a 200 comes to the same end."""
+    wire.script = http(200, json.dumps(ODD[case]))
+    theirs, ours = await both(wire, MODELS[provider], asking())
+    assert ours == theirs
+    assert len(wire.asked) == 2, "an odd answer is paid for, and is not asked for again"
+
+
+RAW: dict[str, Script] = {
+    "empty": http(200, ""),
+    "not JSON": http(200, '{"id": "c1", "choi'),
+    "HTML": http(200, "<html>Welcome</html>", {"content-type": "text/html"}),
+    "JSON as text": http(200, json.dumps(completion()), {"content-type": "text/plain"}),
+    "no type": Script(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"),
+    "a charset": http(
+        200,
+        json.dumps(completion("é"), ensure_ascii=False),
+        {"content-type": "application/json; charset=utf-8"},
+    ),
+    "latin-1": http(
+        200,
+        json.dumps(completion("é"), ensure_ascii=False).encode("latin-1"),
+        {"content-type": "application/json; charset=latin-1"},
+    ),
+    "no Unicode": http(200, b'{"id": "\xff"}'),
+    "a mark in front": http(200, b"\xef\xbb\xbf" + json.dumps(completion()).encode()),
+    "a lone surrogate": http(200, json.dumps(completion("x \ud800 y"))),
+    "not a number": http(
+        200,
+        json.dumps(
+            completion(usage={"prompt_tokens": float("nan"), "completion_tokens": 1, "total_tokens": 1})
+        ),
+    ),
+    "created": http(201, json.dumps(completion())),
+    "no content": http(204, ""),
+    "white space": http(200, "   \n" + json.dumps(completion()) + "\n\n"),
+    "a double key": http(200, json.dumps(completion())[:-1] + ', "model": "other"}'),
+}
+NETWORK: dict[str, Script] = {
+    "closed": Script(),
+    "reset": Script(then="reset"),
+    "half a head": Script(b"HTTP/1.1 200 OK\r\ncontent-le"),
+    "no HTTP": Script(b"220 mail.example.com ESMTP\r\n"),
+    "half a body": Script(
+        b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 500\r\n\r\n{"id": "c1"'
+    ),
+    "half a body, reset": Script(b'HTTP/1.1 200 OK\r\ncontent-length: 500\r\n\r\n{"id": "c1"', then="reset"),
+    "half an error": Script(b'HTTP/1.1 500 Oh\r\ncontent-length: 500\r\n\r\n{"err'),
+    "a broken chunk": Script(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n"),
+    "no gzip": http(200, b"not gzip", {"content-encoding": "gzip"}),
+}
+
+
+@pytest.mark.parametrize("case", [*RAW, *NETWORK])
+async def test_odd_bytes_end_the_same(wire: Wire, provider: str, case: str) -> None:
+    """Bodies that are no JSON, and connections that break, come to the same end."""
+    wire.script = {**RAW, **NETWORK}[case]
+    theirs, ours = await both(wire, MODELS[provider], asking(), alone=case in NETWORK)
+    assert ours == theirs
+
+
+async def test_a_server_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, provider: str, unused_tcp_port: int
+) -> None:
+    """A refused connection is the same failure."""
+    for name, value in environment(f"http://127.0.0.1:{unused_tcp_port}/v1").items():
+        monkeypatch.setenv(name, value)
+    theirs, ours = await both(Wire(), MODELS[provider], asking(), alone=True)
+    assert ours == theirs
+    assert ours["kind"] == "ModelConnectionError"
+
+
+@pytest.mark.parametrize(
+    "script", [Script(then="hang"), Script(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n{", then="hang")]
+)
+@pytest.mark.parametrize("setting", [False, True])
+async def test_a_timeout_is_the_same(wire: Wire, provider: str, script: Script, setting: bool) -> None:
+    """An answer that does not come, or does not go on, in time is the same failure, whoever set the time."""
+    wire.script = script
+    asked = asking(timeout=20 if setting else 0.3)
+    theirs, ours = await both(
+        wire, MODELS[provider], asked, settings={"timeout": 0.3} if setting else None, alone=True
+    )
+    assert ours == theirs
+    assert ours["kind"] == "ModelTimeoutError"
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+STATUSES = [
+    400,
+    401,
+    402,
+    403,
+    404,
+    405,
+    408,
+    409,
+    413,
+    418,
+    422,
+    425,
+    429,
+    451,
+    499,
+    500,
+    501,
+    502,
+    503,
+    504,
+    520,
+    524,
+    529,
+    599,
+]
+BODIES: dict[str, Any] = {
+    "nothing": "",
+    "words": "upstream connect error",
+    "HTML": "<html><title>502</title></html>",
+    "an object": {},
+    "null": None,
+    "a list": [],
+    "a number": 7,
+    "OpenAI": {"error": {"message": "No.", "type": "invalid_request_error", "param": None, "code": None}},
+    "quota": {"error": {"message": "You exceeded your current quota", "type": "insufficient_quota", "code": "insufficient_quota"}},
+    "quota by type": {"error": {"message": "Quota", "type": "insufficient_quota"}},
+    "too long": {"error": {"message": "This model's maximum context length is 8192 tokens.", "code": "context_length_exceeded"}},
+    "too long in words": {"error": {"message": "Please REDUCE the length of the messages"}},
+    "too large": {"error": {"message": "Request too large for gpt-4o-mini", "type": "tokens", "code": "rate_limit_exceeded"}},
+    "overloaded": {"error": {"message": "Overloaded", "type": "overloaded_error"}},
+    "overloaded in words": {"error": {"message": "The engine is currently overloaded"}},
+    "over capacity": {"error": {"message": "x", "code": "over capacity"}},
+    "a key": {"error": {"message": f"Incorrect API key provided: {KEY}", "code": "invalid_api_key"}},
+    "no such model": {"error": {"message": "The model `gpt-4o-min` does not exist", "code": "model_not_found"}},
+    "billing": {"error": {"message": "Your credit balance is too low"}},
+    "OpenRouter": {"error": {"code": 429, "message": "Provider returned error", "metadata": {"raw": "busy", "headers": {"x-ratelimit-reset": "9"}}}},
+    "flagged": {"error": {"code": 403, "message": "Input was flagged", "metadata": {"reasons": ["violence"], "flagged_input": "…"}}},
+    "vLLM": {"object": "error", "message": "too long", "type": "BadRequestError", "code": 400},
+    "detail": {"detail": "Not Found"},
+    "Google": [{"error": {"code": 429, "message": "plan and billing", "status": "RESOURCE_EXHAUSTED", "details": [{"retryDelay": "14s"}]}}],
+    "an error in words": {"error": "Your team has used all available credits"},
+    "a code of its own": {"error": {"message": ["x"], "code": 1302, "type": 5}},
+    "control": {"error": {"message": "a\x1b[31mb\nc"}},
+    "a page": {"error": {"message": "x" * 2000}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BODIES)
+async def test_refusals_are_told_the_same(wire: Wire, provider: str, case: str) -> None:
+    """Every status with every kind of body has the same family, kind, words, wait and overload."""
+    body = BODIES[case] if isinstance(BODIES[case], str) else json.dumps(BODIES[case])
+    reference, chat = (
+        reference_model(MODELS[provider]),
+        chat_model(MODELS[provider], alone=case != "no such model"),
+    )
+    for status in STATUSES:
+        wire.script = http(status, body)
+        assert await outcome(chat, asking()) == await outcome(reference, asking()), status
+    await chat.aclose()
+    await reference.aclose()
+
+
+HEADERS: list[dict[str, str]] = [
+    {"retry-after": "7"},
+    {"retry-after": "0"},
+    {"retry-after": "1.5"},
+    {"retry-after": "-1"},
+    {"retry-after": "soon"},
+    {"retry-after": "Wed, 21 Oct 2065 07:28:00 GMT"},
+    {"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"},
+    {"retry-after": "Wed Oct 21 07:28:00 2015"},
+    {"retry-after-ms": "250"},
+    {"retry-after-ms": "0"},
+    {"retry-after-ms": "x", "retry-after": "3"},
+    {"retry-after-ms": "inf", "retry-after": "3"},
+    {"Retry-After": "7", "Content-Type": "text/plain"},
+    {"x-ratelimit-reset-requests": "6m0s", "x-ratelimit-remaining-requests": "0"},
+    {"x-ratelimit-reset": "4102444800000"},
+    {"content-type": "application/json; charset=latin-1"},
+    {"content-type": "application/json; charset=utf-16"},
+    {"content-encoding": "identity"},
+]
+
+
+@pytest.mark.parametrize("status", [429, 503, 400])
+@pytest.mark.parametrize("headers", HEADERS, ids=str)
+async def test_waits_are_read_the_same(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch, status: int, headers: dict[str, str]
+) -> None:
+    """Retry-After in all its forms asks for the same wait."""
+    wire.script = http(status, json.dumps({"error": {"message": "slow down, ué"}}), headers)
+    theirs, ours = await both(wire, MODELS["openai"], asking())
+    for one in (theirs, ours):
+        if one["retry_after"] is not None and one["retry_after"] > 1e6:
+            one["retry_after"] = round(one["retry_after"] / 60)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308, 304, 300])
+async def test_a_redirect_ends_the_same(wire: Wire, provider: str, status: int) -> None:
+    """A server that sends calls elsewhere is followed, or not, as ever."""
+    wire.script = http(status, "", {"location": "http://127.0.0.1:9/elsewhere"})
+    theirs, ours = await both(wire, MODELS[provider], asking())
+    assert ours == theirs
