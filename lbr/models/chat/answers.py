@@ -16,7 +16,7 @@ from lbr.errors import CallError
 from lbr.jobs import Reply
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from lbr.models.chat.costs import Costs
     from lbr.models.chat.endpoints import Endpoint
@@ -164,12 +164,16 @@ def _is_plain_usage(usage: Any) -> bool:
         return False
     for name in ("prompt_tokens_details", "completion_tokens_details"):
         details = usage.get(name)
-        if details and not all(one is None or (type(one) is int and one >= 0) for one in details.values()):
+        if details and not _are_counts(details.values()):
             return False
     costs, tools = usage.get("cost_details"), usage.get("server_tool_use_details")
     return all(type(one) in _NUMBER_OR_NONE for one in (costs or {}).values()) and all(
         type(one) in _INT_OR_NONE for one in (tools or {}).values()
     )
+
+
+def _are_counts(values: Collection[Any]) -> bool:
+    return _INT_OR_NONE.issuperset(map(type, values)) and min(filter(None, values), default=0) >= 0
 
 
 def _is_plain_reasoning(detail: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,8 +24,9 @@ from lbr.models.waits import asked_wait
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from aiohttp import ClientResponse, ClientTimeout
+    from aiohttp import ClientTimeout
 
+    from lbr.errors import CallError
     from lbr.jobs import Json, Reply
     from lbr.models.base import Request
     from lbr.models.chat.endpoints import Endpoint
@@ -94,20 +96,22 @@ class ChatModel:
             body = template.body(messages)
         except TypeError:
             return await self._reference.answer(request)
-        status, headers, content = await self._post(body, self._timeout(request))
-        if 300 <= status < 400:
-            # Nothing was answered, so that this is no second call; where keys may follow to is decided there.
-            return await self._reference.answer(request)
-        if status >= 400:
-            refusal = refusal_of(self._endpoint.model, status, headers, content)
-            if refusal is not None:
-                raise call_error(refusal, api_key=self._api_key)
-        elif status == 200 and _is_json(headers):
-            await self._costs.warm()
+        status, packed, content = await self._post(body, self._timeout(request))
+        if status == 200 and _is_json(packed.get("content-type", "")):
+            if not self._costs.warm:
+                await self._costs.warm_up()
             try:
                 return self._reader.read(content)
             except OddAnswer:
                 pass
+        elif 300 <= status < 400:
+            # Nothing was answered, so that this is no second call; where keys may follow to is decided there.
+            return await self._reference.answer(request)
+        headers = _plain(packed)
+        if status >= 400:
+            refusal = refusal_of(self._endpoint.model, status, headers, content)
+            if refusal is not None:
+                raise call_error(refusal, api_key=self._api_key)
         return await self._reference.read(request, status, headers, content)
 
     # --- what is sent -------------------------------------------------------------------------------------------------
@@ -156,23 +160,16 @@ class ChatModel:
             self._timeouts[seconds] = found
         return found
 
-    async def _post(self, body: bytes, timeout: ClientTimeout) -> tuple[int, dict[str, str], bytes]:
+    async def _post(self, body: bytes, timeout: ClientTimeout) -> tuple[int, Mapping[str, str], bytes]:
         """Make the call and return status, headers and body of its answer; CallError when none came whole."""
-        from aiohttp import ClientConnectionError, ClientError, ConnectionTimeoutError  # noqa: PLC0415
-
         endpoint = self._endpoint
         try:
             async with self._http.request(
                 "POST", endpoint.url, timeout=timeout, data=body, headers=endpoint.headers
             ) as response:
-                return response.status, _plain_headers(response), await response.read()
-        except TimeoutError as error:
-            connecting = isinstance(error, ConnectionTimeoutError)
-            raise call_error(
-                _lost("ModelTimeoutError", "Request timed out.", connecting=connecting)
-            ) from error
-        except (ClientError, ClientConnectionError, OSError) as error:
-            raise call_error(_lost("ModelConnectionError", "Connection error.")) from error
+                return response.status, response.headers, await response.read()
+        except _client_errors() as error:
+            raise _lost(error) from error
 
     async def aclose(self) -> None:
         """Close the HTTP client."""
@@ -180,14 +177,32 @@ class ChatModel:
         await self._reference.aclose()
 
 
-def _lost(kind: str, words: str, *, connecting: bool = False) -> Refusal:
-    return Refusal(kind=kind, categories=categories_of(kind), words=words, connecting=connecting)
+@functools.cache
+def _client_errors() -> tuple[type[Exception], ...]:
+    from aiohttp import ClientError  # noqa: PLC0415
+
+    return ClientError, OSError, ValueError  # a timeout is an OSError
 
 
-def _plain_headers(response: ClientResponse) -> dict[str, str]:
-    """Return the headers by their names in small letters, but not those that told how the body was packed."""
+def _lost(error: Exception) -> CallError:
+    """Say that no answer came, or not all of it."""
+    from aiohttp import ConnectionTimeoutError  # noqa: PLC0415
+
+    late = isinstance(error, TimeoutError)
+    kind = "ModelTimeoutError" if late else "ModelConnectionError"
+    refusal = Refusal(
+        kind=kind,
+        categories=categories_of(kind),
+        words="Request timed out." if late else "Connection error.",
+        connecting=isinstance(error, ConnectionTimeoutError),
+    )
+    return call_error(refusal)
+
+
+def _plain(packed: Mapping[str, str]) -> dict[str, str]:
+    """Return headers by their names in small letters, but not those that told how the body was packed."""
     headers: dict[str, str] = {}
-    for name, value in response.headers.items():
+    for name, value in packed.items():
         low = name.lower()
         headers[low] = f"{headers[low]}, {value}" if low in headers else value
     for name in ("content-encoding", "content-length", "transfer-encoding"):
@@ -195,8 +210,9 @@ def _plain_headers(response: ClientResponse) -> dict[str, str]:
     return headers
 
 
-def _is_json(headers: Mapping[str, str]) -> bool:
-    type_, _, rest = headers.get("content-type", "").lower().partition(";")
+@functools.lru_cache(maxsize=64)
+def _is_json(content_type: str) -> bool:
+    type_, _, rest = content_type.lower().partition(";")
     return type_.strip() == "application/json" and ("charset" not in rest or "utf-8" in rest)
 
 
