@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lbr.errors import NO_USAGE, Usage
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from lbr.models.chat.endpoints import Endpoint
 
 _NANOS = 10**9
@@ -85,7 +88,7 @@ class Costs:
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
         self._table: Any = None
-        self._extract: Any = None
+        self._readers: list[Any] = []
         self._warming: asyncio.Task[None] | None = None
         self._lines: dict[object, _Line | None] = {}
         self._minute = 0
@@ -93,7 +96,7 @@ class Costs:
     @property
     def warm(self) -> bool:
         """Tell whether the price table is there."""
-        return self._extract is not None
+        return bool(self._readers)
 
     async def warm_up(self) -> None:
         """Load the price table, once."""
@@ -105,17 +108,21 @@ class Costs:
         from genai_prices.data_snapshot import get_snapshot  # noqa: PLC0415
 
         self._table = get_snapshot()
-        self._extract = self._extractor()
+        self._readers = list(self._found_readers())
 
-    def _extractor(self) -> Any:
-        """Return what reads a usage object: the provider's that the URL belongs to, else of the name, else OpenAI's."""
-        where = ((None, self._endpoint.base_url), (self._endpoint.provider, None), ("openai", None))
-        for provider, url in where:
-            try:
-                return self._table.find_provider(None, provider, url).extract_usage
-            except LookupError:
-                continue
-        raise LookupError("expected the price table to know OpenAI")
+    def _found_readers(self) -> Iterator[Any]:
+        """Yield what reads a usage object: the provider's that the URL belongs to, that of the name, and OpenAI's."""
+        for provider, url in (*self._places, ("openai", None)):
+            with suppress(LookupError):
+                yield self._table.find_provider(None, provider, url).extract_usage
+
+    def _extract(self, told: dict[str, Any]) -> Any:
+        """Return the usage as the first that can read it has it. Raises LookupError when none can."""
+        counted = {name: value for name, value in told.items() if value is not None}
+        for reader in self._readers:
+            with suppress(Exception):  # the table is another's
+                return reader({"model": self._endpoint.model, "usage": counted}, api_flavor="chat")[1]
+        raise LookupError("expected the price table to read a usage object")
 
     def usage(self, body: dict[str, Any]) -> Usage | None:
         """Return what a plain answer took; None where the table cannot tell even the tokens."""
@@ -164,8 +171,7 @@ class Costs:
 
     def _taken(self, body: dict[str, Any], told: dict[str, Any], *, strict: bool = False) -> _Taken:
         """Ask the table. Raises whatever it raises at the tokens; at the price, it is unknown unless `strict`."""
-        counted = {name: value for name, value in told.items() if value is not None}
-        _, found = self._extract({"model": self._endpoint.model, "usage": counted}, api_flavor="chat")
+        found = self._extract(told)
         writes = (told.get("prompt_tokens_details") or {}).get("cache_write_tokens")
         if writes:
             found.cache_write_tokens = writes
