@@ -13,6 +13,7 @@ from lbr.models.chat import ChatModel, endpoint_of
 from lbr.models.pydantic_ai import PydanticAIModel, Reference
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import AsyncIterator, Mapping
 
     from lbr.jobs import Reply
@@ -72,11 +73,12 @@ class Wire:
             writer.close()
 
     @asynccontextmanager
-    async def open(self) -> AsyncIterator[str]:
+    async def open(self, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
         """Serve for the length of the block, at the URL that it gives."""
-        server = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=10_000_000)
+        server = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=10_000_000, ssl=tls)
+        place = f"127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
         try:
-            yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+            yield f"http://{place}" if tls is None else f"https://{place.replace('127.0.0.1', 'localhost')}"
         finally:
             self._ended.set()
             server.close()

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import ssl
+import subprocess
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from lbr.errors import UsageError
 from lbr.jobs import BadTry, JobId, Prompt, Task
 from lbr.models.base import Request
+from lbr.models.chat import ChatModel, serves
+from lbr.models.pydantic_ai import PydanticAIModel
+from lbr.models.resolve import Authority, build_model, check_task
 from tests.chat_wire import (
     KEY,
     MODELS,
@@ -23,6 +34,7 @@ from tests.chat_wire import (
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
 PROVIDERS = sorted(MODELS)
 DIFFERENCES: dict[str, str] = {}
@@ -595,3 +607,310 @@ async def test_a_redirect_ends_the_same(wire: Wire, provider: str, status: int) 
     wire.script = http(status, "", {"location": "http://127.0.0.1:9/elsewhere"})
     theirs, ours = await both(wire, MODELS[provider], asking())
     assert ours == theirs
+
+
+# --- any body, any name -----------------------------------------------------------------------------------------------
+
+SPOILT = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-5, 2**70),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.sampled_from(["", "x", "stop", "assistant", "<think>a</think>b", "\ufeff", "5"]),
+    st.just([]),
+    st.just({}),
+    st.just([{}]),
+    st.just(["x"]),
+)
+WHOLE = completion(
+    "a <think>b</think> c",
+    usage={**DETAILS, "cost": 0.5, "is_byok": True, "cost_details": {"upstream_inference_cost": 1}},
+    system_fingerprint="fp",
+    service_tier="default",
+    error=None,
+    metadata={},
+    choice={"logprobs": None, "native_finish_reason": "STOP"},
+    message={
+        "refusal": None,
+        "tool_calls": None,
+        "annotations": [],
+        "audio": None,
+        "function_call": None,
+        "reasoning": "r",
+        "reasoning_content": "r",
+        "reasoning_details": REASONING,
+    },
+)
+
+
+def places_in(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return the paths to all that a value holds."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place for name, one in inner for place in [(*path, name), *places_in(one, (*path, name))]]
+
+
+def spoilt(value: Any, path: tuple[Any, ...], by: Any, *, gone: bool) -> Any:
+    """Return a copy of a value that has something else, or nothing, at a path."""
+    copied = json.loads(json.dumps(value))
+    inner = copied
+    for name in path[:-1]:
+        inner = inner[name]
+    if gone:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = by
+    return copied
+
+
+@pytest.mark.parametrize("alone", sorted(MODELS))
+def test_a_body_with_anything_in_it_is_read_the_same(alone: str) -> None:
+    """Whatever stands at any place of an answer, or is missing there, both adapters make the same of it."""
+    name = MODELS[alone]
+
+    async def check(bodies: list[Any]) -> None:
+        wire = Wire()
+        async with wire.open() as url:
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                for variable, value in environment(url).items():
+                    monkeypatch.setenv(variable, value)
+                reference, chat = reference_model(name), chat_model(name)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    for body in bodies:
+                        wire.script = http(200, json.dumps(body))
+                        assert await outcome(chat, asking()) == await outcome(reference, asking()), body
+                await chat.aclose()
+                await reference.aclose()
+
+    @settings(max_examples=1, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @given(st.lists(SPOILT, min_size=150, max_size=150))
+    def run(values: list[Any]) -> None:
+        places = places_in(WHOLE)
+        bodies = [spoilt(WHOLE, place, None, gone=True) for place in places]
+        bodies += [
+            spoilt(WHOLE, places[n * 7 % len(places)], value, gone=False) for n, value in enumerate(values)
+        ]
+        asyncio.run(check([WHOLE, *bodies]))
+
+    run()
+
+
+NAMES = [
+    *(f"openai-chat:{name}" for name in (
+        "gpt-4o", "gpt-4o-mini", "gpt-4.1-nano", "gpt-3.5-turbo", "chatgpt-4o-latest", "gpt-4o-search-preview",
+        "o1", "o1-mini", "o1-mini-2024-09-12", "o3-mini", "o4-mini", "gpt-5", "gpt-5-chat-latest", "gpt-5-mini",
+        "gpt-5.1", "gpt-5.2-pro", "gpt-5.6-sol", "gpt-6-astra", "gpt-6.1-terra", "gpt-7", "gpt-oss-120b", "ft:gpt-4o:x::y",
+        "meta-llama/Llama-3.1-8B-Instruct", "Qwen/Qwen3-8B", "deepseek-ai/DeepSeek-R1", "mistralai/Mistral-7B",
+        "claude-3-5-haiku", "gemini-2.5-flash", "grok-4", "local", "openai/o3", "openai/gpt-5", "x:y",
+    )),
+    *(f"openrouter:{name}" for name in (
+        "openai/gpt-4o", "openai/o3-mini", "openai/gpt-5", "openai/gpt-oss-120b", "openai/o1-mini", "~openai/gpt-latest",
+        "anthropic/claude-sonnet-4.5", "anthropic/claude-3-haiku", "~anthropic/claude-sonnet-latest",
+        "anthropic/claude-opus-5", "anthropic/claude-sonnet-5.5", "anthropic/claude-fable-5.1", "google/gemini-2.5-flash",
+        "google/gemini-2.5-flash:free", "google/gemini-3.5-flash", "google/gemma-3-27b-it", "meta-llama/llama-3.3-70b",
+        "mistralai/mistral-large", "qwen/qwen3-32b", "qwen/qwq-32b", "deepseek/deepseek-r1", "deepseek/deepseek-chat",
+        "x-ai/grok-4", "x-ai/grok-3-mini", "cohere/command-r", "amazon/nova-lite-v1", "moonshotai/kimi-k2", "z-ai/glm-5.3",
+        "perplexity/sonar", "minimax/minimax-m2.5", "nobody/nothing", "a/b/c",
+    )),
+    *(f"ollama:{name}" for name in (
+        "llama3.2", "llama3.2:1b", "gemma3:27b", "qwen3", "qwq", "deepseek-r1:8b", "mistral", "command-r", "gpt-oss:20b",
+        "glm-5.3", "phi4", "o3", "gpt-oss:120b-cloud",
+    )),
+]  # fmt: skip
+TALK = [{"role": "system", "content": "s"}, USER, {"role": "assistant", "content": "a"}, USER]
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_every_model_is_asked_the_same(wire: Wire, name: str) -> None:
+    """What a model's profile makes of roles, settings and schemas arrives the same, and so does what it thought."""
+    if not serves(name):
+        assert "o1-mini" in name
+        return
+    wire.script = http(200, json.dumps(completion("<think>x</think><thinking>y</thinking>{}")))
+    cases = [
+        (asking(messages=TALK, instructions="i"), {"max_tokens": 9, "seed": 2, "stop_sequences": ["x"]}),
+        (asking("p"), {"temperature": 0.3, "top_p": 0.9, "presence_penalty": 0.1, "frequency_penalty": 0.2}),
+        (asking("p", schema=SCHEMA), {"max_tokens": 9}),
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for request, settings in cases:
+            wire.asked.clear()
+            theirs, ours = await both(wire, name, request, settings=settings)
+            assert ours == theirs
+            assert wire.asked[0][1] == wire.asked[1][1]
+
+
+# --- the way there ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exempt", ["", "provider.invalid", "*"])
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
+async def test_proxies_of_the_environment_are_used_the_same(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch, provider: str, variable: str, exempt: str
+) -> None:
+    """Calls go through the proxy that the environment names, but for what it exempts."""
+    proxy = os.environ["OPENAI_BASE_URL"].removesuffix("/v1")
+    for name, value in environment("http://provider.invalid/v1").items():
+        monkeypatch.setenv(name, value)
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, proxy)
+    monkeypatch.setenv("NO_PROXY", exempt)
+    wire.script = http(200, json.dumps(completion()))
+    theirs, ours = await both(wire, MODELS[provider], asking(), alone=True)
+    assert ours == theirs
+    paths = [headers["path"] for headers, _ in wire.asked]
+    assert paths == ([] if exempt else ["http://provider.invalid/v1/chat/completions"] * 2)
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """Return the files of a certificate for localhost that nobody vouches for, and of its key."""
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    make = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=localhost",
+    ]
+    make += ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(make, check=True, capture_output=True)
+    return certificate, key
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+async def test_certificates_are_verified_the_same(
+    monkeypatch: pytest.MonkeyPatch, certificate: tuple[Path, Path], provider: str, trusted: bool
+) -> None:
+    """A server whose certificate nobody vouches for gets neither key nor prompt; SSL_CERT_FILE may vouch for it."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(*certificate)
+    if trusted:
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+    wire = Wire()
+    async with wire.open(context) as url:
+        for name, value in environment(url).items():
+            monkeypatch.setenv(name, value)
+        wire.script = http(200, json.dumps(completion()))
+        theirs, ours = await both(wire, MODELS[provider], asking(), alone=True)
+    assert ours == theirs
+    assert len(wire.asked) == (2 if trusted else 0)
+    assert ("text" in ours and "kind" not in ours) is trusted
+
+
+# --- who serves what --------------------------------------------------------------------------------------------------
+
+
+def test_it_serves_the_endpoints_it_was_compared_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The adapter is what a worker builds for them, as long as no difference is known."""
+    for name, value in environment("http://127.0.0.1:9/v1").items():
+        monkeypatch.setenv(name, value)
+    for provider, name in MODELS.items():
+        built = build_model(Task(model=name), Authority(), concurrency=1)
+        assert isinstance(built, ChatModel) is (provider not in DIFFERENCES)
+    for name in ("openai:gpt-5", "deepseek:deepseek-chat", "openai-chat:o1-mini"):
+        monkeypatch.setenv("DEEPSEEK_API_KEY", KEY)
+        assert isinstance(build_model(Task(model=name), Authority(), concurrency=1), PydanticAIModel)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"OPENAI_API_KEY": None},
+        {"OPENAI_API_KEY": None, "OPENAI_BASE_URL": None},
+        {"OPENAI_API_KEY": ""},
+        {"OPENAI_BASE_URL": ""},
+        {"OPENAI_BASE_URL": "not a URL"},
+        {"OPENAI_BASE_URL": "http://[::1"},
+        {"OPENROUTER_API_KEY": None},
+        {"OLLAMA_BASE_URL": None},
+        {"OLLAMA_API_KEY": None},
+        {"OPENAI_CUSTOM_HEADERS": "X: y"},
+        {"ALL_PROXY": "socks5://127.0.0.1:9"},
+        {"OPENAI_API_KEY": "ключ"},
+    ],
+    ids=str,
+)
+def test_an_environment_is_refused_the_same(
+    monkeypatch: pytest.MonkeyPatch, provider: str, changes: dict[str, str | None]
+) -> None:
+    """A missing key or URL is named in the same words, and what is odd is left to pydantic-ai."""
+    for name, value in {**environment("http://127.0.0.1:9/v1"), **changes}.items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    said: list[str | None] = []
+    for name in ("pydantic-ai's", "what a worker builds"):
+        try:
+            if name == "pydantic-ai's":
+                reference_model(MODELS[provider])
+            else:
+                build_model(Task(model=MODELS[provider]), Authority(), concurrency=1)
+        except UsageError as error:
+            said.append(str(error))
+        else:
+            said.append(None)
+    assert said[0] == said[1]
+
+
+CHECKED: list[Task] = [
+    Task(model=name, settings=settings_, schema=schema)
+    for name in (
+        *MODELS.values(),
+        "openrouter:x",
+        "openai-chat:",
+        "openai-chat:o1-mini",
+        "ollama: x",
+        "openrouter:/",
+    )
+    for settings_ in (
+        {},
+        {"temperature": 1, "max_tokens": 5, "timeout": 3.5, "stop_sequences": ["a"], "seed": 1},
+        {"temprature": 1},
+        {"temperature": "hot"},
+        {"temperature": True},
+        {"max_tokens": 1.5},
+        {"max_tokens": -1},
+        {"stop_sequences": "a"},
+        {"stop_sequences": [1]},
+        {"seed": None},
+        {"timeout": 0},
+        {"timeout": -1},
+        {"max_retries": 1},
+        {"base_url": "x"},
+        {"extra_body": {"api_base": "x"}},
+        {"extra_body": {"top_k": 5}},
+        {"openrouter_models": ["a"]},
+    )
+    for schema in (None, SCHEMA, {"type": "array"})
+]
+
+
+def test_a_task_is_refused_the_same() -> None:
+    """Names, settings and schemas are refused before any call in the words of pydantic-ai's adapter."""
+    from lbr.models.pydantic_ai import check_model
+    from lbr.tokens import most_output_tokens
+
+    def as_ever(task: Task) -> None:
+        check_model(task.model or "", task.settings, schema=task.schema)
+        most_output_tokens(task.settings)
+
+    for task in CHECKED:
+        said: list[str | None] = []
+        for check in (as_ever, check_task):
+            try:
+                check(task)
+            except UsageError as error:
+                said.append(str(error))
+            else:
+                said.append(None)
+        assert said[0] == said[1], task

@@ -19,8 +19,14 @@ PLACEHOLDER_KEY = "api-key-not-set"
 
 # Each would change what is sent in ways that only the SDK knows.
 _FOREIGN_VARIABLES = ("OPENAI_CUSTOM_HEADERS", "OPENAI_ADMIN_KEY", "OPENAI_LOG")
-_URL = re.compile(r"https?://[\w.\[\]:-]+(?:/[\w./~:-]*)?\Z")
+_URL = re.compile(
+    r"https?://(?:[\w.-]+|\[[\da-fA-F:]+\])(?::(?:\d{1,4}|[1-5]\d{4}|6[0-4]\d{3}))?(?:/[\w./~:-]*)?\Z",
+    re.ASCII,
+)
 _KEY = re.compile(r"[!-~]+\Z")
+_NO_SYSTEM = re.compile(r"(?:^|/)o1-mini")
+"""Models that take no system messages, which pydantic-ai makes up for."""
+
 _NAME = re.compile(r"[!-~]+\Z")
 
 
@@ -50,10 +56,9 @@ def serves(name: str) -> bool:
     provider, _, model = name.partition(":")
     if provider not in {"openai-chat", "openrouter", "ollama"} or _NAME.match(model) is None:
         return False
-    if provider == "openrouter":
-        return "/" in model
-    # It takes no system messages, which pydantic-ai makes up for.
-    return not model.startswith("o1-mini")
+    if provider == "openrouter" and "/" not in model:
+        return False
+    return _NO_SYSTEM.search(model) is None
 
 
 def endpoint_of(name: str, api_key: str | None = None) -> Endpoint | None:
