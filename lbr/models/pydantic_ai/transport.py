@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import io
 import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from pydantic_ai.models import Model
 
 _ADDED_BY_AIOHTTP = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
+LARGE_BYTES = 2**20
 _SET_BY_AIOHTTP = b"transfer-encoding"
 
 
@@ -128,9 +130,11 @@ def _headers(request: Any) -> list[tuple[str, str]]:
 
 def _body(request: Any, not_read: type[Exception]) -> Any:
     try:
-        return request.content or None
+        content = request.content
     except not_read:
         return aiter(request.stream)
+    # Of what is large, such as images, aiohttp wants to send one piece after the other.
+    return io.BytesIO(content) if len(content) > LARGE_BYTES else content or None
 
 
 def _client_timeout(timeouts: dict[str, float | None]) -> ClientTimeout:
@@ -207,7 +211,7 @@ class _Errors:
 
     def _mapped(self, error: Exception) -> Exception:
         make = next(make for kind, make in self._by_class if isinstance(error, kind))
-        if make is self._broken and isinstance(error.__cause__, ConnectionError):
-            make = self._reset  # it did not merely end too early
+        if make is self._broken and ConnectionResetError.__name__ in str(error):
+            make = self._reset  # it did not merely end too early, which aiohttp tells in its words alone
         cause = getattr(error, "os_error", None)  # its own words name a Python object beside it
         return make(str(error if cause is None else cause))
