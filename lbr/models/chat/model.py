@@ -102,8 +102,9 @@ class ChatModel:
                 await self._costs.warm_up()
             try:
                 return self._reader.read(content)
-            except OddAnswer:
-                pass
+            except OddAnswer as odd:
+                if isinstance(odd.__cause__, orjson.JSONDecodeError):
+                    _check_json(content)
         elif 300 <= status < 400:
             # Nothing was answered, so that this is no second call; where keys may follow to is decided there.
             return await self._reference.answer(request)
@@ -214,6 +215,18 @@ def _plain(packed: Mapping[str, str]) -> dict[str, str]:
 def _is_json(content_type: str) -> bool:
     type_, _, rest = content_type.lower().partition(";")
     return type_.strip() == "application/json" and ("charset" not in rest or "utf-8" in rest)
+
+
+def _check_json(content: bytes) -> None:
+    """Raise CallError for a body that is no JSON; orjson may have refused what others read."""
+    try:
+        json.loads(content)
+    except json.JSONDecodeError as error:
+        kind = "ModelAPIError"
+        words = f"Failed to decode response as JSON: {error}"
+        raise call_error(Refusal(kind=kind, categories=categories_of(kind), words=words)) from error
+    except ValueError:  # no Unicode
+        pass
 
 
 def refusal_of(model: str, status: int, headers: Mapping[str, str], content: bytes) -> Refusal | None:
