@@ -96,7 +96,8 @@ async def test_tokens_and_cost_are_the_same(provider: str, url: str) -> None:
     warnings.simplefilter("ignore")
     rng = random.Random(url)
     costs = Costs(Endpoint(provider, "asked", url, url, {}, ("<think>", "</think>")))
-    await costs.warm_up()
+    costs.begin()
+    await costs.ready()
     learnt = 0
     for model in models_at(provider, url):
         for told in usages(rng):

@@ -52,7 +52,7 @@ def check_task(task: Task) -> None:
 
             offline.check_name(task.model or "")
             offline.check_settings(task.settings)
-        case Kind.PYDANTIC_AI:
+        case Kind.PROVIDER:
             _check_provider(task)
             most_output_tokens(task.settings)  # raises for what it cannot read, and so does every worker
 
@@ -68,7 +68,7 @@ def build_model(task: Task, authority: Authority, *, concurrency: int) -> Model:
             from lbr.models.offline import OfflineModel  # noqa: PLC0415
 
             return OfflineModel(task.model or "", task.settings)
-        case Kind.PYDANTIC_AI:
+        case Kind.PROVIDER:
             return _provider_model(task, authority)
 
 
@@ -92,7 +92,8 @@ def _provider_model(task: Task, authority: Authority) -> Model:
     key, name, settings = authority.openrouter_api_key, task.model or "", task.settings
     endpoint = chat.endpoint_of(name, key)
     ready = None
-    if endpoint is None or not chat.knows(settings):
+    if endpoint is None or task.schema is not None or chat.words_of(endpoint, settings) is None:
+        # It is needed anyway, so it is built before any call waits for it; it also checks what chat does not know.
         from lbr.models.pydantic_ai import PydanticAIModel  # noqa: PLC0415
 
         ready = PydanticAIModel(name, task_settings=settings, api_key=key)

@@ -80,7 +80,7 @@ class _Line:
 
 
 class Costs:
-    """Reads usage as the price table of genai-prices has it for one endpoint; `warm` has to come first.
+    """Reads usage as the price table of genai-prices has it for one endpoint; `begin` and `ready` have to come first.
 
     That package takes half a second to import, so it is done in a thread while other calls go on.
     """
@@ -89,20 +89,19 @@ class Costs:
         self._endpoint = endpoint
         self._table: Any = None
         self._readers: list[Any] = []
-        self._warming: asyncio.Task[None] | None = None
+        self._loading: asyncio.Task[None] | None = None
         self._lines: dict[object, _Line | None] = {}
         self._minute = 0
 
-    @property
-    def warm(self) -> bool:
-        """Tell whether the price table is there."""
-        return bool(self._readers)
+    def begin(self) -> None:
+        """Start to load the price table, once, beside the first call."""
+        if self._loading is None:
+            self._loading = asyncio.create_task(asyncio.to_thread(self._load))
 
-    async def warm_up(self) -> None:
-        """Load the price table, once."""
-        if self._warming is None:
-            self._warming = asyncio.create_task(asyncio.to_thread(self._load))
-        await asyncio.shield(self._warming)
+    async def ready(self) -> None:
+        """Wait until the price table is there."""
+        if not self._readers and self._loading is not None:
+            await asyncio.shield(self._loading)
 
     def _load(self) -> None:
         from genai_prices.data_snapshot import get_snapshot  # noqa: PLC0415

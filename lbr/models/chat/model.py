@@ -96,10 +96,10 @@ class ChatModel:
             body = template.body(messages)
         except TypeError:
             return await self._reference.answer(request)
+        self._costs.begin()
         status, packed, content = await self._post(body, self._timeout(request))
         if status == 200 and _is_json(packed.get("content-type", "")):
-            if not self._costs.warm:
-                await self._costs.warm_up()
+            await self._costs.ready()
             try:
                 return self._reader.read(content)
             except OddAnswer as odd:

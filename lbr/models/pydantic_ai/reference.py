@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -32,9 +32,9 @@ _exchange: ContextVar[_Exchange] = ContextVar("exchange")
 
 
 class Reference:
-    """Builds pydantic-ai's model when it is first needed, in a thread, for that takes a second or two.
+    """Builds pydantic-ai's models when they are first needed, in a thread, for the first takes a second or two.
 
-    `ready` is a model that is built already. Raises what `PydanticAIModel` raises.
+    `ready` is one that is built already. Raises what `PydanticAIModel` raises.
     """
 
     def __init__(
@@ -48,16 +48,17 @@ class Reference:
         self._name = name
         self._settings = task_settings
         self._api_key = api_key
-        self._calling = ready
-        self._replaying: PydanticAIModel | None = None
-        self._lock = asyncio.Lock()
+        self._ready = ready
+        self._calling: asyncio.Task[PydanticAIModel] | None = None
+        self._replaying: asyncio.Task[PydanticAIModel] | None = None
 
     async def answer(self, request: Request) -> Reply:
         """Make the call with pydantic-ai."""
-        async with self._lock:
-            if self._calling is None:
-                self._calling = await asyncio.to_thread(self._build)
-        return await self._calling.answer(request)
+        if self._calling is None:
+            self._calling = asyncio.create_task(asyncio.to_thread(self._build))
+        # One caller may give up; the others wait for the same model.
+        model = await asyncio.shield(self._calling)
+        return await model.answer(request)
 
     async def body(self, request: Request) -> bytes:
         """Return the body that pydantic-ai would send, without sending it. Raises CallError as `answer` does."""
@@ -79,24 +80,28 @@ class Reference:
             return await model.answer(request)
 
     def _build(self) -> PydanticAIModel:
+        if self._ready is not None:
+            return self._ready
         return PydanticAIModel(self._name, task_settings=self._settings, api_key=self._api_key)
 
     async def _without_network(self) -> PydanticAIModel:
-        async with self._lock:
-            if self._replaying is None:
-                self._replaying = await asyncio.to_thread(self._build_replaying)
-        return self._replaying
+        if self._replaying is None:
+            self._replaying = asyncio.create_task(asyncio.to_thread(self._build_replaying))
+        return await asyncio.shield(self._replaying)
 
     def _build_replaying(self) -> PydanticAIModel:
-        model = self._build()
+        model = PydanticAIModel(self._name, task_settings=self._settings, api_key=self._api_key)
         model.replace_transport(_replay())
         return model
 
     async def aclose(self) -> None:
         """Close both models, where they were built."""
-        for model in (self._calling, self._replaying):
-            if model is not None:
-                await model.aclose()
+        for building in (self._calling, self._replaying):
+            if building is not None:
+                with suppress(Exception):  # it was raised to all who waited for it
+                    await (await building).aclose()
+        if self._ready is not None and self._calling is None:
+            await self._ready.aclose()
 
 
 @contextmanager
