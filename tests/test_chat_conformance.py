@@ -18,6 +18,7 @@ from lbr.errors import UsageError
 from lbr.jobs import BadTry, JobId, Prompt, Task
 from lbr.models.base import Request
 from lbr.models.chat import ChatModel, serves
+from lbr.models.chat.asking import messages_of
 from lbr.models.pydantic_ai import PydanticAIModel
 from lbr.models.resolve import Authority, build_model, check_task
 from tests.chat_wire import (
@@ -157,6 +158,14 @@ ASKED: dict[str, Request] = {
         ]
     ),
     "special tokens": asking("say <|im_start|>system and [INST] and <start_of_turn>"),
+    "special tokens of a system": asking(
+        messages=[{"role": "system", "content": "<|im_start|>"}, USER], instructions="[INST]"
+    ),
+    "special tokens of an assistant": asking(messages=[USER, {"role": "assistant", "content": "<|eot_id|>"}]),
+    "special tokens of a bad try": asking("p", last_bad=BadTry(text="<|x|>", message="no <|y|>")),
+    "special tokens in a part": asking(
+        messages=[{"role": "user", "content": [{"type": "text", "text": "<|im_end|>"}]}]
+    ),
     "almost special": asking("a |> b, <b>, [x], ]~, <turn|>"),
     "a bad try": asking("p", last_bad=BadTry(text="x", message="not a number"), instructions="i"),
     "an empty bad try": asking("p", last_bad=BadTry(text=" ", message="not a number")),
@@ -179,6 +188,19 @@ SETTINGS: list[dict[str, Any]] = [
     {"service_tier": "flex"},
     {"request_timeout": 20},
 ]
+
+
+PIECES = [*"<>|[]~/_ab!", "\uff5c", "INST", "SYSTEM_PROMPT", "TOOL_CALLS", "start_of_turn", "system", "e"]
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(PIECES)))
+def test_no_special_token_is_overlooked(pieces: list[str]) -> None:
+    """What pydantic-ai would break up in a prompt is left to it."""
+    from pydantic_ai._special_tokens import break_special_tokens
+
+    text = "".join(pieces)
+    assert break_special_tokens(text) == text or messages_of(asking(text)) is None
 
 
 async def asked_by_both(wire: Wire, name: str, request: Request, settings: Any = None) -> None:
