@@ -41,7 +41,7 @@ class Served:
     @property
     def begins_slowly(self) -> bool:
         """Whether a provider answers, who may not be able to take all calls at once."""
-        return kind_of(self.run.task) is Kind.PYDANTIC_AI
+        return kind_of(self.run.task) is Kind.PROVIDER
 
 
 class Servings:

@@ -267,6 +267,9 @@ def test_a_server_that_hangs_holds_no_slot_longer_than_the_timeout(local: Cli, t
 @pytest.mark.parametrize(("flags", "seconds"), [((), "120"), (("--timeout", "900"), "900")])
 def test_the_providers_library_waits_as_long_as_the_worker(local: Cli, flags: Any, seconds: str) -> None:
     """The HTTP client, which by itself gives up after ten minutes, is told how long the call may take."""
+    local.environment["OPENAI_CUSTOM_HEADERS"] = (
+        "X-Of: this-test"  # read by the library alone, so that it makes the call
+    )
     with Scripted(200, json.dumps(answer("fine"))) as server:
         enqueue(local, server.url, ["hello"])
         local("worker", *flags)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lbr.models.pydantic_ai.waits import wait_of
+from lbr.models.waits import wait_of
 
 NOW = 1_800_000_000.0
 """2027-01-15 08:00:00 UTC."""

@@ -54,18 +54,18 @@ class Model(Protocol):
 
 
 class Kind(StrEnum):
-    """Which module of `lbr.models` serves a task."""
+    """Who serves a task: a user's function, the offline model, or a provider by whichever adapter fits."""
 
     FUNCTION = "function"
     OFFLINE = "offline"
-    PYDANTIC_AI = "pydantic_ai"
+    PROVIDER = "provider"
 
 
 def kind_of(task: Task) -> Kind:
     """Tell which kind of answerer a task names."""
     if task.function is not None:
         return Kind.FUNCTION
-    return Kind.OFFLINE if (task.model or "").startswith(OFFLINE) else Kind.PYDANTIC_AI
+    return Kind.OFFLINE if (task.model or "").startswith(OFFLINE) else Kind.PROVIDER
 
 
 def tells_cost(task: Task, price: Price | None) -> bool:

@@ -52,10 +52,8 @@ def check_task(task: Task) -> None:
 
             offline.check_name(task.model or "")
             offline.check_settings(task.settings)
-        case Kind.PYDANTIC_AI:
-            from lbr.models import pydantic_ai  # noqa: PLC0415
-
-            pydantic_ai.check_model(task.model or "", task.settings, schema=task.schema)
+        case Kind.PROVIDER:
+            _check_provider(task)
             most_output_tokens(task.settings)  # raises for what it cannot read, and so does every worker
 
 
@@ -70,12 +68,41 @@ def build_model(task: Task, authority: Authority, *, concurrency: int) -> Model:
             from lbr.models.offline import OfflineModel  # noqa: PLC0415
 
             return OfflineModel(task.model or "", task.settings)
-        case Kind.PYDANTIC_AI:
-            from lbr.models.pydantic_ai import PydanticAIModel  # noqa: PLC0415
+        case Kind.PROVIDER:
+            return _provider_model(task, authority)
 
-            return PydanticAIModel(
-                task.model or "", task_settings=task.settings, api_key=authority.openrouter_api_key
-            )
+
+def _check_provider(task: Task) -> None:
+    """Raise UsageError for what no provider could be asked; without pydantic-ai where the chat adapter knows enough."""
+    from lbr.models import chat, checking  # noqa: PLC0415
+
+    if chat.serves(task.model or "") and chat.knows(task.settings):
+        if task.schema is not None:
+            checking.check_schema(task.schema)
+        return
+    from lbr.models import pydantic_ai  # noqa: PLC0415
+
+    pydantic_ai.check_model(task.model or "", task.settings, schema=task.schema)
+
+
+def _provider_model(task: Task, authority: Authority) -> Model:
+    """Build the chat adapter where it can serve the task, with pydantic-ai's behind it, else pydantic-ai's."""
+    from lbr.models import chat  # noqa: PLC0415
+
+    key, name, settings = authority.openrouter_api_key, task.model or "", task.settings
+    endpoint = chat.endpoint_of(name, key)
+    ready = None
+    if endpoint is None or task.schema is not None or chat.words_of(endpoint, settings) is None:
+        # It is needed anyway, so it is built before any call waits for it; it also checks what chat does not know.
+        from lbr.models.pydantic_ai import PydanticAIModel  # noqa: PLC0415
+
+        ready = PydanticAIModel(name, task_settings=settings, api_key=key)
+        if endpoint is None:
+            return ready
+    from lbr.models.pydantic_ai import Reference  # noqa: PLC0415
+
+    reference = Reference(name, task_settings=settings, api_key=key, ready=ready)
+    return chat.ChatModel(endpoint, task_settings=settings, reference=reference, api_key=key)
 
 
 def build_validator(task: Task, authority: Authority) -> Validator | None:

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import orjson
 
 from lbr.errors import Permanent, UsageError
-from lbr.models.pydantic_ai.checks import check_authority, check_known, missing_package, provider_class_of
-from lbr.models.pydantic_ai.families import status_in
+from lbr.models.checking import check_authority
+from lbr.models.pydantic_ai.checks import check_known, missing_package, provider_class_of
+from lbr.models.pydantic_ai.families import call_error
 from lbr.models.pydantic_ai.history import history_of
-from lbr.models.pydantic_ai.replies import ANSWER_TOOL, call_error, clean, reply_of
+from lbr.models.pydantic_ai.replies import ANSWER_TOOL, reply_of
 from lbr.models.pydantic_ai.transport import carry_over_aiohttp
+from lbr.models.refusals import status_in
+from lbr.models.wording import clean
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -82,6 +85,12 @@ class PydanticAIModel:
         except UsageError as error:
             raise Permanent(str(error), kind="UsageError") from error
         return settings
+
+    def replace_transport(self, transport: Any) -> None:
+        """Let calls go by another httpx2 transport; only for providers that are called with the OpenAI SDK."""
+        client = self._model.client._client  # type: ignore[attr-defined]  # noqa: SLF001
+        client._transport = transport  # noqa: SLF001
+        client._mounts.clear()  # noqa: SLF001 - a proxy would go before the transport
 
     async def aclose(self) -> None:
         """Close the HTTP client."""

@@ -1,30 +1,20 @@
-"""What comes back: replies, and errors in the words of `lbr.errors`."""
+"""What comes back: an answer, or one that is none."""
 
 from __future__ import annotations
 
-import os
-import re
-import time
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
 import orjson
 
-from lbr.errors import CallError, Family, Permanent, Usage
+from lbr.errors import CallError, Permanent, Usage
 from lbr.jobs import Reply
-from lbr.models.pydantic_ai.families import family_of, headers_of, is_overloaded, message_of, retry_delay_of
-from lbr.models.pydantic_ai.waits import wait_of
+from lbr.models.wording import clean
 
 if TYPE_CHECKING:
     from pydantic_ai.messages import ModelResponse
 
 ANSWER_TOOL = "answer"
-MAX_MESSAGE_CHARS = 500
-MIN_SECRET_CHARS = 6
-
-# What moves the cursor or the colours of a terminal that shows the message.
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-_SECRET_NAME = re.compile(r"(?:KEY|TOKEN|SECRET|PASSWORD)S?\Z", re.IGNORECASE)
 
 
 def reply_of(response: ModelResponse) -> Reply:
@@ -86,49 +76,3 @@ def _cost_nanos(response: ModelResponse) -> int | None:
         return round(price * 10**9)
     except Exception:  # noqa: BLE001 - an unknown price must not lose an answer that is paid for
         return None
-
-
-def call_error(error: Exception, *, api_key: str | None = None, now: float | None = None) -> CallError:
-    """Say in lbr's words how a call failed; no key gets into the message.
-
-    `now`, in seconds since 1970, is what resets of rate limits are compared with; None asks the clock.
-    """
-    kind = type(error).__name__.lstrip("_").removeprefix("HTTP")
-    family = family_of(error)
-    return CallError(
-        clean(_provider_words(error), api_key) or kind,
-        family=family,
-        retry_after=_retry_after(error, family, time.time() if now is None else now),
-        kind=kind,
-        overloaded=family is Family.TRANSIENT and is_overloaded(error),
-    )
-
-
-def _retry_after(error: Exception, family: Family, now: float) -> float | None:
-    asked: float | None = getattr(error, "retry_after", None)
-    if asked is not None or family is not Family.RATE_LIMITED:
-        # Resets come with every answer, and say nothing about when a broken server will be well.
-        return asked
-    headers = headers_of(error)
-    delay = retry_delay_of(error)
-    return wait_of(headers if delay is None else headers | {"ratelimit-reset": delay}, now)
-
-
-def _provider_words(error: Exception) -> str:
-    said = message_of(error)
-    if said is None:
-        return str(error)
-    status = getattr(error, "status_code", None)
-    words = said if status is None else f"{said} (HTTP {status})"
-    suggestion = getattr(error, "suggested_model_id", None)
-    return f"{words}; did you mean {suggestion!r}?" if suggestion else words
-
-
-def clean(text: str, api_key: str | None = None) -> str:
-    """Return one short line without the keys that this process holds."""
-    secrets = [value for name, value in os.environ.items() if _SECRET_NAME.search(name)]
-    for secret in sorted([*secrets, api_key or ""], key=len, reverse=True):
-        if len(secret) >= MIN_SECRET_CHARS:
-            text = text.replace(secret, "***")
-    line = " ".join(_CONTROL.sub(" ", text).split())
-    return line if len(line) <= MAX_MESSAGE_CHARS else line[: MAX_MESSAGE_CHARS - 1] + "…"

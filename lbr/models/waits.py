@@ -35,6 +35,30 @@ def wait_of(headers: Mapping[str, object] | None, now: float) -> float | None:
     return max(used_up or [wait for wait, _ in resets], default=None)
 
 
+def asked_wait(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds that an answer of any status asks to wait, by the headers that mean nothing else.
+
+    It takes `retry-after-ms`, and `retry-after` in whole seconds or as a date; names are in small letters. None where
+    neither says so.
+    """
+    asked = _number(headers.get("retry-after-ms", ""))
+    if asked is not None and asked >= 0:
+        return asked / 1000
+    text = headers.get("retry-after", "")
+    try:
+        seconds = int(text)
+    except ValueError:
+        seconds = None
+    if seconds is not None:
+        return float(seconds) if seconds >= 0 else None
+    try:
+        then = parsedate_to_datetime(text)
+    except (ValueError, OverflowError):
+        return None
+    wait = (then if then.tzinfo else then.replace(tzinfo=UTC)).timestamp() - datetime.now(UTC).timestamp()
+    return max(0.0, wait)
+
+
 def _resets(headers: Mapping[str, str], now: float) -> Iterator[tuple[float, float | None]]:
     """Yield the wait until each reset, with how much is left until then, None where that is not told."""
     for name, value in headers.items():

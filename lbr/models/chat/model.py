@@ -1,0 +1,258 @@
+"""The model: built once per task, called once per request."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any, Protocol
+
+import orjson
+
+from lbr.jobs import canonical_json
+from lbr.models.chat.answers import OddAnswer, Reader
+from lbr.models.chat.asking import Template, messages_of
+from lbr.models.chat.costs import Costs
+from lbr.models.chat.endpoints import words_of
+from lbr.models.chat.kinds import categories_of, kind_of
+from lbr.models.checking import check_authority
+from lbr.models.http import Http
+from lbr.models.refusals import Refusal, call_error
+from lbr.models.waits import asked_wait
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from aiohttp import ClientTimeout
+
+    from lbr.errors import CallError
+    from lbr.jobs import Json, Reply
+    from lbr.models.base import Request
+    from lbr.models.chat.endpoints import Endpoint
+
+SLOWEST_SECONDS = 600.0
+"""How long to wait for the next bytes of an answer where nobody said."""
+
+CONNECT_SECONDS = 5.0
+KEPT_TEMPLATES = 64
+
+
+class Reference(Protocol):
+    """How pydantic-ai does it, for all that is out of the ordinary."""
+
+    async def answer(self, request: Request) -> Reply:
+        """Make the call in its place."""
+        ...
+
+    async def body(self, request: Request) -> bytes:
+        """Return the body that it would send, without sending it. Raises CallError as `answer` does."""
+        ...
+
+    async def read(self, request: Request, status: int, headers: Mapping[str, str], content: bytes) -> Reply:
+        """Read an answer that came to another. Raises CallError for one that is none."""
+        ...
+
+    async def aclose(self) -> None:
+        """Close connections."""
+        ...
+
+
+class ChatModel:
+    """One endpoint that speaks OpenAI's chat completions, with one pool of connections.
+
+    What it cannot word or read as pydantic-ai does it hands to `reference`. Construction raises UsageError for
+    settings that no database may bring.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        task_settings: Mapping[str, Json],
+        reference: Reference,
+        api_key: str | None = None,
+    ) -> None:
+        check_authority(task_settings)  # again, for whoever wrote to the database need not have been lbr
+        self._endpoint = endpoint
+        self._settings = dict(task_settings)
+        self._reference = reference
+        self._api_key = api_key
+        self._http = Http()
+        self._costs = Costs(endpoint)
+        self._reader = Reader(endpoint, self._costs)
+        self._templates: OrderedDict[bytes, Template | None] = OrderedDict()
+        self._of_task: tuple[object, Template | None] | None = None
+        self._timeouts: dict[float, ClientTimeout] = {}
+        self._lock = asyncio.Lock()
+
+    async def answer(self, request: Request) -> Reply:
+        """Make one call; CallError with the family of whatever goes wrong."""
+        messages = messages_of(request)
+        template = None if messages is None else await self._template(request, messages)
+        if messages is None or template is None:
+            return await self._reference.answer(request)
+        try:
+            body = template.body(messages)
+        except TypeError:
+            return await self._reference.answer(request)
+        self._costs.begin()
+        status, packed, content = await self._post(body, self._timeout(request))
+        if status == 200 and _is_json(packed.get("content-type", "")):
+            await self._costs.ready()
+            try:
+                return self._reader.read(content)
+            except OddAnswer as odd:
+                if isinstance(odd.__cause__, orjson.JSONDecodeError):
+                    _check_json(content)
+        elif 300 <= status < 400:
+            # Nothing was answered, so that this is no second call; where keys may follow to is decided there.
+            return await self._reference.answer(request)
+        headers = _plain(packed)
+        if status >= 400:
+            refusal = refusal_of(self._endpoint.model, status, headers, content)
+            if refusal is not None:
+                raise call_error(refusal, api_key=self._api_key)
+        return await self._reference.read(request, status, headers, content)
+
+    # --- what is sent -------------------------------------------------------------------------------------------------
+
+    async def _template(self, request: Request, messages: list[dict[str, Json]]) -> Template | None:
+        """Return what the settings and the schema of a request make of a body; None where pydantic-ai has to send it."""
+        schema = request.task.schema
+        if request.settings is None and self._of_task is not None and self._of_task[0] is schema:
+            return self._of_task[1]
+        settings = self._settings | dict(request.settings or {})
+        key = canonical_json([settings, schema])
+        async with self._lock:
+            if key not in self._templates:
+                self._templates[key] = await self._made(settings, request, messages)
+            self._templates.move_to_end(key)
+            if len(self._templates) > KEPT_TEMPLATES:
+                self._templates.popitem(last=False)
+            template = self._templates[key]
+        if request.settings is None:
+            self._of_task = schema, template
+        return template
+
+    async def _made(
+        self, settings: Mapping[str, Json], request: Request, messages: list[dict[str, Json]]
+    ) -> Template | None:
+        words = words_of(self._endpoint, settings) if request.task.schema is None else None
+        if words is not None:
+            return Template({"model": self._endpoint.model, **words, "stream": False})
+        if "request_timeout" in settings:  # it is no part of the body
+            return None
+        body = orjson.loads(await self._reference.body(request))
+        fits = body.pop("messages") == messages and "tools" not in body
+        return Template(body) if fits else None
+
+    def _timeout(self, request: Request) -> ClientTimeout:
+        given = (self._settings if request.settings is None else {**self._settings, **request.settings}).get(
+            "timeout", request.timeout
+        )
+        seconds = SLOWEST_SECONDS if given is None else float(given)
+        found = self._timeouts.get(seconds)
+        if found is None:
+            from aiohttp import ClientTimeout  # noqa: PLC0415
+
+            # No bound on the whole: an answer that comes in bit by bit may take its time.
+            found = ClientTimeout(total=None, connect=min(seconds, CONNECT_SECONDS), sock_read=seconds)
+            self._timeouts[seconds] = found
+        return found
+
+    async def _post(self, body: bytes, timeout: ClientTimeout) -> tuple[int, Mapping[str, str], bytes]:
+        """Make the call and return status, headers and body of its answer; CallError when none came whole."""
+        endpoint = self._endpoint
+        try:
+            async with self._http.request(
+                "POST", endpoint.url, timeout=timeout, data=body, headers=endpoint.headers
+            ) as response:
+                return response.status, response.headers, await response.read()
+        except _client_errors() as error:
+            raise _lost(error) from error
+
+    async def aclose(self) -> None:
+        """Close the HTTP client."""
+        await self._http.aclose()
+        await self._reference.aclose()
+
+
+@functools.cache
+def _client_errors() -> tuple[type[Exception], ...]:
+    from aiohttp import ClientError  # noqa: PLC0415
+
+    return ClientError, OSError, ValueError  # a timeout is an OSError
+
+
+def _lost(error: Exception) -> CallError:
+    """Say that no answer came, or not all of it."""
+    from aiohttp import ConnectionTimeoutError  # noqa: PLC0415
+
+    late = isinstance(error, TimeoutError)
+    kind = "ModelTimeoutError" if late else "ModelConnectionError"
+    refusal = Refusal(
+        kind=kind,
+        categories=categories_of(kind),
+        words="Request timed out." if late else "Connection error.",
+        connecting=isinstance(error, ConnectionTimeoutError),
+    )
+    return call_error(refusal)
+
+
+def _plain(packed: Mapping[str, str]) -> dict[str, str]:
+    """Return headers by their names in small letters, but not those that told how the body was packed."""
+    headers: dict[str, str] = {}
+    for name, value in packed.items():
+        low = name.lower()
+        headers[low] = f"{headers[low]}, {value}" if low in headers else value
+    for name in ("content-encoding", "content-length", "transfer-encoding"):
+        headers.pop(name, None)
+    return headers
+
+
+@functools.lru_cache(maxsize=64)
+def _is_json(content_type: str) -> bool:
+    type_, _, rest = content_type.lower().partition(";")
+    return type_.strip() == "application/json" and ("charset" not in rest or "utf-8" in rest)
+
+
+def _check_json(content: bytes) -> None:
+    """Raise CallError for a body that is no JSON; orjson may have refused what others read."""
+    try:
+        json.loads(content)
+    except json.JSONDecodeError as error:
+        kind = "ModelAPIError"
+        words = f"Failed to decode response as JSON: {error}"
+        raise call_error(Refusal(kind=kind, categories=categories_of(kind), words=words)) from error
+    except ValueError:  # no Unicode
+        pass
+
+
+def refusal_of(model: str, status: int, headers: Mapping[str, str], content: bytes) -> Refusal | None:
+    """Read an answer with a status of 400 or more; None for one that only pydantic-ai can read."""
+    charset = headers.get("content-type", "").lower().partition("charset=")[2]
+    try:
+        text = content.decode().strip()
+    except UnicodeDecodeError:
+        return None
+    if "\ufeff" in text or (charset and not charset.startswith(("utf-8", '"utf-8'))):
+        return None
+    try:
+        body: Any = json.loads(text)
+    except ValueError:
+        body = text
+    if isinstance(body, dict):
+        body = body.get("error", body)
+    if isinstance(body, dict) and body.get("code") == "model_not_found":
+        return None  # it may know a name that was meant
+    kind = kind_of(status, body)
+    return Refusal(
+        kind=kind,
+        categories=categories_of(kind),
+        words=f"status_code: {status}, model_name: {model}, body: {body}",
+        status=status,
+        body=body,
+        headers=headers,
+        retry_after=asked_wait(headers),
+    )

@@ -1,0 +1,128 @@
+"""How pydantic-ai does it, for an adapter that makes most calls by itself: what it would send, what it reads."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lbr.errors import CallError
+from lbr.models.pydantic_ai.model import PydanticAIModel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from lbr.jobs import Json, Reply
+    from lbr.models.base import Request
+
+
+@dataclass
+class _Exchange:
+    """An answer to be given without any network, and the request that was made for it, None while there was none."""
+
+    status: int
+    headers: Mapping[str, str]
+    content: bytes
+    asked: bytes | None = field(default=None, init=False)
+
+
+_exchange: ContextVar[_Exchange] = ContextVar("exchange")
+
+
+class Reference:
+    """Builds pydantic-ai's models when they are first needed, in a thread, for the first takes a second or two.
+
+    `ready` is one that is built already. Raises what `PydanticAIModel` raises.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        task_settings: Mapping[str, Json],
+        api_key: str | None = None,
+        ready: PydanticAIModel | None = None,
+    ) -> None:
+        self._name = name
+        self._settings = task_settings
+        self._api_key = api_key
+        self._ready = ready
+        self._calling: asyncio.Task[PydanticAIModel] | None = None
+        self._replaying: asyncio.Task[PydanticAIModel] | None = None
+
+    async def answer(self, request: Request) -> Reply:
+        """Make the call with pydantic-ai."""
+        if self._calling is None:
+            self._calling = asyncio.create_task(asyncio.to_thread(self._build))
+        # One caller may give up; the others wait for the same model.
+        model = await asyncio.shield(self._calling)
+        return await model.answer(request)
+
+    async def body(self, request: Request) -> bytes:
+        """Return the body that pydantic-ai would send, without sending it. Raises CallError as `answer` does."""
+        model = await self._without_network()
+        with _exchanged(400, {}, b"{}") as exchange:
+            try:
+                await model.answer(request)
+            except CallError:
+                if exchange.asked is None:
+                    raise
+        if exchange.asked is None:
+            raise LookupError("expected pydantic-ai to send a request, got: none")
+        return exchange.asked
+
+    async def read(self, request: Request, status: int, headers: Mapping[str, str], content: bytes) -> Reply:
+        """Read an answer that came to another with pydantic-ai; what is asked is not sent."""
+        model = await self._without_network()
+        with _exchanged(status, headers, content):
+            return await model.answer(request)
+
+    def _build(self) -> PydanticAIModel:
+        if self._ready is not None:
+            return self._ready
+        return PydanticAIModel(self._name, task_settings=self._settings, api_key=self._api_key)
+
+    async def _without_network(self) -> PydanticAIModel:
+        if self._replaying is None:
+            self._replaying = asyncio.create_task(asyncio.to_thread(self._build_replaying))
+        return await asyncio.shield(self._replaying)
+
+    def _build_replaying(self) -> PydanticAIModel:
+        model = PydanticAIModel(self._name, task_settings=self._settings, api_key=self._api_key)
+        model.replace_transport(_replay())
+        return model
+
+    async def aclose(self) -> None:
+        """Close both models, where they were built."""
+        for building in (self._calling, self._replaying):
+            if building is not None:
+                with suppress(Exception):  # it was raised to all who waited for it
+                    await (await building).aclose()
+        if self._ready is not None and self._calling is None:
+            await self._ready.aclose()
+
+
+@contextmanager
+def _exchanged(status: int, headers: Mapping[str, str], content: bytes) -> Iterator[_Exchange]:
+    exchange = _Exchange(status, headers, content)
+    token = _exchange.set(exchange)
+    try:
+        yield exchange
+    finally:
+        _exchange.reset(token)
+
+
+def _replay() -> Any:
+    import httpx2  # noqa: PLC0415
+
+    class Replay(httpx2.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+            exchange = _exchange.get()
+            exchange.asked = await request.aread()
+            return httpx2.Response(
+                exchange.status, headers=dict(exchange.headers), content=exchange.content, request=request
+            )
+
+    return Replay()

@@ -1,0 +1,187 @@
+"""Whose fault a failed call is: from the error's kind, the HTTP status and the body to families, waits and words.
+
+Every adapter says in `Refusal` what came; what follows from it is decided here alone.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lbr.errors import CallError, Family
+from lbr.models.waits import wait_of
+from lbr.models.wording import clean
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+TRANSIENT_STATUSES = frozenset({408, 409, 425, 499})
+"""Of the 4xx those that may pass: too slow, in the way of another, too early, cut off."""
+
+OVERLOAD_STATUSES = frozenset({408, 503, 504, 524, 529})
+
+_REJECTED = frozenset(
+    {"ModelRequestRejectedError", "ContentFilterError", "OutputTokenLimitExceeded", "UserError"}
+)
+
+# Some providers have no code for an account that must be looked after, only words, and the status of another trouble.
+_BILLING_429 = re.compile(
+    r"insufficient[ _](?:quota|balance|credit|fund)|plan and billing|billing[ _]hard[ _]limit|spending limit"
+    r"|credit balance|used all available credits|free-models-per-day",
+    re.IGNORECASE,
+)
+# A refused request may be quoted in the message, so that only how it begins is the provider's own word.
+_BILLING_400 = re.compile(
+    r"your credit balance|you have reached your specified (?:\w+ )?api usage limits", re.IGNORECASE
+)
+_NEVER_FITS = re.compile(r"request too large", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """How a call failed, in no client's own classes.
+
+    `kind` is what the error is called, `categories` the names of that and of all that it is a case of. `status` is 0
+    where none came, `body` what came with it, None for nothing. `retry_after` is the wait in seconds that the client
+    read out of the headers, `words` what to say where the body says nothing. `connecting` tells that no connection
+    was made.
+    """
+
+    kind: str
+    categories: frozenset[str]
+    words: str
+    status: int = 0
+    body: object = None
+    headers: Mapping[str, object] = field(default_factory=dict)
+    retry_after: float | None = None
+    suggestion: str | None = None
+    connecting: bool = False
+
+
+def family_of(refusal: Refusal) -> Family:
+    """Sort a refusal by its categories, the HTTP status and the provider's words."""
+    categories, status = refusal.categories, refusal.status
+    if "ModelQuotaExceededError" in categories:
+        return Family.ACCOUNT
+    if "ModelRateLimitError" in categories or status == 429:
+        return _family_of_429(refusal)
+    if "ModelAuthenticationError" in categories:
+        return Family.ACCOUNT
+    if status in TRANSIENT_STATUSES:
+        return Family.TRANSIENT
+    if status == 400 and _BILLING_400.match(message_in(refusal.body) or ""):
+        return Family.ACCOUNT
+    if categories & _REJECTED:
+        # Also a 403 that is about the prompt (OpenRouter's moderation), which must not pause the whole run.
+        return Family.PERMANENT
+    if status in {401, 402, 403}:
+        return Family.ACCOUNT
+    return Family.PERMANENT if 400 <= status < 500 else Family.TRANSIENT
+
+
+def _family_of_429(refusal: Refusal) -> Family:
+    """Tell a rate limit, which passes, from an empty account, which does not, and from what exceeds any limit."""
+    said = message_in(refusal.body) or ""
+    if _NEVER_FITS.match(said):
+        return Family.PERMANENT
+    if refusal.retry_after is None and retry_delay_in(refusal.body) is None and _BILLING_429.search(said):
+        # Gemini speaks of plan and billing at every limit, but says when to come again where waiting helps.
+        return Family.ACCOUNT
+    return Family.RATE_LIMITED
+
+
+def is_overloaded(refusal: Refusal) -> bool:
+    """Tell whether a refusal says that the provider has too much to do: fewer calls at a time may help."""
+    if "ModelTimeoutError" in refusal.categories:
+        return refusal.connecting  # an answer that does not come may just be a long one
+    return "ModelUnavailableError" in refusal.categories or refusal.status in OVERLOAD_STATUSES
+
+
+def call_error(refusal: Refusal, *, api_key: str | None = None, now: float | None = None) -> CallError:
+    """Say in lbr's words how a call failed; no key gets into the message.
+
+    `now`, in seconds since 1970, is what resets of rate limits are compared with; None asks the clock.
+    """
+    family = family_of(refusal)
+    return CallError(
+        clean(_provider_words(refusal), api_key) or refusal.kind,
+        family=family,
+        retry_after=_retry_after(refusal, family, time.time() if now is None else now),
+        kind=refusal.kind,
+        overloaded=family is Family.TRANSIENT and is_overloaded(refusal),
+    )
+
+
+def _retry_after(refusal: Refusal, family: Family, now: float) -> float | None:
+    if refusal.retry_after is not None or family is not Family.RATE_LIMITED:
+        # Resets come with every answer, and say nothing about when a broken server will be well.
+        return refusal.retry_after
+    headers = _all_headers(refusal)
+    delay = retry_delay_in(refusal.body)
+    return wait_of(headers if delay is None else headers | {"ratelimit-reset": delay}, now)
+
+
+def _provider_words(refusal: Refusal) -> str:
+    said = message_in(refusal.body)
+    if said is None:
+        return refusal.words
+    words = said if refusal.status == 0 else f"{said} (HTTP {refusal.status})"
+    return f"{words}; did you mean {refusal.suggestion!r}?" if refusal.suggestion else words
+
+
+def status_in(body: object) -> int | None:
+    """Return the HTTP status that an error's body names as its code, None where it names none."""
+    code = body.get("code") if isinstance(body, dict) else None
+    return code if isinstance(code, int) and 400 <= code < 600 else None
+
+
+def message_in(body: object) -> str | None:
+    """Find the provider's own words in an error's body, with what OpenRouter passes on from the provider behind it.
+
+    None where the body has none.
+    """
+    match body:
+        case str() if body.strip():
+            return body
+        case {"message": str(message), "metadata": {"raw": str(raw)}}:
+            return f"{message}: {raw}"
+        case {"message": str(message)} | {"detail": str(message)}:
+            return message
+        case {"error": inner} | [
+            {"error": inner},
+            *_,
+        ]:  # Gemini sends a list where it speaks OpenAI's language
+            return message_in(inner)
+    return None
+
+
+def _all_headers(refusal: Refusal) -> dict[str, object]:
+    """Return the answer's headers, with those that OpenRouter passes on in the body."""
+    found = dict(refusal.headers)
+    for part in _parts(refusal.body):
+        match part:
+            case {"metadata": {"headers": dict(headers)}}:
+                found |= headers
+    return found
+
+
+def retry_delay_in(body: object) -> str | None:
+    """Return the wait in the body of Google's errors, such as `14s`; None where there is none."""
+    for part in _parts(body):
+        details = part.get("details")
+        for detail in details if isinstance(details, list) else ():
+            match detail:
+                case {"retryDelay": str(delay)}:
+                    return delay
+    return None
+
+
+def _parts(body: object) -> Iterator[dict[object, object]]:
+    match body:
+        case [first, *_]:
+            yield from _parts(first)
+        case dict():
+            yield body
+            yield from _parts(body.get("error"))
