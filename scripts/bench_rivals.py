@@ -114,29 +114,38 @@ def measure(options: Options) -> Found:
     found = Found()
     for turn in range(options.repeat):
         for part in options.parts:
-            for system in (None, *options.rivals):
-                if system is not None and part not in system.ways:
-                    continue
-                name = LBR if system is None else system.name
+            for system in (None, *(one for one in options.rivals if part in one.ways)):
                 print(
-                    f"measuring {part}, {turn + 1} of {options.repeat}: {name}", file=sys.stderr, flush=True
+                    f"measuring {part}, {turn + 1} of {options.repeat}: {name_of(system)}",
+                    file=sys.stderr,
+                    flush=True,
                 )
-                with tempfile.TemporaryDirectory(
-                    prefix="lbr-rivals-", dir=options.folder, ignore_cleanup_errors=True
-                ) as folder:
-                    try:
-                        _measure(found, part, system, options.sizes, Path(folder).absolute())
-                    except (NotMeasuredError, BenchError) as error:
-                        found.missing[part, name] = str(error)
+                attempt(found, part, system, options)
     return found
 
 
+def name_of(system: Rival | None) -> str:
+    """Return what a system is called in the tables; None is lbr."""
+    return LBR if system is None else system.name
+
+
+def attempt(found: Found, part: str, system: Rival | None, options: Options) -> None:
+    """Measure one system once in a folder of its own, or note why it could not be done."""
+    with tempfile.TemporaryDirectory(
+        prefix="lbr-rivals-", dir=options.folder, ignore_cleanup_errors=True
+    ) as folder:
+        try:
+            _measure(found, part, system, options.sizes, Path(folder).absolute())
+        except (NotMeasuredError, BenchError) as error:
+            found.missing[part, name_of(system)] = str(error)
+
+
 def _measure(found: Found, part: str, system: Rival | None, sizes: Sizes, folder: Path) -> None:
-    """Measure one system, lbr where there is none, once."""
+    """Measure one system; raises NotMeasuredError or BenchError."""
     prompts = nap_prompts(sizes.naps) if part == "naps" else chat_prompts(sizes.calls)
     if part == "crash":
         crash = crashed_lbr(prompts, folder) if system is None else crashed_rival(system, prompts, folder)
-        found.crashes[LBR if system is None else system.name].append(crash)
+        found.crashes[name_of(system)].append(crash)
     elif system is None:
         [row] = measure_lbr(folder, sizes, [part], tell=lambda _: None)
         found.speeds[part, LBR].append(row.lbr)
