@@ -1,8 +1,8 @@
 """A chat server that takes a fixed time for each answer and next to nothing of the processor.
 
 It speaks as much of HTTP/1.1 and of OpenAI's chat completions as a client needs, and answers with the prompt itself, so
-that answers can be checked. A GET tells how many calls there were. It runs as a process of its own, which ends when its
-standard input does.
+that answers can be checked. A GET tells how many calls there were and, for a URL that ends in `?since=SECONDS` of the epoch,
+when the first of them came from then on. It runs as a process of its own, which ends when its standard input does.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import time
+from bisect import bisect_left
 from collections import Counter
 from typing import Any
 
@@ -17,28 +19,41 @@ import orjson
 
 SECONDS = 0.05
 USAGE = {"prompt_tokens": 40, "completion_tokens": 40, "total_tokens": 80}
+NOTHING_ASKED = b'{"error": {"message": "expected a message, got: none"}}'
 
 
 class ChatServer:
-    """What all connections share: the calls so far, by prompt."""
+    """What all connections share: the calls so far, by prompt, and when each came."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.calls: Counter[str] = Counter()
+        self.times: list[float] = []
 
-    def answer(self, body: bytes) -> bytes:
-        """Take note of a call and return the answer's body."""
+    def answer(self, body: bytes) -> bytes | None:
+        """Take note of a call and return the answer's body, None where nothing is asked: some clients try that."""
         asked = orjson.loads(body)
-        prompt = asked["messages"][-1]["content"]
+        if not asked["messages"]:
+            return None
+        prompt = text_of(asked["messages"][-1]["content"])
         self.calls[prompt] += 1
+        self.times.append(time.time())
         message = {"role": "assistant", "content": prompt}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         head = {"id": "bench", "object": "chat.completion", "created": 1_700_000_000, "model": asked["model"]}
         return orjson.dumps(head | {"choices": [choice], "usage": USAGE})
 
-    def told(self) -> bytes:
-        """Return what a GET is answered with."""
-        return orjson.dumps({"calls": self.calls.total(), "distinct": len(self.calls)})
+    def told(self, since: float) -> bytes:
+        """Return what a GET is answered with: `first` is the time of the first call since, None before there is one."""
+        later = self.times[bisect_left(self.times, since) :][:1]
+        return orjson.dumps(
+            {"calls": len(self.times), "distinct": len(self.calls), "first": later[0] if later else None}
+        )
+
+
+def text_of(content: str | list[dict[str, str]]) -> str:
+    """Return a message's text, which comes as it is or in parts."""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 class Connection(asyncio.Protocol):
@@ -65,19 +80,22 @@ class Connection(asyncio.Protocol):
             return
         if head.startswith(b"GET"):
             self._read = rest
-            self._write(self._server.told())
+            self._write(self._server.told(float(head.split()[1].partition(b"?since=")[2] or 0)))
             return
         length = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0])
         if len(rest) < length:
             return
         self._read = rest[length:]
         body = self._server.answer(rest[:length])
+        if body is None:
+            self._write(NOTHING_ASKED, b"400 Bad Request")
+            return
         asyncio.get_running_loop().call_later(self._server.seconds, self._write, body)
 
-    def _write(self, body: bytes) -> None:
+    def _write(self, body: bytes, status: bytes = b"200 OK") -> None:
         if self._transport is not None:
-            head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
-            self._transport.write(head % len(body) + body)
+            head = b"HTTP/1.1 %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+            self._transport.write(head % (status, len(body)) + body)
 
 
 async def serve(seconds: float) -> None:

@@ -85,6 +85,16 @@ def expect(what: str, wanted: object, got: object) -> None:
         raise BenchError(f"expected {what} to be {wanted!r}, got: {got!r}; the measurement means nothing")
 
 
+def nap_prompts(count: int) -> list[str]:
+    """Return the prompts of jobs that only wait."""
+    return [f"Job {n}" for n in range(count)]
+
+
+def chat_prompts(count: int) -> list[str]:
+    """Return prompts of about 150 characters, all distinct."""
+    return [f"{n:06d} " + "What do you make of this?" * 6 for n in range(count)]
+
+
 class Bench:
     """Measurements in one folder, each on files of its own, which are removed before."""
 
@@ -149,7 +159,7 @@ class Bench:
 
     def naps(self) -> list[Measured]:
         """Measure jobs that take a fixed time, beside the ceiling of their slots."""
-        prompts = [f"Job {n}" for n in range(self._sizes.naps)]
+        prompts = nap_prompts(self._sizes.naps)
         path = self._queue_of("naps.db", prompts, NAP)
         took = timed(lambda: expect("the answers", len(prompts), _work(path, NAP, NAP_SLOTS)))
         _collect(path, self._folder / "naps.jsonl")
@@ -159,7 +169,7 @@ class Bench:
 
     def chat(self) -> list[Measured]:
         """Measure a batch from prompts to collected answers, beside a gather of the same calls that keeps nothing."""
-        prompts = [f"{n:06d} " + "What do you make of this?" * 6 for n in range(self._sizes.calls)]
+        prompts = chat_prompts(self._sizes.calls)
         path, out = self._fresh("chat.db"), self._folder / "chat.jsonl"
 
         def end_to_end() -> None:

@@ -1,0 +1,44 @@
+"""The loop that an author writes: a semaphore, a gather, and a commit for each answer.
+
+`delete` leaves SQLite's journal as it comes, `wal` asks for the faster one; both wait for the disk at every commit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import rival
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+async def answer(task: rival.Task, connection: sqlite3.Connection) -> list[object]:
+    """Nap over each prompt and keep it."""
+    slots = asyncio.Semaphore(task.slots)
+
+    async def nap(n: int, prompt: str) -> object:
+        async with slots:
+            await asyncio.sleep(rival.NAP_SECONDS)
+            connection.execute("INSERT INTO answers VALUES (?, ?)", (n, prompt))
+            connection.commit()
+        return prompt
+
+    return await asyncio.gather(*(nap(n, prompt) for n, prompt in enumerate(task.prompts)))
+
+
+def work(task: rival.Task) -> Sequence[object]:
+    """Answer, and read back what is kept."""
+    with closing(sqlite3.connect(task.folder / "answers.db")) as connection:
+        connection.execute(f"PRAGMA journal_mode = {task.way}")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("CREATE TABLE answers (n INTEGER PRIMARY KEY, answer TEXT)")
+        asyncio.run(answer(task, connection))
+        return [row[0] for row in connection.execute("SELECT answer FROM answers ORDER BY n")]
+
+
+if __name__ == "__main__":
+    rival.run(work, ())
