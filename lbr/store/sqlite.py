@@ -31,7 +31,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 WAL_LIMIT_BYTES = 16 * 1024 * 1024
-CHECKPOINT_PAUSE_SECONDS = 5.0
+LARGE_WAL_BYTES = 4 * WAL_LIMIT_BYTES
+"""From here on a checkpoint that a reader was in the way of is tried again sooner, and waits longer for it."""
+CHECKPOINT_PAUSE_SECONDS, HASTY_PAUSE_SECONDS = 5.0, 1.0
+READER_MS, HASTY_READER_MS = 100, 500
+"""How long every writer waits, at a checkpoint, for a long reader."""
 
 # Primary result codes of SQLite, https://sqlite.org/rescode.html
 ERROR, BUSY, LOCKED, READONLY, IOERR, CORRUPT, FULL, CANTOPEN, NOTADB = 1, 5, 6, 8, 10, 11, 13, 14, 26
@@ -172,7 +176,7 @@ class SQLiteDatabase(Database):
         self._data_version = -1
         self._wal = Path(f"{path}-wal")
         self._checkpoint_lock = files.file_lock(files.lock_path(path, "checkpoint"), timeout=0)
-        self._no_checkpoint_before = 0.0
+        self._checkpoint_failed = float("-inf")
 
     async def now(self, connection: AsyncConnection) -> Millis:
         """Return the time that leases are compared with: SQLite's users share one machine and its clock."""
@@ -254,30 +258,30 @@ class SQLiteDatabase(Database):
         SQLite before 3.51.3 can corrupt a database when a commit falls between two checkpoints that follow each
         other closely; with its own checkpoints off, and ours under a lock, that cannot happen.
         """
-        if time.monotonic() < self._no_checkpoint_before:
-            return
         try:
-            if self._wal.stat().st_size < WAL_LIMIT_BYTES:
-                return
+            size = self._wal.stat().st_size
         except FileNotFoundError:
             return
-        self._no_checkpoint_before = time.monotonic() + CHECKPOINT_PAUSE_SECONDS
+        hasty = size >= LARGE_WAL_BYTES
+        pause = HASTY_PAUSE_SECONDS if hasty else CHECKPOINT_PAUSE_SECONDS
+        if size < WAL_LIMIT_BYTES or time.monotonic() < self._checkpoint_failed + pause:
+            return
+        self._checkpoint_failed = time.monotonic()
         try:
             self._checkpoint_lock.acquire()
         except Timeout:
             return
         try:
-            complete = await self._checkpoint()
+            complete = await self._checkpoint(HASTY_READER_MS if hasty else READER_MS)
         finally:
             self._checkpoint_lock.release()
         if complete:
-            self._no_checkpoint_before = 0.0
+            self._checkpoint_failed = float("-inf")
 
-    async def _checkpoint(self) -> bool:
+    async def _checkpoint(self, reader_ms: int) -> bool:
         async with self._writer.connect() as connection:
             await connection.execution_options(lbr_begin="")
-            # A long reader must not make every writer wait for it.
-            await connection.exec_driver_sql("PRAGMA busy_timeout = 100")
+            await connection.exec_driver_sql(f"PRAGMA busy_timeout = {reader_ms}")
             try:
                 busy = (await connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")).one()[0]
             except DBAPIError:
