@@ -125,7 +125,7 @@ def _recounted() -> tuple[str, str]:
 
 
 async def _claim_seconds(folder: Path) -> float:
-    """Return the median seconds of a claim of a full batch; what is claimed is given back."""
+    """Return the median seconds of a claim of a full batch; what is claimed stays so."""
     database = await open_database(str(folder / "runs.db"))
     queue = Queue(database)
     worker = await queue.register(host="bench", pid=os.getpid(), concurrency=CLAIMED)

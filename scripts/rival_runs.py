@@ -112,14 +112,17 @@ def crashed_lbr(prompts: Sequence[str], folder: Path) -> Crash:
 
 
 @contextmanager
-def _started(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def _started(
+    command: Sequence[str], environment: Mapping[str, str], output: int = subprocess.DEVNULL
+) -> Iterator[subprocess.Popen[str]]:
     """Start a command in a group of its own and kill the whole of it in the end."""
     process = subprocess.Popen(
         command,
         env=environment,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        text=True,
         start_new_session=True,
     )
     try:
@@ -136,21 +139,11 @@ def _kill(process: subprocess.Popen[Any]) -> None:
 
 def _run(command: Sequence[str], environment: Mapping[str, str]) -> str:
     """Run a command to its end and return what it printed."""
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        said, complained = process.communicate(timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        raise NotMeasuredError(f"it took more than {SECONDS} s") from None
-    finally:
-        _kill(process)
+    with _started(command, environment, subprocess.PIPE) as process:
+        try:
+            said, complained = process.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            raise NotMeasuredError(f"it took more than {SECONDS} s") from None
     if process.returncode != 0:
         raise NotMeasuredError(f"it failed: {last_line(complained)}")
     return said

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -47,10 +45,12 @@ def counted() -> Iterator[Counter[str]]:
 async def test_a_thousand_jobs_take_few_statements(counted: Counter[str], db_url: str) -> None:
     """What a thousand jobs cost a database is counted in tens, for many go in one transaction."""
     prompts = [f"prompt {n}" for n in range(JOBS)]
+    # PostgreSQL is asked about its schema, about turns, and for ids. A slow disk may make a batch or two more of the calls.
+    server = db_url.startswith("postgresql")
     bounds = {
-        "enqueue": {"statements": 60, "commits": 12},
-        "work": {"statements": 130, "commits": 45},
-        "collect": {"statements": 15, "commits": 10},
+        "enqueue": {"statements": 50 if server else 28, "commits": 8},
+        "work": {"statements": 80 if server else 65, "commits": 24},
+        "collect": {"statements": 8, "commits": 6},
     }
     found = {}
     for step in bounds:
@@ -100,28 +100,3 @@ def test_a_benchmark_of_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(measures, "_work", lambda *_: 0)
     with pytest.raises(BenchError, match="expected the answers to be"):
         measure(tmp_path, Sizes(20, 20, 20), ["naps"], tell=lambda _: None)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "absent"),
-    [
-        (["--help"], ["pydantic_ai", "openai", "aiohttp", "polars", "jinja2", "jsonschema", "asyncpg"]),
-        (
-            ["--db", "none.db", "status"],
-            ["pydantic_ai", "openai", "aiohttp", "polars", "jsonschema", "asyncpg"],
-        ),
-    ],
-)
-def test_commands_import_only_what_they_use(tmp_path: Path, arguments: list[str], absent: list[str]) -> None:
-    """What takes long to import is imported where it is used."""
-    script = (
-        "import sys; from lbr.cli import main\n"
-        f"sys.argv = ['lbr', *{arguments!r}]\n"
-        "try: main()\n"
-        "except SystemExit: pass\n"
-        f"print('IMPORTED', [name for name in {absent!r} if name in sys.modules])"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    assert found.stdout.splitlines()[-1] == "IMPORTED []", found.stdout

@@ -16,7 +16,10 @@ from tests.scripted_server import Scripted
 if TYPE_CHECKING:
     from pathlib import Path
 
-HEAVY = ("pydantic_ai", "pydantic", "polars", "jinja2", "jsonschema", "rich", "dotenv")
+HEAVY = (
+    *("pydantic_ai", "pydantic", "openai", "aiohttp", "httpx2", "genai_prices"),
+    *("asyncpg", "polars", "jinja2", "jsonschema", "rich", "dotenv"),
+)
 
 
 MAIN_JOB = """

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 
 import orjson
 
+from lbr.jobs import KEY_BYTES
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
 BATCH = 128
-KEY_BYTES = 16
 
 _CLAIM = """
 UPDATE jobs SET state = 'inflight', claim_seq = claim_seq + 1, worker_id = 1, lease_until = ?

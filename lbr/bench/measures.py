@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lbr import api
-from lbr.bench import by_hand, chat
+from lbr.bench import PARTS, by_hand, chat
 from lbr.bench.chat_server import SECONDS as CHAT_SECONDS
 from lbr.bench.jobs import NAP_SECONDS
 from lbr.errors import LbrError
@@ -212,9 +212,6 @@ def check_lines(path: Path, prompts: Sequence[str]) -> None:
     for n, (prompt, row) in enumerate(zip(prompts, found, strict=True)):
         got = (row["idx"], row["prompt"], row["status"], row["result"])
         expect(f"row {n}", (n, prompt, "done", prompt), got)
-
-
-PARTS = ("queue", "naps", "chat")
 
 
 def measure(

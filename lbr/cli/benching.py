@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 import click
 import orjson
 
+from lbr.bench import PARTS
 from lbr.cli.app import tell
 
 if TYPE_CHECKING:
     from lbr.bench.measures import Measured
 
 PACKAGES = ("llm-batch-runner", "sqlalchemy", "aiosqlite", "aiohttp")
-PARTS = ("queue", "naps", "chat")
 
 
 @click.command()

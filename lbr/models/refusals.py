@@ -17,6 +17,8 @@ from lbr.models.wording import clean
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from lbr.errors import Usage
+
 TRANSIENT_STATUSES = frozenset({408, 409, 425, 499})
 """Of the 4xx those that may pass: too slow, in the way of another, too early, cut off."""
 
@@ -112,6 +114,12 @@ def call_error(refusal: Refusal, *, api_key: str | None = None, now: float | Non
         kind=refusal.kind,
         overloaded=family is Family.TRANSIENT and is_overloaded(refusal),
     )
+
+
+def empty_answer(ending: object, usage: Usage) -> CallError:
+    """Return the error for an answer that says nothing; `ending` is the finish reason."""
+    hint = "; raise max_tokens" if ending == "length" else ""
+    return CallError(f"the answer is empty, finish reason: {ending}{hint}", kind="EmptyAnswer", usage=usage)
 
 
 def _retry_after(refusal: Refusal, family: Family, now: float) -> float | None:

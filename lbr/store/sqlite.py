@@ -176,7 +176,7 @@ class SQLiteDatabase(Database):
         self._data_version = -1
         self._wal = Path(f"{path}-wal")
         self._checkpoint_lock = files.file_lock(files.lock_path(path, "checkpoint"), timeout=0)
-        self._checkpoint_failed = float("-inf")
+        self._unfinished_checkpoint = float("-inf")
 
     async def now(self, connection: AsyncConnection) -> Millis:
         """Return the time that leases are compared with: SQLite's users share one machine and its clock."""
@@ -264,9 +264,9 @@ class SQLiteDatabase(Database):
             return
         hasty = size >= LARGE_WAL_BYTES
         pause = HASTY_PAUSE_SECONDS if hasty else CHECKPOINT_PAUSE_SECONDS
-        if size < WAL_LIMIT_BYTES or time.monotonic() < self._checkpoint_failed + pause:
+        if size < WAL_LIMIT_BYTES or time.monotonic() < self._unfinished_checkpoint + pause:
             return
-        self._checkpoint_failed = time.monotonic()
+        self._unfinished_checkpoint = time.monotonic()
         try:
             self._checkpoint_lock.acquire()
         except Timeout:
@@ -276,7 +276,7 @@ class SQLiteDatabase(Database):
         finally:
             self._checkpoint_lock.release()
         if complete:
-            self._checkpoint_failed = float("-inf")
+            self._unfinished_checkpoint = float("-inf")
 
     async def _checkpoint(self, reader_ms: int) -> bool:
         async with self._writer.connect() as connection:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from lbr.errors import CallError
 from lbr.jobs import Reply
+from lbr.models.refusals import empty_answer
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -103,10 +103,7 @@ class Reader:
         if usage is None:
             raise OddAnswer
         if not text.strip():
-            hint = "; raise max_tokens" if ending == "length" else ""
-            raise CallError(
-                f"the answer is empty, finish reason: {ending}{hint}", kind="EmptyAnswer", usage=usage
-            )
+            raise empty_answer(ending, usage)
         return Reply(text=text, usage=usage, model=body["model"], finish_reason=ending)
 
     def _is_plain(self, body: Any, choice: Any, message: Any) -> bool:

@@ -15,7 +15,7 @@ from lbr.models.pydantic_ai.checks import check_known, missing_package, provider
 from lbr.models.pydantic_ai.families import call_error
 from lbr.models.pydantic_ai.history import history_of
 from lbr.models.pydantic_ai.replies import ANSWER_TOOL, reply_of
-from lbr.models.pydantic_ai.transport import carry_over_aiohttp
+from lbr.models.pydantic_ai.transport import carry_over_aiohttp, put_under
 from lbr.models.refusals import status_in
 from lbr.models.wording import clean
 
@@ -88,9 +88,7 @@ class PydanticAIModel:
 
     def replace_transport(self, transport: Any) -> None:
         """Let calls go by another httpx2 transport; only for providers that are called with the OpenAI SDK."""
-        client = self._model.client._client  # type: ignore[attr-defined]  # noqa: SLF001
-        client._transport = transport  # noqa: SLF001
-        client._mounts.clear()  # noqa: SLF001 - a proxy would go before the transport
+        put_under(self._model.client._client, transport)  # type: ignore[attr-defined]  # noqa: SLF001
 
     async def aclose(self) -> None:
         """Close the HTTP client."""

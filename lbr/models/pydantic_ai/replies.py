@@ -9,6 +9,7 @@ import orjson
 
 from lbr.errors import CallError, Permanent, Usage
 from lbr.jobs import Reply
+from lbr.models.refusals import empty_answer
 from lbr.models.wording import clean
 
 if TYPE_CHECKING:
@@ -28,12 +29,7 @@ def reply_of(response: ModelResponse) -> Reply:
             "the provider broke off in the answer", kind="BrokenAnswer", text=text, usage=_usage(response)
         )
     if not text.strip():
-        hint = "; raise max_tokens" if response.finish_reason == "length" else ""
-        raise CallError(
-            f"the answer is empty, finish reason: {response.finish_reason}{hint}",
-            kind="EmptyAnswer",
-            usage=_usage(response),
-        )
+        raise empty_answer(response.finish_reason, _usage(response))
     return Reply(
         text=text, usage=_usage(response), model=response.model_name, finish_reason=response.finish_reason
     )

@@ -45,12 +45,14 @@ def carry_over_aiohttp(model: Model) -> None:
     provider._http_client_factory = lambda: _carry(factory())  # noqa: SLF001 - the one place that makes them
 
 
-def _carry(client: Any) -> Any:
+def put_under(client: Any, transport: Any) -> None:
     """Give an httpx client another transport, before its first call; what it had is not open yet."""
-    transport = _transport_class(_httpx_of(client))()
-    # A client that is given its transport at construction no longer reads proxies; this one's Http does.
-    client._transport = transport  # noqa: SLF001
-    client._mounts.clear()  # noqa: SLF001
+    client._transport = transport  # noqa: SLF001 - one given at construction would change what else a client does
+    client._mounts.clear()  # noqa: SLF001 - a proxy of its own would go before the transport
+
+
+def _carry(client: Any) -> Any:
+    put_under(client, _transport_class(_httpx_of(client))())
     return client
 
 
