@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import aiosqlite
 import pytest
 from sqlalchemy import event, text
 
@@ -46,6 +47,42 @@ async def test_file_is_private(tmp_path: Path) -> None:
     await database.close()
     assert {"q.db", "q.db-wal", "q.db-shm"} <= set(modes)
     assert set(modes.values()) == {0o600}
+
+
+async def test_a_transaction_is_one_trip(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its beginning to its commit the file is locked, and nobody waits for two threads to take turns."""
+    trips: list[object] = []
+    original = aiosqlite.Connection._execute
+
+    async def counted(connection: aiosqlite.Connection, fn: Any, *args: Any, **options: Any) -> Any:
+        trips.append(fn)
+        return await original(connection, fn, *args, **options)  # type: ignore[no-untyped-call]
+
+    async def names(connection: AsyncConnection) -> list[str]:
+        await connection.execute(text("SELECT 1"))
+        return list((await connection.execute(text(RUNS))).scalars())
+
+    for verb in (database.write, database.read):
+        await verb(names)
+        monkeypatch.setattr(aiosqlite.Connection, "_execute", counted)
+        assert await verb(names) == []
+        monkeypatch.undo()
+        assert len(trips) == 1
+        trips.clear()
+
+
+async def test_a_transaction_waits_for_its_database_alone(database: Database) -> None:
+    """One that would keep the file locked while it waits for something else is refused, and undone."""
+    await put(database, ["a"])
+
+    async def work(connection: AsyncConnection) -> None:
+        await connection.execute(text("UPDATE runs SET name = 'other'"))
+        await asyncio.sleep(0)
+
+    with pytest.raises(RuntimeError, match="wait for its database alone"):
+        await database.write(work)
+    found = await database.read(lambda connection: connection.execute(text(RUNS)))
+    assert "other" not in found.scalars().all()
 
 
 class Undo(Exception):  # noqa: N818

@@ -19,7 +19,7 @@ from lbr.jobs import Millis
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
-    from contextlib import AbstractAsyncContextManager, AbstractContextManager
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -82,12 +82,7 @@ class Database(ABC):
 
     async def read(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """Run one short read-only transaction, again after a failure that passes. Raises as `write` does."""
-
-        async def once() -> T:
-            async with self._reading() as connection:
-                return await work(connection)
-
-        return await self._retried(once)
+        return await self._retried(lambda: self._read(work))
 
     async def _retried(self, once: Callable[[], Awaitable[T]]) -> T:
         with self._errors():
@@ -117,8 +112,8 @@ class Database(ABC):
         """Run `work` in a transaction, by `_retried`, when its turn has come. It is not cancelled."""
 
     @abstractmethod
-    def _reading(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        """Return a read-only transaction."""
+    async def _read(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        """Run `work` once in a read-only transaction."""
 
     @abstractmethod
     def _passes(self, error: Exception) -> bool:

@@ -170,10 +170,9 @@ class PostgresDatabase(Database):
         async with lane.turn:
             return await self._retried(once)
 
-    @asynccontextmanager
-    async def _reading(self) -> AsyncIterator[AsyncConnection]:
+    async def _read(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         async with asyncio.timeout(STALL_SECONDS), self._reader.connect() as connection:
-            yield connection
+            return await work(connection)
 
     def _passes(self, error: Exception) -> bool:
         return is_passing(error)

@@ -16,12 +16,12 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError, Statement
 
 from lbr.config import PATIENCE
 from lbr.errors import AlreadyRunningError, DatabaseBusyError, DatabaseError, MisfitError, UsageError
-from lbr.store import connections, files, schema
+from lbr.store import connections, files, schema, trips
 from lbr.store.database import Database, local_clock
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-    from contextlib import AbstractAsyncContextManager, AbstractContextManager
+    from contextlib import AbstractContextManager
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -207,15 +207,16 @@ class SQLiteDatabase(Database):
         async def once() -> T:
             async with self._write_lock:
                 self.check_file()
-                async with self._writer.begin() as connection:
-                    result = await work(connection)
+                async with self._writer.connect() as connection:
+                    result = await trips.transact(connection, work)
                 await self._checkpoint_if_large()
             return result
 
         return await self._retried(once)
 
-    def _reading(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        return self._reader.begin()
+    async def _read(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        async with self._reader.connect() as connection:
+            return await trips.transact(connection, work)
 
     def _passes(self, error: Exception) -> bool:
         return _is_busy(error)

@@ -1,21 +1,27 @@
-"""aiosqlite with one trip to a connection's thread for each statement.
+"""aiosqlite with one trip to a connection's thread for a whole transaction, or for a statement outside of one.
 
 As it comes, a statement takes four: a cursor is made, the statement run, its rows fetched, the cursor closed, and each
 trip costs two switches between threads, which is more than most statements. Here the first waits for nothing, the
-second brings the rows along, and the others find everything done.
+second brings the rows along, and the others find everything done. A transaction is taken to the thread as it is: in
+there nothing has to be waited for, and the file's lock is held while it computes, not while threads take turns.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from typing import TYPE_CHECKING, Any
+import threading
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import aiosqlite
 from aiosqlite.context import contextmanager
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable
     from pathlib import Path
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+T = TypeVar("T")
 
 ITER_CHUNK = 64
 
@@ -60,7 +66,22 @@ class OneTripCursor(aiosqlite.Cursor):
 
 
 class OneTripConnection(aiosqlite.Connection):
-    """A connection whose cursors take one trip to its thread."""
+    """A connection whose cursors take one trip to its thread, and none from within it."""
+
+    async def _execute(self, fn: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        if threading.get_ident() == self._thread.ident:
+            return fn(*args, **options)
+        return await super()._execute(fn, *args, **options)  # type: ignore[no-untyped-call]
+
+    async def rollback(self) -> None:
+        """Roll back, without a trip where there is nothing to: a pool asks for it after every transaction."""
+        if self.in_transaction:
+            await super().rollback()
+
+    async def complete(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine to its end in the thread. It may wait for nothing but this connection."""
+        result: T = await self._execute(_complete, coroutine)
+        return result
 
     @contextmanager
     async def cursor(self) -> aiosqlite.Cursor:
@@ -71,3 +92,27 @@ class OneTripConnection(aiosqlite.Connection):
 def connect(database: str | Path, **options: Any) -> OneTripConnection:
     """Return what `aiosqlite.connect` would, with cursors of one trip."""
     return OneTripConnection(lambda: sqlite3.connect(database, **options), ITER_CHUNK)
+
+
+def _complete(coroutine: Coroutine[Any, Any, T]) -> T:
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    coroutine.close()
+    raise RuntimeError("expected a transaction to wait for its database alone, got: one that waits for more")
+
+
+async def transact(connection: AsyncConnection, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+    """Run a transaction in one trip, from its beginning to its commit, or to its end by what `work` raises."""
+
+    async def transaction() -> T:
+        async with connection.begin():
+            return await work(connection)
+
+    raw = await connection.get_raw_connection()
+    driver = raw.driver_connection
+    if not isinstance(driver, OneTripConnection):
+        raise TypeError(f"expected a connection that `connect` made, got: {driver!r}")
+    return await driver.complete(transaction())
