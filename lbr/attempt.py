@@ -71,7 +71,7 @@ def _storable(reply: Reply) -> Reply:
             f"expected an answer of at most {ANSWER_LIMIT:,} characters, got: {len(reply.text):,}",
             usage=reply.usage,
         )
-    reply = replace(reply, usage=storable_usage(reply.usage)) if reply.usage != NO_USAGE else reply
+    reply = replace(reply, usage=storable_usage(reply.usage)) if reply.usage is not NO_USAGE else reply
     text = storable(reply.text)
     model = reply.model and storable(reply.model)
     finish_reason = reply.finish_reason and storable(reply.finish_reason)

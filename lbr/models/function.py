@@ -249,7 +249,7 @@ class FunctionModel:
 
 def _text_of(result: Any) -> str:
     """Return what a function gave as an answer's text; Permanent for anything that is no answer."""
-    if isinstance(result, dict | list) or _is_base_model(result):
+    if not isinstance(result, str) and (isinstance(result, dict | list) or _is_base_model(result)):
         try:
             # By alias, for that is how the schema of a result type names the fields.
             dumped = (

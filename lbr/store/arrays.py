@@ -142,8 +142,8 @@ class Bulk:
         return self._build(Given(fields, sqlite_insert, arrays=False))
 
     @cached_property
-    def _direct(self) -> tuple[str, Callable[[Mapping[str, Any]], tuple[Any, ...]]]:
-        """The text for one row at a time, and what takes its values out of a row, in their order.
+    def _direct(self) -> tuple[str, Callable[[tuple[Any, ...]], tuple[Any, ...]] | None]:
+        """The text for one row at a time, and what puts its values into the text's order, None where they have it.
 
         The driver gets both as they are: what SQLAlchemy does for each row of an executemany takes as long as the
         row's way into the table.
@@ -155,7 +155,8 @@ class Bulk:
         wanted = compiled.positiontup or []
         if not set(wanted) <= set(names):
             raise TypeError(f"expected a statement over {names} alone, got: one over {wanted}")
-        return str(compiled), itemgetter(*wanted)
+        places = [names.index(name) for name in wanted]
+        return str(compiled), None if places == list(range(len(names))) else itemgetter(*places)
 
     @cached_property
     def whole(self) -> Any:
@@ -169,13 +170,18 @@ class Bulk:
 
     async def run(self, connection: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> int:
         """Run the statement for all of the rows; return how many rows it changed, 0 for none given."""
+        return await self.run_plain(connection, [tuple(row[name] for name in self._types) for row in rows])
+
+    async def run_plain(self, connection: AsyncConnection, rows: list[tuple[Any, ...]]) -> int:
+        """Do the same with the values of the rows alone, in the order of the fields: for rows in great numbers."""
         if not rows:
             return 0
         if option(connection, TAKES_ARRAYS):
-            columns = {name: [row[name] for row in rows] for name in self._types}
+            columns = dict(zip(self._types, map(list, zip(*rows, strict=True)), strict=True))
             return (await connection.execute(self.whole, columns)).rowcount
-        text, values = self._direct
-        return (await connection.exec_driver_sql(text, [values(row) for row in rows])).rowcount
+        text, ordered = self._direct
+        sent = rows if ordered is None else [ordered(row) for row in rows]
+        return (await connection.exec_driver_sql(text, sent)).rowcount
 
 
 class Inserting(Bulk):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -98,6 +99,9 @@ _TRIES = (
 )
 
 
+_ID = itemgetter(0)
+
+
 @dataclass(frozen=True, slots=True)
 class Wish:
     """What a worker asks for: up to `most` jobs of these runs; see `lbr.store.queue.Queue.claim`."""
@@ -135,7 +139,7 @@ async def _with_prompts(connection: AsyncConnection, rows: list[AnyRow], now: Mi
     tried = [row for row in rows if row.claim_seq > row.retry_seq + 1]
     histories = await _histories(connection, tried, now)
     claims = []
-    for job_id, run_id, claim_seq, _, attempts_, crashes in sorted(rows):  # in the order of their ids
+    for job_id, run_id, claim_seq, _, attempts_, crashes in sorted(rows, key=_ID):
         if job_id not in by_id:
             raise DatabaseError(
                 f"expected a prompt for job {job_id}, got: none; the database was changed by hand"

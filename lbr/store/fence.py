@@ -32,6 +32,15 @@ class Standing:
     answerer: str
 
 
+def is_plain(settlement: Settlement, job: Standing) -> bool:
+    """Tell whether a settlement is as nearly all are: an answer to a job that its claim still holds."""
+    return (
+        job.state == JobState.INFLIGHT
+        and job.claim_seq == settlement.claim.claim_seq
+        and settlement.outcome.failure is None
+    )
+
+
 def was_put_back(job: Standing) -> bool:
     """Tell whether a job was put back by hand, and not claimed again since."""
     return job.state == JobState.PENDING and job.retry_seq == job.claim_seq

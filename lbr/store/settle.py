@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from lbr.jobs import JobId, JobState, Millis, RunId, RunState, Settlement
 from lbr.retry import is_overload
 from lbr.store import counters
 from lbr.store.arrays import Bulk, Given, Inserting, among
-from lbr.store.fence import FENCE, Standing, is_doubtful, is_mine, is_repeated
+from lbr.store.fence import FENCE, Standing, is_doubtful, is_mine, is_plain, is_repeated
 from lbr.store.limiting import Lesson, learn
 from lbr.store.runs import hold_states, resting_state
 from lbr.store.schema import attempts, jobs, limits, results, runs
@@ -62,12 +63,12 @@ def _settling(given: Given) -> Any:
 
 SETTLE = Bulk(
     {
-        "job": jobs.c.id.type,
-        "seq": jobs.c.claim_seq.type,
         "to": jobs.c.state.type,
         "available": jobs.c.available_at.type,
         "charge": jobs.c.attempts.type,
         "finished": jobs.c.finished_at.type,
+        "job": jobs.c.id.type,
+        "seq": jobs.c.claim_seq.type,
     },
     _settling,
 )
@@ -119,21 +120,17 @@ async def settle(database: Database, batch: Sequence[Settlement]) -> Settled:
             raise DatabaseError(
                 "expected the jobs of every call to exist, got: some removed; the database was replaced"
             )
-        seen = [(s, standing[s.claim.job_id]) for s in batch]
-        fits = [(s, job, is_mine(s, job)) for s, job in seen]
-        told = await _told(connection, [s for s, job, fit in fits if is_doubtful(s, job, fits=fit)])
-        new = [(s, fit) for s, job, fit in fits if not is_repeated(s, job, told)]
-        mine = [s for s, fit in new if fit]
-        stale = [s for s, fit in new if not fit]
+        mine, stale = await _sorted_by_fence(connection, batch, standing)
         states = await _run_states(connection, mine, standing)
-        await _update_jobs(connection, mine, states, now)
+        targets = [_target(s, states) for s in mine]
+        await _update_jobs(connection, mine, targets, now)
         await _insert_results(connection, mine)
         await _insert_attempts(connection, mine, stale, now)
         paused = await _pause(connection, mine)
         # First what locks all answerers in the order of their names; those that cool down are among them.
         await learn(connection, _lessons([*mine, *stale], standing, now), now)
         await _cool_down(connection, mine, standing, now)
-        await counters.add(connection, _deltas(mine, stale, standing, states))
+        await counters.add(connection, _deltas(mine, targets, stale, standing))
         return Settled(
             taken=frozenset(s.claim.job_id for s in mine),
             stale=frozenset(s.claim.job_id for s in stale),
@@ -141,6 +138,20 @@ async def settle(database: Database, batch: Sequence[Settlement]) -> Settled:
         )
 
     return await database.write(work)
+
+
+async def _sorted_by_fence(
+    connection: AsyncConnection, batch: Sequence[Settlement], standing: dict[int, Standing]
+) -> tuple[list[Settlement], list[Settlement]]:
+    """Return what is to be taken, and what came too late; what is on record already is neither."""
+    seen = [(s, standing[s.claim.job_id]) for s in batch]
+    mine = [s for s, job in seen if is_plain(s, job)]
+    if len(mine) == len(seen):
+        return mine, []
+    fits = [(s, job, is_mine(s, job)) for s, job in seen if not is_plain(s, job)]
+    told = await _told(connection, [s for s, job, fit in fits if is_doubtful(s, job, fits=fit)])
+    new = [(s, fit) for s, job, fit in fits if not is_repeated(s, job, told)]
+    return mine + [s for s, fit in new if fit], [s for s, fit in new if not fit]
 
 
 async def _told(connection: AsyncConnection, doubtful: list[Settlement]) -> set[tuple[int, int]]:
@@ -171,22 +182,14 @@ def _target(settlement: Settlement, states: dict[RunId, RunState]) -> JobState:
 
 
 async def _update_jobs(
-    connection: AsyncConnection, mine: list[Settlement], states: dict[RunId, RunState], now: Millis
+    connection: AsyncConnection, mine: list[Settlement], targets: list[JobState], now: Millis
 ) -> None:
     rows = []
-    for s in mine:
-        to = _target(s, states)
-        rows.append(
-            {
-                "job": s.claim.job_id,
-                "seq": s.claim.claim_seq,
-                "to": to,
-                "available": now + s.wait_ms,
-                "charge": s.charge,
-                "finished": None if to is JobState.PENDING else now,
-            }
-        )
-    done = await SETTLE.run(connection, rows)
+    for s, to in zip(mine, targets, strict=True):
+        claim = s.claim
+        finished = None if to is JobState.PENDING else now
+        rows.append((to, now + s.wait_ms, s.charge, finished, claim.job_id, claim.claim_seq))
+    done = await SETTLE.run_plain(connection, rows)
     if done != len(rows):
         raise DatabaseError(f"expected {len(rows)} jobs to be settled, got: {done}; nothing was written")
 
@@ -197,17 +200,10 @@ async def _insert_results(connection: AsyncConnection, mine: list[Settlement]) -
         reply = s.outcome.reply
         if reply is None:
             continue
-        rows.append(
-            {
-                "job_id": s.claim.job_id,
-                "text": reply.text,
-                "model": reply.model,
-                "finish_reason": reply.finish_reason,
-                "latency_ms": s.outcome.latency_ms,
-                **_usage(reply.usage),
-            }
-        )
-    await ADD_RESULTS.run(connection, rows)
+        usage, job_id, latency = reply.usage, s.claim.job_id, s.outcome.latency_ms
+        counted = (usage.input_tokens, usage.output_tokens, usage.cost_nanos)
+        rows.append((job_id, reply.text, reply.model, reply.finish_reason, latency, *counted))
+    await ADD_RESULTS.run_plain(connection, rows)
 
 
 def _usage(usage: Usage) -> dict[str, int | None]:
@@ -262,26 +258,27 @@ def _attempt(settlement: Settlement, what: str, now: Millis) -> dict[str, Any]:
 
 def _deltas(
     mine: list[Settlement],
+    targets: list[JobState],
     stale: list[Settlement],
     standing: dict[int, Standing],
-    states: dict[RunId, RunState],
 ) -> counters.Deltas:
-    deltas = counters.moved(
-        (s.claim.run_id, standing[s.claim.job_id].state, _target(s, states)) for s in mine
-    )
+    ended = zip(mine, targets, strict=True)
+    deltas = counters.moved([(s.claim.run_id, standing[s.claim.job_id].state, to) for s, to in ended])
+    both = [*mine, *stale] if stale else mine
+    for run_id, count in Counter([s.claim.run_id for s in both if _was_answered(s)]).items():
+        deltas[run_id, counters.ANSWERED] += count
     for s in stale:
         deltas[s.claim.run_id, counters.STALE] += 1
     for s in [*stale, *(s for s in mine if s.outcome.failure is not None)]:
         deltas[s.claim.run_id, counters.WASTED_NANOS] += _usage_of(s).cost_nanos or 0
-    for s in [*mine, *stale]:
-        usage = _usage_of(s)
-        deltas[s.claim.run_id, counters.ANSWERED] += _was_answered(s)
+    for s in both:
+        usage, failure = _usage_of(s), s.outcome.failure
         if usage is not NO_USAGE:
             deltas[s.claim.run_id, counters.INPUT_TOKENS] += usage.input_tokens or 0
             deltas[s.claim.run_id, counters.OUTPUT_TOKENS] += usage.output_tokens or 0
             deltas[s.claim.run_id, counters.COST_NANOS] += usage.cost_nanos or 0
-        if s.outcome.failure is not None:
-            deltas[s.claim.run_id, counters.TRY + s.outcome.failure.family] += 1
+        if failure is not None:
+            deltas[s.claim.run_id, counters.TRY + failure.family] += 1
     return deltas
 
 
