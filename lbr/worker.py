@@ -19,9 +19,10 @@ from lbr.calls import Calls, WorkReport
 from lbr.errors import DatabaseError, NothingToServeError
 from lbr.jobs import Claim, JobState, RunId, RunState, Until, WorkerId
 from lbr.pacing import Pacing
+from lbr.reclaiming import take_back
 from lbr.retry import RetryPolicy
 from lbr.serving import Servings
-from lbr.spool import keep, settle_kept
+from lbr.spool import keep
 from lbr.store import reads
 from lbr.store.queue import Queue
 
@@ -147,7 +148,7 @@ class Worker:
 
     async def _run(self) -> WorkReport:
         try:
-            await settle_kept(self._database, self._notify)
+            await self._reclaim()
             await self._learn()
             host, concurrency = socket.gethostname(), self._options.concurrency
             self._id = await self._queue.register(host=host, pid=os.getpid(), concurrency=concurrency)
@@ -165,6 +166,7 @@ class Worker:
                 await self._wind_up()
                 await asyncio.gather(ticking, return_exceptions=True)
         finally:
+            self._queue.leave(self._id)
             await self._servings.aclose()
         return self.report
 
@@ -298,14 +300,7 @@ class Worker:
         return outlook.due and not self._calls.alone
 
     async def _reclaim(self) -> None:
-        taken = await self._queue.reclaim()
-        self.report.reclaimed += len(taken)
-        for worker in sorted({one.worker_id for one in taken}):
-            count = sum(one.worker_id == worker for one in taken)
-            self._notify(f"reclaimed {count} jobs of worker {worker}, whose lease ran out")
-        for one in taken:
-            if one.state is JobState.FAILED:
-                self._notify(f"job {one.job_id} failed: its worker died 3 times")
+        self.report.reclaimed += await take_back(self._database, self._queue, self._notify)
 
     async def _finished(self) -> bool:
         now = time.monotonic()
@@ -343,8 +338,8 @@ class Worker:
         if held and not one.of(JobState.PENDING) and not self._told_held:
             self._told_held = True
             self._notify(
-                f"run {one.run.name}: waiting for {held} jobs that other workers hold; a dead worker's are taken back "
-                f"when their leases run out"
+                f"run {one.run.name}: waiting for {held} jobs that other workers hold; a dead worker's are taken back, "
+                f"at the latest when their leases run out"
             )
 
     def _check_served(self, view: list[reads.RunCounts]) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from lbr.store.enqueue import CHUNK
 from tests.support import is_postgresql
 
 if TYPE_CHECKING:
@@ -163,21 +164,21 @@ def test_two_enqueues_of_the_same_file_at_once(cli: Cli) -> None:
 
 def test_enqueue_killed_in_the_middle_is_completed(cli: Cli) -> None:
     """After kill -9 the same enqueue adds what is missing, and collect says until then that it is unfinished."""
-    lines = prompts(60_000, 50_000)
+    lines = prompts(120_000, 100_000)
     write(cli.folder, lines)
     enqueue = ("enqueue", "in.txt", "--model", "offline:echo")
     first = cli.start(*enqueue)
-    cli.wait_for("in", "inputs", 2_000)
+    cli.wait_for("in", "inputs", CHUNK)
     first.kill()
     first.communicate()
     held = cli.status("in")["inputs"]
-    assert held % 2_000 == 0
-    assert 0 < held < 60_000
+    assert held % CHUNK == 0
+    assert 0 < held < len(lines)
     done = cli("collect", "in", "-o", "early.jsonl", check=False)
     assert done.returncode == 3
     assert "enqueue of run in has not come to its end" in done.stderr
     report = json.loads(cli(*enqueue, "--json").stdout)
-    assert (report["inputs"], report["known"]) == (60_000, held)
+    assert (report["inputs"], report["known"]) == (len(lines), held)
     rows = cli.collect("in", code=3)
     assert [row["prompt"] for row in rows] == lines
     recount(cli)

@@ -170,7 +170,8 @@ class Bulk:
 
     async def run(self, connection: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> int:
         """Run the statement for all of the rows; return how many rows it changed, 0 for none given."""
-        return await self.run_plain(connection, [tuple(row[name] for name in self._types) for row in rows])
+        fields = list(self._types)
+        return await self.run_plain(connection, [tuple([row[name] for name in fields]) for row in rows])
 
     async def run_plain(self, connection: AsyncConnection, rows: list[tuple[Any, ...]]) -> int:
         """Do the same with the values of the rows alone, in the order of the fields: for rows in great numbers."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from lbr.jobs import RunId
+    from lbr.store.presence import Presence
 
 T = TypeVar("T")
 
@@ -56,11 +57,15 @@ async def to_its_end(work: Awaitable[T]) -> T:
 class Database(ABC):
     """An open queue. `name` is how messages call it, never with a password; `patience` is in seconds.
 
-    `spool_places` are beginnings of paths, the best first, for files with answers that it does not take.
+    `spool_places` are beginnings of paths, the best first, for files with answers that it does not take. `presence`
+    knows which workers have ended.
     """
 
-    def __init__(self, name: str, *, patience: float, spool_places: Sequence[Path]) -> None:
+    def __init__(
+        self, name: str, *, patience: float, spool_places: Sequence[Path], presence: Presence
+    ) -> None:
         self.name = name
+        self.presence = presence
         self.patience = patience
         self.spool_places = spool_places
         self._given_up = False

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lbr.jobs import Item, Millis, Run
     from lbr.store.database import Database
 
-CHUNK = 2_000
+CHUNK = 5_000
 CHUNK_CHARACTERS = 8_000_000
 """A transaction holds no more than about this: it must get through a slow line in time, and fit into memory."""
 
@@ -245,46 +245,26 @@ async def _insert_jobs(
 ) -> None:
     if not new:
         return
+    fixed = (0, 0, 0, 0)  # claim_seq, attempts, crashes, retry_seq
     rows = [
-        {
-            "id": job_id,
-            "run_id": run.id,
-            "state": JobState.DONE if job_id in answered else JobState.PENDING,
-            "available_at": now,
-            "claim_seq": 0,
-            "attempts": 0,
-            "crashes": 0,
-            "retry_seq": 0,
-            "finished_at": now if job_id in answered else None,
-        }
+        (job_id, run.id, JobState.DONE, now, *fixed, now)
+        if job_id in answered
+        else (job_id, run.id, JobState.PENDING, now, *fixed, None)
         for job_id in new.values()
     ]
-    await ADD_JOBS.run(connection, rows)
-    bodies: list[dict[str, Any]] = [
-        {
-            "job_id": e.job_id,
-            "run_id": run.id,
-            "key": e.key,
-            "chat": int(e.item.prompt.messages is not None),
-            "body": e.item.prompt.body(),
-        }
-        for e in entries
-        if e.first
+    await ADD_JOBS.run_plain(connection, rows)
+    prompts_of = [(e.job_id, e.key, e.item.prompt) for e in entries if e.first]
+    bodies = [
+        (job_id, run.id, key, int(prompt.messages is not None), prompt.body())
+        for job_id, key, prompt in prompts_of
     ]
-    await _ADD_PROMPTS.run(connection, bodies)
+    await _ADD_PROMPTS.run_plain(connection, bodies)
     await _COPY_RESULTS.run(connection, [{"job": j, "source": s} for j, s in answered.items()])
 
 
 async def _insert_items(connection: AsyncConnection, run: Run, entries: list[_Entry]) -> None:
+    run_id = run.id
     rows = [
-        {
-            "run_id": run.id,
-            "idx": entry.idx,
-            "job_id": entry.job_id,
-            "first": int(entry.first),
-            "custom_id": entry.item.custom_id,
-            "metadata": _metadata_json(entry.item),
-        }
-        for entry in entries
+        (run_id, e.idx, e.job_id, int(e.first), e.item.custom_id, _metadata_json(e.item)) for e in entries
     ]
-    await ADD_ITEMS.run(connection, rows)
+    await ADD_ITEMS.run_plain(connection, rows)

@@ -23,7 +23,8 @@ from sqlalchemy import (
 from lbr.errors import DatabaseError, OutputError, UsageError
 from lbr.store import files
 from lbr.store.connections import make_engine
-from lbr.store.sqlite import database_errors, sqlite_path
+from lbr.store.file_errors import database_errors
+from lbr.store.sqlite import sqlite_path
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator

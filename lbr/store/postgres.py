@@ -25,6 +25,7 @@ from lbr.store.arrays import SHARD, TAKES_ARRAYS
 from lbr.store.database import Database
 from lbr.store.listener import Listener
 from lbr.store.outages import READ_ONLY, PassingError, is_passing, reason_of, sqlstate_of
+from lbr.store.presence import Presence
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -131,7 +132,8 @@ class PostgresDatabase(Database):
     def __init__(self, address: Address, *, clock: Callable[[], Millis] | None, patience: float) -> None:
         folders = [folder for folder in (files.state_folder(), Path.cwd()) if folder is not None]
         places = [folder / files.telling_name(address.server) for folder in folders]
-        super().__init__(address.shown, patience=patience, spool_places=places)
+        # The server frees a dead worker's locks at once, but those of one that is merely cut off as well.
+        super().__init__(address.shown, patience=patience, spool_places=places, presence=Presence())
         self._clock = clock
         options = {"schema_translate_map": {None: SCHEMA}, TAKES_ARRAYS: True}
         self._writer = _make_engine(

@@ -76,27 +76,40 @@ _RECLAIMED_STATE: ColumnElement[str] = case(
     (_RUN_CANCELLED, literal_column("'cancelled'")),
     else_=literal_column("'pending'"),
 )
-RECLAIM = (
-    update(jobs)
-    .where(among(jobs.c.id, "ids"), INFLIGHT, jobs.c.lease_until < bindparam("now"))
-    .values(
-        state=_RECLAIMED_STATE,
-        crashes=jobs.c.crashes + 1,
-        available_at=bindparam("now"),
-        finished_at=case(
-            (jobs.c.crashes + 1 >= MAX_CRASHES, bindparam("now", type_=jobs.c.finished_at.type))
-        ),
-        lease_until=None,
+
+
+def _reclaiming(lost: ColumnElement[bool]) -> Any:
+    return (
+        update(jobs)
+        .where(among(jobs.c.id, "ids"), INFLIGHT, lost)
+        .values(
+            state=_RECLAIMED_STATE,
+            crashes=jobs.c.crashes + 1,
+            available_at=bindparam("now"),
+            finished_at=case(
+                (jobs.c.crashes + 1 >= MAX_CRASHES, bindparam("now", type_=jobs.c.finished_at.type))
+            ),
+            lease_until=None,
+        )
+        .returning(jobs.c.id, jobs.c.run_id, jobs.c.claim_seq, jobs.c.crashes, jobs.c.state, jobs.c.worker_id)
     )
-    .returning(jobs.c.id, jobs.c.run_id, jobs.c.claim_seq, jobs.c.crashes, jobs.c.state, jobs.c.worker_id)
+
+
+RECLAIM = _reclaiming(jobs.c.lease_until < bindparam("now"))
+OF_DEAD = (
+    select(jobs.c.id, jobs.c.run_id)
+    .where(INFLIGHT, among(jobs.c.worker_id, "workers"))
+    .order_by(jobs.c.id)
+    .limit(RECLAIM_PAGE)
 )
+RECLAIM_OF_DEAD = _reclaiming(among(jobs.c.worker_id, "workers"))
 
 ADD_CRASHES = Inserting(attempts, "job_id", "claim_seq", "what", "error", "message", "at")
 
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What a look without a lock saw: is anything due, are suspects, has a lease run out, when to look again.
+    """What a look without a lock saw: is anything due, are suspects, is anything to reclaim, when to look again.
 
     `stranded` tells that jobs wait for a time that only a clock that was ahead can have set. `next_ms` is how long from now until more may be due, None where nothing is waiting.
     """
@@ -110,12 +123,13 @@ class Outlook:
 
 @dataclass(frozen=True, slots=True)
 class Reclaimed:
-    """A job taken back from a worker whose lease ran out."""
+    """A job taken back from a worker whose lease ran out, or where `died`, that has ended for certain."""
 
     job_id: JobId
     run_id: RunId
     worker_id: WorkerId
     state: JobState
+    died: bool = False
 
 
 class Queue:
@@ -134,15 +148,18 @@ class Queue:
             query = insert(workers).values(**values, settled=0, rate_milli=0).returning(workers.c.id)
             return WorkerId((await connection.execute(query)).scalar_one())
 
-        return await self._database.write(work)
+        worker = await self._database.write(work)
+        self._database.presence.appear(worker)
+        return worker
 
     async def unregister(self, worker: WorkerId) -> None:
-        """Remove a worker that ends in good order."""
+        """Remove a worker that ends in good order and holds nothing."""
+        await self._database.write(lambda connection: _remove(connection, [worker]))
+        self._database.presence.forget([worker])
 
-        async def work(connection: AsyncConnection) -> None:
-            await connection.execute(delete(workers).where(workers.c.id == worker))
-
-        await self._database.write(work)
+    def leave(self, worker: WorkerId) -> None:
+        """End a worker, in whatever order: what it still holds, others may take back."""
+        self._database.presence.leave(worker)
 
     async def claim(
         self,
@@ -198,6 +215,7 @@ class Queue:
             )
             times.append(lease_end)
             expired = lease_end is not None and lease_end < now
+            expired = expired or bool(await self._dead(connection))
             waits = [time - now for time in times if time is not None and time > now]
             return Outlook(due, suspects, expired, stranded, min(waits, default=None))
 
@@ -268,28 +286,55 @@ class Queue:
         return await self._database.write(work)
 
     async def reclaim(self) -> list[Reclaimed]:
-        """Take back jobs whose lease ran out, at most a page of them; any worker may do it at any time.
+        """Take back jobs of dead workers, and those whose lease ran out; any worker may do it at any time.
 
-        Each is charged a crash; at the third it fails. Its worker's late answer is still taken, as long as
-        nobody has claimed the job again.
+        At most a page of each: none of a full page means that there may be more. Each is charged a crash; at the
+        third it fails. A late answer of a worker that lives is still taken, as long as nobody has claimed the job
+        again.
         """
 
-        async def work(connection: AsyncConnection) -> list[Reclaimed]:
+        async def work(connection: AsyncConnection) -> tuple[list[Reclaimed], list[WorkerId]]:
             now = await self._database.now(connection)
-            expired = (await connection.execute(EXPIRED, {"now": now})).all()
-            if not expired:
-                return []
-            await hold_states(connection, {row.run_id for row in expired})
-            bound = {"ids": [row.id for row in expired], "now": now}
-            rows = (await connection.execute(RECLAIM, bound)).all()
-            await ADD_CRASHES.run(connection, [_crash_record(row, now) for row in rows])
-            deltas = counters.moved((row.run_id, JobState.INFLIGHT, row.state) for row in rows)
-            for row in rows:
-                deltas[row.run_id, counters.CRASHED] += 1
-            await counters.add(connection, deltas)
-            return [Reclaimed(row.id, row.run_id, row.worker_id, JobState(row.state)) for row in rows]
+            dead = await self._dead(connection)
+            bound = {"now": now, "workers": dead}
+            taken = await _take_back(connection, OF_DEAD, RECLAIM_OF_DEAD, bound) if dead else []
+            if len(taken) < RECLAIM_PAGE:
+                await _remove(connection, dead)
+            else:
+                dead = []
+            return taken + await _take_back(connection, EXPIRED, RECLAIM, {"now": now}), dead
 
-        return await self._database.write(work)
+        taken, buried = await self._database.write(work)
+        self._database.presence.forget(buried)
+        return taken
+
+    async def _dead(self, connection: AsyncConnection) -> list[WorkerId]:
+        presence = self._database.presence
+        if not presence.tells:
+            return []
+        return presence.dead((await connection.execute(select(workers.c.id))).scalars().all())
+
+
+async def _remove(connection: AsyncConnection, ended: list[WorkerId]) -> None:
+    if ended:
+        await connection.execute(delete(workers).where(among(workers.c.id, "ids")), {"ids": ended})
+
+
+async def _take_back(
+    connection: AsyncConnection, finding: Any, reclaiming: Any, bound: dict[str, Any]
+) -> list[Reclaimed]:
+    found = (await connection.execute(finding, bound)).all()
+    if not found:
+        return []
+    await hold_states(connection, {row.run_id for row in found})
+    rows = (await connection.execute(reclaiming, bound | {"ids": [row.id for row in found]})).all()
+    now, died = bound["now"], "workers" in bound
+    await ADD_CRASHES.run(connection, [_crash_record(row, now, died=died) for row in rows])
+    deltas = counters.moved((row.run_id, JobState.INFLIGHT, row.state) for row in rows)
+    for row in rows:
+        deltas[row.run_id, counters.CRASHED] += 1
+    await counters.add(connection, deltas)
+    return [Reclaimed(row.id, row.run_id, row.worker_id, JobState(row.state), died) for row in rows]
 
 
 async def _retake(connection: AsyncConnection, held: dict[JobId, int], bound: dict[str, Any]) -> set[JobId]:
@@ -307,8 +352,8 @@ def _moved(rows: Iterable[AnyRow | Claim], source: JobState, target: JobState) -
     return counters.moved((row.run_id, source, target) for row in rows)
 
 
-def _crash_record(row: AnyRow, now: Millis) -> dict[str, Any]:
-    message = "its worker's lease ran out"
+def _crash_record(row: AnyRow, now: Millis, *, died: bool) -> dict[str, Any]:
+    message = "its worker died" if died else "its worker's lease ran out"
     if row.state == JobState.FAILED:
         message = f"its worker died {row.crashes} times"
     return {

@@ -6,21 +6,23 @@ import asyncio
 import os
 import re
 import time
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from filelock import Timeout
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError, StatementError
+from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from lbr.config import PATIENCE
-from lbr.errors import AlreadyRunningError, DatabaseBusyError, DatabaseError, MisfitError, UsageError
+from lbr.errors import AlreadyRunningError, DatabaseError, UsageError
 from lbr.store import connections, files, schema, trips
 from lbr.store.database import Database, local_clock
+from lbr.store.file_errors import database_errors, is_busy
+from lbr.store.presence import FilePresence, Presence
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from contextlib import AbstractContextManager
 
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -37,19 +39,6 @@ CHECKPOINT_PAUSE_SECONDS, HASTY_PAUSE_SECONDS = 5.0, 1.0
 READER_MS, HASTY_READER_MS = 100, 500
 """How long every writer waits, at a checkpoint, for a long reader."""
 
-# Primary result codes of SQLite, https://sqlite.org/rescode.html
-ERROR, BUSY, LOCKED, READONLY, IOERR, CORRUPT, FULL, CANTOPEN, NOTADB = 1, 5, 6, 8, 10, 11, 13, 14, 26
-REASONS = {
-    READONLY: "it is read-only; make the file and its folder writable",
-    IOERR: "the disk reported an error",
-    CORRUPT: "the file is damaged; restore a copy, or enqueue into a new one",
-    FULL: "the disk is full; make room and run the same command again",
-    CANTOPEN: "it cannot be opened; check the path and the permissions of the file and its folder",
-    NOTADB: "the file is not a SQLite database; name another path",
-}
-
-
-_UNDECODED = re.compile(r"Could not decode to UTF-8 column '([^']*)'")
 _ALMOST_POSTGRESQL = re.compile(r"postgres(ql)?\b.*@", re.IGNORECASE)
 
 
@@ -100,53 +89,6 @@ def _synchronous_in(url: str) -> str:
     return str(asked)
 
 
-def _code(error: DBAPIError) -> int | None:
-    code = getattr(error.orig, "sqlite_errorcode", None)
-    if code is None and error.orig is not None:
-        code = getattr(error.orig.__cause__, "sqlite_errorcode", None)
-    return code & 0xFF if isinstance(code, int) else None
-
-
-def _is_busy(error: Exception) -> bool:
-    return isinstance(error, DBAPIError) and _code(error) in {BUSY, LOCKED}
-
-
-def _reason(code: int | None, words: str) -> str:
-    if code in REASONS:
-        return REASONS[code]
-    if (found := _UNDECODED.match(words)) is not None:  # what follows is the value, however long
-        return f"expected text in UTF-8 in a column {found[1][:50]}, got: other bytes; restore a copy, or mend that value"
-    if code == ERROR:
-        return f"its tables are not those that lbr makes ({words[:200]}); restore a copy"
-    return words
-
-
-@contextmanager
-def database_errors(path: Path) -> Iterator[None]:
-    """Turn what the driver raises into `DatabaseError`, with the way out."""
-    try:
-        yield
-    except DBAPIError as error:
-        code = _code(error)
-        if code in {BUSY, LOCKED}:
-            raise DatabaseBusyError(
-                f"another process has kept {path} locked for too long; find it with `fuser {path}`, then run again"
-            ) from error
-        raise DatabaseError(f"cannot use the database {path}: {_reason(code, str(error.orig))}") from error
-    except StatementError as error:  # its own words would show the statement, with all that was to be written
-        raise MisfitError(
-            f"cannot use the database {path}: it has a value of another type than lbr writes ({error.orig}); "
-            f"restore a copy, or mend that value"
-        ) from error
-    except SQLAlchemyError as error:
-        raise DatabaseError(f"cannot use the database {path}: {error}") from error
-    except OverflowError as error:  # lbr's own numbers are far from it
-        raise MisfitError(
-            f"cannot use the database {path}: a number in it is so large that a sum with it is too large to write; "
-            f"restore a copy, or mend that value"
-        ) from error
-
-
 class SQLiteDatabase(Database):
     """An open SQLite queue: one writing connection, and readers that cannot write."""
 
@@ -157,8 +99,11 @@ class SQLiteDatabase(Database):
         synchronous: str = "FULL",
         clock: Callable[[], Millis] = local_clock,
         patience: float = PATIENCE,
+        presence: Presence | None = None,
     ) -> None:
-        super().__init__(str(path), patience=patience, spool_places=[path, *_elsewhere(path)])
+        places = [path, *_elsewhere(path)]
+        presence = presence or FilePresence(path)
+        super().__init__(str(path), patience=patience, spool_places=places, presence=presence)
         self.path = path
         self._clock = clock
         self._writer = connections.make_engine(
@@ -219,7 +164,7 @@ class SQLiteDatabase(Database):
             return await trips.transact(connection, work)
 
     def _passes(self, error: Exception) -> bool:
-        return _is_busy(error)
+        return is_busy(error)
 
     def _errors(self) -> AbstractContextManager[None]:
         return database_errors(self.path)
@@ -375,9 +320,15 @@ def open_sqlite(
     path = sqlite_path(url)
     synchronous = _synchronous_in(url)
     files.check_location(path, create=create)
+    presence: Presence | None = None
     if not allow_network_fs:
         files.refuse_network_file_system(path)
-    return SQLiteDatabase(path, synchronous=synchronous, clock=clock or local_clock, patience=patience)
+    elif files.is_network(files.file_system(path)):
+        # A lock there may look free to other machines while it is held.
+        presence = Presence()
+    return SQLiteDatabase(
+        path, synchronous=synchronous, clock=clock or local_clock, patience=patience, presence=presence
+    )
 
 
 @asynccontextmanager

@@ -1,0 +1,76 @@
+"""What SQLite's errors mean: which pass by themselves, and what to do about the others."""
+
+from __future__ import annotations
+
+import re
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
+
+from lbr.errors import DatabaseBusyError, DatabaseError, MisfitError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+# Primary result codes of SQLite, https://sqlite.org/rescode.html
+ERROR, BUSY, LOCKED, READONLY, IOERR, CORRUPT, FULL, CANTOPEN, NOTADB = 1, 5, 6, 8, 10, 11, 13, 14, 26
+REASONS = {
+    READONLY: "it is read-only; make the file and its folder writable",
+    IOERR: "the disk reported an error",
+    CORRUPT: "the file is damaged; restore a copy, or enqueue into a new one",
+    FULL: "the disk is full; make room and run the same command again",
+    CANTOPEN: "it cannot be opened; check the path and the permissions of the file and its folder",
+    NOTADB: "the file is not a SQLite database; name another path",
+}
+
+_UNDECODED = re.compile(r"Could not decode to UTF-8 column '([^']*)'")
+
+
+def _code(error: DBAPIError) -> int | None:
+    code = getattr(error.orig, "sqlite_errorcode", None)
+    if code is None and error.orig is not None:
+        code = getattr(error.orig.__cause__, "sqlite_errorcode", None)
+    return code & 0xFF if isinstance(code, int) else None
+
+
+def is_busy(error: Exception) -> bool:
+    """Tell whether somebody else was in the way, which passes."""
+    return isinstance(error, DBAPIError) and _code(error) in {BUSY, LOCKED}
+
+
+def _reason(code: int | None, words: str) -> str:
+    if code in REASONS:
+        return REASONS[code]
+    if (found := _UNDECODED.match(words)) is not None:  # what follows is the value, however long
+        return f"expected text in UTF-8 in a column {found[1][:50]}, got: other bytes; restore a copy, or mend that value"
+    if code == ERROR:
+        return f"its tables are not those that lbr makes ({words[:200]}); restore a copy"
+    return words
+
+
+@contextmanager
+def database_errors(path: Path) -> Iterator[None]:
+    """Turn what the driver raises into `DatabaseError`, with the way out."""
+    try:
+        yield
+    except DBAPIError as error:
+        code = _code(error)
+        if code in {BUSY, LOCKED}:
+            raise DatabaseBusyError(
+                f"another process has kept {path} locked for too long; find it with `fuser {path}`, then run again"
+            ) from error
+        raise DatabaseError(f"cannot use the database {path}: {_reason(code, str(error.orig))}") from error
+    except StatementError as error:  # its own words would show the statement, with all that was to be written
+        raise MisfitError(
+            f"cannot use the database {path}: it has a value of another type than lbr writes ({error.orig}); "
+            f"restore a copy, or mend that value"
+        ) from error
+    except SQLAlchemyError as error:
+        raise DatabaseError(f"cannot use the database {path}: {error}") from error
+    except OverflowError as error:  # lbr's own numbers are far from it
+        raise MisfitError(
+            f"cannot use the database {path}: a number in it is so large that a sum with it is too large to write; "
+            f"restore a copy, or mend that value"
+        ) from error
