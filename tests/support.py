@@ -219,9 +219,9 @@ class Cli:
             time.sleep(0.005)
 
     def wait_for_file(self, name: str) -> None:
-        """Wait until a file is in the folder: what a function has come to is not in the database."""
+        """Wait until a file in the folder holds something: what a function has come to is not in the database."""
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while not (self.folder / name).exists():
+        while not (self.folder / name).exists() or not (self.folder / name).stat().st_size:
             assert time.monotonic() < deadline, f"{name} was never written"
             time.sleep(0.005)
 
