@@ -100,7 +100,7 @@ def main() -> None:
         if one.wait(timeout=max(1.0, deadline - time.monotonic())) != 0:
             sys.exit(f"expected worker {one.pid} to end with 0, got: {one.returncode}")
     crashed = status()["crashed"]
-    print(f"\nthe others reclaimed {crashed} jobs when their leases ran out", flush=True)
+    print(f"\nthe others reclaimed {crashed} jobs of the killed one", flush=True)
     if not crashed:
         sys.exit("expected the killed worker's jobs to be reclaimed, got: none")
     show("status", "airports")

@@ -160,7 +160,8 @@ def worker(
     """Claim jobs and answer them; start as many as you like, in any number of terminals.
 
     Ctrl-C or SIGTERM: finish what is in flight, claim no more; a second one gives it back at once. A killed
-    worker's jobs are taken up by the others when their leases run out.
+    worker's jobs are taken up by the others, at the latest when their leases
+    run out.
     """
     at_least_one("processes", processes)
     context.exit(asyncio.run(_work(db, exclusive, processes, runs, flags)))

@@ -91,7 +91,10 @@ class OneTripConnection(aiosqlite.Connection):
 
 def connect(database: str | Path, **options: Any) -> OneTripConnection:
     """Return what `aiosqlite.connect` would, with cursors of one trip."""
-    return OneTripConnection(lambda: sqlite3.connect(database, **options), ITER_CHUNK)
+    connection = OneTripConnection(lambda: sqlite3.connect(database, **options), ITER_CHUNK)
+    # A program that ends without closing it must not hang; SQLAlchemy does so with aiosqlite's own.
+    connection._thread.daemon = True  # noqa: SLF001
+    return connection
 
 
 def _complete(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -1,0 +1,222 @@
+"""Who is dead is known by a kernel lock on SQLite: real processes are killed, stopped and forked."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from lbr.jobs import RunId, WorkerId
+from lbr.reclaiming import take_back
+from lbr.spool import keep
+from lbr.store import files
+from lbr.store.engines import open_database
+from lbr.store.presence import FilePresence
+from lbr.store.queue import RECLAIM_PAGE, Queue
+from tests.support import answered, assert_counted, put
+
+if TYPE_CHECKING:
+    from lbr.store.database import Database
+    from tests.support import Cli
+
+HOUR = 3600.0
+NOTES = """
+import asyncio, os
+
+async def slow(prompt):
+    with open("calls.log", "ab", buffering=0) as file:
+        file.write(f"{prompt}\\n".encode())
+    await asyncio.sleep(60 if os.environ.get("WHO") == "first" else 0)
+    return prompt
+
+async def forking(prompt):
+    import time
+    if os.environ.get("WHO") == "first" and os.fork() == 0:
+        # Outlives its parent, with all that it inherited.
+        with open("children", "ab", buffering=0) as file:
+            file.write(f"{os.getpid()}\\n".encode())
+        time.sleep(60)
+        os._exit(0)
+    return await slow(prompt)
+"""
+
+
+@pytest.fixture
+def db_url(tmp_path: Path) -> str:
+    """Return the URL of a file that does not exist yet: only beside a file there are such locks."""
+    return f"sqlite+aiosqlite:///{tmp_path / 'queue.db'}"
+
+
+def begin(cli: Cli, function: str = "answers:slow") -> subprocess.Popen[str]:
+    """Enqueue five inputs, and start a worker that is in the middle of all of them, with leases of an hour."""
+    (cli.folder / "answers.py").write_text(textwrap.dedent(NOTES))
+    (cli.folder / "in.txt").write_text("a\nb\nc\nd\ne\n")
+    cli("enqueue", "in.txt", "--function", function)
+    cli.environment["WHO"] = "first"
+    worker = cli.start("worker", "--function", function, "--lease", str(HOUR))
+    deadline = time.monotonic() + 60
+    while len(calls(cli)) < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    cli.environment["WHO"] = "second"
+    return worker
+
+
+def calls(cli: Cli) -> list[str]:
+    """Return the prompts that were called for, in order."""
+    log = cli.folder / "calls.log"
+    return log.read_text().split() if log.exists() else []
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("kind", ["starts", "works"])
+def test_a_killed_workers_jobs_are_taken_back_long_before_its_lease_ends(cli: Cli, kind: str) -> None:
+    """By one that starts after the kill, and by one that was there before; each call is repeated once."""
+    worker = begin(cli)
+    other = cli.start("worker", "--function", "answers:slow", "--until", "done") if kind == "works" else None
+    if other is not None:
+        deadline = time.monotonic() + 60
+        while cli.query("SELECT count(*) FROM workers") != [(2,)]:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    worker.kill()
+    worker.communicate()
+    if other is None:
+        other = cli.start("worker", "--function", "answers:slow")
+    _, told = other.communicate(timeout=60)
+    assert other.returncode == 0, told
+    assert "reclaimed 5 jobs of worker 1, which died" in told
+    assert [row["result"] for row in cli.collect("in")] == ["a", "b", "c", "d", "e"]
+    assert sorted(calls(cli)) == sorted([*"abcde", *"abcde"])
+    assert cli.query("SELECT count(*) FROM workers") == [(0,)]
+    assert list(cli.folder.glob("*.worker-*.lock")) == []
+
+
+@pytest.mark.processes
+def test_a_stopped_worker_is_not_taken_for_dead(cli: Cli) -> None:
+    """One that the kernel has stopped lives; its lease goes on, and its answers are taken when it wakes."""
+    worker = begin(cli)
+    worker.send_signal(signal.SIGSTOP)
+    done = cli("worker", "--function", "answers:slow", "--until", "empty")
+    assert "reclaimed" not in done.stderr
+    assert len(calls(cli)) == 5
+    worker.kill()
+    worker.communicate(timeout=60)
+
+
+@pytest.mark.processes
+def test_a_forked_child_does_not_live_on_as_the_worker(cli: Cli) -> None:
+    """A child that a function forked, and that outlives the killed worker, keeps nobody from its jobs."""
+    worker = begin(cli, "answers:forking")
+    try:
+        worker.kill()
+        worker.wait()
+        done = cli("worker", "--function", "answers:forking")
+        assert "which died" in done.stderr
+    finally:
+        for child in (cli.folder / "children").read_text().split():
+            os.kill(int(child), signal.SIGKILL)
+
+
+def dead_worker(db_url: str, jobs: int) -> WorkerId:
+    """Return a worker that claimed so many jobs for an hour, and whose process has ended by a kill."""
+    script = f"""
+    import asyncio, os, signal
+    from lbr.jobs import RunId
+    from lbr.store.engines import open_database
+    from lbr.store.queue import Queue
+
+    async def main():
+        queue = Queue(await open_database({db_url!r}))
+        worker = await queue.register(host="h", pid=os.getpid(), concurrency=5)
+        assert len(await queue.claim(worker, [RunId(1)], {jobs}, lease=3600)) == {jobs}
+        print(worker, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    asyncio.run(main())
+    """
+    found = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, check=False, timeout=60
+    )
+    assert found.returncode == -signal.SIGKILL, found.stderr
+    return WorkerId(int(found.stdout))
+
+
+async def test_each_job_of_the_dead_is_charged_one_crash(db_url: str) -> None:
+    """Also where two look, and where there are more than a page."""
+    count = RECLAIM_PAGE + 7
+    database = await open_database(db_url, create=True)
+    run = await put(database, [f"p{n}" for n in range(count)])
+    dead = await asyncio.to_thread(dead_worker, db_url, count)
+    other = await open_database(db_url)
+    assert database.presence.dead([dead]) == [dead]
+    outlook = await Queue(database).look([RunId(1)])
+    assert outlook.expired
+    taken = [await take_back(one, Queue(one), lambda _: None) for one in (database, other)]
+    assert sum(taken) == count
+    await assert_counted(database, run)
+    claims = await Queue(database).claim(WorkerId(99), [RunId(1)], count, lease=HOUR)
+    assert {claim.crashes for claim in claims} == {1}
+    assert not (await Queue(database).look([RunId(1)])).expired
+    assert list(Path(database.name).parent.glob("*.worker-*.lock")) == []
+    await other.close()
+    await database.close()
+
+
+async def test_kept_answers_of_the_dead_are_not_called_for_again(database: Database, db_url: str) -> None:
+    """Whoever finds a worker dead settles first what it has kept."""
+    await put(database, ["a", "b"])
+    queue = Queue(database)
+    worker = await queue.register(host="h", pid=1, concurrency=2)
+    claims = await queue.claim(worker, [RunId(1)], 2, lease=HOUR)
+    keep(database, [answered(claims[0], "paid for")])
+    queue.leave(worker)
+    other = await open_database(db_url)
+    assert await take_back(other, Queue(other), lambda _: None) == 1
+    (again,) = await Queue(other).claim(WorkerId(99), [RunId(1)], 2, lease=HOUR)
+    assert again.job_id == claims[1].job_id
+    await other.close()
+
+
+async def test_only_a_free_lock_says_that_a_worker_is_dead(tmp_path: Path) -> None:
+    """No file, an empty one, a link and a held one say nothing; nor does another worker of the same process."""
+    database = tmp_path / "queue.db"
+    ours, theirs = FilePresence(database), FilePresence(database)
+    ours.appear(WorkerId(1))
+    path = files.lock_path(database, "worker-1")
+    assert path.stat().st_mode & 0o777 == 0o600
+    files.lock_path(database, "worker-2").touch()
+    files.lock_path(database, "worker-3").symlink_to(path)
+    everybody = [WorkerId(n) for n in range(5)]
+    for presence in (ours, theirs):
+        assert presence.dead(everybody) == []
+    ours.leave(WorkerId(1))
+    ours.leave(WorkerId(1))
+    assert theirs.dead(everybody) == [1]
+    theirs.forget(everybody)
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_locks_of_a_network_file_system_are_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Insisting on one leaves the leases to decide: another machine may see a held lock as free."""
+    monkeypatch.setattr(files, "file_system", lambda _: "nfs4")
+    database = await open_database(str(tmp_path / "q.db"), create=True, allow_network_fs=True)
+    await put(database, ["a"])
+    queue = Queue(database)
+    worker = await queue.register(host="h", pid=1, concurrency=1)
+    await queue.claim(worker, [RunId(1)], 1, lease=HOUR)
+    queue.leave(worker)
+    assert not database.presence.tells
+    assert await queue.reclaim() == []
+    assert list(tmp_path.glob("*.worker-*.lock")) == []
+    await database.close()
