@@ -129,6 +129,12 @@ class Database(ABC):
         """Turn what the driver raises into `DatabaseError`, with the way out."""
 
     @abstractmethod
+    async def at_one_moment(
+        self, connection: AsyncConnection, work: Callable[[AsyncConnection], Awaitable[T]]
+    ) -> T:
+        """Run what only reads while this writing transaction is open, so that all its statements see one moment."""
+
+    @abstractmethod
     async def now(self, connection: AsyncConnection) -> Millis:
         """Return the time that leases are compared with: one clock for all workers of the queue."""
 

@@ -189,6 +189,12 @@ class PostgresDatabase(Database):
         begun = connection.info.get(_WRITE_NOW)
         return Millis(begun if begun is not None else await connection.scalar(_NOW))
 
+    async def at_one_moment(
+        self, connection: AsyncConnection, work: Callable[[AsyncConnection], Awaitable[T]]
+    ) -> T:
+        """Run it in a reader, for the server shows each statement of a writer its own moment."""
+        return await self.read(work)
+
     async def changed(self) -> bool:
         """Tell whether somebody called, or enough time has passed that a call may have been lost."""
         return self._listener.heard()

@@ -91,8 +91,7 @@ async def mend(database: Database) -> list[Drift]:
 
     async def work(connection: AsyncConnection) -> list[Drift]:
         await database.take_turns(connection, MENDING)
-        # By a reader, which sees one moment in all of its statements; of a writer the server would show each its own.
-        found = await drifts(database)
+        found = await database.at_one_moment(connection, _drifts)
         missing: counters.Deltas = Counter()
         for one in found:
             missing[one.run_id, one.counter] += one.counted - one.kept

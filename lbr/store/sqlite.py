@@ -169,6 +169,12 @@ class SQLiteDatabase(Database):
     def _errors(self) -> AbstractContextManager[None]:
         return database_errors(self.path)
 
+    async def at_one_moment(
+        self, connection: AsyncConnection, work: Callable[[AsyncConnection], Awaitable[T]]
+    ) -> T:
+        """Run it in the transaction itself, whose lock lets nobody else write."""
+        return await work(connection)
+
     async def changed(self) -> bool:
         """Tell whether anybody committed since the last call; it costs microseconds and takes no lock."""
         with self._errors():
