@@ -205,6 +205,21 @@ async def test_only_a_free_lock_says_that_a_worker_is_dead(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
+async def test_a_lock_left_from_another_database_is_taken_over(tmp_path: Path) -> None:
+    """Where an older copy was put back, numbers of workers come again, and with them their files."""
+    database = tmp_path / "queue.db"
+    files.lock_path(database, "worker-1").write_text("4711\n")
+    ours, theirs = FilePresence(database), FilePresence(database)
+    assert theirs.dead([WorkerId(1)]) == [1]
+    ours.appear(WorkerId(1))
+    assert theirs.dead([WorkerId(1)]) == []
+    # One that somebody else holds says nothing about us.
+    third = FilePresence(database)
+    third.appear(WorkerId(1))
+    ours.leave(WorkerId(1))
+    assert theirs.dead([WorkerId(1)]) == []
+
+
 async def test_locks_of_a_network_file_system_are_not_believed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

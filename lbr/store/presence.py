@@ -4,11 +4,15 @@ A worker of a file holds a kernel lock (flock(2)) on a small file of its own bes
 worker 17. The kernel frees the lock when the process ends, however it ends, and not before; so a lock that can be
 taken says that the worker is dead, in whatever container it ran. A process id would not: others may have it by now,
 and each container counts its own. Where there is no such lock, nothing is known, and the leases decide.
+
+A worker takes its lock before its first claim, and others look within the transaction that takes jobs back: so whose
+lock is free there, and who has claims, has ended.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 
     from lbr.jobs import WorkerId
 
+LOOKS = 100
 _held: set[int] = set()
 
 
@@ -77,18 +82,20 @@ class FilePresence(Presence):
         """Hold the worker's lock. Where the file system offers none or is full, the leases have to do."""
         if not self.tells:
             return
+        path = self._path(worker)
         try:
-            descriptor = os.open(
-                self._path(worker), os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW, 0o600
-            )
+            # One may be there from a database of which this one is an older copy, where the same numbers come again.
+            descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
         except OSError:
             return
         self._mine[worker] = descriptor
         _held.add(descriptor)
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            _lock(descriptor)
             # An empty file says nothing: its worker may be about to lock it.
             os.write(descriptor, f"{os.getpid()}\n".encode())
+        except OSError:
+            self.forget([worker])
 
     def leave(self, worker: WorkerId) -> None:
         """Free the worker's lock; its file stays, and says that the worker has ended."""
@@ -107,6 +114,16 @@ class FilePresence(Presence):
             with suppress(OSError):
                 self._path(worker).unlink(missing_ok=True)
             self.leave(worker)
+
+
+def _lock(descriptor: int) -> None:
+    """Lock an open file. Whoever looks whether it is free holds it for a moment. Raises OSError."""
+    for _ in range(LOOKS):
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.001)
+    return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _is_free(path: Path) -> bool:
