@@ -81,12 +81,13 @@ def _count(path: Path) -> int | None:
         return None
 
 
-async def settle_kept(database: Database, notify: Callable[[str], None]) -> None:
+async def settle_kept(database: Database, notify: Callable[[str], None]) -> bool:
     """Settle what earlier workers on this machine could not write; safe to repeat, and for many at once.
 
     What cannot be read, or is not taken, stays where it is, and `notify` says so: it must not keep a worker from
-    its work.
+    its work. Returns False where answers may still be taken later: somebody is at it, or it failed for now.
     """
+    complete = True
     for place in database.spool_places:
         for path in sorted(place.parent.glob(f"{_escaped(place.name)}.*{ENDING}")):
             lock = files.file_lock(path.with_name(path.name + ".lock"), timeout=0)
@@ -97,11 +98,14 @@ async def settle_kept(database: Database, notify: Callable[[str], None]) -> None
                     if not path.exists():
                         path.with_name(path.name + ".lock").unlink(missing_ok=True)
             except Timeout:
-                continue
+                complete = False
             except OSError as error:
+                complete = False
                 notify(f"cannot take up the answers in {path}: {error.strerror or error}")
             except DatabaseError as error:
+                complete = False
                 notify(f"the answers in {path} are still not taken: {error}")
+    return complete
 
 
 def _escaped(name: str) -> str:

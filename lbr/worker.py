@@ -19,7 +19,7 @@ from lbr.calls import Calls, WorkReport
 from lbr.errors import DatabaseError, NothingToServeError
 from lbr.jobs import Claim, JobState, RunId, RunState, Until, WorkerId
 from lbr.pacing import Pacing
-from lbr.reclaiming import take_back
+from lbr.reclaiming import Reclaiming
 from lbr.retry import RetryPolicy
 from lbr.serving import Servings
 from lbr.spool import keep
@@ -67,6 +67,7 @@ class Worker:
         self._run_names = run_names
         self._notify = notify
         self._pacing = Pacing(database, options)
+        self._reclaiming = Reclaiming(database, self._queue, notify)
         self._servings = Servings(
             authority, concurrency=options.concurrency, limits_cost=options.max_cost is not None
         )
@@ -300,7 +301,7 @@ class Worker:
         return outlook.due and not self._calls.alone
 
     async def _reclaim(self) -> None:
-        self.report.reclaimed += await take_back(self._database, self._queue, self._notify)
+        self.report.reclaimed += await self._reclaiming.take_back()
 
     async def _finished(self) -> bool:
         now = time.monotonic()

@@ -16,7 +16,7 @@ from sqlalchemy import event, text
 
 from lbr.errors import DatabaseBusyError, DatabaseError, UsageError
 from lbr.jobs import Item, KeyMaker, Prompt
-from lbr.store import connections, enqueue, files, runs, schema, sqlite
+from lbr.store import connections, enqueue, files, runs, schema, sqlite, trips
 from lbr.store.claims import CLAIM, CLAIM_CHOSEN, DUE, DUE_SIZED, DUE_SUSPECT
 from lbr.store.engines import open_database
 from lbr.store.queue import EXPIRED, RENEW, Queue
@@ -51,12 +51,16 @@ async def test_file_is_private(tmp_path: Path) -> None:
 
 async def test_a_transaction_is_one_trip(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """From its beginning to its commit the file is locked, and nobody waits for two threads to take turns."""
-    trips: list[object] = []
-    original = aiosqlite.Connection._execute
+    taken: list[str] = []
+    whole, single = trips._complete, aiosqlite.Connection._execute
 
-    async def counted(connection: aiosqlite.Connection, fn: Any, *args: Any, **options: Any) -> Any:
-        trips.append(fn)
-        return await original(connection, fn, *args, **options)  # type: ignore[no-untyped-call]
+    def transaction(coroutine: Any) -> Any:
+        taken.append("transaction")
+        return whole(coroutine)
+
+    async def statement(connection: aiosqlite.Connection, fn: Any, *args: Any, **options: Any) -> Any:
+        taken.append("statement")
+        return await single(connection, fn, *args, **options)  # type: ignore[no-untyped-call]
 
     async def names(connection: AsyncConnection) -> list[str]:
         await connection.execute(text("SELECT 1"))
@@ -64,11 +68,46 @@ async def test_a_transaction_is_one_trip(database: Database, monkeypatch: pytest
 
     for verb in (database.write, database.read):
         await verb(names)
-        monkeypatch.setattr(aiosqlite.Connection, "_execute", counted)
+        monkeypatch.setattr(trips, "_complete", transaction)
+        monkeypatch.setattr(aiosqlite.Connection, "_execute", statement)
         assert await verb(names) == []
         monkeypatch.undo()
-        assert len(trips) == 1
-        trips.clear()
+        assert taken == ["transaction"]
+        taken.clear()
+
+
+async def test_a_cancelled_transaction_leaves_no_lock_behind(tmp_path: Path) -> None:
+    """Whenever a read or a write is cancelled, even by the end of its loop, its connection is as before."""
+    path = tmp_path / "q.db"
+    database = await open_database(str(path), create=True)
+    for n in range(300):
+        reading = asyncio.create_task(database.read(lambda connection: connection.execute(text(RUNS))))
+        for _ in range(n % 12):
+            await asyncio.sleep(0)
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        await database.read(lambda connection: connection.execute(text(RUNS)))
+    await database.close()
+
+    def in_a_loop_that_ends() -> Database:
+        async def main() -> Database:
+            database = await open_database(str(path))
+            asyncio.create_task(database.write(lambda connection: connection.execute(text(RUNS))))  # noqa: RUF006
+            await asyncio.sleep(0.1)
+            return database
+
+        return asyncio.run(main())
+
+    other = sqlite3.connect(path, isolation_level=None, timeout=0, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    ending = asyncio.create_task(asyncio.to_thread(in_a_loop_that_ends))
+    await asyncio.sleep(0.6)
+    other.execute("COMMIT")
+    left = await ending
+    other.execute("BEGIN IMMEDIATE")
+    other.execute("ROLLBACK")
+    other.close()
+    del left
 
 
 async def test_a_transaction_waits_for_its_database_alone(database: Database) -> None:

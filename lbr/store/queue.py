@@ -285,8 +285,12 @@ class Queue:
 
         return await self._database.write(work)
 
-    async def reclaim(self) -> list[Reclaimed]:
-        """Take back jobs of dead workers, and those whose lease ran out; any worker may do it at any time.
+    async def dead(self) -> list[WorkerId]:
+        """Return the workers that have ended for certain, and have not been buried yet."""
+        return await self._database.read(self._dead)
+
+    async def reclaim(self, dead: Sequence[WorkerId] = ()) -> list[Reclaimed]:
+        """Take back jobs of these dead workers, and those whose lease ran out; any worker may do it at any time.
 
         At most a page of each: none of a full page means that there may be more. Each is charged a crash; at the
         third it fails. A late answer of a worker that lives is still taken, as long as nobody has claimed the job
@@ -295,14 +299,15 @@ class Queue:
 
         async def work(connection: AsyncConnection) -> tuple[list[Reclaimed], list[WorkerId]]:
             now = await self._database.now(connection)
-            dead = await self._dead(connection)
-            bound = {"now": now, "workers": dead}
-            taken = await _take_back(connection, OF_DEAD, RECLAIM_OF_DEAD, bound) if dead else []
+            # Within the transaction: a worker that is dead now cannot have claimed anything since.
+            ended = self._database.presence.dead(dead)
+            bound = {"now": now, "workers": ended}
+            taken = await _take_back(connection, OF_DEAD, RECLAIM_OF_DEAD, bound) if ended else []
             if len(taken) < RECLAIM_PAGE:
-                await _remove(connection, dead)
+                await _remove(connection, ended)
             else:
-                dead = []
-            return taken + await _take_back(connection, EXPIRED, RECLAIM, {"now": now}), dead
+                ended = []
+            return taken + await _take_back(connection, EXPIRED, RECLAIM, {"now": now}), ended
 
         taken, buried = await self._database.write(work)
         self._database.presence.forget(buried)

@@ -8,8 +8,10 @@ there nothing has to be waited for, and the file's lock is held while it compute
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import aiosqlite
@@ -79,9 +81,26 @@ class OneTripConnection(aiosqlite.Connection):
             await super().rollback()
 
     async def complete(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine to its end in the thread. It may wait for nothing but this connection."""
-        result: T = await self._execute(_complete, coroutine)
-        return result
+        """Run a coroutine to its end in the thread. It may wait for nothing but this connection.
+
+        A cancelled caller hears of it only then: whoever gets the connection next would find a transaction open.
+        """
+        if not self._running or self._connection is None:
+            coroutine.close()
+            raise ValueError("Connection closed")
+        # Of no task's: a loop that ends cancels every task, but cannot cancel this.
+        ended: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._tx.put_nowait((ended, partial(_complete, coroutine)))
+        cancelled: asyncio.CancelledError | None = None
+        while not ended.done():
+            try:
+                await asyncio.wait([ended])
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            ended.exception()
+            raise cancelled
+        return ended.result()
 
     @contextmanager
     async def cursor(self) -> aiosqlite.Cursor:
