@@ -86,7 +86,8 @@ async def test_a_cancelled_transaction_leaves_no_lock_behind(tmp_path: Path) -> 
             await asyncio.sleep(0)
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
-        await database.read(lambda connection: connection.execute(text(RUNS)))
+        found = await database.read(lambda connection: connection.execute(text(RUNS)))
+        assert found.all() == []
     await database.close()
 
     def in_a_loop_that_ends() -> Database:
@@ -102,12 +103,15 @@ async def test_a_cancelled_transaction_leaves_no_lock_behind(tmp_path: Path) -> 
     other.execute("BEGIN IMMEDIATE")
     ending = asyncio.create_task(asyncio.to_thread(in_a_loop_that_ends))
     await asyncio.sleep(0.6)
+    # The transaction waits for the lock that is ours: nobody may leave it behind, to take the lock later.
+    assert not ending.done()
     other.execute("COMMIT")
     left = await ending
     other.execute("BEGIN IMMEDIATE")
+    assert other.in_transaction
     other.execute("ROLLBACK")
     other.close()
-    del left
+    assert left.name == str(path)
 
 
 async def test_a_transaction_waits_for_its_database_alone(database: Database) -> None:
