@@ -40,9 +40,8 @@ from tests.support import ECHO, Clock
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from sqlalchemy.ext.asyncio import AsyncConnection
-
     from lbr.jobs import Run
+    from lbr.store.connection import Connection
     from lbr.store.database import Database
 
 LEASE = 60.0
@@ -145,7 +144,7 @@ class World:
     def reset(self) -> None:
         """Empty the queue and set its clock back."""
 
-        async def work(connection: AsyncConnection) -> None:
+        async def work(connection: Connection) -> None:
             for name in ("items", "results", "attempts", "prompts", "jobs", "counters"):
                 await connection.execute(delete(schema.metadata.tables[name]))
             await connection.execute(update(schema.runs).values(state=RunState.ACTIVE, pause_reason=None))

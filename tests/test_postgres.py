@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
-    from sqlalchemy.ext.asyncio import AsyncConnection
-
+    from lbr.store.connection import Connection
     from lbr.store.database import Database
 
 FAR = 10**15
@@ -65,13 +64,15 @@ async def plan(database: Database, statement: Any, bound: dict[str, Any]) -> str
     if isinstance(statement, Bulk):
         statement = statement.whole
 
-    async def work(connection: AsyncConnection) -> None:
+    async def work(connection: Connection) -> None:
         event.listen(
             connection.sync_connection,
             "before_cursor_execute",
             lambda _c, _cursor, sql, parameters, _context, _many: sent.append((sql, parameters)),
         )
-        names = statement.compile(dialect=connection.dialect).params
+        beneath = connection.sync_connection
+        assert beneath is not None
+        names = statement.compile(dialect=beneath.dialect).params
         await connection.execute(statement, {name: bound[name] for name in names if name in bound})
         explained = await connection.exec_driver_sql(f"EXPLAIN {sent[0][0]}", sent[0][1])
         steps.extend(explained.scalars())
@@ -82,7 +83,7 @@ async def plan(database: Database, statement: Any, bound: dict[str, Any]) -> str
     return "\n".join(steps)
 
 
-async def _run(sql: str, connection: AsyncConnection) -> None:
+async def _run(sql: str, connection: Connection) -> None:
     await connection.execute(text(sql))
 
 
@@ -324,8 +325,7 @@ async def test_lost_lock_of_the_sole_worker(
 
     async def holder() -> int:
         bound = {"kind": SOLE_LOCK}
-        found = (await live.read(lambda connection: connection.scalars(holders, bound))).all()
-        return int(found[0]) if found else 0
+        return int(await live.read(lambda connection: connection.scalar(holders, bound)) or 0)
 
     async def work(started: asyncio.Event) -> None:
         async with api.exclusive(url):
@@ -452,7 +452,7 @@ async def test_deadlocks_and_conflicts_are_run_again(live: Database) -> None:
     """A transaction that the server chose as a deadlock's victim is run again, whole."""
     tries = 0
 
-    async def work(connection: AsyncConnection) -> int:
+    async def work(connection: Connection) -> int:
         nonlocal tries
         tries += 1
         if tries < 3:

@@ -23,9 +23,8 @@ from tests.support import Clock, put
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from sqlalchemy.ext.asyncio import AsyncConnection
-
     from lbr.jobs import Run
+    from lbr.store.connection import Connection
     from lbr.store.database import Database
 
 STATES = tuple(JobState)
@@ -86,7 +85,7 @@ async def stored(database: Database, clock: Clock, rows: list[Job]) -> tuple[Run
     queue = Queue(database)
     workers = [await queue.register(host="h", pid=n, concurrency=1) for n in (OURS, OTHER)]
 
-    async def work(connection: AsyncConnection) -> list[int]:
+    async def work(connection: Connection) -> list[int]:
         ids = list((await connection.execute(select(schema.jobs.c.id).order_by(schema.jobs.c.id))).scalars())
         for job_id, row in zip(ids, rows, strict=True):
             values: dict[str, Any] = {
@@ -104,7 +103,7 @@ async def stored(database: Database, clock: Clock, rows: list[Job]) -> tuple[Run
     return run, await database.write(work), workers
 
 
-async def _recount(connection: AsyncConnection, run: Run, rows: list[Job]) -> None:
+async def _recount(connection: Connection, run: Run, rows: list[Job]) -> None:
     await connection.execute(schema.counters.delete())
     for state in STATES:
         count = sum(row.state is state for row in rows)
@@ -140,11 +139,11 @@ async def test_the_statement_that_settles_goes_by_the_fence(database: Database, 
     rows = every_job()
     _, ids, _ = await stored(database, clock, rows)
 
-    async def is_taken(connection: AsyncConnection, job_id: int) -> bool:
+    async def is_taken(connection: Connection, job_id: int) -> bool:
         given = {"job": job_id, "seq": 1, "to": "done", "available": 0, "charge": 1, "finished": clock.now}
         return await SETTLE.run(connection, [given]) == 1
 
-    async def work(connection: AsyncConnection) -> list[bool]:
+    async def work(connection: Connection) -> list[bool]:
         return [await is_taken(connection, job_id) for job_id in ids]
 
     taken = await database.write(work)

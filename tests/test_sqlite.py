@@ -10,13 +10,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import aiosqlite
 import pytest
 from sqlalchemy import event, text
 
 from lbr.errors import DatabaseBusyError, DatabaseError, UsageError
 from lbr.jobs import Item, KeyMaker, Prompt
-from lbr.store import connections, enqueue, files, runs, schema, sqlite, trips
+from lbr.store import enqueue, file_connections, files, runs, schema, sqlite, trips
 from lbr.store.claims import CLAIM, CLAIM_CHOSEN, DUE, DUE_SIZED, DUE_SUSPECT
 from lbr.store.engines import open_database
 from lbr.store.queue import EXPIRED, RENEW, Queue
@@ -26,8 +25,8 @@ from tests.support import ECHO, answered, assert_counted, put
 
 if TYPE_CHECKING:
     from sqlalchemy import Executable
-    from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from lbr.store.connection import Connection
     from lbr.store.database import Database
 
 RUNS = "SELECT name FROM runs"
@@ -52,27 +51,25 @@ async def test_file_is_private(tmp_path: Path) -> None:
 async def test_a_transaction_is_one_trip(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """From its beginning to its commit the file is locked, and nobody waits for two threads to take turns."""
     taken: list[str] = []
-    whole, single = trips._complete, aiosqlite.Connection._execute
+    run, complete = trips.FileThread.run, trips._complete
 
-    def transaction(coroutine: Any) -> Any:
+    async def trip(thread: trips.FileThread, function: Any) -> Any:
+        taken.append("trip")
+        return await run(thread, function)
+
+    def transaction(work: Any) -> Any:
         taken.append("transaction")
-        return whole(coroutine)
+        return complete(work)
 
-    async def statement(connection: aiosqlite.Connection, fn: Any, *args: Any, **options: Any) -> Any:
-        taken.append("statement")
-        return await single(connection, fn, *args, **options)  # type: ignore[no-untyped-call]
-
-    async def names(connection: AsyncConnection) -> list[str]:
+    async def names(connection: Connection) -> list[str]:
         await connection.execute(text("SELECT 1"))
         return list((await connection.execute(text(RUNS))).scalars())
 
+    monkeypatch.setattr(trips.FileThread, "run", trip)
+    monkeypatch.setattr(trips, "_complete", transaction)
     for verb in (database.write, database.read):
-        await verb(names)
-        monkeypatch.setattr(trips, "_complete", transaction)
-        monkeypatch.setattr(aiosqlite.Connection, "_execute", statement)
         assert await verb(names) == []
-        monkeypatch.undo()
-        assert taken == ["transaction"]
+        assert taken == ["trip", "transaction"]
         taken.clear()
 
 
@@ -118,7 +115,7 @@ async def test_a_transaction_waits_for_its_database_alone(database: Database) ->
     """One that would keep the file locked while it waits for something else is refused, and undone."""
     await put(database, ["a"])
 
-    async def work(connection: AsyncConnection) -> None:
+    async def work(connection: Connection) -> None:
         await connection.execute(text("UPDATE runs SET name = 'other'"))
         await asyncio.sleep(0)
 
@@ -139,7 +136,7 @@ async def plan(database: Database, statement: Executable) -> str:
     sent: list[tuple[str, Any]] = []
     steps: list[str] = []
 
-    async def work(connection: AsyncConnection) -> None:
+    async def work(connection: Connection) -> None:
         event.listen(
             connection.sync_connection,
             "before_cursor_execute",
@@ -423,7 +420,7 @@ async def test_foreign_lock_is_ridden_out(tmp_path: Path) -> None:
 
 async def test_endless_foreign_lock_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A database that stays locked ends in words with the way out, after a bounded time."""
-    monkeypatch.setattr(connections, "BUSY_TIMEOUT_MS", 50)
+    monkeypatch.setattr(file_connections, "BUSY_TIMEOUT_MS", 50)
     path = tmp_path / "q.db"
     database = await open_database(str(path), create=True)
     await database.close()

@@ -26,8 +26,7 @@ from lbr.store.settle import settle
 from tests.support import ECHO, Clock, answered, assert_counted, failed, is_postgresql, job_row, put, states
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncConnection
-
+    from lbr.store.connection import Connection
     from lbr.store.database import Database
 
 TRANSIENT = Failure(Family.TRANSIENT, "ServerError", "503")
@@ -520,7 +519,7 @@ async def test_schema_migrates_once(database: Database, db_url: str) -> None:
     ]
 
 
-async def _run(sql: str, connection: AsyncConnection) -> None:
+async def _run(sql: str, connection: Connection) -> None:
     await connection.execute(text(sql))
 
 

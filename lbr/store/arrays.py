@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from sqlalchemy import Dialect, Table
-    from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.sql.compiler import SQLCompiler
     from sqlalchemy.types import TypeEngine
+
+    from lbr.store.connection import Connection
 
 TAKES_ARRAYS = "lbr_takes_arrays"
 """Execution option of a connection: whether many rows go to it as arrays."""
@@ -168,12 +169,12 @@ class Bulk:
         rows = func.unnest(*arrays).table_valued(*columns, name="given").render_derived()
         return self._build(Given(dict(rows.c.items()), postgresql_insert, arrays=True))
 
-    async def run(self, connection: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> int:
+    async def run(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> int:
         """Run the statement for all of the rows; return how many rows it changed, 0 for none given."""
         fields = list(self._types)
         return await self.run_plain(connection, [tuple([row[name] for name in fields]) for row in rows])
 
-    async def run_plain(self, connection: AsyncConnection, rows: list[tuple[Any, ...]]) -> int:
+    async def run_plain(self, connection: Connection, rows: list[tuple[Any, ...]]) -> int:
         """Do the same with the values of the rows alone, in the order of the fields: for rows in great numbers."""
         if not rows:
             return 0
@@ -199,7 +200,7 @@ class Inserting(Bulk):
         return insert(self._table)
 
 
-def option(connection: AsyncConnection, name: str) -> Any:
+def option(connection: Connection, name: str) -> Any:
     """Return an execution option of a connection, None where it is not set."""
     return (
         connection.sync_connection.get_execution_options().get(name) if connection.sync_connection else None

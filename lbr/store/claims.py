@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from sqlalchemy import ColumnElement, Select
-    from sqlalchemy.ext.asyncio import AsyncConnection
 
     from lbr.jobs import Json, WorkerId
+    from lbr.store.connection import Connection
     from lbr.store.limiting import Gate
     from lbr.store.schema import AnyRow
 
@@ -113,7 +113,7 @@ class Wish:
     extra: Mapping[RunId, int]
 
 
-async def take(connection: AsyncConnection, gate: Gate, wish: Wish, *, until: int) -> list[Claim]:
+async def take(connection: Connection, gate: Gate, wish: Wish, *, until: int) -> list[Claim]:
     """Claim what the gate lets through, with leases that hold until then, and debit it there."""
     rows: list[AnyRow] = []
     sizes: dict[int, int] = {}
@@ -130,7 +130,7 @@ async def take(connection: AsyncConnection, gate: Gate, wish: Wish, *, until: in
     return _marked(claims, gate, sizes) if gate.limits else claims
 
 
-async def _with_prompts(connection: AsyncConnection, rows: list[AnyRow], now: Millis) -> list[Claim]:
+async def _with_prompts(connection: Connection, rows: list[AnyRow], now: Millis) -> list[Claim]:
     """Read, in the claim's own transaction, what its worker needs to make the calls."""
     if not rows:
         return []
@@ -171,7 +171,7 @@ def _settings(text: str) -> dict[str, Json]:
     return settings
 
 
-async def _histories(connection: AsyncConnection, rows: list[AnyRow], now: Millis) -> dict[int, History]:
+async def _histories(connection: Connection, rows: list[AnyRow], now: Millis) -> dict[int, History]:
     if not rows:
         return {}
     since = {row.id: row.retry_seq for row in rows}
@@ -195,7 +195,7 @@ def _history(tries: list[AnyRow], now: Millis) -> History:
 
 
 async def _fitting(
-    connection: AsyncConnection, gate: Gate, asked: dict[str, Any], wish: Wish
+    connection: Connection, gate: Gate, asked: dict[str, Any], wish: Wish
 ) -> dict[int, int] | None:
     """Return the jobs that a limit of tokens lets through, with their tokens; None where there is no such limit."""
     limit = gate.limit(asked["run"])

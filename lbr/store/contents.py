@@ -20,9 +20,8 @@ from lbr.store.schema import attempts, items, jobs, prompts, results
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator, Sequence
 
-    from sqlalchemy.ext.asyncio import AsyncConnection
-
     from lbr.jobs import Run
+    from lbr.store.connection import Connection
     from lbr.store.database import Database
     from lbr.store.schema import AnyRow
 
@@ -99,7 +98,7 @@ def _values(row: AnyRow, names: Sequence[str]) -> list[Any]:
 async def read_page(database: Database, run: Run, start: int) -> Page:
     """Return a run's inputs from a place on, no more than a transaction should hold; none behind the last."""
 
-    async def work(connection: AsyncConnection) -> Page:
+    async def work(connection: Connection) -> Page:
         found = (await connection.execute(_PLACES, {"run": run.id, "start": start})).all()
         sizes = accumulate(row.characters for row in found)
         fitting = sum(size <= CHUNK_CHARACTERS for size in sizes)

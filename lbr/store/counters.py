@@ -14,9 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any
 
-    from sqlalchemy.ext.asyncio import AsyncConnection
-
     from lbr.jobs import RunId
+    from lbr.store.connection import Connection
 
 INPUT_TOKENS = "input_tokens"
 OUTPUT_TOKENS = "output_tokens"
@@ -62,7 +61,7 @@ _ADD = Bulk(
 )
 
 
-async def add(connection: AsyncConnection, deltas: Deltas) -> None:
+async def add(connection: Connection, deltas: Deltas) -> None:
     """Add to the counts; the rows that they count must change in the same transaction."""
     shard = option(connection, SHARD) or 0
     rows = [
@@ -75,7 +74,7 @@ async def add(connection: AsyncConnection, deltas: Deltas) -> None:
     await _ADD.run(connection, rows)
 
 
-async def of_runs(connection: AsyncConnection, run_ids: Iterable[RunId]) -> dict[RunId, Counter[str]]:
+async def of_runs(connection: Connection, run_ids: Iterable[RunId]) -> dict[RunId, Counter[str]]:
     """Return every count of the named runs; what was never counted is 0."""
     ids = list(run_ids)
     query = (

@@ -22,9 +22,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-    from sqlalchemy.ext.asyncio import AsyncConnection
-
     from lbr.jobs import RunId
+    from lbr.store.connection import Connection
     from lbr.store.presence import Presence
 
 T = TypeVar("T")
@@ -74,7 +73,7 @@ class Database(ABC):
         """Try nothing again from now on: it has been tried for long enough."""
         self._given_up = True
 
-    async def write(self, work: Callable[[AsyncConnection], Awaitable[T]], *, beside: bool = False) -> T:
+    async def write(self, work: Callable[[Connection], Awaitable[T]], *, beside: bool = False) -> T:
         """Run one transaction; whole again after a failure that passes, so `work` must not change anything else.
 
         Transactions of one process take turns. One that is to run `beside` takes turns with others of its kind
@@ -85,7 +84,7 @@ class Database(ABC):
         """
         return await to_its_end(self._write(work, beside=beside))
 
-    async def read(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+    async def read(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         """Run one short read-only transaction, again after a failure that passes. Raises as `write` does."""
         return await self._retried(lambda: self._read(work))
 
@@ -113,11 +112,11 @@ class Database(ABC):
         return result
 
     @abstractmethod
-    async def _write(self, work: Callable[[AsyncConnection], Awaitable[T]], *, beside: bool) -> T:
+    async def _write(self, work: Callable[[Connection], Awaitable[T]], *, beside: bool) -> T:
         """Run `work` in a transaction, by `_retried`, when its turn has come. It is not cancelled."""
 
     @abstractmethod
-    async def _read(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+    async def _read(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         """Run `work` once in a read-only transaction."""
 
     @abstractmethod
@@ -129,13 +128,11 @@ class Database(ABC):
         """Turn what the driver raises into `DatabaseError`, with the way out."""
 
     @abstractmethod
-    async def at_one_moment(
-        self, connection: AsyncConnection, work: Callable[[AsyncConnection], Awaitable[T]]
-    ) -> T:
+    async def at_one_moment(self, connection: Connection, work: Callable[[Connection], Awaitable[T]]) -> T:
         """Run what only reads while this writing transaction is open, so that all its statements see one moment."""
 
     @abstractmethod
-    async def now(self, connection: AsyncConnection) -> Millis:
+    async def now(self, connection: Connection) -> Millis:
         """Return the time that leases are compared with: one clock for all workers of the queue."""
 
     @abstractmethod
@@ -143,15 +140,15 @@ class Database(ABC):
         """Tell whether it is worth looking for work that others left since the last call; it costs next to nothing."""
 
     @abstractmethod
-    async def wake(self, connection: AsyncConnection) -> None:
+    async def wake(self, connection: Connection) -> None:
         """Have this transaction's commit wake idle workers, where that takes saying."""
 
     @abstractmethod
-    async def take_turns(self, connection: AsyncConnection, run_id: RunId) -> None:
+    async def take_turns(self, connection: Connection, run_id: RunId) -> None:
         """Let enqueues of one run follow each other until this transaction ends; workers do not wait for it."""
 
     @abstractmethod
-    async def reserve_job_ids(self, connection: AsyncConnection, count: int) -> Sequence[int]:
+    async def reserve_job_ids(self, connection: Connection, count: int) -> Sequence[int]:
         """Return `count` ascending ids that no job has, had, or will have otherwise."""
 
     @abstractmethod

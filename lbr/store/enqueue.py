@@ -20,9 +20,8 @@ from lbr.values import value
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sqlalchemy.ext.asyncio import AsyncConnection
-
     from lbr.jobs import Item, Millis, Run
+    from lbr.store.connection import Connection
     from lbr.store.database import Database
 
 CHUNK = 5_000
@@ -117,7 +116,7 @@ async def next_idx(database: Database, run: Run) -> int:
     return await database.read(lambda connection: place_behind(connection, run))
 
 
-async def place_behind(connection: AsyncConnection, run: Run) -> int:
+async def place_behind(connection: Connection, run: Run) -> int:
     """Return the same as `next_idx`, within a transaction."""
     last = await connection.scalar(select(func.max(items_table.c.idx)).where(items_table.c.run_id == run.id))
     return 0 if last is None else int(last) + 1
@@ -139,7 +138,7 @@ async def add_chunk(
     of these places.
     """
 
-    async def work(connection: AsyncConnection) -> EnqueueCounts:
+    async def work(connection: Connection) -> EnqueueCounts:
         await database.take_turns(connection, run.id)
         start = await place_behind(connection, run) if place is None else place
         span = {"run": run.id, "start": start, "end": start + len(items)}
@@ -187,7 +186,7 @@ def _metadata_json(item: Item) -> str | None:
     return None if item.metadata is None else canonical_json(item.metadata).decode()
 
 
-async def _touch_run(connection: AsyncConnection, run: Run, now: Millis) -> None:
+async def _touch_run(connection: Connection, run: Run, now: Millis) -> None:
     """Note that inputs are arriving, so that nobody takes the run for complete.
 
     Last of all, for it locks the run's row, which others wait for. UsageError, and nothing is changed, where
@@ -203,7 +202,7 @@ async def _touch_run(connection: AsyncConnection, run: Run, now: Millis) -> None
 
 
 async def _assign_jobs(
-    database: Database, connection: AsyncConnection, run: Run, fresh: list[tuple[int, Item, bytes]]
+    database: Database, connection: Connection, run: Run, fresh: list[tuple[int, Item, bytes]]
 ) -> tuple[list[_Entry], dict[bytes, int]]:
     """Give every new input its job; return them with the keys that are new to the run."""
     wanted = list(dict.fromkeys(key for _, _, key in fresh))
@@ -221,7 +220,7 @@ async def _assign_jobs(
     return entries, new
 
 
-async def _find_answers(connection: AsyncConnection, new: dict[bytes, int]) -> dict[int, int]:
+async def _find_answers(connection: Connection, new: dict[bytes, int]) -> dict[int, int]:
     """Map new jobs to done jobs of other runs with the same key, whose answers stay until they are copied."""
     if not new:
         return {}
@@ -236,7 +235,7 @@ async def _find_answers(connection: AsyncConnection, new: dict[bytes, int]) -> d
 
 
 async def _insert_jobs(
-    connection: AsyncConnection,
+    connection: Connection,
     run: Run,
     entries: list[_Entry],
     new: dict[bytes, int],
@@ -262,7 +261,7 @@ async def _insert_jobs(
     await _COPY_RESULTS.run(connection, [{"job": j, "source": s} for j, s in answered.items()])
 
 
-async def _insert_items(connection: AsyncConnection, run: Run, entries: list[_Entry]) -> None:
+async def _insert_items(connection: Connection, run: Run, entries: list[_Entry]) -> None:
     run_id = run.id
     rows = [
         (run_id, e.idx, e.job_id, int(e.first), e.item.custom_id, _metadata_json(e.item)) for e in entries

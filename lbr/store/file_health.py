@@ -14,17 +14,17 @@ from sqlalchemy import Float, Integer, LargeBinary, func, select
 from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
 
 from lbr.store import files, schema
-from lbr.store.connections import HARMLESS, READER_PRAGMAS, make_engine
+from lbr.store.file_connections import HARMLESS, READER_PRAGMAS, FileConnections
 from lbr.store.sqlite import SQLiteDatabase
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sqlalchemy import Column
-    from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.types import TypeEngine
 
     from lbr.jobs import Millis
+    from lbr.store.connection import Connection
 
 MOST_DAMAGES = 5
 
@@ -64,7 +64,7 @@ class LookingDatabase(SQLiteDatabase):
         alone = hasty and not self._wal.exists() and not Path(f"{path}-journal").exists()
         options = {"immutable": "1"} if alone else {"mode": "ro"}
         self._alone = alone
-        self._reader = make_engine(path, begin="BEGIN", pool_size=1, pragmas=READER_PRAGMAS, options=options)
+        self._reader = FileConnections(path, begin="BEGIN", most=1, pragmas=READER_PRAGMAS, options=options)
 
     @property
     def disturbed(self) -> bool:
@@ -136,7 +136,7 @@ def _stat(path: Path) -> os.stat_result | None:
 async def damages(database: SQLiteDatabase) -> list[str]:
     """Return what SQLite finds wrong in the file, a few lines at most. It reads all of it."""
 
-    async def work(connection: AsyncConnection) -> list[str]:
+    async def work(connection: Connection) -> list[str]:
         found = await connection.exec_driver_sql(f"PRAGMA integrity_check({MOST_DAMAGES})")
         lines = [str(line) for line in found.scalars().all()]
         return [] if lines == ["ok"] else lines

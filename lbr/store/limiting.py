@@ -26,9 +26,8 @@ from lbr.store.schema import counters, limits, runs, workers
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from sqlalchemy.ext.asyncio import AsyncConnection
-
     from lbr.jobs import Claim, Millis
+    from lbr.store.connection import Connection
     from lbr.store.database import Database
     from lbr.store.schema import AnyRow
 
@@ -151,7 +150,7 @@ class Gate:
     def _inflight(self, run_id: RunId) -> int:
         return self.inflight.get(self.answerers[run_id], 0)
 
-    async def save(self, connection: AsyncConnection) -> None:
+    async def save(self, connection: Connection) -> None:
         """Write the balances down, and pause the runs whose budget is spent."""
         for run_id, budget in self.budgets.items():
             if budget.is_spent and budget.pending:
@@ -166,9 +165,7 @@ def _is_ahead(until: int, now: int) -> bool:
     return now < until <= now + FARTHEST_MS
 
 
-async def open_gate(
-    connection: AsyncConnection, run_ids: Sequence[RunId], now: Millis, *, lock: bool
-) -> Gate:
+async def open_gate(connection: Connection, run_ids: Sequence[RunId], now: Millis, *, lock: bool) -> Gate:
     """Return what may be claimed of these runs; with `lock` it stays so until the transaction ends."""
     gate = Gate(now)
     known: dict[str, Limit] = {}
@@ -202,7 +199,7 @@ async def open_gate(
 
 
 async def _budgets(
-    connection: AsyncConnection, run_ids: list[RunId], *, lock: bool
+    connection: Connection, run_ids: list[RunId], *, lock: bool
 ) -> tuple[dict[RunId, Budget], set[RunId]]:
     """Return the budgets of these runs, and which of them are active still."""
     if not run_ids:
@@ -241,23 +238,23 @@ def _limit_of(row: AnyRow) -> Limit:
     return found
 
 
-async def ceiling(connection: AsyncConnection, now: Millis) -> int:
+async def ceiling(connection: Connection, now: Millis) -> int:
     """Return how many slots the workers that report have together, at least one."""
     return max(1, await _slots_reported(connection, now))
 
 
-async def _slots_reported(connection: AsyncConnection, now: Millis) -> int:
+async def _slots_reported(connection: Connection, now: Millis) -> int:
     return int(await connection.scalar(_CEILING, {"since": now - SILENT_MS}) or 0)
 
 
-async def _calls_in_flight(connection: AsyncConnection, answerers: list[str]) -> dict[str, int]:
+async def _calls_in_flight(connection: Connection, answerers: list[str]) -> dict[str, int]:
     if not answerers:
         return {}
     found = (await connection.execute(_INFLIGHT, {"answerers": answerers})).all()
     return {row.answerer: int(row.calls) for row in found}
 
 
-async def _save(connection: AsyncConnection, who: str, limit: Limit) -> None:
+async def _save(connection: Connection, who: str, limit: Limit) -> None:
     values = {f"new_{name}": getattr(limit, name) for name in _LEARNED}
     await connection.execute(_SAVE, {"who": who} | values)
 
@@ -281,7 +278,7 @@ class Lesson:
         return not (self.tokens or self.calls or self.successes) and self.too_much is None
 
 
-async def learn(connection: AsyncConnection, lessons: Mapping[str, Lesson], now: Millis) -> None:
+async def learn(connection: Connection, lessons: Mapping[str, Lesson], now: Millis) -> None:
     """Carry over what ended calls say, answerer by answerer in the order of their names."""
     lessons = {who: lesson for who, lesson in lessons.items() if not lesson.is_empty}
     if not lessons:
@@ -302,9 +299,7 @@ async def learn(connection: AsyncConnection, lessons: Mapping[str, Lesson], now:
             await _save(connection, row.answerer, after)
 
 
-async def give_back(
-    connection: AsyncConnection, claims: Iterable[Claim], released: set[int], now: Millis
-) -> None:
+async def give_back(connection: Connection, claims: Iterable[Claim], released: set[int], now: Millis) -> None:
     """Credit the answerers with what claims were debited that were released without a call."""
     back = [claim for claim in claims if claim.job_id in released]
     query = select(runs.c.id, runs.c.answerer).where(among(runs.c.id, "ids"))
@@ -318,7 +313,7 @@ async def give_back(
     await learn(connection, lessons, now)
 
 
-async def make(connection: AsyncConnection, answerers: Iterable[str]) -> None:
+async def make(connection: Connection, answerers: Iterable[str]) -> None:
     """Make sure that there is a row for each."""
     await _MAKE.run(connection, [{"who": who, "until": 0, "why": ""} for who in answerers])
 
@@ -327,14 +322,14 @@ async def begin_slowly(database: Database, answerers: Iterable[str]) -> None:
     """Begin with few calls at a time where nothing has been learned of an answerer yet. Safe to repeat."""
     wanted = sorted(set(answerers))
 
-    async def missing(connection: AsyncConnection) -> list[str]:
+    async def missing(connection: Connection) -> list[str]:
         query = select(limits.c.answerer).where(
             among(limits.c.answerer, "answerers"), limits.c.slots.is_not(None)
         )
         known = set((await connection.execute(query, {"answerers": wanted})).scalars())
         return [who for who in wanted if who not in known]
 
-    async def work(connection: AsyncConnection) -> None:
+    async def work(connection: Connection) -> None:
         await make(connection, wanted)
         unknown = among(limits.c.answerer, "answerers") & limits.c.slots.is_(None)
         query = update(limits).where(unknown).values(slots=arithmetic.FIRST_SLOTS)
@@ -357,7 +352,7 @@ class LimitSeen:
     ceiling: int
 
 
-async def all_limits(connection: AsyncConnection, now: Millis) -> list[LimitSeen]:
+async def all_limits(connection: Connection, now: Millis) -> list[LimitSeen]:
     """Return every answerer of which anything is set or learned, by name."""
     rows = (await connection.execute(_ALL)).all()
     known = {row.answerer: _limit_of(row) for row in rows}
@@ -381,7 +376,7 @@ async def change(database: Database, answerer: str, values: Mapping[str, int | N
     """Set `rpm`, `tpm` or `concurrency` of an answerer, None to lift them, for all workers from now on."""
     buckets = {"rpm": "requests", "tpm": "tokens"}
 
-    async def work(connection: AsyncConnection) -> Limit:
+    async def work(connection: Connection) -> Limit:
         await make(connection, [answerer])
         row = (await connection.execute(_LOCKED, {"answerers": [answerer]})).one()
         changed = {name: value for name, value in values.items() if getattr(row, name) != value}

@@ -22,7 +22,7 @@ from sqlalchemy import (
 
 from lbr.errors import DatabaseError, OutputError, UsageError
 from lbr.store import files
-from lbr.store.connections import make_engine
+from lbr.store.file_connections import FileConnections
 from lbr.store.file_errors import database_errors
 from lbr.store.sqlite import sqlite_path
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sqlalchemy import ColumnElement, Connection, RowMapping
-    from sqlalchemy.ext.asyncio import AsyncEngine
 
     from lbr.jobs import Row
 
@@ -62,18 +61,18 @@ async def write_run(url: str, run: str, pages: AsyncIterable[list[Row]]) -> int:
     path = sqlite_path(url)
     files.check_location(path, create=True)
     files.create_private(path)
-    engine = _open(path, begin="BEGIN IMMEDIATE")
+    connections = _open(path, begin="BEGIN IMMEDIATE")
     count = 0
     try:
         with database_errors(path):
-            async with engine.begin() as connection:
+            async with connections.transaction() as connection:
                 await connection.run_sync(_check_table)
                 await connection.execute(delete(results).where(results.c.run == run))
                 async for page in pages:
                     await connection.execute(insert(results), [_to_columns(run, row) for row in page])
                     count += len(page)
     finally:
-        await engine.dispose()
+        await connections.close()
     return count
 
 
@@ -81,23 +80,23 @@ async def runs_in(url: str) -> list[str]:
     """Return the names of the runs in a results database, the newest last; none where it is another kind of file."""
     path = sqlite_path(url)
     files.check_location(path, create=False)
-    engine = _open(path, begin="BEGIN")
+    connections = _open(path, begin="BEGIN")
     try:
         with database_errors(path):
-            async with engine.begin() as connection:
+            async with connections.transaction() as connection:
                 if not await connection.run_sync(_has_table):
                     return []
                 newest: ColumnElement[int] = func.max(literal_column("rowid"))
                 query = select(results.c.run).group_by(results.c.run).order_by(newest)
                 return list((await connection.execute(query)).scalars())
     finally:
-        await engine.dispose()
+        await connections.close()
 
 
 async def read_run(url: str, run: str) -> AsyncIterator[list[dict[str, Any]]]:
     """Yield one run's rows in order, page by page, as they are collected; UsageError where there is no such run."""
     path = sqlite_path(url)
-    engine = _open(path, begin="BEGIN")
+    connections = _open(path, begin="BEGIN")
     query = (
         select(results)
         .where(results.c.run == run, results.c.idx > bindparam("after"))
@@ -108,7 +107,7 @@ async def read_run(url: str, run: str) -> AsyncIterator[list[dict[str, Any]]]:
     try:
         while True:
             with database_errors(path):
-                async with engine.begin() as connection:
+                async with connections.transaction() as connection:
                     page = (await connection.execute(query, {"after": after})).mappings().all()
             if page:
                 yield [_from_columns(row) for row in page]
@@ -116,7 +115,7 @@ async def read_run(url: str, run: str) -> AsyncIterator[list[dict[str, Any]]]:
                 return
             after = page[-1]["idx"]
     finally:
-        await engine.dispose()
+        await connections.close()
 
 
 async def remove(url: str, *, run: str) -> bool:
@@ -124,10 +123,10 @@ async def remove(url: str, *, run: str) -> bool:
     return await files.remove_unused(sqlite_path(url), run=run, query="SELECT DISTINCT run FROM results")
 
 
-def _open(path: Path, *, begin: str) -> AsyncEngine:
+def _open(path: Path, *, begin: str) -> FileConnections:
     # The default journal, not a WAL: the file stays one file, which can be copied or sent.
     pragmas = (f"PRAGMA busy_timeout = {PATIENCE_MS}", "PRAGMA synchronous = FULL")
-    return make_engine(path, begin=begin, pool_size=1, pragmas=pragmas)
+    return FileConnections(path, begin=begin, most=1, pragmas=pragmas)
 
 
 def _has_table(connection: Connection) -> bool:

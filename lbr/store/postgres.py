@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from lbr.jobs import RunId
+    from lbr.store.connection import Connection
 
 T = TypeVar("T")
 
@@ -148,7 +149,7 @@ class PostgresDatabase(Database):
         self._reader = _make_engine(address, "REPEATABLE READ", pool_size=2, options=reading)
         self._listener = Listener(arguments_of(address), CHANNEL, listen=not address.pooled)
 
-    async def _write(self, work: Callable[[AsyncConnection], Awaitable[T]], *, beside: bool) -> T:
+    async def _write(self, work: Callable[[Connection], Awaitable[T]], *, beside: bool) -> T:
         lane = self._beside if beside else self._lane
         doubt: _Doubt[T] | None = None
 
@@ -172,7 +173,7 @@ class PostgresDatabase(Database):
         async with lane.turn:
             return await self._retried(once)
 
-    async def _read(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+    async def _read(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         async with asyncio.timeout(STALL_SECONDS), self._reader.connect() as connection:
             return await work(connection)
 
@@ -182,16 +183,15 @@ class PostgresDatabase(Database):
     def _errors(self) -> AbstractContextManager[None]:
         return database_errors(self.name, self.patience)
 
-    async def now(self, connection: AsyncConnection) -> Millis:
+    async def now(self, connection: Connection) -> Millis:
         """Return the server's time, for its users' clocks may be hours apart; in a write, that of its beginning."""
         if self._clock is not None:
             return self._clock()
-        begun = connection.info.get(_WRITE_NOW)
+        beneath = connection.sync_connection
+        begun = None if beneath is None else beneath.info.get(_WRITE_NOW)
         return Millis(begun if begun is not None else await connection.scalar(_NOW))
 
-    async def at_one_moment(
-        self, connection: AsyncConnection, work: Callable[[AsyncConnection], Awaitable[T]]
-    ) -> T:
+    async def at_one_moment(self, connection: Connection, work: Callable[[Connection], Awaitable[T]]) -> T:
         """Run it in a reader, for the server shows each statement of a writer its own moment."""
         return await self.read(work)
 
@@ -199,15 +199,15 @@ class PostgresDatabase(Database):
         """Tell whether somebody called, or enough time has passed that a call may have been lost."""
         return self._listener.heard()
 
-    async def wake(self, connection: AsyncConnection) -> None:
+    async def wake(self, connection: Connection) -> None:
         """Have this transaction's commit call those who listen."""
         await connection.execute(text(f"SELECT pg_notify('{CHANNEL}', '')"))
 
-    async def take_turns(self, connection: AsyncConnection, run_id: RunId) -> None:
+    async def take_turns(self, connection: Connection, run_id: RunId) -> None:
         """Wait for the other enqueues of a run; the lock goes with the transaction."""
         await connection.execute(_TAKE_TURNS, {"kind": TURNS_LOCK, "run": run_id % 2**31})
 
-    async def reserve_job_ids(self, connection: AsyncConnection, count: int) -> Sequence[int]:
+    async def reserve_job_ids(self, connection: Connection, count: int) -> Sequence[int]:
         """Return `count` ascending ids of the sequence."""
         bound = {"table": f"{SCHEMA}.jobs", "count": count}
         return (await connection.execute(_IDS, bound)).scalars().all() if count else []
@@ -257,7 +257,7 @@ class PostgresDatabase(Database):
     async def remove(self, run: str) -> bool:
         """Drop the queue where this is its only user and `run` its only run; tell whether it did."""
 
-        async def work(connection: AsyncConnection) -> bool:
+        async def work(connection: Connection) -> bool:
             await connection.execute(_CREATING, {"kind": CREATION_LOCK})
             if await connection.scalar(_OTHERS):
                 return False

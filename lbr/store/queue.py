@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from sqlalchemy import ColumnElement
-    from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from lbr.store.connection import Connection
     from lbr.store.database import Database
     from lbr.store.schema import AnyRow
 
@@ -141,7 +141,7 @@ class Queue:
     async def register(self, *, host: str, pid: int, concurrency: int) -> WorkerId:
         """Add a worker and return its id; forget workers that have been silent for a day."""
 
-        async def work(connection: AsyncConnection) -> WorkerId:
+        async def work(connection: Connection) -> WorkerId:
             now = await self._database.now(connection)
             await connection.execute(delete(workers).where(workers.c.seen_at < now - WORKER_MEMORY_MS))
             values = {"host": host, "pid": pid, "concurrency": concurrency, "started_at": now, "seen_at": now}
@@ -179,7 +179,7 @@ class Queue:
         """
         wish = Wish(worker, run_ids, most, suspects, extra or {})
 
-        async def work(connection: AsyncConnection) -> list[Claim]:
+        async def work(connection: Connection) -> list[Claim]:
             now = await self._database.now(connection)
             gate = await open_gate(connection, run_ids, now, lock=True)
             claims = await take(connection, gate, wish, until=now + round(lease * 1000))
@@ -194,7 +194,7 @@ class Queue:
     async def look(self, run_ids: Sequence[RunId]) -> Outlook:
         """See without a lock whether a claim or a reclaim would find anything."""
 
-        async def work(connection: AsyncConnection) -> Outlook:
+        async def work(connection: Connection) -> Outlook:
             now = await self._database.now(connection)
             gate = await open_gate(connection, run_ids, now, lock=False)
             due = suspects = stranded = False
@@ -224,7 +224,7 @@ class Queue:
     async def bring_forward(self, run_ids: Sequence[RunId]) -> None:
         """Let jobs be claimed now that a clock which was ahead told to wait for longer than anybody waits."""
 
-        async def work(connection: AsyncConnection) -> None:
+        async def work(connection: Connection) -> None:
             now = await self._database.now(connection)
             stranded = (PENDING, among(jobs.c.run_id, "runs"), jobs.c.available_at > now + FARTHEST_MS)
             query = update(jobs).where(*stranded).values(available_at=now)
@@ -243,7 +243,7 @@ class Queue:
         """
         held = {claim.job_id: claim.claim_seq for claim in claims}
 
-        async def work(connection: AsyncConnection) -> set[JobId]:
+        async def work(connection: Connection) -> set[JobId]:
             now = await self._database.now(connection)
             values = {"seen_at": now, "settled": settled, "rate_milli": round(rate * 1000)}
             await connection.execute(update(workers).where(workers.c.id == worker).values(**values))
@@ -266,7 +266,7 @@ class Queue:
         if not held:
             return 0
 
-        async def work(connection: AsyncConnection) -> int:
+        async def work(connection: Connection) -> int:
             rows = (await connection.execute(_HELD, {"ids": list(held), "worker": worker})).all()
             ours = [row for row in rows if held[row.id] == row.claim_seq]
             standing = await hold_states(connection, {row.run_id for row in ours})
@@ -297,7 +297,7 @@ class Queue:
         again.
         """
 
-        async def work(connection: AsyncConnection) -> tuple[list[Reclaimed], list[WorkerId]]:
+        async def work(connection: Connection) -> tuple[list[Reclaimed], list[WorkerId]]:
             now = await self._database.now(connection)
             # Within the transaction: a worker that is dead now cannot have claimed anything since.
             ended = self._database.presence.dead(dead)
@@ -313,20 +313,20 @@ class Queue:
         self._database.presence.forget(buried)
         return taken
 
-    async def _dead(self, connection: AsyncConnection) -> list[WorkerId]:
+    async def _dead(self, connection: Connection) -> list[WorkerId]:
         presence = self._database.presence
         if not presence.tells:
             return []
         return presence.dead((await connection.execute(select(workers.c.id))).scalars().all())
 
 
-async def _remove(connection: AsyncConnection, ended: list[WorkerId]) -> None:
+async def _remove(connection: Connection, ended: list[WorkerId]) -> None:
     if ended:
         await connection.execute(delete(workers).where(among(workers.c.id, "ids")), {"ids": ended})
 
 
 async def _take_back(
-    connection: AsyncConnection, finding: Any, reclaiming: Any, bound: dict[str, Any]
+    connection: Connection, finding: Any, reclaiming: Any, bound: dict[str, Any]
 ) -> list[Reclaimed]:
     found = (await connection.execute(finding, bound)).all()
     if not found:
@@ -342,7 +342,7 @@ async def _take_back(
     return [Reclaimed(row.id, row.run_id, row.worker_id, JobState(row.state), died) for row in rows]
 
 
-async def _retake(connection: AsyncConnection, held: dict[JobId, int], bound: dict[str, Any]) -> set[JobId]:
+async def _retake(connection: Connection, held: dict[JobId, int], bound: dict[str, Any]) -> set[JobId]:
     if not bound["ids"]:
         return set()
     lapsed = (await connection.execute(_LAPSED, {"ids": bound["ids"], "worker": bound["worker"]})).all()

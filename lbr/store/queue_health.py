@@ -14,8 +14,7 @@ from lbr.store.schema import INFLIGHT, jobs, limits, runs, workers
 if TYPE_CHECKING:
     from collections.abc import Awaitable
 
-    from sqlalchemy.ext.asyncio import AsyncConnection
-
+    from lbr.store.connection import Connection
     from lbr.store.database import Database
     from lbr.store.reads import Overview
     from lbr.store.recount import Drift
@@ -82,7 +81,7 @@ async def look_at(database: Database, looker: Looker) -> QueueHealth:
 
 
 async def _leases(database: Database) -> Leases:
-    async def work(connection: AsyncConnection) -> Leases:
+    async def work(connection: Connection) -> Leases:
         now = await database.now(connection)
         query = select(func.count(), func.min(jobs.c.lease_until)).where(INFLIGHT, jobs.c.lease_until < now)
         count, oldest = (await connection.execute(query)).one()
@@ -101,7 +100,7 @@ async def _ahead(database: Database) -> dict[str, int]:
         "a limit's balance": func.max(limits.c.balanced_at),
     }
 
-    async def work(connection: AsyncConnection) -> dict[str, int]:
+    async def work(connection: Connection) -> dict[str, int]:
         now = await database.now(connection)
         found = {what: await connection.scalar(select(when)) for what, when in latest.items()}
         lease = await connection.scalar(select(func.max(jobs.c.lease_until)).where(INFLIGHT))

@@ -21,10 +21,9 @@ if TYPE_CHECKING:
     from collections import Counter
     from collections.abc import AsyncIterator, Iterable, Sequence
 
-    from sqlalchemy.ext.asyncio import AsyncConnection
-
     from lbr.jobs import Json
     from lbr.prices import Price
+    from lbr.store.connection import Connection
     from lbr.store.database import Database
     from lbr.store.schema import AnyRow
 
@@ -175,7 +174,7 @@ async def counts(database: Database, run_ids: Iterable[RunId]) -> list[RunCounts
     """Return the runs of these ids as they stand, in the order of their ids."""
     ids = list(run_ids)
 
-    async def work(connection: AsyncConnection) -> list[RunCounts]:
+    async def work(connection: Connection) -> list[RunCounts]:
         found = select(runs_table).where(runs_table.c.id.in_(ids)).order_by(runs_table.c.id)
         return await _counts(
             connection, [runs.run_of(row) for row in (await connection.execute(found)).all()]
@@ -200,7 +199,7 @@ async def open_runs(database: Database) -> list[Run]:
     )
     query = select(runs_table).where(or_(runs_table.c.sealed_at.is_(None), runs_table.c.id.in_(left)))
 
-    async def work(connection: AsyncConnection) -> list[Run]:
+    async def work(connection: Connection) -> list[Run]:
         return [runs.run_of(row) for row in (await connection.execute(query.order_by(runs_table.c.id))).all()]
 
     return await database.read(work)
@@ -221,7 +220,7 @@ async def now(database: Database) -> Millis:
 async def overview(database: Database, name: str | None = None) -> Overview:
     """Return how one run stands, or all of them, with the workers, cooldowns and limits of the database."""
 
-    async def work(connection: AsyncConnection) -> Overview:
+    async def work(connection: Connection) -> Overview:
         found = await runs.all_runs(connection) if name is None else [await runs.find(connection, name)]
         now = await database.now(connection)
         seen = (await connection.execute(select(workers).order_by(workers.c.id))).all()
@@ -242,7 +241,7 @@ async def overview(database: Database, name: str | None = None) -> Overview:
     return await database.read(work)
 
 
-async def _counts(connection: AsyncConnection, found: list[Run]) -> list[RunCounts]:
+async def _counts(connection: Connection, found: list[Run]) -> list[RunCounts]:
     ids = [run.id for run in found]
     by_run = await counters.of_runs(connection, ids)
     last = (
@@ -257,7 +256,7 @@ async def rows(database: Database, run: Run, shape: Shape) -> AsyncIterator[list
     after = -1
     while True:
 
-        async def work(connection: AsyncConnection, after: int = after) -> list[Row]:
+        async def work(connection: Connection, after: int = after) -> list[Row]:
             bound = {"run": run.id, "after": after}
             found = (await connection.execute(ROWS[shape], bound)).all()
             return await _with_errors(connection, found)
@@ -270,7 +269,7 @@ async def rows(database: Database, run: Run, shape: Shape) -> AsyncIterator[list
         after = page[-1].idx
 
 
-async def _with_errors(connection: AsyncConnection, found: Sequence[Sequence[Any]]) -> list[Row]:
+async def _with_errors(connection: Connection, found: Sequence[Sequence[Any]]) -> list[Row]:
     """Turn database rows into collected ones; what is not done gets what its last failed try said."""
     open_ids = list({job_id for _, _, _, job_id, _, state, *_ in found if state != JobState.DONE})
     errors: dict[int, str] = {}
@@ -313,7 +312,7 @@ async def metadata_columns(database: Database, run: Run) -> list[str]:
     )
     while True:
 
-        async def work(connection: AsyncConnection, after: int = after) -> list[Any]:
+        async def work(connection: Connection, after: int = after) -> list[Any]:
             return list((await connection.execute(query, {"after": after})).all())
 
         page = await database.read(work)
@@ -327,7 +326,7 @@ async def metadata_columns(database: Database, run: Run) -> list[str]:
 async def story(database: Database, run: Run, idx: int) -> Story:
     """Return everything about the input at a place; UsageError where there is none."""
 
-    async def work(connection: AsyncConnection) -> Story:
+    async def work(connection: Connection) -> Story:
         query = (
             select(*_COLLECTED, *_REST)
             .join_from(items, jobs, items.c.job_id == jobs.c.id)

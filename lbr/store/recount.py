@@ -18,8 +18,7 @@ from lbr.store.schema import counters as counters_table
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from sqlalchemy.ext.asyncio import AsyncConnection
-
+    from lbr.store.connection import Connection
     from lbr.store.database import Database
     from lbr.store.schema import AnyRow
 
@@ -89,7 +88,7 @@ async def mend(database: Database) -> list[Drift]:
     changes rows and counters together.
     """
 
-    async def work(connection: AsyncConnection) -> list[Drift]:
+    async def work(connection: Connection) -> list[Drift]:
         await database.take_turns(connection, MENDING)
         found = await database.at_one_moment(connection, _drifts)
         missing: counters.Deltas = Counter()
@@ -101,7 +100,7 @@ async def mend(database: Database) -> list[Drift]:
     return await database.write(work)
 
 
-async def _drifts(connection: AsyncConnection) -> list[Drift]:
+async def _drifts(connection: Connection) -> list[Drift]:
     found = (await connection.execute(_RUNS)).all()
     counted = await _recount(connection)
     kept: counters.Deltas = Counter()
@@ -121,7 +120,7 @@ def _is_half_done(run: AnyRow) -> bool:
     return bool(run.state == RunState.PAUSED and (run.pause_reason or "").startswith(MOVING_FROM))
 
 
-async def _recount(connection: AsyncConnection) -> counters.Deltas:
+async def _recount(connection: Connection) -> counters.Deltas:
     counted: counters.Deltas = Counter()
     for run_id, state, count in (await connection.execute(_JOBS)).all():
         counted[run_id, state] = count

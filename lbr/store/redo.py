@@ -24,9 +24,8 @@ from lbr.store.settle import ADD_RESULTS
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from sqlalchemy.ext.asyncio import AsyncConnection
-
     from lbr.jobs import Run
+    from lbr.store.connection import Connection
     from lbr.store.database import Database
     from lbr.store.schema import AnyRow
 
@@ -221,14 +220,14 @@ async def retry(
     moved, after = 0, 0
     while True:
 
-        async def look(connection: AsyncConnection, after: int = after) -> tuple[int | None, list[AnyRow]]:
+        async def look(connection: Connection, after: int = after) -> tuple[int | None, list[AnyRow]]:
             return await _matching(connection, run, states, conditions, after)
 
         last, found = await database.read(look)
         for start in range(0, len(found), PAGE):
             page = found[start : start + PAGE]
 
-            async def work(connection: AsyncConnection, page: list[AnyRow] = page) -> int | None:
+            async def work(connection: Connection, page: list[AnyRow] = page) -> int | None:
                 return await _put_back(database, connection, run, page, own)
 
             if (put := await database.write(work)) is None:
@@ -240,7 +239,7 @@ async def retry(
 
 
 async def _matching(
-    connection: AsyncConnection, run: Run, states: list[JobState], conditions: Sequence[Condition], after: int
+    connection: Connection, run: Run, states: list[JobState], conditions: Sequence[Condition], after: int
 ) -> tuple[int | None, list[AnyRow]]:
     """Return where the next look begins, None behind the last job, and the jobs of this one that meet the conditions."""
     bound = {"run": run.id, "after": after, "states": states, "most": LOOK}
@@ -251,14 +250,14 @@ async def _matching(
     return (rows[-1].id if len(rows) == LOOK else None), found
 
 
-async def _latest_tries(connection: AsyncConnection, job_ids: list[int]) -> dict[int, AnyRow]:
+async def _latest_tries(connection: Connection, job_ids: list[int]) -> dict[int, AnyRow]:
     if not job_ids:
         return {}
     return {row.job_id: row for row in (await connection.execute(_TRIES, {"ids": job_ids})).all()}
 
 
 async def _put_back(
-    database: Database, connection: AsyncConnection, run: Run, page: list[AnyRow], own: str | None
+    database: Database, connection: Connection, run: Run, page: list[AnyRow], own: str | None
 ) -> int | None:
     """Put those of a page back that are as they were; return how many, None where the run was cancelled meanwhile."""
     if (await _hold(connection, run)).state is RunState.CANCELLED:
@@ -281,7 +280,7 @@ async def _put_back(
     return len(unchanged)
 
 
-async def _hold(connection: AsyncConnection, run: Run) -> Run:
+async def _hold(connection: Connection, run: Run) -> Run:
     """Return the run, which stays as it is until the transaction ends; UsageError where it is being moved."""
     await runs.hold_states(connection, [run.id])
     now = await runs.find(connection, run.name)
@@ -289,7 +288,7 @@ async def _hold(connection: AsyncConnection, run: Run) -> Run:
     return now
 
 
-async def _lock_unchanged(connection: AsyncConnection, seen: Sequence[AnyRow]) -> list[AnyRow]:
+async def _lock_unchanged(connection: Connection, seen: Sequence[AnyRow]) -> list[AnyRow]:
     """Lock jobs and return those that stand as they were seen: nothing else of them can have changed then."""
     before = {row.id: (row.state, row.claim_seq) for row in seen}
     rows = (await connection.execute(_LOCKED, {"ids": list(before)})).all()
@@ -306,9 +305,7 @@ async def reparse(database: Database, run: Run, check: Callable[[str], str]) -> 
     taken, left, problem, after = 0, 0, None, 0
     while True:
 
-        async def look(
-            connection: AsyncConnection, after: int = after
-        ) -> tuple[int | None, list[AnyRow], Any]:
+        async def look(connection: Connection, after: int = after) -> tuple[int | None, list[AnyRow], Any]:
             return await _bad_answers(connection, run, after)
 
         last, seen, bad = await database.read(look)
@@ -323,7 +320,7 @@ async def reparse(database: Database, run: Run, check: Callable[[str], str]) -> 
                 fitting[one.job_id] = _result(run, one, text)
 
         async def work(
-            connection: AsyncConnection, seen: list[AnyRow] = seen, fitting: dict[int, Any] = fitting
+            connection: Connection, seen: list[AnyRow] = seen, fitting: dict[int, Any] = fitting
         ) -> int:
             return await _take(database, connection, run, [row for row in seen if row.id in fitting], fitting)
 
@@ -334,7 +331,7 @@ async def reparse(database: Database, run: Run, check: Callable[[str], str]) -> 
 
 
 async def _bad_answers(
-    connection: AsyncConnection, run: Run, after: int
+    connection: Connection, run: Run, after: int
 ) -> tuple[int | None, list[AnyRow], Sequence[AnyRow]]:
     """Return where the next look begins, None behind the last job, failed jobs, and the bad answers they ended with."""
     bound = {"run": run.id, "after": after, "states": [JobState.FAILED], "most": REPARSE_PAGE}
@@ -368,7 +365,7 @@ def _result(run: Run, bad: AnyRow, text: str) -> dict[str, Any]:
 
 async def _take(
     database: Database,
-    connection: AsyncConnection,
+    connection: Connection,
     run: Run,
     seen: list[AnyRow],
     fitting: dict[int, dict[str, Any]],

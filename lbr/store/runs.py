@@ -18,8 +18,7 @@ from lbr.store.schema import jobs, runs
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from sqlalchemy.ext.asyncio import AsyncConnection
-
+    from lbr.store.connection import Connection
     from lbr.store.database import Database
     from lbr.store.schema import AnyRow
 
@@ -112,7 +111,7 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-async def find(connection: AsyncConnection, name: str) -> Run:
+async def find(connection: Connection, name: str) -> Run:
     """Return the run of that name; RunNotFoundError names those that there are."""
     if name.isprintable():  # nothing else is ever stored, and some of it could not even be asked for
         row = (await connection.execute(select(runs).where(runs.c.name == name))).one_or_none()
@@ -125,12 +124,12 @@ async def find(connection: AsyncConnection, name: str) -> Run:
     raise RunNotFoundError(f"expected the name of a run, got: {name!r}; {known}")
 
 
-async def all_runs(connection: AsyncConnection) -> list[Run]:
+async def all_runs(connection: Connection) -> list[Run]:
     """Return every run, oldest first."""
     return [run_of(row) for row in (await connection.execute(select(runs).order_by(runs.c.id))).all()]
 
 
-async def prices(connection: AsyncConnection, run_ids: Iterable[RunId]) -> dict[RunId, Price | None]:
+async def prices(connection: Connection, run_ids: Iterable[RunId]) -> dict[RunId, Price | None]:
     """Return what the calls of these runs cost by their users' word, None where there is none."""
     query = select(runs.c.id, runs.c.price).where(among(runs.c.id, "ids"))
     rows = (await connection.execute(query, {"ids": list(run_ids)})).all()
@@ -144,7 +143,7 @@ async def open_run(database: Database, spec: RunSpec) -> Run:
     is being moved.
     """
 
-    async def work(connection: AsyncConnection) -> Run:
+    async def work(connection: Connection) -> Run:
         run, _ = await ensure(database, connection, spec)
         if run.state is RunState.CANCELLED:
             raise UsageError(f"run {spec.name!r} was cancelled; `lbr retry {spec.name}` takes it up again")
@@ -158,7 +157,7 @@ async def open_run(database: Database, spec: RunSpec) -> Run:
     return await database.write(work)
 
 
-async def ensure(database: Database, connection: AsyncConnection, spec: RunSpec) -> tuple[Run, bool]:
+async def ensure(database: Database, connection: Connection, spec: RunSpec) -> tuple[Run, bool]:
     """Return the run of that name, made if it is new, and whether it was; RunMismatchError for another task's."""
     made = await _make(database, connection, spec)
     run = await find(connection, spec.name)
@@ -170,7 +169,7 @@ async def ensure(database: Database, connection: AsyncConnection, spec: RunSpec)
     return run, made
 
 
-async def _make(database: Database, connection: AsyncConnection, spec: RunSpec) -> bool:
+async def _make(database: Database, connection: Connection, spec: RunSpec) -> bool:
     """Insert the run where its name is free; tell whether it was. For one that is known, nothing is written."""
     if await connection.scalar(select(runs.c.id).where(runs.c.name == spec.name)) is not None:
         return False
@@ -213,7 +212,7 @@ def _check_whole(name: str, reason: str | None) -> None:
 
 
 async def hold_states(
-    connection: AsyncConnection, run_ids: Iterable[RunId], *, to_change: bool = False
+    connection: Connection, run_ids: Iterable[RunId], *, to_change: bool = False
 ) -> dict[RunId, RunState]:
     """Return the states of runs, which stay as they are until this transaction ends.
 
@@ -233,7 +232,7 @@ def resting_state(run_state: RunState) -> JobState:
 async def seal(database: Database, run: Run) -> None:
     """Record that an enqueue has come to its end."""
 
-    async def work(connection: AsyncConnection) -> None:
+    async def work(connection: Connection) -> None:
         now = await database.now(connection)
         await connection.execute(update(runs).where(runs.c.id == run.id).values(sealed_at=now))
 
@@ -243,7 +242,7 @@ async def seal(database: Database, run: Run) -> None:
 async def set_fingerprint(database: Database, run: Run, fingerprint: str) -> None:
     """Remember the code that a named function has now."""
 
-    async def work(connection: AsyncConnection) -> None:
+    async def work(connection: Connection) -> None:
         await connection.execute(update(runs).where(runs.c.id == run.id).values(fingerprint=fingerprint))
 
     await database.write(work)
@@ -265,7 +264,7 @@ async def resume(database: Database, run: Run, **budget: int | None) -> Run:
 async def _set_state(
     database: Database, run: Run, state: RunState, reason: str | None, **more: int | None
 ) -> Run:
-    async def work(connection: AsyncConnection) -> Run:
+    async def work(connection: Connection) -> Run:
         await hold_states(connection, [run.id], to_change=True)
         current = await find(connection, run.name)
         if current.state is RunState.CANCELLED:
@@ -282,7 +281,7 @@ async def _set_state(
 async def cancel(database: Database, run: Run) -> int:
     """Cancel a run and its pending jobs; return how many jobs. Answers on their way are still kept."""
 
-    async def mark(connection: AsyncConnection) -> None:
+    async def mark(connection: Connection) -> None:
         await hold_states(connection, [run.id], to_change=True)
         _check_whole(run.name, (await find(connection, run.name)).pause_reason)
         values = {"state": RunState.CANCELLED, "pause_reason": None}
@@ -295,7 +294,7 @@ async def cancel(database: Database, run: Run) -> int:
 async def revive(database: Database, run: Run) -> None:
     """Make a cancelled run active again. UsageError where only a part of it may be here. Safe to repeat."""
 
-    async def work(connection: AsyncConnection) -> None:
+    async def work(connection: Connection) -> None:
         await hold_states(connection, [run.id], to_change=True)
         _check_whole(run.name, (await find(connection, run.name)).pause_reason)
         values = {"state": RunState.ACTIVE}
@@ -313,7 +312,7 @@ async def _cancel_pending(database: Database, run: Run) -> int:
     moved, last = 0, 0
     while True:
 
-        async def work(connection: AsyncConnection, after: int = last) -> list[tuple[int, str]]:
+        async def work(connection: Connection, after: int = last) -> list[tuple[int, str]]:
             if (await hold_states(connection, [run.id]))[run.id] is not RunState.CANCELLED:
                 return []
             query = (
@@ -335,7 +334,7 @@ async def _cancel_pending(database: Database, run: Run) -> int:
 
 
 async def move_page(
-    database: Database, connection: AsyncConnection, run: Run, page: list[tuple[int, str]], target: JobState
+    database: Database, connection: Connection, run: Run, page: list[tuple[int, str]], target: JobState
 ) -> None:
     """Move jobs, each named with the state that it has, to another resting state. Pending, they have all their tries."""
     now = await database.now(connection)

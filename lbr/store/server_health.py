@@ -11,9 +11,8 @@ from lbr.store.database import local_clock
 from lbr.store.postgres import SCHEMA, SERVER_SETTINGS
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncConnection
-
     from lbr.store.addresses import Address
+    from lbr.store.connection import Connection
     from lbr.store.postgres import PostgresDatabase
     from lbr.store.schema import AnyRow
 
@@ -75,7 +74,7 @@ class Writers:
 async def look_at_server(database: PostgresDatabase, address: Address) -> ServerHealth:
     """Ask the server; nothing of the queue is needed."""
 
-    async def ask(connection: AsyncConnection) -> ServerHealth:
+    async def ask(connection: Connection) -> ServerHealth:
         settings = (await connection.execute(_SETTINGS, {"names": list(WATCHED)})).all()
         session = (await connection.execute(_SESSION)).one()
         before = local_clock()
@@ -92,7 +91,7 @@ async def look_at_server(database: PostgresDatabase, address: Address) -> Server
             pid=session.pid,
         )
 
-    async def again(connection: AsyncConnection) -> int:
+    async def again(connection: Connection) -> int:
         return int((await connection.execute(_SESSION)).one().pid)
 
     found = await database.read(ask)
@@ -113,7 +112,7 @@ def _pooler(address: Address, session: AnyRow) -> str | None:
 async def look_at_writers(database: PostgresDatabase) -> Writers:
     """Count the rows of writers."""
 
-    async def work(connection: AsyncConnection) -> Writers:
+    async def work(connection: Connection) -> Writers:
         since = await database.now(connection) - SILENT_MS
         row = (await connection.execute(_WRITERS, {"since": since})).one()
         return Writers(row.total, row.silent)

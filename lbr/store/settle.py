@@ -21,8 +21,7 @@ from lbr.store.schema import attempts, jobs, limits, results, runs
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sqlalchemy.ext.asyncio import AsyncConnection
-
+    from lbr.store.connection import Connection
     from lbr.store.database import Database
 
 _STANDING = (
@@ -111,7 +110,7 @@ async def settle(database: Database, batch: Sequence[Settlement]) -> Settled:
     stale. Safe to repeat.
     """
 
-    async def work(connection: AsyncConnection) -> Settled:
+    async def work(connection: Connection) -> Settled:
         now = await database.now(connection)
         ids = [s.claim.job_id for s in batch]
         found = (await connection.execute(_STANDING, {"ids": ids})).all()
@@ -141,7 +140,7 @@ async def settle(database: Database, batch: Sequence[Settlement]) -> Settled:
 
 
 async def _sorted_by_fence(
-    connection: AsyncConnection, batch: Sequence[Settlement], standing: dict[int, Standing]
+    connection: Connection, batch: Sequence[Settlement], standing: dict[int, Standing]
 ) -> tuple[list[Settlement], list[Settlement]]:
     """Return what is to be taken, and what came too late; what is on record already is neither."""
     seen = [(s, standing[s.claim.job_id]) for s in batch]
@@ -154,7 +153,7 @@ async def _sorted_by_fence(
     return mine + [s for s, fit in new if fit], [s for s, fit in new if not fit]
 
 
-async def _told(connection: AsyncConnection, doubtful: list[Settlement]) -> set[tuple[int, int]]:
+async def _told(connection: Connection, doubtful: list[Settlement]) -> set[tuple[int, int]]:
     if not doubtful:
         return set()
     bound = {"ids": [s.claim.job_id for s in doubtful]}
@@ -162,7 +161,7 @@ async def _told(connection: AsyncConnection, doubtful: list[Settlement]) -> set[
 
 
 async def _run_states(
-    connection: AsyncConnection, mine: list[Settlement], standing: dict[int, Standing]
+    connection: Connection, mine: list[Settlement], standing: dict[int, Standing]
 ) -> dict[RunId, RunState]:
     """Return the states of the runs of these jobs, held where a job goes back to rest."""
     back = {s.claim.run_id for s in mine if s.state is JobState.PENDING}
@@ -182,7 +181,7 @@ def _target(settlement: Settlement, states: dict[RunId, RunState]) -> JobState:
 
 
 async def _update_jobs(
-    connection: AsyncConnection, mine: list[Settlement], targets: list[JobState], now: Millis
+    connection: Connection, mine: list[Settlement], targets: list[JobState], now: Millis
 ) -> None:
     rows = []
     for s, to in zip(mine, targets, strict=True):
@@ -194,7 +193,7 @@ async def _update_jobs(
         raise DatabaseError(f"expected {len(rows)} jobs to be settled, got: {done}; nothing was written")
 
 
-async def _insert_results(connection: AsyncConnection, mine: list[Settlement]) -> None:
+async def _insert_results(connection: Connection, mine: list[Settlement]) -> None:
     rows = []
     for s in mine:
         reply = s.outcome.reply
@@ -228,7 +227,7 @@ def _was_answered(settlement: Settlement) -> bool:
 
 
 async def _insert_attempts(
-    connection: AsyncConnection, mine: list[Settlement], stale: list[Settlement], now: Millis
+    connection: Connection, mine: list[Settlement], stale: list[Settlement], now: Millis
 ) -> None:
     rows = [
         _attempt(s, "retried" if s.state is JobState.PENDING else "failed", now)
@@ -283,7 +282,7 @@ def _deltas(
 
 
 async def _cool_down(
-    connection: AsyncConnection, mine: list[Settlement], standing: dict[int, Standing], now: Millis
+    connection: Connection, mine: list[Settlement], standing: dict[int, Standing], now: Millis
 ) -> None:
     """Tell every worker to leave an answerer alone until its provider's wait is over."""
     longest: dict[str, Settlement] = {}
@@ -328,7 +327,7 @@ def _tokens_used(settlement: Settlement) -> int:
     return (usage.input_tokens or 0) + (usage.output_tokens or 0)
 
 
-async def _pause(connection: AsyncConnection, mine: list[Settlement]) -> dict[str, str]:
+async def _pause(connection: Connection, mine: list[Settlement]) -> dict[str, str]:
     """Pause the runs whose account does not work; return their names with the reason."""
     paused: dict[str, str] = {}
     reasons = {s.claim.run_id: s.pause for s in mine if s.pause is not None}

@@ -16,8 +16,9 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from lbr.config import PATIENCE
 from lbr.errors import AlreadyRunningError, DatabaseError, UsageError
-from lbr.store import connections, files, schema, trips
+from lbr.store import files, schema
 from lbr.store.database import Database, local_clock
+from lbr.store.file_connections import BUSY_TIMEOUT_MS, READER_PRAGMAS, FileConnections, writer_pragmas
 from lbr.store.file_errors import database_errors, is_busy
 from lbr.store.presence import FilePresence, Presence
 
@@ -25,9 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from contextlib import AbstractContextManager
 
-    from sqlalchemy.ext.asyncio import AsyncConnection
-
     from lbr.jobs import Millis, RunId
+    from lbr.store.connection import Connection
     from lbr.store.schema import AnyRow
 
 T = TypeVar("T")
@@ -106,24 +106,19 @@ class SQLiteDatabase(Database):
         super().__init__(str(path), patience=patience, spool_places=places, presence=presence)
         self.path = path
         self._clock = clock
-        self._writer = connections.make_engine(
-            path,
-            begin="BEGIN IMMEDIATE",
-            pool_size=1,
-            pragmas=connections.writer_pragmas(synchronous, WAL_LIMIT_BYTES),
+        self._writer = FileConnections(
+            path, begin="BEGIN IMMEDIATE", most=1, pragmas=writer_pragmas(synchronous, WAL_LIMIT_BYTES)
         )
-        self._reader = connections.make_engine(
-            path, begin="BEGIN", pool_size=4, pragmas=connections.READER_PRAGMAS
-        )
+        self._reader = FileConnections(path, begin="BEGIN", most=4, pragmas=READER_PRAGMAS)
+        self._watch = FileConnections(path, begin="", most=1, pragmas=READER_PRAGMAS)
         self._identity: tuple[int, int] | None = None
-        self._watch: AsyncConnection | None = None
         self._write_lock = asyncio.Lock()
         self._data_version = -1
         self._wal = Path(f"{path}-wal")
         self._checkpoint_lock = files.file_lock(files.lock_path(path, "checkpoint"), timeout=0)
         self._unfinished_checkpoint = float("-inf")
 
-    async def now(self, connection: AsyncConnection) -> Millis:
+    async def now(self, connection: Connection) -> Millis:
         """Return the time that leases are compared with: SQLite's users share one machine and its clock."""
         return self._clock()
 
@@ -146,22 +141,20 @@ class SQLiteDatabase(Database):
                 * log
             )
 
-    async def _write(self, work: Callable[[AsyncConnection], Awaitable[T]], *, beside: bool) -> T:
+    async def _write(self, work: Callable[[Connection], Awaitable[T]], *, beside: bool) -> T:
         del beside  # a file takes one writer at a time
 
         async def once() -> T:
             async with self._write_lock:
                 self.check_file()
-                async with self._writer.connect() as connection:
-                    result = await trips.transact(connection, work)
+                result = await self._writer.transact(work)
                 await self._checkpoint_if_large()
             return result
 
         return await self._retried(once)
 
-    async def _read(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
-        async with self._reader.connect() as connection:
-            return await trips.transact(connection, work)
+    async def _read(self, work: Callable[[Connection], Awaitable[T]]) -> T:
+        return await self._reader.transact(work)
 
     def _passes(self, error: Exception) -> bool:
         return is_busy(error)
@@ -169,24 +162,20 @@ class SQLiteDatabase(Database):
     def _errors(self) -> AbstractContextManager[None]:
         return database_errors(self.path)
 
-    async def at_one_moment(
-        self, connection: AsyncConnection, work: Callable[[AsyncConnection], Awaitable[T]]
-    ) -> T:
+    async def at_one_moment(self, connection: Connection, work: Callable[[Connection], Awaitable[T]]) -> T:
         """Run it in the transaction itself, whose lock lets nobody else write."""
         return await work(connection)
 
     async def changed(self) -> bool:
         """Tell whether anybody committed since the last call; it costs microseconds and takes no lock."""
         with self._errors():
-            if self._watch is None:
-                self._watch = await self._reader.connect()
-                await self._watch.execution_options(lbr_begin="")
-            version = (await self._watch.exec_driver_sql("PRAGMA data_version")).scalar_one()
-            await self._watch.rollback()
+            # Always by the same connection, whose own view is what it counts for.
+            found = await self._watch.transact(lambda watch: watch.exec_driver_sql("PRAGMA data_version"))
+            version = found.scalar_one()
         before, self._data_version = self._data_version, version
         return bool(before != version)
 
-    async def reserve_job_ids(self, connection: AsyncConnection, count: int) -> Sequence[int]:
+    async def reserve_job_ids(self, connection: Connection, count: int) -> Sequence[int]:
         """Return `count` ids that no job has or had; the write lock keeps them ours."""
         # SQLite keeps the highest id that there was, where another program can write anything.
         seq = "SELECT CAST(seq AS INTEGER) FROM sqlite_sequence WHERE name = 'jobs'"
@@ -195,10 +184,10 @@ class SQLiteDatabase(Database):
         first = max(kept, there) + 1
         return range(first, first + count)
 
-    async def wake(self, connection: AsyncConnection) -> None:
+    async def wake(self, connection: Connection) -> None:
         """Do nothing: every commit is seen by those who poll."""
 
-    async def take_turns(self, connection: AsyncConnection, run_id: RunId) -> None:
+    async def take_turns(self, connection: Connection, run_id: RunId) -> None:
         """Do nothing: whoever writes holds the lock of the whole file."""
 
     async def filled(self) -> None:
@@ -231,18 +220,18 @@ class SQLiteDatabase(Database):
             self._unfinished_checkpoint = float("-inf")
 
     async def _checkpoint(self, reader_ms: int) -> bool:
-        async with self._writer.connect() as connection:
-            await connection.execution_options(lbr_begin="")
+        async def work(connection: Connection) -> bool:
             await connection.exec_driver_sql(f"PRAGMA busy_timeout = {reader_ms}")
             try:
-                busy = (await connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")).one()[0]
+                return not (await connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")).one()[0]
             except DBAPIError:
                 # Locked, or no room for what is to be moved. The transaction before is committed all the same, and
                 # its caller must hear so; what does not pass by itself the next one tells.
-                busy = 1
+                return False
             finally:
-                await connection.exec_driver_sql(f"PRAGMA busy_timeout = {connections.BUSY_TIMEOUT_MS}")
-        return not busy
+                await connection.exec_driver_sql(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+
+        return await self._writer.transact(work, begin="")
 
     async def prepare(self, *, create: bool) -> None:
         """Make sure the tables are there and current: older ones are upgraded, missing ones created only with `create`."""
@@ -267,15 +256,15 @@ class SQLiteDatabase(Database):
 
     async def _use_wal(self) -> None:
         """Let readers and the writer work side by side. It is kept in the file, so this is nearly always a look."""
-        async with self._reader.connect() as connection:
-            await connection.execution_options(lbr_begin="")
-            if (await connection.exec_driver_sql("PRAGMA journal_mode")).scalar() == "wal":
-                return
-        async with self._writer.connect() as connection:
-            await connection.execution_options(lbr_begin="")
-            await connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+        mode = await self._reader.transact(
+            lambda connection: connection.exec_driver_sql("PRAGMA journal_mode"), begin=""
+        )
+        if mode.scalar() != "wal":
+            await self._writer.transact(
+                lambda connection: connection.exec_driver_sql("PRAGMA journal_mode = WAL"), begin=""
+            )
 
-    async def version(self, connection: AsyncConnection) -> int:
+    async def version(self, connection: Connection) -> int:
         """Return the schema's version, 0 for an empty file; DatabaseError for another program's."""
         found = (await connection.exec_driver_sql("SELECT type, name, rootpage FROM sqlite_master")).all()
         tables = [row.name for row in found if row.type == "table"]
@@ -306,11 +295,8 @@ class SQLiteDatabase(Database):
 
     async def close(self) -> None:
         """Close every connection."""
-        if self._watch is not None:
-            await self._watch.close()
-            self._watch = None
-        await self._reader.dispose()
-        await self._writer.dispose()
+        for kind in (self._watch, self._reader, self._writer):
+            await kind.close()
 
 
 def _elsewhere(path: Path) -> list[Path]:

@@ -26,8 +26,7 @@ from lbr.store.schema import runs as runs_table
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sqlalchemy.ext.asyncio import AsyncConnection
-
+    from lbr.store.connection import Connection
     from lbr.store.database import Database
     from lbr.store.schema import AnyRow
 
@@ -121,7 +120,7 @@ async def hold(source: Database, name: str, aim: str) -> Run:
     Raises UsageError as `check_may_leave`.
     """
 
-    async def work(connection: AsyncConnection) -> Run:
+    async def work(connection: Connection) -> Run:
         # A claim that saw the run active must be in sight before anybody counts what is in flight.
         await connection.execute(alone_with(runs_table))
         run = await runs.find(connection, name)
@@ -143,7 +142,7 @@ async def in_flight(database: Database, run: Run) -> tuple[int, float]:
     """Return how many of a run's jobs are in flight, and in how many seconds the last of their leases ends."""
     query = select(func.count(), func.max(jobs.c.lease_until)).where(INFLIGHT, jobs.c.run_id == run.id)
 
-    async def work(connection: AsyncConnection) -> tuple[int, float]:
+    async def work(connection: Connection) -> tuple[int, float]:
         count, until = (await connection.execute(query)).one()
         return count, (until - await database.now(connection)) / 1000 if count else 0.0
 
@@ -159,7 +158,7 @@ async def open_copy(target: Database, run: Run, origin: str) -> Run:
         "created_at": run.created_at,
     }
 
-    async def work(connection: AsyncConnection) -> Run:
+    async def work(connection: Connection) -> Run:
         copy, made = await runs.ensure(target, connection, spec)
         if not made:
             return copy
@@ -175,7 +174,7 @@ async def add_page(target: Database, copy: Run, page: Page) -> int:
     Raises NotHalfDoneError where the copy was finished or changed by somebody else.
     """
 
-    async def work(connection: AsyncConnection) -> int:
+    async def work(connection: Connection) -> int:
         await target.take_turns(connection, copy.id)
         await _check_half_done(connection, copy)
         place = await enqueue.place_behind(connection, copy)
@@ -194,7 +193,7 @@ async def add_page(target: Database, copy: Run, page: Page) -> int:
     return await target.write(work)
 
 
-async def _check_half_done(connection: AsyncConnection, copy: Run) -> None:
+async def _check_half_done(connection: Connection, copy: Run) -> None:
     """Hold the copy as it is until the transaction ends; NotHalfDoneError where its making is over."""
     await runs.hold_states(connection, [copy.id], to_change=True)
     now = await runs.find(connection, copy.name)
@@ -205,7 +204,7 @@ async def _check_half_done(connection: AsyncConnection, copy: Run) -> None:
         )
 
 
-async def _add_jobs(target: Database, connection: AsyncConnection, copy: Run, page: Page) -> dict[bytes, int]:
+async def _add_jobs(target: Database, connection: Connection, copy: Run, page: Page) -> dict[bytes, int]:
     """Write the page's jobs with all that is theirs; return the ids of all jobs that it names."""
     new = [row for row in page.places if row.first]
     if any(row.state == JobState.INFLIGHT for row in new):
@@ -225,7 +224,7 @@ async def _add_jobs(target: Database, connection: AsyncConnection, copy: Run, pa
     return ids
 
 
-async def _add_payloads(connection: AsyncConnection, copy: Run, ids: dict[int, int], page: Page) -> None:
+async def _add_payloads(connection: Connection, copy: Run, ids: dict[int, int], page: Page) -> None:
     """Write what stands beside the jobs; `ids` maps their ids where they come from to those here."""
     asked = [
         {"job_id": new, "run_id": copy.id} | _fields(page.prompts[old], ("key", *PROMPT))
@@ -250,7 +249,7 @@ async def check_half_done(target: Database, copy: Run) -> None:
 async def clear(target: Database, copy: Run) -> None:
     """Take away what a half-done copy holds, from its end on, so that at any moment its beginning is whole."""
 
-    async def work(connection: AsyncConnection) -> bool:
+    async def work(connection: Connection) -> bool:
         await target.take_turns(connection, copy.id)
         await _check_half_done(connection, copy)
         last = (await connection.execute(_LAST, {"run": copy.id})).all()
@@ -282,7 +281,7 @@ async def depart(source: Database, run: Run, aim: str, *, seen: Counter[str]) ->
     Raises DatabaseError where anything has happened to it meanwhile.
     """
 
-    async def work(connection: AsyncConnection) -> None:
+    async def work(connection: Connection) -> None:
         await runs.hold_states(connection, [run.id], to_change=True)
         now = await runs.find(connection, run.name)
         rest = _leaving(now, aim)
@@ -319,7 +318,7 @@ async def arrive(
     values |= {"price": None if run.price is None else run.price.to_json(), "budget_nanos": run.budget_nanos}
     states = {str(state) for state in JobState}
 
-    async def work(connection: AsyncConnection) -> None:
+    async def work(connection: Connection) -> None:
         await target.take_turns(connection, copy.id)
         await _check_half_done(connection, copy)
         counted = (await counters.of_runs(connection, [copy.id]))[copy.id]

@@ -1,9 +1,8 @@
-"""aiosqlite with one trip to a connection's thread for a whole transaction, or for a statement outside of one.
+"""SQLAlchemy in the thread that aiosqlite gives a connection: a whole transaction is one trip there.
 
-As it comes, a statement takes four: a cursor is made, the statement run, its rows fetched, the cursor closed, and each
-trip costs two switches between threads, which is more than most statements. Here the first waits for nothing, the
-second brings the rows along, and the others find everything done. A transaction is taken to the thread as it is: in
-there nothing has to be waited for, and the file's lock is held while it computes, not while threads take turns.
+With a trip for each statement the file would be locked while two threads take turns, which lasts longer than most
+statements, and much longer beside a function that computes. In the thread nothing has to be waited for, and
+SQLAlchemy speaks to sqlite3 as it does in any program that is not async.
 """
 
 from __future__ import annotations
@@ -12,85 +11,89 @@ import asyncio
 import sqlite3
 import threading
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import aiosqlite
-from aiosqlite.context import contextmanager
+from sqlalchemy import StaticPool, create_engine, event
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Iterable
-    from pathlib import Path
+    from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 
-    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy import Connection, CursorResult, Executable
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 ITER_CHUNK = 64
 
 
-class OneTripCursor(aiosqlite.Cursor):
-    """A cursor that has all rows of its statement once that was run, and is closed by then."""
+class WholeCursor(sqlite3.Cursor):
+    """A cursor that has all rows of its statement once that was run: none is open when a transaction ends."""
 
-    def __init__(self, connection: OneTripConnection) -> None:
-        super().__init__(connection, None)  # type: ignore[arg-type]  # made in the thread, with the statement
-        self._rows: list[Any] = []
+    _rows: Iterator[Any] = iter(())
 
-    def _run(self, connection: sqlite3.Connection, sql: str, parameters: Any) -> None:
-        self._cursor = connection.execute(sql, parameters)
-        self._rows = self._cursor.fetchall() if self._cursor.description else []
-        self._cursor.close()
-
-    def _run_many(self, connection: sqlite3.Connection, sql: str, parameters: Any) -> None:
-        self._cursor = connection.executemany(sql, parameters)
-        self._cursor.close()
-
-    async def _go(self, run: Callable[..., None], sql: str, parameters: Any) -> None:
-        connection = self._conn._conn  # noqa: SLF001 - aiosqlite's own name for what its cursors use
-        await self._execute(run, connection, sql, parameters)  # type: ignore[no-untyped-call]
-
-    async def execute(self, sql: str, parameters: Iterable[Any] | None = None) -> OneTripCursor:
+    def execute(self, sql: str, parameters: Any = (), /) -> WholeCursor:
         """Run a statement and fetch its rows."""
-        await self._go(self._run, sql, parameters or ())
+        super().execute(sql, parameters)
+        self._rows = iter(super().fetchall() if self.description else ())
         return self
 
-    async def executemany(self, sql: str, parameters: Iterable[Iterable[Any]]) -> OneTripCursor:
-        """Run a statement once for each of the parameters."""
-        await self._go(self._run_many, sql, parameters)
-        return self
+    def fetchone(self) -> Any:
+        """Return the next row, None after the last."""
+        return next(self._rows, None)
 
-    async def fetchall(self) -> list[Any]:
-        """Return the rows."""
-        rows, self._rows = self._rows, []
-        return rows
+    def fetchmany(self, size: int | None = 1) -> list[Any]:
+        """Return the next rows."""
+        return list(islice(self._rows, size))
 
-    async def close(self) -> None:
-        """Do nothing: the statement's end closed it."""
+    def fetchall(self) -> list[Any]:
+        """Return the rows that are left."""
+        return list(self._rows)
 
 
-class OneTripConnection(aiosqlite.Connection):
-    """A connection whose cursors take one trip to its thread, and none from within it."""
+class WholeConnection(sqlite3.Connection):
+    """A connection that makes such cursors."""
 
-    async def _execute(self, fn: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        if threading.get_ident() == self._thread.ident:
-            return fn(*args, **options)
-        return await super()._execute(fn, *args, **options)  # type: ignore[no-untyped-call]
+    def cursor(self, factory: Any = WholeCursor) -> Any:
+        """Return a cursor."""
+        return super().cursor(factory)
 
-    async def rollback(self) -> None:
-        """Roll back, without a trip where there is nothing to: a pool asks for it after every transaction."""
-        if self.in_transaction:
-            await super().rollback()
 
-    async def complete(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine to its end in the thread. It may wait for nothing but this connection.
+class FileThread(aiosqlite.Connection):
+    """A connection to a file and the thread that it lives in, opened by the first transaction.
 
-        A cancelled caller hears of it only then: whoever gets the connection next would find a transaction open.
+    `connect` opens it; what it raises comes out as SQLAlchemy's DBAPIError.
+    """
+
+    def __init__(self, connect: Callable[[], sqlite3.Connection]) -> None:
+        super().__init__(connect, ITER_CHUNK)
+        self._engine = create_engine("sqlite://", creator=self._open, poolclass=StaticPool)
+        event.listen(self._engine, "connect", _harmless)
+        # A program that ends without closing it must not hang.
+        self._thread.daemon = True
+        self._thread.start()
+
+    def _open(self) -> sqlite3.Connection:
+        self._connection = self._connector()
+        return self._connection
+
+    @property
+    def here(self) -> bool:
+        """Whether the caller is in the thread."""
+        return threading.get_ident() == self._thread.ident
+
+    async def run(self, function: Callable[[], T]) -> T:
+        """Call a function in the thread.
+
+        A cancelled caller hears of it only when that has ended: whoever gets the connection next would find a
+        transaction open.
         """
-        if not self._running or self._connection is None:
-            coroutine.close()
-            raise ValueError("Connection closed")
+        if not self._running:
+            raise ValueError("expected an open connection, got: one that was closed")
         # Of no task's: a loop that ends cancels every task, but cannot cancel this.
         ended: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._tx.put_nowait((ended, partial(_complete, coroutine)))
+        self._tx.put_nowait((ended, function))
         cancelled: asyncio.CancelledError | None = None
         while not ended.done():
             try:
@@ -102,39 +105,86 @@ class OneTripConnection(aiosqlite.Connection):
             raise cancelled
         return ended.result()
 
-    @contextmanager
-    async def cursor(self) -> aiosqlite.Cursor:
-        """Return a cursor, without a trip."""
-        return OneTripCursor(self)
+    async def transact(self, begin: str, work: Callable[[FileConnection], Awaitable[T]]) -> T:
+        """Run a transaction in one trip, from its beginning to its commit, or to its end by what `work` raises.
+
+        `begin` is the statement that it starts with, empty for none. `work` may wait for nothing but its connection.
+        """
+        return await self.run(partial(self._transact, begin, work))
+
+    def _transact(self, begin: str, work: Callable[[FileConnection], Awaitable[T]]) -> T:
+        with self._engine.connect() as connection, connection.begin():
+            if begin:
+                connection.exec_driver_sql(begin)
+            return _complete(work(FileConnection(self, connection)))
+
+    def begun(self, begin: str) -> Connection:
+        """Return a connection in a transaction that is open until it is closed; to be called in the thread."""
+        connection = self._engine.connect()
+        try:
+            connection.exec_driver_sql(begin)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    async def close(self) -> None:
+        """Close the connection and end the thread."""
+        if self._running:
+            await self.run(self._engine.dispose)
+            if (stopped := self.stop()) is not None:
+                await stopped
 
 
-def connect(database: str | Path, **options: Any) -> OneTripConnection:
-    """Return what `aiosqlite.connect` would, with cursors of one trip."""
-    connection = OneTripConnection(lambda: sqlite3.connect(database, **options), ITER_CHUNK)
-    # A program that ends without closing it must not hang; SQLAlchemy does so with aiosqlite's own.
-    connection._thread.daemon = True  # noqa: SLF001
-    return connection
+class FileConnection:
+    """SQLAlchemy's connection in its thread; from elsewhere each statement is a trip there."""
+
+    def __init__(self, thread: FileThread, connection: Connection) -> None:
+        self._thread = thread
+        self.sync_connection = connection
+
+    async def _call(self, function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        if self._thread.here:
+            return function(*args, **options)
+        return await self._thread.run(partial(function, *args, **options))
+
+    async def execute(
+        self,
+        statement: Executable,
+        parameters: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        /,
+    ) -> CursorResult[*tuple[Any, ...]]:
+        """Run a statement, once or for each of the parameters."""
+        return await self._call(self.sync_connection.execute, statement, parameters)
+
+    async def scalar(self, statement: Executable, parameters: Mapping[str, Any] | None = None, /) -> Any:
+        """Run a statement and return the first column of its first row, None without one."""
+        return await self._call(self.sync_connection.scalar, statement, parameters)
+
+    async def exec_driver_sql(
+        self, statement: str, parameters: Any = None, /
+    ) -> CursorResult[*tuple[Any, ...]]:
+        """Run text as sqlite3 takes it, with a tuple of parameters or a list of tuples."""
+        return await self._call(self.sync_connection.exec_driver_sql, statement, parameters)
+
+    async def run_sync(
+        self, fn: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Call a function with SQLAlchemy's connection."""
+        return await self._call(fn, self.sync_connection, *args, **kwargs)
 
 
-def _complete(coroutine: Coroutine[Any, Any, T]) -> T:
+def _harmless(connection: sqlite3.Connection, _record: Any) -> None:
+    # SQLAlchemy's, in Python: a check in the file could call it with a pattern that takes for ever.
+    connection.create_function("regexp", 2, None)
+
+
+def _complete(work: Awaitable[T]) -> T:
+    steps = work.__await__()
     try:
-        coroutine.send(None)
+        next(steps)
     except StopIteration as end:
         result: T = end.value
         return result
-    coroutine.close()
+    steps.close()
     raise RuntimeError("expected a transaction to wait for its database alone, got: one that waits for more")
-
-
-async def transact(connection: AsyncConnection, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
-    """Run a transaction in one trip, from its beginning to its commit, or to its end by what `work` raises."""
-
-    async def transaction() -> T:
-        async with connection.begin():
-            return await work(connection)
-
-    raw = await connection.get_raw_connection()
-    driver = raw.driver_connection
-    if not isinstance(driver, OneTripConnection):
-        raise TypeError(f"expected a connection that `connect` made, got: {driver!r}")
-    return await driver.complete(transaction())
