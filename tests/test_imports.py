@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 HEAVY = (
     *("pydantic_ai", "pydantic", "openai", "aiohttp", "httpx2", "genai_prices"),
     *("asyncpg", "polars", "jinja2", "jsonschema", "rich", "dotenv"),
+    *("sqlalchemy.orm", "sqlalchemy.ext.asyncio", "sqlalchemy.dialects.postgresql"),
 )
 
 

@@ -98,15 +98,13 @@ jobs = Table(
     CheckConstraint(f"state IN {STATES}", name="jobs_state"),
     # Ids are never given out twice, so that a stale claim cannot meet another job.
     sqlite_autoincrement=True,
-    postgresql_with=HOT,
 )
-Index(
+_pending = Index(
     "jobs_pending",
     jobs.c.run_id,
     jobs.c.available_at,
     jobs.c.id,
     sqlite_where=text("state = 'pending'"),
-    postgresql_where=text("state = 'pending'"),
 )
 SUSPECT_CRASHES = 2
 """From this many crashes on a job runs alone in its worker, so that it cannot take others along."""
@@ -119,14 +117,8 @@ _suspects = Index(
     jobs.c.available_at,
     jobs.c.id,
     sqlite_where=_SUSPECT,
-    postgresql_where=_SUSPECT,
 )
-Index(
-    "jobs_lease",
-    jobs.c.lease_until,
-    sqlite_where=text("state = 'inflight'"),
-    postgresql_where=text("state = 'inflight'"),
-)
+_leases = Index("jobs_lease", jobs.c.lease_until, sqlite_where=text("state = 'inflight'"))
 
 # Literals, so that the partial indexes serve the statements that name them.
 PENDING: ColumnElement[bool] = literal_column("jobs.state = 'pending'")
@@ -207,7 +199,6 @@ counters = Table(
     Column("shard", SmallInteger, primary_key=True),
     Column("value", Id, nullable=False),
     sqlite_with_rowid=False,
-    postgresql_with=HOT | {"fillfactor": 25, "autovacuum_vacuum_threshold": 200},
 )
 
 # What all workers share about one answerer; null where nothing was set or seen.
@@ -246,6 +237,17 @@ workers = Table(
     Column("rate_milli", Id, nullable=False),
     sqlite_autoincrement=True,
 )
+
+
+def _for_postgresql() -> None:
+    """Say what is PostgreSQL's own of a table or an index: its dialect is not imported for a file."""
+    for table, options in (
+        (jobs, HOT),
+        (counters, HOT | {"fillfactor": 25, "autovacuum_vacuum_threshold": 200}),
+    ):
+        table.dialect_kwargs["postgresql_with"] = options
+    for index in (_pending, _suspects, _leases):
+        index.dialect_kwargs["postgresql_where"] = index.dialect_kwargs["sqlite_where"]
 
 
 def _create_tables(connection: Connection) -> None:
@@ -323,6 +325,8 @@ def applied_version(connection: Connection) -> int:
 
 def migrate(connection: Connection, now: int) -> None:
     """Apply what is missing, with its record, in the caller's transaction. Safe to repeat."""
+    if connection.dialect.name == "postgresql":
+        _for_postgresql()
     for version, (name, step) in enumerate(MIGRATIONS, start=1):
         if version > applied_version(connection):
             step(connection)
