@@ -18,14 +18,13 @@ from lbr.models.base import Request
 from lbr.retry import RetryPolicy, decide, failure_of
 from lbr.settler import Settler
 from lbr.store.schema import SUSPECT_CRASHES
-from lbr.store.settle import Settled, settle
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
     from random import Random
 
     from lbr.serving import Served
-    from lbr.store.database import Database
+    from lbr.store.settle import Settled
 
 RATE_WINDOW_SECONDS = 30.0
 CANCEL_SECONDS = 5.0
@@ -71,20 +70,22 @@ def _stop(held: _Held) -> asyncio.Task[None] | None:
 
 
 class Calls:
-    """Runs calls and settles them. `changed` is called whenever a slot may have become free, or all is lost."""
+    """Runs calls, and has `settle` write how they ended.
+
+    `changed` is called whenever a slot may have become free, or all is lost.
+    """
 
     def __init__(
         self,
-        database: Database,
         report: WorkReport,
         *,
+        settle: Callable[[Sequence[Settlement]], Awaitable[Settled]],
         policy: RetryPolicy,
         timeout: float,
         rng: Random,
         changed: Callable[[], None],
         notify: Callable[[str], None],
     ) -> None:
-        self._database = database
         self._report = report
         self._policy = policy
         self._policies: dict[int, RetryPolicy] = {}
@@ -92,7 +93,7 @@ class Calls:
         self._rng = rng
         self._changed = changed
         self._notify = notify
-        self._settler = Settler(self._write, self._written)
+        self._settler = Settler(settle, self._written)
         self._settling: asyncio.Task[None] | None = None
         self._held: dict[JobId, _Held] = {}
         self._calling = 0
@@ -181,14 +182,18 @@ class Calls:
             self.error = self.error or error
             self._changed()
 
-    async def _write(self, batch: Sequence[Settlement]) -> Settled:
-        return await settle(self._database, batch)
+    def freed_by(self, batch: Sequence[Settlement]) -> int:
+        """Return how many slots become free when these are settled."""
+        return sum(self._is_held(settlement.claim) for settlement in batch)
+
+    def _is_held(self, claim: Claim) -> bool:
+        held = self._held.get(claim.job_id)
+        return held is not None and held.claim.claim_seq == claim.claim_seq
 
     def _written(self, batch: Sequence[Settlement], settled: Settled) -> None:
         for settlement in batch:
             claim = settlement.claim
-            held = self._held.get(claim.job_id)
-            if held is not None and held.claim.claim_seq == claim.claim_seq:
+            if self._is_held(claim):
                 del self._held[claim.job_id]
             if claim.job_id in settled.taken:
                 self._count(settlement)

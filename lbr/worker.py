@@ -10,14 +10,14 @@ import asyncio
 import os
 import socket
 import time
-from collections import deque
 from contextlib import suppress
 from random import Random
 from typing import TYPE_CHECKING
 
 from lbr.calls import Calls, WorkReport
+from lbr.claiming import Claiming
 from lbr.errors import DatabaseError, NothingToServeError
-from lbr.jobs import Claim, JobState, RunId, RunState, Until, WorkerId
+from lbr.jobs import JobState, RunState, Until, WorkerId
 from lbr.pacing import Pacing
 from lbr.reclaiming import Reclaiming
 from lbr.retry import RetryPolicy
@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from lbr.config import WorkOptions
-    from lbr.jobs import Millis, Run
+    from lbr.jobs import Claim, Millis, Run, Settlement
     from lbr.models.resolve import Authority
     from lbr.store.database import Database
+    from lbr.store.settle import Settled
 
 POLL_SECONDS = 0.1
 TICK_SECONDS = 5.0
@@ -73,24 +74,19 @@ class Worker:
         )
         self.report = WorkReport()
         self._rng = rng or Random()  # noqa: S311 - jitter
+        self._claiming = Claiming(database, self._queue, self._servings.served, lease=options.lease)
         self._calls = Calls(
-            database,
             self.report,
+            settle=self._settle,
             policy=policy or RetryPolicy(),
             timeout=options.timeout,
             rng=self._rng,
             changed=self._calls_changed,
             notify=notify,
         )
-        self._order: deque[RunId] = deque()
         self._wake = asyncio.Event()
         self._stopping = False
         self._aborting = False
-        # Whether the last claim filled every free slot, so that another is likely to find more.
-        self._more = True
-        # Whether a call has ended since the last claim, and whether its answerer was held to few at a time.
-        self._settled = False
-        self._narrow = False
         self._next_look = 0.0
         self._next_due = 0.0
         self._next_check = 0.0
@@ -117,8 +113,14 @@ class Worker:
     def _calls_changed(self) -> None:
         if self._calls.error is not None:
             self._fail(self._calls.error)
-        self._settled = True
+        self._claiming.ended()
+        if not self._stop_asked():
+            self._start(self._claiming.brought())
         self._wake.set()
+
+    def _start(self, claims: Sequence[Claim]) -> None:
+        for claim in claims:
+            self._calls.start(claim, self._servings.served[claim.run_id])
 
     def _fail(self, error: BaseException) -> None:
         """Come to an end. Where the database is the trouble, calls in flight may end: they are paid for."""
@@ -153,6 +155,7 @@ class Worker:
             await self._learn()
             host, concurrency = socket.gethostname(), self._options.concurrency
             self._id = await self._queue.register(host=host, pid=os.getpid(), concurrency=concurrency)
+            self._claiming.worker = self._id
             self._calls.open()
             ticking = asyncio.create_task(self._tick())
             ticking.add_done_callback(self._tick_ended)
@@ -182,10 +185,19 @@ class Worker:
         except DatabaseError as error:
             self._calls.error = self._calls.error or error
         await self._calls.close()
+        await self._give_back(self._claiming.brought())
         if not isinstance(self._calls.error, DatabaseError):
             await self._queue.unregister(self._id)
         if self._calls.error is not None:
             raise self._kept(self._calls.error)
+
+    async def _give_back(self, claims: Sequence[Claim]) -> None:
+        """Release what was claimed while we were told to stop, and never called for."""
+        if claims and not isinstance(self._calls.error, DatabaseError):
+            try:
+                self.report.released += await self._queue.release(self._id, claims, unused=True)
+            except DatabaseError as error:
+                self._fail(error)
 
     def _kept(self, error: BaseException) -> BaseException:
         """Keep what was not written, and return the error that says where."""
@@ -209,18 +221,17 @@ class Worker:
         while not self._stop_asked():
             claims = await self._claim()
             if self._stop_asked():
-                self.report.released += await self._queue.release(self._id, claims, unused=True)
+                await self._give_back(claims)
                 return
-            for claim in claims:
-                self._calls.start(claim, self._servings.served[claim.run_id])
-            if not claims and not self._more and await self._finished():
+            self._start(claims)
+            if not claims and not self._claiming.more and await self._finished():
                 return
             await self._wait()
 
     async def _wait(self) -> None:
         """Sleep until a slot is free, or, with nothing to claim, until it is time to look again."""
-        free = len(self._calls) < self._options.concurrency and not self._calls.alone
-        if self._more and free:
+        free = self._free() > 0
+        if self._claiming.more and free:
             return
         self._wake.clear()
         if self._stop_asked():
@@ -239,8 +250,7 @@ class Worker:
         for notice in notices:
             self._notify(notice)
         served = [run.id for run in found if run.id in self._servings.served]
-        known = [run_id for run_id in self._order if run_id in served]
-        self._order = deque(known + [run_id for run_id in served if run_id not in known])
+        self._claiming.serve(served)
         await self._pacing.begin(self._servings.served.values(), found)
 
     async def _wanted(self) -> list[Run]:
@@ -248,25 +258,20 @@ class Worker:
             return await reads.open_runs(self._database)
         return [await reads.find_run(self._database, name) for name in self._run_names]
 
-    async def _claim(self) -> list[Claim]:
-        free = self._options.concurrency - len(self._calls)
-        if free <= 0 or self._calls.alone:
-            return []
-        # Where an answerer is held to fewer calls than there are slots, one that ended makes room for another.
-        settled, self._settled = self._settled, False
-        if not self._more and not (settled and self._narrow) and not await self._look():
-            return []
-        self._order.rotate(-1)
-        claims = await self._claim_up_to(free)
-        self._more = len(claims) == free
-        self._narrow = any(claim.narrow for claim in claims) or (self._narrow and not claims)
-        return claims
+    def _free(self) -> int:
+        """Return how many slots may be claimed for."""
+        return 0 if self._calls.alone else self._options.concurrency - len(self._calls)
 
-    async def _claim_up_to(self, most: int, *, suspects: bool = False) -> list[Claim]:
-        extra = {run_id: self._servings.served[run_id].extra_tokens for run_id in self._order}
-        return await self._queue.claim(
-            self._id, list(self._order), most, lease=self._options.lease, suspects=suspects, extra=extra
-        )
+    async def _claim(self) -> list[Claim]:
+        async with self._claiming.turn:
+            free = self._free()
+            if free <= 0 or not (self._claiming.worth_it() or await self._look()):
+                return []
+            return await self._claiming.claim(free)
+
+    async def _settle(self, batch: Sequence[Settlement]) -> Settled:
+        free = 0 if self._stop_asked() or self._calls.alone else self._free() + self._calls.freed_by(batch)
+        return await self._claiming.settle(batch, free)
 
     async def _look(self) -> bool:
         """Look whether anything came up since the last claim found too little; True if a claim is worth it.
@@ -282,18 +287,17 @@ class Worker:
             await self._learn()
         elif now < self._next_due:
             return False
-        outlook = await self._queue.look(list(self._order))
+        outlook = await self._queue.look(self._claiming.order)
         if outlook.stranded:
-            await self._queue.bring_forward(list(self._order))
+            await self._queue.bring_forward(self._claiming.order)
         if outlook.expired:
             # Ours first: after a standstill they may have run out, but we are alive.
             await self._renew()
             await self._reclaim()
         if outlook.stranded or outlook.expired:
-            outlook = await self._queue.look(list(self._order))
+            outlook = await self._queue.look(self._claiming.order)
         if outlook.suspects and not outlook.due and not self._calls:
-            for claim in await self._claim_up_to(1, suspects=True):
-                self._calls.start(claim, self._servings.served[claim.run_id])
+            self._start(await self._claiming.claim_suspect())
         busy = outlook.due or outlook.suspects or outlook.expired
         wait = (outlook.next_ms or 1000 * TICK_SECONDS) / 1000
         # Not all workers come back at the same moment.
@@ -309,7 +313,7 @@ class Worker:
             return False
         self._next_check = now + CHECK_SECONDS
         if self._options.until is Until.EMPTY:
-            outlook = await self._queue.look(list(self._order))
+            outlook = await self._queue.look(self._claiming.order)
             if outlook.due or outlook.suspects or outlook.expired:
                 return False
         view = await reads.counts(self._database, [run.id for run in await self._wanted()])
@@ -368,7 +372,7 @@ class Worker:
             await self._renew()
             # While there is more to claim, nobody looks at the runs themselves.
             self._servings.reprice(await reads.prices(self._database, self._servings.served))
-            if self._more and not self._stop_asked():
+            if self._claiming.more and not self._stop_asked():
                 await self._reclaim()
 
     async def _renew(self) -> None:
@@ -385,10 +389,11 @@ class Worker:
         """Let the calls in flight end, for as long as the grace lasts."""
         deadline = time.monotonic() + self._options.grace
         while self._calls.unfinished and not self._aborting:
+            self._wake.clear()
+            await self._give_back(self._claiming.brought())
             left = deadline - time.monotonic()
             if left <= 0:
                 return
-            self._wake.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(left):
                     await self._wake.wait()

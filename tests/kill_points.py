@@ -16,11 +16,13 @@ from lbr.errors import Family
 from lbr.jobs import Failure, Item, Outcome, Prompt, Reply
 from lbr.retry import RetryPolicy, decide
 from lbr.store import reads, redo, runs
+from lbr.store.claims import Wish
 from lbr.store.engines import open_database
 from lbr.store.queue import Queue
 from lbr.store.runs import RunSpec
 from lbr.store.settle import settle
-from tests.support import ECHO, real_clock
+from lbr.store.turns import settle_and_claim
+from tests.support import ECHO, answered, real_clock
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from lbr.store.database import Database
 
 PROMPTS = [f"prompt {n}" for n in range(6)]
+TURN = 3
+"""So many of the prompts are settled, and as many claimed, in one turn."""
 LEASE = 60.0
 LATER = 3600.0
 """By so many seconds the clock is ahead of those who come after a death: every lease has run out for them."""
@@ -84,14 +88,14 @@ def outcomes(claims: list[Claim]) -> list[Settlement]:
     return [decide(claim, end, RetryPolicy(), Random(1)) for claim, end in zip(claims, ends, strict=True)]
 
 
-async def _claimed(database: Database, name: str) -> tuple[WorkerId, list[Claim]]:
+async def _claimed(database: Database, name: str, count: int = len(PROMPTS)) -> tuple[WorkerId, list[Claim]]:
     run = await reads.find_run(database, name)
     queue = Queue(database)
     worker = await queue.register(host="h", pid=1, concurrency=8)
     claims: list[Claim] = []
-    while len(claims) < len(PROMPTS):
+    while len(claims) < count:
         # The answerer may cool down for a moment from what was settled before.
-        claims += await queue.claim(worker, [run.id], 8, lease=LEASE)
+        claims += await queue.claim(worker, [run.id], count, lease=LEASE)
     return worker, claims
 
 
@@ -108,6 +112,16 @@ async def _claim(database: Database, name: str) -> Callable[[Database], Awaitabl
 async def _settle(database: Database, name: str) -> Callable[[Database], Awaitable[object]]:
     _, claims = await _claimed(database, name)
     return lambda database: settle(database, outcomes(claims))
+
+
+async def _turn(database: Database, name: str) -> Callable[[Database], Awaitable[object]]:
+    worker, claims = await _claimed(database, name, TURN)
+    run = await reads.find_run(database, name)
+    batch, wish = (
+        [answered(claim, claim.prompt.text or "") for claim in claims],
+        Wish(worker, [run.id], TURN, False, {}),
+    )
+    return lambda database: settle_and_claim(database, Queue(database), batch, wish, lease=LEASE)
 
 
 async def _renew(database: Database, name: str) -> Callable[[Database], Awaitable[object]]:
@@ -142,6 +156,7 @@ OPERATIONS = {
     "enqueue": _enqueue,
     "claim": _claim,
     "settle": _settle,
+    "turn": _turn,
     "renew": _renew,
     "release": _release,
     "reclaim": _reclaim,

@@ -49,7 +49,7 @@ async def test_a_thousand_jobs_take_few_statements(counted: Counter[str], db_url
     server = db_url.startswith("postgresql")
     bounds = {
         "enqueue": {"statements": 50 if server else 28, "commits": 8},
-        "work": {"statements": 80 if server else 65, "commits": 24},
+        "work": {"statements": 80 if server else 57, "commits": 22},
         "collect": {"statements": 8, "commits": 6},
     }
     found = {}

@@ -27,6 +27,7 @@ BEFORE_AND_AFTER: dict[str, list[dict[str, int]]] = {
     "enqueue": [{}, {"pending": 6}],
     "claim": [{"pending": 6}, {"inflight": 6}],
     "settle": [{"inflight": 6}, SETTLED],
+    "turn": [{"inflight": 3, "pending": 3}, {"done": 3, "inflight": 3}],
     "renew": [{"inflight": 6}],
     "release": [{"inflight": 6}, {"pending": 6}],
     "reclaim": [{"inflight": 6}, {"pending": 6}],

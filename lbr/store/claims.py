@@ -104,7 +104,11 @@ _ID = itemgetter(0)
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What a worker asks for: up to `most` jobs of these runs; see `lbr.store.queue.Queue.claim`."""
+    """What a worker asks for: up to `most` due jobs of these runs, in the order given.
+
+    With `suspects`, only jobs that have crashed their workers twice, each of which must run alone. `extra` is how
+    many tokens a call of a run takes besides its prompt, where they are limited.
+    """
 
     worker: WorkerId
     run_ids: Sequence[RunId]

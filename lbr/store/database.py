@@ -57,8 +57,11 @@ class Database(ABC):
     """An open queue. `name` is how messages call it, never with a password; `patience` is in seconds.
 
     `spool_places` are beginnings of paths, the best first, for files with answers that it does not take. `presence`
-    knows which workers have ended.
+    knows which workers have ended. `one_writer` tells whether all who write take turns, so that what can be done in
+    one transaction should be.
     """
+
+    one_writer = False
 
     def __init__(
         self, name: str, *, patience: float, spool_places: Sequence[Path], presence: Presence

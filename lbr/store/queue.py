@@ -174,22 +174,23 @@ class Queue:
         """Take up to `most` due jobs of the named runs, in the order given, for `lease` seconds.
 
         Runs that are not active and answerers that cool down are passed over, and the limits of the others are
-        kept. With `suspects`, only jobs that have crashed their workers twice are taken, and the caller must run
-        each alone. `extra` is how many tokens a call of a run takes besides its prompt, where they are limited.
+        kept. For `suspects` and `extra` see `Wish`.
         """
         wish = Wish(worker, run_ids, most, suspects, extra or {})
-
-        async def work(connection: Connection) -> list[Claim]:
-            now = await self._database.now(connection)
-            gate = await open_gate(connection, run_ids, now, lock=True)
-            claims = await take(connection, gate, wish, until=now + round(lease * 1000))
-            await gate.save(connection)
-            if claims:
-                await counters.add(connection, _moved(claims, JobState.PENDING, JobState.INFLIGHT))
-            return claims
-
         # It skips what is locked, so it need not wait for what is being settled.
-        return await self._database.write(work, beside=True)
+        return await self._database.write(
+            lambda connection: self.claim_within(connection, wish, lease=lease), beside=True
+        )
+
+    async def claim_within(self, connection: Connection, wish: Wish, *, lease: float) -> list[Claim]:
+        """Take what a worker wishes for, in the caller's transaction; see `claim`."""
+        now = await self._database.now(connection)
+        gate = await open_gate(connection, wish.run_ids, now, lock=True)
+        claims = await take(connection, gate, wish, until=now + round(lease * 1000))
+        await gate.save(connection)
+        if claims:
+            await counters.add(connection, _moved(claims, JobState.PENDING, JobState.INFLIGHT))
+        return claims
 
     async def look(self, run_ids: Sequence[RunId]) -> Outlook:
         """See without a lock whether a claim or a reclaim would find anything."""

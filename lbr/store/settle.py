@@ -109,34 +109,35 @@ async def settle(database: Database, batch: Sequence[Settlement]) -> Settled:
     An outcome whose job was claimed again since, or has come to its end, changes nothing but is recorded as
     stale. Safe to repeat.
     """
+    return await database.write(lambda connection: settle_within(connection, database, batch))
 
-    async def work(connection: Connection) -> Settled:
-        now = await database.now(connection)
-        ids = [s.claim.job_id for s in batch]
-        found = (await connection.execute(_STANDING, {"ids": ids})).all()
-        standing = {row[0]: Standing(*row) for row in found}
-        if len(standing) != len(set(ids)):
-            raise DatabaseError(
-                "expected the jobs of every call to exist, got: some removed; the database was replaced"
-            )
-        mine, stale = await _sorted_by_fence(connection, batch, standing)
-        states = await _run_states(connection, mine, standing)
-        targets = [_target(s, states) for s in mine]
-        await _update_jobs(connection, mine, targets, now)
-        await _insert_results(connection, mine)
-        await _insert_attempts(connection, mine, stale, now)
-        paused = await _pause(connection, mine)
-        # First what locks all answerers in the order of their names; those that cool down are among them.
-        await learn(connection, _lessons([*mine, *stale], standing, now), now)
-        await _cool_down(connection, mine, standing, now)
-        await counters.add(connection, _deltas(mine, targets, stale, standing))
-        return Settled(
-            taken=frozenset(s.claim.job_id for s in mine),
-            stale=frozenset(s.claim.job_id for s in stale),
-            paused=paused,
+
+async def settle_within(connection: Connection, database: Database, batch: Sequence[Settlement]) -> Settled:
+    """Write a batch of outcomes in the caller's transaction; see `settle`."""
+    now = await database.now(connection)
+    ids = [s.claim.job_id for s in batch]
+    found = (await connection.execute(_STANDING, {"ids": ids})).all()
+    standing = {row[0]: Standing(*row) for row in found}
+    if len(standing) != len(set(ids)):
+        raise DatabaseError(
+            "expected the jobs of every call to exist, got: some removed; the database was replaced"
         )
-
-    return await database.write(work)
+    mine, stale = await _sorted_by_fence(connection, batch, standing)
+    states = await _run_states(connection, mine, standing)
+    targets = [_target(s, states) for s in mine]
+    await _update_jobs(connection, mine, targets, now)
+    await _insert_results(connection, mine)
+    await _insert_attempts(connection, mine, stale, now)
+    paused = await _pause(connection, mine)
+    # First what locks all answerers in the order of their names; those that cool down are among them.
+    await learn(connection, _lessons([*mine, *stale], standing, now), now)
+    await _cool_down(connection, mine, standing, now)
+    await counters.add(connection, _deltas(mine, targets, stale, standing))
+    return Settled(
+        taken=frozenset(s.claim.job_id for s in mine),
+        stale=frozenset(s.claim.job_id for s in stale),
+        paused=paused,
+    )
 
 
 async def _sorted_by_fence(

@@ -92,6 +92,8 @@ def _synchronous_in(url: str) -> str:
 class SQLiteDatabase(Database):
     """An open SQLite queue: one writing connection, and readers that cannot write."""
 
+    one_writer = True
+
     def __init__(
         self,
         path: Path,

@@ -1,0 +1,123 @@
+"""A worker of a file settles and claims in one transaction: what that must not change, and what it saves."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import Engine, event
+
+from lbr import claiming
+from lbr.store.engines import open_database
+from tests.support import assert_counted, put, states
+from tests.test_worker import asks, worker_for
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from lbr.store.database import Database
+
+
+@pytest.fixture
+async def live(tmp_path: Path) -> AsyncIterator[Database]:
+    """Return a queue in a file: on a server a worker settles beside its claims."""
+    opened = await open_database(str(tmp_path / "queue.db"), create=True)
+    yield opened
+    await opened.close()
+
+
+async def test_no_more_is_held_than_there_are_slots(live: Database, tmp_path: Path) -> None:
+    """A kill costs at most as many calls as there are slots: at no moment does the file say that more are in flight."""
+    held: list[int] = []
+
+    async def look(prompt: str) -> str:
+        await asyncio.sleep(0.001 * (int(prompt) % 7))
+        with closing(sqlite3.connect(tmp_path / "queue.db")) as connection:
+            held.append(
+                connection.execute("SELECT count(*) FROM jobs WHERE state = 'inflight'").fetchone()[0]
+            )
+        return prompt
+
+    run = await put(live, [str(n) for n in range(300)], task=asks(look))
+    report = await worker_for(live, look, concurrency=7).run()
+    assert report.done == 300
+    assert max(held) == 7
+    await assert_counted(live, run)
+
+
+async def test_what_a_settlement_brings_to_a_worker_that_stops_is_given_back(
+    live: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is given back at once, uncharged, not when the last call ends, which may take the whole grace."""
+    going, let_go = asyncio.Event(), asyncio.Event()
+
+    async def one_is_slow(prompt: str) -> str:
+        if prompt == "slow":
+            going.set()
+            await let_go.wait()
+        else:
+            await going.wait()
+        return prompt
+
+    whole = claiming.settle_and_claim
+    told_to_stop = asyncio.Event()
+
+    async def turn(*given: Any, **options: Any) -> Any:
+        settled, claims = await whole(*given, **options)
+        assert claims
+        worker.drain()
+        told_to_stop.set()
+        return settled, claims
+
+    monkeypatch.setattr(claiming, "settle_and_claim", turn)
+    run = await put(live, ["slow", *map(str, range(9))], task=asks(one_is_slow))
+    worker = worker_for(live, one_is_slow, concurrency=3, grace=60)
+    working = asyncio.create_task(worker.run())
+    await told_to_stop.wait()
+    for _ in range(1_000):
+        if (await states(live, run)).get("inflight") == 1:
+            break
+        await asyncio.sleep(0.01)
+    else:
+        pytest.fail("what the settlement brought was not given back")
+    assert not working.done()
+    let_go.set()
+    report = await working
+    found = await states(live, run)
+    assert found["done"] == report.done
+    assert found["pending"] == 10 - report.done
+    assert report.released > 0
+    rows = await live.read(
+        lambda connection: connection.exec_driver_sql(
+            "SELECT sum(attempts), sum(crashes) FROM jobs WHERE state = 'pending'"
+        )
+    )
+    assert tuple(rows.one()) == (0, 0)
+    await assert_counted(live, run)
+
+
+async def test_a_worker_writes_once_for_each_batch(live: Database) -> None:
+    """While there is more to do, no batch takes a transaction for its claims alone."""
+    commits = 0
+
+    def count(_: Any) -> None:
+        nonlocal commits
+        commits += 1
+
+    async def echo(prompt: str) -> str:
+        return prompt
+
+    run = await put(live, [f"prompt {n}" for n in range(1_000)], task=asks(echo))
+    event.listen(Engine, "commit", count)
+    try:
+        report = await worker_for(live, echo, concurrency=50).run()
+    finally:
+        event.remove(Engine, "commit", count)
+    assert report.done == 1_000
+    # Twenty batches of fifty, and a few to begin and to end.
+    assert commits <= 35
+    await assert_counted(live, run)
