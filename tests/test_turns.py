@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import Engine, event
 
 from lbr import claiming
+from lbr.store import turns
 from lbr.store.engines import open_database
 from tests.support import assert_counted, put, states
 from tests.test_worker import asks, worker_for
@@ -63,7 +64,7 @@ async def test_what_a_settlement_brings_to_a_worker_that_stops_is_given_back(
             await going.wait()
         return prompt
 
-    whole = claiming.settle_and_claim
+    whole = turns.settle_and_claim
     told_to_stop = asyncio.Event()
 
     async def turn(*given: Any, **options: Any) -> Any:
