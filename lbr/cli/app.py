@@ -21,6 +21,12 @@ from lbr.errors import DatabaseError, LbrError, MisfitError, OutputError, UsageE
 F = TypeVar("F", bound=Callable[..., Any])
 
 DB_DEFAULT = "runs.db"
+YOUNG_OBJECTS = 20_000
+"""After how many new objects the garbage collector looks for cycles.
+
+A batch makes many values that live as long as a call, and none of them in circles: looking every few hundred of them
+takes a fifth of a worker's time.
+"""
 
 # Control characters but for tabs and the ends of lines; and what turns the direction of writing.
 _STEERING = re.compile(r"[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]|\r(?!\n)")
@@ -202,8 +208,6 @@ def main() -> None:
     # A background job of a shell may have been started with Ctrl-C ignored: SIGTERM must still end that.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    # A batch makes many values that live as long as a call, and none of them in circles: looking for circles every few
-    # hundred of them takes a fifth of a worker's time.
     gc.freeze()
-    gc.set_threshold(5_000, 20, 20)
+    gc.set_threshold(YOUNG_OBJECTS, 20, 20)
     lbr(prog_name="lbr")

@@ -25,8 +25,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULTS = WorkOptions()
 EXIT_UNFINISHED = 3
-YOUNG_OBJECTS = 20_000
-"""After how many new objects the garbage collector looks for cycles; calls in flight are thousands, and have none."""
 
 
 def work_options(command: F) -> F:
@@ -71,7 +69,6 @@ async def serve(db: dict[str, Any], notify: Callable[[str], None], **how: Any) -
     """Be a worker that listens to signals: drain on the first Ctrl-C or SIGTERM, release at once on the second."""
     # A process of our own: modules live as long as it does, and are not worth looking through again and again.
     gc.freeze()
-    gc.set_threshold(YOUNG_OBJECTS)
     loop = asyncio.get_running_loop()
     told = False
 
