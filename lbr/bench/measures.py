@@ -172,11 +172,6 @@ class Bench:
         prompts = chat_prompts(self._sizes.calls)
         path, out = self._fresh("chat.db"), self._folder / "chat.jsonl"
 
-        def end_to_end() -> None:
-            _enqueue(path, prompts, model=f"openai-chat:{chat.MODEL}")
-            expect("the answers", len(prompts), _work(path, None, CHAT_SLOTS))
-            _collect(path, out)
-
         with chat.chat_server(CHAT_SECONDS) as url, chat.on_one_core():
             least = timed(
                 lambda: expect(
@@ -184,7 +179,7 @@ class Bench:
                 )
             )
             with chat.environment(OPENAI_BASE_URL=url, OPENAI_API_KEY=chat.KEY):
-                took = timed(end_to_end)
+                took = timed(lambda: end_to_end(path, out, prompts, CHAT_SLOTS))
         check_lines(out, prompts)
         return [Measured("chat calls of 50 ms", len(prompts), took, least, "a bare aiohttp gather", 0.5)]
 
@@ -202,6 +197,13 @@ def _work(path: Path, function: str | None, slots: int) -> int:
 
 def _collect(path: Path, out: Path) -> None:
     asyncio.run(api.collect(RUN, out=out, db_url=str(path)))
+
+
+def end_to_end(path: Path, out: Path, prompts: Sequence[str], slots: int) -> None:
+    """Enqueue prompts into a fresh queue, have the chat server of the environment answer them, and collect."""
+    _enqueue(path, prompts, model=f"openai-chat:{chat.MODEL}")
+    expect("the answers", len(prompts), _work(path, None, slots))
+    _collect(path, out)
 
 
 def check_lines(path: Path, prompts: Sequence[str]) -> None:
