@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -15,7 +18,6 @@ from lbr.bench.measures import BenchError, Sizes, check_lines, measure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from tests.support import Cli
 
@@ -100,3 +102,17 @@ def test_a_benchmark_of_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(measures, "_work", lambda *_: 0)
     with pytest.raises(BenchError, match="expected the answers to be"):
         measure(tmp_path, Sizes(20, 20, 20), ["naps"], tell=lambda _: None)
+
+
+@pytest.mark.processes
+def test_client_cpu_is_measured_for_each_way(tmp_path: Path) -> None:
+    """`scripts/bench_calls.py` prints what a call takes by hand, by lbr and by an agent, and keeps lbr to its target."""
+    script = Path(__file__).parent.parent / "scripts" / "bench_calls.py"
+    done = subprocess.run(
+        [sys.executable, script, "--calls", "250"], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 5, done.stderr
+    for line in lines[1:4]:
+        assert all(float(figure) > 0 for figure in line.split()[-2:])
+    assert list(tmp_path.iterdir()) == []
