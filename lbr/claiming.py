@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from typing import TYPE_CHECKING
 
+from lbr.errors import DatabaseBusyError, DatabaseError
 from lbr.jobs import RunId, WorkerId
 from lbr.store.claims import Wish
 from lbr.store.settle import settle
@@ -86,9 +87,15 @@ class Claiming:
         async with self.turn:
             self._order.rotate(-1)
             wish = Wish(self.worker, self.order, free, suspects=False, extra=self._extra())
-            settled, claims = await settle_and_claim(
-                self._database, self._queue, batch, wish, lease=self._lease
-            )
+            try:
+                settled, claims = await settle_and_claim(
+                    self._database, self._queue, batch, wish, lease=self._lease
+                )
+            except DatabaseBusyError:
+                raise
+            except DatabaseError:
+                # A row that cannot be claimed must not keep answers out that are paid for; the next claim tells.
+                return await settle(self._database, batch)
             self._brought += self._noted(claims, free)
             self._asked = True
         return settled

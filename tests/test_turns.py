@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import Engine, event
 
 from lbr import claiming
+from lbr.errors import DatabaseError
 from lbr.store import turns
 from lbr.store.engines import open_database
 from tests.support import assert_counted, put, states
@@ -98,6 +99,22 @@ async def test_what_a_settlement_brings_to_a_worker_that_stops_is_given_back(
         )
     )
     assert tuple(rows.one()) == (0, 0)
+    await assert_counted(live, run)
+
+
+async def test_a_job_that_cannot_be_claimed_keeps_no_answer_out(live: Database, tmp_path: Path) -> None:
+    """What was answered before is settled in the file, though the claim in the same transaction fails."""
+
+    async def echo(prompt: str) -> str:
+        return prompt
+
+    run = await put(live, ["a", "b", "c", "d"], task=asks(echo))
+    with closing(sqlite3.connect(tmp_path / "queue.db")) as connection, connection:
+        connection.execute("UPDATE prompts SET settings = 'no object' WHERE job_id = 3")
+    with pytest.raises(DatabaseError) as failed:
+        await worker_for(live, echo, concurrency=2).run()
+    assert "kept in" not in str(failed.value)
+    assert (await states(live, run))["done"] == 2
     await assert_counted(live, run)
 
 
