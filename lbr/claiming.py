@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from lbr.errors import DatabaseBusyError, DatabaseError
@@ -13,7 +14,7 @@ from lbr.store.settle import settle
 from lbr.store.turns import settle_and_claim
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 
     from lbr.jobs import Claim, Settlement
     from lbr.serving import Served
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Claiming:
-    """Claims for one worker, by turns, so that no slot is claimed for twice: who claims by itself holds `turn`.
+    """Claims for one worker, by turns, so that no slot is claimed for twice.
 
     `more` tells whether the last claim filled every slot that it was for, so that another is likely to find more.
     """
@@ -37,8 +38,9 @@ class Claiming:
         self._lease = lease
         self._order: deque[RunId] = deque()
         self.worker = WorkerId(0)
-        self.turn = asyncio.Lock()
         self.more = True
+        self._turn = asyncio.Lock()
+        self._wanted = False
         # Whether a call has ended since the last claim, and whether its answerer was held to few at a time.
         self._ended = False
         self._narrow = False
@@ -62,8 +64,18 @@ class Claiming:
         ended, self._ended = self._ended, False
         return self.more or (ended and self._narrow)
 
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """Let no settlement claim meanwhile; wait for one that does."""
+        self._wanted = True
+        try:
+            async with self._turn:
+                yield
+        finally:
+            self._wanted = False
+
     async def claim(self, most: int) -> list[Claim]:
-        """Claim up to `most` jobs."""
+        """Claim up to `most` jobs, `alone`."""
         self._order.rotate(-1)
         claims = await self._queue.claim(
             self.worker, self.order, most, lease=self._lease, extra=self._extra()
@@ -71,7 +83,7 @@ class Claiming:
         return self._noted(claims, most)
 
     async def claim_suspect(self) -> list[Claim]:
-        """Claim one job that has crashed its workers and must run alone."""
+        """Claim, `alone`, one job that has crashed its workers and must run alone."""
         return await self._queue.claim(
             self.worker, self.order, 1, lease=self._lease, suspects=True, extra=self._extra()
         )
@@ -82,9 +94,10 @@ class Claiming:
         `brought` has what was claimed. Raises as `lbr.store.settle.settle`.
         """
         likely = free > 0 and (self.more or self._narrow)
-        if not likely or self.turn.locked() or not self._database.one_writer:
+        # It never queues for its turn, for `free` holds now.
+        if not likely or self._wanted or not self._database.one_writer:
             return await settle(self._database, batch)
-        async with self.turn:
+        async with self._turn:
             self._order.rotate(-1)
             wish = Wish(self.worker, self.order, free, suspects=False, extra=self._extra())
             try:

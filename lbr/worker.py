@@ -166,6 +166,7 @@ class Worker:
                     self._fail(error)
                 await self._finish_calls()
             finally:
+                self._stop()  # whatever went wrong: a settlement must claim no more
                 ticking.cancel()
                 await self._wind_up()
                 await asyncio.gather(ticking, return_exceptions=True)
@@ -193,11 +194,10 @@ class Worker:
 
     async def _give_back(self, claims: Sequence[Claim]) -> None:
         """Release what was claimed while we were told to stop, and never called for."""
-        if claims and not isinstance(self._calls.error, DatabaseError):
-            try:
-                self.report.released += await self._queue.release(self._id, claims, unused=True)
-            except DatabaseError as error:
-                self._fail(error)
+        try:
+            self.report.released += await self._queue.release(self._id, claims, unused=True)
+        except DatabaseError as error:
+            self._fail(error)
 
     def _kept(self, error: BaseException) -> BaseException:
         """Keep what was not written, and return the error that says where."""
@@ -263,7 +263,7 @@ class Worker:
         return 0 if self._calls.alone else self._options.concurrency - len(self._calls)
 
     async def _claim(self) -> list[Claim]:
-        async with self._claiming.turn:
+        async with self._claiming.alone():
             free = self._free()
             if free <= 0 or not (self._claiming.worth_it() or await self._look()):
                 return []

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 import stat
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +39,29 @@ RUNS = "SELECT name FROM runs"
 def db_url(tmp_path: Path) -> str:
     """Return the URL of a file that does not exist yet: nothing here concerns another kind of database."""
     return f"sqlite+aiosqlite:///{tmp_path / 'queue.db'}"
+
+
+async def test_a_database_that_is_closed_leaves_nothing_open(tmp_path: Path) -> None:
+    """Neither a thread nor a descriptor stays, even of a connection that was in a transaction just then."""
+    path = tmp_path / "q.db"
+    before = set(threading.enumerate())
+    database = await open_database(str(path), create=True)
+    begun = threading.Event()
+
+    def slowly(_: Any) -> None:
+        begun.set()
+        time.sleep(0.1)
+
+    writing = asyncio.create_task(database.write(lambda connection: connection.run_sync(slowly)))
+    await asyncio.to_thread(begun.wait)
+    await database.close()
+    await writing
+    opened = [os.readlink(one) for one in Path("/proc/self/fd").iterdir() if one.is_symlink()]
+    assert not [name for name in opened if name.startswith(str(path))]
+    for thread in set(threading.enumerate()) - before:
+        if "_connection_worker_thread" in thread.name:
+            thread.join(10)
+            assert not thread.is_alive()
 
 
 async def test_file_is_private(tmp_path: Path) -> None:

@@ -5,22 +5,29 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from contextlib import closing
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import Engine, event
 
 from lbr import claiming
-from lbr.errors import DatabaseError
-from lbr.store import turns
+from lbr.asking import authorize
+from lbr.claiming import Claiming
+from lbr.config import WorkOptions
+from lbr.errors import DatabaseError, UsageError
+from lbr.store import limiting, runs, turns
 from lbr.store.engines import open_database
-from tests.support import assert_counted, put, states
+from lbr.store.queue import Queue
+from lbr.worker import Worker
+from tests.support import answered, assert_counted, eventually, put, states
 from tests.test_worker import asks, worker_for
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from lbr.jobs import Claim
     from lbr.store.database import Database
 
 
@@ -116,6 +123,109 @@ async def test_a_job_that_cannot_be_claimed_keeps_no_answer_out(live: Database, 
     assert "kept in" not in str(failed.value)
     assert (await states(live, run))["done"] == 2
     await assert_counted(live, run)
+
+
+async def test_a_settlement_never_queues_for_its_turn(
+    live: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the worker's loop waits to claim, a settlement claims nothing: the slots that it counted may be gone."""
+    turns_made = 0
+    begun, go_on = asyncio.Event(), asyncio.Event()
+    whole = turns.settle_and_claim
+
+    async def turn(*given: Any, **options: Any) -> Any:
+        nonlocal turns_made
+        turns_made += 1
+        begun.set()
+        await go_on.wait()
+        return await whole(*given, **options)
+
+    monkeypatch.setattr(claiming, "settle_and_claim", turn)
+    run = await put(live, [str(n) for n in range(8)])
+    queue = Queue(live)
+    served: Any = {run.id: SimpleNamespace(extra_tokens=0)}
+    claims = Claiming(live, queue, served, lease=60)
+    claims.worker = await queue.register(host="a", pid=1, concurrency=2)
+    claims.serve([run.id])
+    first, second = await claims.claim(2)
+
+    async def settle_twice() -> None:
+        await claims.settle([answered(first)], 1)
+        await claims.settle([answered(second)], 1)
+
+    async def claim_in_the_loop() -> list[Claim]:
+        async with claims.alone():
+            return await claims.claim(1)
+
+    settling = asyncio.create_task(settle_twice())
+    await begun.wait()
+    looping = asyncio.create_task(claim_in_the_loop())
+    await asyncio.sleep(0)
+    go_on.set()
+    await settling
+    assert len(claims.brought()) == turns_made == 1
+    assert len(await looping) == 1
+    assert await states(live, run) == {"done": 2, "inflight": 2, "pending": 4}
+
+
+async def test_a_worker_that_fails_claims_no_more(live: Database) -> None:
+    """Whatever ends the loop, here a run that cannot be served, nothing is claimed and called while it winds up."""
+    finished: list[str] = []
+
+    async def slow(prompt: str) -> str:
+        await asyncio.sleep(0.03 + 0.001 * (int(prompt) % 40))
+        finished.append(prompt)
+        return prompt
+
+    async def other(prompt: str) -> str:
+        return prompt
+
+    run = await put(live, [str(n) for n in range(3_000)], name="mine", task=asks(slow))
+    theirs = await put(live, ["x"], name="theirs", task=asks(other))
+    await runs.pause(live, theirs, "for now")
+    # Fewer calls at a time than slots, so that the loop looks around while settlements bring new claims.
+    await limiting.begin_slowly(live, [asks(slow).answerer])
+    await live.write(lambda c: c.exec_driver_sql("UPDATE limits SET slots = 16, threshold = 1"))
+    worker = Worker(live, authorize([slow]), WorkOptions(concurrency=64), run_names=["mine", "theirs"])
+    working = asyncio.create_task(worker.run())
+    await eventually(lambda: len(finished) > 200)
+    await runs.resume(live, theirs)
+    with pytest.raises(UsageError, match="only the program that defines it"):
+        await working
+    assert "inflight" not in await states(live, run)
+    assert (await states(live, run))["done"] == len(finished)
+    await assert_counted(live, run)
+
+
+async def test_what_was_claimed_beside_a_failure_is_given_back(
+    live: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A settlement that fails ends the worker; what its loop had just claimed was never called, and costs nothing."""
+    calling = asyncio.Event()
+    whole = Queue.claim
+
+    async def waits(prompt: str) -> str:
+        calling.set()
+        await asyncio.sleep(0.3)
+        return prompt
+
+    async def claim(queue: Queue, *given: Any, **options: Any) -> list[Claim]:
+        found = await whole(queue, *given, **options)
+        if found and calling.is_set():
+            await eventually(lambda: worker._calls.error is not None)
+        return found
+
+    monkeypatch.setattr(Queue, "claim", claim)
+    await put(live, ["gone"], task=asks(waits))
+    worker = worker_for(live, waits, concurrency=4, grace=1)
+    working = asyncio.create_task(worker.run())
+    await calling.wait()
+    later = await put(live, ["1", "2", "3"], name="later", task=asks(waits))
+    with closing(sqlite3.connect(tmp_path / "queue.db")) as connection, connection:
+        connection.execute("DELETE FROM jobs WHERE id = 1")
+    with pytest.raises(DatabaseError, match="some removed"):
+        await working
+    assert await states(live, later) == {"pending": 3}
 
 
 async def test_a_worker_writes_once_for_each_batch(live: Database) -> None:

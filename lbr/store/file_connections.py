@@ -66,6 +66,7 @@ class FileConnections:
         self._connect = partial(_connect, path, pragmas, options)
         self._room = asyncio.Semaphore(most)
         self._free: list[FileThread] = []
+        self._closed = False
 
     async def transact(self, work: Callable[[Connection], Awaitable[T]], *, begin: str | None = None) -> T:
         """Run one transaction, in one trip. `work` may wait for nothing but its connection.
@@ -97,10 +98,14 @@ class FileConnections:
             try:
                 yield thread
             finally:
-                self._free.append(thread)
+                if self._closed:
+                    await thread.close()
+                else:
+                    self._free.append(thread)
 
     async def close(self) -> None:
-        """Close every connection that is in no transaction."""
+        """Close every connection, one that is in a transaction at the end of that."""
+        self._closed = True
         while self._free:
             await self._free.pop().close()
 

@@ -93,7 +93,13 @@ class FileThread(aiosqlite.Connection):
             raise ValueError("expected an open connection, got: one that was closed")
         # Of no task's: a loop that ends cancels every task, but cannot cancel this.
         ended: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._tx.put_nowait((ended, function))
+        # The thread remembers what it ran last, and would by that keep this connection and what the function holds.
+        once = [function]
+
+        def call() -> T:
+            return once.pop()()
+
+        self._tx.put_nowait((ended, call))
         cancelled: asyncio.CancelledError | None = None
         while not ended.done():
             try:
@@ -131,8 +137,11 @@ class FileThread(aiosqlite.Connection):
     async def close(self) -> None:
         """Close the connection and end the thread."""
         if self._running:
-            await self.run(self._engine.dispose)
-            if (stopped := self.stop()) is not None:
+            try:
+                await self.run(self._engine.dispose)
+            finally:
+                stopped = self.stop()
+            if stopped is not None:
                 await stopped
 
 
