@@ -253,7 +253,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=60_000, help="of the measurements with several workers")
     parser.add_argument("--folder", type=Path, default=Path(), help="on the disk to measure on")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="lbr-bench-", dir=options.folder) as name:
+    with tempfile.TemporaryDirectory(prefix="lbr-bench-", dir=options.folder.absolute()) as name:
         many, few = Path(name) / "many", Path(name) / "few"
         many.mkdir()
         few.mkdir()
