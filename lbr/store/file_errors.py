@@ -30,8 +30,6 @@ _UNDECODED = re.compile(r"Could not decode to UTF-8 column '([^']*)'")
 
 def _code(error: DBAPIError) -> int | None:
     code = getattr(error.orig, "sqlite_errorcode", None)
-    if code is None and error.orig is not None:
-        code = getattr(error.orig.__cause__, "sqlite_errorcode", None)
     return code & 0xFF if isinstance(code, int) else None
 
 
