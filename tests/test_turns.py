@@ -173,14 +173,14 @@ async def test_a_worker_that_fails_claims_no_more(live: Database) -> None:
     finished: list[str] = []
 
     async def slow(prompt: str) -> str:
-        await asyncio.sleep(0.03 + 0.001 * (int(prompt) % 40))
+        await asyncio.sleep(0.004 + 0.0005 * (int(prompt) % 16))
         finished.append(prompt)
         return prompt
 
     async def other(prompt: str) -> str:
         return prompt
 
-    run = await put(live, [str(n) for n in range(3_000)], name="mine", task=asks(slow))
+    run = await put(live, [str(n) for n in range(4_000)], name="mine", task=asks(slow))
     theirs = await put(live, ["x"], name="theirs", task=asks(other))
     await runs.pause(live, theirs, "for now")
     # Fewer calls at a time than slots, so that the loop looks around while settlements bring new claims.
