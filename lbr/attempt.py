@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lbr.deadlines import DeadlineError
-from lbr.errors import NO_USAGE, BadAnswer, CallError, Family, Permanent
+from lbr.errors import BadAnswer, CallError, Family, Permanent
 from lbr.jobs import Failure, Outcome, Reply
 from lbr.retry import failure_of, storable, storable_usage
 
@@ -71,13 +71,18 @@ def _storable(reply: Reply) -> Reply:
             f"expected an answer of at most {ANSWER_LIMIT:,} characters, got: {len(reply.text):,}",
             usage=reply.usage,
         )
-    reply = replace(reply, usage=storable_usage(reply.usage)) if reply.usage is not NO_USAGE else reply
+    usage = storable_usage(reply.usage)
     text = storable(reply.text)
     model = reply.model and storable(reply.model)
     finish_reason = reply.finish_reason and storable(reply.finish_reason)
-    if text is reply.text and model is reply.model and finish_reason is reply.finish_reason:
+    if (
+        usage is reply.usage
+        and text is reply.text
+        and model is reply.model
+        and finish_reason is reply.finish_reason
+    ):
         return reply
-    return replace(reply, text=text, model=model, finish_reason=finish_reason)
+    return replace(reply, usage=usage, text=text, model=model, finish_reason=finish_reason)
 
 
 def priced(outcome: Outcome, price: Price) -> Outcome:

@@ -69,7 +69,14 @@ def storable(text: str) -> str:
 
 
 def storable_usage(usage: Usage) -> Usage:
-    """Leave out what cannot be the count of one call: numbers below 0, and those that no call comes to."""
+    """Leave out what cannot be the count of one call: numbers below 0, and those that no call comes to.
+
+    Most usage is returned itself.
+    """
+    counts = (usage.input_tokens, usage.output_tokens, usage.cost_nanos)
+    bounds = (MOST_TOKENS, MOST_TOKENS, MOST_NANOS)
+    if all(_count(count, most) is count for count, most in zip(counts, bounds, strict=True)):
+        return usage
     return Usage(
         _count(usage.input_tokens, MOST_TOKENS),
         _count(usage.output_tokens, MOST_TOKENS),

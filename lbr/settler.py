@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -14,17 +15,45 @@ if TYPE_CHECKING:
     from lbr.store.settle import Settled
 
 MAX_ROWS = 500
+LEAST_ROWS = 50
+LATEST_COMMITS = 4
 MAX_LINGER_SECONDS = 0.05
-MIN_LINGER_SECONDS = 0.002
+QUICK_SECONDS = 0.003
+ROW_SECONDS = 0.000025
+"""What a commit takes at most that nothing hinders, and what each of its rows takes, on a common machine."""
 
 
-def linger_seconds(commit_seconds: float) -> float:
-    """Return how long to gather, given how long the last commit took.
+class Commit(NamedTuple):
+    """How long one took, and how many rows it had."""
 
-    Twice a commit, so that at most a third of the time is spent committing: short on a quiet disk, up to
-    50 ms where commits are slow or contended.
+    seconds: float
+    rows: int
+
+    @property
+    def hindered_seconds(self) -> float:
+        """How much longer than its rows it took: on a slow disk, or for others who write."""
+        return max(0.0, self.seconds - QUICK_SECONDS - self.rows * ROW_SECONDS)
+
+
+def linger_seconds(usual: Commit) -> float:
+    """Return how long to gather rows, given how commits have been of late.
+
+    Three times as long as they were hindered, up to 50 ms: so all who write get their turns, and each makes the most of
+    its own. Where nothing hinders, what ends during one commit is enough for the next.
     """
-    return min(MAX_LINGER_SECONDS, max(MIN_LINGER_SECONDS, 2 * commit_seconds))
+    return min(MAX_LINGER_SECONDS, 3 * usual.hindered_seconds)
+
+
+def most_rows(usual: Commit, call_seconds: float) -> int:
+    """Return how many rows to write at once, given how commits have been of late and how long a call takes.
+
+    Calls that begin together end together, and go on in step: all are made, and then all are written. Where a call
+    takes longer than a commit, small batches have some written while others are made. What hinders a commit is worth
+    as many rows more as take the same time.
+    """
+    if call_seconds <= usual.seconds:
+        return MAX_ROWS
+    return min(MAX_ROWS, LEAST_ROWS + round(usual.hindered_seconds / ROW_SECONDS))
 
 
 class Settler:
@@ -41,7 +70,7 @@ class Settler:
         self._some = asyncio.Event()
         self._enough = asyncio.Event()
         self._closing = False
-        self._linger = MIN_LINGER_SECONDS
+        self._commits = deque([Commit(0.0, 0)], maxlen=LATEST_COMMITS)
 
     @property
     def unwritten(self) -> list[Settlement]:
@@ -71,11 +100,11 @@ class Settler:
             await self._some.wait()
             if not self._waiting:
                 return
-            if not self._enough.is_set():
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(self._linger):
-                        await self._enough.wait()
-            batch, self._waiting = self._waiting[:MAX_ROWS], self._waiting[MAX_ROWS:]
+            # One that was hindered by our own calls, which had the interpreter, says nothing about the next.
+            usual = min(self._commits, key=lambda commit: commit.hindered_seconds)
+            await self._gather(linger_seconds(usual))
+            most = most_rows(usual, self._waiting[0].outcome.latency_ms / 1000)
+            batch, self._waiting = self._waiting[:most], self._waiting[most:]
             self._reset_signals()
             started = time.perf_counter()
             try:
@@ -83,8 +112,19 @@ class Settler:
             except BaseException:
                 self._waiting = [*batch, *self._waiting]
                 raise
-            self._linger = linger_seconds(time.perf_counter() - started)
+            self._commits.append(Commit(time.perf_counter() - started, len(batch)))
             self._written(batch, settled)
+
+    async def _gather(self, linger: float) -> None:
+        """Wait for more rows, at least for those whose calls end in the same turn of the event loop."""
+        if self._enough.is_set():
+            return
+        if not linger:
+            await asyncio.sleep(0)
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(linger):
+                await self._enough.wait()
 
     def _reset_signals(self) -> None:
         if self._closing:

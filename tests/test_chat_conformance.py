@@ -14,6 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lbr.attempt import attempt
+from lbr.deadlines import Deadlines, Lateness
 from lbr.errors import UsageError
 from lbr.jobs import BadTry, JobId, Prompt, Task
 from lbr.models.base import Request
@@ -505,12 +507,20 @@ async def test_a_server_that_is_not_there(
 async def test_a_timeout_is_the_same(wire: Wire, provider: str, script: Script, setting: bool) -> None:
     """An answer that does not come, or does not go on, in time is the same failure, whoever set the time."""
     wire.script = script
-    asked = asking(timeout=20 if setting else 0.3)
-    theirs, ours = await both(
-        wire, MODELS[provider], asked, settings={"timeout": 0.3} if setting else None, alone=True
-    )
-    assert ours == theirs
-    assert ours["kind"] == "ModelTimeoutError"
+    name = MODELS[provider]
+    if setting:
+        theirs, ours = await both(wire, name, asking(timeout=20), settings={"timeout": 0.3}, alone=True)
+        assert ours == theirs
+        assert ours["kind"] == "ModelTimeoutError"
+        return
+    failures = []
+    for model in (reference_model(name, None), chat_model(name, None, alone=True)):
+        ended = await attempt(model, None, asking(timeout=0.3), Deadlines(0.3), Lateness())
+        await model.aclose()
+        assert ended.failure is not None
+        failures.append(ended.failure)
+    assert failures[0] == failures[1]
+    assert failures[0].error == "CallTimeout"
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

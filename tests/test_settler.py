@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
 from lbr.errors import DatabaseError
 from lbr.jobs import Claim, JobId, Prompt, RunId
-from lbr.settler import Settler, linger_seconds
+from lbr.settler import Commit, Settler, linger_seconds, most_rows
 from lbr.store.settle import Settled
 from tests.support import answered
 
@@ -19,9 +20,10 @@ if TYPE_CHECKING:
     from lbr.jobs import Settlement
 
 
-def settlement(number: int) -> Settlement:
-    """Return the settlement of some answered job."""
-    return answered(Claim(JobId(number), RunId(1), 1, 0, 0, Prompt(text="p"), b"k"))
+def settlement(number: int, latency_ms: int = 0) -> Settlement:
+    """Return the settlement of some job, answered by a call that took so long."""
+    done = answered(Claim(JobId(number), RunId(1), 1, 0, 0, Prompt(text="p"), b"k"))
+    return replace(done, outcome=replace(done.outcome, latency_ms=latency_ms))
 
 
 class Disk:
@@ -88,7 +90,46 @@ async def test_failed_commit_is_raised_and_nothing_is_called_written() -> None:
     assert disk.told == []
 
 
-@pytest.mark.parametrize(("commit", "linger"), [(0.0, 0.002), (0.004, 0.008), (3.0, 0.05)])
-def test_linger_follows_the_commit(commit: float, linger: float) -> None:
-    """Gathering lasts twice a commit, from 2 to 50 ms."""
-    assert linger_seconds(commit) == linger
+async def test_calls_do_not_go_on_in_step() -> None:
+    """Where calls take longer than a commit, those that end together are written in parts; else all at once."""
+    sizes = {}
+    for latency in (0, 60_000):
+        disk = Disk()
+        settler = Settler(disk.write, disk.written)
+        running = asyncio.create_task(settler.run())
+        for number in range(120):
+            settler.put(settlement(number, latency))
+        settler.close()
+        await running
+        sizes[latency] = [len(batch) for batch in disk.batches]
+        assert disk.told == list(range(120))
+    assert sizes == {0: [120], 60_000: [50, 50, 20]}
+
+
+@pytest.mark.parametrize(
+    ("commit", "linger"),
+    [
+        (Commit(0.0, 0), 0.0),
+        (Commit(0.003, 0), 0.0),
+        (Commit(0.0155, 500), 0.0),
+        (Commit(0.013, 0), 0.03),
+        (Commit(3.0, 1), 0.05),
+    ],
+)
+def test_linger_follows_what_hinders_commits(commit: Commit, linger: float) -> None:
+    """Gathering lasts three times as long as a commit was hindered, up to 50 ms; rows are no hindrance."""
+    assert linger_seconds(commit) == pytest.approx(linger)
+
+
+@pytest.mark.parametrize(
+    ("commit", "call", "rows"),
+    [
+        (Commit(0.002, 10), 0.001, 500),
+        (Commit(0.002, 10), 0.05, 50),
+        (Commit(0.008, 0), 0.05, 250),
+        (Commit(0.5, 0), 10.0, 500),
+    ],
+)
+def test_batches_are_small_where_calls_take_longer(commit: Commit, call: float, rows: int) -> None:
+    """A slow commit is worth more rows, and calls that take no time have all of them."""
+    assert most_rows(commit, call) == rows

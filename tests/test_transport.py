@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -383,6 +383,26 @@ async def test_calls_have_no_password_of_netrc_and_no_cookie(
         await http.aclose()
         await server.all_ended()
     assert not any({"authorization", "cookie"} & one.headers.keys() for one in asked)
+
+
+@pytest.mark.parametrize(
+    ("url", "proxy", "reads"),
+    [
+        ("http://127.0.0.1:1/v1", "", False),
+        ("https://api.example.com/v1", "", True),
+        ("http://api.example.com/v1", "https://proxy.example.com", True),
+        (None, "", True),
+    ],
+)
+def test_a_trust_store_is_read_for_encrypted_calls_alone(
+    monkeypatch: pytest.MonkeyPatch, url: str | None, proxy: str, reads: bool
+) -> None:
+    """Where the one URL needs none, a trust store that cannot be read is in nobody's way."""
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("SSL_CERT_FILE", "/not/there.pem")
+    with pytest.raises(OSError) if reads else nullcontext():  # noqa: PT011 - whichever OpenSSL makes of it
+        Http(only=url)
 
 
 async def test_a_proxy_that_aiohttp_cannot_speak_to(monkeypatch: pytest.MonkeyPatch) -> None:

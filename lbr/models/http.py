@@ -6,6 +6,7 @@ aiohttp costs a tenth of a second to import, so that happens in the functions th
 from __future__ import annotations
 
 import asyncio
+import functools
 import ipaddress
 import re
 from dataclasses import dataclass, field
@@ -132,29 +133,45 @@ def _host_pattern(host: str) -> re.Pattern[str] | None:
     return re.compile(rf"{re.escape(host)}\Z")
 
 
+@functools.lru_cache(maxsize=64)
+def _encoded(url: str) -> URL:
+    from yarl import URL  # noqa: PLC0415
+
+    return URL(url, encoded=True)
+
+
 class Http:
     """One pool of connections, opened in the event loop of its first call.
 
     It limits nothing (how many calls run at a time is the caller's), follows no redirect, keeps no cookie, reads no
     netrc, and always verifies certificates. Construction reads the environment, and raises UsageError for a proxy
     that it cannot speak to and OSError for a trust store that cannot be read. `trust` is None for httpx2's trust
-    store: SSL_CERT_FILE, else SSL_CERT_DIR, else the system's.
+    store: SSL_CERT_FILE, else SSL_CERT_DIR, else the system's. Where `only` is the one URL to be called, and no call
+    of it is encrypted, no trust store is read, which takes 20 ms.
     """
 
-    def __init__(self, trust: ssl.SSLContext | None = None) -> None:
+    def __init__(self, trust: ssl.SSLContext | None = None, *, only: str | None = None) -> None:
         self._proxies = environment_proxies()
         if self._proxies.unsupported is not None:
             raise UsageError(
                 f"expected a proxy like http://host:port in the environment, got one of {self._proxies.unsupported}://; "
                 f"set HTTPS_PROXY to an HTTP proxy, or NO_PROXY=*"
             )
-        if trust is None:
+        if trust is None and not self._is_plain(only):
             from httpx2 import create_ssl_context  # noqa: PLC0415
 
             trust = create_ssl_context()
-        trust.set_alpn_protocols(["http/1.1"])
+        if trust is not None:
+            trust.set_alpn_protocols(["http/1.1"])
         self._trust = trust
         self._session: ClientSession | None = None
+
+    def _is_plain(self, url: str | None) -> bool:
+        """Tell whether calls of a URL are encrypted neither to it nor to its proxy."""
+        if url is None:
+            return False
+        target = _encoded(url)
+        return "https" not in {target.scheme, _encoded(self._proxies.of(target) or "").scheme}
 
     def request(
         self, method: str, url: str | URL, *, timeout: ClientTimeout, **options: Any
@@ -163,9 +180,7 @@ class Http:
 
         Raises aiohttp's errors. A string is taken as a URL that is already encoded.
         """
-        from yarl import URL  # noqa: PLC0415
-
-        target = url if isinstance(url, URL) else URL(url, encoded=True)
+        target = _encoded(url) if isinstance(url, str) else url
         session = self._session or self._opened()
         return session.request(
             method, target, timeout=timeout, proxy=self._proxies.of(target), allow_redirects=False, **options
@@ -175,7 +190,7 @@ class Http:
         from aiohttp import ClientSession, ClientTimeout, DummyCookieJar, TCPConnector  # noqa: PLC0415
 
         self._session = ClientSession(
-            connector=TCPConnector(limit=0, ssl=self._trust, keepalive_timeout=KEEPALIVE_SECONDS),
+            connector=TCPConnector(limit=0, ssl=self._trust or True, keepalive_timeout=KEEPALIVE_SECONDS),
             cookie_jar=DummyCookieJar(loop=asyncio.get_running_loop()),
             timeout=ClientTimeout(total=None),
             trust_env=False,  # it would put what netrc holds for a host on calls; proxies are given with each

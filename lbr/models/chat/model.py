@@ -78,12 +78,12 @@ class ChatModel:
         self._settings = dict(task_settings)
         self._reference = reference
         self._api_key = api_key
-        self._http = Http()
+        self._http = Http(only=endpoint.url)
         self._costs = Costs(endpoint)
         self._reader = Reader(endpoint, self._costs)
         self._templates: OrderedDict[bytes, Template | None] = OrderedDict()
         self._of_task: tuple[object, Template | None] | None = None
-        self._timeouts: dict[float, ClientTimeout] = {}
+        self._timeouts: dict[tuple[Json, float | None], ClientTimeout] = {}
         self._lock = asyncio.Lock()
 
     async def answer(self, request: Request) -> Reply:
@@ -148,17 +148,19 @@ class ChatModel:
         return Template(body) if fits else None
 
     def _timeout(self, request: Request) -> ClientTimeout:
-        given = (self._settings if request.settings is None else {**self._settings, **request.settings}).get(
-            "timeout", request.timeout
-        )
-        seconds = SLOWEST_SECONDS if given is None else float(given)
-        found = self._timeouts.get(seconds)
+        settings = self._settings if request.settings is None else {**self._settings, **request.settings}
+        asked = settings.get("timeout")
+        found = self._timeouts.get((asked, request.timeout))
         if found is None:
             from aiohttp import ClientTimeout  # noqa: PLC0415
 
-            # No bound on the whole: an answer that comes in bit by bit may take its time.
-            found = ClientTimeout(total=None, connect=min(seconds, CONNECT_SECONDS), sock_read=seconds)
-            self._timeouts[seconds] = found
+            # No bound on the whole: an answer that comes in bit by bit may take its time. Where nobody waits after the
+            # request's timeout, two timers of each call are saved.
+            bounds = [float(one) for one in (asked, request.timeout) if one is not None]
+            seconds = bounds[0] if bounds else SLOWEST_SECONDS
+            read = None if asked is None and bounds else seconds
+            found = ClientTimeout(total=None, connect=min(seconds, CONNECT_SECONDS), sock_read=read)
+            self._timeouts[asked, request.timeout] = found
         return found
 
     async def _post(self, body: bytes, timeout: ClientTimeout) -> tuple[int, Mapping[str, str], bytes]:
