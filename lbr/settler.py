@@ -103,7 +103,9 @@ class Settler:
             # One that was hindered by our own calls, which had the interpreter, says nothing about the next.
             usual = min(self._commits, key=lambda commit: commit.hindered_seconds)
             await self._gather(linger_seconds(usual))
-            most = most_rows(usual, self._waiting[0].outcome.latency_ms / 1000)
+            # The quickest call too: a single one may have waited for the processor.
+            quickest = min(settlement.outcome.latency_ms for settlement in self._waiting)
+            most = most_rows(usual, quickest / 1000)
             batch, self._waiting = self._waiting[:most], self._waiting[most:]
             self._reset_signals()
             started = time.perf_counter()
