@@ -106,6 +106,18 @@ async def test_calls_do_not_go_on_in_step() -> None:
     assert sizes == {0: [120], 60_000: [50, 50, 20]}
 
 
+async def test_one_call_that_was_slow_makes_no_parts() -> None:
+    """A call that only waited for the processor does not tell how long calls take."""
+    disk = Disk()
+    settler = Settler(disk.write, disk.written)
+    running = asyncio.create_task(settler.run())
+    for number in range(120):
+        settler.put(settlement(number, 0 if number else 60_000))
+    settler.close()
+    await running
+    assert [len(batch) for batch in disk.batches] == [120]
+
+
 @pytest.mark.parametrize(
     ("commit", "linger"),
     [
