@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 MINUTE_MS = 60_000
 BURST_SECONDS = 1.0
 LOOK_SECONDS = 0.2
-FIRST_SLOTS = 32.0
+FIRST_SLOTS = 100.0
 """Calls at a time with which a provider of which nothing is known is begun.
 
-Nearly all take so many; what is refused for being too many costs nothing, and a start from fewer costs a round of
-calls, which may be minutes, for each doubling.
+As many connections as aiohttp and httpx open where nobody says how many, so nearly all providers take so many calls;
+what is refused for being too many costs nothing, and a start from fewer costs a round of calls, which may be minutes,
+for each doubling.
 """
 CUT = 0.5
 EPSILON = 1e-6

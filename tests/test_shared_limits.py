@@ -166,15 +166,15 @@ async def test_too_much_halves_and_success_widens(database: Database, clock: Clo
 
 async def test_unknown_provider_is_begun_slowly(database: Database, clock: Clock) -> None:
     """Few calls at first, twice as many after each round, until the workers' slots are all in use."""
-    run = await put(database, [f"p{n}" for n in range(600)])
-    (_, one), _ = await workers(database, 75, 75)
+    run = await put(database, [f"p{n}" for n in range(900)])
+    (_, one), _ = await workers(database, 125, 125)
     for _ in range(2):
         await limiting.begin_slowly(database, [WHO])
-    for expected in (32, 64, 128, 150):
-        claims = await claim(database, one, run, 150)
+    for expected in (100, 200, 250):
+        claims = await claim(database, one, run, 250)
         assert len(claims) == expected
         await settle(database, [answered(c) for c in claims])
-    assert not any(c.narrow for c in await claim(database, one, run, 150))
+    assert not any(c.narrow for c in await claim(database, one, run, 250))
 
 
 FUNCTION = """
