@@ -24,6 +24,7 @@ from rival_runs import Crash, crashed_lbr, crashed_rival, measured
 
 from lbr.bench.measures import CHAT_SLOTS, BenchError, Sizes, Took, chat_prompts, nap_prompts
 from lbr.bench.measures import measure as measure_lbr
+from lbr.cli.app import collect_garbage_rarely
 from lbr.cli.benching import conditions
 
 if TYPE_CHECKING:
@@ -267,6 +268,7 @@ def main() -> None:
     options = read_options()
     # So that everything is put away on this signal too: `with` blocks end on SystemExit, not on a signal.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    collect_garbage_rarely()  # as the command that is measured does
     report(measure(options), options)
 
 

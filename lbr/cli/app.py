@@ -208,6 +208,11 @@ def main() -> None:
     # A background job of a shell may have been started with Ctrl-C ignored: SIGTERM must still end that.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    collect_garbage_rarely()
+    lbr(prog_name="lbr")
+
+
+def collect_garbage_rarely() -> None:
+    """Set up the garbage collector of a process that does nothing but lbr's work."""
     gc.freeze()
     gc.set_threshold(YOUNG_OBJECTS, 20, 20)
-    lbr(prog_name="lbr")
