@@ -35,6 +35,15 @@ class Commit(NamedTuple):
         return max(0.0, self.seconds - QUICK_SECONDS - self.rows * ROW_SECONDS)
 
 
+def usual_of(latest: Sequence[Commit]) -> Commit:
+    """Return the commit that tells what to expect of the next: the middle one by how much it was hindered.
+
+    A single one says little: our own calls may have had the interpreter. But where they compute in threads, every
+    other commit has to wait for them, with the database locked, and is better made for many rows.
+    """
+    return sorted(latest, key=lambda commit: commit.hindered_seconds)[len(latest) // 2]
+
+
 def linger_seconds(usual: Commit) -> float:
     """Return how long to gather rows, given how commits have been of late.
 
@@ -100,8 +109,7 @@ class Settler:
             await self._some.wait()
             if not self._waiting:
                 return
-            # One that was hindered by our own calls, which had the interpreter, says nothing about the next.
-            usual = min(self._commits, key=lambda commit: commit.hindered_seconds)
+            usual = usual_of(self._commits)
             await self._gather(linger_seconds(usual))
             # The quickest call too: a single one may have waited for the processor.
             quickest = min(settlement.outcome.latency_ms for settlement in self._waiting)

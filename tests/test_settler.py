@@ -10,7 +10,7 @@ import pytest
 
 from lbr.errors import DatabaseError
 from lbr.jobs import Claim, JobId, Prompt, RunId
-from lbr.settler import Commit, Settler, linger_seconds, most_rows
+from lbr.settler import Commit, Settler, linger_seconds, most_rows, usual_of
 from lbr.store.settle import Settled
 from tests.support import answered
 
@@ -116,6 +116,20 @@ async def test_one_call_that_was_slow_makes_no_parts() -> None:
     settler.close()
     await running
     assert [len(batch) for batch in disk.batches] == [120]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "usual"),
+    [
+        ([0.002], 0.002),
+        ([0.002, 0.002, 0.06, 0.002], 0.002),
+        ([0.06, 0.005, 0.04, 0.002], 0.04),
+        ([0.06, 0.002], 0.06),
+    ],
+)
+def test_every_other_commit_tells_and_a_single_one_does_not(seconds: list[float], usual: float) -> None:
+    """One commit that was hindered is no reason to gather; half of them are."""
+    assert usual_of([Commit(one, 1) for one in seconds]) == Commit(usual, 1)
 
 
 @pytest.mark.parametrize(

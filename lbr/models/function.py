@@ -22,6 +22,7 @@ import orjson
 
 from lbr.errors import CallError, Permanent, UsageError
 from lbr.jobs import Reply
+from lbr.precedence import PRECEDENCE
 from lbr.structured import import_named
 
 if TYPE_CHECKING:
@@ -306,6 +307,7 @@ class _Job:
         error: BaseException | None = None
         ours = os.getpid()
         try:
+            PRECEDENCE.give()
             try:
                 result = self.call()
             finally:

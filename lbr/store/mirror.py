@@ -25,6 +25,7 @@ from lbr.store import files
 from lbr.store.file_connections import FileConnections
 from lbr.store.file_errors import database_errors
 from lbr.store.sqlite import sqlite_path
+from lbr.store.trips import BEGIN_WRITING
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator
@@ -61,7 +62,7 @@ async def write_run(url: str, run: str, pages: AsyncIterable[list[Row]]) -> int:
     path = sqlite_path(url)
     files.check_location(path, create=True)
     files.create_private(path)
-    connections = _open(path, begin="BEGIN IMMEDIATE")
+    connections = _open(path, begin=BEGIN_WRITING)
     count = 0
     try:
         with database_errors(path):

@@ -21,6 +21,7 @@ from lbr.store.database import Database, local_clock
 from lbr.store.file_connections import BUSY_TIMEOUT_MS, READER_PRAGMAS, FileConnections, writer_pragmas
 from lbr.store.file_errors import database_errors, is_busy
 from lbr.store.presence import FilePresence, Presence
+from lbr.store.trips import BEGIN_WRITING
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -109,7 +110,7 @@ class SQLiteDatabase(Database):
         self.path = path
         self._clock = clock
         self._writer = FileConnections(
-            path, begin="BEGIN IMMEDIATE", most=1, pragmas=writer_pragmas(synchronous, WAL_LIMIT_BYTES)
+            path, begin=BEGIN_WRITING, most=1, pragmas=writer_pragmas(synchronous, WAL_LIMIT_BYTES)
         )
         self._reader = FileConnections(path, begin="BEGIN", most=4, pragmas=READER_PRAGMAS)
         self._watch = FileConnections(path, begin="", most=1, pragmas=READER_PRAGMAS)

@@ -10,12 +10,15 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import aiosqlite
 from sqlalchemy import StaticPool, create_engine, event
+
+from lbr.precedence import PRECEDENCE
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -26,6 +29,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 ITER_CHUNK = 64
+BEGIN_WRITING = "BEGIN IMMEDIATE"
+"""Begins a transaction that has the file's lock from its beginning."""
 
 
 class WholeCursor(sqlite3.Cursor):
@@ -119,7 +124,9 @@ class FileThread(aiosqlite.Connection):
         return await self.run(partial(self._transact, begin, work))
 
     def _transact(self, begin: str, work: Callable[[FileConnection], Awaitable[T]]) -> T:
-        with self._engine.connect() as connection, connection.begin():
+        # Not for the commit: that has let the file go when it asks for the interpreter.
+        going_first = PRECEDENCE.taken() if begin == BEGIN_WRITING else nullcontext()
+        with self._engine.connect() as connection, connection.begin(), going_first:
             if begin:
                 connection.exec_driver_sql(begin)
             return _complete(work(FileConnection(self, connection)))
