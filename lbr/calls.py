@@ -96,6 +96,7 @@ class Calls:
         self._settler = Settler(settle, self._written)
         self._settling: asyncio.Task[None] | None = None
         self._held: dict[JobId, _Held] = {}
+        self._suspects: set[JobId] = set()
         self._calling = 0
         self._told: set[str] = set()
         self._started = time.monotonic()
@@ -124,7 +125,9 @@ class Calls:
     @property
     def alone(self) -> bool:
         """Whether a job runs that nothing else should run beside."""
-        return any(held.claim.crashes >= SUSPECT_CRASHES for held in self._held.values())
+        if self._suspects:
+            self._suspects &= self._held.keys()
+        return bool(self._suspects)
 
     def open(self) -> None:
         """Begin to settle; `close` ends it."""
@@ -139,6 +142,10 @@ class Calls:
             _stop(before)
         held = _Held(claim, self._policy_of(served.run.max_attempts))
         self._held[claim.job_id] = held
+        if claim.crashes >= SUSPECT_CRASHES:
+            self._suspects.add(claim.job_id)
+        else:
+            self._suspects.discard(claim.job_id)
         self._calling += 1
         held.task = asyncio.create_task(self._call(held, served))
         held.task.add_done_callback(partial(self._call_ended, held))

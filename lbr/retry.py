@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, assert_never
 
-from lbr.errors import MOST_NANOS, MOST_TOKENS, CallError, Family, Usage
+from lbr.errors import MOST_NANOS, MOST_TOKENS, NO_USAGE, CallError, Family, Usage
 from lbr.jobs import Claim, Failure, JobState, Outcome, Settlement
 
 if TYPE_CHECKING:
@@ -73,15 +73,14 @@ def storable_usage(usage: Usage) -> Usage:
 
     Most usage is returned itself.
     """
-    counts = (usage.input_tokens, usage.output_tokens, usage.cost_nanos)
-    bounds = (MOST_TOKENS, MOST_TOKENS, MOST_NANOS)
-    if all(_count(count, most) is count for count, most in zip(counts, bounds, strict=True)):
+    if usage is NO_USAGE:
         return usage
-    return Usage(
-        _count(usage.input_tokens, MOST_TOKENS),
-        _count(usage.output_tokens, MOST_TOKENS),
-        _count(usage.cost_nanos, MOST_NANOS),
-    )
+    input_ = _count(usage.input_tokens, MOST_TOKENS)
+    output = _count(usage.output_tokens, MOST_TOKENS)
+    cost = _count(usage.cost_nanos, MOST_NANOS)
+    if input_ is usage.input_tokens and output is usage.output_tokens and cost is usage.cost_nanos:
+        return usage
+    return Usage(input_, output, cost)
 
 
 def _count(number: int | None, most: int) -> int | None:
