@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lbr.store.settle import Settled
 
 MAX_ROWS = 500
-LEAST_ROWS = 50
+LEAST_ROWS = 25
 LATEST_COMMITS = 4
 MAX_LINGER_SECONDS = 0.05
 QUICK_SECONDS = 0.003

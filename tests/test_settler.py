@@ -103,7 +103,7 @@ async def test_calls_do_not_go_on_in_step() -> None:
         await running
         sizes[latency] = [len(batch) for batch in disk.batches]
         assert disk.told == list(range(120))
-    assert sizes == {0: [120], 60_000: [50, 50, 20]}
+    assert sizes == {0: [120], 60_000: [25, 25, 25, 25, 20]}
 
 
 async def test_one_call_that_was_slow_makes_no_parts() -> None:
@@ -151,8 +151,8 @@ def test_linger_follows_what_hinders_commits(commit: Commit, linger: float) -> N
     ("commit", "call", "rows"),
     [
         (Commit(0.002, 10), 0.001, 500),
-        (Commit(0.002, 10), 0.05, 50),
-        (Commit(0.008, 0), 0.05, 250),
+        (Commit(0.002, 10), 0.05, 25),
+        (Commit(0.008, 0), 0.05, 225),
         (Commit(0.5, 0), 10.0, 500),
     ],
 )
