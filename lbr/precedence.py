@@ -2,13 +2,14 @@
 
 Each statement, and each row of it, lets go of the interpreter for a moment. A function that computes may take it then,
 and gives it back after all the others that wait: with the file locked for a tenth of a second, a transaction of one
-millisecond keeps every other process from the queue. So while one is under way no call of a function begins.
+millisecond keeps every other process from the queue. So no call of a function begins while one is under way, unless that has itself been waiting for long.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 LONGEST_SECONDS = 0.05
-"""How long a call waits at most: a transaction may itself have to wait for another process."""
+"""For how long a transaction holds calls back at most: it may itself have to wait for another process."""
 
 
 class Precedence:
@@ -25,6 +26,7 @@ class Precedence:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._under_way = 0
+        self._until = 0.0
         self._none = threading.Event()
         self._none.set()
 
@@ -32,6 +34,8 @@ class Precedence:
     def taken(self) -> Iterator[None]:
         """Be a transaction for a while."""
         with self._lock:
+            if not self._under_way:
+                self._until = time.monotonic() + LONGEST_SECONDS
             self._under_way += 1
             self._none.clear()
         try:
@@ -43,9 +47,11 @@ class Precedence:
                     self._none.set()
 
     def give(self) -> None:
-        """Return when no transaction is under way, after `LONGEST_SECONDS` in any case."""
+        """Return when no transaction is under way, or the first of them has been for `LONGEST_SECONDS`."""
         if not self._none.is_set():
-            self._none.wait(LONGEST_SECONDS)
+            left = self._until - time.monotonic()
+            if left > 0:
+                self._none.wait(left)
 
 
 PRECEDENCE = Precedence()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import httpx2
 import pytest
-from aiohttp import ClientTimeout
+from aiohttp import ClientTimeout, InvalidURL
 from yarl import URL
 
 from lbr.errors import CallError, Family, UsageError
@@ -403,6 +403,19 @@ def test_a_trust_store_is_read_for_encrypted_calls_alone(
     monkeypatch.setenv("SSL_CERT_FILE", "/not/there.pem")
     with pytest.raises(OSError) if reads else nullcontext():  # noqa: PT011 - whichever OpenSSL makes of it
         Http(only=url)
+
+
+@pytest.mark.parametrize("url", ["http://api.example.com/v1", "https://api.example.com/v1"])
+async def test_a_proxy_that_is_none_fails_calls_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    """A worker serves other runs, too: what is wrong with the environment of one is told by its calls."""
+    for name in ("HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://user:pa[ss@127.0.0.1:1")
+    http = Http(only=url)
+    with pytest.raises(InvalidURL):
+        await http.request("GET", url, timeout=ClientTimeout())
+    await http.aclose()
 
 
 async def test_a_proxy_that_aiohttp_cannot_speak_to(monkeypatch: pytest.MonkeyPatch) -> None:

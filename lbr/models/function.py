@@ -308,6 +308,8 @@ class _Job:
         ours = os.getpid()
         try:
             PRECEDENCE.give()
+            if self.future.done():  # cancelled meanwhile: its job is another's by now
+                return
             try:
                 result = self.call()
             finally:

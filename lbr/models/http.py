@@ -170,8 +170,11 @@ class Http:
         """Tell whether calls of a URL are encrypted neither to it nor to its proxy."""
         if url is None:
             return False
-        target = _encoded(url)
-        return "https" not in {target.scheme, _encoded(self._proxies.of(target) or "").scheme}
+        try:
+            target = _encoded(url)
+            return "https" not in {target.scheme, _encoded(self._proxies.of(target) or "").scheme}
+        except ValueError:  # a proxy that is none: the calls tell
+            return False
 
     def request(
         self, method: str, url: str | URL, *, timeout: ClientTimeout, **options: Any
