@@ -1,8 +1,9 @@
 """Who goes first at the interpreter: a transaction that locks a database file, or functions in threads.
 
 Each statement, and each row of it, lets go of the interpreter for a moment. A function that computes may take it then,
-and gives it back after all the others that wait: with the file locked for a tenth of a second, a transaction of one
-millisecond keeps every other process from the queue. So no call of a function begins while one is under way, unless that has itself been waiting for long.
+and others that wait come next: for as long as all of them take, a short transaction has the file locked, and keeps
+every other process from the queue. So no call of a function begins while one is under way, unless that has itself been
+waiting for long.
 """
 
 from __future__ import annotations

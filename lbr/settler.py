@@ -111,7 +111,7 @@ class Settler:
                 return
             usual = usual_of(self._commits)
             await self._gather(linger_seconds(usual))
-            # The quickest call too: a single one may have waited for the processor.
+            # The quickest call tells: another one may have waited for the processor.
             quickest = min(settlement.outcome.latency_ms for settlement in self._waiting)
             most = most_rows(usual, quickest / 1000)
             batch, self._waiting = self._waiting[:most], self._waiting[most:]
