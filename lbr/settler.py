@@ -18,6 +18,8 @@ MAX_ROWS = 500
 LEAST_ROWS = 25
 LATEST_COMMITS = 4
 MAX_LINGER_SECONDS = 0.05
+LEAST_LINGER_SECONDS = 0.002
+"""The event loop rounds what it waits up to a millisecond."""
 QUICK_SECONDS = 0.003
 ROW_SECONDS = 0.000025
 """What a commit takes at most that nothing hinders, and what each of its rows takes, on a common machine."""
@@ -44,13 +46,17 @@ def usual_of(latest: Sequence[Commit]) -> Commit:
     return sorted(latest, key=lambda commit: commit.hindered_seconds)[len(latest) // 2]
 
 
-def linger_seconds(usual: Commit) -> float:
-    """Return how long to gather rows, given how commits have been of late.
+def linger_seconds(usual: Commit, call_seconds: float) -> float:
+    """Return how long to gather rows, given how commits have been of late and how long a call takes.
 
-    Three times as long as they were hindered, up to 50 ms: so all who write get their turns, and each makes the most of
-    its own. Where nothing hinders, what ends during one commit is enough for the next.
+    Three times as long as they were hindered: so all who write get their turns, and each makes the most of its own.
+    Where nothing hinders, a fiftieth of a call, which nobody misses: calls that end one by one would be a commit each.
+    None at all for calls so quick that the event loop could not keep such an appointment. At most 50 ms.
     """
-    return min(MAX_LINGER_SECONDS, 3 * usual.hindered_seconds)
+    unmissed = call_seconds / 50
+    if unmissed < LEAST_LINGER_SECONDS:
+        unmissed = 0.0
+    return min(MAX_LINGER_SECONDS, max(3 * usual.hindered_seconds, unmissed))
 
 
 def most_rows(usual: Commit, call_seconds: float) -> int:
@@ -78,6 +84,8 @@ class Settler:
         self._waiting: list[Settlement] = []
         self._some = asyncio.Event()
         self._enough = asyncio.Event()
+        self._most = MAX_ROWS
+        self._hurried = False
         self._closing = False
         self._commits = deque([Commit(0.0, 0)], maxlen=LATEST_COMMITS)
 
@@ -90,11 +98,12 @@ class Settler:
         """Take one settlement; it is durable only when `written` names it."""
         self._waiting.append(settlement)
         self._some.set()
-        if len(self._waiting) >= MAX_ROWS:
+        if len(self._waiting) >= self._most:
             self._enough.set()
 
     def hurry(self) -> None:
-        """Write now: nothing more is to come that would be worth a wait."""
+        """Write all that waits now: nothing more is to come that would be worth a wait."""
+        self._hurried = bool(self._waiting)
         self._enough.set()
 
     def close(self) -> None:
@@ -109,13 +118,12 @@ class Settler:
             await self._some.wait()
             if not self._waiting:
                 return
-            usual = usual_of(self._commits)
-            await self._gather(linger_seconds(usual))
-            # The quickest call tells: another one may have waited for the processor.
-            quickest = min(settlement.outcome.latency_ms for settlement in self._waiting)
-            most = most_rows(usual, quickest / 1000)
-            batch, self._waiting = self._waiting[:most], self._waiting[most:]
-            self._reset_signals()
+            await self._gather(usual_of(self._commits))
+            batch, self._waiting = self._waiting[: self._most], self._waiting[self._most :]
+            if not self._waiting:
+                self._hurried = False
+                if not self._closing:
+                    self._some.clear()
             started = time.perf_counter()
             try:
                 settled = await self._write(batch)
@@ -125,21 +133,22 @@ class Settler:
             self._commits.append(Commit(time.perf_counter() - started, len(batch)))
             self._written(batch, settled)
 
-    async def _gather(self, linger: float) -> None:
-        """Wait for more rows, at least for those whose calls end in the same turn of the event loop."""
-        if self._enough.is_set():
+    async def _gather(self, usual: Commit) -> None:
+        """Wait for as many rows as are worth a commit, at least for those of the same turn of the event loop."""
+        call_seconds = self._call_seconds()
+        self._most = most_rows(usual, call_seconds)
+        if self._closing or self._hurried or len(self._waiting) >= self._most:
             return
-        if not linger:
-            await asyncio.sleep(0)
-            return
-        with suppress(TimeoutError):
-            async with asyncio.timeout(linger):
-                await self._enough.wait()
-
-    def _reset_signals(self) -> None:
-        if self._closing:
-            return
-        if len(self._waiting) < MAX_ROWS:
+        linger = linger_seconds(usual, call_seconds)
+        if linger:
             self._enough.clear()
-        if not self._waiting:
-            self._some.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(linger):
+                    await self._enough.wait()
+        else:
+            await asyncio.sleep(0)
+        self._most = most_rows(usual, self._call_seconds())
+
+    def _call_seconds(self) -> float:
+        """Return how long a call takes: the quickest one tells, for another may have waited for the processor."""
+        return min(settlement.outcome.latency_ms for settlement in self._waiting) / 1000

@@ -118,6 +118,44 @@ async def test_one_call_that_was_slow_makes_no_parts() -> None:
     assert [len(batch) for batch in disk.batches] == [120]
 
 
+async def turns(count: int) -> None:
+    """Let the event loop go round so often, which takes no time."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def test_calls_that_end_one_by_one_are_committed_together() -> None:
+    """Where calls are long, a row waits for others, until there are as many as are worth a commit."""
+    disk = Disk()
+    settler = Settler(disk.write, disk.written)
+    running = asyncio.create_task(settler.run())
+    for number in range(30):
+        settler.put(settlement(number, 60_000))
+        await turns(3)
+    settler.close()
+    await running
+    assert disk.batches == [list(range(25)), list(range(25, 30))]
+
+
+async def test_who_hurries_waits_for_no_part() -> None:
+    """When no call goes on, all that waits is written, however many parts it makes."""
+    disk = Disk()
+    settler = Settler(disk.write, disk.written)
+    running = asyncio.create_task(settler.run())
+    for number in range(60):
+        settler.put(settlement(number, 60_000))
+    settler.hurry()
+    await turns(30)
+    assert [len(batch) for batch in disk.batches] == [25, 25, 10]
+    # And the next is waited for again.
+    settler.put(settlement(60, 60_000))
+    await turns(30)
+    assert disk.told == list(range(60))
+    settler.close()
+    await running
+    assert disk.told == list(range(61))
+
+
 @pytest.mark.parametrize(
     ("seconds", "usual"),
     [
@@ -133,18 +171,24 @@ def test_every_other_commit_tells_and_a_single_one_does_not(seconds: list[float]
 
 
 @pytest.mark.parametrize(
-    ("commit", "linger"),
+    ("commit", "call", "linger"),
     [
-        (Commit(0.0, 0), 0.0),
-        (Commit(0.003, 0), 0.0),
-        (Commit(0.0155, 500), 0.0),
-        (Commit(0.013, 0), 0.03),
-        (Commit(3.0, 1), 0.05),
+        (Commit(0.0, 0), 0.0, 0.0),
+        (Commit(0.003, 0), 0.0, 0.0),
+        (Commit(0.0155, 500), 0.0, 0.0),
+        (Commit(0.013, 0), 0.0, 0.03),
+        (Commit(3.0, 1), 0.0, 0.05),
+        (Commit(0.003, 0), 0.09, 0.0),
+        (Commit(0.003, 0), 1.0, 0.02),
+        (Commit(0.013, 0), 1.0, 0.03),
+        (Commit(0.003, 0), 60.0, 0.05),
     ],
 )
-def test_linger_follows_what_hinders_commits(commit: Commit, linger: float) -> None:
-    """Gathering lasts three times as long as a commit was hindered, up to 50 ms; rows are no hindrance."""
-    assert linger_seconds(commit) == pytest.approx(linger)
+def test_linger_follows_what_hinders_commits_and_how_long_calls_are(
+    commit: Commit, call: float, linger: float
+) -> None:
+    """Gathering lasts three times as long as a commit was hindered or a fiftieth of a call; rows are no hindrance."""
+    assert linger_seconds(commit, call) == pytest.approx(linger)
 
 
 @pytest.mark.parametrize(
