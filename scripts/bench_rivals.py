@@ -193,7 +193,7 @@ def table(rows: Iterable[Sequence[str]]) -> str:
 
 def targets(found: Found, rivals: Sequence[Rival]) -> list[str]:
     """Return a line for each target of what was measured: whether lbr meets it, and by how much."""
-    lines = [_times(found, "naps", one.name, 10) for one in rivals]
+    lines = [_times(found, "naps", one.name, 10) for one in rivals if one.keeps]
     lines.append(_times(found, "chat", "a bare aiohttp gather", 0.5))
     # The fastest keeps nothing; to be ahead of it is to be ahead of those that keep something as well.
     lines += [_times(found, "chat", one.name, 1) for one in rivals if one.key == "deluge"]

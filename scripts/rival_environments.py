@@ -32,7 +32,7 @@ class Rival:
     """One way of using one package.
 
     `ways` has what its program is told, for each part of the measurement that it takes part in. No packages means that
-    it needs none but Python's own.
+    it needs none but Python's own. `keeps` is false for one that keeps nothing, which is no rival there but a limit.
     """
 
     key: str
@@ -41,6 +41,7 @@ class Rival:
     ways: Mapping[str, str]
     environment: str = ""
     packages: tuple[str, ...] = field(default=())
+    keeps: bool = True
 
     def command(self, part: str, url: str, folder: Path, slots: int) -> list[str]:
         """Return what to start; raises NotMeasuredError where its environment cannot be made."""
@@ -133,6 +134,7 @@ RIVALS = (
         "pydantic-ai",
         ("pydantic-ai-slim[openai]",),
     ),
+    Rival("gather", "a bare gather, nothing kept", "rival_plain.py", {"naps": "nothing"}, keeps=False),
     Rival("plain", "plain loop, a commit each", "rival_plain.py", {"naps": "delete"}),
     Rival("plain-wal", "plain loop, a commit each, WAL", "rival_plain.py", {"naps": "wal"}),
 )

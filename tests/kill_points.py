@@ -9,8 +9,6 @@ import signal
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Engine, event
-
 from lbr import api
 from lbr.errors import Family
 from lbr.jobs import Failure, Item, Outcome, Prompt, Reply
@@ -22,6 +20,7 @@ from lbr.store.queue import Queue
 from lbr.store.runs import RunSpec
 from lbr.store.settle import settle
 from lbr.store.turns import settle_and_claim
+from tests.hearing import Hearing
 from tests.support import ECHO, answered, real_clock
 
 if TYPE_CHECKING:
@@ -44,6 +43,7 @@ class Fuse:
     def __init__(self, length: int, blow: Callable[[], object]) -> None:
         self.left = length
         self._blow = blow
+        self._hearing = Hearing(self._burn, self._burn)
 
     @property
     def blown(self) -> bool:
@@ -52,13 +52,11 @@ class Fuse:
 
     def light(self) -> None:
         """Begin to count."""
-        event.listen(Engine, "before_cursor_execute", self._burn)
-        event.listen(Engine, "commit", self._burn)
+        self._hearing.begin()
 
     def douse(self) -> None:
         """Count no more."""
-        event.remove(Engine, "before_cursor_execute", self._burn)
-        event.remove(Engine, "commit", self._burn)
+        self._hearing.end()
 
     def _burn(self, *_: Any) -> None:
         self.left -= 1

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 import pytest
-from sqlalchemy import Engine, event
 
 import lbr
 from lbr.bench import measures
 from lbr.bench.measures import BenchError, Sizes, check_lines, measure
+from tests.hearing import Hearing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,18 +30,17 @@ def counted() -> Iterator[Counter[str]]:
     """Count statements, rows given to them, and commits, on every connection."""
     counts: Counter[str] = Counter()
 
-    def statement(_c: Any, _cursor: Any, sql: str, _parameters: Any, _context: Any, _many: bool) -> None:
+    def statement(sql: str, _values: Any) -> None:
         if sql.lstrip().startswith(PARTS_OF_A_STATEMENT):
             counts["statements"] += 1
 
-    def commit(_connection: Any) -> None:
+    def commit() -> None:
         counts["commits"] += 1
 
-    event.listen(Engine, "before_cursor_execute", statement)
-    event.listen(Engine, "commit", commit)
+    hearing = Hearing(statement, commit)
+    hearing.begin()
     yield counts
-    event.remove(Engine, "before_cursor_execute", statement)
-    event.remove(Engine, "commit", commit)
+    hearing.end()
 
 
 async def test_a_thousand_jobs_take_few_statements(counted: Counter[str], db_url: str) -> None:

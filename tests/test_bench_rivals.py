@@ -29,7 +29,7 @@ def test_lbr_is_measured_beside_a_loop(tmp_path: Path) -> None:
     done = bench(
         tmp_path,
         "--only",
-        "plain-wal",
+        "gather,plain-wal",
         "--parts",
         "naps,chat",
         "--naps",
@@ -44,6 +44,7 @@ def test_lbr_is_measured_beside_a_loop(tmp_path: Path) -> None:
     assert {(one["part"], one["system"]) for one in written["speeds"]} == {
         ("naps", "lbr"),
         ("naps", "the ceiling of its slots"),
+        ("naps", "a bare gather, nothing kept"),
         ("naps", "plain loop, a commit each, WAL"),
         ("chat", "lbr"),
         ("chat", "a bare aiohttp gather"),

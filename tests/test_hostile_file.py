@@ -129,7 +129,7 @@ def test_every_column_may_hold_anything(queue: Queue) -> None:
             "status",
             "expected stored limits of finite numbers for 'offline:echo'",
         ),
-        ("attempts", "output_tokens", "smallest", "doctor fix", "a number in it is so large"),
+        ("results", "output_tokens", "smallest", "doctor fix", "a number in it is so large"),
         (
             "items",
             "job_id",

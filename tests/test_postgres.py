@@ -19,7 +19,7 @@ from lbr import api, prompt_map
 from lbr.errors import AlreadyRunningError, DatabaseError, Family, Usage, UsageError
 from lbr.jobs import Failure, Outcome, Reply, Task
 from lbr.store import claims, enqueue, limiting, listener, reads, runs, schema, settle, sole
-from lbr.store.arrays import Bulk
+from lbr.store.arrays import Bulk, Query
 from lbr.store.claims import CLAIM, CLAIM_CHOSEN, CLAIM_SUSPECT, DUE, DUE_SIZED, DUE_SUSPECT
 from lbr.store.engines import open_database
 from lbr.store.postgres import SHARDS, SOLE_LOCK, PostgresDatabase
@@ -63,6 +63,8 @@ async def plan(database: Database, statement: Any, bound: dict[str, Any]) -> str
     steps: list[str] = []
     if isinstance(statement, Bulk):
         statement = statement.whole
+    elif isinstance(statement, Query):
+        statement = statement.statement
 
     async def work(connection: Connection) -> None:
         event.listen(

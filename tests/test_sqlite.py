@@ -10,25 +10,26 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import column, select, table, text
 
-from lbr.errors import DatabaseBusyError, DatabaseError, UsageError
+from lbr.errors import DatabaseBusyError, DatabaseError, MisfitError, UsageError
 from lbr.jobs import Item, KeyMaker, Prompt
 from lbr.store import enqueue, file_connections, files, runs, schema, sqlite, trips
-from lbr.store.claims import CLAIM, CLAIM_CHOSEN, DUE, DUE_SIZED, DUE_SUSPECT
+from lbr.store.arrays import Query
+from lbr.store.claims import _PROMPTS, CLAIM, CLAIM_CHOSEN, DUE, DUE_SIZED, DUE_SUSPECT
 from lbr.store.engines import open_database
 from lbr.store.queue import EXPIRED, RENEW, Queue
-from lbr.store.settle import SETTLE, settle
+from lbr.store.settle import _STANDING, SETTLE, settle
 from lbr.store.sqlite import SQLiteDatabase, sqlite_path
+from tests.hearing import Hearing
 from tests.support import ECHO, answered, assert_counted, put
 
 if TYPE_CHECKING:
-    from sqlalchemy import Executable
-
     from lbr.store.connection import Connection
     from lbr.store.database import Database
 
@@ -137,6 +138,70 @@ async def test_a_cancelled_transaction_leaves_no_lock_behind(tmp_path: Path) -> 
     assert left.name == str(path)
 
 
+async def test_a_cancelled_caller_hears_of_it_when_all_has_ended(database: Database) -> None:
+    """However often it is cancelled, its transaction is committed before it knows, and the next finds none open."""
+    await put(database, ["a"])
+    begun, go_on = threading.Event(), threading.Event()
+
+    def rename(connection: Any) -> None:
+        begun.set()
+        go_on.wait(30)
+        connection.execute(text("UPDATE runs SET name = 'other'"))
+
+    writing = asyncio.create_task(database.write(lambda connection: connection.run_sync(rename)))
+    await asyncio.to_thread(begun.wait)
+    for _ in range(3):
+        writing.cancel()
+        await asyncio.sleep(0)
+        assert not writing.done()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+    found = await database.read(lambda connection: connection.execute(text(RUNS)))
+    assert found.scalars().all() == ["other"]
+    await put(database, ["b"], name="next")
+
+
+@pytest.mark.parametrize("failing", [["commit"], ["commit", "rollback"]])
+async def test_a_commit_that_fails_leaves_no_transaction_open(
+    failing: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is free for others, and the connection for the next, whose work does not have that of the one that failed."""
+    path = tmp_path / "q.db"
+    database = await open_database(str(path), create=True)
+    await put(database, ["a"])
+
+    def fail(_connection: sqlite3.Connection) -> None:
+        raise sqlite3.OperationalError("no room")
+
+    with monkeypatch.context() as patch:
+        for name in failing:
+            patch.setattr(trips.WholeConnection, name, fail, raising=False)
+        with pytest.raises(DatabaseError, match="no room"):
+            await database.write(lambda c: c.execute(text("UPDATE runs SET name = 'never'")))
+    with closing(sqlite3.connect(path, isolation_level=None, timeout=0)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert other.execute("SELECT name FROM runs").fetchall() == [("r",)]
+        other.execute("ROLLBACK")
+    await database.write(lambda c: c.execute(text("UPDATE runs SET pause_reason = 'next'")))
+    found = await database.read(lambda c: c.execute(text("SELECT name, pause_reason FROM runs")))
+    assert [tuple(row) for row in found] == [("r", "next")]
+    await database.close()
+
+
+async def test_a_query_says_what_is_wrong_as_any_statement(database: Database) -> None:
+    """It takes no statement whose text depends on its values, and its errors are those of the others."""
+    growing = Query(select(schema.jobs.c.id).where(schema.jobs.c.id.in_([1, 2])))
+    with pytest.raises(TypeError, match="whose text never changes"):
+        await database.read(lambda connection: growing.all(connection, {}))
+    with pytest.raises(MisfitError, match="a value of another type than lbr writes"):
+        await database.read(lambda connection: _PROMPTS.all(connection, {"ids": [b"x"]}))
+    gone = Query(select(column("secret")).select_from(table("nowhere")))
+    with pytest.raises(DatabaseError, match="its tables are not those that lbr makes") as told:
+        await database.read(lambda connection: gone.all(connection, {}))
+    assert "secret" not in str(told.value)
+
+
 async def test_a_transaction_waits_for_its_database_alone(database: Database) -> None:
     """One that would keep the file locked while it waits for something else is refused, and undone."""
     await put(database, ["a"])
@@ -155,22 +220,26 @@ class Undo(Exception):  # noqa: N818
     """Rolls a transaction back."""
 
 
-async def plan(database: Database, statement: Executable) -> str:
+async def plan(database: Database, statement: Any) -> str:
     """Run a statement, undo it, and return SQLite's plan of what was sent, one line per step."""
     bound = {"ids": [1, 2], "keys": [b"k"], "worker": 1, "until": 1, "now": 1, "run": 1, "most": 5}
     bound |= {"job": 1, "seq": 1, "to": "done", "available": 1, "charge": 1, "finished": 1}
     sent: list[tuple[str, Any]] = []
     steps: list[str] = []
+    hearing = Hearing(lambda sql, values: sent.append((sql, values)))
 
     async def work(connection: Connection) -> None:
-        event.listen(
-            connection.sync_connection,
-            "before_cursor_execute",
-            lambda _c, _cursor, sql, parameters, _context, _many: sent.append((sql, parameters)),
-        )
-        names = statement.compile().params  # type: ignore[attr-defined]
-        await connection.execute(statement, {name: bound[name] for name in names if name in bound})
-        found = await connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {sent[0][0]}", sent[0][1])
+        hearing.begin()
+        try:
+            if isinstance(statement, Query):
+                await statement.all(connection, bound)
+            else:
+                names = statement.compile().params
+                await connection.execute(statement, {name: bound[name] for name in names if name in bound})
+        finally:
+            hearing.end()
+        [(sql, values)] = sent
+        found = await connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {sql}", tuple(values))
         steps.extend(row.detail for row in found)
         raise Undo
 
@@ -191,6 +260,8 @@ async def test_plans_use_the_partial_indexes(database: Database) -> None:
         (EXPIRED, "INDEX jobs_lease (lease_until<?)"),
         (RENEW, "INTEGER PRIMARY KEY"),
         (SETTLE.each, "INTEGER PRIMARY KEY"),
+        (_STANDING, "INTEGER PRIMARY KEY"),
+        (_PROMPTS, "INTEGER PRIMARY KEY"),
         (enqueue.BY_KEY, "INDEX prompts_key (key=? AND run_id=?)"),
         (enqueue._KEYS_OF_EQUALS, "INDEX prompts_key (key=?)"),
         (enqueue._DONE, "INTEGER PRIMARY KEY"),

@@ -1,24 +1,27 @@
 """How lists and many rows reach a database: as one value each, whatever their length.
 
-A statement over a list of ids names it with `among`; a statement over many rows is a `Bulk`. Both are built once and
-sent in the form of the database that they meet: on SQLite a JSON array (or, for keys, one string of bytes) that the
-statement takes apart, and executemany of plain tuples; on PostgreSQL `= ANY(array)` and `unnest`. The text of a
-statement, unlike an IN list's, is thus the same for every length, and is made once.
+A statement over a list of ids names it with `among`; a statement over many rows is a `Bulk`; one that is run for every
+batch of jobs is a `Query`. All are built once and sent in the form of the database that they meet: on SQLite a JSON
+array (or, for keys, one string of bytes) that the statement takes apart, and executemany of plain tuples; on PostgreSQL
+`= ANY(array)` and `unnest`. The text of a statement, unlike an IN list's, is thus the same for every length, and is made
+once.
 """
 
 from __future__ import annotations
 
 from functools import cached_property
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 from sqlalchemy import ARRAY, ColumnElement, bindparam, column, func, insert, select
+from sqlalchemy.exc import StatementError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.visitors import InternalTraversal
 from sqlalchemy.types import Boolean, LargeBinary, Text, TypeDecorator
 
 from lbr.jobs import KEY_BYTES
+from lbr.store.trips import FileConnection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -28,9 +31,6 @@ if TYPE_CHECKING:
     from sqlalchemy.types import TypeEngine
 
     from lbr.store.connection import Connection
-
-TAKES_ARRAYS = "lbr_takes_arrays"
-"""Execution option of a connection: whether many rows go to it as arrays."""
 
 SHARD = "lbr_shard"
 """Execution option of a connection: which shard of the counters it adds to, the first where it is not set."""
@@ -178,12 +178,67 @@ class Bulk:
         """Do the same with the values of the rows alone, in the order of the fields: for rows in great numbers."""
         if not rows:
             return 0
-        if option(connection, TAKES_ARRAYS):
+        if not isinstance(connection, FileConnection):
             columns = dict(zip(self._types, map(list, zip(*rows, strict=True)), strict=True))
             return (await connection.execute(self.whole, columns)).rowcount
         text, ordered = self._direct
-        sent = rows if ordered is None else [ordered(row) for row in rows]
-        return (await connection.exec_driver_sql(text, sent)).rowcount
+        return await connection.change(text, rows if ordered is None else [ordered(row) for row in rows])
+
+
+class _Place(NamedTuple):
+    """Where a text takes a value: its name, what makes the driver's of it, and what it is where none is given."""
+
+    name: str
+    made: Callable[[Any], Any] | None
+    required: bool
+    fixed: Any
+
+
+class Query:
+    """One statement that is run for every batch of jobs, with values by name; it returns rows.
+
+    On SQLite the driver gets its text, made once, and its values as they are: SQLAlchemy's way there takes about as
+    long as SQLite itself.
+    """
+
+    def __init__(self, statement: Any) -> None:
+        self.statement = statement
+
+    @cached_property
+    def _direct(self) -> tuple[str, list[_Place]]:
+        from sqlalchemy.dialects.sqlite import dialect  # noqa: PLC0415 - see `Bulk.each`
+
+        sqlite = dialect(paramstyle="qmark")
+        compiled = self.statement.compile(dialect=sqlite)
+        if compiled.literal_execute_params or compiled.post_compile_params:
+            raise TypeError(
+                "expected a statement whose text never changes, got: one that is made anew for its values"
+            )
+        bound = [compiled.binds[name] for name in compiled.positiontup or []]
+        return str(compiled), [
+            _Place(one.key, one.type.bind_processor(sqlite), one.required, one.value) for one in bound
+        ]
+
+    async def all(self, connection: Connection, values: Mapping[str, Any]) -> Sequence[tuple[Any, ...]]:
+        """Run it and return the rows, as tuples."""
+        if not isinstance(connection, FileConnection):
+            return (await connection.execute(self.statement, values)).all()
+        text, places = self._direct
+        sent = []
+        for name, made, required, fixed in places:
+            value = values[name] if required else fixed
+            sent.append(value if made is None else _as_given(made, value))
+        return await connection.fetch(text, sent)
+
+
+def _as_given(made: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return made(value)
+    except (
+        TypeError,
+        ValueError,
+    ) as error:  # a row had a value of another type; SQLAlchemy says it so as well
+        raise StatementError(str(error), None, None, error, hide_parameters=True) from error
 
 
 class Inserting(Bulk):

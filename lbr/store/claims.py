@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 from sqlalchemy import bindparam, case, func, literal_column, select, update
 
 from lbr.errors import DatabaseError, Family
-from lbr.jobs import NO_HISTORY, BadTry, Claim, History, Millis, Prompt, RunId
+from lbr.jobs import NO_HISTORY, BadTry, Claim, History, JobId, Millis, Prompt, RunId
 from lbr.limits import fitting
-from lbr.store.arrays import among
+from lbr.store.arrays import Query, among
 from lbr.store.schema import PENDING, SUSPECT_CRASHES, attempts, jobs, prompts
 from lbr.tokens import characters_of, tokens_of
 
@@ -43,8 +43,8 @@ def _due(*, suspects: bool) -> Select[tuple[int]]:
 DUE, DUE_SUSPECT = _due(suspects=False), _due(suspects=True)
 
 
-def _claiming(which: ColumnElement[bool]) -> Any:
-    return (
+def _claiming(which: ColumnElement[bool]) -> Query:
+    return Query(
         update(jobs)
         .where(which)
         .values(
@@ -64,7 +64,18 @@ def _claiming(which: ColumnElement[bool]) -> Any:
     )
 
 
-def _claim(due: Select[tuple[int]]) -> Any:
+class _Taken(NamedTuple):
+    """A row of what a claim returns."""
+
+    id: JobId
+    run_id: RunId
+    claim_seq: int
+    retry_seq: int
+    attempts: int
+    crashes: int
+
+
+def _claim(due: Select[tuple[int]]) -> Query:
     # Materialised: PostgreSQL may otherwise run the inner query anew, and lock and claim more than the limit.
     chosen = due.with_for_update(skip_locked=True).cte("due").prefix_with("MATERIALIZED")
     return _claiming(jobs.c.id.in_(select(chosen.c.id)))
@@ -87,8 +98,10 @@ def _sized(due: Select[tuple[int]]) -> Any:
 DUE_SIZED, DUE_SUSPECT_SIZED = _sized(DUE), _sized(DUE_SUSPECT)
 CLAIM_CHOSEN = _claiming(PENDING & among(jobs.c.id, "ids"))
 
-_PROMPTS = select(prompts.c.job_id, prompts.c.key, prompts.c.body, prompts.c.chat, prompts.c.settings).where(
-    among(prompts.c.job_id, "ids")
+_PROMPTS = Query(
+    select(prompts.c.job_id, prompts.c.key, prompts.c.body, prompts.c.chat, prompts.c.settings).where(
+        among(prompts.c.job_id, "ids")
+    )
 )
 # Without what came too late: that is another claim's, was charged to nobody and must use up no budget.
 _TRIES = (
@@ -119,26 +132,27 @@ class Wish:
 
 async def take(connection: Connection, gate: Gate, wish: Wish, *, until: int) -> list[Claim]:
     """Claim what the gate lets through, with leases that hold until then, and debit it there."""
-    rows: list[AnyRow] = []
+    rows: list[_Taken] = []
     sizes: dict[int, int] = {}
     for run_id in (r for r in wish.run_ids if r in gate.answerers):
         room = gate.room(run_id, wish.most - len(rows))
         if room > 0:
             asked = {"run": run_id, "most": room, "worker": wish.worker, "now": gate.now, "until": until}
             fit = await _fitting(connection, gate, asked, wish)
-            found = (await connection.execute(*_taking(asked, fit, wish))).all()
+            statement, bound = _taking(asked, fit, wish)
+            found = await statement.all(connection, bound)
             gate.take(run_id, len(found), sum(fit.values()) if fit else 0)
-            rows += found
+            rows += map(_Taken._make, found)
             sizes |= fit or {}
     claims = await _with_prompts(connection, rows, gate.now)
     return _marked(claims, gate, sizes) if gate.limits else claims
 
 
-async def _with_prompts(connection: Connection, rows: list[AnyRow], now: Millis) -> list[Claim]:
+async def _with_prompts(connection: Connection, rows: list[_Taken], now: Millis) -> list[Claim]:
     """Read, in the claim's own transaction, what its worker needs to make the calls."""
     if not rows:
         return []
-    found = (await connection.execute(_PROMPTS, {"ids": [row.id for row in rows]})).all()
+    found = await _PROMPTS.all(connection, {"ids": [row.id for row in rows]})
     by_id = {row[0]: row for row in found}
     tried = [row for row in rows if row.claim_seq > row.retry_seq + 1]
     histories = await _histories(connection, tried, now)
@@ -175,7 +189,7 @@ def _settings(text: str) -> dict[str, Json]:
     return settings
 
 
-async def _histories(connection: Connection, rows: list[AnyRow], now: Millis) -> dict[int, History]:
+async def _histories(connection: Connection, rows: list[_Taken], now: Millis) -> dict[int, History]:
     if not rows:
         return {}
     since = {row.id: row.retry_seq for row in rows}
@@ -217,7 +231,7 @@ def _characters(row: AnyRow) -> int:
     return characters_of(Prompt.from_body(row.messages, chat=True))
 
 
-def _taking(asked: dict[str, Any], fit: dict[int, int] | None, wish: Wish) -> tuple[Any, dict[str, Any]]:
+def _taking(asked: dict[str, Any], fit: dict[int, int] | None, wish: Wish) -> tuple[Query, dict[str, Any]]:
     """Return the statement that claims, with what it is given."""
     if fit is None:
         return CLAIM_SUSPECT if wish.suspects else CLAIM, asked

@@ -19,7 +19,7 @@ from lbr.errors import DatabaseError
 from lbr.jobs import JobState, RunId, RunState
 from lbr.limits import Limit
 from lbr.retry import FARTHEST_MS
-from lbr.store.arrays import Bulk, Given, among
+from lbr.store.arrays import Bulk, Given, Query, among
 from lbr.store.counters import ANSWERED, COST_NANOS, REUSED
 from lbr.store.schema import counters, limits, runs, workers
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from lbr.jobs import Claim, Millis
     from lbr.store.connection import Connection
     from lbr.store.database import Database
-    from lbr.store.schema import AnyRow
 
 SILENT_MS = 15_000
 """A worker that has not reported for so long is not counted as working."""
@@ -37,20 +36,20 @@ SILENT_MS = 15_000
 _FIELDS = tuple(one.name for one in fields(Limit))
 _LEARNED = ("slots", "threshold", "cut_at", "requests", "tokens", "balanced_at")
 _COLUMNS = [limits.c[name] for name in _FIELDS]
-_OPEN = (
-    select(runs.c.id, runs.c.answerer, runs.c.budget_nanos, limits.c.cooldown_until, *_COLUMNS)
+_OPEN = Query(
+    select(runs.c.id, runs.c.budget_nanos, runs.c.answerer, limits.c.cooldown_until, *_COLUMNS)
     .join_from(runs, limits, runs.c.answerer == limits.c.answerer, isouter=True)
     .where(among(runs.c.id, "ids"), runs.c.state == RunState.ACTIVE)
 )
-_LOCKED = (
+_LOCKED = Query(
     select(limits.c.answerer, limits.c.cooldown_until, *_COLUMNS)
     .where(among(limits.c.answerer, "answerers"))
     .order_by(limits.c.answerer)
     .with_for_update()
 )
 _ALL = select(limits.c.answerer, *_COLUMNS).order_by(limits.c.answerer)
-_INFLIGHT = (
-    select(runs.c.answerer, func.sum(counters.c.value).label("calls"))
+_INFLIGHT = Query(
+    select(runs.c.answerer, func.sum(counters.c.value))
     .join_from(runs, counters, runs.c.id == counters.c.run_id)
     .where(among(runs.c.answerer, "answerers"), counters.c.name == str(JobState.INFLIGHT))
     .group_by(runs.c.answerer)
@@ -66,11 +65,16 @@ _COUNTS = (
     .where(among(counters.c.run_id, "ids"))
     .group_by(counters.c.run_id, counters.c.name)
 )
-_CEILING = select(func.sum(workers.c.concurrency)).where(workers.c.seen_at > bindparam("since"))
-_SAVE = (
-    update(limits)
-    .where(limits.c.answerer == bindparam("who"))
-    .values({name: bindparam(f"new_{name}", type_=limits.c[name].type) for name in _LEARNED})
+_CEILING = Query(select(func.sum(workers.c.concurrency)).where(workers.c.seen_at > bindparam("since")))
+
+
+def _saving(given: Given) -> Any:
+    learned = {name: given[f"new_{name}"] for name in _LEARNED}
+    return update(limits).where(limits.c.answerer == given["who"]).values(learned)
+
+
+_SAVE = Bulk(
+    {"who": limits.c.answerer.type, **{f"new_{name}": limits.c[name].type for name in _LEARNED}}, _saving
 )
 
 
@@ -156,8 +160,7 @@ class Gate:
             if budget.is_spent and budget.pending:
                 pausing = update(runs).where(runs.c.id == run_id)
                 await connection.execute(pausing.values(state=RunState.PAUSED, pause_reason=budget.words()))
-        for who in sorted(self.debited):
-            await _save(connection, who, self.limits[who])
+        await _save(connection, {who: self.limits[who] for who in sorted(self.debited)})
 
 
 def _is_ahead(until: int, now: int) -> bool:
@@ -170,14 +173,14 @@ async def open_gate(connection: Connection, run_ids: Sequence[RunId], now: Milli
     gate = Gate(now)
     known: dict[str, Limit] = {}
     limited: list[RunId] = []
-    for row in (await connection.execute(_OPEN, {"ids": list(run_ids)})).all():
-        if row.cooldown_until is not None and _is_ahead(row.cooldown_until, now):
-            gate.waits.append(row.cooldown_until)
+    for run_id, budget, who, cooldown_until, *values in await _OPEN.all(connection, {"ids": list(run_ids)}):
+        if cooldown_until is not None and _is_ahead(cooldown_until, now):
+            gate.waits.append(cooldown_until)
             continue
-        gate.answerers[RunId(row.id)] = row.answerer
-        known[row.answerer] = _limit_of(row)
-        if row.budget_nanos is not None:
-            limited.append(RunId(row.id))
+        gate.answerers[run_id] = who
+        known[who] = _limit_of(who, values)
+        if budget is not None:
+            limited.append(run_id)
     # Runs before answerers: so does whoever settles.
     gate.budgets, active = await _budgets(connection, limited, lock=lock)
     for run_id in set(limited) - active:
@@ -187,10 +190,10 @@ async def open_gate(connection: Connection, run_ids: Sequence[RunId], now: Milli
         gate.ceiling = await ceiling(connection, now)
         binding = {who: limit for who, limit in known.items() if limit.binds(gate.ceiling)}
         if binding and lock:
-            found = (await connection.execute(_LOCKED, {"answerers": list(binding)})).all()
-            binding = {row.answerer: _limit_of(row) for row in found}
+            found = await _LOCKED.all(connection, {"answerers": list(binding)})
+            binding = {who: _limit_of(who, values) for who, _, *values in found}
             # Who held the lock before us may have been told to wait.
-            gate.cool({row.answerer: row.cooldown_until for row in found})
+            gate.cool({who: cooldown_until for who, cooldown_until, *_ in found})
         gate.limits = {who: arithmetic.refilled(limit, now) for who, limit in binding.items()}
         gate.inflight = await _calls_in_flight(
             connection, [who for who, limit in binding.items() if limit.at_a_time is not None]
@@ -227,14 +230,15 @@ async def _budgets(
 _NONE = Limit()
 
 
-def _limit_of(row: AnyRow) -> Limit:
-    found = Limit(*(getattr(row, name) for name in _FIELDS))
+def _limit_of(answerer: str, values: Sequence[Any]) -> Limit:
+    """Return the limit that is stored in these columns, which are those of `_COLUMNS`."""
+    found = Limit(*values)
     if any(value is not None and value < 1 for value in (found.rpm, found.tpm, found.concurrency)):
-        raise DatabaseError(f"expected stored limits of at least 1 for {row.answerer!r}, got: {found}")
+        raise DatabaseError(f"expected stored limits of at least 1 for {answerer!r}, got: {found}")
     if math.inf in (
         abs(value or 0) for value in (found.slots, found.threshold, found.requests, found.tokens)
     ):
-        raise DatabaseError(f"expected stored limits of finite numbers for {row.answerer!r}, got: {found}")
+        raise DatabaseError(f"expected stored limits of finite numbers for {answerer!r}, got: {found}")
     return found
 
 
@@ -244,19 +248,22 @@ async def ceiling(connection: Connection, now: Millis) -> int:
 
 
 async def _slots_reported(connection: Connection, now: Millis) -> int:
-    return int(await connection.scalar(_CEILING, {"since": now - SILENT_MS}) or 0)
+    [(slots,)] = await _CEILING.all(connection, {"since": now - SILENT_MS})
+    return int(slots or 0)
 
 
 async def _calls_in_flight(connection: Connection, answerers: list[str]) -> dict[str, int]:
     if not answerers:
         return {}
-    found = (await connection.execute(_INFLIGHT, {"answerers": answerers})).all()
-    return {row.answerer: int(row.calls) for row in found}
+    return {who: int(calls) for who, calls in await _INFLIGHT.all(connection, {"answerers": answerers})}
 
 
-async def _save(connection: Connection, who: str, limit: Limit) -> None:
-    values = {f"new_{name}": getattr(limit, name) for name in _LEARNED}
-    await connection.execute(_SAVE, {"who": who} | values)
+async def _save(connection: Connection, changed: Mapping[str, Limit]) -> None:
+    rows = [
+        {"who": who, **{f"new_{name}": getattr(limit, name) for name in _LEARNED}}
+        for who, limit in changed.items()
+    ]
+    await _SAVE.run(connection, rows)
 
 
 @dataclass(slots=True)
@@ -285,18 +292,20 @@ async def learn(connection: Connection, lessons: Mapping[str, Lesson], now: Mill
         return
     refused = sorted(who for who, lesson in lessons.items() if lesson.too_much is not None)
     await make(connection, refused)
-    rows = (await connection.execute(_LOCKED, {"answerers": sorted(lessons)})).all()
+    rows = await _LOCKED.all(connection, {"answerers": sorted(lessons)})
     slots = await ceiling(connection, now)
     inflight = await _calls_in_flight(connection, refused)
-    for row in rows:
-        before, lesson = _limit_of(row), lessons[row.answerer]
+    changed: dict[str, Limit] = {}
+    for who, _, *values in rows:
+        before, lesson = _limit_of(who, values), lessons[who]
         after = arithmetic.debited(arithmetic.refilled(before, now), -lesson.calls, -lesson.tokens)
         after = arithmetic.grown(after, lesson.successes, slots) if lesson.successes else after
         if lesson.too_much is not None:
-            calls = inflight.get(row.answerer, 0)
+            calls = inflight.get(who, 0)
             after = arithmetic.cut(after, began=lesson.too_much, now=now, inflight=calls, ceiling=slots)
         if replace(after, balanced_at=before.balanced_at) != before:
-            await _save(connection, row.answerer, after)
+            changed[who] = after
+    await _save(connection, changed)
 
 
 async def give_back(connection: Connection, claims: Iterable[Claim], released: set[int], now: Millis) -> None:
@@ -355,7 +364,7 @@ class LimitSeen:
 async def all_limits(connection: Connection, now: Millis) -> list[LimitSeen]:
     """Return every answerer of which anything is set or learned, by name."""
     rows = (await connection.execute(_ALL)).all()
-    known = {row.answerer: _limit_of(row) for row in rows}
+    known = {who: _limit_of(who, values) for who, *values in rows}
     held = {who: limit for who, limit in known.items() if limit != _NONE}
     if not held:
         return []
@@ -378,14 +387,15 @@ async def change(database: Database, answerer: str, values: Mapping[str, int | N
 
     async def work(connection: Connection) -> Limit:
         await make(connection, [answerer])
-        row = (await connection.execute(_LOCKED, {"answerers": [answerer]})).one()
-        changed = {name: value for name, value in values.items() if getattr(row, name) != value}
+        [(_, _, *stored)] = await _LOCKED.all(connection, {"answerers": [answerer]})
+        before = _limit_of(answerer, stored)
+        changed = {name: value for name, value in values.items() if getattr(before, name) != value}
         if changed:
             # A bucket of another size begins full: what was left of the old one says nothing.
             full: dict[str, Any] = {buckets[name]: None for name in changed if name in buckets}
             query = update(limits).where(limits.c.answerer == answerer).values(**changed, **full)
             await connection.execute(query)
             await database.wake(connection)
-        return replace(_limit_of(row), **changed)
+        return replace(before, **changed)
 
     return await database.write(work)

@@ -21,7 +21,7 @@ from lbr.errors import DatabaseError, UsageError
 from lbr.jobs import Millis
 from lbr.store import files, schema
 from lbr.store.addresses import Address, address_of
-from lbr.store.arrays import SHARD, TAKES_ARRAYS
+from lbr.store.arrays import SHARD
 from lbr.store.database import Database
 from lbr.store.listener import Listener
 from lbr.store.outages import READ_ONLY, PassingError, is_passing, reason_of, sqlstate_of
@@ -136,7 +136,7 @@ class PostgresDatabase(Database):
         # The server frees a dead worker's locks at once, but those of one that is merely cut off as well.
         super().__init__(address.shown, patience=patience, spool_places=places, presence=Presence())
         self._clock = clock
-        options = {"schema_translate_map": {None: SCHEMA}, TAKES_ARRAYS: True}
+        options = {"schema_translate_map": {None: SCHEMA}}
         self._writer = _make_engine(
             address, "READ COMMITTED", pool_size=2, options=options, settings=WRITER_SETTINGS
         )

@@ -12,7 +12,7 @@ from lbr.errors import NO_USAGE, DatabaseError, Family, Usage
 from lbr.jobs import JobId, JobState, Millis, RunId, RunState, Settlement
 from lbr.retry import is_overload
 from lbr.store import counters
-from lbr.store.arrays import Bulk, Given, Inserting, among
+from lbr.store.arrays import Bulk, Given, Inserting, Query, among
 from lbr.store.fence import FENCE, Standing, is_doubtful, is_mine, is_plain, is_repeated
 from lbr.store.limiting import Lesson, learn
 from lbr.store.runs import hold_states, resting_state
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lbr.store.connection import Connection
     from lbr.store.database import Database
 
-_STANDING = (
+_STANDING = Query(
     select(
         jobs.c.id,
         jobs.c.run_id,
@@ -116,7 +116,7 @@ async def settle_within(connection: Connection, database: Database, batch: Seque
     """Write a batch of outcomes in the caller's transaction; see `settle`."""
     now = await database.now(connection)
     ids = [s.claim.job_id for s in batch]
-    found = (await connection.execute(_STANDING, {"ids": ids})).all()
+    found = await _STANDING.all(connection, {"ids": ids})
     standing = {row[0]: Standing(*row) for row in found}
     if len(standing) != len(set(ids)):
         raise DatabaseError(
@@ -188,7 +188,8 @@ async def _update_jobs(
     for s, to in zip(mine, targets, strict=True):
         claim = s.claim
         finished = None if to is JobState.PENDING else now
-        rows.append((to, now + s.wait_ms, s.charge, finished, claim.job_id, claim.claim_seq))
+        # A plain str: sqlite3 asks a value of any other class how it wants to be written.
+        rows.append((str(to), now + s.wait_ms, s.charge, finished, claim.job_id, claim.claim_seq))
     done = await SETTLE.run_plain(connection, rows)
     if done != len(rows):
         raise DatabaseError(f"expected {len(rows)} jobs to be settled, got: {done}; nothing was written")

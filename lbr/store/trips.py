@@ -2,7 +2,8 @@
 
 With a trip for each statement the file would be locked while two threads take turns, which lasts longer than most
 statements, and much longer beside a function that computes. In the thread nothing has to be waited for, and
-SQLAlchemy speaks to sqlite3 as it does in any program that is not async.
+SQLAlchemy speaks to sqlite3 as it does in any program that is not async. What every batch of jobs runs goes to sqlite3
+as it is, by `fetch` and `change`: SQLAlchemy's way there takes longer than most of these statements.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import aiosqlite
 from sqlalchemy import StaticPool, create_engine, event
+from sqlalchemy.exc import DBAPIError
 
 from lbr.precedence import PRECEDENCE
 
@@ -65,6 +67,17 @@ class WholeConnection(sqlite3.Connection):
         return super().cursor(factory)
 
 
+class _Ended(asyncio.Future[T]):
+    """Is done when a function in a thread has ended, and not before: nobody cancels it.
+
+    A task that waits for it and is cancelled hears of that when it is done.
+    """
+
+    def cancel(self, msg: Any = None) -> bool:
+        """Do nothing: the function goes on."""
+        return False
+
+
 class FileThread(aiosqlite.Connection):
     """A connection to a file and the thread that it lives in, opened by the first transaction.
 
@@ -75,12 +88,20 @@ class FileThread(aiosqlite.Connection):
         super().__init__(connect, ITER_CHUNK)
         self._engine = create_engine("sqlite://", creator=self._open, poolclass=StaticPool)
         event.listen(self._engine, "connect", _harmless)
+        self._kept: Connection | None = None
         # A program that ends without closing it must not hang.
         self._thread.daemon = True
         self._thread.start()
 
     def _open(self) -> sqlite3.Connection:
         self._connection = self._connector()
+        return self._connection
+
+    @property
+    def driver(self) -> sqlite3.Connection:
+        """sqlite3's own connection, for use in the thread; there is one once a transaction has begun."""
+        if self._connection is None:
+            raise ValueError("expected a connection that is open, got: one that was closed")
         return self._connection
 
     @property
@@ -96,8 +117,7 @@ class FileThread(aiosqlite.Connection):
         """
         if not self._running:
             raise ValueError("expected an open connection, got: one that was closed")
-        # Of no task's: a loop that ends cancels every task, but cannot cancel this.
-        ended: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        ended: _Ended[T] = _Ended()
         # The thread remembers what it ran last, and would by that keep this connection and what the function holds.
         once = [function]
 
@@ -105,16 +125,7 @@ class FileThread(aiosqlite.Connection):
             return once.pop()()
 
         self._tx.put_nowait((ended, call))
-        cancelled: asyncio.CancelledError | None = None
-        while not ended.done():
-            try:
-                await asyncio.wait([ended])
-            except asyncio.CancelledError as error:
-                cancelled = error
-        if cancelled is not None:
-            ended.exception()
-            raise cancelled
-        return ended.result()
+        return await ended
 
     async def transact(self, begin: str, work: Callable[[FileConnection], Awaitable[T]]) -> T:
         """Run a transaction in one trip, from its beginning to its commit, or to its end by what `work` raises.
@@ -124,12 +135,29 @@ class FileThread(aiosqlite.Connection):
         return await self.run(partial(self._transact, begin, work))
 
     def _transact(self, begin: str, work: Callable[[FileConnection], Awaitable[T]]) -> T:
+        connection = self._kept = self._kept or self._engine.connect()
         # Not for the commit: that has let the file go when it asks for the interpreter.
         going_first = PRECEDENCE.taken() if begin == BEGIN_WRITING else nullcontext()
-        with self._engine.connect() as connection, connection.begin(), going_first:
-            if begin:
-                connection.exec_driver_sql(begin)
-            return _complete(work(FileConnection(self, connection)))
+        own = FileConnection(self, connection)
+        try:
+            with connection.begin(), going_first:
+                if begin:
+                    own.drive(begin)
+                return _complete(work(own))
+        except BaseException:
+            self._roll_back()
+            raise
+
+    def _roll_back(self) -> None:
+        """Leave no transaction open, even where a commit has failed and SQLAlchemy takes it for ended."""
+        try:
+            self.driver.rollback()
+        except sqlite3.Error:
+            if self._kept is not None:
+                # Closed, which ends the transaction; whoever is next opens the file anew.
+                self._kept.invalidate()
+                self._kept.close()
+                self._kept = None
 
     def begun(self, begin: str) -> Connection:
         """Return a connection in a transaction that is open until it is closed; to be called in the thread."""
@@ -141,11 +169,16 @@ class FileThread(aiosqlite.Connection):
             raise
         return connection
 
+    def _dispose(self) -> None:
+        if self._kept is not None:
+            self._kept.close()
+        self._engine.dispose()
+
     async def close(self) -> None:
         """Close the connection and end the thread."""
         if self._running:
             try:
-                await self.run(self._engine.dispose)
+                await self.run(self._dispose)
             finally:
                 stopped = self.stop()
             if stopped is not None:
@@ -183,6 +216,31 @@ class FileConnection:
         """Run text as sqlite3 takes it, with a tuple of parameters or a list of tuples."""
         return await self._call(self.sync_connection.exec_driver_sql, statement, parameters)
 
+    async def fetch(self, statement: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
+        """Have sqlite3 run text with these values in its places, and return all rows. Raises as `execute` does."""
+        return await self._call(self.drive, statement, values)
+
+    async def change(self, statement: str, rows: Sequence[Sequence[Any]]) -> int:
+        """Have sqlite3 run text for each of the rows, and return how many it changed. Raises as `execute` does."""
+        return await self._call(self.drive_each, statement, rows)
+
+    def drive(self, statement: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """Do what `fetch` does, in the thread."""
+        try:
+            return self._cursor().execute(statement, values).fetchall()
+        except sqlite3.Error as error:
+            raise _as_sqlalchemy(error) from error
+
+    def drive_each(self, statement: str, rows: Sequence[Sequence[Any]]) -> int:
+        """Do what `change` does, in the thread."""
+        try:
+            return self._cursor().executemany(statement, rows).rowcount
+        except sqlite3.Error as error:
+            raise _as_sqlalchemy(error) from error
+
+    def _cursor(self) -> sqlite3.Cursor:
+        return sqlite3.Connection.cursor(self._thread.driver, sqlite3.Cursor)
+
     async def run_sync(
         self, fn: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
@@ -193,6 +251,11 @@ class FileConnection:
 def _harmless(connection: sqlite3.Connection, _record: Any) -> None:
     # SQLAlchemy's, in Python: a check in the file could call it with a pattern that takes for ever.
     connection.create_function("regexp", 2, None)
+
+
+def _as_sqlalchemy(error: sqlite3.Error) -> Exception:
+    """Return what SQLAlchemy would raise, without the statement and its values: they are a job's own."""
+    return DBAPIError.instance(None, None, error, sqlite3.Error, hide_parameters=True)
 
 
 def _complete(work: Awaitable[T]) -> T:
