@@ -139,9 +139,12 @@ class Storm:
                 print(f"{number + 1} kills, {sum(self.tally.held.values())} calls were held", flush=True)
 
     def _victim(self, *, anyone: bool) -> int:
-        """Choose whom to kill: anyone, in whatever it does, or a worker that holds claims."""
+        """Choose whom to kill: anyone, in whatever it does, or a worker that holds claims, but no job's third death.
+
+        Where an enqueue takes its time and nothing else is to do, jobs that were in two crashes run before it ends.
+        """
         while True:
-            alive = set(self._alive)
+            alive = set(self._alive) - self.queue.on_last_tries()
             if chosen := sorted(alive if anyone else alive & set(self.queue.held())):
                 return self._rng.choice(chosen)
             time.sleep(0.01)

@@ -20,6 +20,10 @@ HELD = (
     "SELECT workers.pid, COUNT(*) FROM jobs JOIN workers ON workers.id = jobs.worker_id "
     "WHERE jobs.state = 'inflight' GROUP BY workers.pid"
 )
+ON_LAST_TRIES = (
+    "SELECT workers.pid FROM jobs JOIN workers ON workers.id = jobs.worker_id "
+    "WHERE jobs.state = 'inflight' AND jobs.crashes >= 2"
+)
 COUNTED = (
     "SELECT run_id, name, SUM(value) FROM counters "
     "WHERE name IN ('pending', 'inflight', 'done', 'failed', 'cancelled') "
@@ -53,6 +57,10 @@ class Queue:
     def held(self) -> dict[int, int]:
         """Return how many claims each process holds, or held when it died."""
         return {int(pid): int(count) for pid, count in self.query(HELD)}
+
+    def on_last_tries(self) -> set[int]:
+        """Return which processes hold a job that was twice in a crash: a third one would fail it, as it should."""
+        return {int(pid) for (pid,) in self.query(ON_LAST_TRIES)}
 
     def has_jobs(self) -> bool:
         """Tell whether anything was enqueued yet."""
