@@ -102,7 +102,7 @@ class Settler:
             self._enough.set()
 
     def hurry(self) -> None:
-        """Write all that waits now: nothing more is to come that would be worth a wait."""
+        """Write all that was put, now: nothing more is to come that would be worth a wait."""
         self._hurried = bool(self._waiting)
         self._enough.set()
 

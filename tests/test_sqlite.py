@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import column, select, table, text
+from sqlalchemy.exc import IntegrityError
 
 from lbr.errors import DatabaseBusyError, DatabaseError, MisfitError, UsageError
 from lbr.jobs import Item, KeyMaker, Prompt
@@ -187,6 +188,29 @@ async def test_a_commit_that_fails_leaves_no_transaction_open(
     found = await database.read(lambda c: c.execute(text("SELECT name, pause_reason FROM runs")))
     assert [tuple(row) for row in found] == [("r", "next")]
     await database.close()
+
+
+async def test_a_commit_that_fails_at_the_end_of_a_long_transaction_frees_the_file(tmp_path: Path) -> None:
+    """One of many trips is undone as well, and the connection that it had is fit for the next."""
+    path = tmp_path / "q.db"
+    pragmas = ("PRAGMA foreign_keys = ON",)
+    connections = file_connections.FileConnections(path, begin="BEGIN IMMEDIATE", most=1, pragmas=pragmas)
+    async with connections.transaction() as connection:
+        await connection.execute(text("CREATE TABLE a (id INTEGER PRIMARY KEY)"))
+        owner = "REFERENCES a DEFERRABLE INITIALLY DEFERRED"
+        await connection.execute(text(f"CREATE TABLE b (a_id INTEGER {owner})"))
+    with pytest.raises(IntegrityError):
+        async with connections.transaction() as connection:
+            await connection.execute(text("INSERT INTO b VALUES (7)"))
+    with closing(sqlite3.connect(path, isolation_level=None, timeout=0)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert other.execute("SELECT count(*) FROM b").fetchall() == [(0,)]
+        other.execute("ROLLBACK")
+    async with connections.transaction() as connection:
+        await connection.execute(text("INSERT INTO a VALUES (7)"))
+    found = await connections.transact(lambda c: c.execute(text("SELECT id FROM a")))
+    assert found.scalars().all() == [7]
+    await connections.close()
 
 
 async def test_a_query_says_what_is_wrong_as_any_statement(database: Database) -> None:

@@ -226,7 +226,7 @@ class Query:
         text, places = self._direct
         sent = []
         for name, made, required, fixed in places:
-            value = values[name] if required else fixed
+            value = values[name] if required else values.get(name, fixed)
             sent.append(value if made is None else _as_given(made, value))
         return await connection.fetch(text, sent)
 

@@ -89,6 +89,7 @@ class FileConnections:
             finally:
                 for connection in begun:
                     await thread.run(connection.close)
+                    await thread.run(thread.roll_back)
 
     @asynccontextmanager
     async def _one(self) -> AsyncIterator[FileThread]:

@@ -145,11 +145,11 @@ class FileThread(aiosqlite.Connection):
                     own.drive(begin)
                 return _complete(work(own))
         except BaseException:
-            self._roll_back()
+            self.roll_back()
             raise
 
-    def _roll_back(self) -> None:
-        """Leave no transaction open, even where a commit has failed and SQLAlchemy takes it for ended."""
+    def roll_back(self) -> None:
+        """Leave no transaction open, even where a commit has failed and SQLAlchemy takes it for ended; in the thread."""
         try:
             self.driver.rollback()
         except sqlite3.Error:
