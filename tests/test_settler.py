@@ -49,11 +49,16 @@ class Disk:
         self.told += [s.claim.job_id for s in batch if s.claim.job_id in settled.taken]
 
 
-async def test_everything_is_written_once_in_order() -> None:
-    """Closing writes all that was put, in batches of at most 500, each row once."""
+def begun() -> tuple[Disk, Settler, asyncio.Task[None]]:
+    """Return a settler that runs, with where it writes."""
     disk = Disk()
     settler = Settler(disk.write, disk.written)
-    running = asyncio.create_task(settler.run())
+    return disk, settler, asyncio.create_task(settler.run())
+
+
+async def test_everything_is_written_once_in_order() -> None:
+    """Closing writes all that was put, in batches of at most 500, each row once."""
+    disk, settler, running = begun()
     for number in range(1_100):
         settler.put(settlement(number))
     settler.close()
@@ -94,9 +99,7 @@ async def test_calls_do_not_go_on_in_step() -> None:
     """Where calls take longer than a commit, those that end together are written in parts; else all at once."""
     sizes = {}
     for latency in (0, 60_000):
-        disk = Disk()
-        settler = Settler(disk.write, disk.written)
-        running = asyncio.create_task(settler.run())
+        disk, settler, running = begun()
         for number in range(120):
             settler.put(settlement(number, latency))
         settler.close()
@@ -108,9 +111,7 @@ async def test_calls_do_not_go_on_in_step() -> None:
 
 async def test_one_call_that_was_slow_makes_no_parts() -> None:
     """A call that only waited for the processor does not tell how long calls take."""
-    disk = Disk()
-    settler = Settler(disk.write, disk.written)
-    running = asyncio.create_task(settler.run())
+    disk, settler, running = begun()
     for number in range(120):
         settler.put(settlement(number, 0 if number else 60_000))
     settler.close()
@@ -126,9 +127,7 @@ async def turns(count: int) -> None:
 
 async def test_calls_that_end_one_by_one_are_committed_together() -> None:
     """Where calls are long, a row waits for others, until there are as many as are worth a commit."""
-    disk = Disk()
-    settler = Settler(disk.write, disk.written)
-    running = asyncio.create_task(settler.run())
+    disk, settler, running = begun()
     for number in range(30):
         settler.put(settlement(number, 60_000))
         await turns(3)
@@ -139,9 +138,7 @@ async def test_calls_that_end_one_by_one_are_committed_together() -> None:
 
 async def test_who_hurries_waits_for_no_part() -> None:
     """When no call goes on, all that waits is written, however many parts it makes."""
-    disk = Disk()
-    settler = Settler(disk.write, disk.written)
-    running = asyncio.create_task(settler.run())
+    disk, settler, running = begun()
     for number in range(60):
         settler.put(settlement(number, 60_000))
     settler.hurry()

@@ -234,10 +234,8 @@ class Query:
 def _as_given(made: Callable[[Any], Any], value: Any) -> Any:
     try:
         return made(value)
-    except (
-        TypeError,
-        ValueError,
-    ) as error:  # a row had a value of another type; SQLAlchemy says it so as well
+    except (TypeError, ValueError) as error:
+        # A row had a value of another type; SQLAlchemy says it so as well.
         raise StatementError(str(error), None, None, error, hide_parameters=True) from error
 
 

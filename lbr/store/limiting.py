@@ -33,9 +33,8 @@ if TYPE_CHECKING:
 SILENT_MS = 15_000
 """A worker that has not reported for so long is not counted as working."""
 
-_FIELDS = tuple(one.name for one in fields(Limit))
 _LEARNED = ("slots", "threshold", "cut_at", "requests", "tokens", "balanced_at")
-_COLUMNS = [limits.c[name] for name in _FIELDS]
+_COLUMNS = [limits.c[one.name] for one in fields(Limit)]
 _OPEN = Query(
     select(runs.c.id, runs.c.budget_nanos, runs.c.answerer, limits.c.cooldown_until, *_COLUMNS)
     .join_from(runs, limits, runs.c.answerer == limits.c.answerer, isouter=True)
