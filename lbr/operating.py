@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from lbr import progress
@@ -129,7 +130,8 @@ async def limit(
 
     `scope` is the name of a model or function as `status` tells it. `values` may have `rpm` and `tpm`, requests
     and tokens a minute, and `concurrency`, calls at a time; None lifts what is set, and what has no name in it
-    stays. Raises UsageError for a name or a number out of range.
+    stays. Each has beside its limits, in `runs`, how many runs of the queue are answered so. Raises UsageError for a
+    name or a number out of range.
     """
     changes = dict(values or {})
     for name, value in changes.items():
@@ -141,7 +143,8 @@ async def limit(
         if changes and answerer is not None:
             await limiting.change(database, answerer, changes)
         view = await reads.overview(database)
-        found = [progress.limit_fields(one) for one in view.limits]
+        answered = Counter(one.run.task.answerer for one in view.runs)
+        found = [progress.limit_fields(one) | {"runs": answered[one.answerer]} for one in view.limits]
         return [one for one in found if answerer in {None, one["answerer"]}]
 
 

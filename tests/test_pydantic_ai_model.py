@@ -662,6 +662,10 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(
             {"max_tokens": 1.5},
             "expected another value of the setting max_tokens, got: 1.5; Input should be a valid int",
         ),
+        *(
+            ({"timeout": seconds}, f"expected the setting timeout to be seconds above 0, got: {seconds}")
+            for seconds in (0, -5, -0.5)
+        ),
         ({"max_retries": 1}, "the setting max_retries cannot be set: lbr retries by itself"),
         (
             {"extra_headers": {"X": "y"}},

@@ -427,6 +427,19 @@ def test_the_way_out_of_a_spent_budget_leads_out(cli: Cli) -> None:
     assert (found["slots"], found["at_a_time"] >= 8) == (0, True)
 
 
+@pytest.mark.processes
+def test_a_limit_of_an_answerer_that_no_run_has_is_told_to_be_one(cli: Cli) -> None:
+    """A scope with a slip of the pen in it is set, for runs that may come, but not without a word."""
+    (cli.folder / "in.txt").write_text("one\n", encoding="utf-8")
+    cli("enqueue", "in.txt", "--model", "offline:echo")
+    missed = cli("limit", "offline:ecko", "--rpm", "100", "--json")
+    assert "no run of this queue is answered by offline:ecko: that holds for those to come" in missed.stderr
+    met = cli("limit", "offline:echo", "--rpm", "100", "--json")
+    assert met.stderr == ""
+    assert [json.loads(done.stdout)["runs"] for done in (missed, met)] == [0, 1]
+    assert cli("limit", "offline:ecko").stderr == ""
+
+
 async def held(prompt: str) -> str:
     """Answer without a word about what it cost."""
     return prompt

@@ -9,7 +9,7 @@ import click
 import orjson
 
 from lbr import operating
-from lbr.cli.app import database_option, tell
+from lbr.cli.app import database_option, say, tell
 from lbr.config import a_minute, at_least_one
 from lbr.errors import UsageError
 from lbr.progress import describe_limit
@@ -64,5 +64,7 @@ def limit(
     found = asyncio.run(operating.limit(scope, values, **db))
     for one in found:
         tell(orjson.dumps(one) if as_json else describe_limit(one))
+        if values and not one["runs"]:
+            say(f"no run of this queue is answered by {one['answerer']}: that holds for those to come")
     if not found and not as_json:
         tell("no limits are set, and none were learned")

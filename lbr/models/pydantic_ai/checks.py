@@ -112,7 +112,7 @@ def _keyless_provider(provider_name: str, provider_class: type[Provider[Any]]) -
 
 
 def check_known(name: str, settings: Mapping[str, Json], model: Model) -> None:
-    """Raise UsageError for a setting that the model does not know, or of another type."""
+    """Raise UsageError for a setting that the model does not know, of another type, or with which no call can end."""
     known = _known_settings(model)
     for setting, value in settings.items():
         if setting not in known:
@@ -120,6 +120,9 @@ def check_known(name: str, settings: Mapping[str, Json], model: Model) -> None:
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise UsageError(f"expected a setting that model {name!r} knows, got: {setting!r}{hint}")
         _check_value(setting, value, known[setting])
+    timeout = settings.get("timeout")
+    if isinstance(timeout, int | float) and not timeout > 0:
+        raise UsageError(f"expected the setting timeout to be seconds above 0, got: {timeout!r}")
 
 
 def _known_settings(model: Model) -> dict[str, Any]:
