@@ -97,6 +97,17 @@ def nanos_of(name: str, dollars: float) -> int:
     return max(1, round(dollars * NANOS))
 
 
+def a_name(name: str, value: str) -> str:
+    """Return the value, or raise UsageError: it must be text that a file can be called."""
+    try:
+        sane = b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        sane = False
+    if not sane:
+        raise UsageError(f"expected {name} to be a name that a file can have, got: {value!a}")
+    return value
+
+
 def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
     """Return the value, or raise UsageError: it must be one of those allowed."""
     if value not in allowed:

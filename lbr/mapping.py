@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from lbr.config import (
     load_environment,
     one_of,
 )
-from lbr.errors import DatabaseError, LbrError, UsageError
+from lbr.errors import DatabaseBusyError, LbrError, UsageError
 from lbr.jobs import JobState, Run, RunState, Shape
 from lbr.prices import read_price
 from lbr.sources import Source
@@ -87,7 +88,8 @@ async def prompt_map(
     on; None leaves it as it is. `teardown` removes queue and results files when everything is done, and only then: never while
     another process uses them, nor when they hold other runs.
 
-    Raises UsageError, InputError or DatabaseError. Cancelled or interrupted, everything answered stays.
+    Raises UsageError, InputError, OutputError or DatabaseError; for what is wrong with the arguments, before any call.
+    Cancelled or interrupted, everything answered stays.
     """
     shape, every = Shape(one_of("output_shape", output_shape, tuple(Shape))), progress_every or 0
     if one_of("return_dtype", return_dtype, RETURN_DTYPES) == "polars":
@@ -108,6 +110,7 @@ async def prompt_map(
     source = Source.of(prompts, template=template)
     results_url = results_db_url or results_url_of(db_url)
     source.check()
+    await _check_results(results_url, db_url)
     await check_servable(asked)
     name = _run_name(asked, source) if run is None else run
     tries = at_least_one("max_attempts", max_attempts)
@@ -131,11 +134,18 @@ async def prompt_map(
     return answer
 
 
+async def _check_results(results_url: str, db_url: str) -> None:
+    """Raise what `store.mirror.check` does, before any call is paid for."""
+    # Whoever has it locked now may have let go of it when the answers are there.
+    with suppress(DatabaseBusyError):
+        await mirror.check(results_url, name="results_db_url", queue=file_of(db_url))
+
+
 async def _mirror(results_url: str, run: str, rows: list[Row]) -> bool:
     """Write the rows to the results database; one that cannot be written must not cost the caller the answers."""
     try:
         await mirror.write_run(results_url, run, _pages(rows))
-    except DatabaseError as error:
+    except LbrError as error:
         _say(f"the results database was not written: {error}")
         return False
     return True

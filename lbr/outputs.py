@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING
 import orjson
 from filelock import AsyncFileLock
 
+from lbr.config import a_name
 from lbr.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -301,7 +302,7 @@ def _closing_quietly(handle: IO[bytes]) -> Iterator[IO[bytes]]:
 
 
 def _target(path: str | Path) -> Path:
-    return Path(os.path.realpath(path))
+    return Path(os.path.realpath(a_name("the output", str(path))))
 
 
 def _create(target: Path) -> Path:

@@ -141,11 +141,17 @@ def _pop_id(fields: Fields, place: Place) -> str | None:
 
 
 def check_storable(fields: Fields, place: Place) -> None:
-    """Raise InputError for what JSON can say but a database or a collected row cannot hold."""
+    """Raise InputError for what Python or JSON can say but a database or a collected row cannot hold."""
     try:
         text = canonical_json([[fields]])  # a row nests metadata deeper than its line did
     except TypeError as error:
-        raise place.error("expected at most 250 levels of nesting, got: more; flatten the object") from error
+        if "ecursion" in str(error):
+            raise place.error(
+                "expected at most 250 levels of nesting, got: more; flatten the object"
+            ) from error
+        raise place.error(
+            f"expected fields that JSON can hold, got: {error}; convert or remove it"
+        ) from error
     if b"\\u0000" in text.replace(rb"\\", b""):
         raise place.error("expected text, got: a NUL character (\\u0000); remove it")
 

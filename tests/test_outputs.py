@@ -140,6 +140,8 @@ class TestCheckOutput:
             ("file/a.csv", "expected .*file to be a folder, got: a file; create it first"),
             ("folder.csv", "expected an output file, got: the folder .*folder.csv; add a file name"),
             ("pipe.csv", "expected an output file, got: the device or pipe .*pipe.csv; name a file"),
+            ("a\0b.csv", r"expected the output to be a name that a file can have, got: '.*a\\x00b.csv'"),
+            ("\ud800.csv", r"expected the output to be a name that a file can have, got: '.*\\ud800.csv'"),
         ],
     )
     def test_a_path_that_is_no_file_is_refused(self, tmp_path: Path, name: str, message: str) -> None:

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -289,6 +290,7 @@ async def test_nobody_to_answer_is_one_clear_error() -> None:
         ({"run": " x"}, "run name"),
         ({"result_type": 3}, "3"),
         ({"db_url": "mysql://u:p@h/d"}, "a mysql URL"),
+        ({"db_url": "a\0b.db"}, "expected --db to be a name that a file can have"),
         ({"model_name": "offline:echo"}, "both"),
     ],
 )
@@ -305,6 +307,66 @@ async def test_wrong_prompts(prompts: Any) -> None:
     with pytest.raises(LbrError, match="expected"):
         await prompt_map(prompts, shout)
     assert not Path("runs.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({1}, "expected fields that JSON can hold, got: Type is not JSON serializable: set"),
+        (b"x", "got: Type is not JSON serializable: bytes; convert or remove it"),
+        (2**70, "got: Integer exceeds 64-bit range"),
+        ({1: "one"}, "got: Dict key must be str"),
+        ("\ud800", "got: str is not valid UTF-8: surrogates not allowed"),
+        (json.loads("[" * 300 + "]" * 300), "at most 250 levels of nesting"),
+    ],
+)
+async def test_fields_that_no_row_can_hold(value: Any, words: str) -> None:
+    """What Python can say and a row cannot is refused with what is wrong with it; nothing is written."""
+    with pytest.raises(LbrError, match=f"^prompts, line 2: .*{words}"):
+        await prompt_map(["a", {"prompt": "b", "of mine": value}], shout)
+    assert not Path("runs.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("mysql://u:p@h/d", "expected results_db_url to be a path.*a mysql URL"),
+        ("postgresql://u:secret@h/d", "expected results_db_url to name a file, got: a PostgreSQL URL;"),
+        ("a\0b.db", r"expected results_db_url to be a name that a file can have, got: 'a\\x00b.db'"),
+        ("\ud800.db", r"expected results_db_url to be a name that a file can have, got: '\\ud800.db'"),
+        ("nowhere/r.db", "expected a folder for the database"),
+        (".", "expected results_db_url to name a file, got a directory"),
+        ("queue.db", "expected a results database of its own, got: the queue"),
+        ("other.db", "one with other columns"),
+        ("notes.txt", "the file is not a SQLite database"),
+    ],
+)
+async def test_wrong_place_for_results_is_told_before_a_call(url: str, words: str) -> None:
+    """Where the answers cannot be mirrored to is found out before any of them is paid for; nothing is written."""
+    Path("notes.txt").write_text("mine\n" * 99, encoding="utf-8")
+    with closing(sqlite3.connect("other.db")) as other, other:
+        other.execute("CREATE TABLE results (mine)")
+    before = {path.name: path.read_bytes() for path in Path().iterdir()}
+    with pytest.raises(LbrError, match=words) as caught:
+        await prompt_map(["a"], shout, db_url="queue.db", results_db_url=url)
+    assert "secret" not in str(caught.value)
+    assert {path.name: path.read_bytes() for path in Path().iterdir()} == before
+
+
+async def test_a_place_for_results_that_goes_away_does_not_cost_the_answers(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Rows are returned though the folder for the results was removed meanwhile; the caller is told."""
+    folder = Path("there")
+    folder.mkdir()
+
+    async def remove(prompt: str) -> str:
+        folder.rmdir()
+        return prompt
+
+    (row,) = await prompt_map(["a"], remove, results_db_url="there/r.db")
+    assert row["result"] == "a"
+    assert "the results database was not written: expected a folder" in capfd.readouterr().err
 
 
 async def test_results_database_mirrors_the_shape(db_url: str) -> None:

@@ -120,14 +120,15 @@ def refuse_network_file_system(path: Path) -> None:
         )
 
 
-def check_location(path: Path, *, create: bool) -> None:
+def check_location(path: Path, *, create: bool, name: str = "--db") -> None:
     """Raise UsageError where the path cannot hold a database; with `create` false, also where none is there.
 
-    DatabaseError where one is there that this user may not read, or with `create` write.
+    DatabaseError where one is there that this user may not read, or with `create` write. `name` is what messages call
+    the option.
     """
     try:
         if path.is_dir():
-            raise UsageError(f"expected --db to name a file, got a directory: {path}; name a file in it")
+            raise UsageError(f"expected {name} to name a file, got a directory: {path}; name a file in it")
         if not path.parent.is_dir():
             raise UsageError(
                 f"expected a folder for the database at {path.parent}, got: none; create it first"

@@ -22,6 +22,7 @@ from sqlalchemy import (
 
 from lbr.errors import DatabaseError, OutputError, UsageError
 from lbr.store import files
+from lbr.store.addresses import is_postgresql
 from lbr.store.file_connections import FileConnections
 from lbr.store.file_errors import database_errors
 from lbr.store.sqlite import sqlite_path
@@ -54,6 +55,30 @@ PAGE = 1_000
 PATIENCE_MS = 30_000
 
 
+async def check(url: str, *, name: str, queue: Path | None) -> None:
+    """Raise UsageError, OutputError or DatabaseError where no results could be written, and make and change nothing.
+
+    `name` is what messages call the URL's option, `queue` the file of the queue, None where it is on a server.
+    """
+    if is_postgresql(url):
+        raise UsageError(
+            f"expected {name} to name a file, got: a PostgreSQL URL; leave it out, or name a file"
+        )
+    path = sqlite_path(url, name=name)
+    files.check_location(path, create=True, name=name)
+    if path == queue:
+        raise _the_queue()
+    if not path.exists():
+        return
+    connections = _open(path, begin="BEGIN")
+    try:
+        with database_errors(path):
+            async with connections.transaction() as connection:
+                await connection.run_sync(_check_table)
+    finally:
+        await connections.close()
+
+
 async def write_run(url: str, run: str, pages: AsyncIterable[list[Row]]) -> int:
     """Replace one run's rows in the results database, in one transaction; return how many rows.
 
@@ -68,6 +93,7 @@ async def write_run(url: str, run: str, pages: AsyncIterable[list[Row]]) -> int:
         with database_errors(path):
             async with connections.transaction() as connection:
                 await connection.run_sync(_check_table)
+                await connection.run_sync(metadata.create_all)
                 await connection.execute(delete(results).where(results.c.run == run))
                 async for page in pages:
                     await connection.execute(insert(results), [_to_columns(run, row) for row in page])
@@ -136,9 +162,7 @@ def _has_table(connection: Connection) -> bool:
 
 def _check_table(connection: Connection) -> None:
     if inspect(connection).has_table("schema_version"):
-        raise UsageError(
-            "expected a results database of its own, got: the queue; name another file for the results"
-        )
+        raise _the_queue()
     if inspect(connection).has_table("results"):
         names = [column["name"] for column in inspect(connection).get_columns("results")]
         if names != [column.name for column in results.c]:
@@ -146,7 +170,12 @@ def _check_table(connection: Connection) -> None:
                 f"expected a results database of lbr, got: one with other columns ({', '.join(names)}); "
                 f"name another file for the results"
             )
-    metadata.create_all(connection)
+
+
+def _the_queue() -> UsageError:
+    return UsageError(
+        "expected a results database of its own, got: the queue; name another file for the results"
+    )
 
 
 def _to_columns(run: str, row: Row) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from filelock import Timeout
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
-from lbr.config import PATIENCE
+from lbr.config import PATIENCE, a_name
 from lbr.errors import AlreadyRunningError, DatabaseError, UsageError
 from lbr.store import files, schema
 from lbr.store.database import Database, local_clock
@@ -43,37 +43,42 @@ READER_MS, HASTY_READER_MS = 100, 500
 _ALMOST_POSTGRESQL = re.compile(r"postgres(ql)?\b.*@", re.IGNORECASE)
 
 
-def sqlite_path(url: str) -> Path:
-    """Return the file that a path or SQLite URL names; UsageError for anything else. Passwords are not shown."""
+def sqlite_path(url: str, *, name: str = "--db") -> Path:
+    """Return the file that a path or SQLite URL names; UsageError for anything else. Passwords are not shown.
+
+    `name` is what messages call the option.
+    """
     if _ALMOST_POSTGRESQL.match(url):  # and perhaps with a password in it
         raise UsageError(
-            "expected --db to be a path or a database URL, got: something that is nearly a PostgreSQL URL; "
+            f"expected {name} to be a path or a database URL, got: something that is nearly a PostgreSQL URL; "
             "write postgresql://user@host/database"
         )
-    path = _path_in(url) if "://" in url else url
+    path = _path_in(url, name) if "://" in url else url
     if not path.strip() or path == ":memory:":
-        raise UsageError(f"expected --db to name a file, got: {path!r}; processes share the queue through it")
+        raise UsageError(
+            f"expected {name} to name a file, got: {path!r}; processes share the queue through it"
+        )
     try:
-        found = Path(path).expanduser().absolute()
+        found = Path(a_name(name, path)).expanduser().absolute()
     except RuntimeError as error:
         raise UsageError(
-            f"expected --db to name a file, got: {path!r}, in the home of a user who is not known here; "
+            f"expected {name} to name a file, got: {path!r}, in the home of a user who is not known here; "
             f"write ./{path} for a file of that name"
         ) from error
     # SQLite keeps the WAL beside the file, not beside a link to it; so must we, and our locks.
     return Path(os.path.realpath(found)) if os.path.islink(found) else found
 
 
-def _path_in(url: str) -> str:
+def _path_in(url: str, name: str) -> str:
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):  # a port that is no number is the second; its words show the URL
         raise UsageError(
-            "expected --db to be a path or a database URL, got: something unreadable; write sqlite:///runs.db"
+            f"expected {name} to be a path or a database URL, got: something unreadable; write sqlite:///runs.db"
         ) from None
     if parsed.get_backend_name() != "sqlite":
         raise UsageError(
-            f"expected --db to be a path, an sqlite or a postgresql URL, got: a {parsed.drivername} URL"
+            f"expected {name} to be a path, an sqlite or a postgresql URL, got: a {parsed.drivername} URL"
         )
     unknown = sorted(set(parsed.query) - {"synchronous"})
     if parsed.host or unknown:
