@@ -6,12 +6,29 @@ import asyncio
 import os
 import signal
 import sys
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def hearing(hear: Callable[[signal.Signals], None]) -> Iterator[None]:
+    """Have the running event loop call `hear` with each Ctrl-C and SIGTERM; afterwards they do what they did before."""
+    loop = asyncio.get_running_loop()
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        loop.add_signal_handler(number, hear, number)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            loop.remove_signal_handler(number)
+            if handler is not None:  # one that is not Python's cannot be put back
+                signal.signal(number, handler)
 
 
 async def run_processes(
@@ -23,12 +40,12 @@ async def run_processes(
 ) -> list[int]:
     """Run `lbr` with these arguments in `count` processes until all have ended; return their exit codes.
 
-    `environment` is added to this process's own.
+    `environment` is added to this process's own. Each gets `--parent` with the end of a pipe that nobody writes to:
+    when this process is gone, however that came, the pipe is at its end.
 
     A negative code is the signal that killed a process; its jobs are reclaimed by the others. Each process
     has a group of its own, so that a Ctrl-C reaches it once, through us.
     """
-    command = [sys.executable, "-m", "lbr", *arguments]
     children: list[asyncio.subprocess.Process] = []
     told: list[signal.Signals] = []
 
@@ -36,22 +53,24 @@ async def run_processes(
         told.append(number)
         _send(children, number)
 
-    loop = asyncio.get_running_loop()
+    ours, theirs = os.pipe()[::-1]
+    command = [sys.executable, "-m", "lbr", *arguments, "--parent", str(theirs)]
     # Before the first child: a signal that comes while they start must find them all.
-    for number in SIGNALS:
-        loop.add_signal_handler(number, pass_on, number)
-    try:
-        while len(children) < count and not told:
-            children.append(
-                await asyncio.create_subprocess_exec(*command, process_group=0, env=os.environ | environment)
-            )
-        if told:
-            _send(children[-1:], told[-1])
-        return await asyncio.gather(*(_watch(child, notify) for child in children))
-    finally:
-        for number in SIGNALS:
-            loop.remove_signal_handler(number)
-        _send(children, signal.SIGTERM)
+    with hearing(pass_on):
+        try:
+            while len(children) < count and not told:
+                children.append(
+                    await asyncio.create_subprocess_exec(
+                        *command, process_group=0, env=os.environ | environment, pass_fds=(theirs,)
+                    )
+                )
+            if told:
+                _send(children[-1:], told[-1])
+            return await asyncio.gather(*(_watch(child, notify) for child in children))
+        finally:
+            _send(children, signal.SIGTERM)
+            os.close(ours)
+            os.close(theirs)
 
 
 async def _watch(child: asyncio.subprocess.Process, notify: Callable[[str], None]) -> int:

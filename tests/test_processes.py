@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import random
 import re
 import signal
 import sqlite3
 import subprocess
+import sys
 import textwrap
 import time
 from collections import Counter
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 
+from lbr.processes import SIGNALS, hearing
 from lbr.store.enqueue import CHUNK
-from tests.support import is_postgresql
+from tests.support import eventually, is_postgresql
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -219,7 +225,8 @@ def test_second_signal_releases_at_once(cli: Cli) -> None:
     recount(cli)
 
 
-def test_function_that_will_not_stop_does_not_keep_the_worker(cli: Cli) -> None:
+@pytest.mark.parametrize("command", ["worker", "run"])
+def test_function_that_will_not_stop_does_not_keep_the_worker(cli: Cli, command: str) -> None:
     """A function that swallows its cancellation cannot keep a stopped worker alive; its job is released."""
     (cli.folder / "stubborn.py").write_text(
         textwrap.dedent(
@@ -239,12 +246,13 @@ def test_function_that_will_not_stop_does_not_keep_the_worker(cli: Cli) -> None:
     )
     write(cli.folder, ["a"])
     cli("enqueue", "in.txt", "--function", "stubborn:stay")
-    worker = cli.start("worker", "--function", "stubborn:stay", "--grace", "0", "--timeout", "1000")
+    inputs = ("in.txt", "-o", "out.jsonl") if command == "run" else ()
+    worker = cli.start(command, *inputs, "--function", "stubborn:stay", "--grace", "0", "--timeout", "1000")
     # What is in flight may not have been called yet, and is then simply given back.
     cli.wait_for_file("calls.log")
     worker.send_signal(signal.SIGTERM)
     _, told = worker.communicate(timeout=30)
-    assert worker.returncode == 0
+    assert worker.returncode == (3 if command == "run" else 0)
     assert "left 1 calls behind" in told
     assert cli.status("in")["pending"] == 1
 
@@ -287,6 +295,88 @@ def test_processes_flag_and_a_killed_child(cli: Cli) -> None:
     assert f"worker process {pids[0]} was killed by SIGKILL" in told
     check(cli.collect("in"), lines)
     recount(cli)
+
+
+@pytest.mark.parametrize("way", ["environment", "file"])
+@pytest.mark.parametrize("command", ["worker", "run"])
+def test_what_is_set_for_the_parent_is_not_for_its_children(cli: Cli, command: str, way: str) -> None:
+    """Flags of the environment and the config file are read once: no child starts children, or waits for a lock."""
+    if way == "file":
+        words = "processes = 2\nexclusive = true\nrpm = 1\n"
+        (cli.folder / "lbr.toml").write_text(f"[worker]\n{words}\n[run]\nprocesses = 2\n")
+    else:
+        twins = {"PROCESSES": "2", "EXCLUSIVE": "1", "RPM": "1"}
+        cli.environment |= {f"LBR_WORKER_{name}": value for name, value in twins.items()}
+        cli.environment["LBR_RUN_PROCESSES"] = "2"
+    lines = [f"p{n}" for n in range(60)]
+    write(cli.folder, lines)
+    cli("enqueue", "in.txt", "--model", "offline:echo", "--set", "latency=0.2")
+    if command == "run":
+        inputs = ("in.txt", "-o", "out.jsonl", "--model", "offline:echo", "--set", "latency=0.2")
+        parent = cli.start("run", *inputs, "--concurrency", "2")
+    else:
+        parent = cli.start("worker", "--concurrency", "2", "--rpm", "60000")
+    most = 0
+    while parent.poll() is None:
+        with suppress(psutil.Error):
+            most = max(most, len(psutil.Process(parent.pid).children(recursive=True)))
+        assert most <= 2, "a child has started more"
+        time.sleep(0.05)
+    _, told = parent.communicate()
+    assert (parent.returncode, most) == (0, 2), told
+    check(cli.collect("in"), lines)
+
+
+def test_children_end_with_their_parent(cli: Cli) -> None:
+    """Of a killed parent no child works on for nobody: each finishes what is in flight and claims no more."""
+    write(cli.folder, [f"p{n}" for n in range(2000)])
+    cli("enqueue", "in.txt", "--model", "offline:echo", "--set", "latency=0.2")
+    parent = cli.start("worker", "--processes", "2", "--concurrency", "4", "--exclusive")
+    cli.wait_for("in", "done", 8)
+    parent.kill()
+    _, told = parent.communicate(timeout=60)  # to the end of what the children have to say
+    assert told.count("the process that started this one is gone") == 2
+    now = cli.status("in")
+    assert (now["inflight"], now["crashed"], now["done"] + now["pending"]) == (0, 0, 2000)
+    assert now["pending"]
+    recount(cli)
+
+
+async def test_signals_do_afterwards_what_they_did_before() -> None:
+    """Who listens for a while leaves no other handler behind: `lbr run` has a file to write, and to remove, after."""
+    heard: list[int] = []
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    signal.signal(signal.SIGTERM, lambda number, _: heard.append(-number))
+    ours = signal.getsignal(signal.SIGTERM)
+    try:
+        with hearing(heard.append):
+            signal.raise_signal(signal.SIGTERM)
+            await eventually(lambda: heard)
+        assert heard == [signal.SIGTERM]
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == (
+            before[signal.SIGINT],
+            ours,
+        )
+        signal.raise_signal(signal.SIGTERM)
+        assert heard == [signal.SIGTERM, -signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before[signal.SIGTERM])
+
+
+def test_a_bar_shows_a_name_as_it_is(tmp_path: Path) -> None:
+    """On a terminal a run's name is text, whatever the one who draws the bar would make of its brackets."""
+    write(tmp_path, ["a"])
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "lbr", "run", "in.txt", "-o", "out.jsonl", "--model", "offline:echo"]
+    with subprocess.Popen([*command, "--run", "[/x][red]q"], cwd=tmp_path, stderr=theirs) as running:
+        os.close(theirs)
+        told = b""
+        with suppress(OSError):  # how a terminal that nobody holds any more comes to its end
+            while chunk := os.read(ours, 65_536):
+                told += chunk
+        os.close(ours)
+    assert running.returncode == 0, told
+    assert "[/x][red]q" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", told.decode()), told
 
 
 def test_exclusive_worker_for_cron(cli: Cli) -> None:

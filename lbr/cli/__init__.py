@@ -12,11 +12,12 @@ from lbr.cli.limiting import limit
 from lbr.cli.moving import move
 from lbr.cli.operating import cancel, pause, resume, retry, show, status
 from lbr.cli.running import run
-from lbr.cli.working import worker
+from lbr.cli.working import worker, worker_process
 
 for command in (
     enqueue,
     worker,
+    worker_process,
     collect,
     run,
     estimate,

@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -21,6 +21,7 @@ from lbr.errors import DatabaseError, LbrError, MisfitError, OutputError, UsageE
 F = TypeVar("F", bound=Callable[..., Any])
 
 DB_DEFAULT = "runs.db"
+EXIT_UNFINISHED, EXIT_FAILURES = 3, 4
 YOUNG_OBJECTS = 20_000
 """After how many new objects the garbage collector looks for cycles.
 
@@ -64,6 +65,13 @@ class Group(click.Group):
             if isinstance(option, click.Option):
                 option.envvar = twin_of(cmd, option)
         super().add_command(cmd, name)
+
+
+def with_options(command: F, options: Sequence[Callable[[F], F]]) -> F:
+    """Add flags to a command, in this order before those that it has."""
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def twin_of(command: click.Command, option: click.Option) -> str:

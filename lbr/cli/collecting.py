@@ -8,11 +8,9 @@ from typing import Any
 import click
 
 from lbr import api
-from lbr.cli.app import database_option, say
+from lbr.cli.app import EXIT_FAILURES, EXIT_UNFINISHED, database_option, say
 from lbr.jobs import Shape
 from lbr.outputs import OutputFormat
-
-EXIT_UNFINISHED, EXIT_FAILURES = 3, 4
 
 
 def describe(collected: api.Collected) -> str:

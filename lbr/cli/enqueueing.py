@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ import click
 import orjson
 
 from lbr import api
-from lbr.cli.app import database_option, read_setting, say, tell
+from lbr.cli.app import database_option, read_setting, say, tell, with_options
 from lbr.config import MAX_ATTEMPTS, default_model
 from lbr.inputs import InputFormat, is_stream, load_template
 from lbr.models.offline import ECHO
@@ -23,13 +23,6 @@ from lbr.structured import load_schema
 F = TypeVar("F", bound=Callable[..., Any])
 
 MOST_ATTEMPTS = 1_000_000
-
-
-def with_options(command: F, options: Sequence[Callable[[F], F]]) -> F:
-    """Add flags to a command, in this order before those that it has."""
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 def input_options(command: F) -> F:

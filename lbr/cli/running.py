@@ -12,17 +12,26 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lbr import api, operating, outputs, progress
-from lbr.cli.app import database_option, say
+from lbr.cli.app import EXIT_UNFINISHED, database_option, say
 from lbr.cli.collecting import describe, exit_code
 from lbr.cli.enqueueing import enqueue_inputs, task_options
-from lbr.cli.working import EXIT_UNFINISHED, serve, work_in_processes, work_options
-from lbr.config import WorkOptions, at_least_one
+from lbr.cli.working import (
+    leave_stuck,
+    processes_option,
+    serve,
+    work_flags,
+    work_in_processes,
+    work_options,
+)
+from lbr.config import at_least_one
 from lbr.errors import UsageError
 from lbr.jobs import Shape
 from lbr.store.engines import file_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+
+    from lbr.calls import WorkReport
 
 LOOK_SECONDS = 0.5
 LINE_SECONDS = 10.0
@@ -39,6 +48,7 @@ LINE_SECONDS = 10.0
 )
 @task_options
 @work_options
+@processes_option
 @database_option
 @click.pass_obj
 @click.pass_context
@@ -53,16 +63,7 @@ def run(
     outputs.check_output(out)
     _check_overwriting(inputs, out, db["db_url"])
     at_least_one("processes", flags["processes"])
-    WorkOptions(
-        flags["concurrency"],
-        flags["lease"],
-        grace=flags["grace"],
-        timeout=flags["timeout"],
-        patience=flags["patience"],
-        rpm=flags["rpm"],
-        tpm=flags["tpm"],
-        max_cost=flags["max_cost"],
-    )
+    work_flags(flags)
     context.exit(asyncio.run(_run(db, inputs, out, shape, flags)))
 
 
@@ -79,39 +80,35 @@ async def _run(
     db: dict[str, Any], inputs: tuple[str, ...], out: str, shape: str, flags: dict[str, Any]
 ) -> int:
     started = time.monotonic()
-    how = {
-        name: flags.pop(name)
-        for name in (
-            "concurrency",
-            "processes",
-            "lease",
-            "timeout",
-            "grace",
-            "patience",
-            "rpm",
-            "tpm",
-            "max_cost",
-        )
-    }
+    processes, how = flags.pop("processes"), work_flags(flags)
+    flags = {name: value for name, value in flags.items() if name not in how}
     may: dict[str, Any] = {"functions": _one(flags["function"]), "result_types": _one(flags["result_type"])}
-    report = await enqueue_inputs(db, inputs, servable=True, **flags)
-    counts = report.counts
+    enqueued = await enqueue_inputs(db, inputs, servable=True, **flags)
+    counts = enqueued.counts
     say(
-        f"lbr: run {report.run}: {counts.inputs} inputs, {counts.new} new, {counts.duplicate} duplicate, "
+        f"lbr: run {enqueued.run}: {counts.inputs} inputs, {counts.new} new, {counts.duplicate} duplicate, "
         f"{counts.reused} reused, {counts.known} known"
     )
-    processes = how.pop("processes")
-    async with _progress(db, report.run) as line:
+    worked: WorkReport | None = None
+    async with _progress(db, enqueued.run) as line:
         if processes > 1:
-            await work_in_processes(db, processes, runs=(report.run,), until="done", **how, **may)
+            await work_in_processes(db, processes, runs=(enqueued.run,), until="done", **how, **may)
         else:
-            await serve(db, line, run=report.run, **how, **may)
-    (now,) = (await operating.status(report.run, **db)).runs
+            worked = await serve(db, line, run=enqueued.run, **how, **may)
+    code = await _collect(db, enqueued.run, out, shape, started)
+    if worked is not None:
+        leave_stuck(worked, code)
+    return code
+
+
+async def _collect(db: dict[str, Any], run: str, out: str, shape: str, started: float) -> int:
+    """Write the answers of a run that has come to its end, or say why it has not; return the exit code."""
+    (now,) = (await operating.status(run, **db)).runs
     if not now.finished:
         way_out = progress.unfinished_words(now.run, now.pause_reason)
         say(f"lbr: {progress.one_line(now)}; unfinished, nothing was written; {way_out}")
         return EXIT_UNFINISHED
-    collected = await api.collect(report.run, out=out, shape=shape, **db)
+    collected = await api.collect(run, out=out, shape=shape, **db)
     say(f"lbr: {describe(collected)}, in {out}, after {progress.duration(time.monotonic() - started)}")
     return exit_code(collected)
 
@@ -134,7 +131,12 @@ async def _bar(db: dict[str, Any], /, run: str) -> AsyncIterator[Callable[[str],
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(run, total=None)
 

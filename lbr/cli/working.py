@@ -5,26 +5,29 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from lbr import api
-from lbr.cli.app import database_option, say
+from lbr.cli.app import EXIT_UNFINISHED, database_option, say, with_options
 from lbr.config import WorkOptions, at_least_one
 from lbr.jobs import Until
-from lbr.processes import SIGNALS
+from lbr.processes import hearing
 from lbr.progress import paused_words
 
 if TYPE_CHECKING:
+    import signal
+
     from lbr.calls import WorkReport
     from lbr.worker import Worker
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULTS = WorkOptions()
-EXIT_UNFINISHED = 3
 
 
 def work_options(command: F) -> F:
@@ -33,7 +36,6 @@ def work_options(command: F) -> F:
         click.option(
             "--concurrency", type=int, default=DEFAULTS.concurrency, help="Calls at a time, per process."
         ),
-        click.option("--processes", type=int, default=1, help="Worker processes to start."),
         click.option(
             "--lease", type=float, default=DEFAULTS.lease, help="Seconds that a claim holds unrenewed."
         ),
@@ -60,20 +62,66 @@ def work_options(command: F) -> F:
             help="What each run may cost, in all; when it is spent the run is paused.",
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return with_options(command, options)
 
 
-async def serve(db: dict[str, Any], notify: Callable[[str], None], **how: Any) -> WorkReport:
-    """Be a worker that listens to signals: drain on the first Ctrl-C or SIGTERM, release at once on the second."""
+def processes_option(command: F) -> F:
+    """Add the flag that says how many processes work."""
+    option = click.option("--processes", type=int, default=1, help="Worker processes to start.")
+    return option(command)
+
+
+def serving_options(command: F) -> F:
+    """Add the flags that say what a worker serves, how and until when."""
+    what = [
+        click.option(
+            "--run", "runs", metavar="NAME", multiple=True, help="A run to serve; all that it can if unset."
+        ),
+        click.option(
+            "--function",
+            "functions",
+            metavar="MODULE:NAME",
+            multiple=True,
+            help="A function that it may call.",
+        ),
+        click.option(
+            "--result-type",
+            "result_types",
+            metavar="MODULE:CLASS",
+            multiple=True,
+            help="Checks answers with it.",
+        ),
+    ]
+    until = click.option(
+        "--until",
+        type=click.Choice([str(one) for one in Until]),
+        default=str(Until.DONE),
+        help="Stop when every job is done, when nothing can be claimed, or never.",
+    )
+    return with_options(work_options(until(command)), what)
+
+
+def work_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a command's flags that say how a worker works; UsageError for a value out of range."""
+    how = {one.name: flags[one.name] for one in fields(WorkOptions) if one.name in flags}
+    WorkOptions(**how)
+    return how
+
+
+async def serve(
+    db: dict[str, Any], notify: Callable[[str], None], *, parent: int | None = None, **how: Any
+) -> WorkReport:
+    """Be a worker that listens to signals: drain on the first Ctrl-C or SIGTERM, release at once on the second.
+
+    `parent` is the end of a pipe that comes to its own end with the process that started this one; then it drains.
+    """
     # A process of our own: modules live as long as it does, and are not worth looking through again and again.
     gc.freeze()
     loop = asyncio.get_running_loop()
     told = False
 
     def listen(worker: Worker) -> None:
-        def stop() -> None:
+        def stop(_: signal.Signals) -> None:
             nonlocal told
             if told:
                 worker.abort()
@@ -82,14 +130,18 @@ async def serve(db: dict[str, Any], notify: Callable[[str], None], **how: Any) -
             say("lbr: stopping: finishing the calls in flight; once more to give them back at once")
             worker.drain()
 
-        for number in SIGNALS:
-            loop.add_signal_handler(number, stop)
+        def end_with_parent(pipe: int) -> None:
+            loop.remove_reader(pipe)
+            say("lbr: the process that started this one is gone: finishing the calls in flight")
+            worker.drain()
 
-    try:
+        until_the_end.enter_context(hearing(stop))
+        if parent is not None:
+            loop.add_reader(parent, end_with_parent, parent)
+            until_the_end.callback(loop.remove_reader, parent)
+
+    with ExitStack() as until_the_end:
         return await api.work(**how, **db, notify=notify, on_start=listen)
-    finally:
-        for number in SIGNALS:
-            loop.remove_signal_handler(number)
 
 
 async def work_alone(db: dict[str, Any], **how: Any) -> int:
@@ -101,11 +153,16 @@ async def work_alone(db: dict[str, Any], **how: Any) -> int:
     for name in report.interrupted:
         say(f"lbr: the enqueue of run {name} did not come to its end; run the same enqueue again")
     code = EXIT_UNFINISHED if report.paused or report.interrupted else 0
+    leave_stuck(report, code)
+    return code
+
+
+def leave_stuck(report: WorkReport, code: int) -> None:
+    """End the process where calls would not be cancelled, for asyncio would wait for them for ever."""
     if report.stuck:
-        # Their jobs are released; asyncio would wait for them for ever.
+        # Their jobs are released.
         say(f"lbr: left {report.stuck} calls behind that would not be cancelled")
         os._exit(code)
-    return code
 
 
 def describe_work(report: WorkReport) -> str:
@@ -125,34 +182,14 @@ def describe_work(report: WorkReport) -> str:
 
 
 @click.command()
-@click.option(
-    "--run", "runs", metavar="NAME", multiple=True, help="A run to serve; all that it can if unset."
-)
-@click.option(
-    "--function", "functions", metavar="MODULE:NAME", multiple=True, help="A function that it may call."
-)
-@click.option(
-    "--result-type", "result_types", metavar="MODULE:CLASS", multiple=True, help="Checks answers with it."
-)
-@work_options
-@click.option(
-    "--until",
-    type=click.Choice([str(one) for one in Until]),
-    default=str(Until.DONE),
-    help="Stop when every job is done, when nothing can be claimed, or never.",
-)
+@serving_options
+@processes_option
 @click.option("--exclusive", is_flag=True, help="Exit at once, with 0, where another exclusive worker runs.")
 @database_option
 @click.pass_obj
 @click.pass_context
 def worker(
-    context: click.Context,
-    db: dict[str, Any],
-    /,
-    runs: tuple[str, ...],
-    processes: int,
-    exclusive: bool,
-    **flags: Any,
+    context: click.Context, db: dict[str, Any], /, processes: int, exclusive: bool, **flags: Any
 ) -> None:
     """Claim jobs and answer them; start as many as you like, in any number of terminals.
 
@@ -161,44 +198,42 @@ def worker(
     run out.
     """
     at_least_one("processes", processes)
-    context.exit(asyncio.run(_work(db, exclusive, processes, runs, flags)))
+    context.exit(asyncio.run(_work(db, exclusive, processes, flags)))
 
 
-async def _work(
-    db: dict[str, Any], exclusive: bool, processes: int, runs: tuple[str, ...], flags: dict[str, Any]
-) -> int:
+async def _work(db: dict[str, Any], exclusive: bool, processes: int, flags: dict[str, Any]) -> int:
     async with api.exclusive(db["db_url"], wanted=exclusive):
         if processes > 1:
-            return await work_in_processes(db, processes, runs=runs, **flags)
-        return await work_alone(db, run=runs or None, **flags)
+            return await work_in_processes(db, processes, **flags)
+        return await work_alone(db, run=flags.pop("runs") or None, **flags)
+
+
+@click.command("worker-process", hidden=True)
+@serving_options
+@click.option("--parent", type=int)
+@click.pass_obj
+@click.pass_context
+def worker_process(
+    context: click.Context, db: dict[str, Any], /, runs: tuple[str, ...], **flags: Any
+) -> None:
+    """Be one of the processes of `lbr worker --processes`.
+
+    A command of its own: what the environment and the config file say of `lbr worker` is for the one who starts
+    these, and would have each of them start as many again.
+    """
+    context.exit(asyncio.run(work_alone(db, run=runs or None, **flags)))
 
 
 async def work_in_processes(db: dict[str, Any], count: int, **flags: Any) -> int:
-    """Run `lbr worker` in several processes; return the worst exit code of those that were not killed."""
-    # Checked here once, rather than by every child.
-    WorkOptions(
-        flags["concurrency"],
-        flags["lease"],
-        Until(flags["until"]),
-        flags["grace"],
-        flags["timeout"],
-        flags["patience"],
-        flags["rpm"],
-        flags["tpm"],
-        flags["max_cost"],
-    )
+    """Work in several processes; return the worst exit code of those that were not killed."""
+    work_flags(flags)  # here once, rather than by every child
     # Not as a flag, for a URL may have a password in it, and every user of the machine sees the flags.
     environment = {"LBR_DB": db["db_url"], "LBR_ALLOW_NETWORK_FS": str(int(db["allow_network_fs"]))}
-    arguments = ["worker"]
+    names = {option.name: option.opts[0] for option in worker_process.params}
+    arguments = ["worker-process"]
     for flag, value in flags.items():
-        name = {
-            "runs": "run",
-            "functions": "function",
-            "result_types": "result-type",
-            "max_cost": "max-cost",
-        }.get(flag, flag)
         for one in value if isinstance(value, tuple) else () if value is None else (value,):
-            arguments += [f"--{name}", str(one)]
+            arguments += [names[flag], str(one)]
     codes = await api.run_processes(
         arguments, count, environment=environment, notify=lambda line: say(f"lbr: {line}")
     )
