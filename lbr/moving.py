@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from lbr.config import DB_URL_DEFAULT
 from lbr.errors import DatabaseError, UsageError
 from lbr.jobs import JobState
+from lbr.reclaiming import Reclaiming
+from lbr.spool import waiting_of
 from lbr.store import contents, reads, transfer
 from lbr.store.engines import opened, shown
 from lbr.store.queue import Queue
@@ -54,8 +56,8 @@ async def move(
     The run is paused here first, calls in flight are waited for (`notify` says so), and it stays here as a paused
     copy. Interrupted, the same call goes on where it stopped; with `restart`, what is there of it is copied anew.
 
-    Raises RunNotFoundError; UsageError where the name is taken there, the run is not whole or both databases are
-    one; DatabaseError where the two differ in the end: the copy there then stays paused.
+    Raises RunNotFoundError; UsageError where the name is taken there, the run is not whole, both databases are one
+    or kept answers cannot be taken up; DatabaseError where the two differ in the end: the copy there then stays paused.
     """
     origin, aim = shown(db_url), shown(to_url)
     if origin == aim:
@@ -86,13 +88,18 @@ async def _known(run: Run, target: Database, copy: Run, aim: str) -> Moved:
 
 
 async def _hold(source: Database, name: str, aim: str, notify: Callable[[str], None]) -> Run:
-    """Pause the run and wait until none of its jobs is in flight; leases of the dead are taken back."""
+    """Pause the run and wait until none of its jobs is in flight; what dead workers have left is taken back.
+
+    Raises UsageError where kept answers stay outside of the database: they are paid for, and would be left behind.
+    """
     run = await transfer.hold(source, name, aim)
+    reclaiming = Reclaiming(source, Queue(source), notify)
     told = False
     while True:
-        await Queue(source).reclaim()
+        await reclaiming.take_back()
         held, seconds = await transfer.in_flight(source, run)
         if not held:
+            _check_none_kept(source, run)
             return run
         if not told:
             told = True
@@ -101,6 +108,15 @@ async def _hold(source: Database, name: str, aim: str, notify: Callable[[str], N
                 f"the latest if their workers are dead"
             )
         await asyncio.sleep(WAIT_SECONDS)
+
+
+def _check_none_kept(source: Database, run: Run) -> None:
+    if kept := waiting_of(source, run.id):
+        raise UsageError(
+            f"expected every finished answer of run {run.name!r} to be in {source.name} before it is moved, got: some "
+            f"kept in {', '.join(map(str, kept))} that could not be taken up; mend what keeps them out, or remove the "
+            f"file and pay for them again, then run the same command again"
+        )
 
 
 async def _complete(source: Database, run: Run, target: Database, copy: Run, aim: str) -> Moved:

@@ -6,6 +6,7 @@ job by id, claim and content key, so that an answer never lands at a job that it
 
 from __future__ import annotations
 
+import glob
 import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 ENDING = ".spool.jsonl"
 LEFT = ".left.jsonl"
 PAGE = 100
+_NOT_OURS = (ValueError, KeyError, TypeError, AttributeError, LbrError)
+"""What reading a file raises that holds something else than kept answers."""
 
 
 def keep(database: Database, batch: Sequence[Settlement]) -> Path:
@@ -64,14 +67,35 @@ def waiting(places: Iterable[Path]) -> list[Waiting]:
     found = []
     for place in places:
         for ending in (ENDING, LEFT):
-            try:
-                paths = sorted(place.parent.glob(f"{_escaped(place.name)}.*{ending}"))
-            except (
-                OSError
-            ):  # a folder that we may not look into: no worker of ours finds anything there either
-                continue
+            paths = _paths(place, ending)
             found += [Waiting(path, _count(path), left=ending == LEFT) for path in paths if path.exists()]
     return found
+
+
+def _paths(place: Path, ending: str) -> list[Path]:
+    """Return the files of a place; none in a folder that we may not look into, where no worker of ours kept any."""
+    try:
+        return sorted(place.parent.glob(f"{glob.escape(place.name)}.*{ending}"))
+    except OSError:
+        return []
+
+
+def waiting_of(database: Database, run_id: RunId) -> list[Path]:
+    """Return the files that hold answers of a run, those that may hold some but cannot be read among them."""
+    return [
+        one.path
+        for one in waiting(database.spool_places)
+        if not one.left and _may_hold_some(one.path, run_id)
+    ]
+
+
+def _may_hold_some(path: Path, run_id: RunId) -> bool:
+    try:
+        return any(settlement.claim.run_id == run_id for settlement in _read(path))
+    except FileNotFoundError:  # settled meanwhile
+        return False
+    except (OSError, *_NOT_OURS):
+        return True
 
 
 def _count(path: Path) -> int | None:
@@ -89,7 +113,7 @@ async def settle_kept(database: Database, notify: Callable[[str], None]) -> bool
     """
     complete = True
     for place in database.spool_places:
-        for path in sorted(place.parent.glob(f"{_escaped(place.name)}.*{ENDING}")):
+        for path in _paths(place, ENDING):
             lock = files.file_lock(path.with_name(path.name + ".lock"), timeout=0)
             try:
                 with lock:
@@ -108,14 +132,10 @@ async def settle_kept(database: Database, notify: Callable[[str], None]) -> bool
     return complete
 
 
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
-
-
 async def _settle_file(database: Database, path: Path, notify: Callable[[str], None]) -> None:
     try:
         kept = _read(path)
-    except (ValueError, KeyError, TypeError, AttributeError, LbrError) as error:
+    except _NOT_OURS as error:
         notify(f"expected kept answers in {path}, got: something else ({error}); look at it and remove it")
         return
     keys = await reads.job_keys(database, [s.claim.job_id for s in kept])
@@ -133,7 +153,7 @@ async def _settle_file(database: Database, path: Path, notify: Callable[[str], N
             f"expected the jobs of {len(kept)} kept answers, got: {len(others)} of another database; they are in "
             f"{left}: remove it when you do not need it"
         )
-    _remove(path)
+    os.unlink(path)
     if ours:
         notify(
             f"took up {taken} answers that were kept in {path}" + (f", {stale} came too late" * bool(stale))
@@ -142,10 +162,6 @@ async def _settle_file(database: Database, path: Path, notify: Callable[[str], N
 
 def _read(path: Path) -> list[Settlement]:
     return [_settlement(orjson.loads(line)) for line in path.read_bytes().splitlines()]
-
-
-def _remove(path: Path) -> None:
-    path.unlink()
 
 
 def _lines(batch: Sequence[Settlement]) -> bytes:

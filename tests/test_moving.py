@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,12 +14,23 @@ from lbr import LbrError, Permanent
 from lbr.errors import DatabaseError, UsageError
 from lbr.jobs import Item, KeyMaker, Prompt, Shape
 from lbr.moving import Moved
+from lbr.spool import keep, waiting_of
 from lbr.store import contents, enqueue, reads, runs, transfer
 from lbr.store.engines import open_database
 from lbr.store.queue import Queue
 from lbr.store.settle import settle
 from tests import postgres
-from tests.support import ECHO, Cli, answered, assert_counted, is_postgresql, put, states
+from tests.support import (
+    ECHO,
+    Cli,
+    answered,
+    assert_counted,
+    is_postgresql,
+    locked_by_another,
+    put,
+    states,
+)
+from tests.test_outages import FUNCTION, calls, check, enqueue_lines, far_driver
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -159,11 +171,97 @@ async def test_jobs_in_flight_are_waited_for(urls: tuple[str, str]) -> None:
     await queue.claim(worker, [run.id], 1, lease=1.5)
     told: list[str] = []
     await lbr.move("r", db_url=source, to_url=target, notify=told.append)
-    assert len(told) == 1
+    assert len(told) == 2
     assert "run r is paused; waiting for 1 jobs in flight" in told[0]
+    assert f"reclaimed 1 jobs of worker {worker}, whose lease ran out" in told[1]
     status = (await lbr.status("r", db_url=target)).runs[0]
     assert (status.pending, status.inflight, status.crashed) == (2, 0, 1)
     await database.close()
+
+
+async def test_kept_answers_come_along(
+    urls: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers that wait in a file are taken up before the run leaves, and not called for again where it goes on."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    source, target = urls
+    database = await open_database(source, create=True)
+    run = await put(database, ["a", "b", "c"])
+    queue = Queue(database)
+    worker = await queue.register(host="gone", pid=1, concurrency=2)
+    path = keep(database, [answered(c, "paid") for c in await queue.claim(worker, [run.id], 2, lease=2)])
+    told: list[str] = []
+    moved = await lbr.move("r", db_url=source, to_url=target, notify=told.append)
+    assert moved.answers == 2
+    assert [line for line in told if "took up 2 answers" in line], told
+    assert not path.exists()
+    assert (await lbr.work(db_url=target)).done == 1
+    assert [row["result"] for row in await rows_of(target)] == ["paid", "paid", "c"]
+    await database.close()
+
+
+async def test_kept_answers_that_cannot_be_taken_up_hold_a_run(
+    urls: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of answers that cannot be read keeps its run where it is; one with answers of another run does not."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    source, target = urls
+    database = await open_database(source, create=True)
+    run = await put(database, ["a"])
+    other = await put(database, ["b"], name="other")
+    queue = Queue(database)
+    worker = await queue.register(host="gone", pid=1, concurrency=1)
+    (claim,) = await queue.claim(worker, [run.id], 1, lease=60)
+    path = keep(database, [answered(claim)])
+    await queue.release(worker, [claim])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    with pytest.raises(UsageError, match=r"every finished answer .* kept in .*could not be taken up; mend"):
+        await lbr.move("r", db_url=source, to_url=target)
+    assert waiting_of(database, other.id) == [path]
+    path.write_bytes(whole)
+    assert (waiting_of(database, other.id), waiting_of(database, run.id)) == ([], [path])
+    assert (await lbr.move("r", db_url=source, to_url=target)).answers == 1
+    await database.close()
+
+
+@pytest.mark.parametrize("urls", DIRECTIONS[:1], indirect=True)
+async def test_a_dead_workers_lease_is_not_waited_for(urls: tuple[str, str]) -> None:
+    """Where a lock tells that a worker has ended, its jobs come along at once."""
+    source, target = urls
+    database = await open_database(source, create=True)
+    run = await put(database, ["a", "b"])
+    queue = Queue(database)
+    worker = await queue.register(host="here", pid=1, concurrency=2)
+    await queue.claim(worker, [run.id], 2, lease=3600)
+    queue.leave(worker)
+    async with asyncio.timeout(30):
+        await lbr.move("r", db_url=source, to_url=target)
+    status = (await lbr.status("r", db_url=target)).runs[0]
+    assert (status.pending, status.inflight, status.crashed) == (2, 0, 2)
+    await database.close()
+
+
+@pytest.mark.processes
+async def test_a_move_after_an_outage_pays_for_no_answer_twice(urls: tuple[str, str], tmp_path: Path) -> None:
+    """What a worker could not write is written by the move, whose copy calls only for what is left."""
+    here, there = [far_driver(tmp_path, url, LATENCY="1") for url in urls]
+    try:
+        lines = await asyncio.to_thread(enqueue_lines, here, 20)
+        worker = here.start("worker", *FUNCTION, "--concurrency", "4", "--patience", "1", "--lease", "5")
+        await asyncio.to_thread(here.wait_for, "in", "inflight", 4)
+        async with locked_by_another(urls[0]):
+            _, told = await asyncio.to_thread(worker.communicate, timeout=120)
+        assert "4 finished answers are kept in" in told
+        moved = await asyncio.to_thread(here, "move", *urls, "in")
+        assert "took up 4 answers" in moved.stderr
+        assert ", 4 answers moved to" in moved.stdout
+        await asyncio.to_thread(there, "worker", *FUNCTION)
+        assert calls(tmp_path) == Counter(dict.fromkeys(lines, 1))
+        await asyncio.to_thread(check, there, lines)
+    finally:
+        await asyncio.to_thread(here.stop_all)
+        await asyncio.to_thread(there.stop_all)
 
 
 async def test_states_come_along(urls: tuple[str, str]) -> None:

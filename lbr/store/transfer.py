@@ -241,11 +241,6 @@ async def _add_payloads(connection: Connection, copy: Run, ids: dict[int, int], 
     await _ADD_TRIES.run(connection, tried)
 
 
-async def check_half_done(target: Database, copy: Run) -> None:
-    """Raise NotHalfDoneError where the making of a copy is over."""
-    await target.write(lambda connection: _check_half_done(connection, copy))
-
-
 async def clear(target: Database, copy: Run) -> None:
     """Take away what a half-done copy holds, from its end on, so that at any moment its beginning is whole."""
 
