@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures.thread  # noqa: F401 - loaded late otherwise, by a user who may not read root's Python
 import os
 import tempfile
 from pathlib import Path

@@ -604,6 +604,18 @@ async def test_read_only_files_are_told(mortal_folder: Path, monkeypatch: pytest
     assert "permission" in f"{one.found} {one.do}"
 
 
+async def test_locks_of_another_user_are_told(mortal_folder: Path) -> None:
+    """A lock file that this user may not open is found by its name, before a worker stumbles over it."""
+    path = mortal_folder / "q.db"
+    await make(path)
+    assert "locks" not in await examined(str(path))
+    lock = path.with_name("q.db.checkpoint.lock")
+    lock.touch()
+    lock.chmod(0o000)
+    (one,) = (await examined(str(path)))["locks"]
+    assert (one.gravity, "may not open q.db.checkpoint.lock" in one.found) == (Gravity.WARNING, True)
+
+
 async def test_network_file_systems_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A database on a network file system is not opened, and the ways out are named; who insists has it examined."""
     path = tmp_path / "q.db"

@@ -18,6 +18,7 @@ import pytest
 from sqlalchemy import column, select, table, text
 from sqlalchemy.exc import IntegrityError
 
+import lbr
 from lbr.errors import DatabaseBusyError, DatabaseError, MisfitError, UsageError
 from lbr.jobs import Item, KeyMaker, Prompt
 from lbr.store import enqueue, file_connections, files, runs, schema, sqlite, trips
@@ -591,6 +592,44 @@ async def test_checkpoint_gives_way_to_a_reader(tmp_path: Path, monkeypatch: pyt
     reader.close()
     await assert_counted(database, run)
     await database.close()
+
+
+async def test_a_checkpoint_lock_that_may_not_be_opened_fails_no_commit(
+    mortal_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the lock is another user's, workers and enqueues go on without checkpoints; the next who may takes one."""
+    monkeypatch.chdir(mortal_folder)
+    monkeypatch.setattr(sqlite, "WAL_LIMIT_BYTES", 10_000)
+    monkeypatch.setattr(sqlite, "CHECKPOINT_PAUSE_SECONDS", 0.0)
+    lock, wal = Path("q.db.checkpoint.lock"), Path("q.db-wal")
+
+    async def long(prompt: str) -> str:
+        return prompt + "x" * 5_000
+
+    await lbr.enqueue(["a"], run="r", function=long, db_url="q.db")
+    lock.unlink(missing_ok=True)
+    lock.touch(0o000)
+    await lbr.enqueue([f"p{n}" for n in range(50)], run="r", function=long, append=True, db_url="q.db")
+    database = await open_database("q.db")
+    report = await lbr.work(functions=[long], db_url="q.db")
+    assert (report.done, report.released) == (51, 0)
+    assert wal.stat().st_size > 100_000
+    lock.chmod(0o600)
+    await put(database, ["b"], name="more")
+    assert wal.stat().st_size < 100_000
+    await database.close()
+
+
+async def test_an_exclusive_lock_that_may_not_be_opened_is_told(mortal_folder: Path) -> None:
+    """A lock of another user is an error with the file and the way out."""
+    path = mortal_folder / "q.db"
+    await (await open_database(str(path), create=True)).close()
+    path.with_name("q.db.worker.lock").touch(0o000)
+    with pytest.raises(
+        DatabaseError, match=r"expected a lock .*q\.db\.worker\.lock, got: Permission denied; make"
+    ):
+        async with sqlite.sole_worker(str(path)):
+            pass
 
 
 async def test_writes_are_refused_on_a_reading_connection(database: Database) -> None:

@@ -289,6 +289,26 @@ async def test_cancel_and_retry_do_not_mix(
     await assert_counted(database, run)
 
 
+async def test_a_worker_that_ends_with_jobs_is_not_forgotten(database: Database) -> None:
+    """Whoever holds jobs as it ends stays on record, so that they are taken back by its lock and not by their leases."""
+    run = await put(database, ["a", "b"])
+    queue = Queue(database)
+    worker = await queue.register(host="h", pid=1, concurrency=2)
+    claims = await queue.claim(worker, [run.id], 2, lease=3600)
+    await queue.release(worker, claims[:1])
+    await queue.unregister(worker)
+    queue.leave(worker)
+    assert [one.pid for one in (await reads.overview(database)).workers] == [1]
+    if database.presence.tells:
+        taken = await queue.reclaim(await queue.dead())
+        assert [(one.job_id, one.died) for one in taken] == [(claims[1].job_id, True)]
+    else:
+        await queue.release(worker, claims[1:])
+        await queue.unregister(worker)
+    assert (await reads.overview(database)).workers == []
+    assert await states(database, run) == {"pending": 2}
+
+
 async def test_release_charges_nothing(database: Database) -> None:
     """A released job is pending at once, with its fence kept and nothing charged; others' jobs stay."""
     run = await put(database, ["a", "b"])

@@ -38,6 +38,8 @@ def of_file(file: FileHealth, health: Health) -> Iterator[Finding]:
             f"this user may not write {file.path} or its folder: workers could not use it",
             f"make both writable with `chmod u+w`, or work as their owner: `ls -ld {file.path.parent} {file.path}`",
         )
+    if file.closed_locks:
+        yield _closed_locks(file)
     yield _wal(file)
 
 
@@ -89,6 +91,19 @@ def _modes(file: FileHealth) -> Finding:
         Gravity.WARNING,
         f"others can read or write prompts and answers: {shown}",
         f"chmod 600 {names}",
+    )
+
+
+def _closed_locks(file: FileHealth) -> Finding:
+    names = ", ".join(lock.name for lock in file.closed_locks)
+    paths = " ".join(map(str, file.closed_locks))
+    return Finding(
+        "locks",
+        Gravity.WARNING,
+        f"this user may not open {names}: without its lock the WAL is not moved into the file, or a command ends with "
+        f"an error",
+        f"give it to the owner of the database with `chown`: `ls -l {file.path} {paths}`; while no lbr process runs it "
+        f"may be removed as well",
     )
 
 

@@ -36,7 +36,8 @@ class FileHealth:
     """What can be said of the file without opening it.
 
     `file_system` is None where the system does not tell it. `modes` are the permissions of the database and of what
-    SQLite keeps beside it, by name. `writable` tells whether this user may write the file and make others beside it.
+    SQLite keeps beside it, by name. `writable` tells whether this user may write the file and make others beside it,
+    `closed_locks` are the lock files that are there and that this user may not open.
     """
 
     path: Path
@@ -46,6 +47,7 @@ class FileHealth:
     modes: dict[str, int]
     wal_bytes: int
     writable: bool
+    closed_locks: list[Path]
 
 
 class LookingDatabase(SQLiteDatabase):
@@ -89,6 +91,7 @@ def look_at_file(path: Path) -> FileHealth:
         modes={f"{path.name}{suffix}": stat.S_IMODE(one.st_mode) for suffix, one in found.items()},
         wal_bytes=found["-wal"].st_size if "-wal" in found else 0,
         writable=_may_write(path) and _may_write(path.parent),
+        closed_locks=[lock for lock in files.locks_of(path) if lock.exists() and not _may_write(lock)],
     )
 
 

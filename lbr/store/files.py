@@ -65,6 +65,11 @@ def lock_path(database: Path, purpose: str) -> Path:
     return database.with_name(f"{database.name}.{purpose}.lock")
 
 
+def locks_of(database: Path) -> list[Path]:
+    """Return the lock files that are there, of whatever purpose."""
+    return sorted(database.parent.glob(f"{glob.escape(database.name)}.*.lock"))
+
+
 def file_lock(path: Path, *, timeout: float) -> FileLock:
     """Return a kernel lock on a file beside the database; a killed holder frees it at once."""
     return FileLock(path, timeout=timeout, mode=0o600, fallback_to_soft=False)
@@ -221,7 +226,7 @@ async def remove_unused(path: Path, *, run: str, query: str) -> bool:
         removed = _remove_if_sole(path, run, query)
         if removed:
             # Whoever waits for one of these locks notices that it is gone, and makes it anew.
-            for lock in path.parent.glob(f"{glob.escape(path.name)}.*.lock"):
+            for lock in locks_of(path):
                 lock.unlink(missing_ok=True)
     return removed
 

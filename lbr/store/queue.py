@@ -153,9 +153,16 @@ class Queue:
         return worker
 
     async def unregister(self, worker: WorkerId) -> None:
-        """Remove a worker that ends in good order and holds nothing."""
-        await self._database.write(lambda connection: _remove(connection, [worker]))
-        self._database.presence.forget([worker])
+        """Remove a worker that ends. One that holds jobs all the same stays, so that others see it dead and take them."""
+
+        async def work(connection: Connection) -> bool:
+            if (await connection.execute(OF_DEAD, {"workers": [worker]})).first() is not None:
+                return False
+            await _remove(connection, [worker])
+            return True
+
+        if await self._database.write(work):
+            self._database.presence.forget([worker])
 
     def leave(self, worker: WorkerId) -> None:
         """End a worker, in whatever order: what it still holds, others may take back."""

@@ -206,10 +206,12 @@ class SQLiteDatabase(Database):
 
         SQLite before 3.51.3 can corrupt a database when a commit falls between two checkpoints that follow each
         other closely; with its own checkpoints off, and ours under a lock, that cannot happen.
+
+        The transaction before is committed, and its caller must hear so: what keeps a checkpoint back, the doctor tells.
         """
         try:
             size = self._wal.stat().st_size
-        except FileNotFoundError:
+        except OSError:
             return
         hasty = size >= LARGE_WAL_BYTES
         pause = HASTY_PAUSE_SECONDS if hasty else CHECKPOINT_PAUSE_SECONDS
@@ -218,7 +220,7 @@ class SQLiteDatabase(Database):
         self._unfinished_checkpoint = time.monotonic()
         try:
             self._checkpoint_lock.acquire()
-        except Timeout:
+        except OSError:  # somebody holds it, which is a Timeout, or it is a file that this user may not open
             return
         try:
             complete = await self._checkpoint(HASTY_READER_MS if hasty else READER_MS)
@@ -333,7 +335,10 @@ def open_sqlite(
 
 @asynccontextmanager
 async def sole_worker(url: str) -> AsyncIterator[None]:
-    """Hold the lock of the queue's exclusive worker; AlreadyRunningError where another one does. The kernel frees it."""
+    """Hold the lock of the queue's exclusive worker, which the kernel frees.
+
+    Raises AlreadyRunningError where another one holds it, DatabaseError where it cannot be had.
+    """
     path = sqlite_path(url)
     files.check_location(path, create=False)
     lock = files.file_lock(files.lock_path(path, "worker"), timeout=0)
@@ -343,6 +348,11 @@ async def sole_worker(url: str) -> AsyncIterator[None]:
         raise AlreadyRunningError(
             f"an exclusive worker of {path} is running already; nothing to do"
         ) from None
+    except OSError as error:
+        raise DatabaseError(
+            f"expected a lock for the exclusive worker at {lock.lock_file}, got: {error.strerror or error}; make the "
+            f"file and its folder writable, or work as their owner"
+        ) from error
     try:
         yield
     finally:
