@@ -97,7 +97,11 @@ async def cancel(run: str, *, db_url: str = DB_URL_DEFAULT, allow_network_fs: bo
 async def pause(
     run: str, *, reason: str = "by hand", db_url: str = DB_URL_DEFAULT, allow_network_fs: bool = False
 ) -> None:
-    """Stop the claiming of a run's jobs until `resume`."""
+    """Stop the claiming of a run's jobs until `resume`.
+
+    Raises UsageError for a reason that is not printable, and for a run that is cancelled, or being or was moved.
+    """
+    runs.check_reason(reason)
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         await runs.pause(database, await reads.find_run(database, run), reason)
 

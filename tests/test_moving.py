@@ -277,6 +277,41 @@ async def test_states_come_along(urls: tuple[str, str]) -> None:
     assert found == {"paused": ("paused", "no credit"), "cancelled": ("cancelled", None)}
 
 
+async def test_a_copy_that_rests_keeps_its_mark(urls: tuple[str, str]) -> None:
+    """Where a run has left nobody pauses, cancels or retries it, so it takes no inputs and moves no second time."""
+    source, target = urls
+    await lbr.enqueue(["a", "b"], run="r", model="offline:echo", db_url=source)
+    await lbr.move("r", db_url=source, to_url=target)
+    for change in (lbr.pause, lbr.cancel, lbr.retry):
+        with pytest.raises(UsageError, match="run 'r' was moved to .* and goes on there"):
+            await change("r", db_url=source)
+    with pytest.raises(UsageError, match="goes on there"):
+        await lbr.enqueue(["c"], run="r", model="offline:echo", append=True, db_url=source)
+    assert ((await lbr.status("r", db_url=source)).runs[0].pause_reason or "").startswith("moved to ")
+    assert (await lbr.move("r", db_url=source, to_url=target)).known
+
+
+async def test_a_run_on_its_way_is_changed_by_nobody(
+    urls: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither side of a half-done move is paused or cancelled; a resume keeps the run where it is."""
+    source, target = urls
+    await lbr.enqueue(["a"], run="r", model="offline:echo", db_url=source)
+
+    async def stops(*_: Any) -> int:
+        raise StoppedError
+
+    monkeypatch.setattr(transfer, "add_page", stops)
+    with pytest.raises(StoppedError):
+        await lbr.move("r", db_url=source, to_url=target)
+    for url, words in ((source, "is moving to"), (target, "is still moving from")):
+        for change in (lbr.pause, lbr.cancel):
+            with pytest.raises(UsageError, match=f"run 'r' {words}"):
+                await change("r", db_url=url)
+    await lbr.resume("r", db_url=source)
+    await lbr.pause("r", db_url=source)
+
+
 async def test_a_copy_that_differs_is_found(urls: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer that is another one there is found by the hash; the copy stays paused."""
     source, target = urls

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import insert, select, text
 
+import lbr
 from lbr.errors import (
     DatabaseError,
     Family,
@@ -307,6 +308,15 @@ async def test_a_worker_that_ends_with_jobs_is_not_forgotten(database: Database)
         await queue.unregister(worker)
     assert (await reads.overview(database)).workers == []
     assert await states(database, run) == {"pending": 2}
+
+
+@pytest.mark.parametrize("reason", ["", " ", "a\x00b", "a\ud800b", "a\nb", "x" * 1_001, "moved to summer"])
+async def test_a_reason_that_cannot_be_kept_is_refused(database: Database, db_url: str, reason: str) -> None:
+    """What one database would not take, and what would pass for a move, is refused by both in the same words."""
+    run = await put(database, ["a"])
+    with pytest.raises(UsageError, match="expected a reason"):
+        await lbr.pause("r", reason=reason, db_url=db_url)
+    assert (await reads.find_run(database, run.name)).state == "active"
 
 
 async def test_release_charges_nothing(database: Database) -> None:

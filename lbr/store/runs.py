@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 BATCH = 5_000
 NAME_LENGTH = 200
+REASON_LENGTH = 1_000
 
 # How the reasons of runs begin that `lbr move` paused: at the place that they leave, and where they arrive.
 MOVING_TO, MOVED_TO, MOVING_FROM = "moving to ", "moved to ", "moving from "
@@ -73,6 +74,18 @@ class RunSpec:
             raise UsageError(
                 f"expected a run name of 1 to {NAME_LENGTH} printable characters, got: {name[:250]!r}; set --run"
             )
+
+
+def check_reason(reason: str) -> None:
+    """Raise UsageError for a reason to pause a run that no database should see, or that would tell of a move."""
+    if not reason.strip() or not reason.isprintable() or len(reason) > REASON_LENGTH:
+        raise UsageError(
+            f"expected a reason of 1 to {REASON_LENGTH} printable characters, got: {reason[:250]!r}; set --reason"
+        )
+    if reason.startswith((MOVING_TO, MOVED_TO, MOVING_FROM)):
+        raise UsageError(
+            f"expected a reason that cannot be taken for one of `lbr move`, got: {reason[:250]!r}; put it in other words"
+        )
 
 
 def run_of(row: AnyRow) -> Run:
@@ -193,7 +206,7 @@ def _price_text(price: Price | None) -> str | None:
 
 
 def check_not_moving(name: str, reason: str | None) -> None:
-    """Raise UsageError where a run with this pause reason takes no inputs, for it is being or was moved."""
+    """Raise UsageError where a run with this pause reason takes no changes, for it is being or was moved."""
     where = (reason or "").partition(BEFORE)[0]
     if where.startswith(MOVED_TO):
         raise UsageError(f"run {name!r} was {where} and goes on there; name that database with --db")
@@ -249,12 +262,17 @@ async def set_fingerprint(database: Database, run: Run, fingerprint: str) -> Non
 
 
 async def pause(database: Database, run: Run, reason: str) -> Run:
-    """Stop the claiming of a run's jobs until `resume`; calls in flight go on. Safe to repeat."""
+    """Stop the claiming of a run's jobs until `resume`; calls in flight go on. Safe to repeat.
+
+    UsageError for a cancelled run, and for one that is being or was moved: its reason is what tells so.
+    """
     return await _set_state(database, run, RunState.PAUSED, reason)
 
 
 async def resume(database: Database, run: Run, **budget: int | None) -> Run:
-    """Let a paused run's jobs be claimed again. UsageError for a cancelled run. Safe to repeat.
+    """Let a paused run's jobs be claimed again, also those of a copy that a move has left behind. Safe to repeat.
+
+    UsageError for a cancelled run, and where only a part of it may be here.
 
     `budget_nanos` is what it may cost from now on, None for any amount; left out, that stays as it is.
     """
@@ -269,7 +287,8 @@ async def _set_state(
         current = await find(connection, run.name)
         if current.state is RunState.CANCELLED:
             raise UsageError(f"run {run.name!r} was cancelled; `lbr retry {run.name}` takes it up again")
-        _check_whole(run.name, current.pause_reason)
+        check = _check_whole if state is RunState.ACTIVE else check_not_moving
+        check(run.name, current.pause_reason)
         values = {"state": state, "pause_reason": reason, **more}
         await connection.execute(update(runs).where(runs.c.id == run.id).values(**values))
         await database.wake(connection)
@@ -279,11 +298,14 @@ async def _set_state(
 
 
 async def cancel(database: Database, run: Run) -> int:
-    """Cancel a run and its pending jobs; return how many jobs. Answers on their way are still kept."""
+    """Cancel a run and its pending jobs; return how many jobs. Answers on their way are still kept.
+
+    UsageError for a run that is being or was moved.
+    """
 
     async def mark(connection: Connection) -> None:
         await hold_states(connection, [run.id], to_change=True)
-        _check_whole(run.name, (await find(connection, run.name)).pause_reason)
+        check_not_moving(run.name, (await find(connection, run.name)).pause_reason)
         values = {"state": RunState.CANCELLED, "pause_reason": None}
         await connection.execute(update(runs).where(runs.c.id == run.id).values(**values))
 
@@ -292,11 +314,11 @@ async def cancel(database: Database, run: Run) -> int:
 
 
 async def revive(database: Database, run: Run) -> None:
-    """Make a cancelled run active again. UsageError where only a part of it may be here. Safe to repeat."""
+    """Make a cancelled run active again. UsageError where it is being or was moved. Safe to repeat."""
 
     async def work(connection: Connection) -> None:
         await hold_states(connection, [run.id], to_change=True)
-        _check_whole(run.name, (await find(connection, run.name)).pause_reason)
+        check_not_moving(run.name, (await find(connection, run.name)).pause_reason)
         values = {"state": RunState.ACTIVE}
         where = (runs.c.id == run.id) & (runs.c.state == RunState.CANCELLED)
         await connection.execute(update(runs).where(where).values(**values))
