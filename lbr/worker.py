@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 from lbr.calls import Calls, WorkReport
 from lbr.claiming import Claiming
-from lbr.errors import DatabaseError, NothingToServeError
-from lbr.jobs import JobState, RunState, Until, WorkerId
+from lbr.ending import Ending
+from lbr.errors import DatabaseError
+from lbr.jobs import Until, WorkerId
 from lbr.pacing import Pacing
 from lbr.reclaiming import Reclaiming
 from lbr.retry import RetryPolicy
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from lbr.config import WorkOptions
-    from lbr.jobs import Claim, Millis, Run, Settlement
+    from lbr.jobs import Claim, Run, Settlement
     from lbr.models.resolve import Authority
     from lbr.store.database import Database
     from lbr.store.settle import Settled
@@ -40,8 +41,6 @@ TICK_SECONDS = 5.0
 CHECK_SECONDS = 1.0
 STANDSTILL_SECONDS = 1.0
 JITTER_SECONDS = 1.0
-ABANDONED_MS = 30_000
-"""An enqueue that added nothing for so long, and did not come to its end, is taken for interrupted."""
 
 
 class Worker:
@@ -72,6 +71,14 @@ class Worker:
         self._servings = Servings(
             authority, concurrency=options.concurrency, limits_cost=options.max_cost is not None
         )
+        self._ending = Ending(
+            database,
+            self._queue,
+            self._servings,
+            options.until,
+            named=run_names is not None,
+            notify=notify,
+        )
         self.report = WorkReport()
         self._rng = rng or Random()  # noqa: S311 - jitter
         self._claiming = Claiming(database, self._queue, self._servings.served, lease=options.lease)
@@ -90,7 +97,6 @@ class Worker:
         self._next_look = 0.0
         self._next_due = 0.0
         self._next_check = 0.0
-        self._told_held = False
         self._id = WorkerId(0)
 
     def drain(self) -> None:
@@ -312,50 +318,10 @@ class Worker:
         if self._calls or self._options.until is Until.FOREVER or now < self._next_check:
             return False
         self._next_check = now + CHECK_SECONDS
-        if self._options.until is Until.EMPTY:
-            outlook = await self._queue.look(self._claiming.order)
-            if outlook.due or outlook.suspects or outlook.expired:
-                return False
-        view = await reads.counts(self._database, [run.id for run in await self._wanted()])
-        if self._options.until is Until.DONE and not self._all_done(view, await reads.now(self._database)):
+        if not await self._ending.has_come(await self._wanted(), self._claiming.order):
             return False
-        self._check_served(view)
+        self.report.paused, self.report.interrupted = self._ending.paused, self._ending.interrupted
         return True
-
-    def _all_done(self, view: list[reads.RunCounts], now: Millis) -> bool:
-        interrupted = []
-        for one in view:
-            if one.run.id not in self._servings.served or one.run.state is not RunState.ACTIVE:
-                continue
-            if one.open:
-                self._tell_held(one)
-                return False
-            if one.run.sealed_at is None:
-                if now - one.run.enqueued_at < ABANDONED_MS:
-                    return False
-                interrupted.append(one.run.name)
-        self.report.interrupted = interrupted
-        return True
-
-    def _tell_held(self, one: reads.RunCounts) -> None:
-        """Say once what an idle worker waits for."""
-        held = one.of(JobState.INFLIGHT)
-        if held and not one.of(JobState.PENDING) and not self._told_held:
-            self._told_held = True
-            self._notify(
-                f"run {one.run.name}: waiting for {held} jobs that other workers hold; a dead worker's are taken back, "
-                f"at the latest when their leases run out"
-            )
-
-    def _check_served(self, view: list[reads.RunCounts]) -> None:
-        """Raise NothingToServeError where there was work, and none of it for this process; report paused runs."""
-        refused = self._servings.refused
-        waiting = [one for one in view if one.run.id in refused and one.open]
-        if waiting and not self._servings.served:
-            reasons = "; ".join(f"{one.run.name}: {refused[one.run.id]}" for one in waiting)
-            raise NothingToServeError(f"expected a run that this worker can serve, got: none. {reasons}")
-        paused = [one.run for one in view if one.open and one.run.state is RunState.PAUSED]
-        self.report.paused = {run.name: run.pause_reason or "" for run in paused}
 
     async def _tick(self) -> None:
         """Renew the leases, say that we live, and take back what the dead have left."""

@@ -243,6 +243,7 @@ async def test_a_dead_workers_lease_is_not_waited_for(urls: tuple[str, str]) -> 
 
 
 @pytest.mark.processes
+@pytest.mark.parametrize("urls", DIRECTIONS[:2], indirect=True)
 async def test_a_move_after_an_outage_pays_for_no_answer_twice(urls: tuple[str, str], tmp_path: Path) -> None:
     """What a worker could not write is written by the move, whose copy calls only for what is left."""
     here, there = [far_driver(tmp_path, url, LATENCY="1") for url in urls]
@@ -275,6 +276,23 @@ async def test_states_come_along(urls: tuple[str, str]) -> None:
         await lbr.move(name, db_url=source, to_url=target)
     found = {run.run: (run.state, run.pause_reason) for run in (await lbr.status(db_url=target)).runs}
     assert found == {"paused": ("paused", "no credit"), "cancelled": ("cancelled", None)}
+
+
+async def test_workers_pass_over_a_copy_that_rests(urls: tuple[str, str]) -> None:
+    """A moved run is nothing to report, so that a cron line beside it does not fail for ever; named, it is told of."""
+    source, target = urls
+    await lbr.enqueue(["a"], run="r", model="offline:echo", db_url=source)
+    await lbr.pause("r", reason="no credit", db_url=source)
+    await lbr.move("r", db_url=source, to_url=target)
+    told: list[str] = []
+    assert (await lbr.work(db_url=source, notify=told.append)).paused == {}
+    assert told == []
+    assert (await lbr.work(run="r", db_url=source, notify=told.append)).paused == {}
+    (line,) = told
+    assert line.startswith("run r was moved to ")
+    assert line.endswith(" and goes on there; name that database with --db")
+    assert "no credit" not in line
+    assert (await lbr.work(run="r", db_url=target)).paused == {"r": "no credit"}
 
 
 async def test_a_copy_that_rests_keeps_its_mark(urls: tuple[str, str]) -> None:

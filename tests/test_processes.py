@@ -393,6 +393,23 @@ def test_exclusive_worker_for_cron(cli: Cli) -> None:
     assert "0 done" in cli("worker", "--exclusive").stderr
 
 
+@pytest.mark.processes
+def test_a_pause_is_told_by_those_whom_it_concerns(cli: Cli) -> None:
+    """A worker that comes after a pause ends with 0, one that is given the run with 3, and `lbr run` says how to go on."""
+    write(cli.folder, ["a", "b"])
+    cli("enqueue", "in.txt", "--model", "offline:echo")
+    cli("pause", "in", "--reason", "no credit")
+    assert "paused" not in cli("worker").stderr
+    for command in (
+        ("worker", "--run", "in"),
+        ("run", "in.txt", "-o", "out.jsonl", "--model", "offline:echo"),
+    ):
+        done = cli(*command, check=False)
+        assert (done.returncode, "no credit; mend it, then `lbr resume in`" in done.stderr) == (3, True), (
+            done.stderr
+        )
+
+
 def test_failures_and_retry(cli: Cli) -> None:
     """Failed rows carry their error and exit code 4; retry puts them back, and only them are called again."""
     (cli.folder / "shaky.py").write_text(

@@ -182,7 +182,9 @@ async def test_pause_stops_the_run_and_keeps_every_job(live: Database) -> None:
     left = await states(live, run)
     assert (left["done"], left["pending"]) == (report.done, 30 - report.done)
     assert report.done < 30
-    assert (await worker_for(live, paid).run()).paused == {"r": "Pause: no credit"}
+    assert (await worker_for(live, paid).run()).paused == {}
+    named = Worker(live, authorize([paid]), WorkOptions(), run_names=["r"])
+    assert (await named.run()).paused == {"r": "Pause: no credit"}
     account.credit = 1_000
     await runs.resume(live, run)
     assert (await worker_for(live, paid).run()).done == 30 - report.done

@@ -82,7 +82,7 @@ def check_reason(reason: str) -> None:
         raise UsageError(
             f"expected a reason of 1 to {REASON_LENGTH} printable characters, got: {reason[:250]!r}; set --reason"
         )
-    if reason.startswith((MOVING_TO, MOVED_TO, MOVING_FROM)):
+    if tells_of_move(reason):
         raise UsageError(
             f"expected a reason that cannot be taken for one of `lbr move`, got: {reason[:250]!r}; put it in other words"
         )
@@ -203,6 +203,11 @@ async def _make(database: Database, connection: Connection, spec: RunSpec) -> bo
 
 def _price_text(price: Price | None) -> str | None:
     return None if price is None else price.to_json()
+
+
+def tells_of_move(reason: str) -> bool:
+    """Tell whether a run with this pause reason was paused by `lbr move`."""
+    return reason.startswith((MOVING_TO, MOVED_TO, MOVING_FROM))
 
 
 def check_not_moving(name: str, reason: str | None) -> None:
