@@ -151,19 +151,25 @@ async def test_times_from_the_future_are_found(db_url: str) -> None:
     assert "the making of a run by" in one.found
 
 
-async def test_a_cooldown_of_hours_is_found(database: Database, db_url: str, clock: Clock) -> None:
-    """A cooldown of minutes passes and is a note; one of hours, which lbr never makes by itself, is a warning."""
+async def test_cooldowns_are_told(database: Database, db_url: str, clock: Clock) -> None:
+    """One of minutes passes and is a note; one of days, which holds nobody back, tells of a clock that was ahead."""
     await put(database, ["a"])
-    for hours, gravity in ((0.1, Gravity.NOTE), (5, Gravity.WARNING)):
+    for hours in (0.1, 48):
         until = clock() + round(hours * HOUR_MS)
         change(
             db_url,
             "DELETE FROM limits",
             f"INSERT INTO limits (answerer, cooldown_until, reason) VALUES ('offline:echo', {until}, '429')",
         )
-        (one,) = (await examined(db_url, clock))["cooldown"]
-        assert one.gravity is gravity
-        assert "nobody calls offline:echo for another" in one.found
+        found = await examined(db_url, clock)
+        if hours < 1:
+            (one,) = found["cooldown"]
+            assert one.gravity is Gravity.NOTE
+            assert "nobody calls offline:echo for another" in one.found
+            assert found["clock"][0].gravity is Gravity.OK
+        else:
+            assert "cooldown" not in found
+            assert "the setting of a cooldown by 47 h" in found["clock"][0].found
 
 
 async def test_limits_in_force_are_told(database: Database, db_url: str) -> None:

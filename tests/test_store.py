@@ -399,6 +399,23 @@ async def test_rate_limit_cools_every_run_of_the_answerer(database: Database, cl
     assert sorted((c.prompt.text or "", c.attempts) for c in claims) == [("a", 0), ("b", 0), ("c", 0)]
 
 
+async def test_a_cooldown_of_a_clock_that_was_ahead_hides_no_other(database: Database, clock: Clock) -> None:
+    """Once the clock is right, what it had set far ahead holds nobody back, and gives way to the next wait."""
+    run = await put(database, ["a", "b"])
+    queue, worker, _ = await two_workers(database)
+    clock.forward(2 * 86_400)
+    (claim,) = await queue.claim(worker, [run.id], 1, lease=60)
+    await settle(database, [failed(claim, LIMITED)])
+    clock.forward(-2 * 86_400)
+    assert (await reads.overview(database)).cooldowns == []
+    (claim,) = await queue.claim(worker, [run.id], 1, lease=60)
+    settlement = failed(claim, LIMITED)
+    await settle(database, [settlement])
+    (cooldown,) = (await reads.overview(database)).cooldowns
+    assert cooldown.until == clock() + settlement.wait_ms
+    assert await queue.claim(worker, [run.id], 1, lease=60) == []
+
+
 async def test_account_failure_pauses_the_run(database: Database) -> None:
     """No credit: the run is paused with the reason, the job is kept uncharged, and resume goes on."""
     run = await put(database, ["a", "b"])

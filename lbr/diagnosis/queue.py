@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from lbr.store.recount import Drift
 
 AHEAD_MS = 2_000
-LONG_COOLDOWN_MS = 3_600_000
 LONG_EXPIRED_MS = 60_000
 LIVE_ENQUEUE_MS = 60_000
 LEAST_SLOTS = 2
@@ -99,15 +98,7 @@ def _limits(view: Overview) -> Iterator[Finding]:
     for cooldown in view.cooldowns:
         left = cooldown.until - view.now
         words = f"nobody calls {cooldown.answerer} for another {duration(left / 1000)}: {cooldown.reason}"
-        if left < LONG_COOLDOWN_MS:
-            yield Finding("cooldown", Gravity.NOTE, words, "nothing: it passes")
-        else:
-            yield Finding(
-                "cooldown",
-                Gravity.WARNING,
-                words,
-                "lbr waits for minutes at most: see whether the clock was set back since; else wait",
-            )
+        yield Finding("cooldown", Gravity.NOTE, words, "nothing: it passes")
     for seen in view.limits:
         fields = limit_fields(seen)
         learned = seen.limit.concurrency is None and seen.limit.slots is not None

@@ -108,7 +108,7 @@ class Gate:
 
     def cool(self, until: Mapping[str, int]) -> None:
         """Pass over the runs of answerers that cool down, each until its time."""
-        cooling = {who: end for who, end in until.items() if _is_ahead(end, self.now)}
+        cooling = {who: end for who, end in until.items() if is_ahead(end, self.now)}
         self.waits += cooling.values()
         self.answerers = {run_id: who for run_id, who in self.answerers.items() if who not in cooling}
 
@@ -162,7 +162,7 @@ class Gate:
         await _save(connection, {who: self.limits[who] for who in sorted(self.debited)})
 
 
-def _is_ahead(until: int, now: int) -> bool:
+def is_ahead(until: int, now: int) -> bool:
     """Tell whether a cooldown goes on; one that would go on for too long was set by a clock that was ahead."""
     return now < until <= now + FARTHEST_MS
 
@@ -173,7 +173,7 @@ async def open_gate(connection: Connection, run_ids: Sequence[RunId], now: Milli
     known: dict[str, Limit] = {}
     limited: list[RunId] = []
     for run_id, budget, who, cooldown_until, *values in await _OPEN.all(connection, {"ids": list(run_ids)}):
-        if cooldown_until is not None and _is_ahead(cooldown_until, now):
+        if cooldown_until is not None and is_ahead(cooldown_until, now):
             gate.waits.append(cooldown_until)
             continue
         gate.answerers[run_id] = who

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import func, select
 
 from lbr.errors import LbrError
+from lbr.retry import FARTHEST_MS
 from lbr.store import reads, recount
 from lbr.store.schema import INFLIGHT, jobs, limits, runs, workers
 
@@ -105,6 +106,8 @@ async def _ahead(database: Database) -> dict[str, int]:
         found = {what: await connection.scalar(select(when)) for what, when in latest.items()}
         lease = await connection.scalar(select(func.max(jobs.c.lease_until)).where(INFLIGHT))
         found["the taking of a lease"] = None if lease is None else lease - LONGEST_LEASE_MS
+        cooldown = await connection.scalar(select(func.max(limits.c.cooldown_until)))
+        found["the setting of a cooldown"] = None if cooldown is None else cooldown - FARTHEST_MS
         return {what: when - now for what, when in found.items() if when is not None and when > now}
 
     return await database.read(work)

@@ -12,7 +12,7 @@ from lbr.errors import DatabaseError, UsageError
 from lbr.jobs import JobId, JobState, Millis, Prompt, Row, Run, RunId, Shape
 from lbr.store import counters, runs
 from lbr.store.arrays import among
-from lbr.store.limiting import LimitSeen, all_limits
+from lbr.store.limiting import LimitSeen, all_limits, is_ahead
 from lbr.store.schema import attempts, items, jobs, limits, prompts, results, workers
 from lbr.store.schema import counters as counters_table
 from lbr.store.schema import runs as runs_table
@@ -234,7 +234,11 @@ async def overview(database: Database, name: str | None = None) -> Overview:
                 )
                 for w in seen
             ],
-            cooldowns=[Cooldown(c.answerer, c.cooldown_until, c.reason) for c in cooling],
+            cooldowns=[
+                Cooldown(c.answerer, c.cooldown_until, c.reason)
+                for c in cooling
+                if is_ahead(c.cooldown_until, now)
+            ],
             limits=await all_limits(connection, now),
         )
 

@@ -6,11 +6,11 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import literal_column, null, select, update
+from sqlalchemy import bindparam, literal_column, null, select, update
 
 from lbr.errors import NO_USAGE, DatabaseError, Family, Usage
 from lbr.jobs import JobId, JobState, Millis, RunId, RunState, Settlement
-from lbr.retry import is_overload
+from lbr.retry import FARTHEST_MS, is_overload
 from lbr.store import counters
 from lbr.store.arrays import Bulk, Given, Inserting, Query, among
 from lbr.store.fence import FENCE, Standing, is_doubtful, is_mine, is_plain, is_repeated
@@ -86,6 +86,11 @@ def _cooling(given: Given) -> Any:
 _COOL_DOWN = Bulk(
     {"who": limits.c.answerer.type, "until": limits.c.cooldown_until.type, "why": limits.c.reason.type},
     _cooling,
+)
+_FORGET_FAR = (
+    update(limits)
+    .where(among(limits.c.answerer, "answerers"), limits.c.cooldown_until > bindparam("farthest"))
+    .values(cooldown_until=0)
 )
 _USAGE = ("input_tokens", "output_tokens", "cost_nanos")
 ADD_RESULTS = Inserting(results, "job_id", "text", "model", "finish_reason", "latency_ms", *_USAGE)
@@ -298,6 +303,10 @@ async def _cool_down(
         }
         for answerer, s in sorted(longest.items())
     ]
+    if rows:
+        # What a clock that was ahead has set holds nobody back, and would be taken for the longer wait.
+        far = {"answerers": [row["who"] for row in rows], "farthest": now + FARTHEST_MS}
+        await connection.execute(_FORGET_FAR, far)
     await _COOL_DOWN.run(connection, rows)
 
 
