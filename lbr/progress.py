@@ -11,7 +11,7 @@ from lbr.jobs import JobState, RunState
 from lbr.prices import NANOS, Price, dollars
 from lbr.store import counters
 from lbr.store.limiting import SILENT_MS
-from lbr.store.runs import MOVED_TO
+from lbr.store.runs import MOVED_TO, MOVING_FROM, MOVING_TO, tells_of_move
 
 if TYPE_CHECKING:
     from lbr.jobs import Json
@@ -25,7 +25,7 @@ class RunStatus:
 
     `jobs` are distinct inputs, `duplicates` the inputs that share another's job, `reused` the jobs answered
     from another run. `rate` is jobs per second of the workers now, `eta_seconds` None where nobody works or
-    nothing is left. `cost_usd` is None where no price was known, or nothing was spent; `wasted_usd` is the part of
+    nothing is left; of a run that is not active both are those of no work. `cost_usd` is None where no price was known, or nothing was spent; `wasted_usd` is the part of
     it that went to tries that were no answers, or came too late. `price` is what the run's user says that a million
     tokens cost, None where the provider and the price table are asked; `max_cost_usd` what the run may cost, None
     without a limit. `errors` counts tries by family.
@@ -145,6 +145,7 @@ def _run_status(one: RunCounts, rate: float) -> RunStatus:
         family.value: counts[counters.TRY + family] for family in Family if counts[counters.TRY + family]
     }
     cost = counts[counters.COST_NANOS]
+    left = one.open if one.run.state is RunState.ACTIVE else 0
     return RunStatus(
         run=one.run.name,
         state=one.run.state,
@@ -170,8 +171,8 @@ def _run_status(one: RunCounts, rate: float) -> RunStatus:
         price=None if one.run.price is None else one.run.price.to_dict(),
         max_cost_usd=None if one.run.budget_nanos is None else one.run.budget_nanos / NANOS,
         errors=errors,
-        rate=rate if one.open else 0.0,
-        eta_seconds=one.open / rate if one.open and rate > 0 else None,
+        rate=rate if left else 0.0,
+        eta_seconds=left / rate if left and rate > 0 else None,
     )
 
 
@@ -204,6 +205,10 @@ def paused_words(run: str, reason: str) -> str:
     """Return why a run is paused, and what to do about it."""
     if reason.startswith(MOVED_TO):
         return f"{reason}, where it goes on; this is a copy that rests"
+    if reason.startswith(MOVING_TO):
+        return f"{reason}; finish that with the same `lbr move`, or keep it here with `lbr resume {run}`"
+    if reason.startswith(MOVING_FROM):
+        return f"{reason}; finish that with the same `lbr move`"
     if reason.startswith(BUDGET_SPENT):
         return f"{reason}; `lbr resume {run} --max-cost DOLLARS` lets it cost more"
     return f"{reason}; mend it, then `lbr resume {run}`"
@@ -214,7 +219,7 @@ def unfinished_words(run: str, reason: str | None) -> str:
     if reason is None:
         return "run the same command again to resume"
     words = f"paused: {paused_words(run, reason)}"
-    if reason.startswith(MOVED_TO):
+    if tells_of_move(reason):
         return words
     if reason.startswith(BUDGET_SPENT):
         # The old --max-cost would be set again, and the run be paused again at once.

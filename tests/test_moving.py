@@ -14,6 +14,7 @@ from lbr import LbrError, Permanent
 from lbr.errors import DatabaseError, UsageError
 from lbr.jobs import Item, KeyMaker, Prompt, Shape
 from lbr.moving import Moved
+from lbr.progress import describe, unfinished_words
 from lbr.spool import keep, waiting_of
 from lbr.store import contents, enqueue, reads, runs, transfer
 from lbr.store.engines import open_database
@@ -326,6 +327,14 @@ async def test_a_run_on_its_way_is_changed_by_nobody(
         for change in (lbr.pause, lbr.cancel):
             with pytest.raises(UsageError, match=f"run 'r' {words}"):
                 await change("r", db_url=url)
+    for url, way in (
+        (source, "the same `lbr move`, or keep it here with `lbr resume r`"),
+        (target, "the same `lbr move`"),
+    ):
+        found = await lbr.status("r", db_url=url)
+        (words,) = [line for line in describe(found).splitlines() if "paused:" in line]
+        assert words.endswith(f"; finish that with {way}")
+        assert unfinished_words("r", found.runs[0].pause_reason) == words.strip()
     await lbr.resume("r", db_url=source)
     await lbr.pause("r", db_url=source)
 

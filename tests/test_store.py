@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import insert, select, text
 
 import lbr
+from lbr import progress
 from lbr.errors import (
     DatabaseError,
     Family,
@@ -414,6 +415,23 @@ async def test_a_cooldown_of_a_clock_that_was_ahead_hides_no_other(database: Dat
     (cooldown,) = (await reads.overview(database)).cooldowns
     assert cooldown.until == clock() + settlement.wait_ms
     assert await queue.claim(worker, [run.id], 1, lease=60) == []
+
+
+async def test_only_an_active_run_has_an_end_in_sight(database: Database) -> None:
+    """What workers do for another run says nothing of one that is paused, or was cancelled with calls in flight."""
+    runs_of = {name: await put(database, ["a", "b"], name=name) for name in ("active", "paused", "cancelled")}
+    queue, worker, _ = await two_workers(database)
+    claims = await queue.claim(worker, [runs_of["cancelled"].id], 1, lease=60)
+    await queue.renew(worker, claims, lease=60, settled=10, rate=2.0)
+    await runs.pause(database, runs_of["paused"], "no credit")
+    await runs.cancel(database, runs_of["cancelled"])
+    found = progress.status_of(await reads.overview(database))
+    assert {one.run: (one.rate, one.eta_seconds) for one in found.runs} == {
+        "active": (2.0, 1.0),
+        "paused": (0.0, None),
+        "cancelled": (0.0, None),
+    }
+    assert "left" not in progress.one_line(found.runs[1])
 
 
 async def test_account_failure_pauses_the_run(database: Database) -> None:
