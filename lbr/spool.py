@@ -113,6 +113,7 @@ async def settle_kept(database: Database, notify: Callable[[str], None]) -> bool
     """
     complete = True
     for place in database.spool_places:
+        files.remove_parts(_paths(place.with_name(f".{place.name}"), files.PART))
         for path in _paths(place, ENDING):
             lock = files.file_lock(path.with_name(path.name + ".lock"), timeout=0)
             try:

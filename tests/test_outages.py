@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import select
 
+from lbr import spool
 from lbr.jobs import Item, KeyMaker, Prompt
-from lbr.store import enqueue, reads
+from lbr.store import enqueue, files, reads
 from lbr.store.engines import open_database
 from lbr.store.queue import Queue
 from lbr.store.schema import workers as workers_table
@@ -390,6 +391,31 @@ async def test_kept_answers_of_another_database_are_left_alone(db_url: str, tmp_
     assert len(lines) == 1
     assert await states(database, run) == {"done": 1, "inflight": 1}
     assert (await reads.story(database, run, 0)).row.result == "ours\x85"
+    await database.close()
+
+
+async def test_half_written_files_are_in_nobodys_way(db_url: str, tmp_path: Path) -> None:
+    """What a killed process was writing keeps no answers out, and is removed; what is being written stays."""
+    database = await open_database(db_url, create=True)
+    database.spool_places = [tmp_path / "kept" / "queue"]
+    run = await put(database, ["a", "b"])
+    queue = Queue(database)
+    worker = await queue.register(host="h", pid=1, concurrency=2)
+    one, two = await queue.claim(worker, [run.id], 2, lease=60)
+    path = spool.keep(database, [answered(one), answered(one.__class__(**_fields(two) | {"key": b"x"}))])
+    left = path.name.replace(".spool.", ".left.")
+    dead = [path.with_name(f".{left}.part"), path.with_name(".queue.1-2.spool.jsonl.0123abcd.part")]
+    for part in dead:
+        part.write_text("half of an ans")
+    living, new = path.with_name(".queue.3-4.spool.jsonl.part"), path.with_name(".queue.5-6.spool.jsonl.part")
+    new.touch()
+    with living.open("w") as file:
+        files.lock_open(file.fileno())
+        file.write("half of an ans")
+        file.flush()
+        assert await spool.settle_kept(database, lambda _: None)
+    assert {part.name for part in path.parent.iterdir()} == {left, living.name, new.name}
+    assert await states(database, run) == {"done": 1, "inflight": 1}
     await database.close()
 
 

@@ -7,16 +7,23 @@ import hashlib
 import os
 import re
 import sqlite3
+import time
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 from filelock import AsyncFileLock, FileLock, Timeout
 
 from lbr.errors import DatabaseBusyError, DatabaseError, UsageError
 
+try:
+    import fcntl
+except ImportError:  # a system without flock(2)
+    fcntl = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterable
 
 NETWORK_FILE_SYSTEMS = frozenset(
     {
@@ -55,6 +62,10 @@ NETWORK_FILE_SYSTEMS = frozenset(
 )
 """As /proc/self/mountinfo calls them, those in user space without the `fuse.` before their name."""
 SUFFIXES = ("", "-wal", "-shm", "-journal")
+PART = ".part"
+"""Ends the names of files that are being written."""
+HAS_LOCKS = fcntl is not None
+LOOKS = 100
 MOUNTS = Path("/proc/self/mountinfo")
 NETWORK_WAYS = "put it on a local disk, or name a PostgreSQL server with --db"
 _ESCAPED = re.compile(r"\\([0-7]{3})")
@@ -73,6 +84,31 @@ def locks_of(database: Path) -> list[Path]:
 def file_lock(path: Path, *, timeout: float) -> FileLock:
     """Return a kernel lock on a file beside the database; a killed holder frees it at once."""
     return FileLock(path, timeout=timeout, mode=0o600, fallback_to_soft=False)
+
+
+def lock_open(descriptor: int) -> None:
+    """Lock an open file until it is closed. Whoever looks whether it is free holds it for a moment. Raises OSError."""
+    for _ in range(LOOKS):
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.001)
+    return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def is_free(path: Path) -> bool:
+    """Tell whether a file was locked by a process that has ended; an empty one may be about to be locked."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    except OSError:  # none there, or another user's
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.fstat(descriptor).st_size > 0
+    except OSError:  # somebody holds it
+        return False
+    finally:
+        os.close(descriptor)
 
 
 def file_system_of(path: Path, mounts: str, device: str = "") -> str | None:
@@ -178,10 +214,13 @@ def telling_name(database: str) -> str:
 
 def write_private(path: Path, data: bytes) -> None:
     """Write a new file that only its owner can read, whole or not at all, and wait for the disk. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}{PART}")
     descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
+            if HAS_LOCKS:
+                with suppress(OSError):
+                    lock_open(descriptor)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -194,6 +233,15 @@ def write_private(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_parts(parts: Iterable[Path]) -> None:
+    """Remove of these files those that killed processes were writing; whoever still writes one holds its lock."""
+    for part in parts:
+        # Other machines hold locks that are not seen here.
+        if HAS_LOCKS and is_free(part) and not is_network(file_system(part)):
+            with suppress(OSError):
+                part.unlink()
 
 
 @asynccontextmanager

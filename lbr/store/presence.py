@@ -12,16 +12,10 @@ lock is free there, and who has claims, has ended.
 from __future__ import annotations
 
 import os
-import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from lbr.store import files
-
-try:
-    import fcntl
-except ImportError:  # a system without these locks
-    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,7 +23,6 @@ if TYPE_CHECKING:
 
     from lbr.jobs import WorkerId
 
-LOOKS = 100
 _held: set[int] = set()
 
 
@@ -69,7 +62,7 @@ class Presence:
 class FilePresence(Presence):
     """Knows the workers of a database file by the locks beside it."""
 
-    tells = fcntl is not None
+    tells = files.HAS_LOCKS
 
     def __init__(self, database: Path) -> None:
         self._database = database
@@ -91,7 +84,7 @@ class FilePresence(Presence):
         self._mine[worker] = descriptor
         _held.add(descriptor)
         try:
-            _lock(descriptor)
+            files.lock_open(descriptor)
             # An empty file says nothing: its worker may be about to lock it.
             os.write(descriptor, f"{os.getpid()}\n".encode())
         except OSError:
@@ -106,7 +99,7 @@ class FilePresence(Presence):
 
     def dead(self, workers: Iterable[WorkerId]) -> list[WorkerId]:
         """Return the workers whose locks are free."""
-        return [worker for worker in workers if self.tells and _is_free(self._path(worker))]
+        return [worker for worker in workers if self.tells and files.is_free(self._path(worker))]
 
     def forget(self, workers: Iterable[WorkerId]) -> None:
         """Free and remove the locks of workers."""
@@ -114,27 +107,3 @@ class FilePresence(Presence):
             with suppress(OSError):
                 self._path(worker).unlink(missing_ok=True)
             self.leave(worker)
-
-
-def _lock(descriptor: int) -> None:
-    """Lock an open file. Whoever looks whether it is free holds it for a moment. Raises OSError."""
-    for _ in range(LOOKS):
-        try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.001)
-    return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _is_free(path: Path) -> bool:
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-    except OSError:  # none there, or another user's
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.fstat(descriptor).st_size > 0
-    except OSError:  # somebody holds it
-        return False
-    finally:
-        os.close(descriptor)
