@@ -99,10 +99,17 @@ class Ending:
 
     def _note_pauses(self, view: list[reads.RunCounts]) -> None:
         self.paused = {}
-        for run in (one.run for one in view if one.open and one.run.state is RunState.PAUSED):
-            reason = run.pause_reason or ""
-            if self._named and reason.startswith(MOVED_TO):
-                where = reason.partition(BEFORE)[0]
-                self._notify(f"run {run.name} was {where} and goes on there; name that database with --db")
-            elif self._named or (run.id in self._servings.served and not tells_of_move(reason)):
+        for one in view:
+            run, reason = one.run, one.run.pause_reason or ""
+            if run.state is not RunState.PAUSED:
+                continue
+            if reason.startswith(MOVED_TO):
+                if self._named:
+                    where = reason.partition(BEFORE)[0]
+                    self._notify(
+                        f"run {run.name} was {where} and goes on there; name that database with --db"
+                    )
+            elif one.open and (
+                self._named or (run.id in self._servings.served and not tells_of_move(reason))
+            ):
                 self.paused[run.name] = reason
