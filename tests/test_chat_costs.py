@@ -97,7 +97,7 @@ async def test_tokens_and_cost_are_the_same(provider: str, url: str) -> None:
     rng = random.Random(url)
     costs = Costs(Endpoint(provider, "asked", url, url, {}, ("<think>", "</think>")))
     costs.begin()
-    await costs.ready()
+    await costs.ready(60)
     learnt = 0
     for model in models_at(provider, url):
         for told in usages(rng):

@@ -7,7 +7,6 @@ length of the input; so it is asked at a few points, once a minute, and the rest
 
 from __future__ import annotations
 
-import asyncio
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,9 +16,10 @@ from operator import mul
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lbr.errors import NO_USAGE, Usage
+from lbr.models.loading import Loading
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from lbr.models.chat.endpoints import Endpoint
 
@@ -82,38 +82,39 @@ class _Line:
 class Costs:
     """Reads usage as the price table of genai-prices has it for one endpoint; `begin` and `ready` have to come first.
 
-    That package takes half a second to import, so it is done in a thread while other calls go on.
+    That package takes half a second to import, so it is done in a thread while other calls go on. Where the table
+    cannot be loaded, tokens are what the provider counted and the cost is not known, until another try succeeds.
     """
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._endpoint = endpoint
         self._table: Any = None
         self._readers: list[Any] = []
-        self._loading: asyncio.Task[None] | None = None
+        self._loading = Loading(self._load, clock=clock)
         self._lines: dict[object, _Line | None] = {}
         self._minute = 0
 
     def begin(self) -> None:
-        """Start to load the price table, once, beside the first call."""
-        if self._loading is None:
-            self._loading = asyncio.create_task(asyncio.to_thread(self._load))
+        """Start to load the price table beside the first call; again beside a later one where that failed."""
+        if not self._readers:
+            self._loading.begin()
 
-    async def ready(self) -> None:
-        """Wait until the price table is there."""
-        if not self._readers and self._loading is not None:
-            await asyncio.shield(self._loading)
+    async def ready(self, seconds: float) -> None:
+        """Wait for the price table, for so many seconds at most: whoever waits has an answer that is paid for."""
+        if not self._readers:
+            await self._loading.settled(seconds)
 
     def _load(self) -> None:
         from genai_prices.data_snapshot import get_snapshot  # noqa: PLC0415
 
-        self._table = get_snapshot()
-        self._readers = list(self._found_readers())
+        self._table = table = get_snapshot()
+        self._readers = list(self._found_readers(table))
 
-    def _found_readers(self) -> Iterator[Any]:
+    def _found_readers(self, table: Any) -> Iterator[Any]:
         """Yield what reads a usage object: the provider's that the URL belongs to, that of the name, and OpenAI's."""
         for provider, url in (*self._places, ("openai", None)):
             with suppress(LookupError):
-                yield self._table.find_provider(None, provider, url).extract_usage
+                yield table.find_provider(None, provider, url).extract_usage
 
     def _extract(self, told: dict[str, Any]) -> Any:
         """Return the usage as the first that can read it has it. Raises LookupError when none can."""
@@ -128,15 +129,21 @@ class Costs:
         told = body.get("usage")
         if told is None:
             return NO_USAGE
-        counts = _counts_in(told)
-        line = None if counts is None else self._line(body, told, counts)
+        said = told.get("cost") if self._endpoint.provider == "openrouter" else None
         try:
-            taken = self._taken(body, told) if line is None or counts is None else line.at(counts)
+            taken = self._taken_by(body, told)
         except Exception:  # noqa: BLE001 - the table is another's
             return None
-        said = told.get("cost") if self._endpoint.provider == "openrouter" else None
         price = Decimal(str(float(said))) if said else taken.price
         return Usage(taken.input, taken.output, None if price is None else round(price * _NANOS))
+
+    def _taken_by(self, body: dict[str, Any], told: dict[str, Any]) -> _Taken:
+        """Return what an answer took, as the table has it; while it is not there, what the provider counted."""
+        if not self._readers:
+            return _Taken(told["prompt_tokens"], told["completion_tokens"], None)
+        counts = _counts_in(told)
+        line = None if counts is None else self._line(body, told, counts)
+        return self._taken(body, told) if line is None or counts is None else line.at(counts)
 
     def _line(self, body: dict[str, Any], told: dict[str, Any], counts: _Counts) -> _Line | None:
         """Return how tokens and price grow for answers like this one; None where they do not do so evenly."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
 
+from lbr.errors import CallError
 from lbr.jobs import canonical_json
 from lbr.models.chat.answers import OddAnswer, Reader
 from lbr.models.chat.asking import Template, messages_of
@@ -18,6 +20,7 @@ from lbr.models.chat.endpoints import words_of
 from lbr.models.chat.kinds import categories_of, kind_of
 from lbr.models.checking import check_authority
 from lbr.models.http import Http
+from lbr.models.loading import AGAIN_SECONDS
 from lbr.models.refusals import Refusal, call_error
 from lbr.models.waits import asked_wait
 
@@ -26,7 +29,6 @@ if TYPE_CHECKING:
 
     from aiohttp import ClientTimeout
 
-    from lbr.errors import CallError
     from lbr.jobs import Json, Reply
     from lbr.models.base import Request
     from lbr.models.chat.endpoints import Endpoint
@@ -36,6 +38,8 @@ SLOWEST_SECONDS = 600.0
 
 CONNECT_SECONDS = 5.0
 KEPT_TEMPLATES = 64
+READS = 3
+"""How often pydantic-ai is built for an answer that only it can read."""
 
 
 class Reference(Protocol):
@@ -97,9 +101,10 @@ class ChatModel:
         except TypeError:
             return await self._reference.answer(request)
         self._costs.begin()
+        ends = time.monotonic() + (request.timeout or SLOWEST_SECONDS)
         status, packed, content = await self._post(body, self._timeout(request))
         if status == 200 and _is_json(packed.get("content-type", "")):
-            await self._costs.ready()
+            await self._costs.ready((ends - time.monotonic()) / 2)
             try:
                 return self._reader.read(content)
             except OddAnswer as odd:
@@ -113,7 +118,34 @@ class ChatModel:
             refusal = refusal_of(self._endpoint.model, status, headers, content)
             if refusal is not None:
                 raise call_error(refusal, api_key=self._api_key)
-        return await self._reference.read(request, status, headers, content)
+        return await self._read_elsewhere(request, status, headers, content, ends)
+
+    async def _read_elsewhere(
+        self, request: Request, status: int, headers: Mapping[str, str], content: bytes, ends: float
+    ) -> Reply:
+        """Let pydantic-ai read an answer, which is paid for by now: where that cannot be built, not only once.
+
+        `ends` is when, by `time.monotonic`, nobody waits any more. Raises CallError, with the answer where it stayed
+        unread.
+        """
+        for again in range(READS):
+            try:
+                if again:
+                    await asyncio.sleep(AGAIN_SECONDS)
+                async with asyncio.timeout((ends - time.monotonic()) / 2):
+                    return await self._reference.read(request, status, headers, content)
+            except CallError:
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever it was, the answer is to be kept
+                problem = error
+            if ends - time.monotonic() < 2 * AGAIN_SECONDS:
+                break
+        raise CallError(
+            f"expected pydantic-ai to read an answer with status {status}, got: {type(problem).__name__}: {problem}; "
+            f"`lbr show` has the answer as it came",
+            kind="UnreadAnswer",
+            text=content.decode(errors="replace"),
+        ) from problem
 
     # --- what is sent -------------------------------------------------------------------------------------------------
 

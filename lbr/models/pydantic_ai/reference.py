@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lbr.errors import CallError
+from lbr.models.loading import Loading
 from lbr.models.pydantic_ai.model import PydanticAIModel
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ _exchange: ContextVar[_Exchange] = ContextVar("exchange")
 class Reference:
     """Builds pydantic-ai's models when they are first needed, in a thread, for the first takes a second or two.
 
-    `ready` is one that is built already. Raises what `PydanticAIModel` raises.
+    `ready` is one that is built already. Raises what `PydanticAIModel` raises; one that could not be built is built
+    anew for a later call.
     """
 
     def __init__(
@@ -49,20 +50,17 @@ class Reference:
         self._settings = task_settings
         self._api_key = api_key
         self._ready = ready
-        self._calling: asyncio.Task[PydanticAIModel] | None = None
-        self._replaying: asyncio.Task[PydanticAIModel] | None = None
+        self._calling = Loading(self._build)
+        self._replaying = Loading(self._build_replaying)
 
     async def answer(self, request: Request) -> Reply:
         """Make the call with pydantic-ai."""
-        if self._calling is None:
-            self._calling = asyncio.create_task(asyncio.to_thread(self._build))
-        # One caller may give up; the others wait for the same model.
-        model = await asyncio.shield(self._calling)
+        model = await self._calling.get()
         return await model.answer(request)
 
     async def body(self, request: Request) -> bytes:
         """Return the body that pydantic-ai would send, without sending it. Raises CallError as `answer` does."""
-        model = await self._without_network()
+        model = await self._replaying.get()
         with _exchanged(400, {}, b"{}") as exchange:
             try:
                 await model.answer(request)
@@ -75,7 +73,7 @@ class Reference:
 
     async def read(self, request: Request, status: int, headers: Mapping[str, str], content: bytes) -> Reply:
         """Read an answer that came to another with pydantic-ai; what is asked is not sent."""
-        model = await self._without_network()
+        model = await self._replaying.get()
         with _exchanged(status, headers, content):
             return await model.answer(request)
 
@@ -84,11 +82,6 @@ class Reference:
             return self._ready
         return PydanticAIModel(self._name, task_settings=self._settings, api_key=self._api_key)
 
-    async def _without_network(self) -> PydanticAIModel:
-        if self._replaying is None:
-            self._replaying = asyncio.create_task(asyncio.to_thread(self._build_replaying))
-        return await asyncio.shield(self._replaying)
-
     def _build_replaying(self) -> PydanticAIModel:
         model = PydanticAIModel(self._name, task_settings=self._settings, api_key=self._api_key)
         model.replace_transport(_replay())
@@ -96,12 +89,10 @@ class Reference:
 
     async def aclose(self) -> None:
         """Close both models, where they were built."""
-        for building in (self._calling, self._replaying):
-            if building is not None:
-                with suppress(Exception):  # it was raised to all who waited for it
-                    await (await building).aclose()
-        if self._ready is not None and self._calling is None:
-            await self._ready.aclose()
+        calling, replaying = await self._calling.made(), await self._replaying.made()
+        for model in (calling or self._ready, replaying):
+            if model is not None:
+                await model.aclose()
 
 
 @contextmanager
