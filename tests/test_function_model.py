@@ -532,6 +532,35 @@ async def test_threads_are_kept_for_the_next_call_and_sent_home() -> None:
     assert ([thread.is_alive() for thread in set(threads)], len(threads)) == ([False] * len(set(threads)), 20)
 
 
+async def test_a_thread_that_cannot_be_had_costs_one_call_and_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A call for which no thread could be started is not made later, and those after it find their threads."""
+    calls = []
+    start = threading.Thread.start
+    refusals = iter([True])
+
+    def begun(self: threading.Thread) -> None:
+        if next(refusals, False):
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    def note(text: Any) -> Any:
+        calls.append(text)
+        return text
+
+    monkeypatch.setattr(threading.Thread, "start", begun)
+    model = FunctionModel(note, concurrency=2)
+    try:
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            await model.answer(request("one"))
+        for text in ("two", "three", "four"):
+            assert (await asyncio.wait_for(model.answer(request(text)), 30)).text == text
+    finally:
+        await model.aclose()
+    assert calls == ["two", "three", "four"]
+
+
 async def test_a_cancelled_call_leaves_nothing_behind() -> None:
     """A call that is cancelled while its thread runs is forgotten, also when a coroutine comes of it late."""
     started, go_on = threading.Event(), threading.Event()

@@ -357,9 +357,10 @@ class _Threads:
         with self._lock:
             start = self._idle == 0
             self._idle -= not start
-        self._jobs.put(job)
         if start:
+            # Before the job is queued: where no thread can be had, the call has failed and nobody may make it later.
             threading.Thread(target=self._work, name="lbr-function", daemon=True).start()
+        self._jobs.put(job)
         return await job.future
 
     def close(self) -> None:
