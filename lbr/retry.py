@@ -23,7 +23,7 @@ class RetryPolicy:
 
     `max_attempts` bounds the charged tries of a job, `bad_answer_retries` how often an answer that does not
     validate is asked for again. `limited_patience` is how long a job may be turned away by rate limits
-    before each further refusal is charged like a transient failure.
+    before each further refusal is charged like a transient failure; the answerer cools down after each.
     """
 
     max_attempts: int = 8
@@ -141,18 +141,24 @@ def decide(claim: Claim, outcome: Outcome, policy: RetryPolicy, rng: Random) -> 
 def _retry_or_fail(
     claim: Claim, outcome: Outcome, failure: Failure, policy: RetryPolicy, rng: Random
 ) -> Settlement:
-    # Bad answers are charged to the same count, but have a budget of their own.
-    tries = max(1, claim.attempts + 1 - claim.history.bad_answers)
+    tries = _charged_tries(claim)
     if tries >= policy.max_attempts:
         return Settlement(claim, JobState.FAILED, outcome, charge=1)
     wait_ms = round(wait_seconds(failure, tries, policy, rng) * 1000)
     return Settlement(claim, JobState.PENDING, outcome, charge=1, wait_ms=wait_ms)
 
 
+def _charged_tries(claim: Claim) -> int:
+    """Return how many charged tries there are with this one; bad answers are charged too, but have their own budget."""
+    return max(1, claim.attempts + 1 - claim.history.bad_answers)
+
+
 def _wait_for_limit(
     claim: Claim, outcome: Outcome, failure: Failure, policy: RetryPolicy, rng: Random
 ) -> Settlement:
-    if claim.history.limited_ms > policy.limited_patience * 1000:
-        return _retry_or_fail(claim, outcome, failure, policy, rng)
+    # The refusal is about the key, whatever becomes of this job: where patience is over, the answerer cools down too.
     wait_ms = round(wait_seconds(failure, claim.history.limited_tries + 1, policy, rng) * 1000)
-    return Settlement(claim, JobState.PENDING, outcome, charge=0, wait_ms=wait_ms, cool_down=True)
+    impatient = claim.history.limited_ms > policy.limited_patience * 1000
+    spent = impatient and _charged_tries(claim) >= policy.max_attempts
+    state = JobState.FAILED if spent else JobState.PENDING
+    return Settlement(claim, state, outcome, charge=int(impatient), wait_ms=wait_ms, cool_down=True)

@@ -21,6 +21,7 @@ from lbr.errors import (
     UsageError,
 )
 from lbr.jobs import Failure, Item, JobState, KeyMaker, Prompt, RunState, Shape, Task, WorkerId
+from lbr.retry import RetryPolicy
 from lbr.store import enqueue, limiting, reads, redo, runs, schema
 from lbr.store.engines import open_database
 from lbr.store.queue import Queue
@@ -432,6 +433,22 @@ async def test_only_an_active_run_has_an_end_in_sight(database: Database) -> Non
         "cancelled": (0.0, None),
     }
     assert "left" not in progress.one_line(found.runs[1])
+
+
+async def test_a_refusal_that_fails_its_job_cools_the_others(database: Database, clock: Clock) -> None:
+    """Where the patience with a job's refusals is over it fails, and still nobody calls before the wait is over."""
+    hasty = RetryPolicy(max_attempts=1, limited_patience=5)
+    run, same = await put(database, ["a"], name="1"), await put(database, ["b"], name="2")
+    queue, worker, second = await two_workers(database)
+    for _ in range(2):
+        (claim,) = await queue.claim(worker, [run.id], 1, lease=60)
+        settlement = failed(claim, LIMITED, hasty)
+        await settle(database, [settlement])
+        assert await queue.claim(second, [same.id], 1, lease=60) == []
+        clock.forward(settlement.wait_ms / 1000)
+    assert (settlement.state, settlement.charge) == (JobState.FAILED, 1)
+    assert len(await queue.claim(second, [same.id], 1, lease=60)) == 1
+    await assert_counted(database, run)
 
 
 async def test_account_failure_pauses_the_run(database: Database) -> None:
