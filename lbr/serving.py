@@ -47,13 +47,18 @@ class Served:
 class Servings:
     """Builds each run's answerer once; runs that ask for the same task share it, with its connections.
 
-    With `limits_cost`, a run of whose calls nobody will know the cost is not served.
+    With `limits_cost`, a run of whose calls nobody will know the cost is not served. `room` is for how many calls with
+    a connection each this process has descriptors.
     """
 
-    def __init__(self, authority: Authority, *, concurrency: int, limits_cost: bool) -> None:
+    def __init__(self, authority: Authority, *, concurrency: int, room: int, limits_cost: bool) -> None:
         self._authority = authority
         self._limits_cost = limits_cost
         self._concurrency = concurrency
+        self._room = room
+        self._told_room = False
+        self.slots = concurrency
+        """How many calls may run at a time."""
         self._models: dict[str, Model] = {}
         self.served: dict[RunId, Served] = {}
         self.refused: dict[RunId, UsageError] = {}
@@ -76,7 +81,23 @@ class Servings:
                     f"run {run.name}: the code of {run.task.function} has changed since its jobs were enqueued; "
                     f"its answers are kept, new calls use the new code"
                 )
-        return notices
+        return notices + self._count_slots()
+
+    def _count_slots(self) -> list[str]:
+        """Have no more slots than there are descriptors for; say once that these are fewer than asked for.
+
+        Functions are taken at their callers' word: they may make no connection at all.
+        """
+        connects = any(one.begins_slowly for one in self.served.values())
+        self.slots = min(self._concurrency, self._room) if connects else self._concurrency
+        if self._told_room or self.slots == self._concurrency:
+            return []
+        self._told_room = True
+        notice = (
+            f"expected descriptors for {self._concurrency} calls at a time, got: enough for {self.slots}, so that no more "
+            f"are made; raise `ulimit -n`, or start more workers"
+        )
+        return [notice]
 
     def _serve(self, run: Run) -> Served:
         if self._limits_cost:

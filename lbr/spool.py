@@ -53,6 +53,23 @@ def keep(database: Database, batch: Sequence[Settlement]) -> Path:
     raise problem or FileNotFoundError("no place to keep answers in")
 
 
+def kept(database: Database, error: BaseException, left: Sequence[Settlement]) -> BaseException:
+    """Keep what was not written because of an error, and return the error that says where."""
+    if not left:
+        return error
+    try:
+        path = keep(database, left)
+    except OSError as problem:
+        lost = DatabaseError(f"{error}; {len(left)} finished answers are lost: {problem}")
+        lost.__cause__ = error
+        return lost
+    told = DatabaseError(
+        f"{error}. {len(left)} finished answers are kept in {path}: the next `lbr worker` on this machine writes them"
+    )
+    told.__cause__ = error
+    return told
+
+
 @dataclass(frozen=True, slots=True)
 class Waiting:
     """A file of kept answers: how many, None where it cannot be read; `left` are of another database."""

@@ -14,6 +14,7 @@ from contextlib import suppress
 from random import Random
 from typing import TYPE_CHECKING
 
+from lbr import descriptors
 from lbr.calls import Calls, WorkReport
 from lbr.claiming import Claiming
 from lbr.ending import Ending
@@ -23,7 +24,7 @@ from lbr.pacing import Pacing
 from lbr.reclaiming import Reclaiming
 from lbr.retry import RetryPolicy
 from lbr.serving import Servings
-from lbr.spool import keep
+from lbr.spool import kept
 from lbr.store import reads
 from lbr.store.queue import Queue
 
@@ -69,7 +70,10 @@ class Worker:
         self._pacing = Pacing(database, options)
         self._reclaiming = Reclaiming(database, self._queue, notify)
         self._servings = Servings(
-            authority, concurrency=options.concurrency, limits_cost=options.max_cost is not None
+            authority,
+            concurrency=options.concurrency,
+            room=descriptors.room(),
+            limits_cost=options.max_cost is not None,
         )
         self._ending = Ending(
             database,
@@ -159,8 +163,8 @@ class Worker:
         try:
             await self._reclaim()
             await self._learn()
-            host, concurrency = socket.gethostname(), self._options.concurrency
-            self._id = await self._queue.register(host=host, pid=os.getpid(), concurrency=concurrency)
+            host, slots = socket.gethostname(), self._servings.slots
+            self._id = await self._queue.register(host=host, pid=os.getpid(), concurrency=slots)
             self._claiming.worker = self._id
             self._calls.open()
             ticking = asyncio.create_task(self._tick())
@@ -196,7 +200,7 @@ class Worker:
         if not isinstance(self._calls.error, DatabaseError):
             await self._queue.unregister(self._id)
         if self._calls.error is not None:
-            raise self._kept(self._calls.error)
+            raise kept(self._database, self._calls.error, self._calls.unwritten)
 
     async def _give_back(self, claims: Sequence[Claim]) -> None:
         """Release what was claimed while we were told to stop, and never called for."""
@@ -204,24 +208,6 @@ class Worker:
             self.report.released += await self._queue.release(self._id, claims, unused=True)
         except DatabaseError as error:
             self._fail(error)
-
-    def _kept(self, error: BaseException) -> BaseException:
-        """Keep what was not written, and return the error that says where."""
-        left = self._calls.unwritten
-        if not left:
-            return error
-        try:
-            path = keep(self._database, left)
-        except OSError as problem:
-            lost = DatabaseError(f"{error}; {len(left)} finished answers are lost: {problem}")
-            lost.__cause__ = error
-            return lost
-        kept = DatabaseError(
-            f"{error}. {len(left)} finished answers are kept in {path}: the next `lbr worker` on this machine "
-            f"writes them"
-        )
-        kept.__cause__ = error
-        return kept
 
     async def _loop(self) -> None:
         while not self._stop_asked():
@@ -266,7 +252,7 @@ class Worker:
 
     def _free(self) -> int:
         """Return how many slots may be claimed for."""
-        return 0 if self._calls.alone else self._options.concurrency - len(self._calls)
+        return 0 if self._calls.alone else self._servings.slots - len(self._calls)
 
     async def _claim(self) -> list[Claim]:
         async with self._claiming.alone():

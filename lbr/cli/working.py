@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from lbr import api
+from lbr import api, descriptors
 from lbr.cli.app import EXIT_UNFINISHED, database_option, say, with_options
 from lbr.config import WorkOptions, at_least_one
 from lbr.jobs import Until
@@ -117,6 +117,7 @@ async def serve(
     """
     # A process of our own: modules live as long as it does, and are not worth looking through again and again.
     gc.freeze()
+    descriptors.ask_for(how["concurrency"])
     loop = asyncio.get_running_loop()
     told = False
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
 
+from lbr import descriptors
 from lbr.errors import DatabaseBusyError, DatabaseError, MisfitError
 
 if TYPE_CHECKING:
@@ -34,11 +35,23 @@ def _code(error: DBAPIError) -> int | None:
 
 
 def is_busy(error: Exception) -> bool:
-    """Tell whether somebody else was in the way, which passes."""
-    return isinstance(error, DBAPIError) and _code(error) in {BUSY, LOCKED}
+    """Tell whether somebody else was in the way, or all descriptors were in use: both pass."""
+    if not isinstance(error, DBAPIError):
+        return False
+    code = _code(error)
+    return code in {BUSY, LOCKED} or (code == CANTOPEN and _are_scarce())
+
+
+def _are_scarce() -> bool:
+    return descriptors.left() < descriptors.SCARCE
 
 
 def _reason(code: int | None, words: str) -> str:
+    if code == CANTOPEN and _are_scarce():  # SQLite has the same code for a file that it may not open
+        return (
+            f"expected a descriptor to open it with, got: none left of the {descriptors.most()} that this process may "
+            f"have; raise `ulimit -n`, or lower --concurrency"
+        )
     if code in REASONS:
         return REASONS[code]
     if (found := _UNDECODED.match(words)) is not None:  # what follows is the value, however long
