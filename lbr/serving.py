@@ -62,26 +62,32 @@ class Servings:
         self._models: dict[str, Model] = {}
         self.served: dict[RunId, Served] = {}
         self.refused: dict[RunId, UsageError] = {}
+        # What a run cost when it was refused: with another price it may be served.
+        self._refused_at: dict[RunId, Price | None] = {}
 
     def learn(self, runs: Iterable[Run]) -> list[str]:
         """Take note of runs; return what a user should hear about those that are new."""
         notices = []
         for run in runs:
             self.reprice({run.id: run.price})
-            if run.state is not RunState.ACTIVE or run.id in self.served or run.id in self.refused:
+            if run.state is not RunState.ACTIVE or run.id in self.served or self._is_refused(run):
                 continue
             try:
                 self.served[run.id] = self._serve(run)
             except UsageError as error:
-                self.refused[run.id] = error
+                self.refused[run.id], self._refused_at[run.id] = error, run.price
                 notices.append(f"run {run.name}: not served: {error}")
                 continue
+            self.refused.pop(run.id, None)
             if self._function_changed(run):
                 notices.append(
                     f"run {run.name}: the code of {run.task.function} has changed since its jobs were enqueued; "
                     f"its answers are kept, new calls use the new code"
                 )
         return notices + self._count_slots()
+
+    def _is_refused(self, run: Run) -> bool:
+        return run.id in self.refused and self._refused_at[run.id] == run.price
 
     def _count_slots(self) -> list[str]:
         """Have no more slots than there are descriptors for; say once that these are fewer than asked for.

@@ -525,6 +525,21 @@ class TestWorkers:
         assert story["cost_nanos"] == 1_000 * (story["input_tokens"] + story["output_tokens"])
 
     @pytest.mark.processes
+    def test_a_refused_run_is_served_once_it_has_a_price(self, cli: Cli, llmock: str) -> None:
+        """A worker that limits the cost and runs on need not be started again."""
+        cli.environment |= {"OPENAI_BASE_URL": llmock, "OPENAI_API_KEY": "sk-test"}
+        for name in ("priced", "r"):
+            (cli.folder / f"{name}.txt").write_text(f"{name}\n")
+        model = ["--model", "openai-chat:house-model"]
+        cli("enqueue", "priced.txt", *model, "--price", "in=1,out=1")
+        cli("enqueue", "r.txt", *model)
+        cli.start("worker", "--until", "forever", "--max-cost", "1")
+        cli.wait_for("priced", "done", 1)
+        assert cli.status("r")["done"] == 0
+        cli("enqueue", "r.txt", *model, "--price", "in=1,out=1")
+        cli.wait_for("r", "done", 1)
+
+    @pytest.mark.processes
     def test_answers_that_do_not_fit_are_priced_and_told_apart(self, cli: Cli, llmock: str) -> None:
         """Each bad answer has its tokens and its cost, and all of the run's cost went to them."""
         cli.environment |= {"OPENAI_BASE_URL": llmock, "OPENAI_API_KEY": "sk-test"}
