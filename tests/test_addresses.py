@@ -80,6 +80,9 @@ def test_all_users_of_a_server_mean_the_same_one() -> None:
         ("postgresql://me:hunter2@host/a/b", "host, port or database cannot be read"),
         ("postgresql://me:hunter2@host/db?foo=1&bar=2", "got: bar, foo"),
         ("mysql://me:hunter2@host/db", "another kind"),
+        ("postgresql://me:hunter2@host/d\0b", "got: one with a NUL character"),
+        ("postgresql://m%00e:hunter2@host/db", "got: one with a NUL character"),
+        ("postgresql://me:hunter2\ud800@host/db", "or half a surrogate pair; remove it"),
     ],
 )
 def test_what_cannot_be_read_is_refused_without_its_password(url: str, words: str) -> None:

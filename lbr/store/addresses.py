@@ -65,6 +65,10 @@ def address_of(url: str) -> Address:
         raise UsageError(
             "expected a PostgreSQL URL, got: another kind; write postgresql://user@host/database"
         )
+    if not _is_text(unquote(url)):
+        raise UsageError(
+            "expected a PostgreSQL URL, got: one with a NUL character or half a surrogate pair; remove it"
+        )
     user, password, rest, query = _split(url[scheme.end() :])
     hosts, _, database = rest.partition("/")
     if not all(map(_is_host, hosts.split(","))) or (hosts and "" in hosts.split(",")) or "/" in database:
@@ -82,6 +86,11 @@ def address_of(url: str) -> Address:
         shown=_shown(user, hosts, database, options),
         pooled=pooled,
     )
+
+
+def _is_text(text: str) -> bool:
+    """Tell whether a text can be sent to a server."""
+    return "\0" not in text and not any("\ud800" <= one <= "\udfff" for one in text)
 
 
 def _is_host(text: str) -> bool:
