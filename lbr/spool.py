@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -16,7 +16,7 @@ import orjson
 from filelock import Timeout
 
 from lbr.errors import DatabaseError, Family, LbrError, Usage
-from lbr.jobs import Claim, Failure, JobId, JobState, Outcome, Prompt, Reply, RunId, Settlement
+from lbr.jobs import KEY_BYTES, Claim, Failure, JobId, JobState, Outcome, Prompt, Reply, RunId, Settlement
 from lbr.retry import storable_usage
 from lbr.store import files, reads
 from lbr.store.settle import settle
@@ -156,12 +156,19 @@ async def _settle_file(database: Database, path: Path, notify: Callable[[str], N
     except _NOT_OURS as error:
         notify(f"expected kept answers in {path}, got: something else ({error}); look at it and remove it")
         return
-    keys = await reads.job_keys(database, [s.claim.job_id for s in kept])
-    ours = [s for s in kept if keys.get(s.claim.job_id) == s.claim.key]
-    others = [s for s in kept if keys.get(s.claim.job_id) != s.claim.key]
+    jobs = await reads.jobs_of_keys(database, [s.claim.key for s in kept if len(s.claim.key) == KEY_BYTES])
+    ours: dict[JobId, Settlement] = {}
+    others = []
+    for settlement in kept:
+        known = _as_known(settlement, jobs.get(settlement.claim.key, []))
+        if known is None or known.claim.job_id in ours:
+            others.append(settlement)
+        else:
+            ours[known.claim.job_id] = known
+    batch = list(ours.values())
     taken = stale = 0
-    for start in range(0, len(ours), PAGE):
-        settled = await settle(database, ours[start : start + PAGE])
+    for start in range(0, len(batch), PAGE):
+        settled = await settle(database, batch[start : start + PAGE])
         taken += len(settled.taken)
         stale += len(settled.stale)
     if others:
@@ -176,6 +183,25 @@ async def _settle_file(database: Database, path: Path, notify: Callable[[str], N
         notify(
             f"took up {taken} answers that were kept in {path}" + (f", {stale} came too late" * bool(stale))
         )
+
+
+def _as_known(settlement: Settlement, jobs: Sequence[reads.JobStanding]) -> Settlement | None:
+    """Return a settlement under a claim that the database knows, given the jobs of its key; None where there is none.
+
+    A database that was made anew, or restored from a backup, has forgotten the claim, and may have the job under
+    another id. The answer is paid for all the same, and welcome while nobody has claimed the job since.
+    """
+    claim, is_answer = settlement.claim, settlement.outcome.reply is not None
+    same = next((job for job in jobs if job.job_id == claim.job_id), None)
+    if same is not None:
+        forgotten = same.state is JobState.PENDING and same.claim_seq < claim.claim_seq
+        claim_seq = same.claim_seq if forgotten and is_answer else claim.claim_seq
+        return replace(settlement, claim=replace(claim, run_id=same.run_id, claim_seq=claim_seq))
+    job = next((job for job in jobs if job.common and job.state is JobState.PENDING), None)
+    if job is None or not is_answer:
+        return None
+    known = replace(claim, job_id=job.job_id, run_id=job.run_id, claim_seq=job.claim_seq)
+    return replace(settlement, claim=known)
 
 
 def _read(path: Path) -> list[Settlement]:

@@ -28,6 +28,7 @@ from tests.support import (
     answered,
     assert_counted,
     failed,
+    is_postgresql,
     locked_by_another,
     put,
     states,
@@ -391,6 +392,42 @@ async def test_kept_answers_of_another_database_are_left_alone(db_url: str, tmp_
     assert len(lines) == 1
     assert await states(database, run) == {"done": 1, "inflight": 1}
     assert (await reads.story(database, run, 0)).row.result == "ours\x85"
+    await database.close()
+
+
+@pytest.mark.parametrize("before", [[], ["x", "y"]], ids=["same-ids", "other-ids"])
+async def test_kept_answers_are_taken_by_a_database_that_was_made_anew(
+    db_url: str, tmp_path: Path, new_database: Callable[[], str], before: list[str]
+) -> None:
+    """The same prompts, enqueued again, have their answers; a failure is none, and a call in flight goes on."""
+    prompts = ["a", "b", "c"]
+    database = await open_database(db_url, create=True)
+    database.spool_places = [tmp_path / "kept" / "queue"]
+    run = await put(database, prompts)
+    queue = Queue(database)
+    worker = await queue.register(host="h", pid=1, concurrency=3)
+    await queue.release(worker, await queue.claim(worker, [run.id], 3, lease=60))
+    one, two, three = await queue.claim(worker, [run.id], 3, lease=60)
+    spool.keep(database, [answered(one, "paid for"), answered(two, "late"), failed(three, TRANSIENT)])
+    await database.close()
+
+    anew = new_database() if is_postgresql(db_url) else f"sqlite+aiosqlite:///{tmp_path / 'anew.db'}"
+    database = await open_database(anew, create=True)
+    database.spool_places = [tmp_path / "kept" / "queue"]
+    other = await put(database, before)
+    run = await put(database, prompts, name="again")
+    queue = Queue(database)
+    worker = await queue.register(host="h", pid=2, concurrency=1)
+    held = await queue.claim(worker, [run.id], 1, lease=60)
+    assert [claim.prompt.text for claim in held] == ["a"]
+    lines: list[str] = []
+    await spool.settle_kept(database, lines.append)
+    assert (await reads.story(database, run, 1)).row.result == "late"
+    assert await states(database, run) == {"inflight": 1, "done": 1, "pending": 1}
+    await settle(database, [answered(held[0], "mine")])
+    assert (await reads.story(database, run, 0)).row.result == "mine"
+    await assert_counted(database, run)
+    await assert_counted(database, other)
     await database.close()
 
 

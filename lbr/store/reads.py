@@ -205,11 +205,27 @@ async def open_runs(database: Database) -> list[Run]:
     return await database.read(work)
 
 
-async def job_keys(database: Database, job_ids: Sequence[JobId]) -> dict[JobId, bytes]:
-    """Return the content keys of those of the jobs that there are."""
-    query = select(prompts.c.job_id, prompts.c.key).where(among(prompts.c.job_id, "ids"))
-    found = await database.read(lambda connection: connection.execute(query, {"ids": list(job_ids)}))
-    return {JobId(row.job_id): row.key for row in found.all()}
+@dataclass(frozen=True, slots=True)
+class JobStanding:
+    """How a job stands; `claim_seq` is that of its last claim, `common` tells that its key says all that it asks."""
+
+    job_id: JobId
+    run_id: RunId
+    state: JobState
+    claim_seq: int
+    common: bool
+
+
+async def jobs_of_keys(database: Database, keys: Sequence[bytes]) -> dict[bytes, list[JobStanding]]:
+    """Return the jobs that ask for the content of these keys, by key, in all runs."""
+    columns = (prompts.c.key, jobs.c.id, jobs.c.run_id, jobs.c.state, jobs.c.claim_seq, prompts.c.settings)
+    query = select(*columns).join(jobs, jobs.c.id == prompts.c.job_id).where(among(prompts.c.key, "keys"))
+    found = await database.read(lambda connection: connection.execute(query, {"keys": list(keys)}))
+    by_key: dict[bytes, list[JobStanding]] = {key: [] for key in keys}
+    for key, job_id, run_id, state, claim_seq, settings in found.all():
+        job = JobStanding(JobId(job_id), RunId(run_id), JobState(state), claim_seq, settings is None)
+        by_key[key].append(job)
+    return by_key
 
 
 async def now(database: Database) -> Millis:
