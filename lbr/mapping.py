@@ -301,4 +301,5 @@ async def _tear_down(db_url: str, results_url: str, run: str) -> None:
 
 
 def _say(line: str) -> None:
-    print(f"lbr: {line}", file=sys.stderr)
+    with suppress(OSError):  # nobody listens any more
+        print(f"lbr: {line}", file=sys.stderr)

@@ -342,6 +342,39 @@ def test_children_end_with_their_parent(cli: Cli) -> None:
     recount(cli)
 
 
+def test_children_end_with_their_parent_also_where_nobody_listens(cli: Cli) -> None:
+    """The terminal was closed, or the reader of their words was killed as well: they end all the same."""
+    write(cli.folder, [f"p{n}" for n in range(2000)])
+    cli("enqueue", "in.txt", "--model", "offline:echo", "--set", "latency=0.2")
+    parent = cli.start("worker", "--processes", "2", "--concurrency", "4", "--exclusive")
+    cli.wait_for("in", "done", 8)
+    children = psutil.Process(parent.pid).children(recursive=True)
+    assert parent.stderr is not None
+    parent.stderr.close()
+    parent.kill()
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert alive == []
+    now = cli.status("in")
+    assert (now["inflight"], now["crashed"], now["done"] + now["pending"]) == (0, 0, 2000)
+    assert now["pending"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_worker_drains_also_where_nobody_listens(cli: Cli, number: signal.Signals) -> None:
+    """What reads its words may have ended by the same Ctrl-C."""
+    write(cli.folder, [f"p{n}" for n in range(2000)])
+    cli("enqueue", "in.txt", "--model", "offline:echo", "--set", "latency=0.2")
+    worker = cli.start("worker", "--concurrency", "4")
+    cli.wait_for("in", "done", 8)
+    assert worker.stderr is not None
+    worker.stderr.close()
+    worker.send_signal(number)
+    assert worker.wait(timeout=60) == 0
+    now = cli.status("in")
+    assert (now["inflight"], now["crashed"], now["done"] + now["pending"]) == (0, 0, 2000)
+    assert now["pending"]
+
+
 async def test_signals_do_afterwards_what_they_did_before() -> None:
     """Who listens for a while leaves no other handler behind: `lbr run` has a file to write, and to remove, after."""
     heard: list[int] = []

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -136,8 +137,9 @@ def harmless(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """Talk to the person: on stderr, so that stdout carries data only."""
-    click.echo(harmless(text), err=True)
+    """Talk to the person: on stderr, so that stdout carries data only. Where nobody listens any more, work goes on."""
+    with suppress(OSError):  # the terminal was closed, or the reader of the pipe has ended
+        click.echo(harmless(text), err=True)
 
 
 def tell(data: str | bytes) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import click
 
@@ -125,12 +125,28 @@ async def _progress(db: dict[str, Any], /, run: str) -> AsyncIterator[Callable[[
         yield line
 
 
+class _Terminal:
+    """The terminal behind stderr, which may be closed before the work is done: then nobody looks any more."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
 @asynccontextmanager
 async def _bar(db: dict[str, Any], /, run: str) -> AsyncIterator[Callable[[str], None]]:
     from rich.console import Console  # noqa: PLC0415 - only where somebody looks
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
 
-    console = Console(stderr=True)
+    console = Console(file=cast("IO[str]", _Terminal()))
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),

@@ -128,13 +128,13 @@ async def serve(
                 worker.abort()
                 return
             told = True
-            say("lbr: stopping: finishing the calls in flight; once more to give them back at once")
             worker.drain()
+            say("lbr: stopping: finishing the calls in flight; once more to give them back at once")
 
         def end_with_parent(pipe: int) -> None:
             loop.remove_reader(pipe)
-            say("lbr: the process that started this one is gone: finishing the calls in flight")
             worker.drain()
+            say("lbr: the process that started this one is gone: finishing the calls in flight")
 
         until_the_end.enter_context(hearing(stop))
         if parent is not None:
