@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,11 @@ from lbr.store.queue import RECLAIM_PAGE
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from lbr.jobs import WorkerId
     from lbr.store.database import Database
     from lbr.store.queue import Queue, Reclaimed
+
+AGAIN_SECONDS = 4.0
 
 
 class Reclaiming:
@@ -24,6 +28,8 @@ class Reclaiming:
         self._queue = queue
         self._notify = notify
         self._told: set[str] = set()
+        self._held_back: list[WorkerId] = []
+        self._looked = 0.0
 
     async def take_back(self) -> int:
         """Settle what was kept, which is paid for, then reclaim the jobs of the dead; return how many these were.
@@ -32,9 +38,10 @@ class Reclaiming:
         """
         # First who is dead: what one has kept was written before. Where its answers are not settled yet, its leases
         # decide, for a job that is claimed again is called again.
-        dead = await self._queue.dead()
-        if not await settle_kept(self._database, self._notify_once):
-            dead = []
+        ended = await self._queue.dead()
+        waiting = await settle_kept(self._database, self._notify_once)
+        dead = [worker for worker, pid in ended.items() if pid not in waiting]
+        self._held_back, self._looked = [worker for worker in ended if worker not in dead], time.monotonic()
         taken: list[Reclaimed] = []
         while page := await self._queue.reclaim(dead):
             taken += page
@@ -47,6 +54,10 @@ class Reclaiming:
             if one.state is JobState.FAILED:
                 self._notify(f"job {one.job_id} failed: its worker died 3 times")
         return len(taken)
+
+    def spared(self) -> list[WorkerId]:
+        """Return the dead whose answers were not taken a moment ago, so that it is no use to look at once again."""
+        return self._held_back if time.monotonic() < self._looked + AGAIN_SECONDS else []
 
     def _notify_once(self, words: str) -> None:
         if words not in self._told:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 ENDING = ".spool.jsonl"
 LEFT = ".left.jsonl"
 PAGE = 100
+WAYS = (JobState.DONE, JobState.FAILED, JobState.PENDING)
+"""How a call may leave its job."""
 _NOT_OURS = (ValueError, KeyError, TypeError, AttributeError, LbrError)
 """What reading a file raises that holds something else than kept answers."""
 
@@ -122,40 +124,55 @@ def _count(path: Path) -> int | None:
         return None
 
 
-async def settle_kept(database: Database, notify: Callable[[str], None]) -> bool:
+async def settle_kept(database: Database, notify: Callable[[str], None]) -> set[int]:
     """Settle what earlier workers on this machine could not write; safe to repeat, and for many at once.
 
     What cannot be read, or is not taken, stays where it is, and `notify` says so: it must not keep a worker from
-    its work. Returns False where answers may still be taken later: somebody is at it, or it failed for now.
+    its work. Returns the ids of the processes whose answers may still be taken later: somebody is at it, it failed for
+    now, or the file is to be mended.
     """
-    complete = True
+    waiting = set()
     for place in database.spool_places:
-        files.remove_parts(_paths(place.with_name(f".{place.name}"), files.PART))
+        hidden = place.with_name(f".{place.name}")
+        files.remove_parts(part for of in (ENDING, LEFT) for part in _paths(hidden, f"{of}*{files.PART}"))
         for path in _paths(place, ENDING):
-            lock = files.file_lock(path.with_name(path.name + ".lock"), timeout=0)
-            try:
-                with lock:
-                    if path.exists():
-                        await _settle_file(database, path, notify)
-                    if not path.exists():
-                        path.with_name(path.name + ".lock").unlink(missing_ok=True)
-            except Timeout:
-                complete = False
-            except OSError as error:
-                complete = False
-                notify(f"cannot take up the answers in {path}: {error.strerror or error}")
-            except DatabaseError as error:
-                complete = False
-                notify(f"the answers in {path} are still not taken: {error}")
-    return complete
+            if not await _settle_one(database, path, notify):
+                waiting |= _writers(path, place)
+    return waiting
 
 
-async def _settle_file(database: Database, path: Path, notify: Callable[[str], None]) -> None:
+async def _settle_one(database: Database, path: Path, notify: Callable[[str], None]) -> bool:
+    lock = files.file_lock(path.with_name(path.name + ".lock"), timeout=0)
+    try:
+        with lock:
+            done = await _settle_file(database, path, notify)
+            if done:
+                path.with_name(path.name + ".lock").unlink(missing_ok=True)
+            return done
+    except Timeout:
+        pass
+    except OSError as error:
+        notify(f"cannot take up the answers in {path}: {error.strerror or error}")
+    except DatabaseError as error:
+        notify(f"the answers in {path} are still not taken: {error}")
+    return False
+
+
+def _writers(path: Path, place: Path) -> set[int]:
+    """Return the process that wrote a file, as its name tells; none for a name that `keep` does not give."""
+    pid = path.name.removeprefix(f"{place.name}.").partition("-")[0]
+    return {int(pid)} if pid.isascii() and pid.isdecimal() else set()
+
+
+async def _settle_file(database: Database, path: Path, notify: Callable[[str], None]) -> bool:
+    """Settle what is in a file and remove it; False where that is something else."""
     try:
         kept = _read(path)
+    except FileNotFoundError:  # settled meanwhile
+        return True
     except _NOT_OURS as error:
         notify(f"expected kept answers in {path}, got: something else ({error}); look at it and remove it")
-        return
+        return False
     jobs = await reads.jobs_of_keys(database, [s.claim.key for s in kept if len(s.claim.key) == KEY_BYTES])
     ours: dict[JobId, Settlement] = {}
     others = []
@@ -183,6 +200,7 @@ async def _settle_file(database: Database, path: Path, notify: Callable[[str], N
         notify(
             f"took up {taken} answers that were kept in {path}" + (f", {stale} came too late" * bool(stale))
         )
+    return True
 
 
 def _as_known(settlement: Settlement, jobs: Sequence[reads.JobStanding]) -> Settlement | None:
@@ -241,6 +259,9 @@ def _settlement(line: dict[str, Any]) -> Settlement:
     reply, failure = line["reply"], line["failure"]
     if (reply is None) == (failure is None):
         raise ValueError("neither an answer nor a failure")
+    state = JobState(line["state"])
+    if state not in WAYS:
+        raise ValueError(f"no call ends {state}")
     outcome = Outcome(
         None if reply is None else Reply(**reply | {"usage": _usage(reply)}),
         None
@@ -248,7 +269,7 @@ def _settlement(line: dict[str, Any]) -> Settlement:
         else Failure(**failure | {"usage": _usage(failure), "family": Family(failure["family"])}),
         latency_ms=int(line["latency_ms"]),
     )
-    return Settlement(claim, JobState(line["state"]), outcome, charge=int(line["charge"]))
+    return Settlement(claim, state, outcome, charge=int(line["charge"]))
 
 
 def _usage(kept: dict[str, Any]) -> Usage:

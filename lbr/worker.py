@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lbr.jobs import Claim, Run, Settlement
     from lbr.models.resolve import Authority
     from lbr.store.database import Database
+    from lbr.store.queue import Outlook
     from lbr.store.settle import Settled
 
 POLL_SECONDS = 0.1
@@ -279,7 +280,7 @@ class Worker:
             await self._learn()
         elif now < self._next_due:
             return False
-        outlook = await self._queue.look(self._claiming.order)
+        outlook = await self._outlook()
         if outlook.stranded:
             await self._queue.bring_forward(self._claiming.order)
         if outlook.expired:
@@ -287,7 +288,7 @@ class Worker:
             await self._renew()
             await self._reclaim()
         if outlook.stranded or outlook.expired:
-            outlook = await self._queue.look(self._claiming.order)
+            outlook = await self._outlook()
         if outlook.suspects and not outlook.due and not self._calls:
             self._start(await self._claiming.claim_suspect())
         busy = outlook.due or outlook.suspects or outlook.expired
@@ -295,6 +296,9 @@ class Worker:
         # Not all workers come back at the same moment.
         self._next_due = now + (0 if busy else wait + self._rng.random() * min(wait / 10, JITTER_SECONDS))
         return outlook.due and not self._calls.alone
+
+    async def _outlook(self) -> Outlook:
+        return await self._queue.look(self._claiming.order, spared=self._reclaiming.spared())
 
     async def _reclaim(self) -> None:
         self.report.reclaimed += await self._reclaiming.take_back()

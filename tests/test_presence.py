@@ -12,16 +12,17 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
 
 from lbr.jobs import RunId, WorkerId
 from lbr.reclaiming import Reclaiming
 from lbr.spool import keep
-from lbr.store import files
+from lbr.store import files, reads
 from lbr.store.engines import open_database
 from lbr.store.presence import FilePresence
 from lbr.store.queue import RECLAIM_PAGE, Queue
-from tests.support import answered, assert_counted, put
+from tests.support import answered, assert_counted, put, states
 
 if TYPE_CHECKING:
     from lbr.store.database import Database
@@ -180,7 +181,7 @@ async def test_kept_answers_of_the_dead_are_not_called_for_again(database: Datab
     """Whoever finds a worker dead settles first what it has kept."""
     await put(database, ["a", "b"])
     queue = Queue(database)
-    worker = await queue.register(host="h", pid=1, concurrency=2)
+    worker = await queue.register(host="h", pid=os.getpid(), concurrency=2)
     claims = await queue.claim(worker, [RunId(1)], 2, lease=HOUR)
     keep(database, [answered(claims[0], "paid for")])
     queue.leave(worker)
@@ -193,6 +194,57 @@ async def test_kept_answers_of_the_dead_are_not_called_for_again(database: Datab
     (again,) = await Queue(other).claim(WorkerId(99), [RunId(1)], 2, lease=HOUR)
     assert again.job_id == claims[1].job_id
     await other.close()
+
+
+@pytest.mark.parametrize("what", ["somebody-else's", "rubbish"])
+async def test_kept_answers_that_are_not_taken_hold_back_only_their_own_worker(
+    database: Database, db_url: str, what: str
+) -> None:
+    """The jobs of others that died come back at once; those whose answers may be in the file wait for their leases."""
+    await put(database, ["a", "b"])
+    queue = Queue(database)
+    mine, others = [await queue.register(host="h", pid=pid, concurrency=1) for pid in (os.getpid(), 1)]
+    (kept,) = await queue.claim(mine, [RunId(1)], 1, lease=HOUR)
+    (lost,) = await queue.claim(others, [RunId(1)], 1, lease=HOUR)
+    path = keep(database, [answered(kept, "paid for")])
+    words = path.read_text()
+    queue.leave(mine)
+    queue.leave(others)
+    other = await open_database(db_url)
+    path.unlink()
+    if what == "rubbish":
+        path.write_text("{}\n")
+    else:
+        path.mkdir()  # what can be opened no more than a file of another user
+    assert await reclaiming(other).take_back() == 1
+    assert (await Queue(other).look([RunId(1)])).due
+    (again,) = await Queue(other).claim(WorkerId(99), [RunId(1)], 2, lease=HOUR)
+    assert again.job_id == lost.job_id
+    assert await reclaiming(other).take_back() == 0
+    if what == "rubbish":
+        path.write_text(words)
+        assert await reclaiming(other).take_back() == 0
+        assert await states(other, await reads.find_run(other, "r")) == {"done": 1, "inflight": 1}
+    await other.close()
+
+
+@pytest.mark.processes
+def test_an_idle_worker_rests_while_kept_answers_are_not_taken(cli: Cli) -> None:
+    """It looks for them now and then, not ten times a second."""
+    (cli.folder / "in.txt").write_text("a\nb\n")
+    cli("enqueue", "in.txt", "--model", "offline:echo", "--set", "latency=30")
+    dead = cli.start("worker", "--lease", "3600")
+    cli.wait_for("in", "inflight", 2)
+    dead.kill()
+    dead.wait()
+    (cli.folder / f"queue.db.{dead.pid}-0.spool.jsonl").mkdir()
+    idle = cli.start("worker")
+    assert idle.stderr is not None
+    while "waiting for 2 jobs" not in idle.stderr.readline():
+        assert idle.poll() is None
+    before = psutil.Process(idle.pid).io_counters().write_count
+    time.sleep(4)  # the time in which writes are counted
+    assert psutil.Process(idle.pid).io_counters().write_count - before < 25
 
 
 async def test_only_a_free_lock_says_that_a_worker_is_dead(tmp_path: Path) -> None:

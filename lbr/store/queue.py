@@ -22,7 +22,7 @@ from lbr.store.runs import hold_states, resting_state
 from lbr.store.schema import INFLIGHT, PENDING, attempts, jobs, runs, workers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from sqlalchemy import ColumnElement
 
@@ -199,8 +199,8 @@ class Queue:
             await counters.add(connection, _moved(claims, JobState.PENDING, JobState.INFLIGHT))
         return claims
 
-    async def look(self, run_ids: Sequence[RunId]) -> Outlook:
-        """See without a lock whether a claim or a reclaim would find anything."""
+    async def look(self, run_ids: Sequence[RunId], *, spared: Collection[WorkerId] = ()) -> Outlook:
+        """See without a lock whether a claim, or a reclaim that spares some of the dead, would find anything."""
 
         async def work(connection: Connection) -> Outlook:
             now = await self._database.now(connection)
@@ -223,7 +223,7 @@ class Queue:
             )
             times.append(lease_end)
             expired = lease_end is not None and lease_end < now
-            expired = expired or bool(await self._dead(connection))
+            expired = expired or any(worker not in spared for worker in await self._dead(connection))
             waits = [time - now for time in times if time is not None and time > now]
             return Outlook(due, suspects, expired, stranded, min(waits, default=None))
 
@@ -293,11 +293,11 @@ class Queue:
 
         return await self._database.write(work)
 
-    async def dead(self) -> list[WorkerId]:
-        """Return the workers that have ended for certain, and have not been buried yet."""
+    async def dead(self) -> dict[WorkerId, int]:
+        """Return the workers that have ended for certain, and have not been buried yet, with the ids of their processes."""
         return await self._database.read(self._dead)
 
-    async def reclaim(self, dead: Sequence[WorkerId] = ()) -> list[Reclaimed]:
+    async def reclaim(self, dead: Collection[WorkerId] = ()) -> list[Reclaimed]:
         """Take back jobs of these dead workers, and those whose lease ran out; any worker may do it at any time.
 
         At most a page of each: none of a full page means that there may be more. Each is charged a crash; at the
@@ -321,11 +321,13 @@ class Queue:
         self._database.presence.forget(buried)
         return taken
 
-    async def _dead(self, connection: Connection) -> list[WorkerId]:
+    async def _dead(self, connection: Connection) -> dict[WorkerId, int]:
         presence = self._database.presence
         if not presence.tells:
-            return []
-        return presence.dead((await connection.execute(select(workers.c.id))).scalars().all())
+            return {}
+        found = (await connection.execute(select(workers.c.id, workers.c.pid))).all()
+        pids = {WorkerId(row.id): row.pid for row in found}
+        return {worker: pids[worker] for worker in presence.dead(pids)}
 
 
 async def _remove(connection: Connection, ended: list[WorkerId]) -> None:
