@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 WAYS = (
     "a function (worker=…, --function pkg.mod:fn), a model and its key (model_name=… with openrouter_api_key=…, "
-    "--model), or MODEL and OPENROUTER_API_KEY in the environment or .env"
+    "--model), MODEL and OPENROUTER_API_KEY in the environment or .env, or, to try it out, the model offline:echo"
 )
 
 

@@ -98,8 +98,8 @@ def is_stream(source: str) -> bool:
     return source == STDIN or not os.path.isfile(source)
 
 
-def load_template(text_or_at_file: str) -> str:
-    """Return a template's text: the argument itself, or the UTF-8 file that `@path` names.
+def load_text(text_or_at_file: str, what: str) -> str:
+    """Return the argument itself, or what is in the UTF-8 file that `@path` names; `what` is its name in messages.
 
     A template that starts with the sign itself is written `{{ '@' }}`. Raises UsageError.
     """
@@ -111,7 +111,7 @@ def load_template(text_or_at_file: str) -> str:
     except UnicodeDecodeError as error:
         raise UsageError(f"expected {path} to be UTF-8, got: {_bad_byte(error)}; convert it") from error
     except (OSError, ValueError) as error:
-        raise UsageError(f"expected a template at {path!r}, got: {_reason(error)}; check the path") from error
+        raise UsageError(f"expected {what} at {path!r}, got: {_reason(error)}; check the path") from error
 
 
 def _reason(error: Exception) -> str:

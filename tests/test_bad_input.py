@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 
 from lbr.store.schema import LATEST
@@ -77,7 +78,7 @@ def lbr(
     prefix: tuple[str, ...] = (),
 ) -> tuple[int, str, str]:
     """Run the command in a folder, with a clean environment; return exit code, stdout and stderr."""
-    clean = Cli(folder).environment | {"PYTHONDONTWRITEBYTECODE": "1"}
+    clean = Cli(folder).environment | {"PYTHONDONTWRITEBYTECODE": "1", "MODEL": "offline:echo"}
     done = subprocess.run(
         [*prefix, sys.executable, "-m", "lbr", *arguments],
         cwd=folder,
@@ -545,6 +546,13 @@ def test_a_full_or_closed_stdout_is_told_of(held: Path) -> None:
     assert "Exception" not in done.stderr
 
 
+@pytest.mark.parametrize("command", ["enqueue p.txt", "run p.txt -o out.jsonl", "estimate p.txt"])
+def test_nobody_answers_by_accident(tmp_path: Path, command: str) -> None:
+    """Where neither a flag nor the environment says who answers, a cron line must not end well with echoes."""
+    says = ("expected somebody to answer, got: nobody", "offline:echo")
+    refuse(tmp_path, Case(tuple(command.split()), says, 2, {"p.txt": "a\n"}, environment={"MODEL": ""}))
+
+
 @pytest.mark.parametrize("command", ["enqueue - --run r", "estimate -"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_read_that_waits_for_stdin_can_be_interrupted(
@@ -554,16 +562,20 @@ def test_a_read_that_waits_for_stdin_can_be_interrupted(
     with subprocess.Popen(
         [sys.executable, "-m", "lbr", *command.split()],
         cwd=tmp_path,
-        env=Cli(tmp_path).environment,
+        env=Cli(tmp_path).environment | {"MODEL": "offline:echo"},
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as waiting:
+        assert waiting.stdin is not None
         assert waiting.stderr is not None
-        first = waiting.stderr.readline()
+        # More than a pipe holds, and no end of the line: once it is written, the command waits in its read.
+        waiting.stdin.write("a" * 1_000_000)
+        waiting.stdin.flush()
+        while psutil.Process(waiting.pid).status() != psutil.STATUS_SLEEPING:
+            assert waiting.poll() is None
         waiting.send_signal(number)
         code = waiting.wait(timeout=PATIENCE_SECONDS)  # stdin is still open
         error = waiting.stderr.read()
-    assert (first.startswith("lbr: no --model"), code) == (True, 1)
-    assert error.strip() == "Aborted!"
+    assert (code, error.strip()) == (1, "Aborted!")
     assert not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lbr.errors import InputError, UsageError
-from lbr.inputs import InputFormat, check_sources, is_stream, load_template, read_items
+from lbr.inputs import InputFormat, check_sources, is_stream, load_text, read_items
 from lbr.jobs import Item, Prompt
 
 if TYPE_CHECKING:
@@ -396,11 +396,11 @@ class TestTemplate:
         with pytest.raises(UsageError, match=rf"expected a Jinja template, got: .* \(line {line}\)"):
             read_items([path], template=template)
 
-    def test_load_template(self, tmp_path: Path) -> None:
-        """A template is the argument itself, or what stands in the file after @."""
+    def test_load_text(self, tmp_path: Path) -> None:
+        """A template, or instructions, are the argument itself, or what stands in the file after @."""
         path = write(tmp_path, "t.j2", b"\xef\xbb\xbfHi {{ a }}\n")
-        assert load_template("Hi {{ a }}") == "Hi {{ a }}"
-        assert load_template(f"@{path}") == "Hi {{ a }}\n"
+        assert load_text("Hi {{ a }}", "a template") == "Hi {{ a }}"
+        assert load_text(f"@{path}", "a template") == "Hi {{ a }}\n"
 
     @pytest.mark.parametrize(
         ("name", "message"),
@@ -410,12 +410,12 @@ class TestTemplate:
             ("latin", "expected .* to be UTF-8, got: 0xe9 as byte 2; convert it"),
         ],
     )
-    def test_load_template_refuses(self, tmp_path: Path, name: str, message: str) -> None:
+    def test_load_text_refuses(self, tmp_path: Path, name: str, message: str) -> None:
         """A template file that cannot be read is a usage error."""
         (tmp_path / "folder").mkdir()
         (tmp_path / "latin").write_bytes(b"h\xe9")
         with pytest.raises(UsageError, match=message):
-            load_template(f"@{tmp_path / name}")
+            load_text(f"@{tmp_path / name}", "a template")
 
 
 class TestSources:

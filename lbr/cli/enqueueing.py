@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,8 +14,8 @@ import orjson
 
 from lbr import api
 from lbr.cli.app import database_option, read_setting, say, tell, with_options
-from lbr.config import MAX_ATTEMPTS, default_model
-from lbr.inputs import InputFormat, is_stream, load_template
+from lbr.config import MAX_ATTEMPTS
+from lbr.inputs import InputFormat, is_stream, load_text
 from lbr.models.offline import ECHO
 from lbr.structured import load_schema
 
@@ -28,7 +27,7 @@ MOST_ATTEMPTS = 1_000_000
 def input_options(command: F) -> F:
     """Add the flags that say how the inputs are written and what is asked of them, and what that costs."""
     options = [
-        click.option("--instructions", metavar="TEXT", help="The system prompt of every call."),
+        click.option("--instructions", metavar="TEXT|@FILE", help="The system prompt of every call."),
         click.option("--template", metavar="JINJA|@FILE", help="Makes each prompt from a row's fields."),
         click.option("--prompt-column", metavar="NAME", help="The field or column that holds the prompt."),
         click.option("--schema", metavar="FILE", help="A JSON schema that every answer must fit."),
@@ -86,16 +85,6 @@ def task_options(command: F) -> F:
     return with_options(input_options(with_options(command, keeping)), naming)
 
 
-def choose_model(model: str | None, function: str | None) -> str | None:
-    """Return the model to ask; the offline one, said aloud, where nobody is named anywhere."""
-    if model is not None or function is not None or default_model(os.environ):
-        return model
-    say(
-        f"lbr: no --model, no --function and no MODEL in the environment: trying out with {ECHO}, which repeats prompts"
-    )
-    return ECHO
-
-
 @contextmanager
 def interruptible(inputs: tuple[str, ...]) -> Iterator[None]:
     """Let Ctrl-C end a read that waits for a stream: asyncio cancels a task, of which a read hears nothing."""
@@ -111,14 +100,15 @@ def interruptible(inputs: tuple[str, ...]) -> Iterator[None]:
 
 async def enqueue_inputs(db: dict[str, Any], inputs: tuple[str, ...], **flags: Any) -> api.EnqueueReport:
     """Turn flags into a call of `api.enqueue` and tell what it did."""
-    template, schema = flags.pop("template"), flags.pop("schema")
+    template, schema, instructions = flags.pop("template"), flags.pop("schema"), flags.pop("instructions")
     settings = dict(read_setting(one) for one in flags.pop("settings"))
     with interruptible(inputs):
         report = await api.enqueue(
             [Path(name) for name in inputs],
             run=flags.pop("run_name"),
-            model=choose_model(flags.pop("model"), flags["function"]),
-            template=None if template is None else load_template(template),
+            model=flags.pop("model"),
+            instructions=None if instructions is None else load_text(instructions, "instructions"),
+            template=None if template is None else load_text(template, "a template"),
             schema=None if schema is None else load_schema(schema),
             settings=settings,
             **flags,

@@ -10,11 +10,11 @@ import click
 import orjson
 
 from lbr.cli.app import read_setting, tell
-from lbr.cli.enqueueing import choose_model, input_options, interruptible
+from lbr.cli.enqueueing import input_options, interruptible
 from lbr.config import WorkOptions
 from lbr.estimating import SECONDS_PER_CALL, Estimate, rounded
 from lbr.estimating import estimate as estimate_inputs
-from lbr.inputs import load_template
+from lbr.inputs import load_text
 from lbr.prices import NANOS, Price, dollars
 from lbr.progress import duration
 from lbr.structured import load_schema
@@ -49,13 +49,14 @@ def estimate(inputs: tuple[str, ...], as_json: bool, **flags: Any) -> None:
 
 
 async def _estimate(inputs: tuple[str, ...], flags: dict[str, Any]) -> Estimate:
-    template, schema = flags.pop("template"), flags.pop("schema")
+    template, schema, instructions = flags.pop("template"), flags.pop("schema"), flags.pop("instructions")
     settings = dict(read_setting(one) for one in flags.pop("settings"))
     with interruptible(inputs):
         return await estimate_inputs(
             [Path(name) for name in inputs],
-            model=choose_model(flags.pop("model"), None),
-            template=None if template is None else load_template(template),
+            model=flags.pop("model"),
+            instructions=None if instructions is None else load_text(instructions, "instructions"),
+            template=None if template is None else load_text(template, "a template"),
             schema=None if schema is None else load_schema(schema),
             settings=settings,
             **flags,

@@ -294,7 +294,7 @@ def check_driver() -> None:
     except ImportError:
         raise UsageError(
             "expected asyncpg to be installed for a PostgreSQL URL, got: no such package; "
-            "`pip install 'llm-batch-runner[postgres]'`, or in a checkout `pip install '.[postgres]'`"
+            "`pip install asyncpg`, or in a checkout `pip install '.[postgres]'`"
         ) from None
 
 
