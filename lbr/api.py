@@ -128,6 +128,8 @@ async def put(
     """Put items into a run of an open database; see `enqueue`."""
     run = await runs.open_run(database, spec)
     notices = await _note_function(database, run, spec)
+    if spec.max_attempts not in {run.max_attempts, MAX_ATTEMPTS}:
+        notices.append(f"run {run.name} was made with {run.max_attempts} attempts for a job; that stays so")
     maker = KeyMaker(spec.task)
     place = 0
     counts = queueing.EnqueueCounts()

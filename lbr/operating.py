@@ -108,8 +108,8 @@ async def pause(
 
 async def resume(
     run: str, *, max_cost: float | None = None, db_url: str = DB_URL_DEFAULT, allow_network_fs: bool = False
-) -> None:
-    """Let a paused run's jobs be claimed again.
+) -> str | None:
+    """Let a paused run's jobs be claimed again; return why it was paused, None where it was not.
 
     `max_cost` is what the run may cost from now on, in US dollars, all that it has cost included; inf lifts what
     is set, None leaves it.
@@ -121,6 +121,7 @@ async def resume(
             check_tells_cost(found)
         budget = {} if max_cost is None else {"budget_nanos": nanos}
         await runs.resume(database, found, **budget)
+        return found.pause_reason
 
 
 async def limit(

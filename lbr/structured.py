@@ -150,6 +150,9 @@ def import_named(spec: str, *, example: str) -> Any:
     module_name, colon, attributes = spec.partition(":")
     if not colon or not module_name or not attributes:
         raise UsageError(f"expected a name like {example!r}, got: {spec!r}")
+    if module_name.endswith(".py"):
+        module = module_name.removesuffix(".py").replace(os.sep, ".")
+        raise UsageError(f"expected a module, got: the file in {spec!r}; write {module}:{attributes}")
     found: Any = _import_module(module_name, spec)
     for name in attributes.split("."):
         try:

@@ -115,7 +115,11 @@ class Crew:
 
 
 async def timed_drain(
-    crew: Crew, warm_up: int, jobs: int, release: Callable[[], Awaitable[None]], finished: Callable[[], bool]
+    crew: Crew,
+    warm_up: int,
+    jobs: int,
+    release: Callable[[], Awaitable[object]],
+    finished: Callable[[], bool],
 ) -> tuple[float, float]:
     """Release the jobs and wait for the last; return the seconds that took, of the clock and of the workers' CPU.
 

@@ -134,6 +134,7 @@ def test_a_function_is_found_in_the_working_directory(module: Any, tmp_path: Pat
     [
         ("fn_good", "expected a name like 'pkg.module:function', got: 'fn_good'"),
         ("fn_good:", "expected a name like 'pkg.module:function', got: 'fn_good:'"),
+        ("fn_good.py:f", "expected a module, got: the file in 'fn_good.py:f'; write fn_good:f"),
         (
             "fn_none:f",
             "cannot import 'fn_none:f': module 'fn_none' failed with ModuleNotFoundError: No module named",

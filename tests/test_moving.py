@@ -399,6 +399,8 @@ def test_killed_move_goes_on(tmp_path: Path, new_database: Callable[[], str]) ->
     done = json.loads(cli("move", "runs.db", target, "in", "--json").stdout)
     assert (done["inputs"], done["jobs"], done["answers"]) == (20_000, 18_000, 18_000)
     assert "was moved before to" in cli("move", "runs.db", target, "in").stdout
+    assert "and goes on there: what workers call for here is paid for once more" in cli("resume", "in").stderr
+    assert cli("resume", "in").stderr == ""
     assert there.collect("in") == cli.collect("in")
     with postgres.connect(target) as connection:
         assert connection.execute("SELECT count(*) FROM lbr.results").fetchone() == (18_000,)

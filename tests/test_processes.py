@@ -375,6 +375,19 @@ def test_a_worker_drains_also_where_nobody_listens(cli: Cli, number: signal.Sign
     assert now["pending"]
 
 
+def test_a_run_keeps_the_attempts_that_it_was_made_with(cli: Cli) -> None:
+    """Another number, or a shorter input, changes nothing, and is told."""
+    write(cli.folder, ["a", "b"])
+    first = ("enqueue", "in.txt", "--model", "offline:echo", "--max-attempts", "3")
+    assert cli(*first).stderr == ""
+    write(cli.folder, ["a"])
+    told = cli(*first[:-1], "2").stderr.splitlines()
+    assert told == [
+        "lbr: run in was made with 3 attempts for a job; that stays so",
+        "lbr: run in holds 2 inputs, this input has 1; the others stay in it",
+    ]
+
+
 async def test_signals_do_afterwards_what_they_did_before() -> None:
     """Who listens for a while leaves no other handler behind: `lbr run` has a file to write, and to remove, after."""
     heard: list[int] = []

@@ -13,11 +13,11 @@ import click
 import orjson
 
 from lbr import operating
-from lbr.cli.app import database_option, read_setting, tell
+from lbr.cli.app import database_option, read_setting, say, tell
 from lbr.config import positive
 from lbr.errors import UsageError
 from lbr.prices import dollars
-from lbr.progress import describe
+from lbr.progress import describe, resumed_words
 
 if TYPE_CHECKING:
     from lbr.store.reads import Story, Try
@@ -198,5 +198,7 @@ def pause(db: dict[str, Any], /, run: str, reason: str) -> None:
 @click.pass_obj
 def resume(db: dict[str, Any], /, run: str, max_cost: float | None) -> None:
     """Let a paused run's jobs be claimed again."""
-    asyncio.run(operating.resume(run, max_cost=max_cost, **db))
+    reason = asyncio.run(operating.resume(run, max_cost=max_cost, **db))
+    if words := resumed_words(run, reason or ""):
+        say(f"lbr: {words}")
     tell(f"run {run}: active")

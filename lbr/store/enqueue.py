@@ -175,8 +175,8 @@ def _check_unchanged(
         if known.get(start + n, ours) != ours:
             raise RunChangedError(
                 f"expected input {start + n} of run {run.name!r} to be what the run holds, got: a changed one; "
-                f"give the changed inputs a run of their own with --run, add them to this one with --append, "
-                f"or stop this one with `lbr cancel {run.name}`",
+                f"give the changed inputs a run of their own with --run, or add them behind those that it holds with "
+                f"--append",
                 source=item.source,
                 line=item.line,
             )
