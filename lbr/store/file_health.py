@@ -91,7 +91,7 @@ def look_at_file(path: Path) -> FileHealth:
         modes={f"{path.name}{suffix}": stat.S_IMODE(one.st_mode) for suffix, one in found.items()},
         wal_bytes=found["-wal"].st_size if "-wal" in found else 0,
         writable=_may_write(path) and _may_write(path.parent),
-        closed_locks=[lock for lock in files.locks_of(path) if lock.exists() and not _may_write(lock)],
+        closed_locks=[lock for lock in _locks(path) if lock.exists() and not _may_write(lock)],
     )
 
 
@@ -121,6 +121,11 @@ def _fitting_types(column: Column[Any]) -> list[str]:
     ]
     fitting = next((types for kind, types in kinds if isinstance(column.type, kind)), ["text"])
     return [*fitting, "null"] if column.nullable else fitting
+
+
+def _locks(path: Path) -> list[Path]:
+    """Return the locks that are taken by turns; those by which workers tell that they live are nobody else's matter."""
+    return [files.lock_path(path, purpose) for purpose in ("checkpoint", "create", "worker")]
 
 
 def _may_write(path: Path) -> bool:
