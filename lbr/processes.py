@@ -47,11 +47,12 @@ async def run_processes(
     has a group of its own, so that a Ctrl-C reaches it once, through us.
     """
     children: list[asyncio.subprocess.Process] = []
-    told: list[signal.Signals] = []
+    told = False
 
-    def pass_on(number: signal.Signals) -> None:
-        told.append(number)
-        _send(children, number)
+    def pass_on(_: signal.Signals) -> None:
+        nonlocal told
+        told = True
+        _stop(children)
 
     ours, theirs = os.pipe()[::-1]
     command = [sys.executable, "-m", "lbr", *arguments, "--parent", str(theirs)]
@@ -65,16 +66,21 @@ async def run_processes(
                     )
                 )
             if told:
-                _send(children[-1:], told[-1])
-            return await asyncio.gather(*(_watch(child, notify) for child in children))
+                _stop(children[-1:])
+            codes = await asyncio.gather(*(_watch(child, lambda: told, notify) for child in children))
+            return list(codes)
         finally:
-            _send(children, signal.SIGTERM)
+            _stop(children)
             os.close(ours)
             os.close(theirs)
 
 
-async def _watch(child: asyncio.subprocess.Process, notify: Callable[[str], None]) -> int:
+async def _watch(
+    child: asyncio.subprocess.Process, told: Callable[[], bool], notify: Callable[[str], None]
+) -> int:
     code = await child.wait()
+    if code == -signal.SIGTERM and told():
+        return 0  # by our own signal, which came before it listened, so before it held anything
     if code < 0:
         notify(
             f"worker process {child.pid} was killed by {signal.Signals(-code).name}; its jobs will be reclaimed"
@@ -82,7 +88,8 @@ async def _watch(child: asyncio.subprocess.Process, notify: Callable[[str], None
     return code
 
 
-def _send(children: Sequence[asyncio.subprocess.Process], number: signal.Signals) -> None:
+def _stop(children: Sequence[asyncio.subprocess.Process]) -> None:
+    # Whatever we heard: of a Ctrl-C that comes before a child listens, Python would print where it was.
     for child in children:
         if child.returncode is None:
-            child.send_signal(number)
+            child.terminate()

@@ -375,6 +375,22 @@ def test_a_worker_drains_also_where_nobody_listens(cli: Cli, number: signal.Sign
     assert now["pending"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_processes_that_are_stopped_before_they_listen_end_well(cli: Cli, number: signal.Signals) -> None:
+    """Children that have only just been started end by the signal itself; nothing was in their hands."""
+    write(cli.folder, [f"p{n}" for n in range(50)])
+    cli("enqueue", "in.txt", "--model", "offline:echo", "--set", "latency=1")
+    parent = cli.start("worker", "--processes", "2", "--concurrency", "4")
+    process = psutil.Process(parent.pid)
+    while len(process.children()) < 2:
+        assert parent.poll() is None
+    parent.send_signal(number)
+    _, told = parent.communicate(timeout=60)
+    assert (parent.returncode, "Traceback" in told, "was killed" in told) == (0, False, False)
+    recount(cli)
+    assert cli.status("in")["inflight"] == 0
+
+
 def test_a_run_keeps_the_attempts_that_it_was_made_with(cli: Cli) -> None:
     """Another number, or a shorter input, changes nothing, and is told."""
     write(cli.folder, ["a", "b"])
