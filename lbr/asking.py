@@ -9,7 +9,7 @@ from lbr.config import default_model
 from lbr.errors import UsageError
 from lbr.jobs import Task, canonical_json
 from lbr.models.base import OPENROUTER, Kind, kind_of, model_string
-from lbr.models.function import identify, import_function
+from lbr.models.identity import identify, import_function
 from lbr.models.resolve import Authority, build_model, build_validator, check_task
 from lbr.structured import import_type, schema_of
 

@@ -9,7 +9,7 @@ from lbr.deadlines import Lateness
 from lbr.errors import UsageError
 from lbr.jobs import RunState
 from lbr.models.base import Kind, kind_of, tells_cost
-from lbr.models.function import identify
+from lbr.models.identity import identify
 from lbr.models.resolve import build_model, build_validator
 from lbr.tokens import ASSUMED_OUTPUT_TOKENS, most_output_tokens, task_characters, tokens_of
 

@@ -20,7 +20,7 @@ from lbr.config import WorkOptions
 from lbr.errors import DatabaseError, Family, InputError, Usage, UsageError
 from lbr.estimating import Counted, Pace, answer_length, count, estimate_of, rounded, time_at_limits
 from lbr.jobs import Failure, Item, KeyMaker, Outcome, Prompt, Reply, Task
-from lbr.models.function import identify
+from lbr.models.identity import identify
 from lbr.prices import Price, dollars, read_price, table_price
 from lbr.store import reads, runs, transfer
 from lbr.store.engines import open_database, shown

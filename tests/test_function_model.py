@@ -18,7 +18,8 @@ from pydantic import BaseModel, Field
 from lbr.errors import CallError, Family, Pause, Permanent, Usage, UsageError
 from lbr.jobs import JobId, Prompt, Task, canonical_json
 from lbr.models.base import Request
-from lbr.models.function import FunctionModel, identify, import_function
+from lbr.models.function import FunctionModel
+from lbr.models.identity import identify, import_function
 from lbr.models.resolve import Authority, build_model, build_validator, check_task
 
 if TYPE_CHECKING:
@@ -336,7 +337,7 @@ def make(words, extra):
     return fn
 class Thing: pass
 def named(text): return text
-from lbr.models.function import identify
+from lbr.models.identity import identify
 for f in (make({{"one", "two", "three"}}, "e"), make((Thing(), named), {{1.5: b"x"}}), named,
           functools.partial(named, text=frozenset("abc")), lambda t: t):
     i = identify(f)

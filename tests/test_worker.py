@@ -14,7 +14,7 @@ from lbr.asking import authorize
 from lbr.config import WorkOptions
 from lbr.errors import DatabaseError, NothingToServeError, Pause, Permanent, RetryLater, Usage, UsageError
 from lbr.jobs import Claim, Shape, Task, Until
-from lbr.models.function import identify
+from lbr.models.identity import identify
 from lbr.retry import RetryPolicy
 from lbr.store import reads, runs, schema
 from lbr.store.engines import open_database

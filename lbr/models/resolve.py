@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from lbr.jobs import Task
     from lbr.models.base import Model
-    from lbr.models.function import Identity
+    from lbr.models.identity import Identity
     from lbr.structured import Validator
 
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Authority:
     """What this process was told it may use.
 
-    `functions` are by the name that `lbr.models.function.identify` gives them, `result_types` by the canonical JSON of
+    `functions` are by the name that `lbr.models.identity.identify` gives them, `result_types` by the canonical JSON of
     their schema. The OpenRouter key goes before the environment's.
     """
 
@@ -115,7 +115,7 @@ def build_validator(task: Task, authority: Authority) -> Validator | None:
 
 
 def _allowed_function(task: Task, authority: Authority) -> Callable[..., Any]:
-    from lbr.models.function import identify  # noqa: PLC0415
+    from lbr.models.identity import identify  # noqa: PLC0415
 
     name = task.function or ""
     function = authority.functions.get(name)
