@@ -177,6 +177,12 @@ def _import_module(name: str, spec: str) -> Any:
         ) from error
 
 
+def is_base_model(value: Any) -> bool:
+    """Tell whether a value is an instance of a pydantic model class."""
+    pydantic = sys.modules.get("pydantic")  # nobody has one of a package that was never imported
+    return pydantic is not None and isinstance(value, pydantic.BaseModel)
+
+
 class Validator:
     """Checks answers against one schema; with `result_type` pydantic does it, and so coerces what it can.
 

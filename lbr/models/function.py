@@ -8,7 +8,6 @@ import functools
 import inspect
 import os
 import queue
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import orjson
 from lbr.errors import CallError, Permanent
 from lbr.jobs import Reply
 from lbr.precedence import PRECEDENCE
+from lbr.structured import is_base_model
 
 if TYPE_CHECKING:
     from lbr.models.base import Request
@@ -71,7 +71,7 @@ class FunctionModel:
 
 def _text_of(result: Any) -> str:
     """Return what a function gave as an answer's text; Permanent for anything that is no answer."""
-    if not isinstance(result, str) and (isinstance(result, dict | list) or _is_base_model(result)):
+    if not isinstance(result, str) and (isinstance(result, dict | list) or is_base_model(result)):
         try:
             # By alias, for that is how the schema of a result type names the fields.
             dumped = (
@@ -94,11 +94,6 @@ def _text_of(result: Any) -> str:
             f"expected the function to return text, got: {error.reason} at character {error.start}"
         ) from error
     return str(result)
-
-
-def _is_base_model(value: Any) -> bool:
-    pydantic = sys.modules.get("pydantic")  # nobody returns a model of a package that was never imported
-    return pydantic is not None and isinstance(value, pydantic.BaseModel)
 
 
 def _describe(value: Any) -> str:
