@@ -9,7 +9,8 @@ from lbr.config import default_model
 from lbr.errors import UsageError
 from lbr.jobs import Task, canonical_json
 from lbr.models.base import OPENROUTER, Kind, kind_of, model_string
-from lbr.models.identity import identify, import_function
+from lbr.models.fingerprint import hides_state
+from lbr.models.identity import check_known_again, name_function, own_version
 from lbr.models.resolve import Authority, build_model, build_validator, check_task
 from lbr.structured import import_type, schema_of
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from lbr.jobs import Json
+    from lbr.models.identity import Identity, NamedFunction
     from lbr.structured import Validator
 
 WAYS = (
@@ -59,9 +61,10 @@ def ask(
     if isinstance(result_type, str):
         result_type = import_type(result_type)
     shared = _shared(instructions, template, settings, schema, result_type)
-    fingerprint = None
+    named = None
     if function is not None:
-        task, fingerprint = _function_task(function, version, shared)
+        named = _asked_function(function, version)
+        task = _function_task(named.identity, shared)
     else:
         env = env or {}
         openrouter_api_key = openrouter_api_key or env.get("OPENROUTER_API_KEY") or None
@@ -69,8 +72,10 @@ def ask(
     _check_storable(task)
     check_task(task)
     types = [result_type] if result_type is not None else []
-    functions = [function] if function is not None else []
-    return Asked(task, fingerprint, authorize(functions, types, openrouter_api_key=openrouter_api_key))
+    authority = authorize(result_types=types, openrouter_api_key=openrouter_api_key)
+    if named is None:
+        return Asked(task, None, authority)
+    return Asked(task, named.identity.fingerprint, replace(authority, functions={named.identity.name: named}))
 
 
 def _shared(
@@ -165,34 +170,28 @@ async def check_servable(asked: Asked) -> None:
     await build_model(asked.task, asked.authority, concurrency=1).aclose()
 
 
-def _function_task(
-    function: Callable[..., Any] | str, version: str | None, shared: dict[str, Any]
-) -> tuple[Task, str]:
-    if shared["instructions"] is not None:
-        raise UsageError("expected no instructions beside a function, got some; instructions are for models")
-    function = _function(function)
-    own = identify(function).version
+def _asked_function(function: Callable[..., Any] | str, version: str | None) -> NamedFunction:
+    """Find and name who is to answer; UsageError where its answers could be taken for another's."""
+    named = name_function(function, version=version)
+    own = own_version(named.call)
     if version is not None and own not in {None, version}:
         raise UsageError(
             f"expected the version that the function itself declares ({own}), got: {version}; change it there, "
             f"for workers go by it"
         )
-    identity = identify(function, version=version)
-    task = Task(
+    check_known_again(named)
+    return named
+
+
+def _function_task(identity: Identity, shared: dict[str, Any]) -> Task:
+    if shared["instructions"] is not None:
+        raise UsageError("expected no instructions beside a function, got some; instructions are for models")
+    return Task(
         function=identity.name,
         version=identity.version,
         fingerprint=identity.fingerprint if identity.anonymous else None,
         **shared,
     )
-    return task, identity.fingerprint
-
-
-def _function(function: Callable[..., Any] | str) -> Callable[..., Any]:
-    if isinstance(function, str):
-        return import_function(function)
-    if not callable(function):
-        raise UsageError(f"expected a function from str to str, got: {function!r}")
-    return function
 
 
 def _named_model(name: str | None, env: Mapping[str, str]) -> str:
@@ -219,10 +218,25 @@ def authorize(
     openrouter_api_key: str | None = None,
 ) -> Authority:
     """Say what this process may use: exactly what its caller named, by object or by `pkg.mod:name`."""
-    found = [_function(function) for function in functions]
     types = [import_type(one) if isinstance(one, str) else one for one in result_types]
     return Authority(
-        functions={identify(function).name: function for function in found},
+        functions=_by_name(name_function(function) for function in functions),
         result_types={canonical_json(schema_of(one)).decode(): one for one in types},
         openrouter_api_key=openrouter_api_key,
     )
+
+
+def _by_name(functions: Iterable[NamedFunction]) -> dict[str, NamedFunction]:
+    """Return functions by their names; UsageError for methods of two objects that nothing tells apart."""
+    found: dict[str, NamedFunction] = {}
+    for one in functions:
+        other = found.get(one.identity.name, one)
+        # Every look at a method makes another one, which is equal.
+        alike = one.identity.anonymous and one.identity == other.identity and one.call != other.call
+        if alike and hides_state(one.call):
+            raise UsageError(
+                f"expected functions that can be told apart, got: {one.identity.name} of two objects that have a "
+                f"state; name them like pkg.module:function, or serve the run of each in a call of its own"
+            )
+        found[one.identity.name] = one
+    return found

@@ -9,7 +9,6 @@ from lbr.deadlines import Lateness
 from lbr.errors import UsageError
 from lbr.jobs import RunState
 from lbr.models.base import Kind, kind_of, tells_cost
-from lbr.models.identity import identify
 from lbr.models.resolve import build_model, build_validator
 from lbr.tokens import ASSUMED_OUTPUT_TOKENS, most_output_tokens, task_characters, tokens_of
 
@@ -124,7 +123,7 @@ class Servings:
         function = self._authority.functions.get(run.task.function or "")
         if function is None or run.fingerprint is None:
             return False
-        return identify(function).fingerprint != run.fingerprint
+        return function.identity.fingerprint != run.fingerprint
 
     async def aclose(self) -> None:
         """Close every answerer."""

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import copy
 import functools
+import importlib
+import io
 import os
+import random
+import re
 import subprocess
 import sys
 import threading
+from collections import deque
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import pytest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
+from lbr.asking import ask, authorize
 from lbr.errors import CallError, Family, Pause, Permanent, Usage, UsageError
 from lbr.jobs import JobId, Prompt, Task, canonical_json
 from lbr.models.base import Request
 from lbr.models.function import FunctionModel
-from lbr.models.identity import identify, import_function
+from lbr.models.identity import identify, import_function, name_function
 from lbr.models.resolve import Authority, build_model, build_validator, check_task
 
 if TYPE_CHECKING:
@@ -286,6 +297,278 @@ def test_a_fingerprint_covers_what_is_closed_over(left: Any, right: Any) -> None
     assert identify(left).fingerprint != identify(right).fingerprint
 
 
+@dataclass
+class Voice:
+    """A value by nature, with methods that answer."""
+
+    tone: Any
+    more: Any = None
+
+    def ask(self, text: Any) -> Any:
+        """Answer."""
+        return f"{self.tone} {text}"
+
+
+class Manner(BaseModel):
+    """A value by nature, too."""
+
+    model_config = ConfigDict(extra="allow")
+
+    tone: str
+
+    def ask(self, text: Any) -> Any:
+        """Answer."""
+        return f"{self.tone} {text}"
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        (Voice("polite"), Voice("rude")),
+        (Voice(Voice("polite")), Voice(Voice("rude"))),
+        (Manner(tone="polite"), Manner(tone="rude")),
+        (Manner(tone="rude", more=1), Manner(tone="rude", more=2)),  # type: ignore[call-arg]
+        (Path("a"), Path("b")),
+        (re.compile("a"), re.compile("b")),
+        (re.compile("a"), re.compile("a", re.IGNORECASE)),
+        (re.compile("a"), re.compile(b"a")),
+        (datetime(2026, 1, 1, tzinfo=UTC), datetime(2026, 1, 2, tzinfo=UTC)),
+        (date(2026, 1, 1), date(2026, 1, 2)),
+        (time(1), time(2)),
+        (timedelta(1), timedelta(2)),
+        (Decimal("1.0"), Decimal("1.00")),
+        (UUID(int=1), UUID(int=2)),
+        (range(2), range(3)),
+        (deque([1]), deque([2])),
+        (str.upper, str.lower),
+    ],
+)
+def test_values_are_looked_into(left: Any, right: Any) -> None:
+    """What is a value by nature tells apart what closes over it, at any depth; a copy of it does not."""
+    for inside in (lambda one: one, lambda one: [{"a": one}], lambda one: Voice("x", one)):
+        one, other = nested(inside(left)), nested(inside(right))
+        assert identify(one).fingerprint != identify(other).fingerprint
+        assert identify(one).fingerprint == identify(nested(inside(copy.deepcopy(left)))).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        (Voice("polite").ask, Voice("rude").ask),
+        (Manner(tone="polite").ask, Manner(tone="rude").ask),
+        ("polite {}".format, "rude {}".format),
+        ({"a": "polite"}.get, {"a": "rude"}.get),
+        (("polite",).__getitem__, ("rude",).__getitem__),
+        (shout.__call__, coroutine_maker.__call__),  # type: ignore[operator]
+    ],
+)
+def test_methods_are_told_apart_by_the_value_that_they_are_bound_to(left: Any, right: Any) -> None:
+    """The same method of another value is another function, and its name does not say which."""
+    assert identify(left).fingerprint != identify(right).fingerprint
+    assert identify(left).name == identify(right).name
+    assert identify(left).anonymous
+    assert identify(right).anonymous
+
+
+def test_a_value_that_holds_itself_has_a_fingerprint() -> None:
+    """Fields that lead back end."""
+    voice = Voice("polite")
+    voice.more = [voice, voice.ask]
+    assert identify(voice.ask).fingerprint == identify(voice.ask).fingerprint
+
+
+class Agent:
+    """Answers as its state has it."""
+
+    def __init__(self, tone: Any) -> None:
+        self.tone = tone
+
+    def ask(self, text: Any) -> Any:
+        """Answer."""
+        return f"{self.tone} {text}"
+
+    def __call__(self, text: Any) -> Any:
+        """Answer."""
+        return self.ask(text)
+
+
+class Slotted(Agent):
+    """Keeps its state in a slot."""
+
+    __slots__ = ("tone",)
+
+
+class Wrapping:
+    """A decorator that is an object."""
+
+    def __init__(self, function: Any, tone: Any = None) -> None:
+        functools.update_wrapper(self, function)
+        if tone is not None:
+            self.tone = tone
+
+    def __call__(self, text: Any) -> Any:
+        """Answer."""
+        return self.__wrapped__(text)  # type: ignore[attr-defined]
+
+
+class LessPlain(Voice):
+    """A dataclass in its bases only."""
+
+    def __init__(self, tone: Any, extra: Any) -> None:
+        super().__init__(tone)
+        self.extra = extra
+
+
+class Sub(Caller):
+    """Inherits a class method."""
+
+
+@Wrapping
+def in_an_object(text: Any) -> Any:
+    return text
+
+
+OPAQUE = [
+    Agent("polite").ask,
+    Agent("polite"),
+    Slotted("polite").ask,
+    functools.partial(Agent("polite").ask),
+    functools.partial(Agent("polite")),
+    functools.partial(functools.partial(Agent("polite").ask)),
+    decorate(Agent("polite").ask),
+    Wrapping(shout, "polite"),
+    LessPlain("polite", 1).ask,
+    random.Random(1).choice,
+    io.StringIO("a").write,
+]
+TOLD = [
+    shout,
+    in_an_object,
+    cached,
+    functools.cache(shout),
+    functools.cache(nested(1)),
+    Wrapping(shout),
+    Caller().now,
+    Caller(),
+    Caller.of_class,
+    Sub.of_class,
+    Sub().of_class,
+    functools.partial(two, Agent("polite")),
+    nested(Agent("polite")),
+    Voice("polite").ask,
+    Manner(tone="polite").ask,
+    "{}".format,
+    {"a": "b"}.get,
+    re.compile("a").sub,
+    len,
+    str.upper,
+    shout.__call__,  # type: ignore[operator]
+]
+
+
+@pytest.mark.parametrize("function", OPAQUE)
+def test_a_state_that_no_fingerprint_tells_needs_a_version(function: Any) -> None:
+    """What goes by the state of an object is asked for a version, for two of them could not be told apart."""
+    with pytest.raises(
+        UsageError, match=r"^expected a function whose answers are known again, got: .*version"
+    ):
+        ask(function=function)
+    asked = [ask(function=function, version=version) for version in ("polite", "rude")]
+    assert asked[0].task != asked[1].task
+    assert next(iter(asked[0].authority.functions.values())).call is function
+
+
+@pytest.mark.parametrize("function", TOLD)
+def test_what_name_and_fingerprint_tell_needs_no_version(function: Any) -> None:
+    """Functions, methods of values and of objects without a state, and what is closed over, are taken as they are."""
+    assert ask(function=function).task.version is None
+
+
+def test_the_refusal_names_the_method_and_the_way_out() -> None:
+    """The message tells what was given and what to do."""
+    way_out = "that has a state; give `version`, another one for each state, or make it a dataclass"
+    for function, shown in (
+        (Agent("x").ask, "`Agent.ask` of an object"),
+        (Agent("x"), "an object of `Agent`"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            ask(function=function)
+        expected = f"expected a function whose answers are known again, got: {shown} {way_out}"
+        assert str(caught.value) == expected
+
+
+def test_a_version_of_its_own_is_enough() -> None:
+    """An object may say its version itself."""
+    agent = Agent("polite")
+    agent.version = "polite"  # type: ignore[attr-defined]
+    assert ask(function=agent).task.version == "polite"
+
+
+def test_methods_of_two_objects_are_not_served_at_once() -> None:
+    """A worker that could not tell which of two objects a run asks for refuses both; the same one twice is no matter."""
+    agent = Agent("polite")
+    assert len(authorize([agent.ask, agent.ask]).functions) == 1
+    with pytest.raises(
+        UsageError, match=r"expected functions that can be told apart, got: .*:Agent.ask of two"
+    ):
+        authorize([agent.ask, Agent("rude").ask])
+
+
+def test_a_name_that_leads_to_another_function_tells_nothing() -> None:
+    """A decorator gives what it makes the name of what it was given; only one of the two is to be had by it."""
+    loud = decorate(shout)
+    assert (identify(loud).name, identify(loud).anonymous) == (f"{HERE}:shout", True)
+    assert not identify(decorated).anonymous
+    assert identify(Sub.of_class).anonymous
+    assert identify(Sub.of_class).fingerprint != identify(Caller.of_class).fingerprint
+
+
+def test_a_function_of_a_module_that_was_loaded_again_keeps_its_name(module: Any) -> None:
+    """As long as the code is the same; after that the name leads to another function."""
+    module("fn_again", "def f(text): return text")
+    old = import_function("fn_again:f")
+    importlib.reload(sys.modules["fn_again"])
+    assert not identify(old).anonymous
+    module("fn_again", "def f(text): return text + text")
+    importlib.reload(sys.modules["fn_again"])
+    assert identify(old).anonymous
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ("polite", "fn_objects:polite"),
+        ("rude", "fn_objects:rude"),
+        ("agent", "fn_objects:agent"),
+        ("agent.ask", "fn_objects:agent.ask"),
+        ("part", "fn_objects:part"),
+        ("made", "fn_objects:made"),
+        ("alias", "fn_objects:f"),
+        ("f", "fn_objects:f"),
+        ("Agent.ask", "fn_objects:Agent.ask"),
+    ],
+)
+def test_what_was_found_by_a_name_is_known_by_it(module: Any, spec: Any, name: Any) -> None:
+    """What has no name of its own has the one it was found by, and needs no version; a function keeps its own."""
+    module(
+        "fn_objects",
+        """
+import functools
+class Agent:
+    def __init__(self, tone): self.tone = tone
+    def ask(self, text): return self.tone + text
+    def __call__(self, text): return self.tone + text
+def f(text): return text
+def make(tone): return lambda text: tone + text
+agent, polite, rude = Agent("x"), Agent("polite").ask, Agent("rude").ask
+part, made, alias = functools.partial(Agent("x").ask), make("x"), f
+""",
+    )
+    asked = ask(function=f"fn_objects:{spec}")
+    assert (asked.task.function, asked.task.fingerprint, asked.task.version) == (name, None, None)
+    assert list(authorize([f"fn_objects:{spec}"]).functions) == [name]
+
+
 def test_objects_count_by_their_type() -> None:
     """An object's address is not part of a fingerprint."""
     assert identify(nested(Caller())).fingerprint == identify(nested(Caller())).fingerprint
@@ -327,7 +610,8 @@ def test_an_empty_cell_is_no_obstacle() -> None:
 
 
 PROGRAM = """
-import functools, sys
+import datetime, functools, pathlib, re, sys
+from dataclasses import dataclass
 {padding}
 def make(words, extra):
     def fn(text):
@@ -336,10 +620,13 @@ def make(words, extra):
         return (lambda y: y + text)(extra)
     return fn
 class Thing: pass
+@dataclass
+class Voice: tone: object
 def named(text): return text
 from lbr.models.identity import identify
 for f in (make({{"one", "two", "three"}}, "e"), make((Thing(), named), {{1.5: b"x"}}), named,
-          functools.partial(named, text=frozenset("abc")), lambda t: t):
+          functools.partial(named, text=frozenset("abc")), lambda t: t,
+          make(Voice({{"one", "two"}}), (re.compile("a"), pathlib.Path("b"), datetime.timedelta(1)))):
     i = identify(f)
     print(i.name, i.fingerprint, i.anonymous)
 """
@@ -369,7 +656,7 @@ def test_a_fingerprint_is_the_same_in_every_process(tmp_path: Path) -> None:
     again = run_program(tmp_path / "b", seed=2, padding="\n\n# moved down\n\n")
     imported = run_program(tmp_path / "c", seed=3, how="import")
     assert first == again == imported
-    assert [anonymous for _, _, anonymous in first] == ["True", "True", "False", "True", "True"]
+    assert [anonymous for _, _, anonymous in first] == ["True", "True", "False", "True", "True", "True"]
 
 
 @pytest.mark.parametrize("how", ["file", "module", "import"])
@@ -634,7 +921,7 @@ def test_a_hanging_function_does_not_keep_the_process() -> None:
 
 def authority(*functions: Any) -> Any:
     """Allow functions, as a worker's flags do."""
-    return Authority(functions={identify(function).name: function for function in functions})
+    return Authority(functions={one.identity.name: one for one in map(name_function, functions)})
 
 
 async def test_a_named_function_is_served() -> None:

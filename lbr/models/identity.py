@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
 from lbr.errors import UsageError
-from lbr.models.fingerprint import MAIN_MODULES, fingerprint_of, module_name
+from lbr.models.fingerprint import (
+    MAIN_MODULES,
+    fingerprint_of,
+    hides_state,
+    home_of,
+    is_bound,
+    module_name,
+)
 from lbr.structured import import_named
 
 AnyFunction = Callable[..., Any]
@@ -32,8 +40,9 @@ def import_function(spec: str) -> AnyFunction:
 class Identity:
     """What a run keeps of a function.
 
-    `name` is `module:qualname`, `version` its author's, None where none was set. `fingerprint` is the same in every
-    process of one Python version. `anonymous` says that the name alone does not tell which function it is.
+    `name` is `module:qualname`, or the `pkg.mod:name` that it was found by; `version` its author's, None where none was
+    set. `fingerprint` is the same in every process of one Python version. `anonymous` says that the name alone does not
+    tell which function it is.
     """
 
     name: str
@@ -42,21 +51,71 @@ class Identity:
     anonymous: bool
 
 
+@dataclass(frozen=True, slots=True)
+class NamedFunction:
+    """A function that this process may call, and who it is."""
+
+    call: AnyFunction
+    identity: Identity
+
+
+def name_function(function: AnyFunction | str, *, version: str | None = None) -> NamedFunction:
+    """Find a function that is given as such or as `pkg.mod:name`, and name it; see `identify`.
+
+    What has no telling name of its own, such as a method of an object, has the one that it was found by.
+
+    Raises UsageError for what is no function.
+    """
+    if not isinstance(function, str):
+        if not callable(function):
+            raise UsageError(f"expected a function from str to str, got: {function!r}")
+        return NamedFunction(function, identify(function, version=version))
+    found = import_function(function)
+    identity = identify(found, version=version)
+    if identity.anonymous:
+        identity = replace(identity, name=function, anonymous=False)
+    return NamedFunction(found, identity)
+
+
 def identify(function: AnyFunction, *, version: str | None = None) -> Identity:
-    """Name a function; `version` goes before the function's own `version` attribute (a str or an int)."""
-    if version is None:
-        own = getattr(function, "version", None)
-        version = str(own) if isinstance(own, str | int) and not isinstance(own, bool) else None
+    """Name a function; `version` goes before the function's own."""
     named = _named(function)
     module = module_name(named)
     qualname: str = getattr(named, "__qualname__", type(named).__qualname__)
+    fingerprint = fingerprint_of(function)
     anonymous = (
         named is not function
-        or "<" in qualname
+        or is_bound(function)
         or not hasattr(named, "__qualname__")
         or module in MAIN_MODULES
+        or not _leads_back(function, qualname, fingerprint)
     )
-    return Identity(f"{module}:{qualname}", version, fingerprint_of(function), anonymous)
+    if version is None:
+        version = own_version(function)
+    return Identity(f"{module}:{qualname}", version, fingerprint, anonymous)
+
+
+def own_version(function: AnyFunction) -> str | None:
+    """Return the function's own `version` attribute, a str or an int; None where there is none."""
+    own = getattr(function, "version", None)
+    return str(own) if isinstance(own, str | int) and not isinstance(own, bool) else None
+
+
+def check_known_again(named: NamedFunction) -> None:
+    """Raise UsageError for a function without a version that shares name and fingerprint with others of its kind.
+
+    To digest whatever is in an object would have a counter in there make other work of everything.
+    """
+    identity = named.identity
+    if not identity.anonymous or identity.version is not None or not hides_state(named.call):
+        return
+    qualname = identity.name.partition(":")[2]
+    bound = hasattr(_named(named.call), "__qualname__")
+    shown = f"`{qualname}` of an object" if bound else f"an object of `{qualname}`"
+    raise UsageError(
+        f"expected a function whose answers are known again, got: {shown} that has a state; give `version`, another "
+        f"one for each state, or make it a dataclass"
+    )
 
 
 def _named(function: Any) -> Any:
@@ -68,3 +127,16 @@ def _named(function: Any) -> Any:
             function = function.__func__
         else:
             return function
+
+
+def _leads_back(function: Any, qualname: str, fingerprint: str) -> bool:
+    """Tell whether a function is what its module has under its name; a decorator may have given it another's.
+
+    One that was imported before its module was loaded again is the same as long as the code is.
+    """
+    found: Any = sys.modules.get(home_of(function))
+    if found is None:
+        return "<" not in qualname
+    for name in qualname.split("."):
+        found = getattr(found, name, None)
+    return found is function or (found is not None and fingerprint_of(found) == fingerprint)

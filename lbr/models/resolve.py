@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from lbr.jobs import Task
     from lbr.models.base import Model
-    from lbr.models.identity import Identity
+    from lbr.models.identity import Identity, NamedFunction
     from lbr.structured import Validator
 
 
@@ -27,11 +27,10 @@ if TYPE_CHECKING:
 class Authority:
     """What this process was told it may use.
 
-    `functions` are by the name that `lbr.models.identity.identify` gives them, `result_types` by the canonical JSON of
-    their schema. The OpenRouter key goes before the environment's.
+    `functions` are by their names, `result_types` by the canonical JSON of their schema. The OpenRouter key goes before the environment's.
     """
 
-    functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    functions: Mapping[str, NamedFunction] = field(default_factory=dict)
     result_types: Mapping[str, type] = field(default_factory=dict)
     openrouter_api_key: str | None = field(default=None, repr=False)
 
@@ -115,19 +114,17 @@ def build_validator(task: Task, authority: Authority) -> Validator | None:
 
 
 def _allowed_function(task: Task, authority: Authority) -> Callable[..., Any]:
-    from lbr.models.identity import identify  # noqa: PLC0415
-
     name = task.function or ""
-    function = authority.functions.get(name)
-    if function is None:
+    named = authority.functions.get(name)
+    if named is None:
         way_out = (
             "only the program that defines it can serve it: start that again"
             if task.fingerprint is not None
             else f"start the worker with --function {name}"
         )
         raise UsageError(f"the run asks for function {name}; {way_out}")
-    _check_identity(task, identify(function))
-    return function
+    _check_identity(task, named.identity)
+    return named.call
 
 
 def _check_identity(task: Task, identity: Identity) -> None:
