@@ -1,0 +1,192 @@
+"""Functions as their users give them, from the outside: whose answers are whose, and what is said when code changes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.support import Cli
+
+pytestmark = pytest.mark.processes
+
+OBJECTS = """
+    import functools, re
+    from dataclasses import dataclass
+    from pathlib import Path
+
+
+    class Agent:
+        def __init__(self, tone):
+            self.tone = tone
+
+        def ask(self, prompt):
+            return f"{self.tone}: {prompt}"
+
+        def __call__(self, prompt):
+            return f"{self.tone}! {prompt}"
+
+
+    @dataclass
+    class Voice:
+        tone: str
+
+        def ask(self, prompt):
+            return f"{self.tone}: {prompt}"
+
+
+    def close_over(value):
+        def answer(prompt):
+            return f"{value}: {prompt}"
+
+        return answer
+
+
+    def in_tone(tone):
+        def wrap(function):
+            @functools.wraps(function)
+            def answer(prompt):
+                return tone + function(prompt)
+
+            return answer
+
+        return wrap
+
+
+    def plain(prompt):
+        return prompt
+
+
+    polite, rude = Agent("polite").ask, Agent("rude").ask
+    kind, harsh = Agent("kind"), Agent("harsh")
+    part_a, part_b = functools.partial(Agent("a").ask), functools.partial(Agent("b").ask)
+    made_a, made_b = close_over(Agent("a")), close_over(Agent("b"))
+    deco_a, deco_b = in_tone("a")(plain), in_tone("b")(plain)
+"""
+
+
+@pytest.fixture
+def folder(cli: Cli) -> Path:
+    """Return the command line's folder, with a prompt and objects that answer."""
+    (cli.folder / "in.txt").write_text("hello\n")
+    (cli.folder / "obj.py").write_text(textwrap.dedent(OBJECTS))
+    return cli.folder
+
+
+def python(cli: Cli, program: str) -> subprocess.CompletedProcess[str]:
+    """Run a program that has `call`, which asks one function one prompt and prints the answer or what was wrong."""
+    head = f"""
+        import asyncio
+        import lbr
+        from obj import *
+
+        URL = {cli.outside_url!r}
+
+        def call(worker, **how):
+            try:
+                print(*asyncio.run(lbr.prompt_map(["hello"], worker, db_url=URL, results_db_url="sqlite:///answers.db",
+                                                  return_dtype="list[str]", **how)))
+            except lbr.LbrError as error:
+                print("refused:", error)
+    """
+    (cli.folder / "program.py").write_text(textwrap.dedent(head) + textwrap.dedent(program))
+    return subprocess.run(
+        [sys.executable, "program.py"],
+        cwd=cli.folder,
+        env=cli.environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+
+
+def runs_of(cli: Cli) -> list[str]:
+    """Return the names of the queue's runs."""
+    return [run["run"] for run in json.loads(cli("status", "--json").stdout)["runs"]]
+
+
+PAIRS = ["polite rude", "kind harsh", "part_a part_b", "made_a made_b", "deco_a deco_b"]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_two_objects_of_one_module_are_two(cli: Cli, folder: Path, pair: str) -> None:
+    """What is named like pkg.module:function has answers of its own, and a worker elsewhere serves it by that name."""
+    answers = []
+    for name in pair.split():
+        cli("enqueue", "in.txt", "--run", name, "--function", f"obj:{name}")
+        cli("worker", "--run", name, "--function", f"obj:{name}")
+        answers.append(json.loads(cli("collect", name).stdout)["result"])
+    assert len(set(answers)) == 2
+
+
+def test_a_worker_that_was_named_another_object_does_not_serve_it(cli: Cli, folder: Path) -> None:
+    """Two objects of one class are two names."""
+    cli("enqueue", "in.txt", "--run", "p", "--function", "obj:polite")
+    done = cli("worker", "--run", "p", "--function", "obj:rude", check=False)
+    assert done.returncode != 0
+    assert "the run asks for function obj:polite; start the worker with --function obj:polite" in done.stderr
+
+
+def test_objects_with_a_state_need_a_version(cli: Cli, folder: Path) -> None:
+    """Without one nothing is enqueued; with one each has its own answers, which are known again."""
+    asked = """
+        for how in ({}, {"version": "1"}, {"version": "1"}):
+            call(Agent("polite").ask, **how)
+        call(Agent("rude").ask)
+        call(Agent("rude").ask, version="2")
+        call(functools.partial(Agent("rude")))
+        call(Agent("rude"), version="3")
+    """
+    told = python(cli, asked).stdout.splitlines()
+    refused = "refused: expected a function whose answers are known again, got: "
+    assert [line.startswith(refused) for line in told] == [True, False, False, True, False, True, False]
+    assert told[1:3] == ["polite: hello"] * 2
+    assert (told[4], told[6]) == ("rude: hello", "rude! hello")
+    assert "`Agent.ask` of an object that has a state; give `version`" in told[0]
+    assert len(runs_of(cli)) == 3
+
+
+def test_values_tell_their_methods_apart(cli: Cli, folder: Path) -> None:
+    """Methods of dataclasses, and what closes over a value, have answers of their own without a version."""
+    asked = """
+        for value in "polite", "rude", Path("a"), Path("b"), re.compile("a"), re.compile("b"), Voice("a"), Voice("b"):
+            call(Voice(value).ask)
+            call(close_over(value))
+        call("polite {}".format)
+        call("rude {}".format)
+        call(in_tone("a")(plain))
+        call(in_tone("b")(plain))
+        call(plain)
+    """
+    first = python(cli, asked).stdout.splitlines()
+    assert len(first) == len(set(first[::2])) + len(set(first[1::2])) == 21
+    assert first[-5:] == ["polite hello", "rude hello", "ahello", "bhello", "hello"]
+    runs = runs_of(cli)
+    assert python(cli, asked).stdout.splitlines() == first
+    assert runs_of(cli) == runs
+
+
+def test_a_function_of_a_script_is_served_by_its_name(cli: Cli, folder: Path) -> None:
+    """The script's file names it, so that a worker elsewhere takes it up."""
+    script = f"""
+        import asyncio
+        import lbr
+
+        def shout(prompt):
+            return prompt.upper()
+
+        if __name__ == "__main__":
+            asyncio.run(lbr.enqueue(["hello"], run="s", function=shout, db_url={cli.outside_url!r}))
+    """
+    (folder / "script.py").write_text(textwrap.dedent(script))
+    subprocess.run([sys.executable, "script.py"], cwd=folder, env=cli.environment, timeout=60, check=True)
+    cli("worker", "--function", "script:shout")
+    assert '"result":"HELLO"' in cli("collect", "s").stdout
