@@ -127,7 +127,7 @@ async def put(
 ) -> EnqueueReport:
     """Put items into a run of an open database; see `enqueue`."""
     run = await runs.open_run(database, spec)
-    notices = await _note_function(database, run, spec)
+    notices = await _note_change(database, run, spec)
     if spec.max_attempts not in {run.max_attempts, MAX_ATTEMPTS}:
         notices.append(f"run {run.name} was made with {run.max_attempts} attempts for a job; that stays so")
     maker = KeyMaker(spec.task)
@@ -143,19 +143,36 @@ async def put(
     await runs.seal(database, run)
     if counts.new:
         await database.filled()
+    notices = notices or await _note_reuse(database, run, spec)
     held = await queueing.next_idx(database, run)
     if held > place and not append:
         notices.append(f"run {run.name} holds {held} inputs, this input has {place}; the others stay in it")
     return EnqueueReport(run.name, counts, notices)
 
 
-async def _note_function(database: Database, run: Run, spec: RunSpec) -> list[str]:
+async def _note_change(database: Database, run: Run, spec: RunSpec) -> list[str]:
+    """Tell whether the run may have answers of other code than the function has now."""
     if spec.fingerprint is None or run.fingerprint == spec.fingerprint:
         return []
-    await runs.set_fingerprint(database, run, spec.fingerprint)
+    if await runs.adopt_fingerprint(database, run, spec.fingerprint):
+        return []
     notice = (
         f"the code of {run.task.function} has changed since run {run.name} was made; its answers are kept. To redo "
         f"them, give the function another `version` and the run another name"
+    )
+    return [notice]
+
+
+async def _note_reuse(database: Database, run: Run, spec: RunSpec) -> list[str]:
+    """Tell whether the run has answers of a run that was made with other code."""
+    if spec.fingerprint is None or spec.task.fingerprint is not None:
+        return []  # a model, or a function whose code is part of the task
+    lender = await queueing.lender_with_other_code(database, run, spec.fingerprint)
+    if lender is None:
+        return []
+    notice = (
+        f"the code of {run.task.function} has changed since run {lender} was made, whose answers run {run.name} reuses. "
+        f"To redo them, use `--fresh` (fresh=True) or give the function another `version`, and the run another name"
     )
     return [notice]
 

@@ -6,9 +6,12 @@ import json
 import subprocess
 import sys
 import textwrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+import lbr
+from lbr.store import enqueue as queueing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -190,3 +193,94 @@ def test_a_function_of_a_script_is_served_by_its_name(cli: Cli, folder: Path) ->
     subprocess.run([sys.executable, "script.py"], cwd=folder, env=cli.environment, timeout=60, check=True)
     cli("worker", "--function", "script:shout")
     assert '"result":"HELLO"' in cli("collect", "s").stdout
+
+
+# --- code that changed ------------------------------------------------------------------------------------------------
+
+CHANGED = "the code of answering:answer has changed since run {} was made"
+KEPT, REUSED = f"{CHANGED}; its answers are kept", f"{CHANGED}, whose answers run {{}} reuses"
+
+
+def write_code(cli: Cli, answer: str) -> None:
+    """Write a module with a function that always gives one answer."""
+    (cli.folder / "answering.py").write_text(f"def answer(prompt):\n    return {answer!r}\n")
+    (cli.folder / "in.txt").write_text("hello\n")
+
+
+def enqueue(cli: Cli, run: str, *flags: str) -> str:
+    """Enqueue the function's run, and return what is said of code."""
+    said = cli("enqueue", "in.txt", "--run", run, "--function", "answering:answer", *flags).stderr
+    return "".join(line for line in said.splitlines() if "the code of" in line)
+
+
+def answer_all(cli: Cli, run: str) -> str:
+    """Work on a run; return its answer."""
+    cli("worker", "--run", run, "--function", "answering:answer")
+    return str(json.loads(cli("collect", run).stdout)["result"])
+
+
+def test_changed_code_is_told_each_time(cli: Cli) -> None:
+    """As long as a run has answers that other code may have given, its own or reused ones, every enqueue says so."""
+    write_code(cli, "first")
+    assert enqueue(cli, "a") == ""
+    assert answer_all(cli, "a") == "first"
+    assert enqueue(cli, "a") == ""
+    write_code(cli, "second")
+    for _ in range(2):
+        assert KEPT.format("a") in enqueue(cli, "a")
+    for _ in range(2):
+        assert REUSED.format("a", "b") in enqueue(cli, "b")
+    assert answer_all(cli, "b") == "first"
+    for _ in range(2):
+        assert enqueue(cli, "c", "--fresh") == ""
+    assert answer_all(cli, "c") == "second"
+    assert enqueue(cli, "c") == ""
+    assert enqueue(cli, "d", "--version", "2") == ""
+    assert answer_all(cli, "d") == "second"
+
+
+def test_code_that_gave_no_answer_yet_is_no_matter(cli: Cli) -> None:
+    """A run whose function was mended before the first answer has answers of the mended code only."""
+    write_code(cli, "first")
+    enqueue(cli, "a")
+    write_code(cli, "second")
+    assert enqueue(cli, "a") == ""
+    done = cli("worker", "--run", "a", "--function", "answering:answer")
+    assert "the code of" not in done.stderr
+    assert enqueue(cli, "a") == ""
+    write_code(cli, "first")
+    assert KEPT.format("a") in enqueue(cli, "a")
+
+
+def test_prompt_map_tells_it_each_time(cli: Cli, folder: Path) -> None:
+    """A call says that it returns answers of other code, also where it found them in another run."""
+    asked = "import answering; call(answering.answer); call(answering.answer, run='b'); call(answering.answer, run='c', fresh=True)"
+    (folder / "answering.py").write_text("def answer(prompt):\n    return 'first'\n")
+    assert python(cli, asked).stderr == ""
+    (folder / "answering.py").write_text("def answer(prompt):\n    return 'second'\n")
+    for _ in range(2):
+        done = python(cli, asked)
+        kept = [line for line in done.stderr.splitlines() if "; its answers are kept. To redo them" in line]
+        assert len(kept) == 3, done.stderr
+        assert done.stdout.split() == ["first"] * 3
+    asked = "import answering; call(answering.answer, run='d'); call(answering.answer, run='d')"
+    told = python(cli, asked).stderr.splitlines()
+    assert [line.partition(", whose answers run d reuses")[1] != "" for line in told] == [True, True]
+
+
+@pytest.mark.parametrize(("how", "looks"), [({"model": "offline:echo"}, 0), ({"function": str.upper}, 1)])
+async def test_only_functions_are_looked_at_and_once(
+    db_url: str, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any], looks: int
+) -> None:
+    """An enqueue asks one question more for a function, however many chunks it has, and none for a model."""
+    asked: list[object] = []
+    real = queueing.lender_with_other_code
+
+    async def look(*args: Any) -> str | None:
+        asked.append(args)
+        return await real(*args)
+
+    monkeypatch.setattr(queueing, "lender_with_other_code", look)
+    monkeypatch.setattr(queueing, "CHUNK", 2)
+    await lbr.enqueue(["a", "b", "c", "d", "e"], run="r", db_url=db_url, **how)
+    assert len(asked) == looks

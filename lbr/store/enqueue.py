@@ -80,6 +80,25 @@ ADD_JOBS = Inserting(
 _ADD_PROMPTS = Inserting(prompts, "job_id", "run_id", "key", "chat", "body")
 ADD_ITEMS = Inserting(items_table, "run_id", "idx", "job_id", "first", "custom_id", "metadata")
 
+# From the few runs of the function with other code to the run's answers: where there is no such run, none is looked at.
+_OTHER = runs.alias("other")
+_SOURCES = jobs.alias("sources")
+_FROM_OTHER_CODE = (
+    select(_OTHER.c.name)
+    .where(
+        _OTHER.c.answerer == bindparam("answerer"),
+        _OTHER.c.fingerprint != bindparam("code"),
+        select(literal_column("1"))
+        .select_from(items_table)
+        .join(results, results.c.job_id == items_table.c.job_id)
+        .join(_SOURCES, _SOURCES.c.id == results.c.reused_from)
+        .where(items_table.c.run_id == bindparam("run"), _SOURCES.c.run_id == _OTHER.c.id)
+        .exists(),
+    )
+    .order_by(_OTHER.c.id)
+    .limit(1)
+)
+
 
 @dataclass(frozen=True, slots=True)
 class EnqueueCounts:
@@ -120,6 +139,12 @@ async def place_behind(connection: Connection, run: Run) -> int:
     """Return the same as `next_idx`, within a transaction."""
     last = await connection.scalar(select(func.max(items_table.c.idx)).where(items_table.c.run_id == run.id))
     return 0 if last is None else int(last) + 1
+
+
+async def lender_with_other_code(database: Database, run: Run, fingerprint: str) -> str | None:
+    """Return the name of a run from which this one has an answer that another fingerprint gave; None without one."""
+    bound = {"answerer": run.task.answerer, "code": fingerprint, "run": run.id}
+    return await database.read(lambda connection: connection.scalar(_FROM_OTHER_CODE, bound))
 
 
 async def add_chunk(

@@ -257,13 +257,20 @@ async def seal(database: Database, run: Run) -> None:
     await database.write(work)
 
 
-async def set_fingerprint(database: Database, run: Run, fingerprint: str) -> None:
-    """Remember the code that a named function has now."""
+async def adopt_fingerprint(database: Database, run: Run, fingerprint: str) -> bool:
+    """Remember the code that a named function has now, unless other code gave, or is giving, the run an answer.
 
-    async def work(connection: Connection) -> None:
+    Returns whether it is remembered. What is remembered is the code of the run's first answers from then on.
+    """
+
+    async def work(connection: Connection) -> bool:
+        counted = (await counters.of_runs(connection, [run.id]))[run.id]
+        if counted[JobState.DONE] or counted[JobState.INFLIGHT]:
+            return False
         await connection.execute(update(runs).where(runs.c.id == run.id).values(fingerprint=fingerprint))
+        return True
 
-    await database.write(work)
+    return await database.write(work)
 
 
 async def pause(database: Database, run: Run, reason: str) -> Run:
