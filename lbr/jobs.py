@@ -71,9 +71,9 @@ def canonical_json(value: Json) -> bytes:
 class Task:
     """What a run asks of every input.
 
-    Exactly one of `model` and `function` is set. `function` is `module:qualname`; `version` is its author's,
-    None where none was set; `fingerprint` is set for functions whose name says nothing (lambdas, nested ones).
-    `schema` is the JSON schema of the answer, None for free text.
+    Exactly one of `model` and `function` is set. `function` is its name, `module:qualname` or what it was found by;
+    `version` is its author's, None where none was set; `fingerprint` is set for functions whose name says nothing
+    (lambdas, nested ones, methods of objects). `schema` is the JSON schema of the answer, None for free text.
     """
 
     model: str | None = None

@@ -8,6 +8,7 @@ import copy
 import functools
 import importlib
 import io
+import operator
 import os
 import random
 import re
@@ -440,6 +441,7 @@ OPAQUE = [
     LessPlain("polite", 1).ask,
     random.Random(1).choice,
     io.StringIO("a").write,
+    operator.methodcaller("upper"),
 ]
 TOLD = [
     shout,

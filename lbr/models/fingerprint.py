@@ -235,7 +235,7 @@ def hides_state(function: Any) -> bool:
             if _keeps_more(function.__self__):
                 return True
             function = function.__func__
-        elif not isinstance(function, ROUTINES) and _keeps_more(function):
+        elif not isinstance(function, ROUTINES) and (_keeps_more(function) or _is_called_in_c(function)):
             return True
         else:
             function = getattr(function, "__wrapped__", function)
@@ -246,6 +246,13 @@ def _is_opaque(value: Any) -> bool:
     """Tell whether an object of a class written in C may be in any state, for nobody can look into it."""
     known = isinstance(value, PLAIN + CONTAINERS) or _words_of(value) is not None
     return not known or bool(getattr(value, "__dict__", None))
+
+
+def _is_called_in_c(value: Any) -> bool:
+    """Tell whether an object is called by code in C, like those of `operator.methodcaller`: its state is not seen."""
+    if isinstance(value, type) or hasattr(value, "__qualname__") or type(value).__module__ == "functools":
+        return False
+    return isinstance(type(value).__call__, WrapperDescriptorType)
 
 
 def _keeps_more(value: Any) -> bool:
