@@ -127,7 +127,8 @@ async def put(
 ) -> EnqueueReport:
     """Put items into a run of an open database; see `enqueue`."""
     run = await runs.open_run(database, spec)
-    notices = await _note_change(database, run, spec)
+    changed = await _note_change(database, run, spec)
+    notices = [*changed]
     if spec.max_attempts not in {run.max_attempts, MAX_ATTEMPTS}:
         notices.append(f"run {run.name} was made with {run.max_attempts} attempts for a job; that stays so")
     maker = KeyMaker(spec.task)
@@ -143,7 +144,8 @@ async def put(
     await runs.seal(database, run)
     if counts.new:
         await database.filled()
-    notices = notices or await _note_reuse(database, run, spec)
+    if not changed:
+        notices += await _note_reuse(database, run, spec)
     held = await queueing.next_idx(database, run)
     if held > place and not append:
         notices.append(f"run {run.name} holds {held} inputs, this input has {place}; the others stay in it")
