@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,21 @@ def _item(prompt: object, place: Place, template: Template | None) -> Item:
     return item_of(fields, place, template, None)
 
 
+def _way_out_of_table(given: object) -> str | None:
+    """Return what to give instead of what would be read by its names, a mapping or a frame; None for anything else."""
+    kind = type(given)
+    if isinstance(given, Mapping):
+        return "its texts as a list, or a list with the dict in it for one record"
+    # By what they have, for no library of frames is imported here.
+    if not hasattr(kind, "columns"):
+        return None
+    if hasattr(kind, "to_dicts"):
+        return 'df["prompt"].to_list(), or df.to_dicts() for records'
+    if hasattr(kind, "collect"):
+        return 'df.collect()["prompt"].to_list(), or df.collect().to_dicts() for records'
+    return 'df["prompt"].tolist(), or df.to_dict("records") for records'
+
+
 class Source:
     """Inputs that can be checked before they are read: files are read twice, streams and prompts as they come."""
 
@@ -81,20 +97,27 @@ class Source:
     @classmethod
     def of(
         cls,
-        given: Path | Iterable[Path | str | dict[str, Json]],
+        given: PathLike[str] | Iterable[PathLike[str] | str | dict[str, Json]],
         *,
         input_format: str | None = None,
         template: str | None = None,
         prompt_column: str | None = None,
     ) -> Source:
-        """Tell files (`Path`, or several) from prompts; UsageError for a mixture, for flags that do not fit."""
+        """Tell files (`Path`, or several) from prompts.
+
+        UsageError for a mixture, for a frame or a mapping, and for flags that do not fit.
+        """
         if isinstance(given, str):
             raise UsageError(f"expected a list of prompts or a Path, got: the string {given[:60]!r}")
-        if not isinstance(given, Path | Iterable):
+        if way_out := _way_out_of_table(given):
+            raise UsageError(
+                f"expected a list of prompts or a Path, got: a {type(given).__name__}; give {way_out}"
+            )
+        if not isinstance(given, PathLike | Iterable):
             raise UsageError(f"expected a list of prompts or a Path, got: {type(given).__name__}")
-        everything = [given] if isinstance(given, Path) else list(given)
-        files = [str(one) for one in everything if isinstance(one, Path)]
-        prompts = [one for one in everything if not isinstance(one, Path)]
+        everything = [given] if isinstance(given, PathLike) else list(given)
+        files = [str(Path(one)) for one in everything if isinstance(one, PathLike)]
+        prompts = [one for one in everything if not isinstance(one, PathLike)]
         if files and prompts:
             raise UsageError("expected files or prompts, got: both")
         if files:
