@@ -82,7 +82,8 @@ async def prompt_map(
     and result; "polars", a DataFrame of the rows.
 
     The answers are mirrored to `results_db_url`, `runs-results.db` beside `runs.db` if unset. `run` names the
-    run; unset, equal tasks and prompts are one run. `retry_failed` tries again what failed in an earlier call,
+    run; unset, equal tasks and prompts are one run. Where that run holds more inputs, they are answered and
+    mirrored too, and the rows of `prompts` alone are returned. `retry_failed` tries again what failed in an earlier call,
     `fresh` refuses answers of other runs. `progress_every` prints a line to stderr for so many ended jobs,
     None never. `price`, like "in=0.15,out=0.60" in US dollars for a million tokens, is what calls cost from now
     on; None leaves it as it is. `teardown` removes queue and results files when everything is done, and only then: never while
@@ -128,7 +129,8 @@ async def prompt_map(
         await _work(database, asked, options, found, every)
         rows = [row async for page in _answers(database, found, shape) for row in page]
     mirrored = await _mirror(results_url, name, rows)
-    answer = _shaped(rows, return_dtype)
+    # The run may hold more, from a longer list; it begins with these, so the first of equal ones are among them.
+    answer = _shaped([row for row in rows if row.idx < report.counts.inputs], return_dtype)
     if teardown and mirrored and all(row.status == JobState.DONE for row in rows):
         await _tear_down(db_url, results_url, name)
     return answer

@@ -148,6 +148,49 @@ async def test_more_prompts_reuse_earlier_answers(calls: Calls, db_url: str) -> 
     assert calls.made == Counter({"a": 2, "b": 2, "c": 2, "d": 1})
 
 
+@pytest.mark.parametrize("shape", ["unique", "original"])
+async def test_fewer_prompts_get_their_rows_alone(
+    shape: str, db_url: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A run that holds more than this call asks gives back what was asked; the results database keeps all of it."""
+    given: dict[str, Any] = {"run": "my", "db_url": db_url, "results_db_url": "answers.db"}
+    await prompt_map(["a", "b", "a", "c"], shout, output_shape=shape, **given)
+    mirrored = rows_of("answers.db")
+    capfd.readouterr()
+    expected = ["A", "B", "A"] if shape == "original" else ["A", "B"]
+    for dtype, answer in {
+        "list[str]": expected,
+        "list[tuple[str,str]]": [(one.lower(), one) for one in expected],
+    }.items():
+        assert (
+            await prompt_map(["a", "b", "a"], shout, output_shape=shape, return_dtype=dtype, **given)
+            == answer
+        )
+    rows = await prompt_map(["a", "b", "a"], shout, output_shape=shape, **given)
+    assert [(row["idx"], row["result"]) for row in rows] == list(enumerate(expected))
+    frame = await prompt_map(["a", "b", "a"], shout, output_shape=shape, return_dtype="polars", **given)
+    assert frame["result"].to_list() == expected
+    assert "run my holds 4 inputs, this input has 3; the others stay in it" in capfd.readouterr().err
+    assert rows_of("answers.db") == mirrored
+    assert len(mirrored) == (4 if shape == "original" else 3)
+
+
+async def test_teardown_waits_for_the_whole_run(db_url: str) -> None:
+    """What a run holds beside the prompts of this call is not thrown away unanswered."""
+
+    async def picky(prompt: str) -> str:
+        if prompt == "b":
+            raise Permanent("no")
+        return prompt
+
+    given: dict[str, Any] = {"run": "my", "db_url": db_url, "results_db_url": "answers.db"}
+    await prompt_map(["a", "b"], picky, **given)
+    rows = await prompt_map(["a"], picky, teardown=True, **given)
+    assert [row["status"] for row in rows] == ["done"]
+    assert [run.run for run in (await lbr.status(db_url=db_url)).runs] == ["my"]
+    assert len(rows_of("answers.db")) == 2
+
+
 async def test_rerun_tries_failures_again(calls: Calls, db_url: str) -> None:
     """What failed in one call is tried again in the next, and only that."""
     calls.broken = {"b"}
