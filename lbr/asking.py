@@ -12,6 +12,7 @@ from lbr.models.base import OPENROUTER, Kind, kind_of, model_string
 from lbr.models.fingerprint import hides_state
 from lbr.models.identity import check_known_again, name_function, own_version
 from lbr.models.resolve import Authority, build_model, build_validator, check_task
+from lbr.records import not_finite
 from lbr.structured import import_type, schema_of
 
 if TYPE_CHECKING:
@@ -131,6 +132,8 @@ def _check_storable(task: Task) -> None:
         raise UsageError(
             f"expected instructions, template, settings and schema that JSON can hold, got: {error}"
         ) from error
+    for name, value in not_finite({"settings": task.settings, "schema": task.schema}):
+        raise UsageError(f"expected {name} to be a JSON value, got: {value}; leave it out, or name a number")
 
 
 def check_settings(task: Task, settings: Mapping[str, Json]) -> None:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import math
+from dataclasses import fields as dataclass_fields
+from dataclasses import is_dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from lbr.errors import InputError, UsageError
 from lbr.jobs import Item, Json, Prompt, canonical_json
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterator
+
+    from jinja2 import nodes
 
 Fields = dict[str, Json]
 
@@ -38,9 +44,11 @@ class Template:
         from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415
 
         environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+        environment.filters[_TELLING] = _tell_null
         try:
-            self._template = environment.from_string(text)
-            self._variables = meta.find_undeclared_variables(environment.parse(text))
+            tree = environment.parse(text)
+            self._variables = meta.find_undeclared_variables(tree)
+            self._template = environment.from_string(_telling_nulls(tree))
         except TemplateSyntaxError as error:
             msg = f"expected a Jinja template, got: {error.message} (line {error.lineno}); mend the template"
             raise UsageError(msg) from error
@@ -64,9 +72,91 @@ class Template:
         """Return the prompt of one record; InputError for whatever the template's expressions raise."""
         try:
             return self._template.render(fields)
+        except _NullError as error:
+            msg = f"expected {shown(error.name)} to have a value for the template, got: null; fill it in"
+            raise place.error(
+                f"{msg}, or say in the template what stands for it, as {{{{ {error.name} or 'none' }}}} does"
+            ) from None
         except Exception as error:  # whatever a template's expression may raise
             msg = f"expected the template to render, got: {type(error).__name__}: {error}"
             raise place.error(f"{msg}; the fields are: {names(fields)}") from error
+
+
+_TELLING = "value of"
+"""A filter of this name tells of nulls; no template can call it, for the name has a space."""
+_WORDING = frozenset(
+    {
+        "capitalize",
+        "center",
+        "e",
+        "escape",
+        "indent",
+        "lower",
+        "replace",
+        "string",
+        "striptags",
+        "title",
+        "trim",
+    }
+    | {"truncate", "upper", "urlencode", "urlize", "wordwrap"}
+)
+"""The filters that make text of what they are given, of a null "None"."""
+
+
+class _NullError(Exception):
+    """A placeholder has no value."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+def _tell_null(value: object, name: str) -> object:
+    if value is None:
+        raise _NullError(name)
+    return value
+
+
+def _telling_nulls(tree: nodes.Template) -> nodes.Template:
+    """Have every placeholder of a parsed template say so where its value is null, which Jinja would write as None."""
+    from jinja2 import nodes  # noqa: PLC0415 - see Template
+
+    def telling(shown_: nodes.Expr) -> nodes.Expr:
+        # What a condition, `or` or `default` decides is decided before: only what is written in the end is looked at.
+        match shown_:
+            case nodes.TemplateData():
+                return shown_
+            case nodes.Concat():
+                shown_.nodes = [telling(one) for one in shown_.nodes]
+            case nodes.Filter(name=name, node=nodes.Expr() as node) if name in _WORDING:
+                shown_.node = telling(node)
+        return nodes.Filter(
+            shown_, _TELLING, [nodes.Const(_words_of(shown_))], [], None, None, lineno=shown_.lineno
+        )
+
+    for output in tree.find_all(nodes.Output):
+        output.nodes = [telling(one) for one in output.nodes]
+    return tree
+
+
+def _words_of(expression: nodes.Expr) -> str:
+    """Return an expression as its author may have written it, what is longer than a path shortened."""
+    from jinja2 import nodes  # noqa: PLC0415 - see Template
+
+    match expression:
+        case nodes.Name(name=name):
+            return str(name)
+        case nodes.Getattr(node=node, attr=attr):
+            return f"{_words_of(node)}.{attr}"
+        case nodes.Getitem(node=node, arg=nodes.Const(value=str(name))):
+            return f"{_words_of(node)}.{name}"
+        case nodes.Getitem(node=node, arg=nodes.Const(value=place)):
+            return f"{_words_of(node)}[{place}]"
+        case nodes.Call(node=node):
+            return f"{_words_of(node)}(…)"
+        case nodes.Filter(node=nodes.Expr() as node):
+            return _words_of(node)
+    return ", ".join(dict.fromkeys(one.name for one in expression.find_all(nodes.Name))) or "…"
 
 
 def item_of(fields: Fields, place: Place, template: Template | None, column: str | None) -> Item:
@@ -154,6 +244,33 @@ def check_storable(fields: Fields, place: Place) -> None:
         ) from error
     if b"\\u0000" in text.replace(rb"\\", b""):
         raise place.error("expected text, got: a NUL character (\\u0000); remove it")
+
+
+def check_finite(fields: Fields, place: Place) -> None:
+    """Raise InputError for NaN and infinity, which Python has and JSON has not: null would stand for them."""
+    for name, value in not_finite(fields):
+        raise place.error(
+            f"expected {shown(name)} to be a JSON value, got: {value}; put None for what is missing"
+        )
+
+
+def not_finite(value: object, name: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the path and the value of each float within that JSON has not; of what JSON can hold as it is."""
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            yield name, value
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            yield from not_finite(one, f"{name}.{key}" if name else key)
+    elif isinstance(value, list | tuple):
+        for place, one in enumerate(value):
+            yield from not_finite(one, f"{name}[{place}]")
+    elif isinstance(value, Enum):
+        yield from not_finite(value.value, name)
+    elif is_dataclass(value):
+        yield from not_finite(
+            {field.name: getattr(value, field.name) for field in dataclass_fields(value)}, name
+        )
 
 
 def shown(value: Json) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lbr import inputs
 from lbr.errors import InputError, UsageError
 from lbr.jobs import Item, Prompt
-from lbr.records import Place, Template, check_storable, is_plain, item_of, shown
+from lbr.records import Place, Template, check_finite, check_storable, is_plain, item_of, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -64,6 +64,7 @@ def _item(prompt: object, place: Place, template: Template | None) -> Item:
         raise place.error(f"expected a string or a dict, got: {shown(repr(prompt))}")
     fields = dict(prompt)
     check_storable(fields, place)
+    check_finite(fields, place)
     return item_of(fields, place, template, None)
 
 

@@ -367,6 +367,53 @@ class TestTemplate:
         path = write(tmp_path, "in.jsonl", "{}\n")
         refused(path, 1, f"expected the rendered template {message}", template=template)
 
+    @pytest.mark.parametrize(
+        ("template", "field"),
+        [
+            ("{{ topic }}", "topic"),
+            ("About {{ topic }}, in {{ n }} words", "topic"),
+            ("{{ user.name }}", "user.name"),
+            ("{{ user['name'] }}", "user.name"),
+            ("{{ xs[1] }}", "xs[1]"),
+            ("{{ topic|upper|trim }}", "topic"),
+            ("{{ 'about ' ~ topic }}", "topic"),
+            ("{% for x in xs %}{{ x }}{% endfor %}", "x"),
+            ("{{ user.get('name') }}", "user.get(…)"),
+            ("{{ topic|default('none given') }}", "topic"),
+            ("{{ user.name or topic }}", "user, topic"),
+        ],
+    )
+    def test_a_null_is_not_written_into_a_prompt(self, tmp_path: Path, template: str, field: str) -> None:
+        """A placeholder without a value would make a prompt that says None; the field and the record are named."""
+        record = '{"topic":null,"n":3,"user":{"name":null},"xs":["a",null]}'
+        path = write(
+            tmp_path, "in.jsonl", f'{{"topic":"x","n":1,"user":{{"name":"y"}},"xs":["a","b"]}}\n{record}'
+        )
+        message = f"expected '{field}' to have a value for the template, got: null; fill it in"
+        refused(path, 2, re.escape(message), template=template)
+
+    @pytest.mark.parametrize(
+        ("template", "prompt"),
+        [
+            ("{{ topic or 'anything' }}", "anything"),
+            ("{{ topic|default('anything', true) }}", "anything"),
+            ("{% if topic is none %}anything{% else %}{{ topic }}{% endif %}", "anything"),
+            ("{{ 'anything' if topic is none else topic }}", "anything"),
+            ("a{% if topic %} {{ topic }}{% endif %}", "a"),
+            ("{{ topic|tojson }}", "null"),
+            ("{{ user|tojson }}", '{"name": null}'),
+            ("{{ xs|select|join('-') }}", "a"),
+            ("{{ n }}{{ zero }}{{ no }}", "30False"),
+        ],
+    )
+    def test_a_template_may_say_what_stands_for_null(
+        self, tmp_path: Path, template: str, prompt: str
+    ) -> None:
+        """A condition of the template's own, and JSON, go on to take a null for what it is."""
+        record = '{"topic":null,"n":3,"zero":0,"no":false,"user":{"name":null},"xs":["a",null]}'
+        (item,) = read(write(tmp_path, "in.jsonl", record), template=template)
+        assert item.prompt.text == prompt
+
     @pytest.mark.parametrize("template", ["prompt.txt", "Summarise {review}", ""])
     def test_a_template_that_names_nothing_is_refused(self, tmp_path: Path, template: str) -> None:
         """A template that would make every prompt the same is a mistake: a forgotten @, or the wrong braces."""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+import re
 import sqlite3
 import subprocess
 import sys
 from collections import Counter
 from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +22,7 @@ from pydantic import BaseModel
 
 import lbr
 from lbr import DB_URL_DEFAULT, LbrError, Pause, Permanent, export_jsonl, prompt_map
+from lbr.errors import InputError, UsageError
 from lbr.store import mirror
 from tests.llmock_server import serve
 from tests.support import is_postgresql
@@ -368,6 +373,54 @@ async def test_fields_that_no_row_can_hold(value: Any, words: str) -> None:
     with pytest.raises(LbrError, match=f"^prompts, line 2: .*{words}"):
         await prompt_map(["a", {"prompt": "b", "of mine": value}], shout)
     assert not Path("runs.db").exists()
+
+
+@dataclass
+class Scored:
+    """What orjson writes as an object."""
+
+    score: float
+
+
+@pytest.mark.parametrize(
+    ("record", "field", "got"),
+    [
+        ({"score": math.nan}, "score", "nan"),
+        ({"score": math.inf}, "score", "inf"),
+        ({"of mine": {"scores": [1.0, -math.inf]}}, "of mine.scores[1]", "-inf"),
+        ({"pair": (None, math.nan)}, "pair[1]", "nan"),
+        ({"object": Scored(math.nan)}, "object.score", "nan"),
+    ],
+)
+async def test_numbers_that_json_has_not(record: dict[str, Any], field: str, got: str) -> None:
+    """NaN and infinity would become null, and come back as that; the field and the prompt are named."""
+    words = f"expected '{field}' to be a JSON value, got: {got}; put None for what is missing"
+    for asking in (
+        partial(prompt_map, ["a", {"prompt": "b"} | record], shout),
+        partial(lbr.enqueue, ["a", {"prompt": "b"} | record], run="r", function=shout),
+    ):
+        with pytest.raises(InputError, match=f"^prompts, line 2: {re.escape(words)}$"):
+            await asking()
+    for settings in ({"temperature": math.nan}, {"extra_body": {"x": [math.inf]}}):
+        with pytest.raises(
+            UsageError, match=r"expected settings\.(temperature|extra_body\.x\[0\]) to be a JSON"
+        ):
+            await prompt_map(["a"], model_name="offline:echo", settings=settings)
+    assert not Path("runs.db").exists()
+    rows = await prompt_map([{"prompt": "a", "score": None, "least": 5e-324, "most": 1.7e308}], shout)
+    assert rows[0]["metadata"] == {"score": None, "least": 5e-324, "most": 1.7e308}
+
+
+async def test_a_record_without_a_value_for_the_template() -> None:
+    """None is not written into a prompt that is paid for; a condition in the template says what stands for it."""
+    records: list[Any] = [{"topic": "rivers"}, {"topic": None}]
+    with pytest.raises(
+        InputError, match="^prompts, line 2: expected 'topic' to have a value for the template"
+    ):
+        await prompt_map(records, shout, template="About {{ topic }}")
+    assert not Path("runs.db").exists()
+    rows = await prompt_map(records, shout, template="About {{ topic or 'lakes' }}", return_dtype="list[str]")
+    assert rows == ["ABOUT RIVERS", "ABOUT LAKES"]
 
 
 @pytest.mark.parametrize(
