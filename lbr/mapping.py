@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 RETURN_DTYPES = ("list[dict]", "list[str]", "list[tuple[str,str]]", "polars")
 RESULTS_BESIDE = "runs.db"
-COLUMNS = ("idx", "key", "prompt", "status", "result", "error")
+COLUMNS = ("idx", "id", "key", "prompt", "status", "result", "error", "metadata")
 
 
 async def prompt_map(
@@ -77,9 +77,10 @@ async def prompt_map(
     environment or `.env`. `result_type` is a pydantic class: results are JSON strings that fit it.
 
     `output_shape`: "unique", a row per distinct prompt in order of first occurrence, or "original", a row per
-    prompt. Rows are idx, key, prompt, status ("done" or "missing"), result (None unless done), error.
-    `return_dtype`: "list[dict]"; "list[str]", the results, "" where missing; "list[tuple[str,str]]", prompt
-    and result; "polars", a DataFrame of the rows.
+    prompt. Rows are idx, key, prompt, status ("done" or "missing"), result (None unless done), error, and id and
+    metadata where the prompt had them. `return_dtype`: "list[dict]"; "list[str]", the results, "" where missing;
+    "list[tuple[str,str]]", prompt and result; "polars", a DataFrame of the rows, always with id and metadata, which
+    is JSON.
 
     The answers are mirrored to `results_db_url`, `runs-results.db` beside `runs.db` if unset. `run` names the
     run; unset, equal tasks and prompts are one run. Where that run holds more inputs, they are answered and
@@ -282,10 +283,15 @@ def _polars() -> Any:
 
 
 def _frame(rows: list[Row]) -> Any:
+    """Return the rows with the same columns for every call, id and metadata too, as the results database has them."""
     pl = _polars()
     types = dict.fromkeys(COLUMNS, pl.String) | {"idx": pl.Int64}
-    columns = [row.to_dict() | {"prompt": row.prompt.body()} for row in rows]
-    return pl.DataFrame([{name: row[name] for name in COLUMNS} for row in columns], schema=types)
+    texts = [row.to_dict() | {"prompt": row.prompt.body(), "metadata": _json_or_none(row)} for row in rows]
+    return pl.DataFrame([{name: row.get(name) for name in COLUMNS} for row in texts], schema=types)
+
+
+def _json_or_none(row: Row) -> str | None:
+    return None if row.metadata is None else orjson.dumps(row.metadata).decode()
 
 
 async def _tear_down(db_url: str, results_url: str, run: str) -> None:

@@ -122,9 +122,33 @@ async def test_dtypes() -> None:
     assert pairs == [(city, city.upper()) for city in CITIES]
     frame = await prompt_map(CITIES, shout, return_dtype="polars")
     assert isinstance(frame, pl.DataFrame)
-    assert frame.columns == ["idx", "key", "prompt", "status", "result", "error"]
+    assert frame.columns == ["idx", "id", "key", "prompt", "status", "result", "error", "metadata"]
     assert frame["result"].to_list() == ["OSLO", "BERGEN", "NARVIK"]
     assert frame.schema["error"] == pl.String
+
+
+async def test_frame_has_what_the_rows_have() -> None:
+    """A DataFrame keeps id and metadata, as the results database does; its schema is that of every call."""
+    records: list[Any] = [
+        {"prompt": "a", "id": 7, "topic": "x", "score": 1.5},
+        {"messages": [{"role": "user", "content": "b"}], "tags": [None, "ä"]},
+        "c",
+    ]
+    frame = await prompt_map(records, model_name="offline:echo", return_dtype="polars", run="three")
+    plain = await prompt_map(["c"], model_name="offline:echo", return_dtype="polars")
+    assert frame.schema == plain.schema == dict.fromkeys(frame.columns, pl.String) | {"idx": pl.Int64}
+    assert frame["id"].to_list() == ["7", None, None]
+    found = [None if text is None else json.loads(text) for text in frame["metadata"]]
+    assert found == [{"topic": "x", "score": 1.5}, {"tags": [None, "ä"]}, None]
+    rows = await prompt_map(records, model_name="offline:echo")
+    assert [(row.get("id"), row.get("metadata")) for row in rows] == list(
+        zip(frame["id"], found, strict=True)
+    )
+    names = ", ".join(frame.columns)
+    assert frame.rows() == rows_of(
+        "runs-results.db",
+        f"SELECT {names} FROM results WHERE run = 'three' ORDER BY idx",
+    )
 
 
 async def test_rerun_calls_nothing_again(calls: Calls, db_url: str) -> None:
