@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from os import fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lbr import outputs
 from lbr.answers import Collected, Tally, write_pages
+from lbr.arguments import NAMES, checked
 from lbr.asking import ask, authorize, check_servable
 from lbr.config import (
     DB_URL_DEFAULT,
@@ -34,7 +36,9 @@ from lbr.worker import Worker
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from contextlib import AbstractAsyncContextManager
+    from os import PathLike
 
+    from lbr.arguments import PathOrUrl
     from lbr.calls import WorkReport
     from lbr.jobs import Item, Json, Run
     from lbr.store.database import Database
@@ -62,8 +66,9 @@ class EnqueueReport:
     notices: list[str] = field(default_factory=list)
 
 
+@checked()
 async def enqueue(
-    inputs: Path | Iterable[Path | str | dict[str, Json]],
+    inputs: PathLike[str] | Iterable[PathLike[str] | str | dict[str, Json]],
     *,
     run: str | None = None,
     model: str | None = None,
@@ -81,7 +86,7 @@ async def enqueue(
     append: bool = False,
     fresh: bool = False,
     servable: bool = False,
-    db_url: str = DB_URL_DEFAULT,
+    db_url: PathOrUrl = DB_URL_DEFAULT,
     allow_network_fs: bool = False,
 ) -> EnqueueReport:
     """Put inputs into a run as deduplicated jobs; safe to repeat, and to be repeated after a crash.
@@ -179,6 +184,7 @@ async def _note_reuse(database: Database, run: Run, spec: RunSpec) -> list[str]:
     return [notice]
 
 
+@checked(run=NAMES)
 async def work(
     *,
     run: str | Sequence[str] | None = None,
@@ -194,7 +200,7 @@ async def work(
     rpm: int | None = None,
     tpm: int | None = None,
     max_cost: float | None = None,
-    db_url: str = DB_URL_DEFAULT,
+    db_url: PathOrUrl = DB_URL_DEFAULT,
     allow_network_fs: bool = False,
     notify: Callable[[str], None] = lambda _: None,
     on_start: Callable[[Worker], None] = lambda _: None,
@@ -209,7 +215,17 @@ async def work(
 
     Raises UsageError, NothingToServeError or DatabaseError. Cancelled, it gives its jobs back first.
     """
-    options = WorkOptions(concurrency, lease, Until(until), grace, timeout, patience, rpm, tpm, max_cost)
+    options = WorkOptions(
+        concurrency,
+        lease,
+        Until(one_of("until", until, tuple(Until))),
+        grace,
+        timeout,
+        patience,
+        rpm,
+        tpm,
+        max_cost,
+    )
     env = load_environment(Path.cwd())
     key = openrouter_api_key or env.get("OPENROUTER_API_KEY") or None
     authority = authorize(functions, result_types, openrouter_api_key=key)
@@ -220,14 +236,15 @@ async def work(
         return await worker.run()
 
 
+@checked()
 async def collect(
     run: str,
     *,
-    out: str | Path | None = None,
+    out: PathOrUrl | None = None,
     shape: str = Shape.ORIGINAL,
     format: str | None = None,  # noqa: A002 - the word of the command line
     wait: bool = False,
-    db_url: str = DB_URL_DEFAULT,
+    db_url: PathOrUrl = DB_URL_DEFAULT,
     allow_network_fs: bool = False,
 ) -> Collected:
     """Write a run's answers in input order, or return them as `rows` where `out` is None; "-" is stdout.
@@ -235,7 +252,7 @@ async def collect(
     A file appears whole or not at all; a results database keeps the rows of other runs. With `wait`, only once every job has come to its end; else whatever
     there is now. Raises RunNotFoundError, UsageError, OutputError or DatabaseError.
     """
-    target = None if out in {None, "-"} else str(out)
+    target = None if out is None or fspath(out) == "-" else fspath(out)
     kind = outputs.OutputFormat(one_of("format", format, tuple(outputs.OutputFormat))) if format else None
     kind = kind or outputs.format_of(target)
     chosen = Shape(one_of("shape", shape, tuple(Shape)))
@@ -269,6 +286,6 @@ async def until_finished(database: Database, run: Run) -> None:
         await asyncio.sleep(WAIT_SECONDS)
 
 
-def exclusive(db_url: str, *, wanted: bool = True) -> AbstractAsyncContextManager[None]:
+def exclusive(db_url: PathOrUrl, *, wanted: bool = True) -> AbstractAsyncContextManager[None]:
     """Be the only exclusive worker of a queue; AlreadyRunningError where another one is. A killed one frees it."""
     return sole_worker(db_url) if wanted else nullcontext()

@@ -71,9 +71,23 @@ def default_model(env: Mapping[str, str]) -> str | None:
 
 def positive(name: str, value: float) -> float:
     """Return the value, or raise UsageError: it must be a finite number above zero."""
-    if not (math.isfinite(value) and value > 0):
-        raise UsageError(f"expected {name} to be a number above 0, got: {value:g}")
+    if not (_is_finite(value) and value > 0):
+        raise UsageError(f"expected {name} to be a number above 0, got: {_words_of(value)}")
     return value
+
+
+def _is_finite(value: object) -> bool:
+    """Tell whether a value, of whatever type, is a number that can be reckoned with."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _words_of(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else repr(value)[:100]
 
 
 def at_least_one(name: str, value: int) -> int:
@@ -147,8 +161,8 @@ class WorkOptions:
                 a_minute(name, value)
         if self.max_cost is not None:
             nanos_of("max_cost", self.max_cost)
-        if not (math.isfinite(self.grace) and self.grace >= 0):
-            raise UsageError(f"expected grace to be a number of at least 0, got: {self.grace:g}")
+        if not (_is_finite(self.grace) and self.grace >= 0):
+            raise UsageError(f"expected grace to be a number of at least 0, got: {_words_of(self.grace)}")
         if self.concurrency > 10_000:
             raise UsageError(f"expected concurrency to be at most 10000, got: {self.concurrency}")
         if not 0.5 <= self.lease <= 86_400:

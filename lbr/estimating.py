@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lbr.arguments import checked
 from lbr.asking import model_task
 from lbr.config import at_least_one, load_environment, positive
 from lbr.errors import UsageError
@@ -17,6 +18,7 @@ from lbr.tokens import ASSUMED_OUTPUT_TOKENS, estimate_tokens, most_output_token
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from os import PathLike
 
     from lbr.jobs import Item, Json, Task
     from lbr.prices import Price
@@ -48,13 +50,10 @@ class Pace:
 
     def __post_init__(self) -> None:
         """Check what comes from flags."""
-        for name, value in (
-            ("rpm", self.rpm),
-            ("tpm", self.tpm),
-            ("seconds_per_call", self.seconds_per_call),
-        ):
+        for name, value in (("rpm", self.rpm), ("tpm", self.tpm)):
             if value is not None:
                 positive(name, value)
+        positive("seconds_per_call", self.seconds_per_call)
         at_least_one("concurrency", self.concurrency)
 
 
@@ -90,8 +89,9 @@ class Estimate:
         return asdict(self)
 
 
+@checked()
 async def estimate(
-    inputs: Path | Iterable[Path | str | dict[str, Json]],
+    inputs: PathLike[str] | Iterable[PathLike[str] | str | dict[str, Json]],
     *,
     model: str | None = None,
     instructions: str | None = None,

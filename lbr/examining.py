@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lbr import spool
+from lbr.arguments import checked
 from lbr.config import DB_URL_DEFAULT, load_environment
 from lbr.diagnosis import FIXING, Finding, Served, findings
 from lbr.errors import DatabaseError, LbrError, UsageError
@@ -19,13 +20,15 @@ from lbr.store.queue_health import Problem
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from lbr.arguments import PathOrUrl
     from lbr.jobs import Run
     from lbr.store.health import Health
     from lbr.store.recount import Drift
 
 
+@checked()
 async def doctor(
-    *, fix: bool = False, db_url: str = DB_URL_DEFAULT, allow_network_fs: bool = False
+    *, fix: bool = False, db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_fs: bool = False
 ) -> list[Finding]:
     """Return what there is to say about a queue: in use or not, damaged, of another version, or none at all.
 
@@ -48,7 +51,7 @@ async def doctor(
     )
 
 
-async def _mend(seen: Health, db_url: str, *, allow_network_fs: bool) -> list[Drift]:
+async def _mend(seen: Health, db_url: PathOrUrl, *, allow_network_fs: bool) -> list[Drift]:
     if seen.file is not None and seen.damages != []:
         raise DatabaseError("counters are not mended in a damaged file; see to the damage first")
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:

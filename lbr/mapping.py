@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import sys
 from contextlib import suppress
+from os import fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import orjson
 
 from lbr import outputs, progress
 from lbr.api import put
+from lbr.arguments import checked
 from lbr.asking import ask, check_servable
 from lbr.config import (
     CALL_TIMEOUT,
@@ -35,6 +37,7 @@ from lbr.worker import Worker
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 
+    from lbr.arguments import PathOrUrl
     from lbr.asking import Asked
     from lbr.jobs import Json, Row
     from lbr.store.database import Database
@@ -44,6 +47,7 @@ RESULTS_BESIDE = "runs.db"
 COLUMNS = ("idx", "id", "key", "prompt", "status", "result", "error", "metadata")
 
 
+@checked()
 async def prompt_map(
     prompts: Iterable[str | dict[str, Json]],
     worker: Callable[[str], Awaitable[str]] | Callable[..., Any] | None = None,
@@ -60,8 +64,8 @@ async def prompt_map(
     timeout: float = CALL_TIMEOUT,
     lease: float = 60.0,
     price: str | None = None,
-    db_url: str = DB_URL_DEFAULT,
-    results_db_url: str | None = None,
+    db_url: PathOrUrl = DB_URL_DEFAULT,
+    results_db_url: PathOrUrl | None = None,
     output_shape: str = Shape.UNIQUE,
     return_dtype: str = "list[dict]",
     progress_every: int | None = 200,
@@ -137,14 +141,14 @@ async def prompt_map(
     return answer
 
 
-async def _check_results(results_url: str, db_url: str) -> None:
+async def _check_results(results_url: PathOrUrl, db_url: PathOrUrl) -> None:
     """Raise what `store.mirror.check` does, before any call is paid for."""
     # Whoever has it locked now may have let go of it when the answers are there.
     with suppress(DatabaseBusyError):
         await mirror.check(results_url, name="results_db_url", queue=file_of(db_url))
 
 
-async def _mirror(results_url: str, run: str, rows: list[Row]) -> bool:
+async def _mirror(results_url: PathOrUrl, run: str, rows: list[Row]) -> bool:
     """Write the rows to the results database; one that cannot be written must not cost the caller the answers."""
     try:
         await mirror.write_run(results_url, run, _pages(rows))
@@ -154,10 +158,11 @@ async def _mirror(results_url: str, run: str, rows: list[Row]) -> bool:
     return True
 
 
+@checked()
 async def export_jsonl(
-    db_url: str = DB_URL_DEFAULT,
+    db_url: PathOrUrl = DB_URL_DEFAULT,
     *,
-    out: str | Path,
+    out: PathOrUrl,
     run: str | None = None,
     output_shape: str = Shape.ORIGINAL,
 ) -> int:
@@ -167,22 +172,22 @@ async def export_jsonl(
     appears whole or not at all.
     """
     shape = Shape(one_of("output_shape", output_shape, tuple(Shape)))
-    outputs.check_output(str(out))
+    outputs.check_output(fspath(out))
     names = await mirror.runs_in(db_url) if file_of(db_url) is not None else []
     if names:
-        return await _export_results(db_url, run or names[-1], str(out))
+        return await _export_results(db_url, run or names[-1], fspath(out))
     async with opened(db_url) as database:
         found = await reads.find_run(database, run) if run else await _newest(database)
         count = 0
-        async with outputs.output_lock(out):
-            with outputs.open_writer(str(out), outputs.OutputFormat.JSONL) as writer:
+        async with outputs.output_lock(fspath(out)):
+            with outputs.open_writer(fspath(out), outputs.OutputFormat.JSONL) as writer:
                 async for page in _answers(database, found, shape):
                     writer.write(page)
                     count += len(page)
         return count
 
 
-async def _export_results(db_url: str, run: str, out: str) -> int:
+async def _export_results(db_url: PathOrUrl, run: str, out: str) -> int:
     count = 0
     async with outputs.output_lock(out):
         with outputs.atomic_path(out) as temporary:
@@ -202,7 +207,7 @@ async def _newest(database: Database) -> Run:
     return found[-1]
 
 
-def results_url_of(db_url: str) -> str:
+def results_url_of(db_url: PathOrUrl) -> str:
     """Return where the results of a queue go: `runs-results.db` beside `runs.db`, or here if that is on a server."""
     path = file_of(db_url) or Path(RESULTS_BESIDE)
     return f"sqlite+aiosqlite:///{path.with_name(f'{path.stem}-results{path.suffix}')}"
@@ -294,7 +299,7 @@ def _json_or_none(row: Row) -> str | None:
     return None if row.metadata is None else orjson.dumps(row.metadata).decode()
 
 
-async def _tear_down(db_url: str, results_url: str, run: str) -> None:
+async def _tear_down(db_url: PathOrUrl, results_url: PathOrUrl, run: str) -> None:
     for name, removing in (
         (shown(db_url), remove_queue(db_url, run=run)),
         (shown(results_url), mirror.remove(results_url, run=run)),

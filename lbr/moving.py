@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from lbr.arguments import checked
 from lbr.config import DB_URL_DEFAULT
 from lbr.errors import DatabaseError, UsageError
 from lbr.jobs import JobState
@@ -18,6 +19,7 @@ from lbr.store.queue import Queue
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from lbr.arguments import PathOrUrl
     from lbr.jobs import Json, Run
     from lbr.store.contents import Contents
     from lbr.store.database import Database
@@ -42,11 +44,12 @@ class Moved:
         return asdict(self)
 
 
+@checked()
 async def move(
     run: str,
     *,
-    to_url: str,
-    db_url: str = DB_URL_DEFAULT,
+    to_url: PathOrUrl,
+    db_url: PathOrUrl = DB_URL_DEFAULT,
     restart: bool = False,
     allow_network_fs: bool = False,
     notify: Callable[[str], None] = lambda _: None,

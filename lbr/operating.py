@@ -8,6 +8,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from lbr import progress
+from lbr.arguments import checked
 from lbr.asking import check_settings, checker
 from lbr.config import DB_URL_DEFAULT, a_minute, at_least_one, nanos_of, one_of
 from lbr.errors import UsageError
@@ -19,6 +20,7 @@ from lbr.store.engines import opened
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
 
+    from lbr.arguments import PathOrUrl
     from lbr.jobs import Json
     from lbr.store.reads import Story
     from lbr.store.redo import Reparsed
@@ -27,8 +29,9 @@ FUNCTION = "function:"
 LONGEST_SCOPE = 1_000
 
 
+@checked()
 async def status(
-    run: str | None = None, *, db_url: str = DB_URL_DEFAULT, allow_network_fs: bool = False
+    run: str | None = None, *, db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_fs: bool = False
 ) -> progress.Status:
     """Return how one run stands, or all of them, with the workers that report."""
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
@@ -36,7 +39,7 @@ async def status(
 
 
 async def follow(
-    run: str, *, seconds: float, db_url: str = DB_URL_DEFAULT, allow_network_fs: bool = False
+    run: str, *, seconds: float, db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_fs: bool = False
 ) -> AsyncIterator[progress.RunStatus]:
     """Yield a run's status now and every so often, until it has finished."""
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
@@ -48,12 +51,13 @@ async def follow(
             await asyncio.sleep(seconds)
 
 
+@checked()
 async def retry(
     run: str,
     *,
     where: str | Sequence[str] = (),
     settings: dict[str, Json] | None = None,
-    db_url: str = DB_URL_DEFAULT,
+    db_url: PathOrUrl = DB_URL_DEFAULT,
     allow_network_fs: bool = False,
 ) -> int:
     """Put a run's failed and cancelled jobs back to pending, or those that meet all of `where`; return how many.
@@ -71,11 +75,12 @@ async def retry(
         return await redo.retry(database, found, conditions, settings or None)
 
 
+@checked()
 async def reparse(
     run: str,
     *,
     result_types: Sequence[Any] = (),
-    db_url: str = DB_URL_DEFAULT,
+    db_url: PathOrUrl = DB_URL_DEFAULT,
     allow_network_fs: bool = False,
 ) -> Reparsed:
     """Validate the bad answers that a run's jobs failed with again, without a call; those that fit are taken.
@@ -88,14 +93,16 @@ async def reparse(
         return await redo.reparse(database, found, checker(run, found.task, result_types).check)
 
 
-async def cancel(run: str, *, db_url: str = DB_URL_DEFAULT, allow_network_fs: bool = False) -> int:
+@checked()
+async def cancel(run: str, *, db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_fs: bool = False) -> int:
     """Cancel a run's pending jobs; return how many. Calls in flight end and their answers are kept."""
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         return await runs.cancel(database, await reads.find_run(database, run))
 
 
+@checked()
 async def pause(
-    run: str, *, reason: str = "by hand", db_url: str = DB_URL_DEFAULT, allow_network_fs: bool = False
+    run: str, *, reason: str = "by hand", db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_fs: bool = False
 ) -> None:
     """Stop the claiming of a run's jobs until `resume`.
 
@@ -106,15 +113,20 @@ async def pause(
         await runs.pause(database, await reads.find_run(database, run), reason)
 
 
+@checked()
 async def resume(
-    run: str, *, max_cost: float | None = None, db_url: str = DB_URL_DEFAULT, allow_network_fs: bool = False
+    run: str,
+    *,
+    max_cost: float | None = None,
+    db_url: PathOrUrl = DB_URL_DEFAULT,
+    allow_network_fs: bool = False,
 ) -> str | None:
     """Let a paused run's jobs be claimed again; return why it was paused, None where it was not.
 
     `max_cost` is what the run may cost from now on, in US dollars, all that it has cost included; inf lifts what
     is set, None leaves it.
     """
-    nanos = None if max_cost in {None, math.inf} else nanos_of("max_cost", max_cost)
+    nanos = None if max_cost is None or max_cost == math.inf else nanos_of("max_cost", max_cost)
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         found = await reads.find_run(database, run)
         if nanos is not None:
@@ -124,11 +136,12 @@ async def resume(
         return found.pause_reason
 
 
+@checked()
 async def limit(
     scope: str | None = None,
     values: Mapping[str, int | None] | None = None,
     *,
-    db_url: str = DB_URL_DEFAULT,
+    db_url: PathOrUrl = DB_URL_DEFAULT,
     allow_network_fs: bool = False,
 ) -> list[dict[str, Json]]:
     """Set the limits of one answerer for all workers, and return them; with no `scope`, return those of all.
@@ -164,7 +177,10 @@ def _answerer(scope: str) -> str:
     return scope if named != scope else model_string(scope)
 
 
-async def show(run: str, idx: int, *, db_url: str = DB_URL_DEFAULT, allow_network_fs: bool = False) -> Story:
+@checked()
+async def show(
+    run: str, idx: int, *, db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_fs: bool = False
+) -> Story:
     """Return everything about one input: its job, its answer and every try that was no plain success."""
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         return await reads.story(database, await reads.find_run(database, run), idx)

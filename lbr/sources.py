@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lbr import inputs
+from lbr.config import one_of
 from lbr.errors import InputError, UsageError
 from lbr.jobs import Item, Prompt
 from lbr.records import Place, Template, check_finite, check_storable, is_plain, item_of, shown
@@ -108,6 +109,8 @@ class Source:
 
         UsageError for a mixture, for a frame or a mapping, and for flags that do not fit.
         """
+        if input_format is not None:
+            one_of("input_format", input_format, tuple(inputs.InputFormat))
         if isinstance(given, str):
             raise UsageError(f"expected a list of prompts or a Path, got: the string {given[:60]!r}")
         if way_out := _way_out_of_table(given):

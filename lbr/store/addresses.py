@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from os import fspath
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
@@ -11,6 +12,8 @@ from lbr.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from lbr.arguments import PathOrUrl
 
 _SCHEME = re.compile(r"(postgres|postgresql)(\+\w+)?://", re.IGNORECASE)
 _HOST = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^:@/?#\[\]]*)(:(\d{1,5})?)?")
@@ -50,16 +53,17 @@ class Address:
         return self.shown.removeprefix("postgresql://").rpartition("@")[2]
 
 
-def is_postgresql(url: str) -> bool:
+def is_postgresql(url: PathOrUrl) -> bool:
     """Tell whether a URL names a PostgreSQL server."""
-    return _SCHEME.match(url) is not None
+    return _SCHEME.match(fspath(url)) is not None
 
 
-def address_of(url: str) -> Address:
+def address_of(url: PathOrUrl) -> Address:
     """Read a PostgreSQL URL; UsageError, which shows no password, for one that cannot be read.
 
     A password may have characters that a URL would have percent-encoded.
     """
+    url = fspath(url)
     scheme = _SCHEME.match(url)
     if scheme is None:
         raise UsageError(

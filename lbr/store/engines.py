@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
+    from lbr.arguments import PathOrUrl
     from lbr.jobs import Millis
     from lbr.store.database import Database
 
 
 async def open_database(
-    url: str,
+    url: PathOrUrl,
     *,
     create: bool = False,
     allow_network_fs: bool = False,
@@ -58,7 +59,7 @@ async def open_database(
 
 @asynccontextmanager
 async def opened(
-    url: str, *, create: bool = False, allow_network_fs: bool = False, patience: float = PATIENCE
+    url: PathOrUrl, *, create: bool = False, allow_network_fs: bool = False, patience: float = PATIENCE
 ) -> AsyncIterator[Database]:
     """Open a queue for a while; see `open_database`."""
     database = await open_database(url, create=create, allow_network_fs=allow_network_fs, patience=patience)
@@ -69,12 +70,12 @@ async def opened(
         await to_its_end(database.close())
 
 
-def file_of(url: str) -> Path | None:
+def file_of(url: PathOrUrl) -> Path | None:
     """Return the file that holds the queue, None where it is on a server. Raises UsageError as `open_database`."""
     return None if is_postgresql(url) else sqlite.sqlite_path(url)
 
 
-def misfit(url: str) -> str | None:
+def misfit(url: PathOrUrl) -> str | None:
     """Return what of a queue's rows is of a type that lbr never writes, None where all is well or cannot be read.
 
     On a server no such value can be.
@@ -90,12 +91,12 @@ def misfit(url: str) -> str | None:
         return None
 
 
-def shown(url: str) -> str:
+def shown(url: PathOrUrl) -> str:
     """Return how messages call the database at a URL: without its password. Raises UsageError as `open_database`."""
     return address_of(url).shown if is_postgresql(url) else str(sqlite.sqlite_path(url))
 
 
-def sole_worker(url: str) -> AbstractAsyncContextManager[None]:
+def sole_worker(url: PathOrUrl) -> AbstractAsyncContextManager[None]:
     """Be the queue's only exclusive worker while the context lasts.
 
     Raises AlreadyRunningError where another one is. A killed holder frees it at once.
@@ -107,7 +108,7 @@ def sole_worker(url: str) -> AbstractAsyncContextManager[None]:
     return sqlite.sole_worker(url)
 
 
-async def remove_queue(url: str, *, run: str) -> bool:
+async def remove_queue(url: PathOrUrl, *, run: str) -> bool:
     """Remove a queue that nobody else uses and that holds one run only; False, and nothing changed, where not so.
 
     No connection of this process to it may be open.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from lbr.arguments import PathOrUrl
     from lbr.jobs import Millis
     from lbr.store.file_health import FileHealth
     from lbr.store.server_health import ServerHealth, Writers
@@ -58,7 +59,7 @@ class Health:
 
 
 async def examine(
-    url: str, *, allow_network_fs: bool = False, clock: Callable[[], Millis] | None = None
+    url: PathOrUrl, *, allow_network_fs: bool = False, clock: Callable[[], Millis] | None = None
 ) -> Health:
     """Look at the queue at a path or URL. UsageError for what cannot be one; else it raises nothing."""
     if is_postgresql(url):
@@ -97,7 +98,7 @@ async def _examine_file(
         await database.close()
 
 
-async def _examine_server(url: str, clock: Callable[[], Millis] | None) -> Health:
+async def _examine_server(url: PathOrUrl, clock: Callable[[], Millis] | None) -> Health:
     from lbr.store import postgres, server_health  # noqa: PLC0415 - its driver is an extra
 
     database = postgres.open_postgres(url, clock=clock, patience=PATIENCE)

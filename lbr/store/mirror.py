@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import ColumnElement, Connection, RowMapping
 
+    from lbr.arguments import PathOrUrl
     from lbr.jobs import Row
 
 metadata = MetaData()
@@ -55,7 +56,7 @@ PAGE = 1_000
 PATIENCE_MS = 30_000
 
 
-async def check(url: str, *, name: str, queue: Path | None) -> None:
+async def check(url: PathOrUrl, *, name: str, queue: Path | None) -> None:
     """Raise UsageError, OutputError or DatabaseError where no results could be written, and make and change nothing.
 
     `name` is what messages call the URL's option, `queue` the file of the queue, None where it is on a server.
@@ -79,7 +80,7 @@ async def check(url: str, *, name: str, queue: Path | None) -> None:
         await connections.close()
 
 
-async def write_run(url: str, run: str, pages: AsyncIterable[list[Row]]) -> int:
+async def write_run(url: PathOrUrl, run: str, pages: AsyncIterable[list[Row]]) -> int:
     """Replace one run's rows in the results database, in one transaction; return how many rows.
 
     The file is made if it is new, private like the queue. Other runs' rows stay.
@@ -103,7 +104,7 @@ async def write_run(url: str, run: str, pages: AsyncIterable[list[Row]]) -> int:
     return count
 
 
-async def runs_in(url: str) -> list[str]:
+async def runs_in(url: PathOrUrl) -> list[str]:
     """Return the names of the runs in a results database, the newest last; none where it is another kind of file."""
     path = sqlite_path(url)
     files.check_location(path, create=False)
@@ -120,7 +121,7 @@ async def runs_in(url: str) -> list[str]:
         await connections.close()
 
 
-async def read_run(url: str, run: str) -> AsyncIterator[list[dict[str, Any]]]:
+async def read_run(url: PathOrUrl, run: str) -> AsyncIterator[list[dict[str, Any]]]:
     """Yield one run's rows in order, page by page, as they are collected; UsageError where there is no such run."""
     path = sqlite_path(url)
     connections = _open(path, begin="BEGIN")
@@ -145,7 +146,7 @@ async def read_run(url: str, run: str) -> AsyncIterator[list[dict[str, Any]]]:
         await connections.close()
 
 
-async def remove(url: str, *, run: str) -> bool:
+async def remove(url: PathOrUrl, *, run: str) -> bool:
     """Remove a results database that nobody else uses and that holds one run only; tell whether it did."""
     return await files.remove_unused(sqlite_path(url), run=run, query="SELECT DISTINCT run FROM results")
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from lbr.arguments import PathOrUrl
     from lbr.jobs import RunId
     from lbr.store.connection import Connection
 
@@ -272,13 +273,13 @@ class PostgresDatabase(Database):
         return await self.write(work)
 
 
-def open_postgres(url: str, *, clock: Callable[[], Millis] | None, patience: float) -> PostgresDatabase:
+def open_postgres(url: PathOrUrl, *, clock: Callable[[], Millis] | None, patience: float) -> PostgresDatabase:
     """Return the queue on a server, not yet connected. UsageError for a URL that cannot be read."""
     check_driver()
     return PostgresDatabase(address_of(url), clock=clock, patience=patience)
 
 
-async def remove_queue(url: str, *, run: str) -> bool:
+async def remove_queue(url: PathOrUrl, *, run: str) -> bool:
     """Drop a queue that nobody else uses and that holds one run only; see `lbr.store.engines.remove_queue`."""
     database = open_postgres(url, clock=None, patience=OPEN_PATIENCE_SECONDS)
     try:

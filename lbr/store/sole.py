@@ -13,6 +13,7 @@ from lbr.store.postgres import SOLE_LOCK, arguments_of, check_driver, database_e
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from lbr.arguments import PathOrUrl
     from lbr.store.addresses import Address
 
 AGAIN_SECONDS = 1.0
@@ -62,7 +63,7 @@ class _Lock:
 
 
 @asynccontextmanager
-async def sole_worker(url: str) -> AsyncIterator[None]:
+async def sole_worker(url: PathOrUrl) -> AsyncIterator[None]:
     """Hold the lock of the queue's exclusive worker, on whatever machine.
 
     Raises AlreadyRunningError where another has it, also when it was lost with its connection and another was

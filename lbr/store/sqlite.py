@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from contextlib import AbstractContextManager
 
+    from lbr.arguments import PathOrUrl
     from lbr.jobs import Millis, RunId
     from lbr.store.connection import Connection
     from lbr.store.schema import AnyRow
@@ -43,11 +44,12 @@ READER_MS, HASTY_READER_MS = 100, 500
 _ALMOST_POSTGRESQL = re.compile(r"postgres(ql)?\b.*@", re.IGNORECASE)
 
 
-def sqlite_path(url: str, *, name: str = "--db") -> Path:
+def sqlite_path(url: PathOrUrl, *, name: str = "--db") -> Path:
     """Return the file that a path or SQLite URL names; UsageError for anything else. Passwords are not shown.
 
     `name` is what messages call the option.
     """
+    url = os.fspath(url)
     if _ALMOST_POSTGRESQL.match(url):  # and perhaps with a password in it
         raise UsageError(
             f"expected {name} to be a path or a database URL, got: something that is nearly a PostgreSQL URL; "
@@ -87,8 +89,9 @@ def _path_in(url: str, name: str) -> str:
     return parsed.database or ""
 
 
-def _synchronous_in(url: str) -> str:
+def _synchronous_in(url: PathOrUrl) -> str:
     """Return the durability that a URL asks for: FULL, or NORMAL, which may lose the last commits to a power cut."""
+    url = os.fspath(url)
     asked = make_url(url).query.get("synchronous", "FULL") if "://" in url else "FULL"
     if asked not in {"FULL", "NORMAL"}:
         raise UsageError(f"expected synchronous to be FULL or NORMAL, got: {asked!r}")
@@ -316,7 +319,12 @@ def _elsewhere(path: Path) -> list[Path]:
 
 
 def open_sqlite(
-    url: str, *, create: bool, allow_network_fs: bool, clock: Callable[[], Millis] | None, patience: float
+    url: PathOrUrl,
+    *,
+    create: bool,
+    allow_network_fs: bool,
+    clock: Callable[[], Millis] | None,
+    patience: float,
 ) -> SQLiteDatabase:
     """Open the queue in a file; see `lbr.store.engines.open_database`."""
     path = sqlite_path(url)
@@ -334,7 +342,7 @@ def open_sqlite(
 
 
 @asynccontextmanager
-async def sole_worker(url: str) -> AsyncIterator[None]:
+async def sole_worker(url: PathOrUrl) -> AsyncIterator[None]:
     """Hold the lock of the queue's exclusive worker, which the kernel frees.
 
     Raises AlreadyRunningError where another one holds it, DatabaseError where it cannot be had.
