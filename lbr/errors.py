@@ -103,6 +103,9 @@ NO_USAGE = Usage()
 """Nothing is known of what a call took."""
 
 
+NO_REASON = "the function gave no reason"
+
+
 class CallError(Exception):
     """One model call that failed, and how.
 
@@ -115,7 +118,7 @@ class CallError(Exception):
 
     def __init__(
         self,
-        message: str,
+        message: str = NO_REASON,
         *,
         family: Family | None = None,
         retry_after: float | None = None,

@@ -151,6 +151,21 @@ async def test_frame_has_what_the_rows_have() -> None:
     )
 
 
+@pytest.mark.parametrize(("error", "paused"), [(Permanent, False), (Pause, True)])
+async def test_a_failure_without_a_reason(error: type[Exception], paused: bool) -> None:
+    """Permanent and Pause need no text, with or without parentheses, and mean what they mean with one."""
+    for number, raised in enumerate((error, error())):
+
+        async def fails(prompt: str, raised: Any = raised) -> str:
+            raise raised
+
+        (row,) = await prompt_map(["a"], fails, run=f"r{number}", progress_every=None)
+        assert (row["status"], row["error"]) == ("missing", "the function gave no reason")
+        (run,) = (await lbr.status(f"r{number}")).runs
+        assert (run.state == "paused", run.failed) == (paused, 0 if paused else 1)
+        assert run.pause_reason == ("Pause: the function gave no reason" if paused else None)
+
+
 async def test_rerun_calls_nothing_again(calls: Calls, db_url: str) -> None:
     """The same call a second time returns the same rows without a call."""
 
