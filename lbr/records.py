@@ -254,28 +254,36 @@ def check_finite(fields: Fields, place: Place) -> None:
         )
 
 
-def not_finite(value: object, name: str = "") -> Iterator[tuple[str, float]]:
+def not_finite(value: object) -> Iterator[tuple[str, float]]:
     """Yield the path and the value of each float within that JSON has not; of what JSON can hold as it is."""
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            yield name, value
-    elif isinstance(value, dict):
+    for name, leaf in leaves(value):
+        if isinstance(leaf, float) and not math.isfinite(leaf):
+            yield name, leaf
+
+
+def leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the path and the value of everything within that has no parts of its own."""
+    if isinstance(value, dict):
         for key, one in value.items():
-            yield from not_finite(one, f"{name}.{key}" if name else key)
+            yield from leaves(one, f"{name}.{key}" if name else key)
     elif isinstance(value, list | tuple):
         for place, one in enumerate(value):
-            yield from not_finite(one, f"{name}[{place}]")
+            yield from leaves(one, f"{name}[{place}]")
     elif isinstance(value, Enum):
-        yield from not_finite(value.value, name)
+        yield from leaves(value.value, name)
     elif is_dataclass(value):
-        yield from not_finite(
-            {field.name: getattr(value, field.name) for field in dataclass_fields(value)}, name
-        )
+        yield from leaves({field.name: getattr(value, field.name) for field in dataclass_fields(value)}, name)
+    else:
+        yield name, value
 
 
 def shown(value: Json) -> str:
     """Return a value as messages quote it, shortened."""
-    text = repr(value[: SHOWN_CHARACTERS + 1] if isinstance(value, str) else value)
+    return shortened(repr(value[: SHOWN_CHARACTERS + 1] if isinstance(value, str) else value))
+
+
+def shortened(text: str) -> str:
+    """Return a text with no more characters than messages quote."""
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
 
 

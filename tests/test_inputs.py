@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import sys
@@ -304,6 +305,51 @@ class TestCsv:
         )
         with pytest.raises(UsageError, match=re.escape(f"{path}: {message}")):
             read(path, prompt_column=column)
+
+
+class TestLargeNumbers:
+    """A whole number that would lose its last digits is refused; every other one stays what it is."""
+
+    LARGE = "12345678901234567890123"
+
+    @pytest.mark.parametrize(
+        ("record", "field", "number"),
+        [
+            (f'{{"prompt":"a","n":{LARGE}}}', "n", LARGE),
+            (f'{{"prompt":"a","n":-{LARGE}}}', "n", f"-{LARGE}"),
+            (f'{{"prompt":"a","id":{LARGE}}}', "id", LARGE),
+            (f'{{"prompt":"a","of":{{"mine":[1,{LARGE}]}}}}', "of.mine[1]", LARGE),
+            (f'{{"messages":[{{"role":"user","content":"a","n":{LARGE}}}]}}', "messages[0].n", LARGE),
+            ('{"prompt":"a","n":18446744073709551616}', "n", "18446744073709551616"),
+            ('{"prompt":"a","n":-9223372036854775809}', "n", "-9223372036854775809"),
+            (f'{{"prompt":"a","n":1,"m":{"9" * 100}}}', "m", "9" * 80 + "…"),
+        ],
+    )
+    def test_is_refused(self, tmp_path: Path, record: str, field: str, number: str) -> None:
+        """The field and the number, as it stands in the file, are named."""
+        path = write(tmp_path, "in.jsonl", f'{{"prompt":"b"}}\n{record}\n')
+        message = (
+            f"expected '{field}' to be a whole number of at most 64 bits, got: {number}; put it in quotes"
+        )
+        refused(path, 2, re.escape(message))
+
+    @pytest.mark.parametrize(
+        "value",
+        [
+            "18446744073709551615",
+            "-9223372036854775808",
+            "1e30",
+            "-1.5e300",
+            "123456789012345678901.5",
+            '"12345678901234567890123"',
+            '["12345678901234567890123", 1e25]',
+            "0.12345678901234567890123",
+        ],
+    )
+    def test_others_are_kept(self, tmp_path: Path, value: str) -> None:
+        """Numbers with a point or an exponent are floats, and digits in quotes are text."""
+        (item,) = read(write(tmp_path, "in.jsonl", f'{{"prompt":"{"1" * 40}","n":{value}}}'))
+        assert item.metadata == {"n": json.loads(value)}
 
 
 class TestTemplate:
