@@ -27,6 +27,9 @@ WAYS = (
     "--model), MODEL and OPENROUTER_API_KEY in the environment or .env, or, to try it out, the model offline:echo"
 )
 
+MODEL_WAYS = "a model (model=…, --model), or MODEL in the environment or .env"
+"""Of these two, for what is of models only."""
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -115,7 +118,7 @@ def model_task(
     if isinstance(result_type, str):
         result_type = import_type(result_type)
     shared = _shared(instructions, template, settings, schema, result_type)
-    task = Task(model=_named_model(model, env or {}), **shared)
+    task = Task(model=_named_model(model, env or {}, ways=MODEL_WAYS), **shared)
     _check_storable(task)
     if kind_of(task) is Kind.OFFLINE:
         check_task(task)
@@ -197,10 +200,10 @@ def _function_task(identity: Identity, shared: dict[str, Any]) -> Task:
     )
 
 
-def _named_model(name: str | None, env: Mapping[str, str]) -> str:
+def _named_model(name: str | None, env: Mapping[str, str], *, ways: str = WAYS) -> str:
     name = name or default_model(env)
     if name is None:
-        raise UsageError(f"expected somebody to answer, got: nobody; name one of {WAYS}")
+        raise UsageError(f"expected somebody to answer, got: nobody; name one of {ways}")
     return model_string(name)
 
 

@@ -166,7 +166,7 @@ async def export_jsonl(
     run: str | None = None,
     output_shape: str = Shape.ORIGINAL,
 ) -> int:
-    """Write a run's rows as JSONL and return how many; the newest run where `run` is None.
+    """Write a run's rows as JSONL and return how many; where `run` is None, those of the run created last.
 
     `db_url` is a queue, or a results database, whose rows have the shape they were written with. The file
     appears whole or not at all.

@@ -292,6 +292,17 @@ class TestArithmetic:
 class TestEstimate:
     """`lbr.estimate` and `lbr estimate`."""
 
+    async def test_nobody_named(self, cli: Cli) -> None:
+        """Where no model is named, only what an estimate takes is: no function."""
+        with pytest.raises(
+            UsageError, match=r"got: nobody; name one of a model \(model=…, --model\), or MODEL"
+        ):
+            await lbr.estimate(["a"])
+        told = cli("estimate", "-", stdin="a\n").stderr
+        assert told.startswith(
+            "lbr: no --model and no MODEL in the environment: trying out with offline:echo"
+        )
+
     async def test_neither_key_nor_database_is_needed(self, in_folder: Path) -> None:
         """OpenRouter's models and those of packages that are not installed are estimated all the same."""
         for model in (

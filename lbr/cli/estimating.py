@@ -41,8 +41,8 @@ from lbr.tokens import CHARACTERS_PER_TOKEN
 def estimate(inputs: tuple[str, ...], as_json: bool, **flags: Any) -> None:
     """Tell what a batch would take, before anything is spent: rows, tokens, money, time.
 
-    INPUTS and flags are those of enqueue. Nothing is called and nothing is written; no key and no database is
-    needed.
+    INPUTS are read as by enqueue. Models only are estimated. Nothing is called and nothing is written; no key and
+    no database is needed.
     """
     found = asyncio.run(_estimate(inputs, flags))
     tell(orjson.dumps(found.to_dict()) if as_json else describe(found))
