@@ -62,7 +62,7 @@ NAMES = Kind("a string or a list of them", _are_names)
 MODEL = Kind("a string", _is_text, "give its name, such as 'openai-chat:gpt-4o-mini'")
 PRICE = Kind("a string", _is_text, "write it as 'in=0.15,out=0.60', US dollars for a million tokens")
 SECRET = Kind("a string", _is_text, private=True)
-WHERE = Kind("a string or a path", _is_path, private=True)
+FILE = Kind("a string or a path", _is_path, private=True)
 FLAG = Kind("True or False", lambda value: isinstance(value, bool))
 SETTINGS = Kind("a dict", lambda value: isinstance(value, Mapping), "write it as {{'temperature': 0.2}}")
 SCHEMA = Kind("a dict", lambda value: isinstance(value, Mapping), "give the JSON schema as Python has it")
@@ -93,7 +93,7 @@ KINDS: Mapping[str, Kind] = {
     **dict.fromkeys(("version", "instructions", "template", "prompt_column", "reason", "scope"), TEXT),
     **dict.fromkeys(("append", "fresh", "servable", "wait", "fix", "restart"), FLAG),
     **dict.fromkeys(("teardown", "retry_failed", "allow_network_fs"), FLAG),
-    **dict.fromkeys(("db_url", "results_db_url", "to_url", "out"), WHERE),
+    **dict.fromkeys(("db_url", "results_db_url", "to_url", "out"), FILE),
     **dict.fromkeys(("notify", "on_start"), FUNCTION),
 }
 """By the argument's name, which means the same in every function. Numbers and words of a list are not here:

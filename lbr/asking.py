@@ -135,7 +135,7 @@ def _check_storable(task: Task) -> None:
         raise UsageError(
             f"expected instructions, template, settings and schema that JSON can hold, got: {error}"
         ) from error
-    for name, value in not_finite({"settings": task.settings, "schema": task.schema}):
+    for name, value in not_finite({"settings": task.settings}):
         raise UsageError(f"expected {name} to be a JSON value, got: {value}; leave it out, or name a number")
 
 

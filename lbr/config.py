@@ -10,6 +10,7 @@ import math
 import os
 import tomllib
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from lbr.errors import UsageError
@@ -78,7 +79,7 @@ def positive(name: str, value: float) -> float:
 
 def _is_finite(value: object) -> bool:
     """Tell whether a value, of whatever type, is a number that can be reckoned with."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         return False
     try:
         return math.isfinite(value)

@@ -74,8 +74,9 @@ class Template:
             return self._template.render(fields)
         except _NullError as error:
             msg = f"expected {shown(error.name)} to have a value for the template, got: null; fill it in"
+            example = error.name if error.name in fields else "…"
             raise place.error(
-                f"{msg}, or say in the template what stands for it, as {{{{ {error.name} or 'none' }}}} does"
+                f"{msg}, or say in the template what stands for it, as {{{{ {example} or 'none' }}}} does"
             ) from None
         except Exception as error:  # whatever a template's expression may raise
             msg = f"expected the template to render, got: {type(error).__name__}: {error}"
@@ -85,20 +86,8 @@ class Template:
 _TELLING = "value of"
 """A filter of this name tells of nulls; no template can call it, for the name has a space."""
 _WORDING = frozenset(
-    {
-        "capitalize",
-        "center",
-        "e",
-        "escape",
-        "indent",
-        "lower",
-        "replace",
-        "string",
-        "striptags",
-        "title",
-        "trim",
-    }
-    | {"truncate", "upper", "urlencode", "urlize", "wordwrap"}
+    {"capitalize", "center", "e", "escape", "indent", "lower", "replace", "string", "striptags"}
+    | {"title", "trim", "truncate", "upper", "urlencode", "urlize", "wordwrap"}
 )
 """The filters that make text of what they are given, of a null "None"."""
 
@@ -121,17 +110,17 @@ def _telling_nulls(tree: nodes.Template) -> nodes.Template:
     """Have every placeholder of a parsed template say so where its value is null, which Jinja would write as None."""
     from jinja2 import nodes  # noqa: PLC0415 - see Template
 
-    def telling(shown_: nodes.Expr) -> nodes.Expr:
+    def telling(part: nodes.Expr) -> nodes.Expr:
         # What a condition, `or` or `default` decides is decided before: only what is written in the end is looked at.
-        match shown_:
+        match part:
             case nodes.TemplateData():
-                return shown_
+                return part
             case nodes.Concat():
-                shown_.nodes = [telling(one) for one in shown_.nodes]
+                part.nodes = [telling(one) for one in part.nodes]
             case nodes.Filter(name=name, node=nodes.Expr() as node) if name in _WORDING:
-                shown_.node = telling(node)
+                part.node = telling(node)
         return nodes.Filter(
-            shown_, _TELLING, [nodes.Const(_words_of(shown_))], [], None, None, lineno=shown_.lineno
+            part, _TELLING, [nodes.Const(_words_of(part))], [], None, None, lineno=part.lineno
         )
 
     for output in tree.find_all(nodes.Output):

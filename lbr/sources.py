@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,6 +84,14 @@ def _way_out_of_table(given: object) -> str | None:
     return 'df["prompt"].tolist(), or df.to_dict("records") for records'
 
 
+def _name_of(path: PathLike[str]) -> str:
+    """Return the name of a file; UsageError for a path in bytes."""
+    name = fspath(path)
+    if not isinstance(name, str):
+        raise UsageError(f"expected a path as text, got: {name!r}; decode it with os.fsdecode")
+    return str(Path(name))
+
+
 class Source:
     """Inputs that can be checked before they are read: files are read twice, streams and prompts as they come."""
 
@@ -120,7 +128,7 @@ class Source:
         if not isinstance(given, PathLike | Iterable):
             raise UsageError(f"expected a list of prompts or a Path, got: {type(given).__name__}")
         everything = [given] if isinstance(given, PathLike) else list(given)
-        files = [str(Path(one)) for one in everything if isinstance(one, PathLike)]
+        files = [_name_of(one) for one in everything if isinstance(one, PathLike)]
         prompts = [one for one in everything if not isinstance(one, PathLike)]
         if files and prompts:
             raise UsageError("expected files or prompts, got: both")

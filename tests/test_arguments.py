@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -235,6 +236,16 @@ async def test_every_argument_of_every_function_is_looked_at() -> None:
             with pytest.raises(lbr.LbrError, match="^expected "):
                 await function(**known | {one: object()})
     assert not list(Path().iterdir())
+
+
+async def test_a_path_in_bytes_is_no_name() -> None:
+    """The system's own paths may be bytes; they are told as what they are."""
+    Path("in.txt").write_text("One\n")
+    (entry,) = os.scandir(b".")
+    with pytest.raises(UsageError, match=r"^expected a path as text, got: b'\./in\.txt'"):
+        await lbr.enqueue([entry], run="r", function=up)  # type: ignore[list-item]
+    with pytest.raises(UsageError, match="^expected db_url to be a string or a path, got: DirEntry"):
+        await lbr.status(db_url=entry)  # type: ignore[arg-type]
 
 
 async def test_paths_of_every_kind_name_files(tmp_path: Path) -> None:
