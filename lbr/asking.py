@@ -27,7 +27,7 @@ WAYS = (
     "--model), MODEL and OPENROUTER_API_KEY in the environment or .env, or, to try it out, the model offline:echo"
 )
 
-MODEL_WAYS = "a model (model=…, --model), or MODEL in the environment or .env"
+MODEL_WAYS = "a model (model=…, --model), such as offline:echo, or MODEL in the environment or .env"
 """Of these two, for what is of models only."""
 
 
