@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import resource
@@ -133,3 +134,14 @@ async def test_a_file_for_which_no_descriptor_is_left_is_told_as_that(
     ):
         await connections.transact(lambda it: it.execute(text("SELECT count(*) FROM sqlite_master")))
     await connections.close()
+
+
+async def test_a_look_for_changes_waits_for_a_descriptor(tmp_path: Path) -> None:
+    """An idle worker looks with a connection of its own, which it may have to open when all are in use."""
+    database = await open_database(f"sqlite+aiosqlite:///{tmp_path / 'queue.db'}", create=True)
+    with none_left():
+        looking = asyncio.create_task(database.changed())
+        await asyncio.sleep(0.3)
+        assert not looking.done()
+    assert await looking
+    await database.close()

@@ -179,9 +179,11 @@ class SQLiteDatabase(Database):
 
     async def changed(self) -> bool:
         """Tell whether anybody committed since the last call; it costs microseconds and takes no lock."""
+        # Always by the same connection, whose own view is what it counts for.
+        found = await self._retried(
+            lambda: self._watch.transact(lambda watch: watch.exec_driver_sql("PRAGMA data_version"))
+        )
         with self._errors():
-            # Always by the same connection, whose own view is what it counts for.
-            found = await self._watch.transact(lambda watch: watch.exec_driver_sql("PRAGMA data_version"))
             version = found.scalar_one()
         before, self._data_version = self._data_version, version
         return bool(before != version)
