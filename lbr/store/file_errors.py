@@ -39,15 +39,17 @@ def is_busy(error: Exception) -> bool:
     if not isinstance(error, DBAPIError):
         return False
     code = _code(error)
-    return code in {BUSY, LOCKED} or (code == CANTOPEN and _are_scarce())
+    return code in {BUSY, LOCKED} or (code == CANTOPEN and _were_scarce(error))
 
 
-def _are_scarce() -> bool:
-    return descriptors.left() < descriptors.SCARCE
+def _were_scarce(error: DBAPIError) -> bool:
+    left = getattr(error.orig, "descriptors_left", None)
+    return (descriptors.left() if left is None else left) < descriptors.SCARCE
 
 
-def _reason(code: int | None, words: str) -> str:
-    if code == CANTOPEN and _are_scarce():  # SQLite has the same code for a file that it may not open
+def _reason(error: DBAPIError) -> str:
+    code, words = _code(error), str(error.orig)
+    if code == CANTOPEN and _were_scarce(error):  # SQLite has the same code for a file that it may not open
         return (
             f"expected a descriptor to open it with, got: none left of the {descriptors.most()} that this process may "
             f"have; raise `ulimit -n`, or lower --concurrency"
@@ -72,7 +74,7 @@ def database_errors(path: Path) -> Iterator[None]:
             raise DatabaseBusyError(
                 f"another process has kept {path} locked for too long; find it with `fuser {path}`, then run again"
             ) from error
-        raise DatabaseError(f"cannot use the database {path}: {_reason(code, str(error.orig))}") from error
+        raise DatabaseError(f"cannot use the database {path}: {_reason(error)}") from error
     except StatementError as error:  # its own words would show the statement, with all that was to be written
         raise MisfitError(
             f"cannot use the database {path}: it has a value of another type than lbr writes ({error.orig}); "

@@ -20,6 +20,7 @@ import aiosqlite
 from sqlalchemy import StaticPool, create_engine, event
 from sqlalchemy.exc import DBAPIError
 
+from lbr import descriptors
 from lbr.precedence import PRECEDENCE
 
 if TYPE_CHECKING:
@@ -122,7 +123,11 @@ class FileThread(aiosqlite.Connection):
         once = [function]
 
         def call() -> T:
-            return once.pop()()
+            try:
+                return once.pop()()
+            except DBAPIError as error:
+                _note_descriptors(error)
+                raise
 
         self._tx.put_nowait((ended, call))
         return await ended
@@ -251,6 +256,12 @@ class FileConnection:
 def _harmless(connection: sqlite3.Connection, _record: Any) -> None:
     # SQLAlchemy's, in Python: a check in the file could call it with a pattern that takes for ever.
     connection.create_function("regexp", 2, None)
+
+
+def _note_descriptors(error: DBAPIError) -> None:
+    """Let an error that may be for want of a descriptor say how many were left: later there may be some again."""
+    if getattr(error.orig, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CANTOPEN:
+        error.orig.__dict__["descriptors_left"] = descriptors.left()
 
 
 def _as_sqlalchemy(error: sqlite3.Error) -> Exception:
