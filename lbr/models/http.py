@@ -1,11 +1,7 @@
-"""HTTP for model calls: one pool of connections over aiohttp, with the proxies and the trust store that httpx2 has.
-
-aiohttp costs a tenth of a second to import, so that happens in the functions that need it.
-"""
+"""HTTP for model calls, over aiohttp, with the proxies and the trust store that httpx2 has."""
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import ipaddress
 import re
@@ -13,19 +9,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lbr.errors import UsageError
+from lbr.models.connections import Connections
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
-    from aiohttp import ClientSession, ClientTimeout
+    from aiohttp import ClientTimeout
     from aiohttp.client import _RequestContextManager
     from yarl import URL
-
-KEEPALIVE_SECONDS = 15.0
-MAX_LINE_BYTES = 65_536
-MAX_HEADERS = 1_000
-"""Of an answer. aiohttp would refuse a header of 8 KB, and some gateways send longer ones."""
 
 _ENTRY = re.compile(
     r"(?:(?P<scheme>[a-z]*)://)?(?:\[(?P<v6>[^\[\]]*)\]|(?P<host>[^:/\[\]]*))(?::(?P<port>\d*))?(?:/(?P<bits>\d*))?\Z"
@@ -141,30 +133,34 @@ def _encoded(url: str) -> URL:
 
 
 class Http:
-    """One pool of connections, opened in the event loop of its first call.
+    """Calls over a pool of connections: that of `connections`, None for one of its own.
 
     It limits nothing (how many calls run at a time is the caller's), follows no redirect, keeps no cookie, reads no
     netrc, and always verifies certificates. Construction reads the environment, and raises UsageError for a proxy
-    that it cannot speak to and OSError for a trust store that cannot be read. `trust` is None for httpx2's trust
-    store: SSL_CERT_FILE, else SSL_CERT_DIR, else the system's. Where `only` is the one URL to be called, and no call
-    of it is encrypted, no trust store is read, which takes 20 ms.
+    that it cannot speak to and OSError for a trust store that cannot be read. `make_trust` reads the trust store, None
+    for httpx2's: SSL_CERT_FILE, else SSL_CERT_DIR, else the system's. Where `only` is the one URL to be called, and no
+    call of it is encrypted, none is read, which takes 20 ms.
     """
 
-    def __init__(self, trust: ssl.SSLContext | None = None, *, only: str | None = None) -> None:
+    def __init__(
+        self,
+        make_trust: Callable[[], ssl.SSLContext] | None = None,
+        *,
+        only: str | None = None,
+        connections: Connections | None = None,
+    ) -> None:
         self._proxies = environment_proxies()
         if self._proxies.unsupported is not None:
             raise UsageError(
                 f"expected a proxy like http://host:port in the environment, got one of {self._proxies.unsupported}://; "
                 f"set HTTPS_PROXY to an HTTP proxy, or NO_PROXY=*"
             )
-        if trust is None and not self._is_plain(only):
-            from httpx2 import create_ssl_context  # noqa: PLC0415
-
-            trust = create_ssl_context()
-        if trust is not None:
-            trust.set_alpn_protocols(["http/1.1"])
-        self._trust = trust
-        self._session: ClientSession | None = None
+        self._connections = Connections() if connections is None else connections
+        self._shared = connections is not None
+        if make_trust is None and not self._is_plain(only):
+            from httpx2 import create_ssl_context as make_trust  # noqa: PLC0415
+        # Given with each call, for a pool's own would be that of whoever came first.
+        self._trust = True if make_trust is None else self._connections.trust(make_trust)
 
     def _is_plain(self, url: str | None) -> bool:
         """Tell whether calls of a URL are encrypted neither to it nor to its proxy."""
@@ -184,27 +180,17 @@ class Http:
         Raises aiohttp's errors. A string is taken as a URL that is already encoded.
         """
         target = _encoded(url) if isinstance(url, str) else url
-        session = self._session or self._opened()
-        return session.request(
-            method, target, timeout=timeout, proxy=self._proxies.of(target), allow_redirects=False, **options
+        return self._connections.session.request(
+            method,
+            target,
+            timeout=timeout,
+            proxy=self._proxies.of(target),
+            ssl=self._trust,
+            allow_redirects=False,
+            **options,
         )
-
-    def _opened(self) -> ClientSession:
-        from aiohttp import ClientSession, ClientTimeout, DummyCookieJar, TCPConnector  # noqa: PLC0415
-
-        self._session = ClientSession(
-            connector=TCPConnector(limit=0, ssl=self._trust or True, keepalive_timeout=KEEPALIVE_SECONDS),
-            cookie_jar=DummyCookieJar(loop=asyncio.get_running_loop()),
-            timeout=ClientTimeout(total=None),
-            trust_env=False,  # it would put what netrc holds for a host on calls; proxies are given with each
-            max_line_size=MAX_LINE_BYTES,
-            max_field_size=MAX_LINE_BYTES,
-            max_headers=MAX_HEADERS,
-        )
-        return self._session
 
     async def aclose(self) -> None:
-        """Close all connections; a call that still runs fails."""
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
+        """Close all connections, unless they are shared; a call that still runs fails."""
+        if not self._shared:
+            await self._connections.aclose()

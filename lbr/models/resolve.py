@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from lbr.jobs import Task
     from lbr.models.base import Model
+    from lbr.models.connections import Connections
     from lbr.models.identity import Identity, NamedFunction
     from lbr.structured import Validator
 
@@ -56,8 +57,13 @@ def check_task(task: Task) -> None:
             most_output_tokens(task.settings)  # raises for what it cannot read, and so does every worker
 
 
-def build_model(task: Task, authority: Authority, *, concurrency: int) -> Model:
-    """Build the one who answers the task; UsageError with the way out when this process may not or cannot."""
+def build_model(
+    task: Task, authority: Authority, *, concurrency: int, connections: Connections | None = None
+) -> Model:
+    """Build the one who answers the task; UsageError with the way out when this process may not or cannot.
+
+    Calls to a provider go over `connections`, which whoever opened them closes; None for some of its own.
+    """
     match kind_of(task):
         case Kind.FUNCTION:
             from lbr.models.function import FunctionModel  # noqa: PLC0415
@@ -68,7 +74,7 @@ def build_model(task: Task, authority: Authority, *, concurrency: int) -> Model:
 
             return OfflineModel(task.model or "", task.settings)
         case Kind.PROVIDER:
-            return _provider_model(task, authority)
+            return _provider_model(task, authority, connections)
 
 
 def _check_provider(task: Task) -> None:
@@ -84,7 +90,7 @@ def _check_provider(task: Task) -> None:
     pydantic_ai.check_model(task.model or "", task.settings, schema=task.schema)
 
 
-def _provider_model(task: Task, authority: Authority) -> Model:
+def _provider_model(task: Task, authority: Authority, connections: Connections | None) -> Model:
     """Build the chat adapter where it can serve the task, with pydantic-ai's behind it, else pydantic-ai's."""
     from lbr.models import chat  # noqa: PLC0415
 
@@ -95,13 +101,15 @@ def _provider_model(task: Task, authority: Authority) -> Model:
         # It is needed anyway, so it is built before any call waits for it; it also checks what chat does not know.
         from lbr.models.pydantic_ai import PydanticAIModel  # noqa: PLC0415
 
-        ready = PydanticAIModel(name, task_settings=settings, api_key=key)
+        ready = PydanticAIModel(name, task_settings=settings, api_key=key, connections=connections)
         if endpoint is None:
             return ready
     from lbr.models.pydantic_ai import Reference  # noqa: PLC0415
 
-    reference = Reference(name, task_settings=settings, api_key=key, ready=ready)
-    return chat.ChatModel(endpoint, task_settings=settings, reference=reference, api_key=key)
+    reference = Reference(name, task_settings=settings, api_key=key, ready=ready, connections=connections)
+    return chat.ChatModel(
+        endpoint, task_settings=settings, reference=reference, api_key=key, connections=connections
+    )
 
 
 def build_validator(task: Task, authority: Authority) -> Validator | None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lbr.jobs import Json, Reply
     from lbr.models.base import Request
     from lbr.models.chat.endpoints import Endpoint
+    from lbr.models.connections import Connections
 
 SLOWEST_SECONDS = 600.0
 """How long to wait for the next bytes of an answer where nobody said."""
@@ -63,7 +64,7 @@ class Reference(Protocol):
 
 
 class ChatModel:
-    """One endpoint that speaks OpenAI's chat completions, with one pool of connections.
+    """One endpoint that speaks OpenAI's chat completions, over `connections`, None for some of its own.
 
     What it cannot word or read as pydantic-ai does it hands to `reference`. Construction raises UsageError for
     settings that no database may bring.
@@ -76,13 +77,14 @@ class ChatModel:
         task_settings: Mapping[str, Json],
         reference: Reference,
         api_key: str | None = None,
+        connections: Connections | None = None,
     ) -> None:
         check_authority(task_settings)  # again, for whoever wrote to the database need not have been lbr
         self._endpoint = endpoint
         self._settings = dict(task_settings)
         self._reference = reference
         self._api_key = api_key
-        self._http = Http(only=endpoint.url)
+        self._http = Http(only=endpoint.url, connections=connections)
         self._costs = Costs(endpoint)
         self._reader = Reader(endpoint, self._costs)
         self._templates: OrderedDict[bytes, Template | None] = OrderedDict()

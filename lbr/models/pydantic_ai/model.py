@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from lbr.jobs import Json, Reply
     from lbr.models.base import Request
+    from lbr.models.connections import Connections
 
 OutputMode = Literal["native", "tool", "prompted"]
 
@@ -38,11 +39,19 @@ _ENVIRONMENT_NAME = re.compile(r"`([A-Z][A-Z0-9_]{3,})`")
 class PydanticAIModel:
     """One provider's model with one HTTP client, built once; the provider's SDK does not retry.
 
+    Where that client can, it calls over `connections`, None for some of its own.
     Construction raises UsageError when the key is missing, with the environment variable to set, and for settings
     that no database may bring.
     """
 
-    def __init__(self, name: str, *, task_settings: Mapping[str, Json], api_key: str | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        task_settings: Mapping[str, Json],
+        api_key: str | None = None,
+        connections: Connections | None = None,
+    ) -> None:
         from pydantic_ai.direct import model_request  # noqa: PLC0415
         from pydantic_ai.exceptions import UsageExtractionFailedWarning  # noqa: PLC0415
 
@@ -51,7 +60,7 @@ class PydanticAIModel:
         self._api_key = api_key
         self._name = name
         check_authority(task_settings)  # again, for whoever wrote to the database need not have been lbr
-        self._model = _build(name, api_key)
+        self._model = _build(name, api_key, connections)
         check_known(name, task_settings, self._model)
         self._fixed = {} if "max_retries" in self._model.unsupported_settings else {"max_retries": 0}
         self._settings: Any = {**task_settings, **self._fixed}
@@ -96,13 +105,13 @@ class PydanticAIModel:
             pass
 
 
-def _build(name: str, api_key: str | None) -> Model:
+def _build(name: str, api_key: str | None, connections: Connections | None) -> Model:
     from pydantic_ai.exceptions import UserError  # noqa: PLC0415
 
     provider_class_of(name)
     try:
         found = _infer(name, api_key)
-        carry_over_aiohttp(found)
+        carry_over_aiohttp(found, connections)
     except ImportError as error:
         raise missing_package(name, error) from error
     except UserError as error:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from lbr.jobs import Json, Reply
     from lbr.models.base import Request
+    from lbr.models.connections import Connections
 
 
 @dataclass
@@ -34,7 +35,7 @@ _exchange: ContextVar[_Exchange] = ContextVar("exchange")
 class Reference:
     """Builds pydantic-ai's models when they are first needed, in a thread, for the first takes a second or two.
 
-    `ready` is one that is built already. Raises what `PydanticAIModel` raises; one that could not be built is built
+    `ready` is one that is built already, `connections` are those of its calls, None for some of its own. Raises what `PydanticAIModel` raises; one that could not be built is built
     anew for a later call.
     """
 
@@ -45,11 +46,13 @@ class Reference:
         task_settings: Mapping[str, Json],
         api_key: str | None = None,
         ready: PydanticAIModel | None = None,
+        connections: Connections | None = None,
     ) -> None:
         self._name = name
         self._settings = task_settings
         self._api_key = api_key
         self._ready = ready
+        self._connections = connections
         self._calling = Loading(self._build)
         self._replaying = Loading(self._build_replaying)
 
@@ -80,7 +83,9 @@ class Reference:
     def _build(self) -> PydanticAIModel:
         if self._ready is not None:
             return self._ready
-        return PydanticAIModel(self._name, task_settings=self._settings, api_key=self._api_key)
+        return PydanticAIModel(
+            self._name, task_settings=self._settings, api_key=self._api_key, connections=self._connections
+        )
 
     def _build_replaying(self) -> PydanticAIModel:
         model = PydanticAIModel(self._name, task_settings=self._settings, api_key=self._api_key)

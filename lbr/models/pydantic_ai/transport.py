@@ -23,14 +23,17 @@ if TYPE_CHECKING:
     from aiohttp import ClientResponse, ClientTimeout
     from pydantic_ai.models import Model
 
+    from lbr.models.connections import Connections
+
 _ADDED_BY_AIOHTTP = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
 LARGE_BYTES = 2**20
 _SET_BY_AIOHTTP = b"transfer-encoding"
 
 
-def carry_over_aiohttp(model: Model) -> None:
+def carry_over_aiohttp(model: Model, connections: Connections | None = None) -> None:
     """Put aiohttp's connections under the HTTP client that a model's provider opened for itself.
 
+    They are `connections`, None for a pool of its own.
     Providers that have none (Bedrock over boto, xAI over gRPC, Hugging Face) stay as they are, and so do all where the
     environment names a proxy that aiohttp cannot speak to (SOCKS).
     """
@@ -39,10 +42,10 @@ def carry_over_aiohttp(model: Model) -> None:
     factory = getattr(provider, "_http_client_factory", None)
     if client is None or factory is None or environment_proxies().unsupported is not None:
         return
-    _carry(client)
+    _carry(client, connections)
 
     # Also under the client that takes its place, once it is closed or used in another event loop.
-    provider._http_client_factory = lambda: _carry(factory())  # noqa: SLF001 - the one place that makes them
+    provider._http_client_factory = lambda: _carry(factory(), connections)  # noqa: SLF001 - the one place that makes them
 
 
 def put_under(client: Any, transport: Any) -> None:
@@ -51,8 +54,8 @@ def put_under(client: Any, transport: Any) -> None:
     client._mounts.clear()  # noqa: SLF001 - a proxy of its own would go before the transport
 
 
-def _carry(client: Any) -> Any:
-    put_under(client, _transport_class(_httpx_of(client))())
+def _carry(client: Any, connections: Connections | None) -> Any:
+    put_under(client, _transport_class(_httpx_of(client))(connections))
     return client
 
 
@@ -84,8 +87,8 @@ def _transport_class(httpx: ModuleType) -> type[Any]:
             self._response.close()
 
     class AiohttpTransport(httpx.AsyncBaseTransport):  # type: ignore[name-defined,misc]
-        def __init__(self) -> None:
-            self._http = Http(httpx.create_ssl_context())
+        def __init__(self, connections: Connections | None) -> None:
+            self._http = Http(httpx.create_ssl_context, connections=connections)
 
         async def handle_async_request(self, request: Any) -> Any:
             timeouts = request.extensions.get("timeout", {})
