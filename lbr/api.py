@@ -26,6 +26,7 @@ from lbr.errors import UsageError
 from lbr.jobs import JobState, KeyMaker, Shape, Until
 from lbr.prices import read_price
 from lbr.processes import run_processes
+from lbr.serving import check_room
 from lbr.sources import Source, chunks
 from lbr.store import enqueue as queueing
 from lbr.store import reads, runs
@@ -230,6 +231,7 @@ async def work(
     key = openrouter_api_key or env.get("OPENROUTER_API_KEY") or None
     authority = authorize(functions, result_types, openrouter_api_key=key)
     names = [run] if isinstance(run, str) else run
+    check_room()
     async with opened(db_url, allow_network_fs=allow_network_fs, patience=patience) as database:
         worker = Worker(database, authority, options, run_names=names, notify=notify)
         on_start(worker)

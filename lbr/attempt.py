@@ -7,9 +7,11 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from lbr import descriptors
 from lbr.deadlines import DeadlineError
-from lbr.errors import BadAnswer, CallError, Family, Permanent
+from lbr.errors import NO_USAGE, BadAnswer, CallError, Family, Permanent
 from lbr.jobs import Failure, Outcome, Reply
+from lbr.models.base import Kind, kind_of
 from lbr.retry import failure_of, storable, storable_usage
 
 if TYPE_CHECKING:
@@ -21,10 +23,14 @@ if TYPE_CHECKING:
 ANSWER_LIMIT = 50_000_000
 
 
+class NoDescriptorError(Exception):
+    """A call of a provider was not made, for want of a descriptor: no fault of the job, nor of the provider."""
+
+
 async def attempt(
     model: Model, validator: Validator | None, request: Request, deadlines: Deadlines, lateness: Lateness
 ) -> Outcome:
-    """Make one call and return how it ended; only a cancellation from outside is raised.
+    """Make one call and return how it ended; only a cancellation from outside and NoDescriptorError are raised.
 
     `deadlines` end it after as many seconds as `request.timeout` says.
     """
@@ -39,7 +45,7 @@ async def attempt(
             raise
         # Nobody cancelled the call from outside: the answerer gave up on its own account.
         failure = failure_of(CallError("the call cancelled itself", kind="CancelledError"))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, NoDescriptorError):
         raise
     except BaseException as error:  # noqa: BLE001 - whatever it was belongs to the job, not to the worker
         failure = failure_of(error)
@@ -54,6 +60,10 @@ async def _answer(
     except DeadlineError:
         words = f"no answer within {deadlines.seconds:g} s"
         return None, Failure(Family.TRANSIENT, "CallTimeout", words, overloaded=lateness.note(late=True))
+    except Exception as error:
+        if _was_not_made(request, error):
+            raise NoDescriptorError from error
+        raise
     lateness.note(late=False)
     if validator is None:
         return reply, None
@@ -62,6 +72,13 @@ async def _answer(
     except BadAnswer as error:
         # The answer does not fit, but it was paid for.
         return None, replace(failure_of(error), usage=reply.usage)
+
+
+def _was_not_made(request: Request, error: Exception) -> bool:
+    """Tell whether a call failed for want of a descriptor. What connections functions make is theirs to know."""
+    if isinstance(error, CallError) and (error.text is not None or error.usage != NO_USAGE):
+        return False  # an answer came, and is paid for
+    return kind_of(request.task) is Kind.PROVIDER and descriptors.are_lacking(error)
 
 
 def _storable(reply: Reply) -> Reply:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lbr.attempt import attempt, priced
+from lbr.attempt import NoDescriptorError, attempt, priced
 from lbr.deadlines import Deadlines
 from lbr.errors import CallError
 from lbr.jobs import Claim, JobId, JobState, Outcome, Settlement
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 RATE_WINDOW_SECONDS = 30.0
 CANCEL_SECONDS = 5.0
+LACKING_SECONDS = 0.5
+"""How long a call waits at the least that found no descriptor."""
 
 
 @dataclass(slots=True)
@@ -72,7 +74,8 @@ def _stop(held: _Held) -> asyncio.Task[None] | None:
 class Calls:
     """Runs calls, and has `settle` write how they ended.
 
-    `changed` is called whenever a slot may have become free, or all is lost.
+    `changed` is called whenever a slot may have become free, or all is lost, and `lacking` when a call found no
+    descriptor, with the number of those that run all the same.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class Calls:
         timeout: float,
         rng: Random,
         changed: Callable[[], None],
+        lacking: Callable[[int], None],
         notify: Callable[[str], None],
     ) -> None:
         self._report = report
@@ -92,12 +96,14 @@ class Calls:
         self._deadlines = Deadlines(timeout)
         self._rng = rng
         self._changed = changed
+        self._lacking = lacking
         self._notify = notify
         self._settler = Settler(settle, self._written)
         self._settling: asyncio.Task[None] | None = None
         self._held: dict[JobId, _Held] = {}
         self._suspects: set[JobId] = set()
         self._calling = 0
+        self._without = 0
         self._told: set[str] = set()
         self._started = time.monotonic()
         self._recent: deque[tuple[float, int]] = deque()
@@ -166,9 +172,25 @@ class Calls:
             settings=claim.settings,
             timeout=self._deadlines.seconds,
         )
-        outcome = await attempt(served.model, served.validator, request, self._deadlines, served.lateness)
+        while True:
+            try:
+                outcome = await attempt(
+                    served.model, served.validator, request, self._deadlines, served.lateness
+                )
+                break
+            except NoDescriptorError:
+                await self._wait_for_descriptor()
         price = served.price
         self._settle(held, outcome if price is None else priced(outcome, price))
+
+    async def _wait_for_descriptor(self) -> None:
+        """Keep the claim, and try again when others may have ended: nothing was called, so nothing is to be settled."""
+        self._without += 1
+        try:
+            self._lacking(self._calling - self._without)
+            await asyncio.sleep(LACKING_SECONDS * (1 + self._rng.random()))
+        finally:
+            self._without -= 1
 
     def _settle(self, held: _Held, outcome: Outcome) -> None:
         held.task = None

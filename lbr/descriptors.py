@@ -5,7 +5,9 @@ The limit that holds is the soft one (`ulimit -n`, often 1024, on macOS 256); a 
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import sys
 
 try:
@@ -19,6 +21,10 @@ RESERVED = 64
 
 SCARCE = 8
 """With fewer left, whatever could not be opened just now may well have wanted one of them."""
+
+
+LEAST = 16
+"""What a worker needs at the least, before it opens anything: the database, what it imports, and one call."""
 
 
 def most() -> int:
@@ -44,15 +50,29 @@ def room() -> int:
     return max(1, left() - RESERVED)
 
 
+def are_lacking(error: BaseException | None) -> bool:
+    """Tell whether an error, or one that it came of, is that no descriptor was left."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, socket.gaierror):  # it has codes of its own, and opens files to find a name
+            if left() < SCARCE:
+                return True
+        elif isinstance(error, OSError) and error.errno in {errno.EMFILE, errno.ENFILE}:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def ask_for(calls: int) -> None:
     """Raise the limit to what so many calls at a time need, as far as this process may; it is never lowered.
 
-    That is two for each where there are so many: what was called before keeps its connections open for a while, and a
+    That is four for each where there are so many: what was called before keeps its connections open for a while, and a
     connection may be tried at two addresses at once. For the commands only: a library leaves its host's limits alone.
     """
     if not HAS_LIMITS:
         return
-    for each in (2, 1):
+    for each in (4, 2, 1):
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         needed = each * calls + 2 * RESERVED
         if soft == resource.RLIM_INFINITY or soft >= needed:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from lbr import descriptors
 from lbr.deadlines import Lateness
 from lbr.errors import UsageError
 from lbr.jobs import RunState
 from lbr.models.base import Kind, kind_of, tells_cost
+from lbr.models.connections import Connections
 from lbr.models.resolve import build_model, build_validator
 from lbr.tokens import ASSUMED_OUTPUT_TOKENS, most_output_tokens, task_characters, tokens_of
 
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
     from lbr.models.resolve import Authority
     from lbr.prices import Price
     from lbr.structured import Validator
+
+FEWER_SECONDS = 2.0
+"""How long to see what fewer calls at a time change, before there are fewer still."""
 
 
 @dataclass(slots=True)
@@ -44,7 +50,7 @@ class Served:
 
 
 class Servings:
-    """Builds each run's answerer once; runs that ask for the same task share it, with its connections.
+    """Builds each run's answerer once; runs that ask for the same task share it, and all share their connections.
 
     With `limits_cost`, a run of whose calls nobody will know the cost is not served. `room` is for how many calls with
     a connection each this process has descriptors.
@@ -56,6 +62,8 @@ class Servings:
         self._concurrency = concurrency
         self._room = room
         self._told_room = False
+        self._next_fewer = 0.0
+        self._connections = Connections(room)
         self.slots = concurrency
         """How many calls may run at a time."""
         self._models: dict[str, Model] = {}
@@ -104,13 +112,27 @@ class Servings:
         )
         return [notice]
 
+    def make_fewer(self, running: int) -> list[str]:
+        """Hear that a call found no descriptor while `running` others have one; return what a user should hear.
+
+        Half of the calls at a time, but those that run, are as many as there are slots for from then on.
+        """
+        now = time.monotonic()
+        if now >= self._next_fewer:
+            self._next_fewer = now + FEWER_SECONDS
+            self._room = min(self._room, max(1, running, self.slots // 2))
+            self._connections.most = self._room
+        return self._count_slots()
+
     def _serve(self, run: Run) -> Served:
         if self._limits_cost:
             check_tells_cost(run)
         identity = run.task.to_json()
         validator = build_validator(run.task, self._authority)
         if identity not in self._models:
-            self._models[identity] = build_model(run.task, self._authority, concurrency=self._concurrency)
+            self._models[identity] = build_model(
+                run.task, self._authority, concurrency=self._concurrency, connections=self._connections
+            )
         return Served(run, self._models[identity], validator, run.price, _extra_tokens(run.task))
 
     def reprice(self, prices: Mapping[RunId, Price | None]) -> None:
@@ -126,10 +148,21 @@ class Servings:
         return function.identity.fingerprint != run.fingerprint
 
     async def aclose(self) -> None:
-        """Close every answerer."""
+        """Close every answerer, and the connections."""
         for model in self._models.values():
             await model.aclose()
         self._models.clear()
+        await self._connections.aclose()
+
+
+def check_room() -> None:
+    """Raise UsageError where there are too few descriptors for a database and one call."""
+    left = descriptors.left()
+    if left < descriptors.LEAST:
+        raise UsageError(
+            f"expected descriptors for at least one call at a time, {descriptors.LEAST} with what the database takes, got: "
+            f"{left} left of the {descriptors.most()} that this process may have; raise `ulimit -n`"
+        )
 
 
 def check_tells_cost(run: Run) -> None:

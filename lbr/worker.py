@@ -94,6 +94,7 @@ class Worker:
             timeout=options.timeout,
             rng=self._rng,
             changed=self._calls_changed,
+            lacking=self._make_fewer_calls,
             notify=notify,
         )
         self._wake = asyncio.Event()
@@ -128,6 +129,10 @@ class Worker:
         if not self._stop_asked():
             self._start(self._claiming.brought())
         self._wake.set()
+
+    def _make_fewer_calls(self, running: int) -> None:
+        for notice in self._servings.make_fewer(running):
+            self._notify(notice)
 
     def _start(self, claims: Sequence[Claim]) -> None:
         for claim in claims:
