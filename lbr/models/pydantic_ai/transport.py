@@ -54,7 +54,7 @@ def put_under(client: Any, transport: Any) -> None:
     client._mounts.clear()  # noqa: SLF001 - a proxy of its own would go before the transport
 
 
-def _carry(client: Any, connections: Connections | None) -> Any:
+def _carry(client: Any, connections: Connections | None = None) -> Any:
     put_under(client, _transport_class(_httpx_of(client))(connections))
     return client
 
