@@ -6,12 +6,16 @@ Money is in US dollars where people write it, and in integer billionths of one (
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from lbr.errors import MOST_NANOS, DatabaseError, Usage, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 FORM = "in=0.15,out=0.60 (US dollars for a million tokens of input and of output)"
 HIGHEST = 1_000_000.0
@@ -38,7 +42,12 @@ class Price:
         )
 
     def apply(self, usage: Usage) -> Usage:
-        """Return the usage of a call with its cost at this price; as it is where its tokens are not known."""
+        """Return the usage of a call with its cost at this price; as it is where its tokens are not known.
+
+        Where tokens cost nothing, it need not be known how many there are.
+        """
+        if not (self.input_per_million or self.output_per_million):
+            return replace(usage, cost_nanos=0)
         if usage.input_tokens is None or usage.output_tokens is None:
             return usage
         cost = self.cost_nanos(usage.input_tokens, usage.output_tokens)
@@ -101,18 +110,43 @@ def _plain(value: float) -> str:
     return text if float(text) == value else repr(value)
 
 
+_problem: str | None = None
+
+
+@contextmanager
+def loading_table() -> Iterator[None]:
+    """Take note of whether the price table could be loaded in this block, whose exceptions pass."""
+    global _problem  # noqa: PLW0603 - there is one table in a process
+    try:
+        yield
+    except Exception as error:
+        _problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise
+    _problem = None
+
+
+def table_problem() -> str | None:
+    """Return why this process could not load the price table the last time; None where it did, or did not try."""
+    return _problem
+
+
 def table_price(model: str) -> Price | None:
     """Return what the price table that is installed says of a model's full name, `provider:model`; None if nothing.
 
-    Needs no network. Where the price rises with the length of the input, it is that of a short one.
+    Needs no network. Where the price rises with the length of the input, it is that of a short one. Where the table
+    cannot be loaded it says nothing, and `table_problem` says why.
     """
     provider, _, name = model.partition(":")
     if provider in _OURS or not name:
         return None
     try:
-        from genai_prices import Usage as Tokens  # noqa: PLC0415 - half a second, for those who ask
-        from genai_prices import calc_price  # noqa: PLC0415
-    except ImportError:
+        with loading_table():
+            from genai_prices import Usage as Tokens  # noqa: PLC0415 - half a second, for those who ask
+            from genai_prices import calc_price  # noqa: PLC0415
+            from genai_prices.data_snapshot import get_snapshot  # noqa: PLC0415
+
+            get_snapshot()
+    except Exception:  # noqa: BLE001 - the package is another's, and may be damaged in any way
         return None
     try:
         said = calc_price(

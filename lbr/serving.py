@@ -13,6 +13,7 @@ from lbr.jobs import RunState
 from lbr.models.base import Kind, kind_of, tells_cost
 from lbr.models.connections import Connections
 from lbr.models.resolve import build_model, build_validator
+from lbr.prices import table_problem
 from lbr.tokens import ASSUMED_OUTPUT_TOKENS, most_output_tokens, task_characters, tokens_of
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ class Served:
 class Servings:
     """Builds each run's answerer once; runs that ask for the same task share it, and all share their connections.
 
-    With `limits_cost`, a run of whose calls nobody will know the cost is not served. `room` is for how many calls with
+    With `limits_cost`, and for a run that may cost so much only, one of whose calls nobody will know the cost is not
+    served. `room` is for how many calls with
     a connection each this process has descriptors.
     """
 
@@ -69,8 +71,8 @@ class Servings:
         self._models: dict[str, Model] = {}
         self.served: dict[RunId, Served] = {}
         self.refused: dict[RunId, UsageError] = {}
-        # What a run cost when it was refused: with another price it may be served.
-        self._refused_at: dict[RunId, Price | None] = {}
+        # What a run cost when it was refused, and what it might: with another price or limit it may be served.
+        self._refused_at: dict[RunId, tuple[Price | None, int | None]] = {}
 
     def learn(self, runs: Iterable[Run]) -> list[str]:
         """Take note of runs; return what a user should hear about those that are new."""
@@ -82,7 +84,7 @@ class Servings:
             try:
                 self.served[run.id] = self._serve(run)
             except UsageError as error:
-                self.refused[run.id], self._refused_at[run.id] = error, run.price
+                self.refused[run.id], self._refused_at[run.id] = error, (run.price, run.budget_nanos)
                 notices.append(f"run {run.name}: not served: {error}")
                 continue
             self.refused.pop(run.id, None)
@@ -94,7 +96,7 @@ class Servings:
         return notices + self._count_slots()
 
     def _is_refused(self, run: Run) -> bool:
-        return run.id in self.refused and self._refused_at[run.id] == run.price
+        return run.id in self.refused and self._refused_at[run.id] == (run.price, run.budget_nanos)
 
     def _count_slots(self) -> list[str]:
         """Have no more slots than there are descriptors for; say once that these are fewer than asked for.
@@ -125,7 +127,7 @@ class Servings:
         return self._count_slots()
 
     def _serve(self, run: Run) -> Served:
-        if self._limits_cost:
+        if self._limits_cost or run.budget_nanos is not None:
             check_tells_cost(run)
         identity = run.task.to_json()
         validator = build_validator(run.task, self._authority)
@@ -173,9 +175,12 @@ def check_tells_cost(run: Run) -> None:
             f"tell no cost; serve it without --max-cost"
         )
     if not tells_cost(run.task, run.price):
+        problem = table_problem()
+        why = ", which the price table does not have"
+        why = why if problem is None else f", and the price table cannot be loaded ({problem})"
         raise UsageError(
-            f"expected a known price to limit the cost of run {run.name!r} by, got: none for {run.task.answerer}, which "
-            f"the price table does not have; give it with --price in=…,out=… at the enqueue, which may be repeated"
+            f"expected a known price to limit the cost of run {run.name!r} by, got: none for {run.task.answerer}{why}; "
+            f"give it with --price in=…,out=… at the enqueue, which may be repeated"
         )
 
 

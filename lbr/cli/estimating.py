@@ -15,7 +15,7 @@ from lbr.config import WorkOptions
 from lbr.estimating import SECONDS_PER_CALL, Estimate, rounded
 from lbr.estimating import estimate as estimate_inputs
 from lbr.inputs import load_text
-from lbr.prices import NANOS, Price, dollars
+from lbr.prices import NANOS, Price, dollars, table_problem
 from lbr.progress import duration
 from lbr.structured import load_schema
 from lbr.tokens import CHARACTERS_PER_TOKEN
@@ -88,7 +88,9 @@ def _output_words(found: Estimate) -> str:
 
 def _money_words(found: Estimate) -> str:
     if found.price is None or found.cost_usd is None:
-        return "price unknown: give --price in=…,out=…"
+        problem = table_problem()
+        why = "" if problem is None else f", for the price table cannot be loaded ({problem})"
+        return f"price unknown{why}: give --price in=…,out=…"
     price = Price(found.price["in"], found.price["out"]).words()
     source = ", by the price table" if found.price_from == "table" else ""
     return f"about {dollars(rounded(found.cost_usd * NANOS))} at {price} a million tokens{source}"

@@ -15,8 +15,11 @@ from decimal import Decimal
 from operator import mul
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import orjson
+
 from lbr.errors import NO_USAGE, Usage
 from lbr.models.loading import Loading
+from lbr.prices import loading_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -105,9 +108,10 @@ class Costs:
             await self._loading.settled(seconds)
 
     def _load(self) -> None:
-        from genai_prices.data_snapshot import get_snapshot  # noqa: PLC0415
+        with loading_table():
+            from genai_prices.data_snapshot import get_snapshot  # noqa: PLC0415
 
-        self._table = table = get_snapshot()
+            self._table = table = get_snapshot()
         self._readers = list(self._found_readers(table))
 
     def _found_readers(self, table: Any) -> Iterator[Any]:
@@ -135,7 +139,18 @@ class Costs:
         except Exception:  # noqa: BLE001 - the table is another's
             return None
         price = Decimal(str(float(said))) if said else taken.price
+        if price is None and said is not None:
+            price = _NOTHING  # free by the provider's word, unless the table knows better
         return Usage(taken.input, taken.output, None if price is None else round(price * _NANOS))
+
+    def usage_in(self, content: bytes) -> Usage:
+        """Return what an answer took of which nothing else can be read; NO_USAGE where that cannot be read either."""
+        try:
+            found = self.usage({"model": None, **orjson.loads(content)}) or NO_USAGE
+        except Exception:  # noqa: BLE001 - it may be anything
+            return NO_USAGE
+        whole = type(found.input_tokens) is int and type(found.output_tokens) is int
+        return found if whole else NO_USAGE
 
     def _taken_by(self, body: dict[str, Any], told: dict[str, Any]) -> _Taken:
         """Return what an answer took, as the table has it; while it is not there, what the provider counted."""

@@ -23,6 +23,7 @@ from lbr.models.http import Http
 from lbr.models.loading import AGAIN_SECONDS
 from lbr.models.refusals import Refusal, call_error
 from lbr.models.waits import asked_wait
+from lbr.models.wording import clean
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -127,9 +128,10 @@ class ChatModel:
     ) -> Reply:
         """Let pydantic-ai read an answer, which is paid for by now: where that cannot be built, not only once.
 
-        `ends` is when, by `time.monotonic`, nobody waits any more. Raises CallError, with the answer where it stayed
-        unread.
+        `ends` is when, by `time.monotonic`, nobody waits any more. Raises CallError, where an answer stayed unread with
+        its text and what it took.
         """
+        paid = status < 400
         for again in range(READS):
             try:
                 if again:
@@ -142,11 +144,14 @@ class ChatModel:
                 problem = error
             if ends - time.monotonic() < 2 * AGAIN_SECONDS:
                 break
+        text = content.decode(errors="replace")
+        where = "`lbr show` has the answer as it came" if paid else f"the answer was {text[:500]}"
+        words = f"{type(problem).__name__}: {problem}; {where}"
         raise CallError(
-            f"expected pydantic-ai to read an answer with status {status}, got: {type(problem).__name__}: {problem}; "
-            f"`lbr show` has the answer as it came",
+            f"expected pydantic-ai to read an answer with status {status}, got: {clean(words, self._api_key)}",
             kind="UnreadAnswer",
-            text=content.decode(errors="replace"),
+            text=text if paid else None,
+            usage=self._costs.usage_in(content) if paid else None,
         ) from problem
 
     # --- what is sent -------------------------------------------------------------------------------------------------

@@ -29,10 +29,22 @@ def check_model(name: str, settings: Mapping[str, Json], *, schema: dict[str, Js
     if schema is not None:
         check_schema(schema)
     check_authority(settings)
+    require(name)
     provider_class_of(name)
     model = _keyless_model(name)
     if model is not None:
         check_known(name, settings, model)
+
+
+def require(name: str) -> None:
+    """Load pydantic-ai; UsageError where it, or what it needs, is damaged or cannot be read."""
+    try:
+        import pydantic_ai.models  # noqa: F401, PLC0415
+    except Exception as error:
+        raise UsageError(
+            f"cannot use model {name!r}: expected pydantic-ai, got: {type(error).__name__}: {error}; see that it can be "
+            f"imported, with the packages that it needs"
+        ) from error
 
 
 def provider_class_of(name: str) -> type[Provider[Any]]:

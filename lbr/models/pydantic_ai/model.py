@@ -11,10 +11,10 @@ import orjson
 
 from lbr.errors import Permanent, UsageError
 from lbr.models.checking import check_authority
-from lbr.models.pydantic_ai.checks import check_known, missing_package, provider_class_of
+from lbr.models.pydantic_ai.checks import check_known, missing_package, provider_class_of, require
 from lbr.models.pydantic_ai.families import call_error
 from lbr.models.pydantic_ai.history import history_of
-from lbr.models.pydantic_ai.replies import ANSWER_TOOL, reply_of
+from lbr.models.pydantic_ai.replies import ANSWER_TOOL, FREE, reply_of
 from lbr.models.pydantic_ai.transport import carry_over_aiohttp, put_under
 from lbr.models.refusals import status_in
 from lbr.models.wording import clean
@@ -52,6 +52,7 @@ class PydanticAIModel:
         api_key: str | None = None,
         connections: Connections | None = None,
     ) -> None:
+        require(name)
         from pydantic_ai.direct import model_request  # noqa: PLC0415
         from pydantic_ai.exceptions import UsageExtractionFailedWarning  # noqa: PLC0415
 
@@ -123,6 +124,7 @@ def _build(name: str, api_key: str | None, connections: Connections | None) -> M
         cause = f"{type(error).__name__}: {clean(str(error), api_key)}"
         raise UsageError(f"cannot use model {name!r}: {cause}") from error
     _tell_errors_in_answers(found)
+    _tell_free_answers(found)
     return found
 
 
@@ -191,6 +193,20 @@ def _tell_errors_in_answers(model: Any) -> None:
         raise UnexpectedModelBehavior(f"expected an answer, got: {said}")
 
     model._validate_completion = checked  # noqa: SLF001 - the one place that sees the whole answer
+
+
+def _tell_free_answers(model: Any) -> None:
+    """Keep OpenRouter's word that an answer was free: pydantic-ai leaves a cost of 0 out, as if none had been told."""
+    if model.system != "openrouter":
+        return
+    process = model._process_provider_details  # noqa: SLF001 - the one place that sees the cost
+
+    def processed(response: Any) -> dict[str, Any] | None:
+        details: dict[str, Any] | None = process(response)
+        free = getattr(response.usage, "cost", None) == 0
+        return {**(details or {}), FREE: True} if free else details
+
+    model._process_provider_details = processed  # noqa: SLF001
 
 
 def output_mode(profile: ModelProfile) -> OutputMode:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from pydantic_ai.messages import ModelResponse
 
 ANSWER_TOOL = "answer"
+FREE = "lbr_free"
+"""Among a response's details: its provider said that it cost nothing."""
 
 
 def reply_of(response: ModelResponse) -> Reply:
@@ -65,10 +67,14 @@ def _usage(response: ModelResponse) -> Usage:
 
 
 def _cost_nanos(response: ModelResponse) -> int | None:
-    """Return what the provider says it took (OpenRouter does), else what the price table says; None if neither."""
-    said = (response.provider_details or {}).get("cost")
+    """Return what the provider says it took (OpenRouter does), else what the price table says; None if neither.
+
+    What is free by the provider's word is so where the table does not know better.
+    """
+    details = response.provider_details or {}
+    said = details.get("cost")
     try:
         price = response.cost().total_price if said is None else Decimal(str(said))
         return round(price * 10**9)
     except Exception:  # noqa: BLE001 - an unknown price must not lose an answer that is paid for
-        return None
+        return 0 if details.get(FREE) else None
