@@ -105,6 +105,8 @@ def _storable(reply: Reply) -> Reply:
 def priced(outcome: Outcome, price: Price) -> Outcome:
     """Return the outcome with the cost of its tokens at this price, in the place of what the answerer said."""
     reply, failure = outcome.reply, outcome.failure
+    if not outcome.is_paid:
+        return outcome
     if reply is not None:
         return replace(outcome, reply=replace(reply, usage=price.apply(reply.usage)))
     if failure is not None:

@@ -15,8 +15,8 @@ KNOWN_CALLS = 50
 class Budget:
     """What a run may cost and has cost, in billionths of a US dollar.
 
-    `calls` are those that were answered, well or not, `inflight` those that have not ended, and `pending` the jobs that
-    wait for one.
+    `calls` are those that were answered, well or not, and of which it is known what they cost, `inflight` those that
+    have not ended, and `pending` the jobs that wait for one.
     """
 
     limit: int
@@ -53,3 +53,19 @@ class Budget:
 
 BUDGET_SPENT = "it may cost "
 """How the reason begins of a run that was paused for its budget."""
+
+COST_UNKNOWN = "its calls tell no cost"
+"""How the reason begins of a run that was paused because nobody could keep to its budget."""
+
+
+def unknown_words(answerer: str, *, counted: bool) -> str:
+    """Say that a call took nobody knows how much money; `counted` tells that its tokens are known."""
+    if counted:
+        return (
+            f"{COST_UNKNOWN}: expected a price for {answerer}, got: none; give it with --price in=…,out=… at the "
+            f"enqueue, which may be repeated"
+        )
+    return (
+        f"{COST_UNKNOWN}: expected {answerer} to count their tokens, got: none; where they are free, give "
+        f"--price in=0,out=0 at the enqueue, which may be repeated"
+    )

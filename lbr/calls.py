@@ -15,6 +15,7 @@ from lbr.deadlines import Deadlines
 from lbr.errors import CallError
 from lbr.jobs import Claim, JobId, JobState, Outcome, Settlement
 from lbr.models.base import Request
+from lbr.prices import table_problem
 from lbr.retry import RetryPolicy, decide, failure_of
 from lbr.settler import Settler
 from lbr.store.schema import SUSPECT_CRASHES
@@ -105,6 +106,7 @@ class Calls:
         self._calling = 0
         self._without = 0
         self._told: set[str] = set()
+        self._told_no_table = False
         self._started = time.monotonic()
         self._recent: deque[tuple[float, int]] = deque()
         self.error: BaseException | None = None
@@ -227,11 +229,23 @@ class Calls:
             if claim.job_id in settled.taken:
                 self._count(settlement)
                 self._tell_first(settlement)
+            self._tell_no_table(settlement)
         self._report.stale += len(settled.stale)
         for name, reason in settled.paused.items():
             self._notify(f"run {name} is paused now: {reason}")
         self._recent.append((time.monotonic(), len(settled.taken)))
         self._changed()
+
+    def _tell_no_table(self, settlement: Settlement) -> None:
+        """Say once that costs are not known for want of the price table."""
+        problem = table_problem() if settlement.outcome.is_unpriced else None
+        if problem is None or self._told_no_table:
+            return
+        self._told_no_table = True
+        self._notify(
+            f"expected the price table, the package genai-prices, got: {problem}; it is tried again, and until then "
+            f"answers are kept without their cost: mend it, or give --price in=…,out=… at the enqueue"
+        )
 
     def _tell_first(self, settlement: Settlement) -> None:
         """Say each kind of failure once: a typo in a function should not be found out eight tries later."""

@@ -279,6 +279,29 @@ class Outcome:
     failure: Failure | None
     latency_ms: int
 
+    @property
+    def usage(self) -> Usage:
+        """What the call took."""
+        if self.reply is not None:
+            return self.reply.usage
+        return NO_USAGE if self.failure is None else self.failure.usage
+
+    @property
+    def is_paid(self) -> bool:
+        """Whether the call brought an answer, good or bad, read or not, or anything else that is paid for."""
+        failure = self.failure
+        return (
+            failure is None
+            or failure.family is Family.BAD_ANSWER
+            or failure.text is not None
+            or failure.usage != NO_USAGE
+        )
+
+    @property
+    def is_unpriced(self) -> bool:
+        """Whether nobody knows what the call cost, though it is paid for."""
+        return self.usage.cost_nanos is None and self.is_paid
+
 
 @value(frozen=True, slots=True)
 class Settlement:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lbr.config import nanos_of
 from lbr.jobs import RunState
-from lbr.store import limiting
+from lbr.store import budgets, limiting
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -48,7 +48,7 @@ class Pacing:
         await limiting.begin_slowly(self._database, slowly)
         for one in new_runs:
             if self._budget is not None and not self._was_told_since(one.run):
-                await limiting.set_budget(self._database, one.run.id, self._budget)
+                await budgets.set_budget(self._database, one.run.id, self._budget)
         self._answerers |= set(new)
         self._runs |= {one.run.id for one in new_runs}
 

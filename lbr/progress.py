@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from lbr.budget import BUDGET_SPENT
+from lbr.budget import BUDGET_SPENT, COST_UNKNOWN
 from lbr.errors import Family
 from lbr.jobs import JobState, RunState
 from lbr.prices import NANOS, Price, dollars
@@ -211,6 +211,8 @@ def paused_words(run: str, reason: str) -> str:
         return f"{reason}; finish that with the same `lbr move`"
     if reason.startswith(BUDGET_SPENT):
         return f"{reason}; `lbr resume {run} --max-cost DOLLARS` lets it cost more"
+    if reason.startswith(COST_UNKNOWN):
+        return f"{reason}; then `lbr resume {run}`; or lift the limit with `lbr resume {run} --max-cost inf`"
     return f"{reason}; mend it, then `lbr resume {run}`"
 
 
@@ -234,6 +236,8 @@ def unfinished_words(run: str, reason: str | None) -> str:
     if reason.startswith(BUDGET_SPENT):
         # The old --max-cost would be set again, and the run be paused again at once.
         return f"{words}, then run the command again with that --max-cost"
+    if reason.startswith(COST_UNKNOWN):
+        return f"{words}; then run the command again with that --price, or without --max-cost"
     return f"{words}, then run the same command again"
 
 

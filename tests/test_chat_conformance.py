@@ -308,6 +308,7 @@ PLAIN: dict[str, Any] = {
             "cost_details": {"upstream_inference_cost": None},
         }
     ),
+    "free, and of nobody": completion(usage={**DETAILS, "cost": 0}, model="of-nobody"),
     "a cost of none": completion(usage={**DETAILS, "cost": 0}, model="google/gemini-2.5-flash"),
     "reasoning": completion(message={"reasoning": "hm", "reasoning_details": REASONING, "refusal": None}),
     "reasoning content": completion(message={"reasoning_content": "hm", "tool_calls": [], "annotations": []}),

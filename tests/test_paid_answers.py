@@ -153,6 +153,48 @@ async def test_an_odd_answer_that_nothing_can_read_is_kept_as_it_came(
     failure = failure_of(caught.value)
     assert (failure.family, failure.error) == (Family.TRANSIENT, "UnreadAnswer")
     assert json.loads(failure.text or "") == ODD
+    assert failure.usage == Usage(10, 5, None)
+
+
+async def test_a_refusal_that_nothing_can_read_is_not_taken_for_an_answer(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody pays for it: the words have what came, and there is no text that would count as an answer."""
+    for module in (loading, model):
+        monkeypatch.setattr(module, "AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(reference, "PydanticAIModel", Failing(PydanticAIModel, 99))
+    wire.script = http(500, "\ufeffodd")
+    asked = chat_model(NAME)
+    with pytest.raises(CallError, match="with status 500, got: OSError.*the answer was .*odd") as caught:
+        await asked.answer(asking())
+    await asked.aclose()
+    assert (caught.value.text, caught.value.usage) == (None, Usage())
+
+
+@pytest.mark.parametrize(
+    ("content", "usage"),
+    [
+        (b"", Usage()),
+        (b"[]", Usage()),
+        (b'{"usage": 5}', Usage()),
+        (b'{"usage": {"prompt_tokens": "5", "completion_tokens": 5}}', Usage()),
+        (b'{"usage": {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}}', Usage(5, 7, None)),
+        (
+            b'{"model": "gpt-4o-mini", "usage": {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}}',
+            Usage(5, 7, 5 * 150 + 7 * 600),
+        ),
+    ],
+)
+async def test_what_an_unread_answer_took_is_read_as_far_as_it_goes(
+    wire: Wire, content: bytes, usage: Usage
+) -> None:
+    """Whatever came, nothing is raised."""
+    endpoint = endpoint_of(NAME)
+    assert endpoint is not None
+    costs = Costs(endpoint)
+    costs.begin()
+    await costs.ready(60)
+    assert costs.usage_in(content) == usage
 
 
 async def test_what_could_not_be_built_is_built_for_a_later_call(

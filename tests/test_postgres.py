@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from lbr import api, prompt_map
 from lbr.errors import AlreadyRunningError, DatabaseError, Family, Usage, UsageError
 from lbr.jobs import Failure, Outcome, Reply, Task
-from lbr.store import claims, enqueue, limiting, listener, reads, runs, schema, settle, sole
+from lbr.store import budgets, claims, enqueue, limiting, listener, reads, runs, schema, settle, sole
 from lbr.store.arrays import Bulk, Query
 from lbr.store.claims import CLAIM, CLAIM_CHOSEN, CLAIM_SUSPECT, DUE, DUE_SIZED, DUE_SUSPECT
 from lbr.store.engines import open_database
@@ -479,7 +479,7 @@ async def test_what_a_claim_waited_for_it_obeys(live: Database, url: str, row: s
     queue = Queue(live)
     worker = await queue.register(host="h", pid=1, concurrency=40)
     run, free = await put(live, ["a", "b"], name="a"), await put(live, ["c"], name="b", task=REVERSED)
-    await limiting.set_budget(live, run.id, 10**9)
+    await budgets.set_budget(live, run.id, 10**9)
     await limiting.change(live, run.task.answerer, {"rpm": 6000})
     with postgres.connect(url, autocommit=False) as other:
         other.execute(f"UPDATE lbr.{row} SET {change}")

@@ -14,7 +14,7 @@ import lbr
 from lbr.errors import Family, Usage, UsageError
 from lbr.jobs import Failure, Item, KeyMaker, Outcome, Prompt, Reply, Task
 from lbr.retry import RetryPolicy, decide
-from lbr.store import enqueue, limiting, reads, redo, runs
+from lbr.store import budgets, enqueue, limiting, reads, redo, runs
 from lbr.store.engines import open_database
 from lbr.store.queue import Queue
 from lbr.store.settle import settle
@@ -224,7 +224,7 @@ async def test_budget_holds_for_all_workers_together(database: Database, clock: 
     """The first call goes alone, then as many as what is left will pay for; then the run is paused and says so."""
     run = await put(database, [f"p{n}" for n in range(300)])
     (queue, one), (_, two) = await workers(database, 100, 100)
-    await limiting.set_budget(database, run.id, 1_000_000)
+    await budgets.set_budget(database, run.id, 1_000_000)
     spent, calls, flights = 0, 0, []
     while True:
         claims = [*await claim(database, one, run, 60), *await claim(database, two, run, 60)]
@@ -238,7 +238,7 @@ async def test_budget_holds_for_all_workers_together(database: Database, clock: 
     found = await reads.find_run(database, "r")
     assert found.state == "paused"
     assert found.pause_reason == "it may cost $0.001, with $0.001 spent there is no room for a call"
-    await limiting.set_budget(database, run.id, 1_050_000)
+    await budgets.set_budget(database, run.id, 1_050_000)
     await runs.resume(database, found)
     assert len(await claim(database, one, run, 60)) == 5
     assert not (await queue.look([run.id])).due
@@ -249,18 +249,18 @@ async def test_free_calls_need_no_budget(database: Database, clock: Clock) -> No
     """A run whose calls cost nothing is held to few at a time only until that is known."""
     run = await put(database, [f"p{n}" for n in range(300)])
     ((_, one),) = await workers(database, 100)
-    await limiting.set_budget(database, run.id, 1)
+    await budgets.set_budget(database, run.id, 1)
     for expected in (1, 2, 6, 18, 54, 100):
         claims = await claim(database, one, run, 100)
         assert len(claims) == expected
-        await settle(database, [answered(c) for c in claims])
+        await settle(database, [cost(c, 0) for c in claims])
 
 
 async def test_what_is_done_is_not_paused(database: Database, clock: Clock) -> None:
     """A run that has come to its end with its last cent is finished, whatever else its worker does."""
     run, other = await put(database, ["a"], name="a"), await put(database, ["b"], name="b", reuse=False)
     ((queue, one),) = await workers(database, 5)
-    await limiting.set_budget(database, run.id, 10)
+    await budgets.set_budget(database, run.id, 10)
     await settle(database, [cost(c, 10) for c in await claim(database, one, run)])
     assert len(await queue.claim(one, [run.id, other.id], 5, lease=60)) == 1  # type: ignore[arg-type]
     assert (await reads.find_run(database, "a")).state == "active"
@@ -321,7 +321,7 @@ async def test_a_budget_knows_what_calls_cost_that_are_no_answers_now(
     refused = Failure(Family.PERMANENT, "ContentFilter", "no", usage=Usage(1, 1, 10_000))
     first, *_ = await claim(database, one, run, 1)
     await settle(database, [failed(first, refused)])
-    await limiting.set_budget(database, run.id, 1_000_000)
+    await budgets.set_budget(database, run.id, 1_000_000)
     for expected in (2, 6, 18, 33):
         claims = await claim(database, one, run, 100)
         assert len(claims) == expected

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lbr.budget import BUDGET_SPENT
+from lbr.budget import BUDGET_SPENT, COST_UNKNOWN
 from lbr.diagnosis.findings import Finding, Gravity
 from lbr.jobs import RunState
 from lbr.progress import describe_limit, duration, limit_fields
@@ -156,4 +156,7 @@ def _paused(run: Run, left: int) -> Finding:
         return Finding(
             "runs", Gravity.WARNING, words, f"`lbr resume {run.name} --max-cost DOLLARS` lets it cost more"
         )
+    if reason.startswith(COST_UNKNOWN):
+        way = f"then `lbr resume {run.name}`; or lift the limit with `lbr resume {run.name} --max-cost inf`"
+        return Finding("runs", Gravity.WARNING, words, way)
     return Finding("runs", Gravity.WARNING, words, f"mend it, then `lbr resume {run.name}`")

@@ -30,6 +30,7 @@ class Standing:
     retry_seq: int
     run_state: str
     answerer: str
+    budget_nanos: int | None = None
 
 
 def is_plain(settlement: Settlement, job: Standing) -> bool:

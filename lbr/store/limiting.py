@@ -7,26 +7,25 @@ and debits them in its own transaction; those that hold nothing back are only re
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import bindparam, func, select, update
 
 from lbr import limits as arithmetic
-from lbr.budget import Budget
 from lbr.errors import DatabaseError
-from lbr.jobs import JobState, RunId, RunState
+from lbr.jobs import JobState, RunState
 from lbr.limits import Limit
 from lbr.retry import FARTHEST_MS
 from lbr.store.arrays import Bulk, Given, Query, among
-from lbr.store.counters import ANSWERED, COST_NANOS, REUSED
+from lbr.store.budgets import budgets_of
 from lbr.store.schema import counters, limits, runs, workers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from lbr.jobs import Claim, Millis
+    from lbr.budget import Budget
+    from lbr.jobs import Claim, Millis, RunId
     from lbr.store.connection import Connection
     from lbr.store.database import Database
 
@@ -52,17 +51,6 @@ _INFLIGHT = Query(
     .join_from(runs, counters, runs.c.id == counters.c.run_id)
     .where(among(runs.c.answerer, "answerers"), counters.c.name == str(JobState.INFLIGHT))
     .group_by(runs.c.answerer)
-)
-_BUDGETS = (
-    select(runs.c.id, runs.c.budget_nanos)
-    .where(among(runs.c.id, "ids"), runs.c.state == RunState.ACTIVE)
-    .order_by(runs.c.id)
-)
-_BUDGETS_LOCKED = _BUDGETS.with_for_update()
-_COUNTS = (
-    select(counters.c.run_id, counters.c.name, func.sum(counters.c.value).label("value"))
-    .where(among(counters.c.run_id, "ids"))
-    .group_by(counters.c.run_id, counters.c.name)
 )
 _CEILING = Query(select(func.sum(workers.c.concurrency)).where(workers.c.seen_at > bindparam("since")))
 
@@ -181,7 +169,7 @@ async def open_gate(connection: Connection, run_ids: Sequence[RunId], now: Milli
         if budget is not None:
             limited.append(run_id)
     # Runs before answerers: so does whoever settles.
-    gate.budgets, active = await _budgets(connection, limited, lock=lock)
+    gate.budgets, active = await budgets_of(connection, limited, lock=lock)
     for run_id in set(limited) - active:
         # Paused while we waited for the lock, perhaps for this very budget.
         del gate.answerers[run_id]
@@ -198,32 +186,6 @@ async def open_gate(connection: Connection, run_ids: Sequence[RunId], now: Milli
             connection, [who for who, limit in binding.items() if limit.at_a_time is not None]
         )
     return gate
-
-
-async def _budgets(
-    connection: Connection, run_ids: list[RunId], *, lock: bool
-) -> tuple[dict[RunId, Budget], set[RunId]]:
-    """Return the budgets of these runs, and which of them are active still."""
-    if not run_ids:
-        return {}, set()
-    query = _BUDGETS_LOCKED if lock else _BUDGETS
-    allowed = {row.id: row.budget_nanos for row in (await connection.execute(query, {"ids": run_ids})).all()}
-    counts: dict[int, Counter[str]] = {run_id: Counter() for run_id in allowed}
-    for row in (await connection.execute(_COUNTS, {"ids": list(allowed)})).all() if allowed else ():
-        counts[row.run_id][row.name] = int(row.value)
-    budgets = {
-        RunId(run_id): Budget(
-            limit=limit,
-            spent=counts[run_id][COST_NANOS],
-            # At least those whose answers are there: a run of an earlier version has no such count.
-            calls=max(counts[run_id][ANSWERED], counts[run_id][JobState.DONE] - counts[run_id][REUSED]),
-            inflight=counts[run_id][JobState.INFLIGHT],
-            pending=counts[run_id][JobState.PENDING],
-        )
-        for run_id, limit in allowed.items()
-        if limit is not None
-    }
-    return budgets, {RunId(run_id) for run_id in allowed}
 
 
 _NONE = Limit()
@@ -372,12 +334,6 @@ async def all_limits(connection: Connection, now: Millis) -> list[LimitSeen]:
         LimitSeen(who, arithmetic.refilled(limit, now), inflight.get(who, 0), slots)
         for who, limit in held.items()
     ]
-
-
-async def set_budget(database: Database, run_id: RunId, nanos: int | None) -> None:
-    """Set what a run may cost from now on, all that it has cost included; None lifts it."""
-    query = update(runs).where(runs.c.id == run_id).values(budget_nanos=nanos)
-    await database.write(lambda connection: connection.execute(query))
 
 
 async def change(database: Database, answerer: str, values: Mapping[str, int | None]) -> Limit:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MENDING = RunId(0)
 """No run has this id: whoever mends takes its turn, so that two do not both make up for the same."""
 
-_NOT_IN_ROWS = frozenset({counters.ANSWERED})
+_NOT_IN_ROWS = frozenset({counters.ANSWERED, counters.UNPRICED})
 """Which tries brought an answer that was paid for is known when they are settled, and not told by their rows."""
 
 _STATES = frozenset(str(state) for state in JobState)

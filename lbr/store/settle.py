@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import bindparam, literal_column, null, select, update
 
+from lbr.budget import unknown_words
 from lbr.errors import NO_USAGE, DatabaseError, Family, Usage
 from lbr.jobs import JobId, JobState, Millis, RunId, RunState, Settlement
 from lbr.retry import FARTHEST_MS, is_overload
@@ -33,6 +34,7 @@ _STANDING = Query(
         jobs.c.retry_seq,
         runs.c.state.label("run_state"),
         runs.c.answerer,
+        runs.c.budget_nanos,
     )
     .join_from(jobs, runs, jobs.c.run_id == runs.c.id)
     .where(among(jobs.c.id, "ids"))
@@ -128,12 +130,13 @@ async def settle_within(connection: Connection, database: Database, batch: Seque
             "expected the jobs of every call to exist, got: some removed; the database was replaced"
         )
     mine, stale = await _sorted_by_fence(connection, batch, standing)
-    states = await _run_states(connection, mine, standing)
+    pauses = _pauses(mine, stale, standing)
+    states = await _run_states(connection, mine, standing, pausing=bool(pauses))
     targets = [_target(s, states) for s in mine]
     await _update_jobs(connection, mine, targets, now)
     await _insert_results(connection, mine)
     await _insert_attempts(connection, mine, stale, now)
-    paused = await _pause(connection, mine)
+    paused = await _pause(connection, pauses)
     # First what locks all answerers in the order of their names; those that cool down are among them.
     await learn(connection, _lessons([*mine, *stale], standing, now), now)
     await _cool_down(connection, mine, standing, now)
@@ -167,14 +170,13 @@ async def _told(connection: Connection, doubtful: list[Settlement]) -> set[tuple
 
 
 async def _run_states(
-    connection: Connection, mine: list[Settlement], standing: dict[int, Standing]
+    connection: Connection, mine: list[Settlement], standing: dict[int, Standing], *, pausing: bool
 ) -> dict[RunId, RunState]:
     """Return the states of the runs of these jobs, held where a job goes back to rest."""
     back = {s.claim.run_id for s in mine if s.state is JobState.PENDING}
     found = {(row.run_id, row.run_state) for row in standing.values()}
     states = {RunId(run_id): RunState(state) for run_id, state in found}
     if back:
-        pausing = any(s.pause is not None for s in mine)
         states |= await hold_states(connection, back, to_change=pausing)
     return states
 
@@ -220,19 +222,6 @@ def _usage(usage: Usage) -> dict[str, int | None]:
     }
 
 
-def _usage_of(settlement: Settlement) -> Usage:
-    outcome = settlement.outcome
-    if outcome.reply is not None:
-        return outcome.reply.usage
-    return outcome.failure.usage if outcome.failure is not None else NO_USAGE
-
-
-def _was_answered(settlement: Settlement) -> bool:
-    """Tell whether a call brought an answer, or anything else that is paid for."""
-    failure = settlement.outcome.failure
-    return failure is None or failure.family is Family.BAD_ANSWER or failure.usage != NO_USAGE
-
-
 async def _insert_attempts(
     connection: Connection, mine: list[Settlement], stale: list[Settlement], now: Millis
 ) -> None:
@@ -258,7 +247,7 @@ def _attempt(settlement: Settlement, what: str, now: Millis) -> dict[str, Any]:
         "text": failure.text if failure else answer,
         "latency_ms": settlement.outcome.latency_ms,
         "at": now,
-        **_usage(_usage_of(settlement)),
+        **_usage(settlement.outcome.usage),
     }
 
 
@@ -271,14 +260,17 @@ def _deltas(
     ended = zip(mine, targets, strict=True)
     deltas = counters.moved([(s.claim.run_id, standing[s.claim.job_id].state, to) for s, to in ended])
     both = [*mine, *stale] if stale else mine
-    for run_id, count in Counter([s.claim.run_id for s in both if _was_answered(s)]).items():
+    for run_id, count in Counter([s.claim.run_id for s in both if s.outcome.is_paid]).items():
         deltas[run_id, counters.ANSWERED] += count
+    for s in both:
+        if s.outcome.is_unpriced and not _is_function(standing[s.claim.job_id]):
+            deltas[s.claim.run_id, counters.UNPRICED] += 1
     for s in stale:
         deltas[s.claim.run_id, counters.STALE] += 1
     for s in [*stale, *(s for s in mine if s.outcome.failure is not None)]:
-        deltas[s.claim.run_id, counters.WASTED_NANOS] += _usage_of(s).cost_nanos or 0
+        deltas[s.claim.run_id, counters.WASTED_NANOS] += s.outcome.usage.cost_nanos or 0
     for s in both:
-        usage, failure = _usage_of(s), s.outcome.failure
+        usage, failure = s.outcome.usage, s.outcome.failure
         if usage is not NO_USAGE:
             deltas[s.claim.run_id, counters.INPUT_TOKENS] += usage.input_tokens or 0
             deltas[s.claim.run_id, counters.OUTPUT_TOKENS] += usage.output_tokens or 0
@@ -330,7 +322,7 @@ def _lessons(ended: list[Settlement], standing: dict[int, Standing], now: Millis
 
 def _tokens_used(settlement: Settlement) -> int:
     """Return what a call took of its answerer's tokens: as much as was debited where nobody said."""
-    usage, failure = _usage_of(settlement), settlement.outcome.failure
+    usage, failure = settlement.outcome.usage, settlement.outcome.failure
     if failure is not None and failure.family is Family.RATE_LIMITED:
         return 0
     if usage.input_tokens is None and usage.output_tokens is None:
@@ -338,11 +330,31 @@ def _tokens_used(settlement: Settlement) -> int:
     return (usage.input_tokens or 0) + (usage.output_tokens or 0)
 
 
-async def _pause(connection: Connection, mine: list[Settlement]) -> dict[str, str]:
-    """Pause the runs whose account does not work; return their names with the reason."""
+def _is_function(job: Standing) -> bool:
+    return job.answerer.startswith("function:")
+
+
+def _pauses(
+    mine: list[Settlement], stale: list[Settlement], standing: dict[int, Standing]
+) -> dict[RunId, str]:
+    """Return the runs that are to be paused, each with the reason.
+
+    Those whose account does not work, and those that may cost so much only, but of whose calls nobody knows the cost.
+    """
+    pauses: dict[RunId, str] = {}
+    for s in [*mine, *stale]:
+        job = standing[s.claim.job_id]
+        if job.budget_nanos is not None and s.outcome.is_unpriced:
+            usage = s.outcome.usage
+            counted = usage.input_tokens is not None and usage.output_tokens is not None
+            pauses[s.claim.run_id] = unknown_words(job.answerer, counted=counted)
+    return pauses | {s.claim.run_id: s.pause for s in mine if s.pause is not None}
+
+
+async def _pause(connection: Connection, pauses: dict[RunId, str]) -> dict[str, str]:
+    """Pause runs, each for its reason; return the names of those that were active."""
     paused: dict[str, str] = {}
-    reasons = {s.claim.run_id: s.pause for s in mine if s.pause is not None}
-    for run_id, reason in reasons.items():
+    for run_id, reason in sorted(pauses.items()):  # in one order, so that two never wait for each other
         query = (
             update(runs)
             .where(runs.c.id == run_id, runs.c.state == RunState.ACTIVE)
