@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import urllib.request
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -220,8 +221,9 @@ class TestBrokenTable:
         (bench.cli.folder / "in.txt").write_text("".join(f"p{n}\n" for n in range(20_000)))
         bench.cli("enqueue", "in.txt", "--model", RELAYED)
         worker = bench.cli.start("worker", "--concurrency", "4")
-        while bench.calls < 20:
-            pass
+        give_up = time.monotonic() + 60
+        while bench.calls < 20 and time.monotonic() < give_up:
+            time.sleep(0.05)
         bench.cli("resume", "in", "--max-cost", "1")
         _, said = worker.communicate(timeout=60)
         assert worker.returncode == 3, said
