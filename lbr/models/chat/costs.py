@@ -112,7 +112,7 @@ class Costs:
             from genai_prices.data_snapshot import get_snapshot  # noqa: PLC0415
 
             self._table = table = get_snapshot()
-        self._readers = list(self._found_readers(table))
+            self._readers = list(self._found_readers(table))
 
     def _found_readers(self, table: Any) -> Iterator[Any]:
         """Yield what reads a usage object: the provider's that the URL belongs to, that of the name, and OpenAI's."""
