@@ -39,7 +39,7 @@ def check_model(name: str, settings: Mapping[str, Json], *, schema: dict[str, Js
 def require(name: str) -> None:
     """Load pydantic-ai; UsageError where it, or what it needs, is damaged or cannot be read."""
     try:
-        import pydantic_ai.models  # noqa: F401, PLC0415
+        import pydantic_ai.direct  # noqa: F401, PLC0415 - with all that any call needs
     except Exception as error:
         raise UsageError(
             f"cannot use model {name!r}: expected pydantic-ai, got: {type(error).__name__}: {error}; see that it can be "
