@@ -314,7 +314,6 @@ def test_numbers_and_names_out_of_range_are_refused(wrong: Case, tmp_path: Path)
             "a changed one",
             "--run",
             "--append",
-            "lbr cancel p",
             code=1,
             files={"p.txt": "one\nTWO\nthree\n"},
             name="changed line",
