@@ -238,8 +238,8 @@ class Calls:
 
     def _tell_no_table(self, settlement: Settlement) -> None:
         """Say once that costs are not known for want of the price table."""
-        problem = table_problem() if settlement.outcome.is_unpriced else None
-        if problem is None or self._told_no_table:
+        problem = table_problem()
+        if problem is None or self._told_no_table or not settlement.outcome.is_unpriced:
             return
         self._told_no_table = True
         self._notify(

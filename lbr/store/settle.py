@@ -260,10 +260,11 @@ def _deltas(
     ended = zip(mine, targets, strict=True)
     deltas = counters.moved([(s.claim.run_id, standing[s.claim.job_id].state, to) for s, to in ended])
     both = [*mine, *stale] if stale else mine
-    for run_id, count in Counter([s.claim.run_id for s in both if s.outcome.is_paid]).items():
+    paid = [s.claim.run_id for s in both if s.outcome.failure is None or s.outcome.is_paid]
+    for run_id, count in Counter(paid).items():
         deltas[run_id, counters.ANSWERED] += count
     for s in both:
-        if s.outcome.is_unpriced and not _is_function(standing[s.claim.job_id]):
+        if not _is_function(standing[s.claim.job_id]) and s.outcome.is_unpriced:
             deltas[s.claim.run_id, counters.UNPRICED] += 1
     for s in stale:
         deltas[s.claim.run_id, counters.STALE] += 1
@@ -342,9 +343,10 @@ def _pauses(
     Those whose account does not work, and those that may cost so much only, but of whose calls nobody knows the cost.
     """
     pauses: dict[RunId, str] = {}
-    for s in [*mine, *stale]:
+    limited = {job.job_id for job in standing.values() if job.budget_nanos is not None}
+    for s in [*mine, *stale] if limited else ():
         job = standing[s.claim.job_id]
-        if job.budget_nanos is not None and s.outcome.is_unpriced:
+        if job.job_id in limited and s.outcome.is_unpriced:
             usage = s.outcome.usage
             counted = usage.input_tokens is not None and usage.output_tokens is not None
             pauses[s.claim.run_id] = unknown_words(job.answerer, counted=counted)
