@@ -375,6 +375,29 @@ def test_a_worker_drains_also_where_nobody_listens(cli: Cli, number: signal.Sign
     assert now["pending"]
 
 
+def test_a_run_goes_on_where_its_terminal_was_closed(cli: Cli) -> None:
+    """The bar that nobody sees any more is no reason to end: the output is written."""
+    write(cli.folder, [f"p{n}" for n in range(30)])
+    command = ("run", "in.txt", "-o", "out.jsonl", "--model", "offline:echo", "--set", "latency=0.5")
+    ours, theirs = pty.openpty()
+    running = subprocess.Popen(
+        [sys.executable, "-m", "lbr", *command, "--concurrency", "4"],
+        cwd=cli.folder,
+        env=cli.environment,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        text=True,
+        start_new_session=True,  # no SIGHUP: as under nohup
+    )
+    cli.started.append(running)
+    os.close(theirs)
+    cli.wait_for("in", "done", 4)
+    os.close(ours)
+    assert running.wait(timeout=60) == 0
+    assert len((cli.folder / "out.jsonl").read_text().splitlines()) == 30
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_processes_that_are_stopped_before_they_listen_end_well(cli: Cli, number: signal.Signals) -> None:
     """Children that have only just been started end by the signal itself; nothing was in their hands."""
