@@ -22,7 +22,6 @@ RESERVED = 64
 SCARCE = 8
 """With fewer left, whatever could not be opened just now may well have wanted one of them."""
 
-
 LEAST = 16
 """What a worker needs at the least, before it opens anything: the database, what it imports, and one call."""
 

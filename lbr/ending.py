@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 from lbr.errors import NothingToServeError
 from lbr.jobs import JobState, RunState, Until
 from lbr.store import reads
-from lbr.store.runs import BEFORE, MOVED_TO, tells_of_move
+from lbr.store.runs import MOVED_TO, departed_words, tells_of_move
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
-    from lbr.jobs import Millis, Run, RunId
+    from lbr.jobs import Millis, Run
     from lbr.serving import Servings
     from lbr.store.database import Database
-    from lbr.store.queue import Queue
+    from lbr.store.queue import Outlook
 
 ABANDONED_MS = 30_000
 """An enqueue that added nothing for so long, and did not come to its end, is taken for interrupted."""
@@ -23,6 +23,8 @@ ABANDONED_MS = 30_000
 
 class Ending:
     """Looks whether one worker is through; `named` tells that it was given the names of its runs.
+
+    `look` tells what there is to claim and to reclaim for it.
 
     Afterwards `paused` maps runs to the reason that stopped them, `interrupted` names runs whose enqueue did not come
     to its end. A pause that was there before this worker is nothing to tell, unless the run was named; nor is a move,
@@ -32,7 +34,7 @@ class Ending:
     def __init__(
         self,
         database: Database,
-        queue: Queue,
+        look: Callable[[], Awaitable[Outlook]],
         servings: Servings,
         until: Until,
         *,
@@ -40,7 +42,7 @@ class Ending:
         notify: Callable[[str], None],
     ) -> None:
         self._database = database
-        self._queue = queue
+        self._look = look
         self._servings = servings
         self._until = until
         self._named = named
@@ -49,13 +51,13 @@ class Ending:
         self.paused: dict[str, str] = {}
         self.interrupted: list[str] = []
 
-    async def has_come(self, wanted: Sequence[Run], order: Sequence[RunId]) -> bool:
-        """Tell whether nothing is left of the runs that are wanted, of which those in `order` are served.
+    async def has_come(self, wanted: Sequence[Run]) -> bool:
+        """Tell whether nothing is left of the runs that are wanted.
 
         Raises NothingToServeError where there was work, and none of it for this process.
         """
         if self._until is Until.EMPTY:
-            outlook = await self._queue.look(order)
+            outlook = await self._look()
             if outlook.due or outlook.suspects or outlook.expired:
                 return False
         view = await reads.counts(self._database, [run.id for run in wanted])
@@ -105,10 +107,7 @@ class Ending:
                 continue
             if reason.startswith(MOVED_TO):
                 if self._named:
-                    where = reason.partition(BEFORE)[0]
-                    self._notify(
-                        f"run {run.name} was {where} and goes on there; name that database with --db"
-                    )
+                    self._notify(f"run {run.name} {departed_words(reason)}; name that database with --db")
             elif one.open and (
                 self._named or (run.id in self._servings.served and not tells_of_move(reason))
             ):

@@ -11,7 +11,7 @@ from lbr.jobs import JobState, RunState
 from lbr.prices import NANOS, Price, dollars
 from lbr.store import counters
 from lbr.store.limiting import SILENT_MS
-from lbr.store.runs import BEFORE, MOVED_TO, MOVING_FROM, MOVING_TO, tells_of_move
+from lbr.store.runs import MOVED_TO, MOVING_FROM, MOVING_TO, departed_words, tells_of_move
 
 if TYPE_CHECKING:
     from lbr.jobs import Json
@@ -221,7 +221,7 @@ def resumed_words(run: str, reason: str) -> str:
     if not reason.startswith(MOVED_TO):
         return ""
     return (
-        f"run {run} was {reason.partition(BEFORE)[0]} and goes on there: what workers call for here is paid for once "
+        f"run {run} {departed_words(reason)}: what workers call for here is paid for once "
         f"more; `lbr pause {run}` lets it rest again"
     )
 

@@ -78,7 +78,7 @@ class Worker:
         )
         self._ending = Ending(
             database,
-            self._queue,
+            self._outlook,
             self._servings,
             options.until,
             named=run_names is not None,
@@ -313,7 +313,7 @@ class Worker:
         if self._calls or self._options.until is Until.FOREVER or now < self._next_check:
             return False
         self._next_check = now + CHECK_SECONDS
-        if not await self._ending.has_come(await self._wanted(), self._claiming.order):
+        if not await self._ending.has_come(await self._wanted()):
             return False
         self.report.paused, self.report.interrupted = self._ending.paused, self._ending.interrupted
         return True

@@ -242,6 +242,8 @@ def test_an_idle_worker_rests_while_kept_answers_are_not_taken(cli: Cli) -> None
     assert idle.stderr is not None
     while "waiting for 2 jobs" not in idle.stderr.readline():
         assert idle.poll() is None
+    # Nothing can be claimed or taken back, so who works until then ends.
+    assert cli("worker", "--until", "empty").returncode == 0
     before = psutil.Process(idle.pid).io_counters().write_count
     time.sleep(4)  # the time in which writes are counted
     assert psutil.Process(idle.pid).io_counters().write_count - before < 25

@@ -210,6 +210,11 @@ def tells_of_move(reason: str) -> bool:
     return reason.startswith((MOVING_TO, MOVED_TO, MOVING_FROM))
 
 
+def departed_words(reason: str) -> str:
+    """Say where a run with this pause reason has gone."""
+    return f"was {reason.partition(BEFORE)[0]} and goes on there"
+
+
 def check_not_moving(name: str, reason: str | None) -> None:
     """Raise UsageError where a run with this pause reason takes no changes, for it is being or was moved."""
     where = (reason or "").partition(BEFORE)[0]
