@@ -309,6 +309,18 @@ def execute(url: str, statement: str) -> None:
         connection.close()
 
 
+def waiting(url: str) -> int:
+    """Return how many sessions of this database wait for a row or a transaction that another one holds.
+
+    Only of this one: other tests use the same server at the same time.
+    """
+    with connect(url) as asking:
+        found = asking.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        )
+        return int(found.fetchall()[0][0])
+
+
 def over_tcp(url: str) -> str:
     """Return the URL of the same database over TCP, which a proxy can stand in."""
     with connect(url) as connection:

@@ -454,14 +454,12 @@ async def test_a_reused_answer_stays_until_it_is_copied(
     copy = await runs.pause(database, first, reason)
     other = await open_database(url)
     real, clearing = enqueue._find_answers, []
-    blocked = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
 
     async def meanwhile(connection: Any, new: Any) -> Any:
         found = await real(connection, new)
         clearing.append(asyncio.create_task(transfer.clear(other, copy)))
-        with postgres.connect(url) as outside:
-            while not clearing[0].done() and outside.execute(blocked).fetchone() == (0,):
-                await asyncio.wait(clearing, timeout=0.01)
+        while not clearing[0].done() and not postgres.waiting(url):
+            await asyncio.wait(clearing, timeout=0.01)
         return found
 
     monkeypatch.setattr(enqueue, "_find_answers", meanwhile)
