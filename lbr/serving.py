@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 FEWER_SECONDS = 2.0
 """How long to see what fewer calls at a time change, before there are fewer still."""
 
+MORE_SECONDS = 60.0
+"""How long after a call found no descriptor twice as many are tried again."""
+
+AGAIN_SECONDS = 1.0
+"""How long until an answerer is built again for which no descriptor was left."""
+
 
 @dataclass(slots=True)
 class Served:
@@ -62,31 +68,37 @@ class Servings:
         self._authority = authority
         self._limits_cost = limits_cost
         self._concurrency = concurrency
-        self._room = room
+        self._most_room = self._room = room
         self._told_room = False
         self._next_fewer = 0.0
+        self._next_more = 0.0
+        self._next_try = 0.0
         self._connections = Connections(room)
         self.slots = concurrency
         """How many calls may run at a time."""
         self._models: dict[str, Model] = {}
         self.served: dict[RunId, Served] = {}
         self.refused: dict[RunId, UsageError] = {}
+        self.postponed: set[RunId] = set()
+        """Runs whose answerer could not be built yet, for want of a descriptor."""
         # What a run cost when it was refused, and what it might: with another price or limit it may be served.
         self._refused_at: dict[RunId, tuple[Price | None, int | None]] = {}
 
     def learn(self, runs: Iterable[Run]) -> list[str]:
         """Take note of runs; return what a user should hear about those that are new."""
         notices = []
+        runs = list(runs)
+        self.postponed &= {run.id for run in runs if run.state is RunState.ACTIVE}
         for run in runs:
             self.reprice({run.id: run.price})
             if run.state is not RunState.ACTIVE or run.id in self.served or self._is_refused(run):
                 continue
             try:
                 self.served[run.id] = self._serve(run)
-            except UsageError as error:
-                self.refused[run.id], self._refused_at[run.id] = error, (run.price, run.budget_nanos)
-                notices.append(f"run {run.name}: not served: {error}")
+            except (UsageError, OSError) as error:
+                notices += self._note_not_served(run, error)
                 continue
+            self.postponed.discard(run.id)
             self.refused.pop(run.id, None)
             if self._function_changed(run):
                 notices.append(
@@ -94,6 +106,29 @@ class Servings:
                     f"its answers are kept, new calls use the new code"
                 )
         return notices + self._count_slots()
+
+    def _note_not_served(self, run: Run, error: UsageError | OSError) -> list[str]:
+        """Refuse a run, or postpone it until there are descriptors again; return what a user should hear."""
+        if descriptors.are_lacking(error):
+            self._next_try = time.monotonic() + AGAIN_SECONDS
+            if run.id in self.postponed:
+                return []
+            self.postponed.add(run.id)
+            notice = (
+                f"run {run.name}: expected a descriptor to begin with it, got: none left of the {descriptors.most()} that "
+                f"this process may have; it is tried again: raise `ulimit -n`, or end what else has files open"
+            )
+            return [notice]
+        if not isinstance(error, UsageError):
+            raise error
+        self.postponed.discard(run.id)
+        self.refused[run.id], self._refused_at[run.id] = error, (run.price, run.budget_nanos)
+        return [f"run {run.name}: not served: {error}"]
+
+    @property
+    def is_to_try_again(self) -> bool:
+        """Whether it is time to learn of the runs that were postponed once more."""
+        return bool(self.postponed) and time.monotonic() >= self._next_try
 
     def _is_refused(self, run: Run) -> bool:
         return run.id in self.refused and self._refused_at[run.id] == (run.price, run.budget_nanos)
@@ -122,9 +157,20 @@ class Servings:
         now = time.monotonic()
         if now >= self._next_fewer:
             self._next_fewer = now + FEWER_SECONDS
-            self._room = min(self._room, max(1, running, self.slots // 2))
-            self._connections.most = self._room
+            self._have_room(min(self._room, max(1, running, self.slots // 2)))
+        self._next_more = now + MORE_SECONDS
         return self._count_slots()
+
+    def make_more(self) -> None:
+        """Allow twice as many calls where none has lacked a descriptor for a while, at most those of the beginning."""
+        now = time.monotonic()
+        if self._room < self._most_room and now >= self._next_more:
+            self._next_more = now + MORE_SECONDS
+            self._have_room(min(self._most_room, 2 * self._room))
+            self._count_slots()
+
+    def _have_room(self, calls: int) -> None:
+        self._room = self._connections.most = calls
 
     def _serve(self, run: Run) -> Served:
         if self._limits_cost or run.budget_nanos is not None:

@@ -280,7 +280,7 @@ class Worker:
         if now < self._next_look:
             return False
         self._next_look = now + POLL_SECONDS
-        if await self._database.changed():
+        if await self._database.changed() or self._servings.is_to_try_again:
             self._next_check = 0.0
             await self._learn()
         elif now < self._next_due:
@@ -331,6 +331,7 @@ class Worker:
                     f"Make it a plain function, which runs in a thread, or raise --lease"
                 )
             await self._renew()
+            self._servings.make_more()
             # While there is more to claim, nobody looks at the runs themselves.
             self._servings.reprice(await reads.prices(self._database, self._servings.served))
             if self._claiming.more and not self._stop_asked():

@@ -18,22 +18,25 @@ import pytest
 from aiohttp import ClientTimeout
 from sqlalchemy import text
 
-from lbr import descriptors
+from lbr import descriptors, serving
 from lbr.asking import authorize
 from lbr.attempt import NoDescriptorError, attempt
 from lbr.bench.chat import chat_server
+from lbr.config import WorkOptions
 from lbr.deadlines import Deadlines, Lateness
-from lbr.errors import CallError, DatabaseError, Usage
-from lbr.jobs import JobId, Prompt, Task
+from lbr.errors import CallError, DatabaseError, Usage, UsageError
+from lbr.jobs import JobId, Prompt, Task, Until
 from lbr.models.base import Request
 from lbr.models.connections import Connections
 from lbr.models.http import Http
 from lbr.models.pydantic_ai import PydanticAIModel
+from lbr.models.resolve import build_model
 from lbr.serving import Servings
-from lbr.store import reads
+from lbr.store import reads, runs
 from lbr.store.engines import open_database
 from lbr.store.file_connections import READER_PRAGMAS, FileConnections
 from lbr.store.file_errors import database_errors
+from lbr.worker import Worker
 from tests.support import ECHO, Cli, put
 
 if TYPE_CHECKING:
@@ -233,6 +236,69 @@ async def test_a_look_for_changes_waits_for_a_descriptor(tmp_path: Path) -> None
     await database.close()
 
 
+async def test_a_run_for_whose_answerer_no_descriptor_is_left_is_begun_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is neither refused nor forgotten, a user hears of it once, and a worker does not end before."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-this-test")
+    monkeypatch.setattr("lbr.serving.AGAIN_SECONDS", 0)
+    database = await open_database(f"sqlite+aiosqlite:///{tmp_path / 'queue.db'}", create=True)
+    run = await put(database, ["a"], name="mine", task=Task(model=MODEL))
+    found = await reads.all_runs(database)
+    servings = Servings(authorize(), concurrency=50, room=1_000, limits_cost=False)
+    with none_left():
+        (notice,) = servings.learn(found)
+        assert servings.learn(found) == []
+    assert notice.startswith("run mine: expected a descriptor to begin with it, got: none left of the")
+    assert (servings.served, servings.refused, servings.postponed) == ({}, {}, {run.id})
+    assert servings.is_to_try_again
+    assert servings.learn(found) == []
+    assert list(servings.served) == [run.id]
+    assert not servings.postponed
+    await servings.aclose()
+    await database.close()
+
+
+async def test_a_postponed_run_that_is_paused_is_waited_for_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody would ever begin with it."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-this-test")
+    database = await open_database(f"sqlite+aiosqlite:///{tmp_path / 'queue.db'}", create=True)
+    run = await put(database, ["a"], task=Task(model=MODEL))
+    servings = Servings(authorize(), concurrency=50, room=1_000, limits_cost=False)
+    found = await reads.all_runs(database)
+    with none_left():
+        servings.learn(found)
+    await runs.pause(database, run, "by hand")
+    servings.learn(await reads.all_runs(database))
+    assert not servings.postponed
+    await servings.aclose()
+    await database.close()
+
+
+async def test_a_worker_begins_with_a_postponed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With nothing else to do it tries again, rather than ending at a queue that looks empty, or with an error."""
+    tries = 0
+
+    def building(*args: Any, **options: Any) -> Any:
+        nonlocal tries
+        tries += 1
+        if tries < 3:
+            raise UsageError("expected to read the trust store") from NONE_LEFT
+        return build_model(*args, **options)
+
+    monkeypatch.setattr(serving, "build_model", building)
+    monkeypatch.setattr(serving, "AGAIN_SECONDS", 0)
+    database = await open_database(f"sqlite+aiosqlite:///{tmp_path / 'queue.db'}", create=True)
+    await put(database, ["a"])
+    heard: list[str] = []
+    worker = Worker(database, authorize(), WorkOptions(until=Until.EMPTY), notify=heard.append)
+    assert (await worker.run()).done == 1
+    assert [("expected a descriptor" in one) for one in heard] == [True]
+    await database.close()
+
+
 @pytest.mark.parametrize(("most", "kept"), [(4, 4), (None, 6)])
 async def test_idle_connections_give_way_to_those_that_are_made(most: int | None, kept: int) -> None:
     """Those of one server do for another's calls, so that there are never more than may be."""
@@ -330,8 +396,10 @@ def test_a_name_that_is_not_found_for_want_of_a_descriptor() -> None:
         assert descriptors.are_lacking(error)
 
 
-async def test_fewer_calls_are_made_step_by_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half as many at once, never fewer than run, and not for each call that finds none."""
+async def test_fewer_calls_are_made_step_by_step_and_more_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half as many at once, never fewer than run, and not for each call that finds none; in time as many as before."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-this-test")
     monkeypatch.setattr("lbr.serving.FEWER_SECONDS", 0)
     database = await open_database(f"sqlite+aiosqlite:///{tmp_path / 'queue.db'}", create=True)
@@ -346,5 +414,14 @@ async def test_fewer_calls_are_made_step_by_step(tmp_path: Path, monkeypatch: py
     for _ in range(30):
         servings.make_fewer(0)
     assert servings.slots == 10
+    servings.make_more()
+    assert servings.slots == 10
+    monkeypatch.setattr("lbr.serving.MORE_SECONDS", 0)
+    servings.make_fewer(0)
+    slots = []
+    for _ in range(4):
+        servings.make_more()
+        slots.append(servings.slots)
+    assert slots == [20, 40, 50, 50]
     await servings.aclose()
     await database.close()
