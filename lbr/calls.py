@@ -229,17 +229,17 @@ class Calls:
             if claim.job_id in settled.taken:
                 self._count(settlement)
                 self._tell_first(settlement)
-            self._tell_no_table(settlement)
+        self._tell_no_table(batch)
         self._report.stale += len(settled.stale)
         for name, reason in settled.paused.items():
             self._notify(f"run {name} is paused now: {reason}")
         self._recent.append((time.monotonic(), len(settled.taken)))
         self._changed()
 
-    def _tell_no_table(self, settlement: Settlement) -> None:
+    def _tell_no_table(self, batch: Sequence[Settlement]) -> None:
         """Say once that costs are not known for want of the price table."""
         problem = table_problem()
-        if problem is None or self._told_no_table or not settlement.outcome.is_unpriced:
+        if problem is None or self._told_no_table or not any(s.outcome.is_unpriced for s in batch):
             return
         self._told_no_table = True
         self._notify(

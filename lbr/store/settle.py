@@ -263,8 +263,10 @@ def _deltas(
     paid = [s.claim.run_id for s in both if s.outcome.failure is None or s.outcome.is_paid]
     for run_id, count in Counter(paid).items():
         deltas[run_id, counters.ANSWERED] += count
+    answerers = {job.run_id: job.answerer for job in standing.values()}
+    functions = {run_id for run_id, answerer in answerers.items() if answerer.startswith("function:")}
     for s in both:
-        if not _is_function(standing[s.claim.job_id]) and s.outcome.is_unpriced:
+        if s.claim.run_id not in functions and s.outcome.is_unpriced:
             deltas[s.claim.run_id, counters.UNPRICED] += 1
     for s in stale:
         deltas[s.claim.run_id, counters.STALE] += 1
@@ -329,10 +331,6 @@ def _tokens_used(settlement: Settlement) -> int:
     if usage.input_tokens is None and usage.output_tokens is None:
         return settlement.claim.tokens
     return (usage.input_tokens or 0) + (usage.output_tokens or 0)
-
-
-def _is_function(job: Standing) -> bool:
-    return job.answerer.startswith("function:")
 
 
 def _pauses(
