@@ -9,9 +9,9 @@ from lbr.config import default_model
 from lbr.errors import UsageError
 from lbr.jobs import Task, canonical_json
 from lbr.models.base import OPENROUTER, Kind, kind_of, model_string
-from lbr.models.fingerprint import hides_state
 from lbr.models.identity import check_known_again, name_function, own_version
 from lbr.models.resolve import Authority, build_model, build_validator, check_task
+from lbr.models.states import hides_state
 from lbr.records import not_finite
 from lbr.structured import import_type, schema_of
 

@@ -10,14 +10,9 @@ from types import MethodType
 from typing import Any
 
 from lbr.errors import UsageError
-from lbr.models.fingerprint import (
-    MAIN_MODULES,
-    fingerprint_of,
-    hides_state,
-    home_of,
-    is_bound,
-    module_name,
-)
+from lbr.models.fingerprint import MAIN_MODULES, fingerprint_of, home_of, module_name
+from lbr.models.insides import attribute, chain, is_bound, is_one
+from lbr.models.states import hides_state
 from lbr.structured import import_named
 
 AnyFunction = Callable[..., Any]
@@ -78,15 +73,19 @@ def name_function(function: AnyFunction | str, *, version: str | None = None) ->
 
 
 def identify(function: AnyFunction, *, version: str | None = None) -> Identity:
-    """Name a function; `version` goes before the function's own."""
+    """Name a function; `version` goes before the function's own.
+
+    Raises UsageError where it closes over too much for a fingerprint.
+    """
     named = _named(function)
     module = module_name(named)
-    qualname: str = getattr(named, "__qualname__", type(named).__qualname__)
+    own_name = attribute(named, "__qualname__")
+    qualname: str = own_name or type(named).__qualname__
     fingerprint = fingerprint_of(function)
     anonymous = (
         named is not function
         or is_bound(function)
-        or not hasattr(named, "__qualname__")
+        or own_name is None
         or module in MAIN_MODULES
         or not _leads_back(function, qualname, fingerprint)
     )
@@ -96,9 +95,12 @@ def identify(function: AnyFunction, *, version: str | None = None) -> Identity:
 
 
 def own_version(function: AnyFunction) -> str | None:
-    """Return the function's own `version` attribute, a str or an int; None where there is none."""
-    own = getattr(function, "version", None)
-    return str(own) if isinstance(own, str | int) and not isinstance(own, bool) else None
+    """Return the `version` attribute, a str or an int, of the function or of what it calls; None where there is none."""
+    for one in chain(function):
+        own = attribute(one, "version")
+        if isinstance(own, str | int) and not isinstance(own, bool):
+            return str(own)
+    return None
 
 
 def check_known_again(named: NamedFunction) -> None:
@@ -110,20 +112,20 @@ def check_known_again(named: NamedFunction) -> None:
     if not identity.anonymous or identity.version is not None or not hides_state(named.call):
         return
     qualname = identity.name.partition(":")[2]
-    bound = hasattr(_named(named.call), "__qualname__")
+    bound = attribute(_named(named.call), "__qualname__") is not None
     shown = f"`{qualname}` of an object" if bound else f"an object of `{qualname}`"
     raise UsageError(
         f"expected a function whose answers are known again, got: {shown} that has a state; give `version`, another "
-        f"one for each state, or make it a dataclass"
+        f"one for each state, or make it a dataclass that has all it goes by in its fields"
     )
 
 
 def _named(function: Any) -> Any:
     """Return what carries the name; a class method is named by itself, for its class is part of its name."""
     while True:
-        if isinstance(function, functools.partial):
+        if is_one(function, functools.partial):
             function = function.func
-        elif isinstance(function, MethodType) and not isinstance(function.__self__, type):
+        elif is_one(function, MethodType) and not isinstance(function.__self__, type):
             function = function.__func__
         else:
             return function
@@ -138,5 +140,10 @@ def _leads_back(function: Any, qualname: str, fingerprint: str) -> bool:
     if found is None:
         return "<" not in qualname
     for name in qualname.split("."):
-        found = getattr(found, name, None)
-    return found is function or (found is not None and fingerprint_of(found) == fingerprint)
+        found = attribute(found, name)
+    if found is None or found is function:
+        return found is not None
+    try:
+        return fingerprint_of(found) == fingerprint
+    except UsageError:  # another one, which is not asked for
+        return False

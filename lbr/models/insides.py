@@ -1,0 +1,170 @@
+"""What is inside of values, and of what else a user's function may hold.
+
+A class is asked for, never an object: a proxy says that it is of the class of what it stands for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import inspect
+import re
+from collections import deque
+from datetime import date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import PurePath
+from types import (
+    BuiltinFunctionType,
+    GenericAlias,
+    MappingProxyType,
+    MemberDescriptorType,
+    MethodType,
+    MethodWrapperType,
+    ModuleType,
+    SimpleNamespace,
+)
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from lbr.structured import is_base_model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+PLAIN = (type(None), bool, int, float, complex, str, bytes)
+MUTABLE = (list, set, dict, deque, MappingProxyType)
+CONTAINERS = (tuple, frozenset, *MUTABLE)
+
+
+def is_one(value: Any, *classes: type) -> bool:
+    """Tell whether a value is an instance of one of these classes, whatever it says of itself."""
+    return issubclass(type(value), classes)
+
+
+def attribute(value: Any, name: str, default: Any = None) -> Any:
+    """Return an attribute, the default where there is none or where asking for it fails."""
+    try:
+        return getattr(value, name, default)
+    except Exception:  # noqa: BLE001 - an object of the user's own may raise anything
+        return default
+
+
+def plain_text(value: Any) -> str:
+    """Return what tells a plain value from others of its class, in words of its base class."""
+    base: Any = next(one for one in PLAIN if issubclass(type(value), one))
+    # Python writes no whole number of thousands of digits in decimals.
+    return int.__format__(value, "x") if base is int else base.__repr__(value)
+
+
+def _of_array(array: Any) -> tuple[Any, ...]:
+    return repr(array.dtype), array.shape, array.tolist() if array.dtype.hasobject else array.tobytes()
+
+
+# By name those that take their time to import, or are of packages that need not be there.
+_PARTS: dict[type | str, Callable[[Any], tuple[Any, ...] | None]] = {
+    enum.Enum: lambda it: (it.value if it.name is None else it.name,),
+    datetime: lambda it: (it.isoformat(), it.fold, it.tzinfo),
+    date: lambda it: (it.isoformat(),),
+    time: lambda it: (it.isoformat(), it.fold, it.tzinfo),
+    timedelta: lambda it: (it.days, it.seconds, it.microseconds),
+    timezone: lambda it: (repr(it),),
+    "zoneinfo.ZoneInfo": lambda it: (it.key,),
+    Decimal: lambda it: (str(it),),
+    Fraction: lambda it: (str(it),),
+    UUID: lambda it: (str(it),),
+    PurePath: lambda it: (str(it),),
+    range: lambda it: (it.start, it.stop, it.step),
+    slice: lambda it: (it.start, it.stop, it.step),
+    bytearray: lambda it: (bytes(it),),
+    memoryview: lambda it: (it.format, it.shape, it.tobytes()),
+    re.Pattern: lambda it: (it.pattern, it.flags),
+    GenericAlias: lambda it: (repr(it),),
+    "string.Template": lambda it: (it.template,),
+    "numpy.generic": _of_array,
+    # Its subclasses may keep more, such as what of it is masked.
+    "numpy.ndarray": lambda it: _of_array(it) if type(it).__name__ == "ndarray" else None,
+}
+
+
+def parts_of(value: Any) -> tuple[Any, ...] | None:
+    """Return what a value that is no container is made of, besides its class; None for any other object."""
+    class_: Any = type(value)
+    take = _taking(class_)
+    return None if take is None else take(value)
+
+
+@functools.lru_cache(maxsize=256)
+def _taking(class_: type) -> Callable[[Any], tuple[Any, ...] | None] | None:
+    for one in class_.__mro__:
+        found = _PARTS.get(one) or _PARTS.get(_full_name(one))
+        if found is not None:
+            return found
+    return None
+
+
+def fields_of(value: Any) -> list[tuple[str, Any]] | None:
+    """Return the fields of an object that is a value by nature, in order; None for anything else.
+
+    That is a dataclass, a pydantic model with what is private in it, or a namespace.
+    """
+    names: Iterable[str]
+    if dataclasses.is_dataclass(type(value)):
+        names = [field.name for field in dataclasses.fields(value)]
+    elif is_base_model(value) and hasattr(type(value), "model_fields"):
+        extra, private = value.model_extra or (), attribute(value, "__pydantic_private__") or ()
+        names = [*type(value).model_fields, *extra, *private]
+    elif is_one(value, SimpleNamespace) or "argparse.Namespace" in map(_full_name, type(value).__mro__):
+        names = vars(value)
+    else:
+        return None
+    return [(name, attribute(value, name, "<unset>")) for name in names]
+
+
+def _full_name(class_: type) -> str:
+    return f"{class_.__module__}.{class_.__qualname__}"
+
+
+# --- functions --------------------------------------------------------------------------------------------------------
+
+
+def is_bound(function: Any) -> bool:
+    """Tell whether a callable is a method of an instance, of a Python class or of one that is written in C."""
+    if not is_one(function, MethodType, BuiltinFunctionType, MethodWrapperType):
+        return False
+    return function.__self__ is not None and not isinstance(function.__self__, type | ModuleType)
+
+
+def wrapped_by(function: Any) -> Any:
+    """Return what a decorator's product stands for, None where it stands for nothing else."""
+    # Looked for before it is asked for: there are clients that have an attribute of any name.
+    if inspect.getattr_static(function, "__wrapped__", None) is None:
+        return None
+    return attribute(function, "__wrapped__")
+
+
+def chain(function: Any) -> Iterator[Any]:
+    """Yield a function and what it calls, where it is a partial, a method of an instance or a decorator's product."""
+    met: list[Any] = []
+    while function is not None and all(one is not function for one in met):
+        yield function
+        met.append(function)
+        if is_one(function, functools.partial):
+            function = function.func
+        elif is_one(function, MethodType) and not isinstance(function.__self__, type):
+            function = function.__func__
+        else:
+            function = wrapped_by(function)
+
+
+def attributes_of(value: Any) -> set[str]:
+    """Name what is set in an object, in its `__dict__` or in slots, but for what is computed once and kept there."""
+    members = {name: member for class_ in type(value).__mro__ for name, member in vars(class_).items()}
+    slots = {
+        name
+        for name, member in members.items()
+        if isinstance(member, MemberDescriptorType) and hasattr(value, name)
+    }
+    kept = {name for name, member in members.items() if isinstance(member, functools.cached_property)}
+    return {*(attribute(value, "__dict__") or ()), *slots} - kept
