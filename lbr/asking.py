@@ -9,9 +9,8 @@ from lbr.config import default_model
 from lbr.errors import UsageError
 from lbr.jobs import Task, canonical_json
 from lbr.models.base import OPENROUTER, Kind, kind_of, model_string
-from lbr.models.identity import check_known_again, name_function, own_version
+from lbr.models.identity import check_known_again, name_function, needs_version, own_version
 from lbr.models.resolve import Authority, build_model, build_validator, check_task
-from lbr.models.states import hides_state
 from lbr.records import not_finite
 from lbr.structured import import_type, schema_of
 
@@ -79,7 +78,7 @@ def ask(
     authority = authorize(result_types=types, openrouter_api_key=openrouter_api_key)
     if named is None:
         return Asked(task, None, authority)
-    return Asked(task, named.identity.fingerprint, replace(authority, functions={named.identity.name: named}))
+    return Asked(task, named.identity.fingerprint, replace(authority, functions=(named,)))
 
 
 def _shared(
@@ -226,23 +225,33 @@ def authorize(
     """Say what this process may use: exactly what its caller named, by object or by `pkg.mod:name`."""
     types = [import_type(one) if isinstance(one, str) else one for one in result_types]
     return Authority(
-        functions=_by_name(name_function(function) for function in functions),
+        functions=_told_apart(name_function(function) for function in functions),
         result_types={canonical_json(schema_of(one)).decode(): one for one in types},
         openrouter_api_key=openrouter_api_key,
     )
 
 
-def _by_name(functions: Iterable[NamedFunction]) -> dict[str, NamedFunction]:
-    """Return functions by their names; UsageError for methods of two objects that nothing tells apart."""
-    found: dict[str, NamedFunction] = {}
+def _told_apart(functions: Iterable[NamedFunction]) -> tuple[NamedFunction, ...]:
+    """Return functions, each once; UsageError for methods of two objects that nothing tells apart."""
+    found: list[NamedFunction] = []
     for one in functions:
-        other = found.get(one.identity.name, one)
+        alike = [other for other in found if other.identity == one.identity]
         # Every look at a method makes another one, which is equal.
-        alike = one.identity.anonymous and one.identity == other.identity and one.call != other.call
-        if alike and hides_state(one.call):
+        if any(other.call != one.call for other in alike) and needs_version(one):
             raise UsageError(
                 f"expected functions that can be told apart, got: {one.identity.name} of two objects that have a "
                 f"state; name them like pkg.module:function, or serve the run of each in a call of its own"
             )
-        found[one.identity.name] = one
-    return found
+        if not alike:
+            found.append(one)
+    return tuple(found)
+
+
+def check_runs_are_named(authority: Authority) -> None:
+    """Raise UsageError for a function that might answer the run of another, where its runs are not named."""
+    for one in authority.functions:
+        if needs_version(one):
+            raise UsageError(
+                f"expected the runs that are to be answered by {one.identity.name} of an object that has a state, got: "
+                f"none named, and nothing tells which are of that object; name them with run=…"
+            )

@@ -190,7 +190,7 @@ class Servings:
                 self.served[run_id].price = price
 
     def _function_changed(self, run: Run) -> bool:
-        function = self._authority.functions.get(run.task.function or "")
+        function = self._authority.function_for(run.task)
         if function is None or run.fingerprint is None:
             return False
         return function.identity.fingerprint != run.fingerprint

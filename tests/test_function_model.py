@@ -294,7 +294,7 @@ def test_a_hanging_function_does_not_keep_the_process() -> None:
 
 def authority(*functions: Any) -> Any:
     """Allow functions, as a worker's flags do."""
-    return Authority(functions={one.identity.name: one for one in map(name_function, functions)})
+    return Authority(functions=tuple(map(name_function, functions)))
 
 
 async def test_a_named_function_is_served() -> None:

@@ -157,6 +157,47 @@ def test_objects_with_a_state_need_a_version(cli: Cli, folder: Path) -> None:
     assert len(runs_of(cli)) == 3
 
 
+def test_an_object_answers_no_run_of_another(cli: Cli, folder: Path) -> None:
+    """Nothing but its caller's word says which runs are of an object with a state, so that they have to be named."""
+    asked = """
+        polite, rude = Agent("polite").ask, Agent("rude").ask
+        for agent, name in (polite, "p"), (rude, "r"):
+            asyncio.run(lbr.enqueue(["hello"], run=name, function=agent, version=name, db_url=URL))
+        try:
+            asyncio.run(lbr.work(functions=[polite], db_url=URL))
+        except lbr.LbrError as error:
+            print(error)
+        print(asyncio.run(lbr.work(run="p", functions=[polite], db_url=URL)).done)
+        print(asyncio.run(lbr.work(run=["r"], functions=[rude], db_url=URL)).done)
+    """
+    told, *done = python(cli, asked).stdout.splitlines()
+    assert told.startswith(
+        "expected the runs that are to be answered by obj:Agent.ask of an object that has a state, "
+    )
+    assert told.endswith("got: none named, and nothing tells which are of that object; name them with run=…")
+    assert done == ["1", "1"]
+    answers = [json.loads(cli("collect", name).stdout)["result"] for name in ("p", "r")]
+    assert answers == ["polite: hello", "rude: hello"]
+
+
+def test_one_worker_serves_what_came_of_one_definition(cli: Cli, folder: Path) -> None:
+    """Functions of one name that differ by what they close over, or by their versions, are all there."""
+    asked = """
+        def versioned(tone):
+            agent = Agent(tone)
+            agent.version = tone
+            return agent
+
+        made = [close_over("polite"), close_over("rude"), versioned("kind"), versioned("harsh")]
+        for number, function in enumerate(made):
+            asyncio.run(lbr.enqueue(["hello"], run=f"run{number}", function=function, db_url=URL))
+        print(asyncio.run(lbr.work(functions=made, db_url=URL)).done)
+    """
+    assert python(cli, asked).stdout.split() == ["4"]
+    answers = [json.loads(cli("collect", f"run{n}").stdout)["result"] for n in range(4)]
+    assert answers == ["polite: hello", "rude: hello", "kind! hello", "harsh! hello"]
+
+
 def test_values_tell_their_methods_apart(cli: Cli, folder: Path) -> None:
     """Methods of dataclasses, and what closes over a value, have answers of their own without a version."""
     asked = """

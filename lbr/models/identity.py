@@ -103,15 +103,20 @@ def own_version(function: AnyFunction) -> str | None:
     return None
 
 
-def check_known_again(named: NamedFunction) -> None:
-    """Raise UsageError for a function without a version that shares name and fingerprint with others of its kind.
+def needs_version(named: NamedFunction) -> bool:
+    """Tell whether a function without a version shares name and fingerprint with others of its kind.
 
     To digest whatever is in an object would have a counter in there make other work of everything.
     """
     identity = named.identity
-    if not identity.anonymous or identity.version is not None or not hides_state(named.call):
+    return identity.anonymous and identity.version is None and hides_state(named.call)
+
+
+def check_known_again(named: NamedFunction) -> None:
+    """Raise UsageError for a function that needs a version and has none."""
+    if not needs_version(named):
         return
-    qualname = identity.name.partition(":")[2]
+    qualname = named.identity.name.partition(":")[2]
     bound = attribute(_named(named.call), "__qualname__") is not None
     shown = f"`{qualname}` of an object" if bound else f"an object of `{qualname}`"
     raise UsageError(

@@ -28,12 +28,19 @@ if TYPE_CHECKING:
 class Authority:
     """What this process was told it may use.
 
-    `functions` are by their names, `result_types` by the canonical JSON of their schema. The OpenRouter key goes before the environment's.
+    `result_types` are by the canonical JSON of their schema. The OpenRouter key goes before the environment's.
     """
 
-    functions: Mapping[str, NamedFunction] = field(default_factory=dict)
+    functions: tuple[NamedFunction, ...] = ()
     result_types: Mapping[str, type] = field(default_factory=dict)
     openrouter_api_key: str | None = field(default=None, repr=False)
+
+    def function_for(self, task: Task) -> NamedFunction | None:
+        """Return the function that a task asks for, else another of that name, None without one."""
+        found = [one for one in self.functions if one.identity.name == task.function]
+        fitting = [one for one in found if _mismatch(task, one.identity) is None]
+        versioned = [one for one in fitting if one.identity.version == task.version]
+        return next(iter(versioned or fitting or found), None)
 
 
 def check_task(task: Task) -> None:
@@ -123,7 +130,7 @@ def build_validator(task: Task, authority: Authority) -> Validator | None:
 
 def _allowed_function(task: Task, authority: Authority) -> Callable[..., Any]:
     name = task.function or ""
-    named = authority.functions.get(name)
+    named = authority.function_for(task)
     if named is None:
         way_out = (
             "only the program that defines it can serve it: start that again"
@@ -131,21 +138,24 @@ def _allowed_function(task: Task, authority: Authority) -> Callable[..., Any]:
             else f"start the worker with --function {name}"
         )
         raise UsageError(f"the run asks for function {name}; {way_out}")
-    _check_identity(task, named.identity)
+    mismatch = _mismatch(task, named.identity)
+    if mismatch is not None:
+        raise UsageError(f"the run asks for function {name} with {mismatch}")
     return named.call
 
 
-def _check_identity(task: Task, identity: Identity) -> None:
-    """Refuse a function that is not the one the run asks for, by what its author or its code says."""
+def _mismatch(task: Task, identity: Identity) -> str | None:
+    """Tell how a function is not the one that a task asks for, by what its author or its code says; None where it is."""
     # A version may have been given beside the function when it was enqueued, so a function without one is no mismatch.
     if identity.version is not None and identity.version != task.version:
         asked = "no version" if task.version is None else f"version {task.version}"
-        raise UsageError(
-            f"the run asks for function {task.function} with {asked}, but here it has version {identity.version}; "
-            f"serve it with the code it was enqueued with, or enqueue again"
+        return (
+            f"{asked}, but here it has version {identity.version}; serve it with the code it was enqueued with, or "
+            f"enqueue again"
         )
     if task.fingerprint is not None and task.fingerprint != identity.fingerprint:
-        raise UsageError(
-            f"the run asks for function {task.function} with fingerprint {task.fingerprint}, but here it has "
-            f"{identity.fingerprint}: its code or what it closes over has changed; enqueue again"
+        return (
+            f"fingerprint {task.fingerprint}, but here it has {identity.fingerprint}: its code or what it closes over "
+            f"has changed; enqueue again"
         )
+    return None
