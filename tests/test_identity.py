@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import functools
 import importlib
 import io
@@ -496,6 +497,29 @@ class Computing:
     def ask(self, text: Any) -> Any:
         """Answer."""
         return f"{self.greeting} {text}"
+
+
+@dataclass
+class Counting:
+    """A dataclass that counts, which is no part of what it is."""
+
+    tone: str
+    calls: int = dataclasses.field(default=0, compare=False)
+
+    def ask(self, text: Any) -> Any:
+        """Answer."""
+        self.calls += 1
+        return f"{self.tone} {text}"
+
+
+def test_what_a_dataclass_does_not_compare_is_no_part_of_it() -> None:
+    """So that a counter or a client may be in one."""
+    voice = Counting("polite")
+    before = identify(voice.ask), identify(nested(voice))
+    voice.ask("x")
+    assert (identify(voice.ask), identify(nested(voice))) == before
+    assert identify(Counting("rude").ask) != before[0]
+    assert ask(function=voice.ask).task.version is None
 
 
 def computed(tone: str) -> Computing:

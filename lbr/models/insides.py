@@ -107,11 +107,11 @@ def _taking(class_: type) -> Callable[[Any], tuple[Any, ...] | None] | None:
 def fields_of(value: Any) -> list[tuple[str, Any]] | None:
     """Return the fields of an object that is a value by nature, in order; None for anything else.
 
-    That is a dataclass, a pydantic model with what is private in it, or a namespace.
+    That is a dataclass with the fields that it compares, a pydantic model with what is private in it, or a namespace.
     """
     names: Iterable[str]
     if dataclasses.is_dataclass(type(value)):
-        names = [field.name for field in dataclasses.fields(value)]
+        names = [field.name for field in dataclasses.fields(value) if field.compare]
     elif is_base_model(value) and hasattr(type(value), "model_fields"):
         extra, private = value.model_extra or (), attribute(value, "__pydantic_private__") or ()
         names = [*type(value).model_fields, *extra, *private]
@@ -159,7 +159,10 @@ def chain(function: Any) -> Iterator[Any]:
 
 
 def attributes_of(value: Any) -> set[str]:
-    """Name what is set in an object, in its `__dict__` or in slots, but for what is computed once and kept there."""
+    """Name what is set in an object, in its `__dict__` or in slots.
+
+    Without what a cached property keeps there, and the fields that a dataclass says are no part of its value.
+    """
     members = {name: member for class_ in type(value).__mro__ for name, member in vars(class_).items()}
     slots = {
         name
@@ -167,4 +170,6 @@ def attributes_of(value: Any) -> set[str]:
         if isinstance(member, MemberDescriptorType) and hasattr(value, name)
     }
     kept = {name for name, member in members.items() if isinstance(member, functools.cached_property)}
+    fields = dataclasses.fields(value) if dataclasses.is_dataclass(type(value)) else ()
+    kept |= {field.name for field in fields if not field.compare}
     return {*(attribute(value, "__dict__") or ()), *slots} - kept
