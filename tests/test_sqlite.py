@@ -29,7 +29,7 @@ from lbr.store.queue import EXPIRED, RENEW, Queue
 from lbr.store.settle import _STANDING, SETTLE, settle
 from lbr.store.sqlite import SQLiteDatabase, sqlite_path
 from tests.hearing import Hearing
-from tests.support import ECHO, answered, assert_counted, put
+from tests.support import ECHO, answered, assert_counted, locked_by_another, put
 
 if TYPE_CHECKING:
     from lbr.store.connection import Connection
@@ -162,6 +162,20 @@ async def test_a_cancelled_caller_hears_of_it_when_all_has_ended(database: Datab
     found = await database.read(lambda connection: connection.execute(text(RUNS)))
     assert found.scalars().all() == ["other"]
     await put(database, ["b"], name="next")
+
+
+async def test_a_cancelled_write_is_not_tried_again(tmp_path: Path) -> None:
+    """Where the file is locked, whoever is interrupted waits for the try that is under way, not for patience to end."""
+    url = f"sqlite:///{tmp_path / 'q.db'}"
+    database = await open_database(url, create=True, patience=600)
+    async with locked_by_another(url):
+        writing = asyncio.create_task(database.write(lambda connection: connection.execute(text(RUNS))))
+        await asyncio.sleep(0.1)
+        writing.cancel()
+        async with asyncio.timeout(30):
+            with pytest.raises(asyncio.CancelledError):
+                await writing
+    await database.close()
 
 
 @pytest.mark.parametrize("failing", [["commit"], ["commit", "rollback"]])

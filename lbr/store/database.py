@@ -82,10 +82,10 @@ class Database(ABC):
         Transactions of one process take turns. One that is to run `beside` takes turns with others of its kind
         only, where the database can write two at once: it must not wait for rows that the others may hold.
 
-        A cancelled caller is told so only when the transaction has ended, one way or the other. Raises
-        DatabaseError when the database stays busy or away for longer than `patience`.
+        A cancelled caller is told so only when the transaction has ended, one way or the other; it is not run again
+        then. Raises DatabaseError when the database stays busy or away for longer than `patience`.
         """
-        return await to_its_end(self._write(work, beside=beside))
+        return await self._write(work, beside=beside)
 
     async def read(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         """Run one short read-only transaction, again after a failure that passes. Raises as `write` does."""
@@ -116,7 +116,7 @@ class Database(ABC):
 
     @abstractmethod
     async def _write(self, work: Callable[[Connection], Awaitable[T]], *, beside: bool) -> T:
-        """Run `work` in a transaction, by `_retried`, when its turn has come. It is not cancelled."""
+        """Run `work` in a transaction, by `_retried`, when its turn has come; each try `to_its_end`."""
 
     @abstractmethod
     async def _read(self, work: Callable[[Connection], Awaitable[T]]) -> T:

@@ -22,7 +22,7 @@ from lbr.jobs import Millis
 from lbr.store import files, schema
 from lbr.store.addresses import Address, address_of
 from lbr.store.arrays import SHARD
-from lbr.store.database import Database
+from lbr.store.database import Database, to_its_end
 from lbr.store.listener import Listener
 from lbr.store.outages import READ_ONLY, PassingError, is_passing, reason_of, sqlstate_of
 from lbr.store.presence import Presence
@@ -172,7 +172,7 @@ class PostgresDatabase(Database):
         # The turn ends only with the last try: the next transaction's number would hide whether this one's commit,
         # whose answer was lost, was carried out.
         async with lane.turn:
-            return await self._retried(once)
+            return await self._retried(lambda: to_its_end(once()))
 
     async def _read(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         async with asyncio.timeout(STALL_SECONDS), self._reader.connect() as connection:

@@ -17,7 +17,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 from lbr.config import PATIENCE, a_name
 from lbr.errors import AlreadyRunningError, DatabaseError, UsageError
 from lbr.store import files, schema
-from lbr.store.database import Database, local_clock
+from lbr.store.database import Database, local_clock, to_its_end
 from lbr.store.file_connections import BUSY_TIMEOUT_MS, READER_PRAGMAS, FileConnections, writer_pragmas
 from lbr.store.file_errors import database_errors, is_busy
 from lbr.store.presence import FilePresence, Presence
@@ -162,7 +162,7 @@ class SQLiteDatabase(Database):
                 await self._checkpoint_if_large()
             return result
 
-        return await self._retried(once)
+        return await self._retried(lambda: to_its_end(once()))
 
     async def _read(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         return await self._reader.transact(work)
