@@ -89,6 +89,7 @@ async def enqueue(
     servable: bool = False,
     db_url: PathOrUrl = DB_URL_DEFAULT,
     allow_network_fs: bool = False,
+    on_kept: Callable[[int], None] = lambda _: None,
 ) -> EnqueueReport:
     """Put inputs into a run as deduplicated jobs; safe to repeat, and to be repeated after a crash.
 
@@ -97,7 +98,8 @@ async def enqueue(
     behind what the run holds, else they must begin with it. `fresh` refuses answers of other runs. With
     `servable`, nothing is written where this process could not serve the run, for want of a key say.
     `price`, like "in=0.15,out=0.60" in US dollars for a million tokens, is what calls cost from now on; None
-    leaves it as it is.
+    leaves it as it is. `on_kept` gets how many of the inputs are in the run whenever some more are; cancelled, those
+    stay there.
 
     Raises UsageError, InputError (with file and line; files are checked whole before anything is written),
     RunMismatchError, RunChangedError or DatabaseError.
@@ -121,15 +123,21 @@ async def enqueue(
         asked.fingerprint,
         None if price is None else read_price(price),
     )
-    source.check()
+    await source.check()
     if servable:
         await check_servable(asked)
     async with opened(db_url, create=True, allow_network_fs=allow_network_fs) as database:
-        return await put(database, spec, source, append=append, fresh=fresh)
+        return await put(database, spec, source, append=append, fresh=fresh, on_kept=on_kept)
 
 
 async def put(
-    database: Database, spec: RunSpec, items: Iterable[Item], *, append: bool = False, fresh: bool = False
+    database: Database,
+    spec: RunSpec,
+    items: Iterable[Item],
+    *,
+    append: bool = False,
+    fresh: bool = False,
+    on_kept: Callable[[int], None] = lambda _: None,
 ) -> EnqueueReport:
     """Put items into a run of an open database; see `enqueue`."""
     run = await runs.open_run(database, spec)
@@ -147,6 +155,7 @@ async def put(
         if place == 0 and counts.new:
             await database.filled()
         place += len(chunk)
+        on_kept(place)
     await runs.seal(database, run)
     if counts.new:
         await database.filled()

@@ -94,7 +94,7 @@ KINDS: Mapping[str, Kind] = {
     **dict.fromkeys(("append", "fresh", "servable", "wait", "fix", "restart"), FLAG),
     **dict.fromkeys(("teardown", "retry_failed", "allow_network_fs"), FLAG),
     **dict.fromkeys(("db_url", "results_db_url", "to_url", "out"), FILE),
-    **dict.fromkeys(("notify", "on_start"), FUNCTION),
+    **dict.fromkeys(("notify", "on_start", "on_kept"), FUNCTION),
 }
 """By the argument's name, which means the same in every function. Numbers and words of a list are not here:
 `lbr.config` tells what they may be."""

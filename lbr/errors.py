@@ -75,6 +75,12 @@ class AlreadyRunningError(LbrError):
     exit_code: ClassVar[int] = 0
 
 
+class StoppedError(LbrError):
+    """Ctrl-C or SIGTERM has ended a command before its end."""
+
+    exit_code: ClassVar[int] = 130
+
+
 class Family(StrEnum):
     """What kind of failure a call ended in; `lbr.retry` decides by it."""
 

@@ -115,7 +115,7 @@ async def prompt_map(
     )
     source = Source.of(prompts, template=template)
     results_url = results_db_url or results_url_of(db_url)
-    source.check()
+    await source.check()
     await _check_results(results_url, db_url)
     await check_servable(asked)
     name = _run_name(asked, source) if run is None else run

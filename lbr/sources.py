@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Iterable, Mapping
 from os import PathLike, fspath
@@ -15,11 +16,13 @@ from lbr.jobs import Item, Prompt
 from lbr.records import Place, Template, check_finite, check_storable, is_plain, item_of, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from lbr.jobs import Json
 
 PROMPTS = "prompts"
+AT_ONCE = 5_000
+"""So many inputs are checked before a caller may be cancelled."""
 
 
 def chunks(items: Iterator[Item], size: int, *, characters: int) -> Iterator[list[Item]]:
@@ -49,7 +52,16 @@ def items_of(prompts: Iterable[str | dict[str, Json]], *, template: str | None =
             yield _item(prompt, Place(PROMPTS, number), compiled)
 
 
-def _check_prompts(prompts: Sequence[str | dict[str, Json]], *, template: str | None) -> int:
+async def _count(items: Iterator[Item]) -> int:
+    """Return how many items there are; InputError for the first that is none."""
+    count = 0
+    for count, _ in enumerate(items, start=1):
+        if not count % AT_ONCE:
+            await asyncio.sleep(0)
+    return count
+
+
+async def _check_prompts(prompts: Sequence[str | dict[str, Json]], *, template: str | None) -> int:
     """Return how many prompts there are; InputError for the first that is none. Items are made of the doubtful only."""
     compiled = None if template is None else Template(template)
     for number, prompt in enumerate(prompts, start=1):
@@ -96,7 +108,7 @@ class Source:
     """Inputs that can be checked before they are read: files are read twice, streams and prompts as they come."""
 
     def __init__(
-        self, read: Callable[[], Iterator[Item]], *, count: Callable[[], int], files: Sequence[str]
+        self, read: Callable[[], Iterator[Item]], *, count: Callable[[], Awaitable[int]], files: Sequence[str]
     ) -> None:
         self._read = read
         self._count = count
@@ -139,7 +151,7 @@ class Source:
             def read() -> Iterator[Item]:
                 return inputs.read_items(files, format=kind, template=template, prompt_column=prompt_column)
 
-            return cls(read, count=lambda: sum(1 for _ in read()), files=files)
+            return cls(read, count=lambda: _count(read()), files=files)
         if prompt_column is not None:
             raise UsageError("expected a prompt column with files, got: prompts")
         return cls(
@@ -155,7 +167,7 @@ class Source:
             raise UsageError("expected a name for the run, got: none; set --run (run=…)")
         return name
 
-    def check(self) -> None:
+    async def check(self) -> None:
         """Read everything that can be read twice, of a stream its first input, so that rubbish leaves no trace.
 
         Raises InputError for the first bad input, and where there is none at all.
@@ -165,7 +177,7 @@ class Source:
             self._head = list(itertools.islice(self._begun, 1))
             count = len(self._head)
         else:
-            count = self._count()
+            count = await self._count()
         if not count:
             raise self.nothing()
 

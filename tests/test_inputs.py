@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+import itertools
 import json
 import os
 import re
@@ -13,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from lbr import inputs
 from lbr.errors import InputError, UsageError
 from lbr.inputs import InputFormat, check_sources, is_stream, load_text, read_items
 from lbr.jobs import Item, Prompt
+from lbr.sources import Source
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -644,3 +648,16 @@ class TestSources:
         next(items)
         del items
         assert path not in [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+
+
+async def test_a_check_of_many_inputs_can_be_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in a long check is heard before the file's end."""
+    path = tmp_path / "in.txt"
+    path.write_text("a\n")
+    source = Source.of(path)
+    monkeypatch.setattr(inputs, "read_items", lambda *_, **__: itertools.repeat(Item(Prompt("a"))))
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await source.check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
@@ -11,6 +12,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import termios
 import textwrap
 import time
 from collections import Counter
@@ -541,6 +543,39 @@ def test_run_resumes(cli: Cli) -> None:
     assert not (cli.folder / "out.jsonl").exists()
     cli(*command)
     check([json.loads(line) for line in (cli.folder / "out.jsonl").read_text().splitlines()], lines)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ((), f"with the first {CHUNK} inputs in the run; run the same command again with the same input"),
+        (("--append",), "`lbr status` tells how many inputs the run holds by now"),
+    ],
+)
+def test_an_interrupted_enqueue_says_what_is_kept(cli: Cli, more: tuple[str, ...], told: str) -> None:
+    """Ctrl-C tells how much is in the run and what to do, and the same command goes on where it was."""
+    lines = [f"p{n}" for n in range(CHUNK + 10)]
+    write(cli.folder, lines)
+    os.mkfifo(cli.folder / "pipe")
+    command = ("enqueue", "pipe", "--run", "in", "--model", "offline:echo", *more)
+    first = cli.start(*command)
+    with (cli.folder / "pipe").open("w") as pipe:
+        pipe.writelines(f"{line}\n" for line in lines[:CHUNK])
+        pipe.flush()
+        cli.wait_for("in", "inputs", CHUNK)
+        pipe.writelines(f"{line}\n" for line in lines[CHUNK:])
+        pipe.flush()
+        while fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)) != bytes(4):  # until it waits for more
+            assert first.poll() is None
+        first.send_signal(signal.SIGINT)
+        _, error = first.communicate(timeout=60)
+    assert (first.returncode, error.count("\n")) == (130, 1), error
+    assert error.startswith("lbr: interrupted")
+    assert told in error
+    assert cli.status("in")["inputs"] == CHUNK
+    if not more:
+        again = cli("enqueue", "in.txt", "--model", "offline:echo")
+        assert f"{CHUNK + 10} inputs, 10 new, 0 duplicate, 0 reused, {CHUNK} known" in again.stdout
 
 
 def test_workers_under_faults_finish_everything(cli: Cli) -> None:

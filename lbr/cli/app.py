@@ -17,7 +17,7 @@ import click
 import orjson
 
 from lbr.config import CONFIG_FILE, load_environment, read_config_file
-from lbr.errors import DatabaseError, LbrError, MisfitError, OutputError, UsageError
+from lbr.errors import DatabaseError, LbrError, MisfitError, OutputError, StoppedError, UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -48,9 +48,14 @@ class Group(click.Group):
             fail(error)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; where a value in the database that is none made it fail, tell that instead of a traceback."""
+        """Run the command; where a value in the database that is none made it fail, tell that instead of a traceback.
+
+        Raises StoppedError for a Ctrl-C that the command does not take up itself.
+        """
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise StoppedError("interrupted") from error
         except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, MisfitError) as error:
             from lbr.store.engines import misfit  # noqa: PLC0415 - only where something failed
 
@@ -180,7 +185,8 @@ def lbr(context: click.Context, db: str, allow_network_fs: bool) -> None:
     """Run LLM prompts in batches that survive crashes.
 
     Enqueue prompts once, start workers in as many terminals as you like, collect the answers in input order.
-    Exit codes: 0 all well, 1 error, 2 usage, 3 unfinished, 4 finished with failures, 5 the doctor found something.
+    Exit codes: 0 all well, 1 error, 2 usage, 3 unfinished, 4 finished with failures, 5 the doctor found something,
+    130 interrupted.
     """
     context.obj = {"db_url": db, "allow_network_fs": allow_network_fs}
 

@@ -15,6 +15,7 @@ import orjson
 from lbr import api
 from lbr.cli.app import database_option, read_setting, say, tell, with_options
 from lbr.config import MAX_ATTEMPTS
+from lbr.errors import StoppedError
 from lbr.inputs import InputFormat, is_stream, load_text
 from lbr.models.offline import ECHO
 from lbr.structured import load_schema
@@ -98,8 +99,41 @@ def interruptible(inputs: tuple[str, ...]) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-async def enqueue_inputs(db: dict[str, Any], inputs: tuple[str, ...], **flags: Any) -> api.EnqueueReport:
-    """Turn flags into a call of `api.enqueue` and tell what it did."""
+@contextmanager
+def counting_kept(inputs: tuple[str, ...], *, append: bool) -> Iterator[Callable[[int], None]]:
+    """Yield what wants to hear how many inputs are in the run; a Ctrl-C becomes a StoppedError that tells it."""
+    kept = 0
+
+    def hear(count: int) -> None:
+        nonlocal kept
+        kept = count
+
+    try:
+        yield hear
+    except KeyboardInterrupt as error:
+        raise StoppedError(_interrupted_words(inputs, kept, append=append)) from error
+
+
+def _interrupted_words(inputs: tuple[str, ...], kept: int, *, append: bool) -> str:
+    """Return what to do after an interrupted enqueue. More than `kept` may be in: what is being written still gets there."""
+    if append:
+        return (
+            "interrupted; `lbr status` tells how many inputs the run holds by now. The same command would add those "
+            "again: enqueue the rest alone"
+        )
+    begun = f"interrupted with the first {kept} inputs in the run" if kept else "interrupted at the beginning"
+    same = (
+        "the same command again with the same input"
+        if any(map(is_stream, inputs))
+        else "the same command again"
+    )
+    return f"{begun}; run {same} to go on"
+
+
+async def enqueue_inputs(
+    db: dict[str, Any], inputs: tuple[str, ...], hear: Callable[[int], None], **flags: Any
+) -> api.EnqueueReport:
+    """Turn flags into a call of `api.enqueue` and tell what it did; `hear` is told how many inputs are kept."""
     template, schema, instructions = flags.pop("template"), flags.pop("schema"), flags.pop("instructions")
     settings = dict(read_setting(one) for one in flags.pop("settings"))
     with interruptible(inputs):
@@ -111,6 +145,7 @@ async def enqueue_inputs(db: dict[str, Any], inputs: tuple[str, ...], **flags: A
             template=None if template is None else load_text(template, "a template"),
             schema=None if schema is None else load_schema(schema),
             settings=settings,
+            on_kept=hear,
             **flags,
             **db,
         )
@@ -131,7 +166,8 @@ def enqueue(db: dict[str, Any], /, inputs: tuple[str, ...], as_json: bool, **fla
     INPUTS are text files (a prompt a line), JSONL, CSV or TSV, or - for stdin. Running the same command again adds
     nothing; after a crash it completes what is missing.
     """
-    report = asyncio.run(enqueue_inputs(db, inputs, **flags))
+    with counting_kept(inputs, append=flags["append"]) as hear:
+        report = asyncio.run(enqueue_inputs(db, inputs, hear, **flags))
     counts = report.counts
     if as_json:
         fields = {name: getattr(counts, name) for name in counts.__slots__}

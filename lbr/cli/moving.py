@@ -10,6 +10,7 @@ import orjson
 
 from lbr import moving
 from lbr.cli.app import say, tell
+from lbr.errors import StoppedError
 
 
 @click.command()
@@ -36,9 +37,8 @@ def move(db: dict[str, Any], /, from_url: str, to_url: str, run: str, restart: b
                 notify=lambda line: say(f"lbr: {line}"),
             )
         )
-    except KeyboardInterrupt:
-        say("lbr: the move has not come to its end; run the same command again to go on")
-        raise
+    except KeyboardInterrupt as error:
+        raise StoppedError("the move has not come to its end; run the same command again to go on") from error
     if as_json:
         tell(orjson.dumps(moved.to_dict()))
         return

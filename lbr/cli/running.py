@@ -14,7 +14,7 @@ import click
 from lbr import api, operating, outputs, progress
 from lbr.cli.app import EXIT_UNFINISHED, database_option, say
 from lbr.cli.collecting import describe, exit_code
-from lbr.cli.enqueueing import enqueue_inputs, task_options
+from lbr.cli.enqueueing import counting_kept, enqueue_inputs, task_options
 from lbr.cli.working import (
     leave_stuck,
     processes_option,
@@ -64,7 +64,9 @@ def run(
     _check_overwriting(inputs, out, db["db_url"])
     at_least_one("processes", flags["processes"])
     work_flags(flags)
-    context.exit(asyncio.run(_run(db, inputs, out, shape, flags)))
+    with counting_kept(inputs, append=flags["append"]) as hear:
+        code = asyncio.run(_run(db, inputs, out, shape, hear, flags))
+    context.exit(code)
 
 
 def _check_overwriting(inputs: tuple[str, ...], out: str, db_url: str) -> None:
@@ -77,13 +79,18 @@ def _check_overwriting(inputs: tuple[str, ...], out: str, db_url: str) -> None:
 
 
 async def _run(
-    db: dict[str, Any], inputs: tuple[str, ...], out: str, shape: str, flags: dict[str, Any]
+    db: dict[str, Any],
+    inputs: tuple[str, ...],
+    out: str,
+    shape: str,
+    hear: Callable[[int], None],
+    flags: dict[str, Any],
 ) -> int:
     started = time.monotonic()
     processes, how = flags.pop("processes"), work_flags(flags)
     flags = {name: value for name, value in flags.items() if name not in how}
     may: dict[str, Any] = {"functions": _one(flags["function"]), "result_types": _one(flags["result_type"])}
-    enqueued = await enqueue_inputs(db, inputs, servable=True, **flags)
+    enqueued = await enqueue_inputs(db, inputs, hear, servable=True, **flags)
     counts = enqueued.counts
     say(
         f"lbr: run {enqueued.run}: {counts.inputs} inputs, {counts.new} new, {counts.duplicate} duplicate, "
