@@ -488,17 +488,51 @@ async def test_odd_bytes_end_the_same(wire: Wire, provider: str, case: str) -> N
     alone = case in NETWORK or case in {"empty", "not JSON"}
     theirs, ours = await both(wire, MODELS[provider], asking(), alone=alone)
     assert ours == theirs
+    if case in NETWORK:
+        assert os.environ["OPENAI_BASE_URL"].removeprefix("http://").removesuffix("/v1") in ours["words"]
 
 
 async def test_a_server_that_is_not_there(
     monkeypatch: pytest.MonkeyPatch, provider: str, unused_tcp_port: int
 ) -> None:
-    """A refused connection is the same failure."""
+    """A refused connection is the same failure, told by where it went and why."""
     for name, value in environment(f"http://127.0.0.1:{unused_tcp_port}/v1").items():
         monkeypatch.setenv(name, value)
     theirs, ours = await both(Wire(), MODELS[provider], asking(), alone=True)
     assert ours == theirs
     assert ours["kind"] == "ModelConnectionError"
+    assert ours["words"] == f"the connection to 127.0.0.1:{unused_tcp_port} failed: Connection refused"
+
+
+async def test_a_name_that_nobody_knows(monkeypatch: pytest.MonkeyPatch, provider: str) -> None:
+    """A host that cannot be looked up is named with its port, also where the URL has none."""
+    for name, value in environment("http://nobody.invalid/v1").items():
+        monkeypatch.setenv(name, value)
+    theirs, ours = await both(Wire(), MODELS[provider], asking(), alone=True)
+    assert ours == theirs
+    assert ours["words"].startswith("the connection to nobody.invalid:80 failed: ")
+
+
+@pytest.mark.parametrize(
+    ("proxy", "words"),
+    [
+        ("http://me:secret@127.0.0.1:{}", "the connection to 127.0.0.1:{} failed: Connection refused"),
+        (
+            "http://me:se[cret@127.0.0.1:{}",
+            "the connection to nobody.invalid:80 failed: the proxy that the environment names is no URL",
+        ),
+    ],
+)
+async def test_a_proxy_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, provider: str, unused_tcp_port: int, proxy: str, words: str
+) -> None:
+    """It is the proxy's place that is told, without its password."""
+    for name, value in environment("http://nobody.invalid/v1").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HTTP_PROXY", proxy.format(unused_tcp_port))
+    theirs, ours = await both(Wire(), MODELS[provider], asking(), alone=True)
+    assert ours == theirs
+    assert ours["words"] == words.format(unused_tcp_port)
 
 
 @pytest.mark.parametrize(
@@ -837,6 +871,11 @@ async def test_certificates_are_verified_the_same(
     assert ours == theirs
     assert len(wire.asked) == (2 if trusted else 0)
     assert ("text" in ours and "kind" not in ours) is trusted
+    if not trusted:
+        place = url.removeprefix("https://").removesuffix("/v1")
+        assert ours["words"].startswith(
+            f"the connection to {place} failed: its certificate is not trusted: self"
+        )
 
 
 # --- who serves what --------------------------------------------------------------------------------------------------

@@ -502,6 +502,24 @@ async def test_a_fault_of_the_network_is_transient(fault: str, monkeypatch: pyte
     assert raised.value.family is Family.TRANSIENT
     assert not raised.value.overloaded
     assert raised.value.kind == ("ModelTimeoutError" if fault == "slow" else "ModelConnectionError")
+    place = url.removeprefix("http://").removesuffix("/v1")
+    assert (place in str(raised.value)) is (fault != "slow")
+
+
+async def test_a_connection_that_is_not_made_in_time_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What could not be reached in time is named, too."""
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://me:secret@127.0.0.1:9/v1?key=secret")
+    model = PydanticAIModel(MODEL, task_settings={})
+
+    async def late(*_: Any, **__: Any) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr("aiohttp.TCPConnector.connect", late)
+    with pytest.raises(CallError) as raised:
+        await model.answer(request())
+    await model.aclose()
+    assert str(raised.value) == "the connection to 127.0.0.1:9 failed: it was not made in time"
+    assert raised.value.kind == "ModelTimeoutError"
 
 
 def test_nobody_imports_aiohttp_before_a_call() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import ipaddress
+import os
 import re
+import ssl
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,6 @@ from lbr.errors import UsageError
 from lbr.models.connections import Connections
 
 if TYPE_CHECKING:
-    import ssl
     from collections.abc import Callable, Mapping
 
     from aiohttp import ClientTimeout
@@ -194,3 +195,53 @@ class Http:
         """Close all connections, unless they are shared; a call that still runs fails."""
         if not self._shared:
             await self._connections.aclose()
+
+
+def lost_words(error: BaseException | None, url: str) -> str:
+    """Say that no answer came from a URL, or not all of it, and why: of the URL host and port alone, for it may hold a key.
+
+    `error` is aiohttp's or the system's, None where it is not known.
+    """
+    from aiohttp import ClientConnectorError  # noqa: PLC0415
+
+    place = _encoded(url)
+    host, port = place.host, place.port
+    if isinstance(error, ClientConnectorError):  # perhaps the proxy's
+        host, port = error.host, error.port
+    where = f"[{host}]:{port}" if host and ":" in host else f"{host}:{port}"
+    cause = _cause_of(error)
+    return f"the connection to {where} failed: {cause}" if cause else f"no whole answer came from {where}"
+
+
+def _cause_of(error: BaseException | None) -> str | None:
+    import aiohttp  # noqa: PLC0415
+
+    match error:
+        case aiohttp.ClientConnectorCertificateError():
+            return _system_words(error.certificate_error)
+        case aiohttp.ClientConnectorError():
+            return _system_words(error.os_error)
+        case aiohttp.ConnectionTimeoutError():
+            return "it was not made in time"
+        case aiohttp.ClientHttpProxyError():
+            return f"the proxy answered {error.status} {error.message}"
+        case aiohttp.InvalidURL():  # ours is one
+            return "the proxy that the environment names is no URL"
+        case aiohttp.ServerDisconnectedError():
+            return "the server closed it"
+        case OSError():
+            return _system_words(error)
+    return None
+
+
+def _system_words(error: BaseException) -> str:
+    match error:
+        case ssl.SSLCertVerificationError():
+            return f"its certificate is not trusted: {error.verify_message}"
+        case ssl.SSLError(reason=str(reason)):
+            return f"TLS: {reason.replace('_', ' ').lower()}"
+        case OSError(errno=int(number)) if number > 0:  # its own words may be of a call that nobody made
+            return os.strerror(number)
+        case OSError(strerror=str(words)):
+            return words
+    return str(error)

@@ -19,7 +19,7 @@ from lbr.models.chat.costs import Costs
 from lbr.models.chat.endpoints import words_of
 from lbr.models.chat.kinds import categories_of, kind_of
 from lbr.models.checking import check_authority
-from lbr.models.http import Http
+from lbr.models.http import Http, lost_words
 from lbr.models.loading import AGAIN_SECONDS
 from lbr.models.refusals import Refusal, call_error
 from lbr.models.waits import asked_wait
@@ -211,7 +211,7 @@ class ChatModel:
             ) as response:
                 return response.status, response.headers, await response.read()
         except _client_errors() as error:
-            raise _lost(error) from error
+            raise _lost(error, endpoint.url) from error
 
     async def aclose(self) -> None:
         """Close the HTTP client."""
@@ -226,17 +226,17 @@ def _client_errors() -> tuple[type[Exception], ...]:
     return ClientError, OSError, ValueError  # a timeout is an OSError
 
 
-def _lost(error: Exception) -> CallError:
-    """Say that no answer came, or not all of it."""
+def _lost(error: Exception, url: str) -> CallError:
+    """Say that no answer came from a URL, or not all of it."""
     from aiohttp import ConnectionTimeoutError  # noqa: PLC0415
 
-    late = isinstance(error, TimeoutError)
+    late, connecting = isinstance(error, TimeoutError), isinstance(error, ConnectionTimeoutError)
     kind = "ModelTimeoutError" if late else "ModelConnectionError"
     refusal = Refusal(
         kind=kind,
         categories=categories_of(kind),
-        words="Request timed out." if late else "Connection error.",
-        connecting=isinstance(error, ConnectionTimeoutError),
+        words="Request timed out." if late and not connecting else lost_words(error, url),
+        connecting=connecting,
     )
     return call_error(refusal)
 

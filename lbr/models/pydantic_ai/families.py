@@ -2,29 +2,60 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lbr.models import refusals
+from lbr.models.http import lost_words
 from lbr.models.refusals import Refusal
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from lbr.errors import CallError, Family
 
 
 def refusal_of(error: Exception) -> Refusal:
     """Read an exception of a call."""
     status = getattr(error, "status_code", None)
+    categories = frozenset(one.__name__ for one in type(error).__mro__)
+    connecting = getattr(error, "phase", None) == "connect"
+    lost = "ModelConnectionError" in categories and ("ModelTimeoutError" not in categories or connecting)
     return Refusal(
         kind=type(error).__name__.lstrip("_").removeprefix("HTTP"),
-        categories=frozenset(one.__name__ for one in type(error).__mro__),
-        words=str(error),
+        categories=categories,
+        words=(_lost_words(error) if lost else None) or str(error),
         status=status if isinstance(status, int) else 0,
         body=getattr(error, "body", None),
         headers=dict(getattr(error, "headers", None) or {}),
         retry_after=getattr(error, "retry_after", None),
         suggestion=getattr(error, "suggested_model_id", None),
-        connecting=getattr(error, "phase", None) == "connect",
+        connecting=connecting,
     )
+
+
+def _lost_words(error: Exception) -> str | None:
+    """Return what to say of a call whose connection failed; None where the client does not tell where it went."""
+    from aiohttp import ClientError  # noqa: PLC0415
+
+    causes = list(_causes(error))
+    url = next(filter(None, map(_url_of, causes)), None)
+    beneath = next((cause for cause in causes if isinstance(cause, ClientError | OSError)), None)
+    return None if url is None else lost_words(beneath, url)
+
+
+def _url_of(error: Any) -> str | None:
+    """Return where the call went whose error this is, None where it does not know: httpx's raise RuntimeError then."""
+    try:
+        return str(error.request.url)
+    except (AttributeError, RuntimeError):
+        return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
 
 
 def family_of(error: Exception) -> Family:
