@@ -23,13 +23,14 @@ class Collected:
     """What a collect wrote.
 
     `rows` holds the answers as dicts where no output was named, else None. `by_status` counts the rows
-    written; `sealed` tells whether all inputs are in.
+    written, `cut_off` those whose answer ends where its tokens did; `sealed` tells whether all inputs are in.
     """
 
     run: str
     by_status: dict[str, int]
     sealed: bool
     rows: list[dict[str, Json]] | None = None
+    cut_off: int = 0
 
     @property
     def total(self) -> int:
@@ -48,15 +49,17 @@ class Collected:
 
 
 class Tally:
-    """Passes pages of rows on and counts them by status."""
+    """Passes pages of rows on and counts them by status, and those that were cut off."""
 
     def __init__(self, pages: AsyncIterator[list[Row]]) -> None:
         self._pages = pages
         self.by_status: Counter[str] = Counter()
+        self.cut_off = 0
 
     async def __aiter__(self) -> AsyncIterator[list[Row]]:
         async for page in self._pages:
             self.by_status.update([row.status for row in page])
+            self.cut_off += sum([row.cut_off for row in page])
             yield page
 
 

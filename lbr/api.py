@@ -284,7 +284,7 @@ async def collect(
         else:
             await write_pages(database, found, pages, target, kind)
         found = await reads.find_run(database, run)
-        return Collected(run, dict(pages.by_status), found.sealed_at is not None, rows)
+        return Collected(run, dict(pages.by_status), found.sealed_at is not None, rows, pages.cut_off)
 
 
 async def until_finished(database: Database, run: Run) -> None:

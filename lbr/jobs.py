@@ -326,7 +326,8 @@ class Row:
     """One collected answer.
 
     `status` is a job state, or "missing" where the caller asked for that word for all that is not done.
-    `result` is None unless done; `error` says why a job failed, or what its last failed try said.
+    `result` is None unless done; `error` says why a job failed, or what its last failed try said. `cut_off` tells that
+    the result ends where its tokens did.
     """
 
     idx: int
@@ -337,10 +338,11 @@ class Row:
     error: str | None = None
     custom_id: str | None = None
     metadata: dict[str, Json] | None = None
+    cut_off: bool = False
 
     def missing(self) -> Row:
         """Return the row as that of an answer that is not there; `error` stays."""
-        return replace(self, status="missing", result=None)
+        return replace(self, status="missing", result=None, cut_off=False)
 
     def to_dict(self) -> dict[str, Json]:
         """Return the row as collected JSON: `id` and `metadata` only where the input had them."""

@@ -117,13 +117,21 @@ def test_server_errors_are_tried_again_and_charged(local: Cli) -> None:
 
 
 def test_an_answer_cut_off_says_so(local: Cli) -> None:
-    """The finish reason `length` is kept with the answer, and shown."""
+    """The finish reason `length` is kept with the answer, counted by collect with the way out, and shown."""
     with aimock_server.serve(
-        local.folder, fixture("hello", {"content": "I was about to", "finishReason": "length"})
+        local.folder,
+        fixture("hello", {"content": "I was about to", "finishReason": "length"}),
+        fixture("bye", {"content": "bye"}),
     ) as server:
-        enqueue(local, server.url, ["hello"])
+        enqueue(local, server.url, ["hello", "bye", "hello"])
         local("worker")
     assert local.collect("in")[0]["result"] == "I was about to"
+    assert local("collect", "in").stderr == (
+        "lbr: run in: 3 rows: 3 done\n"
+        "lbr: 2 of the answers cut off at the token limit; "
+        "`lbr retry in --where finish_reason=length --set max_tokens=NUMBER` has them asked for again\n"
+    )
+    assert "lbr: 1 of the answers cut off" in local("collect", "in", "--shape", "unique").stderr
     assert show(local, 0)["finish_reason"] == "length"
     assert "ms, finish reason length): I was about to" in local("show", "in", "0").stdout
 

@@ -21,6 +21,11 @@ def describe(collected: api.Collected) -> str:
 
 def exit_code(collected: api.Collected) -> int:
     """Return 3 where answers may still come, 4 where some never will, else 0; say what to do."""
+    if collected.cut_off:
+        say(
+            f"lbr: {collected.cut_off} of the answers cut off at the token limit; `lbr retry {collected.run} "
+            f"--where finish_reason=length --set max_tokens=NUMBER` has them asked for again"
+        )
     if not collected.sealed:
         say(
             f"lbr: the enqueue of run {collected.run} has not come to its end; run it again if it was interrupted"

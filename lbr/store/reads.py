@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from lbr.store.schema import AnyRow
 
 PAGE = 1_000
+CUT_OFF = "length"
+"""The finish reason of an answer whose tokens ran out."""
 
 _LAST_ERROR = (
     select(attempts.c.message)
@@ -46,6 +48,7 @@ _COLLECTED = (
     prompts.c.chat,
     prompts.c.body,
     results.c.text,
+    results.c.finish_reason,
 )
 _REST = [column for table in (jobs, results) for column in table.c if column not in set(_COLLECTED)]
 _ROWS = (
@@ -305,8 +308,9 @@ async def _with_errors(connection: Connection, found: Sequence[Sequence[Any]]) -
             errors.get(job_id) if errors else None,
             custom_id,
             None if metadata is None else _metadata(metadata),
+            ending == CUT_OFF and state == JobState.DONE,
         )
-        for idx, custom_id, metadata, job_id, key, state, chat, body, text in found
+        for idx, custom_id, metadata, job_id, key, state, chat, body, text, ending in found
     ]
 
 
