@@ -266,13 +266,13 @@ async def collect(
     there is now. Raises RunNotFoundError, UsageError, OutputError or DatabaseError.
     """
     target = None if out is None or fspath(out) == "-" else fspath(out)
+    if out is not None:
+        outputs.check_output(target)
     kind = outputs.OutputFormat(one_of("format", format, tuple(outputs.OutputFormat))) if format else None
     kind = kind or outputs.format_of(target)
     chosen = Shape(one_of("shape", shape, tuple(Shape)))
     if kind is outputs.OutputFormat.DB and target is None:
         raise UsageError("expected -o FILE for a results database, got: stdout")
-    if out is not None:
-        outputs.check_output(target)
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         found = await reads.find_run(database, run)
         if wait:

@@ -32,6 +32,10 @@ CSV_COLUMNS = ("idx", "id", "key", "prompt", "status", "result", "error")
 BUFFER_BYTES = 1 << 20
 SQLITE_COMPANIONS = ("-journal", "-wal", "-shm")
 
+MOST_LINKS = 40
+_DESCRIPTORS = re.compile(r"/dev/fd|/proc/\d+(?:/task/\d+)?/fd")
+_TO_STDOUT = "name a file, or leave it to `lbr collect RUN -o -`, which writes to stdout"
+
 _FORMULA = frozenset("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
 """What a formula begins with; the last four are the wide forms of the first."""
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
@@ -79,15 +83,29 @@ def check_output(path: str | None) -> None:
         return
     with _reasons(path):
         target = _target(path)
+        if _is_descriptor(path):
+            raise UsageError(f"expected an output file, got: {path}, which a program has open; {_TO_STDOUT}")
         if target.is_dir():
-            raise UsageError(f"expected an output file, got: the folder {path}; add a file name")
+            raise UsageError(f"expected an output file, got: the folder {path or '.'}; add a file name")
         if target.exists() and not target.is_file():
-            raise UsageError(f"expected an output file, got: the device or pipe {path}; name a file")
+            raise UsageError(f"expected an output file, got: the device or pipe {path}; {_TO_STDOUT}")
         if not target.parent.is_dir():
             problem = "a file" if target.parent.exists() else "nothing there"
             raise UsageError(f"expected {target.parent} to be a folder, got: {problem}; create it first")
         _create(target).unlink()
         _refuse_other_database(target, path)
+
+
+def _is_descriptor(path: str) -> bool:
+    """Tell whether a path leads through /dev/stdout or the like: the file behind it would be replaced, not written to."""
+    for _ in range(MOST_LINKS):
+        folder = os.path.realpath(os.path.dirname(path))
+        if _DESCRIPTORS.fullmatch(folder):
+            return True
+        if not os.path.islink(path):
+            return False
+        path = os.path.join(folder, os.readlink(path))
+    return False
 
 
 def _refuse_other_database(target: Path, path: str) -> None:

@@ -329,7 +329,9 @@ def test_numbers_and_names_out_of_range_are_refused(wrong: Case, tmp_path: Path)
         case("collect p -o o.txt", ".jsonl", ".csv", "got: o.txt", "rename"),
         case("collect p -o no/o.jsonl", "no to be a folder", "nothing there", "create it"),
         case("collect p -o d.jsonl", "the folder d.jsonl", files={"d.jsonl/a": ""}),
-        case("collect p -o ''", "ends in one of", "rename"),
+        case("collect p -o ''", "the folder .", "add a file name"),
+        case("collect p -o /dev/stdout", "/dev/stdout, which a program has open", "-o -`"),
+        case("run p.jsonl -o /dev/null", "device or pipe /dev/null", "-o -`"),
     ],
 )
 def test_a_known_run_and_older_outputs_stay_as_they_are(wrong: Case, held: Path) -> None:

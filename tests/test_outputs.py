@@ -133,13 +133,25 @@ class TestCheckOutput:
         """There is nothing to check about stdout."""
         check_output(None)
 
+    @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/{}", "/proc/self/fd/{}", "link.csv"])
+    def test_what_a_program_has_open_is_refused(self, tmp_path: Path, name: str) -> None:
+        """The file that stdout goes to is not replaced behind its back."""
+        with (tmp_path / "there.csv").open("w") as there:
+            (tmp_path / "link.csv").symlink_to(f"/dev/fd/{there.fileno()}")
+            path = tmp_path / name.format(there.fileno())
+            with pytest.raises(UsageError, match=r"which a program has open; name a file, or .* -o -`"):
+                check_output(str(path))
+
     @pytest.mark.parametrize(
         ("name", "message"),
         [
             ("none/a.csv", "expected .*none to be a folder, got: nothing there; create it first"),
             ("file/a.csv", "expected .*file to be a folder, got: a file; create it first"),
             ("folder.csv", "expected an output file, got: the folder .*folder.csv; add a file name"),
-            ("pipe.csv", "expected an output file, got: the device or pipe .*pipe.csv; name a file"),
+            (
+                "pipe.csv",
+                "expected an output file, got: the device or pipe .*pipe.csv; name a file, or .* -o -`",
+            ),
             ("a\0b.csv", r"expected the output to be a name that a file can have, got: '.*a\\x00b.csv'"),
             ("\ud800.csv", r"expected the output to be a name that a file can have, got: '.*\\ud800.csv'"),
         ],

@@ -59,8 +59,8 @@ def run(
 
     Other workers may help. The output is written when every job has come to its end.
     """
-    outputs.format_of(out)
     outputs.check_output(out)
+    outputs.format_of(out)
     _check_overwriting(inputs, out, db["db_url"])
     at_least_one("processes", flags["processes"])
     work_flags(flags)
