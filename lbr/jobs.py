@@ -27,6 +27,8 @@ Json = Any
 """Whatever orjson reads: None, bool, int, float, str, list or dict of these."""
 
 KEY_BYTES = 16
+SHOWN, BEFORE = 60, 20
+"""So many characters of a long text are shown where two differ, and so many of them before the first difference."""
 
 
 class JobState(StrEnum):
@@ -113,6 +115,30 @@ class Task:
         if not fits or (task.model is None) == (task.function is None):
             raise DatabaseError(complaint)
         return task
+
+
+def differences(old: Task, new: Task) -> list[str]:
+    """Name the fields in which two tasks differ, with both values: of long ones what is around the first difference."""
+    found = []
+    for name in Task.__slots__:
+        there, here = getattr(old, name), getattr(new, name)
+        if there != here:
+            texts = [one if isinstance(one, str) else canonical_json(one).decode() for one in (there, here)]
+            unlike = (n for n, (a, b) in enumerate(zip(*texts, strict=False)) if a != b)
+            start = max(0, next(unlike, min(map(len, texts))) - BEFORE)
+            words = [
+                "none" if one is None else _excerpt(text, start, quoted=isinstance(one, str))
+                for one, text in zip((there, here), texts, strict=True)
+            ]
+            found.append(f"{name}: {words[0]} there, {words[1]} here")
+    return found
+
+
+def _excerpt(text: str, start: int, *, quoted: bool) -> str:
+    if len(text) > SHOWN:
+        end = start + SHOWN
+        text = "…" * (start > 0) + text[start:end] + "…" * (end < len(text))
+    return repr(text) if quoted else text
 
 
 @value(frozen=True, slots=True)

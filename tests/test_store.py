@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import insert, select, text
@@ -20,7 +20,7 @@ from lbr.errors import (
     Usage,
     UsageError,
 )
-from lbr.jobs import Failure, Item, JobState, KeyMaker, Prompt, RunState, Shape, Task, WorkerId
+from lbr.jobs import Failure, Item, JobState, KeyMaker, Prompt, RunState, Shape, Task, WorkerId, differences
 from lbr.retry import RetryPolicy
 from lbr.store import enqueue, limiting, reads, redo, runs, schema
 from lbr.store.engines import open_database
@@ -135,8 +135,42 @@ async def test_run_of_another_task_is_refused(database: Database) -> None:
     """A run's name stands for one task; the refusal says what differs."""
     await put(database, ["a"])
     other = runs.RunSpec("r", Task(model="offline:echo", instructions="Be brief."), 8)
-    with pytest.raises(RunMismatchError, match=r"instructions None there, 'Be brief\.' here.*--run"):
+    with pytest.raises(RunMismatchError, match=r"\(instructions: none there, 'Be brief\.' here\).*--run"):
         await runs.open_run(database, other)
+
+
+LONG = "You are a helpful assistant. " * 5
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "told"),
+    [
+        (
+            {"template": f"{LONG}Be kind.{LONG}"},
+            {"template": f"{LONG}Be brief.{LONG}"},
+            (
+                "template: '…lpful assistant. Be kind.You are a helpful assistant. You ar…' there, "
+                "'…lpful assistant. Be brief.You are a helpful assistant. You a…' here"
+            ),
+        ),
+        (
+            {"instructions": LONG},
+            {"instructions": LONG + "\n"},
+            "instructions: '… helpful assistant. ' there, '… helpful assistant. \\n' here",
+        ),
+        ({"instructions": LONG}, {}, f"instructions: '{LONG[:60]}…' there, none here"),
+        ({"settings": {"n": 1}}, {}, 'settings: {"n":1} there, {} here'),
+        (
+            {"schema": {"title": "t" * 60, "type": "object"}},
+            {"schema": {"type": "array", "title": "t" * 60}},
+            'schema: …tttttttttt","type":"object"} there, …tttttttttt","type":"array"} here',
+        ),
+    ],
+)
+def test_of_long_texts_the_place_is_shown_where_they_differ(there: Any, here: Any, told: str) -> None:
+    """A long template that was mended in the middle looks another one in the refusal, too."""
+    old, new = Task(model="m", **there), Task(model="m", **here)
+    assert differences(old, new) == [told]
 
 
 async def test_unknown_run_names_the_known(database: Database) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import select, update
 
 from lbr.errors import DatabaseError, RunMismatchError, RunNotFoundError, UsageError
-from lbr.jobs import JobState, Millis, Run, RunId, RunState, Task
+from lbr.jobs import JobState, Millis, Run, RunId, RunState, Task, differences
 from lbr.prices import Price
 from lbr.store import counters
 from lbr.store.arrays import Bulk, Given, among
@@ -111,17 +111,6 @@ def _run_of(row: AnyRow) -> Run:
         price=None if row.price is None else Price.from_json(row.price),
         budget_nanos=row.budget_nanos,
     )
-
-
-def differences(old: Task, new: Task) -> list[str]:
-    """Name the fields in which two tasks differ, with both values, shortened."""
-    pairs = [(name, getattr(old, name), getattr(new, name)) for name in Task.__slots__]
-    return [f"{name} {_short(a)} there, {_short(b)} here" for name, a, b in pairs if a != b]
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 async def find(connection: Connection, name: str) -> Run:
