@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-TALLY = "LBR_BENCH_TALLY"
-PLACE = "LBR_BENCH_PLACE"
+TALLY = "LBR_TEST_TALLY"
+PLACE = "LBR_TEST_PLACE"
 WIDTH = 2
 """Numbers per process: how many jobs it ran, and 1 once it is ready to be measured."""
 

@@ -159,7 +159,7 @@ def _first_call_seconds(folder: Path) -> float:
     """Start a worker and return the seconds until its first call; the worker is killed."""
     note = folder / "first-call"
     note.unlink(missing_ok=True)
-    environment = os.environ | {"LBR_BENCH_NOTE": str(note)}
+    environment = os.environ | {"LBR_TEST_NOTE": str(note)}
     started = time.time()
     process = subprocess.Popen(
         command(folder, "worker", "--function", NOTE, "--concurrency", "1"),

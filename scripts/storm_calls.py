@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 
-PORT = "LBR_STORM_PORT"
+PORT = "LBR_TEST_PORT"
 
 
 async def ask(prompt: str) -> str:

@@ -263,6 +263,26 @@ def test_a_twin_is_used(tmp_path: Path) -> None:
     assert [one.stdout.split(":")[0] for one in done] == ["run twin", "run flag"]
 
 
+def test_a_variable_that_names_no_flag_is_told(tmp_path: Path) -> None:
+    """A mistyped twin changes nothing unseen; it is told once, by the command that was typed."""
+    cli = Cli(
+        tmp_path,
+        LBR_CONCURENCY="4",
+        LBR_ZZZZZZZZZZZZZZ="1",
+        LBR_TEST_EXAMPLES="1",
+        LBR_WORKER_UNTIL="empty",
+        LBR_CONFIG="none.toml",
+    )
+    told = [
+        "lbr: LBR_CONCURENCY in the environment is ignored, for it names no flag; did you mean LBR_RUN_CONCURRENCY?",
+        "lbr: LBR_ZZZZZZZZZZZZZZ in the environment is ignored, for it names no flag; `lbr COMMAND --help` has the flags",
+    ]
+    (tmp_path / "in.txt").write_text("a\n")
+    assert cli("enqueue", "in.txt", "--model", "offline:echo").stderr.splitlines() == told
+    assert cli("worker", "--processes", "2").stderr.count("LBR_CONCURENCY") == 1
+    assert cli("--help").stderr == ""
+
+
 def test_extras_are_documented() -> None:
     """The page of models names every provider that is an extra of the package; other extras have their own pages."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]

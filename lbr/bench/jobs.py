@@ -22,8 +22,8 @@ async def nap(prompt: str) -> str:
 
 
 async def note_start(prompt: str) -> str:
-    """Write down when the first call of a process was made, in the file that LBR_BENCH_NOTE names."""
-    _note(Path(os.environ["LBR_BENCH_NOTE"]))
+    """Write down when the first call of a process was made, in the file that LBR_TEST_NOTE names."""
+    _note(Path(os.environ["LBR_TEST_NOTE"]))
     return prompt
 
 

@@ -22,6 +22,7 @@ from lbr.errors import DatabaseError, LbrError, MisfitError, OutputError, Stoppe
 F = TypeVar("F", bound=Callable[..., Any])
 
 DB_DEFAULT = "runs.db"
+CONFIG_VARIABLE, OF_TESTS = "LBR_CONFIG", "LBR_TEST_"
 EXIT_UNFINISHED, EXIT_FAILURES = 3, 4
 YOUNG_OBJECTS = 20_000
 """After how many new objects the garbage collector looks for cycles.
@@ -41,7 +42,7 @@ class Group(click.Group):
         """Run a command; an `LbrError` ends the process with its message and its exit code."""
         try:
             _read_environment()
-            path = Path(os.environ.get("LBR_CONFIG", CONFIG_FILE))
+            path = Path(os.environ.get(CONFIG_VARIABLE, CONFIG_FILE))
             extra.setdefault("default_map", flag_defaults(self, read_config_file(path), str(path)))
             return super().main(*args, **extra)
         except LbrError as error:
@@ -98,6 +99,22 @@ def _read_environment() -> None:
                 f"expected flags, names and file names in UTF-8, got: {text!r}; "
                 f"rename the file, or set LC_ALL=C.UTF-8 where the locale is another"
             ) from error
+
+
+def unknown_variables(group: click.Group) -> list[str]:
+    """Return what to say of the environment's LBR_ variables that are nobody's, each with the nearest name there is."""
+    shown = [group, *(command for command in group.commands.values() if not command.hidden)]
+    known = {str(one.envvar) for command in shown for one in command.params if isinstance(one, click.Option)}
+    known |= {CONFIG_VARIABLE}
+    ours = (name for name in os.environ if name.startswith("LBR_") and not name.startswith(OF_TESTS))
+    notices = []
+    for name in sorted(set(ours) - known):
+        from difflib import get_close_matches  # noqa: PLC0415 - only where there is something to say
+
+        close = get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else "`lbr COMMAND --help` has the flags"
+        notices.append(f"{name} in the environment is ignored, for it names no flag; {hint}")
+    return notices
 
 
 def flag_defaults(command: click.Command, found: Any, where: str) -> dict[str, Any]:
@@ -189,6 +206,11 @@ def lbr(context: click.Context, db: str, allow_network_fs: bool) -> None:
     130 interrupted.
     """
     context.obj = {"db_url": db, "allow_network_fs": allow_network_fs}
+    group = context.command
+    # A hidden command is a child's, whose parent has said it.
+    if isinstance(group, click.Group) and not group.commands[context.invoked_subcommand or ""].hidden:
+        for notice in unknown_variables(group):
+            say(f"lbr: {notice}")
 
 
 def database_option(command: F) -> F:
