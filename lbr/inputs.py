@@ -106,13 +106,14 @@ def is_stream(source: str) -> bool:
 def load_text(text_or_at_file: str, what: str) -> str:
     """Return the argument itself, or what is in the UTF-8 file that `@path` names; `what` is its name in messages.
 
+    The line break that ends a file is no part of it: editors put it there.
     A template that starts with the sign itself is written `{{ '@' }}`. Raises UsageError.
     """
     if not text_or_at_file.startswith("@"):
         return text_or_at_file
     path = text_or_at_file[1:]
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        return Path(path).read_text(encoding="utf-8-sig").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise UsageError(f"expected {path} to be UTF-8, got: {_bad_byte(error)}; convert it") from error
     except (OSError, ValueError) as error:

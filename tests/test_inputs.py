@@ -497,7 +497,19 @@ class TestTemplate:
         """A template, or instructions, are the argument itself, or what stands in the file after @."""
         path = write(tmp_path, "t.j2", b"\xef\xbb\xbfHi {{ a }}\n")
         assert load_text("Hi {{ a }}", "a template") == "Hi {{ a }}"
-        assert load_text(f"@{path}", "a template") == "Hi {{ a }}\n"
+        assert load_text(f"@{path}", "a template") == "Hi {{ a }}"
+
+    @pytest.mark.parametrize(
+        ("held", "meant"),
+        [("a", "a"), ("a\n", "a"), ("a\r\n", "a"), ("a\n\n", "a\n"), ("\na ", "\na "), ("\n", "")],
+    )
+    def test_the_line_break_that_ends_a_file_is_not_meant(
+        self, tmp_path: Path, held: str, meant: str
+    ) -> None:
+        """An editor puts one there; whoever means one writes another."""
+        path = write(tmp_path, "t.txt", held.encode())
+        assert load_text(f"@{path}", "instructions") == meant
+        assert load_text(held, "instructions") == held
 
     @pytest.mark.parametrize(
         ("name", "message"),
