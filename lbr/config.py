@@ -27,6 +27,8 @@ MAX_ATTEMPTS = 8
 CALL_TIMEOUT = 120.0
 PATIENCE = 120.0
 LARGEST = 1_000_000
+MOST_SLOTS = 10_000
+"""What one worker makes of calls at a time; a limit of all workers may be above it."""
 MOST_A_MINUTE = 2_000_000_000
 MOST_DOLLARS = 1_000_000_000
 
@@ -91,10 +93,10 @@ def _words_of(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else repr(value)[:100]
 
 
-def at_least_one(name: str, value: int) -> int:
+def at_least_one(name: str, value: int, *, most: int = LARGEST) -> int:
     """Return the value, or raise UsageError: it must be a whole number of at least one, and sane."""
-    if type(value) is not int or not 1 <= value <= LARGEST:
-        raise UsageError(f"expected {name} to be a whole number from 1 to {LARGEST}, got: {value!r}")
+    if type(value) is not int or not 1 <= value <= most:
+        raise UsageError(f"expected {name} to be a whole number from 1 to {most}, got: {value!r}")
     return value
 
 
@@ -153,7 +155,7 @@ class WorkOptions:
     max_cost: float | None = None
 
     def __post_init__(self) -> None:
-        at_least_one("concurrency", self.concurrency)
+        at_least_one("concurrency", self.concurrency, most=MOST_SLOTS)
         positive("lease", self.lease)
         positive("timeout", self.timeout)
         positive("patience", self.patience)
@@ -164,7 +166,5 @@ class WorkOptions:
             nanos_of("max_cost", self.max_cost)
         if not (_is_finite(self.grace) and self.grace >= 0):
             raise UsageError(f"expected grace to be a number of at least 0, got: {_words_of(self.grace)}")
-        if self.concurrency > 10_000:
-            raise UsageError(f"expected concurrency to be at most 10000, got: {self.concurrency}")
         if not 0.5 <= self.lease <= 86_400:
             raise UsageError(f"expected lease to be from 0.5 to 86400 seconds, got: {self.lease:g}")

@@ -100,7 +100,7 @@ async def prompt_map(
     shape, every = Shape(one_of("output_shape", output_shape, tuple(Shape))), progress_every or 0
     if one_of("return_dtype", return_dtype, RETURN_DTYPES) == "polars":
         _polars()  # before any call is paid for
-    options = WorkOptions(concurrency=at_least_one("concurrency", concurrency), lease=lease, timeout=timeout)
+    options = WorkOptions(concurrency=concurrency, lease=lease, timeout=timeout)
     said = None if price is None else read_price(price)
     asked = ask(
         model=model_name,

@@ -368,7 +368,7 @@ async def test_nobody_to_answer_is_one_clear_error() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"concurrency": 0}, "concurrency to be a whole number from 1 to 1000000, got: 0"),
+        ({"concurrency": 0}, "concurrency to be a whole number from 1 to 10000, got: 0"),
         ({"lease": -1}, "lease"),
         ({"output_shape": "odd"}, "output_shape to be one of original, unique, got: 'odd'"),
         ({"return_dtype": "dict"}, "return_dtype"),
