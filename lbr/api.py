@@ -24,6 +24,7 @@ from lbr.config import (
 )
 from lbr.errors import UsageError
 from lbr.jobs import JobState, KeyMaker, Shape, Until
+from lbr.plurals import counted
 from lbr.prices import read_price
 from lbr.processes import run_processes
 from lbr.serving import check_room
@@ -144,7 +145,9 @@ async def put(
     changed = await _note_change(database, run, spec)
     notices = [*changed]
     if spec.max_attempts not in {run.max_attempts, MAX_ATTEMPTS}:
-        notices.append(f"run {run.name} was made with {run.max_attempts} attempts for a job; that stays so")
+        notices.append(
+            f"run {run.name} was made with {counted(run.max_attempts, 'attempt')} for a job; that stays so"
+        )
     maker = KeyMaker(spec.task)
     place = 0
     counts = queueing.EnqueueCounts()
@@ -163,7 +166,9 @@ async def put(
         notices += await _note_reuse(database, run, spec)
     held = await queueing.next_idx(database, run)
     if held > place and not append:
-        notices.append(f"run {run.name} holds {held} inputs, this input has {place}; the others stay in it")
+        notices.append(
+            f"run {run.name} holds {counted(held, 'input')}, this input has {place}; the others stay in it"
+        )
     return EnqueueReport(run.name, counts, notices)
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from lbr.errors import NothingToServeError
 from lbr.jobs import JobState, RunState, Until
+from lbr.plurals import counted
 from lbr.store import reads
 from lbr.store.runs import MOVED_TO, departed_words, tells_of_move
 
@@ -90,7 +91,7 @@ class Ending:
         if held and not one.of(JobState.PENDING) and not self._told_held:
             self._told_held = True
             self._notify(
-                f"run {one.run.name}: waiting for {held} jobs that other workers hold; a dead worker's are taken back, "
+                f"run {one.run.name}: waiting for {counted(held, 'job')} that other workers hold; a dead worker's are taken back, "
                 f"at the latest when their leases run out"
             )
 

@@ -10,6 +10,7 @@ from lbr.arguments import checked
 from lbr.config import DB_URL_DEFAULT
 from lbr.errors import DatabaseError, UsageError
 from lbr.jobs import JobState
+from lbr.plurals import counted
 from lbr.reclaiming import Reclaiming
 from lbr.spool import waiting_of
 from lbr.store import contents, reads, transfer
@@ -107,7 +108,7 @@ async def _hold(source: Database, name: str, aim: str, notify: Callable[[str], N
         if not told:
             told = True
             notify(
-                f"run {name} is paused; waiting for {held} jobs in flight, whose leases end in {seconds:.0f} s at "
+                f"run {name} is paused; waiting for {counted(held, 'job')} in flight, whose leases end in {seconds:.0f} s at "
                 f"the latest if their workers are dead"
             )
         await asyncio.sleep(WAIT_SECONDS)

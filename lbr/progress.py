@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lbr.budget import BUDGET_SPENT, COST_UNKNOWN
 from lbr.errors import Family
 from lbr.jobs import JobState, RunState
+from lbr.plurals import counted
 from lbr.prices import NANOS, Price, dollars
 from lbr.store import counters
 from lbr.store.limiting import SILENT_MS
@@ -117,7 +118,7 @@ def describe_limit(fields: dict[str, Json]) -> str:
         if fields[name] is not None
     ]
     if fields["concurrency"] is not None:
-        parts.append(f"{fields['concurrency']} calls at a time")
+        parts.append(f"{counted(fields['concurrency'], 'call')} at a time")
     elif _is_narrow(fields):
         parts.append(f"{fields['at_a_time']} of {fields['slots']} calls at a time, learned")
     elif fields["at_a_time"] is not None and not fields["slots"]:

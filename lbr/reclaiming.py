@@ -7,6 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from lbr.jobs import JobState
+from lbr.plurals import counted
 from lbr.spool import settle_kept
 from lbr.store.queue import RECLAIM_PAGE
 
@@ -49,7 +50,7 @@ class Reclaiming:
                 break
         for (worker, died), count in sorted(Counter((one.worker_id, one.died) for one in taken).items()):
             why = "which died" if died else "whose lease ran out"
-            self._notify(f"reclaimed {count} jobs of worker {worker}, {why}")
+            self._notify(f"reclaimed {counted(count, 'job')} of worker {worker}, {why}")
         for one in taken:
             if one.state is JobState.FAILED:
                 self._notify(f"job {one.job_id} failed: its worker died 3 times")

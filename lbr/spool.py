@@ -17,6 +17,7 @@ from filelock import Timeout
 
 from lbr.errors import DatabaseError, Family, LbrError, Usage
 from lbr.jobs import KEY_BYTES, Claim, Failure, JobId, JobState, Outcome, Prompt, Reply, RunId, Settlement
+from lbr.plurals import counted
 from lbr.retry import storable_usage
 from lbr.store import files, reads
 from lbr.store.settle import settle
@@ -200,7 +201,8 @@ async def _settle_file(database: Database, path: Path, notify: Callable[[str], N
     os.unlink(path)
     if ours:
         notify(
-            f"took up {taken} answers that were kept in {path}" + (f", {stale} came too late" * bool(stale))
+            f"took up {counted(taken, 'answer')} that {'was' if taken == 1 else 'were'} kept in {path}"
+            + (f", {stale} came too late" * bool(stale))
         )
     return True
 

@@ -376,7 +376,7 @@ def test_words_of_the_command(cli: Cli, tmp_path: Path) -> None:
     done = cli("doctor", check=False)
     assert done.returncode == GRAVE
     assert (
-        "warning  runs: run r: paused with 1 jobs to do: the moon\n         mend it, then `lbr resume r`\n"
+        "warning  runs: run r: paused with 1 job to do: the moon\n         mend it, then `lbr resume r`\n"
         in done.stdout
     )
     assert "warning" in done.stderr
@@ -775,7 +775,7 @@ async def test_rows_of_writers_are_counted(new_database: Callable[[], str]) -> N
     database = await open_database(url, create=True)
     await put(database, ["a"])
     (one,) = (await examined(url))["writers"]
-    assert (one.gravity, one.found) == (Gravity.OK, "1 rows of writers, 0 silent for an hour")
+    assert (one.gravity, one.found) == (Gravity.OK, "1 row of writers, 0 silent for an hour")
     change(url, "INSERT INTO writers (id, seq, at) SELECT 'w' || n, 1, 0 FROM generate_series(1, 700) AS n")
     (one,) = (await examined(url))["writers"]
     assert one.gravity is Gravity.NOTE

@@ -173,8 +173,8 @@ async def test_jobs_in_flight_are_waited_for(urls: tuple[str, str]) -> None:
     told: list[str] = []
     await lbr.move("r", db_url=source, to_url=target, notify=told.append)
     assert len(told) == 2
-    assert "run r is paused; waiting for 1 jobs in flight" in told[0]
-    assert f"reclaimed 1 jobs of worker {worker}, whose lease ran out" in told[1]
+    assert "run r is paused; waiting for 1 job in flight" in told[0]
+    assert f"reclaimed 1 job of worker {worker}, whose lease ran out" in told[1]
     status = (await lbr.status("r", db_url=target)).runs[0]
     assert (status.pending, status.inflight, status.crashed) == (2, 0, 1)
     await database.close()

@@ -131,7 +131,7 @@ def test_zombie_is_late_and_nobody_else_has_asked(cli: Cli) -> None:
     cli("enqueue", "other.txt", "--model", "offline:echo")
     zombie = stop_in_its_call(cli)
     told = cli("worker", "--run", "other").stderr
-    assert "reclaimed 1 jobs" in told
+    assert "reclaimed 1 job" in told
     assert (cli.status("in")["pending"], cli.status("in")["crashed"]) == (1, 1)
     zombie.send_signal(signal.SIGCONT)
     _, told = zombie.communicate(timeout=60)

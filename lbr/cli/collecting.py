@@ -11,12 +11,13 @@ from lbr import api
 from lbr.cli.app import EXIT_FAILURES, EXIT_UNFINISHED, database_option, say
 from lbr.jobs import Shape
 from lbr.outputs import OutputFormat
+from lbr.plurals import counted
 
 
 def describe(collected: api.Collected) -> str:
     """Return what a collect wrote, in words."""
     counts = ", ".join(f"{count} {status}" for status, count in sorted(collected.by_status.items()))
-    return f"run {collected.run}: {collected.total} rows: {counts or 'none'}"
+    return f"run {collected.run}: {counted(collected.total, 'row')}: {counts or 'none'}"
 
 
 def exit_code(collected: api.Collected) -> int:
@@ -31,10 +32,18 @@ def exit_code(collected: api.Collected) -> int:
             f"lbr: the enqueue of run {collected.run} has not come to its end; run it again if it was interrupted"
         )
     if collected.unfinished or not collected.sealed:
-        say(f"lbr: {collected.unfinished} rows are not finished; `lbr worker` finishes them")
+        rows, them = (
+            ("1 row is", "it") if collected.unfinished == 1 else (f"{collected.unfinished} rows are", "them")
+        )
+        say(f"lbr: {rows} not finished; `lbr worker` finishes {them}")
         return EXIT_UNFINISHED
     if collected.failed:
-        say(f"lbr: {collected.failed} rows have no answer; `lbr retry {collected.run}` puts their jobs back")
+        rows, jobs = (
+            ("1 row has", "its job")
+            if collected.failed == 1
+            else (f"{collected.failed} rows have", "their jobs")
+        )
+        say(f"lbr: {rows} no answer; `lbr retry {collected.run}` puts {jobs} back")
         return EXIT_FAILURES
     return 0
 

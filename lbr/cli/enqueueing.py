@@ -18,6 +18,7 @@ from lbr.config import MAX_ATTEMPTS
 from lbr.errors import StoppedError
 from lbr.inputs import InputFormat, is_stream, load_text
 from lbr.models.offline import ECHO
+from lbr.plurals import counted
 from lbr.structured import load_schema
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -121,7 +122,11 @@ def _interrupted_words(inputs: tuple[str, ...], kept: int, *, append: bool) -> s
             "interrupted; `lbr status` tells how many inputs the run holds by now. The same command would add those "
             "again: enqueue the rest alone"
         )
-    begun = f"interrupted with the first {kept} inputs in the run" if kept else "interrupted at the beginning"
+    begun = (
+        f"interrupted with the first {counted(kept, 'input')} in the run"
+        if kept
+        else "interrupted at the beginning"
+    )
     same = (
         "the same command again with the same input"
         if any(map(is_stream, inputs))
@@ -174,6 +179,6 @@ def enqueue(db: dict[str, Any], /, inputs: tuple[str, ...], as_json: bool, **fla
         tell(orjson.dumps({"run": report.run} | fields))
         return
     tell(
-        f"run {report.run}: {counts.inputs} inputs, {counts.new} new, {counts.duplicate} duplicate, "
+        f"run {report.run}: {counted(counts.inputs, 'input')}, {counts.new} new, {counts.duplicate} duplicate, "
         f"{counts.reused} reused, {counts.known} known"
     )

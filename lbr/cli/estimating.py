@@ -15,6 +15,7 @@ from lbr.config import WorkOptions
 from lbr.estimating import SECONDS_PER_CALL, Estimate, rounded
 from lbr.estimating import estimate as estimate_inputs
 from lbr.inputs import load_text
+from lbr.plurals import counted
 from lbr.prices import NANOS, Price, dollars, table_problem
 from lbr.progress import duration
 from lbr.structured import load_schema
@@ -67,8 +68,8 @@ def describe(found: Estimate) -> str:
     """Return what `lbr estimate` prints."""
     return "\n".join(
         (
-            f"{found.model}: {found.inputs} inputs, {found.prompts} distinct, {found.duplicates} duplicate",
-            f"input: about {found.input_tokens} tokens, estimated at {CHARACTERS_PER_TOKEN} characters a token",
+            f"{found.model}: {counted(found.inputs, 'input')}, {found.prompts} distinct, {found.duplicates} duplicate",
+            f"input: about {counted(found.input_tokens, 'token')}, estimated at {CHARACTERS_PER_TOKEN} characters a token",
             f"output: {_output_words(found)}",
             f"money: {_money_words(found)}",
             f"time: {_time_words(found)}",
@@ -80,10 +81,10 @@ def _output_words(found: Estimate) -> str:
     each = found.output_tokens_per_call
     match found.output_tokens_from:
         case "max_tokens":
-            return f"at most {found.output_tokens} tokens, max_tokens={each} an answer"
+            return f"at most {counted(found.output_tokens, 'token')}, max_tokens={each} an answer"
         case "given":
-            return f"about {found.output_tokens} tokens, {each} an answer"
-    return f"about {found.output_tokens} tokens, assumed to be {each} an answer: give --output-tokens or --set max_tokens=…"
+            return f"about {counted(found.output_tokens, 'token')}, {each} an answer"
+    return f"about {counted(found.output_tokens, 'token')}, assumed to be {each} an answer: give --output-tokens or --set max_tokens=…"
 
 
 def _money_words(found: Estimate) -> str:
@@ -99,9 +100,9 @@ def _money_words(found: Estimate) -> str:
 def _time_words(found: Estimate) -> str:
     match found.bound_by:
         case "rpm":
-            why = f"{found.prompts} calls at {found.rpm:g} a minute"
+            why = f"{counted(found.prompts, 'call')} at {found.rpm:g} a minute"
         case "tpm":
             why = f"{found.input_tokens + found.output_tokens} tokens at {found.tpm:g} a minute"
         case _:
-            why = f"{found.prompts} calls of {found.seconds_per_call:g} s, {found.concurrency} at a time"
+            why = f"{counted(found.prompts, 'call')} of {found.seconds_per_call:g} s, {found.concurrency} at a time"
     return f"about {duration(found.seconds)}: {why}"

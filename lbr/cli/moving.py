@@ -11,6 +11,7 @@ import orjson
 from lbr import moving
 from lbr.cli.app import say, tell
 from lbr.errors import StoppedError
+from lbr.plurals import counted
 
 
 @click.command()
@@ -44,7 +45,7 @@ def move(db: dict[str, Any], /, from_url: str, to_url: str, run: str, restart: b
         return
     done = "was moved before to" if moved.known else "moved to"
     tell(
-        f"run {moved.run}: {moved.inputs} inputs, {moved.jobs} jobs, {moved.answers} answers {done} {moved.target}"
+        f"run {moved.run}: {counted(moved.inputs, 'input')}, {counted(moved.jobs, 'job')}, {counted(moved.answers, 'answer')} {done} {moved.target}"
     )
     if moved.known:
         return

@@ -16,6 +16,7 @@ from lbr import operating
 from lbr.cli.app import database_option, read_setting, say, tell
 from lbr.config import positive
 from lbr.errors import UsageError
+from lbr.plurals import counted
 from lbr.prices import dollars
 from lbr.progress import describe, resumed_words
 
@@ -158,11 +159,16 @@ def retry(
         )
     own = dict(read_setting(one) for one in settings)
     count = asyncio.run(operating.retry(run, where=where, settings=own, **db))
-    tell(f"run {run}: {count} jobs back to pending")
+    tell(f"run {run}: {counted(count, 'job')} back to pending")
 
 
 def _describe_reparsed(run: str, reparsed: Reparsed) -> str:
-    words = f"run {run}: {reparsed.taken} kept answers fit now and are taken, {reparsed.left} still do not"
+    kept = (
+        "1 kept answer fits now and is"
+        if reparsed.taken == 1
+        else f"{reparsed.taken} kept answers fit now and are"
+    )
+    words = f"run {run}: {kept} taken, {reparsed.left} still {'does' if reparsed.left == 1 else 'do'} not"
     return words if reparsed.problem is None else f"{words}; the first: {reparsed.problem}"
 
 
@@ -172,7 +178,7 @@ def _describe_reparsed(run: str, reparsed: Reparsed) -> str:
 @click.pass_obj
 def cancel(db: dict[str, Any], /, run: str) -> None:
     """Cancel a run's pending jobs; calls in flight end and their answers are kept."""
-    tell(f"run {run}: {asyncio.run(operating.cancel(run, **db))} jobs cancelled")
+    tell(f"run {run}: {counted(asyncio.run(operating.cancel(run, **db)), 'job')} cancelled")
 
 
 @click.command()

@@ -26,6 +26,7 @@ from lbr.cli.working import (
 from lbr.config import at_least_one
 from lbr.errors import UsageError
 from lbr.jobs import Shape
+from lbr.plurals import counted
 from lbr.store.engines import file_of
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ async def _run(
     enqueued = await enqueue_inputs(db, inputs, hear, servable=True, **flags)
     counts = enqueued.counts
     say(
-        f"lbr: run {enqueued.run}: {counts.inputs} inputs, {counts.new} new, {counts.duplicate} duplicate, "
+        f"lbr: run {enqueued.run}: {counted(counts.inputs, 'input')}, {counts.new} new, {counts.duplicate} duplicate, "
         f"{counts.reused} reused, {counts.known} known"
     )
     worked: WorkReport | None = None

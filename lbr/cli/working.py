@@ -16,6 +16,7 @@ from lbr import api, descriptors
 from lbr.cli.app import EXIT_UNFINISHED, database_option, say, with_options
 from lbr.config import WorkOptions, at_least_one
 from lbr.jobs import Until
+from lbr.plurals import counted
 from lbr.processes import hearing
 from lbr.progress import paused_words
 
@@ -162,7 +163,7 @@ def leave_stuck(report: WorkReport, code: int) -> None:
     """End the process where calls would not be cancelled, for asyncio would wait for them for ever."""
     if report.stuck:
         # Their jobs are released.
-        say(f"lbr: left {report.stuck} calls behind that would not be cancelled")
+        say(f"lbr: left {counted(report.stuck, 'call')} behind that would not be cancelled")
         os._exit(code)
 
 

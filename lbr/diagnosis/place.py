@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lbr.diagnosis.findings import Finding, Gravity
+from lbr.plurals import counted
 from lbr.progress import duration
 from lbr.store.files import NETWORK_WAYS
 
@@ -202,7 +203,7 @@ def of_writers(health: Health) -> Iterator[Finding]:
     writers = health.writers
     if writers is None:
         return
-    found = f"{writers.total} rows of writers, {writers.silent} silent for an hour"
+    found = f"{counted(writers.total, 'row')} of writers, {writers.silent} silent for an hour"
     if writers.silent < MANY_WRITERS:
         yield Finding("writers", Gravity.OK, found)
     else:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lbr.budget import BUDGET_SPENT, COST_UNKNOWN
 from lbr.diagnosis.findings import Finding, Gravity
 from lbr.jobs import RunState
+from lbr.plurals import counted
 from lbr.progress import describe_limit, duration, limit_fields
 from lbr.store.limiting import SILENT_MS
 from lbr.store.runs import MOVED_TO, MOVING_FROM, MOVING_TO
@@ -141,7 +142,7 @@ def _unsealed(run: Run, now: int) -> Finding:
 
 def _paused(run: Run, left: int) -> Finding:
     reason = run.pause_reason or "no reason is kept"
-    words = f"run {run.name}: paused with {left} jobs to do: {reason}"
+    words = f"run {run.name}: paused with {counted(left, 'job')} to do: {reason}"
     if reason.startswith(MOVED_TO):
         return Finding(
             "runs", Gravity.OK, f"run {run.name}: {reason}, where it goes on; this is a copy that rests"
