@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lbr import outputs
 from lbr.answers import Collected, Tally, write_pages
 from lbr.arguments import NAMES, checked
-from lbr.asking import ask, authorize, check_runs_are_named, check_servable
+from lbr.asking import ask, authorize, changed_by_use, check_runs_are_named, check_servable
 from lbr.config import (
     DB_URL_DEFAULT,
     MAX_ATTEMPTS,
@@ -251,7 +251,11 @@ async def work(
     async with opened(db_url, allow_network_fs=allow_network_fs, patience=patience) as database:
         worker = Worker(database, authority, options, run_names=names, notify=notify)
         on_start(worker)
-        return await worker.run()
+        try:
+            return await worker.run()
+        finally:
+            for notice in changed_by_use(authority):
+                notify(notice)
 
 
 @checked()
@@ -273,7 +277,11 @@ async def collect(
     target = None if out is None or fspath(out) == "-" else fspath(out)
     if out is not None:
         outputs.check_output(target)
-    kind = outputs.OutputFormat(one_of("format", format, tuple(outputs.OutputFormat))) if format else None
+    kind = (
+        outputs.OutputFormat(one_of("format", format, tuple(outputs.OutputFormat)))
+        if format is not None
+        else None
+    )
     kind = kind or outputs.format_of(target)
     chosen = Shape(one_of("shape", shape, tuple(Shape)))
     if kind is outputs.OutputFormat.DB and target is None:

@@ -49,7 +49,20 @@ def _are_names(value: object) -> bool:
 
 
 def _is_list(value: object) -> bool:
-    return isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping | type)
+    return (
+        isinstance(value, Collection)
+        and not isinstance(value, str | bytes | Mapping | type)
+        and can_be_iterated(value)
+    )
+
+
+def can_be_iterated(value: object) -> bool:
+    """Tell whether a value gives others one by one. An array without a dimension says so and does not."""
+    try:
+        iter(value)  # type: ignore[call-overload]
+    except TypeError:
+        return False
+    return True
 
 
 def _is_whole(value: object) -> bool:

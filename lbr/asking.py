@@ -9,7 +9,7 @@ from lbr.config import default_model
 from lbr.errors import UsageError
 from lbr.jobs import Task, canonical_json
 from lbr.models.base import OPENROUTER, Kind, kind_of, model_string
-from lbr.models.identity import check_known_again, name_function, needs_version, own_version
+from lbr.models.identity import check_known_again, has_changed, name_function, needs_version, own_version
 from lbr.models.resolve import Authority, build_model, build_validator, check_task
 from lbr.records import not_finite
 from lbr.structured import import_type, schema_of
@@ -255,3 +255,14 @@ def check_runs_are_named(authority: Authority) -> None:
                 f"expected the runs that are to be answered by {one.identity.name} of an object that has a state, got: "
                 f"none named, and nothing tells which are of that object; name them with run=…"
             )
+
+
+def changed_by_use(authority: Authority) -> list[str]:
+    """Return what to say of functions that are others than before they were called: all is asked of them again."""
+    return [
+        f"{one.identity.name} has become another function while it was called, for a value that it closes over, or is a "
+        f"method of, has changed: the next call asks everything anew. Keep what changes in a global, or in a dataclass "
+        f"as field(compare=False)"
+        for one in authority.functions
+        if has_changed(one)
+    ]

@@ -125,9 +125,9 @@ def a_name(name: str, value: str) -> str:
     return value
 
 
-def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
+def one_of(name: str, value: object, allowed: Sequence[str]) -> str:
     """Return the value, or raise UsageError: it must be one of those allowed."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise UsageError(f"expected {name} to be one of {', '.join(map(str, allowed))}, got: {value!r}")
     return value
 

@@ -15,7 +15,7 @@ import orjson
 from lbr import outputs, progress
 from lbr.api import put
 from lbr.arguments import checked
-from lbr.asking import ask, check_servable
+from lbr.asking import ask, changed_by_use, check_servable
 from lbr.config import (
     CALL_TIMEOUT,
     DB_URL_DEFAULT,
@@ -237,6 +237,8 @@ async def _work(database: Database, asked: Asked, options: WorkOptions, run: Run
         if watching is not None:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
+        for notice in changed_by_use(asked.authority):
+            _say(notice)
 
 
 async def _report(database: Database, run: Run, every: int) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lbr import inputs
+from lbr.arguments import can_be_iterated
 from lbr.config import one_of
 from lbr.errors import InputError, UsageError
 from lbr.jobs import Item, Prompt
@@ -137,7 +138,7 @@ class Source:
             raise UsageError(
                 f"expected a list of prompts or a Path, got: a {type(given).__name__}; give {way_out}"
             )
-        if not isinstance(given, PathLike | Iterable):
+        if not isinstance(given, PathLike) and not can_be_iterated(given):
             raise UsageError(f"expected a list of prompts or a Path, got: {type(given).__name__}")
         everything = [given] if isinstance(given, PathLike) else list(given)
         files = [_name_of(one) for one in everything if isinstance(one, PathLike)]

@@ -264,8 +264,8 @@ def _settlement(line: dict[str, Any]) -> Settlement:
     if (reply is None) == (failure is None):
         raise ValueError("neither an answer nor a failure")
     state = JobState(line["state"])
-    if state not in WAYS:
-        raise ValueError(f"no call ends {state}")
+    if state not in WAYS or (state is JobState.DONE) != (failure is None):
+        raise ValueError(f"no such call ends {state}")
     outcome = Outcome(
         None if reply is None else Reply(**reply | {"usage": _usage(reply)}),
         None

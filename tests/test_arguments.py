@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 from pydantic import BaseModel
@@ -53,6 +54,12 @@ async def test_a_table_is_no_list_of_prompts(given: Any) -> None:
         with pytest.raises(UsageError, match=words):
             await asking()
     assert not Path("runs.db").exists()
+
+
+async def test_an_array_without_a_dimension_is_no_list_of_prompts() -> None:
+    """It says that it can be iterated, and cannot."""
+    with pytest.raises(UsageError, match="^expected a list of prompts or a Path, got: ndarray"):
+        await lbr.prompt_map(np.array("a"), up)
 
 
 async def test_the_way_out_fits_the_table() -> None:
@@ -135,6 +142,8 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (prompt_map, {"db_url": None}, "expected db_url to be a string or a path, got: NoneType"),
     (prompt_map, {"results_db_url": 5}, "expected results_db_url to be a string or a path, got: int"),
     (prompt_map, {"output_shape": 5}, "expected output_shape to be one of original, unique, got: 5"),
+    (prompt_map, {"return_dtype": np.arange(2)}, "expected return_dtype to be one of "),
+    (prompt_map, {"db_url": Path("/")}, "expected --db to name a file, got: the folder /"),
     (prompt_map, {"progress_every": "all"}, "expected progress_every to be a whole number of at least 0"),
     (prompt_map, {"progress_every": -1}, "expected progress_every to be a whole number of at least 0"),
     (prompt_map, {"teardown": "no"}, "expected teardown to be True or False, got: 'no'"),
@@ -163,6 +172,7 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
         "expected functions to be a list, got: the function up; write functions=[…]",
     ),
     (lbr.work, {"functions": "m:f"}, "expected functions to be a list, got: 'm:f'; write functions=[…]"),
+    (lbr.work, {"functions": np.array("x")}, "expected functions to be a list, got: array('x'"),
     (lbr.work, {"functions": [5]}, "expected a function from str to str, got: 5"),
     (lbr.work, {"result_types": City}, "expected result_types to be a list, got: the class City"),
     (lbr.work, {"until": "dne"}, "expected until to be one of done, empty, forever, got: 'dne'"),
@@ -175,6 +185,8 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (lbr.collect, {"run": None}, "expected run to be a string, got: None"),
     (lbr.collect, {"run": "r", "out": 5}, "expected out to be a string or a path, got: int"),
     (lbr.collect, {"run": "r", "shape": 5}, "expected shape to be one of original, unique, got: 5"),
+    (lbr.collect, {"run": "r", "shape": np.arange(2)}, "expected shape to be one of original, unique, got: "),
+    (lbr.collect, {"run": "r", "format": np.arange(2)}, "expected format to be one of jsonl, csv, db, got: "),
     (lbr.collect, {"run": "r", "format": 5}, "expected format to be one of jsonl, csv, db, got: 5"),
     (lbr.status, {"run": 5}, "expected run to be a string, got: 5"),
     (lbr.status, {"db_url": b"runs.db"}, "expected db_url to be a string or a path, got: bytes"),
@@ -194,6 +206,7 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (lbr.limit, {"scope": "a:b", "values": [1]}, "expected values to be a dict, got: [1]"),
     (lbr.move, {"run": "r", "to_url": 5}, "expected to_url to be a string or a path, got: int"),
     (lbr.doctor, {"fix": "no"}, "expected fix to be True or False, got: 'no'"),
+    (lbr.doctor, {"db_url": Path("/")}, "expected --db to name a file, got: the folder /"),
     (lbr.doctor, {"db_url": 5}, "expected db_url to be a string or a path, got: int"),
     (lbr.export_jsonl, {"out": None}, "expected out to be a string or a path, got: NoneType"),
     (lbr.export_jsonl, {"out": "a.jsonl", "run": 5}, "expected run to be a string, got: 5"),

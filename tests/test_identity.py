@@ -28,6 +28,7 @@ from zoneinfo import ZoneInfo
 import numpy as np
 import pytest
 from pydantic import BaseModel, ConfigDict, PrivateAttr
+from pydantic_ai import Agent as TalkingAgent
 
 from lbr.asking import ask, authorize
 from lbr.errors import Family, UsageError
@@ -520,6 +521,68 @@ def test_what_a_dataclass_does_not_compare_is_no_part_of_it() -> None:
     assert (identify(voice.ask), identify(nested(voice))) == before
     assert identify(Counting("rude").ask) != before[0]
     assert ask(function=voice.ask).task.version is None
+
+
+PACKAGE = """
+from dataclasses import dataclass
+from pydantic import BaseModel
+
+class Methods:
+    def ask(self, text): return f"{self.tone} {text}"
+
+@dataclass
+class Client(Methods):
+    tone: str
+
+class Model(BaseModel):
+    tone: str
+    def ask(self, text): return f"{self.tone} {text}"
+
+@dataclass(frozen=True)
+class Settings(Methods):
+    tone: str
+
+class Frozen(Model, frozen=True): pass
+"""
+
+
+def test_of_a_package_only_what_cannot_change_is_looked_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An installed class may change its objects as they are used; a method of one needs a version."""
+    folder = tmp_path / "lib" / "site-packages"
+    folder.mkdir(parents=True)
+    (folder / "fn_installed.py").write_text(PACKAGE)
+    monkeypatch.syspath_prepend(folder)
+    package = importlib.import_module("fn_installed")
+    for kind, looked_into in (
+        (package.Client, False),
+        (package.Model, False),
+        (package.Settings, True),
+        (package.Frozen, True),
+    ):
+        polite, rude = kind(tone="polite"), kind(tone="rude")
+        assert (identify(nested(polite)) != identify(nested(rude))) is looked_into
+        assert ask(function=polite.ask, version="1").task.version == "1"
+        if looked_into:
+            assert ask(function=polite.ask).task != ask(function=rude.ask).task
+        else:
+            with pytest.raises(UsageError, match="of an object that has a state"):
+                ask(function=polite.ask)
+    del sys.modules["fn_installed"]
+
+
+async def test_an_agent_is_the_same_before_and_after_its_use() -> None:
+    """One of pydantic-ai is a dataclass that is given a name when it is first run."""
+    agent = TalkingAgent("test")
+
+    async def answer(prompt: str) -> str:
+        return (await agent.run(prompt)).output
+
+    before = identify(answer)
+    assert await answer("x")
+    assert agent.name == "agent"
+    assert identify(answer) == before
 
 
 def computed(tone: str) -> Computing:

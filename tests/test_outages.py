@@ -395,6 +395,25 @@ async def test_kept_answers_of_another_database_are_left_alone(db_url: str, tmp_
     await database.close()
 
 
+@pytest.mark.parametrize("state", ["failed", "pending"])
+async def test_a_kept_answer_ends_its_job(db_url: str, tmp_path: Path, state: str) -> None:
+    """A line that keeps an answer and has its job tried again was changed by hand, and is taken for rubbish."""
+    from lbr.spool import keep, settle_kept
+
+    database = await open_database(db_url, create=True)
+    database.spool_places = [tmp_path / "kept" / "queue"]
+    run = await put(database, ["a"])
+    queue = Queue(database)
+    worker = await queue.register(host="h", pid=1, concurrency=2)
+    path = keep(database, [answered(one) for one in await queue.claim(worker, [run.id], 1, lease=60)])
+    path.write_text(path.read_text().replace('"state":"done"', f'"state":"{state}"'))
+    lines: list[str] = []
+    await settle_kept(database, lines.append)
+    assert [f"no such call ends {state}" in line for line in lines] == [True]
+    assert await states(database, run) == {"inflight": 1}
+    await database.close()
+
+
 @pytest.mark.parametrize("before", [[], ["x", "y"]], ids=["same-ids", "other-ids"])
 async def test_kept_answers_are_taken_by_a_database_that_was_made_anew(
     db_url: str, tmp_path: Path, new_database: Callable[[], str], before: list[str]

@@ -157,6 +157,53 @@ def test_objects_with_a_state_need_a_version(cli: Cli, folder: Path) -> None:
     assert len(runs_of(cli)) == 3
 
 
+def test_a_function_that_changes_as_it_is_called_is_told(cli: Cli, folder: Path) -> None:
+    """The next call would ask everything again, and be paid for again; what is no part of a value may change."""
+    asked = """
+        from dataclasses import field
+
+        @dataclass
+        class Client:
+            calls: int = 0
+            cache: dict = field(default_factory=dict, compare=False)
+
+            def ask(self, prompt):
+                self.calls += 1
+                return "Hi"
+
+            def look_up(self, prompt):
+                return self.cache.setdefault(prompt, "Ho")
+
+        seen = []
+
+        def main():
+            client, other = Client(), Client()
+
+            def ask(prompt):
+                return client.ask(prompt)
+
+            def note(prompt):
+                seen.append(prompt)
+                return seen[0] if seen is heard else ""
+
+            heard = seen
+            for function in (ask, other.look_up, other.look_up, note, Client().ask):
+                call(function)
+
+        main()
+    """
+    done = python(cli, asked)
+    assert done.stdout.split() == ["Hi", "Ho", "Ho", "hello", "Hi"]
+    told = [
+        line for line in done.stderr.splitlines() if "has become another function while it was called" in line
+    ]
+    assert [line.split()[1] for line in told] == [
+        "program:main.<locals>.ask",
+        "program:main.<locals>.note",
+        "program:Client.ask",
+    ]
+
+
 def test_an_object_answers_no_run_of_another(cli: Cli, folder: Path) -> None:
     """Nothing but its caller's word says which runs are of an object with a state, so that they have to be named."""
     asked = """

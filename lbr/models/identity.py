@@ -125,6 +125,16 @@ def check_known_again(named: NamedFunction) -> None:
     )
 
 
+def has_changed(named: NamedFunction) -> bool:
+    """Tell whether a function that is known by its fingerprint has another one by now, for a value in it changed."""
+    if not named.identity.anonymous:
+        return False
+    try:
+        return fingerprint_of(named.call) != named.identity.fingerprint
+    except UsageError:  # more than can be looked at
+        return True
+
+
 def _named(function: Any) -> Any:
     """Return what carries the name; a class method is named by itself, for its class is part of its name."""
     while True:

@@ -10,11 +10,13 @@ import enum
 import functools
 import inspect
 import re
+import sys
+import sysconfig
 from collections import deque
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from fractions import Fraction
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from types import (
     BuiltinFunctionType,
     GenericAlias,
@@ -108,18 +110,42 @@ def fields_of(value: Any) -> list[tuple[str, Any]] | None:
     """Return the fields of an object that is a value by nature, in order; None for anything else.
 
     That is a dataclass with the fields that it compares, a pydantic model with what is private in it, or a namespace.
+    Not one of a package's that may change, such as an agent, which does so as it is used.
     """
     names: Iterable[str]
-    if dataclasses.is_dataclass(type(value)):
+    if is_one(value, SimpleNamespace) or "argparse.Namespace" in map(_full_name, type(value).__mro__):
+        names = vars(value)
+    elif not (_is_frozen(value) or _is_of_the_program(type(value))):
+        return None
+    elif dataclasses.is_dataclass(type(value)):
         names = [field.name for field in dataclasses.fields(value) if field.compare]
     elif is_base_model(value) and hasattr(type(value), "model_fields"):
         extra, private = value.model_extra or (), attribute(value, "__pydantic_private__") or ()
         names = [*type(value).model_fields, *extra, *private]
-    elif is_one(value, SimpleNamespace) or "argparse.Namespace" in map(_full_name, type(value).__mro__):
-        names = vars(value)
     else:
         return None
     return [(name, attribute(value, name, "<unset>")) for name in names]
+
+
+def _is_frozen(value: Any) -> bool:
+    if dataclasses.is_dataclass(type(value)):
+        return bool(type(value).__dataclass_params__.frozen)
+    config = attribute(type(value), "model_config") if is_base_model(value) else None
+    return bool(config and config.get("frozen"))
+
+
+def _is_of_the_program(class_: type) -> bool:
+    """Tell whether a class is of the program that runs, neither Python's own nor a package's."""
+    file = attribute(sys.modules.get(class_.__module__), "__file__")
+    return file is None or not _was_installed(file)
+
+
+@functools.lru_cache(maxsize=256)
+def _was_installed(file: str) -> bool:
+    path = Path(file)
+    return not {"site-packages", "dist-packages"}.isdisjoint(path.parts) or path.is_relative_to(
+        sysconfig.get_path("stdlib")
+    )
 
 
 def _full_name(class_: type) -> str:

@@ -90,9 +90,11 @@ def _is_of_functools(value: Any) -> bool:
 def _keeps_more(value: Any) -> bool:
     """Tell whether an object has attributes that its digest leaves out."""
     # A class and a member of an enum are told by their names.
-    if is_one(value, type, Enum) or _is_of_functools(value) or is_base_model(value):
+    if is_one(value, type, Enum) or _is_of_functools(value):
         return False
     fields = fields_of(value)
+    if fields is not None and is_base_model(value):
+        return False
     if fields is None and (is_one(value, *PLAIN, *CONTAINERS) or parts_of(value) is not None):
         return bool(attribute(value, "__dict__"))
     told = {name for name, _ in fields or ()}

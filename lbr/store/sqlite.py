@@ -67,6 +67,8 @@ def sqlite_path(url: PathOrUrl, *, name: str = "--db") -> Path:
             f"expected {name} to name a file, got: {path!r}, in the home of a user who is not known here; "
             f"write ./{path} for a file of that name"
         ) from error
+    if not found.name:
+        raise UsageError(f"expected {name} to name a file, got: the folder {path}")
     # SQLite keeps the WAL beside the file, not beside a link to it; so must we, and our locks.
     return Path(os.path.realpath(found)) if os.path.islink(found) else found
 
