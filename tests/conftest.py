@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import concurrent.futures.thread  # noqa: F401 - loaded late otherwise, by a user who may not read root's Python
 import os
 import tempfile
@@ -22,11 +23,14 @@ if TYPE_CHECKING:
 
 DATABASES = ("sqlite", "postgresql")
 NOBODY = 65534
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let all processes of pytest-xdist share one PostgreSQL."""
+    """Let all processes of pytest-xdist share one PostgreSQL, and all that tests start the compiled modules."""
     if not hasattr(config, "workerinput"):
+        for package in ("lbr", "tests"):
+            compileall.compile_dir(ROOT / package, quiet=2)
         postgres.open_session()
 
 
