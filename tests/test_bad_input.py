@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from lbr.store.schema import LATEST
+from tests import forks
 from tests.support import Cli
 
 if TYPE_CHECKING:
@@ -79,15 +80,19 @@ def lbr(
 ) -> tuple[int, str, str]:
     """Run the command in a folder, with a clean environment; return exit code, stdout and stderr."""
     clean = Cli(folder).environment | {"PYTHONDONTWRITEBYTECODE": "1", "MODEL": "offline:echo"}
-    done = subprocess.run(
-        [*prefix, sys.executable, "-m", "lbr", *arguments],
-        cwd=folder,
-        env=clean | dict(environment or {}),
-        input=stdin,
-        capture_output=True,
-        timeout=PATIENCE_SECONDS,
-        check=False,
-    )
+    whole = clean | dict(environment or {})
+    if not prefix and forks.can_run(whole):
+        done = forks.run(arguments, cwd=folder, env=whole, stdin=stdin, timeout=PATIENCE_SECONDS)
+    else:
+        done = subprocess.run(
+            [*prefix, sys.executable, "-m", "lbr", *arguments],
+            cwd=folder,
+            env=whole,
+            input=stdin,
+            capture_output=True,
+            timeout=PATIENCE_SECONDS,
+            check=False,
+        )
     out, error = done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
     assert "Traceback" not in error, error
     return done.returncode, out, error
