@@ -247,7 +247,7 @@ async def test_a_dead_workers_lease_is_not_waited_for(urls: tuple[str, str]) -> 
 @pytest.mark.parametrize("urls", DIRECTIONS[:2], indirect=True)
 async def test_a_move_after_an_outage_pays_for_no_answer_twice(urls: tuple[str, str], tmp_path: Path) -> None:
     """What a worker could not write is written by the move, whose copy calls only for what is left."""
-    here, there = [far_driver(tmp_path, url, LATENCY="1") for url in urls]
+    here, there = [far_driver(tmp_path, url, LATENCY="1", STALL="3") for url in urls]
     try:
         lines = await asyncio.to_thread(enqueue_lines, here, 20)
         worker = here.start("worker", *FUNCTION, "--concurrency", "4", "--patience", "1", "--lease", "5")
@@ -384,7 +384,7 @@ async def test_what_cannot_be_moved_is_refused(urls: tuple[str, str]) -> None:
 def test_killed_move_goes_on(tmp_path: Path, new_database: Callable[[], str]) -> None:
     """A move that is killed while it copies goes on with the same command, and shows no password."""
     target = new_database()
-    (tmp_path / "in.txt").write_text("".join(f"prompt {n % 18_000}\n" for n in range(20_000)))
+    (tmp_path / "in.txt").write_text("".join(f"prompt {n % 9_000}\n" for n in range(10_000)))
     cli = Cli(tmp_path)
     cli("enqueue", "in.txt", "--model", "offline:echo")
     cli("worker", "--concurrency", "500")
@@ -394,16 +394,16 @@ def test_killed_move_goes_on(tmp_path: Path, new_database: Callable[[], str]) ->
     first.kill()
     first.communicate()
     held = int(there.query("SELECT count(*) FROM items")[0][0])
-    assert 2_000 <= held < 20_000
+    assert 2_000 <= held < 10_000
     assert is_postgresql(target)
     done = json.loads(cli("move", "runs.db", target, "in", "--json").stdout)
-    assert (done["inputs"], done["jobs"], done["answers"]) == (20_000, 18_000, 18_000)
+    assert (done["inputs"], done["jobs"], done["answers"]) == (10_000, 9_000, 9_000)
     assert "was moved before to" in cli("move", "runs.db", target, "in").stdout
     assert "and goes on there: what workers call for here is paid for once more" in cli("resume", "in").stderr
     assert cli("resume", "in").stderr == ""
     assert there.collect("in") == cli.collect("in")
     with postgres.connect(target) as connection:
-        assert connection.execute("SELECT count(*) FROM lbr.results").fetchone() == (18_000,)
+        assert connection.execute("SELECT count(*) FROM lbr.results").fetchone() == (9_000,)
     cli.stop_all()
     there.stop_all()
 

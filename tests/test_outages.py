@@ -44,6 +44,11 @@ if TYPE_CHECKING:
 
 ANSWERS = """
 import asyncio, os, time
+from lbr.store import file_connections, postgres
+
+if "STALL" in os.environ:
+    file_connections.BUSY_TIMEOUT_MS = 500
+    postgres.STALL_SECONDS = float(os.environ["STALL"])
 
 async def echo(prompt):
     with open("calls.log", "ab", buffering=0) as log:
@@ -70,7 +75,11 @@ async def far(proxy: Proxy) -> AsyncIterator[Database]:
 
 
 def far_driver(folder: Path, url: str, **environment: str) -> Cli:
-    """Return a driver whose processes find the function that logs its calls."""
+    """Return a driver whose processes find the function that logs its calls.
+
+    STALL in their environment is after how many seconds they give up a statement that is not answered, and sooner one
+    that waits for a file: what stays locked is so for a minute otherwise before their patience ends.
+    """
     (folder / "answers.py").write_text(textwrap.dedent(ANSWERS))
     return Cli(folder, db_url=url, XDG_STATE_HOME=str(folder / "state"), **environment)
 
@@ -185,10 +194,10 @@ def test_restarts_under_load(own_server: postgres.Server, tmp_path: Path) -> Non
     """A server that is restarted again and again, gently or not, costs no answer and repeats no call."""
     cli = far_driver(tmp_path, own_server.url(), LATENCY="0.2")
     try:
-        lines = enqueue_lines(cli, 1_600)
+        lines = enqueue_lines(cli, 1_200)
         workers = [cli.start("worker", *FUNCTION, "--concurrency", "16") for _ in range(2)]
         for n, mode in enumerate(("fast", "immediate", "fast", "immediate")):
-            cli.wait_for("in", "done", 100 + 250 * n)
+            cli.wait_for("in", "done", 100 + 200 * n)
             own_server.restart(mode)  # type: ignore[arg-type]
         told = [worker.communicate(timeout=120) for worker in workers]
         assert [worker.returncode for worker in workers] == [0, 0], told
@@ -209,12 +218,12 @@ def test_terminated_connections_under_load(new_database: Callable[[], str], tmp_
         "WHERE datname = current_database() AND application_name = 'lbr'"
     )
     try:
-        lines = enqueue_lines(cli, 3_000)
+        lines = enqueue_lines(cli, 2_000)
         workers = [cli.start("worker", *FUNCTION, "--concurrency", "16") for _ in range(2)]
         cli.wait_for("in", "done", 50)
         ended = 0
         with postgres.connect(url, autocommit=True) as connection:
-            while any(worker.poll() is None for worker in workers):
+            while ended < 200 and any(worker.poll() is None for worker in workers):
                 ended += len(connection.execute(terminate).fetchall())
                 time.sleep(0.1)
         told = [worker.communicate(timeout=60) for worker in workers]
@@ -234,7 +243,7 @@ def test_network_cut_for_longer_than_a_lease(proxy: Proxy, tmp_path: Path, endin
     near = far_driver(tmp_path, direct, LATENCY="1")
     away = far_driver(tmp_path, proxy.url, LATENCY="1")
     try:
-        lines = enqueue_lines(near, 120)
+        lines = enqueue_lines(near, 80)
         cut_off = away.start("worker", *FUNCTION, "--concurrency", "8", "--lease", "1.5")
         near.wait_for("in", "inflight", 8)
         proxy.silence(True)
@@ -289,7 +298,7 @@ def test_answers_survive_a_server_that_stays_away(own_server: postgres.Server, t
 @pytest.mark.processes
 async def test_answers_survive_a_database_that_stays_locked(db_url: str, tmp_path: Path) -> None:
     """Whatever keeps a database from taking answers, they are kept, and settled by the next worker."""
-    cli = far_driver(tmp_path, db_url, LATENCY="1")
+    cli = far_driver(tmp_path, db_url, LATENCY="1", STALL="3")
     try:
         lines = await asyncio.to_thread(enqueue_lines, cli, 20)
         worker = cli.start("worker", *FUNCTION, "--concurrency", "4", "--patience", "1")

@@ -13,6 +13,8 @@ from tests.support import is_postgresql
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "storm.py"
 KILLS = 12
+JOBS = 2_400
+"""More than can be done before the last kill, however soon processes are at work."""
 
 
 @pytest.mark.processes
@@ -24,6 +26,8 @@ def test_a_short_storm(db_url: str, tmp_path: Path) -> None:
         str(SCRIPT),
         "--kills",
         str(KILLS),
+        "--jobs",
+        str(JOBS),
         "--folder",
         str(tmp_path / "storm"),
         *where,
