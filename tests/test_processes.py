@@ -76,7 +76,7 @@ def pid_that_holds_jobs(cli: Cli) -> int:
 
 def test_three_workers_one_killed(cli: Cli) -> None:
     """Three workers on one file, one killed with SIGKILL while it holds jobs: nothing lost, nothing done twice."""
-    lines = prompts(700, 600)
+    lines = prompts(500, 420)
     write(cli.folder, lines)
     cli("enqueue", "in.txt", "--model", "offline:echo", "--set", "latency=0.3")
     workers = [cli.start("worker", "--concurrency", "8", "--lease", "1.5") for _ in range(3)]
@@ -110,7 +110,7 @@ def test_resume_after_every_process_was_killed(cli: Cli) -> None:
             """
         )
     )
-    lines = prompts(400, 350)
+    lines = prompts(250, 220)
     write(cli.folder, lines)
     cli("enqueue", "in.txt", "--function", "answers:echo")
     command = ("worker", "--function", "answers:echo", "--concurrency", "6", "--lease", "1.5")
@@ -172,7 +172,7 @@ def test_two_enqueues_of_the_same_file_at_once(cli: Cli) -> None:
 
 def test_enqueue_killed_in_the_middle_is_completed(cli: Cli) -> None:
     """After kill -9 the same enqueue adds what is missing, and collect says until then that it is unfinished."""
-    lines = prompts(120_000, 100_000)
+    lines = prompts(50_000, 40_000)
     write(cli.folder, lines)
     enqueue = ("enqueue", "in.txt", "--model", "offline:echo")
     first = cli.start(*enqueue)
@@ -234,6 +234,9 @@ def test_function_that_will_not_stop_does_not_keep_the_worker(cli: Cli, command:
         textwrap.dedent(
             """
             import asyncio
+            from lbr import calls
+
+            calls.CANCEL_SECONDS = 0.5
 
             async def stay(prompt):
                 with open("calls.log", "w") as file:
@@ -283,7 +286,7 @@ def worker_pids(cli: Cli) -> list[int]:
 
 def test_processes_flag_and_a_killed_child(cli: Cli) -> None:
     """`--processes` starts children that share the work; when one is killed the others finish."""
-    lines = [f"p{n}" for n in range(400)]
+    lines = [f"p{n}" for n in range(250)]
     write(cli.folder, lines)
     cli("enqueue", "in.txt", "--model", "offline:echo", "--set", "latency=0.2")
     parent = cli.start("worker", "--processes", "3", "--concurrency", "4", "--lease", "1.5")
@@ -310,7 +313,7 @@ def test_what_is_set_for_the_parent_is_not_for_its_children(cli: Cli, command: s
         twins = {"PROCESSES": "2", "EXCLUSIVE": "1", "RPM": "1"}
         cli.environment |= {f"LBR_WORKER_{name}": value for name, value in twins.items()}
         cli.environment["LBR_RUN_PROCESSES"] = "2"
-    lines = [f"p{n}" for n in range(60)]
+    lines = [f"p{n}" for n in range(40)]
     write(cli.folder, lines)
     cli("enqueue", "in.txt", "--model", "offline:echo", "--set", "latency=0.2")
     if command == "run":
