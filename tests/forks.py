@@ -48,9 +48,18 @@ def _at_start(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def run(
-    arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str], stdin: bytes = b"", timeout: float
+    arguments: Sequence[str],
+    *,
+    cwd: Path,
+    env: Mapping[str, str],
+    constants: Mapping[str, float] | None = None,
+    stdin: bytes = b"",
+    timeout: float,
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run a command to its end. Raises TimeoutExpired after so many seconds, when it was killed."""
+    """Run a command to its end, with constants of modules set to other values than they have.
+
+    Raises TimeoutExpired after so many seconds, when it was killed.
+    """
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
         files[0].write(stdin)
@@ -61,7 +70,7 @@ def run(
                 _sources.append(_Source())
             _sources[0].hand(theirs)
         theirs.close()
-        told = {"arguments": list(arguments), "cwd": str(cwd), "env": dict(env)}
+        told = {"arguments": list(arguments), "cwd": str(cwd), "env": dict(env), "constants": constants or {}}
         socket.send_fds(ours, [json.dumps(told).encode() + b"\n"], [file.fileno() for file in files])
         ours.settimeout(timeout)
         answers = stack.enter_context(ours.makefile("rb"))
@@ -147,6 +156,9 @@ def become(command: dict[str, Any]) -> None:
     os.environ.update(command["env"])
     time.tzset()
     random.seed()
+    for name, value in command["constants"].items():
+        module, _, constant = name.rpartition(".")
+        setattr(importlib.import_module(module), constant, value)
     sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
     sys.argv = ["lbr", *command["arguments"]]
     sys.path[0] = command["cwd"]

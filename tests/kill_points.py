@@ -167,9 +167,10 @@ def _run(url: str, name: str, operation: str, length: int) -> None:
     async def operate() -> None:
         database = await open_database(url)
         act = await OPERATIONS[operation](database, name)
-        await database.close()
-        # Late enough for a reclaim to find something.
-        database = await open_database(url, clock=real_clock(LATER if operation == "reclaim" else 0))
+        if operation == "reclaim":
+            # Late enough for it to find something.
+            await database.close()
+            database = await open_database(url, clock=real_clock(LATER))
         Fuse(length, lambda: os.kill(os.getpid(), signal.SIGKILL)).light()
         await act(database)
         os._exit(0)

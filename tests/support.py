@@ -164,6 +164,8 @@ class Cli:
         self._server: psycopg.Connection | None = None
         secret = ("KEY", "MODEL", "LBR_", "OPENAI", "OPENROUTER")
         clean = {name: value for name, value in os.environ.items() if not any(s in name for s in secret)}
+        self.constants: dict[str, float] = {}
+        """What forks have in the place of constants of lbr, as `lbr.store.health.PATIENCE`: how long they wait."""
         self.environment = clean | ({"LBR_DB": db_url} if db_url else {}) | environment
         self.started: list[subprocess.Popen[str]] = []
 
@@ -181,7 +183,14 @@ class Cli:
         timeout = PATIENCE_SECONDS * 2
         if not self._prefix and forks.can_run(self.environment):
             given = (stdin or "").encode()
-            done = forks.run(arguments, cwd=self.folder, env=self.environment, stdin=given, timeout=timeout)
+            done = forks.run(
+                arguments,
+                cwd=self.folder,
+                env=self.environment,
+                constants=self.constants,
+                stdin=given,
+                timeout=timeout,
+            )
             out, error = ("\n".join(re.split("\r\n?", raw.decode())) for raw in (done.stdout, done.stderr))
             return subprocess.CompletedProcess(done.args, done.returncode, out, error)
         return subprocess.run(

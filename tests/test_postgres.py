@@ -28,7 +28,7 @@ from tests import postgres
 from tests.support import ECHO, Cli, answered, assert_counted, eventually, failed, put, states
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
     from lbr.store.connection import Connection
@@ -394,7 +394,7 @@ def test_passwords_of_any_kind_work_and_are_never_shown(own_server: postgres.Ser
     password = "p@ss:w/o?r#d %1&x=y'"
     own_server.create_role("me", password)
     postgres.execute(own_server.url(), "GRANT CREATE ON DATABASE postgres TO me")
-    (tmp_path / "in.txt").write_text("".join(f"p{n}\n" for n in range(200)))
+    (tmp_path / "in.txt").write_text("".join(f"p{n}\n" for n in range(120)))
     where = f"127.0.0.1:{own_server.port}/postgres?sslmode=prefer"
     for spelled in (password, quote(password, safe="")):
         cli = Cli(tmp_path, db_url=f"postgres://me:{spelled}@{where}")
@@ -407,10 +407,19 @@ def test_passwords_of_any_kind_work_and_are_never_shown(own_server: postgres.Ser
         assert all("pass" not in word and password not in word for c in children for word in c.cmdline())
         told = worker.communicate(timeout=60)
         done = cli("status", "--json")
-        assert '"done":200' in done.stdout
+        assert '"done":120' in done.stdout
         assert password not in output.stdout + output.stderr + "".join(told) + done.stdout
         cli.stop_all()
         postgres.execute(own_server.url(), "DROP SCHEMA lbr CASCADE")
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    """Return the port of a server where the role `me` has another password, and `poor` may do nothing."""
+    with postgres.Server() as server:
+        server.create_role("me", "another")
+        server.create_role("poor", "hunter2")
+        yield server.port
 
 
 @pytest.mark.processes
@@ -425,12 +434,11 @@ def test_passwords_of_any_kind_work_and_are_never_shown(own_server: postgres.Ser
         ("postgresql://poor:hunter2@127.0.0.1:{port}/postgres", "GRANT CREATE ON DATABASE"),
     ],
 )
-def test_errors_say_what_to_do(own_server: postgres.Server, tmp_path: Path, url: str, words: str) -> None:
+def test_errors_say_what_to_do(port: int, tmp_path: Path, url: str, words: str) -> None:
     """Whatever is wrong with a server is said in words, soon, with an exit code and without the password."""
-    own_server.create_role("me", "another")
-    own_server.create_role("poor", "hunter2")
     (tmp_path / "in.txt").write_text("a\n")
-    cli = Cli(tmp_path, db_url=url.format(port=own_server.port))
+    cli = Cli(tmp_path, db_url=url.format(port=port))
+    cli.constants["lbr.store.postgres.OPEN_PATIENCE_SECONDS"] = 1.0
     started = time.monotonic()
     done = cli("enqueue", "in.txt", "--model", "offline:echo", check=False)
     assert done.returncode in {1, 2}
