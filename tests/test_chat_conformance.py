@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import ssl
 import subprocess
 import warnings
@@ -52,8 +53,11 @@ def provider(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-async def wire(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Wire]:
+async def wire(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterator[Wire]:
     """Serve where all providers' calls go."""
+    # Nobody is trusted where nothing is encrypted: each adapter takes 20 ms to read the system's certificates.
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
     found = Wire()
     async with found.open() as url:
         for name, value in environment(url).items():
@@ -825,6 +829,15 @@ async def test_proxies_of_the_environment_are_used_the_same(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, proxy)
     monkeypatch.setenv("NO_PROXY", exempt)
+    look_up = socket.getaddrinfo
+
+    def nowhere(host: Any, *rest: Any, **how: Any) -> Any:
+        # At once: a name server that is asked may take as long as a connection may take.
+        if host in {"provider.invalid", b"provider.invalid"}:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return look_up(host, *rest, **how)
+
+    monkeypatch.setattr(socket, "getaddrinfo", nowhere)
     wire.script = http(200, json.dumps(completion()))
     theirs, ours = await both(wire, MODELS[provider], asking(), alone=True)
     assert ours == theirs
