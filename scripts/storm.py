@@ -35,6 +35,7 @@ JOBS_PER_KILL = 100
 CONCURRENCY = 16
 LATENCY = 0.2
 LEASE = 6.0
+VICTIM_SECONDS = 60.0
 PAUSE = 0.4
 """Seconds from kill to kill, in the mean."""
 COLLECT_SECONDS = 2.0
@@ -143,11 +144,15 @@ class Storm:
 
         Where an enqueue takes its time and nothing else is to do, jobs that were in two crashes run before it ends.
         """
-        while True:
+        deadline = time.monotonic() + VICTIM_SECONDS
+        while time.monotonic() < deadline:
             alive = set(self._alive) - self.queue.on_last_tries()
             if chosen := sorted(alive if anyone else alive & set(self.queue.held())):
                 return self._rng.choice(chosen)
             time.sleep(0.01)
+        raise TimeoutError(
+            f"expected somebody to kill within {VICTIM_SECONDS:g} s, got: nobody; if all is done, raise --jobs"
+        )
 
     async def _collect(self) -> None:
         """Read all the time: what was answered once stays as it is."""
