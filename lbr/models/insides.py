@@ -94,7 +94,10 @@ def parts_of(value: Any) -> tuple[Any, ...] | None:
     """Return what a value that is no container is made of, besides its class; None for any other object."""
     class_: Any = type(value)
     take = _taking(class_)
-    return None if take is None else take(value)
+    try:
+        return None if take is None else take(value)
+    except Exception:  # noqa: BLE001 - a memory view that was released, a time zone of the user's own
+        return None
 
 
 @functools.lru_cache(maxsize=256)
