@@ -34,6 +34,9 @@ MORE_SECONDS = 60.0
 AGAIN_SECONDS = 1.0
 """How long until an answerer is built again for which no descriptor was left."""
 
+LACKING_SECONDS = 5.0
+"""How long it is tried again before its run is refused for now."""
+
 
 @dataclass(slots=True)
 class Served:
@@ -81,6 +84,7 @@ class Servings:
         self.refused: dict[RunId, UsageError] = {}
         self.postponed: set[RunId] = set()
         """Runs whose answerer could not be built yet, for want of a descriptor."""
+        self._lacking_since: dict[RunId, float] = {}
         # What a run cost when it was refused, and what it might: with another price or limit it may be served.
         self._refused_at: dict[RunId, tuple[Price | None, int | None]] = {}
 
@@ -99,7 +103,8 @@ class Servings:
                 notices += self._note_not_served(run, error)
                 continue
             self.postponed.discard(run.id)
-            self.refused.pop(run.id, None)
+            for notes in (self._lacking_since, self._refused_at, self.refused):
+                notes.pop(run.id, None)
             if self._function_changed(run):
                 notices.append(
                     f"run {run.name}: the code of {run.task.function} has changed since its jobs were enqueued; "
@@ -109,21 +114,29 @@ class Servings:
 
     def _note_not_served(self, run: Run, error: UsageError | OSError) -> list[str]:
         """Refuse a run, or postpone it until there are descriptors again; return what a user should hear."""
-        if descriptors.are_lacking(error):
-            self._next_try = time.monotonic() + AGAIN_SECONDS
-            if run.id in self.postponed:
-                return []
-            self.postponed.add(run.id)
-            notice = (
-                f"run {run.name}: expected a descriptor to begin with it, got: none left of the {descriptors.most()} that "
-                f"this process may have; it is tried again: raise `ulimit -n`, or end what else has files open"
-            )
-            return [notice]
+        lacking, told = descriptors.are_lacking(error), False
+        if lacking:
+            now = time.monotonic()
+            self._next_try = now + AGAIN_SECONDS
+            if now - self._lacking_since.setdefault(run.id, now) < LACKING_SECONDS:
+                return self._postpone(run)
+            # For now only, so it is told once.
+            told = run.id in self.refused
+        else:
+            self._refused_at[run.id] = run.price, run.budget_nanos
         if not isinstance(error, UsageError):
-            raise error
+            if not lacking:
+                raise error
+            error = UsageError(f"{_none_left()}; raise `ulimit -n`, or end what else has files open")
         self.postponed.discard(run.id)
-        self.refused[run.id], self._refused_at[run.id] = error, (run.price, run.budget_nanos)
-        return [f"run {run.name}: not served: {error}"]
+        self.refused[run.id] = error
+        return [] if told else [f"run {run.name}: not served: {error}"]
+
+    def _postpone(self, run: Run) -> list[str]:
+        if run.id in self.postponed:
+            return []
+        self.postponed.add(run.id)
+        return [f"run {run.name}: {_none_left()}; it is tried again"]
 
     @property
     def is_to_try_again(self) -> bool:
@@ -131,7 +144,9 @@ class Servings:
         return bool(self.postponed) and time.monotonic() >= self._next_try
 
     def _is_refused(self, run: Run) -> bool:
-        return run.id in self.refused and self._refused_at[run.id] == (run.price, run.budget_nanos)
+        if run.id in self._lacking_since and time.monotonic() < self._next_try:
+            return True
+        return self._refused_at.get(run.id) == (run.price, run.budget_nanos)
 
     def _count_slots(self) -> list[str]:
         """Have no more slots than there are descriptors for; say once that these are fewer than asked for.
@@ -201,6 +216,11 @@ class Servings:
             await model.aclose()
         self._models.clear()
         await self._connections.aclose()
+
+
+def _none_left() -> str:
+    most = descriptors.most()
+    return f"expected a descriptor to begin with it, got: none left of the {most} that this process may have"
 
 
 def check_room() -> None:

@@ -259,6 +259,29 @@ async def test_a_run_for_whose_answerer_no_descriptor_is_left_is_begun_later(
     await database.close()
 
 
+async def test_a_run_is_not_postponed_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where none becomes free it is refused, which is told once, and begun all the same when there is one."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-this-test")
+    monkeypatch.setattr(serving, "AGAIN_SECONDS", 0)
+    monkeypatch.setattr(serving, "LACKING_SECONDS", 0)
+    database = await open_database(f"sqlite+aiosqlite:///{tmp_path / 'queue.db'}", create=True)
+    run = await put(database, ["a"], name="mine", task=Task(model=MODEL))
+    found = await reads.all_runs(database)
+    servings = Servings(authorize(), concurrency=50, room=1_000, limits_cost=False)
+    with none_left():
+        (notice,) = servings.learn(found)
+        assert servings.learn(found) == []
+    assert notice.startswith(
+        "run mine: not served: expected a descriptor to begin with it, got: none left of the"
+    )
+    assert notice.endswith("raise `ulimit -n`, or end what else has files open")
+    assert (list(servings.refused), servings.postponed) == ([run.id], set())
+    assert servings.learn(found) == []
+    assert (list(servings.served), servings.refused) == ([run.id], {})
+    await servings.aclose()
+    await database.close()
+
+
 async def test_a_postponed_run_that_is_paused_is_waited_for_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
