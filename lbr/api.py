@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lbr import outputs
 from lbr.answers import Collected, Tally, write_pages
 from lbr.arguments import NAMES, checked
-from lbr.asking import ask, authorize, changed_by_use, check_runs_are_named, check_servable
+from lbr.asking import ask, authorize, changed_by_use, check_servable
 from lbr.config import (
     DB_URL_DEFAULT,
     MAX_ATTEMPTS,
@@ -243,10 +243,8 @@ async def work(
     )
     env = load_environment(Path.cwd())
     key = openrouter_api_key or env.get("OPENROUTER_API_KEY") or None
-    authority = authorize(functions, result_types, openrouter_api_key=key)
     names = [run] if isinstance(run, str) else run
-    if names is None:
-        check_runs_are_named(authority)
+    authority = authorize(functions, result_types, openrouter_api_key=key, runs_are_named=names is not None)
     check_room()
     async with opened(db_url, allow_network_fs=allow_network_fs, patience=patience) as database:
         worker = Worker(database, authority, options, run_names=names, notify=notify)

@@ -9,7 +9,7 @@ from lbr.config import default_model
 from lbr.errors import UsageError
 from lbr.jobs import Task, canonical_json
 from lbr.models.base import OPENROUTER, Kind, kind_of, model_string
-from lbr.models.identity import check_known_again, has_changed, name_function, needs_version, own_version
+from lbr.models.identity import check_known_again, has_changed, may_be_another, name_function, own_version
 from lbr.models.resolve import Authority, build_model, build_validator, check_task
 from lbr.records import not_finite
 from lbr.structured import import_type, schema_of
@@ -221,40 +221,36 @@ def authorize(
     result_types: Iterable[Any] = (),
     *,
     openrouter_api_key: str | None = None,
+    runs_are_named: bool = True,
 ) -> Authority:
-    """Say what this process may use: exactly what its caller named, by object or by `pkg.mod:name`."""
+    """Say what this process may use: exactly what its caller named, by object or by `pkg.mod:name`.
+
+    Where the caller named the runs as well, a function is taken for the one that they ask for also where only what is
+    inside of an object would tell.
+    """
     types = [import_type(one) if isinstance(one, str) else one for one in result_types]
     return Authority(
         functions=_told_apart(name_function(function) for function in functions),
         result_types={canonical_json(schema_of(one)).decode(): one for one in types},
         openrouter_api_key=openrouter_api_key,
+        runs_are_named=runs_are_named,
     )
 
 
 def _told_apart(functions: Iterable[NamedFunction]) -> tuple[NamedFunction, ...]:
-    """Return functions, each once; UsageError for methods of two objects that nothing tells apart."""
+    """Return functions, each once; UsageError for two that nothing tells apart but the objects in them."""
     found: list[NamedFunction] = []
     for one in functions:
         alike = [other for other in found if other.identity == one.identity]
         # Every look at a method makes another one, which is equal.
-        if any(other.call != one.call for other in alike) and needs_version(one):
+        if any(other.call != one.call for other in alike) and may_be_another(one.identity):
             raise UsageError(
-                f"expected functions that can be told apart, got: {one.identity.name} of two objects that have a "
-                f"state; name them like pkg.module:function, or serve the run of each in a call of its own"
+                f"expected functions that can be told apart, got: {one.identity.name} twice, with objects in it that "
+                f"have a state; name them like pkg.module:function, or serve the run of each in a call of its own"
             )
         if not alike:
             found.append(one)
     return tuple(found)
-
-
-def check_runs_are_named(authority: Authority) -> None:
-    """Raise UsageError for a function that might answer the run of another, where its runs are not named."""
-    for one in authority.functions:
-        if needs_version(one):
-            raise UsageError(
-                f"expected the runs that are to be answered by {one.identity.name} of an object that has a state, got: "
-                f"none named, and nothing tells which are of that object; name them with run=…"
-            )
 
 
 def changed_by_use(authority: Authority) -> list[str]:

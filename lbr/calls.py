@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from lbr.attempt import NoDescriptorError, attempt, priced
 from lbr.deadlines import Deadlines
-from lbr.errors import CallError
+from lbr.errors import CallError, DatabaseError
 from lbr.jobs import Claim, JobId, JobState, Outcome, Settlement
 from lbr.models.base import Request
 from lbr.prices import table_problem
@@ -299,6 +298,9 @@ class Calls:
     async def close(self) -> None:
         """Write what has ended; afterwards `error` tells whether that failed."""
         self._settler.close()
-        if self._settling is not None:
-            with suppress(Exception):  # kept in `error`
-                await self._settling
+        if self._settling is None:
+            return
+        await asyncio.wait([self._settling])
+        if self._settling.cancelled() and self.unwritten:
+            # By an event loop that ends, which cancels every task in it.
+            self.error = self.error or DatabaseError("the event loop ended before all answers were written")

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
+from time import monotonic as clock
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -33,7 +34,7 @@ from pydantic_ai import Agent as TalkingAgent
 from lbr.asking import ask, authorize
 from lbr.errors import Family, UsageError
 from lbr.models import fingerprint
-from lbr.models.identity import identify, import_function
+from lbr.models.identity import has_changed, identify, import_function, name_function
 from tests.callables import (
     AsyncCaller,
     Caller,
@@ -386,6 +387,26 @@ def test_values_that_lead_to_each_other_are_looked_at_once(count: int) -> None:
     assert identify(nested([shared, shared])).fingerprint != identify(nested([[], []])).fingerprint
 
 
+def test_a_set_of_many_values_is_looked_at_once() -> None:
+    """A look at each of them for itself does not begin with what was met before."""
+    many = nested([[n] for n in range(20_000)] + [{(n, "x") for n in range(20_000)}])
+    started = clock()
+    assert identify(many).fingerprint
+    assert clock() - started < 10
+
+
+def test_what_changes_while_it_is_looked_at_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls are made by then: nothing may go wrong with their answers any more."""
+
+    def torn(_: Any) -> Any:
+        raise RuntimeError("dictionary changed size during iteration")
+
+    named = name_function(nested({}))
+    assert not has_changed(named)
+    monkeypatch.setattr("lbr.models.identity.fingerprint_of", torn)
+    assert has_changed(named)
+
+
 def test_too_much_to_look_at_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the way out, in a moment, and whether there are too many values or they are too deep."""
     deep: list[Any] = []
@@ -546,15 +567,20 @@ class Frozen(Model, frozen=True): pass
 """
 
 
+@pytest.mark.parametrize("place", ["site-packages", "target"])
 def test_of_a_package_only_what_cannot_change_is_looked_into(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    """An installed class may change its objects as they are used; a method of one needs a version."""
-    folder = tmp_path / "lib" / "site-packages"
-    folder.mkdir(parents=True)
-    (folder / "fn_installed.py").write_text(PACKAGE)
+    """An installed class may change its objects as they are used; to the package's own functions it is no other's."""
+    folder = tmp_path / place
+    (folder / "fn_installed-1.0.dist-info").mkdir(parents=True)
+    (folder / "fn_installed").mkdir()
+    (folder / "fn_installed" / "__init__.py").write_text(PACKAGE)
+    (folder / "fn_installed" / "own.py").write_text(
+        "def nested(value):\n    return lambda text: value.ask(text)\n"
+    )
     monkeypatch.syspath_prepend(folder)
-    package = importlib.import_module("fn_installed")
+    package, own = importlib.import_module("fn_installed"), importlib.import_module("fn_installed.own")
     for kind, looked_into in (
         (package.Client, False),
         (package.Model, False),
@@ -563,13 +589,11 @@ def test_of_a_package_only_what_cannot_change_is_looked_into(
     ):
         polite, rude = kind(tone="polite"), kind(tone="rude")
         assert (identify(nested(polite)) != identify(nested(rude))) is looked_into
-        assert ask(function=polite.ask, version="1").task.version == "1"
-        if looked_into:
-            assert ask(function=polite.ask).task != ask(function=rude.ask).task
-        else:
-            with pytest.raises(UsageError, match="of an object that has a state"):
-                ask(function=polite.ask)
-    del sys.modules["fn_installed"]
+        assert identify(nested(polite)).partial is not looked_into
+        assert identify(own.nested(polite)) != identify(own.nested(rude))
+        assert ask(function=polite.ask).task != ask(function=rude.ask).task
+    for name in ("fn_installed.own", "fn_installed"):
+        del sys.modules[name]
 
 
 async def test_an_agent_is_the_same_before_and_after_its_use() -> None:
@@ -699,7 +723,8 @@ def test_methods_of_two_objects_are_not_served_at_once() -> None:
     agent = Agent("polite")
     assert len(authorize([agent.ask, agent.ask]).functions) == 1
     with pytest.raises(
-        UsageError, match=r"expected functions that can be told apart, got: .*:Agent.ask of two"
+        UsageError,
+        match=r"expected functions that can be told apart, got: .*:Agent.ask twice, with objects in it",
     ):
         authorize([agent.ask, Agent("rude").ask])
 

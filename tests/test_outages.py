@@ -6,6 +6,8 @@ import asyncio
 import json
 import re
 import signal
+import subprocess
+import sys
 import textwrap
 import time
 from collections import Counter
@@ -371,6 +373,54 @@ async def test_a_user_without_a_home_needs_none(
     run = await put(database, ["a"])
     assert await states(database, run) == {"pending": 1}
     await database.close()
+
+
+@pytest.mark.processes
+def test_answers_outlive_an_event_loop_that_ends(tmp_path: Path) -> None:
+    """It cancels every task in it, and finished answers of a file that is locked are kept for the next call."""
+    program = """
+        import asyncio, sqlite3, lbr
+        from lbr.store import file_connections
+
+        file_connections.BUSY_TIMEOUT_MS = 200
+        prompts, answered, locked = [f"p{n}" for n in range(64)], [], asyncio.Event()
+
+        async def ask(prompt):
+            if len(answered) >= 16:
+                await locked.wait()
+            answered.append(prompt)
+            return prompt.upper()
+
+        def call():
+            return lbr.prompt_map(prompts, ask, db_url="q.db", concurrency=16, return_dtype="list[str]")
+
+        async def main():
+            calling = asyncio.create_task(call())
+            while len(answered) < 16:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.2)
+            file.execute("BEGIN IMMEDIATE")
+            locked.set()
+            while len(answered) < 32:
+                await asyncio.sleep(0.01)
+
+        file = sqlite3.connect("q.db", isolation_level=None, timeout=10)
+        asyncio.run(main())
+        file.rollback()
+        assert len(answered) == 32
+        assert asyncio.run(call()) == [prompt.upper() for prompt in prompts]
+        print(len(answered))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout == "64\n", done.stderr
+    assert "took up 16 answers that were kept" in done.stderr
 
 
 async def test_kept_answers_of_another_database_are_left_alone(db_url: str, tmp_path: Path) -> None:

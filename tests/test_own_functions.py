@@ -219,9 +219,42 @@ def test_an_object_answers_no_run_of_another(cli: Cli, folder: Path) -> None:
     """
     told, *done = python(cli, asked).stdout.splitlines()
     assert told.startswith(
-        "expected the runs that are to be answered by obj:Agent.ask of an object that has a state, "
+        "expected a run that this worker can serve, got: none. p: the run asks for function obj:Agent"
     )
-    assert told.endswith("got: none named, and nothing tells which are of that object; name them with run=…")
+    assert (
+        "here it has none, and only an object in it would tell which one it is; name the runs that are its own"
+        in told
+    )
+    assert done == ["1", "1"]
+    answers = [json.loads(cli("collect", name).stdout)["result"] for name in ("p", "r")]
+    assert answers == ["polite: hello", "rude: hello"]
+
+
+def test_closures_over_objects_answer_no_run_of_another(cli: Cli, folder: Path) -> None:
+    """Versions told them apart when they were enqueued; a worker that is given both cannot tell which is which."""
+    asked = """
+        def hold(agent):
+            def answer(prompt):
+                return agent.ask(prompt)
+
+            return answer
+
+        polite, rude = hold(Agent("polite")), hold(Agent("rude"))
+        for function, name in (polite, "p"), (rude, "r"):
+            asyncio.run(lbr.enqueue(["hello"], run=name, function=function, version=name, db_url=URL))
+        for how in {"functions": [polite, rude]}, {"functions": [polite]}:
+            try:
+                asyncio.run(lbr.work(db_url=URL, **how))
+            except lbr.LbrError as error:
+                print(error)
+        for function, name in (polite, "p"), (rude, "r"):
+            print(asyncio.run(lbr.work(run=name, functions=[function], db_url=URL)).done)
+    """
+    both, one, *done = python(cli, asked).stdout.splitlines()
+    assert both.startswith(
+        "expected functions that can be told apart, got: program:hold.<locals>.answer twice"
+    )
+    assert "name the runs that are its own with run=…" in one
     assert done == ["1", "1"]
     answers = [json.loads(cli("collect", name).stdout)["result"] for name in ("p", "r")]
     assert answers == ["polite: hello", "rude: hello"]

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import httpx2
 import pytest
-from aiohttp import ClientTimeout, InvalidURL
+from aiohttp import ClientHttpProxyError, ClientTimeout, InvalidURL, RequestInfo
+from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from lbr.errors import CallError, Family, UsageError
 from lbr.jobs import JobId, Prompt, Task
 from lbr.models.base import Request
-from lbr.models.http import Http, environment_proxies
+from lbr.models.http import Http, environment_proxies, lost_words
 from lbr.models.pydantic_ai import PydanticAIModel
 from lbr.models.pydantic_ai import transport as transports
 from tests.faulty_server import answer as completion
@@ -526,3 +527,17 @@ def test_nobody_imports_aiohttp_before_a_call() -> None:
     """`lbr --help` and the modules of models stay as fast as they were."""
     code = "import sys, lbr.cli, lbr.models.http, lbr.models.pydantic_ai; sys.exit('aiohttp' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_a_proxy_says_is_not_repeated() -> None:
+    """Some say what they were sent, a password among it."""
+    asked = RequestInfo(URL("http://api.example"), "CONNECT", CIMultiDictProxy(CIMultiDict()), URL())
+    refused = ClientHttpProxyError(asked, (), status=407, message="Basic bWU6c2VjcmV0 is nobody's")
+    words = lost_words(refused, "https://api.example/v1?key=secret")
+    assert words == "the connection to api.example:443 failed: the proxy answered 407"
+
+
+@pytest.mark.parametrize("url", ["http:///v1", "https:", "v1"])
+def test_a_url_without_a_host_is_told_as_that(url: str) -> None:
+    """Nothing was tried, and no proxy is to blame."""
+    assert lost_words(InvalidURL(url), url).startswith("expected a URL with a host, got: one without; ")

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import sys
-from pathlib import Path
+from dataclasses import dataclass
 from types import (
     BuiltinFunctionType,
     CodeType,
@@ -32,29 +31,43 @@ from lbr.models.insides import (
     fields_of,
     is_bound,
     is_one,
+    keeps_more,
+    module_name,
     parts_of,
     plain_text,
+    program_of,
     wrapped_by,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-MAIN_MODULES = ("__main__", "__mp_main__")
 DIGEST_BYTES = 16
+OF_PYTHON = 1 << 9
+"""The flag of classes that a program made as it ran, Py_TPFLAGS_HEAPTYPE; nearly all of C's were there before."""
 MOST_VALUES = 3_000_000
 """How many values a walk meets at the most: some seconds."""
 
 
-def fingerprint_of(function: Any) -> str:
-    """Return the fingerprint of a function: the same in every process of one Python version.
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """A digest of a function, the same in every process of one Python version.
 
-    Raises UsageError where there is too much in it to be looked at.
+    `partial` says that the function holds objects that count by their classes alone.
     """
+
+    digest: str
+    partial: bool
+
+
+def fingerprint_of(function: Any) -> Fingerprint:
+    """Return the fingerprint of a function. Raises UsageError where there is too much in it to be looked at."""
+    walk = _Walk(_Tally(program_of(function), MOST_VALUES))
     try:
-        return _Walk().digest(function).hex()
+        digest = walk.digest(function).hex()
     except RecursionError as error:
         raise _too_much("values that are nested too deeply") from error
+    return Fingerprint(digest, walk.tally.partial)
 
 
 def _too_much(got: str) -> UsageError:
@@ -64,50 +77,39 @@ def _too_much(got: str) -> UsageError:
     )
 
 
-def home_of(function: Any) -> str:
-    """Return the module that something was defined in, by its name in `sys.modules`."""
-    owner = (
-        function
-        if attribute(function, "__module__")
-        else attribute(function, "__objclass__") or type(function)
-    )
-    return str(owner.__module__)
+@dataclass(slots=True)
+class _Tally:
+    """What the walks of one function share: whose program it is of, how many values may come, and what was met."""
 
-
-def module_name(function: Any) -> str:
-    """Return the name by which other programs import the module that something was defined in."""
-    name = home_of(function)
-    if name not in MAIN_MODULES:
-        return name
-    main = sys.modules.get(name) or sys.modules["__main__"]
-    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
-    if spec is not None:
-        return str(spec.name)
-    return Path(file).stem if file else name
+    program: str
+    left: int
+    partial: bool = False
 
 
 class _Walk:
     """One walk through a function and all that it holds.
 
     What can hold itself is numbered in the order of meeting, and counts by its number from then on; ids never reach a
-    fingerprint.
+    fingerprint. A walk within another knows what was met around it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tally: _Tally, around: _Walk | None = None) -> None:
+        self.tally = tally
+        self.around = around
         # With the objects themselves, so that no id is given to another one meanwhile.
-        self._met: dict[int, tuple[int, Any]] = {}
-        self._left = [MOST_VALUES]
+        self.met: dict[int, tuple[int, Any]] = {}
+        self.before: int = 0 if around is None else around.before + len(around.met)
 
-    def _fork(self) -> _Walk:
-        """Return a walk that knows what was met, for what comes in no certain order and so must not be numbered."""
-        fork = _Walk()
-        fork._met, fork._left = dict(self._met), self._left
-        return fork
+    def number_of(self, value: Any) -> int | None:
+        """Return the number of what was met, in this walk or around it; None for what is new."""
+        if id(value) in self.met:
+            return self.met[id(value)][0]
+        return None if self.around is None else self.around.number_of(value)
 
     def digest(self, value: Any) -> bytes:
         """Return a digest of a value that says the same in every process of this Python."""
-        self._left[0] -= 1
-        if self._left[0] < 0:
+        self.tally.left -= 1
+        if self.tally.left < 0:
             raise _too_much(f"more than {MOST_VALUES:,}")
         if type(value) not in PLAIN and (parts := parts_of(value)) is not None:
             return self._join("parts", _class_name(value), *parts)
@@ -124,12 +126,13 @@ class _Walk:
         return self._numbered(value)
 
     def _numbered(self, value: Any) -> bytes:
-        if id(value) in self._met:
-            return _join("seen", str(self._met[id(value)][0]))
-        self._met[id(value)] = len(self._met), value
+        number = self.number_of(value)
+        if number is not None:
+            return _join("seen", str(number))
+        self.met[id(value)] = self.before + len(self.met), value
         if is_one(value, *MUTABLE):
             return self._container(value)
-        fields = fields_of(value)
+        fields = fields_of(value, self.tally.program)
         if fields is not None:
             return self._join("fields", _class_name(value), self._code(value), *fields)
         return self._callable(value)
@@ -139,7 +142,10 @@ class _Walk:
 
     def _container(self, value: Any) -> bytes:
         if is_one(value, set, frozenset):
-            members = ((self if is_one(one, *PLAIN) else self._fork()).digest(one) for one in value)
+            # They come in no certain order, so that none of them may be numbered for the others.
+            members = (
+                (self if is_one(one, *PLAIN) else _Walk(self.tally, self)).digest(one) for one in value
+            )
             return _join("set", *sorted(members))
         if is_one(value, dict, MappingProxyType):
             return _join("dict", *map(self.digest, _flat(value.items())))
@@ -158,6 +164,8 @@ class _Walk:
             return self._join("builtin", str(attribute(value, "__module__")), value.__qualname__, owner)
         if is_one(value, MethodDescriptorType, WrapperDescriptorType):
             return _join("builtin", _type_name(value.__objclass__), value.__qualname__)
+        # A class of C may keep anything.
+        self.tally.partial |= keeps_more(value, self.tally.program) or not type(value).__flags__ & OF_PYTHON
         return self._join("object", _class_name(value), self._code(value))
 
     def _code(self, value: Any) -> Any:

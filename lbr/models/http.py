@@ -208,6 +208,8 @@ def lost_words(error: BaseException | None, url: str) -> str:
     host, port = place.host, place.port
     if isinstance(error, ClientConnectorError):  # perhaps the proxy's
         host, port = error.host, error.port
+    if host is None:
+        return "expected a URL with a host, got: one without; see how the provider's base URL is set"
     where = f"[{host}]:{port}" if host and ":" in host else f"{host}:{port}"
     cause = _cause_of(error)
     return f"the connection to {where} failed: {cause}" if cause else f"no whole answer came from {where}"
@@ -224,7 +226,7 @@ def _cause_of(error: BaseException | None) -> str | None:
         case aiohttp.ConnectionTimeoutError():
             return "it was not made in time"
         case aiohttp.ClientHttpProxyError():
-            return f"the proxy answered {error.status} {error.message}"
+            return f"the proxy answered {error.status}"  # in its own words there may be what it was sent
         case aiohttp.InvalidURL():  # ours is one
             return "the proxy that the environment names is no URL"
         case aiohttp.ServerDisconnectedError():

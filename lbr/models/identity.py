@@ -10,8 +10,8 @@ from types import MethodType
 from typing import Any
 
 from lbr.errors import UsageError
-from lbr.models.fingerprint import MAIN_MODULES, fingerprint_of, home_of, module_name
-from lbr.models.insides import attribute, chain, is_bound, is_one
+from lbr.models.fingerprint import fingerprint_of
+from lbr.models.insides import MAIN_MODULES, attribute, chain, home_of, is_bound, is_one, module_name
 from lbr.models.states import hides_state
 from lbr.structured import import_named
 
@@ -36,14 +36,15 @@ class Identity:
     """What a run keeps of a function.
 
     `name` is `module:qualname`, or the `pkg.mod:name` that it was found by; `version` its author's, None where none was
-    set. `fingerprint` is the same in every process of one Python version. `anonymous` says that the name alone does not
-    tell which function it is.
+    set. `fingerprint` is the same in every process of one Python version; `partial` says that it leaves out what is
+    inside of objects. `anonymous` says that the name alone does not tell which function it is.
     """
 
     name: str
     version: str | None
     fingerprint: str
     anonymous: bool
+    partial: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +88,11 @@ def identify(function: AnyFunction, *, version: str | None = None) -> Identity:
         or is_bound(function)
         or own_name is None
         or module in MAIN_MODULES
-        or not _leads_back(function, qualname, fingerprint)
+        or not _leads_back(function, qualname, fingerprint.digest)
     )
     if version is None:
         version = own_version(function)
-    return Identity(f"{module}:{qualname}", version, fingerprint, anonymous)
+    return Identity(f"{module}:{qualname}", version, fingerprint.digest, anonymous, fingerprint.partial)
 
 
 def own_version(function: AnyFunction) -> str | None:
@@ -103,18 +104,18 @@ def own_version(function: AnyFunction) -> str | None:
     return None
 
 
-def needs_version(named: NamedFunction) -> bool:
-    """Tell whether a function without a version shares name and fingerprint with others of its kind.
+def may_be_another(identity: Identity) -> bool:
+    """Tell whether name and fingerprint fit other functions as well, and nothing says which of them it is."""
+    return identity.anonymous and identity.partial and identity.version is None
+
+
+def check_known_again(named: NamedFunction) -> None:
+    """Raise UsageError for a function without a version that goes by the state of an object.
 
     To digest whatever is in an object would have a counter in there make other work of everything.
     """
     identity = named.identity
-    return identity.anonymous and identity.version is None and hides_state(named.call)
-
-
-def check_known_again(named: NamedFunction) -> None:
-    """Raise UsageError for a function that needs a version and has none."""
-    if not needs_version(named):
+    if not identity.anonymous or identity.version is not None or not hides_state(named.call):
         return
     qualname = named.identity.name.partition(":")[2]
     bound = attribute(_named(named.call), "__qualname__") is not None
@@ -130,8 +131,8 @@ def has_changed(named: NamedFunction) -> bool:
     if not named.identity.anonymous:
         return False
     try:
-        return fingerprint_of(named.call) != named.identity.fingerprint
-    except UsageError:  # more than can be looked at
+        return fingerprint_of(named.call).digest != named.identity.fingerprint
+    except Exception:  # noqa: BLE001 - more than can be looked at by now, or a dict that another thread fills
         return True
 
 
@@ -159,6 +160,6 @@ def _leads_back(function: Any, qualname: str, fingerprint: str) -> bool:
     if found is None or found is function:
         return found is not None
     try:
-        return fingerprint_of(found) == fingerprint
+        return fingerprint_of(found).digest == fingerprint
     except UsageError:  # another one, which is not asked for
         return False

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 PLAIN = (type(None), bool, int, float, complex, str, bytes)
 MUTABLE = (list, set, dict, deque, MappingProxyType)
 CONTAINERS = (tuple, frozenset, *MUTABLE)
+MAIN_MODULES = ("__main__", "__mp_main__")
 
 
 def is_one(value: Any, *classes: type) -> bool:
@@ -109,16 +110,17 @@ def _taking(class_: type) -> Callable[[Any], tuple[Any, ...] | None] | None:
     return None
 
 
-def fields_of(value: Any) -> list[tuple[str, Any]] | None:
+def fields_of(value: Any, program: str) -> list[tuple[str, Any]] | None:
     """Return the fields of an object that is a value by nature, in order; None for anything else.
 
     That is a dataclass with the fields that it compares, a pydantic model with what is private in it, or a namespace.
-    Not one of a package's that may change, such as an agent, which does so as it is used.
+    Not one of a package's that may change, such as an agent, which does so as it is used; `program` is the package, or
+    the module outside of any, that is no other's.
     """
     names: Iterable[str]
     if is_one(value, SimpleNamespace) or "argparse.Namespace" in map(_full_name, type(value).__mro__):
         names = vars(value)
-    elif not (_is_frozen(value) or _is_of_the_program(type(value))):
+    elif not (_is_frozen(value) or _is_of_the_program(type(value), program)):
         return None
     elif dataclasses.is_dataclass(type(value)):
         names = [field.name for field in dataclasses.fields(value) if field.compare]
@@ -137,18 +139,21 @@ def _is_frozen(value: Any) -> bool:
     return bool(config and config.get("frozen"))
 
 
-def _is_of_the_program(class_: type) -> bool:
-    """Tell whether a class is of the program that runs, neither Python's own nor a package's."""
+def _is_of_the_program(class_: type, program: str) -> bool:
+    """Tell whether a class is of the program that runs, neither Python's own nor another package's."""
+    module = module_name(class_)
     file = attribute(sys.modules.get(class_.__module__), "__file__")
-    return file is None or not _was_installed(file)
+    return file is None or module.partition(".")[0] == program or not _was_installed(file, module.count("."))
 
 
 @functools.lru_cache(maxsize=256)
-def _was_installed(file: str) -> bool:
+def _was_installed(file: str, depth: int) -> bool:
+    """Tell whether a file is Python's own, or in a folder that packages were installed to, so many folders below it."""
     path = Path(file)
-    return not {"site-packages", "dist-packages"}.isdisjoint(path.parts) or path.is_relative_to(
-        sysconfig.get_path("stdlib")
-    )
+    depth += path.stem == "__init__"
+    folder = path.parents[min(depth, len(path.parents) - 1)]
+    installed = folder.name in {"site-packages", "dist-packages"} or any(folder.glob("*.dist-info"))
+    return installed or path.is_relative_to(sysconfig.get_path("stdlib"))
 
 
 def _full_name(class_: type) -> str:
@@ -156,6 +161,34 @@ def _full_name(class_: type) -> str:
 
 
 # --- functions --------------------------------------------------------------------------------------------------------
+
+
+def home_of(function: Any) -> str:
+    """Return the module that something was defined in, by its name in `sys.modules`."""
+    owner = (
+        function
+        if attribute(function, "__module__")
+        else attribute(function, "__objclass__") or type(function)
+    )
+    return str(owner.__module__)
+
+
+def module_name(function: Any) -> str:
+    """Return the name by which other programs import the module that something was defined in."""
+    name = home_of(function)
+    if name not in MAIN_MODULES:
+        return name
+    main = sys.modules.get(name) or sys.modules["__main__"]
+    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+    if spec is not None:
+        return str(spec.name)
+    return Path(file).stem if file else name
+
+
+def program_of(function: Any) -> str:
+    """Name the package, or the module outside of any, that a function is of, behind partials and decorators."""
+    *_, last = chain(function)
+    return module_name(last).partition(".")[0]
 
 
 def is_bound(function: Any) -> bool:
@@ -202,3 +235,22 @@ def attributes_of(value: Any) -> set[str]:
     fields = dataclasses.fields(value) if dataclasses.is_dataclass(type(value)) else ()
     kept |= {field.name for field in fields if not field.compare}
     return {*(attribute(value, "__dict__") or ()), *slots} - kept
+
+
+def is_of_functools(value: Any) -> bool:
+    """Tell whether something was made by functools: it keeps a cache at the most."""
+    return type(value).__module__ == "functools"
+
+
+def keeps_more(value: Any, program: str) -> bool:
+    """Tell whether an object has attributes that its digest leaves out."""
+    # A class and a member of an enum are told by their names.
+    if is_one(value, type, enum.Enum) or is_of_functools(value):
+        return False
+    fields = fields_of(value, program)
+    if fields is not None and is_base_model(value):
+        return False
+    if fields is None and (is_one(value, *PLAIN, *CONTAINERS) or parts_of(value) is not None):
+        return bool(attribute(value, "__dict__"))
+    told = {name for name, _ in fields or ()}
+    return not told.union(functools.WRAPPER_ASSIGNMENTS, {"__wrapped__"}).issuperset(attributes_of(value))

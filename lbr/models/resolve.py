@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lbr.errors import UsageError
 from lbr.jobs import canonical_json
 from lbr.models.base import Kind, kind_of
+from lbr.models.identity import may_be_another
 from lbr.tokens import most_output_tokens
 
 if TYPE_CHECKING:
@@ -34,13 +35,39 @@ class Authority:
     functions: tuple[NamedFunction, ...] = ()
     result_types: Mapping[str, type] = field(default_factory=dict)
     openrouter_api_key: str | None = field(default=None, repr=False)
+    runs_are_named: bool = True
+    """Whether the runs to serve were named, so that a caller's word is behind each function."""
 
     def function_for(self, task: Task) -> NamedFunction | None:
         """Return the function that a task asks for, else another of that name, None without one."""
         found = [one for one in self.functions if one.identity.name == task.function]
-        fitting = [one for one in found if _mismatch(task, one.identity) is None]
+        fitting = [one for one in found if self.mismatch(task, one.identity) is None]
         versioned = [one for one in fitting if one.identity.version == task.version]
         return next(iter(versioned or fitting or found), None)
+
+    def mismatch(self, task: Task, identity: Identity) -> str | None:
+        """Tell how a function is not the one that a task asks for, None where it is.
+
+        By what its author or its code says; a version may have been given beside the function when it was enqueued, so
+        that one without a version is no mismatch, as long as there is no other of its name and code.
+        """
+        asked = "no version" if task.version is None else f"version {task.version}"
+        if identity.version is not None and identity.version != task.version:
+            return (
+                f"{asked}, but here it has version {identity.version}; serve it with the code it was enqueued with, or "
+                f"enqueue again"
+            )
+        if task.fingerprint is not None and task.fingerprint != identity.fingerprint:
+            return (
+                f"fingerprint {task.fingerprint}, but here it has {identity.fingerprint}: its code or what it closes "
+                f"over has changed; enqueue again"
+            )
+        if task.version is not None and may_be_another(identity) and not self.runs_are_named:
+            return (
+                f"{asked}, but here it has none, and only an object in it would tell which one it is; name the runs "
+                f"that are its own with run=…"
+            )
+        return None
 
 
 def check_task(task: Task) -> None:
@@ -138,24 +165,7 @@ def _allowed_function(task: Task, authority: Authority) -> Callable[..., Any]:
             else f"start the worker with --function {name}"
         )
         raise UsageError(f"the run asks for function {name}; {way_out}")
-    mismatch = _mismatch(task, named.identity)
+    mismatch = authority.mismatch(task, named.identity)
     if mismatch is not None:
         raise UsageError(f"the run asks for function {name} with {mismatch}")
     return named.call
-
-
-def _mismatch(task: Task, identity: Identity) -> str | None:
-    """Tell how a function is not the one that a task asks for, by what its author or its code says; None where it is."""
-    # A version may have been given beside the function when it was enqueued, so a function without one is no mismatch.
-    if identity.version is not None and identity.version != task.version:
-        asked = "no version" if task.version is None else f"version {task.version}"
-        return (
-            f"{asked}, but here it has version {identity.version}; serve it with the code it was enqueued with, or "
-            f"enqueue again"
-        )
-    if task.fingerprint is not None and task.fingerprint != identity.fingerprint:
-        return (
-            f"fingerprint {task.fingerprint}, but here it has {identity.fingerprint}: its code or what it closes over "
-            f"has changed; enqueue again"
-        )
-    return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from enum import Enum
 from types import (
     BuiltinFunctionType,
     ClassMethodDescriptorType,
@@ -19,14 +18,14 @@ from lbr.models.insides import (
     CONTAINERS,
     PLAIN,
     attribute,
-    attributes_of,
     chain,
-    fields_of,
     is_bound,
+    is_of_functools,
     is_one,
+    keeps_more,
     parts_of,
+    program_of,
 )
-from lbr.structured import is_base_model
 
 ROUTINES = (
     FunctionType,
@@ -45,14 +44,15 @@ def hides_state(function: Any) -> bool:
     The object is the one whose method it is, or itself, behind partials and decorators too; one that it closes over is
     not meant.
     """
+    program = program_of(function)
     for one in chain(function):
         owner = _owner_of(one)
         if owner is not None:
             if not is_one(one, MethodType, functools.partial):
                 return not is_one(owner, FunctionType) and _is_opaque(owner)
-            if _keeps_more(owner):
+            if keeps_more(owner, program):
                 return True
-        elif not is_one(one, *ROUTINES) and (_keeps_more(one) or _is_called_in_c(one)):
+        elif not is_one(one, *ROUTINES) and (keeps_more(one, program) or _is_called_in_c(one)):
             return True
     return False
 
@@ -77,25 +77,6 @@ def _is_opaque(value: Any) -> bool:
 
 def _is_called_in_c(value: Any) -> bool:
     """Tell whether an object is called by code in C, like those of `operator.methodcaller`: its state is not seen."""
-    if is_one(value, type) or _is_of_functools(value):
+    if is_one(value, type) or is_of_functools(value):
         return False
     return is_one(attribute(type(value), "__call__"), WrapperDescriptorType)
-
-
-def _is_of_functools(value: Any) -> bool:
-    """Tell whether something was made by functools: it keeps a cache at the most."""
-    return type(value).__module__ == "functools"
-
-
-def _keeps_more(value: Any) -> bool:
-    """Tell whether an object has attributes that its digest leaves out."""
-    # A class and a member of an enum are told by their names.
-    if is_one(value, type, Enum) or _is_of_functools(value):
-        return False
-    fields = fields_of(value)
-    if fields is not None and is_base_model(value):
-        return False
-    if fields is None and (is_one(value, *PLAIN, *CONTAINERS) or parts_of(value) is not None):
-        return bool(attribute(value, "__dict__"))
-    told = {name for name, _ in fields or ()}
-    return not told.union(functools.WRAPPER_ASSIGNMENTS, {"__wrapped__"}).issuperset(attributes_of(value))
