@@ -17,7 +17,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -58,12 +57,12 @@ def run(
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a command to its end, with constants of modules set to other values than they have.
 
-    Raises TimeoutExpired after so many seconds, when it was killed.
+    As with a process that is started, what it writes is read until nobody has its standard files any more, not a child
+    that it left behind either. Raises TimeoutExpired after so many seconds, when it was killed.
     """
+    deadline = time.monotonic() + timeout
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
-        files[0].write(stdin)
-        files[0].seek(0)
+        (read_in, write_in), (read_out, write_out), (read_error, write_error) = (os.pipe() for _ in range(3))
         ours, theirs = (stack.enter_context(one) for one in socket.socketpair())
         with _lock:
             if not _sources:
@@ -71,23 +70,50 @@ def run(
             _sources[0].hand(theirs)
         theirs.close()
         told = {"arguments": list(arguments), "cwd": str(cwd), "env": dict(env), "constants": constants or {}}
-        socket.send_fds(ours, [json.dumps(told).encode() + b"\n"], [file.fileno() for file in files])
+        handed = [read_in, write_out, write_error]
+        socket.send_fds(ours, [json.dumps(told).encode() + b"\n"], handed)
+        for one in handed:
+            os.close(one)
+        readers = [_Reader(one) for one in (read_out, read_error)]
+        writer = threading.Thread(target=_write, args=(write_in, stdin), daemon=True)
+        writer.start()
         ours.settimeout(timeout)
         answers = stack.enter_context(ours.makefile("rb"))
         pid = int(answers.readline())
         try:
             code = int(answers.readline())
+            out, error = (reader.content(deadline - time.monotonic()) for reader in readers)
         except TimeoutError:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             raise subprocess.TimeoutExpired(list(arguments), timeout) from None
-        out, error = (_content(file) for file in files[1:])
         return subprocess.CompletedProcess(list(arguments), code, out, error)
 
 
-def _content(file: Any) -> bytes:
-    file.seek(0)
-    return bytes(file.read())
+def _write(descriptor: int, content: bytes) -> None:
+    with contextlib.suppress(BrokenPipeError), open(descriptor, "wb") as pipe:
+        pipe.write(content)
+
+
+class _Reader:
+    """Reads a pipe to its end, beside everything else."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._content = b""
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        with open(self._descriptor, "rb") as pipe:
+            self._content = pipe.read()
+
+    def content(self, timeout: float) -> bytes:
+        """Return what came. Raises TimeoutError where the end does not."""
+        self._thread.join(max(0.0, timeout))
+        if self._thread.is_alive():
+            raise TimeoutError
+        return self._content
 
 
 class _Source:

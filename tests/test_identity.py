@@ -15,17 +15,20 @@ import re
 import string
 import subprocess
 import sys
-from collections import deque
+from array import array
+from collections import UserDict, deque
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
+from enum import Enum
 from pathlib import Path
 from time import monotonic as clock
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
+import attrs
 import numpy as np
 import pytest
 from pydantic import BaseModel, ConfigDict, PrivateAttr
@@ -204,6 +207,7 @@ def test_a_fingerprint_tells_code_apart() -> None:
         (functools.partial(two, "a"), functools.partial(two, "b")),
         (functools.partial(two, left="a"), functools.partial(two, left="b")),
         (lambda text, x=1: text, lambda text, x=2: text),
+        (lambda text: text, lambda *text: text),
         (lambda text, *, x=1: text, lambda text, *, x=2: text),
         (Caller().now, Caller().later),
         (Caller(), AsyncCaller()),
@@ -257,6 +261,14 @@ class Standing:
         return f"{self.__wrapped__(text)}!"
 
 
+@attrs.define
+class Tone:
+    """A value by nature, by another package's word."""
+
+    tone: str
+    calls: int = attrs.field(default=0, eq=False)
+
+
 class Secret(str):
     """Text that does not show itself."""
 
@@ -305,6 +317,12 @@ def private(tone: Any) -> Any:
         (slice(1), slice(2)),
         (bytearray(b"a"), bytearray(b"b")),
         (list[int], list[str]),
+        (int | str, int | bytes),
+        (Literal["a"], Literal["b"]),
+        (array("i", [1]), array("i", [2])),
+        (UserDict(a=1), UserDict(a=2)),
+        (Tone("polite"), Tone("rude")),
+        (Enum("E", {"A": 1}).A, Enum("E", {"A": 2}).A),  # type: ignore[attr-defined]
         (timezone(timedelta(hours=1)), timezone(timedelta(hours=2))),
         (ZoneInfo("Europe/Berlin"), ZoneInfo("Europe/Paris")),
         (
@@ -405,6 +423,19 @@ def test_what_changes_while_it_is_looked_at_has_changed(monkeypatch: pytest.Monk
     assert not has_changed(named)
     monkeypatch.setattr("lbr.models.identity.fingerprint_of", torn)
     assert has_changed(named)
+
+
+def test_what_changes_while_it_is_asked_for_is_refused() -> None:
+    """Another thread fills a dict, say."""
+
+    class Torn(dict[str, int]):
+        def items(self) -> Any:
+            for pair in super().items():
+                self[str(len(self))] = 1
+                yield pair
+
+    with pytest.raises(UsageError, match="got: one that changes while it is looked at"):
+        identify(nested(Torn(a=1)))
 
 
 def test_too_much_to_look_at_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -838,10 +869,14 @@ class Thing: pass
 @dataclass
 class Voice: tone: object
 def named(text): return text
+def kept_name(function):
+    name = f"{{function.__module__}}.{{function.__qualname__}}"
+    def inner(text): return function(text) + name
+    return inner
 from lbr.models.identity import identify
 for f in (make({{"one", "two", "three"}}, "e"), make((Thing(), named), {{1.5: b"x"}}), named,
           functools.partial(named, text=frozenset("abc")), lambda t: t,
-          make(Voice({{"one", "two"}}), (re.compile("a"), pathlib.Path("b"), datetime.timedelta(1)))):
+          make(Voice({{"one", "two"}}), (re.compile("a"), pathlib.Path("b"), datetime.timedelta(1))), kept_name(named)):
     i = identify(f)
     print(i.name, i.fingerprint, i.anonymous)
 """
@@ -871,7 +906,15 @@ def test_a_fingerprint_is_the_same_in_every_process(tmp_path: Path) -> None:
     again = run_program(tmp_path / "b", seed=2, padding="\n\n# moved down\n\n")
     imported = run_program(tmp_path / "c", seed=3, how="import")
     assert first == again == imported
-    assert [anonymous for _, _, anonymous in first] == ["True", "True", "False", "True", "True", "True"]
+    assert [anonymous for _, _, anonymous in first] == [
+        "True",
+        "True",
+        "False",
+        "True",
+        "True",
+        "True",
+        "True",
+    ]
 
 
 @pytest.mark.parametrize("how", ["file", "module", "import"])

@@ -43,6 +43,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 DIGEST_BYTES = 16
+OF_CODE = (
+    "co_code",
+    "co_exceptiontable",
+    "co_consts",
+    "co_names",
+    "co_argcount",
+    "co_posonlyargcount",
+    "co_kwonlyargcount",
+    "co_flags",
+)
 OF_PYTHON = 1 << 9
 """The flag of classes that a program made as it ran, Py_TPFLAGS_HEAPTYPE; nearly all of C's were there before."""
 MOST_VALUES = 3_000_000
@@ -67,6 +77,8 @@ def fingerprint_of(function: Any) -> Fingerprint:
         digest = walk.digest(function).hex()
     except RecursionError as error:
         raise _too_much("values that are nested too deeply") from error
+    except RuntimeError as error:  # a dict or a set of another thread's
+        raise _too_much(f"one that changes while it is looked at ({error})") from error
     return Fingerprint(digest, walk.tally.partial)
 
 
@@ -122,7 +134,7 @@ class _Walk:
         if is_one(value, ModuleType):
             return _join("module", value.__name__)
         if is_one(value, CodeType):
-            return self._join("code", value.co_code, value.co_exceptiontable, value.co_consts, value.co_names)
+            return self._join("code", *(getattr(value, name) for name in OF_CODE))
         return self._numbered(value)
 
     def _numbered(self, value: Any) -> bytes:

@@ -26,6 +26,7 @@ from types import (
     MethodWrapperType,
     ModuleType,
     SimpleNamespace,
+    UnionType,
 )
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -57,8 +58,13 @@ def attribute(value: Any, name: str, default: Any = None) -> Any:
 def plain_text(value: Any) -> str:
     """Return what tells a plain value from others of its class, in words of its base class."""
     base: Any = next(one for one in PLAIN if issubclass(type(value), one))
-    # Python writes no whole number of thousands of digits in decimals.
-    return int.__format__(value, "x") if base is int else base.__repr__(value)
+    if base is int:  # Python writes none of thousands of digits in decimals
+        return int.__format__(value, "x")
+    head, dot, rest = str(value).partition(".") if base is str else ("", "", "")
+    if dot and head in MAIN_MODULES:  # the name of a function, as some decorators keep it
+        value = f"{main_name()}.{rest}"
+    text: str = base.__repr__(value)
+    return text
 
 
 def _of_array(array: Any) -> tuple[Any, ...]:
@@ -67,7 +73,7 @@ def _of_array(array: Any) -> tuple[Any, ...]:
 
 # By name those that take their time to import, or are of packages that need not be there.
 _PARTS: dict[type | str, Callable[[Any], tuple[Any, ...] | None]] = {
-    enum.Enum: lambda it: (it.value if it.name is None else it.name,),
+    enum.Enum: lambda it: (it.name, it.value),
     datetime: lambda it: (it.isoformat(), it.fold, it.tzinfo),
     date: lambda it: (it.isoformat(),),
     time: lambda it: (it.isoformat(), it.fold, it.tzinfo),
@@ -84,6 +90,12 @@ _PARTS: dict[type | str, Callable[[Any], tuple[Any, ...] | None]] = {
     memoryview: lambda it: (it.format, it.shape, it.tobytes()),
     re.Pattern: lambda it: (it.pattern, it.flags),
     GenericAlias: lambda it: (repr(it),),
+    UnionType: lambda it: (repr(it),),
+    "typing._GenericAlias": lambda it: (repr(it),),
+    "array.array": lambda it: (it.typecode, it.tobytes()),
+    "collections.UserDict": lambda it: (it.data,),
+    "collections.UserList": lambda it: (it.data,),
+    "collections.ChainMap": lambda it: (it.maps,),
     "string.Template": lambda it: (it.template,),
     "numpy.generic": _of_array,
     # Its subclasses may keep more, such as what of it is masked.
@@ -113,7 +125,8 @@ def _taking(class_: type) -> Callable[[Any], tuple[Any, ...] | None] | None:
 def fields_of(value: Any, program: str) -> list[tuple[str, Any]] | None:
     """Return the fields of an object that is a value by nature, in order; None for anything else.
 
-    That is a dataclass with the fields that it compares, a pydantic model with what is private in it, or a namespace.
+    That is a dataclass or a class of attrs with the fields that it compares, a pydantic model with what is private in it,
+    or a namespace.
     Not one of a package's that may change, such as an agent, which does so as it is used; `program` is the package, or
     the module outside of any, that is no other's.
     """
@@ -124,6 +137,8 @@ def fields_of(value: Any, program: str) -> list[tuple[str, Any]] | None:
         return None
     elif dataclasses.is_dataclass(type(value)):
         names = [field.name for field in dataclasses.fields(value) if field.compare]
+    elif attribute(type(value), "__attrs_attrs__") is not None:
+        names = [field.name for field in type(value).__attrs_attrs__ if field.eq]
     elif is_base_model(value) and hasattr(type(value), "model_fields"):
         extra, private = value.model_extra or (), attribute(value, "__pydantic_private__") or ()
         names = [*type(value).model_fields, *extra, *private]
@@ -176,8 +191,11 @@ def home_of(function: Any) -> str:
 def module_name(function: Any) -> str:
     """Return the name by which other programs import the module that something was defined in."""
     name = home_of(function)
-    if name not in MAIN_MODULES:
-        return name
+    return main_name(name) if name in MAIN_MODULES else name
+
+
+def main_name(name: str = "__main__") -> str:
+    """Return the name by which other programs import the script that runs."""
     main = sys.modules.get(name) or sys.modules["__main__"]
     spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
     if spec is not None:
