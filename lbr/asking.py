@@ -257,8 +257,8 @@ def changed_by_use(authority: Authority) -> list[str]:
     """Return what to say of functions that are others than before they were called: all is asked of them again."""
     return [
         f"{one.identity.name} has become another function while it was called, for a value that it closes over, or is a "
-        f"method of, has changed: the next call asks everything anew. Keep what changes in a global, or in a dataclass "
-        f"as field(compare=False)"
+        f"method of, has changed: another call of this program asks everything anew. Keep what changes in a global, or in a "
+        f"dataclass as field(compare=False)"
         for one in authority.functions
         if has_changed(one)
     ]
