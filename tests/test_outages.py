@@ -396,9 +396,8 @@ def test_answers_outlive_an_event_loop_that_ends(tmp_path: Path) -> None:
 
         async def main():
             calling = asyncio.create_task(call())
-            while len(answered) < 16:
+            while len(answered) < 16 or file.execute("SELECT count(*) FROM results").fetchone() != (16,):
                 await asyncio.sleep(0.01)
-            await asyncio.sleep(0.2)
             file.execute("BEGIN IMMEDIATE")
             locked.set()
             while len(answered) < 32:
