@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import importlib
 import json
 import os
 import resource
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from aiohttp import ClientTimeout
 from sqlalchemy import text
+from stamina.instrumentation import set_on_retry_hooks
 
 from lbr import descriptors, serving
 from lbr.asking import authorize
@@ -227,7 +229,9 @@ async def test_a_file_for_which_no_descriptor_is_left_is_told_as_that(
 
 async def test_a_look_for_changes_waits_for_a_descriptor(tmp_path: Path) -> None:
     """An idle worker looks with a connection of its own, which it may have to open when all are in use."""
+    set_on_retry_hooks(None)  # as in a process that has tried nothing again yet
     database = await open_database(f"sqlite+aiosqlite:///{tmp_path / 'queue.db'}", create=True)
+    importlib.invalidate_caches()
     with none_left():
         looking = asyncio.create_task(database.changed())
         await asyncio.sleep(0.3)

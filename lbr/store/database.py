@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, TypeVar
 
 import stamina
+from stamina.instrumentation import get_on_retry_hooks
 
 from lbr.jobs import Millis
 
@@ -66,6 +67,8 @@ class Database(ABC):
     def __init__(
         self, name: str, *, patience: float, spool_places: Sequence[Path], presence: Presence
     ) -> None:
+        # What a retry loads, it loads now: it may be for want of the descriptor that an import takes.
+        get_on_retry_hooks()
         self.name = name
         self.presence = presence
         self.patience = patience
