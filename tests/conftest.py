@@ -5,9 +5,10 @@ from __future__ import annotations
 import compileall
 import concurrent.futures.thread  # noqa: F401 - loaded late otherwise, by a user who may not read root's Python
 import os
+import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -122,3 +123,20 @@ def cli(tmp_path: Path, db_url: str) -> Iterator[Cli]:
     driver = Cli(tmp_path, db_url=db_url)
     yield driver
     driver.stop_all()
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Write modules into the working directory and forget them afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    before = set(sys.modules)
+
+    def write(name: Any, text: Any) -> None:
+        path = tmp_path / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+
+    yield write
+    for name in set(sys.modules) - before:
+        del sys.modules[name]

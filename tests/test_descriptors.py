@@ -42,8 +42,10 @@ from lbr.worker import Worker
 from tests.support import ECHO, Cli, put
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
+
+    from lbr.store.database import Database
 
 MODEL = "openai-chat:gpt-4o-mini"
 
@@ -194,6 +196,23 @@ async def test_slots_are_held_back_while_a_provider_is_served(
     await database.close()
 
 
+@pytest.fixture
+async def database(tmp_path: Path) -> AsyncIterator[Database]:
+    """Return an empty queue."""
+    opened = await open_database(f"sqlite+aiosqlite:///{tmp_path / 'queue.db'}", create=True)
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+async def servings(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Servings]:
+    """Return those of a process with a key and more descriptors than slots."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-this-test")
+    made = Servings(authorize(), concurrency=50, room=1_000, limits_cost=False)
+    yield made
+    await made.aclose()
+
+
 @contextmanager
 def none_left() -> Iterator[None]:
     """Let this process have no descriptor left for the length of the block."""
@@ -241,15 +260,12 @@ async def test_a_look_for_changes_waits_for_a_descriptor(tmp_path: Path) -> None
 
 
 async def test_a_run_for_whose_answerer_no_descriptor_is_left_is_begun_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    database: Database, servings: Servings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is neither refused nor forgotten, a user hears of it once, and a worker does not end before."""
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-this-test")
     monkeypatch.setattr("lbr.serving.AGAIN_SECONDS", 0)
-    database = await open_database(f"sqlite+aiosqlite:///{tmp_path / 'queue.db'}", create=True)
     run = await put(database, ["a"], name="mine", task=Task(model=MODEL))
     found = await reads.all_runs(database)
-    servings = Servings(authorize(), concurrency=50, room=1_000, limits_cost=False)
     with none_left():
         (notice,) = servings.learn(found)
         assert servings.learn(found) == []
@@ -259,19 +275,16 @@ async def test_a_run_for_whose_answerer_no_descriptor_is_left_is_begun_later(
     assert servings.learn(found) == []
     assert list(servings.served) == [run.id]
     assert not servings.postponed
-    await servings.aclose()
-    await database.close()
 
 
-async def test_a_run_is_not_postponed_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_run_is_not_postponed_for_ever(
+    database: Database, servings: Servings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where none becomes free it is refused, which is told once, and begun all the same when there is one."""
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-this-test")
     monkeypatch.setattr(serving, "AGAIN_SECONDS", 0)
     monkeypatch.setattr(serving, "LACKING_SECONDS", 0)
-    database = await open_database(f"sqlite+aiosqlite:///{tmp_path / 'queue.db'}", create=True)
     run = await put(database, ["a"], name="mine", task=Task(model=MODEL))
     found = await reads.all_runs(database)
-    servings = Servings(authorize(), concurrency=50, room=1_000, limits_cost=False)
     with none_left():
         (notice,) = servings.learn(found)
         assert servings.learn(found) == []
@@ -282,29 +295,24 @@ async def test_a_run_is_not_postponed_for_ever(tmp_path: Path, monkeypatch: pyte
     assert (list(servings.refused), servings.postponed) == ([run.id], set())
     assert servings.learn(found) == []
     assert (list(servings.served), servings.refused) == ([run.id], {})
-    await servings.aclose()
-    await database.close()
 
 
 async def test_a_postponed_run_that_is_paused_is_waited_for_no_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    database: Database, servings: Servings
 ) -> None:
     """Nobody would ever begin with it."""
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-this-test")
-    database = await open_database(f"sqlite+aiosqlite:///{tmp_path / 'queue.db'}", create=True)
     run = await put(database, ["a"], task=Task(model=MODEL))
-    servings = Servings(authorize(), concurrency=50, room=1_000, limits_cost=False)
     found = await reads.all_runs(database)
     with none_left():
         servings.learn(found)
     await runs.pause(database, run, "by hand")
     servings.learn(await reads.all_runs(database))
     assert not servings.postponed
-    await servings.aclose()
-    await database.close()
 
 
-async def test_a_worker_begins_with_a_postponed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_worker_begins_with_a_postponed_run(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With nothing else to do it tries again, rather than ending at a queue that looks empty, or with an error."""
     tries = 0
 
@@ -317,13 +325,11 @@ async def test_a_worker_begins_with_a_postponed_run(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(serving, "build_model", building)
     monkeypatch.setattr(serving, "AGAIN_SECONDS", 0)
-    database = await open_database(f"sqlite+aiosqlite:///{tmp_path / 'queue.db'}", create=True)
     await put(database, ["a"])
     heard: list[str] = []
     worker = Worker(database, authorize(), WorkOptions(until=Until.EMPTY), notify=heard.append)
     assert (await worker.run()).done == 1
     assert [("expected a descriptor" in one) for one in heard] == [True]
-    await database.close()
 
 
 @pytest.mark.parametrize(("most", "kept"), [(4, 4), (None, 6)])
@@ -424,14 +430,11 @@ def test_a_name_that_is_not_found_for_want_of_a_descriptor() -> None:
 
 
 async def test_fewer_calls_are_made_step_by_step_and_more_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    database: Database, servings: Servings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half as many at once, never fewer than run, and not for each call that finds none; in time as many as before."""
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-this-test")
     monkeypatch.setattr("lbr.serving.FEWER_SECONDS", 0)
-    database = await open_database(f"sqlite+aiosqlite:///{tmp_path / 'queue.db'}", create=True)
     await put(database, ["a"], name="1", task=Task(model=MODEL))
-    servings = Servings(authorize(), concurrency=50, room=1_000, limits_cost=False)
     assert servings.learn(await reads.all_runs(database)) == []
     (notice,) = servings.make_fewer(40)
     assert "got: enough for 40" in notice
@@ -450,5 +453,3 @@ async def test_fewer_calls_are_made_step_by_step_and_more_again(
         servings.make_more()
         slots.append(servings.slots)
     assert slots == [20, 40, 50, 50]
-    await servings.aclose()
-    await database.close()

@@ -24,7 +24,7 @@ from enum import Enum
 from pathlib import Path
 from time import monotonic as clock
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
@@ -51,27 +51,7 @@ from tests.callables import (
     two,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 # --- import_function --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Write modules into the working directory and forget them afterwards."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
-    before = set(sys.modules)
-
-    def write(name: Any, text: Any) -> None:
-        path = tmp_path / f"{name}.py"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
-
-    yield write
-    for name in set(sys.modules) - before:
-        del sys.modules[name]
 
 
 def test_a_function_is_found_in_the_working_directory(module: Any, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from lbr.errors import BadAnswer, Family, UsageError
 from lbr.structured import Validator, import_type, load_schema, schema_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 PERSON: dict[str, Any] = {
@@ -126,21 +125,6 @@ def test_schema_of_refuses_the_rest(value: Any) -> None:
     """What has no JSON schema is refused."""
     with pytest.raises(UsageError, match="expected a pydantic BaseModel class as result type, got: "):
         schema_of(value)
-
-
-@pytest.fixture
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Write modules into the working directory and forget them afterwards."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
-    before = set(sys.modules)
-
-    def write(name: Any, text: Any) -> None:
-        (tmp_path / f"{name}.py").write_text(text)
-
-    yield write
-    for name in set(sys.modules) - before:
-        del sys.modules[name]
 
 
 def test_import_type_finds_a_class_in_the_working_directory(module: Any, tmp_path: Path) -> None:

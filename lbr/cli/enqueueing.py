@@ -135,6 +135,15 @@ def _interrupted_words(inputs: tuple[str, ...], kept: int, *, append: bool) -> s
     return f"{begun}; run {same} to go on"
 
 
+def describe(report: api.EnqueueReport) -> str:
+    """Return what an enqueue did, in words."""
+    counts = report.counts
+    return (
+        f"run {report.run}: {counted(counts.inputs, 'input')}, {counts.new} new, {counts.duplicate} duplicate, "
+        f"{counts.reused} reused, {counts.known} known"
+    )
+
+
 async def enqueue_inputs(
     db: dict[str, Any], inputs: tuple[str, ...], hear: Callable[[int], None], **flags: Any
 ) -> api.EnqueueReport:
@@ -173,12 +182,8 @@ def enqueue(db: dict[str, Any], /, inputs: tuple[str, ...], as_json: bool, **fla
     """
     with counting_kept(inputs, append=flags["append"]) as hear:
         report = asyncio.run(enqueue_inputs(db, inputs, hear, **flags))
-    counts = report.counts
     if as_json:
-        fields = {name: getattr(counts, name) for name in counts.__slots__}
+        fields = {name: getattr(report.counts, name) for name in report.counts.__slots__}
         tell(orjson.dumps({"run": report.run} | fields))
         return
-    tell(
-        f"run {report.run}: {counted(counts.inputs, 'input')}, {counts.new} new, {counts.duplicate} duplicate, "
-        f"{counts.reused} reused, {counts.known} known"
-    )
+    tell(describe(report))

@@ -15,6 +15,7 @@ from lbr import api, operating, outputs, progress
 from lbr.cli.app import EXIT_UNFINISHED, database_option, say
 from lbr.cli.collecting import describe, exit_code
 from lbr.cli.enqueueing import counting_kept, enqueue_inputs, task_options
+from lbr.cli.enqueueing import describe as describe_enqueue
 from lbr.cli.working import (
     leave_stuck,
     processes_option,
@@ -26,7 +27,6 @@ from lbr.cli.working import (
 from lbr.config import at_least_one
 from lbr.errors import UsageError
 from lbr.jobs import Shape
-from lbr.plurals import counted
 from lbr.store.engines import file_of
 
 if TYPE_CHECKING:
@@ -92,11 +92,7 @@ async def _run(
     flags = {name: value for name, value in flags.items() if name not in how}
     may: dict[str, Any] = {"functions": _one(flags["function"]), "result_types": _one(flags["result_type"])}
     enqueued = await enqueue_inputs(db, inputs, hear, servable=True, **flags)
-    counts = enqueued.counts
-    say(
-        f"lbr: run {enqueued.run}: {counted(counts.inputs, 'input')}, {counts.new} new, {counts.duplicate} duplicate, "
-        f"{counts.reused} reused, {counts.known} known"
-    )
+    say(f"lbr: {describe_enqueue(enqueued)}")
     worked: WorkReport | None = None
     async with _progress(db, enqueued.run) as line:
         if processes > 1:
