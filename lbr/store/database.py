@@ -79,6 +79,7 @@ class Database(ABC):
         """Try nothing again from now on: it has been tried for long enough."""
         self._given_up = True
 
+    @abstractmethod
     async def write(self, work: Callable[[Connection], Awaitable[T]], *, beside: bool = False) -> T:
         """Run one transaction; whole again after a failure that passes, so `work` must not change anything else.
 
@@ -88,7 +89,6 @@ class Database(ABC):
         A cancelled caller is told so only when the transaction has ended, one way or the other; it is not run again
         then. Raises DatabaseError when the database stays busy or away for longer than `patience`.
         """
-        return await self._write(work, beside=beside)
 
     async def read(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         """Run one short read-only transaction, again after a failure that passes. Raises as `write` does."""
@@ -116,10 +116,6 @@ class Database(ABC):
                         raise first
                     result = await once()
         return result
-
-    @abstractmethod
-    async def _write(self, work: Callable[[Connection], Awaitable[T]], *, beside: bool) -> T:
-        """Run `work` in a transaction, by `_retried`, when its turn has come; each try `to_its_end`."""
 
     @abstractmethod
     async def _read(self, work: Callable[[Connection], Awaitable[T]]) -> T:

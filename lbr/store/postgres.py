@@ -150,7 +150,8 @@ class PostgresDatabase(Database):
         self._reader = _make_engine(address, "REPEATABLE READ", pool_size=2, options=reading)
         self._listener = Listener(arguments_of(address), CHANNEL, listen=not address.pooled)
 
-    async def _write(self, work: Callable[[Connection], Awaitable[T]], *, beside: bool) -> T:
+    async def write(self, work: Callable[[Connection], Awaitable[T]], *, beside: bool = False) -> T:
+        """Run one transaction, `_retried`, when its turn has come; each try `to_its_end`."""
         lane = self._beside if beside else self._lane
         doubt: _Doubt[T] | None = None
 

@@ -154,7 +154,8 @@ class SQLiteDatabase(Database):
                 * log
             )
 
-    async def _write(self, work: Callable[[Connection], Awaitable[T]], *, beside: bool) -> T:
+    async def write(self, work: Callable[[Connection], Awaitable[T]], *, beside: bool = False) -> T:
+        """Run one transaction, `_retried`, when its turn has come; each try `to_its_end`."""
         del beside  # a file takes one writer at a time
 
         async def once() -> T:
