@@ -36,6 +36,9 @@ OBJECTS = """
         def __call__(self, prompt):
             return f"{self.tone}! {prompt}"
 
+        def __str__(self):
+            return self.tone
+
 
     @dataclass
     class Voice:
