@@ -29,6 +29,8 @@ PATIENCE = 120.0
 LARGEST = 1_000_000
 MOST_SLOTS = 10_000
 """What one worker makes of calls at a time; a limit of all workers may be above it."""
+MOST_PROCESSES = 1_000
+"""What one command starts: each is a Python with an event loop of its own."""
 MOST_A_MINUTE = 2_000_000_000
 MOST_DOLLARS = 1_000_000_000
 

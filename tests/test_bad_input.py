@@ -293,6 +293,8 @@ def test_bad_tasks_are_refused(wrong: Case, tmp_path: Path) -> None:
         case("enqueue p.txt --run §a", "a run name of 1 to 200", "' a'", "--run"),
         case(f"enqueue p.txt --instructions {LATIN}", "UTF-8", "LC_ALL", name="instructions not UTF-8"),
         case("worker --concurrency 0", "concurrency", "from 1 to 10000", "got: 0"),
+        case("worker --processes 1001", "processes", "from 1 to 1000", "got: 1001"),
+        case("run p.txt -o out.jsonl --model offline:echo --processes 1001", "processes", "from 1 to 1000"),
         case("worker --concurrency 10001", "concurrency", "from 1 to 10000", "got: 10001"),
         case("worker", "--concurrency", "'abc'", environment={"LBR_WORKER_CONCURRENCY": "abc"}, name="twin"),
         case("worker --lease -1", "lease", "above 0", "got: -1"),

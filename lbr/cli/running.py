@@ -24,7 +24,7 @@ from lbr.cli.working import (
     work_in_processes,
     work_options,
 )
-from lbr.config import at_least_one
+from lbr.config import MOST_PROCESSES, at_least_one
 from lbr.errors import UsageError
 from lbr.jobs import Shape
 from lbr.store.engines import file_of
@@ -63,7 +63,7 @@ def run(
     outputs.check_output(out)
     outputs.format_of(out)
     _check_overwriting(inputs, out, db["db_url"])
-    at_least_one("processes", flags["processes"])
+    at_least_one("processes", flags["processes"], most=MOST_PROCESSES)
     work_flags(flags)
     with counting_kept(inputs, append=flags["append"]) as hear:
         code = asyncio.run(_run(db, inputs, out, shape, hear, flags))

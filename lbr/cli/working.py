@@ -14,7 +14,7 @@ import click
 
 from lbr import api, descriptors
 from lbr.cli.app import EXIT_UNFINISHED, database_option, say, with_options
-from lbr.config import WorkOptions, at_least_one
+from lbr.config import MOST_PROCESSES, WorkOptions, at_least_one
 from lbr.jobs import Until
 from lbr.plurals import counted
 from lbr.processes import hearing
@@ -199,7 +199,7 @@ def worker(
     worker's jobs are taken up by the others, at the latest when their leases
     run out.
     """
-    at_least_one("processes", processes)
+    at_least_one("processes", processes, most=MOST_PROCESSES)
     context.exit(asyncio.run(_work(db, exclusive, processes, flags)))
 
 
