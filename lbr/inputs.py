@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, TypeVar
 
 import orjson
 
+from lbr.digits import LEAST_WHOLE, MOST_WHOLE, may_be_lost
 from lbr.errors import InputError, UsageError
 from lbr.records import Place, Template, check_storable, item_of, leaves, names, shortened, shown
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
-    from lbr.jobs import Item, Json
+    from lbr.jobs import Item
     from lbr.records import Fields
 
     _Lines = Iterator[tuple[Place, str]]
@@ -37,8 +38,6 @@ _T = TypeVar("_T", str, list[str])
 
 STDIN = "-"
 BOM = b"\xef\xbb\xbf"
-LEAST_WHOLE, MOST_WHOLE = -(2**63), 2**64 - 1
-"""The whole numbers that orjson reads and writes as such."""
 HOLDS_DIGITS = frozenset({str, int, bool, type(None)})
 """The types of values whose digits are all there; most records have no others."""
 CSV_FIELD_LIMIT = 2**31 - 1  # the most that fits a C long everywhere; Python's own limit is 128 KiB
@@ -234,19 +233,9 @@ def _json_records(lines: _Lines) -> _Records:
         if not isinstance(fields, dict):
             raise place.error(f'expected a JSON object, got: {shown(fields)}; write {{"prompt": …}}')
         check_storable(fields, place)
-        if not HOLDS_DIGITS.issuperset(map(type, fields.values())) and _may_have_lost_digits(fields):
+        if not HOLDS_DIGITS.issuperset(map(type, fields.values())) and may_be_lost(fields):
             _check_whole_numbers(line, place)
         yield place, fields
-
-
-def _may_have_lost_digits(value: Json) -> bool:
-    """Tell whether there is a float within that may have been a whole number of more than 64 bits: orjson takes those so."""
-    kind = type(value)
-    if kind is dict:
-        return any(map(_may_have_lost_digits, value.values()))
-    if kind is list:
-        return any(map(_may_have_lost_digits, value))
-    return kind is float and not LEAST_WHOLE < value < -LEAST_WHOLE
 
 
 class _Digits(str):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from lbr import digits
 from lbr.errors import BadAnswer, UsageError
 
 if TYPE_CHECKING:
@@ -205,9 +206,11 @@ class Validator:
         fenced = _FENCE.match(bare)
         bare = fenced.group(1) if fenced else bare
         try:
-            answer, problems = self._check(bare, orjson.loads(bare))
+            answer, problems = self._check(bare, digits.loads(bare))
         except orjson.JSONDecodeError as error:
             raise BadAnswer(f"$: expected JSON, got: {error}", text=text) from None
+        except RecursionError:
+            raise BadAnswer("$: is nested too deeply to check", text=text) from None
         if problems:
             raise BadAnswer(_list_problems(problems), text=text)
         return answer
@@ -253,7 +256,7 @@ def _schema_check(schema: dict[str, Json]) -> Check:
     validator = _build_validator(schema)
 
     def check(_: str, value: Json) -> tuple[str, list[str]]:
-        return orjson.dumps(value).decode(), list(_schema_problems(validator, value))
+        return digits.dumps(value).decode(), list(_schema_problems(validator, value))
 
     return check
 

@@ -22,6 +22,8 @@ from lbr.models.resolve import Authority, build_model, build_validator, check_ta
 from tests.callables import AsyncCaller, Caller, coroutine_maker, shout, shout_later, two
 
 CONTEXT: contextvars.ContextVar[str] = contextvars.ContextVar("CONTEXT", default="none")
+ITSELF: list[Any] = []
+ITSELF.append(ITSELF)
 
 
 def request(text: Any = "hello", messages: Any = None) -> Any:
@@ -82,6 +84,7 @@ async def test_a_chat_prompt_arrives_as_messages() -> None:
         ({"b": 1, "a": [None]}, '{"b":1,"a":[null]}'),
         ([], "[]"),
         (Box(inIt=3), '{"inIt":3}'),
+        ({"a": [2**70, -(2**70)], "b": float("nan")}, f'{{"a":[{2**70},{-(2**70)}],"b":null}}'),
     ],
 )
 async def test_results_become_text(result: Any, text: Any) -> None:
@@ -97,6 +100,11 @@ async def test_results_become_text(result: Any, text: Any) -> None:
         (3, "expected the function to return str, dict or BaseModel, got: int 3"),
         ((1,), "expected the function to return str, dict or BaseModel, got: tuple (1,)"),
         ("\ud800", "expected the function to return text, got: surrogates not allowed at character 0"),
+        (
+            {"a": 2**70, "b": object},
+            "expected the function's dict to be JSON, got: Type is not JSON serializable: type",
+        ),
+        (ITSELF, "expected the function's list to be JSON, got: Recursion limit reached"),
         ({"a": object}, "expected the function's dict to be JSON, got: Type is not JSON serializable: type"),
         (
             {"a": "\ud800"},

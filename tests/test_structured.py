@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -185,6 +186,16 @@ def test_a_fitting_answer_becomes_compact_json(text: Any, result_type: Any) -> N
     answer = Validator(PERSON, result_type).check(text)
     keys_as_written = '{"age":36,"name":"Ada"}' if '36,"name' in text and result_type is None else None
     assert answer == (keys_as_written or '{"name":"Ada","age":36}')
+
+
+@pytest.mark.parametrize("result_type", [None, list[int | float]])
+@pytest.mark.parametrize("number", [2**64 - 1, 2**64, -(2**63) - 1, 10**200])
+def test_whole_numbers_keep_their_digits(result_type: Any, number: Any) -> None:
+    """An answer may hold more than 64 bits in a number: an id, say."""
+    answer = Validator({"items": {"type": ["integer", "number"]}}, result_type).check(
+        f"[{number}, 1e30, 0.5]"
+    )
+    assert (json.loads(answer), str(number) in answer) == ([number, 1e30, 0.5], True)
 
 
 @pytest.mark.parametrize(

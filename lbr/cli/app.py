@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 import orjson
 
+from lbr import digits
 from lbr.config import CONFIG_FILE, load_environment, read_config_file
 from lbr.errors import DatabaseError, LbrError, MisfitError, OutputError, StoppedError, UsageError
 
@@ -236,7 +237,7 @@ def read_setting(text: str) -> tuple[str, Any]:
     if not equals or not name.strip():
         raise UsageError(f"expected --set NAME=VALUE, got: {text!r}")
     try:
-        return name.strip(), orjson.loads(value)
+        return name.strip(), digits.loads(value)
     except orjson.JSONDecodeError:
         return name.strip(), value
 

@@ -13,8 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import orjson
-
+from lbr import digits
 from lbr.errors import CallError, Permanent
 from lbr.jobs import Reply
 from lbr.precedence import PRECEDENCE
@@ -75,7 +74,7 @@ def _text_of(result: Any) -> str:
         try:
             # By alias, for that is how the schema of a result type names the fields.
             dumped = (
-                orjson.dumps(result).decode()
+                digits.dumps(result).decode()
                 if isinstance(result, dict | list)
                 else result.model_dump_json(by_alias=True)
             )
