@@ -310,6 +310,15 @@ async def until_finished(database: Database, run: Run) -> None:
         await asyncio.sleep(WAIT_SECONDS)
 
 
+async def check_queue(
+    db_url: PathOrUrl, names: Sequence[str], *, allow_network_fs: bool, patience: float
+) -> None:
+    """Raise what a worker would that cannot open its queue, or has a run named that is not there."""
+    async with opened(db_url, allow_network_fs=allow_network_fs, patience=patience) as database:
+        for name in names:
+            await reads.find_run(database, name)
+
+
 def exclusive(db_url: PathOrUrl, *, wanted: bool = True) -> AbstractAsyncContextManager[None]:
     """Be the only exclusive worker of a queue; AlreadyRunningError where another one is. A killed one frees it."""
     return sole_worker(db_url) if wanted else nullcontext()

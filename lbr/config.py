@@ -59,10 +59,8 @@ def load_environment(folder: Path) -> Mapping[str, str]:
 def read_config_file(path: Path) -> dict[str, Any]:
     """Read a TOML file of flag defaults: top-level flags first, then one table per command.
 
-    A missing file is an empty one. Raises UsageError where it is not TOML.
+    Raises UsageError where it is not TOML, and where there is none.
     """
-    if not path.is_file():
-        return {}
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

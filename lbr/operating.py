@@ -15,13 +15,15 @@ from lbr.errors import UsageError
 from lbr.models.base import model_string
 from lbr.serving import check_tells_cost
 from lbr.store import limiting, reads, redo, runs
+from lbr.store.budgets import budget_of
 from lbr.store.engines import opened
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
 
     from lbr.arguments import PathOrUrl
-    from lbr.jobs import Json
+    from lbr.jobs import Json, Run
+    from lbr.store.database import Database
     from lbr.store.reads import Story
     from lbr.store.redo import Reparsed
 
@@ -124,7 +126,7 @@ async def resume(
     """Let a paused run's jobs be claimed again; return why it was paused, None where it was not.
 
     `max_cost` is what the run may cost from now on, in US dollars, all that it has cost included; inf lifts what
-    is set, None leaves it.
+    is set, None leaves it. Raises UsageError where that leaves no room for a call.
     """
     nanos = None if max_cost is None or max_cost == math.inf else nanos_of("max_cost", max_cost)
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
@@ -132,8 +134,19 @@ async def resume(
         if nanos is not None:
             check_tells_cost(found)
         budget = {} if max_cost is None else {"budget_nanos": nanos}
+        await _check_room(database, found, budget.get("budget_nanos", found.budget_nanos))
         await runs.resume(database, found, **budget)
         return found.pause_reason
+
+
+async def _check_room(database: Database, run: Run, limit: int | None) -> None:
+    """Raise UsageError where a run has jobs left, and no room for a call in so many billionths of a US dollar."""
+    if limit is None:
+        return
+    (seen,) = (await reads.overview(database, run.name)).runs
+    budget = budget_of(limit, seen.counts)
+    if seen.open and budget.is_spent:
+        raise UsageError(f"run {run.name}: {budget.words()}; give it more with --max-cost (max_cost=…)")
 
 
 @checked()

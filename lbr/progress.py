@@ -27,7 +27,8 @@ class RunStatus:
     `jobs` are distinct inputs, `duplicates` the inputs that share another's job, `reused` the jobs answered
     from another run. `rate` is jobs per second of the workers now, `eta_seconds` None where nobody works or
     nothing is left; of a run that is not active both are those of no work. `cost_usd` is None where no price was known, or nothing was spent; `wasted_usd` is the part of
-    it that went to tries that were no answers, or came too late. `price` is what the run's user says that a million
+    it that went to tries that were no answers, or came too late, and `unpriced` counts the calls of models whose cost
+    nobody knows. `price` is what the run's user says that a million
     tokens cost, None where the provider and the price table are asked; `max_cost_usd` what the run may cost, None
     without a limit. `errors` counts tries by family.
     """
@@ -53,6 +54,7 @@ class RunStatus:
     output_tokens: int
     cost_usd: float | None
     wasted_usd: float | None
+    unpriced: int
     price: dict[str, float] | None
     max_cost_usd: float | None
     errors: dict[str, int]
@@ -169,6 +171,7 @@ def _run_status(one: RunCounts, rate: float) -> RunStatus:
         output_tokens=counts[counters.OUTPUT_TOKENS],
         cost_usd=cost / NANOS if cost else None,
         wasted_usd=counts[counters.WASTED_NANOS] / NANOS if cost else None,
+        unpriced=counts[counters.UNPRICED],
         price=None if one.run.price is None else one.run.price.to_dict(),
         max_cost_usd=None if one.run.budget_nanos is None else one.run.budget_nanos / NANOS,
         errors=errors,
@@ -282,11 +285,11 @@ def _is_narrow(fields: dict[str, Json]) -> bool:
 
 def _cost_words(run: RunStatus) -> str:
     """Return what is to be said of a run's cost behind its tokens."""
-    if run.cost_usd is None:
-        return ""
-    words = f", cost {dollars(round(run.cost_usd * NANOS))}"
+    words = "" if run.cost_usd is None else f", cost {dollars(round(run.cost_usd * NANOS))}"
     if run.wasted_usd:
         words += f", {dollars(round(run.wasted_usd * NANOS))} of it for tries that were no answers"
+    if run.unpriced and (words or run.price is not None):
+        words += f", and {counted(run.unpriced, 'call')} of unknown cost"
     return words
 
 
@@ -302,8 +305,9 @@ def _describe_run(run: RunStatus) -> list[str]:
         f"  pending {run.pending}, in flight {run.inflight}, done {run.done}, failed {run.failed}, "
         f"cancelled {run.cancelled}"
     )
-    if run.input_tokens or run.output_tokens:
-        lines.append(f"  tokens {run.input_tokens} in, {run.output_tokens} out{_cost_words(run)}")
+    cost = _cost_words(run)
+    if run.input_tokens or run.output_tokens or cost:
+        lines.append(f"  tokens {run.input_tokens} in, {run.output_tokens} out{cost}")
     if run.price is not None:
         price = Price(run.price["in"], run.price["out"])
         lines.append(f"  price of calls {price.words()}, in dollars for a million tokens")

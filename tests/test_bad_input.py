@@ -509,6 +509,23 @@ def test_permissions_are_told_of(
             files={"lbr.toml": "[worker]\nconcurency = 3"},
             name="unknown flag",
         ),
+        case(
+            "status",
+            "a flag in lbr.toml, got: 'wroker'",
+            "the tables [bench], [cancel]",
+            files={"lbr.toml": "[wroker]\nconcurrency = 3"},
+            name="unknown table",
+        ),
+        case(
+            "status",
+            "exclusive in worker in lbr.toml to be true or false, got: 'yes'",
+            files={"lbr.toml": "[worker]\nexclusive = 'yes'"},
+            name="a switch in words",
+        ),
+        case(
+            "status", "none.toml", "No such file", environment={"LBR_CONFIG": "none.toml"}, name="no settings"
+        ),
+        case("status", "expected . to be TOML", environment={"LBR_CONFIG": "."}, name="settings in a folder"),
         case("status", "UTF-8", "LC_ALL", environment={"LBR_DB": LATIN}, name="twin not UTF-8"),
     ],
 )

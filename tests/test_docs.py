@@ -271,8 +271,9 @@ def test_a_variable_that_names_no_flag_is_told(tmp_path: Path) -> None:
         LBR_ZZZZZZZZZZZZZZ="1",
         LBR_TEST_EXAMPLES="1",
         LBR_WORKER_UNTIL="empty",
-        LBR_CONFIG="none.toml",
+        LBR_CONFIG="some.toml",
     )
+    (tmp_path / "some.toml").write_text("")
     told = [
         "lbr: LBR_CONCURENCY in the environment is ignored, for it names no flag; did you mean LBR_RUN_CONCURRENCY?",
         "lbr: LBR_ZZZZZZZZZZZZZZ in the environment is ignored, for it names no flag; `lbr COMMAND --help` has the flags",

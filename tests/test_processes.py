@@ -302,6 +302,15 @@ def test_processes_flag_and_a_killed_child(cli: Cli) -> None:
     recount(cli)
 
 
+def test_what_no_process_could_do_is_told_once(cli: Cli) -> None:
+    """A database or a run that is not there is looked for before any process is started."""
+    none = cli("--db", "none.db", "worker", "--processes", "3", check=False)
+    write(cli.folder, ["one"])
+    cli("enqueue", "in.txt", "--model", "offline:echo")
+    wrong = cli("worker", "--processes", "3", "--run", "none", check=False)
+    assert [(done.returncode, len(done.stderr.splitlines())) for done in (none, wrong)] == [(2, 1)] * 2
+
+
 @pytest.mark.parametrize("way", ["environment", "file"])
 @pytest.mark.parametrize("command", ["worker", "run"])
 def test_what_is_set_for_the_parent_is_not_for_its_children(cli: Cli, command: str, way: str) -> None:

@@ -420,6 +420,11 @@ def test_the_way_out_of_a_spent_budget_leads_out(cli: Cli) -> None:
         assert stopped.returncode == 3
         assert "`lbr resume in --max-cost DOLLARS` lets it cost more" in stopped.stderr
         assert stopped.stderr.rstrip().endswith(", then run the command again with that --max-cost")
+        for more in ((), ("--max-cost", "1e-9")):
+            refused = cli("resume", "in", *more, check=False)
+            assert (refused.returncode, refused.stdout) == (2, "")
+            assert "there is no room for a call; give it more with --max-cost" in refused.stderr
+        assert cli.query("SELECT state FROM runs") == [("paused",)]
         cli("resume", "in", "--max-cost", "1")
         cli(*command, "--max-cost", "1")
         assert cli.status("in")["done"] == 3

@@ -16,6 +16,7 @@ from lbr.budget import COST_UNKNOWN
 from lbr.errors import Family, Usage
 from lbr.jobs import Failure, Outcome, Reply
 from lbr.prices import Price
+from lbr.progress import describe, status_of
 from lbr.store import budgets, reads, runs
 from lbr.store.queue import Queue
 from lbr.store.settle import settle
@@ -122,6 +123,23 @@ class TestPause:
         assert (len(settled.stale), list(settled.paused)) == (1, ["r"])
         await settle(database, [took(again, Usage(1, 1, 1))])
         assert await states(database, run) == {"done": 1}
+
+    async def test_it_is_told_beside_the_cost_that_is_known(self, database: Database) -> None:
+        """Else a part of the cost is read as the whole."""
+        run, worker = await put(database, ["a", "b"]), await worker_of(database)
+        (first, second) = await claim(database, worker, run, 2)
+        for taken, unpriced, told in (
+            (took(first, Usage(1, 1, None)), 1, "tokens 1 in, 1 out\n"),
+            (
+                took(second, Usage(1, 1, 3_000_000)),
+                1,
+                "tokens 2 in, 2 out, cost $0.003, and 1 call of unknown cost\n",
+            ),
+        ):
+            await settle(database, [taken])
+            status = status_of(await reads.overview(database, "r"))
+            assert status.runs[0].unpriced == unpriced
+            assert told in f"{describe(status)}\n"
 
     async def test_without_a_limit_nothing_is_held_back(self, database: Database, clock: Clock) -> None:
         """And what came then does not thin out the mean of those whose cost is known, once there is a limit."""

@@ -43,8 +43,7 @@ class Group(click.Group):
         """Run a command; an `LbrError` ends the process with its message and its exit code."""
         try:
             _read_environment()
-            path = Path(os.environ.get(CONFIG_VARIABLE, CONFIG_FILE))
-            extra.setdefault("default_map", flag_defaults(self, read_config_file(path), str(path)))
+            extra.setdefault("default_map", _read_config(self))
             return super().main(*args, **extra)
         except LbrError as error:
             fail(error)
@@ -102,6 +101,15 @@ def _read_environment() -> None:
             ) from error
 
 
+def _read_config(group: click.Group) -> dict[str, Any]:
+    """Return the flags of the config file: the one that the environment names, else that of the folder, if there is one."""
+    named = os.environ.get(CONFIG_VARIABLE)
+    path = Path(named or CONFIG_FILE)
+    if not named and not path.is_file():
+        return {}
+    return flag_defaults(group, read_config_file(path), str(path))
+
+
 def unknown_variables(group: click.Group) -> list[str]:
     """Return what to say of the environment's LBR_ variables that are nobody's, each with the nearest name there is."""
     shown = [group, *(command for command in group.commands.values() if not command.hidden)]
@@ -135,7 +143,11 @@ def flag_defaults(command: click.Command, found: Any, where: str) -> dict[str, A
             defaults[name] = flag_defaults(commands[name], value, f"{name} in {where}")
         elif option is None or option.name is None:
             known = ", ".join(sorted(flag for flag in flags if len(flag) > 1))
+            tables = ", ".join(f"[{one}]" for one, its in sorted(commands.items()) if not its.hidden)
+            known += f", and the tables {tables}" * bool(tables)
             raise UsageError(f"expected a flag in {where}, got: {name!r}; there are: {known}")
+        elif option.is_flag and not isinstance(value, bool):
+            raise UsageError(f"expected {name} in {where} to be true or false, got: {value!r}; mend the file")
         elif isinstance(value, dict) or isinstance(value, list) != option.multiple:
             kind = "a list" if option.multiple else "one value"
             raise UsageError(f"expected {name} in {where} to be {kind}, got: {value!r}; mend the file")

@@ -228,7 +228,9 @@ def worker_process(
 
 async def work_in_processes(db: dict[str, Any], count: int, **flags: Any) -> int:
     """Work in several processes; return the worst exit code of those that were not killed."""
-    work_flags(flags)  # here once, rather than by every child
+    # Here once, rather than by every child.
+    work_flags(flags)
+    await api.check_queue(**db, names=flags["runs"], patience=flags["patience"])
     # Not as a flag, for a URL may have a password in it, and every user of the machine sees the flags.
     environment = {"LBR_DB": db["db_url"], "LBR_ALLOW_NETWORK_FS": str(int(db["allow_network_fs"]))}
     names = {option.name: option.opts[0] for option in worker_process.params}

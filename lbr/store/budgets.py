@@ -42,17 +42,22 @@ async def budgets_of(
     for row in (await connection.execute(_COUNTS, {"ids": list(allowed)})).all() if allowed else ():
         counts[row.run_id][row.name] = int(row.value)
     budgets = {
-        RunId(run_id): Budget(
-            limit=limit,
-            spent=counts[run_id][COST_NANOS],
-            calls=_priced_calls(counts[run_id]),
-            inflight=counts[run_id][JobState.INFLIGHT],
-            pending=counts[run_id][JobState.PENDING],
-        )
+        RunId(run_id): budget_of(limit, counts[run_id])
         for run_id, limit in allowed.items()
         if limit is not None
     }
     return budgets, {RunId(run_id) for run_id in allowed}
+
+
+def budget_of(limit: int, counts: Counter[str]) -> Budget:
+    """Return how a run with these counts stands that may cost so many billionths of a US dollar."""
+    return Budget(
+        limit=limit,
+        spent=counts[COST_NANOS],
+        calls=_priced_calls(counts),
+        inflight=counts[JobState.INFLIGHT],
+        pending=counts[JobState.PENDING],
+    )
 
 
 def _priced_calls(counts: Counter[str]) -> int:
