@@ -130,7 +130,7 @@ async def prompt_map(
             await redo.retry(database, found)
         if found.state is RunState.PAUSED:
             # Whoever calls again has mended what paused it, or will be told once more.
-            await runs.resume(database, found)
+            await runs.resume(database, found, moved=False)
         await _work(database, asked, options, found, every)
         rows = [row async for page in _answers(database, found, shape) for row in page]
     mirrored = await _mirror(results_url, name, rows)

@@ -133,7 +133,7 @@ async def resume(
         found = await reads.find_run(database, run)
         if nanos is not None:
             check_tells_cost(found)
-        budget = {} if max_cost is None else {"budget_nanos": nanos}
+        budget: dict[str, Any] = {} if max_cost is None else {"budget_nanos": nanos}
         await _check_room(database, found, budget.get("budget_nanos", found.budget_nanos))
         await runs.resume(database, found, **budget)
         return found.pause_reason

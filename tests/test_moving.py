@@ -17,7 +17,7 @@ from lbr.moving import Moved
 from lbr.progress import describe, unfinished_words
 from lbr.spool import keep, waiting_of
 from lbr.store import contents, enqueue, reads, runs, transfer
-from lbr.store.engines import open_database
+from lbr.store.engines import open_database, opened
 from lbr.store.queue import Queue
 from lbr.store.settle import settle
 from tests import postgres
@@ -378,6 +378,18 @@ async def test_what_cannot_be_moved_is_refused(urls: tuple[str, str]) -> None:
     with pytest.raises(UsageError, match="got: another run"):
         await lbr.move("s", db_url=source, to_url=target)
     assert (await lbr.status("r", db_url=source)).runs[0].state == "active"
+
+
+async def test_a_call_that_comes_during_a_move_wakes_no_copy(tmp_path: Path) -> None:
+    """`prompt_map` takes a pause up by itself, but not the rest of a run that was moved after it looked: both would call."""
+    here, there = (f"sqlite:///{tmp_path / name}.db" for name in ("here", "there"))
+    await lbr.enqueue(["a", "b"], run="r", model="offline:echo", db_url=here)
+    async with opened(here) as database:
+        run = await runs.pause(database, await reads.find_run(database, "r"), "by hand")
+        await lbr.move("r", db_url=here, to_url=there)
+        with pytest.raises(UsageError, match="was moved to"):
+            await runs.resume(database, run, moved=False)
+        assert (await reads.find_run(database, "r")).state == "paused"
 
 
 @pytest.mark.processes

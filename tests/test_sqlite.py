@@ -678,6 +678,20 @@ async def test_unused_database_is_removed(tmp_path: Path) -> None:
     assert list(tmp_path.glob("q.db*")) == []
 
 
+async def test_a_log_that_goes_away_is_noticed(tmp_path: Path) -> None:
+    """What is written to a log that was removed nobody else can read: the first commit to it fails."""
+    path = tmp_path / "q.db"
+    database = await open_database(str(path), create=True)
+    await put(database, ["a"])
+    Path(f"{path}-wal").unlink()
+    with pytest.raises(DatabaseError, match=r"the log .* was removed while in use"):
+        await put(database, ["b"])
+    Path(f"{path}-wal").touch()
+    with pytest.raises(DatabaseError, match=r"the log .* was replaced while in use"):
+        await put(database, ["b"])
+    await database.close()
+
+
 async def test_file_that_goes_away_is_noticed(tmp_path: Path) -> None:
     """Nothing is written to a file that was removed or replaced while it was open: it would be lost."""
     path = tmp_path / "q.db"

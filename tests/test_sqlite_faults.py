@@ -31,7 +31,7 @@ KIB_OF_ROOM = 1_500
 PAGE = 4_096
 DAMAGE = b"\xff" * PAGE
 ANSWERS = """
-import asyncio, os
+import asyncio, os, shutil
 
 async def long(prompt):
     with open("calls.log", "ab", buffering=0) as log:
@@ -42,6 +42,8 @@ async def long(prompt):
 async def echo(prompt):
     with open("calls.log", "ab", buffering=0) as log:
         log.write(prompt.encode() + b"\\n")
+    if os.path.exists("copying"):
+        shutil.copyfile("runs.db", "copy.db")
     await asyncio.sleep(0.1)
     while os.path.exists("hold"):
         open("held " + prompt, "w").close()
@@ -208,6 +210,23 @@ def test_a_file_that_is_put_back_has_lost_nothing(local: Cli) -> None:
     check(local.collect("in"), lines)
     assert done >= 60
     assert calls(local) == Counter(dict.fromkeys(lines, 1))
+    recount(local)
+
+
+def test_a_function_that_copies_the_file_costs_no_answer(local: Cli) -> None:
+    """Closing the copied file gives SQLite's locks up, so that the next process to end takes the log away."""
+    lines = [f"prompt {n}" for n in range(400)]
+    write(local.folder, lines)
+    local("enqueue", "in.txt", "--function", "answers:echo")
+    (local.folder / "copying").touch()
+    worker = local.start("worker", "--function", "answers:echo", "--concurrency", "8")
+    while worker.poll() is None:
+        local("status")
+    ends_with(worker, "was removed while in use, so that no other process sees what is written")
+    (local.folder / "copying").unlink()
+    local("worker", "--function", "answers:echo")
+    check(local.collect("in"), lines)
+    assert sum(calls(local).values()) <= len(lines) + 8
     recount(local)
 
 

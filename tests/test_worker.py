@@ -488,17 +488,34 @@ class PanicError(BaseException):
     """What an extension may raise: no Exception."""
 
 
-@pytest.mark.parametrize("error", [PanicError("panic"), GeneratorExit(), SystemExit(3)])
-async def test_whatever_a_function_raises_belongs_to_its_job(live: Database, error: BaseException) -> None:
+@pytest.mark.parametrize(
+    ("error", "plain"),
+    [
+        (PanicError("panic"), False),
+        (GeneratorExit(), False),
+        (SystemExit(3), False),
+        (PanicError("panic"), True),
+        (GeneratorExit(), True),
+        (SystemExit(3), True),
+        (KeyboardInterrupt(), True),
+    ],
+)
+async def test_whatever_a_function_raises_belongs_to_its_job(
+    live: Database, error: BaseException, plain: bool
+) -> None:
     """No exception of a user's function takes the worker or the other jobs along."""
 
-    async def panics(prompt: str) -> str:
+    def panics(prompt: str) -> str:
         if prompt == "bad":
             raise error
         return prompt
 
-    run = await put(live, ["a", "bad", "b"], task=asks(panics))
-    report = await worker_for(live, panics).run()
+    async def panics_later(prompt: str) -> str:
+        return panics(prompt)
+
+    function = panics if plain else panics_later
+    run = await put(live, ["a", "bad", "b"], task=asks(function))
+    report = await worker_for(live, function).run()
     assert (report.done, report.failed) == (2, 1)
     assert {t.error for t in (await reads.story(live, run, 1)).tries} == {type(error).__name__}
 

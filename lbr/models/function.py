@@ -132,6 +132,9 @@ class _Job:
         except StopIteration as caught:  # a future refuses this one
             error = RuntimeError(f"the function raised {caught!r}")
             error.__cause__ = caught
+        except (GeneratorExit, KeyboardInterrupt) as caught:
+            # Python takes the one for the end of a coroutine, and a Ctrl-C never comes in a thread.
+            error = CallError(f"the function raised {caught!r}", kind=type(caught).__name__)
         except BaseException as caught:  # noqa: BLE001 - passes through to whoever awaits the answer
             error = caught
         try:

@@ -63,10 +63,16 @@ class FileConnections:
         options: Mapping[str, str] | None = None,
     ) -> None:
         self._begin = begin
-        self._connect = partial(_connect, path, pragmas, options)
+        self._open = partial(_connect, path, pragmas, options)
+        self.changes = 0
+        """How often a connection was opened, or closed behind its transaction."""
         self._room = asyncio.Semaphore(most)
         self._free: list[FileThread] = []
         self._closed = False
+
+    def _connect(self) -> sqlite3.Connection:
+        self.changes += 1
+        return self._open()
 
     async def transact(self, work: Callable[[Connection], Awaitable[T]], *, begin: str | None = None) -> T:
         """Run one transaction, in one trip. `work` may wait for nothing but its connection.
@@ -100,6 +106,7 @@ class FileConnections:
                 yield thread
             finally:
                 if self._closed:
+                    self.changes += 1
                     await thread.close()
                 else:
                     self._free.append(thread)

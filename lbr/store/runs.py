@@ -16,7 +16,7 @@ from lbr.store.arrays import Bulk, Given, among
 from lbr.store.schema import jobs, runs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from lbr.store.connection import Connection
     from lbr.store.database import Database
@@ -272,28 +272,34 @@ async def pause(database: Database, run: Run, reason: str) -> Run:
 
     UsageError for a cancelled run, and for one that is being or was moved: its reason is what tells so.
     """
-    return await _set_state(database, run, RunState.PAUSED, reason)
+    return await _set_state(database, run, RunState.PAUSED, reason, check_not_moving)
 
 
-async def resume(database: Database, run: Run, **budget: int | None) -> Run:
+async def resume(database: Database, run: Run, *, moved: bool = True, **budget: int | None) -> Run:
     """Let a paused run's jobs be claimed again, also those of a copy that a move has left behind. Safe to repeat.
 
-    UsageError for a cancelled run, and where only a part of it may be here.
+    UsageError for a cancelled run, where only a part of it may be here, and without `moved` for one that is being or
+    was moved.
 
     `budget_nanos` is what it may cost from now on, None for any amount; left out, that stays as it is.
     """
-    return await _set_state(database, run, RunState.ACTIVE, None, **budget)
+    check = _check_whole if moved else check_not_moving
+    return await _set_state(database, run, RunState.ACTIVE, None, check, **budget)
 
 
 async def _set_state(
-    database: Database, run: Run, state: RunState, reason: str | None, **more: int | None
+    database: Database,
+    run: Run,
+    state: RunState,
+    reason: str | None,
+    check: Callable[[str, str | None], None],
+    **more: int | None,
 ) -> Run:
     async def work(connection: Connection) -> Run:
         await hold_states(connection, [run.id], to_change=True)
         current = await find(connection, run.name)
         if current.state is RunState.CANCELLED:
             raise UsageError(f"run {run.name!r} was cancelled; `lbr retry {run.name}` takes it up again")
-        check = _check_whole if state is RunState.ACTIVE else check_not_moving
         check(run.name, current.pause_reason)
         values = {"state": state, "pause_reason": reason, **more}
         await connection.execute(update(runs).where(runs.c.id == run.id).values(**values))

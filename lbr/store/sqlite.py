@@ -6,7 +6,7 @@ import asyncio
 import os
 import re
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -128,6 +128,8 @@ class SQLiteDatabase(Database):
         self._write_lock = asyncio.Lock()
         self._data_version = -1
         self._wal = Path(f"{path}-wal")
+        self._log: tuple[int, int, int] | None = None
+        """The log that the connection which writes has open, with the `changes` that led to that."""
         self._checkpoint_lock = files.file_lock(files.lock_path(path, "checkpoint"), timeout=0)
         self._unfinished_checkpoint = float("-inf")
 
@@ -137,11 +139,7 @@ class SQLiteDatabase(Database):
 
     def check_file(self) -> None:
         """Raise DatabaseError where the file that we have open is no longer the one at its path."""
-        try:
-            found = self.path.stat()
-        except FileNotFoundError:
-            found = None
-        identity = None if found is None else (found.st_dev, found.st_ino)
+        identity = self._found()
         if self._identity is None:
             self._identity = identity
         if identity is None or identity != self._identity:
@@ -154,6 +152,33 @@ class SQLiteDatabase(Database):
                 * log
             )
 
+    def _found(self) -> tuple[int, int] | None:
+        try:
+            found = self.path.stat()
+        except FileNotFoundError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def _log_bytes(self) -> int:
+        """Return the size of the log that we have just written to.
+
+        Raises DatabaseError where it is not the one beside the file any more, for then nobody else can read what we
+        commit. A file that went away with its log is for `check_file` to tell: it has everything.
+        """
+        log: os.stat_result | None = None
+        with suppress(FileNotFoundError):
+            log = self._wal.stat()
+        writer = self._writer.changes
+        if self._log is None or self._log[0] != writer:
+            self._log = None if log is None else (writer, log.st_dev, log.st_ino)
+        elif (log is None or self._log[1:] != (log.st_dev, log.st_ino)) and self._found() == self._identity:
+            raise DatabaseError(
+                f"the log {self._wal} was {'removed' if log is None else 'replaced'} while in use, so that no other "
+                f"process sees what is written: leave that file to lbr, and let no function copy or open {self.path}, "
+                f"but by SQLite itself; then start again"
+            )
+        return 0 if log is None else log.st_size
+
     async def write(self, work: Callable[[Connection], Awaitable[T]], *, beside: bool = False) -> T:
         """Run one transaction, `_retried`, when its turn has come; each try `to_its_end`."""
         del beside  # a file takes one writer at a time
@@ -162,7 +187,7 @@ class SQLiteDatabase(Database):
             async with self._write_lock:
                 self.check_file()
                 result = await self._writer.transact(work)
-                await self._checkpoint_if_large()
+                await self._checkpoint_if_large(self._log_bytes())
             return result
 
         return await self._retried(lambda: to_its_end(once()))
@@ -209,7 +234,7 @@ class SQLiteDatabase(Database):
     async def filled(self) -> None:
         """Do nothing: the plans do not depend on statistics."""
 
-    async def _checkpoint_if_large(self) -> None:
+    async def _checkpoint_if_large(self, size: int) -> None:
         """Move the WAL into the file, in one process at a time and in a mode that holds the write lock.
 
         SQLite before 3.51.3 can corrupt a database when a commit falls between two checkpoints that follow each
@@ -217,10 +242,6 @@ class SQLiteDatabase(Database):
 
         The transaction before is committed, and its caller must hear so: what keeps a checkpoint back, the doctor tells.
         """
-        try:
-            size = self._wal.stat().st_size
-        except OSError:
-            return
         hasty = size >= LARGE_WAL_BYTES
         pause = HASTY_PAUSE_SECONDS if hasty else CHECKPOINT_PAUSE_SECONDS
         if size < WAL_LIMIT_BYTES or time.monotonic() < self._unfinished_checkpoint + pause:
