@@ -19,9 +19,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lbr.bench import chat
-from lbr.bench.chat_server import SECONDS
-from lbr.bench.measures import chat_prompts, check_lines, end_to_end, expect, timed
+from lbr.api.bench import chat
+from lbr.api.bench.chat_server import SECONDS
+from lbr.api.bench.measures import chat_prompts, check_lines, end_to_end, expect, timed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

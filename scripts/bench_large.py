@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING
 
 import bench_lbr
 
-from lbr.jobs import RunId
+from lbr.core.types import RunId
 from lbr.store.engines import open_database
 from lbr.store.queue import Queue
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-ECHO, NOTE = "lbr.bench.jobs:echo", "lbr.bench.jobs:note_start"
+ECHO, NOTE = "lbr.api.bench.jobs:echo", "lbr.api.bench.jobs:note_start"
 NOOP, BURN = "bench_job:noop", "bench_job:burn"
 FEW = 10_000
 CLAIMED = 128

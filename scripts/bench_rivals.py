@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 from rival_environments import RIVALS, NotMeasuredError, Rival
 from rival_runs import Crash, crashed_lbr, crashed_rival, measured
 
-from lbr.bench.measures import CHAT_SLOTS, BenchError, Sizes, Took, chat_prompts, nap_prompts
-from lbr.bench.measures import measure as measure_lbr
+from lbr.api.bench.measures import CHAT_SLOTS, BenchError, Sizes, Took, chat_prompts, nap_prompts
+from lbr.api.bench.measures import measure as measure_lbr
 from lbr.cli.app import collect_garbage_rarely
 from lbr.cli.benching import conditions
 

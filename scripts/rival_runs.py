@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import rival
 from rival_environments import NotMeasuredError, Rival, last_line, surroundings
 
-from lbr.bench import chat
-from lbr.bench.chat_server import SECONDS as CHAT_SECONDS
-from lbr.bench.measures import CHAT_SLOTS, NAP_SLOTS, Took
+from lbr.api.bench import chat
+from lbr.api.bench.chat_server import SECONDS as CHAT_SECONDS
+from lbr.api.bench.measures import CHAT_SLOTS, NAP_SLOTS, Took
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lbr.store.engines import open_database
-from tests import postgres
-from tests.proxy import Proxy
-from tests.support import Cli, Clock
+from tests.support import ROOT, Cli, Clock, postgres
+from tests.support.proxy import Proxy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 DATABASES = ("sqlite", "postgresql")
 NOBODY = 65534
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure(config: pytest.Config) -> None:

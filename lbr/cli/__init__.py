@@ -1,18 +1,18 @@
-"""The command line: flags in, words and exit codes out. Everything it does is a call of `lbr.api` or `lbr.operating`."""
+"""The command line: flags in, words and exit codes out. Everything it does is a call of `lbr.api` or `lbr.api.operate`."""
 
 from __future__ import annotations
 
 from lbr.cli.app import lbr, main
 from lbr.cli.benching import bench
-from lbr.cli.collecting import collect
-from lbr.cli.enqueueing import enqueue
+from lbr.cli.collect import collect
+from lbr.cli.enqueue import enqueue
 from lbr.cli.estimating import estimate
 from lbr.cli.examining import doctor
 from lbr.cli.limiting import limit
 from lbr.cli.moving import move
-from lbr.cli.operating import cancel, pause, resume, retry, show, status
+from lbr.cli.operate import cancel, pause, resume, retry, show, status
 from lbr.cli.running import run
-from lbr.cli.working import worker, worker_process
+from lbr.cli.work import worker, worker_process
 
 for command in (
     enqueue,

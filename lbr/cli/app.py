@@ -16,9 +16,9 @@ from typing import Any, NoReturn, TypeVar
 import click
 import orjson
 
-from lbr import digits
-from lbr.config import CONFIG_FILE, load_environment, read_config_file
-from lbr.errors import DatabaseError, LbrError, MisfitError, OutputError, StoppedError, UsageError
+from lbr.core import digits
+from lbr.core.config import CONFIG_FILE, load_environment, read_config_file
+from lbr.core.errors import DatabaseError, LbrError, MisfitError, OutputError, StoppedError, UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import click
 import orjson
 
-from lbr.bench import PARTS
+from lbr.api.bench import PARTS
 from lbr.cli.app import tell
 
 if TYPE_CHECKING:
-    from lbr.bench.measures import Measured
+    from lbr.api.bench.measures import Measured
 
 PACKAGES = ("llm-batch-runner", "sqlalchemy", "aiosqlite", "aiohttp")
 
@@ -43,7 +43,7 @@ def bench(only: tuple[str, ...], jobs: int | None, repeat: int, folder: Path, as
     beside what could hardly be faster: plain sqlite3 on the same tables, the ceiling of the slots, a bare gather. What
     counts are the ratios. Every answer is checked. Nothing leaves the machine, and the queue at --db is not touched.
     """
-    from lbr.bench.measures import Sizes, measure  # noqa: PLC0415 - only for this command
+    from lbr.api.bench.measures import Sizes, measure  # noqa: PLC0415 - only for this command
 
     sizes = Sizes() if jobs is None else Sizes(jobs, max(10, jobs // 20), max(10, jobs * 3 // 200))
     with tempfile.TemporaryDirectory(prefix="lbr-bench-", dir=folder) as name:

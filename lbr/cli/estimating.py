@@ -9,17 +9,17 @@ from typing import Any
 import click
 import orjson
 
+from lbr.api.estimate import SECONDS_PER_CALL, Estimate, rounded
+from lbr.api.estimate import estimate as estimate_inputs
+from lbr.api.status import duration
 from lbr.cli.app import read_setting, tell
-from lbr.cli.enqueueing import input_options, interruptible
-from lbr.config import WorkOptions
-from lbr.estimating import SECONDS_PER_CALL, Estimate, rounded
-from lbr.estimating import estimate as estimate_inputs
-from lbr.inputs import load_text
-from lbr.plurals import counted
-from lbr.prices import NANOS, Price, dollars, table_problem
-from lbr.progress import duration
-from lbr.structured import load_schema
-from lbr.tokens import CHARACTERS_PER_TOKEN
+from lbr.cli.enqueue import input_options, interruptible
+from lbr.core.config import WorkOptions
+from lbr.core.plurals import counted
+from lbr.core.pricing import NANOS, Price, dollars, table_problem
+from lbr.core.schema import load_schema
+from lbr.core.tokens import CHARACTERS_PER_TOKEN
+from lbr.io.readers import load_text
 
 
 @click.command()

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 import orjson
 
-from lbr import examining
+from lbr.api import doctor as api
+from lbr.api.diagnosis import Gravity
+from lbr.api.status import printable
 from lbr.cli.app import database_option, say, tell
-from lbr.diagnosis import Gravity
-from lbr.progress import printable
 
 if TYPE_CHECKING:
-    from lbr.diagnosis import Finding
+    from lbr.api.diagnosis import Finding
 
 EXIT_GRAVE = 5
 
@@ -34,7 +34,7 @@ def doctor(context: click.Context, db: dict[str, Any], /, fix: bool, as_json: bo
     The file or the server, its settings, damage, leases, clock, counters, limits, keys, paused runs. Nothing is
     changed without --fix. Ends with 5 where there is a warning or an error.
     """
-    found = asyncio.run(examining.doctor(fix=fix, **db))
+    found = asyncio.run(api.doctor(fix=fix, **db))
     for one in found:
         tell(orjson.dumps(one.to_dict()) if as_json else _describe(one))
     counts = Counter(one.gravity for one in found)

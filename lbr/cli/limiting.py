@@ -8,11 +8,11 @@ from typing import Any
 import click
 import orjson
 
-from lbr import operating
+from lbr.api import operate
+from lbr.api.status import describe_limit
 from lbr.cli.app import database_option, say, tell
-from lbr.config import a_minute, at_least_one
-from lbr.errors import UsageError
-from lbr.progress import describe_limit
+from lbr.core.config import a_minute, at_least_one
+from lbr.core.errors import UsageError
 
 
 def _number(name: str, text: str | None, lifted: str) -> dict[str, int | None]:
@@ -61,7 +61,7 @@ def limit(
     )
     if values and scope is None:
         raise UsageError("expected a SCOPE to set limits of, got: none; `lbr status` names them")
-    found = asyncio.run(operating.limit(scope, values, **db))
+    found = asyncio.run(operate.limit(scope, values, **db))
     for one in found:
         tell(orjson.dumps(one) if as_json else describe_limit(one))
         if values and not one["runs"]:

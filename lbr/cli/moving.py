@@ -8,10 +8,10 @@ from typing import Any
 import click
 import orjson
 
-from lbr import moving
+from lbr.api import move as api
 from lbr.cli.app import say, tell
-from lbr.errors import StoppedError
-from lbr.plurals import counted
+from lbr.core.errors import StoppedError
+from lbr.core.plurals import counted
 
 
 @click.command()
@@ -29,7 +29,7 @@ def move(db: dict[str, Any], /, from_url: str, to_url: str, run: str, restart: b
     """
     try:
         moved = asyncio.run(
-            moving.move(
+            api.move(
                 run,
                 db_url=from_url,
                 to_url=to_url,

@@ -11,12 +11,14 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 import click
 
-from lbr import api, operating, outputs, progress
+from lbr.api import operate
+from lbr.api.collect import collect
+from lbr.api.status import RunStatus, duration, one_line, unfinished_words
 from lbr.cli.app import EXIT_UNFINISHED, database_option, say
-from lbr.cli.collecting import describe, exit_code
-from lbr.cli.enqueueing import counting_kept, enqueue_inputs, task_options
-from lbr.cli.enqueueing import describe as describe_enqueue
-from lbr.cli.working import (
+from lbr.cli.collect import describe, exit_code
+from lbr.cli.enqueue import counting_kept, enqueue_inputs, task_options
+from lbr.cli.enqueue import describe as describe_enqueue
+from lbr.cli.work import (
     leave_stuck,
     processes_option,
     serve,
@@ -24,15 +26,16 @@ from lbr.cli.working import (
     work_in_processes,
     work_options,
 )
-from lbr.config import MOST_PROCESSES, at_least_one
-from lbr.errors import UsageError
-from lbr.jobs import Shape
+from lbr.core.config import MOST_PROCESSES, at_least_one
+from lbr.core.errors import UsageError
+from lbr.core.types import Shape
+from lbr.io import writers
 from lbr.store.engines import file_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from lbr.calls import WorkReport
+    from lbr.worker.calls import WorkReport
 
 LOOK_SECONDS = 0.5
 LINE_SECONDS = 10.0
@@ -60,8 +63,8 @@ def run(
 
     Other workers may help. The output is written when every job has come to its end.
     """
-    outputs.check_output(out)
-    outputs.format_of(out)
+    writers.check_output(out)
+    writers.format_of(out)
     _check_overwriting(inputs, out, db["db_url"])
     at_least_one("processes", flags["processes"], most=MOST_PROCESSES)
     work_flags(flags)
@@ -107,13 +110,13 @@ async def _run(
 
 async def _collect(db: dict[str, Any], run: str, out: str, shape: str, started: float) -> int:
     """Write the answers of a run that has come to its end, or say why it has not; return the exit code."""
-    (now,) = (await operating.status(run, **db)).runs
+    (now,) = (await operate.status(run, **db)).runs
     if not now.finished:
-        way_out = progress.unfinished_words(now.run, now.pause_reason)
-        say(f"lbr: {progress.one_line(now)}; unfinished, nothing was written; {way_out}")
+        way_out = unfinished_words(now.run, now.pause_reason)
+        say(f"lbr: {one_line(now)}; unfinished, nothing was written; {way_out}")
         return EXIT_UNFINISHED
-    collected = await api.collect(run, out=out, shape=shape, **db)
-    say(f"lbr: {describe(collected)}, in {out}, after {progress.duration(time.monotonic() - started)}")
+    collected = await collect(run, out=out, shape=shape, **db)
+    say(f"lbr: {describe(collected)}, in {out}, after {duration(time.monotonic() - started)}")
     return exit_code(collected)
 
 
@@ -160,7 +163,7 @@ async def _bar(db: dict[str, Any], /, run: str) -> AsyncIterator[Callable[[str],
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(run, total=None)
 
-        def look(status: progress.RunStatus) -> None:
+        def look(status: RunStatus) -> None:
             ended = status.done + status.failed + status.cancelled
             failed = f" ({status.failed} failed)" if status.failed else ""
             bar.update(task, total=status.jobs, completed=ended, description=f"{run}{failed}")
@@ -173,28 +176,26 @@ async def _bar(db: dict[str, Any], /, run: str) -> AsyncIterator[Callable[[str],
 async def _lines(db: dict[str, Any], /, run: str) -> AsyncIterator[Callable[[str], None]]:
     last = time.monotonic()
 
-    def look(status: progress.RunStatus) -> None:
+    def look(status: RunStatus) -> None:
         nonlocal last
         if time.monotonic() - last >= LINE_SECONDS:
             last = time.monotonic()
-            say(f"lbr: {progress.one_line(status)}")
+            say(f"lbr: {one_line(status)}")
 
     async with _looking(db, run, look):
         yield lambda text: say(f"lbr: {text}")
 
 
 @asynccontextmanager
-async def _looking(
-    db: dict[str, Any], run: str, look: Callable[[progress.RunStatus], None]
-) -> AsyncIterator[None]:
+async def _looking(db: dict[str, Any], run: str, look: Callable[[RunStatus], None]) -> AsyncIterator[None]:
     async def watch() -> None:
-        async for status in operating.follow(run, seconds=LOOK_SECONDS, **db):
+        async for status in operate.follow(run, seconds=LOOK_SECONDS, **db):
             look(status)
 
     watching = asyncio.create_task(watch())
     try:
         yield
-        (last,) = (await operating.status(run, **db)).runs
+        (last,) = (await operate.status(run, **db)).runs
         look(last)
     finally:
         watching.cancel()

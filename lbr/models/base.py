@@ -5,15 +5,15 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
-from lbr.errors import UsageError
-from lbr.prices import table_price
-from lbr.values import value
+from lbr.core.errors import UsageError
+from lbr.core.pricing import table_price
+from lbr.core.values import value
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lbr.jobs import BadTry, JobId, Json, Prompt, Reply, Task
-    from lbr.prices import Price
+    from lbr.core.pricing import Price
+    from lbr.core.types import BadTry, JobId, Json, Prompt, Reply, Task
 
 OFFLINE = "offline:"
 OPENROUTER = "openrouter:"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from lbr.errors import UsageError
+from lbr.core.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from lbr.jobs import Json
+    from lbr.core.types import Json
 
 FORBIDDEN_SETTINGS = {
     "max_retries": "lbr retries by itself, see --max-attempts",

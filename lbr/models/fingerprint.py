@@ -22,7 +22,7 @@ from types import (
 )
 from typing import TYPE_CHECKING, Any
 
-from lbr.errors import UsageError
+from lbr.core.errors import UsageError
 from lbr.models.insides import (
     CONTAINERS,
     MUTABLE,

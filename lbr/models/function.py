@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lbr import digits
-from lbr.errors import CallError, Permanent
-from lbr.jobs import Reply
-from lbr.precedence import PRECEDENCE
-from lbr.structured import is_base_model
+from lbr.core import digits
+from lbr.core.errors import CallError, Permanent
+from lbr.core.precedence import PRECEDENCE
+from lbr.core.schema import is_base_model
+from lbr.core.types import Reply
 
 if TYPE_CHECKING:
     from lbr.models.base import Request

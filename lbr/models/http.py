@@ -10,7 +10,7 @@ import ssl
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lbr.errors import UsageError
+from lbr.core.errors import UsageError
 from lbr.models.connections import Connections
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
-from lbr.errors import UsageError
+from lbr.core.errors import UsageError
+from lbr.core.schema import import_named
 from lbr.models.fingerprint import fingerprint_of
 from lbr.models.insides import MAIN_MODULES, attribute, chain, home_of, is_bound, is_one, module_name
 from lbr.models.states import hides_state
-from lbr.structured import import_named
 
 AnyFunction = Callable[..., Any]
 

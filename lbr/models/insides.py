@@ -31,7 +31,7 @@ from types import (
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from lbr.structured import is_base_model
+from lbr.core.schema import is_base_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

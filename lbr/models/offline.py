@@ -12,14 +12,14 @@ from urllib.parse import unquote
 
 import orjson
 
-from lbr.errors import CallError, Family, Usage, UsageError
-from lbr.jobs import Reply
+from lbr.core.errors import CallError, Family, Usage, UsageError
+from lbr.core.types import Reply
 from lbr.models.base import OFFLINE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lbr.jobs import Json, Prompt
+    from lbr.core.types import Json, Prompt
     from lbr.models.base import Request
 
 ECHO = OFFLINE + "echo"

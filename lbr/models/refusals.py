@@ -10,14 +10,14 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lbr.errors import CallError, Family
+from lbr.core.errors import CallError, Family
 from lbr.models.waits import wait_of
 from lbr.models.wording import clean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from lbr.errors import Usage
+    from lbr.core.errors import Usage
 
 TRANSIENT_STATUSES = frozenset({408, 409, 425, 499})
 """Of the 4xx those that may pass: too slow, in the way of another, too early, cut off."""

@@ -8,12 +8,12 @@ from os import fspath
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
-from lbr.errors import UsageError
+from lbr.core.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lbr.arguments import PathOrUrl
+    from lbr.core.types import PathOrUrl
 
 _SCHEME = re.compile(r"(postgres|postgresql)(\+\w+)?://", re.IGNORECASE)
 _HOST = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^:@/?#\[\]]*)(:(\d{1,5})?)?")

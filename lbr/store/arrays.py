@@ -20,7 +20,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.visitors import InternalTraversal
 from sqlalchemy.types import Boolean, LargeBinary, Text, TypeDecorator
 
-from lbr.jobs import KEY_BYTES
+from lbr.core.types import KEY_BYTES
 from lbr.store.trips import FileConnection
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import func, select, update
 
-from lbr.budget import Budget
-from lbr.jobs import JobState, RunId, RunState
+from lbr.core.budget import Budget
+from lbr.core.types import JobState, RunId, RunState
 from lbr.store.arrays import among
 from lbr.store.counters import ANSWERED, COST_NANOS, REUSED, UNPRICED
 from lbr.store.schema import counters, runs

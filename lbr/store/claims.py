@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import orjson
 from sqlalchemy import bindparam, case, func, literal_column, select, update
 
-from lbr.errors import DatabaseError, Family
-from lbr.jobs import NO_HISTORY, BadTry, Claim, History, JobId, Millis, Prompt, RunId
-from lbr.limits import fitting
+from lbr.core.errors import DatabaseError, Family
+from lbr.core.limits import fitting
+from lbr.core.tokens import characters_of, tokens_of
+from lbr.core.types import NO_HISTORY, BadTry, Claim, History, JobId, Millis, Prompt, RunId
 from lbr.store.arrays import Query, among
 from lbr.store.schema import PENDING, SUSPECT_CRASHES, attempts, jobs, prompts
-from lbr.tokens import characters_of, tokens_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from sqlalchemy import ColumnElement, Select
 
-    from lbr.jobs import Json, WorkerId
+    from lbr.core.types import Json, WorkerId
     from lbr.store.connection import Connection
     from lbr.store.limiting import Gate
     from lbr.store.schema import AnyRow

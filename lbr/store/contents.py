@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from sqlalchemy import bindparam, case, func, select
 
-from lbr.errors import DatabaseError
+from lbr.core.errors import DatabaseError
 from lbr.store.arrays import among
 from lbr.store.enqueue import CHUNK_CHARACTERS
 from lbr.store.schema import attempts, items, jobs, prompts, results
@@ -20,7 +20,7 @@ from lbr.store.schema import attempts, items, jobs, prompts, results
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator, Sequence
 
-    from lbr.jobs import Run
+    from lbr.core.types import Run
     from lbr.store.connection import Connection
     from lbr.store.database import Database
     from lbr.store.schema import AnyRow

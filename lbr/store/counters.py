@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any
 
-    from lbr.jobs import RunId
+    from lbr.core.types import RunId
     from lbr.store.connection import Connection
 
 INPUT_TOKENS = "input_tokens"

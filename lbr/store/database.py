@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, TypeVar
 import stamina
 from stamina.instrumentation import get_on_retry_hooks
 
-from lbr.jobs import Millis
+from lbr.core.types import Millis
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-    from lbr.jobs import RunId
+    from lbr.core.types import RunId
     from lbr.store.connection import Connection
     from lbr.store.presence import Presence
 

@@ -10,7 +10,7 @@ import sqlite3
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from lbr.config import PATIENCE
+from lbr.core.config import PATIENCE
 from lbr.store import files, sqlite
 from lbr.store.addresses import address_of, is_postgresql
 from lbr.store.database import to_its_end
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
-    from lbr.arguments import PathOrUrl
-    from lbr.jobs import Millis
+    from lbr.core.types import Millis, PathOrUrl
     from lbr.store.database import Database
 
 

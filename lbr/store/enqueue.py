@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import bindparam, func, literal_column, select, update
 
-from lbr.errors import RunChangedError, UsageError
-from lbr.jobs import JobState, RunState, canonical_json
+from lbr.core.errors import RunChangedError, UsageError
+from lbr.core.types import JobState, RunState, canonical_json
+from lbr.core.values import value
 from lbr.store import counters
 from lbr.store.arrays import Bulk, Given, Inserting, among
 from lbr.store.runs import check_not_moving
 from lbr.store.schema import items as items_table
 from lbr.store.schema import jobs, prompts, results, runs
-from lbr.values import value
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lbr.jobs import Item, Millis, Run
+    from lbr.core.types import Item, Millis, Run
     from lbr.store.connection import Connection
     from lbr.store.database import Database
 

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import literal_column
 
-from lbr.jobs import JobState
-from lbr.values import value
+from lbr.core.types import JobState
+from lbr.core.values import value
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
 
-    from lbr.jobs import Settlement
+    from lbr.core.types import Settlement
 
 # A claim's outcome is taken while nobody has claimed the job again. Pending is let in, for a late answer to a job that
 # was reclaimed but not yet claimed again is paid for.

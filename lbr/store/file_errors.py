@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
 
-from lbr import descriptors
-from lbr.errors import DatabaseBusyError, DatabaseError, MisfitError
+from lbr.core import descriptors
+from lbr.core.errors import DatabaseBusyError, DatabaseError, MisfitError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Column
     from sqlalchemy.types import TypeEngine
 
-    from lbr.jobs import Millis
+    from lbr.core.types import Millis
     from lbr.store.connection import Connection
 
 MOST_DAMAGES = 5

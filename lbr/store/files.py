@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from filelock import AsyncFileLock, FileLock, Timeout
 
-from lbr.errors import DatabaseBusyError, DatabaseError, UsageError
+from lbr.core.errors import DatabaseBusyError, DatabaseError, UsageError
 
 try:
     import fcntl

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lbr.errors import LbrError
+from lbr.core.errors import LbrError
 from lbr.store import file_health, files, schema
 from lbr.store.addresses import address_of, is_postgresql
 from lbr.store.database import local_clock
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from lbr.arguments import PathOrUrl
-    from lbr.jobs import Millis
+    from lbr.core.types import Millis, PathOrUrl
     from lbr.store.file_health import FileHealth
     from lbr.store.server_health import ServerHealth, Writers
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import bindparam, func, select, update
 
-from lbr import limits as arithmetic
-from lbr.errors import DatabaseError
-from lbr.jobs import JobState, RunState
-from lbr.limits import Limit
-from lbr.retry import FARTHEST_MS
+from lbr.core import limits as arithmetic
+from lbr.core.errors import DatabaseError
+from lbr.core.limits import Limit
+from lbr.core.retry import FARTHEST_MS
+from lbr.core.types import JobState, RunState
 from lbr.store.arrays import Bulk, Given, Query, among
 from lbr.store.budgets import budgets_of
 from lbr.store.schema import counters, limits, runs, workers
@@ -24,8 +24,8 @@ from lbr.store.schema import counters, limits, runs, workers
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from lbr.budget import Budget
-    from lbr.jobs import Claim, Millis, RunId
+    from lbr.core.budget import Budget
+    from lbr.core.types import Claim, Millis, RunId
     from lbr.store.connection import Connection
     from lbr.store.database import Database
 

@@ -17,8 +17,8 @@ from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from lbr.errors import DatabaseError, UsageError
-from lbr.jobs import Millis
+from lbr.core.errors import DatabaseError, UsageError
+from lbr.core.types import Millis
 from lbr.store import files, schema
 from lbr.store.addresses import Address, address_of
 from lbr.store.arrays import SHARD
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from lbr.arguments import PathOrUrl
-    from lbr.jobs import RunId
+    from lbr.core.types import PathOrUrl, RunId
     from lbr.store.connection import Connection
 
 T = TypeVar("T")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from lbr.jobs import WorkerId
+    from lbr.core.types import WorkerId
 
 _held: set[int] = set()
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import bindparam, case, delete, func, insert, literal_column, select, update
 
-from lbr.jobs import Claim, JobId, JobState, Millis, RunId, RunState, WorkerId
-from lbr.retry import FARTHEST_MS
+from lbr.core.retry import FARTHEST_MS
+from lbr.core.types import Claim, JobId, JobState, Millis, RunId, RunState, WorkerId
 from lbr.store import counters
 from lbr.store.arrays import Inserting, among
 from lbr.store.claims import DUE, DUE_SUSPECT, Wish, take

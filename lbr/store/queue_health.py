@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import func, select
 
-from lbr.errors import LbrError
-from lbr.retry import FARTHEST_MS
+from lbr.core.errors import LbrError
+from lbr.core.retry import FARTHEST_MS
 from lbr.store import reads, recount
 from lbr.store.schema import INFLIGHT, jobs, limits, runs, workers
 

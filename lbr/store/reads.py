@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from sqlalchemy import bindparam, func, or_, select
 
-from lbr.errors import DatabaseError, UsageError
-from lbr.jobs import JobId, JobState, Millis, Prompt, Row, Run, RunId, Shape
+from lbr.core.errors import DatabaseError, UsageError
+from lbr.core.types import JobId, JobState, Millis, Prompt, Row, Run, RunId, Shape
 from lbr.store import counters, runs
 from lbr.store.arrays import among
 from lbr.store.limiting import LimitSeen, all_limits, is_ahead
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from collections import Counter
     from collections.abc import AsyncIterator, Iterable, Sequence
 
-    from lbr.jobs import Json
-    from lbr.prices import Price
+    from lbr.core.pricing import Price
+    from lbr.core.types import Json
     from lbr.store.connection import Connection
     from lbr.store.database import Database
     from lbr.store.schema import AnyRow
@@ -126,7 +126,7 @@ class Overview:
 
 
 @dataclass(frozen=True, slots=True)
-class Try:
+class Attempt:
     """One try of a job that was no plain success; tokens, cost and latency are None where they are not known."""
 
     claim_seq: int
@@ -143,7 +143,7 @@ class Try:
 
 
 @dataclass(frozen=True, slots=True)
-class Story:
+class JobDetail:
     """Everything about one input's job."""
 
     row: Row
@@ -160,7 +160,7 @@ class Story:
     cost_nanos: int | None
     latency_ms: int | None
     reused: bool
-    tries: list[Try]
+    tries: list[Attempt]
 
 
 async def find_run(database: Database, name: str) -> Run:
@@ -347,10 +347,10 @@ async def metadata_columns(database: Database, run: Run) -> list[str]:
         after = page[-1].idx
 
 
-async def story(database: Database, run: Run, idx: int) -> Story:
+async def story(database: Database, run: Run, idx: int) -> JobDetail:
     """Return everything about the input at a place; UsageError where there is none."""
 
-    async def work(connection: Connection) -> Story:
+    async def work(connection: Connection) -> JobDetail:
         query = (
             select(*_COLLECTED, *_REST)
             .join_from(items, jobs, items.c.job_id == jobs.c.id)
@@ -365,7 +365,7 @@ async def story(database: Database, run: Run, idx: int) -> Story:
             raise UsageError(f"expected an input of run {run.name!r}, got: {idx}; there are {there}")
         tried = select(attempts).where(attempts.c.job_id == found.id).order_by(attempts.c.id)
         tries = [
-            Try(**{name: getattr(t, name) for name in Try.__slots__})
+            Attempt(**{name: getattr(t, name) for name in Attempt.__slots__})
             for t in (await connection.execute(tried)).all()
         ]
         return _story(found, (await _with_errors(connection, [found[: len(_COLLECTED)]]))[0], tries)
@@ -373,8 +373,8 @@ async def story(database: Database, run: Run, idx: int) -> Story:
     return await database.read(work)
 
 
-def _story(found: AnyRow, row: Row, tries: list[Try]) -> Story:
-    return Story(
+def _story(found: AnyRow, row: Row, tries: list[Attempt]) -> JobDetail:
+    return JobDetail(
         row=row,
         attempts=found.attempts,
         crashes=found.crashes,

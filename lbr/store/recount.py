@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import func, select
 
-from lbr.jobs import JobState, RunId, RunState
+from lbr.core.types import JobState, RunId, RunState
 from lbr.store import counters
 from lbr.store.redo import own_usage
 from lbr.store.runs import MOVING_FROM

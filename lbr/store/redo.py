@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import ColumnElement, bindparam, case, delete, literal, literal_column, select, update
 
-from lbr.errors import Family, UsageError
-from lbr.jobs import JobState, Json, Millis, RunState, canonical_json
-from lbr.retry import failure_of
+from lbr.core.errors import Family, UsageError
+from lbr.core.retry import failure_of
+from lbr.core.types import JobState, Json, Millis, RunState, canonical_json
 from lbr.store import counters, runs
 from lbr.store.arrays import Bulk, Given, among
 from lbr.store.schema import attempts, jobs, prompts, results
@@ -24,7 +24,7 @@ from lbr.store.settle import ADD_RESULTS
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from lbr.jobs import Run
+    from lbr.core.types import Run
     from lbr.store.connection import Connection
     from lbr.store.database import Database
     from lbr.store.schema import AnyRow

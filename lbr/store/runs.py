@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import select, update
 
-from lbr.errors import DatabaseError, RunMismatchError, RunNotFoundError, UsageError
-from lbr.jobs import JobState, Millis, Run, RunId, RunState, Task, differences
-from lbr.prices import Price
+from lbr.core.errors import DatabaseError, RunMismatchError, RunNotFoundError, UsageError
+from lbr.core.pricing import Price
+from lbr.core.types import JobState, Millis, Run, RunId, RunState, Task, differences
 from lbr.store import counters
 from lbr.store.arrays import Bulk, Given, among
 from lbr.store.schema import jobs, runs

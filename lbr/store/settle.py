@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import bindparam, literal_column, null, select, update
 
-from lbr.budget import unknown_words
-from lbr.errors import NO_USAGE, DatabaseError, Family, Usage
-from lbr.jobs import JobId, JobState, Millis, RunId, RunState, Settlement
-from lbr.retry import FARTHEST_MS, is_overload
+from lbr.core.budget import unknown_words
+from lbr.core.errors import NO_USAGE, DatabaseError, Family, Usage
+from lbr.core.retry import FARTHEST_MS, is_overload
+from lbr.core.types import JobId, JobState, Millis, RunId, RunState, Settlement
 from lbr.store import counters
 from lbr.store.arrays import Bulk, Given, Inserting, Query, among
 from lbr.store.fence import FENCE, Standing, is_doubtful, is_mine, is_plain, is_repeated

@@ -6,14 +6,14 @@ import asyncio
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from lbr.errors import AlreadyRunningError, DatabaseError, UsageError
+from lbr.core.errors import AlreadyRunningError, DatabaseError, UsageError
 from lbr.store.addresses import address_of
 from lbr.store.postgres import SOLE_LOCK, arguments_of, check_driver, database_errors
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from lbr.arguments import PathOrUrl
+    from lbr.core.types import PathOrUrl
     from lbr.store.addresses import Address
 
 AGAIN_SECONDS = 1.0

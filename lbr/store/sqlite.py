@@ -14,8 +14,8 @@ from filelock import Timeout
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
-from lbr.config import PATIENCE, a_name
-from lbr.errors import AlreadyRunningError, DatabaseError, UsageError
+from lbr.core.config import PATIENCE, a_name
+from lbr.core.errors import AlreadyRunningError, DatabaseError, UsageError
 from lbr.store import files, schema
 from lbr.store.database import Database, local_clock, to_its_end
 from lbr.store.file_connections import BUSY_TIMEOUT_MS, READER_PRAGMAS, FileConnections, writer_pragmas
@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from contextlib import AbstractContextManager
 
-    from lbr.arguments import PathOrUrl
-    from lbr.jobs import Millis, RunId
+    from lbr.core.types import Millis, PathOrUrl, RunId
     from lbr.store.connection import Connection
     from lbr.store.schema import AnyRow
 

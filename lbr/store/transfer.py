@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import bindparam, delete, func, select, update
 
-from lbr.errors import DatabaseError, RunNotFoundError, UsageError
-from lbr.jobs import JobState, Run, RunState
+from lbr.core.errors import DatabaseError, RunNotFoundError, UsageError
+from lbr.core.types import JobState, Run, RunState
 from lbr.store import counters, enqueue, runs
 from lbr.store.arrays import Inserting, among
 from lbr.store.contents import ITEM, JOB, PAGE, PROMPT, RESULT, TRY, Contents, Page

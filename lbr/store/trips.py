@@ -20,8 +20,8 @@ import aiosqlite
 from sqlalchemy import StaticPool, create_engine, event
 from sqlalchemy.exc import DBAPIError
 
-from lbr import descriptors
-from lbr.precedence import PRECEDENCE
+from lbr.core import descriptors
+from lbr.core.precedence import PRECEDENCE
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence

@@ -9,7 +9,7 @@ from lbr.store.settle import settle_within
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lbr.jobs import Claim, Settlement
+    from lbr.core.types import Claim, Settlement
     from lbr.store.claims import Wish
     from lbr.store.connection import Connection
     from lbr.store.database import Database

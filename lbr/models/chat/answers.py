@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from lbr.jobs import Reply
+from lbr.core.types import Reply
 from lbr.models.refusals import empty_answer
 
 if TYPE_CHECKING:

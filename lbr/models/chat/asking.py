@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from lbr.models.conversation import Image, turns_of
+from lbr.models.prompt import Image, turns_of
 
 if TYPE_CHECKING:
-    from lbr.jobs import Json
+    from lbr.core.types import Json
     from lbr.models.base import Request
-    from lbr.models.conversation import Turn
+    from lbr.models.prompt import Turn
 
 _PLAIN_IMAGE = re.compile(r"data:image/[\w.-]+;base64,")
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
-from lbr.errors import NO_USAGE, Usage
+from lbr.core.errors import NO_USAGE, Usage
+from lbr.core.pricing import loading_table
 from lbr.models.loading import Loading
-from lbr.prices import loading_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

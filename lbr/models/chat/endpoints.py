@@ -12,7 +12,7 @@ from lbr.models.http import environment_proxies
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from lbr.jobs import Json
+    from lbr.core.types import Json
 
 PLACEHOLDER_KEY = "api-key-not-set"
 """What a server gets that needs no key, for its client library insists on one."""

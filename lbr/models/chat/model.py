@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
 
-from lbr.errors import CallError
-from lbr.jobs import canonical_json
+from lbr.core.errors import CallError
+from lbr.core.types import canonical_json
 from lbr.models.chat.answers import OddAnswer, Reader
 from lbr.models.chat.asking import Template, messages_of
 from lbr.models.chat.costs import Costs
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from aiohttp import ClientTimeout
 
-    from lbr.jobs import Json, Reply
+    from lbr.core.types import Json, Reply
     from lbr.models.base import Request
     from lbr.models.chat.endpoints import Endpoint
     from lbr.models.connections import Connections

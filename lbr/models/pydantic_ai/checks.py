@@ -7,7 +7,7 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
-from lbr.errors import UsageError
+from lbr.core.errors import UsageError
 from lbr.models.checking import check_authority, check_schema
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pydantic_ai.models import Model
     from pydantic_ai.providers import Provider
 
-    from lbr.jobs import Json
+    from lbr.core.types import Json
 
 _SLIM_EXTRA = re.compile(r"pydantic-ai-slim\[([\w-]+)\]")
 

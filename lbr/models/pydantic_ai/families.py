@@ -11,7 +11,7 @@ from lbr.models.refusals import Refusal
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lbr.errors import CallError, Family
+    from lbr.core.errors import CallError, Family
 
 
 def refusal_of(error: Exception) -> Refusal:

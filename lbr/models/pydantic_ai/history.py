@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lbr.models.conversation import Image, turns_of
+from lbr.models.prompt import Image, turns_of
 
 if TYPE_CHECKING:
     from pydantic_ai.messages import ModelMessage, ModelRequestPart, UserContent
 
     from lbr.models.base import Request
-    from lbr.models.conversation import Turn
+    from lbr.models.prompt import Turn
 
 
 def history_of(request: Request) -> list[ModelMessage]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import orjson
 
-from lbr.errors import Permanent, UsageError
+from lbr.core.errors import Permanent, UsageError
 from lbr.models.checking import check_authority
 from lbr.models.pydantic_ai.checks import check_known, missing_package, provider_class_of, require
 from lbr.models.pydantic_ai.families import call_error
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pydantic_ai.providers import Provider
     from pydantic_ai.settings import ModelSettings
 
-    from lbr.jobs import Json, Reply
+    from lbr.core.types import Json, Reply
     from lbr.models.base import Request
     from lbr.models.connections import Connections
 

@@ -7,14 +7,14 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lbr.errors import CallError
+from lbr.core.errors import CallError
 from lbr.models.loading import Loading
 from lbr.models.pydantic_ai.model import PydanticAIModel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from lbr.jobs import Json, Reply
+    from lbr.core.types import Json, Reply
     from lbr.models.base import Request
     from lbr.models.connections import Connections
 

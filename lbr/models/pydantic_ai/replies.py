@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from lbr.errors import CallError, Permanent, Usage
-from lbr.jobs import Reply
+from lbr.core.errors import CallError, Permanent, Usage
+from lbr.core.types import Reply
 from lbr.models.refusals import empty_answer
 from lbr.models.wording import clean
 

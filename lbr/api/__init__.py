@@ -1,0 +1,1 @@
+"""What lbr does, as functions; the command line and Python callers come in here."""

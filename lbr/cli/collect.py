@@ -1,0 +1,90 @@
+"""`lbr collect`."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import click
+
+from lbr.api import collect as api
+from lbr.cli.app import EXIT_FAILURES, EXIT_UNFINISHED, database_option, say
+from lbr.core.plurals import counted
+from lbr.core.types import Shape
+from lbr.io.writers import OutputFormat
+
+
+def describe(collected: api.Collected) -> str:
+    """Return what a collect wrote, in words."""
+    counts = ", ".join(f"{count} {status}" for status, count in sorted(collected.by_status.items()))
+    return f"run {collected.run}: {counted(collected.total, 'row')}: {counts or 'none'}"
+
+
+def exit_code(collected: api.Collected) -> int:
+    """Return 3 where answers may still come, 4 where some never will, else 0; say what to do."""
+    if collected.cut_off:
+        say(
+            f"lbr: {collected.cut_off} of the answers cut off at the token limit; `lbr retry {collected.run} "
+            f"--where finish_reason=length --set max_tokens=NUMBER` has them asked for again"
+        )
+    if not collected.sealed:
+        say(
+            f"lbr: the enqueue of run {collected.run} has not come to its end; run it again if it was interrupted"
+        )
+    if collected.unfinished or not collected.sealed:
+        rows, them = (
+            ("1 row is", "it") if collected.unfinished == 1 else (f"{collected.unfinished} rows are", "them")
+        )
+        say(f"lbr: {rows} not finished; `lbr worker` finishes {them}")
+        return EXIT_UNFINISHED
+    if collected.failed:
+        rows, jobs = (
+            ("1 row has", "its job")
+            if collected.failed == 1
+            else (f"{collected.failed} rows have", "their jobs")
+        )
+        say(f"lbr: {rows} no answer; `lbr retry {collected.run}` puts {jobs} back")
+        return EXIT_FAILURES
+    return 0
+
+
+@click.command()
+@click.argument("run")
+@click.option(
+    "-o", "--output", "out", metavar="FILE", help="A .jsonl, .csv or .db file; JSONL to stdout if unset."
+)
+@click.option(
+    "--shape",
+    type=click.Choice([str(one) for one in Shape]),
+    default=str(Shape.ORIGINAL),
+    help="A row for every input, or for every distinct one.",
+)
+@click.option(
+    "--format",
+    "output_format",
+    type=click.Choice([str(one) for one in OutputFormat]),
+    help="How to write; by the file's ending if unset.",
+)
+@click.option("--wait", is_flag=True, help="Wait until every job has come to its end.")
+@database_option
+@click.pass_obj
+@click.pass_context
+def collect(
+    context: click.Context,
+    db: dict[str, Any],
+    /,
+    run: str,
+    out: str | None,
+    shape: str,
+    output_format: str | None,
+    wait: bool,
+) -> None:
+    """Write a run's answers in input order, finished or not.
+
+    A file appears whole or not at all. Exits with 3 where jobs are not finished, with 4 where some failed.
+    """
+    collected = asyncio.run(
+        api.collect(run, out="-" if out is None else out, shape=shape, format=output_format, wait=wait, **db)
+    )
+    say(f"lbr: {describe(collected)}")
+    context.exit(exit_code(collected))

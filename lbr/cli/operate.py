@@ -1,0 +1,210 @@
+"""The commands that look at runs and steer them: status, show, retry, cancel, pause, resume."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from contextlib import nullcontext, suppress
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+import orjson
+
+from lbr.api import operate
+from lbr.api.status import describe, resumed_words
+from lbr.cli.app import database_option, read_setting, say, tell
+from lbr.core.config import positive
+from lbr.core.errors import UsageError
+from lbr.core.plurals import counted
+from lbr.core.pricing import dollars
+
+if TYPE_CHECKING:
+    from lbr.store.reads import Attempt, JobDetail
+    from lbr.store.redo import Reparsed
+
+LARGEST_IDX = 2**63 - 1
+LONGEST_PAUSE_SECONDS = 86_400.0
+
+
+@click.command()
+@click.argument("run", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, one object.")
+@click.option("--watch", is_flag=True, help="Print again every few seconds, until all is finished.")
+@click.option("--interval", type=float, default=2.0, help="Seconds between two looks.")
+@database_option
+@click.pass_obj
+def status(db: dict[str, Any], /, run: str | None, as_json: bool, watch: bool, interval: float) -> None:
+    """Tell how one run stands, or all of them: counts, speed, tokens, cost, failures, workers."""
+    pause_seconds = min(max(0.1, positive("interval", interval)), LONGEST_PAUSE_SECONDS)
+    with suppress(KeyboardInterrupt) if watch else nullcontext():
+        _print_status(db, run, as_json=as_json, watch=watch, pause_seconds=pause_seconds)
+
+
+def _print_status(
+    db: dict[str, Any], run: str | None, *, as_json: bool, watch: bool, pause_seconds: float
+) -> None:
+    while True:
+        found = asyncio.run(operate.status(run, **db))
+        if watch and not as_json and sys.stdout.isatty():
+            click.clear()
+        tell(orjson.dumps(found.to_dict()) if as_json else describe(found))
+        if not watch or all(one.finished or one.state == "cancelled" for one in found.runs):
+            return
+        time.sleep(pause_seconds)
+
+
+@click.command()
+@click.argument("run")
+@click.argument("idx", type=click.IntRange(0, LARGEST_IDX))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, one object.")
+@database_option
+@click.pass_obj
+def show(db: dict[str, Any], /, run: str, idx: int, as_json: bool) -> None:
+    """Tell everything about the input at place IDX, counted from 0: its job, its answer, its failed tries."""
+    story = asyncio.run(operate.show(run, idx, **db))
+    fields = story.row.to_dict() | {k: v for k, v in asdict(story).items() if k != "row"}
+    tell(orjson.dumps(fields) if as_json else _describe_story(story))
+
+
+def _describe_story(story: JobDetail) -> str:
+    row = story.row
+    lines = [
+        f"input {row.idx}: {row.status}, key {row.key}",
+        f"prompt: {row.prompt.body()}",
+        f"tries charged {story.attempts}, claims {story.claim_seq}, crashes {story.crashes}",
+    ]
+    if row.result is not None:
+        source = (
+            "reused from another run"
+            if story.reused
+            else f"{story.model or 'function'}, {story.latency_ms} ms"
+        )
+        if story.finish_reason not in {None, "stop"}:
+            source += f", finish reason {story.finish_reason}"
+        lines.append(f"answer ({source}): {row.result}")
+        lines += _usage_lines(story)
+    for one in story.tries:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.at / 1000))
+        lines.append(
+            f"{when} claim {one.claim_seq} {one.what}: {one.family or '-'} {one.error}: {one.message}"
+        )
+        if one.text:
+            lines.append(f"  raw answer: {one.text}")
+        lines += _usage_lines(one)
+    return "\n".join(lines)
+
+
+def _usage_lines(of: JobDetail | Attempt) -> list[str]:
+    """Return a line of the tokens and the cost of an answer or of a try, none where neither is known."""
+    counts = ((of.input_tokens, "in"), (of.output_tokens, "out"))
+    tokens = ", ".join(f"{count} {way}" for count, way in counts if count is not None)
+    parts = [f"tokens {tokens}"] if tokens else []
+    parts += [f"cost {dollars(of.cost_nanos)}"] if of.cost_nanos is not None else []
+    return [f"  {', '.join(parts)}"] if parts else []
+
+
+@click.command()
+@click.argument("run")
+@click.option(
+    "--where",
+    metavar="CONDITION",
+    multiple=True,
+    help="Only jobs of which this holds: family=FAMILY or error~TEXT of their last failure, finish_reason=WORD of "
+    "their answer, such as length, or status=failed|cancelled|done; may be repeated.",
+)
+@click.option(
+    "--set",
+    "settings",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="A model setting for these jobs alone, over the run's, such as max_tokens=900; may be repeated.",
+)
+@click.option(
+    "--reparse", is_flag=True, help="Make no call: validate again the bad answers that jobs failed with."
+)
+@click.option(
+    "--result-type",
+    "result_types",
+    metavar="MODULE:CLASS",
+    multiple=True,
+    help="With --reparse: the pydantic class of the run's schema, to check by.",
+)
+@database_option
+@click.pass_obj
+def retry(
+    db: dict[str, Any],
+    /,
+    run: str,
+    where: tuple[str, ...],
+    settings: tuple[str, ...],
+    reparse: bool,
+    result_types: tuple[str, ...],
+) -> None:
+    """Put a run's failed and cancelled jobs back to pending, with all their tries, or those that --where chooses.
+
+    Answers that are chosen leave the results, and stay in the history that `lbr show` tells.
+    """
+    if reparse:
+        if where or settings:
+            raise UsageError(
+                "expected --reparse alone or with --result-type, got: --where or --set beside it"
+            )
+        tell(_describe_reparsed(run, asyncio.run(operate.reparse(run, result_types=result_types, **db))))
+        return
+    if result_types:
+        raise UsageError(
+            "expected --result-type beside --reparse, got: it alone; name it to `lbr worker` instead"
+        )
+    own = dict(read_setting(one) for one in settings)
+    count = asyncio.run(operate.retry(run, where=where, settings=own, **db))
+    tell(f"run {run}: {counted(count, 'job')} back to pending")
+
+
+def _describe_reparsed(run: str, reparsed: Reparsed) -> str:
+    kept = (
+        "1 kept answer fits now and is"
+        if reparsed.taken == 1
+        else f"{reparsed.taken} kept answers fit now and are"
+    )
+    words = f"run {run}: {kept} taken, {reparsed.left} still {'does' if reparsed.left == 1 else 'do'} not"
+    return words if reparsed.problem is None else f"{words}; the first: {reparsed.problem}"
+
+
+@click.command()
+@click.argument("run")
+@database_option
+@click.pass_obj
+def cancel(db: dict[str, Any], /, run: str) -> None:
+    """Cancel a run's pending jobs; calls in flight end and their answers are kept."""
+    tell(f"run {run}: {counted(asyncio.run(operate.cancel(run, **db)), 'job')} cancelled")
+
+
+@click.command()
+@click.argument("run")
+@click.option("--reason", default="by hand", help="What `lbr status` says about it.")
+@database_option
+@click.pass_obj
+def pause(db: dict[str, Any], /, run: str, reason: str) -> None:
+    """Stop the claiming of a run's jobs, in every worker, until `lbr resume`."""
+    asyncio.run(operate.pause(run, reason=reason, **db))
+    tell(f"run {run}: paused")
+
+
+@click.command()
+@click.argument("run")
+@click.option(
+    "--max-cost",
+    type=float,
+    metavar="DOLLARS",
+    help="What it may cost from now on, in all; inf for any amount.",
+)
+@database_option
+@click.pass_obj
+def resume(db: dict[str, Any], /, run: str, max_cost: float | None) -> None:
+    """Let a paused run's jobs be claimed again."""
+    reason = asyncio.run(operate.resume(run, max_cost=max_cost, **db))
+    if words := resumed_words(run, reason or ""):
+        say(f"lbr: {words}")
+    tell(f"run {run}: active")

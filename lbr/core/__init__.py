@@ -1,0 +1,1 @@
+"""Values and decisions: no database, no network, no clock."""

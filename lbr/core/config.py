@@ -1,0 +1,170 @@
+"""Settings: where they come from, in which order, and what they may be.
+
+A config file gives way to the environment (`.env` counts as environment), the environment to a flag.
+Unset is None in each of them; the defaults stand once, in the values below, and are applied last.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tomllib
+from dataclasses import dataclass
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+from lbr.core.errors import UsageError
+from lbr.core.pricing import NANOS
+from lbr.core.types import Until
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+DB_URL_DEFAULT = "sqlite+aiosqlite:///runs.db"
+CONFIG_FILE = "lbr.toml"
+MAX_ATTEMPTS = 8
+CALL_TIMEOUT = 120.0
+PATIENCE = 120.0
+LARGEST = 1_000_000
+MOST_SLOTS = 10_000
+"""What one worker makes of calls at a time; a limit of all workers may be above it."""
+MOST_PROCESSES = 1_000
+"""What one command starts: each is a Python with an event loop of its own."""
+MOST_A_MINUTE = 2_000_000_000
+MOST_DOLLARS = 1_000_000_000
+
+
+def load_environment(folder: Path) -> Mapping[str, str]:
+    """Add what the folder's `.env` says to the environment and return it; what is set outside the file wins.
+
+    Providers read their keys from the environment themselves, so a copy would not do.
+    """
+    path = folder / ".env"
+    if path.is_file():
+        from dotenv import dotenv_values  # noqa: PLC0415 - only where there is a file to read
+
+        try:
+            values = dotenv_values(path)
+            for name, value in values.items():
+                if value is not None:
+                    os.environ.setdefault(name, value)
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"expected {path} to be a readable UTF-8 file of NAME=value lines: {error}"
+            ) from error
+    return os.environ
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Read a TOML file of flag defaults: top-level flags first, then one table per command.
+
+    Raises UsageError where it is not TOML, and where there is none.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"expected {path} to be TOML: {error}") from error
+
+
+def default_model(env: Mapping[str, str]) -> str | None:
+    """Return the model that the environment names, None where MODEL is unset or blank."""
+    return env.get("MODEL", "").strip() or None
+
+
+def positive(name: str, value: float) -> float:
+    """Return the value, or raise UsageError: it must be a finite number above zero."""
+    if not (_is_finite(value) and value > 0):
+        raise UsageError(f"expected {name} to be a number above 0, got: {_words_of(value)}")
+    return value
+
+
+def _is_finite(value: object) -> bool:
+    """Tell whether a value, of whatever type, is a number that can be reckoned with."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _words_of(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else repr(value)[:100]
+
+
+def at_least_one(name: str, value: int, *, most: int = LARGEST) -> int:
+    """Return the value, or raise UsageError: it must be a whole number of at least one, and sane."""
+    if type(value) is not int or not 1 <= value <= most:
+        raise UsageError(f"expected {name} to be a whole number from 1 to {most}, got: {value!r}")
+    return value
+
+
+def a_minute(name: str, value: int) -> int:
+    """Return the value, or raise UsageError: it must be a whole number of requests or tokens a minute."""
+    if type(value) is not int or not 1 <= value <= MOST_A_MINUTE:
+        raise UsageError(f"expected {name} to be a whole number from 1 to {MOST_A_MINUTE}, got: {value!r}")
+    return value
+
+
+def nanos_of(name: str, dollars: float) -> int:
+    """Return an amount of US dollars in billionths, or raise UsageError: it must be above zero, and sane."""
+    if not 0 < positive(name, dollars) <= MOST_DOLLARS:
+        raise UsageError(f"expected {name} to be at most {MOST_DOLLARS:,} US dollars, got: {dollars:g}")
+    return max(1, round(dollars * NANOS))
+
+
+def a_name(name: str, value: str) -> str:
+    """Return the value, or raise UsageError: it must be text that a file can be called."""
+    try:
+        sane = b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        sane = False
+    if not sane:
+        raise UsageError(f"expected {name} to be a name that a file can have, got: {value!a}")
+    return value
+
+
+def one_of(name: str, value: object, allowed: Sequence[str]) -> str:
+    """Return the value, or raise UsageError: it must be one of those allowed."""
+    if not isinstance(value, str) or value not in allowed:
+        raise UsageError(f"expected {name} to be one of {', '.join(map(str, allowed))}, got: {value!r}")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class WorkOptions:
+    """How one worker process works. Times are in seconds.
+
+    `concurrency` is the number of slots, `lease` how long a claim holds without renewal, `timeout` the
+    longest that one call may take, `grace` how long a drain waits for the calls in flight, `patience` how
+    long a database that is busy or away is waited for. `rpm` and `tpm` are requests and tokens a minute of all
+    workers together, for each answerer that this one serves, `max_cost` what each run that it serves may cost in US
+    dollars, all that it has cost included; None leaves what is set.
+    Raises UsageError for a value out of range.
+    """
+
+    concurrency: int = 32
+    lease: float = 60.0
+    until: Until = Until.DONE
+    grace: float = 30.0
+    timeout: float = CALL_TIMEOUT
+    patience: float = PATIENCE
+    rpm: int | None = None
+    tpm: int | None = None
+    max_cost: float | None = None
+
+    def __post_init__(self) -> None:
+        at_least_one("concurrency", self.concurrency, most=MOST_SLOTS)
+        positive("lease", self.lease)
+        positive("timeout", self.timeout)
+        positive("patience", self.patience)
+        for name, value in (("rpm", self.rpm), ("tpm", self.tpm)):
+            if value is not None:
+                a_minute(name, value)
+        if self.max_cost is not None:
+            nanos_of("max_cost", self.max_cost)
+        if not (_is_finite(self.grace) and self.grace >= 0):
+            raise UsageError(f"expected grace to be a number of at least 0, got: {_words_of(self.grace)}")
+        if not 0.5 <= self.lease <= 86_400:
+            raise UsageError(f"expected lease to be from 0.5 to 86400 seconds, got: {self.lease:g}")

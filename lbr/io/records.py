@@ -1,0 +1,281 @@
+"""From a record, wherever it was read, to an item: prompts checked, templates rendered, the rest kept as metadata."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import fields as dataclass_fields
+from dataclasses import is_dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple
+
+from lbr.core.errors import InputError, UsageError
+from lbr.core.types import Item, Json, Prompt, canonical_json
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+    from jinja2 import nodes
+
+Fields = dict[str, Json]
+
+ID_FIELDS = ("id", "custom_id")
+ROLES = frozenset({"system", "developer", "user", "assistant"})
+SHOWN_CHARACTERS = 80
+
+
+class Place(NamedTuple):
+    """Where a record starts."""
+
+    source: str
+    line: int
+
+    def error(self, message: str) -> InputError:
+        """Return the error that names this place."""
+        return InputError(message, source=self.source, line=self.line)
+
+
+class Template:
+    """A compiled Jinja template. It cannot reach Python's insides, nor change the record it is given."""
+
+    def __init__(self, text: str) -> None:
+        # Jinja takes a tenth of a second to import: only those who use a template pay for it.
+        from jinja2 import StrictUndefined, TemplateSyntaxError, meta  # noqa: PLC0415
+        from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415
+
+        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+        environment.filters[_TELLING] = _tell_null
+        try:
+            tree = environment.parse(text)
+            self._variables = meta.find_undeclared_variables(tree)
+            self._template = environment.from_string(_telling_nulls(tree))
+        except TemplateSyntaxError as error:
+            msg = f"expected a Jinja template, got: {error.message} (line {error.lineno}); mend the template"
+            raise UsageError(msg) from error
+        except Exception as error:  # constants are folded, and expressions nested, while it compiles
+            msg = f"expected a Jinja template, got one that does not compile: {type(error).__name__}: {error}"
+            raise UsageError(f"{msg}; mend the template") from error
+
+        if not self._variables:
+            raise UsageError(
+                f"expected a template that names a field, such as {{{{ prompt }}}}, got: {shown(text)}; "
+                f"every prompt would be the same. A template in a file is @FILE"
+            )
+
+    def check_columns(self, columns: Collection[str], source: str) -> None:
+        """Raise UsageError where the template asks for a column that no record of the source will have."""
+        if missing := sorted(self._variables - set(columns)):
+            msg = f"{source}: expected the columns that the template names, got no {names(missing)}"
+            raise UsageError(f"{msg}; there are: {names(columns)}")
+
+    def render(self, fields: Fields, place: Place) -> str:
+        """Return the prompt of one record; InputError for whatever the template's expressions raise."""
+        try:
+            return self._template.render(fields)
+        except _NullError as error:
+            msg = f"expected {shown(error.name)} to have a value for the template, got: null; fill it in"
+            example = error.name if error.name in fields else "…"
+            raise place.error(
+                f"{msg}, or say in the template what stands for it, as {{{{ {example} or 'none' }}}} does"
+            ) from None
+        except Exception as error:  # whatever a template's expression may raise
+            msg = f"expected the template to render, got: {type(error).__name__}: {error}"
+            raise place.error(f"{msg}; the fields are: {names(fields)}") from error
+
+
+_TELLING = "value of"
+"""A filter of this name tells of nulls; no template can call it, for the name has a space."""
+_WORDING = frozenset(
+    {"capitalize", "center", "e", "escape", "indent", "lower", "replace", "string", "striptags"}
+    | {"title", "trim", "truncate", "upper", "urlencode", "urlize", "wordwrap"}
+)
+"""The filters that make text of what they are given, of a null "None"."""
+
+
+class _NullError(Exception):
+    """A placeholder has no value."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+def _tell_null(value: object, name: str) -> object:
+    if value is None:
+        raise _NullError(name)
+    return value
+
+
+def _telling_nulls(tree: nodes.Template) -> nodes.Template:
+    """Have every placeholder of a parsed template say so where its value is null, which Jinja would write as None."""
+    from jinja2 import nodes  # noqa: PLC0415 - see Template
+
+    def telling(part: nodes.Expr) -> nodes.Expr:
+        # What a condition, `or` or `default` decides is decided before: only what is written in the end is looked at.
+        match part:
+            case nodes.TemplateData():
+                return part
+            case nodes.Concat():
+                part.nodes = [telling(one) for one in part.nodes]
+            case nodes.Filter(name=name, node=nodes.Expr() as node) if name in _WORDING:
+                part.node = telling(node)
+        return nodes.Filter(
+            part, _TELLING, [nodes.Const(_words_of(part))], [], None, None, lineno=part.lineno
+        )
+
+    for output in tree.find_all(nodes.Output):
+        output.nodes = [telling(one) for one in output.nodes]
+    return tree
+
+
+def _words_of(expression: nodes.Expr) -> str:
+    """Return an expression as its author may have written it, what is longer than a path shortened."""
+    from jinja2 import nodes  # noqa: PLC0415 - see Template
+
+    match expression:
+        case nodes.Name(name=name):
+            return str(name)
+        case nodes.Getattr(node=node, attr=attr):
+            return f"{_words_of(node)}.{attr}"
+        case nodes.Getitem(node=node, arg=nodes.Const(value=str(name))):
+            return f"{_words_of(node)}.{name}"
+        case nodes.Getitem(node=node, arg=nodes.Const(value=place)):
+            return f"{_words_of(node)}[{place}]"
+        case nodes.Call(node=node):
+            return f"{_words_of(node)}(…)"
+        case nodes.Filter(node=nodes.Expr() as node):
+            return _words_of(node)
+    return ", ".join(dict.fromkeys(one.name for one in expression.find_all(nodes.Name))) or "…"
+
+
+def item_of(fields: Fields, place: Place, template: Template | None, column: str | None) -> Item:
+    """Make an item of a record, using the record up: what is left of it is the metadata."""
+    if template is not None:
+        prompt = _text_prompt(template.render(fields, place), "the rendered template", place)
+    elif column is not None:
+        if column not in fields:
+            raise place.error(f"expected a field {shown(column)}, got: {names(fields)}; add it")
+        prompt = _text_prompt(fields.pop(column), column, place)
+    else:
+        prompt = _named_prompt(fields, place)
+    return Item(prompt, _pop_id(fields, place), fields or None, place.source, place.line)
+
+
+def _named_prompt(fields: Fields, place: Place) -> Prompt:
+    if ("prompt" in fields) == ("messages" in fields):
+        msg = f"expected one of the fields prompt and messages, got: {names(fields)}"
+        raise place.error(f"{msg}; set --prompt-column or --template")
+    if "prompt" in fields:
+        return _text_prompt(fields.pop("prompt"), "prompt", place)
+    messages = fields.pop("messages")
+    if not isinstance(messages, list) or not messages:
+        raise place.error(f"expected messages to be a list of at least one, got: {shown(messages)}")
+    for message in messages:
+        _check_message(message, place)
+    return Prompt(messages=tuple(messages))
+
+
+def is_plain(text: str) -> bool:
+    """Tell whether a text is a prompt without a doubt, as nearly all are; `item_of` knows what to say of others."""
+    return text != "" and text.isascii() and not text.isspace() and "\x00" not in text
+
+
+def _text_prompt(value: Json, what: str, place: Place) -> Prompt:
+    """Make a prompt of a text; InputError, in which it is called `what`, for what says nothing or is no text."""
+    if not isinstance(value, str):
+        raise place.error(f"expected {what} to be a string, got: {shown(value)}; put it in quotes")
+    if not value or value.isspace():
+        raise place.error(f"expected {what} to say something, got: {shown(value)}; fill it in or remove it")
+    if "\x00" in value:
+        raise place.error(f"expected {what} to be text, got: a NUL character; remove it")
+    try:
+        if not value.isascii():
+            value.encode()
+    except UnicodeEncodeError as error:
+        raise place.error(f"expected {what} to be Unicode, got: half a surrogate pair; remove it") from error
+    return Prompt(value)
+
+
+def _check_message(message: Json, place: Place) -> None:
+    if not isinstance(message, dict):
+        raise place.error(f"expected each message to be an object, got: {shown(message)}")
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or role not in ROLES:
+        raise place.error(f"expected the role to be one of {', '.join(sorted(ROLES))}, got: {shown(role)}")
+    parts = content if isinstance(content, list) else []
+    if not isinstance(content, str | list) or not all(isinstance(part, dict) for part in parts):
+        raise place.error(f"expected the content to be a string or a list of objects, got: {shown(content)}")
+
+
+def _pop_id(fields: Fields, place: Place) -> str | None:
+    given = [fields.pop(name) for name in ID_FIELDS if name in fields]
+    if len(given) > 1:
+        raise place.error("expected one of the fields id and custom_id, got: both; rename one")
+    value = given[0] if given else None
+    if value is None or value == "":
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise place.error(f"expected the id to be a string or a whole number, got: {shown(value)}")
+    return str(value)
+
+
+def check_storable(fields: Fields, place: Place) -> None:
+    """Raise InputError for what Python or JSON can say but a database or a collected row cannot hold."""
+    try:
+        text = canonical_json([[fields]])  # a row nests metadata deeper than its line did
+    except TypeError as error:
+        if "ecursion" in str(error):
+            raise place.error(
+                "expected at most 250 levels of nesting, got: more; flatten the object"
+            ) from error
+        raise place.error(
+            f"expected fields that JSON can hold, got: {error}; convert or remove it"
+        ) from error
+    if b"\\u0000" in text.replace(rb"\\", b""):
+        raise place.error("expected text, got: a NUL character (\\u0000); remove it")
+
+
+def check_finite(fields: Fields, place: Place) -> None:
+    """Raise InputError for NaN and infinity, which Python has and JSON has not: null would stand for them."""
+    for name, value in not_finite(fields):
+        raise place.error(
+            f"expected {shown(name)} to be a JSON value, got: {value}; put None for what is missing"
+        )
+
+
+def not_finite(value: object) -> Iterator[tuple[str, float]]:
+    """Yield the path and the value of each float within that JSON has not; of what JSON can hold as it is."""
+    for name, leaf in leaves(value):
+        if isinstance(leaf, float) and not math.isfinite(leaf):
+            yield name, leaf
+
+
+def leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the path and the value of everything within that has no parts of its own."""
+    if isinstance(value, dict):
+        for key, one in value.items():
+            yield from leaves(one, f"{name}.{key}" if name else key)
+    elif isinstance(value, list | tuple):
+        for place, one in enumerate(value):
+            yield from leaves(one, f"{name}[{place}]")
+    elif isinstance(value, Enum):
+        yield from leaves(value.value, name)
+    elif is_dataclass(value):
+        yield from leaves({field.name: getattr(value, field.name) for field in dataclass_fields(value)}, name)
+    else:
+        yield name, value
+
+
+def shown(value: Json) -> str:
+    """Return a value as messages quote it, shortened."""
+    return shortened(repr(value[: SHOWN_CHARACTERS + 1] if isinstance(value, str) else value))
+
+
+def shortened(text: str) -> str:
+    """Return a text with no more characters than messages quote."""
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
+
+
+def names(names: Collection[str]) -> str:
+    """Return names as messages list them."""
+    return ", ".join(map(shown, itertools.islice(names, 30))) or "none"

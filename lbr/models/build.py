@@ -1,0 +1,171 @@
+"""From a task to who answers it, by what this process was told it may use.
+
+A database is data, not authority: a function is called only when this process named it, and a key comes only from its
+own flags and environment; the run has to match.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lbr.core.errors import UsageError
+from lbr.core.tokens import most_output_tokens
+from lbr.core.types import canonical_json
+from lbr.models.base import Kind, kind_of
+from lbr.models.identity import may_be_another
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from lbr.core.schema import Validator
+    from lbr.core.types import Task
+    from lbr.models.base import Model
+    from lbr.models.connections import Connections
+    from lbr.models.identity import Identity, NamedFunction
+
+
+@dataclass(frozen=True)
+class Authority:
+    """What this process was told it may use.
+
+    `result_types` are by the canonical JSON of their schema. The OpenRouter key goes before the environment's.
+    """
+
+    functions: tuple[NamedFunction, ...] = ()
+    result_types: Mapping[str, type] = field(default_factory=dict)
+    openrouter_api_key: str | None = field(default=None, repr=False)
+    runs_are_named: bool = True
+    """Whether the runs to serve were named, so that a caller's word is behind each function."""
+
+    def function_for(self, task: Task) -> NamedFunction | None:
+        """Return the function that a task asks for, else another of that name, None without one."""
+        found = [one for one in self.functions if one.identity.name == task.function]
+        fitting = [one for one in found if self.mismatch(task, one.identity) is None]
+        versioned = [one for one in fitting if one.identity.version == task.version]
+        return next(iter(versioned or fitting or found), None)
+
+    def mismatch(self, task: Task, identity: Identity) -> str | None:
+        """Tell how a function is not the one that a task asks for, None where it is.
+
+        By what its author or its code says; a version may have been given beside the function when it was enqueued, so
+        that one without a version is no mismatch, as long as there is no other of its name and code.
+        """
+        asked = "no version" if task.version is None else f"version {task.version}"
+        if identity.version is not None and identity.version != task.version:
+            return (
+                f"{asked}, but here it has version {identity.version}; serve it with the code it was enqueued with, or "
+                f"enqueue again"
+            )
+        if task.fingerprint is not None and task.fingerprint != identity.fingerprint:
+            return (
+                f"fingerprint {task.fingerprint}, but here it has {identity.fingerprint}: its code or what it closes "
+                f"over has changed; enqueue again"
+            )
+        if task.version is not None and may_be_another(identity) and not self.runs_are_named:
+            return (
+                f"{asked}, but here it has none, and only an object in it would tell which one it is; name the runs "
+                f"that are its own with run=…"
+            )
+        return None
+
+
+def check_task(task: Task) -> None:
+    """Raise UsageError for what no worker could ever serve; needs neither a key nor the network."""
+    if task.schema is not None:
+        build_validator(task, Authority())
+    match kind_of(task):
+        case Kind.FUNCTION:
+            if task.settings:
+                names = ", ".join(sorted(task.settings))
+                raise UsageError(
+                    f"expected no settings beside a function, got: {names}; settings are for models"
+                )
+        case Kind.OFFLINE:
+            from lbr.models import offline  # noqa: PLC0415
+
+            offline.check_name(task.model or "")
+            offline.check_settings(task.settings)
+        case Kind.PROVIDER:
+            _check_provider(task)
+            most_output_tokens(task.settings)  # raises for what it cannot read, and so does every worker
+
+
+def build_model(
+    task: Task, authority: Authority, *, concurrency: int, connections: Connections | None = None
+) -> Model:
+    """Build the one who answers the task; UsageError with the way out when this process may not or cannot.
+
+    Calls to a provider go over `connections`, which whoever opened them closes; None for some of its own.
+    """
+    match kind_of(task):
+        case Kind.FUNCTION:
+            from lbr.models.function import FunctionModel  # noqa: PLC0415
+
+            return FunctionModel(_allowed_function(task, authority), concurrency=concurrency)
+        case Kind.OFFLINE:
+            from lbr.models.offline import OfflineModel  # noqa: PLC0415
+
+            return OfflineModel(task.model or "", task.settings)
+        case Kind.PROVIDER:
+            return _provider_model(task, authority, connections)
+
+
+def _check_provider(task: Task) -> None:
+    """Raise UsageError for what no provider could be asked; without pydantic-ai where the chat adapter knows enough."""
+    from lbr.models import chat, checking  # noqa: PLC0415
+
+    if chat.serves(task.model or "") and chat.knows(task.settings):
+        if task.schema is not None:
+            checking.check_schema(task.schema)
+        return
+    from lbr.models import pydantic_ai  # noqa: PLC0415
+
+    pydantic_ai.check_model(task.model or "", task.settings, schema=task.schema)
+
+
+def _provider_model(task: Task, authority: Authority, connections: Connections | None) -> Model:
+    """Build the chat adapter where it can serve the task, with pydantic-ai's behind it, else pydantic-ai's."""
+    from lbr.models import chat  # noqa: PLC0415
+
+    key, name, settings = authority.openrouter_api_key, task.model or "", task.settings
+    endpoint = chat.endpoint_of(name, key)
+    ready = None
+    if endpoint is None or task.schema is not None or chat.words_of(endpoint, settings) is None:
+        # It is needed anyway, so it is built before any call waits for it; it also checks what chat does not know.
+        from lbr.models.pydantic_ai import PydanticAIModel  # noqa: PLC0415
+
+        ready = PydanticAIModel(name, task_settings=settings, api_key=key, connections=connections)
+        if endpoint is None:
+            return ready
+    from lbr.models.pydantic_ai import Reference  # noqa: PLC0415
+
+    reference = Reference(name, task_settings=settings, api_key=key, ready=ready, connections=connections)
+    return chat.ChatModel(
+        endpoint, task_settings=settings, reference=reference, api_key=key, connections=connections
+    )
+
+
+def build_validator(task: Task, authority: Authority) -> Validator | None:
+    """Build what checks the task's answers; None for free text."""
+    if task.schema is None:
+        return None
+    from lbr.core.schema import Validator  # noqa: PLC0415
+
+    return Validator(task.schema, authority.result_types.get(canonical_json(task.schema).decode()))
+
+
+def _allowed_function(task: Task, authority: Authority) -> Callable[..., Any]:
+    name = task.function or ""
+    named = authority.function_for(task)
+    if named is None:
+        way_out = (
+            "only the program that defines it can serve it: start that again"
+            if task.fingerprint is not None
+            else f"start the worker with --function {name}"
+        )
+        raise UsageError(f"the run asks for function {name}; {way_out}")
+    mismatch = authority.mismatch(task, named.identity)
+    if mismatch is not None:
+        raise UsageError(f"the run asks for function {name} with {mismatch}")
+    return named.call

@@ -1,0 +1,1 @@
+"""One process that claims jobs, makes the calls and settles."""

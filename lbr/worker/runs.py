@@ -1,0 +1,255 @@
+"""Which runs this process can serve, and with whom."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lbr.core import descriptors
+from lbr.core.errors import UsageError
+from lbr.core.pricing import table_problem
+from lbr.core.tokens import ASSUMED_OUTPUT_TOKENS, most_output_tokens, task_characters, tokens_of
+from lbr.core.types import RunState
+from lbr.models.base import Kind, kind_of, tells_cost
+from lbr.models.build import build_model, build_validator
+from lbr.models.connections import Connections
+from lbr.worker.deadlines import Lateness
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from lbr.core.pricing import Price
+    from lbr.core.schema import Validator
+    from lbr.core.types import Run, RunId, Task
+    from lbr.models.base import Model
+    from lbr.models.build import Authority
+
+FEWER_SECONDS = 2.0
+"""How long to see what fewer calls at a time change, before there are fewer still."""
+
+MORE_SECONDS = 60.0
+"""How long after a call found no descriptor twice as many are tried again."""
+
+AGAIN_SECONDS = 1.0
+"""How long until an answerer is built again for which no descriptor was left."""
+
+LACKING_SECONDS = 5.0
+"""How long it is tried again before its run is refused for now."""
+
+
+@dataclass(slots=True)
+class Served:
+    """A run with the one who answers it and, for structured output, who checks the answers.
+
+    `price` is what its calls cost now by its user's word, None where the answerer's own word counts.
+    `extra_tokens` is what a call probably takes besides its prompt: what always goes with it, and the answer.
+    """
+
+    run: Run
+    model: Model
+    validator: Validator | None
+    price: Price | None
+    extra_tokens: int
+    lateness: Lateness = field(default_factory=Lateness)
+
+    @property
+    def begins_slowly(self) -> bool:
+        """Whether a provider answers, who may not be able to take all calls at once."""
+        return kind_of(self.run.task) is Kind.PROVIDER
+
+
+class Servings:
+    """Builds each run's answerer once; runs that ask for the same task share it, and all share their connections.
+
+    With `limits_cost`, and for a run that may cost so much only, one of whose calls nobody will know the cost is not
+    served. `room` is for how many calls with
+    a connection each this process has descriptors.
+    """
+
+    def __init__(self, authority: Authority, *, concurrency: int, room: int, limits_cost: bool) -> None:
+        self._authority = authority
+        self._limits_cost = limits_cost
+        self._concurrency = concurrency
+        self._most_room = self._room = room
+        self._told_room = False
+        self._next_fewer = 0.0
+        self._next_more = 0.0
+        self._next_try = 0.0
+        self._connections = Connections(room)
+        self.slots = concurrency
+        """How many calls may run at a time."""
+        self._models: dict[str, Model] = {}
+        self.served: dict[RunId, Served] = {}
+        self.refused: dict[RunId, UsageError] = {}
+        self.postponed: set[RunId] = set()
+        """Runs whose answerer could not be built yet, for want of a descriptor."""
+        self._lacking_since: dict[RunId, float] = {}
+        # What a run cost when it was refused, and what it might: with another price or limit it may be served.
+        self._refused_at: dict[RunId, tuple[Price | None, int | None]] = {}
+
+    def learn(self, runs: Iterable[Run]) -> list[str]:
+        """Take note of runs; return what a user should hear about those that are new."""
+        notices = []
+        runs = list(runs)
+        self.postponed &= {run.id for run in runs if run.state is RunState.ACTIVE}
+        for run in runs:
+            self.reprice({run.id: run.price})
+            if run.state is not RunState.ACTIVE or run.id in self.served or self._is_refused(run):
+                continue
+            try:
+                self.served[run.id] = self._serve(run)
+            except (UsageError, OSError) as error:
+                notices += self._note_not_served(run, error)
+                continue
+            self.postponed.discard(run.id)
+            for notes in (self._lacking_since, self._refused_at, self.refused):
+                notes.pop(run.id, None)
+            if self._function_changed(run):
+                notices.append(
+                    f"run {run.name}: the code of {run.task.function} has changed since its jobs were enqueued; "
+                    f"its answers are kept, new calls use the new code"
+                )
+        return notices + self._count_slots()
+
+    def _note_not_served(self, run: Run, error: UsageError | OSError) -> list[str]:
+        """Refuse a run, or postpone it until there are descriptors again; return what a user should hear."""
+        lacking, told = descriptors.are_lacking(error), False
+        if lacking:
+            now = time.monotonic()
+            self._next_try = now + AGAIN_SECONDS
+            if now - self._lacking_since.setdefault(run.id, now) < LACKING_SECONDS:
+                return self._postpone(run)
+            # For now only, so it is told once.
+            told = run.id in self.refused
+        else:
+            self._refused_at[run.id] = run.price, run.budget_nanos
+        if not isinstance(error, UsageError):
+            if not lacking:
+                raise error
+            error = UsageError(f"{_none_left()}; raise `ulimit -n`, or end what else has files open")
+        self.postponed.discard(run.id)
+        self.refused[run.id] = error
+        return [] if told else [f"run {run.name}: not served: {error}"]
+
+    def _postpone(self, run: Run) -> list[str]:
+        if run.id in self.postponed:
+            return []
+        self.postponed.add(run.id)
+        return [f"run {run.name}: {_none_left()}; it is tried again"]
+
+    @property
+    def is_to_try_again(self) -> bool:
+        """Whether it is time to learn of the runs that were postponed once more."""
+        return bool(self.postponed) and time.monotonic() >= self._next_try
+
+    def _is_refused(self, run: Run) -> bool:
+        if run.id in self._lacking_since and time.monotonic() < self._next_try:
+            return True
+        return self._refused_at.get(run.id) == (run.price, run.budget_nanos)
+
+    def _count_slots(self) -> list[str]:
+        """Have no more slots than there are descriptors for; say once that these are fewer than asked for.
+
+        Functions are taken at their callers' word: they may make no connection at all.
+        """
+        connects = any(one.begins_slowly for one in self.served.values())
+        self.slots = min(self._concurrency, self._room) if connects else self._concurrency
+        if self._told_room or self.slots == self._concurrency:
+            return []
+        self._told_room = True
+        notice = (
+            f"expected descriptors for {self._concurrency} calls at a time, got: enough for {self.slots}, so that no more "
+            f"are made; raise `ulimit -n`, or start more workers"
+        )
+        return [notice]
+
+    def make_fewer(self, running: int) -> list[str]:
+        """Hear that a call found no descriptor while `running` others have one; return what a user should hear.
+
+        Half of the calls at a time, but those that run, are as many as there are slots for from then on.
+        """
+        now = time.monotonic()
+        if now >= self._next_fewer:
+            self._next_fewer = now + FEWER_SECONDS
+            self._have_room(min(self._room, max(1, running, self.slots // 2)))
+        self._next_more = now + MORE_SECONDS
+        return self._count_slots()
+
+    def make_more(self) -> None:
+        """Allow twice as many calls where none has lacked a descriptor for a while, at most those of the beginning."""
+        now = time.monotonic()
+        if self._room < self._most_room and now >= self._next_more:
+            self._next_more = now + MORE_SECONDS
+            self._have_room(min(self._most_room, 2 * self._room))
+            self._count_slots()
+
+    def _have_room(self, calls: int) -> None:
+        self._room = self._connections.most = calls
+
+    def _serve(self, run: Run) -> Served:
+        if self._limits_cost or run.budget_nanos is not None:
+            check_tells_cost(run)
+        identity = run.task.to_json()
+        validator = build_validator(run.task, self._authority)
+        if identity not in self._models:
+            self._models[identity] = build_model(
+                run.task, self._authority, concurrency=self._concurrency, connections=self._connections
+            )
+        return Served(run, self._models[identity], validator, run.price, _extra_tokens(run.task))
+
+    def reprice(self, prices: Mapping[RunId, Price | None]) -> None:
+        """Take note of what the calls of runs cost from now on, those in flight among them."""
+        for run_id, price in prices.items():
+            if run_id in self.served:
+                self.served[run_id].price = price
+
+    def _function_changed(self, run: Run) -> bool:
+        function = self._authority.function_for(run.task)
+        if function is None or run.fingerprint is None:
+            return False
+        return function.identity.fingerprint != run.fingerprint
+
+    async def aclose(self) -> None:
+        """Close every answerer, and the connections."""
+        for model in self._models.values():
+            await model.aclose()
+        self._models.clear()
+        await self._connections.aclose()
+
+
+def _none_left() -> str:
+    most = descriptors.most()
+    return f"expected a descriptor to begin with it, got: none left of the {most} that this process may have"
+
+
+def check_room() -> None:
+    """Raise UsageError where there are too few descriptors for a database and one call."""
+    left = descriptors.left()
+    if left < descriptors.LEAST:
+        raise UsageError(
+            f"expected descriptors for at least one call at a time, {descriptors.LEAST} with what the database takes, got: "
+            f"{left} left of the {descriptors.most()} that this process may have; raise `ulimit -n`"
+        )
+
+
+def check_tells_cost(run: Run) -> None:
+    """Raise UsageError where what a run costs cannot be limited, for nobody will know what its calls cost."""
+    if run.task.function is not None:
+        raise UsageError(
+            f"expected a run of a model to limit the cost of, got: run {run.name!r} of {run.task.answerer}, whose calls "
+            f"tell no cost; serve it without --max-cost"
+        )
+    if not tells_cost(run.task, run.price):
+        problem = table_problem()
+        why = ", which the price table does not have"
+        why = why if problem is None else f", and the price table cannot be loaded ({problem})"
+        raise UsageError(
+            f"expected a known price to limit the cost of run {run.name!r} by, got: none for {run.task.answerer}{why}; "
+            f"give it with --price in=…,out=… at the enqueue, which may be repeated"
+        )
+
+
+def _extra_tokens(task: Task) -> int:
+    most = most_output_tokens(task.settings)
+    return tokens_of(task_characters(task)) + (ASSUMED_OUTPUT_TOKENS if most is None else most)

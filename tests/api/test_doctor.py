@@ -1,0 +1,783 @@
+"""The doctor: whatever can be wrong with a queue is found, said with its remedy, and left as it is without --fix."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import sqlite3
+import stat
+import subprocess
+import sys
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import make_url
+
+import lbr
+from lbr.api import diagnosis
+from lbr.api.diagnosis import Finding, Gravity
+from lbr.api.diagnosis.place import has_wal_reset_bug, of_server
+from lbr.core.budget import BUDGET_SPENT
+from lbr.core.errors import UsageError
+from lbr.store import file_health, files, health, recount, runs, schema
+from lbr.store.engines import open_database
+from lbr.store.queue import Queue
+from lbr.store.settle import settle
+from lbr.worker import spool
+from tests.support import ROOT, Cli, answered, assert_counted, is_postgresql, postgres, put, real_clock
+from tests.support.proxy import Proxy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from lbr.core.types import Millis
+    from lbr.store.database import Database
+    from tests.support import Clock
+
+GRAVE = 5
+HOUR_MS = 3_600_000
+
+
+def change(db_url: str, *statements: str) -> None:
+    """Change a queue behind lbr's back."""
+    if is_postgresql(db_url):
+        with postgres.connect(db_url, options="-c search_path=lbr") as server:
+            for statement in statements:
+                server.execute(statement)
+        return
+    with closing(sqlite3.connect(str(make_url(db_url).database), timeout=30, isolation_level=None)) as file:
+        for statement in statements:
+            file.execute(statement)
+
+
+async def examined(
+    db_url: str, clock: Callable[[], Millis] | None = None, **options: Any
+) -> dict[str, list[Finding]]:
+    """Return the findings by what was looked at."""
+    seen = await health.examine(db_url, clock=clock, **options)
+    return by_check(diagnosis.findings(seen, kept=spool.waiting(seen.spool_places)))
+
+
+def by_check(found: Sequence[Finding]) -> dict[str, list[Finding]]:
+    """Return findings by what was looked at."""
+    grouped: dict[str, list[Finding]] = {}
+    for one in found:
+        assert one.gravity in {Gravity.OK, Gravity.NOTE} or one.do, f"nothing to do about {one}"
+        grouped.setdefault(one.check, []).append(one)
+    return grouped
+
+
+def told(done: subprocess.CompletedProcess[str]) -> dict[str, list[dict[str, Any]]]:
+    """Return the findings that `lbr doctor --json` printed, by what was looked at."""
+    grouped: dict[str, list[dict[str, Any]]] = {}
+    for line in done.stdout.splitlines():
+        one = json.loads(line)
+        assert set(one) == {"check", "gravity", "found", "do"}
+        grouped.setdefault(one["check"], []).append(one)
+    return grouped
+
+
+def contents(folder: Path) -> dict[str, tuple[str, int]]:
+    """Return the names of a folder's files with their digests and modes; -shm is SQLite's scratch pad."""
+    return {
+        path.name: (hashlib.sha256(path.read_bytes()).hexdigest(), stat.S_IMODE(path.stat().st_mode))
+        for path in folder.iterdir()
+        if path.is_file() and not path.name.endswith("-shm")
+    }
+
+
+async def make(path: Path, prompts: int = 3, **options: Any) -> None:
+    """Make a queue in a file, with a run of so many prompts, and close it."""
+    database = await open_database(str(path), create=True, **options)
+    await put(database, [f"p{n}" for n in range(prompts)])
+    await database.close()
+
+
+async def test_nothing_is_wrong_with_a_sound_queue(database: Database, db_url: str, clock: Clock) -> None:
+    """A queue in use has nothing that is worse than a note, but for what the tests' own server does."""
+    run = await put(database, ["a", "b"])
+    queue = Queue(database)
+    worker = await queue.register(host="h", pid=1, concurrency=2)
+    await settle(database, [answered(one) for one in await queue.claim(worker, [run.id], 1, lease=60)])
+    found = await examined(db_url, clock)
+    grave = {check for check, those in found.items() if any(one.is_grave for one in those)}
+    assert grave <= ({"durability", "machine's clock"} if is_postgresql(db_url) else set())
+    checks = {"schema", "leases", "clock", "counters", "runs"}
+    checks |= (
+        {"server", "durability", "autovacuum", "pooler", "machine's clock", "writers"}
+        if is_postgresql(db_url)
+        else {"sqlite", "file system", "mode", "wal", "integrity"}
+    )
+    assert checks <= set(found)
+
+
+async def test_expired_leases_are_found(database: Database, db_url: str, clock: Clock) -> None:
+    """A lease that ran out is a note as long as somebody is there to take it back, and a warning when nobody is."""
+    run = await put(database, ["a", "b"])
+    queue = Queue(database)
+    worker = await queue.register(host="h", pid=1, concurrency=2)
+    await queue.claim(worker, [run.id], 2, lease=5)
+    assert [one.gravity for one in (await examined(db_url, clock))["leases"]] == [Gravity.OK]
+    clock.forward(10)
+    (one,) = (await examined(db_url, clock))["leases"]
+    assert (one.gravity, one.found) == (
+        Gravity.NOTE,
+        "2 leases have run out, 5.0 s ago; 1 worker reported of late",
+    )
+    clock.forward(100)
+    (one,) = (await examined(db_url, clock))["leases"]
+    assert one.gravity is Gravity.WARNING
+    assert "no workers reported of late" in one.found
+    assert one.do is not None
+    assert "`lbr worker` takes the jobs back" in one.do
+    await queue.reclaim()
+    assert [one.gravity for one in (await examined(db_url, clock))["leases"]] == [Gravity.OK]
+
+
+async def test_times_from_the_future_are_found(db_url: str) -> None:
+    """What workers and enqueues wrote while the clock was ahead is found once it is right."""
+    ahead = await open_database(db_url, create=True, clock=real_clock(3 * 3600))
+    await put(ahead, ["a"])
+    await Queue(ahead).register(host="h", pid=1, concurrency=1)
+    await ahead.close()
+    (one,) = by_check(await lbr.doctor(db_url=db_url))["clock"]
+    assert one.gravity is Gravity.WARNING
+    assert "a worker's report by 2 h 59 min" in one.found or "a worker's report by 3 h 00 min" in one.found
+    assert "the making of a run by" in one.found
+
+
+async def test_cooldowns_are_told(database: Database, db_url: str, clock: Clock) -> None:
+    """One of minutes passes and is a note; one of days, which holds nobody back, tells of a clock that was ahead."""
+    await put(database, ["a"])
+    for hours in (0.1, 48):
+        until = clock() + round(hours * HOUR_MS)
+        change(
+            db_url,
+            "DELETE FROM limits",
+            f"INSERT INTO limits (answerer, cooldown_until, reason) VALUES ('offline:echo', {until}, '429')",
+        )
+        found = await examined(db_url, clock)
+        if hours < 1:
+            (one,) = found["cooldown"]
+            assert one.gravity is Gravity.NOTE
+            assert "nobody calls offline:echo for another" in one.found
+            assert found["clock"][0].gravity is Gravity.OK
+        else:
+            assert "cooldown" not in found
+            assert "the setting of a cooldown by 47 h" in found["clock"][0].found
+
+
+async def test_limits_in_force_are_told(database: Database, db_url: str) -> None:
+    """What is set of an answerer is told, as no trouble."""
+    await put(database, ["a"])
+    await lbr.limit("offline:echo", {"rpm": 60}, db_url=db_url)
+    (one,) = by_check(await lbr.doctor(db_url=db_url))["limit"]
+    assert (one.gravity, one.found) == (
+        Gravity.OK,
+        "offline:echo: 60 requests a minute; 0 in flight",
+    )
+
+
+async def test_paused_and_unsealed_runs_are_found(database: Database, db_url: str, clock: Clock) -> None:
+    """Runs that wait for a person are named, each with the command that lets it go on."""
+    by_hand, broke, spent = [await put(database, ["a"], name=name) for name in ("hand", "broke", "spent")]
+    await runs.pause(database, by_hand, "by hand")
+    await runs.pause(database, broke, "Pause: the licence has expired")
+    await runs.pause(database, spent, f"{BUDGET_SPENT} of $1")
+    change(db_url, "UPDATE runs SET sealed_at = NULL WHERE name = 'hand'")
+    clock.forward(600)
+    hints = [(one.gravity, one.do or "") for one in (await examined(db_url, clock))["runs"]]
+    assert hints == [
+        (
+            Gravity.WARNING,
+            "run the same enqueue again: it adds what is missing; look first where it was one with --append",
+        ),
+        (Gravity.NOTE, "`lbr resume hand` lets it go on"),
+        (Gravity.WARNING, "mend it, then `lbr resume broke`"),
+        (Gravity.WARNING, "`lbr resume spent --max-cost DOLLARS` lets it cost more"),
+    ]
+    change(db_url, f"UPDATE runs SET enqueued_at = {clock() - 1_000}")
+    assert (await examined(db_url, clock))["runs"][0].gravity is Gravity.NOTE
+    for run in (by_hand, broke, spent):
+        await runs.cancel(database, run)
+    (one,) = (await examined(db_url, clock))["runs"]
+    assert (one.gravity, one.found) == (Gravity.OK, "none is paused, or waits for the rest of its inputs")
+
+
+async def test_keys_are_looked_for_and_never_shown(
+    database: Database, db_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of each run that goes on it is told whether its key is set, in the environment or .env, and not which it is."""
+    await lbr.enqueue(["a"], run="m", model="openai-chat:gpt-4o-mini", db_url=db_url)
+    await lbr.enqueue(["a"], run="f", function="os.path:basename", db_url=db_url)
+    await lbr.enqueue(["a"], run="e", model="offline:echo", db_url=db_url)
+    model, function, offline = by_check(await lbr.doctor(db_url=db_url))["keys"]
+    assert model.gravity is Gravity.WARNING
+    assert "OPENAI_API_KEY" in f"{model.found} {model.do}"
+    assert (function.gravity, offline.gravity) == (Gravity.OK, Gravity.OK)
+    assert "--function posixpath:basename" in function.found
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    (model, *_) = found = by_check(await lbr.doctor(db_url=db_url))["keys"]
+    assert model.gravity is Gravity.OK
+    assert "secret" not in str(found)
+    monkeypatch.setattr(os, "environ", {n: v for n, v in os.environ.items() if n != "OPENAI_API_KEY"})
+    cli = Cli(tmp_path, db_url=db_url)
+    assert told(cli("doctor", "--json", check=False))["keys"][0]["gravity"] == "warning"
+    (tmp_path / ".env").write_text("OPENAI_API_KEY=sk-very-secret\n")
+    done = cli("doctor", check=False)
+    assert "what calls of openai-chat:gpt-4o-mini need is set here" in done.stdout
+    assert "secret" not in done.stdout + done.stderr
+
+
+async def test_kept_answers_are_found(database: Database, db_url: str, tmp_path: Path) -> None:
+    """Answers that wait in a file are counted, with the command that settles them."""
+    run = await put(database, ["a", "b"])
+    queue = Queue(database)
+    worker = await queue.register(host="h", pid=1, concurrency=2)
+    claims = await queue.claim(worker, [run.id], 2, lease=60)
+    seen = await health.examine(db_url)
+    assert list(seen.spool_places) == list(database.spool_places)
+    database.spool_places = [tmp_path / "kept" / "queue"]
+    path = spool.keep(database, [answered(claim) for claim in claims])
+    path.with_name("queue.1-2.left.jsonl").write_text("{}\n")
+    (waiting, left) = diagnosis.findings(seen, kept=spool.waiting(database.spool_places))[-2:]
+    assert waiting.found == f"2 finished answers wait in {path}"
+    assert (waiting.gravity, left.gravity) == (Gravity.WARNING, Gravity.WARNING)
+    await spool.settle_kept(database, lambda _: None)
+    assert [one.left for one in spool.waiting(database.spool_places)] == [True]
+
+
+@pytest.mark.processes
+def test_counters_are_mended_beside_running_workers(cli: Cli, tmp_path: Path) -> None:
+    """Counters that somebody has changed are found and mended while workers go on, and all ends as it should."""
+    (tmp_path / "in.txt").write_text("".join(f"p{n}\n" for n in range(400)))
+    cli("enqueue", "in.txt", "--run", "r", "--model", "offline:echo", "--set", "latency=0.15")
+    workers = [cli.start("worker", "--concurrency", "4") for _ in range(2)]
+    cli.wait_for("r", "done", 50)
+    db_url = cli.outside_url
+    change(
+        db_url,
+        "UPDATE counters SET value = value + 7 WHERE name = 'pending'",
+        "UPDATE counters SET value = value - 5 WHERE name = 'input_tokens'",
+    )
+    looked = cli("doctor", "--json", check=False)
+    assert looked.returncode == GRAVE
+    (counters,) = told(looked)["counters"]
+    assert counters["gravity"] == "error"
+    assert counters["do"] == "`lbr doctor --fix` mends them, beside running workers"
+    mended, sound = [
+        told(cli("doctor", *flags, "--json", check=False))["counters"] for flags in (["--fix"], [])
+    ]
+    assert [one["gravity"] for one in mended] == ["note"]
+    assert mended[0]["found"].startswith("were off and are mended: run r: input_tokens")
+    assert [one["gravity"] for one in sound] == ["ok"]
+    assert cli.query("SELECT count(*) FROM jobs WHERE state = 'done'")[0][0] < 400, (
+        "the workers were done too soon"
+    )
+    assert [worker.wait(120) for worker in workers] == [0, 0]
+    assert [row["result"] for row in cli.collect("r")] == [f"p{n}" for n in range(400)]
+    assert told(cli("doctor", "--json", check=False))["counters"][0]["gravity"] == "ok"
+    status = cli.status("r")
+    assert (status["done"], status["pending"], status["input_tokens"]) == (400, 0, 400)
+
+
+async def test_two_who_mend_at_once_mend_once(database: Database, db_url: str, clock: Clock) -> None:
+    """What is off is made up for once, however many doctors see it at the same time."""
+    run = await put(database, [f"p{n}" for n in range(50)])
+    others = [await open_database(db_url, clock=clock) for _ in range(3)]
+    change(
+        db_url,
+        "UPDATE counters SET value = value + 11 WHERE name = 'pending'",
+        "DELETE FROM counters WHERE name = 'reused'",
+        f"INSERT INTO counters (run_id, name, shard, value) VALUES ({run.id}, 'inflight', 0, -3)",
+    )
+    found = await asyncio.gather(*(recount.mend(one) for one in others))
+    assert sorted(len(drifts) for drifts in found) == [0, 0, 2]
+    await assert_counted(database, run)
+    for one in others:
+        await one.close()
+
+
+async def test_a_mend_leaves_what_is_counted_meanwhile(database: Database, db_url: str, clock: Clock) -> None:
+    """Settlements that are written while a doctor mends are counted, neither lost nor counted twice."""
+    run = await put(database, [f"p{n}" for n in range(300)])
+    queue = Queue(database)
+    worker = await queue.register(host="h", pid=1, concurrency=300)
+    claims = await queue.claim(worker, [run.id], 300, lease=60)
+    doctor = await open_database(db_url, clock=clock)
+    change(db_url, "UPDATE counters SET value = value + 11 WHERE name = 'done' OR name = 'inflight'")
+
+    async def work() -> None:
+        for claim in claims:
+            await settle(database, [answered(claim)])
+
+    async def mend() -> None:
+        while not working.done():
+            await recount.mend(doctor)
+
+    working = asyncio.create_task(work())
+    await mend()
+    await working
+    await assert_counted(database, run)
+    await doctor.close()
+
+
+def test_missing_database_is_told(cli: Cli) -> None:
+    """Where there is no queue yet, that is said with the way to make one, and nothing is made."""
+    done = cli("doctor", check=False)
+    assert done.returncode == GRAVE
+    assert "`lbr enqueue`" in done.stdout
+    done = cli("doctor", "--fix", "--json", check=False)
+    assert done.returncode == GRAVE
+    if not is_postgresql(cli.outside_url):
+        assert list(cli.folder.glob("queue.db*")) == []
+        assert told(done)["database"][0]["found"].endswith("got: no such file")
+    else:
+        assert told(done)["schema"][0]["found"] == "no lbr queue is here yet"
+
+
+async def test_newer_and_older_schemas_are_told(database: Database, db_url: str, clock: Clock) -> None:
+    """A queue of a newer lbr is an error and one of an older a note; neither is read further or upgraded."""
+    await put(database, ["a"])
+    change(db_url, "INSERT INTO schema_version (version, name, applied_at) VALUES (99, 'future', 0)")
+    found = by_check(await lbr.doctor(fix=True, db_url=db_url))
+    assert found["schema"][0].gravity is Gravity.ERROR
+    assert "version 99, of a newer lbr" in found["schema"][0].found
+    assert "counters" not in found
+    change(db_url, f"DELETE FROM schema_version WHERE version >= {schema.LATEST}")
+    found = by_check(await lbr.doctor(db_url=db_url))
+    assert found["schema"][0].gravity is Gravity.NOTE
+    assert "counters" not in found
+    assert (await health.examine(db_url)).version == schema.LATEST - 1
+
+
+async def test_what_lbr_has_not_written_is_told(database: Database, db_url: str, tmp_path: Path) -> None:
+    """A task that is none is an error among the findings; the others are there as well."""
+    await put(database, ["a"])
+    character = "chr" if is_postgresql(db_url) else "char"
+    change(db_url, f"UPDATE runs SET task = 'nonsense' || {character}(27) || '[31m', pause_reason = '...'")
+    done = Cli(tmp_path, db_url=db_url)("doctor", check=False)
+    assert done.returncode == GRAVE
+    assert "runs: cannot be told: cannot read run 'r': expected a stored task, got: 'nonsense" in done.stdout
+    assert "counters: what a recount says" in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+def test_words_of_the_command(cli: Cli, tmp_path: Path) -> None:
+    """Findings go to stdout with what to do below them, their sum to stderr; the exit code says the worst."""
+    (tmp_path / "in.txt").write_text("a\n")
+    cli("enqueue", "in.txt", "--run", "r", "--model", "offline:echo")
+    cli("pause", "r", "--reason", "the moon")
+    done = cli("doctor", check=False)
+    assert done.returncode == GRAVE
+    assert (
+        "warning  runs: run r: paused with 1 job to do: the moon\n         mend it, then `lbr resume r`\n"
+        in done.stdout
+    )
+    assert "warning" in done.stderr
+    assert json.loads(cli("doctor", "--json", check=False).stdout.splitlines()[0])["check"]
+
+
+async def test_bad_urls_are_usage_errors() -> None:
+    """What cannot be a path or a URL is refused as everywhere."""
+    with pytest.raises(UsageError, match="a mysql URL"):
+        await lbr.doctor(db_url="mysql://me:secret@host/db")
+
+
+# What is SQLite's own.
+
+
+@pytest.mark.parametrize(
+    ("version", "has"),
+    [
+        ("3.40.1", True),
+        ("3.44.5", True),
+        ("3.44.6", False),
+        ("3.45.0", True),
+        ("3.50.6", True),
+        ("3.50.7", False),
+        ("3.51.0", True),
+        ("3.51.2", True),
+        ("3.51.3", False),
+        ("3.52.0", True),
+        ("3.53.1", False),
+    ],
+)
+def test_versions_with_the_wal_reset_bug_are_known(version: str, has: bool) -> None:
+    """The bug is told by the version, and is no more than a note: lbr's checkpoints keep it away."""
+    assert has_wal_reset_bug(version) == has
+
+
+async def test_sqlite_and_file_system_are_told(tmp_path: Path) -> None:
+    """The version of SQLite and the type of the file system are among the findings."""
+    await make(tmp_path / "q.db")
+    found = await examined(str(tmp_path / "q.db"))
+    assert sqlite3.sqlite_version in found["sqlite"][0].found
+    kind = files.file_system(tmp_path / "q.db")
+    assert found["file system"][0].found.startswith(kind or "the system does not tell")
+
+
+async def test_open_files_are_found(tmp_path: Path) -> None:
+    """A database that others may read is a warning, and so is what lies beside it."""
+    path = tmp_path / "q.db"
+    await make(path)
+    path.chmod(0o644)
+    (one,) = (await examined(str(path)))["mode"]
+    assert one.gravity is Gravity.WARNING
+    assert (one.found, one.do) == (
+        "others can read or write prompts and answers: q.db 0644",
+        f"chmod 600 {path}",
+    )
+    path.chmod(0o600)
+    database = await open_database(str(path))
+    await database.changed()
+    Path(f"{path}-wal").chmod(0o640)
+    (one,) = (await examined(str(path)))["mode"]
+    assert one.found.endswith("q.db-wal 0640")
+    await database.close()
+
+
+async def test_a_large_wal_is_found(tmp_path: Path) -> None:
+    """A WAL that a reader has kept from shrinking for long is a warning, with the command that finds the reader."""
+    path = tmp_path / "q.db"
+    await make(path)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("PRAGMA synchronous = OFF")
+        other.execute("PRAGMA wal_autocheckpoint = 0")
+        for size, gravity in ((40_000_000, Gravity.NOTE), (100_000_000, Gravity.WARNING)):
+            other.execute("CREATE TABLE IF NOT EXISTS filling (body BLOB)")
+            other.execute(f"INSERT INTO filling VALUES (zeroblob({size}))")
+            (one,) = (await examined(str(path)))["wal"]
+            assert one.gravity is gravity
+        assert one.do is not None
+        assert f"fuser {path}" in one.do
+        other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        assert [one.gravity for one in (await examined(str(path)))["wal"]] == [Gravity.OK]
+
+
+async def test_damaged_pages_are_found(tmp_path: Path) -> None:
+    """A page that was overwritten is found; what can still be read is told, the rest is an error of its own."""
+    path = tmp_path / "q.db"
+    await make(path, 500)
+    data = bytearray(path.read_bytes())
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable=1", uri=True)) as file:
+        (page,) = file.execute("SELECT rootpage FROM sqlite_master WHERE name = 'jobs'").fetchone()
+    data[(page - 1) * 4096 : page * 4096] = b"\xff" * 4096
+    path.write_bytes(data)
+    found = await examined(str(path))
+    (one,) = found["integrity"]
+    assert one.gravity is Gravity.ERROR
+    assert one.found.startswith("the file is damaged:")
+    assert f"sqlite3 {path} .recover" in (one.do or "")
+    assert found["counters"][0].found.startswith("cannot be told: cannot use the database")
+    assert found["runs"][0].gravity is Gravity.OK
+    before = contents(tmp_path)
+    done = Cli(tmp_path, db_url=f"sqlite:///{path}")("doctor", "--fix", check=False)
+    assert done.returncode == GRAVE
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("text", "the file is not a SQLite database"),
+        ("first page", "the file is damaged"),
+        ("cut", "the file is damaged"),
+        ("empty", "no lbr queue is here yet"),
+        ("foreign", "a SQLite file of another program, with tables t"),
+        ("folder", "got a directory"),
+        ("no folder", "expected a folder for the database"),
+    ],
+)
+async def test_what_is_no_queue_is_told(tmp_path: Path, what: str, words: str) -> None:
+    """A file that is no database, is damaged from its start, or is another program's is told, and left as it is."""
+    path = tmp_path / "q.db"
+    await make(path, 100)
+    data = path.read_bytes()
+    path.unlink()
+    match what:
+        case "text":
+            path.write_text(
+                "some text that is longer than the header of a database, which has a hundred bytes " * 9
+            )
+        case "first page":
+            path.write_bytes(data[:100] + b"\xff" * 3_996 + data[4_096:])
+        case "cut":
+            path.write_bytes(data[:20_000])
+        case "empty":
+            path.touch()
+        case "foreign":
+            with closing(sqlite3.connect(path)) as file:
+                file.execute("CREATE TABLE t (x)")
+        case "folder":
+            path.mkdir()
+        case "no folder":
+            path = tmp_path / "nowhere" / "q.db"
+    before = contents(tmp_path)
+    found = await lbr.doctor(fix=True, db_url=str(path))
+    assert any(one.is_grave and words in one.found for one in found), found
+    assert contents(tmp_path) == before
+
+
+def crash(path: Path) -> None:
+    """Make a queue of a run of two jobs in a process that is killed: its WAL stays."""
+    program = (
+        "import asyncio, os, sys\n"
+        "from lbr.store.engines import open_database\n"
+        "from tests.support import put\n"
+        "async def main():\n"
+        "    await put(await open_database(sys.argv[1], create=True), ['a', 'b'], name='left')\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "asyncio.run(main())\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(path)], cwd=ROOT, check=False)
+
+
+async def test_nothing_is_changed_after_a_crash(tmp_path: Path) -> None:
+    """The WAL that a killed process has left stays as it is, byte by byte, and what is in it is seen."""
+    path = tmp_path / "q.db"
+    crash(path)
+    before = contents(tmp_path)
+    assert before.keys() >= {"q.db", "q.db-wal"}
+    seen = await health.examine(str(path))
+    assert contents(tmp_path) == before
+    assert seen.queue is not None
+    assert seen.queue.view is not None
+    assert [one.jobs for one in seen.queue.view.runs] == [2]
+    # The same without what the WAL's readers share, as after the machine has crashed.
+    Path(f"{path}-shm").unlink()
+    await health.examine(str(path))
+    assert contents(tmp_path) == before
+
+
+async def test_nothing_is_left_beside_an_idle_queue(tmp_path: Path) -> None:
+    """A look at a queue that nobody uses makes no file and changes none."""
+    path = tmp_path / "q.db"
+    await make(path)
+    before, names = contents(tmp_path), sorted(one.name for one in tmp_path.iterdir())
+    await lbr.doctor(db_url=str(path))
+    assert contents(tmp_path) == before
+    assert sorted(one.name for one in tmp_path.iterdir()) == names
+
+
+async def test_a_look_that_was_disturbed_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where somebody begins to use the database in the middle of a look, the findings are of what it is then."""
+    path = tmp_path / "q.db"
+    await make(path)
+    real, looks = file_health.damages, []
+
+    async def damages(database: Any) -> list[str]:
+        looks.append(database)
+        if len(looks) == 1:
+            await make(path, 5)
+        return await real(database)
+
+    monkeypatch.setattr(file_health, "damages", damages)
+    seen = await health.examine(str(path))
+    assert len(looks) == 2
+    assert seen.queue is not None
+    assert seen.queue.view is not None
+    assert [one.jobs for one in seen.queue.view.runs] == [5]
+
+
+async def test_read_only_files_are_told(mortal_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that this user may only read is examined, with the warning that no worker of theirs could use it."""
+    monkeypatch.chdir(mortal_folder)
+    path = mortal_folder / "q.db"
+    await make(path)
+    path.chmod(0o400)
+    mortal_folder.chmod(0o500)
+    found = await examined(str(path))
+    assert found["writable"][0].gravity is Gravity.WARNING
+    assert [one.gravity for one in found["counters"]] == [Gravity.OK]
+    mortal_folder.chmod(0o700)
+    path.chmod(0o600)
+    change(f"sqlite:///{path}", "UPDATE counters SET value = 9 WHERE name = 'pending'")
+    path.chmod(0o400)
+    fixed = by_check(await lbr.doctor(fix=True, db_url=str(path)))
+    assert "read-only" in fixed["fix"][0].found
+    assert [one.gravity for one in fixed["counters"]] == [Gravity.ERROR]
+    path.chmod(0o000)
+    (one,) = (await examined(str(path)))["database"]
+    assert "permission" in f"{one.found} {one.do}"
+
+
+async def test_locks_of_another_user_are_told(mortal_folder: Path) -> None:
+    """A lock file that this user may not open is found by its name, before a worker stumbles over it."""
+    path = mortal_folder / "q.db"
+    await make(path)
+    assert "locks" not in await examined(str(path))
+    lock = path.with_name("q.db.checkpoint.lock")
+    lock.touch()
+    lock.chmod(0o000)
+    (one,) = (await examined(str(path)))["locks"]
+    assert (one.gravity, "may not open q.db.checkpoint.lock" in one.found) == (Gravity.WARNING, True)
+
+
+async def test_network_file_systems_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database on a network file system is not opened, and the ways out are named; who insists has it examined."""
+    path = tmp_path / "q.db"
+    await make(path)
+    mounts = tmp_path / "mounts"
+    mounts.write_text("22 1 8:1 / / rw - fuse.sshfs server:/x rw\n")
+    monkeypatch.setattr(files, "MOUNTS", mounts)
+    found = await examined(str(path))
+    (one,) = found["file system"]
+    assert one.gravity is Gravity.ERROR
+    assert "a network file system (fuse.sshfs)" in one.found
+    assert "PostgreSQL" in (one.do or "")
+    assert "counters" not in found
+    found = await examined(str(tmp_path / "new.db"))
+    assert [found[check][0].gravity for check in ("database", "file system")] == [Gravity.ERROR] * 2
+    found = await examined(str(path), allow_network_fs=True)
+    assert (found["file system"][0].gravity, found["counters"][0].gravity) == (Gravity.WARNING, Gravity.OK)
+    for kind in ("tmpfs", "overlay"):
+        mounts.write_text(f"22 1 8:1 / / rw - {kind} x rw\n")
+        assert (await examined(str(path)))["file system"][0].gravity is Gravity.NOTE
+
+
+async def test_a_damaged_file_is_not_mended(tmp_path: Path) -> None:
+    """Counters in a file that is damaged elsewhere are left as they are, and that is said."""
+    path = tmp_path / "q.db"
+    await make(path, 100)
+    change(f"sqlite:///{path}", "UPDATE counters SET value = 9 WHERE name = 'pending'")
+    with closing(sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True)) as file:
+        (page,) = file.execute("SELECT rootpage FROM sqlite_master WHERE name = 'items'").fetchone()
+    data = bytearray(path.read_bytes())
+    data[(page - 1) * 4096 : page * 4096] = b"\xff" * 4096
+    path.write_bytes(data)
+    found = by_check(await lbr.doctor(fix=True, db_url=str(path)))
+    assert found["counters"][0].gravity is Gravity.ERROR
+    assert "not mended in a damaged file" in found["fix"][0].found
+    assert path.read_bytes() == data
+
+
+@pytest.mark.parametrize("name", ["a b.db", "what?mode=rw#x.db", "100%25.db", "ü.db"])
+async def test_odd_names_are_no_obstacle(tmp_path: Path, name: str) -> None:
+    """What is special in a URI is not in a file's name."""
+    await make(tmp_path / name)
+    assert [one.gravity for one in (await examined(str(tmp_path / name)))["counters"]] == [Gravity.OK]
+    assert sorted(path.name for path in tmp_path.glob("*") if not path.name.endswith(".lock")) == [name]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+async def test_a_wal_in_a_folder_that_cannot_be_written_is_read(mortal_folder: Path, shared: bool) -> None:
+    """Where nothing may be written, what a crash has left in the WAL is seen, or it is said that it cannot be."""
+    path = mortal_folder / "q.db"
+    database = await open_database(str(path), create=True)
+    await put(database, ["a", "b"])
+    for suffix in ("", "-wal", "-shm") if shared else ("", "-wal"):
+        (mortal_folder / f"left.db{suffix}").write_bytes(Path(f"{path}{suffix}").read_bytes())
+    await database.close()
+    mortal_folder.chmod(0o500)
+    seen = await health.examine(str(mortal_folder / "left.db"))
+    if shared:
+        assert seen.queue is not None
+        assert seen.queue.view is not None
+        assert [one.jobs for one in seen.queue.view.runs] == [2]
+    else:
+        assert "check the path and the permissions of the file and its folder" in seen.problems[0].words
+
+
+async def test_a_queue_that_is_locked_is_examined(tmp_path: Path) -> None:
+    """Somebody who holds the write lock for long does not keep a doctor from looking."""
+    path = tmp_path / "q.db"
+    await make(path)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        found = await examined(str(path))
+        assert [one.gravity for one in found["counters"]] == [Gravity.OK]
+
+
+# What is PostgreSQL's own.
+
+
+async def test_settings_of_the_server_are_found(own_server: postgres.Server) -> None:
+    """A server that does not wait for its disk, or does not vacuum, is told; one that does has nothing wrong."""
+    url = own_server.url()
+    database = await open_database(url, create=True)
+    await put(database, ["a"])
+    found = await examined(url)
+    assert found["durability"][0].found.startswith("fsync and full_page_writes off")
+    for name, value in (("fsync", "on"), ("full_page_writes", "on"), ("autovacuum", "off")):
+        postgres.execute(url, f"ALTER SYSTEM SET {name} = {value}")
+    postgres.execute(url, "ALTER ROLE postgres SET synchronous_commit = off")
+    own_server.restart()
+    found = await examined(url)
+    assert found["durability"][0].gravity is Gravity.WARNING
+    assert found["durability"][0].found.startswith("synchronous_commit off")
+    assert found["durability"][0].do == "set synchronous_commit = on"
+    assert found["autovacuum"][0].gravity is Gravity.WARNING
+    postgres.execute(url, "ALTER ROLE postgres RESET synchronous_commit")
+    postgres.execute(url, "ALTER SYSTEM RESET autovacuum")
+    own_server.restart()
+    done = Cli(own_server.folder, db_url=url)("doctor")
+    assert done.returncode == 0, done.stdout
+    await database.close()
+    own_server.stop()
+    late = Cli(own_server.folder, db_url=url)
+    late.constants["lbr.store.health.PATIENCE"] = 0.5
+    done = late("doctor", check=False)
+    assert done.returncode == GRAVE
+    assert "cannot reach the database" in done.stdout
+
+
+async def test_other_states_of_a_server(new_database: Callable[[], str]) -> None:
+    """A server that is too old, a standby, a clock that differs: each has its own words."""
+    url = new_database()
+    seen = (await health.examine(url)).server
+    assert seen is not None
+    assert seen.version >= 14
+    assert not seen.standby
+    assert abs(seen.clock_ms) <= 1_000 + seen.unsure_ms
+    old = replace(seen, settings=seen.settings | {"server_version": "13.1", "server_version_num": "130001"})
+    for change_, check, gravity, words in (
+        (old, "server", Gravity.ERROR, "PostgreSQL 13.1, which is older than 14"),
+        (replace(seen, standby=True), "server", Gravity.ERROR, "a standby: nothing can be written"),
+        (replace(seen, clock_ms=1_500), "machine's clock", Gravity.OK, "as the server's"),
+        (replace(seen, clock_ms=-7_000), "machine's clock", Gravity.NOTE, "s behind the server's"),
+        (replace(seen, clock_ms=2 * HOUR_MS), "machine's clock", Gravity.WARNING, "ahead of the server's"),
+        (replace(seen, pooler="two sessions"), "pooler", Gravity.WARNING, "two sessions"),
+    ):
+        (one,) = by_check(list(of_server(change_)))[check]
+        assert one.gravity is gravity
+        assert words in one.found
+
+
+async def test_poolers_are_found(new_database: Callable[[], str]) -> None:
+    """Something that keeps our settings from the server is a warning; a pooler by the URL is one without its timeout."""
+    url = new_database()
+    await (await open_database(url, create=True)).close()
+    with Proxy(url) as proxy:
+        proxy.says, proxy.hears = b"session_timeout\x0020s", b"session_timeout\x0019s"
+        (one,) = (await examined(proxy.url))["pooler"]
+        assert one.gravity is Gravity.WARNING
+        assert "pgbouncer=true" in (one.do or "")
+    pooled = f"{url}{'&' if '?' in url else '?'}pgbouncer=true"
+    (one,) = (await examined(pooled))["pooler"]
+    assert one.gravity is Gravity.WARNING
+    assert "ALTER ROLE" in (one.do or "")
+    name = make_url(url).database
+    postgres.execute(url, f"ALTER DATABASE {name} SET idle_in_transaction_session_timeout = '20s'")
+    (one,) = (await examined(pooled))["pooler"]
+    assert one.gravity is Gravity.OK
+
+
+async def test_rows_of_writers_are_counted(new_database: Callable[[], str]) -> None:
+    """The rows that killed processes have left are counted, and many of them are a note."""
+    url = new_database()
+    database = await open_database(url, create=True)
+    await put(database, ["a"])
+    (one,) = (await examined(url))["writers"]
+    assert (one.gravity, one.found) == (Gravity.OK, "1 row of writers, 0 silent for an hour")
+    change(url, "INSERT INTO writers (id, seq, at) SELECT 'w' || n, 1, 0 FROM generate_series(1, 700) AS n")
+    (one,) = (await examined(url))["writers"]
+    assert one.gravity is Gravity.NOTE
+    await database.close()

@@ -1,0 +1,485 @@
+"""Moving a run between databases: everything comes along, nothing is called for twice, and whatever stops it, it goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import lbr
+from lbr import LbrError, Permanent
+from lbr.api.move import Moved
+from lbr.api.status import describe, unfinished_words
+from lbr.core.errors import DatabaseError, UsageError
+from lbr.core.types import Item, KeyMaker, Prompt, Shape
+from lbr.store import contents, enqueue, reads, runs, transfer
+from lbr.store.engines import open_database, opened
+from lbr.store.queue import Queue
+from lbr.store.settle import settle
+from lbr.worker.spool import keep, waiting_of
+from tests.proofs.test_outages import FUNCTION, calls, check, enqueue_lines, far_driver
+from tests.support import (
+    ECHO,
+    Cli,
+    answered,
+    assert_counted,
+    is_postgresql,
+    locked_by_another,
+    postgres,
+    put,
+    states,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+DIRECTIONS = ("sqlite to postgresql", "postgresql to sqlite", "sqlite to sqlite")
+
+
+class StoppedError(Exception):
+    """What ends a move half way."""
+
+
+class Calls:
+    """What a function was called for; its values do not change who the function is."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []
+        self.mended = False
+
+
+@pytest.fixture(params=DIRECTIONS)
+def urls(request: pytest.FixtureRequest, tmp_path: Path, new_database: Callable[[], str]) -> tuple[str, str]:
+    """Return the URLs of two databases without a queue."""
+
+    def url(kind: str, name: str) -> str:
+        return new_database() if kind == "postgresql" else f"sqlite:///{tmp_path / name}"
+
+    source, target = request.param.split(" to ")
+    return url(source, "source.db"), url(target, "target.db")
+
+
+async def rows_of(url: str, run: str = "r") -> list[dict[str, Any]]:
+    """Return a run's collected rows."""
+    rows = (await lbr.collect(run, db_url=url)).rows
+    assert rows is not None
+    return rows
+
+
+async def test_everything_comes_along_and_the_rest_is_done_there(urls: tuple[str, str]) -> None:
+    """Answers, failures, tries, order and metadata are the same there; only what is missing is called for, once."""
+    source, target = urls
+    calls = Calls()
+
+    async def picky(prompt: str) -> str:
+        calls.made.append(prompt)
+        if prompt == "bad" and not calls.mended:
+            raise Permanent("not today")
+        return prompt.upper()
+
+    await lbr.enqueue(["reused"], run="other", function=picky, db_url=source)
+    await lbr.work(functions=[picky], db_url=source)
+    inputs: list[Any] = [{"prompt": f"p{n % 40}", "id": f"i{n}", "n": n} for n in range(60)]
+    await lbr.enqueue([*inputs, "bad", "reused"], run="r", function=picky, db_url=source)
+    await lbr.work(run="r", functions=[picky], db_url=source)
+    await lbr.enqueue(["new 1", "new 2", "p1"], run="r", function=picky, append=True, db_url=source)
+    before = await rows_of(source)
+    called = list(calls.made)
+    moved = await lbr.move("r", db_url=source, to_url=target)
+    assert (moved.inputs, moved.jobs, moved.answers, moved.known) == (65, 44, 41, False)
+    assert await rows_of(target) == before
+    assert (await lbr.show("r", 60, db_url=target)).tries == (await lbr.show("r", 60, db_url=source)).tries
+    assert (await lbr.show("r", 61, db_url=target)).reused
+    here, there = [(await lbr.status("r", db_url=url)).runs[0] for url in urls]
+    assert (here.state, there.state, there.pause_reason) == ("paused", "active", None)
+    assert (here.pause_reason or "").startswith("moved to ")
+    for name in ("done", "failed", "pending", "reused", "errors", "input_tokens", "sealed"):
+        assert getattr(here, name) == getattr(there, name)
+    assert (await lbr.work(functions=[picky], db_url=source)).done == 0
+    calls.mended = True
+    await lbr.retry("r", db_url=target)
+    assert (await lbr.work(functions=[picky], db_url=target)).done == 3
+    assert sorted(calls.made[len(called) :]) == ["bad", "new 1", "new 2"]
+    assert {row["status"] for row in await rows_of(target)} == {"done"}
+    assert (await lbr.move("r", db_url=source, to_url=target)).known
+
+
+async def test_what_a_run_may_cost_comes_along(urls: tuple[str, str]) -> None:
+    """Price and budget are the same there, with what was spent, so that a move lets nobody spend more."""
+    source, target = urls
+    price = "in=3,out=15"
+    await lbr.enqueue([f"p{n}" for n in range(5)], run="r", model="offline:echo", price=price, db_url=source)
+    await lbr.work(run="r", max_cost=1.5, db_url=source)
+    await lbr.move("r", db_url=source, to_url=target)
+    here, there = [(await lbr.status("r", db_url=url)).runs[0] for url in urls]
+    assert (there.price, there.max_cost_usd) == ({"in": 3.0, "out": 15.0}, 1.5)
+    assert there.cost_usd == here.cost_usd == pytest.approx(5 * 18e-6)
+
+
+async def test_interrupted_move_goes_on(urls: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever page it stopped behind, the same call completes the copy, and two at once do the work of one."""
+    monkeypatch.setattr(contents, "_PLACES", contents._PLACES.limit(10))
+    source, target = urls
+    database = await open_database(source, create=True)
+    await put(database, [f"p{n % 70}" for n in range(100)])
+    real, left = transfer.add_page, 3
+
+    async def stops(*arguments: Any) -> int:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise StoppedError
+        return await real(*arguments)
+
+    monkeypatch.setattr(transfer, "add_page", stops)
+    with pytest.raises(StoppedError):
+        await lbr.move("r", db_url=source, to_url=target)
+    half = await open_database(target)
+    copy = await reads.find_run(half, "r")
+    assert (await enqueue.next_idx(half, copy), copy.state) == (30, "paused")
+    with pytest.raises(UsageError, match="run 'r' is still moving from"):
+        await lbr.resume("r", db_url=target)
+    with pytest.raises(UsageError, match="run 'r' is moving to .*lbr resume r"):
+        await lbr.enqueue(["more"], run="r", model="offline:echo", append=True, db_url=source)
+    await assert_counted(half, copy)
+    monkeypatch.setattr(transfer, "add_page", real)
+    both = await asyncio.gather(
+        *(lbr.move("r", db_url=source, to_url=target) for _ in range(2)), return_exceptions=True
+    )
+    assert any(isinstance(one, Moved) for one in both), both
+    assert all(isinstance(one, Moved | LbrError) for one in both), both
+    assert (await lbr.move("r", db_url=source, to_url=target)).known
+    rows = [row async for page in reads.rows(half, copy, Shape.ORIGINAL) for row in page]
+    assert [row.prompt.text for row in rows] == [f"p{n % 70}" for n in range(100)]
+    assert await states(half, copy) == {"pending": 70}
+    await assert_counted(half, copy)
+    assert (await reads.find_run(half, "r")).state == "active"
+    await half.close()
+    await database.close()
+
+
+async def test_jobs_in_flight_are_waited_for(urls: tuple[str, str]) -> None:
+    """A move waits for what is in flight; a dead worker's leases are taken back when they run out."""
+    source, target = urls
+    database = await open_database(source, create=True)
+    run = await put(database, ["a", "b"])
+    queue = Queue(database)
+    worker = await queue.register(host="gone", pid=1, concurrency=2)
+    await queue.claim(worker, [run.id], 1, lease=1.5)
+    told: list[str] = []
+    await lbr.move("r", db_url=source, to_url=target, notify=told.append)
+    assert len(told) == 2
+    assert "run r is paused; waiting for 1 job in flight" in told[0]
+    assert f"reclaimed 1 job of worker {worker}, whose lease ran out" in told[1]
+    status = (await lbr.status("r", db_url=target)).runs[0]
+    assert (status.pending, status.inflight, status.crashed) == (2, 0, 1)
+    await database.close()
+
+
+async def test_kept_answers_come_along(
+    urls: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers that wait in a file are taken up before the run leaves, and not called for again where it goes on."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    source, target = urls
+    database = await open_database(source, create=True)
+    run = await put(database, ["a", "b", "c"])
+    queue = Queue(database)
+    worker = await queue.register(host="gone", pid=1, concurrency=2)
+    path = keep(database, [answered(c, "paid") for c in await queue.claim(worker, [run.id], 2, lease=2)])
+    told: list[str] = []
+    moved = await lbr.move("r", db_url=source, to_url=target, notify=told.append)
+    assert moved.answers == 2
+    assert [line for line in told if "took up 2 answers" in line], told
+    assert not path.exists()
+    assert (await lbr.work(db_url=target)).done == 1
+    assert [row["result"] for row in await rows_of(target)] == ["paid", "paid", "c"]
+    await database.close()
+
+
+async def test_kept_answers_that_cannot_be_taken_up_hold_a_run(
+    urls: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of answers that cannot be read keeps its run where it is; one with answers of another run does not."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    source, target = urls
+    database = await open_database(source, create=True)
+    run = await put(database, ["a"])
+    other = await put(database, ["b"], name="other")
+    queue = Queue(database)
+    worker = await queue.register(host="gone", pid=1, concurrency=1)
+    (claim,) = await queue.claim(worker, [run.id], 1, lease=60)
+    path = keep(database, [answered(claim)])
+    await queue.release(worker, [claim])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    with pytest.raises(UsageError, match=r"every finished answer .* kept in .*could not be taken up; mend"):
+        await lbr.move("r", db_url=source, to_url=target)
+    assert waiting_of(database, other.id) == [path]
+    path.write_bytes(whole)
+    assert (waiting_of(database, other.id), waiting_of(database, run.id)) == ([], [path])
+    assert (await lbr.move("r", db_url=source, to_url=target)).answers == 1
+    await database.close()
+
+
+@pytest.mark.parametrize("urls", DIRECTIONS[:1], indirect=True)
+async def test_a_dead_workers_lease_is_not_waited_for(urls: tuple[str, str]) -> None:
+    """Where a lock tells that a worker has ended, its jobs come along at once."""
+    source, target = urls
+    database = await open_database(source, create=True)
+    run = await put(database, ["a", "b"])
+    queue = Queue(database)
+    worker = await queue.register(host="here", pid=1, concurrency=2)
+    await queue.claim(worker, [run.id], 2, lease=3600)
+    queue.leave(worker)
+    async with asyncio.timeout(30):
+        await lbr.move("r", db_url=source, to_url=target)
+    status = (await lbr.status("r", db_url=target)).runs[0]
+    assert (status.pending, status.inflight, status.crashed) == (2, 0, 2)
+    await database.close()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("urls", DIRECTIONS[:2], indirect=True)
+async def test_a_move_after_an_outage_pays_for_no_answer_twice(urls: tuple[str, str], tmp_path: Path) -> None:
+    """What a worker could not write is written by the move, whose copy calls only for what is left."""
+    here, there = [far_driver(tmp_path, url, LATENCY="1", STALL="3") for url in urls]
+    try:
+        lines = await asyncio.to_thread(enqueue_lines, here, 20)
+        worker = here.start("worker", *FUNCTION, "--concurrency", "4", "--patience", "1", "--lease", "5")
+        await asyncio.to_thread(here.wait_for, "in", "inflight", 4)
+        async with locked_by_another(urls[0]):
+            _, told = await asyncio.to_thread(worker.communicate, timeout=120)
+        assert "4 finished answers are kept in" in told
+        moved = await asyncio.to_thread(here, "move", *urls, "in")
+        assert "took up 4 answers" in moved.stderr
+        assert ", 4 answers moved to" in moved.stdout
+        await asyncio.to_thread(there, "worker", *FUNCTION)
+        assert calls(tmp_path) == Counter(dict.fromkeys(lines, 1))
+        await asyncio.to_thread(check, there, lines)
+    finally:
+        await asyncio.to_thread(here.stop_all)
+        await asyncio.to_thread(there.stop_all)
+
+
+async def test_states_come_along(urls: tuple[str, str]) -> None:
+    """A run that was paused before, or cancelled, is so there."""
+    source, target = urls
+    await lbr.enqueue(["a"], run="paused", model="offline:echo", db_url=source)
+    await lbr.enqueue(["b"], run="cancelled", model="offline:echo", db_url=source)
+    await lbr.pause("paused", reason="no credit", db_url=source)
+    await lbr.cancel("cancelled", db_url=source)
+    for name in ("paused", "cancelled"):
+        await lbr.move(name, db_url=source, to_url=target)
+    found = {run.run: (run.state, run.pause_reason) for run in (await lbr.status(db_url=target)).runs}
+    assert found == {"paused": ("paused", "no credit"), "cancelled": ("cancelled", None)}
+
+
+async def test_workers_pass_over_a_copy_that_rests(urls: tuple[str, str]) -> None:
+    """A moved run is nothing to report, so that a cron line beside it does not fail for ever; named, it is told of."""
+    source, target = urls
+    await lbr.enqueue(["a"], run="r", model="offline:echo", db_url=source)
+    await lbr.pause("r", reason="no credit", db_url=source)
+    await lbr.move("r", db_url=source, to_url=target)
+    told: list[str] = []
+    assert (await lbr.work(db_url=source, notify=told.append)).paused == {}
+    assert told == []
+    assert (await lbr.work(run="r", db_url=source, notify=told.append)).paused == {}
+    (line,) = told
+    assert line.startswith("run r was moved to ")
+    assert line.endswith(" and goes on there; name that database with --db")
+    assert "no credit" not in line
+    assert (await lbr.work(run="r", db_url=target)).paused == {"r": "no credit"}
+
+
+async def test_a_copy_that_rests_keeps_its_mark(urls: tuple[str, str]) -> None:
+    """Where a run has left nobody pauses, cancels or retries it, so it takes no inputs and moves no second time."""
+    source, target = urls
+    await lbr.enqueue(["a", "b"], run="r", model="offline:echo", db_url=source)
+    await lbr.move("r", db_url=source, to_url=target)
+    for change in (lbr.pause, lbr.cancel, lbr.retry):
+        with pytest.raises(UsageError, match="run 'r' was moved to .* and goes on there"):
+            await change("r", db_url=source)
+    with pytest.raises(UsageError, match="goes on there"):
+        await lbr.enqueue(["c"], run="r", model="offline:echo", append=True, db_url=source)
+    assert ((await lbr.status("r", db_url=source)).runs[0].pause_reason or "").startswith("moved to ")
+    assert (await lbr.move("r", db_url=source, to_url=target)).known
+
+
+async def test_a_run_on_its_way_is_changed_by_nobody(
+    urls: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither side of a half-done move is paused or cancelled; a resume keeps the run where it is."""
+    source, target = urls
+    await lbr.enqueue(["a"], run="r", model="offline:echo", db_url=source)
+
+    async def stops(*_: Any) -> int:
+        raise StoppedError
+
+    monkeypatch.setattr(transfer, "add_page", stops)
+    with pytest.raises(StoppedError):
+        await lbr.move("r", db_url=source, to_url=target)
+    for url, words in ((source, "is moving to"), (target, "is still moving from")):
+        for change in (lbr.pause, lbr.cancel):
+            with pytest.raises(UsageError, match=f"run 'r' {words}"):
+                await change("r", db_url=url)
+    for url, way in (
+        (source, "the same `lbr move`, or keep it here with `lbr resume r`"),
+        (target, "the same `lbr move`"),
+    ):
+        found = await lbr.status("r", db_url=url)
+        (words,) = [line for line in describe(found).splitlines() if "paused:" in line]
+        assert words.endswith(f"; finish that with {way}")
+        assert unfinished_words("r", found.runs[0].pause_reason) == words.strip()
+    await lbr.resume("r", db_url=source)
+    await lbr.pause("r", db_url=source)
+
+
+async def test_a_copy_that_differs_is_found(urls: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that is another one there is found by the hash; the copy stays paused."""
+    source, target = urls
+    await lbr.enqueue([f"p{n}" for n in range(5)], run="r", model="offline:echo", db_url=source)
+    await lbr.work(db_url=source)
+    real = transfer._fields
+
+    def forging(row: Any, names: Any) -> dict[str, Any]:
+        forged = names is contents.RESULT and row.text == "p3"
+        return real(row, names) | ({"text": "forged"} if forged else {})
+
+    monkeypatch.setattr(transfer, "_fields", forging)
+    with pytest.raises(DatabaseError, match=r"a difference at input 3; the copy stays paused.*--restart"):
+        await lbr.move("r", db_url=source, to_url=target)
+    there = (await lbr.status("r", db_url=target)).runs[0]
+    assert (there.state, there.sealed) == ("paused", False)
+    monkeypatch.setattr(transfer, "_fields", real)
+    with pytest.raises(DatabaseError, match="a difference at input 3"):
+        await lbr.move("r", db_url=source, to_url=target)
+    assert (await lbr.move("r", db_url=source, to_url=target, restart=True)).answers == 5
+    assert [row["result"] for row in await rows_of(target)] == [f"p{n}" for n in range(5)]
+
+
+async def test_what_cannot_be_moved_is_refused(urls: tuple[str, str]) -> None:
+    """A name that is taken, a run that is not there, and one database under two names are refused."""
+    source, target = urls
+    await lbr.enqueue(["a"], run="r", model="offline:echo", db_url=source)
+    with pytest.raises(UsageError, match="expected another database to move to"):
+        await lbr.move("r", db_url=source, to_url=source)
+    with pytest.raises(UsageError, match="expected the name of a run, got: 'x'"):
+        await lbr.move("x", db_url=source, to_url=target)
+    await lbr.enqueue(["b"], run="r", model="offline:echo", db_url=target)
+    with pytest.raises(UsageError, match="or a half-done copy of this run, got: another run"):
+        await lbr.move("r", db_url=source, to_url=target)
+    await lbr.enqueue(["a"], run="s", model="offline:echo", db_url=source)
+    await lbr.enqueue(["a"], run="s", model="offline:echo", settings={"seed": 1}, db_url=target)
+    with pytest.raises(UsageError, match="got: another run"):
+        await lbr.move("s", db_url=source, to_url=target)
+    assert (await lbr.status("r", db_url=source)).runs[0].state == "active"
+
+
+async def test_a_call_that_comes_during_a_move_wakes_no_copy(tmp_path: Path) -> None:
+    """`prompt_map` takes a pause up by itself, but not the rest of a run that was moved after it looked: both would call."""
+    here, there = (f"sqlite:///{tmp_path / name}.db" for name in ("here", "there"))
+    await lbr.enqueue(["a", "b"], run="r", model="offline:echo", db_url=here)
+    async with opened(here) as database:
+        run = await runs.pause(database, await reads.find_run(database, "r"), "by hand")
+        await lbr.move("r", db_url=here, to_url=there)
+        with pytest.raises(UsageError, match="was moved to"):
+            await runs.resume(database, run, moved=False)
+        assert (await reads.find_run(database, "r")).state == "paused"
+
+
+@pytest.mark.processes
+def test_killed_move_goes_on(tmp_path: Path, new_database: Callable[[], str]) -> None:
+    """A move that is killed while it copies goes on with the same command, and shows no password."""
+    target = new_database()
+    (tmp_path / "in.txt").write_text("".join(f"prompt {n % 9_000}\n" for n in range(10_000)))
+    cli = Cli(tmp_path)
+    cli("enqueue", "in.txt", "--model", "offline:echo")
+    cli("worker", "--concurrency", "500")
+    there = Cli(tmp_path, db_url=target)
+    first = cli.start("move", "runs.db", target, "in")
+    there.wait_for("in", "inputs", 2_000)
+    first.kill()
+    first.communicate()
+    held = int(there.query("SELECT count(*) FROM items")[0][0])
+    assert 2_000 <= held < 10_000
+    assert is_postgresql(target)
+    done = json.loads(cli("move", "runs.db", target, "in", "--json").stdout)
+    assert (done["inputs"], done["jobs"], done["answers"]) == (10_000, 9_000, 9_000)
+    assert "was moved before to" in cli("move", "runs.db", target, "in").stdout
+    assert "and goes on there: what workers call for here is paid for once more" in cli("resume", "in").stderr
+    assert cli("resume", "in").stderr == ""
+    assert there.collect("in") == cli.collect("in")
+    with postgres.connect(target) as connection:
+        assert connection.execute("SELECT count(*) FROM lbr.results").fetchone() == (9_000,)
+    cli.stop_all()
+    there.stop_all()
+
+
+async def test_cancelled_run_arrives_cancelled(urls: tuple[str, str]) -> None:
+    """A job that is given back while its cancelled run is on its way is cancelled there, not pending."""
+    source, target = urls
+    database = await open_database(source, create=True)
+    run = await put(database, ["a", "b", "c"])
+    queue = Queue(database)
+    worker = await queue.register(host="h", pid=1, concurrency=1)
+    claims = await queue.claim(worker, [run.id], 1, lease=60)
+    await runs.cancel(database, run)
+    waiting = asyncio.Event()
+    moving = asyncio.create_task(lbr.move("r", db_url=source, to_url=target, notify=lambda _: waiting.set()))
+    await asyncio.wait_for(waiting.wait(), 30)
+    await queue.release(worker, claims)
+    await moving
+    there = (await lbr.status("r", db_url=target)).runs[0]
+    assert (there.state, there.cancelled, there.pending) == ("cancelled", 3, 0)
+    await database.close()
+
+
+async def test_a_run_that_is_still_enqueued_is_not_held(urls: tuple[str, str]) -> None:
+    """Inputs that may still be on their way keep a run where it is, active as it was."""
+    source, _ = urls
+    database = await open_database(source, create=True)
+    run = await put(database, ["a"])
+    item = Item(Prompt(text="b"))
+    await enqueue.add_chunk(database, run, 1, [item], [KeyMaker(ECHO).key(item.prompt)], reuse=True)
+    with pytest.raises(UsageError, match="an enqueue that has not come to its end"):
+        await transfer.hold(database, "r", "elsewhere")
+    assert (await reads.find_run(database, "r")).state == "active"
+    await database.close()
+
+
+async def test_a_reused_answer_stays_until_it_is_copied(
+    new_database: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy that is cleared while another run takes its answers over leaves that run its answers, or asks anew."""
+    url = new_database()
+    database = await open_database(url, create=True)
+    first = await put(database, ["a"], name="first")
+    queue = Queue(database)
+    worker = await queue.register(host="h", pid=1, concurrency=1)
+    await settle(database, [answered(c, "A") for c in await queue.claim(worker, [first.id], 1, lease=60)])
+    reason = f"{runs.MOVING_FROM}elsewhere"
+    copy = await runs.pause(database, first, reason)
+    other = await open_database(url)
+    real, clearing = enqueue._find_answers, []
+
+    async def meanwhile(connection: Any, new: Any) -> Any:
+        found = await real(connection, new)
+        clearing.append(asyncio.create_task(transfer.clear(other, copy)))
+        while not clearing[0].done() and not postgres.waiting(url):
+            await asyncio.wait(clearing, timeout=0.01)
+        return found
+
+    monkeypatch.setattr(enqueue, "_find_answers", meanwhile)
+    second = await put(database, ["a"], name="second")
+    await clearing[0]
+    rows = [row async for page in reads.rows(database, second, Shape.ORIGINAL) for row in page]
+    assert [(row.status, row.result) for row in rows] == [("done", "A")]
+    assert await states(database, first) == {}
+    await assert_counted(database, second)
+    await other.close()
+    await database.close()

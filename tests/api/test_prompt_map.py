@@ -1,0 +1,661 @@
+"""prompt_map, as the design's section on Python describes it: against a function, offline:echo and an HTTP server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+import sqlite3
+import subprocess
+import sys
+from collections import Counter
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+import pytest
+from pydantic import BaseModel
+
+import lbr
+from lbr import DB_URL_DEFAULT, LbrError, Pause, Permanent, export_jsonl, prompt_map
+from lbr.core.errors import InputError, UsageError
+from lbr.store import results_db
+from tests.support import is_postgresql
+from tests.support.llmock_server import serve
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CITIES = ["Oslo", "Bergen", "Oslo", "Narvik", "Bergen"]
+
+
+class City(BaseModel):
+    """A structured answer."""
+
+    name: str
+    people: int
+
+
+class Calls:
+    """Counts calls; its values do not change who a function is."""
+
+    def __init__(self) -> None:
+        self.made: Counter[str] = Counter()
+        self.broken: set[str] = set()
+
+
+@pytest.fixture
+def calls() -> Calls:
+    """Return a fresh counter."""
+    return Calls()
+
+
+@pytest.fixture(scope="module")
+def llmock() -> Iterator[str]:
+    """Start a chat server that others wrote."""
+    with serve("--response-style", "echo") as url:
+        yield url
+
+
+def rows_of(
+    path: str, query: str = "SELECT idx, prompt, status, result FROM results ORDER BY idx"
+) -> list[Any]:
+    """Read a results database as anybody would."""
+    connection = sqlite3.connect(path)
+    try:
+        return connection.execute(query).fetchall()
+    finally:
+        connection.close()
+
+
+async def shout(prompt: str) -> str:
+    """Answer in capitals."""
+    return prompt.upper()
+
+
+async def test_unique_rows_by_first_occurrence() -> None:
+    """By default there is a row for each distinct prompt, in order of first occurrence, with these fields."""
+    rows = await prompt_map(CITIES, shout)
+    assert [list(row) for row in rows] == [["idx", "key", "prompt", "status", "result", "error"]] * 3
+    assert [(r["idx"], r["prompt"], r["status"], r["result"], r["error"]) for r in rows] == [
+        (0, "Oslo", "done", "OSLO", None),
+        (1, "Bergen", "done", "BERGEN", None),
+        (3, "Narvik", "done", "NARVIK", None),
+    ]
+    assert DB_URL_DEFAULT == "sqlite+aiosqlite:///runs.db"
+    assert Path("runs.db").exists()
+
+
+async def test_original_rows_in_order() -> None:
+    """The original shape has a row for every prompt; equal ones share their answer and key."""
+    rows = await prompt_map(CITIES, shout, output_shape="original")
+    assert [row["result"] for row in rows] == [city.upper() for city in CITIES]
+    assert len({row["key"] for row in rows}) == 3
+
+
+async def test_what_did_not_finish_is_missing() -> None:
+    """A prompt without an answer has status missing, result None and the error beside it."""
+
+    async def picky(prompt: str) -> str:
+        if prompt == "Bergen":
+            raise Permanent("it rains")
+        return prompt
+
+    rows = await prompt_map(CITIES, picky, output_shape="original")
+    assert [(r["status"], r["result"], r["error"]) for r in rows] == [
+        ("done", "Oslo", None),
+        ("missing", None, "it rains"),
+        ("done", "Oslo", None),
+        ("done", "Narvik", None),
+        ("missing", None, "it rains"),
+    ]
+
+
+async def test_dtypes() -> None:
+    """Every return_dtype carries the same answers in its own form."""
+    assert await prompt_map(CITIES, shout, return_dtype="list[str]") == ["OSLO", "BERGEN", "NARVIK"]
+    pairs = await prompt_map(CITIES, shout, return_dtype="list[tuple[str,str]]", output_shape="original")
+    assert pairs == [(city, city.upper()) for city in CITIES]
+    frame = await prompt_map(CITIES, shout, return_dtype="polars")
+    assert isinstance(frame, pl.DataFrame)
+    assert frame.columns == ["idx", "id", "key", "prompt", "status", "result", "error", "metadata"]
+    assert frame["result"].to_list() == ["OSLO", "BERGEN", "NARVIK"]
+    assert frame.schema["error"] == pl.String
+
+
+async def test_frame_has_what_the_rows_have() -> None:
+    """A DataFrame keeps id and metadata, as the results database does; its schema is that of every call."""
+    records: list[Any] = [
+        {"prompt": "a", "id": 7, "topic": "x", "score": 1.5},
+        {"messages": [{"role": "user", "content": "b"}], "tags": [None, "ä"]},
+        "c",
+    ]
+    frame = await prompt_map(records, model_name="offline:echo", return_dtype="polars", run="three")
+    plain = await prompt_map(["c"], model_name="offline:echo", return_dtype="polars")
+    assert frame.schema == plain.schema == dict.fromkeys(frame.columns, pl.String) | {"idx": pl.Int64}
+    assert frame["id"].to_list() == ["7", None, None]
+    found = [None if text is None else json.loads(text) for text in frame["metadata"]]
+    assert found == [{"topic": "x", "score": 1.5}, {"tags": [None, "ä"]}, None]
+    rows = await prompt_map(records, model_name="offline:echo")
+    assert [(row.get("id"), row.get("metadata")) for row in rows] == list(
+        zip(frame["id"], found, strict=True)
+    )
+    names = ", ".join(frame.columns)
+    assert frame.rows() == rows_of(
+        "runs-results.db",
+        f"SELECT {names} FROM results WHERE run = 'three' ORDER BY idx",
+    )
+
+
+@pytest.mark.parametrize(("error", "paused"), [(Permanent, False), (Pause, True)])
+async def test_a_failure_without_a_reason(error: type[Exception], paused: bool) -> None:
+    """Permanent and Pause need no text, with or without parentheses, and mean what they mean with one."""
+    for number, raised in enumerate((error, error())):
+
+        async def fails(prompt: str, raised: Any = raised) -> str:
+            raise raised
+
+        (row,) = await prompt_map(["a"], fails, run=f"r{number}", progress_every=None)
+        assert (row["status"], row["error"]) == ("missing", "the function gave no reason")
+        (run,) = (await lbr.status(f"r{number}")).runs
+        assert (run.state == "paused", run.failed) == (paused, 0 if paused else 1)
+        assert run.pause_reason == ("Pause: the function gave no reason" if paused else None)
+
+
+async def test_rerun_calls_nothing_again(calls: Calls, db_url: str) -> None:
+    """The same call a second time returns the same rows without a call."""
+
+    async def count(prompt: str) -> str:
+        calls.made[prompt] += 1
+        return prompt[::-1]
+
+    first = await prompt_map(CITIES, count, db_url=db_url)
+    assert await prompt_map(CITIES, count, db_url=db_url) == first
+    assert calls.made == Counter({"Oslo": 1, "Bergen": 1, "Narvik": 1})
+
+
+async def test_more_prompts_reuse_earlier_answers(calls: Calls, db_url: str) -> None:
+    """A longer list only calls for what is new; `fresh` calls for all of it."""
+
+    async def count(prompt: str) -> str:
+        calls.made[prompt] += 1
+        return prompt
+
+    await prompt_map(["a", "b"], count, db_url=db_url)
+    await prompt_map(["a", "b", "c"], count, db_url=db_url)
+    assert calls.made == Counter({"a": 1, "b": 1, "c": 1})
+    await prompt_map(["a", "b", "c", "d"], count, fresh=True, db_url=db_url)
+    assert calls.made == Counter({"a": 2, "b": 2, "c": 2, "d": 1})
+
+
+@pytest.mark.parametrize("shape", ["unique", "original"])
+async def test_fewer_prompts_get_their_rows_alone(
+    shape: str, db_url: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A run that holds more than this call asks gives back what was asked; the results database keeps all of it."""
+    given: dict[str, Any] = {"run": "my", "db_url": db_url, "results_db_url": "answers.db"}
+    await prompt_map(["a", "b", "a", "c"], shout, output_shape=shape, **given)
+    mirrored = rows_of("answers.db")
+    capfd.readouterr()
+    expected = ["A", "B", "A"] if shape == "original" else ["A", "B"]
+    for dtype, answer in {
+        "list[str]": expected,
+        "list[tuple[str,str]]": [(one.lower(), one) for one in expected],
+    }.items():
+        assert (
+            await prompt_map(["a", "b", "a"], shout, output_shape=shape, return_dtype=dtype, **given)
+            == answer
+        )
+    rows = await prompt_map(["a", "b", "a"], shout, output_shape=shape, **given)
+    assert [(row["idx"], row["result"]) for row in rows] == list(enumerate(expected))
+    frame = await prompt_map(["a", "b", "a"], shout, output_shape=shape, return_dtype="polars", **given)
+    assert frame["result"].to_list() == expected
+    assert "run my holds 4 inputs, this input has 3; the others stay in it" in capfd.readouterr().err
+    assert rows_of("answers.db") == mirrored
+    assert len(mirrored) == (4 if shape == "original" else 3)
+
+
+async def test_teardown_waits_for_the_whole_run(db_url: str) -> None:
+    """What a run holds beside the prompts of this call is not thrown away unanswered."""
+
+    async def picky(prompt: str) -> str:
+        if prompt == "b":
+            raise Permanent("no")
+        return prompt
+
+    given: dict[str, Any] = {"run": "my", "db_url": db_url, "results_db_url": "answers.db"}
+    await prompt_map(["a", "b"], picky, **given)
+    rows = await prompt_map(["a"], picky, teardown=True, **given)
+    assert [row["status"] for row in rows] == ["done"]
+    assert [run.run for run in (await lbr.status(db_url=db_url)).runs] == ["my"]
+    assert len(rows_of("answers.db")) == 2
+
+
+async def test_rerun_tries_failures_again(calls: Calls, db_url: str) -> None:
+    """What failed in one call is tried again in the next, and only that."""
+    calls.broken = {"b"}
+
+    async def flaky(prompt: str) -> str:
+        calls.made[prompt] += 1
+        if prompt in calls.broken:
+            raise Permanent("down")
+        return prompt
+
+    assert [r["status"] for r in await prompt_map(["a", "b"], flaky, db_url=db_url)] == ["done", "missing"]
+    assert (await prompt_map(["a", "b"], flaky, retry_failed=False, db_url=db_url))[1]["error"] == "down"
+    calls.broken = set()
+    assert [r["status"] for r in await prompt_map(["a", "b"], flaky, db_url=db_url)] == ["done", "done"]
+    assert calls.made == Counter({"a": 1, "b": 2})
+
+
+async def test_interrupted_call_resumes(calls: Calls, db_url: str) -> None:
+    """A cancelled call keeps what was answered; the same call again finishes the rest, each prompt once."""
+    reached, gate = asyncio.Event(), asyncio.Event()
+
+    async def gated(prompt: str) -> str:
+        calls.made[prompt] += 1
+        if len(calls.made) > 10 and not gate.is_set():
+            reached.set()
+            await gate.wait()
+        return prompt
+
+    prompts = [f"p{n}" for n in range(30)]
+    task = asyncio.create_task(prompt_map(prompts, gated, concurrency=1, db_url=db_url))
+    await asyncio.wait_for(reached.wait(), 30)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    gate.set()
+    (before,) = (await lbr.status(db_url=db_url)).runs
+    assert (before.done, before.pending, before.inflight) == (10, 20, 0)
+    rows = await prompt_map(prompts, gated, concurrency=1, db_url=db_url)
+    assert [row["result"] for row in rows] == prompts
+    assert calls.made == Counter(prompts) + Counter({"p10": 1})
+
+
+async def test_rerun_after_a_pause_goes_on(calls: Calls, db_url: str) -> None:
+    """A run that paused for its account is taken up again by the same call."""
+    calls.broken = {"everything"}
+
+    async def paid(prompt: str) -> str:
+        calls.made[prompt] += 1
+        if calls.broken:
+            raise Pause("no credit")
+        return prompt
+
+    rows = await prompt_map(["a", "b"], paid, concurrency=1, db_url=db_url)
+    assert [(row["status"], row["error"]) for row in rows] == [("missing", "no credit"), ("missing", None)]
+    calls.broken = set()
+    assert [row["status"] for row in await prompt_map(["a", "b"], paid, db_url=db_url)] == ["done", "done"]
+    assert calls.made == Counter({"a": 2, "b": 1})
+
+
+async def test_another_model_is_other_work(db_url: str) -> None:
+    """The same prompts with another setting are other jobs, in a run of their own."""
+    first = await prompt_map(["a"], model_name="offline:echo", db_url=db_url)
+    second = await prompt_map(["a"], model_name="offline:echo", settings={"seed": 7}, db_url=db_url)
+    assert first[0]["key"] != second[0]["key"]
+    assert len((await lbr.status(db_url=db_url)).runs) == 2
+
+
+async def test_offline_model_with_result_type() -> None:
+    """With a result type each result is a JSON string of it, from the offline model too."""
+    rows = await prompt_map(["Oslo", "Bergen"], model_name="offline:echo", result_type=City)
+    assert [City.model_validate_json(row["result"]).name for row in rows] == ["Oslo", "Bergen"]
+
+
+async def test_function_with_result_type(calls: Calls) -> None:
+    """A function's dict or model is validated; what does not fit is asked for again, then missing."""
+
+    async def structured(prompt: str) -> Any:
+        calls.made[prompt] += 1
+        return City(name=prompt, people=3) if prompt == "Oslo" else {"name": prompt}
+
+    rows = await prompt_map(["Oslo", "Bergen"], structured, result_type=City)
+    assert json.loads(rows[0]["result"]) == {"name": "Oslo", "people": 3}
+    assert (rows[1]["status"], rows[1]["result"]) == ("missing", None)
+    assert "people" in rows[1]["error"]
+    assert calls.made == Counter({"Oslo": 1, "Bergen": 3})
+
+
+async def test_http_server(llmock: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real chat server answers through pydantic-ai, plain and structured."""
+    monkeypatch.setenv("OPENAI_BASE_URL", llmock)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    rows = await prompt_map(CITIES, model_name="openai-chat:gpt-4o-mini", output_shape="original")
+    assert [row["status"] for row in rows] == ["done"] * 5
+    assert all(city in row["result"] for city, row in zip(CITIES, rows, strict=True))
+    typed = await prompt_map(["Oslo"], model_name="openai-chat:gpt-4o-mini", result_type=City)
+    City.model_validate_json(typed[0]["result"])
+    (run, _) = (await lbr.status()).runs
+    assert run.input_tokens > 0
+    assert run.output_tokens > 0
+
+
+@pytest.mark.parametrize("way", ["arguments", "environment", "file"])
+async def test_openrouter(way: str, llmock: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """OpenRouter is named by arguments, by the environment or by a `.env` file; the key is stored nowhere."""
+    key = "sk-or-v1-0123456789abcdef"
+    monkeypatch.setenv("OPENROUTER_BASE_URL", llmock)
+    arguments: dict[str, Any] = {}
+    if way == "arguments":
+        arguments = {"model_name": "openai/gpt-4o-mini", "openrouter_api_key": key}
+    elif way == "environment":
+        monkeypatch.setenv("MODEL", "openai/gpt-4o-mini")
+        monkeypatch.setenv("OPENROUTER_API_KEY", key)
+    else:
+        (tmp_path / ".env").write_text(f"MODEL=openai/gpt-4o-mini\nOPENROUTER_API_KEY={key}\n")
+    rows = await prompt_map(["Oslo"], **arguments)
+    assert rows[0]["status"] == "done"
+    stored = b"".join(path.read_bytes() for path in tmp_path.glob("runs*"))
+    assert key.encode() not in stored
+    assert (await lbr.status()).runs[0].answerer == "openrouter:openai/gpt-4o-mini"
+
+
+async def test_nobody_to_answer_is_one_clear_error() -> None:
+    """Without a worker, a model or MODEL, the error names the three ways."""
+    with pytest.raises(LbrError, match=r"worker=.*model_name=.*MODEL and OPENROUTER_API_KEY"):
+        await prompt_map(["a"])
+    with pytest.raises(LbrError, match="OPENROUTER_API_KEY"):
+        await prompt_map(["a"], model_name="google/gemini-flash")
+    assert not Path("runs.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"concurrency": 0}, "concurrency to be a whole number from 1 to 10000, got: 0"),
+        ({"lease": -1}, "lease"),
+        ({"output_shape": "odd"}, "output_shape to be one of original, unique, got: 'odd'"),
+        ({"return_dtype": "dict"}, "return_dtype"),
+        ({"max_attempts": 0}, "max_attempts"),
+        ({"run": ""}, "run name"),
+        ({"run": " x"}, "run name"),
+        ({"result_type": 3}, "3"),
+        ({"db_url": "mysql://u:p@h/d"}, "a mysql URL"),
+        ({"db_url": "a\0b.db"}, "expected --db to be a name that a file can have"),
+        ({"model_name": "offline:echo"}, "both"),
+    ],
+)
+async def test_wrong_arguments(arguments: dict[str, Any], words: str) -> None:
+    """A wrong argument is refused with what was expected and what came; nothing is written."""
+    with pytest.raises(LbrError, match=words):
+        await prompt_map(["a"], shout, **arguments)
+    assert not Path("runs.db").exists()
+
+
+@pytest.mark.parametrize("prompts", [[], [""], ["a", "  "], [3], "a string", None, 7])
+async def test_wrong_prompts(prompts: Any) -> None:
+    """Empty or wrong prompts are refused by number; nothing is written."""
+    with pytest.raises(LbrError, match="expected"):
+        await prompt_map(prompts, shout)
+    assert not Path("runs.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({1}, "expected fields that JSON can hold, got: Type is not JSON serializable: set"),
+        (b"x", "got: Type is not JSON serializable: bytes; convert or remove it"),
+        (2**70, "got: Integer exceeds 64-bit range"),
+        ({1: "one"}, "got: Dict key must be str"),
+        ("\ud800", "got: str is not valid UTF-8: surrogates not allowed"),
+        (json.loads("[" * 300 + "]" * 300), "at most 250 levels of nesting"),
+    ],
+)
+async def test_fields_that_no_row_can_hold(value: Any, words: str) -> None:
+    """What Python can say and a row cannot is refused with what is wrong with it; nothing is written."""
+    with pytest.raises(LbrError, match=f"^prompts, line 2: .*{words}"):
+        await prompt_map(["a", {"prompt": "b", "of mine": value}], shout)
+    assert not Path("runs.db").exists()
+
+
+@dataclass
+class Scored:
+    """What orjson writes as an object."""
+
+    score: float
+
+
+@pytest.mark.parametrize(
+    ("record", "field", "got"),
+    [
+        ({"score": math.nan}, "score", "nan"),
+        ({"score": math.inf}, "score", "inf"),
+        ({"of mine": {"scores": [1.0, -math.inf]}}, "of mine.scores[1]", "-inf"),
+        ({"pair": (None, math.nan)}, "pair[1]", "nan"),
+        ({"object": Scored(math.nan)}, "object.score", "nan"),
+    ],
+)
+async def test_numbers_that_json_has_not(record: dict[str, Any], field: str, got: str) -> None:
+    """NaN and infinity would become null, and come back as that; the field and the prompt are named."""
+    words = f"expected '{field}' to be a JSON value, got: {got}; put None for what is missing"
+    for asking in (
+        partial(prompt_map, ["a", {"prompt": "b"} | record], shout),
+        partial(lbr.enqueue, ["a", {"prompt": "b"} | record], run="r", function=shout),
+    ):
+        with pytest.raises(InputError, match=f"^prompts, line 2: {re.escape(words)}$"):
+            await asking()
+    for settings in ({"temperature": math.nan}, {"extra_body": {"x": [math.inf]}}):
+        with pytest.raises(
+            UsageError, match=r"expected settings\.(temperature|extra_body\.x\[0\]) to be a JSON"
+        ):
+            await prompt_map(["a"], model_name="offline:echo", settings=settings)
+    assert not Path("runs.db").exists()
+    rows = await prompt_map([{"prompt": "a", "score": None, "least": 5e-324, "most": 1.7e308}], shout)
+    assert rows[0]["metadata"] == {"score": None, "least": 5e-324, "most": 1.7e308}
+
+
+async def test_a_record_without_a_value_for_the_template() -> None:
+    """None is not written into a prompt that is paid for; a condition in the template says what stands for it."""
+    records: list[Any] = [{"topic": "rivers"}, {"topic": None}]
+    with pytest.raises(
+        InputError, match="^prompts, line 2: expected 'topic' to have a value for the template"
+    ):
+        await prompt_map(records, shout, template="About {{ topic }}")
+    assert not Path("runs.db").exists()
+    rows = await prompt_map(records, shout, template="About {{ topic or 'lakes' }}", return_dtype="list[str]")
+    assert rows == ["ABOUT RIVERS", "ABOUT LAKES"]
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("mysql://u:p@h/d", "expected results_db_url to be a path.*a mysql URL"),
+        ("postgresql://u:secret@h/d", "expected results_db_url to name a file, got: a PostgreSQL URL;"),
+        ("a\0b.db", r"expected results_db_url to be a name that a file can have, got: 'a\\x00b.db'"),
+        ("\ud800.db", r"expected results_db_url to be a name that a file can have, got: '\\ud800.db'"),
+        ("nowhere/r.db", "expected a folder for the database"),
+        (".", "expected results_db_url to name a file, got a directory"),
+        ("queue.db", "expected a results database of its own, got: the queue"),
+        ("other.db", "one with other columns"),
+        ("notes.txt", "the file is not a SQLite database"),
+    ],
+)
+async def test_wrong_place_for_results_is_told_before_a_call(url: str, words: str) -> None:
+    """Where the answers cannot be mirrored to is found out before any of them is paid for; nothing is written."""
+    Path("notes.txt").write_text("mine\n" * 99, encoding="utf-8")
+    with closing(sqlite3.connect("other.db")) as other, other:
+        other.execute("CREATE TABLE results (mine)")
+    before = {path.name: path.read_bytes() for path in Path().iterdir()}
+    with pytest.raises(LbrError, match=words) as caught:
+        await prompt_map(["a"], shout, db_url="queue.db", results_db_url=url)
+    assert "secret" not in str(caught.value)
+    assert {path.name: path.read_bytes() for path in Path().iterdir()} == before
+
+
+async def test_a_place_for_results_that_goes_away_does_not_cost_the_answers(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Rows are returned though the folder for the results was removed meanwhile; the caller is told."""
+    folder = Path("there")
+    folder.mkdir()
+
+    async def remove(prompt: str) -> str:
+        folder.rmdir()
+        return prompt
+
+    (row,) = await prompt_map(["a"], remove, results_db_url="there/r.db")
+    assert row["result"] == "a"
+    assert "the results database was not written: expected a folder" in capfd.readouterr().err
+
+
+async def test_results_database_mirrors_the_shape(db_url: str) -> None:
+    """The results database, beside a file or in the working directory, holds the rows in the shape of the latest call."""
+    await prompt_map(CITIES, shout, db_url=db_url)
+    beside = "runs-results.db" if is_postgresql(db_url) else "queue-results.db"
+    assert rows_of(beside) == [
+        (0, "Oslo", "done", "OSLO"),
+        (1, "Bergen", "done", "BERGEN"),
+        (3, "Narvik", "done", "NARVIK"),
+    ]
+    await prompt_map(CITIES, shout, output_shape="original", db_url=db_url)
+    assert [row[3] for row in rows_of(beside)] == [city.upper() for city in CITIES]
+    await prompt_map(["a"], shout, results_db_url="elsewhere.db", db_url=db_url)
+    assert rows_of("elsewhere.db") == [(0, "a", "done", "A")]
+
+
+async def test_export_from_queue_and_from_results(db_url: str) -> None:
+    """Both databases export their newest run as JSONL, whole, in order."""
+    rows = await prompt_map(CITIES, shout, output_shape="original", db_url=db_url, results_db_url="r.db")
+    assert await export_jsonl(db_url, out="queue.jsonl") == 5
+    assert await export_jsonl("r.db", out="results.jsonl") == 5
+    for name in ("queue.jsonl", "results.jsonl"):
+        assert [json.loads(line) for line in Path(name).read_text().splitlines()] == rows
+    assert await export_jsonl(db_url, out="unique.jsonl", output_shape="unique") == 3
+    with pytest.raises(LbrError, match="nope"):
+        await export_jsonl(db_url, out="x.jsonl", run="nope")
+    assert not Path("x.jsonl").exists()
+
+
+async def test_chat_and_metadata_prompts(db_url: str) -> None:
+    """Dicts carry messages, ids and metadata, which come back with the rows."""
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    rows = await prompt_map(
+        [{"messages": chat, "id": "x", "n": 1}, {"prompt": "Ho"}], model_name="offline:echo", db_url=db_url
+    )
+    assert [(r["prompt"], r["result"]) for r in rows] == [(chat, "Hi"), ("Ho", "Ho")]
+    assert (rows[0]["id"], rows[0]["metadata"]) == ("x", {"n": 1})
+
+
+async def test_teardown_after_a_complete_run() -> None:
+    """Teardown leaves no file behind when everything is done."""
+    rows = await prompt_map(CITIES, shout, teardown=True)
+    assert [row["result"] for row in rows] == ["OSLO", "BERGEN", "NARVIK"]
+    assert list(Path().glob("runs*")) == []
+
+
+async def test_teardown_spares_what_is_not_done_or_not_ours(capfd: pytest.CaptureFixture[str]) -> None:
+    """Teardown keeps the files after a failure, beside other runs, and while another process has them open."""
+
+    async def picky(prompt: str) -> str:
+        if prompt == "b":
+            raise Permanent("no")
+        return prompt
+
+    await prompt_map(["a", "b"], picky, teardown=True, db_url="failed.db")
+    assert Path("failed.db").exists()
+    await prompt_map(["a"], shout, db_url="other.db")
+    await prompt_map(["b"], shout, db_url="other.db", teardown=True)
+    assert Path("other.db").exists()
+    assert "holds other runs" in capfd.readouterr().err
+    await prompt_map(["a"], shout, db_url="used.db")
+    program = (
+        "import sqlite3, sys; c = sqlite3.connect('used.db'); c.execute('SELECT 1 FROM jobs').fetchone(); "
+    )
+    program += "print('open', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "open\n"
+    await prompt_map(["a"], shout, db_url="used.db", teardown=True)
+    holder.communicate()
+    assert Path("used.db").exists()
+    assert "another process uses it" in capfd.readouterr().err
+
+
+async def test_progress_lines(capfd: pytest.CaptureFixture[str]) -> None:
+    """A line on stderr tells of progress now and then; None keeps quiet; stdout stays clean."""
+
+    async def slow(prompt: str) -> str:
+        await asyncio.sleep(0.01)
+        return prompt
+
+    await prompt_map([f"p{n}" for n in range(100)], slow, concurrency=2, progress_every=10, run="m")
+    told = capfd.readouterr()
+    assert "/100 jobs" in told.err
+    assert told.out == ""
+    await prompt_map(["x"], slow, progress_every=None)
+    assert capfd.readouterr() == ("", "")
+
+
+async def test_runs_beside_other_work_in_one_loop(db_url: str) -> None:
+    """Inside a running loop, as in a notebook, several calls at once share the loop and the queue."""
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0.001)
+            ticks += 1
+
+    ticking = asyncio.create_task(tick())
+    first, second = await asyncio.gather(
+        prompt_map([f"a{n}" for n in range(50)], shout, db_url=db_url),
+        prompt_map([f"b{n}" for n in range(50)], shout, db_url=db_url),
+    )
+    ticking.cancel()
+    assert [row["result"] for row in first] == [f"A{n}" for n in range(50)]
+    assert [row["result"] for row in second] == [f"B{n}" for n in range(50)]
+    assert ticks > 0
+
+
+def sync_answer(prompt: str) -> str:
+    """Answer without async."""
+    return f"<{prompt}>"
+
+
+async def test_plain_functions_and_lambdas_answer_too() -> None:
+    """A plain function runs in a thread; a lambda is told apart by its code."""
+    assert (await prompt_map(["a"], sync_answer))[0]["result"] == "<a>"
+    first = await prompt_map(["a"], lambda p: p + "1", return_dtype="list[str]")
+    second = await prompt_map(["a"], lambda p: p + "2", return_dtype="list[str]")
+    assert (first, second) == (["a1"], ["a2"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"instructions": "\ud800"}, {"settings": {"extra_body": 10**30}}, {"template": "{{ prompt }}\ud800"}],
+)
+async def test_what_json_cannot_hold_is_refused(arguments: dict[str, Any]) -> None:
+    """A task that could not be stored is refused before anything is written."""
+    with pytest.raises(LbrError, match="that JSON can hold"):
+        await prompt_map(["a"], model_name="offline:echo", **arguments)
+    assert not Path("runs.db").exists()
+
+
+async def test_missing_key_leaves_nothing_behind() -> None:
+    """A model that cannot be called for want of a key is refused before anything is written."""
+    with pytest.raises(LbrError, match="OPENAI_API_KEY"):
+        await prompt_map(["a"], model_name="openai-chat:gpt-4o-mini")
+    assert not Path("runs.db").exists()
+
+
+async def test_locked_results_database_does_not_cost_the_answers(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rows are returned though somebody keeps the results database locked; the caller is told."""
+    monkeypatch.setattr(results_db, "PATIENCE_MS", 50)
+    await prompt_map(["a"], shout)
+    holder = sqlite3.connect("runs-results.db", isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    rows = await prompt_map(["b"], shout, teardown=True)
+    holder.close()
+    assert [row["result"] for row in rows] == ["B"]
+    assert "the results database was not written" in capfd.readouterr().err
+    assert Path("runs.db").exists()

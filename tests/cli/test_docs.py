@@ -1,0 +1,293 @@
+"""The documentation says what the program does: help, signatures, settings, links, and every example's output.
+
+A block's fence tells what is checked: `console` runs in a folder that its page's blocks share, and must print what
+is shown; `console volatile` runs, but may print something else; `python` compiles; `title=NAME` makes a file of it.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import pytest
+
+import lbr
+from lbr.cli import lbr as group
+from tests.support import ROOT, Cli
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+HELP_COLUMNS = "100"
+COMMANDS = {name: command for name, command in group.commands.items() if not command.hidden}
+END_OF_OUTPUT = "\x1e"
+
+_LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
+_TITLE = re.compile(r"\btitle=(\S+)")
+_TIMES = re.compile(r"\d+(\.\d+)? (ms|s)\b")
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One fenced block: where it is, the words behind its fence, and its text."""
+
+    page: Path
+    line: int
+    words: tuple[str, ...]
+    text: str
+
+    @property
+    def title(self) -> str | None:
+        """The name of the file that the block is, None where it is none."""
+        found = _TITLE.search(" ".join(self.words))
+        return found[1] if found else None
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One command of a console block with the output that is shown."""
+
+    command: str
+    shown: str
+
+
+def blocks_of(page: Path) -> Iterator[Block]:
+    """Yield the fenced blocks of a page in order."""
+    words: tuple[str, ...] | None = None
+    start, lines = 0, []
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.startswith("```"):
+            lines.append(line)
+        elif words is None:
+            words, start, lines = tuple(line[3:].split()), number, []
+        else:
+            yield Block(page, start, words, "".join(f"{one}\n" for one in lines))
+            words = None
+    assert words is None, f"{page}, line {start}: this block has no end"
+
+
+def examples_of(block: Block) -> list[Example]:
+    """Split a console block at its prompts."""
+    parts = re.split(r"^\$ ", block.text, flags=re.MULTILINE)
+    assert not parts[0], f"{block.page}, line {block.line}: expected a command first"
+    return [Example(*part.split("\n", 1)) for part in parts[1:]]
+
+
+def run_examples(block: Block, cli: Cli) -> list[str]:
+    """Run a block's commands in one shell; return what each printed."""
+    script = ""
+    for example in examples_of(block):
+        script += f"{example.command}\n_code=$?; printf '{END_OF_OUTPUT}'; (exit $_code)\n"
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=cli.folder,
+        env=cli.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return done.stdout.split(END_OF_OUTPUT)[:-1]
+
+
+def normal(output: str) -> str:
+    """Return output without what differs from one time to the next."""
+    return _TIMES.sub(r"N \2", output)
+
+
+def name_of(page: Path) -> str:
+    """Return how a page is called in a test's name."""
+    return str(page.relative_to(ROOT))
+
+
+def examples_cli(folder: Path) -> Cli:
+    """Return a clean environment in which `lbr` and `python` are those that run the tests."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return Cli(folder, PATH=path, LC_ALL="C", COLUMNS=HELP_COLUMNS)
+
+
+def anchors_of(page: Path) -> set[str]:
+    """Return the anchors that a page's headings make."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def sections_of(page: Path) -> dict[str, str]:
+    """Return the text under each second-level heading."""
+    parts = re.split(r"^## (.*)\n", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_is_documented(command: str, tmp_path: Path) -> None:
+    """The page of commands has each command's help, word for word; `./scripts/docs` writes it."""
+    cli = Cli(tmp_path, COLUMNS=HELP_COLUMNS)
+    shown = cli(*command.split(), "--help").stdout
+    section = sections_of(ROOT / "docs/reference/commands.md")[f"lbr {command}".strip()]
+    assert section.strip() == f"```text\n{shown}```"
+
+
+def test_no_other_command_is_documented() -> None:
+    """The page of commands has no section of a command that is gone."""
+    sections = sections_of(ROOT / "docs/reference/commands.md")
+    assert list(sections) == ["lbr", *(f"lbr {command}" for command in COMMANDS)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page: Path) -> None:
+    """Every relative link names a file that is there, and a heading that it has."""
+    for target in _LINK.findall(page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page}: {target}"
+        assert not anchor or anchor in anchors_of(file), f"{page}: {target}"
+
+
+def test_every_page_is_in_the_index() -> None:
+    """The index links to every page of the documentation."""
+    index = ROOT / "docs/index.md"
+    linked = {(index.parent / link).resolve() for link in _LINK.findall(index.read_text(encoding="utf-8"))}
+    assert set(PAGES) - {index} <= linked
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_python_examples_compile(page: Path) -> None:
+    """Every Python block compiles; as in a notebook, it may await at its top."""
+    for block in blocks_of(page):
+        if block.words[:1] == ("python",):
+            name = f"{page}:{block.line}"
+            compile(block.text, name, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
+def test_readme_example_runs(tmp_path: Path) -> None:
+    """The README's first Python example prints what is shown below it."""
+    blocks = list(blocks_of(ROOT / "README.md"))
+    place = next(n for n, block in enumerate(blocks) if block.words == ("python",))
+    (tmp_path / "example.py").write_text(blocks[place].text, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "example.py"],
+        cwd=tmp_path,
+        env=examples_cli(tmp_path).environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout == blocks[place + 1].text
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if any(b.words[:1] == ("console",) for b in blocks_of(p))], ids=name_of
+)
+def test_console_examples_run(page: Path, tmp_path: Path) -> None:
+    """Every command of a page, run in order in an empty folder, prints what the page shows."""
+    cli = examples_cli(tmp_path)
+    for block in blocks_of(page):
+        if block.title is not None:
+            (tmp_path / block.title).write_text(block.text, encoding="utf-8")
+        if block.words[:1] != ("console",):
+            continue
+        printed = run_examples(block, cli)
+        assert not any("Traceback" in one for one in printed), f"{page}, line {block.line}: {printed}"
+        if "volatile" in block.words:
+            continue
+        for example, output in zip(examples_of(block), printed, strict=True):
+            assert normal(output) == normal(example.shown), f"{page}, line {block.line}: {example.command}"
+
+
+def documented_signatures() -> dict[str, inspect.Signature]:
+    """Return the signatures that the Python page shows, by name; `...` stands for a default that is a function."""
+    shown: dict[str, Any] = dict(vars(lbr))
+    for block in blocks_of(ROOT / "docs/reference/python.md"):
+        exec(compile(block.text, "python.md", "exec"), shown)  # noqa: S102 - our own page
+    return {
+        name: inspect.signature(shown[name])
+        for name in lbr.__all__
+        if inspect.iscoroutinefunction(shown[name])
+    }
+
+
+@pytest.mark.parametrize("name", [n for n in lbr.__all__ if inspect.iscoroutinefunction(getattr(lbr, n))])
+def test_signature_is_documented(name: str) -> None:
+    """The Python page shows each public function with its real parameters and defaults."""
+    real, shown = inspect.signature(getattr(lbr, name)), documented_signatures()[name]
+    assert [(p.name, p.kind) for p in shown.parameters.values()] == [
+        (p.name, p.kind) for p in real.parameters.values()
+    ]
+    for parameter in real.parameters.values():
+        default = shown.parameters[parameter.name].default
+        assert default == parameter.default or (default is ... and callable(parameter.default))
+
+
+def test_every_public_name_is_documented() -> None:
+    """The Python page has a heading for each public name."""
+    headings = ", ".join(sections_of(ROOT / "docs/reference/python.md")).split(", ")
+    assert sorted(headings) == sorted(lbr.__all__)
+
+
+def test_every_flag_has_the_twin_that_is_documented() -> None:
+    """Each flag is read from LBR_, its command and its own name, as the page of settings says."""
+    for name, command in COMMANDS.items():
+        for option in command.params:
+            if isinstance(option, click.Option):
+                flag = max(option.opts, key=len).removeprefix("--").replace("-", "_")
+                assert option.envvar == f"LBR_{name}_{flag}".upper()
+
+
+def test_a_twin_is_used(tmp_path: Path) -> None:
+    """A flag that is set in the environment holds, and one on the command line wins over it."""
+    (tmp_path / "in.txt").write_text("a\n")
+    environment = os.environ | {"LBR_ENQUEUE_RUN": "twin", "LBR_ENQUEUE_SET": "latency=0 seed=1"}
+    command = [sys.executable, "-m", "lbr", "enqueue", "in.txt", "--model", "offline:echo"]
+    done = [
+        subprocess.run(
+            [*command, *flags], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
+        for flags in ([], ["--run", "flag"])
+    ]
+    assert [one.stdout.split(":")[0] for one in done] == ["run twin", "run flag"]
+
+
+def test_a_variable_that_names_no_flag_is_told(tmp_path: Path) -> None:
+    """A mistyped twin changes nothing unseen; it is told once, by the command that was typed."""
+    cli = Cli(
+        tmp_path,
+        LBR_CONCURENCY="4",
+        LBR_ZZZZZZZZZZZZZZ="1",
+        LBR_TEST_EXAMPLES="1",
+        LBR_WORKER_UNTIL="empty",
+        LBR_CONFIG="some.toml",
+    )
+    (tmp_path / "some.toml").write_text("")
+    told = [
+        "lbr: LBR_CONCURENCY in the environment is ignored, for it names no flag; did you mean LBR_RUN_CONCURRENCY?",
+        "lbr: LBR_ZZZZZZZZZZZZZZ in the environment is ignored, for it names no flag; `lbr COMMAND --help` has the flags",
+    ]
+    (tmp_path / "in.txt").write_text("a\n")
+    assert cli("enqueue", "in.txt", "--model", "offline:echo").stderr.splitlines() == told
+    assert cli("worker", "--processes", "2").stderr.count("LBR_CONCURENCY") == 1
+    assert cli("--help").stderr == ""
+
+
+def test_extras_are_documented() -> None:
+    """The page of models names every provider that is an extra of the package; other extras have their own pages."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+    page = (ROOT / "docs/how-to/real-models.md").read_text(encoding="utf-8")
+    assert [
+        extra for extra in extras if extra not in {"polars", "postgres"} and f"[{extra}]" not in page
+    ] == []

@@ -1,0 +1,75 @@
+"""What starting a command costs: heavy packages are imported only by those who use them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.faulty_server import answer
+from tests.support.scripted_server import Scripted
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+HEAVY = (
+    *("pydantic_ai", "pydantic", "openai", "aiohttp", "httpx2", "genai_prices"),
+    *("asyncpg", "polars", "jinja2", "jsonschema", "rich", "dotenv"),
+    *("sqlalchemy.orm", "sqlalchemy.ext.asyncio", "sqlalchemy.dialects.postgresql"),
+)
+
+
+MAIN_JOB = """
+import pathlib
+from lbr.cli import lbr
+
+pathlib.Path("in.txt").write_text("a")
+lbr(["enqueue", "in.txt", "--model", "offline:echo"], standalone_mode=False)
+lbr(["worker"], standalone_mode=False)
+lbr(["status"], standalone_mode=False)
+"""
+HELP = "import lbr.cli; lbr.cli.lbr(['--help'], standalone_mode=False)"
+
+
+@pytest.mark.parametrize("program", ["import lbr.cli", HELP, MAIN_JOB])
+def test_commands_do_not_import_heavy_packages(program: str) -> None:
+    """Help, enqueue, worker and status of the offline model get by without the heavy packages."""
+    check = f"{program}\nimport sys\nprint(sorted(set({HEAVY!r}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+CHAT_JOB = """
+import pathlib
+from lbr.cli import lbr
+
+pathlib.Path("in.txt").write_text("a\\nb")
+flags = ["--model", "openai-chat:gpt-4o-mini", "--set", "temperature=0.5", "--instructions", "be brief"]
+lbr(["enqueue", "in.txt", *flags], standalone_mode=False)
+lbr(["worker"], standalone_mode=False)
+"""
+
+
+def test_a_chat_endpoint_is_called_without_pydantic_ai(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A plain task for a chat endpoint is enqueued and answered without the second that pydantic-ai takes."""
+    monkeypatch.chdir(tmp_path)
+    check = f"{CHAT_JOB}\nimport sys\nprint(sorted({{'pydantic_ai', 'openai'}} & set(sys.modules)))"
+    with Scripted(200, json.dumps(answer("fine"))) as server:
+        environment = {"OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": "sk-test"}
+        done = subprocess.run(
+            [sys.executable, "-c", check],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | environment,
+        )
+    assert done.returncode == 0, done.stderr
+    assert len(server.asked) == 2
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,121 @@
+"""The arithmetic of limits: what a minute lets through, how tokens are overdrawn, how calls at a time are learned."""
+
+from __future__ import annotations
+
+import math
+from random import Random
+
+import pytest
+
+from lbr.core.limits import Limit, capacity, cut, debited, fitting, grown, refilled, room, wait_ms
+
+
+def drained(limit: Limit, seconds: int, *, step_ms: int, tokens: int = 0) -> int:
+    """Count the calls of a worker that takes all that it may, every so often."""
+    calls = 0
+    for now in range(0, seconds * 1000, step_ms):
+        limit = refilled(limit, now)
+        count = min(room(limit, 0) or 0, 2_000)
+        count = fitting(limit, [tokens] * count)
+        limit = debited(limit, count, count * tokens)
+        calls += count
+    return calls
+
+
+@pytest.mark.parametrize("rpm", [1, 7, 60, 600, 6_000, 90_000])
+@pytest.mark.parametrize("step_ms", [10, 37, 100])
+def test_requests_a_minute(rpm: int, step_ms: int) -> None:
+    """Two minutes let through twice as many as one, and at most a second's worth more at once."""
+    calls = drained(Limit(rpm=rpm), 120, step_ms=step_ms)
+    lost = step_ms / 1000 * rpm / 60 + 1  # at the end
+    assert 2 * rpm - lost <= calls <= 2 * rpm + capacity(rpm)
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 700, 30_000])
+def test_tokens_a_minute(tokens: int) -> None:
+    """Calls of any size, larger than the bucket too, take what a minute lets through, and one call more at most."""
+    tpm = 60_000
+    used = tokens * drained(Limit(tpm=tpm, concurrency=1_000), 120, step_ms=20, tokens=tokens)
+    assert 2 * tpm - tokens - capacity(tpm) <= used <= 2 * tpm + capacity(tpm) + tokens
+
+
+def test_bucket_is_never_fuller_than_a_second() -> None:
+    """Hours without calls save nothing up, and a clock that is set back takes nothing away."""
+    limit = debited(refilled(Limit(rpm=600, tpm=6_000), 0), 10, 100)
+    assert (limit.requests, limit.tokens) == (0, 0)
+    later = refilled(limit, 10 * 3_600_000)
+    assert (later.requests, later.tokens) == (10, 100)
+    back = refilled(debited(later, 4, 40), 10 * 3_600_000 - 30_000)
+    assert (back.requests, back.tokens, back.balanced_at) == (6, 60, later.balanced_at)
+
+
+def test_a_balance_without_its_time_is_a_full_bucket() -> None:
+    """What nobody says when it was left would never be refilled: it holds nobody back."""
+    limit = refilled(Limit(rpm=600, tpm=6_000, requests=0.5, tokens=-1e9), 1_000)
+    assert (limit.requests, limit.tokens) == (10, 100)
+
+
+def test_bucket_fills_again_after_a_clock_was_far_ahead() -> None:
+    """A clock that was set right holds nobody back until the time that it showed before."""
+    ahead = debited(refilled(Limit(rpm=600, tpm=6_000), 24 * 3_600_000), 10, 100)
+    right = refilled(ahead, 1_000)
+    assert (right.requests, right.tokens, right.balanced_at) == (0, 0, 1_000)
+    right = refilled(right, 1_500)
+    assert (right.requests, right.tokens) == (5, 50)
+
+
+@pytest.mark.parametrize("limit", [Limit(rpm=7), Limit(tpm=500), Limit(rpm=90, tpm=100)])
+def test_wait_is_just_long_enough(limit: Limit) -> None:
+    """After the wait that is told, and not a hundredth sooner, a call is let through."""
+    now, rng = 0, Random(1)
+    for _ in range(200):
+        limit = refilled(limit, now)
+        wait = wait_ms(limit, 0)
+        if wait:
+            early = refilled(limit, now + math.floor(wait * 0.98) - 1)
+            assert room(early, 0) == 0
+            now += wait
+            limit = refilled(limit, now)
+        assert wait_ms(limit, 0) == 0
+        assert room(limit, 0) != 0
+        limit = debited(limit, 1, rng.randrange(1, 100))
+
+
+def test_unset_limits_hold_nothing_back() -> None:
+    """Without any limit there is room for all; a fixed number counts what is in flight."""
+    assert room(refilled(Limit(), 5), 1_000) is None
+    assert not Limit().binds(8)
+    assert not Limit(slots=8.0).binds(8)
+    assert Limit(slots=7.9).binds(8)
+    assert [room(Limit(concurrency=3), inflight) for inflight in (0, 2, 3, 9)] == [3, 1, 0, 0]
+    assert Limit(concurrency=3, slots=1.0).at_a_time == 3
+    assert Limit(slots=0.2).at_a_time == 1
+
+
+def test_slots_double_then_grow_by_one() -> None:
+    """Each round of calls that go well doubles them up to the threshold, then adds one, up to what workers have."""
+    limit = Limit(slots=8.0)
+    for expected in (16, 32, 64, 100, 100):
+        limit = grown(limit, round(limit.slots or 0), 100)
+        assert limit.slots == expected
+    assert grown(limit, 5, 8) == limit  # most workers have ended; the next ones need not learn anew
+    after = cut(limit, began=1_000, now=2_000, inflight=100, ceiling=100)
+    assert (after.slots, after.threshold, after.cut_at) == (50, 50, 2_000)
+    rounds = after
+    for _ in range(10):
+        for _ in range(round(rounds.slots or 0)):
+            rounds = grown(rounds, 1, 100)
+    assert 59 <= (rounds.slots or 0) <= 61
+
+
+def test_one_cut_for_each_round() -> None:
+    """Calls that began before the cut say nothing new; what is cut is what was in flight, and one call always stays."""
+    limit = cut(Limit(), began=0, now=1_000, inflight=40, ceiling=64)
+    assert limit.slots == 20
+    assert cut(limit, began=900, now=1_100, inflight=40, ceiling=64) == limit
+    again = cut(limit, began=1_050, now=1_200, inflight=30, ceiling=64)
+    assert again.slots == 10
+    for now in range(2_000, 10_000, 1_000):
+        again = cut(again, began=now, now=now, inflight=1, ceiling=64)
+    assert again.slots == 1
+    assert grown(Limit(rpm=5), 10, 64) == Limit(rpm=5)

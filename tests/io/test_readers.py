@@ -1,0 +1,675 @@
+"""How files and streams become items, and how wrong ones are refused."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import itertools
+import json
+import os
+import re
+import sys
+import threading
+import tracemalloc
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from lbr.core.errors import InputError, UsageError
+from lbr.core.types import Item, Prompt
+from lbr.io import readers
+from lbr.io.readers import InputFormat, check_sources, is_stream, load_text, read_items
+from lbr.io.sources import Source
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def write(folder: Path, name: str, content: str | bytes) -> str:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
+
+
+def read(path: str, **options: Any) -> list[Item]:
+    return list(read_items([path], **options))
+
+
+def texts(path: str, **options: Any) -> list[str | None]:
+    return [item.prompt.text for item in read(path, **options)]
+
+
+def pipe_in(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+def refused(path: str, line: int, message: str, **options: Any) -> None:
+    """Check that reading ends in an InputError that names the file, the line and the matter."""
+    with pytest.raises(InputError, match=re.escape(f"{path}, line {line}: ") + message) as caught:
+        read(path, **options)
+    assert (caught.value.source, caught.value.line) == (path, line)
+
+
+class TestText:
+    """A line is a prompt."""
+
+    def test_each_line_is_an_item_that_knows_its_place(self, tmp_path: Path) -> None:
+        """Every line becomes an item, with file and line number."""
+        path = write(tmp_path, "in.txt", "one\n two \n")
+        assert read(path) == [
+            Item(Prompt(text="one"), source=path, line=1),
+            Item(Prompt(text=" two "), source=path, line=2),
+        ]
+
+    @pytest.mark.parametrize(
+        "content",
+        [b"a\nb\n", b"a\nb", b"a\r\nb\r\n", b"\xef\xbb\xbfa\nb\n", b"a\nb\n\n  \n\r\n"],
+        ids=["lf", "no end", "crlf", "bom", "blank end"],
+    )
+    def test_line_ends_bom_and_blank_end_do_not_matter(self, tmp_path: Path, content: str | bytes) -> None:
+        """The same prompts come out whatever way the file marks its lines and its end."""
+        assert texts(write(tmp_path, "in.txt", content)) == ["a", "b"]
+
+    def test_only_line_feeds_end_lines(self, tmp_path: Path) -> None:
+        """Separators that Unicode calls line ends stay within the prompt."""
+        assert texts(write(tmp_path, "in.txt", "a\u2028b\x0cc\x85d\n")) == ["a\u2028b\x0cc\x85d"]
+
+    def test_an_empty_file_has_no_items(self, tmp_path: Path) -> None:
+        """A file of no lines gives no items."""
+        assert read(write(tmp_path, "in.txt", "")) == []
+
+    @pytest.mark.parametrize("blank", ["", "   ", "\t"])
+    def test_a_blank_line_between_prompts_is_refused(self, tmp_path: Path, blank: str) -> None:
+        """A blank line that others follow is an error at that line."""
+        path = write(tmp_path, "in.txt", f"a\n{blank}\n\nb\n")
+        refused(path, 2, "expected a prompt, got: an empty line; remove it, or use JSONL")
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [("in.txt", b"ok\nna\xefve\n"), ("in.jsonl", b'{"prompt":"a"}\n{"prompt":"\xe9"}\n')],
+    )
+    def test_a_wrong_byte_is_named_with_its_line(
+        self, tmp_path: Path, name: str, content: str | bytes
+    ) -> None:
+        """Bytes that are not UTF-8 are an error that says to convert the file."""
+        refused(
+            write(tmp_path, name, content), 2, "expected UTF-8, got: 0xe[9f] as byte .*; convert the file"
+        )
+
+    @pytest.mark.parametrize(
+        ("content", "got"),
+        [
+            ("a".encode("utf-16"), "0xff as byte 1"),
+            ("a".encode("utf-16-le"), "a NUL character"),
+            (b"\0", "a NUL"),
+        ],
+    )
+    def test_utf_16_and_nul_are_refused(self, tmp_path: Path, content: str | bytes, got: str) -> None:
+        """Text in another encoding is never taken for prompts."""
+        refused(write(tmp_path, "in.txt", content), 1, f"expected .*, got: {got}")
+
+    def test_memory_does_not_grow_with_the_input(self, tmp_path: Path) -> None:
+        """A file of 30 MB is read within 2 MB."""
+        path = tmp_path / "in.txt"
+        with path.open("wb") as file:
+            for _ in range(30):
+                file.write((b"x" * 999 + b"\n") * 1_000)
+        tracemalloc.start()
+        try:
+            count = sum(1 for _ in read_items([str(path)]))
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert count == 30_000
+        assert peak < 2_000_000
+
+
+class TestJsonl:
+    """A line is an object."""
+
+    def test_prompt_id_and_metadata(self, tmp_path: Path) -> None:
+        """The prompt and the id are taken out, the other fields are metadata."""
+        path = write(
+            tmp_path,
+            "in.jsonl",
+            '{"prompt":"a"}\r\n{"id":7,"prompt":"b","n":1.5,"deep":{"x":[null]}}\n'
+            '{"custom_id":"c-1","prompt":"c"}\n{"id":null,"prompt":"d"}\n\n',
+        )
+        assert [(item.prompt.text, item.custom_id, item.metadata, item.line) for item in read(path)] == [
+            ("a", None, None, 1),
+            ("b", "7", {"n": 1.5, "deep": {"x": [None]}}, 2),
+            ("c", "c-1", None, 3),
+            ("d", None, None, 4),
+        ]
+
+    def test_messages(self, tmp_path: Path) -> None:
+        """Chat messages are taken as they are, their content text or parts."""
+        path = write(
+            tmp_path,
+            "in.jsonl",
+            '{"messages":[{"role":"system","content":"s"},{"role":"user","content":[{"type":"text","text":"t"}]}]}',
+        )
+        messages = (
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": [{"type": "text", "text": "t"}]},
+        )
+        assert read(path) == [Item(Prompt(messages=messages), source=path, line=1)]
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ("oops", "expected one whole JSON object, got: unexpected character"),
+            ('{"prompt":"\\ud800"}', "expected one whole JSON object, got: no low surrogate"),
+            ('{"prompt":NaN}', "expected one whole JSON object, got: "),
+            ("[" * 5000, "expected one whole JSON object, got: "),
+            ("[1]", r"expected a JSON object, got: \[1\]"),
+            ('"a"', "expected a JSON object, got: 'a'"),
+            ("{}", "expected one of the fields prompt and messages, got: none; set --prompt-column"),
+            ('{"text":"a","n":1}', "expected one of the fields prompt and messages, got: 'text', 'n'; "),
+            (
+                '{"prompt":"a","messages":[]}',
+                "expected one of the fields prompt and messages, got: 'prompt', ",
+            ),
+            ('{"prompt":" "}', "expected prompt to say something, got: ' '"),
+            ('{"prompt":5}', "expected prompt to be a string, got: 5"),
+            ('{"prompt":null}', "expected prompt to be a string, got: None"),
+            ('{"prompt":"a\\u0000"}', "expected text, got: a NUL character"),
+            ('{"prompt":"a","x":["\\\\\\u0000"]}', "expected text, got: a NUL character"),
+            ('{"prompt":"a","id":true}', "expected the id to be a string or a whole number, got: True"),
+            ('{"prompt":"a","id":1.5}', "expected the id to be a string or a whole number, got: 1.5"),
+            ('{"prompt":"a","id":1,"custom_id":2}', "expected one of the fields id and custom_id, got: both"),
+            ('{"messages":[]}', r"expected messages to be a list of at least one, got: \[\]"),
+            ('{"messages":"a"}', "expected messages to be a list of at least one, got: 'a'"),
+            ('{"messages":["a"]}', "expected each message to be an object, got: 'a'"),
+            (
+                '{"messages":[{"role":"tool","content":"a"}]}',
+                "expected the role to be one of .*, got: 'tool'",
+            ),
+            ('{"messages":[{"role":["user"],"content":"a"}]}', "expected the role to be one of .*, got: "),
+            ('{"messages":[{"role":"user"}]}', "expected the content to be a string or a list .*, got: None"),
+            (
+                '{"messages":[{"role":"user","content":["a"]}]}',
+                "expected the content to be a string or a list",
+            ),
+            ('{"prompt":"a","x":' + "[" * 260 + "]" * 260 + "}", "expected at most 250 levels of nesting"),
+        ],
+    )
+    def test_a_wrong_line_is_refused(self, tmp_path: Path, line: str, message: str) -> None:
+        """What is wrong with a line is said with file and line, right lines before it are read."""
+        path = write(tmp_path, "in.jsonl", f'{{"prompt":"fine"}}\n{line}\n{{"prompt":"fine"}}\n')
+        items = read_items([path])
+        assert next(items).prompt.text == "fine"
+        refused(path, 2, message)
+
+    def test_an_escaped_backslash_before_u0000_is_no_nul(self, tmp_path: Path) -> None:
+        """A prompt that talks about the escape is a prompt like any other."""
+        assert texts(write(tmp_path, "in.jsonl", r'{"prompt":"\\u0000"}')) == [r"\u0000"]
+
+    def test_a_blank_line_between_objects_is_refused(self, tmp_path: Path) -> None:
+        """A blank line is accepted at the end only."""
+        path = write(tmp_path, "in.jsonl", '{"prompt":"a"}\n\n{"prompt":"b"}\n')
+        refused(path, 2, "expected a prompt, got: an empty line; remove it")
+
+    def test_a_long_value_is_shortened(self, tmp_path: Path) -> None:
+        """A message never carries a whole prompt along."""
+        path = write(tmp_path, "in.jsonl", '"' + "x" * 100_000 + '"')
+        with pytest.raises(InputError) as caught:
+            read(path)
+        assert len(str(caught.value)) < len(path) + 200
+
+    def test_prompt_column_names_the_field(self, tmp_path: Path) -> None:
+        """Any field can be the prompt; the others are metadata, even one named prompt."""
+        path = write(tmp_path, "in.jsonl", '{"question":"a","prompt":"p","id":1}\n')
+        assert read(path, prompt_column="question") == [
+            Item(Prompt(text="a"), custom_id="1", metadata={"prompt": "p"}, source=path, line=1)
+        ]
+
+    def test_a_missing_prompt_column_is_refused(self, tmp_path: Path) -> None:
+        """A line without the named field is an error that names those it has."""
+        path = write(tmp_path, "in.jsonl", '{"q":"a"}\n{"prompt":"p"}\n')
+        refused(path, 2, "expected a field 'q', got: 'prompt'", prompt_column="q")
+
+
+class TestCsv:
+    """A record is a row under the header."""
+
+    @pytest.mark.parametrize(("name", "comma"), [("in.csv", ","), ("in.tsv", "\t")])
+    def test_prompt_id_and_metadata(self, tmp_path: Path, name: str, comma: str) -> None:
+        """The prompt and the id are taken out, the other columns are metadata, lines count from the record's start."""
+        rows = ["id,prompt,city", '1,"two\nlines",Oslo', ',"say ""hi""",', "3,c,Rome", "", ""]
+        path = write(tmp_path, name, "\n".join(rows).replace(",", comma))
+        assert read(path) == [
+            Item(Prompt(text="two\nlines"), "1", {"city": "Oslo"}, path, 2),
+            Item(Prompt(text='say "hi"'), None, {"city": ""}, path, 4),
+            Item(Prompt(text="c"), "3", {"city": "Rome"}, path, 5),
+        ]
+
+    def test_bom_and_crlf(self, tmp_path: Path) -> None:
+        """A file as spreadsheets write it is read as it is meant."""
+        path = write(tmp_path, "in.csv", b"\xef\xbb\xbfprompt\r\na\r\n\r\n")
+        assert read(path) == [Item(Prompt(text="a"), source=path, line=2)]
+
+    def test_prompt_column_names_the_column(self, tmp_path: Path) -> None:
+        """Any column can be the prompt; the others are metadata, even one named prompt."""
+        path = write(tmp_path, "in.csv", "q,prompt,messages\na,p,m\n")
+        assert read(path, prompt_column="q") == [
+            Item(Prompt(text="a"), metadata={"prompt": "p", "messages": "m"}, source=path, line=2)
+        ]
+
+    def test_a_column_named_messages_is_metadata(self, tmp_path: Path) -> None:
+        """CSV has no chat messages, so the name means nothing there."""
+        path = write(tmp_path, "in.csv", "prompt,messages\na,m\n")
+        assert read(path) == [Item(Prompt(text="a"), metadata={"messages": "m"}, source=path, line=2)]
+
+    def test_the_id_may_be_the_prompt(self, tmp_path: Path) -> None:
+        """A column named as the prompt is the prompt, whatever its name."""
+        path = write(tmp_path, "in.csv", "id,custom_id\na,7\n")
+        assert read(path, prompt_column="id") == [Item(Prompt(text="a"), "7", None, path, 2)]
+
+    def test_a_huge_cell(self, tmp_path: Path) -> None:
+        """A cell may be longer than Python's csv module allows by itself."""
+        assert texts(write(tmp_path, "in.csv", "prompt\n" + "x" * 1_000_000)) == ["x" * 1_000_000]
+
+    @pytest.mark.parametrize(
+        ("content", "line", "message"),
+        [
+            ("prompt,prompt\na,b\n", 1, "expected different column names, got twice: 'prompt'"),
+            ("prompt,\na,b\n", 1, "expected a name for every column, got: 'prompt', ''"),
+            ("\nprompt\na\n", 1, "expected a prompt, got: an empty line"),
+            ("prompt,x\na,b\nc\n", 3, "expected 2 cells as in line 1, got: 1"),
+            ('prompt,x\n"a\n",b\nc,d,e\n', 4, "expected 2 cells as in line 1, got: 3"),
+            ("prompt\na\n\nb\n", 3, "expected a prompt, got: an empty line"),
+            ("prompt,x\na,b\n ,d\n", 3, "expected prompt to say something, got: ' '"),
+            (
+                'prompt,x\na,b\n"c\n,d\n',
+                3,
+                "expected a well-formed record, got: unexpected end of data; close",
+            ),
+            ('prompt,x\na,b\n"c"d,e\n', 3, "expected a well-formed record, got: ',' expected after '\"'"),
+            ("id,custom_id,prompt\n1,2,a\n", 2, "expected one of the fields id and custom_id, got: both"),
+        ],
+    )
+    def test_a_wrong_record_is_refused(self, tmp_path: Path, content: str, line: int, message: str) -> None:
+        """What is wrong with a record is said with the line that it starts in."""
+        refused(write(tmp_path, "in.csv", content), line, message)
+
+    @pytest.mark.parametrize("content", ["", "\n", "\ufeff"])
+    def test_an_empty_file_is_refused(self, tmp_path: Path, content: str | bytes) -> None:
+        """A file without a header is an error, for nobody can say what its columns were."""
+        path = write(tmp_path, "in.csv", content)
+        with pytest.raises(InputError, match=re.escape(path) + ": expected a header row, got: an empty file"):
+            read(path)
+
+    @pytest.mark.parametrize("column", [None, "nope"])
+    def test_a_missing_column_is_refused(self, tmp_path: Path, column: str | None) -> None:
+        """Without the prompt's column the error names those there are, and both flags."""
+        path = write(tmp_path, "in.csv", "q,city\na,b\n")
+        message = (
+            f"expected a column '{column or 'prompt'}', got: 'q', 'city'; set --prompt-column or --template"
+        )
+        with pytest.raises(UsageError, match=re.escape(f"{path}: {message}")):
+            read(path, prompt_column=column)
+
+
+class TestLargeNumbers:
+    """A whole number that would lose its last digits is refused; every other one stays what it is."""
+
+    LARGE = "12345678901234567890123"
+
+    @pytest.mark.parametrize(
+        ("record", "field", "number"),
+        [
+            (f'{{"prompt":"a","n":{LARGE}}}', "n", LARGE),
+            (f'{{"prompt":"a","n":-{LARGE}}}', "n", f"-{LARGE}"),
+            (f'{{"prompt":"a","id":{LARGE}}}', "id", LARGE),
+            (f'{{"prompt":"a","of":{{"mine":[1,{LARGE}]}}}}', "of.mine[1]", LARGE),
+            (f'{{"messages":[{{"role":"user","content":"a","n":{LARGE}}}]}}', "messages[0].n", LARGE),
+            ('{"prompt":"a","n":18446744073709551616}', "n", "18446744073709551616"),
+            ('{"prompt":"a","n":-9223372036854775809}', "n", "-9223372036854775809"),
+            (f'{{"prompt":"a","n":1,"m":{"9" * 100}}}', "m", "9" * 80 + "…"),
+        ],
+    )
+    def test_is_refused(self, tmp_path: Path, record: str, field: str, number: str) -> None:
+        """The field and the number, as it stands in the file, are named."""
+        path = write(tmp_path, "in.jsonl", f'{{"prompt":"b"}}\n{record}\n')
+        message = (
+            f"expected '{field}' to be a whole number of at most 64 bits, got: {number}; put it in quotes"
+        )
+        refused(path, 2, re.escape(message))
+
+    @pytest.mark.parametrize(
+        "value",
+        [
+            "18446744073709551615",
+            "-9223372036854775808",
+            "1e30",
+            "-1.5e300",
+            "123456789012345678901.5",
+            '"12345678901234567890123"',
+            '["12345678901234567890123", 1e25]',
+            "0.12345678901234567890123",
+        ],
+    )
+    def test_others_are_kept(self, tmp_path: Path, value: str) -> None:
+        """Numbers with a point or an exponent are floats, and digits in quotes are text."""
+        (item,) = read(write(tmp_path, "in.jsonl", f'{{"prompt":"{"1" * 40}","n":{value}}}'))
+        assert item.metadata == {"n": json.loads(value)}
+
+
+class TestTemplate:
+    """A template makes prompts of records."""
+
+    @pytest.mark.parametrize(
+        ("name", "content", "metadata"),
+        [
+            ("in.txt", "Oslo\n", {"prompt": "Oslo"}),
+            ("in.jsonl", '{"prompt":"Oslo","id":1}\n', {"prompt": "Oslo"}),
+            ("in.jsonl", '{"prompt":"Oslo","messages":3}\n', {"prompt": "Oslo", "messages": 3}),
+            ("in.csv", "prompt,id\nOslo,1\n", {"prompt": "Oslo"}),
+        ],
+    )
+    def test_fields_fill_the_template_and_stay_as_metadata(
+        self, tmp_path: Path, name: str, content: str | bytes, metadata: dict[str, object]
+    ) -> None:
+        """Every format's fields are variables, and all but the id come back as metadata."""
+        (item,) = read(write(tmp_path, name, content), template="Where is <{{ prompt }}>?\n")
+        assert (item.prompt, item.metadata) == (Prompt(text="Where is <Oslo>?\n"), metadata)
+
+    def test_the_id_is_a_variable(self, tmp_path: Path) -> None:
+        """The id can be named in a template, and is the item's id all the same."""
+        (item,) = read(
+            write(tmp_path, "in.jsonl", '{"id":7,"x":{"y":[1]}}'), template="{{ id }} {{ x.y[0] }}"
+        )
+        assert item.prompt.text == "7 1"
+        assert item.custom_id == "7"
+        assert item.metadata == {"x": {"y": [1]}}
+
+    @pytest.mark.parametrize(
+        ("template", "message"),
+        [
+            ("{{ city }}", "UndefinedError: 'city' is undefined; the fields are: 'n', 'items'"),
+            ("{{ items.city }}", "UndefinedError"),
+            ("{{ n.__class__.__mro__ }}", "SecurityError"),
+            ("{{ items.append(1) }}", "SecurityError"),
+            ("{{ n + 'a' }}", "TypeError"),
+            ("{{ n / (n - n) }}", "ZeroDivisionError"),
+            ("{{ range(10 ** 9) }}{{ n }}", "OverflowError"),
+            ("{% include 'x' %}{{ n }}", "TypeError"),
+        ],
+    )
+    def test_a_template_that_cannot_be_rendered_is_refused(
+        self, tmp_path: Path, template: str, message: str
+    ) -> None:
+        """Whatever goes wrong in a template is an error of the record at hand."""
+        path = write(tmp_path, "in.jsonl", '{"n":1,"items":[]}\n')
+        refused(path, 1, f"expected the template to render, got: {message}", template=template)
+
+    @pytest.mark.parametrize(
+        ("template", "message"),
+        [
+            ("{% if n is defined %}x{% endif %}", "to say something, got: ''"),
+            ('{{ "\\ud800" if n is undefined }}', "to be Unicode, got: half a surrogate pair"),
+            ('{{ "\\x00" if n is undefined }}', "to be text, got: a NUL character"),
+        ],
+    )
+    def test_what_is_no_prompt_is_refused(self, tmp_path: Path, template: str, message: str) -> None:
+        """A rendered prompt has to be one that can be stored and sent."""
+        path = write(tmp_path, "in.jsonl", "{}\n")
+        refused(path, 1, f"expected the rendered template {message}", template=template)
+
+    @pytest.mark.parametrize(
+        ("template", "field"),
+        [
+            ("{{ topic }}", "topic"),
+            ("About {{ topic }}, in {{ n }} words", "topic"),
+            ("{{ user.name }}", "user.name"),
+            ("{{ user['name'] }}", "user.name"),
+            ("{{ xs[1] }}", "xs[1]"),
+            ("{{ topic|upper|trim }}", "topic"),
+            ("{{ 'about ' ~ topic }}", "topic"),
+            ("{% for x in xs %}{{ x }}{% endfor %}", "x"),
+            ("{{ user.get('name') }}", "user.get(…)"),
+            ("{{ topic|default('none given') }}", "topic"),
+            ("{{ user.name or topic }}", "user, topic"),
+        ],
+    )
+    def test_a_null_is_not_written_into_a_prompt(self, tmp_path: Path, template: str, field: str) -> None:
+        """A placeholder without a value would make a prompt that says None; the field and the record are named."""
+        record = '{"topic":null,"n":3,"user":{"name":null},"xs":["a",null]}'
+        path = write(
+            tmp_path, "in.jsonl", f'{{"topic":"x","n":1,"user":{{"name":"y"}},"xs":["a","b"]}}\n{record}'
+        )
+        message = f"expected '{field}' to have a value for the template, got: null; fill it in"
+        refused(path, 2, re.escape(message), template=template)
+
+    @pytest.mark.parametrize(
+        ("template", "prompt"),
+        [
+            ("{{ topic or 'anything' }}", "anything"),
+            ("{{ topic|default('anything', true) }}", "anything"),
+            ("{% if topic is none %}anything{% else %}{{ topic }}{% endif %}", "anything"),
+            ("{{ 'anything' if topic is none else topic }}", "anything"),
+            ("a{% if topic %} {{ topic }}{% endif %}", "a"),
+            ("{{ topic|tojson }}", "null"),
+            ("{{ user|tojson }}", '{"name": null}'),
+            ("{{ xs|select|join('-') }}", "a"),
+            ("{{ n }}{{ zero }}{{ no }}", "30False"),
+        ],
+    )
+    def test_a_template_may_say_what_stands_for_null(
+        self, tmp_path: Path, template: str, prompt: str
+    ) -> None:
+        """A condition of the template's own, and JSON, go on to take a null for what it is."""
+        record = '{"topic":null,"n":3,"zero":0,"no":false,"user":{"name":null},"xs":["a",null]}'
+        (item,) = read(write(tmp_path, "in.jsonl", record), template=template)
+        assert item.prompt.text == prompt
+
+    @pytest.mark.parametrize("template", ["prompt.txt", "Summarise {review}", ""])
+    def test_a_template_that_names_nothing_is_refused(self, tmp_path: Path, template: str) -> None:
+        """A template that would make every prompt the same is a mistake: a forgotten @, or the wrong braces."""
+        path = write(tmp_path, "in.jsonl", "{}\n")
+        with pytest.raises(UsageError, match="a template that names a field"):
+            read_items([path], template=template)
+
+    @pytest.mark.parametrize(
+        ("name", "content", "columns"),
+        [("in.csv", "a,b\n1,2\n", "'a', 'b'"), ("in.txt", "a\n", "'prompt'")],
+    )
+    def test_a_column_that_is_not_there_is_refused(
+        self, tmp_path: Path, name: str, content: str | bytes, columns: str
+    ) -> None:
+        """Where the columns are known, the error comes before the first item and names them."""
+        path = write(tmp_path, name, content)
+        message = f"{path}: expected the columns that the template names, got no 'city'; there are: {columns}"
+        with pytest.raises(UsageError, match=re.escape(message)):
+            next(read_items([path], template="{% for i in range(2) %}{{ city }}{% endfor %}"))
+
+    @pytest.mark.parametrize(("template", "line"), [("{{ a", 1), ("x\n{{ a | nope }}", 2), ("{% if %}", 1)])
+    def test_a_template_that_is_none_is_refused_at_once(
+        self, tmp_path: Path, template: str, line: int
+    ) -> None:
+        """A template is compiled before anything is read."""
+        path = write(tmp_path, "in.txt", "a\n")
+        with pytest.raises(UsageError, match=rf"expected a Jinja template, got: .* \(line {line}\)"):
+            read_items([path], template=template)
+
+    def test_load_text(self, tmp_path: Path) -> None:
+        """A template, or instructions, are the argument itself, or what stands in the file after @."""
+        path = write(tmp_path, "t.j2", b"\xef\xbb\xbfHi {{ a }}\n")
+        assert load_text("Hi {{ a }}", "a template") == "Hi {{ a }}"
+        assert load_text(f"@{path}", "a template") == "Hi {{ a }}"
+
+    @pytest.mark.parametrize(
+        ("held", "meant"),
+        [("a", "a"), ("a\n", "a"), ("a\r\n", "a"), ("a\n\n", "a\n"), ("\na ", "\na "), ("\n", "")],
+    )
+    def test_the_line_break_that_ends_a_file_is_not_meant(
+        self, tmp_path: Path, held: str, meant: str
+    ) -> None:
+        """An editor puts one there; whoever means one writes another."""
+        path = write(tmp_path, "t.txt", held.encode())
+        assert load_text(f"@{path}", "instructions") == meant
+        assert load_text(held, "instructions") == held
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("none", "expected a template at .*, got: No such file or directory"),
+            ("folder", "expected a template at .*, got: Is a directory"),
+            ("latin", "expected .* to be UTF-8, got: 0xe9 as byte 2; convert it"),
+        ],
+    )
+    def test_load_text_refuses(self, tmp_path: Path, name: str, message: str) -> None:
+        """A template file that cannot be read is a usage error."""
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "latin").write_bytes(b"h\xe9")
+        with pytest.raises(UsageError, match=message):
+            load_text(f"@{tmp_path / name}", "a template")
+
+
+class TestSources:
+    """What may be read, and in which way."""
+
+    def test_sources_are_read_in_order_each_in_its_format(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Files and stdin follow each other as they were named."""
+        pipe_in(monkeypatch, b"from stdin\n")
+        first = write(tmp_path, "a.ndjson", '{"prompt":"json"}')
+        last = write(tmp_path, "b.CSV", "prompt\ncsv\n")
+        items = list(read_items([first, "-", last]))
+        assert [(item.prompt.text, item.source, item.line) for item in items] == [
+            ("json", first, 1),
+            ("from stdin", "stdin", 1),
+            ("csv", last, 2),
+        ]
+
+    def test_format_beats_the_ending(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The format as given holds for every source, stdin too."""
+        pipe_in(monkeypatch, b'{"prompt":"b"}')
+        path = write(tmp_path, "in.json", '{"prompt":"a"}')
+        items = read_items([path, "-"], format=InputFormat.JSONL)
+        assert [item.prompt.text for item in items] == ["a", "b"]
+
+    def test_stdin_errors_name_stdin(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Lines of stdin are told apart like those of a file, and stdin stays open."""
+        pipe_in(monkeypatch, b"a\n\nb\n")
+        with pytest.raises(InputError, match=r"^stdin, line 2: "):
+            list(read_items(["-"]))
+        assert not sys.stdin.buffer.closed
+
+    def test_a_closed_stdin_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A process that was started without stdin is told so."""
+        monkeypatch.setattr(sys, "stdin", None)
+        with pytest.raises(UsageError, match="expected prompts on stdin, got: a closed stdin"):
+            list(read_items(["-"]))
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            (
+                "none.txt",
+                "expected a readable file, got: '.*none.txt': No such file or directory; check path",
+            ),
+            ("", "expected an input file, got: the folder .*; name the files in it"),
+            ("a.txt/b", "expected a readable file, got: '.*b': Not a directory"),
+            ("nul\0", "expected a readable file, got: .*null"),
+        ],
+    )
+    def test_all_sources_are_checked_before_anything_is_read(
+        self, tmp_path: Path, name: str, message: str
+    ) -> None:
+        """A source that cannot be read is refused at once, by read_items too."""
+        good = write(tmp_path, "a.txt", "a\n")
+        sources = [good, str(tmp_path / name)]
+        with pytest.raises(UsageError, match=message):
+            check_sources(sources)
+        with pytest.raises(UsageError, match=message):
+            read_items(sources)
+
+    def test_an_unreadable_file_is_refused(self, mortal_folder: Path) -> None:
+        """A file without permission is refused with the reason."""
+        path = mortal_folder / "a.txt"
+        path.write_text("a")
+        path.chmod(0)
+        with pytest.raises(UsageError, match="Permission denied; check path and mode"):
+            check_sources([str(path)])
+
+    @pytest.mark.parametrize(
+        ("sources", "message"),
+        [
+            ([], "expected at least one input, got: none"),
+            (["-", "-"], r"expected - \(stdin\) once, got: it twice"),
+        ],
+    )
+    def test_impossible_lists_of_sources_are_refused(self, sources: list[str], message: str) -> None:
+        """No source at all, and stdin twice, are usage errors."""
+        with pytest.raises(UsageError, match=message):
+            check_sources(sources)
+
+    @pytest.mark.parametrize(
+        ("name", "way_out"),
+        [
+            ("a.json", "JSONL, one object per line"),
+            ("a.parquet", "JSONL or CSV"),
+            ("a.gz", "unpack it first"),
+        ],
+    )
+    def test_formats_that_are_not_read_are_refused(self, tmp_path: Path, name: str, way_out: str) -> None:
+        """An ending that lbr cannot read is refused with a way out instead of being taken for text."""
+        path = write(tmp_path, name, "[]")
+        with pytest.raises(
+            UsageError, match=rf"expected text, JSONL, CSV or TSV, got: .*{name}; .*{way_out}"
+        ):
+            read_items([path])
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"prompt_column": "a"}, "expected --prompt-column with columns, got: .*a.txt as text"),
+            ({"prompt_column": "a", "template": "b"}, "expected --template or --prompt-column, got: both"),
+        ],
+    )
+    def test_flags_that_exclude_each_other_are_refused(
+        self, tmp_path: Path, options: dict[str, Any], message: str
+    ) -> None:
+        """Combinations without a meaning are refused before anything is read."""
+        with pytest.raises(UsageError, match=message):
+            read_items([write(tmp_path, "a.txt", "a\n")], **options)
+
+    def test_a_pipe_is_checked_and_read_without_loss(self, tmp_path: Path) -> None:
+        """Checking a named pipe takes nothing from it."""
+        path = tmp_path / "pipe"
+        os.mkfifo(path)
+        check_sources([str(path)])
+        writer = threading.Thread(target=path.write_text, args=("a\nb\n",))
+        writer.start()
+        assert texts(str(path)) == ["a", "b"]
+        writer.join()
+
+    def test_is_stream(self, tmp_path: Path) -> None:
+        """Stdin, pipes and devices can be read only once, regular files again."""
+        os.mkfifo(tmp_path / "pipe")
+        names = ["-", str(tmp_path / "pipe"), "/dev/null", write(tmp_path, "a.txt", "a")]
+        assert [is_stream(name) for name in names] == [True, True, True, False]
+
+    def test_a_reader_that_is_left_closes_its_file(self, tmp_path: Path) -> None:
+        """Nothing stays open when the consumer stops early."""
+        path = write(tmp_path, "a.txt", "a\nb\n")
+        items = read_items([path])
+        next(items)
+        del items
+        assert path not in [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+
+
+async def test_a_check_of_many_inputs_can_be_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in a long check is heard before the file's end."""
+    path = tmp_path / "in.txt"
+    path.write_text("a\n")
+    source = Source.of(path)
+    monkeypatch.setattr(readers, "read_items", lambda *_, **__: itertools.repeat(Item(Prompt("a"))))
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await source.check()

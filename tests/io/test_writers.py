@@ -1,0 +1,541 @@
+"""How collected rows are written, and what stays when writing fails."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import os
+import re
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import orjson
+import pytest
+
+from lbr.core.errors import LbrError, OutputError, UsageError
+from lbr.core.types import Prompt, Row
+from lbr.io.writers import (
+    CsvWriter,
+    JsonlWriter,
+    OutputFormat,
+    atomic_path,
+    check_output,
+    format_of,
+    open_writer,
+    output_lock,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PLAIN = Row(0, "k0", Prompt(text="one"), "done", result="eins")
+FULL = Row(
+    1,
+    "k1",
+    Prompt(messages=({"role": "user", "content": "zwei, «two»"},)),
+    "failed",
+    error='said "no",\nthen left',
+    custom_id="c-1",
+    metadata={"city": "Oslo", "n": 1.5, "deep": {"x": [None]}, "id": "theirs", "none": None},
+)
+
+
+@pytest.fixture(autouse=True)
+def private_temporary_folder(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keep the locks of tests out of the machine's temporary folder."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("tmp")))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+class Stdout(io.TextIOWrapper):
+    """A stdout whose bytes can be read back."""
+
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO(), encoding="utf-8")
+
+    def written(self) -> bytes:
+        """Return what reached the bytes below the text."""
+        assert isinstance(self.buffer, io.BytesIO)
+        return self.buffer.getvalue()
+
+
+class Broken(io.BytesIO):
+    """A pipe that nobody reads any more."""
+
+    def write(self, data: object) -> int:
+        """Fail as such a pipe does."""
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+class TestFormat:
+    """The ending says how the rows are spelled."""
+
+    @pytest.mark.parametrize(
+        ("path", "expected"),
+        [
+            (None, OutputFormat.JSONL),
+            ("a.jsonl", OutputFormat.JSONL),
+            ("a.b/c.NDJSON", OutputFormat.JSONL),
+            ("a.csv", OutputFormat.CSV),
+            ("a.db", OutputFormat.DB),
+            ("a.sqlite", OutputFormat.DB),
+            ("a.sqlite3", OutputFormat.DB),
+        ],
+    )
+    def test_known_endings(self, path: str, expected: OutputFormat) -> None:
+        """Each ending has its format, stdout is JSONL."""
+        assert format_of(path) is expected
+
+    @pytest.mark.parametrize(
+        ("path", "message"),
+        [
+            (
+                "a.json",
+                "expected an output that ends in one of .jsonl, .ndjson, .csv, .db, .sqlite, .sqlite3, got: a.json",
+            ),
+            ("a", "expected an output that ends in one of .jsonl,"),
+            ("jsonl/", "expected an output that ends in one of .jsonl,"),
+            (
+                "a.parquet",
+                "expected an output that lbr writes, got: a.parquet; Parquet is not supported, use .jsonl",
+            ),
+        ],
+    )
+    def test_other_endings_are_refused(self, path: str, message: str) -> None:
+        """An ending without a format is a usage error that names those there are."""
+        with pytest.raises(UsageError, match=re.escape(message)):
+            format_of(path)
+
+
+class TestCheckOutput:
+    """Whether a file can be written is known before the work is done."""
+
+    @pytest.mark.parametrize("name", ["new.jsonl", "old.jsonl", "link.jsonl"])
+    def test_a_good_path_leaves_no_trace(self, tmp_path: Path, name: str) -> None:
+        """A path that can be written passes, and the folder stays as it was."""
+        (tmp_path / "old.jsonl").write_text("old")
+        (tmp_path / "link.jsonl").symlink_to("old.jsonl")
+        check_output(str(tmp_path / name))
+        assert names(tmp_path) == ["link.jsonl", "old.jsonl"]
+        assert (tmp_path / "old.jsonl").read_text() == "old"
+
+    def test_stdout_passes(self) -> None:
+        """There is nothing to check about stdout."""
+        check_output(None)
+
+    @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/{}", "/proc/self/fd/{}", "link.csv"])
+    def test_what_a_program_has_open_is_refused(self, tmp_path: Path, name: str) -> None:
+        """The file that stdout goes to is not replaced behind its back."""
+        with (tmp_path / "there.csv").open("w") as there:
+            (tmp_path / "link.csv").symlink_to(f"/dev/fd/{there.fileno()}")
+            path = tmp_path / name.format(there.fileno())
+            with pytest.raises(UsageError, match=r"which a program has open; name a file, or .* -o -`"):
+                check_output(str(path))
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("none/a.csv", "expected .*none to be a folder, got: nothing there; create it first"),
+            ("file/a.csv", "expected .*file to be a folder, got: a file; create it first"),
+            ("folder.csv", "expected an output file, got: the folder .*folder.csv; add a file name"),
+            (
+                "pipe.csv",
+                "expected an output file, got: the device or pipe .*pipe.csv; name a file, or .* -o -`",
+            ),
+            ("a\0b.csv", r"expected the output to be a name that a file can have, got: '.*a\\x00b.csv'"),
+            ("\ud800.csv", r"expected the output to be a name that a file can have, got: '.*\\ud800.csv'"),
+        ],
+    )
+    def test_a_path_that_is_no_file_is_refused(self, tmp_path: Path, name: str, message: str) -> None:
+        """What cannot become a file is a usage error."""
+        (tmp_path / "file").write_text("")
+        (tmp_path / "folder.csv").mkdir()
+        os.mkfifo(tmp_path / "pipe.csv")
+        with pytest.raises(UsageError, match=message):
+            check_output(str(tmp_path / name))
+
+    @pytest.mark.parametrize(
+        ("path", "reason"),
+        [("/proc/a.jsonl", ".+"), ("a" * 300 + ".csv", "File name too long"), ("/proc/sys/a.csv", ".+")],
+    )
+    def test_a_refused_file_is_told_with_the_reason(self, path: str, reason: str) -> None:
+        """What the file system refuses, to root too, is an error with its reason."""
+        with pytest.raises(OutputError, match=f"^expected to write {path}, got: {reason}; "):
+            check_output(path)
+
+    def test_a_read_only_folder_is_refused(self, mortal_folder: Path) -> None:
+        """A folder without permission is refused with the reason."""
+        mortal_folder.chmod(0o500)
+        with pytest.raises(OutputError, match="Permission denied"):
+            check_output(str(mortal_folder / "a.csv"))
+
+
+class TestAtomicPath:
+    """A file is whole or not there."""
+
+    def test_the_new_file_takes_the_old_ones_place(self, tmp_path: Path) -> None:
+        """The old content stays until the block ends, then the new one is there, alone."""
+        path = tmp_path / "out.db"
+        path.write_text("old")
+        with atomic_path(path) as temporary:
+            assert temporary.parent == tmp_path
+            assert temporary.name.startswith(f".out.db.{os.getpid()}.")
+            temporary.write_text("new")
+            assert path.read_text() == "old"
+        assert path.read_text() == "new"
+        assert names(tmp_path) == ["out.db"]
+
+    @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, GeneratorExit, OutputError])
+    @pytest.mark.parametrize("old", ["old", None])
+    def test_an_exception_leaves_everything_as_it_was(
+        self, tmp_path: Path, error: type[BaseException], old: str | None
+    ) -> None:
+        """Whatever stops the block, the old file stays and nothing is left beside it."""
+        path = tmp_path / "out.db"
+        if old is not None:
+            path.write_text(old)
+        before = names(tmp_path)
+
+        def fail() -> None:
+            with atomic_path(path) as temporary:
+                temporary.write_text("half")
+                Path(f"{temporary}-wal").write_text("SQLite leaves this")
+                raise error("stop")
+
+        with pytest.raises(error, match="stop"):
+            fail()
+        assert names(tmp_path) == before
+        assert (path.read_text() if path.exists() else None) == old
+
+    @pytest.mark.parametrize("mode", [0o600, 0o664, 0o444])
+    def test_the_mode_of_the_old_file_is_kept(self, tmp_path: Path, mode: int) -> None:
+        """Who could read the old file can read the new one, and nobody else, even on the way."""
+        path = tmp_path / "out.csv"
+        path.write_text("old")
+        path.chmod(mode)
+        with atomic_path(path) as temporary:
+            assert stat.S_IMODE(temporary.stat().st_mode) == 0o600
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+
+    @pytest.mark.parametrize("umask", [0o022, 0o077])
+    def test_a_new_file_has_the_ordinary_mode(self, tmp_path: Path, umask: int) -> None:
+        """A new file gets the mode that any program's new file gets."""
+        before = os.umask(umask)
+        try:
+            with atomic_path(tmp_path / "out.csv"):
+                pass
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE((tmp_path / "out.csv").stat().st_mode) == 0o666 & ~umask
+
+    def test_a_link_stays_a_link(self, tmp_path: Path) -> None:
+        """Writing through a link replaces the file that it leads to."""
+        (tmp_path / "there").mkdir()
+        link = tmp_path / "out.csv"
+        link.symlink_to("there/real.csv")
+        with atomic_path(link) as temporary:
+            temporary.write_text("new")
+        assert link.is_symlink()
+        assert (tmp_path / "there" / "real.csv").read_text() == "new"
+
+    def test_a_long_name_is_no_hindrance(self, tmp_path: Path) -> None:
+        """A name as long as the file system allows can be written."""
+        path = tmp_path / ("é" * 125 + ".csv")
+        with atomic_path(path) as temporary:
+            temporary.write_text("new")
+        assert names(tmp_path) == [path.name]
+
+    def test_a_missing_folder_is_an_output_error(self, tmp_path: Path) -> None:
+        """Without a check before, a missing folder is still told with its reason."""
+        with (
+            pytest.raises(OutputError, match="got: No such file or directory"),
+            atomic_path(tmp_path / "a" / "b"),
+        ):
+            pass
+
+    def test_a_folder_that_came_in_between_is_an_output_error(self, tmp_path: Path) -> None:
+        """What only comes to light at the end is told with its reason, and cleaned up."""
+        path = tmp_path / "out.csv"
+        with pytest.raises(OutputError, match="got: Is a directory"), atomic_path(path):
+            path.mkdir()
+        assert names(tmp_path) == ["out.csv"]
+
+    @pytest.mark.processes
+    def test_a_killed_writer_leaves_the_old_file(self, tmp_path: Path) -> None:
+        """After a kill in the middle the old file is whole, and the next writer succeeds."""
+        code = (
+            "import os, signal, sys; from lbr.io.writers import atomic_path\n"
+            "with atomic_path(sys.argv[1]) as new:\n"
+            "    new.write_text('half')\n"
+            "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        )
+        path = tmp_path / "out.jsonl"
+        path.write_text("old")
+        ended = subprocess.run([sys.executable, "-c", code, str(path)], check=False, timeout=60)
+        assert ended.returncode == -9
+        assert path.read_text() == "old"
+        with atomic_path(path) as temporary:
+            temporary.write_text("new")
+        assert path.read_text() == "new"
+
+
+class TestLock:
+    """Writers of one file go one after the other."""
+
+    async def test_locks_are_private_and_out_of_the_way(self, tmp_path: Path) -> None:
+        """Locks stand in the user's own folder, closed to others."""
+        async with output_lock(tmp_path / "out.csv"):
+            folder = Path(tempfile.gettempdir()) / f"lbr-{os.getuid()}"
+            (lock,) = folder.iterdir()
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert stat.S_IMODE(lock.stat().st_mode) == 0o600
+
+    async def test_a_foreign_lock_folder_is_refused(self, tmp_path: Path) -> None:
+        """A lock folder that somebody else laid out is not trusted."""
+        folder = Path(tempfile.gettempdir()) / f"lbr-{os.getuid()}"
+        folder.symlink_to(tmp_path)
+        with pytest.raises(OutputError, match="to be your own folder, got: another's"):
+            async with output_lock(tmp_path / "a"):
+                pass
+
+    async def test_tasks_of_one_loop_wait_for_each_other(self, tmp_path: Path) -> None:
+        """Two writers in one event loop neither overlap nor block it."""
+        inside: list[str] = []
+
+        async def write(word: str) -> None:
+            async with output_lock(tmp_path / "out.csv"):
+                inside.append(word)
+                await asyncio.sleep(0.05)
+                inside.append(word)
+
+        await asyncio.gather(write("one"), write("two"))
+        assert inside in (["one", "one", "two", "two"], ["two", "two", "one", "one"])
+
+    @pytest.mark.processes
+    def test_two_processes_write_one_after_the_other(self, tmp_path: Path) -> None:
+        """Of two processes that write one file at once, each waits for the other, and the file is whole."""
+        code = (
+            "import asyncio, sys; from lbr.io.writers import atomic_path, output_lock\n"
+            "path, word = sys.argv[1:]\n"
+            "async def main():\n"
+            "    for turn in range(20):\n"
+            "        async with output_lock(path):\n"
+            "            with atomic_path(path) as new, new.open('w') as file:\n"
+            "                others = [o for o in new.parent.glob('.*.tmp') if o != new]\n"
+            "                assert not others, others\n"
+            "                for line in range(2000): file.write(word + '\\n')\n"
+            "asyncio.run(main())\n"
+        )
+        path = tmp_path / "out.jsonl"
+        environment = os.environ | {"TMPDIR": tempfile.gettempdir()}
+        command = [sys.executable, "-c", code, str(path)]
+        writers = [subprocess.Popen([*command, word], env=environment) for word in ("one", "two")]
+        assert [writer.wait(timeout=60) for writer in writers] == [0, 0]
+        assert path.read_text() in ("one\n" * 2000, "two\n" * 2000)
+        assert names(tmp_path) == ["out.jsonl"]
+
+
+class TestJsonl:
+    """A row is a line of JSON."""
+
+    def test_rows_become_lines(self) -> None:
+        """Each row is written as its own dictionary, in order; the id and metadata only where there are any."""
+        handle = io.BytesIO()
+        writer = JsonlWriter(handle)
+        writer.write(iter([PLAIN]))
+        writer.write([FULL])
+        assert (
+            handle.getvalue() == orjson.dumps(PLAIN.to_dict()) + b"\n" + orjson.dumps(FULL.to_dict()) + b"\n"
+        )
+
+    def test_to_a_file(self, tmp_path: Path) -> None:
+        """Rows reach the file whole when the block ends."""
+        path = tmp_path / "out.jsonl"
+        with open_writer(str(path), OutputFormat.JSONL) as writer:
+            writer.write([PLAIN])
+            assert not path.exists()
+        assert path.read_bytes() == (
+            b'{"idx":0,"key":"k0","prompt":"one","status":"done","result":"eins","error":null}\n'
+        )
+
+    def test_no_rows_are_an_empty_file(self, tmp_path: Path) -> None:
+        """Nothing collected is a file of no lines."""
+        path = tmp_path / "out.jsonl"
+        with open_writer(str(path), OutputFormat.JSONL):
+            pass
+        assert path.read_bytes() == b""
+
+    def test_to_stdout(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Rows follow what was printed before, flushed, and stdout stays open."""
+        stdout = Stdout()
+        monkeypatch.setattr(sys, "stdout", stdout)
+        stdout.write("before\n")
+        with open_writer(None, OutputFormat.JSONL) as writer:
+            writer.write([PLAIN])
+        assert stdout.written() == b"before\n" + orjson.dumps(PLAIN.to_dict()) + b"\n"
+
+
+class TestCsv:
+    """A row is a record."""
+
+    def test_rows_become_records(self) -> None:
+        """Own columns come first, then the metadata; what is not text is JSON, None is an empty cell."""
+        handle = io.BytesIO()
+        writer = CsvWriter(handle, ["city", "n", "deep", "id", "none", "nowhere"])
+        writer.write([PLAIN])
+        writer.write([FULL])
+        assert handle.getvalue().decode() == (
+            "idx,id,key,prompt,status,result,error,city,n,deep,metadata.id,none,nowhere\n"
+            "0,,k0,one,done,eins,,,,,,,\n"
+            '1,c-1,k1,"[{""role"":""user"",""content"":""zwei, «two»""}]",failed,,"said ""no"",\nthen left",'
+            'Oslo,1.5,"{""x"":[null]}",theirs,,\n'
+        )
+
+    @pytest.mark.parametrize(
+        "text", ["a\rb", "a\r\nb", "a\nb\n", "x\r\n", '"', ",", " a ", "ü\u2028", "-1.5", "+4e10", "'"]
+    )
+    def test_every_text_comes_back(self, text: str) -> None:
+        """What a CSV reader gets is what the model said, line ends of every kind too."""
+        handle = io.BytesIO()
+        CsvWriter(handle).write([Row(0, "k", Prompt(text=text), "done", result=text)])
+        (row,) = csv.DictReader(io.StringIO(handle.getvalue().decode(), newline=""), strict=True)
+        assert (row["prompt"], row["result"]) == (text, text)
+
+    @pytest.mark.parametrize(
+        "text", ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(1)", "\t=1", "\r=1", "\n=1", "\uff1d1+1", "-"]
+    )
+    def test_no_cell_is_a_formula(self, text: str) -> None:
+        """What a spreadsheet would run has an apostrophe before it, in every column and in the header."""
+        handle = io.BytesIO()
+        row = Row(0, "k", Prompt(text=text), "failed", text, text, text, {text: text})
+        CsvWriter(handle, [text]).write([row])
+        header, cells = csv.reader(io.StringIO(handle.getvalue().decode(), newline=""), strict=True)
+        assert header[-1] == f"'{text}"
+        assert cells == ["0", f"'{text}", "k", f"'{text}", "failed", f"'{text}", f"'{text}", f"'{text}"]
+
+    def test_metadata_names_are_made_distinct(self) -> None:
+        """No two columns share a name, whatever the metadata's names are."""
+        handle = io.BytesIO()
+        CsvWriter(handle, ["id", "metadata.id", "key"])
+        assert handle.getvalue() == (
+            b"idx,id,key,prompt,status,result,error,metadata.id,metadata.metadata.id,metadata.key\n"
+        )
+
+    def test_to_a_file(self, tmp_path: Path) -> None:
+        """A file has its header even when no row is written."""
+        path = tmp_path / "out.csv"
+        with open_writer(str(path), OutputFormat.CSV, metadata_columns=["city"]):
+            pass
+        assert path.read_bytes() == b"idx,id,key,prompt,status,result,error,city\n"
+
+    def test_to_stdout(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """CSV can be piped on, too."""
+        stdout = Stdout()
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with open_writer(None, OutputFormat.CSV) as writer:
+            writer.write([PLAIN])
+        assert stdout.written() == b"idx,id,key,prompt,status,result,error\n0,,k0,one,done,eins,\n"
+
+
+class TestFailures:
+    """What cannot be written is told with file and reason."""
+
+    @pytest.mark.parametrize("format_", [OutputFormat.JSONL, OutputFormat.CSV])
+    @pytest.mark.parametrize("count", [1, 50_000])
+    @pytest.mark.processes
+    def test_a_full_disk_at_stdout(self, format_: OutputFormat, count: int) -> None:
+        """A full disk behind stdout is an error whether it shows while writing or at the end."""
+        code = (
+            "import os, sys; from lbr.io.writers import open_writer, OutputFormat\n"
+            "from lbr.core.types import Prompt, Row\n"
+            "try:\n"
+            "    with open_writer(None, OutputFormat(sys.argv[1])) as writer:\n"
+            "        writer.write([Row(0, 'k', Prompt(text='one'), 'done')] * int(sys.argv[2]))\n"
+            "except Exception as error:\n"
+            "    print(type(error).__name__, error, file=sys.stderr, flush=True)\n"
+            "os._exit(0)\n"
+        )
+        command = [sys.executable, "-c", code, format_, str(count)]
+        with Path("/dev/full").open("wb") as full:
+            ended = subprocess.run(
+                command, stdout=full, stderr=subprocess.PIPE, text=True, check=True, timeout=60
+            )
+        assert ended.stderr == (
+            "OutputError expected to write stdout, got: No space left on device; "
+            "make room or choose another file with -o\n"
+        )
+
+    @pytest.mark.parametrize("format_", [OutputFormat.JSONL, OutputFormat.CSV])
+    @pytest.mark.parametrize("count", [1, 50_000])
+    @pytest.mark.processes
+    def test_a_full_disk_under_a_file(self, tmp_path: Path, format_: OutputFormat, count: int) -> None:
+        """A file that cannot take its rows is an error with its name, and the old file stays."""
+        code = (
+            "import resource, signal, sys; from lbr.io.writers import open_writer, OutputFormat\n"
+            "from lbr.core.types import Prompt, Row\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n"
+            "try:\n"
+            "    with open_writer(sys.argv[1], OutputFormat(sys.argv[2])) as writer:\n"
+            "        writer.write([Row(0, 'k', Prompt(text='one'), 'done')] * int(sys.argv[3]))\n"
+            "except Exception as error:\n"
+            "    print(type(error).__name__, error)\n"
+        )
+        path = tmp_path / "out"
+        path.write_text("old")
+        command = [sys.executable, "-c", code, str(path), format_, str(count)]
+        environment = os.environ | {"TMPDIR": tempfile.gettempdir()}
+        ended = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=True, timeout=60
+        )
+        assert ended.stdout == (
+            f"OutputError expected to write {path}, got: File too large; "
+            "make room or choose another file with -o\n"
+        )
+        assert (names(tmp_path), path.read_text(), ended.stderr) == (["out"], "old", "")
+
+    @pytest.mark.parametrize("writer_class", [JsonlWriter, CsvWriter])
+    def test_a_broken_pipe_is_left_to_the_caller(self, writer_class: type[JsonlWriter | CsvWriter]) -> None:
+        """Somebody who stops reading is no error of the output."""
+        with pytest.raises(BrokenPipeError):
+            writer_class(Broken()).write([PLAIN])
+
+    def test_an_error_of_the_rows_is_not_taken_for_the_files(self, tmp_path: Path) -> None:
+        """What fails while rows are fetched passes as it is, and nothing is written."""
+
+        def rows() -> Iterator[Row]:
+            yield PLAIN
+            raise ConnectionError("the database is gone")
+
+        with (
+            pytest.raises(ConnectionError, match="the database is gone"),
+            open_writer(str(tmp_path / "out.csv"), OutputFormat.CSV) as writer,
+        ):
+            writer.write(rows())
+        assert names(tmp_path) == []
+
+    @pytest.mark.parametrize("format_", [OutputFormat.DB])
+    def test_a_database_is_not_written_row_by_row(self, tmp_path: Path, format_: OutputFormat) -> None:
+        """The format that needs more than lines is refused."""
+        with (
+            pytest.raises(UsageError, match="expected an output of lines, got: a database"),
+            open_writer(str(tmp_path / "a.db"), format_),
+        ):
+            pass
+        assert names(tmp_path) == []
+
+    def test_a_closed_stdout_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A process that was started without stdout is told so."""
+        monkeypatch.setattr(sys, "stdout", None)
+        with pytest.raises(LbrError, match="expected an open stdout"), open_writer(None, OutputFormat.JSONL):
+            pass

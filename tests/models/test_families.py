@@ -1,0 +1,419 @@
+"""What providers really answer when a call fails, each with its family: status, headers and body over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from typing import Any
+
+import pytest
+
+from lbr.core.errors import CallError, Family
+from lbr.core.retry import failure_of, is_overload
+from lbr.core.types import JobId, Prompt, Task
+from lbr.models.base import Request
+from lbr.models.pydantic_ai import PydanticAIModel
+from tests.support.scripted_server import Scripted
+
+OPENAI = "openai-chat:gpt-4o-mini"
+RESPONSES = "openai:gpt-4o-mini"
+OPENROUTER = "openrouter:google/gemini-2.5-flash"
+ANTHROPIC = "anthropic:claude-of-this-test"
+GOOGLE = "google:gemini-2.5-flash"
+OLLAMA = "ollama:llama3.2"
+
+ACCOUNT, LIMITED = Family.ACCOUNT, Family.RATE_LIMITED
+PERMANENT, TRANSIENT = Family.PERMANENT, Family.TRANSIENT
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give every provider a key, and no URL but the one of the test."""
+    for name in list(os.environ):
+        if name.endswith(("_API_KEY", "_BASE_URL")):
+            monkeypatch.delenv(name)
+    for provider in ("OPENAI", "OPENROUTER", "ANTHROPIC", "GOOGLE"):
+        monkeypatch.setenv(f"{provider}_API_KEY", "a-key-of-this-test")
+
+
+async def fail(monkeypatch: pytest.MonkeyPatch, model: str, server: Any) -> CallError:
+    """Ask a model at a server that does not answer well; return how it failed."""
+    root = server.url.removesuffix("/v1")
+    for name, url in {
+        "OPENAI_BASE_URL": server.url,
+        "OPENROUTER_BASE_URL": server.url,
+        "OLLAMA_BASE_URL": server.url,
+        "ANTHROPIC_BASE_URL": root,
+        "GOOGLE_GEMINI_BASE_URL": root,
+    }.items():
+        monkeypatch.setenv(name, url)
+    asked = Request(prompt=Prompt(text="hello"), task=Task(model=model), job_id=JobId(1), seq=1, timeout=30)
+    built = PydanticAIModel(model, task_settings={})
+    try:
+        with pytest.raises(CallError) as caught:
+            await built.answer(asked)
+    finally:
+        await built.aclose()
+    assert len(server.asked) == 1, "one call is one request"
+    return caught.value
+
+
+def openai(message: str, type_: Any = None, code: Any = None) -> dict[str, Any]:
+    """Return an error as OpenAI words it."""
+    return {"error": {"message": message, "type": type_, "param": None, "code": code}}
+
+
+def anthropic(type_: str, message: str) -> dict[str, Any]:
+    """Return an error as Anthropic words it."""
+    return {"type": "error", "error": {"type": type_, "message": message}, "request_id": "req_011"}
+
+
+def google(code: int, status: str, message: str, *details: Any) -> dict[str, Any]:
+    """Return an error as Google words it."""
+    return {"error": {"code": code, "message": message, "status": status, "details": list(details)}}
+
+
+def openrouter(code: int, message: str, **metadata: Any) -> dict[str, Any]:
+    """Return an error as OpenRouter words it."""
+    error: dict[str, Any] = {"code": code, "message": message}
+    return {"error": error | ({"metadata": metadata} if metadata else {}), "user_id": "user_1"}
+
+
+PLAN = "You exceeded your current quota, please check your plan and billing details."
+MINUTE = {
+    "@type": "type.googleapis.com/google.rpc.QuotaFailure",
+    "violations": [{"quotaId": "GenerateRequestsPerMinutePerProjectPerModel-FreeTier"}],
+}
+DAY = {
+    "@type": "type.googleapis.com/google.rpc.QuotaFailure",
+    "violations": [{"quotaId": "GenerateRequestsPerDayPerProjectPerModel-FreeTier"}],
+}
+DELAY = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "14s"}
+KEY_INVALID = {"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "API_KEY_INVALID"}
+TOO_LONG = "This model's maximum context length is 8192 tokens. However, you requested 9001 tokens."
+
+REFUSALS = [
+    # OpenAI
+    (OPENAI, 400, openai(TOO_LONG, "invalid_request_error", "context_length_exceeded"), PERMANENT),
+    (RESPONSES, 400, openai(TOO_LONG, "invalid_request_error", "context_length_exceeded"), PERMANENT),
+    (OPENAI, 400, openai("Invalid prompt: flagged", "invalid_request_error", "invalid_prompt"), PERMANENT),
+    (OPENAI, 400, openai("Billing hard limit has been reached", "x", "billing_hard_limit_reached"), ACCOUNT),
+    (OPENAI, 401, openai("Incorrect API key provided", "invalid_request_error", "invalid_api_key"), ACCOUNT),
+    (OPENAI, 403, openai("Country not supported", "request_forbidden", "unsupported_country"), ACCOUNT),
+    (
+        OPENAI,
+        404,
+        openai("The model `x` does not exist", "invalid_request_error", "model_not_found"),
+        PERMANENT,
+    ),
+    (OPENAI, 429, openai("Rate limit reached for gpt-4o-mini", "requests", "rate_limit_exceeded"), LIMITED),
+    (OPENAI, 429, openai("Request too large for gpt-4o-mini", "tokens", "rate_limit_exceeded"), PERMANENT),
+    (OPENAI, 429, openai(PLAN, "insufficient_quota", "insufficient_quota"), ACCOUNT),
+    (RESPONSES, 429, openai(PLAN, "insufficient_quota", "insufficient_quota"), ACCOUNT),
+    (OPENAI, 429, openai(PLAN), ACCOUNT),
+    (OPENAI, 500, openai("The server had an error", "server_error"), TRANSIENT),
+    (OPENAI, 503, openai("The engine is currently overloaded", "server_error"), TRANSIENT),
+    # Anthropic
+    (
+        ANTHROPIC,
+        400,
+        anthropic("invalid_request_error", "prompt is too long: 9 tokens > 8 maximum"),
+        PERMANENT,
+    ),
+    (ANTHROPIC, 400, anthropic("invalid_request_error", "Your credit balance is too low"), ACCOUNT),
+    (
+        ANTHROPIC,
+        400,
+        anthropic("invalid_request_error", "You have reached your specified API usage limits."),
+        ACCOUNT,
+    ),
+    (ANTHROPIC, 401, anthropic("authentication_error", "invalid x-api-key"), ACCOUNT),
+    (ANTHROPIC, 402, anthropic("billing_error", "There is an issue with your billing"), ACCOUNT),
+    (ANTHROPIC, 403, anthropic("permission_error", "Your key may not use this"), ACCOUNT),
+    (ANTHROPIC, 404, anthropic("not_found_error", "model: claude-none"), PERMANENT),
+    (ANTHROPIC, 413, anthropic("request_too_large", "Request exceeds the maximum size"), PERMANENT),
+    (ANTHROPIC, 429, anthropic("rate_limit_error", "This would exceed your rate limit"), LIMITED),
+    (ANTHROPIC, 500, anthropic("api_error", "Internal server error"), TRANSIENT),
+    (ANTHROPIC, 529, anthropic("overloaded_error", "Overloaded"), TRANSIENT),
+    # Google
+    (GOOGLE, 400, google(400, "INVALID_ARGUMENT", "API key not valid.", KEY_INVALID), ACCOUNT),
+    (
+        GOOGLE,
+        400,
+        google(400, "INVALID_ARGUMENT", "The input token count (9) exceeds the maximum"),
+        PERMANENT,
+    ),
+    (GOOGLE, 400, google(400, "FAILED_PRECONDITION", "Please enable billing on your project"), ACCOUNT),
+    (GOOGLE, 403, google(403, "PERMISSION_DENIED", "Your key was reported as leaked"), ACCOUNT),
+    (GOOGLE, 404, google(404, "NOT_FOUND", "models/x is not found for API version v1beta"), PERMANENT),
+    (GOOGLE, 429, google(429, "RESOURCE_EXHAUSTED", PLAN, MINUTE, DELAY), LIMITED),
+    (GOOGLE, 429, google(429, "RESOURCE_EXHAUSTED", PLAN, DAY, DELAY), ACCOUNT),
+    (OPENAI, 429, [google(429, "RESOURCE_EXHAUSTED", PLAN, MINUTE, DELAY)], LIMITED),
+    (GOOGLE, 500, google(500, "INTERNAL", "An internal error has occurred"), TRANSIENT),
+    (GOOGLE, 503, google(503, "UNAVAILABLE", "The model is overloaded"), TRANSIENT),
+    (GOOGLE, 504, google(504, "DEADLINE_EXCEEDED", "Deadline expired"), TRANSIENT),
+    # OpenRouter, and what it says in a 200
+    (OPENROUTER, 400, openrouter(400, "This endpoint's maximum context length is 8192 tokens"), PERMANENT),
+    (OPENROUTER, 401, openrouter(401, "No auth credentials found"), ACCOUNT),
+    (OPENROUTER, 402, openrouter(402, "Insufficient credits"), ACCOUNT),
+    (
+        OPENROUTER,
+        403,
+        openrouter(403, "Input was flagged", reasons=["violence"], flagged_input="…", provider_name="OpenAI"),
+        PERMANENT,
+    ),
+    (OPENROUTER, 404, openrouter(404, "No endpoints found for x/y"), PERMANENT),
+    (OPENROUTER, 408, openrouter(408, "Timed out"), TRANSIENT),
+    (OPENROUTER, 429, openrouter(429, "Rate limit exceeded: free-models-per-min."), LIMITED),
+    (OPENROUTER, 429, openrouter(429, "Rate limit exceeded: free-models-per-day. Add 10 credits"), ACCOUNT),
+    (OPENROUTER, 429, openrouter(429, "Provider returned error", raw="busy upstream"), LIMITED),
+    (OPENROUTER, 502, openrouter(502, "Provider returned error", raw="upstream"), TRANSIENT),
+    (OPENROUTER, 503, openrouter(503, "No available model provider"), TRANSIENT),
+    (OPENROUTER, 200, openrouter(429, "Rate limited upstream"), LIMITED),
+    (OPENROUTER, 200, openrouter(402, "Insufficient credits"), ACCOUNT),
+    (OPENROUTER, 200, openrouter(502, "Provider returned error"), TRANSIENT),
+    # vLLM, llama.cpp and Ollama
+    (
+        OPENAI,
+        400,
+        {"object": "error", "message": TOO_LONG, "type": "BadRequestError", "code": 400},
+        PERMANENT,
+    ),
+    (
+        OPENAI,
+        404,
+        {"object": "error", "message": "The model `x` does not exist.", "type": "NotFoundError", "code": 404},
+        PERMANENT,
+    ),
+    (
+        OPENAI,
+        500,
+        {"error": {"message": "EngineCore died", "type": "InternalServerError", "code": 500}},
+        TRANSIENT,
+    ),
+    (
+        OPENAI,
+        503,
+        {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}},
+        TRANSIENT,
+    ),
+    (
+        OPENAI,
+        400,
+        {"error": {"code": 400, "message": "too long", "type": "exceed_context_size_error", "n_ctx": 4096}},
+        PERMANENT,
+    ),
+    (OLLAMA, 404, openai('model "llama9" not found, try pulling it first', "not_found_error"), PERMANENT),
+    (OLLAMA, 500, openai("llama runner process has terminated", "api_error"), TRANSIENT),
+    (OLLAMA, 503, openai("server busy, please try again. maximum pending requests exceeded"), TRANSIENT),
+    # Others that speak OpenAI's language
+    (OPENAI, 402, openai("Insufficient Balance", "unknown_error", "invalid_request_error"), ACCOUNT),
+    (
+        OPENAI,
+        413,
+        openai("Request too large for model on tokens per minute", "tokens", "rate_limit_exceeded"),
+        PERMANENT,
+    ),
+    (
+        OPENAI,
+        429,
+        {"error": "Your team has either used all available credits or reached its limit."},
+        ACCOUNT,
+    ),
+    (OPENAI, 425, openai("Too early"), TRANSIENT),
+    (OPENAI, 524, "error code: 524", TRANSIENT),
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "status", "body", "family"),
+    REFUSALS,
+    ids=[f"{m.split(':')[0]}-{s}-{f}-{n}" for n, (m, s, _, f) in enumerate(REFUSALS)],
+)
+async def test_what_providers_really_say(
+    monkeypatch: pytest.MonkeyPatch, model: str, status: int, body: Any, family: Family
+) -> None:
+    """Each real refusal is in its family, and overload is told apart from other trouble."""
+    with Scripted(status, json.dumps(body)) as server:
+        error = await fail(monkeypatch, model, server)
+    assert error.family is family, str(error)
+    overloaded = family is LIMITED or status in {408, 503, 504, 524, 529}
+    assert is_overload(failure_of(error)) is overloaded
+    assert str(error)
+
+
+def chat(content: Any, finish: str, **message: Any) -> dict[str, Any]:
+    """Return a chat completion."""
+    message = {"role": "assistant", "content": content, **message}
+    return {
+        "id": "c1",
+        "object": "chat.completion",
+        "created": 1_700_000_000,
+        "model": "m",
+        "choices": [{"index": 0, "finish_reason": finish, "message": message}],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
+    }
+
+
+NO_CHOICES = chat("x", "stop") | {"choices": []}
+
+
+def candidate(reason: str, *texts: str) -> dict[str, Any]:
+    """Return an answer of Google."""
+    parts = [{"text": text} for text in texts]
+    return {
+        "candidates": [{"content": {"role": "model", "parts": parts}, "finishReason": reason, "index": 0}]
+    }
+
+
+def message(reason: str, *texts: str) -> dict[str, Any]:
+    """Return an answer of Anthropic."""
+    return {
+        "id": "msg_1",
+        "type": "message",
+        "role": "assistant",
+        "model": "m",
+        "content": [{"type": "text", "text": text} for text in texts],
+        "stop_reason": reason,
+        "stop_sequence": None,
+        "usage": {"input_tokens": 3, "output_tokens": 2},
+    }
+
+
+BROKEN = [
+    (OPENAI, chat("I can", "content_filter"), PERMANENT, "I can"),
+    (OPENAI, chat(None, "stop", refusal="I cannot help with that."), PERMANENT, "I cannot help with that."),
+    (OPENAI, chat("", "stop"), TRANSIENT, None),
+    (OPENAI, chat("", "length"), TRANSIENT, None),
+    (OPENROUTER, chat("The half of an ans", "error"), TRANSIENT, "The half of an ans"),
+    (ANTHROPIC, message("refusal"), PERMANENT, None),
+    (ANTHROPIC, message("refusal", "As for"), PERMANENT, "As for"),
+    (ANTHROPIC, message("end_turn"), TRANSIENT, None),
+    (GOOGLE, candidate("SAFETY"), PERMANENT, None),
+    (GOOGLE, candidate("RECITATION", "It was the"), PERMANENT, "It was the"),
+    (GOOGLE, {"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}}, PERMANENT, None),
+    (GOOGLE, candidate("STOP"), TRANSIENT, None),
+    (GOOGLE, {}, TRANSIENT, None),
+    (OPENAI, {"error": {"message": "upstream", "code": 502}}, TRANSIENT, None),
+]
+
+
+@pytest.mark.parametrize(("model", "body", "family", "text"), BROKEN)
+async def test_an_answer_that_is_none(
+    monkeypatch: pytest.MonkeyPatch, model: str, body: Any, family: Family, text: Any
+) -> None:
+    """A filtered answer fails for good with what it said, an empty or broken one for now."""
+    with Scripted(200, json.dumps(body)) as server:
+        error = await fail(monkeypatch, model, server)
+    assert (error.family, error.text) == (family, text), str(error)
+    assert not is_overload(failure_of(error))
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "family", "said"),
+    [
+        (OPENAI, openrouter(402, "Insufficient credits"), ACCOUNT, "Insufficient credits (HTTP 402)"),
+        (OPENAI, openrouter(429, "Rate limited upstream"), LIMITED, "Rate limited upstream (HTTP 429)"),
+        (OPENAI, openrouter(400, "Too long"), PERMANENT, "Too long (HTTP 400)"),
+        (OPENAI, openai("Out of memory", "x", "oom"), TRANSIENT, "Out of memory"),
+        (OPENAI, {"error": "out of order"}, TRANSIENT, "out of order"),
+        (OPENAI, NO_CHOICES, TRANSIENT, "expected an answer, got: no choices"),
+        (OPENROUTER, NO_CHOICES | {"provider": "Google"}, TRANSIENT, "expected an answer, got: no choices"),
+    ],
+)
+async def test_an_error_inside_a_200_keeps_its_words(
+    monkeypatch: pytest.MonkeyPatch, model: str, body: Any, family: Family, said: str
+) -> None:
+    """Relays send errors so, each with its own code; an answer without choices is none."""
+    with Scripted(200, json.dumps(body)) as server:
+        error = await fail(monkeypatch, model, server)
+    assert error.family is family
+    assert said in str(error)
+
+
+async def test_words_of_a_server_cannot_move_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control characters become spaces: messages are shown by workers and by lbr status."""
+    with Scripted(400, json.dumps(openai("no \x1b[2J\x9b1m\x00\x7f this"))) as server:
+        error = await fail(monkeypatch, OPENAI, server)
+    assert str(error) == "no [2J 1m this (HTTP 400)"
+
+
+async def test_odd_counts_are_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server's rubbish is not answered with a line of a library's code on the terminal."""
+    usage = {"prompt_tokens": -10, "completion_tokens": 1, "total_tokens": 1}
+    with Scripted(200, json.dumps(chat("fine", "stop") | {"usage": usage})) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        asked = Request(prompt=Prompt(text="hello"), task=Task(model=OPENAI), job_id=JobId(1), seq=1)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            model = PydanticAIModel(OPENAI, task_settings={})
+            assert (await model.answer(asked)).text == "fine"
+        await model.aclose()
+    assert told == []
+
+
+@pytest.mark.parametrize("model", [OPENAI, RESPONSES, OPENROUTER, ANTHROPIC, GOOGLE])
+@pytest.mark.parametrize("body", ["", "<html>", '{"id": "c1", "cho', "null", "[]"])
+async def test_a_body_that_is_no_answer_is_transient(
+    monkeypatch: pytest.MonkeyPatch, model: str, body: str
+) -> None:
+    """Truncated JSON, HTML and nothing at all may be well the next time."""
+    with Scripted(200, body) as server:
+        error = await fail(monkeypatch, model, server)
+    assert error.family is TRANSIENT, str(error)
+
+
+@pytest.mark.parametrize(
+    ("model", "headers", "body", "least", "most"),
+    [
+        (
+            OPENAI,
+            {
+                "x-ratelimit-remaining-requests": "59",
+                "x-ratelimit-reset-requests": "1s",
+                "x-ratelimit-remaining-tokens": "0",
+                "x-ratelimit-reset-tokens": "6m0s",
+            },
+            openai("Rate limit reached", "tokens", "rate_limit_exceeded"),
+            360,
+            360,
+        ),
+        (
+            ANTHROPIC,
+            {
+                "anthropic-ratelimit-requests-remaining": "0",
+                "anthropic-ratelimit-requests-reset": "2999-01-01T00:00:00Z",
+            },
+            anthropic("rate_limit_error", "slow down"),
+            1e9,
+            4e10,
+        ),
+        (ANTHROPIC, {"retry-after": "12"}, anthropic("rate_limit_error", "slow down"), 12, 12),
+        (
+            OPENROUTER,
+            {},
+            openrouter(429, "free-models-per-min", headers={"X-RateLimit-Reset": "32503680000000"}),
+            1e9,
+            4e10,
+        ),
+        (GOOGLE, {}, google(429, "RESOURCE_EXHAUSTED", PLAN, MINUTE, DELAY), 14, 14),
+        (OPENAI, {}, [google(429, "RESOURCE_EXHAUSTED", PLAN, MINUTE, DELAY)], 14, 14),
+    ],
+)
+async def test_the_wait_of_a_429(
+    monkeypatch: pytest.MonkeyPatch, model: str, headers: Any, body: Any, least: float, most: float
+) -> None:
+    """The wait comes from where each provider puts it."""
+    with Scripted(429, json.dumps(body), headers) as server:
+        error = await fail(monkeypatch, model, server)
+    assert error.family is LIMITED
+    assert error.retry_after is not None
+    assert least <= error.retry_after <= most
+
+
+async def test_resets_of_a_broken_server_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a 429 waits for the limit's reset: that header comes with every answer."""
+    with Scripted(500, json.dumps(openai("oh")), {"x-ratelimit-reset-requests": "6m0s"}) as server:
+        error = await fail(monkeypatch, OPENAI, server)
+    assert (error.family, error.retry_after) == (TRANSIENT, None)

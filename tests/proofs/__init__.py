@@ -1,0 +1,1 @@
+"""Nothing is lost or done twice: kills, faults, all interleavings."""

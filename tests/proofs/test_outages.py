@@ -1,0 +1,537 @@
+"""Servers that stop, connections that break and networks that fall silent: ridden out, nothing lost, nothing done twice."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import select
+
+from lbr.core.types import Item, KeyMaker, Prompt
+from lbr.store import enqueue, files, reads
+from lbr.store.engines import open_database
+from lbr.store.queue import Queue
+from lbr.store.schema import workers as workers_table
+from lbr.store.settle import settle
+from lbr.worker import spool
+from tests.store.test_store import TRANSIENT
+from tests.support import (
+    ECHO,
+    Cli,
+    answered,
+    assert_counted,
+    failed,
+    is_postgresql,
+    locked_by_another,
+    postgres,
+    put,
+    states,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+    from pathlib import Path
+
+    from lbr.store.database import Database
+    from tests.support.proxy import Proxy
+
+ANSWERS = """
+import asyncio, os, time
+from lbr.store import file_connections, postgres
+
+if "STALL" in os.environ:
+    file_connections.BUSY_TIMEOUT_MS = 500
+    postgres.STALL_SECONDS = float(os.environ["STALL"])
+
+async def echo(prompt):
+    with open("calls.log", "ab", buffering=0) as log:
+        log.write(prompt.encode() + b"\\n")
+    await asyncio.sleep(float(os.environ.get("LATENCY", "0.1")))
+    return prompt
+"""
+SKEW = """
+import os, time
+_shift = float(os.environ.get("CLOCK_SHIFT", "0"))
+_time, _time_ns = time.time, time.time_ns
+time.time = lambda: _time() + _shift
+time.time_ns = lambda: _time_ns() + int(_shift * 1e9)
+"""
+FUNCTION = ("--function", "answers:echo")
+
+
+@pytest.fixture
+async def far(proxy: Proxy) -> AsyncIterator[Database]:
+    """Return an empty queue on the other side of that network."""
+    opened = await open_database(proxy.url, create=True)
+    yield opened
+    await opened.close()
+
+
+def far_driver(folder: Path, url: str, **environment: str) -> Cli:
+    """Return a driver whose processes find the function that logs its calls.
+
+    STALL in their environment is after how many seconds they give up a statement that is not answered, and sooner one
+    that waits for a file: what stays locked is so for a minute otherwise before their patience ends.
+    """
+    (folder / "answers.py").write_text(textwrap.dedent(ANSWERS))
+    return Cli(folder, db_url=url, XDG_STATE_HOME=str(folder / "state"), **environment)
+
+
+def calls(folder: Path) -> Counter[str]:
+    """Return how often each prompt was called for."""
+    return Counter((folder / "calls.log").read_text().splitlines())
+
+
+def check(cli: Cli, lines: list[str]) -> None:
+    """Compare every collected row with the input, and the counters with the rows."""
+    rows = cli.collect("in")
+    assert [(row["idx"], row["prompt"], row["status"], row["result"]) for row in rows] == [
+        (idx, line, "done", line) for idx, line in enumerate(lines)
+    ]
+    counted = cli.query(
+        "SELECT name, sum(value) FROM counters WHERE name IN ('done', 'pending', 'inflight') GROUP BY 1"
+    )
+    assert {name: int(value) for name, value in counted if value} == {"done": len(set(lines))}
+    assert cli.query("SELECT count(*) FROM results") == [(len(set(lines)),)]
+
+
+def enqueue_lines(cli: Cli, count: int) -> list[str]:
+    """Enqueue so many prompts, some of them twice, for the function that logs its calls."""
+    lines = [f"prompt {n % (count - count // 10)}" for n in range(count)]
+    (cli.folder / "in.txt").write_text("".join(line + "\n" for line in lines))
+    cli("enqueue", "in.txt", *FUNCTION)
+    return lines
+
+
+@pytest.mark.parametrize("lost", ["answer", "commit"])
+async def test_broken_commit_of_a_claim_claims_once(far: Database, proxy: Proxy, lost: str) -> None:
+    """Whether a commit whose connection broke was written is asked, so that a claim takes each job once and keeps it."""
+    run = await put(far, [f"p{n}" for n in range(20)])
+    queue = Queue(far)
+    worker = await queue.register(host="h", pid=1, concurrency=20)
+    setattr(proxy, f"eat_{lost}s", 1)
+    claims = await queue.claim(worker, [run.id], 5, lease=60)
+    assert (proxy.eat_answers, proxy.eat_commits) == (0, 0)
+    assert len({claim.job_id for claim in claims}) == 5
+    assert {claim.claim_seq for claim in claims} == {1}
+    assert await states(far, run) == {"inflight": 5, "pending": 15}
+    assert await queue.renew(worker, claims, lease=60, settled=0, rate=0.0) == set()
+    await assert_counted(far, run)
+
+
+@pytest.mark.parametrize("lost", ["answer", "commit"])
+async def test_broken_commit_of_a_settlement_charges_once(far: Database, proxy: Proxy, lost: str) -> None:
+    """An answer is written once and a failure charged once, although their commit had to be asked after."""
+    run = await put(far, ["a", "b"])
+    queue = Queue(far)
+    worker = await queue.register(host="h", pid=1, concurrency=2)
+    good, bad = await queue.claim(worker, [run.id], 2, lease=60)
+    setattr(proxy, f"eat_{lost}s", 1)
+    settled = await settle(far, [answered(good), failed(bad, TRANSIENT)])
+    assert settled.taken == {good.job_id, bad.job_id}
+    assert settled.stale == frozenset()
+    assert await states(far, run) == {"done": 1, "pending": 1}
+    story = await reads.story(far, run, 1)
+    assert (story.attempts, [t.what for t in story.tries]) == (1, ["retried"])
+    await assert_counted(far, run)
+
+
+@pytest.mark.parametrize("lost", ["answer", "commit"])
+async def test_broken_commit_of_an_append_appends_once(far: Database, proxy: Proxy, lost: str) -> None:
+    """Inputs that go behind what a run holds are there once, although nothing else would tell them from new ones."""
+    run = await put(far, ["first"])
+    items = [Item(Prompt(text=f"more {n}")) for n in range(3)]
+    keys = [KeyMaker(ECHO).key(item.prompt) for item in items]
+    setattr(proxy, f"eat_{lost}s", 1)
+    counts = await enqueue.add_chunk(far, run, None, items, keys, reuse=True)
+    assert counts.new == 3
+    assert await enqueue.next_idx(far, run) == 4
+    await assert_counted(far, run)
+
+
+async def test_broken_commit_of_the_first_write_is_waited_for(far: Database, proxy: Proxy) -> None:
+    """A queue's very first transaction, too, is looked up before it is run again."""
+    first = await open_database(proxy.url)
+    proxy.eat_answers = 1
+    await Queue(first).register(host="only once", pid=1, concurrency=1)
+    await first.close()
+    with postgres.connect(proxy._target.render_as_string(hide_password=False)) as connection:
+        assert connection.execute("SELECT count(*) FROM lbr.workers").fetchone() == (1,)
+
+
+async def test_broken_commit_is_not_hidden_by_the_next(far: Database, proxy: Proxy) -> None:
+    """Transactions that wait for their turn begin only when it is known what became of the one before them."""
+    queue = Queue(far)
+    proxy.eat_answers = 1
+    ids = await asyncio.gather(*(queue.register(host="h", pid=n, concurrency=1) for n in range(5)))
+    assert len(set(ids)) == 5
+    seen = await far.read(lambda connection: connection.execute(select(workers_table.c.pid)))
+    assert sorted(seen.scalars()) == [0, 1, 2, 3, 4]
+
+
+async def test_settling_a_failure_twice_charges_once(database: Database) -> None:
+    """A failure that was kept in a file although its commit had been written is recognised."""
+    run = await put(database, ["a"])
+    queue = Queue(database)
+    worker = await queue.register(host="h", pid=1, concurrency=1)
+    (claim,) = await queue.claim(worker, [run.id], 1, lease=60)
+    for _ in range(2):
+        assert (await settle(database, [failed(claim, TRANSIENT)])).stale == set()
+    story = await reads.story(database, run, 0)
+    assert (story.attempts, len(story.tries)) == (1, 1)
+    await assert_counted(database, run)
+
+
+@pytest.mark.processes
+def test_restarts_under_load(own_server: postgres.Server, tmp_path: Path) -> None:
+    """A server that is restarted again and again, gently or not, costs no answer and repeats no call."""
+    cli = far_driver(tmp_path, own_server.url(), LATENCY="0.2")
+    try:
+        lines = enqueue_lines(cli, 1_200)
+        workers = [cli.start("worker", *FUNCTION, "--concurrency", "16") for _ in range(2)]
+        for n, mode in enumerate(("fast", "immediate", "fast", "immediate")):
+            cli.wait_for("in", "done", 100 + 200 * n)
+            own_server.restart(mode)  # type: ignore[arg-type]
+        told = [worker.communicate(timeout=120) for worker in workers]
+        assert [worker.returncode for worker in workers] == [0, 0], told
+        check(cli, lines)
+        assert calls(tmp_path) == Counter(dict.fromkeys(lines, 1))
+        assert cli.status("in")["crashed"] == cli.status("in")["stale"] == 0
+    finally:
+        cli.stop_all()
+
+
+@pytest.mark.processes
+def test_terminated_connections_under_load(new_database: Callable[[], str], tmp_path: Path) -> None:
+    """Sessions that the server ends at any moment, hundreds of them, cost no answer and repeat no call."""
+    url = new_database()
+    cli = far_driver(tmp_path, url, LATENCY="0.02")
+    terminate = (
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND application_name = 'lbr'"
+    )
+    try:
+        lines = enqueue_lines(cli, 2_000)
+        workers = [cli.start("worker", *FUNCTION, "--concurrency", "16") for _ in range(2)]
+        cli.wait_for("in", "done", 50)
+        ended = 0
+        with postgres.connect(url, autocommit=True) as connection:
+            while ended < 200 and any(worker.poll() is None for worker in workers):
+                ended += len(connection.execute(terminate).fetchall())
+                time.sleep(0.1)
+        told = [worker.communicate(timeout=60) for worker in workers]
+        assert [worker.returncode for worker in workers] == [0, 0], told
+        assert ended > 20
+        check(cli, lines)
+        assert calls(tmp_path) == Counter(dict.fromkeys(lines, 1))
+    finally:
+        cli.stop_all()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("ending", ["heals", "breaks"])
+def test_network_cut_for_longer_than_a_lease(proxy: Proxy, tmp_path: Path, ending: str) -> None:
+    """A worker that hears nothing for longer than its lease loses its jobs to another, overwrites nothing, and goes on."""
+    direct = proxy._target.render_as_string(hide_password=False)
+    near = far_driver(tmp_path, direct, LATENCY="1")
+    away = far_driver(tmp_path, proxy.url, LATENCY="1")
+    try:
+        lines = enqueue_lines(near, 80)
+        cut_off = away.start("worker", *FUNCTION, "--concurrency", "8", "--lease", "1.5")
+        near.wait_for("in", "inflight", 8)
+        proxy.silence(True)
+        other = near.start("worker", *FUNCTION, "--concurrency", "8", "--lease", "1.5")
+        near.wait_for("in", "crashed", 8)
+        near.wait_for("in", "done", 16)
+        if ending == "breaks":
+            proxy.cut()
+        proxy.silence(False)
+        told = [worker.communicate(timeout=120) for worker in (cut_off, other)]
+        assert [worker.returncode for worker in (cut_off, other)] == [0, 0], told
+        check(near, lines)
+        # Only what the cut-off worker held was called for again, and once.
+        assert sum(calls(tmp_path).values()) - len(set(lines)) <= 8
+    finally:
+        near.stop_all()
+        away.stop_all()
+
+
+@pytest.mark.processes
+def test_answers_survive_a_server_that_stays_away(own_server: postgres.Server, tmp_path: Path) -> None:
+    """When patience ends, finished answers go into a private file, and the next worker writes them: no call is lost."""
+    cli = far_driver(tmp_path, own_server.url(), LATENCY="1.5")
+    try:
+        lines = enqueue_lines(cli, 60)
+        worker = cli.start("worker", *FUNCTION, "--concurrency", "10", "--patience", "2")
+        cli.wait_for("in", "inflight", 10)
+        done = int(cli.query("SELECT sum(value) FROM counters WHERE name = 'done'")[0][0] or 0)
+        own_server.stop()
+        _, told = worker.communicate(timeout=90)
+        assert worker.returncode == 1, told
+        assert "tried for 2 s; check that the server runs" in told
+        kept = re.search(r"10 finished answers are kept in (\S+):", told)
+        assert kept is not None, told
+        (spooled,) = (tmp_path / "state" / "lbr").glob("*.spool.jsonl")
+        assert str(spooled) == kept[1]
+        assert spooled.stat().st_mode & 0o777 == 0o600
+        assert "prompt" not in {
+            name for line in spooled.read_text().splitlines() for name in json.loads(line)
+        }
+        own_server.start()
+        again = cli("worker", *FUNCTION, "--concurrency", "50")
+        assert "took up 10 answers that were kept in" in again.stderr
+        assert list((tmp_path / "state" / "lbr").iterdir()) == []
+        check(cli, lines)
+        assert calls(tmp_path) == Counter(dict.fromkeys(lines, 1))
+        assert done < len(set(lines))
+    finally:
+        cli.stop_all()
+
+
+@pytest.mark.processes
+async def test_answers_survive_a_database_that_stays_locked(db_url: str, tmp_path: Path) -> None:
+    """Whatever keeps a database from taking answers, they are kept, and settled by the next worker."""
+    cli = far_driver(tmp_path, db_url, LATENCY="1", STALL="3")
+    try:
+        lines = await asyncio.to_thread(enqueue_lines, cli, 20)
+        worker = cli.start("worker", *FUNCTION, "--concurrency", "4", "--patience", "1")
+        await asyncio.to_thread(cli.wait_for, "in", "inflight", 4)
+        async with locked_by_another(db_url):
+            _, told = await asyncio.to_thread(worker.communicate, timeout=120)
+        assert worker.returncode == 1, told
+        assert "4 finished answers are kept in" in told
+        again = await asyncio.to_thread(cli, "worker", *FUNCTION)
+        assert "took up 4 answers" in again.stderr
+        assert calls(tmp_path) == Counter(dict.fromkeys(lines, 1))
+        await asyncio.to_thread(check, cli, lines)
+    finally:
+        await asyncio.to_thread(cli.stop_all)
+
+
+@pytest.mark.processes
+def test_clocks_hours_apart(new_database: Callable[[], str], tmp_path: Path) -> None:
+    """Leases, fences, pauses and cancels hold between machines whose clocks differ by hours."""
+    (tmp_path / "sitecustomize.py").write_text(SKEW)
+    url = new_database()
+    drivers = [
+        far_driver(tmp_path, url, LATENCY="0.3", PYTHONPATH=str(tmp_path), CLOCK_SHIFT=str(hours * 3600))
+        for hours in (0, -5, 7)
+    ]
+    now = drivers[0]
+    try:
+        lines = enqueue_lines(now, 400)
+        flags = (*FUNCTION, "--concurrency", "6", "--lease", "2")
+        workers = [driver.start("worker", *flags) for driver in drivers]
+        now.wait_for("in", "done", 40)
+        drivers[1]("pause", "in")
+        now.wait_for("in", "done", 40)
+        deadline = time.monotonic() + 30
+        while now.status("in")["inflight"]:
+            assert time.monotonic() < deadline
+        stood = now.status("in")["done"]
+        held = now.query("SELECT count(*) FROM jobs WHERE state = 'inflight'")
+        assert (held, now.status("in")["done"]) == ([(0,)], stood)
+        workers = [worker for worker in workers if worker.poll() is None] or workers
+        drivers[2]("resume", "in")
+        workers += [driver.start("worker", *flags) for driver in drivers]
+        now.wait_for("in", "done", stood + 20)
+        workers[-1].send_signal(signal.SIGKILL)
+        told = [worker.communicate(timeout=120) for worker in workers]
+        assert {worker.returncode for worker in workers[:-1]} <= {0, 3}, told
+        check(now, lines)
+        assert sum(calls(tmp_path).values()) - len(set(lines)) <= 6
+        assert now.status("in")["crashed"] <= 6
+    finally:
+        for driver in drivers:
+            driver.stop_all()
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+async def test_a_user_without_a_home_needs_none(
+    kind: str, tmp_path: Path, new_database: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no home, answers are kept beside the database or in the working directory, and all else works."""
+
+    def nobody(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    url = new_database() if kind == "postgresql" else "sqlite:///queue.db"
+    monkeypatch.setattr("lbr.store.sqlite.sqlite_path", lambda _: tmp_path / "queue.db")
+    monkeypatch.setattr("pathlib.Path.expanduser", nobody)
+    database = await open_database(url, create=True)
+    assert [place.parent for place in database.spool_places] == [tmp_path]
+    run = await put(database, ["a"])
+    assert await states(database, run) == {"pending": 1}
+    await database.close()
+
+
+@pytest.mark.processes
+def test_answers_outlive_an_event_loop_that_ends(tmp_path: Path) -> None:
+    """It cancels every task in it, and finished answers of a file that is locked are kept for the next call."""
+    program = """
+        import asyncio, sqlite3, lbr
+        from lbr.store import file_connections
+
+        file_connections.BUSY_TIMEOUT_MS = 200
+        prompts, answered, locked = [f"p{n}" for n in range(64)], [], asyncio.Event()
+
+        async def ask(prompt):
+            if len(answered) >= 16:
+                await locked.wait()
+            answered.append(prompt)
+            return prompt.upper()
+
+        def call():
+            return lbr.prompt_map(prompts, ask, db_url="q.db", concurrency=16, return_dtype="list[str]")
+
+        async def main():
+            calling = asyncio.create_task(call())
+            while len(answered) < 16 or file.execute("SELECT count(*) FROM results").fetchone() != (16,):
+                await asyncio.sleep(0.01)
+            file.execute("BEGIN IMMEDIATE")
+            locked.set()
+            while len(answered) < 32:
+                await asyncio.sleep(0.01)
+
+        file = sqlite3.connect("q.db", isolation_level=None, timeout=10)
+        asyncio.run(main())
+        file.rollback()
+        assert len(answered) == 32
+        assert asyncio.run(call()) == [prompt.upper() for prompt in prompts]
+        print(len(answered))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout == "64\n", done.stderr
+    assert "took up 16 answers that were kept" in done.stderr
+
+
+async def test_kept_answers_of_another_database_are_left_alone(db_url: str, tmp_path: Path) -> None:
+    """A kept answer whose job is another one here, or a file that is none of ours, is reported and stays."""
+    from lbr.worker.spool import keep, settle_kept
+
+    database = await open_database(db_url, create=True)
+    database.spool_places = [tmp_path / "kept" / "queue"]
+    run = await put(database, ["a", "b"])
+    queue = Queue(database)
+    worker = await queue.register(host="h", pid=1, concurrency=2)
+    one, two = await queue.claim(worker, [run.id], 2, lease=60)
+    path = keep(
+        database, [answered(one, "ours\x85"), answered(one.__class__(**_fields(two) | {"key": b"x"}))]
+    )
+    rubbish = path.with_name("queue.1-2.spool.jsonl")
+    rubbish.write_text('{"job": 1}\n')
+    lines: list[str] = []
+    await settle_kept(database, lines.append)
+    assert any("1 of another database" in line for line in lines)
+    assert any("something else" in line for line in lines)
+    assert not path.exists()
+    (left,) = path.parent.glob("*.left.jsonl")
+    assert len(left.read_text().splitlines()) == 1
+    assert rubbish.exists()
+    lines.clear()
+    await settle_kept(database, lines.append)
+    assert len(lines) == 1
+    assert await states(database, run) == {"done": 1, "inflight": 1}
+    assert (await reads.story(database, run, 0)).row.result == "ours\x85"
+    await database.close()
+
+
+@pytest.mark.parametrize("state", ["failed", "pending"])
+async def test_a_kept_answer_ends_its_job(db_url: str, tmp_path: Path, state: str) -> None:
+    """A line that keeps an answer and has its job tried again was changed by hand, and is taken for rubbish."""
+    from lbr.worker.spool import keep, settle_kept
+
+    database = await open_database(db_url, create=True)
+    database.spool_places = [tmp_path / "kept" / "queue"]
+    run = await put(database, ["a"])
+    queue = Queue(database)
+    worker = await queue.register(host="h", pid=1, concurrency=2)
+    path = keep(database, [answered(one) for one in await queue.claim(worker, [run.id], 1, lease=60)])
+    path.write_text(path.read_text().replace('"state":"done"', f'"state":"{state}"'))
+    lines: list[str] = []
+    await settle_kept(database, lines.append)
+    assert [f"no such call ends {state}" in line for line in lines] == [True]
+    assert await states(database, run) == {"inflight": 1}
+    await database.close()
+
+
+@pytest.mark.parametrize("before", [[], ["x", "y"]], ids=["same-ids", "other-ids"])
+async def test_kept_answers_are_taken_by_a_database_that_was_made_anew(
+    db_url: str, tmp_path: Path, new_database: Callable[[], str], before: list[str]
+) -> None:
+    """The same prompts, enqueued again, have their answers; a failure is none, and a call in flight goes on."""
+    prompts = ["a", "b", "c"]
+    database = await open_database(db_url, create=True)
+    database.spool_places = [tmp_path / "kept" / "queue"]
+    run = await put(database, prompts)
+    queue = Queue(database)
+    worker = await queue.register(host="h", pid=1, concurrency=3)
+    await queue.release(worker, await queue.claim(worker, [run.id], 3, lease=60))
+    one, two, three = await queue.claim(worker, [run.id], 3, lease=60)
+    spool.keep(database, [answered(one, "paid for"), answered(two, "late"), failed(three, TRANSIENT)])
+    await database.close()
+
+    anew = new_database() if is_postgresql(db_url) else f"sqlite+aiosqlite:///{tmp_path / 'anew.db'}"
+    database = await open_database(anew, create=True)
+    database.spool_places = [tmp_path / "kept" / "queue"]
+    other = await put(database, before)
+    run = await put(database, prompts, name="again")
+    queue = Queue(database)
+    worker = await queue.register(host="h", pid=2, concurrency=1)
+    held = await queue.claim(worker, [run.id], 1, lease=60)
+    assert [claim.prompt.text for claim in held] == ["a"]
+    lines: list[str] = []
+    await spool.settle_kept(database, lines.append)
+    assert (await reads.story(database, run, 1)).row.result == "late"
+    assert await states(database, run) == {"inflight": 1, "done": 1, "pending": 1}
+    await settle(database, [answered(held[0], "mine")])
+    assert (await reads.story(database, run, 0)).row.result == "mine"
+    await assert_counted(database, run)
+    await assert_counted(database, other)
+    await database.close()
+
+
+async def test_half_written_files_are_in_nobodys_way(db_url: str, tmp_path: Path) -> None:
+    """What a killed process was writing keeps no answers out, and is removed; what is being written stays."""
+    database = await open_database(db_url, create=True)
+    database.spool_places = [tmp_path / "kept" / "queue"]
+    run = await put(database, ["a", "b"])
+    queue = Queue(database)
+    worker = await queue.register(host="h", pid=1, concurrency=2)
+    one, two = await queue.claim(worker, [run.id], 2, lease=60)
+    path = spool.keep(database, [answered(one), answered(one.__class__(**_fields(two) | {"key": b"x"}))])
+    left = path.name.replace(".spool.", ".left.")
+    dead = [path.with_name(f".{left}.part"), path.with_name(".queue.1-2.spool.jsonl.0123abcd.part")]
+    for part in dead:
+        part.write_text("half of an ans")
+    living, new = path.with_name(".queue.3-4.spool.jsonl.part"), path.with_name(".queue.5-6.spool.jsonl.part")
+    new.touch()
+    with living.open("w") as file:
+        files.lock_open(file.fileno())
+        file.write("half of an ans")
+        file.flush()
+        assert await spool.settle_kept(database, lambda _: None) == set()
+    assert {part.name for part in path.parent.iterdir()} == {left, living.name, new.name}
+    assert await states(database, run) == {"done": 1, "inflight": 1}
+    await database.close()
+
+
+def _fields(claim: Any) -> dict[str, Any]:
+    return {name: getattr(claim, name) for name in claim.__slots__}

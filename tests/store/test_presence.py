@@ -1,0 +1,300 @@
+"""Who is dead is known by a kernel lock on SQLite: real processes are killed, stopped and forked."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+
+from lbr.core.types import RunId, WorkerId
+from lbr.store import files, reads
+from lbr.store.engines import open_database
+from lbr.store.presence import FilePresence
+from lbr.store.queue import RECLAIM_PAGE, Queue
+from lbr.worker.reclaiming import Reclaiming
+from lbr.worker.spool import keep
+from tests.support import answered, assert_counted, put, states
+
+if TYPE_CHECKING:
+    from lbr.store.database import Database
+    from tests.support import Cli
+
+HOUR = 3600.0
+NOTES = """
+import asyncio, os
+
+async def slow(prompt):
+    with open("calls.log", "ab", buffering=0) as file:
+        file.write(f"{prompt}\\n".encode())
+    await asyncio.sleep(60 if os.environ.get("WHO") == "first" else 0)
+    return prompt
+
+async def forking(prompt):
+    import time
+    if os.environ.get("WHO") == "first" and os.fork() == 0:
+        # Outlives its parent, with all that it inherited.
+        with open("children", "ab", buffering=0) as file:
+            file.write(f"{os.getpid()}\\n".encode())
+        time.sleep(60)
+        os._exit(0)
+    return await slow(prompt)
+"""
+
+
+@pytest.fixture
+def db_url(tmp_path: Path) -> str:
+    """Return the URL of a file that does not exist yet: only beside a file there are such locks."""
+    return f"sqlite+aiosqlite:///{tmp_path / 'queue.db'}"
+
+
+def begin(cli: Cli, function: str = "answers:slow") -> subprocess.Popen[str]:
+    """Enqueue five inputs, and start a worker that is in the middle of all of them, with leases of an hour."""
+    (cli.folder / "answers.py").write_text(textwrap.dedent(NOTES))
+    (cli.folder / "in.txt").write_text("a\nb\nc\nd\ne\n")
+    cli("enqueue", "in.txt", "--function", function)
+    cli.environment["WHO"] = "first"
+    worker = cli.start("worker", "--function", function, "--lease", str(HOUR))
+    deadline = time.monotonic() + 60
+    while len(calls(cli)) < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    cli.environment["WHO"] = "second"
+    return worker
+
+
+def calls(cli: Cli) -> list[str]:
+    """Return the prompts that were called for, in order."""
+    log = cli.folder / "calls.log"
+    return log.read_text().split() if log.exists() else []
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("kind", ["starts", "works"])
+def test_a_killed_workers_jobs_are_taken_back_long_before_its_lease_ends(cli: Cli, kind: str) -> None:
+    """By one that starts after the kill, and by one that was there before; each call is repeated once."""
+    worker = begin(cli)
+    other = cli.start("worker", "--function", "answers:slow", "--until", "done") if kind == "works" else None
+    if other is not None:
+        deadline = time.monotonic() + 60
+        while cli.query("SELECT count(*) FROM workers") != [(2,)]:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    worker.kill()
+    worker.communicate()
+    if other is None:
+        other = cli.start("worker", "--function", "answers:slow")
+    _, told = other.communicate(timeout=60)
+    assert other.returncode == 0, told
+    assert "reclaimed 5 jobs of worker 1, which died" in told
+    assert [row["result"] for row in cli.collect("in")] == ["a", "b", "c", "d", "e"]
+    assert sorted(calls(cli)) == sorted([*"abcde", *"abcde"])
+    assert cli.query("SELECT count(*) FROM workers") == [(0,)]
+    assert list(cli.folder.glob("*.worker-*.lock")) == []
+
+
+@pytest.mark.processes
+def test_a_stopped_worker_is_not_taken_for_dead(cli: Cli) -> None:
+    """One that the kernel has stopped lives; its lease goes on, and its answers are taken when it wakes."""
+    worker = begin(cli)
+    worker.send_signal(signal.SIGSTOP)
+    done = cli("worker", "--function", "answers:slow", "--until", "empty")
+    assert "reclaimed" not in done.stderr
+    assert len(calls(cli)) == 5
+    worker.kill()
+    worker.communicate(timeout=60)
+
+
+@pytest.mark.processes
+def test_a_forked_child_does_not_live_on_as_the_worker(cli: Cli) -> None:
+    """A child that a function forked, and that outlives the killed worker, keeps nobody from its jobs."""
+    worker = begin(cli, "answers:forking")
+    try:
+        worker.kill()
+        worker.wait()
+        done = cli("worker", "--function", "answers:forking")
+        assert "which died" in done.stderr
+    finally:
+        for child in (cli.folder / "children").read_text().split():
+            os.kill(int(child), signal.SIGKILL)
+
+
+def reclaiming(database: Database) -> Reclaiming:
+    """Return what takes back for a worker."""
+    return Reclaiming(database, Queue(database), lambda _: None)
+
+
+def dead_worker(db_url: str, jobs: int) -> WorkerId:
+    """Return a worker that claimed so many jobs for an hour, and whose process has ended by a kill."""
+    script = f"""
+    import asyncio, os, signal
+    from lbr.core.types import RunId
+    from lbr.store.engines import open_database
+    from lbr.store.queue import Queue
+
+    async def main():
+        queue = Queue(await open_database({db_url!r}))
+        worker = await queue.register(host="h", pid=os.getpid(), concurrency=5)
+        assert len(await queue.claim(worker, [RunId(1)], {jobs}, lease=3600)) == {jobs}
+        print(worker, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    asyncio.run(main())
+    """
+    found = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, check=False, timeout=60
+    )
+    assert found.returncode == -signal.SIGKILL, found.stderr
+    return WorkerId(int(found.stdout))
+
+
+async def test_each_job_of_the_dead_is_charged_one_crash(db_url: str) -> None:
+    """Also where two look, and where there are more than a page."""
+    count = RECLAIM_PAGE + 7
+    database = await open_database(db_url, create=True)
+    run = await put(database, [f"p{n}" for n in range(count)])
+    dead = await asyncio.to_thread(dead_worker, db_url, count)
+    other = await open_database(db_url)
+    assert database.presence.dead([dead]) == [dead]
+    outlook = await Queue(database).look([RunId(1)])
+    assert outlook.expired
+    taken = [await reclaiming(one).take_back() for one in (database, other)]
+    assert sum(taken) == count
+    await assert_counted(database, run)
+    claims = await Queue(database).claim(WorkerId(99), [RunId(1)], count, lease=HOUR)
+    assert {claim.crashes for claim in claims} == {1}
+    assert not (await Queue(database).look([RunId(1)])).expired
+    assert list(Path(database.name).parent.glob("*.worker-*.lock")) == []
+    await other.close()
+    await database.close()
+
+
+async def test_kept_answers_of_the_dead_are_not_called_for_again(database: Database, db_url: str) -> None:
+    """Whoever finds a worker dead settles first what it has kept."""
+    await put(database, ["a", "b"])
+    queue = Queue(database)
+    worker = await queue.register(host="h", pid=os.getpid(), concurrency=2)
+    claims = await queue.claim(worker, [RunId(1)], 2, lease=HOUR)
+    keep(database, [answered(claims[0], "paid for")])
+    queue.leave(worker)
+    other = await open_database(db_url)
+    (spool,) = Path(database.name).parent.glob("*.spool.jsonl")
+    with files.file_lock(spool.with_name(spool.name + ".lock"), timeout=0):
+        # Somebody else is at it: until it is done, the leases decide.
+        assert await reclaiming(other).take_back() == 0
+    assert await reclaiming(other).take_back() == 1
+    (again,) = await Queue(other).claim(WorkerId(99), [RunId(1)], 2, lease=HOUR)
+    assert again.job_id == claims[1].job_id
+    await other.close()
+
+
+@pytest.mark.parametrize("what", ["somebody-else's", "rubbish"])
+async def test_kept_answers_that_are_not_taken_hold_back_only_their_own_worker(
+    database: Database, db_url: str, what: str
+) -> None:
+    """The jobs of others that died come back at once; those whose answers may be in the file wait for their leases."""
+    await put(database, ["a", "b"])
+    queue = Queue(database)
+    mine, others = [await queue.register(host="h", pid=pid, concurrency=1) for pid in (os.getpid(), 1)]
+    (kept,) = await queue.claim(mine, [RunId(1)], 1, lease=HOUR)
+    (lost,) = await queue.claim(others, [RunId(1)], 1, lease=HOUR)
+    path = keep(database, [answered(kept, "paid for")])
+    words = path.read_text()
+    queue.leave(mine)
+    queue.leave(others)
+    other = await open_database(db_url)
+    path.unlink()
+    if what == "rubbish":
+        path.write_text("{}\n")
+    else:
+        path.mkdir()  # what can be opened no more than a file of another user
+    assert await reclaiming(other).take_back() == 1
+    assert (await Queue(other).look([RunId(1)])).due
+    (again,) = await Queue(other).claim(WorkerId(99), [RunId(1)], 2, lease=HOUR)
+    assert again.job_id == lost.job_id
+    assert await reclaiming(other).take_back() == 0
+    if what == "rubbish":
+        path.write_text(words)
+        assert await reclaiming(other).take_back() == 0
+        assert await states(other, await reads.find_run(other, "r")) == {"done": 1, "inflight": 1}
+    await other.close()
+
+
+@pytest.mark.processes
+def test_an_idle_worker_rests_while_kept_answers_are_not_taken(cli: Cli) -> None:
+    """It looks for them now and then, not ten times a second."""
+    (cli.folder / "in.txt").write_text("a\nb\n")
+    cli("enqueue", "in.txt", "--model", "offline:echo", "--set", "latency=30")
+    dead = cli.start("worker", "--lease", "3600")
+    cli.wait_for("in", "inflight", 2)
+    dead.kill()
+    dead.wait()
+    (cli.folder / f"queue.db.{dead.pid}-0.spool.jsonl").mkdir()
+    idle = cli.start("worker")
+    assert idle.stderr is not None
+    while "waiting for 2 jobs" not in idle.stderr.readline():
+        assert idle.poll() is None
+    # Nothing can be claimed or taken back, so who works until then ends.
+    assert cli("worker", "--until", "empty").returncode == 0
+    before = psutil.Process(idle.pid).io_counters().write_count
+    time.sleep(4)  # the time in which writes are counted
+    assert psutil.Process(idle.pid).io_counters().write_count - before < 25
+
+
+async def test_only_a_free_lock_says_that_a_worker_is_dead(tmp_path: Path) -> None:
+    """No file, an empty one, a link and a held one say nothing; nor does another worker of the same process."""
+    database = tmp_path / "queue.db"
+    ours, theirs = FilePresence(database), FilePresence(database)
+    ours.appear(WorkerId(1))
+    path = files.lock_path(database, "worker-1")
+    assert path.stat().st_mode & 0o777 == 0o600
+    files.lock_path(database, "worker-2").touch()
+    files.lock_path(database, "worker-3").symlink_to(path)
+    everybody = [WorkerId(n) for n in range(5)]
+    for presence in (ours, theirs):
+        assert presence.dead(everybody) == []
+    ours.leave(WorkerId(1))
+    ours.leave(WorkerId(1))
+    assert theirs.dead(everybody) == [1]
+    theirs.forget(everybody)
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_lock_left_from_another_database_is_taken_over(tmp_path: Path) -> None:
+    """Where an older copy was put back, numbers of workers come again, and with them their files."""
+    database = tmp_path / "queue.db"
+    files.lock_path(database, "worker-1").write_text("4711\n")
+    ours, theirs = FilePresence(database), FilePresence(database)
+    assert theirs.dead([WorkerId(1)]) == [1]
+    ours.appear(WorkerId(1))
+    assert theirs.dead([WorkerId(1)]) == []
+    # One that somebody else holds says nothing about us.
+    third = FilePresence(database)
+    third.appear(WorkerId(1))
+    ours.leave(WorkerId(1))
+    assert theirs.dead([WorkerId(1)]) == []
+
+
+async def test_locks_of_a_network_file_system_are_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Insisting on one leaves the leases to decide: another machine may see a held lock as free."""
+    monkeypatch.setattr(files, "file_system", lambda _: "nfs4")
+    database = await open_database(str(tmp_path / "q.db"), create=True, allow_network_fs=True)
+    await put(database, ["a"])
+    queue = Queue(database)
+    worker = await queue.register(host="h", pid=1, concurrency=1)
+    await queue.claim(worker, [RunId(1)], 1, lease=HOUR)
+    queue.leave(worker)
+    assert not database.presence.tells
+    assert await queue.reclaim() == []
+    assert list(tmp_path.glob("*.worker-*.lock")) == []
+    await database.close()

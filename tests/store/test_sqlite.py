@@ -1,0 +1,706 @@
+"""What is SQLite's own: the file and its mode, plans, locks, checkpoints, and databases that are not ours."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import column, select, table, text
+from sqlalchemy.exc import IntegrityError
+
+import lbr
+from lbr.core.errors import DatabaseBusyError, DatabaseError, MisfitError, UsageError
+from lbr.core.types import Item, KeyMaker, Prompt
+from lbr.store import enqueue, file_connections, files, runs, schema, sqlite, trips
+from lbr.store.arrays import Query
+from lbr.store.claims import _PROMPTS, CLAIM, CLAIM_CHOSEN, DUE, DUE_SIZED, DUE_SUSPECT
+from lbr.store.engines import open_database
+from lbr.store.queue import EXPIRED, RENEW, Queue
+from lbr.store.settle import _STANDING, SETTLE, settle
+from lbr.store.sqlite import SQLiteDatabase, sqlite_path
+from tests.support import ECHO, answered, assert_counted, locked_by_another, put
+from tests.support.hearing import Hearing
+
+if TYPE_CHECKING:
+    from lbr.store.connection import Connection
+    from lbr.store.database import Database
+
+RUNS = "SELECT name FROM runs"
+
+
+@pytest.fixture
+def db_url(tmp_path: Path) -> str:
+    """Return the URL of a file that does not exist yet: nothing here concerns another kind of database."""
+    return f"sqlite+aiosqlite:///{tmp_path / 'queue.db'}"
+
+
+async def test_a_database_that_is_closed_leaves_nothing_open(tmp_path: Path) -> None:
+    """Neither a thread nor a descriptor stays, even of a connection that was in a transaction just then."""
+    path = tmp_path / "q.db"
+    before = set(threading.enumerate())
+    database = await open_database(str(path), create=True)
+    begun = threading.Event()
+
+    def slowly(_: Any) -> None:
+        begun.set()
+        time.sleep(0.1)
+
+    writing = asyncio.create_task(database.write(lambda connection: connection.run_sync(slowly)))
+    await asyncio.to_thread(begun.wait)
+    await database.close()
+    await writing
+    opened = [os.readlink(one) for one in Path("/proc/self/fd").iterdir() if one.is_symlink()]
+    assert not [name for name in opened if name.startswith(str(path))]
+    for thread in set(threading.enumerate()) - before:
+        if "_connection_worker_thread" in thread.name:
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+async def test_file_is_private(tmp_path: Path) -> None:
+    """Prompts are private: the database and what SQLite puts beside it can be read by their owner only."""
+    database = await open_database(str(tmp_path / "q.db"), create=True)
+    await put(database, ["secret"])
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.glob("q.db*")}
+    await database.close()
+    assert {"q.db", "q.db-wal", "q.db-shm"} <= set(modes)
+    assert set(modes.values()) == {0o600}
+
+
+async def test_a_transaction_is_one_trip(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its beginning to its commit the file is locked, and nobody waits for two threads to take turns."""
+    taken: list[str] = []
+    run, complete = trips.FileThread.run, trips._complete
+
+    async def trip(thread: trips.FileThread, function: Any) -> Any:
+        taken.append("trip")
+        return await run(thread, function)
+
+    def transaction(work: Any) -> Any:
+        taken.append("transaction")
+        return complete(work)
+
+    async def names(connection: Connection) -> list[str]:
+        await connection.execute(text("SELECT 1"))
+        return list((await connection.execute(text(RUNS))).scalars())
+
+    monkeypatch.setattr(trips.FileThread, "run", trip)
+    monkeypatch.setattr(trips, "_complete", transaction)
+    for verb in (database.write, database.read):
+        assert await verb(names) == []
+        assert taken == ["trip", "transaction"]
+        taken.clear()
+
+
+async def test_a_cancelled_transaction_leaves_no_lock_behind(tmp_path: Path) -> None:
+    """Whenever a read or a write is cancelled, even by the end of its loop, its connection is as before."""
+    path = tmp_path / "q.db"
+    database = await open_database(str(path), create=True)
+    for n in range(300):
+        reading = asyncio.create_task(database.read(lambda connection: connection.execute(text(RUNS))))
+        for _ in range(n % 12):
+            await asyncio.sleep(0)
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        found = await database.read(lambda connection: connection.execute(text(RUNS)))
+        assert found.all() == []
+    await database.close()
+
+    def in_a_loop_that_ends() -> Database:
+        async def main() -> Database:
+            database = await open_database(str(path))
+            asyncio.create_task(database.write(lambda connection: connection.execute(text(RUNS))))  # noqa: RUF006
+            await asyncio.sleep(0.1)
+            return database
+
+        return asyncio.run(main())
+
+    other = sqlite3.connect(path, isolation_level=None, timeout=0, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    ending = asyncio.create_task(asyncio.to_thread(in_a_loop_that_ends))
+    await asyncio.sleep(0.6)
+    # The transaction waits for the lock that is ours: nobody may leave it behind, to take the lock later.
+    assert not ending.done()
+    other.execute("COMMIT")
+    left = await ending
+    other.execute("BEGIN IMMEDIATE")
+    assert other.in_transaction
+    other.execute("ROLLBACK")
+    other.close()
+    assert left.name == str(path)
+
+
+async def test_a_cancelled_caller_hears_of_it_when_all_has_ended(database: Database) -> None:
+    """However often it is cancelled, its transaction is committed before it knows, and the next finds none open."""
+    await put(database, ["a"])
+    begun, go_on = threading.Event(), threading.Event()
+
+    def rename(connection: Any) -> None:
+        begun.set()
+        go_on.wait(30)
+        connection.execute(text("UPDATE runs SET name = 'other'"))
+
+    writing = asyncio.create_task(database.write(lambda connection: connection.run_sync(rename)))
+    await asyncio.to_thread(begun.wait)
+    for _ in range(3):
+        writing.cancel()
+        await asyncio.sleep(0)
+        assert not writing.done()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+    found = await database.read(lambda connection: connection.execute(text(RUNS)))
+    assert found.scalars().all() == ["other"]
+    await put(database, ["b"], name="next")
+
+
+async def test_a_cancelled_write_is_not_tried_again(tmp_path: Path) -> None:
+    """Where the file is locked, whoever is interrupted waits for the try that is under way, not for patience to end."""
+    url = f"sqlite:///{tmp_path / 'q.db'}"
+    database = await open_database(url, create=True, patience=600)
+    async with locked_by_another(url):
+        writing = asyncio.create_task(database.write(lambda connection: connection.execute(text(RUNS))))
+        await asyncio.sleep(0.1)
+        writing.cancel()
+        async with asyncio.timeout(30):
+            with pytest.raises(asyncio.CancelledError):
+                await writing
+    await database.close()
+
+
+@pytest.mark.parametrize("failing", [["commit"], ["commit", "rollback"]])
+async def test_a_commit_that_fails_leaves_no_transaction_open(
+    failing: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is free for others, and the connection for the next, whose work does not have that of the one that failed."""
+    path = tmp_path / "q.db"
+    database = await open_database(str(path), create=True)
+    await put(database, ["a"])
+
+    def fail(_connection: sqlite3.Connection) -> None:
+        raise sqlite3.OperationalError("no room")
+
+    with monkeypatch.context() as patch:
+        for name in failing:
+            patch.setattr(trips.WholeConnection, name, fail, raising=False)
+        with pytest.raises(DatabaseError, match="no room"):
+            await database.write(lambda c: c.execute(text("UPDATE runs SET name = 'never'")))
+    with closing(sqlite3.connect(path, isolation_level=None, timeout=0)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert other.execute("SELECT name FROM runs").fetchall() == [("r",)]
+        other.execute("ROLLBACK")
+    await database.write(lambda c: c.execute(text("UPDATE runs SET pause_reason = 'next'")))
+    found = await database.read(lambda c: c.execute(text("SELECT name, pause_reason FROM runs")))
+    assert [tuple(row) for row in found] == [("r", "next")]
+    await database.close()
+
+
+async def test_a_commit_that_fails_at_the_end_of_a_long_transaction_frees_the_file(tmp_path: Path) -> None:
+    """One of many trips is undone as well, and the connection that it had is fit for the next."""
+    path = tmp_path / "q.db"
+    pragmas = ("PRAGMA foreign_keys = ON",)
+    connections = file_connections.FileConnections(path, begin="BEGIN IMMEDIATE", most=1, pragmas=pragmas)
+    async with connections.transaction() as connection:
+        await connection.execute(text("CREATE TABLE a (id INTEGER PRIMARY KEY)"))
+        owner = "REFERENCES a DEFERRABLE INITIALLY DEFERRED"
+        await connection.execute(text(f"CREATE TABLE b (a_id INTEGER {owner})"))
+    with pytest.raises(IntegrityError):
+        async with connections.transaction() as connection:
+            await connection.execute(text("INSERT INTO b VALUES (7)"))
+    with closing(sqlite3.connect(path, isolation_level=None, timeout=0)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert other.execute("SELECT count(*) FROM b").fetchall() == [(0,)]
+        other.execute("ROLLBACK")
+    async with connections.transaction() as connection:
+        await connection.execute(text("INSERT INTO a VALUES (7)"))
+    found = await connections.transact(lambda c: c.execute(text("SELECT id FROM a")))
+    assert found.scalars().all() == [7]
+    await connections.close()
+
+
+async def test_a_query_says_what_is_wrong_as_any_statement(database: Database) -> None:
+    """It takes no statement whose text depends on its values, and its errors are those of the others."""
+    growing = Query(select(schema.jobs.c.id).where(schema.jobs.c.id.in_([1, 2])))
+    with pytest.raises(TypeError, match="whose text never changes"):
+        await database.read(lambda connection: growing.all(connection, {}))
+    with pytest.raises(MisfitError, match="a value of another type than lbr writes"):
+        await database.read(lambda connection: _PROMPTS.all(connection, {"ids": [b"x"]}))
+    gone = Query(select(column("secret")).select_from(table("nowhere")))
+    with pytest.raises(DatabaseError, match="its tables are not those that lbr makes") as told:
+        await database.read(lambda connection: gone.all(connection, {}))
+    assert "secret" not in str(told.value)
+
+
+async def test_a_transaction_waits_for_its_database_alone(database: Database) -> None:
+    """One that would keep the file locked while it waits for something else is refused, and undone."""
+    await put(database, ["a"])
+
+    async def work(connection: Connection) -> None:
+        await connection.execute(text("UPDATE runs SET name = 'other'"))
+        await asyncio.sleep(0)
+
+    with pytest.raises(RuntimeError, match="wait for its database alone"):
+        await database.write(work)
+    found = await database.read(lambda connection: connection.execute(text(RUNS)))
+    assert "other" not in found.scalars().all()
+
+
+class Undo(Exception):  # noqa: N818
+    """Rolls a transaction back."""
+
+
+async def plan(database: Database, statement: Any) -> str:
+    """Run a statement, undo it, and return SQLite's plan of what was sent, one line per step."""
+    bound = {"ids": [1, 2], "keys": [b"k"], "worker": 1, "until": 1, "now": 1, "run": 1, "most": 5}
+    bound |= {"job": 1, "seq": 1, "to": "done", "available": 1, "charge": 1, "finished": 1}
+    sent: list[tuple[str, Any]] = []
+    steps: list[str] = []
+    hearing = Hearing(lambda sql, values: sent.append((sql, values)))
+
+    async def work(connection: Connection) -> None:
+        hearing.begin()
+        try:
+            if isinstance(statement, Query):
+                await statement.all(connection, bound)
+            else:
+                names = statement.compile().params
+                await connection.execute(statement, {name: bound[name] for name in names if name in bound})
+        finally:
+            hearing.end()
+        [(sql, values)] = sent
+        found = await connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {sql}", tuple(values))
+        steps.extend(row.detail for row in found)
+        raise Undo
+
+    with pytest.raises(Undo):
+        await database.write(work)
+    return "\n".join(steps)
+
+
+async def test_plans_use_the_partial_indexes(database: Database) -> None:
+    """No statement of the hot path scans the jobs table."""
+    await put(database, [f"p{n}" for n in range(10)])
+    for statement, index in (
+        (DUE, "INDEX jobs_pending (run_id=? AND available_at<?)"),
+        (DUE_SUSPECT, "INDEX jobs_suspects (run_id=? AND available_at<?)"),
+        (CLAIM, "INDEX jobs_pending (run_id=? AND available_at<?)"),
+        (DUE_SIZED, "INDEX jobs_pending (run_id=? AND available_at<?)"),
+        (CLAIM_CHOSEN, "INTEGER PRIMARY KEY"),
+        (EXPIRED, "INDEX jobs_lease (lease_until<?)"),
+        (RENEW, "INTEGER PRIMARY KEY"),
+        (SETTLE.each, "INTEGER PRIMARY KEY"),
+        (_STANDING, "INTEGER PRIMARY KEY"),
+        (_PROMPTS, "INTEGER PRIMARY KEY"),
+        (enqueue.BY_KEY, "INDEX prompts_key (key=? AND run_id=?)"),
+        (enqueue._KEYS_OF_EQUALS, "INDEX prompts_key (key=?)"),
+        (enqueue._DONE, "INTEGER PRIMARY KEY"),
+    ):
+        steps = await plan(database, statement)
+        assert index in steps, steps
+        assert "SCAN jobs" not in steps, steps
+        assert "SCAN prompts" not in steps, steps
+        assert "TEMP B-TREE FOR ORDER" not in steps, steps
+
+
+@pytest.mark.parametrize(
+    ("mounts", "kind"),
+    [
+        ("22 1 8:1 / / rw - ext4 /dev/sda1 rw\n30 22 0:40 / /data rw - nfs4 server:/x rw", "nfs4"),
+        ("22 1 8:1 / / rw - ext4 /dev/sda1 rw\n30 22 0:40 / /other rw - nfs4 server:/x rw", "ext4"),
+        ("22 1 8:1 / / rw - ext4 /dev/sda1 rw\n30 22 0:40 / /da rw - nfs4 server:/x rw", "ext4"),
+        ("22 1 8:1 / / rw - ext4 /dev/sda1 rw\n30 22 0:40 / /data rw shared:1 - cifs //s/x rw", "cifs"),
+        ("30 22 0:40 / /data rw - nfs4 server:/x rw\n31 30 8:2 / /data rw - ext4 /dev/sdb rw", "ext4"),
+        ("nonsense\n", None),
+    ],
+)
+def test_file_system_is_read_from_the_mounts(mounts: str, kind: str | None) -> None:
+    """The longest mount point above a path names its file system; of two at one place the later."""
+    assert files.file_system_of(Path("/data/runs.db"), mounts) == kind
+
+
+def test_mount_points_are_read_with_what_is_escaped_in_them() -> None:
+    """A folder with a space, a tab or a backslash in its name is found among the mounts."""
+    mounts = "22 1 8:1 / / rw - ext4 /dev/sda1 rw\n30 22 0:40 / /a\\040b\\011c\\134d rw - nfs4 server:/x rw\n"
+    assert files.file_system_of(Path("/a b\tc\\d/runs.db"), mounts) == "nfs4"
+
+
+def test_a_mount_that_hides_another_is_what_counts() -> None:
+    """A network mount under a later mount of a folder above it is out of sight: the device tells."""
+    mounts = "30 22 0:40 / /data/x rw - nfs4 server:/x rw\n31 22 8:2 / /data rw - ext4 /dev/sdb rw\n"
+    assert files.file_system_of(Path("/data/x/runs.db"), mounts, "8:2") == "ext4"
+    assert files.file_system_of(Path("/data/x/runs.db"), mounts, "0:40") == "nfs4"
+
+
+NETWORK = (
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "9p",
+    "afs",
+    "ceph",
+    "lustre",
+    "glusterfs",
+    "beegfs",
+    "gpfs",
+    "davfs",
+)
+NETWORK_FUSE = ("fuse.sshfs", "fuse.glusterfs", "fuse.ceph-fuse", "fuse.s3fs", "fuse.rclone", "fuse.gcsfuse")
+LOCAL = (
+    "ext4",
+    "xfs",
+    "btrfs",
+    "zfs",
+    "tmpfs",
+    "overlay",
+    "fuseblk",
+    "fuse.mergerfs",
+    "fuse.gocryptfs",
+    "fuse",
+)
+
+
+@pytest.mark.parametrize("kind", [*NETWORK, *NETWORK_FUSE, *LOCAL, "what-nobody-knows"])
+def test_what_is_not_known_to_be_a_network_is_not_refused(kind: str) -> None:
+    """File systems on other machines are known by their names; whatever else there is may be local."""
+    assert files.is_network(kind) == (kind in NETWORK + NETWORK_FUSE)
+
+
+@pytest.fixture
+def mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder that the system calls a mount of NFS."""
+    share = tmp_path / "the share"
+    share.mkdir()
+    mounts = tmp_path / "mounts"
+    escaped = str(share).replace(" ", "\\040")
+    mounts.write_text(f"22 1 8:1 / / rw - ext4 /dev/sda1 rw\n30 22 0:1 / {escaped} rw - nfs4 server:/x rw\n")
+    monkeypatch.setattr(files, "MOUNTS", mounts)
+    # What is really there is another device, whose number must not count here.
+    monkeypatch.setattr(files, "device_of", lambda _: "")
+    return share
+
+
+async def test_network_file_system_is_refused(tmp_path: Path, mounted: Path) -> None:
+    """A queue on NFS is refused with the ways out, and allowed to those who insist."""
+    url = str(mounted / "q.db")
+    words = r"network file system \(nfs4\).*local disk.*PostgreSQL.*--allow-network-fs"
+    with pytest.raises(UsageError, match=words):
+        await open_database(url, create=True)
+    assert list(mounted.iterdir()) == []
+    await (await open_database(url, create=True, allow_network_fs=True)).close()
+    with pytest.raises(UsageError, match=words):
+        await open_database(url)
+    await (await open_database(str(tmp_path / "q.db"), create=True)).close()
+
+
+@pytest.mark.parametrize("link", ["file", "folder", "dangling"])
+async def test_links_to_a_network_file_system_are_followed(tmp_path: Path, mounted: Path, link: str) -> None:
+    """A link to a file or folder on a network file system does not hide it, nor one to a file that is to come."""
+    if link == "folder":
+        (tmp_path / "here").symlink_to(mounted)
+        url = tmp_path / "here" / "q.db"
+    else:
+        url = tmp_path / "q.db"
+        url.symlink_to(mounted / "real.db")
+    if link == "file":
+        (mounted / "real.db").touch(mode=0o600)
+    with pytest.raises(UsageError, match="network file system"):
+        await open_database(str(url), create=True)
+
+
+@pytest.mark.parametrize("mounts", ["missing", "unreadable", "nonsense"])
+async def test_a_system_that_does_not_tell_its_mounts_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mounts: str
+) -> None:
+    """Where there is no /proc, as on macOS, or it cannot be read, nothing is refused."""
+    path = tmp_path / "mounts"
+    if mounts == "unreadable":
+        path.mkdir()
+    elif mounts == "nonsense":
+        path.write_bytes(b"\xff - \x00 nonsense\n")
+    monkeypatch.setattr(files, "MOUNTS", path)
+    assert files.file_system(tmp_path / "q.db") is None
+    await (await open_database(str(tmp_path / "q.db"), create=True)).close()
+
+
+async def test_link_to_a_file_is_that_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a link the WAL is beside the file itself: it is found there, and checkpoints are taken."""
+    monkeypatch.setattr(sqlite, "WAL_LIMIT_BYTES", 100_000)
+    (tmp_path / "far").mkdir()
+    link, real = tmp_path / "q.db", tmp_path / "far" / "real.db"
+    link.symlink_to(real)
+    database = await open_database(str(link), create=True)
+    for n in range(5):
+        await put(database, [f"prompt {n} {m} " + "x" * 300 for m in range(300)], name=f"r{n}")
+    wal, moved = Path(f"{real}-wal").stat().st_size, real.stat().st_size
+    await database.close()
+    assert wal < 300_000
+    assert moved > 400_000
+    assert [path.name for path in tmp_path.glob("q.db*")] == ["q.db"]
+
+
+@pytest.mark.parametrize(
+    ("url", "path"),
+    [
+        ("runs.db", "runs.db"),
+        ("sqlite:///runs.db", "runs.db"),
+        ("sqlite+aiosqlite:///runs.db", "runs.db"),
+        ("sqlite+aiosqlite:////tmp/a b.db", "/tmp/a b.db"),
+    ],
+)
+def test_paths_and_urls_name_files(url: str, path: str) -> None:
+    """A path and the URLs that people paste name the same file."""
+    assert sqlite_path(url) == Path(path).absolute()
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("postgresql://me:secret@host/db", "nearly a PostgreSQL URL"),
+        ("postgres//me:secret@host/db", "nearly a PostgreSQL URL"),
+        ("mysql+pymysql://me:secret@host/db", r"a mysql\+pymysql URL"),
+        ("sqlite://", "to name a file"),
+        (":memory:", "to name a file"),
+        ("sqlite:///x.db?mode=ro", "the options mode"),
+        ("", "to name a file"),
+    ],
+)
+def test_other_urls_are_refused_without_their_password(url: str, words: str) -> None:
+    """What cannot be a shared queue is refused, and a password in it is not repeated."""
+    with pytest.raises(UsageError, match=words) as caught:
+        sqlite_path(url)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("query", "level"), [("", 2), ("?synchronous=FULL", 2), ("?synchronous=NORMAL", 1)])
+async def test_durability_is_full_unless_the_url_says_otherwise(
+    tmp_path: Path, query: str, level: int
+) -> None:
+    """Every commit reaches the disk by default; a URL may ask for less."""
+    database = await open_database(f"sqlite:///{tmp_path / 'q.db'}{query}", create=True)
+    assert (await database.write(lambda c: c.exec_driver_sql("PRAGMA synchronous"))).scalar() == level
+    await database.close()
+
+
+async def test_newer_schema_is_refused(tmp_path: Path) -> None:
+    """A database of a newer lbr is left as it is, with advice to upgrade."""
+    path = tmp_path / "q.db"
+    await (await open_database(str(path), create=True)).close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("INSERT INTO schema_version VALUES (99, 'future', 0)")
+    connection.close()
+    with pytest.raises(
+        DatabaseError, match=rf"schema version {schema.LATEST} or older, got: 99.*a newer lbr"
+    ):
+        await open_database(str(path), create=True)
+
+
+async def test_interrupted_creation_is_completed(tmp_path: Path) -> None:
+    """A file that a creator left empty when it was killed becomes a database on the next enqueue."""
+    path = tmp_path / "q.db"
+    path.touch(mode=0o600)
+    with pytest.raises(UsageError, match="got: an empty one"):
+        await open_database(str(path))
+    database = await open_database(str(path), create=True)
+    await put(database, ["a"])
+    await database.close()
+
+
+async def test_many_processes_may_create_at_once(tmp_path: Path) -> None:
+    """Processes that all want to create the database end up with one, whole."""
+    program = (
+        "import asyncio, sys\n"
+        "from lbr.store.engines import open_database\n"
+        "async def main():\n"
+        "    await (await open_database(sys.argv[1], create=True)).close()\n"
+        "asyncio.run(main())\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "q.db")]
+    racers = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(5)]
+    assert [(racer.communicate()[1], racer.returncode) for racer in racers] == [(b"", 0)] * 5
+    database = await open_database(str(tmp_path / "q.db"))
+    version = await database.read(lambda c: c.execute(text("SELECT count(*) FROM schema_version")))
+    assert version.scalar() == schema.LATEST
+    await database.close()
+
+
+async def test_foreign_lock_is_ridden_out(tmp_path: Path) -> None:
+    """Another program that holds the write lock for longer than the busy timeout delays us, and no more."""
+    path = tmp_path / "q.db"
+    database = await open_database(str(path), create=True)
+    program = (
+        "import sqlite3, sys, time\n"
+        "c = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
+        "c.execute('BEGIN IMMEDIATE'); print('held', flush=True)\n"
+        "time.sleep(10); c.execute('ROLLBACK')\n"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    run = await put(database, ["a"])
+    await assert_counted(database, run)
+    assert holder.wait() == 0
+    holder.stdout.close()
+    await database.close()
+
+
+async def test_endless_foreign_lock_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database that stays locked ends in words with the way out, after a bounded time."""
+    monkeypatch.setattr(file_connections, "BUSY_TIMEOUT_MS", 50)
+    path = tmp_path / "q.db"
+    database = await open_database(str(path), create=True)
+    await database.close()
+    database = SQLiteDatabase(path, patience=0.5)
+    blocker = sqlite3.connect(path, isolation_level=None)
+    blocker.execute("BEGIN IMMEDIATE")
+    with pytest.raises(DatabaseBusyError, match="has kept .* locked for too long.*fuser"):
+        await put(database, ["a"])
+    blocker.execute("ROLLBACK")
+    blocker.close()
+    await put(database, ["a"])
+    await database.close()
+
+
+async def test_wal_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints of our own keep the WAL near its limit under a load with readers."""
+    monkeypatch.setattr(sqlite, "WAL_LIMIT_BYTES", 1_000_000)
+    database = await open_database(str(tmp_path / "q.db"), create=True)
+    run = await runs.open_run(database, runs.RunSpec("r", ECHO, 8))
+    queue = Queue(database)
+    worker = await queue.register(host="a", pid=1, concurrency=100)
+    maker, largest = KeyMaker(ECHO), 0
+    for start in range(0, 10_000, 1_000):
+        items = [Item(Prompt(text=f"prompt {n} " + "x" * 300)) for n in range(start, start + 1_000)]
+        keys = [maker.key(item.prompt) for item in items]
+        reading = asyncio.create_task(queue.look([run.id]))
+        await enqueue.add_chunk(database, run, start, items, keys, reuse=True)
+        claims = await queue.claim(worker, [run.id], 1_000, lease=60)
+        await settle(database, [answered(claim, "y" * 300) for claim in claims])
+        await reading
+        largest = max(largest, (tmp_path / "q.db-wal").stat().st_size)
+    moved = (tmp_path / "q.db").stat().st_size
+    await database.close()
+    assert largest < 2_000_000
+    assert moved > 5_000_000
+
+
+async def test_checkpoint_gives_way_to_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that stays in its transaction delays the checkpoint, not the writers."""
+    monkeypatch.setattr(sqlite, "WAL_LIMIT_BYTES", 10_000)
+    path = tmp_path / "q.db"
+    database = await open_database(str(path), create=True)
+    reader = sqlite3.connect(path, isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT count(*) FROM jobs").fetchone()
+    run = await put(database, [f"p{n}" for n in range(500)])
+    reader.close()
+    await assert_counted(database, run)
+    await database.close()
+
+
+async def test_a_checkpoint_lock_that_may_not_be_opened_fails_no_commit(
+    mortal_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the lock is another user's, workers and enqueues go on without checkpoints; the next who may takes one."""
+    monkeypatch.chdir(mortal_folder)
+    monkeypatch.setattr(sqlite, "WAL_LIMIT_BYTES", 10_000)
+    monkeypatch.setattr(sqlite, "CHECKPOINT_PAUSE_SECONDS", 0.0)
+    lock, wal = Path("q.db.checkpoint.lock"), Path("q.db-wal")
+
+    async def long(prompt: str) -> str:
+        return prompt + "x" * 5_000
+
+    await lbr.enqueue(["a"], run="r", function=long, db_url="q.db")
+    lock.unlink(missing_ok=True)
+    lock.touch(0o000)
+    await lbr.enqueue([f"p{n}" for n in range(50)], run="r", function=long, append=True, db_url="q.db")
+    database = await open_database("q.db")
+    report = await lbr.work(functions=[long], db_url="q.db")
+    assert (report.done, report.released) == (51, 0)
+    assert wal.stat().st_size > 100_000
+    lock.chmod(0o600)
+    await put(database, ["b"], name="more")
+    assert wal.stat().st_size < 100_000
+    await database.close()
+
+
+async def test_an_exclusive_lock_that_may_not_be_opened_is_told(mortal_folder: Path) -> None:
+    """A lock of another user is an error with the file and the way out."""
+    path = mortal_folder / "q.db"
+    await (await open_database(str(path), create=True)).close()
+    path.with_name("q.db.worker.lock").touch(0o000)
+    with pytest.raises(
+        DatabaseError, match=r"expected a lock .*q\.db\.worker\.lock, got: Permission denied; make"
+    ):
+        async with sqlite.sole_worker(str(path)):
+            pass
+
+
+async def test_writes_are_refused_on_a_reading_connection(database: Database) -> None:
+    """Nothing that reads can change the queue by mistake."""
+    with pytest.raises(DatabaseError, match="read-only"):
+        await database.read(lambda c: c.execute(text("DELETE FROM jobs")))
+
+
+async def test_unused_database_is_removed(tmp_path: Path) -> None:
+    """Teardown removes the file and what lies beside it, but not while anybody has it open."""
+    path = tmp_path / "q.db"
+    database = await open_database(str(path), create=True)
+    await put(database, ["a"])
+    await database.close()
+    program = (
+        "import sqlite3, sys\n"
+        "c = sqlite3.connect(sys.argv[1]); c.execute('SELECT 1 FROM jobs').fetchone()\n"
+        "print('open', flush=True); sys.stdin.read()\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "open\n"
+    assert await files.remove_unused(path, run="r", query=RUNS) is False
+    holder.communicate()
+    database = await open_database(str(path))
+    await assert_counted(database, await put(database, ["a"]))
+    await database.close()
+    assert await files.remove_unused(path, run="other", query=RUNS) is False
+    assert await files.remove_unused(path, run="r", query=RUNS) is True
+    assert list(tmp_path.glob("q.db*")) == []
+
+
+async def test_a_log_that_goes_away_is_noticed(tmp_path: Path) -> None:
+    """What is written to a log that was removed nobody else can read: the first commit to it fails."""
+    path = tmp_path / "q.db"
+    database = await open_database(str(path), create=True)
+    await put(database, ["a"])
+    Path(f"{path}-wal").unlink()
+    with pytest.raises(DatabaseError, match=r"the log .* was removed while in use"):
+        await put(database, ["b"])
+    Path(f"{path}-wal").touch()
+    with pytest.raises(DatabaseError, match=r"the log .* was replaced while in use"):
+        await put(database, ["b"])
+    await database.close()
+
+
+async def test_file_that_goes_away_is_noticed(tmp_path: Path) -> None:
+    """Nothing is written to a file that was removed or replaced while it was open: it would be lost."""
+    path = tmp_path / "q.db"
+    database = await open_database(str(path), create=True)
+    await put(database, ["a"])
+    path.unlink()
+    with pytest.raises(DatabaseError, match="was removed while in use"):
+        await put(database, ["a"])
+    path.touch()
+    with pytest.raises(DatabaseError, match="was replaced while in use"):
+        await put(database, ["a"])
+    await database.close()

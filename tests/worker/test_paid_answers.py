@@ -1,0 +1,211 @@
+"""An answer that came is paid for: it is kept, whatever its worker lacks to read or to price it."""
+
+from __future__ import annotations
+
+import json
+import threading
+import urllib.request
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from genai_prices import data_snapshot
+
+from lbr.api.bench.chat import chat_server
+from lbr.core.errors import CallError, Family, Usage
+from lbr.core.retry import failure_of
+from lbr.models import loading
+from lbr.models.chat import endpoint_of, model
+from lbr.models.chat.costs import Costs
+from lbr.models.pydantic_ai import PydanticAIModel, reference
+from lbr.worker.attempt import attempt
+from lbr.worker.deadlines import Deadlines, Lateness
+from tests.models.test_chat_conformance import asking, completion
+from tests.support import Cli
+from tests.support.chat_wire import MODELS, Wire, chat_model, environment, http
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+NAME = MODELS["openai"]
+ODD = completion(choice={"logprobs": {"content": None}})
+"""An answer that only pydantic-ai reads."""
+
+
+@pytest.fixture
+async def wire(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Wire]:
+    """Serve where calls go."""
+    found = Wire()
+    async with found.open() as url:
+        for name, value in environment(url).items():
+            monkeypatch.setenv(name, value)
+        yield found
+
+
+class Failing:
+    """Fails so many times, and then does what it stands for."""
+
+    def __init__(self, does: Any, times: int) -> None:
+        self.does = does
+        self.left = times
+        self.asked = 0
+
+    def __call__(self, *arguments: Any, **more: Any) -> Any:
+        """Fail or do it."""
+        self.asked += 1
+        if self.left:
+            self.left -= 1
+            raise OSError(24, "Too many open files")
+        return self.does(*arguments, **more)
+
+
+@pytest.mark.processes
+def test_without_a_price_table_every_answer_is_kept(tmp_path: Path) -> None:
+    """A worker that cannot import the table makes each call once and knows its tokens, but not its cost."""
+    broken = tmp_path / "broken" / "genai_prices"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise OSError(24, 'Too many open files')\n")
+    cli = Cli(tmp_path, PYTHONPATH=str(broken.parent))
+    (tmp_path / "in.txt").write_text("".join(f"p{n}\n" for n in range(20)))
+    with chat_server(0.05) as url:
+        cli.environment |= {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": "sk-of-this-test"}
+        cli("enqueue", "in.txt", "--model", "openai-chat:gpt-4o-mini", "--max-attempts", "2")
+        cli("worker", "--concurrency", "8")
+        with urllib.request.urlopen(url, timeout=10) as told:  # noqa: S310
+            assert json.load(told)["calls"] == 20
+    (found,) = json.loads(cli("status", "in", "--json").stdout)["runs"]
+    assert (found["done"], found["failed"], found["input_tokens"]) == (20, 0, 20 * 40)
+    assert [row["result"] for row in cli.collect("in")] == [f"p{n}" for n in range(20)]
+    assert cli.query("SELECT count(*) FROM results WHERE cost_nanos IS NOT NULL") == [(0,)]
+
+
+async def test_a_price_table_is_tried_again_but_not_for_each_call(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A load that failed stands for a while; the next one after that makes costs known again."""
+    snapshot = Failing(data_snapshot.get_snapshot, 1)
+    monkeypatch.setattr(data_snapshot, "get_snapshot", snapshot)
+    now = 100.0
+    endpoint = endpoint_of(NAME)
+    assert endpoint is not None
+    costs = Costs(endpoint, clock=lambda: now)
+    body = completion() | {"model": "gpt-4o-mini"}
+    for _ in range(5):
+        costs.begin()
+        await costs.ready(60)
+        assert costs.usage(body) == Usage(10, 5, None)
+    assert snapshot.asked == 1
+    now += loading.AGAIN_SECONDS
+    costs.begin()
+    await costs.ready(60)
+    assert costs.usage(body) == Usage(10, 5, 4_500)
+    assert snapshot.asked == 2
+
+
+async def test_a_price_table_that_takes_long_lets_no_call_be_late(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the table is not there in time, the answer is kept without its cost."""
+    ended = threading.Event()
+    monkeypatch.setattr(data_snapshot, "get_snapshot", lambda: ended.wait(60))
+    wire.script = http(200, json.dumps(completion()))
+    asked = chat_model(NAME)
+    try:
+        outcome = await attempt(asked, None, asking(timeout=2), Deadlines(2), Lateness())
+    finally:
+        ended.set()
+        await asked.aclose()
+    assert outcome.failure is None
+    assert outcome.reply is not None
+    assert (outcome.reply.text, outcome.reply.usage) == ("fine", Usage(10, 5, None))
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+async def test_an_odd_answer_waits_until_it_can_be_read(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    """Where what reads it cannot be built at once, that is tried again, and the call is made once."""
+    for module in (loading, model):
+        monkeypatch.setattr(module, "AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(reference, "PydanticAIModel", Failing(PydanticAIModel, failures))
+    wire.script = http(200, json.dumps(ODD))
+    asked = chat_model(NAME)
+    try:
+        reply = await asked.answer(asking())
+    finally:
+        await asked.aclose()
+    assert reply.text == "fine"
+    assert len(wire.asked) == 1
+
+
+async def test_an_odd_answer_that_nothing_can_read_is_kept_as_it_came(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The failed try has the answer, and the words say what was missing."""
+    for module in (loading, model):
+        monkeypatch.setattr(module, "AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(reference, "PydanticAIModel", Failing(PydanticAIModel, 99))
+    wire.script = http(200, json.dumps(ODD))
+    asked = chat_model(NAME)
+    with pytest.raises(CallError, match="Too many open files") as caught:
+        await asked.answer(asking())
+    await asked.aclose()
+    failure = failure_of(caught.value)
+    assert (failure.family, failure.error) == (Family.TRANSIENT, "UnreadAnswer")
+    assert json.loads(failure.text or "") == ODD
+    assert failure.usage == Usage(10, 5, None)
+
+
+async def test_a_refusal_that_nothing_can_read_is_not_taken_for_an_answer(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody pays for it: the words have what came, and there is no text that would count as an answer."""
+    for module in (loading, model):
+        monkeypatch.setattr(module, "AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(reference, "PydanticAIModel", Failing(PydanticAIModel, 99))
+    wire.script = http(500, "\ufeffodd")
+    asked = chat_model(NAME)
+    with pytest.raises(CallError, match="with status 500, got: OSError.*the answer was .*odd") as caught:
+        await asked.answer(asking())
+    await asked.aclose()
+    assert (caught.value.text, caught.value.usage) == (None, Usage())
+
+
+@pytest.mark.parametrize(
+    ("content", "usage"),
+    [
+        (b"", Usage()),
+        (b"[]", Usage()),
+        (b'{"usage": 5}', Usage()),
+        (b'{"usage": {"prompt_tokens": "5", "completion_tokens": 5}}', Usage()),
+        (b'{"usage": {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}}', Usage(5, 7, None)),
+        (
+            b'{"model": "gpt-4o-mini", "usage": {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}}',
+            Usage(5, 7, 5 * 150 + 7 * 600),
+        ),
+    ],
+)
+async def test_what_an_unread_answer_took_is_read_as_far_as_it_goes(
+    wire: Wire, content: bytes, usage: Usage
+) -> None:
+    """Whatever came, nothing is raised."""
+    endpoint = endpoint_of(NAME)
+    assert endpoint is not None
+    costs = Costs(endpoint)
+    costs.begin()
+    await costs.ready(60)
+    assert costs.usage_in(content) == usage
+
+
+async def test_what_could_not_be_built_is_built_for_a_later_call(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that only pydantic-ai can make fails while that cannot be built, and no longer."""
+    monkeypatch.setattr(loading, "AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(reference, "PydanticAIModel", Failing(PydanticAIModel, 1))
+    wire.script = http(200, json.dumps(completion()))
+    asked = reference.Reference(NAME, task_settings={})
+    with pytest.raises(OSError, match="Too many open files"):
+        await asked.answer(asking())
+    assert (await asked.answer(asking())).text == "fine"
+    await asked.aclose()
