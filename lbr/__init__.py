@@ -4,23 +4,82 @@ At-least-once calls, exactly-once results: a finished answer that was committed 
 overwritten by a slower worker, never paid for again.
 """
 
-from lbr.api.collect import collect
+from lbr.api.collect import Collected, collect
+from lbr.api.diagnosis import Finding, Gravity
 from lbr.api.doctor import doctor
-from lbr.api.enqueue import enqueue
-from lbr.api.estimate import estimate
-from lbr.api.move import move
+from lbr.api.enqueue import EnqueueReport, enqueue
+from lbr.api.estimate import Estimate, estimate
+from lbr.api.move import Moved, move
 from lbr.api.operate import cancel, limit, pause, reparse, resume, retry, show, status
 from lbr.api.prompt_map import export_jsonl, prompt_map
+from lbr.api.status import RunStatus, Status
 from lbr.api.work import work
 from lbr.core.config import DB_URL_DEFAULT
-from lbr.core.errors import LbrError, Pause, Permanent, RetryLater
+from lbr.core.errors import (
+    AlreadyRunningError,
+    BadAnswer,
+    CallError,
+    DatabaseBusyError,
+    DatabaseError,
+    InputError,
+    LbrError,
+    MisfitError,
+    NothingToServeError,
+    OutputError,
+    Pause,
+    Permanent,
+    RetryLater,
+    RunChangedError,
+    RunMismatchError,
+    RunNotFoundError,
+    StoppedError,
+    UsageError,
+)
+from lbr.core.types import Row
+from lbr.store.enqueue import EnqueueCounts
+from lbr.store.reads import Attempt, JobDetail
+from lbr.store.redo import Reparsed
+from lbr.worker.calls import WorkReport
+from lbr.worker.worker import Worker
+
+__version__ = "0.1.0"
 
 __all__ = [
     "DB_URL_DEFAULT",
+    "AlreadyRunningError",
+    "Attempt",
+    "BadAnswer",
+    "CallError",
+    "Collected",
+    "DatabaseBusyError",
+    "DatabaseError",
+    "EnqueueCounts",
+    "EnqueueReport",
+    "Estimate",
+    "Finding",
+    "Gravity",
+    "InputError",
+    "JobDetail",
     "LbrError",
+    "MisfitError",
+    "Moved",
+    "NothingToServeError",
+    "OutputError",
     "Pause",
     "Permanent",
+    "Reparsed",
     "RetryLater",
+    "Row",
+    "RunChangedError",
+    "RunMismatchError",
+    "RunNotFoundError",
+    "RunStatus",
+    "Status",
+    "StoppedError",
+    "UsageError",
+    "WorkReport",
+    "Worker",
+    "__version__",
     "cancel",
     "collect",
     "doctor",
@@ -38,3 +97,8 @@ __all__ = [
     "status",
     "work",
 ]
+
+
+def __dir__() -> list[str]:
+    """Return the public names alone: the packages inside are not part of the API."""
+    return list(__all__)

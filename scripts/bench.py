@@ -40,7 +40,7 @@ RIVALS = ("pgqueuer", "procrastinate")
 PROCRASTINATE_SHARE = 10
 """procrastinate gets one in so many jobs; it takes them one by one, so its rate does not depend on how many."""
 
-PACKAGES = ("llm-batch-runner", "sqlalchemy", "asyncpg", "psycopg", *RIVALS)
+PACKAGES = ("lbr", "sqlalchemy", "asyncpg", "psycopg", *RIVALS)
 HEADER = ("system", "database", "workers", "jobs", "enqueue/s", "drain/s", "CPU ms/job", *RIVALS)
 
 

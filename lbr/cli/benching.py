@@ -20,7 +20,7 @@ from lbr.cli.app import tell
 if TYPE_CHECKING:
     from lbr.api.bench.measures import Measured
 
-PACKAGES = ("llm-batch-runner", "sqlalchemy", "aiosqlite", "aiohttp")
+PACKAGES = ("lbr", "sqlalchemy", "aiosqlite", "aiohttp")
 
 
 @click.command()

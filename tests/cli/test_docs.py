@@ -234,9 +234,28 @@ def test_signature_is_documented(name: str) -> None:
 
 
 def test_every_public_name_is_documented() -> None:
-    """The Python page has a heading for each public name."""
-    headings = ", ".join(sections_of(ROOT / "docs/reference/python.md")).split(", ")
-    assert sorted(headings) == sorted(lbr.__all__)
+    """The Python page has a heading or a table row for each public name, and `dir` shows these names alone."""
+    page = ROOT / "docs/reference/python.md"
+    rows = re.findall(r"^\| `(\w+)` \|", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    headings = ", ".join(sections_of(page)).split(", ")
+    assert sorted({*rows, *headings} - {"What functions return"}) == sorted(lbr.__all__)
+    assert dir(lbr) == sorted(lbr.__all__)
+
+
+def test_every_public_error_and_returned_class_is_importable_from_lbr() -> None:
+    """Each error of lbr, and each class of lbr that a public function returns, is in the package itself."""
+    errors = {name for name, one in vars(lbr.core.errors).items() if _is_error(one)}
+    returned = {
+        word
+        for name in lbr.__all__
+        if inspect.iscoroutinefunction(getattr(lbr, name))
+        for word in re.findall(r"\b[A-Z]\w+", str(inspect.signature(getattr(lbr, name)).return_annotation))
+    }
+    assert errors | (returned - {"Any", "None", "Json"}) <= set(lbr.__all__)
+
+
+def _is_error(one: object) -> bool:
+    return isinstance(one, type) and issubclass(one, Exception)
 
 
 def test_every_flag_has_the_twin_that_is_documented() -> None:
