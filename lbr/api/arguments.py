@@ -99,7 +99,7 @@ KINDS: Mapping[str, Kind] = {
     **dict.fromkeys(("notify", "on_start", "on_kept"), FUNCTION),
 }
 """By the argument's name, which means the same in every function. Numbers and words of a list are not here:
-`lbr.config` tells what they may be."""
+`lbr.core.config` tells what they may be."""
 
 
 def checked(

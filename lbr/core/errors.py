@@ -82,7 +82,7 @@ class StoppedError(LbrError):
 
 
 class Family(StrEnum):
-    """What kind of failure a call ended in; `lbr.retry` decides by it."""
+    """What kind of failure a call ended in; `lbr.core.retry` decides by it."""
 
     TRANSIENT = "transient"
     RATE_LIMITED = "rate_limited"

@@ -289,7 +289,7 @@ class Failure:
     """How a call failed. `error` is the class name; `text` the raw answer, where there was one.
 
     `overloaded` says that the answerer has too much to do or took too long, so that fewer calls at a time are better;
-    see `lbr.retry.is_overload`.
+    see `lbr.core.retry.is_overload`.
     """
 
     family: Family
@@ -335,7 +335,7 @@ class Outcome:
 
 @value(frozen=True, slots=True)
 class Settlement:
-    """What is to be written about one claim: decided in `lbr.retry`, carried out by the store.
+    """What is to be written about one claim: decided in `lbr.core.retry`, carried out by the store.
 
     `charge` is what the try adds to the job's attempts, `wait_ms` how long a job that goes back to pending waits
     from now on: the store adds it to the clock that leases are measured by. `pause` is the reason to pause the

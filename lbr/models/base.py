@@ -44,7 +44,7 @@ class Model(Protocol):
     async def answer(self, request: Request) -> Reply:
         """Answer one request.
 
-        Raises `lbr.errors.CallError` with the family of the failure; any other exception counts as transient.
+        Raises `lbr.core.errors.CallError` with the family of the failure; any other exception counts as transient.
         """
         ...
 

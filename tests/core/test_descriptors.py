@@ -155,7 +155,7 @@ def test_a_worker_without_room_for_one_call_says_so(tmp_path: Path, limit: int) 
 @pytest.mark.parametrize(("hard", "found"), [(5_000, 4 * 300 + 128), (900, 900), (200, 200)])
 def test_what_is_asked_for_is_enough_for_idle_connections_too(hard: int, found: int) -> None:
     """Where the hard limit lets it."""
-    code = "from lbr import descriptors as d; d.ask_for(300); print(d.most())"
+    code = "from lbr.core import descriptors as d; d.ask_for(300); print(d.most())"
     shell = f'ulimit -n {hard}; ulimit -Sn 100; exec "$0" -c "$1"'
     told = subprocess.run(["bash", "-c", shell, sys.executable, code], check=True, stdout=subprocess.PIPE)
     assert int(told.stdout) == found
