@@ -15,7 +15,6 @@ from typing import Any, NoReturn, TypeVar
 import click
 import orjson
 
-from lbr import __version__
 from lbr.core import digits
 from lbr.core.config import CONFIG_FILE, load_environment, read_config_file
 from lbr.core.errors import DatabaseError, LbrError, MisfitError, OutputError, StoppedError, UsageError
@@ -209,7 +208,7 @@ def tell(data: str | bytes) -> None:
     envvar="LBR_ALLOW_NETWORK_FS",
     help="Use a SQLite file on a network file system, at your own risk.",
 )
-@click.version_option(__version__, prog_name="lbr")
+@click.version_option(package_name="lbr", prog_name="lbr")
 @click.pass_context
 def lbr(context: click.Context, db: str, allow_network_fs: bool) -> None:
     """Run LLM prompts in batches that survive crashes.
