@@ -97,7 +97,18 @@ _FORGET_FAR = (
 _USAGE = ("input_tokens", "output_tokens", "cost_nanos")
 ADD_RESULTS = Inserting(results, "job_id", "text", "model", "finish_reason", "latency_ms", *_USAGE)
 _ADD_ATTEMPTS = Inserting(
-    attempts, "job_id", "claim_seq", "what", "family", "error", "message", "text", "latency_ms", "at", *_USAGE
+    attempts,
+    "job_id",
+    "claim_seq",
+    "what",
+    "family",
+    "error",
+    "message",
+    "text",
+    "finish_reason",
+    "latency_ms",
+    "at",
+    *_USAGE,
 )
 
 
@@ -237,6 +248,7 @@ async def _insert_attempts(
 def _attempt(settlement: Settlement, what: str, now: Millis) -> dict[str, Any]:
     failure, reply = settlement.outcome.failure, settlement.outcome.reply
     answer = reply.text if reply is not None else None
+    ending = reply.finish_reason if reply is not None else None
     return {
         "job_id": settlement.claim.job_id,
         "claim_seq": settlement.claim.claim_seq,
@@ -245,6 +257,7 @@ def _attempt(settlement: Settlement, what: str, now: Millis) -> dict[str, Any]:
         "error": failure.error if failure else "Stale",
         "message": failure.message if failure else "the answer came after another worker had taken the job",
         "text": failure.text if failure else answer,
+        "finish_reason": failure.finish_reason if failure else ending,
         "latency_ms": settlement.outcome.latency_ms,
         "at": now,
         **_usage(settlement.outcome.usage),
