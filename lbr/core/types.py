@@ -319,6 +319,12 @@ class Outcome:
         return NO_USAGE if self.failure is None else self.failure.usage
 
     @property
+    def finish_reason(self) -> str | None:
+        """Why the answer ended; None without an answer, or if its provider did not say."""
+        ended = self.reply or self.failure
+        return None if ended is None else ended.finish_reason
+
+    @property
     def is_paid(self) -> bool:
         """Whether the call brought an answer, good or bad, read or not, or anything else that is paid for."""
         failure = self.failure

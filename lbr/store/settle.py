@@ -248,7 +248,6 @@ async def _insert_attempts(
 def _attempt(settlement: Settlement, what: str, now: Millis) -> dict[str, Any]:
     failure, reply = settlement.outcome.failure, settlement.outcome.reply
     answer = reply.text if reply is not None else None
-    ending = reply.finish_reason if reply is not None else None
     return {
         "job_id": settlement.claim.job_id,
         "claim_seq": settlement.claim.claim_seq,
@@ -257,7 +256,7 @@ def _attempt(settlement: Settlement, what: str, now: Millis) -> dict[str, Any]:
         "error": failure.error if failure else "Stale",
         "message": failure.message if failure else "the answer came after another worker had taken the job",
         "text": failure.text if failure else answer,
-        "finish_reason": failure.finish_reason if failure else ending,
+        "finish_reason": settlement.outcome.finish_reason,
         "latency_ms": settlement.outcome.latency_ms,
         "at": now,
         **_usage(settlement.outcome.usage),
