@@ -643,6 +643,7 @@ async def test_schema_migrates_once(database: Database, db_url: str) -> None:
         (2, "index the suspects"),
         (3, "keep keys beside prompts"),
         (4, "share limits, price runs, set jobs apart"),
+        (5, "keep why answers of failed tries ended"),
     ]
 
 

@@ -7,6 +7,7 @@ required; what else cannot be read is not known.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
@@ -171,10 +172,12 @@ def _answer_in(text: str, tags: tuple[str, str]) -> str:
 
 def decoded(content: bytes, charset: str) -> str:
     """Return the text of a body; `charset` may be empty or unknown, and what is not in it is replaced."""
+    with suppress(UnicodeDecodeError):  # whatever the header says
+        return content.decode("utf-8-sig")
     try:
-        return content.decode(charset or "utf-8-sig", errors="replace").removeprefix("\ufeff")
+        return content.decode(charset or "utf-8", errors="replace")
     except LookupError:
-        return content.decode("utf-8-sig", errors="replace")
+        return content.decode(errors="replace")
 
 
 def _assembled(text: str) -> tuple[dict[str, Any], bool]:

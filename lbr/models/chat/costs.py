@@ -288,7 +288,7 @@ def _repaired(told: dict[str, Any]) -> dict[str, Any]:
 def _whole(value: Any) -> int | None:
     """Return a count of tokens that may be written as a float or as text; None for what is none."""
     try:
-        number = float(value)
+        number = math.nan if value is True else float(value)
     except (TypeError, ValueError, OverflowError):
         return None
     return int(number) if 0 <= number <= MOST_TOKENS and number.is_integer() else None
