@@ -92,7 +92,7 @@ def check_answer(
     if text.strip():
         return
     if ending == CUT_OFF:
-        raise CallError("it has no text", family=Family.CUT_OFF, kind="CutOffAnswer", **kept)
+        raise CallError("it has no text", family=Family.CUT_OFF, kind="EmptyAnswer", **kept)
     words = f"the answer has no text, finish reason {ending or 'not given'}"
     raise CallError(words, family=Family.BAD_ANSWER, kind="EmptyAnswer", **kept)
 

@@ -70,7 +70,6 @@ _BAD = (
     select(attempts)
     .where(
         among(attempts.c.id, "ids"),
-        attempts.c.family == Family.BAD_ANSWER,
         attempts.c.text.is_not(None),
         attempts.c.error.not_in(sorted(UNREAD)),
     )
@@ -344,7 +343,7 @@ async def _bad_answers(
     bound = {"run": run.id, "after": after, "states": [JobState.FAILED], "most": REPARSE_PAGE}
     rows = list((await connection.execute(_AT_REST, bound)).all())
     tries = await _latest_tries(connection, [row.id for row in rows])
-    ids = [one.id for one in tries.values() if one.family == Family.BAD_ANSWER]
+    ids = [one.id for one in tries.values() if one.family in {Family.BAD_ANSWER, Family.CUT_OFF}]
     bad = (await connection.execute(_BAD, {"ids": ids})).all() if ids else []
     return (rows[-1].id if len(rows) == REPARSE_PAGE else None), rows, bad
 

@@ -76,7 +76,7 @@ async def _answer(
         # The answer does not fit, but it was paid for.
         failure = replace(failure_of(error), usage=reply.usage, finish_reason=reply.finish_reason)
         if reply.finish_reason == CUT_OFF:  # asked again, it would end in the same place
-            failure = replace(failure, family=Family.CUT_OFF, error="CutOffAnswer")
+            failure = replace(failure, family=Family.CUT_OFF)
         return None, failure
 
 

@@ -469,7 +469,9 @@ async def test_a_chat_completion_that_cannot_be_read_is_kept(monkeypatch: pytest
     with Scripted(200, json.dumps(chat(5, "stop"))) as server:
         error = await fail(monkeypatch, OPENAI, server)
     assert (error.family, error.kind) == (BAD, "UnreadAnswer")
-    assert json.loads(error.text or "") == chat(5, "stop") | {"choices": json.loads(error.text or "")["choices"]}
+    assert json.loads(error.text or "") == chat(5, "stop") | {
+        "choices": json.loads(error.text or "")["choices"]
+    }
     assert (error.usage.input_tokens, error.usage.output_tokens) == (3, 2)
 
 
