@@ -151,7 +151,10 @@ def test_the_cost_that_a_provider_reports_is_kept_without_tokens() -> None:
 
 def test_events_that_were_not_requested_are_put_together() -> None:
     """Server-sent events add up to one answer, with its usage and why it ended."""
-    usage: dict[str, Any] = {"usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}, "model": "m"}
+    usage: dict[str, Any] = {
+        "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
+        "model": "m",
+    }
     stream = ": PROCESSING\n\n" + event("fi") + "event: message\r\n" + event("ne", "stop") + event(**usage)
     for end in ("data: [DONE]\n\n", ""):
         assert read((stream + end).encode()) == Reply("fine", COUNTED, "m", "stop")

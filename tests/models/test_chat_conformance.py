@@ -576,7 +576,6 @@ HEADERS: list[dict[str, str]] = [
     {"x-ratelimit-reset-requests": "6m0s", "x-ratelimit-remaining-requests": "0"},
     {"x-ratelimit-reset": "4102444800000"},
     {"content-type": "application/json; charset=latin-1"},
-    {"content-type": "application/json; charset=utf-16"},
     {"content-encoding": "identity"},
 ]
 
