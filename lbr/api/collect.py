@@ -43,7 +43,8 @@ class Collected:
     """What a collect wrote.
 
     `rows` holds the answers as dicts where no output was named, else None. `by_status` counts the rows
-    written, `cut_off` those whose answer ends where its tokens did; `sealed` tells whether all inputs are in.
+    written, `cut_off` those whose answer reached its token limit, whether they are done or failed because of it;
+    `limited` is True if the run's settings set that limit. `sealed` tells whether all inputs are in.
     """
 
     run: str
@@ -51,6 +52,7 @@ class Collected:
     sealed: bool
     rows: list[dict[str, Json]] | None = None
     cut_off: int = 0
+    limited: bool = False
 
     @property
     def total(self) -> int:
@@ -107,7 +109,9 @@ async def collect(
         else:
             await write_pages(database, found, pages, target, kind)
         found = await reads.find_run(database, run)
-        return Collected(run, dict(pages.by_status), found.sealed_at is not None, rows, pages.cut_off)
+        limited = bool(pages.cut_off) and await reads.limits_answers(database, found)
+        sealed = found.sealed_at is not None
+        return Collected(run, dict(pages.by_status), sealed, rows, pages.cut_off, limited)
 
 
 async def until_finished(database: Database, run: Run) -> None:

@@ -20,13 +20,23 @@ def describe(collected: api.Collected) -> str:
     return f"run {collected.run}: {counted(collected.total, 'row')}: {counts or 'none'}"
 
 
+def cut_off_words(run: str, count: int, *, limited: bool) -> str:
+    """Return what to do about answers that reached a token limit; `limited` is True if the settings set it."""
+    command = f"lbr retry {run} --where finish_reason=length"
+    if limited:
+        return (
+            f"{counted(count, 'answer')} cut off at max_tokens; to redo: `{command} --set max_tokens=NUMBER`"
+        )
+    return (
+        f"{counted(count, 'answer')} cut off at the token limit of the model; ask for shorter answers or use another "
+        f"model, or redo: `{command}`"
+    )
+
+
 def exit_code(collected: api.Collected) -> int:
     """Return 3 where answers may still come, 4 where some never will, else 0; say what to do."""
     if collected.cut_off:
-        say(
-            f"lbr: {collected.cut_off} of the answers cut off at the token limit; `lbr retry {collected.run} "
-            f"--where finish_reason=length --set max_tokens=NUMBER` has them asked for again"
-        )
+        say(f"lbr: {cut_off_words(collected.run, collected.cut_off, limited=collected.limited)}")
     if not collected.sealed:
         say(
             f"lbr: the enqueue of run {collected.run} has not come to its end; run it again if it was interrupted"

@@ -91,7 +91,8 @@ def _describe_story(story: JobDetail) -> str:
             f"{when} claim {one.claim_seq} {one.what}: {one.family or '-'} {one.error}: {one.message}"
         )
         if one.text:
-            lines.append(f"  raw answer: {one.text}")
+            ending = "" if one.finish_reason in {None, "stop"} else f" (finish reason {one.finish_reason})"
+            lines.append(f"  raw answer{ending}: {one.text}")
         lines += _usage_lines(one)
     return "\n".join(lines)
 
@@ -112,7 +113,7 @@ def _usage_lines(of: JobDetail | Attempt) -> list[str]:
     metavar="CONDITION",
     multiple=True,
     help="Only jobs of which this holds: family=FAMILY or error~TEXT of their last failure, finish_reason=WORD of "
-    "their answer, such as length, or status=failed|cancelled|done; may be repeated.",
+    "their last answer, such as length, or status=failed|cancelled|done; may be repeated.",
 )
 @click.option(
     "--set",

@@ -15,6 +15,7 @@ import click
 from lbr.api import work
 from lbr.api.status import paused_words
 from lbr.cli.app import EXIT_UNFINISHED, database_option, say, with_options
+from lbr.cli.collect import cut_off_words
 from lbr.core import descriptors
 from lbr.core.config import MOST_PROCESSES, WorkOptions, at_least_one
 from lbr.core.plurals import counted
@@ -151,6 +152,8 @@ async def work_alone(db: dict[str, Any], **how: Any) -> int:
     """Be one worker process to its end, and return its exit code."""
     report = await serve(db, lambda line: say(f"lbr: {line}"), **how)
     say(f"lbr: worker: {describe_work(report)}")
+    for name, count in report.cut_off.items():
+        say(f"lbr: run {name}: {cut_off_words(name, count, limited=name in report.limited)}")
     for name, reason in report.paused.items():
         say(f"lbr: run {name} is paused: {paused_words(name, reason)}")
     for name in report.interrupted:

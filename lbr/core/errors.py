@@ -86,6 +86,7 @@ class Family(StrEnum):
 
     TRANSIENT = "transient"
     RATE_LIMITED = "rate_limited"
+    CUT_OFF = "cut_off"
     BAD_ANSWER = "bad_answer"
     PERMANENT = "permanent"
     ACCOUNT = "account"
@@ -109,6 +110,12 @@ NO_USAGE = Usage()
 """Nothing is known of what a call took."""
 
 
+CUT_OFF = "length"
+"""The finish reason of an answer that reached its token limit."""
+
+UNREAD = frozenset({"EmptyAnswer", "UnreadAnswer"})
+"""What errors are called whose `text` is all that the provider sent, not an answer."""
+
 NO_REASON = "the function gave no reason"
 
 
@@ -116,7 +123,7 @@ class CallError(Exception):
     """One model call that failed, and how.
 
     `retry_after` is in seconds, None where nobody said. `text` is the raw answer where there was one,
-    `usage` what the call cost all the same. `overloaded` says that the answerer has too much to do, or took too
+    `usage` what the call cost all the same, `finish_reason` why that answer ended. `overloaded` says that the answerer has too much to do, or took too
     long, so that fewer calls at a time may help; of a rate limit the family says so already.
     """
 
@@ -132,6 +139,7 @@ class CallError(Exception):
         kind: str | None = None,
         usage: Usage | None = None,
         overloaded: bool = False,
+        finish_reason: str | None = None,
     ) -> None:
         super().__init__(message)
         self.family = family or type(self).family
@@ -140,6 +148,7 @@ class CallError(Exception):
         self.kind = kind or type(self).__name__
         self.usage = usage or NO_USAGE
         self.overloaded = overloaded
+        self.finish_reason = finish_reason
 
 
 def _seconds(value: object) -> float | None:

@@ -41,9 +41,16 @@ def failure_of(error: BaseException) -> Failure:
         return Failure(Family.TRANSIENT, type(error).__name__, _message(error))
     text = None if error.text is None else storable(error.text)[:TEXT_LIMIT]
     kind = storable(error.kind)[:MESSAGE_LIMIT]
-    usage = storable_usage(error.usage)
+    ending = error.finish_reason and storable(error.finish_reason)[:MESSAGE_LIMIT]
     return Failure(
-        error.family, kind, _message(error), error.retry_after, text, usage, overloaded=error.overloaded
+        error.family,
+        kind,
+        _message(error),
+        error.retry_after,
+        text,
+        storable_usage(error.usage),
+        overloaded=error.overloaded,
+        finish_reason=ending,
     )
 
 
@@ -130,7 +137,7 @@ def decide(claim: Claim, outcome: Outcome, policy: RetryPolicy, rng: Random) -> 
         case Family.BAD_ANSWER:
             spent = claim.history.bad_answers >= policy.bad_answer_retries
             return Settlement(claim, JobState.FAILED if spent else JobState.PENDING, outcome, charge=1)
-        case Family.PERMANENT:
+        case Family.PERMANENT | Family.CUT_OFF:
             return Settlement(claim, JobState.FAILED, outcome, charge=1)
         case Family.ACCOUNT:
             reason = f"{failure.error}: {failure.message}"

@@ -59,3 +59,13 @@ def most_output_tokens(settings: Mapping[str, Json]) -> int | None:
     if type(most) is not int or most < 1:
         raise UsageError(f"expected max_tokens to be a whole number of at least 1, got: {most!r}")
     return most
+
+
+def output_limit(settings: Mapping[str, Json]) -> str | None:
+    """Return the setting that limits an answer, such as `max_tokens=500`; None if only the model limits it."""
+    extra = settings.get("extra_body")
+    for where in (settings, extra if isinstance(extra, dict) else {}):
+        for name in ("max_tokens", "max_completion_tokens"):
+            if where.get(name) is not None:
+                return f"{name}={where[name]}"
+    return None

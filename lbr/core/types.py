@@ -288,6 +288,7 @@ class Claim:
 class Failure:
     """How a call failed. `error` is the class name; `text` the raw answer, where there was one.
 
+    `finish_reason` is why that answer ended, None if it is not known.
     `overloaded` says that the answerer has too much to do or took too long, so that fewer calls at a time are better;
     see `lbr.core.retry.is_overload`.
     """
@@ -299,6 +300,7 @@ class Failure:
     text: str | None = None
     usage: Usage = NO_USAGE
     overloaded: bool = False
+    finish_reason: str | None = None
 
 
 @value(frozen=True, slots=True)
@@ -315,6 +317,12 @@ class Outcome:
         if self.reply is not None:
             return self.reply.usage
         return NO_USAGE if self.failure is None else self.failure.usage
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the answer ended; None without an answer, or if its provider did not say."""
+        ended = self.reply or self.failure
+        return None if ended is None else ended.finish_reason
 
     @property
     def is_paid(self) -> bool:
@@ -356,8 +364,8 @@ class Row:
     """One collected answer.
 
     `status` is a job state, or "missing" where the caller asked for that word for all that is not done.
-    `result` is None unless done; `error` says why a job failed, or what its last failed try said. `cut_off` tells that
-    the result ends where its tokens did.
+    `result` is None unless done; `error` says why a job failed, or what its last failed try said. `cut_off` is True if
+    the answer reached its token limit, also if the job failed because of it.
     """
 
     idx: int

@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lbr.core.errors import CallError, Family
+from lbr.models.endings import filter_words
 from lbr.models.waits import wait_of
-from lbr.models.wording import clean
+from lbr.models.wording import MAX_MESSAGE_CHARS, clean, page_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-
-    from lbr.core.errors import Usage
 
 TRANSIENT_STATUSES = frozenset({408, 409, 425, 499})
 """Of the 4xx those that may pass: too slow, in the way of another, too early, cut off."""
@@ -107,19 +106,15 @@ def call_error(refusal: Refusal, *, api_key: str | None = None, now: float | Non
     `now`, in seconds since 1970, is what resets of rate limits are compared with; None asks the clock.
     """
     family = family_of(refusal)
+    filtered = filter_words(refusal.body) if family is Family.PERMANENT else None
+    kind = refusal.kind if filtered is None else "ContentFilterError"
     return CallError(
-        clean(_provider_words(refusal), api_key) or refusal.kind,
+        _words(refusal, filtered, api_key) or kind,
         family=family,
         retry_after=_retry_after(refusal, family, time.time() if now is None else now),
-        kind=refusal.kind,
+        kind=kind,
         overloaded=family is Family.TRANSIENT and is_overloaded(refusal),
     )
-
-
-def empty_answer(ending: object, usage: Usage) -> CallError:
-    """Return the error for an answer that says nothing; `ending` is the finish reason."""
-    hint = "; raise max_tokens" if ending == "length" else ""
-    return CallError(f"the answer is empty, finish reason: {ending}{hint}", kind="EmptyAnswer", usage=usage)
 
 
 def _retry_after(refusal: Refusal, family: Family, now: float) -> float | None:
@@ -131,12 +126,17 @@ def _retry_after(refusal: Refusal, family: Family, now: float) -> float | None:
     return wait_of(headers if delay is None else headers | {"ratelimit-reset": delay}, now)
 
 
-def _provider_words(refusal: Refusal) -> str:
+def _words(refusal: Refusal, filtered: str | None, api_key: str | None) -> str:
+    """Return the provider's words, shortened so that what follows them is seen: what was filtered, and the status."""
     said = message_in(refusal.body)
+    ending = "" if filtered is None else f"; {filtered}"
     if said is None:
-        return refusal.words
-    words = said if refusal.status == 0 else f"{said} (HTTP {refusal.status})"
-    return f"{words}; did you mean {refusal.suggestion!r}?" if refusal.suggestion else words
+        return clean(refusal.words + ending, api_key)
+    ending += "" if refusal.status == 0 else f" (HTTP {refusal.status})"
+    ending += f"; did you mean {refusal.suggestion!r}?" if refusal.suggestion else ""
+    ending = clean(ending, api_key, most=MAX_MESSAGE_CHARS // 2)
+    gap = "" if ending.startswith(";") or not ending else " "
+    return clean(page_words(said), api_key, most=MAX_MESSAGE_CHARS - len(gap + ending)) + gap + ending
 
 
 def status_in(body: object) -> int | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import orjson
 from sqlalchemy import bindparam, case, func, literal_column, select, update
 
-from lbr.core.errors import DatabaseError, Family
+from lbr.core.errors import UNREAD, DatabaseError, Family
 from lbr.core.limits import fitting
 from lbr.core.tokens import characters_of, tokens_of
 from lbr.core.types import NO_HISTORY, BadTry, Claim, History, JobId, Millis, Prompt, RunId
@@ -105,7 +105,7 @@ _PROMPTS = Query(
 )
 # Without what came too late: that is another claim's, was charged to nobody and must use up no budget.
 _TRIES = (
-    select(attempts.c.job_id, attempts.c.claim_seq, attempts.c.family, attempts.c.message, attempts.c.at)
+    select(*(attempts.c[name] for name in ("job_id", "claim_seq", "family", "error", "message", "at")))
     .add_columns(case((attempts.c.family == Family.BAD_ANSWER, attempts.c.text)).label("text"))
     .where(among(attempts.c.job_id, "ids"), attempts.c.what != "stale")
     .order_by(attempts.c.id)
@@ -203,12 +203,13 @@ async def _histories(connection: Connection, rows: list[_Taken], now: Millis) ->
 
 def _history(tries: list[AnyRow], now: Millis) -> History:
     bad = [t for t in tries if t.family == Family.BAD_ANSWER]
+    shown = [t for t in bad if t.error not in UNREAD]  # no model is asked to correct an envelope
     limited = [t for t in tries if t.family == Family.RATE_LIMITED]
     return History(
         bad_answers=len(bad),
         limited_tries=len(limited),
         limited_ms=max(0, now - limited[0].at) if limited else 0,
-        last_bad=BadTry(bad[-1].text or "", bad[-1].message) if bad else None,
+        last_bad=BadTry(shown[-1].text or "", shown[-1].message) if shown else None,
     )
 
 

@@ -32,7 +32,7 @@ JOB = ("state", "available_at", "claim_seq", "attempts", "crashes", "retry_seq",
 PROMPT = ("chat", "body", "settings")
 USAGE = ("input_tokens", "output_tokens", "cost_nanos")
 RESULT = ("text", "model", "finish_reason", *USAGE, "latency_ms")
-TRY = ("claim_seq", "what", "family", "error", "message", "text", *USAGE, "latency_ms", "at")
+TRY = ("claim_seq", "what", "family", "error", "message", "text", "finish_reason", *USAGE, "latency_ms", "at")
 
 _TRIED = select(func.sum(func.length(attempts.c.text))).where(attempts.c.job_id == jobs.c.id)
 _TEXTS = (func.length(prompts.c.body), func.length(results.c.text), _TRIED.scalar_subquery())

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from sqlalchemy import bindparam, func, or_, select
 
-from lbr.core.errors import DatabaseError, UsageError
+from lbr.core.errors import CUT_OFF, DatabaseError, UsageError
+from lbr.core.tokens import output_limit
 from lbr.core.types import JobId, JobState, Millis, Prompt, Row, Run, RunId, Shape
 from lbr.store import counters, runs
 from lbr.store.arrays import among
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from collections import Counter
     from collections.abc import AsyncIterator, Iterable, Sequence
 
+    from sqlalchemy import ColumnElement
+
     from lbr.core.pricing import Price
     from lbr.core.types import Json
     from lbr.store.connection import Connection
@@ -28,16 +31,18 @@ if TYPE_CHECKING:
     from lbr.store.schema import AnyRow
 
 PAGE = 1_000
-CUT_OFF = "length"
-"""The finish reason of an answer whose tokens ran out."""
 
-_LAST_ERROR = (
-    select(attempts.c.message)
-    .where(attempts.c.job_id == jobs.c.id, attempts.c.what != "stale")
-    .order_by(attempts.c.id.desc())
-    .limit(1)
-    .scalar_subquery()
-)
+
+def _of_last_try(column: ColumnElement[Any]) -> ColumnElement[Any]:
+    return (
+        select(column)
+        .where(attempts.c.job_id == jobs.c.id, attempts.c.what != "stale")
+        .order_by(attempts.c.id.desc())
+        .limit(1)
+        .scalar_subquery()
+    )
+
+
 _COLLECTED = (
     items.c.idx,
     items.c.custom_id,
@@ -61,7 +66,16 @@ _ROWS = (
     .limit(PAGE)
 )
 ROWS = {Shape.ORIGINAL: _ROWS, Shape.UNIQUE: _ROWS.where(items.c.first == 1)}
-_ERRORS = select(jobs.c.id, _LAST_ERROR.label("error")).where(among(jobs.c.id, "ids"))
+_ERRORS = select(
+    jobs.c.id,
+    _of_last_try(attempts.c.message).label("error"),
+    _of_last_try(attempts.c.finish_reason).label("ending"),
+).where(among(jobs.c.id, "ids"))
+_OWN_SETTINGS = (
+    select(prompts.c.settings)
+    .where(prompts.c.run_id == bindparam("run"), prompts.c.settings.is_not(None))
+    .distinct()
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +154,7 @@ class Attempt:
     output_tokens: int | None = None
     cost_nanos: int | None = None
     latency_ms: int | None = None
+    finish_reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,9 +310,9 @@ async def rows(database: Database, run: Run, shape: Shape) -> AsyncIterator[list
 async def _with_errors(connection: Connection, found: Sequence[Sequence[Any]]) -> list[Row]:
     """Turn database rows into collected ones; what is not done gets what its last failed try said."""
     open_ids = list({job_id for _, _, _, job_id, _, state, *_ in found if state != JobState.DONE})
-    errors: dict[int, str] = {}
+    last: dict[int, Any] = {}
     if open_ids:
-        errors = {row.id: row.error for row in (await connection.execute(_ERRORS, {"ids": open_ids})).all()}
+        last = {row.id: row for row in (await connection.execute(_ERRORS, {"ids": open_ids})).all()}
     return [
         Row(
             idx,
@@ -305,10 +320,11 @@ async def _with_errors(connection: Connection, found: Sequence[Sequence[Any]]) -
             Prompt.from_body(body, chat=True) if chat else Prompt(body),
             state,
             text if state == JobState.DONE else None,
-            errors.get(job_id) if errors else None,
+            last[job_id].error if job_id in last else None,
             custom_id,
             None if metadata is None else _metadata(metadata),
-            ending == CUT_OFF and state == JobState.DONE,
+            (ending if state == JobState.DONE else state == JobState.FAILED and last[job_id].ending)
+            == CUT_OFF,
         )
         for idx, custom_id, metadata, job_id, key, state, chat, body, text, ending in found
     ]
@@ -322,6 +338,13 @@ def _metadata(text: str) -> dict[str, Json]:
     if not isinstance(value, dict):
         raise DatabaseError(f"expected stored metadata to be an object, got: {text[:200]!r}")
     return value
+
+
+async def limits_answers(database: Database, run: Run) -> bool:
+    """Return whether the run's settings, or those of one of its jobs, limit the tokens of an answer."""
+    own = await database.read(lambda connection: connection.execute(_OWN_SETTINGS, {"run": run.id}))
+    settings = [run.task.settings, *(orjson.loads(text) for text in own.scalars())]
+    return any(output_limit(one) is not None for one in settings)
 
 
 async def metadata_columns(database: Database, run: Run) -> list[str]:

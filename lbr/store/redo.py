@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import ColumnElement, bindparam, case, delete, literal, literal_column, select, update
 
-from lbr.core.errors import Family, UsageError
+from lbr.core.errors import UNREAD, Family, UsageError
 from lbr.core.retry import failure_of
 from lbr.core.types import JobState, Json, Millis, RunState, canonical_json
 from lbr.store import counters, runs
@@ -46,7 +46,7 @@ _FORM = re.compile(r"\s*(?:(family|finish_reason|status)\s*=|(error)\s*~)(.*)", 
 _STATES = {
     "family": frozenset({JobState.FAILED}),
     "error": frozenset({JobState.FAILED}),
-    "finish_reason": frozenset({JobState.DONE}),
+    "finish_reason": frozenset({JobState.DONE, JobState.FAILED}),
     "status": frozenset({JobState.FAILED, JobState.CANCELLED, JobState.DONE}),
 }
 
@@ -62,13 +62,17 @@ _AT_REST = (
     .limit(bindparam("most"))
 )
 _TRIES = (
-    select(attempts.c.id, attempts.c.job_id, attempts.c.family, attempts.c.error, attempts.c.message)
+    select(*(attempts.c[name] for name in ("id", "job_id", "family", "error", "message", "finish_reason")))
     .where(among(attempts.c.job_id, "ids"), attempts.c.what != "stale")
     .order_by(attempts.c.id)
 )
 _BAD = (
     select(attempts)
-    .where(among(attempts.c.id, "ids"), attempts.c.family == Family.BAD_ANSWER, attempts.c.text.is_not(None))
+    .where(
+        among(attempts.c.id, "ids"),
+        attempts.c.text.is_not(None),
+        attempts.c.error.not_in(sorted(UNREAD)),
+    )
     .order_by(attempts.c.job_id)
 )
 _LOCKED = (
@@ -107,6 +111,7 @@ _KEPT: dict[str, ColumnElement[Any]] = {
         else_=literal("its answer, reused from another run, was asked for again by hand"),
     ),
     "text": results.c.text,
+    "finish_reason": results.c.finish_reason,
     "input_tokens": own_usage(results.c.input_tokens),
     "output_tokens": own_usage(results.c.output_tokens),
     "cost_nanos": own_usage(results.c.cost_nanos),
@@ -148,7 +153,8 @@ class Condition:
         """Tell whether a job meets it, given its latest try that was no plain success, None where there is none."""
         match self.name:
             case "finish_reason":
-                return bool(row.finish_reason == self.value)
+                ending = row.finish_reason if last is None else last.finish_reason
+                return bool(ending == self.value)
             case "family":
                 return last is not None and last.family == self.value
             case "error":
@@ -176,7 +182,7 @@ def read_conditions(texts: Sequence[str]) -> list[Condition]:
     if not _states_of(conditions):
         raise UsageError(
             f"expected conditions that one job can meet, got: {' and '.join(texts)}; family and error are of failed "
-            f"jobs, finish_reason of done ones"
+            f"jobs, finish_reason of failed and done ones"
         )
     return conditions
 
@@ -337,7 +343,7 @@ async def _bad_answers(
     bound = {"run": run.id, "after": after, "states": [JobState.FAILED], "most": REPARSE_PAGE}
     rows = list((await connection.execute(_AT_REST, bound)).all())
     tries = await _latest_tries(connection, [row.id for row in rows])
-    ids = [one.id for one in tries.values() if one.family == Family.BAD_ANSWER]
+    ids = [one.id for one in tries.values() if one.family in {Family.BAD_ANSWER, Family.CUT_OFF}]
     bad = (await connection.execute(_BAD, {"ids": ids})).all() if ids else []
     return (rows[-1].id if len(rows) == REPARSE_PAGE else None), rows, bad
 
@@ -350,12 +356,12 @@ def _check(check: Callable[[str], str], text: str) -> tuple[str | None, str]:
 
 
 def _result(run: Run, bad: AnyRow, text: str) -> dict[str, Any]:
-    # How the provider calls its model, and why the answer ended, is not kept with a bad answer.
+    # How the provider calls its model is not kept with a bad answer.
     return {
         "job_id": bad.job_id,
         "text": text,
         "model": run.task.model,
-        "finish_reason": None,
+        "finish_reason": bad.finish_reason,
         "latency_ms": bad.latency_ms or 0,
         "input_tokens": bad.input_tokens,
         "output_tokens": bad.output_tokens,

@@ -173,6 +173,8 @@ attempts = Table(
     Column("cost_nanos", Id),
     Column("latency_ms", Id),
     Column("at", Millis, nullable=False),
+    # Why its answer ended, if there was one and its provider said so.
+    Column("finish_reason", Text),
     CheckConstraint("what IN ('retried', 'failed', 'stale', 'crashed')", name="attempts_what"),
 )
 Index("attempts_job", attempts.c.job_id, attempts.c.id)
@@ -287,7 +289,15 @@ def _move_keys(connection: Connection) -> None:
 
 
 def _add_columns(connection: Connection) -> None:
-    for table in (limits, runs, prompts):
+    _add_missing(connection, limits, runs, prompts)
+
+
+def _keep_finish_reasons(connection: Connection) -> None:
+    _add_missing(connection, attempts)
+
+
+def _add_missing(connection: Connection, *tables: Table) -> None:
+    for table in tables:
         there = {
             column["name"]
             for column in inspect(connection).get_columns(table.name, schema=_schema_of(connection))
@@ -304,6 +314,7 @@ MIGRATIONS: tuple[tuple[str, Callable[[Connection], None]], ...] = (
     ("index the suspects", _index_suspects),
     ("keep keys beside prompts", _move_keys),
     ("share limits, price runs, set jobs apart", _add_columns),
+    ("keep why answers of failed tries ended", _keep_finish_reasons),
 )
 """Ordered and append-only: a database's version is the number of them that it has seen."""
 

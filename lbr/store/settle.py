@@ -97,7 +97,18 @@ _FORGET_FAR = (
 _USAGE = ("input_tokens", "output_tokens", "cost_nanos")
 ADD_RESULTS = Inserting(results, "job_id", "text", "model", "finish_reason", "latency_ms", *_USAGE)
 _ADD_ATTEMPTS = Inserting(
-    attempts, "job_id", "claim_seq", "what", "family", "error", "message", "text", "latency_ms", "at", *_USAGE
+    attempts,
+    "job_id",
+    "claim_seq",
+    "what",
+    "family",
+    "error",
+    "message",
+    "text",
+    "finish_reason",
+    "latency_ms",
+    "at",
+    *_USAGE,
 )
 
 
@@ -245,6 +256,7 @@ def _attempt(settlement: Settlement, what: str, now: Millis) -> dict[str, Any]:
         "error": failure.error if failure else "Stale",
         "message": failure.message if failure else "the answer came after another worker had taken the job",
         "text": failure.text if failure else answer,
+        "finish_reason": settlement.outcome.finish_reason,
         "latency_ms": settlement.outcome.latency_ms,
         "at": now,
         **_usage(settlement.outcome.usage),

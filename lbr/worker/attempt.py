@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lbr.core import descriptors
-from lbr.core.errors import NO_USAGE, BadAnswer, CallError, Family, Permanent
+from lbr.core.errors import CUT_OFF, NO_USAGE, BadAnswer, CallError, Family, Permanent
 from lbr.core.retry import failure_of, storable, storable_usage
+from lbr.core.tokens import output_limit
 from lbr.core.types import Failure, Outcome, Reply
 from lbr.models.base import Kind, kind_of
 from lbr.worker.deadlines import DeadlineError
@@ -49,6 +50,8 @@ async def attempt(
         raise
     except BaseException as error:  # noqa: BLE001 - whatever it was belongs to the job, not to the worker
         failure = failure_of(error)
+    if failure is not None and failure.family is Family.CUT_OFF:
+        failure = replace(failure, message=f"{_limit_words(request)}: {failure.message}")
     return Outcome(reply, failure, latency_ms=round((time.perf_counter() - started) * 1000))
 
 
@@ -71,7 +74,16 @@ async def _answer(
         return replace(reply, text=validator.check(reply.text)), None
     except BadAnswer as error:
         # The answer does not fit, but it was paid for.
-        return None, replace(failure_of(error), usage=reply.usage)
+        failure = replace(failure_of(error), usage=reply.usage, finish_reason=reply.finish_reason)
+        if reply.finish_reason == CUT_OFF:  # asked again, it would end in the same place
+            failure = replace(failure, family=Family.CUT_OFF)
+        return None, failure
+
+
+def _limit_words(request: Request) -> str:
+    """Return where an answer was cut off: at a limit of the user's settings, or of the model."""
+    limit = output_limit({**request.task.settings, **(request.settings or {})})
+    return f"the answer was cut off at {limit or 'the token limit of the model'}"
 
 
 def _was_not_made(request: Request, error: Exception) -> bool:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lbr.core.errors import CallError, DatabaseError
+from lbr.core.errors import CUT_OFF, CallError, DatabaseError
 from lbr.core.pricing import table_problem
 from lbr.core.retry import RetryPolicy, decide, failure_of
-from lbr.core.types import Claim, JobId, JobState, Outcome, Settlement
+from lbr.core.tokens import output_limit
+from lbr.core.types import Claim, JobId, JobState, Outcome, RunId, Settlement
 from lbr.models.base import Request
 from lbr.store.schema import SUSPECT_CRASHES
 from lbr.worker.attempt import NoDescriptorError, attempt, priced
@@ -37,7 +38,8 @@ class WorkReport:
     """What one worker did: jobs answered, failed and put back for a retry, and what it left behind.
 
     `stale` counts answers that came too late, `released` jobs given back unfinished, `reclaimed` those taken
-    from dead workers. `stuck` counts calls that would not be cancelled. `paused` maps runs to the reason that stopped them; `interrupted` names runs whose
+    from dead workers. `cut_off` counts the answers that reached a token limit, by run, and `limited` names the runs
+    whose settings set that limit. `stuck` counts calls that would not be cancelled. `paused` maps runs to the reason that stopped them; `interrupted` names runs whose
     enqueue did not come to its end; `drained` tells that the worker was asked to stop.
     """
 
@@ -49,6 +51,8 @@ class WorkReport:
     reclaimed: int = 0
     stuck: int = 0
     drained: bool = False
+    cut_off: Counter[str] = field(default_factory=Counter)
+    limited: set[str] = field(default_factory=set)
     paused: dict[str, str] = field(default_factory=dict)
     interrupted: list[str] = field(default_factory=list)
 
@@ -101,6 +105,7 @@ class Calls:
         self._settler = Settler(settle, self._written)
         self._settling: asyncio.Task[None] | None = None
         self._held: dict[JobId, _Held] = {}
+        self._served: dict[RunId, Served] = {}
         self._suspects: set[JobId] = set()
         self._calling = 0
         self._without = 0
@@ -148,6 +153,7 @@ class Calls:
             # Our own lease had run out, and we were the ones to claim the job again.
             _stop(before)
         held = _Held(claim, self._policy_of(served.run.max_attempts))
+        self._served[claim.run_id] = served
         self._held[claim.job_id] = held
         if claim.crashes >= SUSPECT_CRASHES:
             self._suspects.add(claim.job_id)
@@ -256,6 +262,11 @@ class Calls:
         self._notify(f"first {failure.error}, job {settlement.claim.job_id} {after}: {failure.message[:200]}")
 
     def _count(self, settlement: Settlement) -> None:
+        if settlement.outcome.finish_reason == CUT_OFF and settlement.state is not JobState.PENDING:
+            run = self._served[settlement.claim.run_id].run
+            self._report.cut_off[run.name] += 1
+            if output_limit({**run.task.settings, **(settlement.claim.settings or {})}) is not None:
+                self._report.limited.add(run.name)
         match settlement.state:
             case JobState.DONE:
                 self._report.done += 1

@@ -360,9 +360,9 @@ def test_a_known_run_and_older_outputs_stay_as_they_are(wrong: Case, held: Path)
         case("retry p --where ''", "a condition of the form", "got: ''"),
         case(f"retry p --where error~{LATIN}", "UTF-8", "LC_ALL", name="condition not UTF-8"),
         case(
-            "retry p --where family=permanent --where finish_reason=length",
+            "retry p --where status=cancelled --where finish_reason=length",
             "conditions that one job can meet",
-            "got: family=permanent and finish_reason=length",
+            "got: status=cancelled and finish_reason=length",
         ),
         case("retry p --set seed", "--set NAME=VALUE", "got: 'seed'"),
         case("retry p --where status=done --set max_tokens=5", "a setting of offline:echo", "'max_tokens'"),

@@ -217,21 +217,23 @@ async def test_retry_after_is_kept(
 
 
 @pytest.mark.parametrize(
-    ("body", "headers"),
+    ("body", "headers", "family"),
     [
-        (completion()[:40], {}),
-        ("", {}),
-        ("null", {}),
-        ("{}", {}),
-        ("<html>busy</html>", {"content-type": "text/html"}),
-        ('{"choices": []}', {}),
+        (completion()[:40], {}, Family.TRANSIENT),
+        ("", {}, Family.TRANSIENT),
+        ("null", {}, Family.TRANSIENT),
+        ("{}", {}, Family.BAD_ANSWER),
+        ("<html>busy</html>", {"content-type": "text/html"}, Family.TRANSIENT),
+        ('{"choices": []}', {}, Family.BAD_ANSWER),
     ],
 )
-async def test_a_broken_answer_is_transient(monkeypatch: pytest.MonkeyPatch, body: Any, headers: Any) -> None:
-    """An answer that cannot be read may be well the next time."""
+async def test_a_broken_answer_is_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch, body: Any, headers: Any, family: Family
+) -> None:
+    """An answer that cannot be read may be well the next time; a whole one without text has a smaller budget."""
     with Scripted(200, body, headers) as server, pytest.raises(CallError) as caught:
         await ask(server.url, monkeypatch)
-    assert caught.value.family is Family.TRANSIENT
+    assert caught.value.family is family
     assert str(caught.value)
 
 
@@ -254,7 +256,7 @@ async def test_a_timeout_is_transient(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (error_body(f"bad key {KEY}!"), "bad key ***! (HTTP 400)"),
         (error_body("line\n  two"), "line two (HTTP 400)"),
-        (error_body("x" * 2000), "x" * 499 + "…"),
+        (error_body("x" * 2000), "x" * 488 + "… (HTTP 400)"),
         (
             error_body("Provider returned error", metadata={"raw": "too hot"}),
             "Provider returned error: too hot (HTTP 400)",
@@ -373,12 +375,8 @@ async def test_a_key_that_was_given_goes_before_the_environments(monkeypatch: py
 @pytest.mark.parametrize(
     ("body", "family", "message"),
     [
-        (completion("", finish="stop"), Family.TRANSIENT, "the answer is empty, finish reason: stop"),
-        (
-            completion(None, finish="length"),
-            Family.TRANSIENT,
-            "the answer is empty, finish reason: length; raise max_t",
-        ),
+        (completion("", finish="stop"), Family.BAD_ANSWER, "the answer has no text, finish reason stop"),
+        (completion(None, finish="length"), Family.CUT_OFF, "it has no text"),
         (completion("", finish="content_filter"), Family.PERMANENT, ""),
         (completion(None, refusal="not that"), Family.PERMANENT, "the provider refused to answer: not that"),
     ],
@@ -386,7 +384,7 @@ async def test_a_key_that_was_given_goes_before_the_environments(monkeypatch: py
 async def test_an_empty_answer_is_none(
     monkeypatch: pytest.MonkeyPatch, body: Any, family: Any, message: Any
 ) -> None:
-    """An answer without text fails: for good when it was filtered, else for now."""
+    """An answer without text fails: for good if it was filtered or cut off, else for now."""
     with Scripted(200, body) as server, pytest.raises(CallError) as caught:
         await ask(server.url, monkeypatch)
     assert (caught.value.family, str(caught.value)[: len(message)]) == (family, message)

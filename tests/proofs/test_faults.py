@@ -127,10 +127,10 @@ def test_an_answer_cut_off_says_so(local: Cli) -> None:
     assert local.collect("in")[0]["result"] == "I was about to"
     assert local("collect", "in").stderr == (
         "lbr: run in: 3 rows: 3 done\n"
-        "lbr: 2 of the answers cut off at the token limit; "
-        "`lbr retry in --where finish_reason=length --set max_tokens=NUMBER` has them asked for again\n"
+        "lbr: 2 answers cut off at the token limit of the model; ask for shorter answers or use another model, or redo: "
+        "`lbr retry in --where finish_reason=length`\n"
     )
-    assert "lbr: 1 of the answers cut off" in local("collect", "in", "--shape", "unique").stderr
+    assert "lbr: 1 answer cut off" in local("collect", "in", "--shape", "unique").stderr
     assert show(local, 0)["finish_reason"] == "length"
     assert "ms, finish reason length): I was about to" in local("show", "in", "0").stdout
 

@@ -37,6 +37,10 @@ FAILURES = {
     "timeout": Failure(Family.TRANSIENT, "CallTimeout", "no answer within 1 s", usage=USAGE),
     "refused": Failure(Family.PERMANENT, "BadRequest", "400: Überlänge", usage=USAGE),
     "bad": Failure(Family.BAD_ANSWER, "BadAnswer", "no field n", text='{"m": 1}', usage=USAGE),
+    "cut": Failure(Family.CUT_OFF, "BadAnswer", "cut", text='{"m": 1}', usage=USAGE, finish_reason="length"),
+    "none": Failure(
+        Family.CUT_OFF, "EmptyAnswer", "cut", text='{"m": 1}', usage=USAGE, finish_reason="length"
+    ),
 }
 
 
@@ -131,7 +135,9 @@ async def choose(database: Database, run: Run, *conditions: str, settings: Any =
 @pytest.mark.parametrize(
     ("conditions", "back"),
     [
-        (["finish_reason=length"], ["length 1", "length 2"]),
+        (["finish_reason=length"], ["cut", "length 1", "length 2"]),
+        (["finish_reason=length", "status=failed"], ["cut"]),
+        (["family=cut_off"], ["cut"]),
         (["family=transient"], ["timeout"]),
         (["family = bad_answer"], ["bad"]),
         (["error~überLÄNGE"], ["refused"]),
@@ -140,14 +146,14 @@ async def choose(database: Database, run: Run, *conditions: str, settings: Any =
         (["family=permanent", "error~timeout"], []),
         (["status=done"], ["length 1", "length 2", "stop"]),
         (["status=done", "finish_reason=stop"], ["stop"]),
-        (["status=failed"], ["bad", "refused", "timeout"]),
+        (["status=failed"], ["bad", "cut", "refused", "timeout"]),
         (["family=account"], []),
         (["finish_reason=Length"], []),
     ],
 )
 async def test_conditions_choose(database: Database, conditions: list[str], back: list[str]) -> None:
     """Only the jobs that meet every condition go back; all other answers and failures stay as they are."""
-    run, _ = await settled(database, ["length 1", "stop", "timeout", "refused", "bad", "length 2"])
+    run, _ = await settled(database, ["length 1", "stop", "timeout", "refused", "bad", "length 2", "cut"])
     before = await answers(database, run)
     assert await choose(database, run, *conditions) == len(back)
     after = await answers(database, run)
@@ -351,7 +357,7 @@ def test_an_unknown_condition_is_refused(texts: list[str]) -> None:
 @pytest.mark.parametrize(
     "texts",
     [
-        ["family=transient", "finish_reason=length"],
+        ["status=cancelled", "finish_reason=length"],
         ["status=done", "error~x"],
         ["status=done", "status=failed"],
     ],
@@ -532,6 +538,30 @@ async def test_reparse_counts_nothing_twice(database: Database) -> None:
     await assert_counted(database, run)
     assert await choose(database, run, "status=done") == 2
     await assert_all_counted(database, run)
+
+
+async def test_reparse_takes_what_was_cut_off_but_no_envelope(database: Database) -> None:
+    """An answer cut off at its token limit may fit a fixed class; what came in the place of an answer never does."""
+    run, _ = await settled(database, ["cut", "none"], task=replace(ECHO, schema=SHAPE))
+    told = await redo.reparse(database, run, lambda text: text.replace("m", "n"))
+    assert told == redo.Reparsed(1, 0, None)
+    assert await answers(database, run) == {"cut": ("done", '{"n": 1}'), "none": ("failed", None)}
+    assert (await reads.story(database, run, 0)).finish_reason == "length"
+
+
+async def test_cut_off_answers_are_counted_with_their_limit(database: Database) -> None:
+    """Done or failed, they are counted; a limit that a retry set for one job is a limit of the run's settings."""
+    run, _ = await settled(database, ["length", "stop", "cut", "refused"])
+    pages = reads.rows(database, run, Shape.ORIGINAL)
+    assert [row.cut_off for page in [page async for page in pages] for row in page] == [
+        True,
+        False,
+        True,
+        False,
+    ]
+    assert not await reads.limits_answers(database, run)
+    await choose(database, run, "family=permanent", settings={"max_tokens": 5})
+    assert await reads.limits_answers(database, run)
 
 
 async def test_reparse_looks_at_the_last_try(database: Database) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -526,6 +527,19 @@ async def test_bad_answer_comes_back_with_its_words(database: Database) -> None:
     assert await states(database, run) == {"failed": 1}
 
 
+async def test_an_envelope_without_an_answer_is_not_shown_to_the_model(database: Database) -> None:
+    """It uses up the budget of bad answers, but there is nothing in it that a model could correct."""
+    run = await put(database, ["a"])
+    queue, worker, _ = await two_workers(database)
+    for count, error in enumerate(("EmptyAnswer", "UnreadAnswer"), start=1):
+        (claim,) = await queue.claim(worker, [run.id], 1, lease=60)
+        await settle(database, [failed(claim, replace(BAD, error=error, finish_reason="stop"))])
+        (again,) = await queue.claim(worker, [run.id], 1, lease=60)
+        assert (again.history.bad_answers, again.history.last_bad) == (count, None)
+        await queue.release(worker, [again])
+    assert [t.finish_reason for t in (await reads.story(database, run, 0)).tries] == ["stop", "stop"]
+
+
 async def test_a_late_bad_answer_uses_up_no_budget(database: Database, clock: Clock) -> None:
     """What a zombie's call came to is recorded as stale, and is no part of what its successors go by."""
     run = await put(database, ["a"])
@@ -643,6 +657,7 @@ async def test_schema_migrates_once(database: Database, db_url: str) -> None:
         (2, "index the suspects"),
         (3, "keep keys beside prompts"),
         (4, "share limits, price runs, set jobs apart"),
+        (5, "keep why answers of failed tries ended"),
     ]
 
 
@@ -672,6 +687,7 @@ async def test_older_schema_is_brought_up(db_url: str) -> None:
         f"ALTER TABLE {where}prompts DROP COLUMN settings",
         f"ALTER TABLE {where}runs DROP COLUMN price",
         f"ALTER TABLE {where}limits DROP COLUMN rpm",
+        f"ALTER TABLE {where}attempts DROP COLUMN finish_reason",
         f"DELETE FROM {where}schema_version WHERE version > 2",
     ):
         await database.write(partial(_run, statement))
@@ -683,6 +699,10 @@ async def test_older_schema_is_brought_up(db_url: str) -> None:
     assert (counts.new, counts.duplicate) == (1, 1)
     reused = await put(database, ["a"], name="again")
     assert await states(database, reused) == {"done": 1}
+    queue, worker, _ = await two_workers(database)
+    (claim, *_) = await queue.claim(worker, [run.id], 5, lease=60)
+    await settle(database, [failed(claim, replace(PERMANENT, finish_reason="length"))])
+    assert (await reads.story(database, run, 1)).tries[0].finish_reason == "length"
     await database.close()
 
 

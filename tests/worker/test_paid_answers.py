@@ -11,10 +11,9 @@ import pytest
 from genai_prices import data_snapshot
 
 from lbr.api.bench.chat import chat_server
-from lbr.core.errors import CallError, Family, Usage
-from lbr.core.retry import failure_of
+from lbr.core.errors import Usage
 from lbr.models import loading
-from lbr.models.chat import endpoint_of, model
+from lbr.models.chat import endpoint_of
 from lbr.models.chat.costs import Costs
 from lbr.models.pydantic_ai import PydanticAIModel, reference
 from lbr.worker.attempt import attempt
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 NAME = MODELS["openai"]
-ODD = completion(choice={"logprobs": {"content": None}})
-"""An answer that only pydantic-ai reads."""
 
 
 @pytest.fixture
@@ -118,83 +115,6 @@ async def test_a_price_table_that_takes_long_lets_no_call_be_late(
     assert outcome.failure is None
     assert outcome.reply is not None
     assert (outcome.reply.text, outcome.reply.usage) == ("fine", Usage(10, 5, None))
-
-
-@pytest.mark.parametrize("failures", [1, 2])
-async def test_an_odd_answer_waits_until_it_can_be_read(
-    wire: Wire, monkeypatch: pytest.MonkeyPatch, failures: int
-) -> None:
-    """Where what reads it cannot be built at once, that is tried again, and the call is made once."""
-    for module in (loading, model):
-        monkeypatch.setattr(module, "AGAIN_SECONDS", 0.01)
-    monkeypatch.setattr(reference, "PydanticAIModel", Failing(PydanticAIModel, failures))
-    wire.script = http(200, json.dumps(ODD))
-    asked = chat_model(NAME)
-    try:
-        reply = await asked.answer(asking())
-    finally:
-        await asked.aclose()
-    assert reply.text == "fine"
-    assert len(wire.asked) == 1
-
-
-async def test_an_odd_answer_that_nothing_can_read_is_kept_as_it_came(
-    wire: Wire, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The failed try has the answer, and the words say what was missing."""
-    for module in (loading, model):
-        monkeypatch.setattr(module, "AGAIN_SECONDS", 0.01)
-    monkeypatch.setattr(reference, "PydanticAIModel", Failing(PydanticAIModel, 99))
-    wire.script = http(200, json.dumps(ODD))
-    asked = chat_model(NAME)
-    with pytest.raises(CallError, match="Too many open files") as caught:
-        await asked.answer(asking())
-    await asked.aclose()
-    failure = failure_of(caught.value)
-    assert (failure.family, failure.error) == (Family.TRANSIENT, "UnreadAnswer")
-    assert json.loads(failure.text or "") == ODD
-    assert failure.usage == Usage(10, 5, None)
-
-
-async def test_a_refusal_that_nothing_can_read_is_not_taken_for_an_answer(
-    wire: Wire, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nobody pays for it: the words have what came, and there is no text that would count as an answer."""
-    for module in (loading, model):
-        monkeypatch.setattr(module, "AGAIN_SECONDS", 0.01)
-    monkeypatch.setattr(reference, "PydanticAIModel", Failing(PydanticAIModel, 99))
-    wire.script = http(500, "\ufeffodd")
-    asked = chat_model(NAME)
-    with pytest.raises(CallError, match="with status 500, got: OSError.*the answer was .*odd") as caught:
-        await asked.answer(asking())
-    await asked.aclose()
-    assert (caught.value.text, caught.value.usage) == (None, Usage())
-
-
-@pytest.mark.parametrize(
-    ("content", "usage"),
-    [
-        (b"", Usage()),
-        (b"[]", Usage()),
-        (b'{"usage": 5}', Usage()),
-        (b'{"usage": {"prompt_tokens": "5", "completion_tokens": 5}}', Usage()),
-        (b'{"usage": {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}}', Usage(5, 7, None)),
-        (
-            b'{"model": "gpt-4o-mini", "usage": {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}}',
-            Usage(5, 7, 5 * 150 + 7 * 600),
-        ),
-    ],
-)
-async def test_what_an_unread_answer_took_is_read_as_far_as_it_goes(
-    wire: Wire, content: bytes, usage: Usage
-) -> None:
-    """Whatever came, nothing is raised."""
-    endpoint = endpoint_of(NAME)
-    assert endpoint is not None
-    costs = Costs(endpoint)
-    costs.begin()
-    await costs.ready(60)
-    assert costs.usage_in(content) == usage
 
 
 async def test_what_could_not_be_built_is_built_for_a_later_call(

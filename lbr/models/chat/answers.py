@@ -1,133 +1,157 @@
-"""What comes back: the answers that need no second look.
+"""What comes back: the text of an answer, in whatever envelope it came.
 
-A server that speaks OpenAI's language may put anything into an answer. What is read here is what nearly all of them
-send; everything else is left to pydantic-ai, which reads the same bytes.
+A server that speaks OpenAI's language may leave anything out of an answer, or put anything into it. Only the text is
+required; what else cannot be read is not known.
 """
 
 from __future__ import annotations
 
-import re
-from types import NoneType
-from typing import TYPE_CHECKING, Any
+import json
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
+from lbr.core.errors import CallError, Family
 from lbr.core.types import Reply
-from lbr.models.refusals import empty_answer
+from lbr.models.chat.kinds import categories_of, kind_of
+from lbr.models.endings import check_answer, ending_of, filter_words
+from lbr.models.refusals import Refusal, call_error, message_in, status_in
+from lbr.models.wording import clean, page_words
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
-
+    from lbr.core.errors import Usage
     from lbr.models.chat.costs import Costs
     from lbr.models.chat.endpoints import Endpoint
 
-ENDINGS = frozenset({"stop", "length"})
-
-_JOINER = re.compile("[<\\[\\]][\u200b\u200c\u200d\u2060\ufeff]")
-"""Left in a special token that was broken up; pydantic-ai takes it out again."""
-
-Types = frozenset[type]
-_TEXT: Types = frozenset({str})
-_INT: Types = frozenset({int})
-_TEXT_OR_NONE: Types = frozenset({str, NoneType})
-_INT_OR_NONE: Types = frozenset({int, NoneType})
-_NUMBER_OR_NONE: Types = frozenset({int, float, NoneType})
-_OBJECT_OR_NONE: Types = frozenset({dict, NoneType})
-_NONE: Types = frozenset({NoneType})
-
-_BODY = {"id": _TEXT, "model": _TEXT, "created": _INT}
-_BODY_MAY = {
-    "error": _NONE,
-    "moderation": _NONE,
-    "system_fingerprint": _TEXT_OR_NONE,
-    "service_tier": _TEXT_OR_NONE,
-    "metadata": _OBJECT_OR_NONE,
-    "usage": _OBJECT_OR_NONE,
-}
-_CHOICE = {"index": _INT}
-_CHOICE_MAY = {"logprobs": _NONE, "native_finish_reason": _TEXT_OR_NONE}
-_MESSAGE = {"content": _TEXT_OR_NONE}
-_MESSAGE_MAY = {
-    "refusal": _NONE,
-    "function_call": _NONE,
-    "audio": _NONE,
-    "reasoning": _TEXT_OR_NONE,
-    "reasoning_content": _TEXT_OR_NONE,
-}
-_COUNTS = {"prompt_tokens": _INT, "completion_tokens": _INT, "total_tokens": _INT}
-_COUNTS_MAY: dict[str, Types] = {
-    "prompt_tokens_details": _OBJECT_OR_NONE,
-    "completion_tokens_details": _OBJECT_OR_NONE,
-    "cost": _NUMBER_OR_NONE,
-    "cost_details": _OBJECT_OR_NONE,
-    "is_byok": frozenset({bool, NoneType}),
-    "server_tool_use_details": _OBJECT_OR_NONE,
-}
-_REASONING: dict[str, Mapping[str, Types]] = {
-    "reasoning.text": {"text": _TEXT, "signature": _TEXT_OR_NONE},
-    "reasoning.summary": {"summary": _TEXT},
-    "reasoning.encrypted": {"data": _TEXT},
-}
-_REASONING_MAY = {"id": _TEXT_OR_NONE, "format": _TEXT_OR_NONE, "index": _INT_OR_NONE}
+_EVENTS = ("data:", "event:", "id:", "retry:", ":")
+"""How server-sent events begin."""
 
 
-class OddAnswer(Exception):  # noqa: N818 - it is no error, only out of the ordinary
-    """An answer that is not read here."""
+class _Envelope(NamedTuple):
+    """The parts of an answer that are read; each is empty if it is missing or of another type."""
+
+    body: dict[str, Any]
+    choice: dict[str, Any]
+    message: dict[str, Any]
+
+    @property
+    def error(self) -> Any:
+        """What the server says went wrong, beside the answer or in its place."""
+        return self.body.get("error") or self.choice.get("error")
 
 
 class Reader:
     """Reads the answers of one endpoint."""
 
-    def __init__(self, endpoint: Endpoint, costs: Costs) -> None:
+    def __init__(self, endpoint: Endpoint, costs: Costs, api_key: str | None = None) -> None:
+        self._model = endpoint.model
         self._tags = endpoint.thinking_tags
-        self._openrouter = endpoint.provider == "openrouter"
-        self._relayed = endpoint.relayed
         self._costs = costs
+        self._api_key = api_key
 
-    def read(self, content: bytes) -> Reply:
-        """Read the body of an answer with status 200.
-
-        Raises OddAnswer for one that is not read here, CallError for one that is empty.
-        """
+    def read(self, content: bytes, charset: str = "") -> Reply:
+        """Read the body of an answer with a status of 2xx. Raises CallError for one that cannot be used."""
+        whole = True
         try:
-            body = orjson.loads(content)
-            (choice,) = body["choices"]
-            message = choice["message"]
-            ending = choice["finish_reason"]
-            if ending not in ENDINGS or not self._is_plain(body, choice, message):
-                raise OddAnswer
-        except (orjson.JSONDecodeError, LookupError, TypeError, ValueError) as error:
-            raise OddAnswer from error
-        text = _answer_in(message["content"] or "", self._tags)
+            parsed = orjson.loads(content)
+        except orjson.JSONDecodeError:
+            parsed, whole = self._read_otherwise(content, charset)
+        envelope = _envelope(parsed)
+        body, choice, message = envelope
+        text = _answer_in(_text_in(message.get("content")), self._tags)
         usage = self._costs.usage(body)
-        if usage is None:
-            raise OddAnswer
-        if not text.strip():
-            raise empty_answer(ending, usage)
-        return Reply(text=text, usage=usage, model=body["model"], finish_reason=ending)
+        ending = ending_of(choice.get("finish_reason"))
+        if not whole:
+            raise CallError(
+                "the stream of the answer was cut off",
+                kind="UnreadAnswer",
+                text=text,
+                usage=usage,
+                finish_reason=ending,
+            )
+        error = envelope.error
+        if error and (not text.strip() or status_in(error) is not None):
+            raise self._failed(error, text, usage, ending)
+        refusal = message.get("refusal")
+        refusal = refusal if isinstance(refusal, str) and refusal else None
+        if not text.strip() or ending not in {"stop", "length"} or refusal:
+            raw = content.decode(errors="replace")
+            why = filter_words(choice) or filter_words(body)
+            if not choice:
+                raise CallError(
+                    "expected an answer, got: JSON without one; `lbr show` has it as it came",
+                    family=Family.BAD_ANSWER,
+                    kind="UnreadAnswer",
+                    text=raw,
+                    usage=usage,
+                )
+            check_answer(text, ending, usage, raw=raw, refusal=refusal, why=why)
+        model = body.get("model")
+        name = model if isinstance(model, str) and model else self._model
+        return Reply(text=text, usage=usage, model=name, finish_reason=ending)
 
-    def _is_plain(self, body: Any, choice: Any, message: Any) -> bool:
-        content = message["content"]
-        usage = body.get("usage")
-        return (
-            _fits(body, _BODY, _BODY_MAY)
-            and _fits(choice, _CHOICE, _CHOICE_MAY)
-            and _fits(message, _MESSAGE, _MESSAGE_MAY)
-            and body["object"] == "chat.completion"
-            and message["role"] == "assistant"
-            and message.get("tool_calls") in ([], None)
-            and message.get("annotations") in ([], None)
-            and (not content or content.isascii() or _JOINER.search(content) is None)
-            and (usage is None or _is_plain_usage(usage))
-            and (not self._openrouter or self._is_plain_openrouter(body, message))
-        )
+    def _read_otherwise(self, content: bytes, charset: str) -> tuple[Any, bool]:
+        """Read what orjson does not: other JSON, or server-sent events; return it and whether all of it came.
 
-    def _is_plain_openrouter(self, body: Any, message: Any) -> bool:
-        provider = body.get("provider")
-        details = message.get("reasoning_details")
-        return (type(provider) is str or (provider is None and self._relayed)) and (
-            details is None or (type(details) is list and all(map(_is_plain_reasoning, details)))
+        Raises CallError for what is neither, with the text.
+        """
+        text = decoded(content, charset)
+        try:
+            return json.loads(text, strict=False), True
+        except (ValueError, RecursionError) as error:
+            if text.lstrip().startswith(_EVENTS):
+                return _assembled(text)
+            page = page_words(text)
+            if page is not text:  # a proxy's or a portal's, and no answer of a model
+                words = f"expected JSON, got: the page {page!r}"
+                raise CallError(clean(words, self._api_key), kind="UnreadAnswer") from error
+            words = (
+                "the answer is empty" if not text.strip() else f"the answer is cut off, or no JSON: {error}"
+            )
+            raise CallError(
+                clean(words, self._api_key), kind="UnreadAnswer", text=text if text.strip() else None
+            ) from error
+
+    def _failed(self, error: Any, text: str, usage: Usage, ending: str | None) -> CallError:
+        """Return the failure that a server reports with a status of 2xx."""
+        status = status_in(error) or 0
+        kind = kind_of(status, error)
+        words = "expected an answer, got: the error " + orjson.dumps(error, default=str).decode()
+        found = call_error(
+            Refusal(
+                kind, categories_of(kind), words, status=status, body=error if message_in(error) else None
+            ),
+            api_key=self._api_key,
         )
+        found.text, found.usage, found.finish_reason = text if text.strip() else None, usage, ending
+        return found
+
+
+def _envelope(parsed: Any) -> _Envelope:
+    body = _object(parsed[0] if isinstance(parsed, list) and parsed else parsed)
+    if not body.get("choices") and isinstance(body.get("provider"), dict):
+        body = body["provider"]  # OpenRouter may pass the whole answer on in there
+    choices = body.get("choices")
+    choice = _object(choices[0] if isinstance(choices, list) and choices else choices)
+    return _Envelope(body, choice, _object(choice.get("message")))
+
+
+def _object(part: Any) -> dict[str, Any]:
+    return part if isinstance(part, dict) else {}
+
+
+def _text_in(content: Any) -> str:
+    """Return the text of a message's content, which may come in parts; what a model thought is not part of it."""
+    if isinstance(content, str):
+        return content
+    texts: list[str] = []
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(part, dict) and part.get("type", "text") in {"text", "output_text"}:
+            part = part.get("text")  # noqa: PLW2901
+        if isinstance(part, str):
+            texts.append(part)
+    return "".join(texts)
 
 
 def _answer_in(text: str, tags: tuple[str, str]) -> str:
@@ -146,33 +170,40 @@ def _answer_in(text: str, tags: tuple[str, str]) -> str:
     return "".join([*said, text])
 
 
-def _fits(part: Any, must: Mapping[str, Types], may: Mapping[str, Types]) -> bool:
-    for name, types in must.items():
-        if type(part[name]) not in types:
-            return False
-    for name in may.keys() & part.keys():  # noqa: SIM110 - a third of the time of all()
-        if type(part[name]) not in may[name]:
-            return False
-    return True
+def decoded(content: bytes, charset: str) -> str:
+    """Return the text of a body; `charset` may be empty or unknown, and what is not in it is replaced."""
+    with suppress(UnicodeDecodeError):  # whatever the header says
+        return content.decode("utf-8-sig")
+    try:
+        return content.decode(charset or "utf-8", errors="replace")
+    except LookupError:
+        return content.decode(errors="replace")
 
 
-def _is_plain_usage(usage: Any) -> bool:
-    if not _fits(usage, _COUNTS, _COUNTS_MAY) or min(usage[name] for name in _COUNTS) < 0:
-        return False
-    for name in ("prompt_tokens_details", "completion_tokens_details"):
-        details = usage.get(name)
-        if details and not _are_counts(details.values()):
-            return False
-    costs, tools = usage.get("cost_details"), usage.get("server_tool_use_details")
-    return all(type(one) in _NUMBER_OR_NONE for one in (costs or {}).values()) and all(
-        type(one) in _INT_OR_NONE for one in (tools or {}).values()
-    )
-
-
-def _are_counts(values: Collection[Any]) -> bool:
-    return _INT_OR_NONE.issuperset(map(type, values)) and min(filter(None, values), default=0) >= 0
-
-
-def _is_plain_reasoning(detail: Any) -> bool:
-    told = _REASONING[detail["type"]]
-    return _fits(detail, {}, {**told, **_REASONING_MAY})
+def _assembled(text: str) -> tuple[dict[str, Any], bool]:
+    """Return the answer that server-sent events add up to, and whether they came to their end."""
+    body: dict[str, Any] = {}
+    said: dict[str, list[str]] = {"content": [], "refusal": []}
+    ending, ended = None, False
+    for line in text.splitlines():
+        name, _, data = line.partition(":")
+        if name.strip() != "data":
+            continue
+        if data.strip() == "[DONE]":
+            ended = True
+            break
+        try:
+            event = _object(json.loads(data, strict=False))
+        except (ValueError, RecursionError):
+            break
+        body |= {name: event[name] for name in ("model", "usage", "service_tier", "error") if event.get(name)}
+        choices = event.get("choices")
+        for choice in map(_object, choices if isinstance(choices, list) else []):
+            if choice.get("index", 0) == 0:
+                delta = _object(choice.get("delta") or choice.get("message"))
+                for name, parts in said.items():
+                    parts.append(_text_in(delta.get(name)))
+                ending = choice.get("finish_reason") or ending
+    message = {name: "".join(parts) for name, parts in said.items()}
+    whole = {**body, "choices": [{"message": message, "finish_reason": ending}]}
+    return whole, ended or ending is not None or "error" in body

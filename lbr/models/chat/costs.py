@@ -7,6 +7,7 @@ length of the input; so it is asked at a few points, once a minute, and the rest
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,9 +16,7 @@ from decimal import Decimal
 from operator import mul
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import orjson
-
-from lbr.core.errors import NO_USAGE, Usage
+from lbr.core.errors import MOST_TOKENS, NO_USAGE, Usage
 from lbr.core.pricing import loading_table
 from lbr.models.loading import Loading
 
@@ -31,6 +30,13 @@ _STEP = 1_000_000
 _FAR = 8 * _STEP
 _MOST_LINES = 256
 _NOTHING = Decimal(0)
+_COUNTS = {
+    "prompt_tokens": "input_tokens",
+    "completion_tokens": "output_tokens",
+    "total_tokens": "total_tokens",
+}
+"""The counts of a usage object, with the names that some servers give them."""
+_DETAILS = ("prompt_tokens_details", "completion_tokens_details")
 
 _KNOWN = frozenset(
     {
@@ -128,29 +134,36 @@ class Costs:
                 return reader({"model": self._endpoint.model, "usage": counted}, api_flavor="chat")[1]
         raise LookupError("expected the price table to read a usage object")
 
-    def usage(self, body: dict[str, Any]) -> Usage | None:
-        """Return what a plain answer took; None where the table cannot tell even the tokens."""
+    def usage(self, body: dict[str, Any]) -> Usage:
+        """Return what an answer took, as far as it says so in a way that can be read."""
         told = body.get("usage")
-        if told is None:
+        if type(told) is not dict:
             return NO_USAGE
-        said = told.get("cost") if self._endpoint.provider == "openrouter" else None
+        if not _is_plain(told):
+            told = _repaired(told)
+        price = self._said(told)
+        if "completion_tokens" not in told:
+            return Usage(told.get("prompt_tokens"), None, None if price is None else round(price * _NANOS))
+        if "prompt_tokens" not in told:
+            return Usage(None, told["completion_tokens"], None if price is None else round(price * _NANOS))
+        model, tier = body.get("model"), body.get("service_tier")
+        known = {
+            "model": model if isinstance(model, str) and model else self._endpoint.model,
+            "service_tier": tier if isinstance(tier, str) else None,
+        }
         try:
-            taken = self._taken_by(body, told)
+            taken = self._taken_by(known, told)
         except Exception:  # noqa: BLE001 - the table is another's
-            return None
-        price = Decimal(str(float(said))) if said else taken.price
-        if price is None and said is not None:
-            price = _NOTHING  # free by the provider's word, unless the table knows better
+            taken = _Taken(told["prompt_tokens"], told["completion_tokens"], None)
+        if not price:
+            # Free by the provider's word, unless the table knows better.
+            price = taken.price if taken.price is not None else price
         return Usage(taken.input, taken.output, None if price is None else round(price * _NANOS))
 
-    def usage_in(self, content: bytes) -> Usage:
-        """Return what an answer took of which nothing else can be read; NO_USAGE where that cannot be read either."""
-        try:
-            found = self.usage({"model": None, **orjson.loads(content)}) or NO_USAGE
-        except Exception:  # noqa: BLE001 - it may be anything
-            return NO_USAGE
-        whole = type(found.input_tokens) is int and type(found.output_tokens) is int
-        return found if whole else NO_USAGE
+    def _said(self, told: dict[str, Any]) -> Decimal | None:
+        """Return the cost that the provider reports, None if it does not."""
+        said = told.get("cost") if self._endpoint.provider == "openrouter" else None
+        return None if said is None else Decimal(str(float(said)))
 
     def _taken_by(self, body: dict[str, Any], told: dict[str, Any]) -> _Taken:
         """Return what an answer took, as the table has it; while it is not there, what the provider counted."""
@@ -234,6 +247,51 @@ class Costs:
     @property
     def _places(self) -> tuple[tuple[str | None, str | None], ...]:
         return ((None, self._endpoint.base_url), (self._endpoint.provider, None))
+
+
+def _is_plain(told: dict[str, Any]) -> bool:
+    """Return whether a usage object is as nearly all are, so that nothing in it has to be checked again."""
+    if any(type(told.get(name)) is not int or told[name] < 0 for name in _COUNTS):
+        return False
+    for name in _DETAILS:
+        details = told.get(name)
+        if details is not None and (type(details) is not dict or not all(map(_is_count, details.values()))):
+            return False
+    cost = told.get("cost")
+    return cost is None or (type(cost) in {int, float} and 0 <= cost < math.inf)
+
+
+def _is_count(value: Any) -> bool:
+    return value is None or (type(value) is int and value >= 0)
+
+
+def _repaired(told: dict[str, Any]) -> dict[str, Any]:
+    """Return a plain usage object of what can be read in an odd one; a count that is not known is left out.
+
+    If only the total is known, it stands in the place of the input: the tokens count, but their cost is not known.
+    """
+    prompt, completion, total = (_whole(told.get(name, told.get(other))) for name, other in _COUNTS.items())
+    if total is not None:
+        if completion is None and prompt is not None and total >= prompt:
+            completion = total - prompt
+        elif prompt is None:
+            prompt = total if completion is None else total - completion if total >= completion else None
+    counts = {"prompt_tokens": prompt, "completion_tokens": completion}
+    found: dict[str, Any] = {name: count for name, count in counts.items() if count is not None}
+    if len(found) == len(counts):
+        found["total_tokens"] = sum(found.values())
+    nothing = dict.fromkeys(_COUNTS, 0)
+    kept = {name: told[name] for name in (*_DETAILS, "cost") if told.get(name) is not None}
+    return found | {name: value for name, value in kept.items() if _is_plain({**nothing, name: value})}
+
+
+def _whole(value: Any) -> int | None:
+    """Return a count of tokens that may be written as a float or as text; None for what is none."""
+    try:
+        number = math.nan if value is True else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return int(number) if 0 <= number <= MOST_TOKENS and number.is_integer() else None
 
 
 def _counts_in(told: dict[str, Any]) -> _Counts | None:

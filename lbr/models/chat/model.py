@@ -13,17 +13,15 @@ import orjson
 
 from lbr.core.errors import CallError
 from lbr.core.types import canonical_json
-from lbr.models.chat.answers import OddAnswer, Reader
+from lbr.models.chat.answers import Reader, decoded
 from lbr.models.chat.asking import Template, messages_of
 from lbr.models.chat.costs import Costs
 from lbr.models.chat.endpoints import words_of
 from lbr.models.chat.kinds import categories_of, kind_of
 from lbr.models.checking import check_authority
 from lbr.models.http import Http, lost_words
-from lbr.models.loading import AGAIN_SECONDS
 from lbr.models.refusals import Refusal, call_error
 from lbr.models.waits import asked_wait
-from lbr.models.wording import clean
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,8 +38,6 @@ SLOWEST_SECONDS = 600.0
 
 CONNECT_SECONDS = 5.0
 KEPT_TEMPLATES = 64
-READS = 3
-"""How often pydantic-ai is built for an answer that only it can read."""
 
 
 class Reference(Protocol):
@@ -56,7 +52,7 @@ class Reference(Protocol):
         ...
 
     async def read(self, request: Request, status: int, headers: Mapping[str, str], content: bytes) -> Reply:
-        """Read an answer that came to another. Raises CallError for one that is none."""
+        """Read an answer that came to another adapter. Raises CallError for one that is none."""
         ...
 
     async def aclose(self) -> None:
@@ -67,7 +63,7 @@ class Reference(Protocol):
 class ChatModel:
     """One endpoint that speaks OpenAI's chat completions, over `connections`, None for some of its own.
 
-    What it cannot word or read as pydantic-ai does it hands to `reference`. Construction raises UsageError for
+    What it cannot word as pydantic-ai does it hands to `reference`. Construction raises UsageError for
     settings that no database may bring.
     """
 
@@ -87,7 +83,7 @@ class ChatModel:
         self._api_key = api_key
         self._http = Http(only=endpoint.url, connections=connections)
         self._costs = Costs(endpoint)
-        self._reader = Reader(endpoint, self._costs)
+        self._reader = Reader(endpoint, self._costs, api_key)
         self._templates: OrderedDict[bytes, Template | None] = OrderedDict()
         self._of_task: tuple[object, Template | None] | None = None
         self._timeouts: dict[tuple[Json, float | None], ClientTimeout] = {}
@@ -106,53 +102,30 @@ class ChatModel:
         self._costs.begin()
         ends = time.monotonic() + (request.timeout or SLOWEST_SECONDS)
         status, packed, content = await self._post(body, self._timeout(request))
-        if status == 200 and _is_json(packed.get("content-type", "")):
-            await self._costs.ready((ends - time.monotonic()) / 2)
-            try:
-                return self._reader.read(content)
-            except OddAnswer as odd:
-                if isinstance(odd.__cause__, orjson.JSONDecodeError):
-                    _check_json(content)
-        elif 300 <= status < 400:
+        if 300 <= status < 400:
             # Nothing was answered, so that this is no second call; where keys may follow to is decided there.
             return await self._reference.answer(request)
         headers = _plain(packed)
-        if status >= 400:
-            refusal = refusal_of(self._endpoint.model, status, headers, content)
-            if refusal is not None:
-                raise call_error(refusal, api_key=self._api_key)
-        return await self._read_elsewhere(request, status, headers, content, ends)
+        charset = _charset(headers.get("content-type", ""))
+        if status < 300:
+            await self._costs.ready((ends - time.monotonic()) / 2)
+            return self._reader.read(content, charset)
+        refusal = refusal_of(self._endpoint.model, status, headers, decoded(content, charset))
+        if isinstance(refusal.body, dict) and refusal.body.get("code") == "model_not_found":
+            await self._suggest(request, status, headers, content, (ends - time.monotonic()) / 2)
+        raise call_error(refusal, api_key=self._api_key)
 
-    async def _read_elsewhere(
-        self, request: Request, status: int, headers: Mapping[str, str], content: bytes, ends: float
-    ) -> Reply:
-        """Let pydantic-ai read an answer, which is paid for by now: where that cannot be built, not only once.
-
-        `ends` is when, by `time.monotonic`, nobody waits any more. Raises CallError, where an answer stayed unread with
-        its text and what it took.
-        """
-        paid = status < 400
-        for again in range(READS):
-            try:
-                if again:
-                    await asyncio.sleep(AGAIN_SECONDS)
-                async with asyncio.timeout((ends - time.monotonic()) / 2):
-                    return await self._reference.read(request, status, headers, content)
-            except CallError:
-                raise
-            except Exception as error:  # noqa: BLE001 - whatever it was, the answer is to be kept
-                problem = error
-            if ends - time.monotonic() < 2 * AGAIN_SECONDS:
-                break
-        text = content.decode(errors="replace")
-        where = "`lbr show` has the answer as it came" if paid else f"the answer was {text[:500]}"
-        words = f"{type(problem).__name__}: {problem}; {where}"
-        raise CallError(
-            f"expected pydantic-ai to read an answer with status {status}, got: {clean(words, self._api_key)}",
-            kind="UnreadAnswer",
-            text=text if paid else None,
-            usage=self._costs.usage_in(content) if paid else None,
-        ) from problem
+    async def _suggest(
+        self, request: Request, status: int, headers: Mapping[str, str], content: bytes, seconds: float
+    ) -> None:
+        """Let pydantic-ai raise a refusal, because it may know the name that was meant; return if it cannot be built."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._reference.read(request, status, headers, content)
+        except CallError:
+            raise
+        except Exception:  # noqa: BLE001 - whatever it was, the refusal stands
+            return
 
     # --- what is sent -------------------------------------------------------------------------------------------------
 
@@ -203,15 +176,24 @@ class ChatModel:
         return found
 
     async def _post(self, body: bytes, timeout: ClientTimeout) -> tuple[int, Mapping[str, str], bytes]:
-        """Make the call and return status, headers and body of its answer; CallError when none came whole."""
-        endpoint = self._endpoint
+        """Make the call and return status, headers and body of its answer.
+
+        Raises CallError if none came whole, with what came of an answer.
+        """
+        endpoint, chunks, answered = self._endpoint, [], False
         try:
             async with self._http.request(
                 "POST", endpoint.url, timeout=timeout, data=body, headers=endpoint.headers
             ) as response:
-                return response.status, response.headers, await response.read()
+                answered = response.status < 300
+                while chunk := await response.content.readany():
+                    chunks.append(chunk)
+                return response.status, response.headers, b"".join(chunks)
         except _client_errors() as error:
-            raise _lost(error, endpoint.url) from error
+            lost = _lost(error, endpoint.url)
+            if answered and chunks:
+                lost.text = b"".join(chunks).decode(errors="replace")
+            raise lost from error
 
     async def aclose(self) -> None:
         """Close the HTTP client."""
@@ -253,40 +235,20 @@ def _plain(packed: Mapping[str, str]) -> dict[str, str]:
 
 
 @functools.lru_cache(maxsize=64)
-def _is_json(content_type: str) -> bool:
-    type_, _, rest = content_type.lower().partition(";")
-    return type_.strip() == "application/json" and ("charset" not in rest or "utf-8" in rest)
+def _charset(content_type: str) -> str:
+    """Return the charset that a content type names, empty if it names none."""
+    return content_type.lower().partition("charset=")[2].partition(";")[0].strip(" \"'")
 
 
-def _check_json(content: bytes) -> None:
-    """Raise CallError for a body that is no JSON; orjson may have refused what others read."""
+def refusal_of(model: str, status: int, headers: Mapping[str, str], text: str) -> Refusal:
+    """Read an answer with a status of 400 or more."""
+    text = text.strip()
     try:
-        json.loads(content)
-    except json.JSONDecodeError as error:
-        kind = "ModelAPIError"
-        words = f"Failed to decode response as JSON: {error}"
-        raise call_error(Refusal(kind=kind, categories=categories_of(kind), words=words)) from error
-    except ValueError:  # no Unicode
-        pass
-
-
-def refusal_of(model: str, status: int, headers: Mapping[str, str], content: bytes) -> Refusal | None:
-    """Read an answer with a status of 400 or more; None for one that only pydantic-ai can read."""
-    charset = headers.get("content-type", "").lower().partition("charset=")[2]
-    try:
-        text = content.decode().strip()
-    except UnicodeDecodeError:
-        return None
-    if "\ufeff" in text or (charset and not charset.startswith(("utf-8", '"utf-8'))):
-        return None
-    try:
-        body: Any = json.loads(text)
-    except ValueError:
+        body: Any = json.loads(text, strict=False)
+    except (ValueError, RecursionError):
         body = text
     if isinstance(body, dict):
         body = body.get("error", body)
-    if isinstance(body, dict) and body.get("code") == "model_not_found":
-        return None  # it may know a name that was meant
     kind = kind_of(status, body)
     return Refusal(
         kind=kind,

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import orjson
 
-from lbr.core.errors import Permanent, UsageError
+from lbr.core.errors import CallError, Family, Permanent, UsageError
 from lbr.models.checking import check_authority
 from lbr.models.pydantic_ai.checks import check_known, missing_package, provider_class_of, require
 from lbr.models.pydantic_ai.families import call_error
 from lbr.models.pydantic_ai.history import history_of
-from lbr.models.pydantic_ai.replies import ANSWER_TOOL, FREE, reply_of
+from lbr.models.pydantic_ai.replies import ANSWER_TOOL, FREE, fill_in, reply_of, unread
 from lbr.models.pydantic_ai.transport import carry_over_aiohttp, put_under
 from lbr.models.refusals import status_in
 from lbr.models.wording import clean
@@ -84,6 +84,8 @@ class PydanticAIModel:
                 model_settings=settings,
                 model_request_parameters=None if schema is None else _parameters(schema, self._model.profile),
             )
+        except CallError:
+            raise
         except Exception as error:
             raise call_error(error, api_key=self._api_key) from error
         return reply_of(response)
@@ -123,7 +125,7 @@ def _build(name: str, api_key: str | None, connections: Connections | None) -> M
     except Exception as error:
         cause = f"{type(error).__name__}: {clean(str(error), api_key)}"
         raise UsageError(f"cannot use model {name!r}: {cause}") from error
-    _tell_errors_in_answers(found)
+    _read_leniently(found)
     _tell_free_answers(found)
     return found
 
@@ -168,12 +170,13 @@ def _relayed_openrouter(model: str, api_key: str | None, url: str) -> Model:
     return RelayModel(model, provider=provider)
 
 
-def _tell_errors_in_answers(model: Any) -> None:
-    """Let an error that a server sends with status 200 keep its code and its words, and let no answer be none.
+def _read_leniently(model: Any) -> None:
+    """Let only the text of an answer be required, and let an error that comes with status 200 keep its code and words.
 
-    pydantic-ai tells such errors of OpenRouter alone: elsewhere they are a list of fields that are missing.
+    pydantic-ai reads such errors of OpenRouter alone: elsewhere they are a list of fields that are missing.
     """
-    from pydantic_ai.exceptions import ModelHTTPError, UnexpectedModelBehavior  # noqa: PLC0415
+    from pydantic import ValidationError  # noqa: PLC0415
+    from pydantic_ai.exceptions import ModelHTTPError  # noqa: PLC0415
 
     validate = getattr(model, "_validate_completion", None)
     if validate is None:  # none that speaks OpenAI's chat completions
@@ -182,15 +185,21 @@ def _tell_errors_in_answers(model: Any) -> None:
     told = model.system == "openrouter"
 
     def checked(response: Any) -> Any:
-        found = validate(response) if response.choices or told else response
+        fill_in(response, model.model_name)
+        try:
+            found = validate(response) if response.choices or told else response
+        except ValidationError as problem:
+            raise unread(response, f"expected an answer, got: {problem}", Family.BAD_ANSWER) from problem
         if found.choices:
             return found
         error = getattr(response, "error", None)
         status = status_in(error)
         if status is not None:
             raise ModelHTTPError(status, model.model_name, error)
-        said = "no choices" if error is None else f"the error {orjson.dumps(error, default=str).decode()}"
-        raise UnexpectedModelBehavior(f"expected an answer, got: {said}")
+        if error is not None:
+            said = orjson.dumps(error, default=str).decode()
+            raise unread(response, f"expected an answer, got: the error {said}", Family.TRANSIENT)
+        raise unread(response, "expected an answer, got: no choices", Family.BAD_ANSWER)
 
     model._validate_completion = checked  # noqa: SLF001 - the one place that sees the whole answer
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from decimal import Decimal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from lbr.core.errors import CallError, Permanent, Usage
+from lbr.core.errors import CallError, Family, Usage
 from lbr.core.types import Reply
-from lbr.models.refusals import empty_answer
+from lbr.models.endings import check_answer, ending_of, filter_words
 from lbr.models.wording import clean
 
 if TYPE_CHECKING:
@@ -22,30 +22,51 @@ FREE = "lbr_free"
 
 def reply_of(response: ModelResponse) -> Reply:
     """Read a response; CallError when it holds no answer."""
-    text = _answer_text(response)
-    if response.finish_reason == "content_filter":
-        raise _refusal(response, text)
-    if response.finish_reason == "error":
-        # OpenRouter passes a failure behind it on like this, with as much of the answer as had come.
-        raise CallError(
-            "the provider broke off in the answer", kind="BrokenAnswer", text=text, usage=_usage(response)
-        )
-    if not text.strip():
-        raise empty_answer(response.finish_reason, _usage(response))
-    return Reply(
-        text=text, usage=_usage(response), model=response.model_name, finish_reason=response.finish_reason
-    )
+    text, usage = _answer_text(response), _usage(response)
+    details = response.provider_details or {}
+    # One that pydantic-ai has no word for is kept as it came.
+    ending = ending_of(response.finish_reason or details.get("finish_reason"))
+    said = details.get("finish_reason")
+    reasons = (said if said not in {None, ending} else None, filter_words(details))
+    why = "; ".join(filter(None, reasons)) or None
+    check_answer(text, ending, usage, refusal=details.get("refusal"), why=why)
+    return Reply(text=text, usage=usage, model=response.model_name, finish_reason=ending)
 
 
-def _refusal(response: ModelResponse, text: str) -> Permanent:
-    """Say that the answer was filtered, and keep what had come of it."""
-    said = (response.provider_details or {}).get("refusal")
-    words = said or " ".join(text.split()) or "no reason given"
-    return Permanent(
-        clean(f"the provider refused to answer: {words}"),
-        kind="ContentFilterError",
-        text=text if text.strip() else said,
-        usage=_usage(response),
+def fill_in(response: Any, model_name: str) -> None:
+    """Give a chat completion what its server left out or wrote in an odd way, if no answer depends on it."""
+    response.id = response.id if isinstance(response.id, str) else ""
+    response.object = "chat.completion"
+    response.model = response.model if isinstance(response.model, str) else model_name
+    response.created = int(response.created) if isinstance(response.created, int | float) else 0
+    if usage_of(response) is None:
+        response.usage = None
+    for index, choice in enumerate(response.choices if isinstance(response.choices, list) else ()):
+        if getattr(choice, "message", None) is None:
+            continue
+        choice.index = index
+        choice.finish_reason = choice.finish_reason or "stop"
+        choice.message.role = "assistant"
+
+
+def usage_of(response: Any) -> Usage | None:
+    """Return the tokens that a chat completion reports; None if both are not there as numbers."""
+    counts = [getattr(response.usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
+    if any(type(count) is not int or count < 0 for count in counts):
+        return None
+    if type(getattr(response.usage, "total_tokens", None)) is not int:
+        response.usage.total_tokens = sum(counts)
+    return Usage(*counts)
+
+
+def unread(response: Any, words: str, family: Family) -> CallError:
+    """Return the error for a chat completion that cannot be used, with all that came of it."""
+    return CallError(
+        clean(words),
+        family=family,
+        kind="UnreadAnswer",
+        text=response.to_json(indent=None, warnings=False),
+        usage=usage_of(response),
     )
 
 
