@@ -215,7 +215,7 @@ def results_url_of(db_url: PathOrUrl) -> str:
 
 def _run_name(asked: Asked, source: Source) -> str:
     """Name a run by what it asks and of what, so that the same call finds it again."""
-    digest = hashlib.blake2b(asked.task.to_json().encode(), digest_size=8)
+    digest = hashlib.blake2b(asked.task.canonical(), digest_size=8)
     for item in source:
         for part in (item.prompt.body(), item.custom_id or "", repr(item.metadata)):
             data = part.encode()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import select, update
@@ -139,9 +139,9 @@ async def prices(connection: Connection, run_ids: Iterable[RunId]) -> dict[RunId
 
 
 async def open_run(database: Database, spec: RunSpec) -> Run:
-    """Return the run of that name, made if it is new, with the price that the spec names.
+    """Return the run of that name, made if it is new, with the price and the order of fields that the spec names.
 
-    Raises RunMismatchError where the name is taken by another task, UsageError where the run was cancelled or
+    A known run takes over the order of the spec's schema and settings, which is no part of the task. Raises RunMismatchError where the name is taken by another task, UsageError where the run was cancelled or
     is being moved.
     """
 
@@ -150,11 +150,15 @@ async def open_run(database: Database, spec: RunSpec) -> Run:
         if run.state is RunState.CANCELLED:
             raise UsageError(f"run {spec.name!r} was cancelled; `lbr retry {spec.name}` takes it up again")
         check_not_moving(run.name, run.pause_reason)
-        if spec.price in {None, run.price}:
+        values = {}
+        if spec.price not in {None, run.price}:
+            values["price"] = _price_text(spec.price)
+        if run.task.to_json() != spec.task.to_json():
+            values["task"] = spec.task.to_json()
+        if not values:
             return run
-        values = {"price": _price_text(spec.price)}
         await connection.execute(update(runs).where(runs.c.id == run.id).values(**values))
-        return replace(run, price=spec.price)
+        return await find(connection, spec.name)
 
     return await database.write(work)
 
@@ -163,7 +167,7 @@ async def ensure(database: Database, connection: Connection, spec: RunSpec) -> t
     """Return the run of that name, made if it is new, and whether it was; RunMismatchError for another task's."""
     made = await _make(database, connection, spec)
     run = await find(connection, spec.name)
-    if run.task != spec.task:
+    if run.task.canonical() != spec.task.canonical():
         raise RunMismatchError(
             f"expected run {spec.name!r} to be free or to ask for the same, got: another task "
             f"({'; '.join(differences(run.task, spec.task))}); choose another name with --run"

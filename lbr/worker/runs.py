@@ -95,7 +95,7 @@ class Servings:
         self.postponed &= {run.id for run in runs if run.state is RunState.ACTIVE}
         for run in runs:
             self.reprice({run.id: run.price})
-            if run.state is not RunState.ACTIVE or run.id in self.served or self._is_refused(run):
+            if run.state is not RunState.ACTIVE or self._is_served(run) or self._is_refused(run):
                 continue
             try:
                 self.served[run.id] = self._serve(run)
@@ -142,6 +142,11 @@ class Servings:
     def is_to_try_again(self) -> bool:
         """Whether it is time to learn of the runs that were postponed once more."""
         return bool(self.postponed) and time.monotonic() >= self._next_try
+
+    def _is_served(self, run: Run) -> bool:
+        """Return whether a run is served as it is stored now: an enqueue may have changed the order of its schema."""
+        served = self.served.get(run.id)
+        return served is not None and served.run.task.to_json() == run.task.to_json()
 
     def _is_refused(self, run: Run) -> bool:
         if run.id in self._lacking_since and time.monotonic() < self._next_try:
