@@ -59,6 +59,7 @@ class RunSpec:
     """What an enqueue asks for. `fingerprint` is a function's, None for a model. Raises UsageError for a bad name.
 
     `price` is what calls cost from then on; None leaves it as it is. It is no part of the task.
+    `refusal` is why the run must not be new, None if it may be.
     """
 
     name: str
@@ -66,6 +67,7 @@ class RunSpec:
     max_attempts: int
     fingerprint: str | None = None
     price: Price | None = None
+    refusal: str | None = None
 
     def __post_init__(self) -> None:
         """Check what no database should see."""
@@ -164,8 +166,13 @@ async def open_run(database: Database, spec: RunSpec) -> Run:
 
 
 async def ensure(database: Database, connection: Connection, spec: RunSpec) -> tuple[Run, bool]:
-    """Return the run of that name, made if it is new, and whether it was; RunMismatchError for another task's."""
+    """Return the run of that name, made if it is new, and whether it was.
+
+    Raises RunMismatchError for another task's, UsageError for a new one that the spec refuses.
+    """
     made = await _make(database, connection, spec)
+    if made and spec.refusal is not None:
+        raise UsageError(spec.refusal)
     run = await find(connection, spec.name)
     if run.task.canonical() != spec.task.canonical():
         raise RunMismatchError(

@@ -12,7 +12,7 @@ from lbr.core.pricing import table_problem
 from lbr.core.tokens import ASSUMED_OUTPUT_TOKENS, most_output_tokens, task_characters, tokens_of
 from lbr.core.types import RunState
 from lbr.models.base import Kind, kind_of, tells_cost
-from lbr.models.build import build_model, build_validator
+from lbr.models.build import build_model, build_validator, unsent
 from lbr.models.connections import Connections
 from lbr.worker.deadlines import Lateness
 
@@ -102,6 +102,7 @@ class Servings:
             except (UsageError, OSError) as error:
                 notices += self._note_not_served(run, error)
                 continue
+            notices += [f"run {run.name} goes on, but {problem}" for problem in unsent(run.task)]
             self.postponed.discard(run.id)
             for notes in (self._lacking_since, self._refused_at, self.refused):
                 notes.pop(run.id, None)
