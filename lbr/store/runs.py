@@ -171,10 +171,11 @@ async def ensure(database: Database, connection: Connection, spec: RunSpec) -> t
     Raises RunMismatchError for another task's, UsageError for a new one that the spec refuses.
     """
     made = await _make(database, connection, spec)
-    if made and spec.refusal is not None:
-        raise UsageError(spec.refusal)
     run = await find(connection, spec.name)
-    if run.task.canonical() != spec.task.canonical():
+    differs = run.task.canonical() != spec.task.canonical()
+    if spec.refusal is not None and (made or differs):
+        raise UsageError(spec.refusal)
+    if differs:
         raise RunMismatchError(
             f"expected run {spec.name!r} to be free or to ask for the same, got: another task "
             f"({'; '.join(differences(run.task, spec.task))}); choose another name with --run"

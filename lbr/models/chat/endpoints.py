@@ -138,7 +138,7 @@ def _thinking_tags(provider: str, model: str) -> tuple[str, str]:
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 _SAMPLING = frozenset({"temperature", "top_p", "presence_penalty", "frequency_penalty"})
-_DROPS_SAMPLING = re.compile(r"(?:^|/)(?:o\d|gpt-[5-9])")
+_DROPS_SAMPLING = re.compile(r"(?:^|[/:])(?:o\d|gpt-[5-9])")
 """Names among which are the models that take no sampling settings while they reason."""
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import shlex
 import sys
 from typing import TYPE_CHECKING, Any, Literal
-
-import orjson
 
 from lbr.core.errors import UsageError
 from lbr.models.checking import check_authority, check_schema, not_kept
@@ -37,6 +36,7 @@ _NAMES_ELSEWHERE = {
 
 _SAMPLING = frozenset({"temperature", "top_p", "presence_penalty", "frequency_penalty", "logit_bias"})
 _OF_TOOLS = frozenset({"tool_choice", "parallel_tool_calls"})
+_OF_STREAMS = frozenset({"first_event_timeout"})
 
 
 def check_model(name: str, settings: Mapping[str, Json], *, schema: dict[str, Json] | None = None) -> None:
@@ -146,8 +146,9 @@ def check_known(name: str, settings: Mapping[str, Json], model: Model) -> None:
     known = _known_settings(model)
     for setting, value in settings.items():
         if setting not in known:
-            dropped = not_kept({"extra_body": {setting: value}})
-            hint = dropped[0] if dropped else _hint(model, setting, value, known)
+            for problem in not_kept({"extra_body": {setting: value}}):
+                raise UsageError(problem)
+            hint = _hint(model, setting, value, known)
             hint = f"; {hint}" if hint else ""
             raise UsageError(f"expected a setting that model {name!r} knows, got: {setting!r}{hint}")
         _check_value(setting, value, known[setting])
@@ -156,24 +157,28 @@ def check_known(name: str, settings: Mapping[str, Json], model: Model) -> None:
         raise UsageError(f"expected the setting timeout to be seconds above 0, got: {timeout!r}")
 
 
-def _hint(model: Model, setting: str, value: Json, known: Iterable[str]) -> str:
-    """Return what to do instead of a setting that a model does not know; empty if that cannot be said."""
+def _hint(model: Model, setting: str, value: Json, known: Iterable[str] = ()) -> str:
+    """Return what to do instead of a setting that a model is not sent; empty if it can only be left out."""
+    if setting in _OF_TOOLS | _OF_STREAMS:
+        return ""
+    if setting == "thinking":
+        body = _in_body(model, {"chat_template_kwargs": {"enable_thinking": bool(value)}})
+        return body and f"use openai_reasoning_effort, or what the server knows, for example {body}"
     prefixed = [one for one in sorted(known) if one.partition("_")[2] == setting]
     elsewhere = _NAMES_ELSEWHERE.get(setting)
     close = difflib.get_close_matches(setting, known, n=1, cutoff=0.81)
     for meant in ([elsewhere] if elsewhere else []) + prefixed + close:
         return f"did you mean {meant!r}?"
-    return _in_body(model, setting, value)
+    body = _in_body(model, {setting: value})
+    return body and f"send it with {body} if the server takes it"
 
 
-def _in_body(model: Model, setting: str, value: Json) -> str:
-    """Return how to send a setting to a server that speaks chat completions as it is; empty for other servers."""
+def _in_body(model: Model, fields: dict[str, Json]) -> str:
+    """Return the flag that puts fields into the body of chat completions; empty for models with another API."""
     from pydantic_ai.models.openai import OpenAIChatModel  # noqa: PLC0415
 
-    if not isinstance(model, OpenAIChatModel):
-        return ""
-    body = "extra_body=" + orjson.dumps({setting: value}).decode().replace('":', '": ', 1)
-    return f"send it with --set {shlex.quote(body)} if the server takes it"
+    flag = f"extra_body={json.dumps(fields, ensure_ascii=False)}"
+    return f"--set {shlex.quote(flag)}" if isinstance(model, OpenAIChatModel) else ""
 
 
 def unsent(name: str, settings: Mapping[str, Json], schema: dict[str, Json] | None = None) -> list[str]:
@@ -187,8 +192,8 @@ def unsent(name: str, settings: Mapping[str, Json], schema: dict[str, Json] | No
     problems = []
     for setting, value in settings.items():
         if not _is_sent(model, setting, settings, schema):
-            hint = _in_body(model, setting, value) if setting != "thinking" else _thinking_hint(model)
-            problems.append(f"the setting {setting} is not sent to model {name!r}; {hint or 'leave it out'}")
+            hint = _hint(model, setting, value) or "leave it out"
+            problems.append(f"the setting {setting} is not sent to model {name!r}; {hint}")
     return problems
 
 
@@ -202,7 +207,7 @@ def _is_sent(
         return False
     if setting in _OF_TOOLS:  # the only tool is the answer
         return schema is not None and output_mode(model.profile) == "tool"
-    if setting == "first_event_timeout":  # of streams, which lbr does not read
+    if setting in _OF_STREAMS:  # lbr reads none
         return False
     if setting == "thinking":
         return bool(profile.get("supports_thinking") or profile.get("thinking_always_enabled"))
@@ -223,12 +228,6 @@ def _reasons(profile: Mapping[str, Any], settings: Mapping[str, Json]) -> bool:
     if thinking is not None:
         return not stops or thinking is not False or bool(profile.get("thinking_always_enabled"))
     return not stops or bool(profile.get("thinking_enabled_by_default"))
-
-
-def _thinking_hint(model: Model) -> str:
-    """Return how else a server that speaks chat completions may be asked to think; empty for other servers."""
-    body = _in_body(model, "chat_template_kwargs", {"enable_thinking": True})
-    return body and f"use openai_reasoning_effort, or what the server knows: for example {body}"
 
 
 def output_mode(profile: ModelProfile) -> OutputMode:
