@@ -66,8 +66,6 @@ def _check_key(variable: str, key: str | None) -> None:
         problem = "contains a line break"
     elif key != key.strip():
         problem = "has white space around it"
-    elif len(key) > 1 and key[0] == key[-1] and key[0] in "\"'":
-        problem = "has quotes around it"
     else:
         return
     raise UsageError(f"{variable} {problem}; set it to the key alone")
