@@ -431,8 +431,18 @@ async def test_servable_runs_are_served_beside_others(live: Database) -> None:
 
 
 COMPLETION = {
-    "choices": [{"message": {"role": "assistant", "content": '{"b": 1, "a": 1}'}, "finish_reason": "stop"}],
+    "id": "c",
+    "object": "chat.completion",
+    "created": 1_700_000_000,
     "model": "m",
+    "choices": [
+        {
+            "index": 0,
+            "finish_reason": "stop",
+            "message": {"role": "assistant", "content": '{"b": 1, "a": 1}'},
+        }
+    ],
+    "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
 }
 
 
@@ -457,7 +467,7 @@ async def test_a_worker_takes_over_the_order_of_a_schema(
     live: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An enqueue while a worker serves the run changes the order in which its next calls send the schema."""
-    schema = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "integer"}}}
+    schema: Any = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "integer"}}}
     turned = {**schema, "properties": dict(reversed(schema["properties"].items()))}
     with Scripted(200, json.dumps(COMPLETION)) as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
