@@ -143,7 +143,9 @@ async def prices(connection: Connection, run_ids: Iterable[RunId]) -> dict[RunId
 async def open_run(database: Database, spec: RunSpec) -> Run:
     """Return the run of that name, made if it is new, with the price and the order of fields that the spec names.
 
-    A known run takes over the order of the spec's schema and settings, which is no part of the task. Raises RunMismatchError where the name is taken by another task, UsageError where the run was cancelled or
+    A known run takes over the order of the spec's schema and settings, which is no part of the task.
+
+    Raises RunMismatchError where the name is taken by another task, UsageError where the run was cancelled or
     is being moved.
     """
 

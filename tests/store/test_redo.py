@@ -371,7 +371,9 @@ async def test_settings_are_the_jobs_own(database: Database) -> None:
     await choose(database, run, "finish_reason=length", settings={"seed": 3, "latency": 0})
     (claim,) = await _claim(database, run)
     assert (claim.prompt.text, claim.settings) == ("length", {"seed": 3, "latency": 0})
-    assert list(claim.settings or {}) == ["seed", "latency"], "they are sent in the order in which they were given"
+    assert list(claim.settings or {}) == ["seed", "latency"], (
+        "they are sent in the order in which they were given"
+    )
     await settle(database, [replace(failed(claim, FAILURES["refused"]), state=JobState.FAILED)])
     assert await redo.retry(database, run) == 1
     (claim,) = await _claim(database, run)
