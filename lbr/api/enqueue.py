@@ -14,13 +14,14 @@ from lbr.core.config import (
     at_least_one,
     load_environment,
 )
+from lbr.core.errors import UsageError
 from lbr.core.plurals import counted
 from lbr.core.pricing import read_price
 from lbr.core.types import KeyMaker
 from lbr.io.sources import Source, chunks
 from lbr.store import enqueue as queueing
 from lbr.store import runs
-from lbr.store.engines import opened
+from lbr.store.engines import file_of, opened
 from lbr.store.runs import RunSpec
 
 if TYPE_CHECKING:
@@ -96,12 +97,21 @@ async def enqueue(
         at_least_one("max_attempts", max_attempts),
         asked.fingerprint,
         None if price is None else read_price(price),
+        asked.refusal,
     )
+    check_may_be_new(spec, db_url)
     await source.check()
     if servable:
         await check_servable(asked)
     async with opened(db_url, create=True, allow_network_fs=allow_network_fs) as database:
         return await put(database, spec, source, append=append, fresh=fresh, on_kept=on_kept)
+
+
+def check_may_be_new(spec: RunSpec, db_url: PathOrUrl) -> None:
+    """Raise UsageError for a run that must not be new where there is no queue yet, so that none is made for it."""
+    path = file_of(db_url)
+    if spec.refusal is not None and path is not None and not path.exists():
+        raise UsageError(spec.refusal)
 
 
 async def put(

@@ -14,7 +14,7 @@ import orjson
 
 from lbr.api import status
 from lbr.api.arguments import checked
-from lbr.api.enqueue import put
+from lbr.api.enqueue import check_may_be_new, put
 from lbr.api.task import ask, changed_by_use, check_servable
 from lbr.core.config import (
     CALL_TIMEOUT,
@@ -120,7 +120,8 @@ async def prompt_map(
     await check_servable(asked)
     name = _run_name(asked, source) if run is None else run
     tries = at_least_one("max_attempts", max_attempts)
-    spec = RunSpec(name, asked.task, tries, asked.fingerprint, said)
+    spec = RunSpec(name, asked.task, tries, asked.fingerprint, said, asked.refusal)
+    check_may_be_new(spec, db_url)
     async with opened(db_url, create=True) as database:
         report = await put(database, spec, source, fresh=fresh)
         for notice in report.notices:
@@ -215,7 +216,7 @@ def results_url_of(db_url: PathOrUrl) -> str:
 
 def _run_name(asked: Asked, source: Source) -> str:
     """Name a run by what it asks and of what, so that the same call finds it again."""
-    digest = hashlib.blake2b(asked.task.to_json().encode(), digest_size=8)
+    digest = hashlib.blake2b(asked.task.canonical(), digest_size=8)
     for item in source:
         for part in (item.prompt.body(), item.custom_id or "", repr(item.metadata)):
             data = part.encode()

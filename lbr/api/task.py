@@ -11,7 +11,8 @@ from lbr.core.schema import import_type, schema_of
 from lbr.core.types import Task, canonical_json
 from lbr.io.records import not_finite
 from lbr.models.base import OPENROUTER, Kind, kind_of, model_string
-from lbr.models.build import Authority, build_model, build_validator, check_task
+from lbr.models.build import Authority, build_model, build_validator, check_task, unsent
+from lbr.models.environment import check_environment
 from lbr.models.identity import check_known_again, has_changed, may_be_another, name_function, own_version
 
 if TYPE_CHECKING:
@@ -32,11 +33,15 @@ MODEL_WAYS = "a model (model=…, --model), such as offline:echo, or MODEL in th
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A task, the code fingerprint of its function (None for a model), and the right to serve it here."""
+    """A task, the code fingerprint of its function (None for a model), and the right to serve it here.
+
+    `refusal` says why a new run must not have the task, None if it may: a setting of it would do nothing.
+    """
 
     task: Task
     fingerprint: str | None
     authority: Authority
+    refusal: str | None = None
 
 
 def ask(
@@ -74,10 +79,12 @@ def ask(
         task = Task(model=_model(model, openrouter_api_key, env), **shared)
     _check_storable(task)
     check_task(task)
+    if kind_of(task) is Kind.PROVIDER:
+        check_environment(task.model or "", openrouter_api_key)
     types = [result_type] if result_type is not None else []
     authority = authorize(result_types=types, openrouter_api_key=openrouter_api_key)
     if named is None:
-        return Asked(task, None, authority)
+        return Asked(task, None, authority, next(iter(unsent(task)), None))
     return Asked(task, named.identity.fingerprint, replace(authority, functions=(named,)))
 
 
@@ -143,6 +150,10 @@ def check_settings(task: Task, settings: Mapping[str, Json]) -> None:
     wanted = replace(task, settings={**task.settings, **settings})
     _check_storable(wanted)
     check_task(wanted)
+    known = unsent(task)
+    for problem in unsent(wanted):
+        if problem not in known:
+            raise UsageError(problem)
 
 
 def checker(run: str, task: Task, result_types: Iterable[Any] = ()) -> Validator:

@@ -53,6 +53,11 @@ def estimate_tokens(prompt: Prompt, task: Task) -> int:
 
 def most_output_tokens(settings: Mapping[str, Json]) -> int | None:
     """Return how long an answer may be by its settings, None where nothing bounds it; UsageError for rubbish."""
+    body = settings.get("extra_body")
+    for name in ("max_completion_tokens", "max_tokens"):
+        most = body.get(name) if isinstance(body, dict) else None
+        if type(most) is int and most >= 1:  # another value means what the server says
+            return most
     most = settings.get("max_tokens")
     if most is None:
         return None

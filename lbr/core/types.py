@@ -69,7 +69,7 @@ class Until(StrEnum):
 
 
 def canonical_json(value: Json) -> bytes:
-    """Return the one spelling of a JSON value: UTF-8, sorted keys, no spaces."""
+    """Return the one spelling of a JSON value, for keys and comparisons: UTF-8, sorted keys, no spaces."""
     return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
 
 
@@ -97,9 +97,17 @@ class Task:
         return self.model or f"function:{self.function}"
 
     def to_json(self) -> str:
-        """Return the task's canonical JSON; unset fields are left out, so that new fields keep old keys."""
+        """Return the task as it is stored: its schema and settings in the order in which they are sent."""
+        return orjson.dumps(self._fields()).decode()
+
+    def canonical(self) -> bytes:
+        """Return the same for every order of its schema and settings: what keys and comparisons are made of."""
+        return canonical_json(self._fields())
+
+    def _fields(self) -> dict[str, Json]:
+        """Return the fields that are set; the others are left out, so that new fields keep old keys."""
         fields = {name: getattr(self, name) for name in self.__slots__}
-        return canonical_json({k: v for k, v in fields.items() if v is not None and v != {}}).decode()
+        return {k: v for k, v in fields.items() if v is not None and v != {}}
 
     @classmethod
     def from_json(cls, text: str) -> Task:
@@ -126,7 +134,7 @@ def differences(old: Task, new: Task) -> list[str]:
     found = []
     for name in Task.__slots__:
         there, here = getattr(old, name), getattr(new, name)
-        if there != here:
+        if canonical_json(there) != canonical_json(here):
             texts = [one if isinstance(one, str) else canonical_json(one).decode() for one in (there, here)]
             unlike = (n for n, (a, b) in enumerate(zip(*texts, strict=False)) if a != b)
             start = max(0, next(unlike, min(map(len, texts))) - BEFORE)
@@ -191,7 +199,7 @@ class KeyMaker:
 
     def __init__(self, task: Task) -> None:
         prefix = hashlib.blake2b(digest_size=KEY_BYTES)
-        head = task.to_json().encode()
+        head = task.canonical()
         prefix.update(len(head).to_bytes(8, "big"))
         prefix.update(head)
         self._text, self._messages = prefix.copy(), prefix.copy()

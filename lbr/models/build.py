@@ -91,6 +91,23 @@ def check_task(task: Task) -> None:
             most_output_tokens(task.settings)  # raises for what it cannot read, and so does every worker
 
 
+def unsent(task: Task) -> list[str]:
+    """Return a message for each setting of the task that would not be sent, or whose result would not be kept.
+
+    A run with such settings is refused when it is new, and goes on if it was enqueued before they were refused.
+    """
+    if kind_of(task) is not Kind.PROVIDER:
+        return []
+    from lbr.models import chat, checking  # noqa: PLC0415
+
+    name = task.model or ""
+    if chat.serves(name) and chat.knows(name, task.settings):
+        return []
+    from lbr.models import pydantic_ai  # noqa: PLC0415
+
+    return checking.not_kept(task.settings) + pydantic_ai.unsent(name, task.settings, task.schema)
+
+
 def build_model(
     task: Task, authority: Authority, *, concurrency: int, connections: Connections | None = None
 ) -> Model:
@@ -115,7 +132,7 @@ def _check_provider(task: Task) -> None:
     """Raise UsageError for what no provider could be asked; without pydantic-ai where the chat adapter knows enough."""
     from lbr.models import chat, checking  # noqa: PLC0415
 
-    if chat.serves(task.model or "") and chat.knows(task.settings):
+    if chat.serves(task.model or "") and chat.knows(task.model or "", task.settings):
         if task.schema is not None:
             checking.check_schema(task.schema)
         return

@@ -11,11 +11,12 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import orjson
 from sqlalchemy import ColumnElement, bindparam, case, delete, literal, literal_column, select, update
 
 from lbr.core.errors import UNREAD, Family, UsageError
 from lbr.core.retry import failure_of
-from lbr.core.types import JobState, Json, Millis, RunState, canonical_json
+from lbr.core.types import JobState, Json, Millis, RunState
 from lbr.store import counters, runs
 from lbr.store.arrays import Bulk, Given, among
 from lbr.store.schema import attempts, jobs, prompts, results
@@ -222,7 +223,7 @@ async def retry(
     runs.check_not_moving(run.name, run.pause_reason)
     await runs.revive(database, run)
     states = sorted(_states_of(conditions))
-    own = None if settings is None else canonical_json(dict(settings)).decode()
+    own = None if settings is None else orjson.dumps(dict(settings)).decode()
     moved, after = 0, 0
     while True:
 

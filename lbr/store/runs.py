@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import select, update
@@ -59,6 +59,7 @@ class RunSpec:
     """What an enqueue asks for. `fingerprint` is a function's, None for a model. Raises UsageError for a bad name.
 
     `price` is what calls cost from then on; None leaves it as it is. It is no part of the task.
+    `refusal` is why the run must not be new, None if it may be.
     """
 
     name: str
@@ -66,6 +67,7 @@ class RunSpec:
     max_attempts: int
     fingerprint: str | None = None
     price: Price | None = None
+    refusal: str | None = None
 
     def __post_init__(self) -> None:
         """Check what no database should see."""
@@ -139,7 +141,9 @@ async def prices(connection: Connection, run_ids: Iterable[RunId]) -> dict[RunId
 
 
 async def open_run(database: Database, spec: RunSpec) -> Run:
-    """Return the run of that name, made if it is new, with the price that the spec names.
+    """Return the run of that name, made if it is new, with the price and the order of fields that the spec names.
+
+    A known run takes over the order of the spec's schema and settings, which is no part of the task.
 
     Raises RunMismatchError where the name is taken by another task, UsageError where the run was cancelled or
     is being moved.
@@ -150,20 +154,30 @@ async def open_run(database: Database, spec: RunSpec) -> Run:
         if run.state is RunState.CANCELLED:
             raise UsageError(f"run {spec.name!r} was cancelled; `lbr retry {spec.name}` takes it up again")
         check_not_moving(run.name, run.pause_reason)
-        if spec.price in {None, run.price}:
+        values = {}
+        if spec.price not in {None, run.price}:
+            values["price"] = _price_text(spec.price)
+        if run.task.to_json() != spec.task.to_json():
+            values["task"] = spec.task.to_json()
+        if not values:
             return run
-        values = {"price": _price_text(spec.price)}
         await connection.execute(update(runs).where(runs.c.id == run.id).values(**values))
-        return replace(run, price=spec.price)
+        return await find(connection, spec.name)
 
     return await database.write(work)
 
 
 async def ensure(database: Database, connection: Connection, spec: RunSpec) -> tuple[Run, bool]:
-    """Return the run of that name, made if it is new, and whether it was; RunMismatchError for another task's."""
+    """Return the run of that name, made if it is new, and whether it was.
+
+    Raises RunMismatchError for another task's, UsageError for a new one that the spec refuses.
+    """
     made = await _make(database, connection, spec)
     run = await find(connection, spec.name)
-    if run.task != spec.task:
+    differs = run.task.canonical() != spec.task.canonical()
+    if spec.refusal is not None and (made or differs):
+        raise UsageError(spec.refusal)
+    if differs:
         raise RunMismatchError(
             f"expected run {spec.name!r} to be free or to ask for the same, got: another task "
             f"({'; '.join(differences(run.task, spec.task))}); choose another name with --run"

@@ -12,7 +12,7 @@ from lbr.core.pricing import table_problem
 from lbr.core.tokens import ASSUMED_OUTPUT_TOKENS, most_output_tokens, task_characters, tokens_of
 from lbr.core.types import RunState
 from lbr.models.base import Kind, kind_of, tells_cost
-from lbr.models.build import build_model, build_validator
+from lbr.models.build import build_model, build_validator, unsent
 from lbr.models.connections import Connections
 from lbr.worker.deadlines import Lateness
 
@@ -95,13 +95,14 @@ class Servings:
         self.postponed &= {run.id for run in runs if run.state is RunState.ACTIVE}
         for run in runs:
             self.reprice({run.id: run.price})
-            if run.state is not RunState.ACTIVE or run.id in self.served or self._is_refused(run):
+            if run.state is not RunState.ACTIVE or self._is_served(run) or self._is_refused(run):
                 continue
             try:
                 self.served[run.id] = self._serve(run)
             except (UsageError, OSError) as error:
                 notices += self._note_not_served(run, error)
                 continue
+            notices += [f"run {run.name} goes on, but {problem}" for problem in unsent(run.task)]
             self.postponed.discard(run.id)
             for notes in (self._lacking_since, self._refused_at, self.refused):
                 notes.pop(run.id, None)
@@ -142,6 +143,11 @@ class Servings:
     def is_to_try_again(self) -> bool:
         """Whether it is time to learn of the runs that were postponed once more."""
         return bool(self.postponed) and time.monotonic() >= self._next_try
+
+    def _is_served(self, run: Run) -> bool:
+        """Return whether a run is served as it is stored now: an enqueue may have changed the order of its schema."""
+        served = self.served.get(run.id)
+        return served is not None and served.run.task.to_json() == run.task.to_json()
 
     def _is_refused(self, run: Run) -> bool:
         if run.id in self._lacking_since and time.monotonic() < self._next_try:

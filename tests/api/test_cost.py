@@ -227,6 +227,14 @@ class TestTokens:
         with pytest.raises(UsageError, match="expected max_tokens"):
             most_output_tokens({"max_tokens": rubbish})
 
+    @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+    def test_a_limit_in_the_body_is_one(self, name: str) -> None:
+        """Under either name, above the setting; what means no limit to a server is none."""
+        assert most_output_tokens({"extra_body": {name: 100}}) == 100
+        assert most_output_tokens({"extra_body": {name: 100}, "max_tokens": 7}) == 100
+        assert most_output_tokens({"extra_body": {name: -1}}) is None
+        assert most_output_tokens({"extra_body": "x", "max_tokens": 7}) == 7
+
 
 class TestArithmetic:
     """What an estimate is made of."""

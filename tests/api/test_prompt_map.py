@@ -639,6 +639,22 @@ async def test_what_json_cannot_hold_is_refused(arguments: dict[str, Any]) -> No
     assert not Path("runs.db").exists()
 
 
+async def test_a_setting_that_is_not_sent_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused before a queue is made, and beside other runs no run is."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    settings = {"top_k": 20}
+    for again in (False, True):
+        for asking in (
+            partial(prompt_map, ["a"], model_name="openai-chat:m", settings=settings),
+            partial(lbr.enqueue, ["a"], run="r", model="openai-chat:m", settings=settings),
+        ):
+            with pytest.raises(UsageError, match="the setting top_k is not sent to model 'openai-chat:m'"):
+                await asking()
+        assert Path("runs.db").exists() is again
+        await lbr.enqueue(["a"], run="other", model="offline:echo")
+    assert [run.run for run in (await lbr.status()).runs] == ["other"]
+
+
 async def test_missing_key_leaves_nothing_behind() -> None:
     """A model that cannot be called for want of a key is refused before anything is written."""
     with pytest.raises(LbrError, match="OPENAI_API_KEY"):

@@ -14,7 +14,7 @@ import pytest
 from lbr.core.errors import CallError, Family, UsageError
 from lbr.core.types import BadTry, JobId, Prompt, Task
 from lbr.models.base import Request
-from lbr.models.build import Authority, build_model, check_task
+from lbr.models.build import Authority, build_model, check_task, unsent
 from lbr.models.pydantic_ai import PydanticAIModel, call_error, check_model, family_of, output_mode
 from tests.support.llmock_server import free_port, serve
 from tests.support.scripted_server import Scripted
@@ -418,7 +418,8 @@ async def test_instructions_and_settings_are_sent(monkeypatch: pytest.MonkeyPatc
         settings={"temperature": 0.5, "max_tokens": 7, "seed": 1},
     )
     assert sent["messages"] == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "p"}]
-    assert (sent["temperature"], sent["max_completion_tokens"], sent["seed"]) == (0.5, 7, 1)
+    assert (sent["temperature"], sent["max_tokens"], sent["seed"]) == (0.5, 7, 1)
+    assert "max_completion_tokens" not in sent
 
 
 async def test_chat_messages_are_sent_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -577,6 +578,68 @@ async def test_a_schema_is_sent_natively(monkeypatch: pytest.MonkeyPatch) -> Non
     assert sent["response_format"]["json_schema"]["schema"]["type"] == "object"
 
 
+ORDERED: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "reasoning": {"type": "string"},
+        "answer": {"type": "object", "properties": {"z": {"type": "string"}, "a": {"type": "string"}}},
+    },
+    "required": ["reasoning", "answer"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "variable"),
+    [
+        (MODEL, "OPENAI"),
+        ("openai:gpt-4o", "OPENAI"),
+        ("openrouter:meta/ok", "OPENROUTER"),
+        ("ollama:x", "OLLAMA"),
+        ("anthropic:claude-sonnet-4-0", "ANTHROPIC"),
+        ("google:gemini-2.5-flash", "GOOGLE"),
+    ],
+)
+async def test_a_schema_keeps_its_order(monkeypatch: pytest.MonkeyPatch, name: str, variable: str) -> None:
+    """Every provider gets the fields in the order of the class or file."""
+    with Scripted(200, "{}") as server:
+        url = "GOOGLE_GEMINI_BASE_URL" if variable == "GOOGLE" else f"{variable}_BASE_URL"
+        monkeypatch.setenv(f"{variable}_API_KEY", KEY)
+        monkeypatch.setenv(url, server.url)
+        task = Task.from_json(Task(model=name, schema=ORDERED).to_json())
+        model = build_model(task, Authority(), concurrency=1)
+        with pytest.raises(CallError):
+            await model.answer(Request(prompt=Prompt(text="p"), task=task, job_id=JobId(1), seq=1))
+        await model.aclose()
+    text = json.dumps(server.asked[0])
+    places = [text.index(f'"{field}": {{') for field in ("reasoning", "answer", "z", "a")]
+    assert places == sorted(places)
+
+
+async def test_a_body_keeps_its_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes into the body as it is, such as a schema of vLLM's, keeps its order."""
+    sent = await asked_for(monkeypatch, None, settings={"extra_body": {"guided_json": ORDERED, "a": 1}})
+    assert json.dumps(sent["guided_json"]) == json.dumps(ORDERED)
+
+
+@pytest.mark.parametrize("schema", [None, SCHEMA])
+@pytest.mark.parametrize("name", [MODEL, "ollama:x", "openrouter:a/b"])
+async def test_max_tokens_has_the_name_that_other_servers_know(
+    monkeypatch: pytest.MonkeyPatch, name: str, schema: Any
+) -> None:
+    """Whatever adapter words the request; a limit in the body goes before the setting."""
+    for settings, limit in (({"max_tokens": 7}, 7), ({"max_tokens": 7, "extra_body": {"max_tokens": 9}}, 9)):
+        with Scripted(200, completion('{"a": 1, "b": ""}')) as server:
+            for variable in ("OPENAI", "OLLAMA", "OPENROUTER"):
+                monkeypatch.setenv(f"{variable}_BASE_URL", server.url)
+                monkeypatch.setenv(f"{variable}_API_KEY", KEY)
+            task = Task(model=name, settings=settings, schema=schema)
+            model = build_model(task, Authority(), concurrency=1)
+            await model.answer(Request(prompt=Prompt(text="p"), task=task, job_id=JobId(1), seq=1))
+            await model.aclose()
+        (sent,) = server.asked
+        assert (sent.get("max_tokens"), sent.get("max_completion_tokens")) == (limit, None)
+
+
 # --- before any call --------------------------------------------------------------------------------------------------
 
 
@@ -698,6 +761,108 @@ def test_settings_that_do_not_fit_are_refused(settings: Any, message: Any) -> No
 def test_a_models_own_settings_pass(name: Any, settings: Any) -> None:
     """The settings of a provider are known beside those of all."""
     check_model(name, settings)
+
+
+IN_BODY = """send it with --set 'extra_body={"%s": %s}' if the server takes it"""
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value", "hint"),
+    [
+        (MODEL, "top_k", 20, IN_BODY % ("top_k", 20)),
+        ("openrouter:meta/ok", "top_k", 20, IN_BODY % ("top_k", 20)),
+        (
+            MODEL,
+            "thinking",
+            False,
+            "use openai_reasoning_effort, or what the server knows, for example --set",
+        ),
+        ("openai-chat:gpt-5", "temperature", 0.2, IN_BODY % ("temperature", 0.2)),
+        (MODEL, "tool_choice", "none", "leave it out"),
+        (MODEL, "first_event_timeout", 3, "leave it out"),
+        ("openai:gpt-4o", "stop_sequences", ["#"], "leave it out"),
+        ("anthropic:claude-sonnet-4-0", "seed", 1, "leave it out"),
+        ("anthropic:claude-sonnet-4-0", "frequency_penalty", 1.0, "leave it out"),
+        ("anthropic:claude-sonnet-4-0", "presence_penalty", 1.0, "leave it out"),
+        ("anthropic:claude-sonnet-4-0", "logit_bias", {"1": 1}, "leave it out"),
+        ("anthropic:claude-opus-4-8", "temperature", 0.2, "leave it out"),
+        ("google:gemini-2.5-flash", "logit_bias", {"1": 1}, "leave it out"),
+        ("google:gemini-2.5-flash", "extra_body", {"a": 1}, "leave it out"),
+    ],
+)
+def test_settings_that_are_not_sent_are_named(name: str, setting: str, value: Any, hint: str) -> None:
+    """What a model's adapter drops in silence is found before any call, with the way to send it if there is one."""
+    (problem,) = unsent(Task(model=name, settings={setting: value}))
+    assert problem.startswith(f"the setting {setting} is not sent to model {name!r}; {hint}")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        (
+            MODEL,
+            {"temperature": 0.2, "seed": 1, "max_tokens": 5, "stop_sequences": ["#"], "logit_bias": {"1": 1}},
+        ),
+        (MODEL, {"extra_body": {"top_k": 20, "n": 1, "logprobs": False}, "openai_logprobs": False}),
+        ("openrouter:meta/ok", {"thinking": "low", "seed": 1}),
+        ("openai-chat:gpt-5", {"openai_reasoning_effort": "low", "thinking": "low"}),
+        ("openai-chat:gpt-5.1", {"temperature": 0.2}),
+        ("openai-chat:gpt-5.6", {"temperature": 0.2, "openai_reasoning_effort": "none"}),
+        ("anthropic:claude-sonnet-4-0", {"top_k": 20, "thinking": True, "extra_body": {"a": 1}}),
+        ("google:gemini-2.5-flash", {"top_k": 20, "seed": 1, "presence_penalty": 0.1, "thinking": True}),
+        ("offline:echo", {"seed": 1}),
+    ],
+)
+def test_settings_that_are_sent_pass(name: str, settings: Any) -> None:
+    """What reaches the provider is not refused."""
+    assert unsent(Task(model=name, settings=settings)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        (
+            MODEL,
+            {"openai_logprobs": True},
+            "the setting openai_logprobs cannot be set: lbr does not keep log",
+        ),
+        (
+            MODEL,
+            {"openai_top_logprobs": 3},
+            "the setting openai_top_logprobs cannot be set: lbr does not keep",
+        ),
+        (
+            MODEL,
+            {"extra_body": {"logprobs": True}},
+            "the setting logprobs cannot be set: lbr does not keep log",
+        ),
+        ("google:gemini-2.5-flash", {"google_logprobs": True}, "the setting google_logprobs cannot be set"),
+        (MODEL, {"extra_body": {"n": 3}}, "the setting n cannot be set: lbr keeps one answer of a call"),
+    ],
+)
+def test_what_lbr_would_drop_is_refused(name: str, settings: Any, message: str) -> None:
+    """Nothing is paid for that no answer would show."""
+    (problem,) = unsent(Task(model=name, settings=settings))
+    assert problem.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "hint"),
+    [
+        ("stop", ["#"], "did you mean 'stop_sequences'?"),
+        ("max_completion_tokens", 5, "did you mean 'max_tokens'?"),
+        ("reasoning_effort", "low", "did you mean 'openai_reasoning_effort'?"),
+        ("min_p", 0.05, IN_BODY % ("min_p", 0.05)),
+        ("repetition_penalty", 1.1, IN_BODY % ("repetition_penalty", 1.1)),
+        ("logprobs", True, "the setting logprobs cannot be set"),
+        ("n", 2, "the setting n cannot be set"),
+    ],
+)
+def test_settings_have_the_right_name_beside_them(setting: str, value: Any, hint: str) -> None:
+    """A name that other APIs have for a setting, and one that only some servers know, is refused with the way out."""
+    with pytest.raises(UsageError) as caught:
+        check_model(MODEL, {setting: value})
+    assert hint in str(caught.value)
 
 
 @pytest.mark.parametrize(

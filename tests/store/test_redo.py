@@ -377,6 +377,9 @@ async def test_settings_are_the_jobs_own(database: Database) -> None:
     await choose(database, run, "finish_reason=length", settings={"seed": 3, "latency": 0})
     (claim,) = await _claim(database, run)
     assert (claim.prompt.text, claim.settings) == ("length", {"seed": 3, "latency": 0})
+    assert list(claim.settings or {}) == ["seed", "latency"], (
+        "they are sent in the order in which they were given"
+    )
     await settle(database, [replace(failed(claim, FAILURES["refused"]), state=JobState.FAILED)])
     assert await redo.retry(database, run) == 1
     (claim,) = await _claim(database, run)
@@ -435,8 +438,7 @@ async def test_settings_reach_the_provider(db_url: str, monkeypatch: pytest.Monk
         await lbr.enqueue(["b"], run="r", model=model, settings=settings, append=True, db_url=db_url)
         assert (await lbr.work(db_url=db_url)).done == 2
         asked = {
-            (one["messages"][-1]["content"], one["max_completion_tokens"], one["temperature"])
-            for one in server.asked
+            (one["messages"][-1]["content"], one["max_tokens"], one["temperature"]) for one in server.asked
         }
         assert asked == {("a", 5, 0.5), ("a", 900, 0.5), ("b", 5, 0.5)}
         assert len(server.asked) == 3
@@ -455,6 +457,7 @@ async def test_settings_reach_the_provider(db_url: str, monkeypatch: pytest.Monk
         ("offline:echo", {"max_tokens": 5}, "expected a setting of offline:echo"),
         ("offline:echo", {"failure_rate": 2}, "a number from 0 to 1"),
         ("openai-chat:gpt-4o-mini", {"max_token": 5}, "did you mean 'max_tokens'"),
+        ("openai-chat:gpt-4o-mini", {"top_k": 5}, "the setting top_k is not sent"),
         ("openai-chat:gpt-4o-mini", {"max_retries": 5}, "lbr retries by itself"),
         ("openai-chat:gpt-4o-mini", {"temperature": "warm"}, "another value of the setting temperature"),
         ("openai-chat:gpt-4o-mini", {"max_tokens": -1}, "a whole number of at least 1, got: -1"),

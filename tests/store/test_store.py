@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import insert, select, text
+from sqlalchemy import insert, select, text, update
 
 import lbr
 from lbr.api import status
@@ -149,6 +149,58 @@ async def test_run_of_another_task_is_refused(database: Database) -> None:
     other = runs.RunSpec("r", Task(model="offline:echo", instructions="Be brief."), 8)
     with pytest.raises(RunMismatchError, match=r"\(instructions: none there, 'Be brief\.' here\).*--run"):
         await runs.open_run(database, other)
+
+
+SCHEMA = {"type": "object", "properties": {"reasoning": {}, "answer": {}}, "required": ["answer"]}
+JUDGED = Task(model="offline:echo", settings={"seed": 1, "latency": 0}, schema=SCHEMA)
+
+
+async def test_the_order_of_a_schema_is_that_of_the_last_enqueue(database: Database) -> None:
+    """A run that an earlier version stored in sorted order, and any other, takes over the order that is given."""
+    run = await put(database, ["a"], task=JUDGED)
+
+    async def sort(connection: Connection) -> None:
+        stored = JUDGED.canonical().decode()
+        await connection.execute(update(schema.runs).values(task=stored, price='{"in": 1, "out": 1}'))
+
+    await database.write(sort)
+    before = await reads.find_run(database, "r")
+    assert before.task.to_json() != JUDGED.to_json()
+    again = await put(database, ["a"], task=JUDGED)
+    assert (again.id, again.task.to_json(), again.price) == (run.id, JUDGED.to_json(), before.price)
+    assert (await reads.find_run(database, "r")).task.to_json() == JUDGED.to_json()
+    assert await states(database, run) == {"pending": 1}
+
+
+async def test_racing_enqueues_leave_one_of_their_orders(database: Database, db_url: str) -> None:
+    """Enqueues that give one task in two orders at once are all accepted; the run has one of the orders."""
+    other = await open_database(db_url, create=True)
+    turned = replace(JUDGED, schema=dict(reversed(SCHEMA.items())))
+    specs = [runs.RunSpec("r", task, 8) for task in (JUDGED, turned)]
+    stores = (database, other)
+    found = await asyncio.gather(*(runs.open_run(stores[n % 2], specs[n // 2 % 2]) for n in range(16)))
+    await other.close()
+    assert len({run.id for run in found}) == 1
+    stored = (await reads.find_run(database, "r")).task.to_json()
+    assert stored in {JUDGED.to_json(), turned.to_json()}
+
+
+async def test_a_number_of_another_kind_is_another_task(database: Database) -> None:
+    """1 and 1.0 are equal in Python but have different keys, so that the run is refused as a whole."""
+    await put(database, ["a"], task=JUDGED)
+    other = replace(JUDGED, settings={"seed": 1, "latency": 0.0})
+    with pytest.raises(RunMismatchError, match="settings: "):
+        await runs.open_run(database, runs.RunSpec("r", other, 8))
+
+
+async def test_a_refused_task_is_for_known_runs_only(database: Database) -> None:
+    """What a new run is refused for does not stop a run that has it already; nothing is left of a new one."""
+    refused = runs.RunSpec("r", JUDGED, 8, refusal="the setting x is not sent")
+    with pytest.raises(UsageError, match="the setting x is not sent"):
+        await runs.open_run(database, refused)
+    assert await database.read(runs.all_runs) == []
+    run = await put(database, ["a"], task=JUDGED)
+    assert (await runs.open_run(database, refused)).id == run.id
 
 
 LONG = "You are a helpful assistant. " * 5

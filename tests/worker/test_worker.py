@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from contextlib import asynccontextmanager
 from random import Random
@@ -22,13 +23,14 @@ from lbr.core.errors import (
     UsageError,
 )
 from lbr.core.retry import RetryPolicy
-from lbr.core.types import Claim, Shape, Task, Until
+from lbr.core.types import Claim, Item, KeyMaker, Prompt, Shape, Task, Until
 from lbr.models.identity import identify
-from lbr.store import reads, runs, schema
+from lbr.store import enqueue, reads, runs, schema
 from lbr.store.engines import open_database
 from lbr.store.queue import Queue
 from lbr.worker.worker import Worker
 from tests.support import ECHO, assert_counted, eventually, locked_by_another, put, real_clock, states
+from tests.support.scripted_server import Scripted
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -426,6 +428,60 @@ async def test_servable_runs_are_served_beside_others(live: Database) -> None:
     worker = worker_for(live)
     assert (await worker.run()).done == 1
     assert any("run theirs: not served" in line for line in worker.lines)  # type: ignore[attr-defined]
+
+
+COMPLETION = {
+    "id": "c",
+    "object": "chat.completion",
+    "created": 1_700_000_000,
+    "model": "m",
+    "choices": [
+        {
+            "index": 0,
+            "finish_reason": "stop",
+            "message": {"role": "assistant", "content": '{"b": 1, "a": 1}'},
+        }
+    ],
+    "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
+}
+
+
+async def test_an_earlier_run_with_a_setting_that_is_not_sent_goes_on(
+    live: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker warns once and answers; the same settings for a new run are refused."""
+    task = Task(model="openai-chat:m", settings={"top_k": 20, "temperature": 0.5})
+    run = await put(live, ["a", "b"], task=task)
+    with Scripted(200, json.dumps(COMPLETION)) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        worker = worker_for(live)
+        assert (await worker.run()).done == 2
+    assert [one["temperature"] for one in server.asked] == [0.5, 0.5]
+    (warning,) = [line for line in worker.lines if "top_k" in line]  # type: ignore[attr-defined]
+    assert warning.startswith(
+        f"run {run.name} goes on, but the setting top_k is not sent to model 'openai-chat:m'"
+    )
+
+
+async def test_a_worker_takes_over_the_order_of_a_schema(
+    live: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An enqueue while a worker serves the run changes the order in which its next calls send the schema."""
+    schema: Any = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "integer"}}}
+    turned = {**schema, "properties": dict(reversed(schema["properties"].items()))}
+    with Scripted(200, json.dumps(COMPLETION)) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        await put(live, ["x"], task=Task(model="openai-chat:m", schema=schema))
+        async with working(worker_for(live, until=Until.FOREVER)):
+            await eventually(lambda: len(server.asked) == 1)
+            task = Task(model="openai-chat:m", schema=turned)
+            run = await runs.open_run(live, runs.RunSpec("r", task, 8))
+            key = KeyMaker(task).key(Prompt(text="y"))
+            await enqueue.add_chunk(live, run, 1, [Item(Prompt(text="y"))], [key], reuse=True)
+            await live.filled()
+            await eventually(lambda: len(server.asked) == 2)
+    found = [one["response_format"]["json_schema"]["schema"]["properties"] for one in server.asked]
+    assert [list(one) for one in found] == [["b", "a"], ["a", "b"]]
 
 
 async def test_hung_call_is_cut_off(live: Database) -> None:

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lbr.models.environment import takes_max_completion_tokens
 from lbr.models.http import environment_proxies
 
 if TYPE_CHECKING:
@@ -137,22 +138,23 @@ def _thinking_tags(provider: str, model: str) -> tuple[str, str]:
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 _SAMPLING = frozenset({"temperature", "top_p", "presence_penalty", "frequency_penalty"})
-_DROPS_SAMPLING = re.compile(r"(?:^|/)(?:o\d|gpt-[5-9])")
+_DROPS_SAMPLING = re.compile(r"(?:^|[/:])(?:o\d|gpt-[5-9])")
 """Names among which are the models that take no sampling settings while they reason."""
 
 
-def knows(settings: Mapping[str, Json]) -> bool:
-    """Tell whether all settings are known here with the types of their values, so that no call will refuse them."""
+def knows(model: str, settings: Mapping[str, Json]) -> bool:
+    """Return whether a model is sent all of these settings as they are, so that no call will refuse them."""
+    if settings.keys() & _SAMPLING and _DROPS_SAMPLING.search(model):
+        return False
     return all(name in _FITS and _FITS[name](value) for name, value in settings.items())
 
 
 def words_of(endpoint: Endpoint, settings: Mapping[str, Json]) -> dict[str, Json] | None:
     """Return settings as the request's body has them; None where only pydantic-ai can tell what becomes of them."""
-    if not knows(settings):
+    if not knows(endpoint.model, settings):
         return None
-    if settings.keys() & _SAMPLING and _DROPS_SAMPLING.search(endpoint.model):
-        return None
-    most = "max_tokens" if endpoint.provider == "openrouter" else "max_completion_tokens"
+    newer = endpoint.provider != "openrouter" and takes_max_completion_tokens(endpoint.base_url)
+    most = "max_completion_tokens" if newer else "max_tokens"
     names = {"max_tokens": most, "stop_sequences": "stop"}
     return {names.get(name, name): value for name, value in settings.items() if name != "timeout"}
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import orjson
 
 from lbr.core.errors import CallError
-from lbr.core.types import canonical_json
 from lbr.models.chat.answers import Reader, decoded
 from lbr.models.chat.asking import Template, messages_of
 from lbr.models.chat.costs import Costs
@@ -135,7 +134,7 @@ class ChatModel:
         if request.settings is None and self._of_task is not None and self._of_task[0] is schema:
             return self._of_task[1]
         settings = self._settings | dict(request.settings or {})
-        key = canonical_json([settings, schema])
+        key = orjson.dumps([settings, schema])
         async with self._lock:
             if key not in self._templates:
                 self._templates[key] = await self._made(settings, request, messages)

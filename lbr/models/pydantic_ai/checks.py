@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
+import shlex
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lbr.core.errors import UsageError
-from lbr.models.checking import check_authority, check_schema
+from lbr.models.checking import check_authority, check_schema, not_kept
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from pydantic_ai.models import Model
+    from pydantic_ai.profiles import ModelProfile
     from pydantic_ai.providers import Provider
 
     from lbr.core.types import Json
 
+OutputMode = Literal["native", "tool", "prompted"]
+
 _SLIM_EXTRA = re.compile(r"pydantic-ai-slim\[([\w-]+)\]")
+
+
+_NAMES_ELSEWHERE = {
+    "stop": "stop_sequences",
+    "max_completion_tokens": "max_tokens",
+    "max_output_tokens": "max_tokens",
+    "max_new_tokens": "max_tokens",
+}
+"""Settings by the names that APIs have for them."""
+
+_SAMPLING = frozenset({"temperature", "top_p", "presence_penalty", "frequency_penalty", "logit_bias"})
+_OF_TOOLS = frozenset({"tool_choice", "parallel_tool_calls"})
+_OF_STREAMS = frozenset({"first_event_timeout"})
 
 
 def check_model(name: str, settings: Mapping[str, Json], *, schema: dict[str, Json] | None = None) -> None:
@@ -128,13 +146,95 @@ def check_known(name: str, settings: Mapping[str, Json], model: Model) -> None:
     known = _known_settings(model)
     for setting, value in settings.items():
         if setting not in known:
-            close = difflib.get_close_matches(setting, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            for problem in not_kept({"extra_body": {setting: value}}):
+                raise UsageError(problem)
+            hint = _hint(model, setting, value, known)
+            hint = f"; {hint}" if hint else ""
             raise UsageError(f"expected a setting that model {name!r} knows, got: {setting!r}{hint}")
         _check_value(setting, value, known[setting])
     timeout = settings.get("timeout")
     if isinstance(timeout, int | float) and not timeout > 0:
         raise UsageError(f"expected the setting timeout to be seconds above 0, got: {timeout!r}")
+
+
+def _hint(model: Model, setting: str, value: Json, known: Iterable[str] = ()) -> str:
+    """Return what to do instead of a setting that a model is not sent; empty if it can only be left out."""
+    if setting in _OF_TOOLS | _OF_STREAMS:
+        return ""
+    if setting == "thinking":
+        body = _in_body(model, {"chat_template_kwargs": {"enable_thinking": bool(value)}})
+        return body and f"use openai_reasoning_effort, or what the server knows, for example {body}"
+    prefixed = [one for one in sorted(known) if one.partition("_")[2] == setting]
+    elsewhere = _NAMES_ELSEWHERE.get(setting)
+    close = difflib.get_close_matches(setting, known, n=1, cutoff=0.81)
+    for meant in ([elsewhere] if elsewhere else []) + prefixed + close:
+        return f"did you mean {meant!r}?"
+    body = _in_body(model, {setting: value})
+    return body and f"send it with {body} if the server takes it"
+
+
+def _in_body(model: Model, fields: dict[str, Json]) -> str:
+    """Return the flag that puts fields into the body of chat completions; empty for models with another API."""
+    from pydantic_ai.models.openai import OpenAIChatModel  # noqa: PLC0415
+
+    flag = f"extra_body={json.dumps(fields, ensure_ascii=False)}"
+    return f"--set {shlex.quote(flag)}" if isinstance(model, OpenAIChatModel) else ""
+
+
+def unsent(name: str, settings: Mapping[str, Json], schema: dict[str, Json] | None = None) -> list[str]:
+    """Return a message for each setting that the model knows, but that is not sent to it.
+
+    By what pydantic-ai says of the model's class and its profile. Empty for the few models that cannot be asked here.
+    """
+    model = _keyless_model(name)
+    if model is None:
+        return []
+    problems = []
+    for setting, value in settings.items():
+        if not _is_sent(model, setting, settings, schema):
+            hint = _hint(model, setting, value) or "leave it out"
+            problems.append(f"the setting {setting} is not sent to model {name!r}; {hint}")
+    return problems
+
+
+def _is_sent(
+    model: Model, setting: str, settings: Mapping[str, Json], schema: dict[str, Json] | None
+) -> bool:
+    profile: Mapping[str, Any] = model.profile
+    if setting in model.unsupported_settings or setting in profile.get(
+        "openai_unsupported_model_settings", ()
+    ):
+        return False
+    if setting in _OF_TOOLS:  # the only tool is the answer
+        return schema is not None and output_mode(model.profile) == "tool"
+    if setting in _OF_STREAMS:  # lbr reads none
+        return False
+    if setting == "thinking":
+        return bool(profile.get("supports_thinking") or profile.get("thinking_always_enabled"))
+    if profile.get("anthropic_disallows_sampling_settings") and setting in _SAMPLING | {"top_k"}:
+        return False
+    return setting not in _SAMPLING or not _reasons(profile, settings)
+
+
+def _reasons(profile: Mapping[str, Any], settings: Mapping[str, Json]) -> bool:
+    """Return whether one of OpenAI's models reasons under these settings: it takes no sampling settings then."""
+    if not profile.get("openai_supports_reasoning"):
+        return False
+    efforts = profile.get("openai_reasoning_efforts")
+    stops = profile.get("openai_supports_reasoning_effort_none") if efforts is None else "none" in efforts
+    effort, thinking = settings.get("openai_reasoning_effort"), settings.get("thinking")
+    if effort is not None:
+        return not stops or effort != "none"
+    if thinking is not None:
+        return not stops or thinking is not False or bool(profile.get("thinking_always_enabled"))
+    return not stops or bool(profile.get("thinking_enabled_by_default"))
+
+
+def output_mode(profile: ModelProfile) -> OutputMode:
+    """Choose how to ask for JSON: by the provider's own schema support, else as a tool call, else in words."""
+    if profile.get("supports_json_schema_output", False):
+        return "native"
+    return "tool" if profile.get("supports_tools", True) else "prompted"
 
 
 def _known_settings(model: Model) -> dict[str, Any]:

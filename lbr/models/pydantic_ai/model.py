@@ -5,13 +5,20 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from lbr.core.errors import CallError, Family, Permanent, UsageError
 from lbr.models.checking import check_authority
-from lbr.models.pydantic_ai.checks import check_known, missing_package, provider_class_of, require
+from lbr.models.environment import check_environment, takes_max_completion_tokens
+from lbr.models.pydantic_ai.checks import (
+    check_known,
+    missing_package,
+    output_mode,
+    provider_class_of,
+    require,
+)
 from lbr.models.pydantic_ai.families import call_error
 from lbr.models.pydantic_ai.history import history_of
 from lbr.models.pydantic_ai.replies import ANSWER_TOOL, FREE, fill_in, reply_of, unread
@@ -30,8 +37,6 @@ if TYPE_CHECKING:
     from lbr.core.types import Json, Reply
     from lbr.models.base import Request
     from lbr.models.connections import Connections
-
-OutputMode = Literal["native", "tool", "prompted"]
 
 _ENVIRONMENT_NAME = re.compile(r"`([A-Z][A-Z0-9_]{3,})`")
 
@@ -61,9 +66,11 @@ class PydanticAIModel:
         self._api_key = api_key
         self._name = name
         check_authority(task_settings)  # again, for whoever wrote to the database need not have been lbr
+        check_environment(name, api_key)
         self._model = _build(name, api_key, connections)
         check_known(name, task_settings, self._model)
         self._fixed = {} if "max_retries" in self._model.unsupported_settings else {"max_retries": 0}
+        self._puts_limit_in_body = _puts_limit_in_body(name, self._model)
         self._settings: Any = {**task_settings, **self._fixed}
         self._call = model_request
 
@@ -77,6 +84,8 @@ class PydanticAIModel:
         if request.timeout is not None and "timeout" not in settings:
             # Else the client gives up after ten minutes, however long the caller is willing to wait.
             settings = {**settings, "timeout": request.timeout}
+        if self._puts_limit_in_body:
+            settings = _limit_in_body(settings)
         try:
             response = await self._call(
                 self._model,
@@ -170,6 +179,21 @@ def _relayed_openrouter(model: str, api_key: str | None, url: str) -> Model:
     return RelayModel(model, provider=provider)
 
 
+def _puts_limit_in_body(name: str, model: Model) -> bool:
+    """Return whether max_tokens goes to a server of the user's own, which may not know OpenAI's newer name for it."""
+    own = name.partition(":")[0] in {"openai-chat", "ollama", "vllm", "litellm"}
+    return own and not takes_max_completion_tokens(str(model.base_url))
+
+
+def _limit_in_body(settings: Any) -> Any:
+    """Return settings that send max_tokens under its own name: pydantic-ai would choose the other one."""
+    body = settings.get("extra_body") or {}
+    if "max_tokens" not in settings or not isinstance(body, dict):
+        return settings
+    rest = {name: value for name, value in settings.items() if name != "max_tokens"}
+    return {**rest, "extra_body": {"max_tokens": settings["max_tokens"], **body}}
+
+
 def _read_leniently(model: Any) -> None:
     """Let only the text of an answer be required, and let an error that comes with status 200 keep its code and words.
 
@@ -216,13 +240,6 @@ def _tell_free_answers(model: Any) -> None:
         return {**(details or {}), FREE: True} if free else details
 
     model._process_provider_details = processed  # noqa: SLF001
-
-
-def output_mode(profile: ModelProfile) -> OutputMode:
-    """Choose how to ask for JSON: by the provider's own schema support, else as a tool call, else in words."""
-    if profile.get("supports_json_schema_output", False):
-        return "native"
-    return "tool" if profile.get("supports_tools", True) else "prompted"
 
 
 def _parameters(schema: dict[str, Json], profile: ModelProfile) -> ModelRequestParameters:

@@ -1,0 +1,157 @@
+"""Keys and base URLs of the environment: refused before any call when no call could be made with them."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import lbr
+from lbr.core.errors import UsageError
+from lbr.core.types import Task
+from lbr.models.build import Authority, build_model
+from lbr.models.environment import check_environment, takes_max_completion_tokens
+from tests.support.scripted_server import Scripted
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MODEL = "openai-chat:m"
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start every test without keys and base URLs."""
+    for name in list(os.environ):
+        if name.endswith(("_API_KEY", "_BASE_URL")):
+            monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("", "is empty"),
+        (" ", "is empty"),
+        ("'http://x/v1'", "has quotes around it"),
+        ('"http://x/v1"', "has quotes around it"),
+        ("127.0.0.1:8000/v1", "does not begin with http:// or https://"),
+        ("ftp://x/v1", "does not begin with http:// or https://"),
+        ("http://x/v1 ", "contains white space"),
+        ("http://x/v1\n", "contains white space"),
+        ("http://a b/v1", "contains white space"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("name", "variable"),
+    [
+        (MODEL, "OPENAI_BASE_URL"),
+        ("openai:gpt-5", "OPENAI_BASE_URL"),
+        ("anthropic:claude-sonnet-4-0", "ANTHROPIC_BASE_URL"),
+        ("ollama:x", "OLLAMA_BASE_URL"),
+        ("openrouter:a/b", "OPENROUTER_BASE_URL"),
+    ],
+)
+def test_a_bad_base_url_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, variable: str, url: str, problem: str
+) -> None:
+    """The variable and what is wrong with it are named, at the enqueue and by the worker."""
+    if name.startswith("openrouter:") and not url:
+        pytest.skip("empty, it is unset")
+    monkeypatch.setenv(variable, url)
+    monkeypatch.setenv(variable.replace("_BASE_URL", "_API_KEY"), "sk-good")
+    with pytest.raises(UsageError, match=f"^{variable} {problem}"):
+        check_environment(name)
+    with pytest.raises(UsageError, match=f"^{variable} {problem}"):
+        build_model(Task(model=name), Authority(), concurrency=1)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/v1", "HTTPS://x.example/v1/"])
+def test_a_good_environment_passes(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """Keys and URLs that calls can be made with pass, and so does what is not set."""
+    check_environment(MODEL)
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
+    monkeypatch.setenv("OPENAI_API_KEY", "any key of a server's own")
+    check_environment(MODEL)
+    monkeypatch.setenv("OPENROUTER_BASE_URL", "")
+    check_environment("openrouter:a/b", "sk-or")
+
+
+@pytest.mark.parametrize(
+    ("key", "problem"),
+    [
+        ("sk-secret\n", "contains a line break"),
+        ("sk-sec\r\nret", "contains a line break"),
+        (" sk-secret", "has white space around it"),
+        ("sk-secret\t", "has white space around it"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("name", "variable"),
+    [
+        (MODEL, "OPENAI_API_KEY"),
+        ("openrouter:a/b", "OPENROUTER_API_KEY"),
+        ("anthropic:claude-sonnet-4-0", "ANTHROPIC_API_KEY"),
+        ("google:gemini-2.5-flash", "GOOGLE_API_KEY"),
+    ],
+)
+def test_a_bad_key_is_named_and_never_shown(
+    monkeypatch: pytest.MonkeyPatch, name: str, variable: str, key: str, problem: str
+) -> None:
+    """The variable is named, the key is not."""
+    monkeypatch.setenv(variable, key)
+    for check in (
+        lambda: check_environment(name),
+        lambda: build_model(Task(model=name), Authority(), concurrency=1),
+    ):
+        with pytest.raises(UsageError, match=f"^{variable}.* {problem}") as caught:
+            check()
+        assert "sec" not in str(caught.value)
+
+
+def test_a_password_in_a_url_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands before the host is left out of the message."""
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://me:secret@x/v1 ")
+    with pytest.raises(UsageError) as caught:
+        check_environment(MODEL)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_key_of_a_call_is_checked_too() -> None:
+    """One that is passed as an argument is refused like one of the environment."""
+    with pytest.raises(UsageError, match=r"openrouter_api_key.* contains a line break"):
+        check_environment("openrouter:a/b", "sk\n")
+
+
+async def test_no_job_is_touched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A worker with a bad key serves nothing and calls nobody; with a good one it answers the same jobs."""
+    db_url = str(tmp_path / "q.db")
+    await lbr.enqueue(["a", "b"], run="r", model=MODEL, db_url=db_url)
+    with Scripted() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
+        with pytest.raises(UsageError, match="OPENAI_API_KEY contains a line break"):
+            await lbr.work(run="r", db_url=db_url)
+        with pytest.raises(UsageError, match="OPENAI_API_KEY contains a line break"):
+            await lbr.enqueue(["a", "b"], run="s", model=MODEL, db_url=db_url)
+        assert server.asked == []
+    (run,) = (await lbr.status(db_url=db_url)).runs
+    assert (run.pending, run.errors) == (2, {})
+
+
+@pytest.mark.parametrize(
+    ("url", "newer"),
+    [
+        ("https://api.openai.com/v1", True),
+        ("https://eu.api.openai.com/v1/", True),
+        ("https://API.OpenAI.com:443/v1", True),
+        ("https://mine.openai.azure.com/openai/v1/", True),
+        ("https://api.openai.com.example/v1", False),
+        ("https://fakeapi.openai.com/v1", False),
+        ("http://127.0.0.1:8000/v1", False),
+        ("https://api.mistral.ai/v1", False),
+    ],
+)
+def test_who_knows_the_newer_name_of_max_tokens(url: str, newer: Any) -> None:
+    """OpenAI's own hosts and Azure's do; of other servers nothing is known."""
+    assert takes_max_completion_tokens(url) is newer
