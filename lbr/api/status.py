@@ -27,7 +27,8 @@ class RunStatus:
     `jobs` are distinct inputs, `duplicates` the inputs that share another's job, `reused` the jobs answered
     from another run. `rate` is jobs per second of the workers now, `eta_seconds` None where nobody works or
     nothing is left; of a run that is not active both are those of no work. `cost_usd` is None where no price was known, or nothing was spent; `wasted_usd` is the part of
-    it that went to tries that were no answers, or came too late, and `unpriced` counts the calls of models whose cost
+    it that went to tries that were no answers, or came too late, `estimated_usd` the part of it that is estimated, for calls that died with their
+    worker, and `unpriced` counts the calls of models whose cost
     nobody knows. `price` is what the run's user says that a million
     tokens cost, None where the provider and the price table are asked; `max_cost_usd` what the run may cost, None
     without a limit. `errors` counts tries by family.
@@ -54,6 +55,7 @@ class RunStatus:
     output_tokens: int
     cost_usd: float | None
     wasted_usd: float | None
+    estimated_usd: float | None
     unpriced: int
     price: dict[str, float] | None
     max_cost_usd: float | None
@@ -171,6 +173,7 @@ def _run_status(one: RunCounts, rate: float) -> RunStatus:
         output_tokens=counts[counters.OUTPUT_TOKENS],
         cost_usd=cost / NANOS if cost else None,
         wasted_usd=counts[counters.WASTED_NANOS] / NANOS if cost else None,
+        estimated_usd=counts[counters.ESTIMATED_NANOS] / NANOS if cost else None,
         unpriced=counts[counters.UNPRICED],
         price=None if one.run.price is None else one.run.price.to_dict(),
         max_cost_usd=None if one.run.budget_nanos is None else one.run.budget_nanos / NANOS,
@@ -288,6 +291,8 @@ def _cost_words(run: RunStatus) -> str:
     words = "" if run.cost_usd is None else f", cost {dollars(round(run.cost_usd * NANOS))}"
     if run.wasted_usd:
         words += f", {dollars(round(run.wasted_usd * NANOS))} of it for tries that were no answers"
+    if run.estimated_usd:
+        words += f", about {dollars(round(run.estimated_usd * NANOS))} of it estimated, for calls that died with their worker"
     if run.unpriced and (words or run.price is not None):
         words += f", and {counted(run.unpriced, 'call')} of unknown cost"
     return words

@@ -93,16 +93,18 @@ def _describe_story(story: JobDetail) -> str:
         if one.text:
             ending = "" if one.finish_reason in {None, "stop"} else f" (finish reason {one.finish_reason})"
             lines.append(f"  raw answer{ending}: {one.text}")
-        lines += _usage_lines(one)
+        # Nothing was heard of a call that died with its worker.
+        lines += _usage_lines(one, estimated=one.what == "crashed")
     return "\n".join(lines)
 
 
-def _usage_lines(of: JobDetail | Attempt) -> list[str]:
+def _usage_lines(of: JobDetail | Attempt, *, estimated: bool = False) -> list[str]:
     """Return a line of the tokens and the cost of an answer or of a try, none where neither is known."""
     counts = ((of.input_tokens, "in"), (of.output_tokens, "out"))
     tokens = ", ".join(f"{count} {way}" for count, way in counts if count is not None)
     parts = [f"tokens {tokens}"] if tokens else []
-    parts += [f"cost {dollars(of.cost_nanos)}"] if of.cost_nanos is not None else []
+    if of.cost_nanos is not None:
+        parts.append(f"cost {'about ' * estimated}{dollars(of.cost_nanos)}{', estimated' * estimated}")
     return [f"  {', '.join(parts)}"] if parts else []
 
 

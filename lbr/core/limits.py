@@ -2,9 +2,10 @@
 
 Requests and tokens a minute are token buckets: each is filled at its rate, holds what a second fills in, and may be
 overdrawn by the last call that is let through, so that a call larger than the bucket is paced like the others.
+Only the refill is bounded by what a bucket holds. Tokens that a call did not use come back in full, above it too.
 The number of calls at a time is learned as TCP learns its window: it doubles while nothing goes wrong, is cut when the
-provider is asked for too much, and then grows by one for each round of calls (slow start and additive increase with
-multiplicative decrease; Jacobson, "Congestion Avoidance and Control", 1988).
+provider refuses too large a share of a round of calls, and then grows by one for each round (slow start and additive
+increase with multiplicative decrease; Jacobson, "Congestion Avoidance and Control", 1988).
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ As many connections as aiohttp and httpx open where nobody says how many, so nea
 what is refused for being too many costs nothing, and a start from fewer costs a round of calls, which may be minutes,
 for each doubling.
 """
-CUT = 0.5
+MAX_CUT = 0.5
+TOLERATED_SHARE = 0.2
+"""Up to this share of refused calls, only the refused jobs wait: many providers refuse a few calls at random."""
+MIN_ROUND = 10
+"""The share is taken over the calls in flight, but over at least this many: three refusals in a row always count."""
 EPSILON = 1e-6
 AGAIN_MS = 100
 """How long to wait for a slot: nobody knows when one will be free."""
@@ -38,7 +43,8 @@ class Limit:
 
     `rpm` and `tpm` are requests and tokens a minute, `requests` and `tokens` what was left of them at
     `balanced_at`. `concurrency` fixes the calls at a time of all workers together; else it is `slots`, learned,
-    which doubles up to `threshold` and was last cut at `cut_at`.
+    which doubles up to `threshold` and was last cut at `cut_at`. `refused` is the share of calls refused of late,
+    and `answered` how many calls had been answered, in all runs, when it was last updated.
     """
 
     rpm: int | None = None
@@ -50,6 +56,13 @@ class Limit:
     requests: float | None = None
     tokens: float | None = None
     balanced_at: int | None = None
+    refused: float | None = None
+    answered: int | None = None
+
+    @property
+    def refuses_much(self) -> bool:
+        """Whether so many calls are refused that fewer should be made, and all workers wait."""
+        return (self.refused or 0.0) > TOLERATED_SHARE
 
     @property
     def at_a_time(self) -> int | None:
@@ -90,7 +103,10 @@ def _filled(balance: float | None, per_minute: int | None, passed: int) -> float
     if per_minute is None:
         return None
     full = capacity(per_minute)
-    return full if balance is None else min(full, balance + per_minute * passed / MINUTE_MS)
+    if balance is None:
+        return full
+    # What was given back may be more than the bucket holds; only what comes in is bounded by it.
+    return max(balance, min(full, balance + per_minute * passed / MINUTE_MS))
 
 
 def room(limit: Limit, inflight: int) -> int | None:
@@ -141,22 +157,38 @@ def debited(limit: Limit, calls: int, tokens: int) -> Limit:
 def grown(limit: Limit, successes: int, ceiling: int) -> Limit:
     """Return the limit after so many calls went well: grown no further than to the slots that the workers have.
 
-    Fewer workers than before take nothing away: with the next ones it holds again.
+    Fewer workers than before take nothing away: with the next ones it holds again. It does not grow before the share
+    of refused calls is well below what is tolerated.
     """
-    if limit.slots is None:
+    if limit.slots is None or 2 * (limit.refused or 0.0) > TOLERATED_SHARE:
         return limit
     doubling = limit.threshold is None or limit.slots < limit.threshold
     more = successes if doubling else successes / limit.slots
     return replace(limit, slots=max(1.0, limit.slots, min(float(ceiling), limit.slots + more)))
 
 
+def observed(limit: Limit, *, refusals: int, answered: int, inflight: int) -> Limit:
+    """Return the limit after this many more refusals, with the share of refused calls brought up to date.
+
+    The share is a moving average over about as many calls as are in flight. `answered` counts all answered calls so
+    far; those since the last update are taken to have ended before the refusals.
+    """
+    before = answered if limit.answered is None else limit.answered
+    share = limit.refused or 0.0
+    keep = 1 - 1 / max(MIN_ROUND, inflight)
+    share *= keep ** max(0, answered - before)
+    share = 1 - (1 - share) * keep**refusals
+    return replace(limit, refused=share, answered=answered)
+
+
 def cut(limit: Limit, *, began: int, now: int, inflight: int, ceiling: int) -> Limit:
     """Return the limit after a call that `began` then was one too many; once for each round of calls.
 
+    It is cut by the share of calls refused, by half at most, and not at all while that share is tolerated.
     `inflight` are the calls in flight with this one, `ceiling` the slots of all workers. What a person fixed stays.
     """
-    if limit.cut_at is not None and began < limit.cut_at <= now:
+    if not limit.refuses_much or (limit.cut_at is not None and began < limit.cut_at <= now):
         return limit
     before = min(limit.slots if limit.slots is not None else math.inf, max(1, inflight), max(1, ceiling))
-    slots = max(1.0, before * CUT)
+    slots = max(1.0, before * (1 - min(MAX_CUT, limit.refused or 0.0)))
     return replace(limit, slots=slots, threshold=slots, cut_at=now)

@@ -23,7 +23,7 @@ class RetryPolicy:
 
     `max_attempts` bounds the charged tries of a job, `bad_answer_retries` how often an answer that does not
     validate is asked for again. `limited_patience` is how long a job may be turned away by rate limits
-    before each further refusal is charged like a transient failure; the answerer cools down after each.
+    before each further refusal is charged like a transient failure.
     """
 
     max_attempts: int = 8
@@ -163,7 +163,7 @@ def _charged_tries(claim: Claim) -> int:
 def _wait_for_limit(
     claim: Claim, outcome: Outcome, failure: Failure, policy: RetryPolicy, rng: Random
 ) -> Settlement:
-    # The refusal is about the key, whatever becomes of this job: where patience is over, the answerer cools down too.
+    # Whatever becomes of this job, a refusal may be about the key: the store sees how many calls are refused.
     wait_ms = round(wait_seconds(failure, claim.history.limited_tries + 1, policy, rng) * 1000)
     impatient = claim.history.limited_ms > policy.limited_patience * 1000
     spent = impatient and _charged_tries(claim) >= policy.max_attempts

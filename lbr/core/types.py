@@ -355,7 +355,8 @@ class Settlement:
 
     `charge` is what the try adds to the job's attempts, `wait_ms` how long a job that goes back to pending waits
     from now on: the store adds it to the clock that leases are measured by. `pause` is the reason to pause the
-    run; with `cool_down` nobody calls this answerer again before the wait is over, also where the job has failed.
+    run; with `cool_down` no worker calls this model again before the wait is over, if it refuses many calls; also
+    where the job has failed.
     """
 
     claim: Claim

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,7 +11,7 @@ from sqlalchemy import bindparam, case, func, literal_column, select, update
 
 from lbr.core.errors import UNREAD, DatabaseError, Family
 from lbr.core.limits import fitting
-from lbr.core.tokens import characters_of, tokens_of
+from lbr.core.tokens import characters_of, most_output_tokens, tokens_of
 from lbr.core.types import NO_HISTORY, BadTry, Claim, History, JobId, Millis, Prompt, RunId
 from lbr.store.arrays import Query, among
 from lbr.store.schema import PENDING, SUSPECT_CRASHES, attempts, jobs, prompts
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import ColumnElement, Select
 
+    from lbr.core.budget import CallBound
     from lbr.core.types import Json, WorkerId
     from lbr.store.connection import Connection
     from lbr.store.limiting import Gate
@@ -88,7 +89,7 @@ def _sized(due: Select[tuple[int]]) -> Any:
     return (
         due.add_columns(func.length(prompts.c.body).label("characters"))
         # Of messages the texts count, and an image in them, which may be as long as a book, does not.
-        .add_columns(case((prompts.c.chat != 0, prompts.c.body)).label("messages"))
+        .add_columns(case((prompts.c.chat != 0, prompts.c.body)).label("messages"), prompts.c.settings)
         .join_from(jobs, prompts, prompts.c.job_id == jobs.c.id)
         .with_for_update(of=jobs, skip_locked=True)
     )
@@ -120,7 +121,8 @@ class Wish:
     """What a worker asks for: up to `most` due jobs of these runs, in the order given.
 
     With `suspects`, only jobs that have crashed their workers twice, each of which must run alone. `extra` is how
-    many tokens a call of a run takes besides its prompt, where they are limited.
+    many tokens a call of a run takes besides its prompt, where they are limited; `bounds` is what it may cost at most,
+    for the runs of which that is known.
     """
 
     worker: WorkerId
@@ -128,12 +130,15 @@ class Wish:
     most: int
     suspects: bool
     extra: Mapping[RunId, int]
+    bounds: Mapping[RunId, CallBound] = field(default_factory=dict)
 
 
 async def take(connection: Connection, gate: Gate, wish: Wish, *, until: int) -> list[Claim]:
     """Claim what the gate lets through, with leases that hold until then, and debit it there."""
     rows: list[_Taken] = []
     sizes: dict[int, int] = {}
+    for run_id in gate.budgets.keys() & wish.bounds.keys():
+        gate.budgets[run_id] = replace(gate.budgets[run_id], bounded=True)
     for run_id in (r for r in wish.run_ids if r in gate.answerers):
         room = gate.room(run_id, wish.most - len(rows))
         if room > 0:
@@ -141,9 +146,11 @@ async def take(connection: Connection, gate: Gate, wish: Wish, *, until: int) ->
             fit = await _fitting(connection, gate, asked, wish)
             statement, bound = _taking(asked, fit, wish)
             found = await statement.all(connection, bound)
-            gate.take(run_id, len(found), sum(fit.values()) if fit else 0)
+            tokens = {job_id: one.tokens for job_id, one in (fit or {}).items()}
+            highest = max((one.nanos for one in (fit or {}).values()), default=0)
+            gate.take(run_id, len(found), sum(tokens.values()), highest)
             rows += map(_Taken._make, found)
-            sizes |= fit or {}
+            sizes |= tokens
     claims = await _with_prompts(connection, rows, gate.now)
     return _marked(claims, gate, sizes) if gate.limits else claims
 
@@ -213,17 +220,38 @@ def _history(tries: list[AnyRow], now: Millis) -> History:
     )
 
 
+class _Size(NamedTuple):
+    """What a call takes by estimate, in tokens, and may cost at most, 0 where nothing bounds it."""
+
+    tokens: int
+    nanos: int
+
+
 async def _fitting(
     connection: Connection, gate: Gate, asked: dict[str, Any], wish: Wish
-) -> dict[int, int] | None:
-    """Return the jobs that a limit of tokens lets through, with their tokens; None where there is no such limit."""
-    limit = gate.limit(asked["run"])
-    if limit is None or limit.tpm is None:
+) -> dict[int, _Size] | None:
+    """Return the jobs that limits of tokens and of money let through, with their sizes; None without such a limit."""
+    run_id = asked["run"]
+    limit, budget, bound = gate.limit(run_id), gate.budgets.get(run_id), wish.bounds.get(run_id)
+    by_tokens, by_cost = limit is not None and limit.tpm is not None, budget is not None and bound is not None
+    if not (by_tokens or by_cost):
         return None
     found = (await connection.execute(DUE_SUSPECT_SIZED if wish.suspects else DUE_SIZED, asked)).all()
-    sizes = [wish.extra.get(asked["run"], 0) + tokens_of(_characters(row)) for row in found]
-    count = fitting(limit, sizes)
+    sizes = [_size(row, wish.extra.get(run_id, 0), bound) for row in found]
+    count = len(sizes)
+    if limit is not None:
+        count = fitting(limit, [one.tokens for one in sizes])
+    if budget is not None and bound is not None:
+        count = min(count, budget.fitting([one.nanos for one in sizes]))
     return {row.id: size for row, size in zip(found[:count], sizes[:count], strict=True)}
+
+
+def _size(row: AnyRow, extra: int, bound: CallBound | None) -> _Size:
+    tokens = tokens_of(_characters(row))
+    if bound is None:
+        return _Size(extra + tokens, 0)
+    own = {} if row.settings is None else _settings(row.settings)
+    return _Size(extra + tokens, bound.nanos(tokens, most_output_tokens(own)))
 
 
 def _characters(row: AnyRow) -> int:
@@ -232,7 +260,7 @@ def _characters(row: AnyRow) -> int:
     return characters_of(Prompt.from_body(row.messages, chat=True))
 
 
-def _taking(asked: dict[str, Any], fit: dict[int, int] | None, wish: Wish) -> tuple[Query, dict[str, Any]]:
+def _taking(asked: dict[str, Any], fit: dict[int, _Size] | None, wish: Wish) -> tuple[Query, dict[str, Any]]:
     """Return the statement that claims, with what it is given."""
     if fit is None:
         return CLAIM_SUSPECT if wish.suspects else CLAIM, asked

@@ -22,6 +22,8 @@ OUTPUT_TOKENS = "output_tokens"
 COST_NANOS = "cost_nanos"
 WASTED_NANOS = "wasted_nanos"
 """The part of the cost that went to tries that were no answers, or to answers that came too late."""
+ESTIMATED_NANOS = "estimated_nanos"
+"""The part of the cost that is estimated, of calls that died with their worker: they were probably paid for."""
 ANSWERED = "answered"
 """Calls that were answered, well or not, at whatever time: what was spent is divided by them."""
 UNPRICED = "unpriced"
@@ -42,6 +44,11 @@ def moved(moves: Iterable[tuple[RunId, str, str]]) -> Deltas:
         deltas[run_id, source] -= count
         deltas[run_id, target] += count
     return deltas
+
+
+def estimated(run_id: RunId, nanos: int) -> Deltas:
+    """Return what a call that died with its worker changes in the counts of its run, if it cost so much."""
+    return Counter({(run_id, name): nanos for name in (COST_NANOS, WASTED_NANOS, ESTIMATED_NANOS)})
 
 
 def _adding(given: Given) -> Any:

@@ -31,6 +31,7 @@ class Standing:
     run_state: str
     answerer: str
     budget_nanos: int | None = None
+    highest_nanos: int | None = None
 
 
 def is_plain(settlement: Settlement, job: Standing) -> bool:

@@ -18,7 +18,8 @@ from lbr.core.limits import Limit
 from lbr.core.retry import FARTHEST_MS
 from lbr.core.types import JobState, RunState
 from lbr.store.arrays import Bulk, Given, Query, among
-from lbr.store.budgets import budgets_of
+from lbr.store.budgets import budgets_of, raise_highest
+from lbr.store.counters import ANSWERED
 from lbr.store.schema import counters, limits, runs, workers
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 SILENT_MS = 15_000
 """A worker that has not reported for so long is not counted as working."""
 
-_LEARNED = ("slots", "threshold", "cut_at", "requests", "tokens", "balanced_at")
+_LEARNED = ("slots", "threshold", "cut_at", "requests", "tokens", "balanced_at", "refused", "answered")
 _COLUMNS = [limits.c[one.name] for one in fields(Limit)]
 _OPEN = Query(
     select(runs.c.id, runs.c.budget_nanos, runs.c.answerer, limits.c.cooldown_until, *_COLUMNS)
@@ -46,12 +47,18 @@ _LOCKED = Query(
     .with_for_update()
 )
 _ALL = select(limits.c.answerer, *_COLUMNS).order_by(limits.c.answerer)
-_INFLIGHT = Query(
-    select(runs.c.answerer, func.sum(counters.c.value))
-    .join_from(runs, counters, runs.c.id == counters.c.run_id)
-    .where(among(runs.c.answerer, "answerers"), counters.c.name == str(JobState.INFLIGHT))
-    .group_by(runs.c.answerer)
-)
+
+
+def _totals(counter: str) -> Query:
+    return Query(
+        select(runs.c.answerer, func.sum(counters.c.value))
+        .join_from(runs, counters, runs.c.id == counters.c.run_id)
+        .where(among(runs.c.answerer, "answerers"), counters.c.name == counter)
+        .group_by(runs.c.answerer)
+    )
+
+
+_INFLIGHT, _ANSWERED = _totals(str(JobState.INFLIGHT)), _totals(ANSWERED)
 _CEILING = Query(select(func.sum(workers.c.concurrency)).where(workers.c.seen_at > bindparam("since")))
 
 
@@ -82,7 +89,8 @@ class Gate:
 
     `answerers` are those of the runs that are active and do not cool down; `limits` those of them that hold
     anything back, refilled, and `budgets` those of the runs that have one. `ceiling` is how many slots the workers
-    have together; `waits` are the times of the ends of cooldowns; `debited` are those from which was taken.
+    have together; `waits` are the times of the ends of cooldowns; `debited` are those from which was taken, and
+    `raised` the runs of which a claimed call may cost more than any before.
     """
 
     now: Millis
@@ -93,6 +101,7 @@ class Gate:
     budgets: dict[RunId, Budget] = field(default_factory=dict)
     waits: list[int] = field(default_factory=list)
     debited: set[str] = field(default_factory=set)
+    raised: set[RunId] = field(default_factory=set)
 
     def cool(self, until: Mapping[str, int]) -> None:
         """Pass over the runs of answerers that cool down, each until its time."""
@@ -127,8 +136,8 @@ class Gate:
             return False
         return limit.slots < self.ceiling
 
-    def take(self, run_id: RunId, calls: int, tokens: int) -> None:
-        """Debit what was claimed."""
+    def take(self, run_id: RunId, calls: int, tokens: int, highest: int = 0) -> None:
+        """Debit what was claimed; `highest` is what the most expensive of these calls may cost, 0 if not known."""
         who, limit = self.answerers[run_id], self.limit(run_id)
         if limit is not None and calls:
             self.debited.add(who)
@@ -136,7 +145,11 @@ class Gate:
             self.inflight[who] = self._inflight(run_id) + calls
         if run_id in self.budgets:
             budget = self.budgets[run_id]
-            self.budgets[run_id] = replace(budget, inflight=budget.inflight + calls)
+            self.budgets[run_id] = replace(
+                budget, inflight=budget.inflight + calls, highest=max(budget.highest, highest)
+            )
+            if highest > budget.highest:
+                self.raised.add(run_id)
 
     def _inflight(self, run_id: RunId) -> int:
         return self.inflight.get(self.answerers[run_id], 0)
@@ -147,6 +160,7 @@ class Gate:
             if budget.is_spent and budget.pending:
                 pausing = update(runs).where(runs.c.id == run_id)
                 await connection.execute(pausing.values(state=RunState.PAUSED, pause_reason=budget.words()))
+        await raise_highest(connection, {run_id: self.budgets[run_id].highest for run_id in self.raised})
         await _save(connection, {who: self.limits[who] for who in sorted(self.debited)})
 
 
@@ -197,7 +211,8 @@ def _limit_of(answerer: str, values: Sequence[Any]) -> Limit:
     if any(value is not None and value < 1 for value in (found.rpm, found.tpm, found.concurrency)):
         raise DatabaseError(f"expected stored limits of at least 1 for {answerer!r}, got: {found}")
     if math.inf in (
-        abs(value or 0) for value in (found.slots, found.threshold, found.requests, found.tokens)
+        abs(value or 0)
+        for value in (found.slots, found.threshold, found.requests, found.tokens, found.refused)
     ):
         raise DatabaseError(f"expected stored limits of finite numbers for {answerer!r}, got: {found}")
     return found
@@ -214,9 +229,13 @@ async def _slots_reported(connection: Connection, now: Millis) -> int:
 
 
 async def _calls_in_flight(connection: Connection, answerers: list[str]) -> dict[str, int]:
+    return await _counted(_INFLIGHT, connection, answerers)
+
+
+async def _counted(query: Query, connection: Connection, answerers: list[str]) -> dict[str, int]:
     if not answerers:
         return {}
-    return {who: int(calls) for who, calls in await _INFLIGHT.all(connection, {"answerers": answerers})}
+    return {who: int(calls) for who, calls in await query.all(connection, {"answerers": answerers})}
 
 
 async def _save(connection: Connection, changed: Mapping[str, Limit]) -> None:
@@ -233,12 +252,15 @@ class Lesson:
 
     `tokens` and `calls` were debited and not used, `successes` are those that may widen what is learned;
     `too_much` is when the latest call began that the provider refused as one too many, None where it refused none.
+    `refusals` and `answered` count the calls refused so, and all that were answered.
     """
 
     tokens: int = 0
     calls: int = 0
     successes: int = 0
     too_much: int | None = None
+    refusals: int = 0
+    answered: int = 0
 
     @property
     def is_empty(self) -> bool:
@@ -246,27 +268,36 @@ class Lesson:
         return not (self.tokens or self.calls or self.successes) and self.too_much is None
 
 
-async def learn(connection: Connection, lessons: Mapping[str, Lesson], now: Millis) -> None:
-    """Carry over what ended calls say, answerer by answerer in the order of their names."""
+async def learn(connection: Connection, lessons: Mapping[str, Lesson], now: Millis) -> set[str]:
+    """Carry over what ended calls say, answerer by answerer in the order of their names.
+
+    Return those that refuse so many calls that all workers should wait.
+    """
     lessons = {who: lesson for who, lesson in lessons.items() if not lesson.is_empty}
     if not lessons:
-        return
+        return set()
     refused = sorted(who for who, lesson in lessons.items() if lesson.too_much is not None)
     await make(connection, refused)
     rows = await _LOCKED.all(connection, {"answerers": sorted(lessons)})
     slots = await ceiling(connection, now)
-    inflight = await _calls_in_flight(connection, refused)
+    # An answerer that never refused a call has no share to keep.
+    shared = [who for who, _, *values in rows if who in refused or _limit_of(who, values).refused is not None]
+    inflight = await _calls_in_flight(connection, shared)
+    answered = await _counted(_ANSWERED, connection, shared)
     changed: dict[str, Limit] = {}
     for who, _, *values in rows:
         before, lesson = _limit_of(who, values), lessons[who]
         after = arithmetic.debited(arithmetic.refilled(before, now), -lesson.calls, -lesson.tokens)
+        calls, total = inflight.get(who, 0), answered.get(who, 0) + lesson.answered
+        if who in shared:
+            after = arithmetic.observed(after, refusals=lesson.refusals, answered=total, inflight=calls)
         after = arithmetic.grown(after, lesson.successes, slots) if lesson.successes else after
         if lesson.too_much is not None:
-            calls = inflight.get(who, 0)
             after = arithmetic.cut(after, began=lesson.too_much, now=now, inflight=calls, ceiling=slots)
         if replace(after, balanced_at=before.balanced_at) != before:
             changed[who] = after
     await _save(connection, changed)
+    return {who for who in refused if who in changed and changed[who].refuses_much}
 
 
 async def give_back(connection: Connection, claims: Iterable[Claim], released: set[int], now: Millis) -> None:

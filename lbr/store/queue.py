@@ -16,6 +16,7 @@ from lbr.core.retry import FARTHEST_MS
 from lbr.core.types import Claim, JobId, JobState, Millis, RunId, RunState, WorkerId
 from lbr.store import counters
 from lbr.store.arrays import Inserting, among
+from lbr.store.budgets import forget_estimates, likely_costs
 from lbr.store.claims import DUE, DUE_SUSPECT, Wish, take
 from lbr.store.limiting import give_back, open_gate
 from lbr.store.runs import hold_states, resting_state
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import ColumnElement
 
+    from lbr.core.budget import CallBound
     from lbr.store.connection import Connection
     from lbr.store.database import Database
     from lbr.store.schema import AnyRow
@@ -104,7 +106,7 @@ OF_DEAD = (
 )
 RECLAIM_OF_DEAD = _reclaiming(among(jobs.c.worker_id, "workers"))
 
-ADD_CRASHES = Inserting(attempts, "job_id", "claim_seq", "what", "error", "message", "at")
+ADD_CRASHES = Inserting(attempts, "job_id", "claim_seq", "what", "error", "message", "at", "cost_nanos")
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,13 +179,14 @@ class Queue:
         lease: float,
         suspects: bool = False,
         extra: Mapping[RunId, int] | None = None,
+        bounds: Mapping[RunId, CallBound] | None = None,
     ) -> list[Claim]:
         """Take up to `most` due jobs of the named runs, in the order given, for `lease` seconds.
 
         Runs that are not active and answerers that cool down are passed over, and the limits of the others are
-        kept. For `suspects` and `extra` see `Wish`.
+        kept. For `suspects`, `extra` and `bounds` see `Wish`.
         """
-        wish = Wish(worker, run_ids, most, suspects, extra or {})
+        wish = Wish(worker, run_ids, most, suspects, extra or {}, bounds or {})
         # It skips what is locked, so it need not wait for what is being settled.
         return await self._database.write(
             lambda connection: self.claim_within(connection, wish, lease=lease), beside=True
@@ -344,10 +347,13 @@ async def _take_back(
     await hold_states(connection, {row.run_id for row in found})
     rows = (await connection.execute(reclaiming, bound | {"ids": [row.id for row in found]})).all()
     now, died = bound["now"], "workers" in bound
-    await ADD_CRASHES.run(connection, [_crash_record(row, now, died=died) for row in rows])
+    likely = await likely_costs(connection, {row.run_id for row in rows})
+    records = [_crash_record(row, now, likely.get(row.run_id), died=died) for row in rows]
+    await ADD_CRASHES.run(connection, records)
     deltas = counters.moved((row.run_id, JobState.INFLIGHT, row.state) for row in rows)
     for row in rows:
         deltas[row.run_id, counters.CRASHED] += 1
+        deltas.update(counters.estimated(row.run_id, likely.get(row.run_id, 0)))
     await counters.add(connection, deltas)
     return [Reclaimed(row.id, row.run_id, row.worker_id, JobState(row.state), died) for row in rows]
 
@@ -359,7 +365,11 @@ async def _retake(connection: Connection, held: dict[JobId, int], bound: dict[st
     ours = [row for row in lapsed if held[JobId(row.id)] == row.claim_seq]
     if ours:
         await connection.execute(RETAKE, bound | {"ids": [row.id for row in ours]})
-        await counters.add(connection, _moved(ours, JobState.PENDING, JobState.INFLIGHT))
+        deltas = _moved(ours, JobState.PENDING, JobState.INFLIGHT)
+        deltas.update(
+            await forget_estimates(connection, {row.id: (row.run_id, row.claim_seq) for row in ours})
+        )
+        await counters.add(connection, deltas)
     return {JobId(row.id) for row in ours}
 
 
@@ -367,7 +377,7 @@ def _moved(rows: Iterable[AnyRow | Claim], source: JobState, target: JobState) -
     return counters.moved((row.run_id, source, target) for row in rows)
 
 
-def _crash_record(row: AnyRow, now: Millis, *, died: bool) -> dict[str, Any]:
+def _crash_record(row: AnyRow, now: Millis, likely: int | None, *, died: bool) -> dict[str, Any]:
     message = "its worker died" if died else "its worker's lease ran out"
     if row.state == JobState.FAILED:
         message = f"its worker died {row.crashes} times"
@@ -378,4 +388,5 @@ def _crash_record(row: AnyRow, now: Millis, *, died: bool) -> dict[str, Any]:
         "error": "WorkerDied",
         "message": message,
         "at": now,
+        "cost_nanos": likely,
     }

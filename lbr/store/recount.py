@@ -144,7 +144,9 @@ def _tries(row: AnyRow) -> Counter[tuple[RunId, str]]:
     found = Counter({(run_id, names[row.what]): row.tries} if row.what in names else {})
     if row.family is not None:
         found[run_id, counters.TRY + row.family] += row.tries
+    if row.what == "crashed":
+        found[run_id, counters.ESTIMATED_NANOS] += int(row.cost_nanos or 0)
     # An answer that was redone by hand is among the tries too, but was none that failed.
-    if row.family is not None or row.what == "stale":
+    if row.family is not None or row.what in names:
         found[run_id, counters.WASTED_NANOS] += int(row.cost_nanos or 0)
     return found

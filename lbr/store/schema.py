@@ -75,6 +75,8 @@ runs = Table(
     # Prices per million tokens as JSON, where the price table is not to be asked; what the run may cost.
     Column("price", Text),
     Column("budget_nanos", Id),
+    # The highest cost of a call seen so far, or that a claimed call may reach.
+    Column("highest_nanos", Id),
     CheckConstraint("state IN ('active', 'paused', 'cancelled')", name="runs_state"),
     sqlite_autoincrement=True,
 )
@@ -223,6 +225,9 @@ limits = Table(
     Column("requests", Double),
     Column("tokens", Double),
     Column("balanced_at", Millis),
+    # The share of calls refused of late, and how many had been answered when it was updated.
+    Column("refused", Double),
+    Column("answered", Id),
 )
 
 workers = Table(
@@ -309,12 +314,21 @@ def _add_missing(connection: Connection, *tables: Table) -> None:
                 )
 
 
+def _add_shares_and_costs(connection: Connection) -> None:
+    for table, names in ((limits, ("refused", "answered")), (runs, ("highest_nanos",))):
+        columns = inspect(connection).get_columns(table.name, schema=_schema_of(connection))
+        for name in set(names) - {column["name"] for column in columns}:
+            kind = table.c[name].type.compile(connection.dialect)
+            _alter(connection, table, f"ADD COLUMN {name} {kind}")
+
+
 MIGRATIONS: tuple[tuple[str, Callable[[Connection], None]], ...] = (
     ("create the tables", _create_tables),
     ("index the suspects", _index_suspects),
     ("keep keys beside prompts", _move_keys),
     ("share limits, price runs, set jobs apart", _add_columns),
     ("keep why answers of failed tries ended", _keep_finish_reasons),
+    ("add the share of refused calls and the highest cost of a call", _add_shares_and_costs),
 )
 """Ordered and append-only: a database's version is the number of them that it has seen."""
 

@@ -14,6 +14,7 @@ from lbr.core.retry import FARTHEST_MS, is_overload
 from lbr.core.types import JobId, JobState, Millis, RunId, RunState, Settlement
 from lbr.store import counters
 from lbr.store.arrays import Bulk, Given, Inserting, Query, among
+from lbr.store.budgets import forget_estimates, raise_highest
 from lbr.store.fence import FENCE, Standing, is_doubtful, is_mine, is_plain, is_repeated
 from lbr.store.limiting import Lesson, learn
 from lbr.store.runs import hold_states, resting_state
@@ -35,6 +36,7 @@ _STANDING = Query(
         runs.c.state.label("run_state"),
         runs.c.answerer,
         runs.c.budget_nanos,
+        runs.c.highest_nanos,
     )
     .join_from(jobs, runs, jobs.c.run_id == runs.c.id)
     .where(among(jobs.c.id, "ids"))
@@ -142,16 +144,20 @@ async def settle_within(connection: Connection, database: Database, batch: Seque
         )
     mine, stale = await _sorted_by_fence(connection, batch, standing)
     pauses = _pauses(mine, stale, standing)
-    states = await _run_states(connection, mine, standing, pausing=bool(pauses))
+    highest = _highest([*mine, *stale], standing)
+    states = await _run_states(connection, mine, standing, pausing=bool(pauses or highest))
     targets = [_target(s, states) for s in mine]
     await _update_jobs(connection, mine, targets, now)
     await _insert_results(connection, mine)
     await _insert_attempts(connection, mine, stale, now)
     paused = await _pause(connection, pauses)
+    await raise_highest(connection, highest)
     # First what locks all answerers in the order of their names; those that cool down are among them.
-    await learn(connection, _lessons([*mine, *stale], standing, now), now)
-    await _cool_down(connection, mine, standing, now)
-    await counters.add(connection, _deltas(mine, targets, stale, standing))
+    refusing = await learn(connection, _lessons([*mine, *stale], standing, now), now)
+    await _cool_down(connection, mine, standing, now, refusing)
+    deltas = _deltas(mine, targets, stale, standing)
+    deltas.update(await _not_lost([*mine, *stale], standing, connection))
+    await counters.add(connection, deltas)
     return Settled(
         taken=frozenset(s.claim.job_id for s in mine),
         stale=frozenset(s.claim.job_id for s in stale),
@@ -296,12 +302,17 @@ def _deltas(
 
 
 async def _cool_down(
-    connection: Connection, mine: list[Settlement], standing: dict[int, Standing], now: Millis
+    connection: Connection,
+    mine: list[Settlement],
+    standing: dict[int, Standing],
+    now: Millis,
+    refusing: set[str],
 ) -> None:
-    """Tell every worker to leave an answerer alone until its provider's wait is over."""
+    """Make every worker wait for the answerers that refuse too many calls, until their provider's wait is over."""
     longest: dict[str, Settlement] = {}
     for s in sorted((s for s in mine if s.cool_down), key=lambda s: s.wait_ms):
-        longest[standing[s.claim.job_id].answerer] = s
+        if standing[s.claim.job_id].answerer in refusing:
+            longest[standing[s.claim.job_id].answerer] = s
     rows = [
         {
             "who": answerer,
@@ -323,15 +334,15 @@ def _lessons(ended: list[Settlement], standing: dict[int, Standing], now: Millis
     for s in ended:
         claim, failure = s.claim, s.outcome.failure
         too_much = failure is not None and is_overload(failure)
-        if not (claim.tokens or claim.narrow or too_much):
-            continue
         lesson = lessons.setdefault(standing[claim.job_id].answerer, Lesson())
+        lesson.answered += failure is None or s.outcome.is_paid
         if claim.tokens:
             lesson.tokens += claim.tokens - _tokens_used(s)
         if failure is None and claim.narrow:
             lesson.successes += 1
         if too_much:
             lesson.too_much = max(lesson.too_much or 0, now - s.outcome.latency_ms)
+            lesson.refusals += 1
     return lessons
 
 
@@ -361,6 +372,28 @@ def _pauses(
             counted = usage.input_tokens is not None and usage.output_tokens is not None
             pauses[s.claim.run_id] = unknown_words(job.answerer, counted=counted)
     return pauses | {s.claim.run_id: s.pause for s in mine if s.pause is not None}
+
+
+def _highest(ended: list[Settlement], standing: dict[int, Standing]) -> dict[RunId, int]:
+    """Return the runs of which a call cost more than any before, with what it cost."""
+    found: dict[RunId, int] = {}
+    for s in ended:
+        cost = s.outcome.usage.cost_nanos
+        if cost and cost > max(standing[s.claim.job_id].highest_nanos or 0, found.get(s.claim.run_id, 0)):
+            found[s.claim.run_id] = cost
+    return found
+
+
+async def _not_lost(
+    ended: list[Settlement], standing: dict[int, Standing], connection: Connection
+) -> counters.Deltas:
+    """Forget the estimated cost of calls that ended after their jobs were taken back: now it is known."""
+    late = [
+        s.claim
+        for s in ended
+        if (job := standing[s.claim.job_id]).state != JobState.INFLIGHT or job.claim_seq != s.claim.claim_seq
+    ]
+    return await forget_estimates(connection, {c.job_id: (c.run_id, c.claim_seq) for c in late})
 
 
 async def _pause(connection: Connection, pauses: dict[RunId, str]) -> dict[str, str]:

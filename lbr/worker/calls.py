@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 RATE_WINDOW_SECONDS = 30.0
 CANCEL_SECONDS = 5.0
+LONG_WAIT_SECONDS = 120.0
+MAX_WAIT_SECONDS = 366 * 86_400.0
+"""A wait from the first on is reported; one beyond the second is reported as the second."""
 LACKING_SECONDS = 0.5
 """How long a call waits at the least that found no descriptor."""
 
@@ -110,6 +114,7 @@ class Calls:
         self._calling = 0
         self._without = 0
         self._told: set[str] = set()
+        self._long_waits: dict[str, float] = {}
         self._told_no_table = False
         self._started = time.monotonic()
         self._recent: deque[tuple[float, int]] = deque()
@@ -187,8 +192,26 @@ class Calls:
                 break
             except NoDescriptorError:
                 await self._wait_for_descriptor()
+        self._tell_long_wait(served.run.task.answerer, outcome)
         price = served.price
         self._settle(held, outcome if price is None else priced(outcome, price))
+
+    def _tell_long_wait(self, answerer: str, outcome: Outcome) -> None:
+        """Report a long wait at once, and once: the worker does not hang."""
+        asked = None if outcome.failure is None else outcome.failure.retry_after
+        if asked is None or asked < LONG_WAIT_SECONDS:
+            return
+        asked = min(asked, MAX_WAIT_SECONDS)
+        until = time.time() + asked
+        if until < self._long_waits.get(answerer, 0.0) + LONG_WAIT_SECONDS:
+            return
+        self._long_waits[answerer] = until
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(until))
+        again = timedelta(seconds=round(min(asked, self._policy.retry_after_most)))
+        self._notify(
+            f"{answerer} asks to wait for {timedelta(seconds=round(asked))} (h:mm:ss), until {when}; "
+            f"refused jobs are tried again after {again}"
+        )
 
     async def _wait_for_descriptor(self) -> None:
         """Keep the claim, and try again when others may have ended: nothing was called, so nothing is to be settled."""

@@ -16,6 +16,7 @@ from lbr.store.turns import settle_and_claim
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 
+    from lbr.core.budget import CallBound
     from lbr.core.types import Claim, Settlement
     from lbr.store.database import Database
     from lbr.store.queue import Queue
@@ -78,14 +79,20 @@ class Claiming:
         """Claim up to `most` jobs, `alone`."""
         self._order.rotate(-1)
         claims = await self._queue.claim(
-            self.worker, self.order, most, lease=self._lease, extra=self._extra()
+            self.worker, self.order, most, lease=self._lease, extra=self._extra(), bounds=self._bounds()
         )
         return self._noted(claims, most)
 
     async def claim_suspect(self) -> list[Claim]:
         """Claim, `alone`, one job that has crashed its workers and must run alone."""
         return await self._queue.claim(
-            self.worker, self.order, 1, lease=self._lease, suspects=True, extra=self._extra()
+            self.worker,
+            self.order,
+            1,
+            lease=self._lease,
+            suspects=True,
+            extra=self._extra(),
+            bounds=self._bounds(),
         )
 
     async def settle(self, batch: Sequence[Settlement], free: int) -> Settled:
@@ -99,7 +106,9 @@ class Claiming:
             return await settle(self._database, batch)
         async with self._turn:
             self._order.rotate(-1)
-            wish = Wish(self.worker, self.order, free, suspects=False, extra=self._extra())
+            wish = Wish(
+                self.worker, self.order, free, suspects=False, extra=self._extra(), bounds=self._bounds()
+            )
             try:
                 settled, claims = await settle_and_claim(
                     self._database, self._queue, batch, wish, lease=self._lease
@@ -125,6 +134,10 @@ class Claiming:
 
     def _extra(self) -> dict[RunId, int]:
         return {run_id: self._served[run_id].extra_tokens for run_id in self._order}
+
+    def _bounds(self) -> dict[RunId, CallBound]:
+        bounds = ((run_id, self._served[run_id].bound) for run_id in self._order)
+        return {run_id: bound for run_id, bound in bounds if bound is not None}
 
     def _noted(self, claims: list[Claim], most: int) -> list[Claim]:
         self.more = len(claims) == most

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lbr.core import descriptors
+from lbr.core.budget import UNBOUNDED, CallBound
 from lbr.core.errors import UsageError
-from lbr.core.pricing import table_problem
+from lbr.core.pricing import table_price, table_problem
 from lbr.core.tokens import ASSUMED_OUTPUT_TOKENS, most_output_tokens, task_characters, tokens_of
 from lbr.core.types import RunState
 from lbr.models.base import Kind, kind_of, tells_cost
@@ -44,6 +45,7 @@ class Served:
 
     `price` is what its calls cost now by its user's word, None where the answerer's own word counts.
     `extra_tokens` is what a call probably takes besides its prompt: what always goes with it, and the answer.
+    `table_price` is what the price table knows, for a run whose cost is limited.
     """
 
     run: Run
@@ -52,6 +54,15 @@ class Served:
     price: Price | None
     extra_tokens: int
     lateness: Lateness = field(default_factory=Lateness)
+    table_price: Price | None = None
+
+    @property
+    def bound(self) -> CallBound | None:
+        """What a call may cost at most besides its prompt; None if no price is known or nothing bounds the answer."""
+        price, most = self.price or self.table_price, most_output_tokens(self.run.task.settings)
+        if price is None or most is None:
+            return None
+        return CallBound(price, self.extra_tokens - most, most)
 
     @property
     def begins_slowly(self) -> bool:
@@ -84,6 +95,7 @@ class Servings:
         self.refused: dict[RunId, UsageError] = {}
         self.postponed: set[RunId] = set()
         """Runs whose answerer could not be built yet, for want of a descriptor."""
+        self._bounded: set[RunId] = set()
         self._lacking_since: dict[RunId, float] = {}
         # What a run cost when it was refused, and what it might: with another price or limit it may be served.
         self._refused_at: dict[RunId, tuple[Price | None, int | None]] = {}
@@ -95,6 +107,7 @@ class Servings:
         self.postponed &= {run.id for run in runs if run.state is RunState.ACTIVE}
         for run in runs:
             self.reprice({run.id: run.price})
+            notices += self._bound_calls(run)
             if run.state is not RunState.ACTIVE or self._is_served(run) or self._is_refused(run):
                 continue
             try:
@@ -106,6 +119,7 @@ class Servings:
             self.postponed.discard(run.id)
             for notes in (self._lacking_since, self._refused_at, self.refused):
                 notes.pop(run.id, None)
+            notices += self._bound_calls(run)
             if self._function_changed(run):
                 notices.append(
                     f"run {run.name}: the code of {run.task.function} has changed since its jobs were enqueued; "
@@ -203,6 +217,19 @@ class Servings:
                 run.task, self._authority, concurrency=self._concurrency, connections=self._connections
             )
         return Served(run, self._models[identity], validator, run.price, _extra_tokens(run.task))
+
+    def _bound_calls(self, run: Run) -> list[str]:
+        """Look up what a call may cost if the run's cost is limited; return what a user should hear if it is not known."""
+        served = self.served.get(run.id)
+        if (
+            served is None
+            or run.id in self._bounded
+            or not (self._limits_cost or run.budget_nanos is not None)
+        ):
+            return []
+        self._bounded.add(run.id)
+        served.table_price = table_price(run.task.answerer)
+        return [] if served.bound is not None else [f"run {run.name}: {UNBOUNDED}"]
 
     def reprice(self, prices: Mapping[RunId, Price | None]) -> None:
         """Take note of what the calls of runs cost from now on, those in flight among them."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from random import Random
 
 import pytest
 
-from lbr.core.limits import Limit, capacity, cut, debited, fitting, grown, refilled, room, wait_ms
+from lbr.core.limits import Limit, capacity, cut, debited, fitting, grown, observed, refilled, room, wait_ms
 
 
 def drained(limit: Limit, seconds: int, *, step_ms: int, tokens: int = 0) -> int:
@@ -99,9 +100,9 @@ def test_slots_double_then_grow_by_one() -> None:
         limit = grown(limit, round(limit.slots or 0), 100)
         assert limit.slots == expected
     assert grown(limit, 5, 8) == limit  # most workers have ended; the next ones need not learn anew
-    after = cut(limit, began=1_000, now=2_000, inflight=100, ceiling=100)
+    after = cut(replace(limit, refused=0.9), began=1_000, now=2_000, inflight=100, ceiling=100)
     assert (after.slots, after.threshold, after.cut_at) == (50, 50, 2_000)
-    rounds = after
+    rounds = replace(after, refused=0.0)
     for _ in range(10):
         for _ in range(round(rounds.slots or 0)):
             rounds = grown(rounds, 1, 100)
@@ -110,7 +111,7 @@ def test_slots_double_then_grow_by_one() -> None:
 
 def test_one_cut_for_each_round() -> None:
     """Calls that began before the cut say nothing new; what is cut is what was in flight, and one call always stays."""
-    limit = cut(Limit(), began=0, now=1_000, inflight=40, ceiling=64)
+    limit = cut(Limit(refused=1.0), began=0, now=1_000, inflight=40, ceiling=64)
     assert limit.slots == 20
     assert cut(limit, began=900, now=1_100, inflight=40, ceiling=64) == limit
     again = cut(limit, began=1_050, now=1_200, inflight=30, ceiling=64)
@@ -119,3 +120,69 @@ def test_one_cut_for_each_round() -> None:
         again = cut(again, began=now, now=now, inflight=1, ceiling=64)
     assert again.slots == 1
     assert grown(Limit(rpm=5), 10, 64) == Limit(rpm=5)
+
+
+def test_the_share_refused_follows_the_calls_in_flight() -> None:
+    """It is an average over about one round of calls, and counts the answers of all workers between two refusals."""
+    limit = observed(Limit(), refusals=1, answered=500, inflight=50)
+    assert limit.answered == 500
+    assert limit.refused == pytest.approx(0.02)
+    assert observed(limit, refusals=0, answered=550, inflight=50).refused == pytest.approx(
+        0.02 / math.e, rel=0.05
+    )
+    assert observed(limit, refusals=1, answered=5_000, inflight=50).refused == pytest.approx(0.02)
+    assert observed(limit, refusals=0, answered=20, inflight=50).refused == limit.refused  # a run was removed
+    assert not observed(Limit(), refusals=2, answered=0, inflight=1).refuses_much
+    assert observed(Limit(), refusals=3, answered=0, inflight=1).refuses_much
+    assert observed(Limit(), refusals=30, answered=0, inflight=32).refused > 0.6  # type: ignore[operator]
+
+
+def test_concurrency_is_cut_by_the_share_refused() -> None:
+    """A tolerated share cuts nothing; above it the cut is the share, but half at most."""
+    limit = Limit(slots=64.0)
+    for share, expected in ((0.03, 64), (0.2, 64), (0.25, 48), (0.4, 38.4), (0.6, 32), (1.0, 32)):
+        after = cut(replace(limit, refused=share), began=0, now=1, inflight=64, ceiling=64)
+        assert after.slots == pytest.approx(expected)
+    assert grown(replace(limit, refused=0.15), 64, 128).slots == 64
+    assert grown(replace(limit, refused=0.03, threshold=64.0), 64, 128).slots == 65
+
+
+@pytest.mark.parametrize(("share", "slots"), [(0.01, 32), (0.03, 32), (0.02, 64), (0.05, 64)])
+def test_random_refusals_barely_cut(share: float, slots: int) -> None:
+    """10,000 calls of which a few are refused at random keep nearly all their slots, and cool down almost never."""
+    chance, limit, answers, cooled, total = Random(1), Limit(slots=float(slots)), 0, 0, 0.0
+    for now in range(10_000):
+        refused = chance.random() < share
+        answers += not refused
+        if refused:
+            limit = observed(limit, refusals=1, answered=answers, inflight=slots)
+            limit = cut(limit, began=now, now=now, inflight=slots, ceiling=slots)
+            cooled += limit.refuses_much
+        else:
+            limit = grown(limit, 1, slots)
+        total += limit.slots or 0
+    assert total / 10_000 > 0.95 * slots
+    assert cooled <= 3
+
+
+def test_a_quota_cuts_quickly() -> None:
+    """Where nearly every call is refused, six rounds bring 128 calls at a time down to 2."""
+    limit = Limit(slots=128.0)
+    for now in range(6):
+        calls = limit.at_a_time or 0
+        limit = observed(limit, refusals=max(1, calls - 1), answered=now, inflight=calls)
+        assert limit.refuses_much
+        limit = cut(limit, began=now, now=now, inflight=calls, ceiling=128)
+    assert limit.at_a_time == 2
+
+
+def test_refunds_are_never_cut() -> None:
+    """Tokens that a call did not use come back in full, above what the bucket holds; only the refill stops there."""
+    limit = debited(refilled(Limit(tpm=6_000), 0), 1, 1_000)
+    assert limit.tokens == -900
+    limit = refilled(limit, 20_000)
+    assert limit.tokens == 100
+    limit = refilled(debited(limit, 0, -950), 30_000)
+    assert limit.tokens == 1_050
+    limit = refilled(debited(limit, 1, 1_000), 31_000)
+    assert limit.tokens == 100

@@ -153,6 +153,11 @@ class World:
         self.clock.now = self._begin
         self.do(self.databases[0].write(work))
 
+    def refuse_much(self) -> None:
+        """Let the next refusal cool every worker down: the share of refused calls has tests of its own."""
+        much = update(schema.limits).values(refused=1.0, answered=2**40)
+        self.do(self.databases[0].write(lambda connection: connection.execute(much)))
+
     def close(self) -> None:
         """Close the queue."""
         self._outside.close()
@@ -279,6 +284,7 @@ class QueueMachine(RuleBasedStateMachine):
             batch.append((held.key, held.settlement))
         if not batch:
             return
+        self.world.refuse_much()
         told = self.world.do(settling.settle(self._database, [s for _, s in batch]))
         taken, stale = self.model.settle(self.clock.now, batch)
         found = {self.keys[n] for n in told.taken}, {self.keys[n] for n in told.stale}

@@ -107,6 +107,7 @@ def _counted(row: Any, result: Any, tries: list[Any]) -> Counter[str]:
     for one in tries:
         count[counters.CRASHED] += one.what == "crashed"
         count[counters.STALE] += one.what == "stale"
+        count[counters.ESTIMATED_NANOS] += (one.what == "crashed") * (one.cost_nanos or 0)
         count[counters.WASTED_NANOS] += 0 if one.error == "Redone" else one.cost_nanos or 0
         if one.family is not None:
             count[counters.TRY + one.family] += 1

@@ -477,18 +477,18 @@ async def test_transient_failure_waits_in_the_database(database: Database, clock
 
 
 async def test_rate_limit_cools_every_run_of_the_answerer(database: Database, clock: Clock) -> None:
-    """After a 429 nobody claims for that answerer until the wait is over, and no attempt is charged."""
+    """After a 429 for most calls no job of that model is claimed until the wait is over, and no attempt is charged."""
     other = Task(function="m:f")
     run, same, free = (
-        await put(database, ["a", "b"], name="1"),
+        await put(database, ["a", "a2", "a3", "b"], name="1"),
         await put(database, ["c"], name="2"),
         await put(database, ["d"], name="3", task=other),
     )
     queue, worker, second = await two_workers(database)
     await limiting.change(database, "offline:echo", {"concurrency": 9})
-    (claim,) = await queue.claim(worker, [run.id], 1, lease=60)
-    settlement = failed(claim, LIMITED)
-    await settle(database, [settlement])
+    refused = [failed(claim, LIMITED) for claim in await queue.claim(worker, [run.id], 3, lease=60)]
+    settlement = refused[0]
+    await settle(database, refused)
     everything = [run.id, same.id, free.id]
     assert [c.prompt.text for c in await queue.claim(second, everything, 9, lease=60)] == ["d"]
     view = await reads.overview(database)
@@ -496,16 +496,33 @@ async def test_rate_limit_cools_every_run_of_the_answerer(database: Database, cl
     assert 10_000 <= settlement.wait_ms <= 11_000
     clock.forward(settlement.wait_ms / 1000)
     claims = await queue.claim(second, everything, 9, lease=60)
-    assert sorted((c.prompt.text or "", c.attempts) for c in claims) == [("a", 0), ("b", 0), ("c", 0)]
+    expected = [("a", 0), ("a2", 0), ("a3", 0), ("b", 0), ("c", 0)]
+    assert sorted((c.prompt.text or "", c.attempts) for c in claims) == expected
+
+
+async def test_a_scattered_refusal_makes_only_its_job_wait(database: Database, clock: Clock) -> None:
+    """One 429 among many answers stops no other call, and its job waits for as long as was asked."""
+    run = await put(database, [f"p{n}" for n in range(60)])
+    queue, worker, second = await two_workers(database)
+    claims = await queue.claim(worker, [run.id], 30, lease=60)
+    settlement = failed(claims[0], LIMITED)
+    await settle(database, [settlement, *(answered(claim) for claim in claims[1:])])
+    view = await reads.overview(database)
+    assert (view.cooldowns, view.limits[0].limit.slots) == ([], None)
+    assert len(await queue.claim(second, [run.id], 60, lease=60)) == 30
+    clock.forward(settlement.wait_ms / 1000)
+    (again,) = await queue.claim(second, [run.id], 60, lease=60)
+    assert (again.job_id, again.attempts) == (claims[0].job_id, 0)
+    await assert_counted(database, run)
 
 
 async def test_a_cooldown_of_a_clock_that_was_ahead_hides_no_other(database: Database, clock: Clock) -> None:
     """Once the clock is right, what it had set far ahead holds nobody back, and gives way to the next wait."""
-    run = await put(database, ["a", "b"])
+    run = await put(database, ["a", "a2", "a3", "b"])
     queue, worker, _ = await two_workers(database)
     clock.forward(2 * 86_400)
-    (claim,) = await queue.claim(worker, [run.id], 1, lease=60)
-    await settle(database, [failed(claim, LIMITED)])
+    refused = await queue.claim(worker, [run.id], 3, lease=60)
+    await settle(database, [failed(claim, LIMITED) for claim in refused])
     clock.forward(-2 * 86_400)
     assert (await reads.overview(database)).cooldowns == []
     (claim,) = await queue.claim(worker, [run.id], 1, lease=60)
@@ -536,12 +553,12 @@ async def test_only_an_active_run_has_an_end_in_sight(database: Database) -> Non
 async def test_a_refusal_that_fails_its_job_cools_the_others(database: Database, clock: Clock) -> None:
     """Where the patience with a job's refusals is over it fails, and still nobody calls before the wait is over."""
     hasty = RetryPolicy(max_attempts=1, limited_patience=5)
-    run, same = await put(database, ["a"], name="1"), await put(database, ["b"], name="2")
+    run, same = await put(database, ["a", "a2", "a3"], name="1"), await put(database, ["b"], name="2")
     queue, worker, second = await two_workers(database)
     for _ in range(2):
-        (claim,) = await queue.claim(worker, [run.id], 1, lease=60)
-        settlement = failed(claim, LIMITED, hasty)
-        await settle(database, [settlement])
+        refused = await queue.claim(worker, [run.id], 3, lease=60)
+        settlement, *others = [failed(claim, LIMITED, hasty) for claim in refused]
+        await settle(database, [settlement, *others])
         assert await queue.claim(second, [same.id], 1, lease=60) == []
         clock.forward(settlement.wait_ms / 1000)
     assert (settlement.state, settlement.charge) == (JobState.FAILED, 1)
@@ -710,6 +727,7 @@ async def test_schema_migrates_once(database: Database, db_url: str) -> None:
         (3, "keep keys beside prompts"),
         (4, "share limits, price runs, set jobs apart"),
         (5, "keep why answers of failed tries ended"),
+        (6, "add the share of refused calls and the highest cost of a call"),
     ]
 
 
@@ -740,6 +758,7 @@ async def test_older_schema_is_brought_up(db_url: str) -> None:
         f"ALTER TABLE {where}runs DROP COLUMN price",
         f"ALTER TABLE {where}limits DROP COLUMN rpm",
         f"ALTER TABLE {where}attempts DROP COLUMN finish_reason",
+        f"ALTER TABLE {where}limits DROP COLUMN refused",
         f"DELETE FROM {where}schema_version WHERE version > 2",
     ):
         await database.write(partial(_run, statement))
@@ -755,6 +774,31 @@ async def test_older_schema_is_brought_up(db_url: str) -> None:
     (claim, *_) = await queue.claim(worker, [run.id], 5, lease=60)
     await settle(database, [failed(claim, replace(PERMANENT, finish_reason="length"))])
     assert (await reads.story(database, run, 1)).tries[0].finish_reason == "length"
+    await database.close()
+
+
+async def test_shares_and_highest_costs_are_added(db_url: str) -> None:
+    """A queue of the version before that has a budget and limits goes on with them."""
+    database = await open_database(db_url, create=True)
+    run = await put(database, ["a", "b"])
+    where = "lbr." if is_postgresql(db_url) else ""
+    for statement in (
+        f"INSERT INTO {where}limits (answerer, cooldown_until, reason, slots) VALUES ('offline:echo', 0, '', 7.5)",
+        f"UPDATE {where}runs SET budget_nanos = 1000",
+        f"ALTER TABLE {where}limits DROP COLUMN refused",
+        f"ALTER TABLE {where}limits DROP COLUMN answered",
+        f"ALTER TABLE {where}runs DROP COLUMN highest_nanos",
+        f"DELETE FROM {where}schema_version WHERE name LIKE 'add the share%'",
+    ):
+        await database.write(partial(_run, statement))
+    await database.close()
+    database = await open_database(db_url)
+    queue, worker, _ = await two_workers(database)
+    (claim,) = await queue.claim(worker, [run.id], 2, lease=60)
+    await settle(database, [failed(claim, LIMITED)])
+    (seen,) = (await reads.overview(database)).limits
+    assert seen.limit.slots == 7.5
+    assert seen.limit.refused == pytest.approx(0.1)
     await database.close()
 
 

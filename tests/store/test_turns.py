@@ -143,7 +143,7 @@ async def test_a_settlement_never_queues_for_its_turn(
     monkeypatch.setattr(claiming, "settle_and_claim", turn)
     run = await put(live, [str(n) for n in range(8)])
     queue = Queue(live)
-    served: Any = {run.id: SimpleNamespace(extra_tokens=0)}
+    served: Any = {run.id: SimpleNamespace(extra_tokens=0, bound=None)}
     claims = Claiming(live, queue, served, lease=60)
     claims.worker = await queue.register(host="a", pid=1, concurrency=2)
     claims.serve([run.id])
