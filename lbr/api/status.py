@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from lbr.core.budget import BUDGET_SPENT, COST_UNKNOWN
 from lbr.core.errors import Family
-from lbr.core.plurals import counted
+from lbr.core.plurals import counted, duration
 from lbr.core.pricing import NANOS, Price, dollars
 from lbr.core.types import JobState, RunState
 from lbr.store import counters
-from lbr.store.limiting import SILENT_MS
 from lbr.store.runs import MOVED_TO, MOVING_FROM, MOVING_TO, departed_words, tells_of_move
+from lbr.store.schema import SILENT_MS
 
 if TYPE_CHECKING:
     from lbr.core.types import Json
@@ -178,16 +178,6 @@ def _run_status(one: RunCounts, rate: float) -> RunStatus:
         rate=rate if left else 0.0,
         eta_seconds=left / rate if left and rate > 0 else None,
     )
-
-
-def duration(seconds: float) -> str:
-    """Write a time span as people read it: 4.2 s, 3 min 05 s, 2 h 10 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02} s"
-    return f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def one_line(status: RunStatus, *, rate: float | None = None) -> str:

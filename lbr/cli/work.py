@@ -54,6 +54,12 @@ def work_options(command: F) -> F:
             help="Seconds to wait for a database that is busy or away.",
         ),
         click.option(
+            "--outage-patience",
+            type=float,
+            default=DEFAULTS.outage_patience,
+            help="Seconds of waits for a model that no call reaches, until its runs are paused.",
+        ),
+        click.option(
             "--rpm", type=int, help="Requests a minute of all workers together; `lbr limit` lifts it."
         ),
         click.option("--tpm", type=int, help="Tokens a minute of all workers together, in and out."),

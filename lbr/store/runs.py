@@ -6,14 +6,14 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import select, update
+from sqlalchemy import delete, select, update
 
 from lbr.core.errors import DatabaseError, RunMismatchError, RunNotFoundError, UsageError
 from lbr.core.pricing import Price
 from lbr.core.types import JobState, Millis, Run, RunId, RunState, Task, differences
 from lbr.store import counters
 from lbr.store.arrays import Bulk, Given, among
-from lbr.store.schema import jobs, runs
+from lbr.store.schema import jobs, outages, runs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -303,6 +303,9 @@ async def _set_state(
         check(run.name, current.pause_reason)
         values = {"state": state, "pause_reason": reason, **more}
         await connection.execute(update(runs).where(runs.c.id == run.id).values(**values))
+        if state is RunState.ACTIVE:
+            # Calls are made again, whatever was known of an outage.
+            await connection.execute(delete(outages).where(outages.c.answerer == run.task.answerer))
         await database.wake(connection)
         return await find(connection, run.name)
 

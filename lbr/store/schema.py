@@ -106,6 +106,9 @@ _pending = Index(
     jobs.c.id,
     sqlite_where=text("state = 'pending'"),
 )
+SILENT_MS = 15_000
+"""A worker that has not reported for so long is not counted as working."""
+
 SUSPECT_CRASHES = 2
 """From this many crashes on a job runs alone in its worker, so that it cannot take others along."""
 
@@ -223,6 +226,26 @@ limits = Table(
     Column("balanced_at", Millis),
 )
 
+# Models that all workers wait, or waited, for; see `lbr.core.outage.ModelState`.
+outages = Table(
+    "outages",
+    metadata,
+    Column("answerer", Text, primary_key=True),
+    Column("since", Millis),
+    Column("reason", Text, nullable=False),
+    Column("worker", Id),
+    Column("recognised_by", Id),
+    Column("probe_at", Millis, nullable=False),
+    Column("wait_ms", Id, nullable=False),
+    Column("waited_ms", Id, nullable=False),
+    Column("patience_ms", Id, nullable=False),
+    Column("recovered_by", Id),
+    Column("recovered_at", Millis),
+    # The claim that is the probe: while it is in flight, no other begins.
+    Column("probe_job", Id),
+    Column("probe_seq", Id),
+)
+
 workers = Table(
     "workers",
     metadata,
@@ -299,11 +322,16 @@ def _add_columns(connection: Connection) -> None:
                 )
 
 
+def _add_outages(connection: Connection) -> None:
+    outages.create(connection, checkfirst=True)
+
+
 MIGRATIONS: tuple[tuple[str, Callable[[Connection], None]], ...] = (
     ("create the tables", _create_tables),
     ("index the suspects", _index_suspects),
     ("keep keys beside prompts", _move_keys),
     ("share limits, price runs, set jobs apart", _add_columns),
+    ("note outages of models", _add_outages),
 )
 """Ordered and append-only: a database's version is the number of them that it has seen."""
 
