@@ -68,11 +68,16 @@ class RunStatus:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Runs, the workers that report, answerers that nobody calls for now, and what is set or learned of them."""
+    """Runs, the workers that report, models that are not called for now, and what is set or learned of them.
+
+    `cooldowns` have `answerer`, `seconds` and `reason`; `outages` have `answerer`, `reason`, for how many `seconds` the
+    model has not been reached, and in how many `probe_seconds` the next probe comes.
+    """
 
     runs: list[RunStatus]
     workers: list[dict[str, Json]]
     cooldowns: list[dict[str, Json]]
+    outages: list[dict[str, Json]]
     limits: list[dict[str, Json]]
 
     def to_dict(self) -> dict[str, Json]:
@@ -90,6 +95,15 @@ def status_of(view: Overview) -> Status:
         cooldowns=[
             {"answerer": c.answerer, "seconds": (c.until - view.now) / 1000, "reason": c.reason}
             for c in view.cooldowns
+        ],
+        outages=[
+            {
+                "answerer": one.answerer,
+                "reason": one.reason,
+                "seconds": (view.now - one.since) / 1000,
+                "probe_seconds": max(0, one.probe_at - view.now) / 1000,
+            }
+            for one in view.outages
         ],
         limits=[limit_fields(one) for one in view.limits],
     )
@@ -253,6 +267,11 @@ def describe(status: Status) -> str:
     lines += [
         f"cooling down: {c['answerer']} for another {duration(c['seconds'])}: {c['reason']}"
         for c in status.cooldowns
+    ]
+    lines += [
+        f"waiting for {o['answerer']}, for {duration(o['seconds'])} now: {o['reason']}; the next probe is in "
+        f"{duration(o['probe_seconds'])}"
+        for o in status.outages
     ]
     lines += [f"limit {describe_limit(one)}" for one in status.limits if _holds_back(one)]
     lines += [

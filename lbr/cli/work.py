@@ -14,7 +14,7 @@ import click
 
 from lbr.api import work
 from lbr.api.status import paused_words
-from lbr.cli.app import EXIT_UNFINISHED, database_option, say, with_options
+from lbr.cli.app import EXIT_FAILURES, EXIT_UNFINISHED, database_option, say, with_options
 from lbr.core import descriptors
 from lbr.core.config import MOST_PROCESSES, WorkOptions, at_least_one
 from lbr.core.plurals import counted
@@ -162,6 +162,9 @@ async def work_alone(db: dict[str, Any], **how: Any) -> int:
     for name in report.interrupted:
         say(f"lbr: the enqueue of run {name} did not come to its end; run the same enqueue again")
     code = EXIT_UNFINISHED if report.paused or report.interrupted else 0
+    if report.failed and how.get("until") != Until.FOREVER:
+        # A service restarts what exits with an error, and would do so for each failed job.
+        code = EXIT_FAILURES
     leave_stuck(report, code)
     return code
 

@@ -15,7 +15,7 @@ from uuid import uuid4
 import orjson
 from filelock import Timeout
 
-from lbr.core.errors import DatabaseError, Family, Symptom, LbrError, Usage
+from lbr.core.errors import DatabaseError, Family, LbrError, Symptom, Usage
 from lbr.core.plurals import counted
 from lbr.core.retry import storable_usage
 from lbr.core.types import (
