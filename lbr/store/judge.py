@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import bindparam, func, literal_column, select, update
+from sqlalchemy import bindparam, func, select, update
 
 from lbr.core.errors import Symptom
 from lbr.core.outage import MAX_WAIT_MS, TURN_MS, Backlog, ModelState, Verdict, consider
@@ -45,17 +45,13 @@ _LOCKED = Query(
     .with_for_update()
 )
 _WAITED_FOR = (
-    select(outages.c.answerer, *_STATE_COLUMNS, literal_column("jobs.id IS NOT NULL").label("is_probed"))
-    .join_from(
-        outages,
-        jobs,
-        (jobs.c.id == outages.c.probe_job) & (jobs.c.claim_seq == outages.c.probe_seq) & INFLIGHT,
-        isouter=True,
-    )
+    select(outages.c.answerer, outages.c.probe_job, outages.c.probe_seq, *_STATE_COLUMNS)
     .where(among(outages.c.answerer, "answerers"), outages.c.since.is_not(None))
     .order_by(outages.c.answerer)
 )
-_WAITED_FOR_LOCKED = _WAITED_FOR.with_for_update(of=outages)
+_WAITED_FOR_LOCKED = _WAITED_FOR.with_for_update()
+# A statement of its own: who waited for the lock must see what its last holder wrote.
+_PROBED = select(jobs.c.id, jobs.c.claim_seq).where(among(jobs.c.id, "ids"), INFLIGHT)
 _BACKLOG = (
     select(runs.c.answerer, counters.c.name, func.sum(counters.c.value).label("value"))
     .join_from(runs, counters, runs.c.id == counters.c.run_id)
@@ -197,14 +193,21 @@ async def waiting(
     """Return what the outages of these models let this worker claim; with `lock` until the transaction ends."""
     found = Waiting()
     query = _WAITED_FOR_LOCKED if lock else _WAITED_FOR
-    for model, *values, is_probed in (await connection.execute(query, {"answerers": sorted(names)})).all():
+    rows = (await connection.execute(query, {"answerers": sorted(names)})).all()
+    probes = [one.probe_job for one in rows if one.probe_job is not None]
+    probed = (
+        {tuple(one) for one in (await connection.execute(_PROBED, {"ids": probes})).all()}
+        if probes
+        else set()
+    )
+    for model, probe_job, probe_seq, *values in rows:
         state = ModelState(*values)
         turn = 0
         if state.worker == worker and await _has_others(connection, worker, now):
             turn = TURN_MS
         # A clock that was ahead must not set a time that no worker waits for.
         probe_at = min(state.probe_at, now + MAX_WAIT_MS) + turn
-        if is_probed:
+        if (probe_job, probe_seq) in probed:
             found.until[model] = now + PROBED_MS
         elif probe_at > now:
             found.until[model] = probe_at
