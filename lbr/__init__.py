@@ -10,7 +10,7 @@ from lbr.api.doctor import doctor
 from lbr.api.enqueue import EnqueueReport, enqueue
 from lbr.api.estimate import Estimate, estimate
 from lbr.api.move import Moved, move
-from lbr.api.operate import cancel, limit, pause, reparse, resume, retry, show, status
+from lbr.api.operate import cancel, limit, pause, remove, reparse, resume, retry, show, status
 from lbr.api.prompt_map import export_jsonl, prompt_map
 from lbr.api.status import RunStatus, Status
 from lbr.api.work import work
@@ -90,6 +90,7 @@ __all__ = [
     "move",
     "pause",
     "prompt_map",
+    "remove",
     "reparse",
     "resume",
     "retry",

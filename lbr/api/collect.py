@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import fspath
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 
 WAIT_SECONDS = 0.2
+MAX_REASONS = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,8 @@ class Collected:
 
     `rows` holds the answers as dicts where no output was named, else None. `by_status` counts the rows
     written, `cut_off` those whose answer reached its token limit, whether they are done or failed because of it;
-    `limited` is True if the run's settings set that limit. `sealed` tells whether all inputs are in.
+    `limited` is True if the run's settings set that limit. `sealed` tells whether all inputs are in. `reasons` counts the rows that
+    failed by what their last attempt said.
     """
 
     run: str
@@ -53,6 +55,7 @@ class Collected:
     rows: list[dict[str, Json]] | None = None
     cut_off: int = 0
     limited: bool = False
+    reasons: dict[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -111,7 +114,9 @@ async def collect(
         found = await reads.find_run(database, run)
         limited = bool(pages.cut_off) and await reads.limits_answers(database, found)
         sealed = found.sealed_at is not None
-        return Collected(run, dict(pages.by_status), sealed, rows, pages.cut_off, limited)
+        return Collected(
+            run, dict(pages.by_status), sealed, rows, pages.cut_off, limited, dict(pages.reasons)
+        )
 
 
 async def until_finished(database: Database, run: Run) -> None:
@@ -133,11 +138,17 @@ class Tally:
         self._pages = pages
         self.by_status: Counter[str] = Counter()
         self.cut_off = 0
+        self.reasons: Counter[str] = Counter()
 
     async def __aiter__(self) -> AsyncIterator[list[Row]]:
         async for page in self._pages:
             self.by_status.update([row.status for row in page])
             self.cut_off += sum([row.cut_off for row in page])
+            for row in page:
+                if row.status == JobState.FAILED and (
+                    len(self.reasons) < MAX_REASONS or row.error in self.reasons
+                ):
+                    self.reasons[row.error or "it said nothing"] += 1
             yield page
 
 

@@ -12,14 +12,17 @@ from lbr.api.status import RunStatus, Status, limit_fields, status_of
 from lbr.api.task import check_settings, checker
 from lbr.core.config import DB_URL_DEFAULT, a_minute, at_least_one, nanos_of, one_of
 from lbr.core.errors import UsageError
+from lbr.core.plurals import counted
+from lbr.core.types import JobState
 from lbr.models.base import model_string
 from lbr.store import limiting, reads, redo, runs
 from lbr.store.budgets import budget_of
 from lbr.store.engines import opened
+from lbr.store.queue import Queue
 from lbr.worker.runs import check_tells_cost
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
     from lbr.core.types import Json, PathOrUrl, Run
     from lbr.store.database import Database
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 FUNCTION = "function:"
 LONGEST_SCOPE = 1_000
+WAIT_SECONDS = 0.2
 
 
 @checked()
@@ -99,6 +103,35 @@ async def cancel(run: str, *, db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_
     """Cancel a run's pending jobs; return how many. Calls in flight end and their answers are kept."""
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         return await runs.cancel(database, await reads.find_run(database, run))
+
+
+@checked()
+async def remove(
+    run: str,
+    *,
+    db_url: PathOrUrl = DB_URL_DEFAULT,
+    allow_network_fs: bool = False,
+    notify: Callable[[str], None] = lambda _: None,
+) -> int:
+    """Remove a run with its inputs and answers, once its calls in flight have ended; return how many jobs it had.
+
+    It is cancelled first, so that no job is claimed any more. Safe to repeat if it was interrupted. Raises UsageError
+    for a run that is being or was moved.
+    """
+    async with opened(db_url, allow_network_fs=allow_network_fs) as database:
+        found = await reads.find_run(database, run)
+        await runs.cancel(database, found)
+        queue, told = Queue(database), False
+        while (held := (await reads.counts(database, [found.id]))[0].of(JobState.INFLIGHT)) > 0:
+            if not told:
+                told = True
+                notify(
+                    f"run {run}: waiting for {counted(held, 'call')} in flight; no job is claimed any more"
+                )
+            # The jobs of dead workers, which no other may be there to take back.
+            await queue.reclaim(await queue.dead())
+            await asyncio.sleep(WAIT_SECONDS)
+        return await runs.remove(database, found)
 
 
 @checked()

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from lbr.core.budget import BUDGET_SPENT, COST_UNKNOWN
 from lbr.core.errors import Family
-from lbr.core.plurals import counted
+from lbr.core.plurals import counted, duration
 from lbr.core.pricing import NANOS, Price, dollars
 from lbr.core.types import JobState, RunState
 from lbr.store import counters
-from lbr.store.limiting import SILENT_MS
 from lbr.store.runs import MOVED_TO, MOVING_FROM, MOVING_TO, departed_words, tells_of_move
+from lbr.store.schema import SILENT_MS
 
 if TYPE_CHECKING:
     from lbr.core.types import Json
@@ -70,11 +70,16 @@ class RunStatus:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Runs, the workers that report, answerers that nobody calls for now, and what is set or learned of them."""
+    """Runs, the workers that report, models that are not called for now, and what is set or learned of them.
+
+    `cooldowns` have `answerer`, `seconds` and `reason`; `outages` have `answerer`, `reason`, for how many `seconds` the
+    model has not been reached, and in how many `probe_seconds` the next probe comes.
+    """
 
     runs: list[RunStatus]
     workers: list[dict[str, Json]]
     cooldowns: list[dict[str, Json]]
+    outages: list[dict[str, Json]]
     limits: list[dict[str, Json]]
 
     def to_dict(self) -> dict[str, Json]:
@@ -92,6 +97,15 @@ def status_of(view: Overview) -> Status:
         cooldowns=[
             {"answerer": c.answerer, "seconds": (c.until - view.now) / 1000, "reason": c.reason}
             for c in view.cooldowns
+        ],
+        outages=[
+            {
+                "answerer": one.answerer,
+                "reason": one.reason,
+                "seconds": (view.now - one.since) / 1000,
+                "probe_seconds": max(0, one.probe_at - view.now) / 1000,
+            }
+            for one in view.outages
         ],
         limits=[limit_fields(one) for one in view.limits],
     )
@@ -183,16 +197,6 @@ def _run_status(one: RunCounts, rate: float) -> RunStatus:
     )
 
 
-def duration(seconds: float) -> str:
-    """Write a time span as people read it: 4.2 s, 3 min 05 s, 2 h 10 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02} s"
-    return f"{minutes // 60} h {minutes % 60:02} min"
-
-
 def one_line(status: RunStatus, *, rate: float | None = None) -> str:
     """Return the line that a progress report prints; `rate` replaces the workers' own figure."""
     ended = status.done + status.failed + status.cancelled
@@ -266,6 +270,11 @@ def describe(status: Status) -> str:
     lines += [
         f"cooling down: {c['answerer']} for another {duration(c['seconds'])}: {c['reason']}"
         for c in status.cooldowns
+    ]
+    lines += [
+        f"waiting for {o['answerer']}, for {duration(o['seconds'])} now: {o['reason']}; the next probe is in "
+        f"{duration(o['probe_seconds'])}"
+        for o in status.outages
     ]
     lines += [f"limit {describe_limit(one)}" for one in status.limits if _holds_back(one)]
     lines += [

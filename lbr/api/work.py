@@ -10,6 +10,7 @@ from lbr.api.arguments import NAMES, checked
 from lbr.api.task import authorize, changed_by_use
 from lbr.core.config import (
     DB_URL_DEFAULT,
+    OUTAGE_PATIENCE,
     PATIENCE,
     WorkOptions,
     load_environment,
@@ -45,6 +46,7 @@ async def work(
     rpm: int | None = None,
     tpm: int | None = None,
     max_cost: float | None = None,
+    outage_patience: float = OUTAGE_PATIENCE,
     db_url: PathOrUrl = DB_URL_DEFAULT,
     allow_network_fs: bool = False,
     notify: Callable[[str], None] = lambda _: None,
@@ -55,7 +57,8 @@ async def work(
     `run` names the runs to serve, None all that this process can. `functions` and `result_types`, as objects
     or `pkg.mod:name`, are what it may use beside models. Times are in seconds. `rpm` and `tpm` set the
     requests and tokens a minute of all workers together, for whatever this one serves, `max_cost` what each run
-    that it serves may cost, in US dollars. `notify` gets a line for
+    that it serves may cost, in US dollars. `outage_patience` is how much waiting for a model that no call reaches it
+    takes until its runs are paused. `notify` gets a line for
     whatever a person should know; `on_start` gets the worker, which can be told to `drain` or `abort`.
 
     Raises UsageError, NothingToServeError or DatabaseError. Cancelled, it gives its jobs back first.
@@ -70,6 +73,7 @@ async def work(
         rpm,
         tpm,
         max_cost,
+        outage_patience,
     )
     env = load_environment(Path.cwd())
     key = openrouter_api_key or env.get("OPENROUTER_API_KEY") or None

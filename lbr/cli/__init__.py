@@ -10,7 +10,7 @@ from lbr.cli.estimating import estimate
 from lbr.cli.examining import doctor
 from lbr.cli.limiting import limit
 from lbr.cli.moving import move
-from lbr.cli.operate import cancel, pause, resume, retry, show, status
+from lbr.cli.operate import cancel, pause, resume, retry, rm, show, status
 from lbr.cli.running import run
 from lbr.cli.work import worker, worker_process
 
@@ -25,6 +25,7 @@ for command in (
     show,
     retry,
     cancel,
+    rm,
     pause,
     resume,
     limit,

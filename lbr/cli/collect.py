@@ -8,10 +8,13 @@ from typing import Any
 import click
 
 from lbr.api import collect as api
+from lbr.api.status import printable
 from lbr.cli.app import EXIT_FAILURES, EXIT_UNFINISHED, database_option, say
 from lbr.core.plurals import counted
 from lbr.core.types import Shape
 from lbr.io.writers import OutputFormat
+
+SHOWN_REASONS = 3
 
 
 def describe(collected: api.Collected) -> str:
@@ -53,9 +56,17 @@ def exit_code(collected: api.Collected) -> int:
             if collected.failed == 1
             else (f"{collected.failed} rows have", "their jobs")
         )
-        say(f"lbr: {rows} no answer; `lbr retry {collected.run}` puts {jobs} back")
+        say(f"lbr: {rows} no answer{_reasons(collected)}; `lbr retry {collected.run}` puts {jobs} back")
         return EXIT_FAILURES
     return 0
+
+
+def _reasons(collected: api.Collected) -> str:
+    """Return what most of the failed rows said, behind a colon; empty if none failed."""
+    most = sorted(collected.reasons.items(), key=lambda one: -one[1])[:SHOWN_REASONS]
+    words = "; ".join(f"{count} times: {printable(reason)[:200]}" for reason, count in most)
+    more = len(collected.reasons) - len(most)
+    return f": {words}{f'; and {more} other reasons' if more else ''}" if words else ""
 
 
 @click.command()

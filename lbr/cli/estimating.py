@@ -11,11 +11,10 @@ import orjson
 
 from lbr.api.estimate import SECONDS_PER_CALL, Estimate, rounded
 from lbr.api.estimate import estimate as estimate_inputs
-from lbr.api.status import duration
 from lbr.cli.app import read_setting, tell
 from lbr.cli.enqueue import input_options, interruptible
 from lbr.core.config import WorkOptions
-from lbr.core.plurals import counted
+from lbr.core.plurals import counted, duration
 from lbr.core.pricing import NANOS, Price, dollars, table_problem
 from lbr.core.schema import load_schema
 from lbr.core.tokens import CHARACTERS_PER_TOKEN

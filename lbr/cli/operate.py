@@ -186,6 +186,24 @@ def cancel(db: dict[str, Any], /, run: str) -> None:
 
 @click.command()
 @click.argument("run")
+@click.option("--yes", is_flag=True, help="Do not ask, even if the run has answers.")
+@database_option
+@click.pass_obj
+def rm(db: dict[str, Any], /, run: str, yes: bool) -> None:
+    """Remove a run with its inputs and answers, once its calls in flight have ended; no more begin meanwhile."""
+    (found,) = asyncio.run(operate.status(run, **db)).runs
+    if (
+        found.done
+        and not yes
+        and not click.confirm(f"Remove run {run} with {counted(found.done, 'answer')}?", err=True)
+    ):
+        raise UsageError(f"run {run} stays")
+    count = asyncio.run(operate.remove(run, **db, notify=lambda words: say(f"lbr: {words}")))
+    tell(f"run {run}: removed, with {counted(count, 'job')}")
+
+
+@click.command()
+@click.argument("run")
 @click.option("--reason", default="by hand", help="What `lbr status` says about it.")
 @database_option
 @click.pass_obj

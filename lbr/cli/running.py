@@ -13,7 +13,7 @@ import click
 
 from lbr.api import operate
 from lbr.api.collect import collect
-from lbr.api.status import RunStatus, duration, one_line, unfinished_words
+from lbr.api.status import RunStatus, one_line, unfinished_words
 from lbr.cli.app import EXIT_UNFINISHED, database_option, say
 from lbr.cli.collect import describe, exit_code
 from lbr.cli.enqueue import counting_kept, enqueue_inputs, task_options
@@ -28,6 +28,7 @@ from lbr.cli.work import (
 )
 from lbr.core.config import MOST_PROCESSES, at_least_one
 from lbr.core.errors import UsageError
+from lbr.core.plurals import duration
 from lbr.core.types import Shape
 from lbr.io import writers
 from lbr.store.engines import file_of

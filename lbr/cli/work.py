@@ -14,7 +14,7 @@ import click
 
 from lbr.api import work
 from lbr.api.status import paused_words
-from lbr.cli.app import EXIT_UNFINISHED, database_option, say, with_options
+from lbr.cli.app import EXIT_FAILURES, EXIT_UNFINISHED, database_option, say, with_options
 from lbr.cli.collect import cut_off_words
 from lbr.core import descriptors
 from lbr.core.config import MOST_PROCESSES, WorkOptions, at_least_one
@@ -53,6 +53,12 @@ def work_options(command: F) -> F:
             type=float,
             default=DEFAULTS.patience,
             help="Seconds to wait for a database that is busy or away.",
+        ),
+        click.option(
+            "--outage-patience",
+            type=float,
+            default=DEFAULTS.outage_patience,
+            help="Seconds of waits for a model that no call reaches, until its runs are paused.",
         ),
         click.option(
             "--rpm", type=int, help="Requests a minute of all workers together; `lbr limit` lifts it."
@@ -159,6 +165,9 @@ async def work_alone(db: dict[str, Any], **how: Any) -> int:
     for name in report.interrupted:
         say(f"lbr: the enqueue of run {name} did not come to its end; run the same enqueue again")
     code = EXIT_UNFINISHED if report.paused or report.interrupted else 0
+    if report.failed and how.get("until") != Until.FOREVER:
+        # A service restarts what exits with an error, and would do so for each failed job.
+        code = EXIT_FAILURES
     leave_stuck(report, code)
     return code
 

@@ -26,6 +26,7 @@ CONFIG_FILE = "lbr.toml"
 MAX_ATTEMPTS = 8
 CALL_TIMEOUT = 120.0
 PATIENCE = 120.0
+OUTAGE_PATIENCE = 3600.0
 LARGEST = 1_000_000
 MOST_SLOTS = 10_000
 """What one worker makes of calls at a time; a limit of all workers may be above it."""
@@ -138,7 +139,8 @@ class WorkOptions:
 
     `concurrency` is the number of slots, `lease` how long a claim holds without renewal, `timeout` the
     longest that one call may take, `grace` how long a drain waits for the calls in flight, `patience` how
-    long a database that is busy or away is waited for. `rpm` and `tpm` are requests and tokens a minute of all
+    long a database that is busy or away is waited for, `outage_patience` how much waiting for a model that no call
+    reaches it takes until its runs are paused. `rpm` and `tpm` are requests and tokens a minute of all
     workers together, for each answerer that this one serves, `max_cost` what each run that it serves may cost in US
     dollars, all that it has cost included; None leaves what is set.
     Raises UsageError for a value out of range.
@@ -153,12 +155,14 @@ class WorkOptions:
     rpm: int | None = None
     tpm: int | None = None
     max_cost: float | None = None
+    outage_patience: float = OUTAGE_PATIENCE
 
     def __post_init__(self) -> None:
         at_least_one("concurrency", self.concurrency, most=MOST_SLOTS)
         positive("lease", self.lease)
         positive("timeout", self.timeout)
         positive("patience", self.patience)
+        positive("outage_patience", self.outage_patience)
         for name, value in (("rpm", self.rpm), ("tpm", self.tpm)):
             if value is not None:
                 a_minute(name, value)

@@ -87,9 +87,19 @@ class Family(StrEnum):
     TRANSIENT = "transient"
     RATE_LIMITED = "rate_limited"
     CUT_OFF = "cut_off"
+    OUTAGE = "outage"
     BAD_ANSWER = "bad_answer"
     PERMANENT = "permanent"
     ACCOUNT = "account"
+
+
+class Symptom(StrEnum):
+    """What a failed call says about more than its own job, if other calls fail as well; see `lbr.core.outage`."""
+
+    UNREACHABLE = "unreachable"  # refused, reset, no such host, TLS, no connection in time
+    SERVER_ERROR = "server error"  # 5xx
+    DENIED = "denied"  # 401, 403
+    SET_UP = "set-up"  # 400, 404, 405, 422: a wrong model, route or parameter would give it to every job
 
 
 @value(frozen=True, slots=True)
@@ -124,7 +134,8 @@ class CallError(Exception):
 
     `retry_after` is in seconds, None where nobody said. `text` is the raw answer where there was one,
     `usage` what the call cost all the same, `finish_reason` why that answer ended. `overloaded` says that the answerer has too much to do, or took too
-    long, so that fewer calls at a time may help; of a rate limit the family says so already.
+    long, so that fewer calls at a time may help; of a rate limit the family says so already. `symptom` is what the
+    failure may say about other calls, None for nothing.
     """
 
     family: Family = Family.TRANSIENT
@@ -140,6 +151,7 @@ class CallError(Exception):
         usage: Usage | None = None,
         overloaded: bool = False,
         finish_reason: str | None = None,
+        symptom: Symptom | None = None,
     ) -> None:
         super().__init__(message)
         self.family = family or type(self).family
@@ -149,6 +161,7 @@ class CallError(Exception):
         self.usage = usage or NO_USAGE
         self.overloaded = overloaded
         self.finish_reason = finish_reason
+        self.symptom = symptom
 
 
 def _seconds(value: object) -> float | None:

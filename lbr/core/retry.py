@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, assert_never
 
-from lbr.core.errors import MOST_NANOS, MOST_TOKENS, NO_USAGE, CallError, Family, Usage
+from lbr.core.errors import MOST_NANOS, MOST_TOKENS, NO_USAGE, CallError, Family, Symptom, Usage
 from lbr.core.types import Claim, Failure, JobState, Outcome, Settlement
 
 if TYPE_CHECKING:
     from random import Random
+
+    from lbr.core.outage import Evidence
 
 MESSAGE_LIMIT = 2_000
 TEXT_LIMIT = 1_000_000
@@ -51,6 +53,7 @@ def failure_of(error: BaseException) -> Failure:
         storable_usage(error.usage),
         overloaded=error.overloaded,
         finish_reason=ending,
+        symptom=error.symptom,
     )
 
 
@@ -124,13 +127,27 @@ def wait_seconds(failure: Failure, tries: int, policy: RetryPolicy, rng: Random)
     return asked * (1.0 + 0.1 * rng.random())
 
 
-def decide(claim: Claim, outcome: Outcome, policy: RetryPolicy, rng: Random) -> Settlement:
-    """Choose between done, retry, fail and pause for one ended call."""
+def decide(
+    claim: Claim, outcome: Outcome, policy: RetryPolicy, rng: Random, evidence: Evidence | None = None
+) -> Settlement:
+    """Choose between done, retry, fail and pause for one ended call, taken for itself.
+
+    `evidence` is what other calls say about its model; the store, which knows what all workers saw, judges by it.
+    """
+    settlement = _decide(claim, outcome, policy, rng)
+    return settlement if evidence is None else replace(settlement, evidence=evidence)
+
+
+def _decide(claim: Claim, outcome: Outcome, policy: RetryPolicy, rng: Random) -> Settlement:
     failure = outcome.failure
     if failure is None:
         return Settlement(claim, JobState.DONE, outcome, charge=1)
+    if failure.symptom is Symptom.DENIED and not claim.history.denied_tries:
+        # Among calls that succeed, a stray 401 or 403 passes: once more, then it is about this job.
+        wait_ms = round(wait_seconds(failure, 1, policy, rng) * 1000)
+        return Settlement(claim, JobState.PENDING, outcome, charge=1, wait_ms=wait_ms)
     match failure.family:
-        case Family.TRANSIENT:
+        case Family.TRANSIENT | Family.OUTAGE:
             return _retry_or_fail(claim, outcome, failure, policy, rng)
         case Family.RATE_LIMITED:
             return _wait_for_limit(claim, outcome, failure, policy, rng)

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, NewType
 
 import orjson
 
-from lbr.core.errors import NO_USAGE, DatabaseError, Family, Usage
+from lbr.core.errors import NO_USAGE, DatabaseError, Family, Symptom, Usage
 from lbr.core.values import value
 
 if TYPE_CHECKING:
+    from lbr.core.outage import Evidence
     from lbr.core.pricing import Price
 
 RunId = NewType("RunId", int)
@@ -258,10 +259,12 @@ class History:
     """What a job went through since it was last put back by hand.
 
     `limited_ms` is how long ago, at the claim, its first rate-limited try ended, 0 where there was none;
-    `last_bad` is the newest answer that did not validate.
+    `last_bad` is the newest answer that did not validate, `denied_tries` counts the refusals of access (401, 403) that
+    were charged to the job.
     """
 
     bad_answers: int = 0
+    denied_tries: int = 0
     limited_tries: int = 0
     limited_ms: int = 0
     last_bad: BadTry | None = None
@@ -276,7 +279,8 @@ class Claim:
 
     `tokens` are what it was debited of its answerer's tokens a minute, 0 where none are set; `narrow` tells that
     the answerer was held to fewer calls at a time than the workers have slots.
-    `settings` are the job's own, which go over the task's; None where it has none.
+    `settings` are the job's own, which go over the task's; None where it has none. `probe` is set for the one call
+    that finds out whether an outage is over.
     """
 
     job_id: JobId
@@ -290,6 +294,7 @@ class Claim:
     tokens: int = 0
     narrow: bool = False
     settings: dict[str, Json] | None = None
+    probe: bool = False
 
 
 @value(frozen=True, slots=True)
@@ -298,7 +303,7 @@ class Failure:
 
     `finish_reason` is why that answer ended, None if it is not known.
     `overloaded` says that the answerer has too much to do or took too long, so that fewer calls at a time are better;
-    see `lbr.core.retry.is_overload`.
+    see `lbr.core.retry.is_overload`. `symptom` is what it may say about other calls; see `lbr.core.outage`.
     """
 
     family: Family
@@ -309,6 +314,7 @@ class Failure:
     usage: Usage = NO_USAGE
     overloaded: bool = False
     finish_reason: str | None = None
+    symptom: Symptom | None = None
 
 
 @value(frozen=True, slots=True)
@@ -357,6 +363,7 @@ class Settlement:
     from now on: the store adds it to the clock that leases are measured by. `pause` is the reason to pause the
     run; with `cool_down` no worker calls this model again before the wait is over, if it refuses many calls; also
     where the job has failed.
+    `evidence` is what the worker has seen of its model, None while that may be the failure of single jobs.
     """
 
     claim: Claim
@@ -366,6 +373,7 @@ class Settlement:
     wait_ms: int = 0
     pause: str | None = None
     cool_down: bool = False
+    evidence: Evidence | None = None
 
 
 @value(frozen=True, slots=True)

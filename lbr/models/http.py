@@ -197,6 +197,21 @@ class Http:
             await self._connections.aclose()
 
 
+def is_unreachable(error: BaseException) -> bool:
+    """Whether an error of aiohttp's or the system's says that no connection was made, or that it was reset."""
+    import aiohttp  # noqa: PLC0415
+
+    if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ConnectionTimeoutError):
+        return False
+    unreachable = (
+        aiohttp.ClientOSError,
+        aiohttp.ServerDisconnectedError,
+        aiohttp.ConnectionTimeoutError,
+        OSError,
+    )
+    return isinstance(error, unreachable) and not isinstance(error, aiohttp.ClientPayloadError)
+
+
 def lost_words(error: BaseException | None, url: str) -> str:
     """Say that no answer came from a URL, or not all of it, and why: of the URL host and port alone, for it may hold a key.
 

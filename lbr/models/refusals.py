@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lbr.core.errors import CallError, Family
+from lbr.core.errors import CallError, Family, Symptom
 from lbr.models.endings import filter_words
 from lbr.models.waits import wait_of
 from lbr.models.wording import MAX_MESSAGE_CHARS, clean, page_words
@@ -26,6 +26,8 @@ OVERLOAD_STATUSES = frozenset({408, 503, 504, 524, 529})
 _REJECTED = frozenset(
     {"ModelRequestRejectedError", "ContentFilterError", "OutputTokenLimitExceeded", "UserError"}
 )
+
+_ABOUT_THE_PROMPT = frozenset({"ModelContextWindowExceededError", "ContentFilterError"})
 
 # Some providers have no code for an account that must be looked after, only words, and the status of another trouble.
 _BILLING_429 = re.compile(
@@ -47,7 +49,7 @@ class Refusal:
     `kind` is what the error is called, `categories` the names of that and of all that it is a case of. `status` is 0
     where none came, `body` what came with it, None for nothing. `retry_after` is the wait in seconds that the client
     read out of the headers, `words` what to say where the body says nothing. `connecting` tells that no connection
-    was made.
+    was made, `unreachable` that the connection was refused, reset or never made.
     """
 
     kind: str
@@ -59,6 +61,7 @@ class Refusal:
     retry_after: float | None = None
     suggestion: str | None = None
     connecting: bool = False
+    unreachable: bool = False
 
 
 def family_of(refusal: Refusal) -> Family:
@@ -68,8 +71,8 @@ def family_of(refusal: Refusal) -> Family:
         return Family.ACCOUNT
     if "ModelRateLimitError" in categories or status == 429:
         return _family_of_429(refusal)
-    if "ModelAuthenticationError" in categories:
-        return Family.ACCOUNT
+    if _is_denied(refusal):
+        return Family.PERMANENT  # unless no call gets in: the other calls tell
     if status in TRANSIENT_STATUSES:
         return Family.TRANSIENT
     if status == 400 and _BILLING_400.match(message_in(refusal.body) or ""):
@@ -77,7 +80,7 @@ def family_of(refusal: Refusal) -> Family:
     if categories & _REJECTED:
         # Also a 403 that is about the prompt (OpenRouter's moderation), which must not pause the whole run.
         return Family.PERMANENT
-    if status in {401, 402, 403}:
+    if status == 402:
         return Family.ACCOUNT
     return Family.PERMANENT if 400 <= status < 500 else Family.TRANSIENT
 
@@ -91,6 +94,27 @@ def _family_of_429(refusal: Refusal) -> Family:
         # Gemini speaks of plan and billing at every limit, but says when to come again where waiting helps.
         return Family.ACCOUNT
     return Family.RATE_LIMITED
+
+
+def symptom_of(refusal: Refusal, family: Family) -> Symptom | None:
+    """Return what a refusal may say about other calls, None if it is about this one alone."""
+    if refusal.unreachable:
+        return Symptom.UNREACHABLE
+    if family is Family.PERMANENT and _is_denied(refusal):
+        return Symptom.DENIED
+    if family is Family.TRANSIENT and (
+        refusal.status >= 500 or "ModelUnavailableError" in refusal.categories
+    ):
+        return Symptom.SERVER_ERROR
+    about_the_prompt = refusal.categories & _ABOUT_THE_PROMPT or refusal.status == 413
+    return Symptom.SET_UP if family is Family.PERMANENT and refusal.status and not about_the_prompt else None
+
+
+def _is_denied(refusal: Refusal) -> bool:
+    # A 403 may be about the prompt (OpenRouter's moderation): then its kind is another.
+    return "ModelAuthenticationError" in refusal.categories or (
+        refusal.status in {401, 403} and not refusal.categories & _REJECTED
+    )
 
 
 def is_overloaded(refusal: Refusal) -> bool:
@@ -114,6 +138,7 @@ def call_error(refusal: Refusal, *, api_key: str | None = None, now: float | Non
         retry_after=_retry_after(refusal, family, time.time() if now is None else now),
         kind=kind,
         overloaded=family is Family.TRANSIENT and is_overloaded(refusal),
+        symptom=symptom_of(refusal, family) if filtered is None else None,
     )
 
 

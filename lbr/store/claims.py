@@ -14,6 +14,7 @@ from lbr.core.limits import fitting
 from lbr.core.tokens import characters_of, most_output_tokens, tokens_of
 from lbr.core.types import NO_HISTORY, BadTry, Claim, History, JobId, Millis, Prompt, RunId
 from lbr.store.arrays import Query, among
+from lbr.store.judge import note_probes
 from lbr.store.schema import PENDING, SUSPECT_CRASHES, attempts, jobs, prompts
 
 if TYPE_CHECKING:
@@ -152,6 +153,10 @@ async def take(connection: Connection, gate: Gate, wish: Wish, *, until: int) ->
             rows += map(_Taken._make, found)
             sizes |= tokens
     claims = await _with_prompts(connection, rows, gate.now)
+    if gate.probed:
+        claims = [replace(one, probe=True) if one.run_id in gate.probed.values() else one for one in claims]
+        probes = {who: one for who, run_id in gate.probed.items() for one in claims if one.run_id == run_id}
+        await note_probes(connection, probes, wish.worker)
     return _marked(claims, gate, sizes) if gate.limits else claims
 
 
@@ -212,8 +217,10 @@ def _history(tries: list[AnyRow], now: Millis) -> History:
     bad = [t for t in tries if t.family == Family.BAD_ANSWER]
     shown = [t for t in bad if t.error not in UNREAD]  # no model is asked to correct an envelope
     limited = [t for t in tries if t.family == Family.RATE_LIMITED]
+    denied = [t for t in tries if t.family == Family.PERMANENT]
     return History(
         bad_answers=len(bad),
+        denied_tries=len(denied),
         limited_tries=len(limited),
         limited_ms=max(0, now - limited[0].at) if limited else 0,
         last_bad=BadTry(shown[-1].text or "", shown[-1].message) if shown else None,

@@ -20,24 +20,26 @@ from lbr.core.types import JobState, RunState
 from lbr.store.arrays import Bulk, Given, Query, among
 from lbr.store.budgets import budgets_of, raise_highest
 from lbr.store.counters import ANSWERED
-from lbr.store.schema import counters, limits, runs, workers
+from lbr.store.judge import waiting
+from lbr.store.schema import SILENT_MS, counters, limits, outages, runs, workers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from lbr.core.budget import Budget
-    from lbr.core.types import Claim, Millis, RunId
+    from lbr.core.types import Claim, Millis, RunId, WorkerId
     from lbr.store.connection import Connection
     from lbr.store.database import Database
-
-SILENT_MS = 15_000
-"""A worker that has not reported for so long is not counted as working."""
+    from lbr.store.judge import Waiting
 
 _LEARNED = ("slots", "threshold", "cut_at", "requests", "tokens", "balanced_at", "refused", "answered")
 _COLUMNS = [limits.c[one.name] for one in fields(Limit)]
 _OPEN = Query(
-    select(runs.c.id, runs.c.budget_nanos, runs.c.answerer, limits.c.cooldown_until, *_COLUMNS)
+    select(
+        runs.c.id, runs.c.budget_nanos, runs.c.answerer, outages.c.since, limits.c.cooldown_until, *_COLUMNS
+    )
     .join_from(runs, limits, runs.c.answerer == limits.c.answerer, isouter=True)
+    .join(outages, runs.c.answerer == outages.c.answerer, isouter=True)
     .where(among(runs.c.id, "ids"), runs.c.state == RunState.ACTIVE)
 )
 _LOCKED = Query(
@@ -90,7 +92,8 @@ class Gate:
     `answerers` are those of the runs that are active and do not cool down; `limits` those of them that hold
     anything back, refilled, and `budgets` those of the runs that have one. `ceiling` is how many slots the workers
     have together; `waits` are the times of the ends of cooldowns; `debited` are those from which was taken, and
-    `raised` the runs of which a claimed call may cost more than any before.
+    `raised` the runs of which a claimed call may cost more than any before. Of a model
+    in `probes` one job may be claimed, to see whether an outage is over.
     """
 
     now: Millis
@@ -102,12 +105,20 @@ class Gate:
     waits: list[int] = field(default_factory=list)
     debited: set[str] = field(default_factory=set)
     raised: set[RunId] = field(default_factory=set)
+    probes: set[str] = field(default_factory=set)
+    probed: dict[str, RunId] = field(default_factory=dict)
 
     def cool(self, until: Mapping[str, int]) -> None:
         """Pass over the runs of answerers that cool down, each until its time."""
         cooling = {who: end for who, end in until.items() if is_ahead(end, self.now)}
         self.waits += cooling.values()
         self.answerers = {run_id: who for run_id, who in self.answerers.items() if who not in cooling}
+
+    def wait_for(self, found: Waiting) -> None:
+        """Pass over the runs of models that all workers wait for, but for a probe."""
+        self.waits += found.until.values()
+        self.probes = found.probes
+        self.answerers = {run_id: who for run_id, who in self.answerers.items() if who not in found.until}
 
     def limit(self, run_id: RunId) -> Limit | None:
         """Return what holds a run's jobs back, None for nothing."""
@@ -119,8 +130,12 @@ class Gate:
         rooms = [
             None if limit is None else arithmetic.room(limit, self._inflight(run_id)),
             None if budget is None else budget.room,
+            self._probe_room(self.answerers[run_id]),
         ]
         return min([most, *(room for room in rooms if room is not None)])
+
+    def _probe_room(self, who: str) -> int | None:
+        return int(who not in self.probed) if who in self.probes else None
 
     def wait_ms(self, run_id: RunId) -> int:
         """Return after how long a run's job may perhaps be claimed, 0 for now, or for a run that is to be paused."""
@@ -143,6 +158,8 @@ class Gate:
             self.debited.add(who)
             self.limits[who] = arithmetic.debited(limit, calls, tokens)
             self.inflight[who] = self._inflight(run_id) + calls
+        if calls and who in self.probes:
+            self.probed[who] = run_id
         if run_id in self.budgets:
             budget = self.budgets[run_id]
             self.budgets[run_id] = replace(
@@ -169,17 +186,24 @@ def is_ahead(until: int, now: int) -> bool:
     return now < until <= now + FARTHEST_MS
 
 
-async def open_gate(connection: Connection, run_ids: Sequence[RunId], now: Millis, *, lock: bool) -> Gate:
+async def open_gate(
+    connection: Connection, run_ids: Sequence[RunId], now: Millis, worker: WorkerId, *, lock: bool
+) -> Gate:
     """Return what may be claimed of these runs; with `lock` it stays so until the transaction ends."""
     gate = Gate(now)
     known: dict[str, Limit] = {}
     limited: list[RunId] = []
-    for run_id, budget, who, cooldown_until, *values in await _OPEN.all(connection, {"ids": list(run_ids)}):
+    away: set[str] = set()
+    for run_id, budget, who, since, cooldown_until, *values in await _OPEN.all(
+        connection, {"ids": list(run_ids)}
+    ):
         if cooldown_until is not None and is_ahead(cooldown_until, now):
             gate.waits.append(cooldown_until)
             continue
         gate.answerers[run_id] = who
         known[who] = _limit_of(who, values)
+        if since is not None:
+            away.add(who)
         if budget is not None:
             limited.append(run_id)
     # Runs before answerers: so does whoever settles.
@@ -187,6 +211,8 @@ async def open_gate(connection: Connection, run_ids: Sequence[RunId], now: Milli
     for run_id in set(limited) - active:
         # Paused while we waited for the lock, perhaps for this very budget.
         del gate.answerers[run_id]
+    if away:
+        gate.wait_for(await waiting(connection, away, worker, now, lock=lock))
     if any(limit != _NONE for limit in known.values()):
         gate.ceiling = await ceiling(connection, now)
         binding = {who: limit for who, limit in known.items() if limit.binds(gate.ceiling)}

@@ -97,6 +97,8 @@ def _reclaiming(lost: ColumnElement[bool]) -> Any:
     )
 
 
+NO_WORKER = WorkerId(0)
+
 RECLAIM = _reclaiming(jobs.c.lease_until < bindparam("now"))
 OF_DEAD = (
     select(jobs.c.id, jobs.c.run_id)
@@ -195,19 +197,21 @@ class Queue:
     async def claim_within(self, connection: Connection, wish: Wish, *, lease: float) -> list[Claim]:
         """Take what a worker wishes for, in the caller's transaction; see `claim`."""
         now = await self._database.now(connection)
-        gate = await open_gate(connection, wish.run_ids, now, lock=True)
+        gate = await open_gate(connection, wish.run_ids, now, wish.worker, lock=True)
         claims = await take(connection, gate, wish, until=now + round(lease * 1000))
         await gate.save(connection)
         if claims:
             await counters.add(connection, _moved(claims, JobState.PENDING, JobState.INFLIGHT))
         return claims
 
-    async def look(self, run_ids: Sequence[RunId], *, spared: Collection[WorkerId] = ()) -> Outlook:
+    async def look(
+        self, run_ids: Sequence[RunId], *, worker: WorkerId = NO_WORKER, spared: Collection[WorkerId] = ()
+    ) -> Outlook:
         """See without a lock whether a claim, or a reclaim that spares some of the dead, would find anything."""
 
         async def work(connection: Connection) -> Outlook:
             now = await self._database.now(connection)
-            gate = await open_gate(connection, run_ids, now, lock=False)
+            gate = await open_gate(connection, run_ids, now, worker, lock=False)
             due = suspects = stranded = False
             times: list[int | None] = list(gate.waits)
             for run_id in gate.answerers:

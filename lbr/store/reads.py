@@ -14,7 +14,7 @@ from lbr.core.types import JobId, JobState, Millis, Prompt, Row, Run, RunId, Sha
 from lbr.store import counters, runs
 from lbr.store.arrays import among
 from lbr.store.limiting import LimitSeen, all_limits, is_ahead
-from lbr.store.schema import attempts, items, jobs, limits, prompts, results, workers
+from lbr.store.schema import attempts, items, jobs, limits, outages, prompts, results, workers
 from lbr.store.schema import counters as counters_table
 from lbr.store.schema import runs as runs_table
 
@@ -65,6 +65,11 @@ _ROWS = (
     .order_by(items.c.idx)
     .limit(PAGE)
 )
+_OUTAGES = (
+    select(outages.c.answerer, outages.c.since, outages.c.reason, outages.c.probe_at)
+    .where(outages.c.since.is_not(None))
+    .order_by(outages.c.answerer)
+)
 ROWS = {Shape.ORIGINAL: _ROWS, Shape.UNIQUE: _ROWS.where(items.c.first == 1)}
 _ERRORS = select(
     jobs.c.id,
@@ -85,6 +90,16 @@ class Cooldown:
     answerer: str
     until: Millis
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class OutageSeen:
+    """A model that all workers wait for since a time, why, and when the next probe may begin."""
+
+    answerer: str
+    since: Millis
+    reason: str
+    probe_at: Millis
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +145,13 @@ class RunCounts:
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """Runs, workers, cooldowns and limits at one moment."""
+    """Runs, workers, cooldowns, outages and limits at one moment."""
 
     now: Millis
     runs: list[RunCounts]
     workers: list[WorkerSeen]
     cooldowns: list[Cooldown]
+    outages: list[OutageSeen]
     limits: list[LimitSeen]
 
 
@@ -273,6 +289,7 @@ async def overview(database: Database, name: str | None = None) -> Overview:
                 for c in cooling
                 if is_ahead(c.cooldown_until, now)
             ],
+            outages=[OutageSeen(*row) for row in (await connection.execute(_OUTAGES)).all()],
             limits=await all_limits(connection, now),
         )
 

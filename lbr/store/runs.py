@@ -6,14 +6,15 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import select, update
+from sqlalchemy import delete, select, update
 
 from lbr.core.errors import DatabaseError, RunMismatchError, RunNotFoundError, UsageError
 from lbr.core.pricing import Price
 from lbr.core.types import JobState, Millis, Run, RunId, RunState, Task, differences
 from lbr.store import counters
 from lbr.store.arrays import Bulk, Given, among
-from lbr.store.schema import jobs, runs
+from lbr.store.schema import attempts, items, jobs, outages, prompts, results, runs
+from lbr.store.schema import counters as counters_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -28,6 +29,7 @@ REASON_LENGTH = 1_000
 
 # How the reasons of runs begin that `lbr move` paused: at the place that they leave, and where they arrive.
 MOVING_TO, MOVED_TO, MOVING_FROM = "moving to ", "moved to ", "moving from "
+REMOVING = "being removed"
 BEFORE = " (was "
 """Begins what such a reason says of the run's state before, so that it can be given back."""
 
@@ -317,6 +319,9 @@ async def _set_state(
         check(run.name, current.pause_reason)
         values = {"state": state, "pause_reason": reason, **more}
         await connection.execute(update(runs).where(runs.c.id == run.id).values(**values))
+        if state is RunState.ACTIVE:
+            # Calls are made again, whatever was known of an outage.
+            await connection.execute(delete(outages).where(outages.c.answerer == run.task.answerer))
         await database.wake(connection)
         return await find(connection, run.name)
 
@@ -339,12 +344,50 @@ async def cancel(database: Database, run: Run) -> int:
     return await _cancel_pending(database, run)
 
 
+async def remove(database: Database, run: Run) -> int:
+    """Remove a cancelled run none of whose jobs is in flight, with all that it holds; return how many jobs.
+
+    Safe to repeat after a crash: the run itself goes last.
+    """
+    removed = 0
+    while page := await database.write(lambda connection: _remove_page(connection, run)):
+        removed += page
+
+    async def end(connection: Connection) -> int:
+        some = select(items.c.idx).where(items.c.run_id == run.id).limit(BATCH)
+        gone = (
+            await connection.execute(delete(items).where(items.c.run_id == run.id, items.c.idx.in_(some)))
+        ).rowcount
+        if not gone:
+            await connection.execute(delete(counters_table).where(counters_table.c.run_id == run.id))
+            await connection.execute(delete(runs).where(runs.c.id == run.id))
+        return gone
+
+    while await database.write(end):
+        pass
+    return removed
+
+
+async def _remove_page(connection: Connection, run: Run) -> int:
+    if (await hold_states(connection, [run.id], to_change=True)).get(run.id) is not RunState.CANCELLED:
+        raise UsageError(f"run {run.name!r} was taken up again meanwhile, so that it stays")
+    await connection.execute(update(runs).where(runs.c.id == run.id).values(pause_reason=REMOVING))
+    chosen = select(prompts.c.job_id).where(prompts.c.run_id == run.id).limit(BATCH)
+    ids = list((await connection.execute(chosen)).scalars())
+    for column in (results.c.job_id, attempts.c.job_id, jobs.c.id, prompts.c.job_id):
+        await connection.execute(delete(column.table).where(among(column, "ids")), {"ids": ids})
+    return len(ids)
+
+
 async def revive(database: Database, run: Run) -> None:
     """Make a cancelled run active again. UsageError where it is being or was moved. Safe to repeat."""
 
     async def work(connection: Connection) -> None:
         await hold_states(connection, [run.id], to_change=True)
-        check_not_moving(run.name, (await find(connection, run.name)).pause_reason)
+        reason = (await find(connection, run.name)).pause_reason
+        if reason == REMOVING:
+            raise UsageError(f"run {run.name!r} is being removed; `lbr rm {run.name}` finishes that")
+        check_not_moving(run.name, reason)
         values = {"state": RunState.ACTIVE}
         where = (runs.c.id == run.id) & (runs.c.state == RunState.CANCELLED)
         await connection.execute(update(runs).where(where).values(**values))

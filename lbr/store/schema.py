@@ -108,6 +108,9 @@ _pending = Index(
     jobs.c.id,
     sqlite_where=text("state = 'pending'"),
 )
+SILENT_MS = 15_000
+"""A worker that has not reported for so long is not counted as working."""
+
 SUSPECT_CRASHES = 2
 """From this many crashes on a job runs alone in its worker, so that it cannot take others along."""
 
@@ -230,6 +233,26 @@ limits = Table(
     Column("answered", Id),
 )
 
+# Models that all workers wait, or waited, for; see `lbr.core.outage.ModelState`.
+outages = Table(
+    "outages",
+    metadata,
+    Column("answerer", Text, primary_key=True),
+    Column("since", Millis),
+    Column("reason", Text, nullable=False),
+    Column("worker", Id),
+    Column("recognised_by", Id),
+    Column("probe_at", Millis, nullable=False),
+    Column("wait_ms", Id, nullable=False),
+    Column("waited_ms", Id, nullable=False),
+    Column("patience_ms", Id, nullable=False),
+    Column("recovered_by", Id),
+    Column("recovered_at", Millis),
+    # The claim that is the probe: while it is in flight, no other begins.
+    Column("probe_job", Id),
+    Column("probe_seq", Id),
+)
+
 workers = Table(
     "workers",
     metadata,
@@ -322,6 +345,10 @@ def _add_shares_and_costs(connection: Connection) -> None:
             _alter(connection, table, f"ADD COLUMN {name} {kind}")
 
 
+def _add_outages(connection: Connection) -> None:
+    outages.create(connection, checkfirst=True)
+
+
 MIGRATIONS: tuple[tuple[str, Callable[[Connection], None]], ...] = (
     ("create the tables", _create_tables),
     ("index the suspects", _index_suspects),
@@ -329,6 +356,7 @@ MIGRATIONS: tuple[tuple[str, Callable[[Connection], None]], ...] = (
     ("share limits, price runs, set jobs apart", _add_columns),
     ("keep why answers of failed tries ended", _keep_finish_reasons),
     ("add the share of refused calls and the highest cost of a call", _add_shares_and_costs),
+    ("note outages of models", _add_outages),
 )
 """Ordered and append-only: a database's version is the number of them that it has seen."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import bindparam, literal_column, null, select, update
@@ -16,6 +16,7 @@ from lbr.store import counters
 from lbr.store.arrays import Bulk, Given, Inserting, Query, among
 from lbr.store.budgets import forget_estimates, raise_highest
 from lbr.store.fence import FENCE, Standing, is_doubtful, is_mine, is_plain, is_repeated
+from lbr.store.judge import judge_failures, pause_wrong_set_ups
 from lbr.store.limiting import Lesson, learn
 from lbr.store.runs import hold_states, resting_state
 from lbr.store.schema import attempts, jobs, limits, results, runs
@@ -116,11 +117,17 @@ _ADD_ATTEMPTS = Inserting(
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """What became of a batch: the jobs whose outcome was taken, those refused as stale, the runs paused."""
+    """What became of a batch: the jobs whose outcome was taken, those refused as stale, the runs paused.
+
+    `unreachable` has the models that other workers reach and this one does not, with the reason; `notices` are lines
+    for the worker's log.
+    """
 
     taken: frozenset[JobId]
     stale: frozenset[JobId]
     paused: dict[str, str]
+    unreachable: dict[str, str] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
 
 
 async def settle(database: Database, batch: Sequence[Settlement]) -> Settled:
@@ -143,7 +150,10 @@ async def settle_within(connection: Connection, database: Database, batch: Seque
             "expected the jobs of every call to exist, got: some removed; the database was replaced"
         )
     mine, stale = await _sorted_by_fence(connection, batch, standing)
-    pauses = _pauses(mine, stale, standing)
+    judged = await judge_failures(
+        connection, mine, {one.job_id: one.answerer for one in standing.values()}, now
+    )
+    pauses = _pauses(mine, stale, standing) | judged.pauses
     highest = _highest([*mine, *stale], standing)
     states = await _run_states(connection, mine, standing, pausing=bool(pauses or highest))
     targets = [_target(s, states) for s in mine]
@@ -158,10 +168,13 @@ async def settle_within(connection: Connection, database: Database, batch: Seque
     deltas = _deltas(mine, targets, stale, standing)
     deltas.update(await _not_lost([*mine, *stale], standing, connection))
     await counters.add(connection, deltas)
+    paused |= await _pause(connection, await pause_wrong_set_ups(connection, database, mine))
     return Settled(
         taken=frozenset(s.claim.job_id for s in mine),
         stale=frozenset(s.claim.job_id for s in stale),
         paused=paused,
+        unreachable=judged.unreachable,
+        notices=judged.notices,
     )
 
 

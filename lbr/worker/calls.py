@@ -11,10 +11,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lbr.core.errors import CUT_OFF, CallError, DatabaseError
+from lbr.core.outage import Suspicion
 from lbr.core.pricing import table_problem
 from lbr.core.retry import RetryPolicy, decide, failure_of
 from lbr.core.tokens import output_limit
-from lbr.core.types import Claim, JobId, JobState, Outcome, RunId, Settlement
+from lbr.core.types import Claim, JobId, JobState, Outcome, RunId, Settlement, WorkerId
 from lbr.models.base import Request
 from lbr.store.schema import SUSPECT_CRASHES
 from lbr.worker.attempt import NoDescriptorError, attempt, priced
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
     from random import Random
 
+    from lbr.core.outage import Evidence
     from lbr.store.settle import Settled
     from lbr.worker.runs import Served
 
@@ -67,6 +69,7 @@ class _Held:
 
     claim: Claim
     policy: RetryPolicy
+    model: str
     task: asyncio.Task[None] | None = None
     settled: bool = False
 
@@ -83,7 +86,8 @@ class Calls:
     """Runs calls, and has `settle` write how they ended.
 
     `changed` is called whenever a slot may have become free, or all is lost, and `lacking` when a call found no
-    descriptor, with the number of those that run all the same.
+    descriptor, with the number of those that run all the same. `unreachable` is called with a model that only this
+    worker cannot reach, and the reason. `outage_patience` is in seconds.
     """
 
     def __init__(
@@ -96,6 +100,8 @@ class Calls:
         rng: Random,
         changed: Callable[[], None],
         lacking: Callable[[int], None],
+        unreachable: Callable[[str, str], None],
+        outage_patience: float,
         notify: Callable[[str], None],
     ) -> None:
         self._report = report
@@ -105,6 +111,10 @@ class Calls:
         self._rng = rng
         self._changed = changed
         self._lacking = lacking
+        self._unreachable = unreachable
+        self._outage_patience = outage_patience
+        self._suspicions: dict[str, Suspicion] = {}
+        self.worker = WorkerId(0)
         self._notify = notify
         self._settler = Settler(settle, self._written)
         self._settling: asyncio.Task[None] | None = None
@@ -157,7 +167,7 @@ class Calls:
         if before is not None and before.task is not None:
             # Our own lease had run out, and we were the ones to claim the job again.
             _stop(before)
-        held = _Held(claim, self._policy_of(served.run.max_attempts))
+        held = _Held(claim, self._policy_of(served.run.max_attempts), served.run.task.answerer)
         self._served[claim.run_id] = served
         self._held[claim.job_id] = held
         if claim.crashes >= SUSPECT_CRASHES:
@@ -225,7 +235,16 @@ class Calls:
     def _settle(self, held: _Held, outcome: Outcome) -> None:
         held.task = None
         held.settled = True
-        self._settler.put(decide(held.claim, outcome, held.policy, self._rng))
+        evidence = self._evidence(held, outcome)
+        self._settler.put(decide(held.claim, outcome, held.policy, self._rng, evidence))
+
+    def _evidence(self, held: _Held, outcome: Outcome) -> Evidence | None:
+        """Return what this worker has seen of a model, where its refusals are more than an accident."""
+        now = time.monotonic()
+        suspicion = self._suspicions.setdefault(held.model, Suspicion(self._started))
+        if not suspicion.note(held.claim.job_id, outcome, now):
+            return None
+        return suspicion.evidence(self.worker, now, patience=self._outage_patience)
 
     def _call_ended(self, held: _Held, task: asyncio.Task[None]) -> None:
         self._calling -= 1
@@ -259,8 +278,12 @@ class Calls:
                 self._tell_first(settlement)
         self._tell_no_table(batch)
         self._report.stale += len(settled.stale)
+        for words in settled.notices:
+            self._notify(words)
         for name, reason in settled.paused.items():
             self._notify(f"run {name} is paused now: {reason}")
+        for model, reason in settled.unreachable.items():
+            self._unreachable(model, reason)
         self._recent.append((time.monotonic(), len(settled.taken)))
         self._changed()
 

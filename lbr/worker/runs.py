@@ -147,6 +147,15 @@ class Servings:
         self.refused[run.id] = error
         return [] if told else [f"run {run.name}: not served: {error}"]
 
+    def refuse(self, answerer: str, error: UsageError) -> bool:
+        """Serve the runs of a model no longer; return whether any was served."""
+        found = [one.run for one in self.served.values() if one.run.task.answerer == answerer]
+        for run in found:
+            del self.served[run.id]
+            self.refused[run.id] = error
+            self._refused_at[run.id] = run.price, run.budget_nanos
+        return bool(found)
+
     def _postpone(self, run: Run) -> list[str]:
         if run.id in self.postponed:
             return []

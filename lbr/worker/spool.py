@@ -15,7 +15,7 @@ from uuid import uuid4
 import orjson
 from filelock import Timeout
 
-from lbr.core.errors import DatabaseError, Family, LbrError, Usage
+from lbr.core.errors import DatabaseError, Family, LbrError, Symptom, Usage
 from lbr.core.plurals import counted
 from lbr.core.retry import storable_usage
 from lbr.core.types import (
@@ -281,7 +281,14 @@ def _settlement(line: dict[str, Any]) -> Settlement:
         None if reply is None else Reply(**reply | {"usage": _usage(reply)}),
         None
         if failure is None
-        else Failure(**failure | {"usage": _usage(failure), "family": Family(failure["family"])}),
+        else Failure(
+            **failure
+            | {
+                "usage": _usage(failure),
+                "family": Family(failure["family"]),
+                "symptom": failure.get("symptom") and Symptom(failure["symptom"]),
+            }
+        ),
         latency_ms=int(line["latency_ms"]),
     )
     return Settlement(claim, state, outcome, charge=int(line["charge"]))

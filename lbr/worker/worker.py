@@ -15,7 +15,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from lbr.core import descriptors
-from lbr.core.errors import DatabaseError
+from lbr.core.errors import DatabaseError, NothingToServeError, UsageError
 from lbr.core.retry import RetryPolicy
 from lbr.core.types import Until, WorkerId
 from lbr.store import reads
@@ -95,8 +95,11 @@ class Worker:
             rng=self._rng,
             changed=self._calls_changed,
             lacking=self._make_fewer_calls,
+            unreachable=self._refuse,
+            outage_patience=options.outage_patience,
             notify=notify,
         )
+        self._unserved: list[Claim] = []
         self._wake = asyncio.Event()
         self._stopping = False
         self._aborting = False
@@ -134,9 +137,27 @@ class Worker:
         for notice in self._servings.make_fewer(running):
             self._notify(notice)
 
+    def _refuse(self, model: str, reason: str) -> None:
+        """Serve a model no longer that other workers reach; with none left, end."""
+        error = UsageError(
+            f"{model} does not answer this worker ({reason}), but it answers others: look at this machine's network, "
+            f"proxy and key"
+        )
+        if self._servings.refuse(model, error):
+            self._notify(str(error))
+            self._claiming.serve(
+                [run_id for run_id in self._claiming.order if run_id in self._servings.served]
+            )
+            if not self._servings.served:
+                self._fail(NothingToServeError(str(error)))
+
     def _start(self, claims: Sequence[Claim]) -> None:
         for claim in claims:
-            self._calls.start(claim, self._servings.served[claim.run_id])
+            served = self._servings.served.get(claim.run_id)
+            if served is None:  # since the claim its model was found to answer others alone
+                self._unserved.append(claim)
+            else:
+                self._calls.start(claim, served)
 
     def _fail(self, error: BaseException) -> None:
         """Come to an end. Where the database is the trouble, calls in flight may end: they are paid for."""
@@ -171,7 +192,7 @@ class Worker:
             await self._learn()
             host, slots = socket.gethostname(), self._servings.slots
             self._id = await self._queue.register(host=host, pid=os.getpid(), concurrency=slots)
-            self._claiming.worker = self._id
+            self._claiming.worker = self._calls.worker = self._id
             self._calls.open()
             ticking = asyncio.create_task(self._tick())
             ticking.add_done_callback(self._tick_ended)
@@ -209,9 +230,10 @@ class Worker:
             raise kept(self._database, self._calls.error, self._calls.unwritten)
 
     async def _give_back(self, claims: Sequence[Claim]) -> None:
-        """Release what was claimed while we were told to stop, and never called for."""
+        """Release what was claimed and never called for."""
+        unserved, self._unserved = self._unserved, []
         try:
-            self.report.released += await self._queue.release(self._id, claims, unused=True)
+            self.report.released += await self._queue.release(self._id, [*claims, *unserved], unused=True)
         except DatabaseError as error:
             self._fail(error)
 
@@ -222,6 +244,8 @@ class Worker:
                 await self._give_back(claims)
                 return
             self._start(claims)
+            if self._unserved:
+                await self._give_back([])
             if not claims and not self._claiming.more and await self._finished():
                 return
             await self._wait()
@@ -303,7 +327,7 @@ class Worker:
         return outlook.due and not self._calls.alone
 
     async def _outlook(self) -> Outlook:
-        return await self._queue.look(self._claiming.order, spared=self._reclaiming.spared())
+        return await self._queue.look(self._claiming.order, worker=self._id, spared=self._reclaiming.spared())
 
     async def _reclaim(self) -> None:
         self.report.reclaimed += await self._reclaiming.take_back()

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lbr.api.diagnosis.findings import Finding, Gravity
-from lbr.api.status import duration
-from lbr.core.plurals import counted
+from lbr.core.plurals import counted, duration
 from lbr.store.files import NETWORK_WAYS
 
 if TYPE_CHECKING:

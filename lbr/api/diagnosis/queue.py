@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lbr.api.diagnosis.findings import Finding, Gravity
-from lbr.api.status import describe_limit, duration, limit_fields
+from lbr.api.status import describe_limit, limit_fields
 from lbr.core.budget import BUDGET_SPENT, COST_UNKNOWN
-from lbr.core.plurals import counted
+from lbr.core.plurals import counted, duration
 from lbr.core.types import RunState
-from lbr.store.limiting import SILENT_MS
 from lbr.store.runs import MOVED_TO, MOVING_FROM, MOVING_TO
+from lbr.store.schema import SILENT_MS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

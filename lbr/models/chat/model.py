@@ -18,7 +18,7 @@ from lbr.models.chat.costs import Costs
 from lbr.models.chat.endpoints import words_of
 from lbr.models.chat.kinds import categories_of, kind_of
 from lbr.models.checking import check_authority
-from lbr.models.http import Http, lost_words
+from lbr.models.http import Http, is_unreachable, lost_words
 from lbr.models.refusals import Refusal, call_error
 from lbr.models.waits import asked_wait
 
@@ -218,6 +218,7 @@ def _lost(error: Exception, url: str) -> CallError:
         categories=categories_of(kind),
         words="Request timed out." if late and not connecting else lost_words(error, url),
         connecting=connecting,
+        unreachable=is_unreachable(error),
     )
     return call_error(refusal)
 

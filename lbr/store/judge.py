@@ -1,0 +1,279 @@
+"""Failures judged by the other calls: outages and their probes, keys that let no call in, runs that are set up wrongly.
+
+One row of `outages` for each model that all workers wait, or waited, for. It is locked after the rows of `limits`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import bindparam, func, select, update
+
+from lbr.core.errors import Symptom
+from lbr.core.outage import MAX_WAIT_MS, TURN_MS, Backlog, ModelState, Verdict, consider
+from lbr.core.plurals import counted
+from lbr.core.types import JobState, RunId, RunState
+from lbr.store.arrays import Bulk, Given, Query, among
+from lbr.store.counters import of_runs
+from lbr.store.runs import hold_states, move_page, run_of
+from lbr.store.schema import INFLIGHT, SILENT_MS, attempts, counters, jobs, outages, runs, workers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from lbr.core.outage import Judgement
+    from lbr.core.types import Claim, Failure, Millis, Settlement, WorkerId
+    from lbr.store.connection import Connection
+    from lbr.store.database import Database
+    from lbr.store.schema import AnyRow
+
+SAME_FAILURES = 20
+"""So many jobs of a run that has nothing done, failed alike: the run asks for what its model does not have."""
+PROBED_MS = 1_000
+"""How long until a look at a model that is being probed; its end wakes the workers sooner."""
+
+_DIGITS = re.compile(r"\d+")
+_STATE = [one.name for one in fields(ModelState)]
+_STATE_COLUMNS = [outages.c[name] for name in _STATE]
+_LOCKED = Query(
+    select(outages.c.answerer, *_STATE_COLUMNS)
+    .where(among(outages.c.answerer, "answerers"))
+    .order_by(outages.c.answerer)
+    .with_for_update()
+)
+_WAITED_FOR = (
+    select(outages.c.answerer, outages.c.probe_job, outages.c.probe_seq, *_STATE_COLUMNS)
+    .where(among(outages.c.answerer, "answerers"), outages.c.since.is_not(None))
+    .order_by(outages.c.answerer)
+)
+_WAITED_FOR_LOCKED = _WAITED_FOR.with_for_update()
+# A statement of its own: who waited for the lock must see what its last holder wrote.
+_PROBED = select(jobs.c.id, jobs.c.claim_seq).where(among(jobs.c.id, "ids"), INFLIGHT)
+_BACKLOG = (
+    select(runs.c.answerer, counters.c.name, func.sum(counters.c.value).label("value"))
+    .join_from(runs, counters, runs.c.id == counters.c.run_id)
+    .where(among(runs.c.answerer, "answerers"), runs.c.state == RunState.ACTIVE)
+    .where(counters.c.name.in_([JobState.PENDING, JobState.INFLIGHT, JobState.DONE]))
+    .group_by(runs.c.answerer, counters.c.name)
+)
+_OTHERS = select(func.count()).where(
+    workers.c.id != bindparam("worker"), workers.c.seen_at > bindparam("since")
+)
+_FAILED_LATELY = (
+    select(attempts.c.job_id, attempts.c.error, attempts.c.message)
+    .join_from(attempts, jobs, (jobs.c.id == attempts.c.job_id) & (jobs.c.claim_seq == attempts.c.claim_seq))
+    .where(attempts.c.what == "failed", jobs.c.state == JobState.FAILED, jobs.c.run_id == bindparam("run"))
+    .order_by(attempts.c.id.desc())
+    .limit(1_000)
+)
+
+
+def _row(given: Given) -> dict[str, Any]:
+    return {"answerer": given["who"], **{name: given[f"new_{name}"] for name in _STATE}}
+
+
+def _making(given: Given) -> Any:
+    return given.insert_into(outages, _row(given)).on_conflict_do_nothing(index_elements=["answerer"])
+
+
+def _saving(given: Given) -> Any:
+    return (
+        update(outages)
+        .where(outages.c.answerer == given["who"])
+        .values({name: given[f"new_{name}"] for name in _STATE})
+    )
+
+
+_TYPES = {"who": outages.c.answerer.type, **{f"new_{name}": outages.c[name].type for name in _STATE}}
+_MAKE, _SAVE = Bulk(_TYPES, _making), Bulk(_TYPES, _saving)
+
+
+@dataclass(slots=True)
+class Judged:
+    """What became of a batch: its settlements, the runs to pause, and the models that this worker alone cannot reach.
+
+    `notices` are lines for the worker's log.
+    """
+
+    settlements: list[Settlement]
+    pauses: dict[RunId, str] = field(default_factory=dict)
+    unreachable: dict[str, str] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+
+    def add(self, place: int, model: str, one: Judgement) -> None:
+        """Note what follows from the settlement at this place."""
+        self.settlements[place] = one.settlement
+        failure = one.settlement.outcome.failure
+        if one.verdict is Verdict.WORKER and failure is not None:
+            self.unreachable[model] = failure.message
+        if one.notice is not None:
+            self.notices.append(one.notice)
+
+
+async def judge_failures(
+    connection: Connection, settlements: list[Settlement], answerers: Mapping[int, str], now: Millis
+) -> Judged:
+    """Judge the failed calls of a batch by what all workers saw of their models; most batches need no statement."""
+    judged = Judged(settlements)
+    places = [place for place, one in enumerate(settlements) if _is_to_judge(one)]
+    if not places:
+        return judged
+    named = {place: answerers[settlements[place].claim.job_id] for place in places}
+    # Runs before outages, outages before limits: so does a claim.
+    await hold_states(connection, await _active_runs(connection, sorted(set(named.values()))), to_change=True)
+    states = await _states(connection, settlements, named)
+    backlogs = await _backlogs(connection, list(states))
+    before = dict(states)
+    for place, model in named.items():
+        one = consider(settlements[place], model, states[model], backlogs[model], now)
+        states[model] = one.state
+        judged.add(place, model, one)
+        if one.pause is not None:
+            judged.pauses |= dict.fromkeys(await _active_runs(connection, [model]), one.pause)
+    changed = [model for model in states if states[model] != before[model]]
+    await _SAVE.run(connection, [_fields(model, states[model]) for model in changed])
+    return judged
+
+
+def _is_to_judge(settlement: Settlement) -> bool:
+    failure = settlement.outcome.failure
+    return settlement.claim.probe or (failure is not None and failure.symptom is not None)
+
+
+async def _states(
+    connection: Connection, settlements: list[Settlement], named: Mapping[int, str]
+) -> dict[str, ModelState]:
+    """Return the models' states, locked until the transaction ends; those with evidence get a row."""
+    seen = sorted({model for place, model in named.items() if settlements[place].evidence is not None})
+    await _MAKE.run(connection, [_fields(model, ModelState()) for model in seen])
+    names = sorted(set(named.values()))
+    rows = await _LOCKED.all(connection, {"answerers": names})
+    return dict.fromkeys(names, ModelState()) | {model: ModelState(*values) for model, *values in rows}
+
+
+def _fields(model: str, state: ModelState) -> dict[str, Any]:
+    return {"who": model, **{f"new_{name}": getattr(state, name) for name in _STATE}}
+
+
+async def _backlogs(connection: Connection, names: list[str]) -> dict[str, Backlog]:
+    counts: Counter[tuple[str, str]] = Counter()
+    for answerer, name, value in (await connection.execute(_BACKLOG, {"answerers": names})).all():
+        counts[answerer, name] = int(value)
+    return {
+        who: Backlog(
+            open=counts[who, JobState.PENDING] + counts[who, JobState.INFLIGHT],
+            done=counts[who, JobState.DONE],
+        )
+        for who in names
+    }
+
+
+async def _active_runs(connection: Connection, models: list[str]) -> list[RunId]:
+    query = select(runs.c.id).where(among(runs.c.answerer, "answerers"), runs.c.state == RunState.ACTIVE)
+    return [RunId(run_id) for run_id in (await connection.execute(query, {"answerers": models})).scalars()]
+
+
+# --- what may be claimed meanwhile --------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Waiting:
+    """The models that are waited for, at a claim or a look: those to probe now, and when to look for the others."""
+
+    probes: set[str] = field(default_factory=set)
+    until: dict[str, int] = field(default_factory=dict)
+
+
+async def waiting(
+    connection: Connection, names: Iterable[str], worker: WorkerId, now: Millis, *, lock: bool
+) -> Waiting:
+    """Return what the outages of these models let this worker claim; with `lock` until the transaction ends."""
+    found = Waiting()
+    query = _WAITED_FOR_LOCKED if lock else _WAITED_FOR
+    rows = (await connection.execute(query, {"answerers": sorted(names)})).all()
+    probes = [one.probe_job for one in rows if one.probe_job is not None]
+    probed = (
+        {tuple(one) for one in (await connection.execute(_PROBED, {"ids": probes})).all()}
+        if probes
+        else set()
+    )
+    for model, probe_job, probe_seq, *values in rows:
+        state = ModelState(*values)
+        turn = 0
+        if state.worker == worker and await _has_others(connection, worker, now):
+            turn = TURN_MS
+        # A clock that was ahead must not set a time that no worker waits for.
+        probe_at = min(state.probe_at, now + MAX_WAIT_MS) + turn
+        if (probe_job, probe_seq) in probed:
+            found.until[model] = now + PROBED_MS
+        elif probe_at > now:
+            found.until[model] = probe_at
+        else:
+            found.probes.add(model)
+    return found
+
+
+async def _has_others(connection: Connection, worker: WorkerId, now: Millis) -> bool:
+    bound = {"worker": worker, "since": now - SILENT_MS}
+    return bool(await connection.scalar(_OTHERS, bound))
+
+
+async def note_probes(connection: Connection, probes: Mapping[str, Claim], worker: WorkerId) -> None:
+    """Write down which claims are probes, so that no other begins before they end."""
+    for model, claim in sorted(probes.items()):
+        values = {"probe_job": claim.job_id, "probe_seq": claim.claim_seq, "worker": worker}
+        await connection.execute(update(outages).where(outages.c.answerer == model).values(values))
+
+
+# --- runs that are set up wrongly ---------------------------------------------------------------------------------------
+
+
+async def pause_wrong_set_ups(
+    connection: Connection, database: Database, settlements: Sequence[Settlement]
+) -> dict[RunId, str]:
+    """Give back the jobs of runs whose every call failed alike, uncharged; return the runs to pause, with the reason.
+
+    After the counters of the batch were changed.
+    """
+    failed = {s.claim.run_id: s.outcome.failure for s in settlements if _is_of_set_up(s)}
+    pauses: dict[RunId, str] = {}
+    for run_id, failure in sorted(failed.items()):
+        if failure is None:
+            continue
+        row = (await connection.execute(select(runs).where(runs.c.id == run_id))).one()
+        needed = await _alike_needed(connection, row)
+        if needed is None:
+            continue
+        rows = (await connection.execute(_FAILED_LATELY, {"run": run_id})).all()
+        alike = [(int(one.job_id), str(JobState.FAILED)) for one in rows if _sign(one) == _sign(failure)]
+        if len(alike) >= needed:
+            await move_page(database, connection, run_of(row), alike, JobState.PENDING)
+            pauses[run_id] = (
+                f"all {counted(len(alike), 'job')} that were called failed alike: {failure.message}; fix that and "
+                f"`lbr resume {row.name}`, or `lbr rm {row.name}` and enqueue it as it should be"
+            )
+    return pauses
+
+
+def _is_of_set_up(settlement: Settlement) -> bool:
+    failure = settlement.outcome.failure
+    return settlement.state is JobState.FAILED and failure is not None and failure.symptom is Symptom.SET_UP
+
+
+async def _alike_needed(connection: Connection, run: AnyRow) -> int | None:
+    """Return how many jobs must have failed alike for the run to be paused; None while no number would do."""
+    counts = (await of_runs(connection, [RunId(run.id)]))[RunId(run.id)]
+    if counts[JobState.DONE]:
+        return None
+    if run.state == RunState.PAUSED:  # by this very failure: these calls were under way
+        return 1
+    left = counts[JobState.PENDING] + counts[JobState.INFLIGHT]
+    is_all = not left and run.sealed_at is not None
+    return min(SAME_FAILURES, counts[JobState.FAILED]) if is_all else SAME_FAILURES
+
+
+def _sign(failure: AnyRow | Failure) -> tuple[str, str]:
+    return failure.error, _DIGITS.sub("", failure.message)

@@ -1,0 +1,212 @@
+"""Failures are judged by the other calls: what one worker saw, what all know, and how much is left to do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from lbr.core.errors import Family, Symptom, Usage
+from lbr.core.outage import (
+    FIRST_WAIT_MS,
+    MAX_WAIT_MS,
+    REFUSALS,
+    Backlog,
+    Evidence,
+    ModelState,
+    Suspicion,
+    Verdict,
+    consider,
+    judge,
+)
+from lbr.core.types import (
+    Claim,
+    Failure,
+    JobId,
+    JobState,
+    Outcome,
+    Prompt,
+    Reply,
+    RunId,
+    Settlement,
+    WorkerId,
+)
+
+MANY, FEW = Backlog(open=100, done=0), Backlog(open=2, done=5)
+NOW = 1_000_000
+MINE = Evidence(WorkerId(1), jobs=3, unsuccessful_ms=5_000, succeeded=False, patience_ms=10_000)
+
+
+def failure(symptom: Symptom | None, family: Family = Family.TRANSIENT) -> Failure:
+    """Return a failure that says this about other calls."""
+    return Failure(family, "SomeError", "it failed", symptom=symptom)
+
+
+def ended(
+    symptom: Symptom | None,
+    *,
+    evidence: Evidence | None = None,
+    probe: bool = False,
+    family: Family = Family.TRANSIENT,
+) -> Settlement:
+    """Return the settlement of a call that failed, charged to its job."""
+    claim = Claim(JobId(1), RunId(1), 1, 0, 0, Prompt("a"), b"", probe=probe)
+    outcome = Outcome(None, failure(symptom, family), 10)
+    return Settlement(claim, JobState.PENDING, outcome, charge=1, wait_ms=700, evidence=evidence)
+
+
+def refused(job: int, latency_ms: int = 10) -> tuple[JobId, Outcome]:
+    """Return a job and how its call was refused."""
+    return JobId(job), Outcome(None, failure(Symptom.UNREACHABLE), latency_ms)
+
+
+class TestSuspicion:
+    """What one worker counts."""
+
+    def test_five_refusals_are_evidence_and_name_their_jobs(self) -> None:
+        """The fifth refusal without a success between them is evidence, with the number of different jobs."""
+        seen = Suspicion(started=0.0)
+        noted = [seen.note(*refused(job), now=1.0) for job in (1, 2, 2, 3)]
+        assert noted == [False] * (REFUSALS - 1)
+        assert seen.note(*refused(3), now=2.0)
+        assert seen.evidence(WorkerId(7), 3.0, patience=60) == Evidence(WorkerId(7), 3, 3_000, False, 60_000)
+
+    def test_a_success_that_began_after_the_first_refusal_clears_it(self) -> None:
+        """Only a call that began later shows that the model is there."""
+        seen = Suspicion(started=0.0)
+        for job in range(4):
+            seen.note(*refused(job), now=10.0)
+        seen.note(JobId(9), Outcome(Reply("old"), None, latency_ms=5_000), now=11.0)
+        assert seen.refusals == 4
+        seen.note(JobId(9), Outcome(Reply("new"), None, latency_ms=500), now=11.0)
+        assert seen.refusals == 0
+
+    @pytest.mark.parametrize("symptom", [None, Symptom.SET_UP])
+    def test_failures_of_a_job_alone_count_for_nothing(self, symptom: Symptom | None) -> None:
+        """A read timeout, an exception of a function or a wrong request is no sign of an outage."""
+        seen = Suspicion(started=0.0)
+        assert not any(
+            seen.note(JobId(job), Outcome(None, failure(symptom), 10), now=1.0) for job in range(20)
+        )
+
+    def test_a_bad_answer_that_was_paid_for_is_a_success(self) -> None:
+        """The model was there, whatever it said."""
+        seen = Suspicion(started=0.0)
+        seen.note(*refused(1), now=1.0)
+        bad = Failure(Family.BAD_ANSWER, "BadAnswer", "no JSON", usage=Usage(1, 1))
+        seen.note(JobId(2), Outcome(None, bad, 10), now=2.0)
+        assert seen.refusals == 0
+
+
+class TestJudge:
+    """What a failed call means."""
+
+    @pytest.mark.parametrize("symptom", [Symptom.UNREACHABLE, Symptom.SERVER_ERROR])
+    def test_a_refusal_without_evidence_is_charged(self, symptom: Symptom) -> None:
+        """A single refusal is the job's own."""
+        assert judge(ended(symptom), ModelState(), MANY, NOW) is Verdict.JOB
+
+    @pytest.mark.parametrize("symptom", [Symptom.UNREACHABLE, Symptom.SERVER_ERROR, Symptom.DENIED])
+    def test_evidence_makes_all_wait(self, symptom: Symptom) -> None:
+        """Five refusals of three jobs are an outage, or a key that nobody gets in with: no job is charged."""
+        one = consider(ended(symptom, evidence=MINE), "m", ModelState(), MANY, NOW)
+        assert one.verdict is Verdict.WAIT
+        assert (one.settlement.state, one.settlement.charge) == (JobState.PENDING, 0)
+        assert (one.state.since, one.state.probe_at) == (NOW, NOW + FIRST_WAIT_MS)
+        assert one.notice is not None
+
+    def test_evidence_of_too_few_jobs_is_none(self) -> None:
+        """One prompt that is refused five times is no outage while others wait."""
+        evidence = replace(MINE, jobs=1)
+        settlement = ended(Symptom.SERVER_ERROR, evidence=evidence)
+        assert judge(settlement, ModelState(), MANY, NOW) is Verdict.JOB
+
+    def test_a_refusal_while_all_wait_is_not_charged(self) -> None:
+        """A call that was under way when the outage was recognised, by whichever worker, costs its job nothing."""
+        state = ModelState(since=NOW - 500, worker=2)
+        assert judge(ended(Symptom.UNREACHABLE), state, MANY, NOW) is Verdict.WAIT
+
+    @pytest.mark.parametrize(
+        ("symptom", "verdict"),
+        [
+            (Symptom.SERVER_ERROR, Verdict.JOB),
+            (Symptom.DENIED, Verdict.JOB),
+            (Symptom.UNREACHABLE, Verdict.UNKNOWN),
+        ],
+    )
+    def test_the_last_two_jobs_of_a_model_that_answered(self, symptom: Symptom, verdict: Verdict) -> None:
+        """With fewer than three jobs left, 5xx, 401 and 403 are the job's own; a refused connection never is."""
+        assert judge(ended(symptom), ModelState(), FEW, NOW) is verdict
+
+    def test_a_single_job_with_a_wrong_key_is_not_charged(self) -> None:
+        """A run of one prompt is paused for a wrong key too: nothing has succeeded with it."""
+        alone = Backlog(open=1, done=0)
+        first = judge(ended(Symptom.DENIED), ModelState(), alone, NOW)
+        later = judge(ended(Symptom.DENIED, evidence=replace(MINE, jobs=1)), ModelState(), alone, NOW)
+        assert (first, later) == (Verdict.UNKNOWN, Verdict.WAIT)
+
+    def test_a_probe_that_is_denied_pauses(self) -> None:
+        """A key that lets no call in, of any worker, pauses the model's runs with the provider's words."""
+        state = ModelState(since=NOW - 500, worker=2)
+        one = consider(ended(Symptom.DENIED, probe=True), "m", state, MANY, NOW)
+        assert (one.verdict, one.pause, one.state.since) == (
+            Verdict.ACCOUNT,
+            "SomeError: it failed",
+            None,
+        )
+        assert one.settlement.charge == 0
+
+    def test_this_worker_alone(self) -> None:
+        """A worker that sees a second outage, after another's probe succeeded, is wrong itself."""
+        state = ModelState(recognised_by=1, recovered_by=2, recovered_at=NOW - 1_000)
+        settlement = ended(Symptom.UNREACHABLE, evidence=MINE)
+        assert judge(settlement, state, MANY, NOW) is Verdict.WORKER
+        since_then = replace(MINE, unsuccessful_ms=500)
+        assert judge(replace(settlement, evidence=since_then), state, MANY, NOW) is Verdict.WAIT
+
+
+class TestProbe:
+    """How an outage goes on and ends."""
+
+    def test_waits_double_to_a_minute_and_patience_counts_them(self) -> None:
+        """After each failed probe all wait twice as long; when the waits exceed patience, the runs pause."""
+        state = consider(
+            ended(Symptom.UNREACHABLE, evidence=replace(MINE, patience_ms=200_000)),
+            "m",
+            ModelState(),
+            MANY,
+            0,
+        ).state
+        waits = []
+        while True:
+            one = consider(ended(Symptom.UNREACHABLE, probe=True), "m", state, MANY, 0)
+            assert one.settlement.charge == 0
+            state = one.state
+            if one.pause is not None:
+                break
+            waits.append(state.wait_ms // 1000)
+        assert waits == [2, 4, 8, 16, 32, MAX_WAIT_MS // 1000, MAX_WAIT_MS // 1000]
+        assert "could not be reached in 3 min 03 s of waits" in one.pause
+        assert state.since is None
+
+    def test_an_answer_ends_it(self) -> None:
+        """A probe that is answered lets all workers go on, and says after how long."""
+        state = ModelState(since=NOW - 60_000, worker=2)
+        claim = Claim(JobId(1), RunId(1), 1, 0, 0, Prompt("a"), b"", probe=True)
+        done = Settlement(claim, JobState.DONE, Outcome(Reply("b"), None, 5), charge=1)
+        one = consider(done, "m", state, MANY, NOW)
+        assert one.settlement is done
+        assert one.state == replace(state, since=None, recovered_by=2, recovered_at=NOW)
+        assert one.notice == "m answers again, after 1 min 00 s"
+
+    def test_a_probe_that_times_out_is_not_charged(self) -> None:
+        """A server that falls silent is still away."""
+        state = ModelState(since=NOW - 500, wait_ms=1_000, patience_ms=10_000)
+        one = consider(ended(None, probe=True), "m", state, MANY, NOW)
+        assert (one.verdict, one.settlement.charge, one.state.wait_ms) == (Verdict.WAIT, 0, 2_000)
+
+    def test_a_probe_that_is_refused_for_its_prompt_ends_it(self) -> None:
+        """A 400 comes from a server that is there."""
+        state = ModelState(since=NOW - 500, worker=2)
+        one = consider(ended(Symptom.SET_UP, probe=True, family=Family.PERMANENT), "m", state, MANY, NOW)
+        assert (one.verdict, one.state.since, one.settlement.charge) == (Verdict.JOB, None, 1)
