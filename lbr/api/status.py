@@ -224,7 +224,7 @@ def paused_words(run: str, reason: str) -> str:
         return f"{reason}; `lbr resume {run} --max-cost DOLLARS` lets it cost more"
     if reason.startswith(COST_UNKNOWN):
         return f"{reason}; then `lbr resume {run}`; or lift the limit with `lbr resume {run} --max-cost inf`"
-    return f"{reason}; mend it, then `lbr resume {run}`"
+    return f"{reason}; fix it, then `lbr resume {run}`"
 
 
 def resumed_words(run: str, reason: str) -> str:

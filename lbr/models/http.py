@@ -212,6 +212,11 @@ def is_unreachable(error: BaseException) -> bool:
     return isinstance(error, unreachable) and not isinstance(error, aiohttp.ClientPayloadError)
 
 
+def shown_url(url: str) -> str:
+    """Return a URL without user, password and query, which may be secret."""
+    return str(_encoded(url).with_user(None).with_query(None))
+
+
 def lost_words(error: BaseException | None, url: str) -> str:
     """Say that no answer came from a URL, or not all of it, and why: of the URL host and port alone, for it may hold a key.
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 TRANSIENT_STATUSES = frozenset({408, 409, 425, 499})
 """Of the 4xx those that may pass: too slow, in the way of another, too early, cut off."""
 
+BUSY_STATUSES = frozenset({503, 529})
+"""The provider has too much to do for now: like a rate limit, it is no fault of the job."""
+
 OVERLOAD_STATUSES = frozenset({408, 503, 504, 524, 529})
 
 _REJECTED = frozenset(
@@ -49,7 +52,8 @@ class Refusal:
     `kind` is what the error is called, `categories` the names of that and of all that it is a case of. `status` is 0
     where none came, `body` what came with it, None for nothing. `retry_after` is the wait in seconds that the client
     read out of the headers, `words` what to say where the body says nothing. `connecting` tells that no connection
-    was made, `unreachable` that the connection was refused, reset or never made.
+    was made, `unreachable` that the connection was refused, reset or never made. `url` is where the call went, without
+    what may be secret in it; None if that is not known.
     """
 
     kind: str
@@ -62,6 +66,7 @@ class Refusal:
     suggestion: str | None = None
     connecting: bool = False
     unreachable: bool = False
+    url: str | None = None
 
 
 def family_of(refusal: Refusal) -> Family:
@@ -72,9 +77,12 @@ def family_of(refusal: Refusal) -> Family:
     if "ModelRateLimitError" in categories or status == 429:
         return _family_of_429(refusal)
     if _is_denied(refusal):
-        return Family.PERMANENT  # unless no call gets in: the other calls tell
+        # Of a key that lets no call in the other calls tell; of an empty account the provider.
+        return Family.ACCOUNT if _BILLING_429.search(message_in(refusal.body) or "") else Family.PERMANENT
     if status in TRANSIENT_STATUSES:
         return Family.TRANSIENT
+    if status in BUSY_STATUSES or "ModelUnavailableError" in categories:
+        return Family.RATE_LIMITED
     if status == 400 and _BILLING_400.match(message_in(refusal.body) or ""):
         return Family.ACCOUNT
     if categories & _REJECTED:
@@ -102,9 +110,7 @@ def symptom_of(refusal: Refusal, family: Family) -> Symptom | None:
         return Symptom.UNREACHABLE
     if family is Family.PERMANENT and _is_denied(refusal):
         return Symptom.DENIED
-    if family is Family.TRANSIENT and (
-        refusal.status >= 500 or "ModelUnavailableError" in refusal.categories
-    ):
+    if refusal.status >= 500 or "ModelUnavailableError" in refusal.categories:
         return Symptom.SERVER_ERROR
     about_the_prompt = refusal.categories & _ABOUT_THE_PROMPT or refusal.status == 413
     return Symptom.SET_UP if family is Family.PERMANENT and refusal.status and not about_the_prompt else None
@@ -157,7 +163,8 @@ def _words(refusal: Refusal, filtered: str | None, api_key: str | None) -> str:
     ending = "" if filtered is None else f"; {filtered}"
     if said is None:
         return clean(refusal.words + ending, api_key)
-    ending += "" if refusal.status == 0 else f" (HTTP {refusal.status})"
+    where = f" from {refusal.url}" if refusal.url and refusal.status in {404, 405} else ""
+    ending += "" if refusal.status == 0 else f" (HTTP {refusal.status}{where})"
     ending += f"; did you mean {refusal.suggestion!r}?" if refusal.suggestion else ""
     ending = clean(ending, api_key, most=MAX_MESSAGE_CHARS // 2)
     gap = "" if ending.startswith(";") or not ending else " "

@@ -252,8 +252,8 @@ async def pause_wrong_set_ups(
         if len(alike) >= needed:
             await move_page(database, connection, run_of(row), alike, JobState.PENDING)
             pauses[run_id] = (
-                f"all {counted(len(alike), 'job')} that were called failed alike: {failure.message}; fix that and "
-                f"`lbr resume {row.name}`, or `lbr rm {row.name}` and enqueue it as it should be"
+                f"all {counted(len(alike), 'job')} that were called failed alike: {failure.message} "
+                f"(a wrong model or setting: `lbr rm {row.name}`, then enqueue it again)"
             )
     return pauses
 

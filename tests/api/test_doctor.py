@@ -198,7 +198,7 @@ async def test_paused_and_unsealed_runs_are_found(database: Database, db_url: st
             "run the same enqueue again: it adds what is missing; look first where it was one with --append",
         ),
         (Gravity.NOTE, "`lbr resume hand` lets it go on"),
-        (Gravity.WARNING, "mend it, then `lbr resume broke`"),
+        (Gravity.WARNING, "fix it, then `lbr resume broke`"),
         (Gravity.WARNING, "`lbr resume spent --max-cost DOLLARS` lets it cost more"),
     ]
     change(db_url, f"UPDATE runs SET enqueued_at = {clock() - 1_000}")
@@ -376,7 +376,7 @@ def test_words_of_the_command(cli: Cli, tmp_path: Path) -> None:
     done = cli("doctor", check=False)
     assert done.returncode == GRAVE
     assert (
-        "warning  runs: run r: paused with 1 job to do: the moon\n         mend it, then `lbr resume r`\n"
+        "warning  runs: run r: paused with 1 job to do: the moon\n         fix it, then `lbr resume r`\n"
         in done.stdout
     )
     assert "warning" in done.stderr

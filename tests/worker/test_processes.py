@@ -504,7 +504,7 @@ def test_a_pause_is_told_by_those_whom_it_concerns(cli: Cli) -> None:
         ("run", "in.txt", "-o", "out.jsonl", "--model", "offline:echo"),
     ):
         done = cli(*command, check=False)
-        assert (done.returncode, "no credit; mend it, then `lbr resume in`" in done.stderr) == (3, True), (
+        assert (done.returncode, "no credit; fix it, then `lbr resume in`" in done.stderr) == (3, True), (
             done.stderr
         )
 

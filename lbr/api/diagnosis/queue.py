@@ -160,4 +160,4 @@ def _paused(run: Run, left: int) -> Finding:
     if reason.startswith(COST_UNKNOWN):
         way = f"then `lbr resume {run.name}`; or lift the limit with `lbr resume {run.name} --max-cost inf`"
         return Finding("runs", Gravity.WARNING, words, way)
-    return Finding("runs", Gravity.WARNING, words, f"mend it, then `lbr resume {run.name}`")
+    return Finding("runs", Gravity.WARNING, words, f"fix it, then `lbr resume {run.name}`")

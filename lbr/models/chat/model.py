@@ -18,7 +18,7 @@ from lbr.models.chat.costs import Costs
 from lbr.models.chat.endpoints import words_of
 from lbr.models.chat.kinds import categories_of, kind_of
 from lbr.models.checking import check_authority
-from lbr.models.http import Http, is_unreachable, lost_words
+from lbr.models.http import Http, is_unreachable, lost_words, shown_url
 from lbr.models.refusals import Refusal, call_error
 from lbr.models.waits import asked_wait
 
@@ -109,7 +109,8 @@ class ChatModel:
         if status < 300:
             await self._costs.ready((ends - time.monotonic()) / 2)
             return self._reader.read(content, charset)
-        refusal = refusal_of(self._endpoint.model, status, headers, decoded(content, charset))
+        text, url = decoded(content, charset), shown_url(self._endpoint.url)
+        refusal = refusal_of(self._endpoint.model, status, headers, text, url)
         if isinstance(refusal.body, dict) and refusal.body.get("code") == "model_not_found":
             await self._suggest(request, status, headers, content, (ends - time.monotonic()) / 2)
         raise call_error(refusal, api_key=self._api_key)
@@ -240,7 +241,9 @@ def _charset(content_type: str) -> str:
     return content_type.lower().partition("charset=")[2].partition(";")[0].strip(" \"'")
 
 
-def refusal_of(model: str, status: int, headers: Mapping[str, str], text: str) -> Refusal:
+def refusal_of(
+    model: str, status: int, headers: Mapping[str, str], text: str, url: str | None = None
+) -> Refusal:
     """Read an answer with a status of 400 or more."""
     text = text.strip()
     try:
@@ -258,4 +261,5 @@ def refusal_of(model: str, status: int, headers: Mapping[str, str], text: str) -
         body=body,
         headers=headers,
         retry_after=asked_wait(headers),
+        url=url,
     )
