@@ -1,0 +1,117 @@
+"""Commands that look after runs, from the outside: `rm`, and what failed jobs do to exit codes and reports."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+
+import lbr
+
+if TYPE_CHECKING:
+    from tests.support import Cli
+
+TABLES = ("items", "jobs", "prompts", "results", "attempts", "counters")
+
+
+def rows_of(cli: Cli) -> dict[str, int]:
+    """Count the rows of every table that holds something of a run."""
+    return {table: cli.query(f"SELECT count(*) FROM {table}")[0][0] for table in (*TABLES, "runs")}
+
+
+def enqueue(cli: Cli, name: str, prompts: list[str], *flags: str) -> None:
+    """Enqueue prompts into a run."""
+    (cli.folder / f"{name}.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
+    cli("enqueue", f"{name}.txt", "--model", "offline:echo", *flags)
+
+
+class TestRemove:
+    """`lbr rm`."""
+
+    def test_it_removes_one_run_whole_and_leaves_the_others(self, cli: Cli) -> None:
+        """Nothing of the run is left, and answers that another run reused from it stay there."""
+        enqueue(cli, "first", ["a", "b", "b", "c"])
+        cli("worker")
+        enqueue(cli, "second", ["a", "d"])
+        cli("worker")
+        done = cli("rm", "first", "--yes")
+        assert done.stdout == "run first: removed, with 3 jobs\n"
+        assert [row["result"] for row in cli.collect("second")] == ["a", "d"]
+        assert rows_of(cli) | {"counters": 0} == {
+            "items": 2,
+            "jobs": 2,
+            "prompts": 2,
+            "results": 2,
+            "attempts": 0,
+            "counters": 0,
+            "runs": 1,
+        }
+        assert cli("status", "first", check=False).returncode == 2
+        enqueue(cli, "first", ["a", "x"])
+
+    def test_it_asks_before_it_removes_answers(self, cli: Cli) -> None:
+        """Without --yes and without a yes the run stays; a run without answers needs none."""
+        enqueue(cli, "paid", ["a"])
+        cli("worker")
+        refused = cli("rm", "paid", check=False, stdin="n\n")
+        assert refused.returncode == 2
+        assert "Remove run paid with 1 answer?" in refused.stderr
+        assert cli.collect("paid")[0]["result"] == "a"
+        enqueue(cli, "empty", ["b"])
+        assert cli("rm", "empty").stdout == "run empty: removed, with 1 job\n"
+
+    @pytest.mark.processes
+    def test_calls_in_flight_end_first(self, cli: Cli) -> None:
+        """A worker that is in the middle of a call keeps its job until then; no more jobs are claimed."""
+        enqueue(cli, "slow", [f"p{n}" for n in range(40)], "--set", "latency=1.5")
+        worker = cli.start("worker", "--concurrency", "4", "--until", "forever")
+        cli.wait_for("slow", "inflight", 4)
+        done = cli("rm", "slow", "--yes")
+        assert "waiting for 4 calls in flight" in done.stderr
+        assert rows_of(cli)["jobs"] == 0
+        worker.send_signal(signal.SIGTERM)
+        _, stderr = worker.communicate(timeout=60)
+        assert worker.returncode == 0, stderr
+        assert "4 done" in stderr
+
+    @pytest.mark.processes
+    def test_a_dead_workers_jobs_do_not_hold_it_up(self, cli: Cli) -> None:
+        """Jobs that a killed worker held are taken back, though no other worker is there."""
+        enqueue(cli, "held", ["a", "b"], "--set", "latency=600")
+        worker = cli.start("worker", "--lease", "1")
+        cli.wait_for("held", "inflight", 2)
+        worker.kill()
+        worker.wait()
+        cli("rm", "held")
+        assert rows_of(cli) == dict.fromkeys((*TABLES, "runs"), 0)
+
+
+@pytest.mark.processes
+def test_a_worker_whose_jobs_failed_ends_with_4_unless_it_runs_for_ever(cli: Cli) -> None:
+    """Cron sees that jobs failed; a service that restarts on failure does not restart for each."""
+    enqueue(cli, "bad", ["a"], "--set", "failure_rate=1", "--max-attempts", "1")
+    assert cli("worker", check=False).returncode == 4
+    enqueue(cli, "worse", ["b"], "--set", "failure_rate=1", "--max-attempts", "1")
+    worker = cli.start("worker", "--until", "forever")
+    cli.wait_for("worse", "failed", 1)
+    worker.send_signal(signal.SIGTERM)
+    worker.communicate(timeout=60)
+    assert worker.returncode == 0
+
+
+def test_run_says_how_many_failed_why_and_how_to_retry(cli: Cli) -> None:
+    """The same command on a run with failed jobs makes no call, and says what to do about them."""
+    (cli.folder / "in.txt").write_text("a\nb\n")
+    flags = ("--model", "offline:echo", "--set", "failure_rate=1", "--max-attempts", "1")
+    for _ in range(2):
+        done = cli("run", "in.txt", "-o", "out.jsonl", *flags, check=False)
+        assert done.returncode == 4
+        assert "2 rows have no answer: 2 times: " in done.stderr
+        assert "`lbr retry in` puts their jobs back" in done.stderr
+
+
+async def test_a_run_is_removed_from_python(cli: Cli) -> None:
+    """`lbr.remove` returns how many jobs there were."""
+    enqueue(cli, "first", ["a", "b", "b"])
+    assert await lbr.remove("first", db_url=cli.outside_url) == 2
