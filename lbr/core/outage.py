@@ -52,6 +52,11 @@ class Suspicion:
     jobs: set[JobId] = field(default_factory=set)
     last_success: float | None = None
 
+    @property
+    def is_evidence(self) -> bool:
+        """Whether the refusals seen so far are more than an accident."""
+        return self.refusals >= REFUSALS
+
     def note(self, job_id: JobId, outcome: Outcome, now: float) -> bool:
         """Count a call that ended now; return whether the refusals seen so far are evidence."""
         if outcome.is_paid:
@@ -65,7 +70,7 @@ class Suspicion:
         self.refusals += 1
         if len(self.jobs) < JOBS:
             self.jobs.add(job_id)
-        return self.refusals >= REFUSALS
+        return self.is_evidence
 
     def evidence(self, worker: WorkerId, now: float, *, patience: float) -> Evidence:
         """Return what has been seen; `patience` is in seconds."""

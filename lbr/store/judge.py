@@ -1,6 +1,7 @@
 """Failures judged by the other calls: outages and their probes, keys that let no call in, runs that are set up wrongly.
 
-One row of `outages` for each model that all workers wait, or waited, for. It is locked after the rows of `limits`.
+One row of `outages` for each model that all workers wait, or waited, for. Locked are first runs, then outages, then
+limits.
 """
 
 from __future__ import annotations
@@ -181,10 +182,11 @@ async def _active_runs(connection: Connection, models: list[str]) -> list[RunId]
 
 @dataclass(slots=True)
 class Waiting:
-    """The models that are waited for, at a claim or a look: those to probe now, and when to look for the others."""
+    """The models that are waited for, at a claim or a look: those to probe now, when to look for the others, and why."""
 
     probes: set[str] = field(default_factory=set)
     until: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
 
 
 async def waiting(
@@ -202,6 +204,7 @@ async def waiting(
     )
     for model, probe_job, probe_seq, *values in rows:
         state = ModelState(*values)
+        found.reasons[model] = state.reason
         turn = 0
         if state.worker == worker and await _has_others(connection, worker, now):
             turn = TURN_MS

@@ -93,7 +93,7 @@ class Gate:
     anything back, refilled, and `budgets` those of the runs that have one. `ceiling` is how many slots the workers
     have together; `waits` are the times of the ends of cooldowns; `debited` are those from which was taken, and
     `raised` the runs of which a claimed call may cost more than any before. Of a model
-    in `probes` one job may be claimed, to see whether an outage is over.
+    in `probes` one job may be claimed, to see whether an outage is over; `outages` are the models in one, with the cause.
     """
 
     now: Millis
@@ -106,6 +106,7 @@ class Gate:
     debited: set[str] = field(default_factory=set)
     raised: set[RunId] = field(default_factory=set)
     probes: set[str] = field(default_factory=set)
+    outages: dict[str, str] = field(default_factory=dict)
     probed: dict[str, RunId] = field(default_factory=dict)
 
     def cool(self, until: Mapping[str, int]) -> None:
@@ -117,7 +118,7 @@ class Gate:
     def wait_for(self, found: Waiting) -> None:
         """Pass over the runs of models that all workers wait for, but for a probe."""
         self.waits += found.until.values()
-        self.probes = found.probes
+        self.probes, self.outages = found.probes, found.reasons
         self.answerers = {run_id: who for run_id, who in self.answerers.items() if who not in found.until}
 
     def limit(self, run_id: RunId) -> Limit | None:

@@ -7,7 +7,7 @@ claim_seq of its claim: a job that somebody else has claimed since is not touche
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import bindparam, case, delete, func, insert, literal_column, select, update
@@ -116,6 +116,7 @@ class Outlook:
     """What a look without a lock saw: is anything due, are suspects, is anything to reclaim, when to look again.
 
     `stranded` tells that jobs wait for a time that only a clock that was ahead can have set. `next_ms` is how long from now until more may be due, None where nothing is waiting.
+    `outages` are the models that all workers wait for, with the cause.
     """
 
     due: bool
@@ -123,6 +124,7 @@ class Outlook:
     expired: bool
     stranded: bool
     next_ms: int | None
+    outages: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +234,7 @@ class Queue:
             expired = lease_end is not None and lease_end < now
             expired = expired or any(worker not in spared for worker in await self._dead(connection))
             waits = [time - now for time in times if time is not None and time > now]
-            return Outlook(due, suspects, expired, stranded, min(waits, default=None))
+            return Outlook(due, suspects, expired, stranded, min(waits, default=None), gate.outages)
 
         return await self._database.read(work)
 

@@ -156,6 +156,10 @@ class Calls:
             self._suspects &= self._held.keys()
         return bool(self._suspects)
 
+    def sees_outage(self, model: str) -> bool:
+        """Whether this worker's own calls say that a model cannot be reached."""
+        return model in self._suspicions and self._suspicions[model].is_evidence
+
     def open(self) -> None:
         """Begin to settle; `close` ends it."""
         self._settling = asyncio.create_task(self._settler.run())

@@ -29,7 +29,7 @@ from lbr.worker.runs import Servings
 from lbr.worker.spool import kept
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from lbr.core.config import WorkOptions
     from lbr.core.types import Claim, Run, Settlement
@@ -100,6 +100,7 @@ class Worker:
             notify=notify,
         )
         self._unserved: list[Claim] = []
+        self._outages: set[str] = set()
         self._wake = asyncio.Event()
         self._stopping = False
         self._aborting = False
@@ -310,6 +311,7 @@ class Worker:
         elif now < self._next_due:
             return False
         outlook = await self._outlook()
+        self._note_outages(outlook.outages)
         if outlook.stranded:
             await self._queue.bring_forward(self._claiming.order)
         if outlook.expired:
@@ -328,6 +330,16 @@ class Worker:
 
     async def _outlook(self) -> Outlook:
         return await self._queue.look(self._claiming.order, worker=self._id, spared=self._reclaiming.spared())
+
+    def _note_outages(self, outages: Mapping[str, str]) -> None:
+        """Log an outage that another worker recognised, and its end; of our own the settlement tells."""
+        for model in outages.keys() - self._outages:
+            if not self._calls.sees_outage(model):
+                self._notify(f"{model}: waiting, as all workers do: {outages[model]}")
+        for model in self._outages - outages.keys():
+            if self._calls.sees_outage(model):
+                self._notify(f"{model}: calling again, because it answered another worker")
+        self._outages = set(outages)
 
     async def _reclaim(self) -> None:
         self.report.reclaimed += await self._reclaiming.take_back()
