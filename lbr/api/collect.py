@@ -15,7 +15,7 @@ from lbr.core.config import (
 from lbr.core.errors import UsageError
 from lbr.core.types import JobState, Shape
 from lbr.io import writers
-from lbr.store import reads
+from lbr.store import reads, runs
 from lbr.store.engines import opened
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ async def collect(
         raise UsageError("expected -o FILE for a results database, got: stdout")
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         found = await reads.find_run(database, run)
+        runs.check_not_removing(run, found.pause_reason)
         if wait:
             await until_finished(database, found)
         pages = Tally(reads.rows(database, found, chosen))

@@ -64,7 +64,10 @@ def exit_code(collected: api.Collected) -> int:
 def _reasons(collected: api.Collected) -> str:
     """Return what most of the failed rows said, behind a colon; empty if none failed."""
     most = sorted(collected.reasons.items(), key=lambda one: -one[1])[:SHOWN_REASONS]
-    words = "; ".join(f"{count} times: {printable(reason)[:200]}" for reason, count in most)
+    alone = len(collected.reasons) == 1
+    words = "; ".join(
+        printable(reason)[:200] + ("" if alone else f" ({counted(count, 'row')})") for reason, count in most
+    )
     more = len(collected.reasons) - len(most)
     return f": {words}{f'; and {more} other reasons' if more else ''}" if words else ""
 

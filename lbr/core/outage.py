@@ -29,14 +29,17 @@ TURN_MS = 2_000
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What one worker saw of a model: enough refusals, none of its own calls having succeeded since the first.
+    """What one worker saw of a model: refusals, none of its own calls having succeeded since the first.
 
-    `jobs` is how many jobs they were of, `unsuccessful_ms` how long this worker has had no success, and `succeeded`
-    whether it ever had one. `patience_ms` is how long its user waits for an outage to end.
+    `jobs` is how many jobs they were of, at most JOBS; the first was `first_ms` ago. `unsuccessful_ms` is how long this
+    worker has had no success, and `succeeded` whether it ever had one. `patience_ms` is how long its user waits for an
+    outage to end.
     """
 
     worker: WorkerId
+    refusals: int
     jobs: int
+    first_ms: int
     unsuccessful_ms: int
     succeeded: bool
     patience_ms: int
@@ -57,12 +60,16 @@ class Suspicion:
         """Whether the refusals seen so far are more than an accident."""
         return self.refusals >= REFUSALS
 
+    def clear(self) -> None:
+        """Forget the refusals: the model was reached since."""
+        self.refusals, self.jobs = 0, set()
+
     def note(self, job_id: JobId, outcome: Outcome, now: float) -> bool:
-        """Count a call that ended now; return whether the refusals seen so far are evidence."""
+        """Count a call that ended now; return whether it was refused."""
         if outcome.is_paid:
             self.last_success = now
             if self.refusals and now - outcome.latency_ms / 1000 >= self.first:
-                self.refusals, self.jobs = 0, set()
+                self.clear()
             return False
         if outcome.failure is None or not is_refused(outcome.failure):
             return False
@@ -70,14 +77,16 @@ class Suspicion:
         self.refusals += 1
         if len(self.jobs) < JOBS:
             self.jobs.add(job_id)
-        return self.is_evidence
+        return True
 
     def evidence(self, worker: WorkerId, now: float, *, patience: float) -> Evidence:
         """Return what has been seen; `patience` is in seconds."""
         since = self.started if self.last_success is None else self.last_success
         return Evidence(
             worker,
+            self.refusals,
             len(self.jobs),
+            round((now - self.first) * 1000),
             round((now - since) * 1000),
             self.last_success is not None,
             round(patience * 1000),
@@ -118,10 +127,14 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """What the runs of a model hold: `open` jobs neither answered nor given up, and those that are `done`."""
+    """What the active runs of a model hold: `open` jobs neither answered nor given up, and those that are `done`.
+
+    `others` is how many calls other workers than the prober have in flight.
+    """
 
     open: int
     done: int
+    others: int = 0
 
 
 def is_refused(failure: Failure) -> bool:
@@ -137,20 +150,44 @@ def judge(settlement: Settlement, state: ModelState, backlog: Backlog, now: int)
     if not is_refused(failure):
         # A probe that found a server, but no answer: slow, or cut off.
         return Verdict.WAIT if probe and failure.family is Family.TRANSIENT else Verdict.JOB
-    few = backlog.open < JOBS
-    known = backlog.done > 0 or (evidence is not None and evidence.succeeded)
-    if few and known and failure.symptom is not Symptom.UNREACHABLE:
+    if _is_of_the_job(failure, evidence, backlog):
         return Verdict.JOB
     if state.since is not None:
-        return Verdict.ACCOUNT if probe and failure.symptom is Symptom.DENIED else Verdict.WAIT
-    if evidence is None or evidence.jobs < min(JOBS, backlog.open):
-        own = (
-            known
-            if failure.symptom is Symptom.DENIED
-            else not (few and failure.symptom is Symptom.UNREACHABLE)
-        )
-        return Verdict.JOB if own else Verdict.UNKNOWN
+        # A worker with a better key may be busy with calls that take long: its turn to probe comes.
+        denied = probe and failure.symptom is Symptom.DENIED and not backlog.others
+        return Verdict.ACCOUNT if denied else Verdict.WAIT
+    if evidence is None or is_stale(evidence, state, now) or not _is_enough(failure, evidence, backlog):
+        return Verdict.UNKNOWN if _is_uncharged(settlement, backlog) else Verdict.JOB
     return Verdict.WORKER if _others_succeed(state, evidence, now) else Verdict.WAIT
+
+
+def _is_of_the_job(failure: Failure, evidence: Evidence | None, backlog: Backlog) -> bool:
+    """Whether one of the last jobs of a model that has answered fails by itself: no three can be refused."""
+    succeeded = evidence is not None and evidence.succeeded
+    if failure.symptom is Symptom.DENIED:
+        return backlog.open < JOBS and succeeded  # by this worker's key
+    answered = succeeded or backlog.done > 0
+    return backlog.open < JOBS and answered and failure.symptom is not Symptom.UNREACHABLE
+
+
+def is_stale(evidence: Evidence, state: ModelState, now: int) -> bool:
+    """Whether evidence is older than the end of the last outage, so that it says nothing about now."""
+    return state.recovered_at is not None and now - evidence.first_ms <= state.recovered_at
+
+
+def _is_enough(failure: Failure, evidence: Evidence, backlog: Backlog) -> bool:
+    # No prompt has its connection refused, so that these need not be of different jobs.
+    jobs = 1 if failure.symptom is Symptom.UNREACHABLE else min(JOBS, backlog.open)
+    return evidence.refusals >= REFUSALS and evidence.jobs >= jobs
+
+
+def _is_uncharged(settlement: Settlement, backlog: Backlog) -> bool:
+    """Whether a refusal that may yet prove to be an outage or a wrong key must cost its job nothing."""
+    failure, evidence = settlement.outcome.failure, settlement.evidence
+    if failure is not None and failure.symptom is Symptom.DENIED:
+        return evidence is None or not evidence.succeeded
+    last = settlement.state is JobState.FAILED or backlog.open < JOBS
+    return last and failure is not None and failure.symptom is Symptom.UNREACHABLE
 
 
 def _others_succeed(state: ModelState, evidence: Evidence, now: int) -> bool:
@@ -238,11 +275,11 @@ def _probed_in_vain(state: ModelState, reason: str, now: int) -> ModelState:
 
 def without_charge(settlement: Settlement, verdict: Verdict) -> Settlement:
     """Return a settlement that gives its job back as if the call had not been made, behind all that are due."""
-    family = {Verdict.WAIT: Family.OUTAGE, Verdict.WORKER: Family.OUTAGE, Verdict.ACCOUNT: Family.ACCOUNT}
     outcome, wait_ms = settlement.outcome, RETRY_MS if verdict is Verdict.UNKNOWN else 0
     if outcome.failure is not None:
-        failure = replace(outcome.failure, family=family.get(verdict, outcome.failure.family))
-        outcome = replace(outcome, failure=failure)
+        family = outcome.failure.family if verdict is Verdict.UNKNOWN else Family.OUTAGE
+        family = Family.ACCOUNT if outcome.failure.symptom is Symptom.DENIED else family
+        outcome = replace(outcome, failure=replace(outcome.failure, family=family))
     return replace(
         settlement, outcome=outcome, state=JobState.PENDING, charge=0, wait_ms=wait_ms, cool_down=False
     )

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import bindparam, func, select, update
 
 from lbr.core.errors import Symptom
-from lbr.core.outage import MAX_WAIT_MS, TURN_MS, Backlog, ModelState, Verdict, consider
+from lbr.core.outage import MAX_WAIT_MS, TURN_MS, Backlog, ModelState, Verdict, consider, is_stale
 from lbr.core.plurals import counted
-from lbr.core.types import JobState, RunId, RunState
+from lbr.core.types import JobId, JobState, RunId, RunState
 from lbr.store.arrays import Bulk, Given, Query, among
 from lbr.store.counters import of_runs
 from lbr.store.runs import hold_states, move_page, run_of
@@ -96,17 +96,22 @@ _MAKE, _SAVE = Bulk(_TYPES, _making), Bulk(_TYPES, _saving)
 class Judged:
     """What became of a batch: its settlements, the runs to pause, and the models that this worker alone cannot reach.
 
-    `notices` are lines for the worker's log.
+    `reached` are models that a worker has reached since the first refusal that this one counts, `given_back` the jobs
+    that are not charged, `notices` lines for the worker's log.
     """
 
     settlements: list[Settlement]
     pauses: dict[RunId, str] = field(default_factory=dict)
     unreachable: dict[str, str] = field(default_factory=dict)
+    reached: set[str] = field(default_factory=set)
     notices: list[str] = field(default_factory=list)
+    given_back: set[JobId] = field(default_factory=set)
 
     def add(self, place: int, model: str, one: Judgement) -> None:
         """Note what follows from the settlement at this place."""
         self.settlements[place] = one.settlement
+        if one.verdict is not Verdict.JOB:
+            self.given_back.add(one.settlement.claim.job_id)
         failure = one.settlement.outcome.failure
         if one.verdict is Verdict.WORKER and failure is not None:
             self.unreachable[model] = failure.message
@@ -123,13 +128,23 @@ async def judge_failures(
     if not places:
         return judged
     named = {place: answerers[settlements[place].claim.job_id] for place in places}
-    # Runs before outages, outages before limits: so does a claim.
-    await hold_states(connection, await _active_runs(connection, sorted(set(named.values()))), to_change=True)
+    # Runs before outages, outages before limits: so does a claim. All at once, so that two never wait for each other.
+    held = {one.claim.run_id for one in settlements}
+    held |= set(await _active_runs(connection, sorted(set(named.values()))))
+    await hold_states(connection, sorted(held), to_change=True)
     states = await _states(connection, settlements, named)
     backlogs = await _backlogs(connection, list(states))
     before = dict(states)
     for place, model in named.items():
-        one = consider(settlements[place], model, states[model], backlogs[model], now)
+        backlog = backlogs[model]
+        if settlements[place].claim.probe:
+            backlog = replace(
+                backlog, others=await _calls_of_others(connection, model, settlements[place].claim)
+            )
+        evidence = settlements[place].evidence
+        if evidence is not None and is_stale(evidence, states[model], now):
+            judged.reached.add(model)
+        one = consider(settlements[place], model, states[model], backlog, now)
         states[model] = one.state
         judged.add(place, model, one)
         if one.pause is not None:
@@ -170,6 +185,14 @@ async def _backlogs(connection: Connection, names: list[str]) -> dict[str, Backl
         )
         for who in names
     }
+
+
+async def _calls_of_others(connection: Connection, model: str, claim: Claim) -> int:
+    """Count the calls of a model that other workers have in flight than the one that holds this claim."""
+    holder = select(jobs.c.worker_id).where(jobs.c.id == claim.job_id).scalar_subquery()
+    query = select(func.count()).join_from(jobs, runs, jobs.c.run_id == runs.c.id)
+    query = query.where(INFLIGHT, runs.c.answerer == model, jobs.c.worker_id != holder)
+    return int(await connection.scalar(query) or 0)
 
 
 async def _active_runs(connection: Connection, models: list[str]) -> list[RunId]:
@@ -236,11 +259,12 @@ async def note_probes(connection: Connection, probes: Mapping[str, Claim], worke
 
 async def pause_wrong_set_ups(
     connection: Connection, database: Database, settlements: Sequence[Settlement]
-) -> dict[RunId, str]:
-    """Give back the jobs of runs whose every call failed alike, uncharged; return the runs to pause, with the reason.
+) -> tuple[dict[RunId, str], set[JobId]]:
+    """Give back the jobs of runs whose every call failed alike, uncharged.
 
-    After the counters of the batch were changed.
+    Return the runs to pause, with the reason, and those jobs. After the counters of the batch were changed.
     """
+    given_back: set[JobId] = set()
     failed = {s.claim.run_id: s.outcome.failure for s in settlements if _is_of_set_up(s)}
     pauses: dict[RunId, str] = {}
     for run_id, failure in sorted(failed.items()):
@@ -254,11 +278,12 @@ async def pause_wrong_set_ups(
         alike = [(int(one.job_id), str(JobState.FAILED)) for one in rows if _sign(one) == _sign(failure)]
         if len(alike) >= needed:
             await move_page(database, connection, run_of(row), alike, JobState.PENDING)
+            given_back |= {JobId(job_id) for job_id, _ in alike}
             pauses[run_id] = (
                 f"all {counted(len(alike), 'job')} that were called failed alike: {failure.message} "
                 f"(a wrong model or setting: `lbr rm {row.name}`, then enqueue it again)"
             )
-    return pauses
+    return pauses, given_back
 
 
 def _is_of_set_up(settlement: Settlement) -> bool:

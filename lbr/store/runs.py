@@ -239,6 +239,12 @@ def _check_whole(name: str, reason: str | None) -> None:
         raise UsageError(f"run {name!r} is still {reason}; finish that with the same `lbr move` first")
 
 
+def check_not_removing(name: str, reason: str | None) -> None:
+    """Raise UsageError for a run of which a part is gone, because its removal was interrupted."""
+    if reason == REMOVING:
+        raise UsageError(f"run {name!r} is being removed; `lbr rm {name}` finishes that")
+
+
 async def hold_states(
     connection: Connection, run_ids: Iterable[RunId], *, to_change: bool = False
 ) -> dict[RunId, RunState]:
@@ -336,8 +342,9 @@ async def cancel(database: Database, run: Run) -> int:
 
     async def mark(connection: Connection) -> None:
         await hold_states(connection, [run.id], to_change=True)
-        check_not_moving(run.name, (await find(connection, run.name)).pause_reason)
-        values = {"state": RunState.CANCELLED, "pause_reason": None}
+        reason = (await find(connection, run.name)).pause_reason
+        check_not_moving(run.name, reason)
+        values = {"state": RunState.CANCELLED, "pause_reason": reason if reason == REMOVING else None}
         await connection.execute(update(runs).where(runs.c.id == run.id).values(**values))
 
     await database.write(mark)
@@ -385,8 +392,7 @@ async def revive(database: Database, run: Run) -> None:
     async def work(connection: Connection) -> None:
         await hold_states(connection, [run.id], to_change=True)
         reason = (await find(connection, run.name)).pause_reason
-        if reason == REMOVING:
-            raise UsageError(f"run {run.name!r} is being removed; `lbr rm {run.name}` finishes that")
+        check_not_removing(run.name, reason)
         check_not_moving(run.name, reason)
         values = {"state": RunState.ACTIVE}
         where = (runs.c.id == run.id) & (runs.c.state == RunState.CANCELLED)

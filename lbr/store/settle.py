@@ -119,14 +119,17 @@ _ADD_ATTEMPTS = Inserting(
 class Settled:
     """What became of a batch: the jobs whose outcome was taken, those refused as stale, the runs paused.
 
-    `unreachable` has the models that other workers reach and this one does not, with the reason; `notices` are lines
+    `given_back` are jobs of those taken that went back uncharged.
+    `reached` are models that a worker has reached since this one's first refusal; `unreachable` has the models that other workers reach and this one does not, with the reason; `notices` are lines
     for the worker's log.
     """
 
     taken: frozenset[JobId]
     stale: frozenset[JobId]
     paused: dict[str, str]
+    given_back: frozenset[JobId] = frozenset()
     unreachable: dict[str, str] = field(default_factory=dict)
+    reached: frozenset[str] = frozenset()
     notices: list[str] = field(default_factory=list)
 
 
@@ -146,9 +149,7 @@ async def settle_within(connection: Connection, database: Database, batch: Seque
     found = await _STANDING.all(connection, {"ids": ids})
     standing = {row[0]: Standing(*row) for row in found}
     if len(standing) != len(set(ids)):
-        raise DatabaseError(
-            "expected the jobs of every call to exist, got: some removed; the database was replaced"
-        )
+        batch = await _of_runs_that_are_there(connection, batch, standing)
     mine, stale = await _sorted_by_fence(connection, batch, standing)
     judged = await judge_failures(
         connection, mine, {one.job_id: one.answerer for one in standing.values()}, now
@@ -168,14 +169,30 @@ async def settle_within(connection: Connection, database: Database, batch: Seque
     deltas = _deltas(mine, targets, stale, standing)
     deltas.update(await _not_lost([*mine, *stale], standing, connection))
     await counters.add(connection, deltas)
-    paused |= await _pause(connection, await pause_wrong_set_ups(connection, database, mine))
+    wrong, given_back = await pause_wrong_set_ups(connection, database, mine)
+    paused |= await _pause(connection, wrong)
     return Settled(
         taken=frozenset(s.claim.job_id for s in mine),
         stale=frozenset(s.claim.job_id for s in stale),
         paused=paused,
+        given_back=frozenset(judged.given_back | given_back),
         unreachable=judged.unreachable,
+        reached=frozenset(judged.reached),
         notices=judged.notices,
     )
+
+
+async def _of_runs_that_are_there(
+    connection: Connection, batch: Sequence[Settlement], standing: dict[int, Standing]
+) -> list[Settlement]:
+    """Leave out calls of runs that were removed; DatabaseError if a run is there without a job that was claimed."""
+    missing = {s.claim.run_id for s in batch if s.claim.job_id not in standing}
+    found = await connection.execute(select(runs.c.id).where(among(runs.c.id, "ids")), {"ids": list(missing)})
+    if found.first() is not None:
+        raise DatabaseError(
+            "expected the jobs of every call to exist, got: some removed; the database was replaced"
+        )
+    return [s for s in batch if s.claim.job_id in standing]
 
 
 async def _sorted_by_fence(

@@ -278,14 +278,17 @@ class Calls:
             if self._is_held(claim):
                 del self._held[claim.job_id]
             if claim.job_id in settled.taken:
-                self._count(settlement)
-                self._tell_first(settlement)
+                given_back = claim.job_id in settled.given_back
+                self._count(settlement, JobState.PENDING if given_back else settlement.state)
+                self._tell_first(settlement, given_back=given_back)
         self._tell_no_table(batch)
         self._report.stale += len(settled.stale)
         for words in settled.notices:
             self._notify(words)
         for name, reason in settled.paused.items():
             self._notify(f"run {name} is paused now: {reason}")
+        for model in settled.reached:
+            self._suspicions[model].clear()
         for model, reason in settled.unreachable.items():
             self._unreachable(model, reason)
         self._recent.append((time.monotonic(), len(settled.taken)))
@@ -302,22 +305,23 @@ class Calls:
             f"answers are kept without their cost: mend it, or give --price in=…,out=… at the enqueue"
         )
 
-    def _tell_first(self, settlement: Settlement) -> None:
+    def _tell_first(self, settlement: Settlement, *, given_back: bool) -> None:
         """Say each kind of failure once: a typo in a function should not be found out eight tries later."""
         failure = settlement.outcome.failure
         if failure is None or failure.error in self._told:
             return
         self._told.add(failure.error)
-        after = "failed" if settlement.state is JobState.FAILED else "to be tried again"
+        fails = settlement.state is JobState.FAILED and not given_back
+        after = "failed" if fails else "to be tried again"
         self._notify(f"first {failure.error}, job {settlement.claim.job_id} {after}: {failure.message[:200]}")
 
-    def _count(self, settlement: Settlement) -> None:
-        if settlement.outcome.finish_reason == CUT_OFF and settlement.state is not JobState.PENDING:
+    def _count(self, settlement: Settlement, state: JobState) -> None:
+        if settlement.outcome.finish_reason == CUT_OFF and state is not JobState.PENDING:
             run = self._served[settlement.claim.run_id].run
             self._report.cut_off[run.name] += 1
             if output_limit({**run.task.settings, **(settlement.claim.settings or {})}) is not None:
                 self._report.limited.add(run.name)
-        match settlement.state:
+        match state:
             case JobState.DONE:
                 self._report.done += 1
             case JobState.FAILED:

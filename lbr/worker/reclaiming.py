@@ -32,8 +32,10 @@ class Reclaiming:
         self._held_back: list[WorkerId] = []
         self._looked = 0.0
 
-    async def take_back(self) -> int:
-        """Settle what was kept, which is paid for, then reclaim the jobs of the dead; return how many these were.
+    async def take_back(self) -> tuple[int, int]:
+        """Settle what was kept, which is paid for, then reclaim the jobs of the dead.
+
+        Return how many these were, and how many of them failed, because it was their third crash.
 
         Safe to repeat, and for many at once.
         """
@@ -51,10 +53,10 @@ class Reclaiming:
         for (worker, died), count in sorted(Counter((one.worker_id, one.died) for one in taken).items()):
             why = "which died" if died else "whose lease ran out"
             self._notify(f"reclaimed {counted(count, 'job')} of worker {worker}, {why}")
-        for one in taken:
-            if one.state is JobState.FAILED:
-                self._notify(f"job {one.job_id} failed: its worker died 3 times")
-        return len(taken)
+        failed = [one for one in taken if one.state is JobState.FAILED]
+        for one in failed:
+            self._notify(f"job {one.job_id} failed: its worker died 3 times")
+        return len(taken), len(failed)
 
     def spared(self) -> list[WorkerId]:
         """Return the dead whose answers were not taken a moment ago, so that it is no use to look at once again."""

@@ -93,6 +93,8 @@ class Servings:
         self._models: dict[str, Model] = {}
         self.served: dict[RunId, Served] = {}
         self.refused: dict[RunId, UsageError] = {}
+        self.withdrawn: set[RunId] = set()
+        """Runs that were served until their model was found to answer other workers alone."""
         self.postponed: set[RunId] = set()
         """Runs whose answerer could not be built yet, for want of a descriptor."""
         self._bounded: set[RunId] = set()
@@ -112,6 +114,7 @@ class Servings:
                 continue
             try:
                 self.served[run.id] = self._serve(run)
+                self._bounded.discard(run.id)
             except (UsageError, OSError) as error:
                 notices += self._note_not_served(run, error)
                 continue
@@ -152,6 +155,7 @@ class Servings:
         found = [one.run for one in self.served.values() if one.run.task.answerer == answerer]
         for run in found:
             del self.served[run.id]
+            self.withdrawn.add(run.id)
             self.refused[run.id] = error
             self._refused_at[run.id] = run.price, run.budget_nanos
         return bool(found)

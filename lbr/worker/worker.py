@@ -15,7 +15,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from lbr.core import descriptors
-from lbr.core.errors import DatabaseError, NothingToServeError, UsageError
+from lbr.core.errors import DatabaseError, NothingToServeError, RunNotFoundError, UsageError
 from lbr.core.retry import RetryPolicy
 from lbr.core.types import Until, WorkerId
 from lbr.store import reads
@@ -101,6 +101,7 @@ class Worker:
         )
         self._unserved: list[Claim] = []
         self._outages: set[str] = set()
+        self._refusal: NothingToServeError | None = None
         self._wake = asyncio.Event()
         self._stopping = False
         self._aborting = False
@@ -150,7 +151,8 @@ class Worker:
                 [run_id for run_id in self._claiming.order if run_id in self._servings.served]
             )
             if not self._servings.served:
-                self._fail(NothingToServeError(str(error)))
+                self._refusal = NothingToServeError(str(error))
+                self._stop()
 
     def _start(self, claims: Sequence[Claim]) -> None:
         for claim in claims:
@@ -211,6 +213,8 @@ class Worker:
         finally:
             self._queue.leave(self._id)
             await self._servings.aclose()
+        if self._refusal is not None:
+            raise self._refusal
         return self.report
 
     def _tick_ended(self, ticking: asyncio.Task[None]) -> None:
@@ -268,7 +272,7 @@ class Worker:
         found = await self._wanted()
         notices = self._servings.learn(found)
         for run in found if self._run_names is not None else ():
-            if run.id in self._servings.refused:
+            if run.id in self._servings.refused and run.id not in self._servings.withdrawn:
                 raise self._servings.refused[run.id]
         for notice in notices:
             self._notify(notice)
@@ -279,7 +283,16 @@ class Worker:
     async def _wanted(self) -> list[Run]:
         if self._run_names is None:
             return await reads.open_runs(self._database)
-        return [await reads.find_run(self._database, name) for name in self._run_names]
+        found, gone = [], None
+        for name in self._run_names:
+            try:
+                found.append(await reads.find_run(self._database, name))
+            except RunNotFoundError as error:
+                gone = error
+        if gone is not None and (not found or not self._id):
+            raise gone
+        self._run_names = [run.name for run in found]  # the others were removed meanwhile
+        return found
 
     def _free(self) -> int:
         """Return how many slots may be claimed for."""
@@ -342,7 +355,9 @@ class Worker:
         self._outages = set(outages)
 
     async def _reclaim(self) -> None:
-        self.report.reclaimed += await self._reclaiming.take_back()
+        reclaimed, failed = await self._reclaiming.take_back()
+        self.report.reclaimed += reclaimed
+        self.report.failed += failed
 
     async def _finished(self) -> bool:
         now = time.monotonic()

@@ -34,7 +34,15 @@ from lbr.core.types import (
 
 MANY, FEW = Backlog(open=100, done=0), Backlog(open=2, done=5)
 NOW = 1_000_000
-MINE = Evidence(WorkerId(1), jobs=3, unsuccessful_ms=5_000, succeeded=False, patience_ms=10_000)
+MINE = Evidence(
+    WorkerId(1),
+    refusals=REFUSALS,
+    jobs=3,
+    first_ms=500,
+    unsuccessful_ms=5_000,
+    succeeded=False,
+    patience_ms=10_000,
+)
 
 
 def failure(symptom: Symptom | None, family: Family = Family.TRANSIENT) -> Failure:
@@ -66,10 +74,13 @@ class TestSuspicion:
     def test_five_refusals_are_evidence_and_name_their_jobs(self) -> None:
         """The fifth refusal without a success between them is evidence, with the number of different jobs."""
         seen = Suspicion(started=0.0)
-        noted = [seen.note(*refused(job), now=1.0) for job in (1, 2, 2, 3)]
-        assert noted == [False] * (REFUSALS - 1)
-        assert seen.note(*refused(3), now=2.0)
-        assert seen.evidence(WorkerId(7), 3.0, patience=60) == Evidence(WorkerId(7), 3, 3_000, False, 60_000)
+        for job in (1, 2, 2, 3):
+            assert seen.note(*refused(job), now=1.0)
+            assert not seen.is_evidence
+        seen.note(*refused(3), now=2.0)
+        assert seen.is_evidence
+        evidence = seen.evidence(WorkerId(7), 3.0, patience=60)
+        assert evidence == Evidence(WorkerId(7), 5, 3, 2_000, 3_000, False, 60_000)
 
     def test_a_success_that_began_after_the_first_refusal_clears_it(self) -> None:
         """Only a call that began later shows that the model is there."""
@@ -130,12 +141,11 @@ class TestJudge:
         ("symptom", "verdict"),
         [
             (Symptom.SERVER_ERROR, Verdict.JOB),
-            (Symptom.DENIED, Verdict.JOB),
             (Symptom.UNREACHABLE, Verdict.UNKNOWN),
         ],
     )
     def test_the_last_two_jobs_of_a_model_that_answered(self, symptom: Symptom, verdict: Verdict) -> None:
-        """With fewer than three jobs left, 5xx, 401 and 403 are the job's own; a refused connection never is."""
+        """With fewer than three jobs left, a 5xx is the job's own; a refused connection never is."""
         assert judge(ended(symptom), ModelState(), FEW, NOW) is verdict
 
     def test_a_single_job_with_a_wrong_key_is_not_charged(self) -> None:
@@ -155,6 +165,34 @@ class TestJudge:
             None,
         )
         assert one.settlement.charge == 0
+
+    def test_a_probe_that_is_denied_while_others_have_calls_in_flight_decides_nothing(self) -> None:
+        """A worker with the right key may be busy with long calls: its probe comes, and no run is paused."""
+        state = ModelState(since=NOW - 500, worker=2, wait_ms=1_000, patience_ms=10_000)
+        one = consider(ended(Symptom.DENIED, probe=True), "m", state, replace(MANY, others=1), NOW)
+        assert (one.verdict, one.pause, one.state.wait_ms) == (Verdict.WAIT, None, 2_000)
+
+    def test_evidence_from_before_the_end_of_an_outage_is_none(self) -> None:
+        """One stray 5xx after an outage is charged to its job, though the worker counted refusals before."""
+        state = ModelState(recognised_by=1, recovered_by=2, recovered_at=NOW - 400)
+        assert judge(ended(Symptom.SERVER_ERROR, evidence=MINE), state, MANY, NOW) is Verdict.JOB
+
+    def test_five_refused_connections_of_one_job_are_evidence(self) -> None:
+        """No prompt has its connection refused, so that they need not be of three jobs."""
+        evidence = replace(MINE, jobs=1)
+        assert judge(ended(Symptom.UNREACHABLE, evidence=evidence), ModelState(), MANY, NOW) is Verdict.WAIT
+
+    def test_a_refused_connection_fails_no_job(self) -> None:
+        """At the last attempt of a job, before there is evidence, it is tried again uncharged."""
+        last = replace(ended(Symptom.UNREACHABLE), state=JobState.FAILED)
+        assert judge(last, ModelState(), MANY, NOW) is Verdict.UNKNOWN
+
+    def test_an_expired_key_fails_no_last_job(self) -> None:
+        """What succeeded by another key, earlier, says nothing about this worker's."""
+        settlement = ended(Symptom.DENIED, evidence=replace(MINE, jobs=2))
+        assert judge(settlement, ModelState(), FEW, NOW) is Verdict.WAIT
+        early = ended(Symptom.DENIED, evidence=replace(MINE, refusals=1, jobs=1))
+        assert judge(early, ModelState(), FEW, NOW) is Verdict.UNKNOWN
 
     def test_this_worker_alone(self) -> None:
         """A worker that sees a second outage, after another's probe succeeded, is wrong itself."""

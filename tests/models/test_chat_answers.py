@@ -221,7 +221,7 @@ def test_an_error_in_the_place_of_an_answer(error: Any, family: Family, words: s
 def test_a_late_error_beside_a_text_is_not_an_answer() -> None:
     """An error with a status says that the text is not whole; it is kept."""
     error = failure(completion("The half of", error={"message": "late", "code": 503}))
-    assert (error.family, error.text, error.usage) == (TRANSIENT, "The half of", COUNTED)
+    assert (error.family, error.text, error.usage) == (Family.RATE_LIMITED, "The half of", COUNTED)
 
 
 @pytest.mark.parametrize("content", [b'{"id": "c1", "choi', b'{"choices": [{"message": {"content": "A'])

@@ -471,7 +471,8 @@ async def test_a_timeout_is_the_same(wire: Wire, provider: str, script: Script, 
     name = MODELS[provider]
     if setting:
         theirs, ours = await both(wire, name, asking(timeout=20), settings={"timeout": 0.3}, alone=True)
-        assert ours == theirs
+        # What had come by then is kept by the adapter that sees it.
+        assert ours | {"text": None} == theirs
         assert ours["kind"] == "ModelTimeoutError"
         return
     failures = []

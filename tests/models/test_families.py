@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lbr.core.errors import CallError, Family
+from lbr.core.errors import CallError, Family, Symptom
 from lbr.core.retry import failure_of, is_overload
 from lbr.core.types import JobId, Prompt, Task
 from lbr.models.base import Request
@@ -24,6 +24,8 @@ GOOGLE = "google:gemini-2.5-flash"
 OLLAMA = "ollama:llama3.2"
 
 ACCOUNT, LIMITED = Family.ACCOUNT, Family.RATE_LIMITED
+DENIED = Symptom.DENIED
+"""Permanent for one job, unless the other calls are denied too."""
 PERMANENT, TRANSIENT = Family.PERMANENT, Family.TRANSIENT
 BAD, CUT_OFF = Family.BAD_ANSWER, Family.CUT_OFF
 
@@ -100,8 +102,8 @@ REFUSALS = [
     (RESPONSES, 400, openai(TOO_LONG, "invalid_request_error", "context_length_exceeded"), PERMANENT),
     (OPENAI, 400, openai("Invalid prompt: flagged", "invalid_request_error", "invalid_prompt"), PERMANENT),
     (OPENAI, 400, openai("Billing hard limit has been reached", "x", "billing_hard_limit_reached"), ACCOUNT),
-    (OPENAI, 401, openai("Incorrect API key provided", "invalid_request_error", "invalid_api_key"), ACCOUNT),
-    (OPENAI, 403, openai("Country not supported", "request_forbidden", "unsupported_country"), ACCOUNT),
+    (OPENAI, 401, openai("Incorrect API key provided", "invalid_request_error", "invalid_api_key"), DENIED),
+    (OPENAI, 403, openai("Country not supported", "request_forbidden", "unsupported_country"), DENIED),
     (
         OPENAI,
         404,
@@ -114,7 +116,7 @@ REFUSALS = [
     (RESPONSES, 429, openai(PLAN, "insufficient_quota", "insufficient_quota"), ACCOUNT),
     (OPENAI, 429, openai(PLAN), ACCOUNT),
     (OPENAI, 500, openai("The server had an error", "server_error"), TRANSIENT),
-    (OPENAI, 503, openai("The engine is currently overloaded", "server_error"), TRANSIENT),
+    (OPENAI, 503, openai("The engine is currently overloaded", "server_error"), LIMITED),
     # Anthropic
     (
         ANTHROPIC,
@@ -129,16 +131,16 @@ REFUSALS = [
         anthropic("invalid_request_error", "You have reached your specified API usage limits."),
         ACCOUNT,
     ),
-    (ANTHROPIC, 401, anthropic("authentication_error", "invalid x-api-key"), ACCOUNT),
+    (ANTHROPIC, 401, anthropic("authentication_error", "invalid x-api-key"), DENIED),
     (ANTHROPIC, 402, anthropic("billing_error", "There is an issue with your billing"), ACCOUNT),
-    (ANTHROPIC, 403, anthropic("permission_error", "Your key may not use this"), ACCOUNT),
+    (ANTHROPIC, 403, anthropic("permission_error", "Your key may not use this"), DENIED),
     (ANTHROPIC, 404, anthropic("not_found_error", "model: claude-none"), PERMANENT),
     (ANTHROPIC, 413, anthropic("request_too_large", "Request exceeds the maximum size"), PERMANENT),
     (ANTHROPIC, 429, anthropic("rate_limit_error", "This would exceed your rate limit"), LIMITED),
     (ANTHROPIC, 500, anthropic("api_error", "Internal server error"), TRANSIENT),
-    (ANTHROPIC, 529, anthropic("overloaded_error", "Overloaded"), TRANSIENT),
+    (ANTHROPIC, 529, anthropic("overloaded_error", "Overloaded"), LIMITED),
     # Google
-    (GOOGLE, 400, google(400, "INVALID_ARGUMENT", "API key not valid.", KEY_INVALID), ACCOUNT),
+    (GOOGLE, 400, google(400, "INVALID_ARGUMENT", "API key not valid.", KEY_INVALID), DENIED),
     (
         GOOGLE,
         400,
@@ -146,17 +148,17 @@ REFUSALS = [
         PERMANENT,
     ),
     (GOOGLE, 400, google(400, "FAILED_PRECONDITION", "Please enable billing on your project"), ACCOUNT),
-    (GOOGLE, 403, google(403, "PERMISSION_DENIED", "Your key was reported as leaked"), ACCOUNT),
+    (GOOGLE, 403, google(403, "PERMISSION_DENIED", "Your key was reported as leaked"), DENIED),
     (GOOGLE, 404, google(404, "NOT_FOUND", "models/x is not found for API version v1beta"), PERMANENT),
     (GOOGLE, 429, google(429, "RESOURCE_EXHAUSTED", PLAN, MINUTE, DELAY), LIMITED),
     (GOOGLE, 429, google(429, "RESOURCE_EXHAUSTED", PLAN, DAY, DELAY), ACCOUNT),
     (OPENAI, 429, [google(429, "RESOURCE_EXHAUSTED", PLAN, MINUTE, DELAY)], LIMITED),
     (GOOGLE, 500, google(500, "INTERNAL", "An internal error has occurred"), TRANSIENT),
-    (GOOGLE, 503, google(503, "UNAVAILABLE", "The model is overloaded"), TRANSIENT),
+    (GOOGLE, 503, google(503, "UNAVAILABLE", "The model is overloaded"), LIMITED),
     (GOOGLE, 504, google(504, "DEADLINE_EXCEEDED", "Deadline expired"), TRANSIENT),
     # OpenRouter, and what it says in a 200
     (OPENROUTER, 400, openrouter(400, "This endpoint's maximum context length is 8192 tokens"), PERMANENT),
-    (OPENROUTER, 401, openrouter(401, "No auth credentials found"), ACCOUNT),
+    (OPENROUTER, 401, openrouter(401, "No auth credentials found"), DENIED),
     (OPENROUTER, 402, openrouter(402, "Insufficient credits"), ACCOUNT),
     (
         OPENROUTER,
@@ -170,7 +172,7 @@ REFUSALS = [
     (OPENROUTER, 429, openrouter(429, "Rate limit exceeded: free-models-per-day. Add 10 credits"), ACCOUNT),
     (OPENROUTER, 429, openrouter(429, "Provider returned error", raw="busy upstream"), LIMITED),
     (OPENROUTER, 502, openrouter(502, "Provider returned error", raw="upstream"), TRANSIENT),
-    (OPENROUTER, 503, openrouter(503, "No available model provider"), TRANSIENT),
+    (OPENROUTER, 503, openrouter(503, "No available model provider"), LIMITED),
     (OPENROUTER, 200, openrouter(429, "Rate limited upstream"), LIMITED),
     (OPENROUTER, 200, openrouter(402, "Insufficient credits"), ACCOUNT),
     (OPENROUTER, 200, openrouter(502, "Provider returned error"), TRANSIENT),
@@ -197,7 +199,7 @@ REFUSALS = [
         OPENAI,
         503,
         {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}},
-        TRANSIENT,
+        LIMITED,
     ),
     (
         OPENAI,
@@ -207,7 +209,7 @@ REFUSALS = [
     ),
     (OLLAMA, 404, openai('model "llama9" not found, try pulling it first', "not_found_error"), PERMANENT),
     (OLLAMA, 500, openai("llama runner process has terminated", "api_error"), TRANSIENT),
-    (OLLAMA, 503, openai("server busy, please try again. maximum pending requests exceeded"), TRANSIENT),
+    (OLLAMA, 503, openai("server busy, please try again. maximum pending requests exceeded"), LIMITED),
     # Others that speak OpenAI's language
     (OPENAI, 402, openai("Insufficient Balance", "unknown_error", "invalid_request_error"), ACCOUNT),
     (
@@ -233,12 +235,14 @@ REFUSALS = [
     ids=[f"{m.split(':')[0]}-{s}-{f}-{n}" for n, (m, s, _, f) in enumerate(REFUSALS)],
 )
 async def test_what_providers_really_say(
-    monkeypatch: pytest.MonkeyPatch, model: str, status: int, body: Any, family: Family
+    monkeypatch: pytest.MonkeyPatch, model: str, status: int, body: Any, family: Family | Symptom
 ) -> None:
-    """Each real refusal is in its family, and overload is told apart from other trouble."""
+    """Each real refusal is in its family, and says about other calls what it may; overload is told apart."""
     with Scripted(status, json.dumps(body)) as server:
         error = await fail(monkeypatch, model, server)
-    assert error.family is family, str(error)
+    assert error.family is (PERMANENT if family is DENIED else family), str(error)
+    assert (error.symptom is DENIED) is (family is DENIED)
+    assert error.symptom is Symptom.SERVER_ERROR or status < 500
     overloaded = family is LIMITED or status in {408, 503, 504, 524, 529}
     assert is_overload(failure_of(error)) is overloaded
     assert str(error)

@@ -132,11 +132,11 @@ async def test_openrouter_answers_by_tool_from_its_own_base_url(
     assert sorted(json.loads(reply.text)) == ["a", "b"]
 
 
-async def test_an_unavailable_provider_is_transient_and_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A 503 is transient; the SDK does not retry."""
+async def test_an_unavailable_provider_is_waited_for_and_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 503 is waited for like a rate limit; the SDK does not retry."""
     with serve("--error-rate", "503=1.0") as url, pytest.raises(CallError) as caught:
         await ask(url, monkeypatch)
-    assert (caught.value.family, caught.value.kind) == (Family.TRANSIENT, "ModelUnavailableError")
+    assert (caught.value.family, caught.value.kind) == (Family.RATE_LIMITED, "ModelUnavailableError")
 
 
 async def test_a_spent_quota_of_requests_is_a_rate_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,9 +175,9 @@ def error_body(message: Any = "said so", **more: Any) -> Any:
             Family.PERMANENT,
             "ModelContextWindowExceededError",
         ),
-        (401, error_body(), Family.ACCOUNT, "ModelAuthenticationError"),
+        (401, error_body(), Family.PERMANENT, "ModelAuthenticationError"),
         (402, error_body(), Family.ACCOUNT, "ModelQuotaExceededError"),
-        (403, error_body(), Family.ACCOUNT, "ModelAuthenticationError"),
+        (403, error_body(), Family.PERMANENT, "ModelAuthenticationError"),
         (404, error_body(), Family.PERMANENT, "ModelNotFoundError"),
         (408, error_body(), Family.TRANSIENT, "ModelHTTPError"),
         (409, error_body(), Family.TRANSIENT, "ModelHTTPError"),
@@ -187,8 +187,8 @@ def error_body(message: Any = "said so", **more: Any) -> Any:
         (429, error_body(code="insufficient_quota"), Family.ACCOUNT, "ModelQuotaExceededError"),
         (500, error_body(), Family.TRANSIENT, "ModelServerError"),
         (502, error_body(), Family.TRANSIENT, "ModelServerError"),
-        (503, error_body(), Family.TRANSIENT, "ModelUnavailableError"),
-        (529, error_body(), Family.TRANSIENT, "ModelOverloadedError"),
+        (503, error_body(), Family.RATE_LIMITED, "ModelUnavailableError"),
+        (529, error_body(), Family.RATE_LIMITED, "ModelOverloadedError"),
     ],
 )
 async def test_every_status_has_its_family(

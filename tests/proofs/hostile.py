@@ -117,7 +117,7 @@ def build(cli: Cli) -> bytes:
         ("limit", "offline:echo", "--rpm", "1000", "--tpm", "100000"),
     ):
         done = call(command)
-        assert done.code == 0, (command, done)
+        assert done.code in ({0, 4} if command[0] == "worker" else {0}), (command, done)
     assert cli("worker", "--run", "f", *FUNCTION, check=False).returncode == -signal.SIGKILL
     with closing(sqlite3.connect(folder / "runs.db")) as file:
         file.execute("UPDATE jobs SET lease_until = lease_until + 86400000 WHERE state = 'inflight'")

@@ -67,7 +67,7 @@ def test_malformed_bodies_are_transient_and_pass(local: Cli) -> None:
     with aimock_server.serve(local.folder, *fixtures) as server:
         server.chaos(malformedRate=1)
         enqueue(local, server.url, lines, "--max-attempts", "2")
-        local("worker")
+        assert local("worker", check=False).returncode == 4
         rows = local.collect("in", code=4)
         assert [row["status"] for row in rows] == ["failed"] * 3
         assert all(row["error"] for row in rows)
@@ -101,7 +101,7 @@ def test_a_429_is_waited_for_and_not_charged(local: Cli) -> None:
 
 
 def test_server_errors_are_tried_again_and_charged(local: Cli) -> None:
-    """Scripted 500 and 503, then an answer: two tries are charged beside the good one."""
+    """Scripted 500 and 503, then an answer: the first is charged, and the second waited for."""
     with aimock_server.serve(
         local.folder,
         fixture("hello", error(500, "broke"), sequenceIndex=0),
@@ -111,7 +111,7 @@ def test_server_errors_are_tried_again_and_charged(local: Cli) -> None:
         enqueue(local, server.url, ["hello"])
         local("worker")
         story = show(local, 0)
-        assert (story["result"], story["attempts"]) == ("well again", 3)
+        assert (story["result"], story["attempts"]) == ("well again", 2)
         assert [one["message"] for one in story["tries"]] == ["broke (HTTP 500)", "busy (HTTP 503)"]
 
 
@@ -177,7 +177,7 @@ def test_every_fault_at_once_ends_exactly(cli: Cli) -> None:
         enqueue(cli, server.url, lines, *flags)
         workers = [cli.start("worker", "--concurrency", "8", "--timeout", "8") for _ in range(3)]
         told = [worker.communicate(timeout=150)[1] for worker in workers]
-        assert [worker.returncode for worker in workers] == [0, 0, 0], told
+        assert {worker.returncode for worker in workers} <= {0, 4}, told
         assert server.requests == {line: len(story) for line, story in stories.items()}
     assert server.answered == {
         line: story.count(GOOD) for line, story in stories.items() if story[-1] == GOOD
@@ -208,7 +208,7 @@ def _check_end(row: dict[str, Any], last: str) -> None:
 
 
 def _families(stories: Any) -> dict[str, int]:
-    names = {LIMITED: "rate_limited", BAD_ANSWER: "bad_answer", REFUSED: "permanent"}
+    names = {LIMITED: "rate_limited", "503": "rate_limited", BAD_ANSWER: "bad_answer", REFUSED: "permanent"}
     faults = [fault for story in stories for fault in story if fault != GOOD]
     return dict(Counter(names.get(fault, "transient") for fault in faults))
 

@@ -41,7 +41,15 @@ def refused(
 
 def seen_by(worker: WorkerId, *, patience_ms: int = 3_600_000) -> Evidence:
     """Return what a worker saw that has had no success yet."""
-    return Evidence(worker, jobs=3, unsuccessful_ms=10_000, succeeded=False, patience_ms=patience_ms)
+    return Evidence(
+        worker,
+        refusals=5,
+        jobs=3,
+        first_ms=500,
+        unsuccessful_ms=10_000,
+        succeeded=False,
+        patience_ms=patience_ms,
+    )
 
 
 async def two_workers(database: Database) -> tuple[Queue, WorkerId, WorkerId]:
@@ -164,11 +172,12 @@ async def test_a_stray_401_is_tried_once_more_then_the_job_fails(database: Datab
     worker = await queue.register(host="h", pid=1, concurrency=4)
     first, second = await queue.claim(worker, [run.id], 2, lease=60)
     await settle(database, [answered(first)])
-    await settle(database, [refused(second, Symptom.DENIED, family=Family.PERMANENT)])
+    seen = Evidence(worker, 1, 1, 5, 5, succeeded=True, patience_ms=1_000)
+    await settle(database, [refused(second, Symptom.DENIED, family=Family.PERMANENT, evidence=seen)])
     assert (await job_row(database, second.job_id)).state == "pending"
     clock.forward(5)
     again = [c for c in await queue.claim(worker, [run.id], 10, lease=60) if c.job_id == second.job_id]
-    await settle(database, [refused(again[0], Symptom.DENIED, family=Family.PERMANENT)])
+    await settle(database, [refused(again[0], Symptom.DENIED, family=Family.PERMANENT, evidence=seen)])
     row = await job_row(database, second.job_id)
     assert (row.state, row.attempts) == ("failed", 2)
 

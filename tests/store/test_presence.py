@@ -189,8 +189,8 @@ async def test_kept_answers_of_the_dead_are_not_called_for_again(database: Datab
     (spool,) = Path(database.name).parent.glob("*.spool.jsonl")
     with files.file_lock(spool.with_name(spool.name + ".lock"), timeout=0):
         # Somebody else is at it: until it is done, the leases decide.
-        assert await reclaiming(other).take_back() == 0
-    assert await reclaiming(other).take_back() == 1
+        assert await reclaiming(other).take_back() == (0, 0)
+    assert await reclaiming(other).take_back() == (1, 0)
     (again,) = await Queue(other).claim(WorkerId(99), [RunId(1)], 2, lease=HOUR)
     assert again.job_id == claims[1].job_id
     await other.close()
@@ -216,14 +216,14 @@ async def test_kept_answers_that_are_not_taken_hold_back_only_their_own_worker(
         path.write_text("{}\n")
     else:
         path.mkdir()  # what can be opened no more than a file of another user
-    assert await reclaiming(other).take_back() == 1
+    assert await reclaiming(other).take_back() == (1, 0)
     assert (await Queue(other).look([RunId(1)])).due
     (again,) = await Queue(other).claim(WorkerId(99), [RunId(1)], 2, lease=HOUR)
     assert again.job_id == lost.job_id
-    assert await reclaiming(other).take_back() == 0
+    assert await reclaiming(other).take_back() == (0, 0)
     if what == "rubbish":
         path.write_text(words)
-        assert await reclaiming(other).take_back() == 0
+        assert await reclaiming(other).take_back() == (0, 0)
         assert await states(other, await reads.find_run(other, "r")) == {"done": 1, "inflight": 1}
     await other.close()
 

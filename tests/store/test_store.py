@@ -728,6 +728,7 @@ async def test_schema_migrates_once(database: Database, db_url: str) -> None:
         (4, "share limits, price runs, set jobs apart"),
         (5, "keep why answers of failed tries ended"),
         (6, "add the share of refused calls and the highest cost of a call"),
+        (7, "note outages of models"),
     ]
 
 
@@ -788,7 +789,8 @@ async def test_shares_and_highest_costs_are_added(db_url: str) -> None:
         f"ALTER TABLE {where}limits DROP COLUMN refused",
         f"ALTER TABLE {where}limits DROP COLUMN answered",
         f"ALTER TABLE {where}runs DROP COLUMN highest_nanos",
-        f"DELETE FROM {where}schema_version WHERE name LIKE 'add the share%'",
+        f"DROP TABLE {where}outages",
+        f"DELETE FROM {where}schema_version WHERE version > 5",
     ):
         await database.write(partial(_run, statement))
     await database.close()

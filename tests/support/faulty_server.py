@@ -35,7 +35,7 @@ def story_of(prompt: str, *, rate: float, max_attempts: int, bad_answers: int = 
     while True:
         seen.append(fault_of(prompt, len(seen) + 1, rate))
         bad = seen.count(BAD_ANSWER)
-        transient = len(seen) - bad - seen.count(LIMITED)
+        transient = len(seen) - bad - seen.count(LIMITED) - seen.count("503")
         if seen[-1] in {GOOD, REFUSED} or bad == bad_answers or transient == max_attempts:
             return seen
 

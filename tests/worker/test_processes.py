@@ -529,7 +529,7 @@ def test_failures_and_retry(cli: Cli) -> None:
     write(cli.folder, ["good", "bad", "good"])
     done = cli("run", "in.txt", "-o", "out.csv", "--function", "shaky:answer", check=False)
     assert done.returncode == 4, done.stderr
-    assert "1 row has no answer; `lbr retry in`" in done.stderr
+    assert "1 row has no answer: not today; `lbr retry in`" in done.stderr
     assert "bad,failed,,not today" in (cli.folder / "out.csv").read_text()
     (cli.folder / "mended").touch()
     assert cli("retry", "in").stdout == "run in: 1 job back to pending\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lbr.models import refusals
-from lbr.models.http import is_unreachable, lost_words
+from lbr.models.http import is_unreachable, lost_words, shown_url
 from lbr.models.refusals import Refusal
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def refusal_of(error: Exception) -> Refusal:
         retry_after=getattr(error, "retry_after", None),
         suggestion=getattr(error, "suggested_model_id", None),
         connecting=connecting,
+        url=next((shown_url(url) for cause in _causes(error) if (url := _url_of(cause))), None),
         unreachable=connecting or (lost and any(map(is_unreachable, _causes(error)))),
     )
 
