@@ -380,7 +380,8 @@ def migrate(connection: Connection, now: int) -> None:
     """Apply what is missing, with its record, in the caller's transaction. Safe to repeat."""
     if connection.dialect.name == "postgresql":
         _for_postgresql()
+    applied = applied_version(connection)
     for version, (name, step) in enumerate(MIGRATIONS, start=1):
-        if version > applied_version(connection):
+        if version > applied:
             step(connection)
             connection.execute(insert(schema_version).values(version=version, name=name, applied_at=now))

@@ -200,7 +200,8 @@ async def test_every_status_has_its_family(
             await ask(server.url, monkeypatch)
         assert len(server.asked) == 1
     error = caught.value
-    assert (error.family, error.kind, str(error)) == (family, kind, f"said so (HTTP {status})")
+    where = f" from {server.url}/chat/completions" if status == 404 else ""
+    assert (error.family, error.kind, str(error)) == (family, kind, f"said so (HTTP {status}{where})")
 
 
 @pytest.mark.parametrize(
@@ -300,8 +301,8 @@ def test_an_error_without_words_is_named() -> None:
         ("ModelAPIError", ("m", "x"), Family.TRANSIENT),
         ("ModelConnectionError", ("m", "x"), Family.TRANSIENT),
         ("ModelRequestTimeout", ("m", 3.0), Family.TRANSIENT),
-        ("ModelQuotaExceededError", ("m", "x"), Family.ACCOUNT),
-        ("ModelAuthenticationError", ("m", "x"), Family.ACCOUNT),
+        ("ModelQuotaExceededError", ("m", "x"), Family.PERMANENT),
+        ("ModelAuthenticationError", ("m", "x"), Family.PERMANENT),
         ("ModelRateLimitError", ("m", "x"), Family.RATE_LIMITED),
         ("ModelNotFoundError", ("m", "x"), Family.PERMANENT),
     ],

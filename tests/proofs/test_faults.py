@@ -261,7 +261,7 @@ def test_a_server_that_hangs_holds_no_slot_longer_than_the_timeout(local: Cli, t
     with hanging(trickles=trickles) as (url, asked):
         enqueue(local, url, lines, "--max-attempts", "2")
         # One slot: the second prompt is asked only when the first has been given up.
-        local("worker", "--concurrency", "1", "--timeout", "1")
+        assert local("worker", "--concurrency", "1", "--timeout", "1", check=False).returncode == 4
         assert Counter(asked) == dict.fromkeys(lines, 2)
     rows = local.collect("in", code=4)
     assert [(row["status"], row["error"]) for row in rows] == [("failed", "no answer within 1 s")] * 3

@@ -442,7 +442,7 @@ async def test_settings_reach_the_provider(db_url: str, monkeypatch: pytest.Monk
         }
         assert asked == {("a", 5, 0.5), ("a", 900, 0.5), ("b", 5, 0.5)}
         assert len(server.asked) == 3
-    with Scripted(status=503) as server:
+    with Scripted(status=408) as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
         await lbr.enqueue(["x"], run="down", model=model, max_attempts=1, db_url=db_url)
         await lbr.work(db_url=db_url)
