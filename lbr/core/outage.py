@@ -99,7 +99,7 @@ class ModelState:
 
     `since` is when the outage was recognised, None while there is none; `worker` recognised it, or made the last
     probe. No call may begin before `probe_at`, then one probe at a time. `wait_ms` is the latest wait between probes
-    and `waited_ms` the sum of all, up to `patience_ms`. `recovered_by` is the worker whose probe succeeded last, at
+    and `waited_ms` the sum of all, up to `patience_ms`; `done` is how many jobs were done at the latest refusal. `recovered_by` is the worker whose probe succeeded last, at
     `recovered_at`; `recognised_by` the worker that saw the last outage.
     """
 
@@ -111,6 +111,7 @@ class ModelState:
     wait_ms: int = 0
     waited_ms: int = 0
     patience_ms: int = 0
+    done: int = 0
     recovered_by: int | None = None
     recovered_at: int | None = None
 
@@ -154,7 +155,8 @@ def judge(settlement: Settlement, state: ModelState, backlog: Backlog, now: int)
         return Verdict.JOB
     if state.since is not None:
         # A worker with a better key may be busy with calls that take long: its turn to probe comes.
-        denied = probe and failure.symptom is Symptom.DENIED and not backlog.others
+        others = backlog.others > 0 or backlog.done > state.done
+        denied = probe and failure.symptom is Symptom.DENIED and not others
         return Verdict.ACCOUNT if denied else Verdict.WAIT
     if evidence is None or is_stale(evidence, state, now) or not _is_enough(failure, evidence, backlog):
         return Verdict.UNKNOWN if _is_uncharged(settlement, backlog) else Verdict.JOB
@@ -230,8 +232,8 @@ def consider(settlement: Settlement, model: str, state: ModelState, backlog: Bac
         if evidence is None:
             return Judgement(verdict, kept, state)
         words = f"{model}: {reason}; no call gets through, so all workers wait, and one probes in {duration(FIRST_WAIT_MS / 1000)}"
-        return Judgement(verdict, kept, _recognised(evidence, reason, state, now), notice=words)
-    after = _probed_in_vain(state, reason, now)
+        return Judgement(verdict, kept, _recognised(evidence, reason, state, backlog, now), notice=words)
+    after = replace(_probed_in_vain(state, reason, now), done=backlog.done)
     if after.waited_ms >= after.patience_ms:
         # Waits count, not the clock, because laptops sleep.
         words = f"{model} could not be reached in {duration(state.waited_ms / 1000)} of waits: {reason}"
@@ -253,7 +255,9 @@ def _charged(settlement: Settlement, model: str, state: ModelState, now: int) ->
     return Judgement(Verdict.JOB, settlement, after, notice=words)
 
 
-def _recognised(evidence: Evidence, reason: str, before: ModelState, now: int) -> ModelState:
+def _recognised(
+    evidence: Evidence, reason: str, before: ModelState, backlog: Backlog, now: int
+) -> ModelState:
     return replace(
         before,
         since=now,
@@ -264,6 +268,7 @@ def _recognised(evidence: Evidence, reason: str, before: ModelState, now: int) -
         wait_ms=FIRST_WAIT_MS,
         waited_ms=FIRST_WAIT_MS,
         patience_ms=evidence.patience_ms,
+        done=backlog.done,
     )
 
 

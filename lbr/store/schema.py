@@ -246,6 +246,7 @@ outages = Table(
     Column("wait_ms", Id, nullable=False),
     Column("waited_ms", Id, nullable=False),
     Column("patience_ms", Id, nullable=False),
+    Column("done", Id, nullable=False),
     Column("recovered_by", Id),
     Column("recovered_at", Millis),
     # The claim that is the probe: while it is in flight, no other begins.

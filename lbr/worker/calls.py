@@ -35,6 +35,8 @@ CANCEL_SECONDS = 5.0
 LONG_WAIT_SECONDS = 120.0
 MAX_WAIT_SECONDS = 366 * 86_400.0
 """A wait from the first on is reported; one beyond the second is reported as the second."""
+KEPT_FAILED = 1_000
+"""How many failed jobs a worker remembers: those of a wrong set-up, which are given back, are its first."""
 LACKING_SECONDS = 0.5
 """How long a call waits at the least that found no descriptor."""
 
@@ -114,6 +116,7 @@ class Calls:
         self._unreachable = unreachable
         self._outage_patience = outage_patience
         self._suspicions: dict[str, Suspicion] = {}
+        self._failed: set[JobId] = set()
         self.worker = WorkerId(0)
         self._notify = notify
         self._settler = Settler(settle, self._written)
@@ -279,8 +282,15 @@ class Calls:
                 del self._held[claim.job_id]
             if claim.job_id in settled.taken:
                 given_back = claim.job_id in settled.given_back
-                self._count(settlement, JobState.PENDING if given_back else settlement.state)
+                state = JobState.PENDING if given_back else settlement.state
+                self._count(settlement, state)
+                if state is JobState.FAILED and len(self._failed) < KEPT_FAILED:
+                    self._failed.add(claim.job_id)
                 self._tell_first(settlement, given_back=given_back)
+        earlier = self._failed & settled.given_back
+        self._failed -= earlier
+        self._report.failed -= len(earlier)
+        self._report.retried += len(earlier)
         self._tell_no_table(batch)
         self._report.stale += len(settled.stale)
         for words in settled.notices:

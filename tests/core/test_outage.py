@@ -171,6 +171,8 @@ class TestJudge:
         state = ModelState(since=NOW - 500, worker=2, wait_ms=1_000, patience_ms=10_000)
         one = consider(ended(Symptom.DENIED, probe=True), "m", state, replace(MANY, others=1), NOW)
         assert (one.verdict, one.pause, one.state.wait_ms) == (Verdict.WAIT, None, 2_000)
+        succeeded = consider(ended(Symptom.DENIED, probe=True), "m", state, replace(MANY, done=4), NOW)
+        assert (succeeded.verdict, succeeded.state.done) == (Verdict.WAIT, 4)
 
     def test_evidence_from_before_the_end_of_an_outage_is_none(self) -> None:
         """One stray 5xx after an outage is charged to its job, though the worker counted refusals before."""

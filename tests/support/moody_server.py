@@ -16,6 +16,8 @@ from aiohttp import web
 
 SECONDS = 0.1
 """What an answer takes."""
+SLOW_SECONDS = 5.0
+"""What an answer to a prompt takes that begins with `slow`."""
 KEY = "sk-good"
 
 
@@ -43,7 +45,7 @@ class Moody:
     async def _reply(self, request: web.Request, prompt: str, mood: str) -> tuple[int, object]:
         if mood == "silent":
             await asyncio.sleep(3600)
-        await asyncio.sleep(SECONDS)
+        await asyncio.sleep(SLOW_SECONDS if prompt.startswith("slow") else SECONDS)
         if mood == "broken":
             return 500, {"error": {"message": "internal trouble"}}
         if request.headers["authorization"] != f"Bearer {KEY}":
