@@ -64,9 +64,9 @@ def _place_problem(url: str) -> str:
     try:
         parts = urlsplit(url)
         _ = parts.port  # read, because only that checks it
-        return "" if parts.hostname else "has no host"
     except ValueError as error:  # its words may quote a password
         return "has a bad port; correct it" if "port" in str(error).lower() else "has a bad host; correct it"
+    return "" if parts.hostname else "has no host"
 
 
 def _hide_user(url: str) -> str:
