@@ -17,7 +17,11 @@ _MORE_KEYS = {"google": ("GEMINI_API_KEY",), "huggingface": ("HF_TOKEN",)}
 _MORE_URLS = {"google": ("GOOGLE_GEMINI_BASE_URL",), "azure": ("AZURE_OPENAI_ENDPOINT",)}
 _EMPTY_IS_UNSET = {"OPENROUTER_BASE_URL", "GOOGLE_GEMINI_BASE_URL"}
 
-_OPENAI_HOST = re.compile(r"(?:.*\.)?(?:api\.openai\.com|openai\.azure\.com|cognitiveservices\.azure\.com)\Z")
+_OPENAI_HOST = re.compile(
+    r"(?:.*\.)?(?:api\.openai\.com|openai\.azure\.(?:com|us|cn)|cognitiveservices\.azure\.com)\Z"
+)
+_FOUNDRY_HOST = ".services.ai.azure.com"
+_VISIBLE = re.compile(r"[!-~]+\Z")
 
 
 def check_environment(name: str, api_key: str | None = None) -> None:
@@ -49,8 +53,20 @@ def _check_url(variable: str, url: str | None) -> None:
     elif not url.lower().startswith(("http://", "https://")):
         problem = "does not begin with http:// or https://; put one of them before it"
     else:
+        problem = _place_problem(url)
+    if not problem:
         return
     raise UsageError(f"{variable} {problem}: expected a URL such as {URL_EXAMPLE}, got: {_hide_user(url)!r}")
+
+
+def _place_problem(url: str) -> str:
+    """Return what is wrong with host and port of a URL; empty if nothing is."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # read, because only that checks it
+    except ValueError as error:  # its words may quote a password
+        return "has a bad port; correct it" if "port" in str(error).lower() else "has a bad host; correct it"
+    return "" if parts.hostname else "has no host"
 
 
 def _hide_user(url: str) -> str:
@@ -59,15 +75,18 @@ def _hide_user(url: str) -> str:
 
 
 def _check_key(variable: str, key: str | None) -> None:
-    """Raise UsageError for a key that no header can carry, or that was copied with more than the key. Never shows it."""
-    if not key:
+    """Raise UsageError for a key that is not visible ASCII: no header can carry it, or it was copied with more than the key.
+
+    Never shows the key.
+    """
+    if not key or _VISIBLE.match(key):
         return
     if re.search(r"[\r\n]", key):
         problem = "contains a line break"
     elif key != key.strip():
         problem = "has white space around it"
     else:
-        return
+        problem = "contains a space, an invisible character or one that is not ASCII"
     raise UsageError(f"{variable} {problem}; set it to the key alone")
 
 
@@ -76,4 +95,8 @@ def takes_max_completion_tokens(base_url: str) -> bool:
 
     These refuse `max_tokens` for some models; other servers may not know the newer name.
     """
-    return _OPENAI_HOST.match((urlsplit(base_url).hostname or "").lower()) is not None
+    url = urlsplit(base_url)
+    host = (url.hostname or "").lower()
+    if host.endswith(_FOUNDRY_HOST):  # of the models there only some are OpenAI's
+        return url.path.startswith("/openai")
+    return _OPENAI_HOST.match(host) is not None

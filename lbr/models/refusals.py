@@ -174,6 +174,8 @@ def _words(refusal: Refusal, filtered: str | None, api_key: str | None) -> str:
 def status_in(body: object) -> int | None:
     """Return the HTTP status that an error's body names as its code, None where it names none."""
     code = body.get("code") if isinstance(body, dict) else None
+    if isinstance(code, str) and re.fullmatch(r"[45]\d\d", code, re.ASCII):
+        return int(code)
     return code if isinstance(code, int) and 400 <= code < 600 else None
 
 

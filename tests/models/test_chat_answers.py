@@ -251,3 +251,34 @@ def test_a_filtered_answer_names_category_and_severity() -> None:
     assert str(error) == "the provider refused to answer: As for; content filter: violence (medium)"
     error = failure(completion(None, message={"refusal": "I cannot."}))
     assert (error.family, error.text, error.usage) == (PERMANENT, "I cannot.", COUNTED)
+
+
+@pytest.mark.parametrize(
+    "error", [{"message": "upstream died", "code": None}, "upstream died", {"message": "upstream died"}]
+)
+def test_an_error_beside_half_an_answer_breaks_it_off(error: Any) -> None:
+    """Without a finish reason the text is not whole, whatever code the error has; text and tokens are kept."""
+    for body in (
+        completion("The half of", None, error=error),
+        event("The half of", usage=completion()["usage"]) + f"data: {json.dumps({'error': error})}\n\n",
+    ):
+        found = failure(body.encode() if isinstance(body, str) else body)
+        assert (found.family, found.text, found.usage) == (TRANSIENT, "The half of", COUNTED)
+        assert str(found) == "upstream died"
+
+
+def test_a_status_may_be_written_as_text() -> None:
+    """A code of digits is a status like a number."""
+    for code, family in (("500", TRANSIENT), ("429", LIMITED), ("402", ACCOUNT)):
+        found = failure(completion("The half of", error={"message": "late", "code": code}))
+        assert (found.family, found.text, str(found)) == (family, "The half of", f"late (HTTP {code})")
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85"])
+def test_only_line_breaks_end_the_line_of_an_event(character: str) -> None:
+    """Other separators may stand unescaped in the text of an answer."""
+    chunk = {"choices": [{"delta": {"content": f"a{character}b"}, "finish_reason": "stop"}]}
+    for end in ("\n", "\r\n", "\r"):
+        assert (
+            read(f"data: {json.dumps(chunk, ensure_ascii=False)}{end * 2}".encode()).text == f"a{character}b"
+        )

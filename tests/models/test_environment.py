@@ -40,6 +40,12 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("http://x/v1 ", "contains white space"),
         ("http://x/v1\n", "contains white space"),
         ("http://a b/v1", "contains white space"),
+        ("http://", "has no host"),
+        ("https:///v1", "has no host"),
+        ("http://:8000/v1", "has no host"),
+        ("http://127.0.0.1:99999/v1", "has a bad port"),
+        ("http://127.0.0.1:80a/v1", "has a bad port"),
+        ("http://[::1/v1", "has a bad host"),
     ],
 )
 @pytest.mark.parametrize(
@@ -71,7 +77,7 @@ def test_a_good_environment_passes(monkeypatch: pytest.MonkeyPatch, url: str) ->
     """Keys and URLs that calls can be made with pass, and so does what is not set."""
     check_environment(MODEL)
     monkeypatch.setenv("OPENAI_BASE_URL", url)
-    monkeypatch.setenv("OPENAI_API_KEY", "any key of a server's own")
+    monkeypatch.setenv("OPENAI_API_KEY", "any-key-of-a-server's-own")
     check_environment(MODEL)
     monkeypatch.setenv("OPENROUTER_BASE_URL", "")
     check_environment("openrouter:a/b", "sk-or")
@@ -84,6 +90,12 @@ def test_a_good_environment_passes(monkeypatch: pytest.MonkeyPatch, url: str) ->
         ("sk-sec\r\nret", "contains a line break"),
         (" sk-secret", "has white space around it"),
         ("sk-secret\t", "has white space around it"),
+        ("sk-sec\u200bret", "contains a space, an invisible character or one that is not ASCII"),
+        ("\ufeffsk-secret", "contains a space, an invisible"),
+        ("sk-secret\u2026", "contains a space, an invisible"),
+        ("sk-sec\x01ret", "contains a space, an invisible"),
+        ("sk-sec ret", "contains a space, an invisible"),
+        ("\u201csk-secret\u201d", "contains a space, an invisible"),
     ],
 )
 @pytest.mark.parametrize(
@@ -146,6 +158,10 @@ async def test_no_job_is_touched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         ("https://eu.api.openai.com/v1/", True),
         ("https://API.OpenAI.com:443/v1", True),
         ("https://mine.openai.azure.com/openai/v1/", True),
+        ("https://mine.openai.azure.us/openai/v1/", True),
+        ("https://mine.openai.azure.cn/openai/v1/", True),
+        ("https://mine.services.ai.azure.com/openai/v1/", True),
+        ("https://mine.services.ai.azure.com/models", False),
         ("https://api.openai.com.example/v1", False),
         ("https://fakeapi.openai.com/v1", False),
         ("http://127.0.0.1:8000/v1", False),

@@ -7,6 +7,7 @@ required; what else cannot be read is not known.
 from __future__ import annotations
 
 import json
+import re
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,7 +29,7 @@ _EVENTS = ("data:", "event:", "id:", "retry:", ":")
 """How server-sent events begin."""
 
 
-class _Envelope(NamedTuple):
+class Envelope(NamedTuple):
     """The parts of an answer that are read; each is empty if it is missing or of another type."""
 
     body: dict[str, Any]
@@ -56,23 +57,12 @@ class Reader:
         try:
             parsed = orjson.loads(content)
         except orjson.JSONDecodeError:
-            parsed, whole = self._read_otherwise(content, charset)
-        envelope = _envelope(parsed)
+            parsed, whole = self.read_otherwise(content, charset)
+        envelope = envelope_of(parsed)
         body, choice, message = envelope
-        text = _answer_in(_text_in(message.get("content")), self._tags)
-        usage = self._costs.usage(body)
+        text = _answer_in(text_in(message.get("content")), self._tags)
+        usage = self.check(envelope, text, whole=whole)
         ending = ending_of(choice.get("finish_reason"))
-        if not whole:
-            raise CallError(
-                "the stream of the answer was cut off",
-                kind="UnreadAnswer",
-                text=text,
-                usage=usage,
-                finish_reason=ending,
-            )
-        error = envelope.error
-        if error and (not text.strip() or status_in(error) is not None):
-            raise self._failed(error, text, usage, ending)
         refusal = message.get("refusal")
         refusal = refusal if isinstance(refusal, str) and refusal else None
         if not text.strip() or ending not in {"stop", "length"} or refusal:
@@ -91,7 +81,27 @@ class Reader:
         name = model if isinstance(model, str) and model else self._model
         return Reply(text=text, usage=usage, model=name, finish_reason=ending)
 
-    def _read_otherwise(self, content: bytes, charset: str) -> tuple[Any, bool]:
+    def check(self, envelope: Envelope, text: str, *, whole: bool) -> Usage:
+        """Return what an answer took. Raises CallError, with its text, if it was cut off or has an error in its place.
+
+        An error beside a text counts if it has a status, or if the answer has no finish reason.
+        """
+        usage = self._costs.usage(envelope.body)
+        ending = ending_of(envelope.choice.get("finish_reason"))
+        if not whole:
+            raise CallError(
+                "the stream of the answer was cut off",
+                kind="UnreadAnswer",
+                text=text,
+                usage=usage,
+                finish_reason=ending,
+            )
+        error = envelope.error
+        if error and (not text.strip() or status_in(error) is not None or ending is None):
+            raise self._failed(error, text, usage, ending)
+        return usage
+
+    def read_otherwise(self, content: bytes, charset: str) -> tuple[Any, bool]:
         """Read what orjson does not: other JSON, or server-sent events; return it and whether all of it came.
 
         Raises CallError for what is neither, with the text.
@@ -128,20 +138,21 @@ class Reader:
         return found
 
 
-def _envelope(parsed: Any) -> _Envelope:
+def envelope_of(parsed: Any) -> Envelope:
+    """Return the parts of a body, or of the first in a list of bodies."""
     body = _object(parsed[0] if isinstance(parsed, list) and parsed else parsed)
     if not body.get("choices") and isinstance(body.get("provider"), dict):
         body = body["provider"]  # OpenRouter may pass the whole answer on in there
     choices = body.get("choices")
     choice = _object(choices[0] if isinstance(choices, list) and choices else choices)
-    return _Envelope(body, choice, _object(choice.get("message")))
+    return Envelope(body, choice, _object(choice.get("message")))
 
 
 def _object(part: Any) -> dict[str, Any]:
     return part if isinstance(part, dict) else {}
 
 
-def _text_in(content: Any) -> str:
+def text_in(content: Any) -> str:
     """Return the text of a message's content, which may come in parts; what a model thought is not part of it."""
     if isinstance(content, str):
         return content
@@ -185,7 +196,7 @@ def _assembled(text: str) -> tuple[dict[str, Any], bool]:
     body: dict[str, Any] = {}
     said: dict[str, list[str]] = {"content": [], "refusal": []}
     ending, ended = None, False
-    for line in text.splitlines():
+    for line in re.split(r"\r\n|\r|\n", text):  # str.splitlines would also split inside of JSON strings
         name, _, data = line.partition(":")
         if name.strip() != "data":
             continue
@@ -202,7 +213,7 @@ def _assembled(text: str) -> tuple[dict[str, Any], bool]:
             if choice.get("index", 0) == 0:
                 delta = _object(choice.get("delta") or choice.get("message"))
                 for name, parts in said.items():
-                    parts.append(_text_in(delta.get(name)))
+                    parts.append(text_in(delta.get(name)))
                 ending = choice.get("finish_reason") or ending
     message = {name: "".join(parts) for name, parts in said.items()}
     whole = {**body, "choices": [{"message": message, "finish_reason": ending}]}

@@ -136,11 +136,9 @@ class Costs:
 
     def usage(self, body: dict[str, Any]) -> Usage:
         """Return what an answer took, as far as it says so in a way that can be read."""
-        told = body.get("usage")
-        if type(told) is not dict:
+        told = counted(body)
+        if told is None:
             return NO_USAGE
-        if not _is_plain(told):
-            told = _repaired(told)
         price = self._said(told)
         if "completion_tokens" not in told:
             return Usage(told.get("prompt_tokens"), None, None if price is None else round(price * _NANOS))
@@ -247,6 +245,14 @@ class Costs:
     @property
     def _places(self) -> tuple[tuple[str | None, str | None], ...]:
         return ((None, self._endpoint.base_url), (self._endpoint.provider, None))
+
+
+def counted(body: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the usage object of an answer without what cannot be read in it; None if there is none."""
+    told = body.get("usage")
+    if type(told) is not dict:
+        return None
+    return told if _is_plain(told) else _repaired(told)
 
 
 def _is_plain(told: dict[str, Any]) -> bool:

@@ -36,7 +36,16 @@ _NAMES_ELSEWHERE = {
 
 _SAMPLING = frozenset({"temperature", "top_p", "presence_penalty", "frequency_penalty", "logit_bias"})
 _OF_TOOLS = frozenset({"tool_choice", "parallel_tool_calls"})
-_OF_STREAMS = frozenset({"first_event_timeout"})
+_UNUSED = frozenset(
+    {
+        "first_event_timeout",
+        "openai_continuous_usage_stats",
+        "citations",
+        "openai_include_raw_annotations",
+        "openai_include_unmapped_response_data",
+    }
+)
+"""Settings of streams, of which lbr reads none, and of parts of an answer that lbr does not keep."""
 
 
 def check_model(name: str, settings: Mapping[str, Json], *, schema: dict[str, Json] | None = None) -> None:
@@ -159,7 +168,7 @@ def check_known(name: str, settings: Mapping[str, Json], model: Model) -> None:
 
 def _hint(model: Model, setting: str, value: Json, known: Iterable[str] = ()) -> str:
     """Return what to do instead of a setting that a model is not sent; empty if it can only be left out."""
-    if setting in _OF_TOOLS | _OF_STREAMS:
+    if setting in _OF_TOOLS | _UNUSED | {"cache"}:
         return ""
     if setting == "thinking":
         body = _in_body(model, {"chat_template_kwargs": {"enable_thinking": bool(value)}})
@@ -207,13 +216,24 @@ def _is_sent(
         return False
     if setting in _OF_TOOLS:  # the only tool is the answer
         return schema is not None and output_mode(model.profile) == "tool"
-    if setting in _OF_STREAMS:  # lbr reads none
+    if setting in _UNUSED or _is_foreign(model, setting, settings[setting]):
         return False
+    if setting == "cache":
+        return bool(profile.get("supports_cache"))
     if setting == "thinking":
         return bool(profile.get("supports_thinking") or profile.get("thinking_always_enabled"))
     if profile.get("anthropic_disallows_sampling_settings") and setting in _SAMPLING | {"top_k"}:
         return False
     return setting not in _SAMPLING or not _reasons(profile, settings)
+
+
+def _is_foreign(model: Model, setting: str, value: Json) -> bool:
+    """Return whether a model's API has no field for a setting that pydantic-ai declares for it."""
+    from pydantic_ai.models.openai import OpenAIResponsesModel  # noqa: PLC0415
+
+    if setting == "service_tier" and model.system == "anthropic":
+        return value not in {"auto", "default"}
+    return setting == "openai_prediction" and isinstance(model, OpenAIResponsesModel)
 
 
 def _reasons(profile: Mapping[str, Any], settings: Mapping[str, Json]) -> bool:

@@ -7,9 +7,7 @@ import re
 import warnings
 from typing import TYPE_CHECKING, Any
 
-import orjson
-
-from lbr.core.errors import CallError, Family, Permanent, UsageError
+from lbr.core.errors import CallError, Permanent, UsageError
 from lbr.models.checking import check_authority
 from lbr.models.environment import check_environment, takes_max_completion_tokens
 from lbr.models.pydantic_ai.checks import (
@@ -19,11 +17,11 @@ from lbr.models.pydantic_ai.checks import (
     provider_class_of,
     require,
 )
+from lbr.models.pydantic_ai.completions import Completions
 from lbr.models.pydantic_ai.families import call_error
 from lbr.models.pydantic_ai.history import history_of
-from lbr.models.pydantic_ai.replies import ANSWER_TOOL, FREE, fill_in, reply_of, unread
+from lbr.models.pydantic_ai.replies import ANSWER_TOOL, FREE, reply_of
 from lbr.models.pydantic_ai.transport import carry_over_aiohttp, put_under
-from lbr.models.refusals import status_in
 from lbr.models.wording import clean
 
 if TYPE_CHECKING:
@@ -134,7 +132,7 @@ def _build(name: str, api_key: str | None, connections: Connections | None) -> M
     except Exception as error:
         cause = f"{type(error).__name__}: {clean(str(error), api_key)}"
         raise UsageError(f"cannot use model {name!r}: {cause}") from error
-    _read_leniently(found)
+    _read_leniently(found, api_key)
     _tell_free_answers(found)
     return found
 
@@ -194,38 +192,15 @@ def _limit_in_body(settings: Any) -> Any:
     return {**rest, "extra_body": {"max_tokens": settings["max_tokens"], **body}}
 
 
-def _read_leniently(model: Any) -> None:
-    """Let only the text of an answer be required, and let an error that comes with status 200 keep its code and words.
+def _read_leniently(model: Any, api_key: str | None) -> None:
+    """Let only the text of a chat completion be required, and let an error with status 200 keep its code and words."""
+    from pydantic_ai.models.openai import OpenAIChatModel  # noqa: PLC0415
 
-    pydantic-ai reads such errors of OpenRouter alone: elsewhere they are a list of fields that are missing.
-    """
-    from pydantic import ValidationError  # noqa: PLC0415
-    from pydantic_ai.exceptions import ModelHTTPError  # noqa: PLC0415
-
-    validate = getattr(model, "_validate_completion", None)
-    if validate is None:  # none that speaks OpenAI's chat completions
-        return
-
-    told = model.system == "openrouter"
-
-    def checked(response: Any) -> Any:
-        fill_in(response, model.model_name)
-        try:
-            found = validate(response) if response.choices or told else response
-        except ValidationError as problem:
-            raise unread(response, f"expected an answer, got: {problem}", Family.BAD_ANSWER) from problem
-        if found.choices:
-            return found
-        error = getattr(response, "error", None)
-        status = status_in(error)
-        if status is not None:
-            raise ModelHTTPError(status, model.model_name, error)
-        if error is not None:
-            said = orjson.dumps(error, default=str).decode()
-            raise unread(response, f"expected an answer, got: the error {said}", Family.TRANSIENT)
-        raise unread(response, "expected an answer, got: no choices", Family.BAD_ANSWER)
-
-    model._validate_completion = checked  # noqa: SLF001 - the one place that sees the whole answer
+    if isinstance(model, OpenAIChatModel):
+        completions = Completions(model, api_key)
+        # The two places that see a whole answer.
+        model._completions_create = completions.create  # type: ignore[assignment]  # noqa: SLF001
+        model._process_response = completions.read  # type: ignore[method-assign]  # noqa: SLF001
 
 
 def _tell_free_answers(model: Any) -> None:

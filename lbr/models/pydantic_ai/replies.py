@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import orjson
 
-from lbr.core.errors import CallError, Family, Usage
+from lbr.core.errors import Usage
 from lbr.core.types import Reply
 from lbr.models.endings import check_answer, ending_of, filter_words
-from lbr.models.wording import clean
 
 if TYPE_CHECKING:
     from pydantic_ai.messages import ModelResponse
@@ -18,6 +17,12 @@ if TYPE_CHECKING:
 ANSWER_TOOL = "answer"
 FREE = "lbr_free"
 """Among a response's details: its provider said that it cost nothing."""
+BODY = "lbr_body"
+"""Among a response's details: the body of an answer that is not a plain success, in which a filter's reasons are."""
+RAW = "lbr_raw"
+"""Among a response's details: what came, if no text did."""
+USAGE = "lbr_usage"
+"""Among a response's details: its usage, if that is not known in full."""
 
 
 def reply_of(response: ModelResponse) -> Reply:
@@ -29,45 +34,16 @@ def reply_of(response: ModelResponse) -> Reply:
     said = details.get("finish_reason")
     reasons = (said if said not in {None, ending} else None, filter_words(details))
     why = "; ".join(filter(None, reasons)) or None
-    check_answer(text, ending, usage, refusal=details.get("refusal"), why=why)
+    raw = None if text.strip() else details.get(RAW) or _dumped(response)
+    check_answer(text, ending, usage, raw=raw, refusal=details.get("refusal"), why=why)
     return Reply(text=text, usage=usage, model=response.model_name, finish_reason=ending)
 
 
-def fill_in(response: Any, model_name: str) -> None:
-    """Give a chat completion what its server left out or wrote in an odd way, if no answer depends on it."""
-    response.id = response.id if isinstance(response.id, str) else ""
-    response.object = "chat.completion"
-    response.model = response.model if isinstance(response.model, str) else model_name
-    response.created = int(response.created) if isinstance(response.created, int | float) else 0
-    if usage_of(response) is None:
-        response.usage = None
-    for index, choice in enumerate(response.choices if isinstance(response.choices, list) else ()):
-        if getattr(choice, "message", None) is None:
-            continue
-        choice.index = index
-        choice.finish_reason = choice.finish_reason or "stop"
-        choice.message.role = "assistant"
+def _dumped(response: ModelResponse) -> str:
+    """Return a response as pydantic-ai has it, with what the model thought and the tools that it called."""
+    from pydantic_ai.messages import ModelMessagesTypeAdapter  # noqa: PLC0415
 
-
-def usage_of(response: Any) -> Usage | None:
-    """Return the tokens that a chat completion reports; None if both are not there as numbers."""
-    counts = [getattr(response.usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
-    if any(type(count) is not int or count < 0 for count in counts):
-        return None
-    if type(getattr(response.usage, "total_tokens", None)) is not int:
-        response.usage.total_tokens = sum(counts)
-    return Usage(*counts)
-
-
-def unread(response: Any, words: str, family: Family) -> CallError:
-    """Return the error for a chat completion that cannot be used, with all that came of it."""
-    return CallError(
-        clean(words),
-        family=family,
-        kind="UnreadAnswer",
-        text=response.to_json(indent=None, warnings=False),
-        usage=usage_of(response),
-    )
+    return ModelMessagesTypeAdapter.dump_json([response], fallback=str).decode(errors="replace")
 
 
 def _answer_text(response: ModelResponse) -> str:
@@ -81,6 +57,9 @@ def _answer_text(response: ModelResponse) -> str:
 
 
 def _usage(response: ModelResponse) -> Usage:
+    kept: Usage | None = (response.provider_details or {}).get(USAGE)
+    if kept is not None:
+        return kept
     usage = response.usage
     if usage.unmeasured_requests:
         return Usage(cost_nanos=_cost_nanos(response))
