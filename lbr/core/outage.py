@@ -99,8 +99,9 @@ class ModelState:
 
     `since` is when the outage was recognised, None while there is none; `worker` recognised it, or made the last
     probe. No call may begin before `probe_at`, then one probe at a time. `wait_ms` is the latest wait between probes
-    and `waited_ms` the sum of all, up to `patience_ms`; `done` is how many jobs were done at the latest refusal. `recovered_by` is the worker whose probe succeeded last, at
-    `recovered_at`; `recognised_by` the worker that saw the last outage.
+    and `waited_ms` the sum of all, up to `patience_ms`; `done` is how many jobs were done at the latest refusal.
+    `recovered_by` is the worker whose probe succeeded last, at `recovered_at`; `recognised_by` the worker that saw the
+    last outage.
     """
 
     since: int | None = None
@@ -246,9 +247,8 @@ def _charged(settlement: Settlement, model: str, state: ModelState, now: int) ->
     failure = settlement.outcome.failure
     if not settlement.claim.probe or state.since is None:
         return Judgement(Verdict.JOB, settlement, state)
-    if failure is not None and is_refused(
-        failure
-    ):  # of the last jobs: from now on they are tried as any other
+    if failure is not None and is_refused(failure):
+        # It is of the last jobs, which from now on are tried as any other.
         return Judgement(Verdict.JOB, settlement, replace(state, since=None))
     after = replace(state, since=None, recovered_by=state.worker, recovered_at=now)
     words = f"{model} answers again, after {duration((now - state.since) / 1000)}"
