@@ -301,7 +301,7 @@ def test_an_error_without_words_is_named() -> None:
         ("ModelAPIError", ("m", "x"), Family.TRANSIENT),
         ("ModelConnectionError", ("m", "x"), Family.TRANSIENT),
         ("ModelRequestTimeout", ("m", 3.0), Family.TRANSIENT),
-        ("ModelQuotaExceededError", ("m", "x"), Family.PERMANENT),
+        ("ModelQuotaExceededError", ("m", "x"), Family.ACCOUNT),
         ("ModelAuthenticationError", ("m", "x"), Family.PERMANENT),
         ("ModelRateLimitError", ("m", "x"), Family.RATE_LIMITED),
         ("ModelNotFoundError", ("m", "x"), Family.PERMANENT),
