@@ -98,7 +98,8 @@ class Symptom(StrEnum):
 
     UNREACHABLE = "unreachable"  # refused, reset, no such host, TLS, no connection in time
     SERVER_ERROR = "server error"  # 5xx
-    DENIED = "denied"  # 401, 403
+    DENIED = "denied"  # 401: the key
+    FORBIDDEN = "forbidden"  # 403: the key, or a firewall that dislikes this prompt
     SET_UP = "set-up"  # 400, 404, 405, 422: a wrong model, route or parameter would give it to every job
 
 

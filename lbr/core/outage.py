@@ -141,7 +141,12 @@ class Backlog:
 
 def is_refused(failure: Failure) -> bool:
     """Whether a call failed in a way that an outage or a wrong key would explain."""
-    return failure.symptom in {Symptom.UNREACHABLE, Symptom.SERVER_ERROR, Symptom.DENIED}
+    return failure.symptom in {Symptom.UNREACHABLE, Symptom.SERVER_ERROR} or is_denied(failure)
+
+
+def is_denied(failure: Failure) -> bool:
+    """Whether a call was not let in: for its key, or by a firewall for its prompt."""
+    return failure.symptom in {Symptom.DENIED, Symptom.FORBIDDEN}
 
 
 def judge(settlement: Settlement, state: ModelState, backlog: Backlog, now: int) -> Verdict:
@@ -157,7 +162,7 @@ def judge(settlement: Settlement, state: ModelState, backlog: Backlog, now: int)
     if state.since is not None:
         # A worker with a better key may be busy with calls that take long: its turn to probe comes.
         others = backlog.others > 0 or backlog.done > state.done
-        denied = probe and failure.symptom is Symptom.DENIED and not others
+        denied = probe and is_denied(failure) and not others
         return Verdict.ACCOUNT if denied else Verdict.WAIT
     if evidence is None or is_stale(evidence, state, now) or not _is_enough(failure, evidence, backlog):
         return Verdict.UNKNOWN if _is_uncharged(settlement, backlog) else Verdict.JOB
@@ -168,7 +173,7 @@ def _is_of_the_job(failure: Failure, evidence: Evidence | None, backlog: Backlog
     """Whether one of the last jobs of a model that has answered fails by itself: no three can be refused."""
     succeeded = evidence is not None and evidence.succeeded
     if failure.symptom is Symptom.DENIED:
-        return backlog.open < JOBS and succeeded  # by this worker's key
+        return backlog.open < JOBS and succeeded  # with this worker's key
     answered = succeeded or backlog.done > 0
     return backlog.open < JOBS and answered and failure.symptom is not Symptom.UNREACHABLE
 
@@ -187,7 +192,7 @@ def _is_enough(failure: Failure, evidence: Evidence, backlog: Backlog) -> bool:
 def _is_uncharged(settlement: Settlement, backlog: Backlog) -> bool:
     """Whether a refusal that may yet prove to be an outage or a wrong key must cost its job nothing."""
     failure, evidence = settlement.outcome.failure, settlement.evidence
-    if failure is not None and failure.symptom is Symptom.DENIED:
+    if failure is not None and is_denied(failure):
         return evidence is None or not evidence.succeeded
     last = settlement.state is JobState.FAILED or backlog.open < JOBS
     return last and failure is not None and failure.symptom is Symptom.UNREACHABLE
@@ -283,7 +288,7 @@ def without_charge(settlement: Settlement, verdict: Verdict) -> Settlement:
     outcome, wait_ms = settlement.outcome, RETRY_MS if verdict is Verdict.UNKNOWN else 0
     if outcome.failure is not None:
         family = outcome.failure.family if verdict is Verdict.UNKNOWN else Family.OUTAGE
-        family = Family.ACCOUNT if outcome.failure.symptom is Symptom.DENIED else family
+        family = Family.ACCOUNT if is_denied(outcome.failure) else family
         outcome = replace(outcome, failure=replace(outcome.failure, family=family))
     return replace(
         settlement, outcome=outcome, state=JobState.PENDING, charge=0, wait_ms=wait_ms, cool_down=False

@@ -142,7 +142,7 @@ def _decide(claim: Claim, outcome: Outcome, policy: RetryPolicy, rng: Random) ->
     failure = outcome.failure
     if failure is None:
         return Settlement(claim, JobState.DONE, outcome, charge=1)
-    if failure.symptom is Symptom.DENIED and not claim.history.denied_tries:
+    if failure.symptom in {Symptom.DENIED, Symptom.FORBIDDEN} and not claim.history.denied_tries:
         # Among calls that succeed, a stray 401 or 403 passes: once more, then it is about this job.
         wait_ms = round(wait_seconds(failure, 1, policy, rng) * 1000)
         return Settlement(claim, JobState.PENDING, outcome, charge=1, wait_ms=wait_ms)

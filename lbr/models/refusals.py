@@ -109,7 +109,7 @@ def symptom_of(refusal: Refusal, family: Family) -> Symptom | None:
     if refusal.unreachable:
         return Symptom.UNREACHABLE
     if family is Family.PERMANENT and _is_denied(refusal):
-        return Symptom.DENIED
+        return Symptom.FORBIDDEN if refusal.status == 403 else Symptom.DENIED
     if refusal.status >= 500 or "ModelUnavailableError" in refusal.categories:
         return Symptom.SERVER_ERROR
     about_the_prompt = refusal.categories & _ABOUT_THE_PROMPT or refusal.status == 413

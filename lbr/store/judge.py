@@ -148,7 +148,7 @@ async def judge_failures(
         states[model] = one.state
         judged.add(place, model, one)
         if one.pause is not None:
-            judged.pauses |= dict.fromkeys(await _active_runs(connection, [model]), one.pause)
+            judged.pauses |= dict.fromkeys(await _open_runs(connection, model), one.pause)
     changed = [model for model in states if states[model] != before[model]]
     await _SAVE.run(connection, [_fields(model, states[model]) for model in changed])
     return judged
@@ -198,6 +198,19 @@ async def _calls_of_others(connection: Connection, model: str, claim: Claim) -> 
 async def _active_runs(connection: Connection, models: list[str]) -> list[RunId]:
     query = select(runs.c.id).where(among(runs.c.answerer, "answerers"), runs.c.state == RunState.ACTIVE)
     return [RunId(run_id) for run_id in (await connection.execute(query, {"answerers": models})).scalars()]
+
+
+async def _open_runs(connection: Connection, model: str) -> list[RunId]:
+    """Return the active runs of a model that have something to do: a pause of the others would only be in the way."""
+    open_jobs = counters.c.name.in_([JobState.PENDING, JobState.INFLIGHT])
+    query = (
+        select(runs.c.id)
+        .join_from(runs, counters, runs.c.id == counters.c.run_id)
+        .where(runs.c.answerer == model, runs.c.state == RunState.ACTIVE, open_jobs)
+        .group_by(runs.c.id)
+        .having(func.sum(counters.c.value) > 0)
+    )
+    return [RunId(run_id) for run_id in (await connection.execute(query)).scalars()]
 
 
 # --- what may be claimed meanwhile --------------------------------------------------------------------------------------

@@ -146,7 +146,8 @@ class Worker:
             f"proxy and key"
         )
         if self._servings.refuse(model, error):
-            self._notify(str(error))
+            if self._servings.served:  # else it is what the worker ends with
+                self._notify(str(error))
             self._claiming.serve(
                 [run_id for run_id in self._claiming.order if run_id in self._servings.served]
             )
@@ -350,8 +351,9 @@ class Worker:
             if not self._calls.sees_outage(model):
                 self._notify(f"{model}: waiting, as all workers do: {outages[model]}")
         for model in self._outages - outages.keys():
-            if self._calls.sees_outage(model):
-                self._notify(f"{model}: calling again, because it answered another worker")
+            served = (one.run for one in self._servings.served.values())
+            if self._calls.sees_outage(model) and any(run.task.answerer == model for run in served):
+                self._notify(f"{model}: waiting no longer")
         self._outages = set(outages)
 
     async def _reclaim(self) -> None:

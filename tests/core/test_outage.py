@@ -148,6 +148,10 @@ class TestJudge:
         """With fewer than three jobs left, a 5xx is the job's own; a refused connection never is."""
         assert judge(ended(symptom), ModelState(), FEW, NOW) is verdict
 
+    def test_a_prompt_that_a_firewall_refuses_is_the_last(self) -> None:
+        """Put back by hand, it fails again: the run has answers, so that the key is good."""
+        assert judge(ended(Symptom.FORBIDDEN), ModelState(), FEW, NOW) is Verdict.JOB
+
     def test_a_single_job_with_a_wrong_key_is_not_charged(self) -> None:
         """A run of one prompt is paused for a wrong key too: nothing has succeeded with it."""
         alone = Backlog(open=1, done=0)

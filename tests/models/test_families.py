@@ -241,7 +241,8 @@ async def test_what_providers_really_say(
     with Scripted(status, json.dumps(body)) as server:
         error = await fail(monkeypatch, model, server)
     assert error.family is (PERMANENT if family is DENIED else family), str(error)
-    assert (error.symptom is DENIED) is (family is DENIED)
+    denied = Symptom.FORBIDDEN if status == 403 else DENIED
+    assert (error.symptom is denied) is (family is DENIED)
     assert error.symptom is Symptom.SERVER_ERROR or status < 500
     overloaded = family is LIMITED or status in {408, 503, 504, 524, 529}
     assert is_overload(failure_of(error)) is overloaded

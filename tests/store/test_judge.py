@@ -120,6 +120,7 @@ async def test_patience_pauses_all_runs_of_the_model_and_resume_forgets(
     """After so much waiting each run of the model is paused with the reason; resume begins from nothing."""
     run = await put(database, [f"p{n}" for n in range(10)], task=MODEL)
     second = await put(database, ["q"], name="second", task=MODEL)
+    await put(database, [], name="finished", task=MODEL)
     queue, one, other = await two_workers(database)
     claims = await queue.claim(one, [run.id], 4, lease=60)
     await settle(database, [refused(c, evidence=seen_by(one, patience_ms=2_000)) for c in claims])
