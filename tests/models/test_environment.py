@@ -62,10 +62,11 @@ def test_a_bad_base_url_is_named(
     monkeypatch: pytest.MonkeyPatch, name: str, variable: str, url: str, problem: str
 ) -> None:
     """The variable and what is wrong with it are named, at the enqueue and by the worker."""
-    if name.startswith("openrouter:") and not url:
-        pytest.skip("empty, it is unset")
     monkeypatch.setenv(variable, url)
     monkeypatch.setenv(variable.replace("_BASE_URL", "_API_KEY"), "sk-good")
+    if name.startswith("openrouter:") and not url:
+        check_environment(name)  # empty, it is as if unset
+        return
     with pytest.raises(UsageError, match=f"^{variable} {problem}"):
         check_environment(name)
     with pytest.raises(UsageError, match=f"^{variable} {problem}"):

@@ -134,6 +134,47 @@ def test_a_provider_that_goes_away_and_comes_back(cli: Cli, tmp_path: Path) -> N
     assert sum(again.values()) - len(again) <= 3 * SLOTS
 
 
+NO_NAMES = """
+import pathlib, socket
+lookup = socket.getaddrinfo
+def getaddrinfo(host, *more, **named):
+    if pathlib.Path(__file__).with_name("mood").read_text() == "nameless" and host == "localhost":
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    return lookup(host, *more, **named)
+socket.getaddrinfo = getaddrinfo
+"""
+"""Loaded by each worker: while the provider is nameless, no lookup of its name succeeds."""
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(300)
+def test_a_name_that_does_not_resolve_for_a_while(cli: Cli, tmp_path: Path) -> None:
+    """DNS that fails for all workers, one of which is killed meanwhile, fails no job."""
+    (tmp_path / "sitecustomize.py").write_text(NO_NAMES)
+    cli.environment["PYTHONPATH"] = str(tmp_path)
+    with provider(tmp_path) as server:
+        enqueue(cli, server.url.replace("127.0.0.1", "localhost"), [f"prompt {n}" for n in range(PROMPTS)])
+        workers = [cli.start(*WORKER) for _ in range(4)]
+        cli.wait_for("in", "done", 60)
+        server.feel("nameless")
+        server.stop()  # connections that are kept alive need no name
+        time.sleep(6)
+        workers.pop(0).send_signal(signal.SIGKILL)
+        # A client that starts now has no address in its cache.
+        workers.append(cli.start(*WORKER))
+        time.sleep(12)
+        server.start()
+        server.feel("up")
+        said = ""
+        for worker in workers:
+            _, stderr = worker.communicate(timeout=180)
+            assert worker.returncode == 0, stderr
+            said += stderr
+    assert "Name or service not known" in said
+    numbers = cli.status("in")
+    assert (numbers["failed"], numbers["done"]) == (0, PROMPTS)
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize("fault", ["no such host", "wrong key"])
 def test_one_worker_that_cannot_reach_the_model_stops_alone(cli: Cli, tmp_path: Path, fault: str) -> None:
