@@ -75,6 +75,7 @@ ENVELOPES: dict[str, Any] = {
     "odd neighbours": completion(
         service_tier=5, metadata=[], choice={"index": "x", "logprobs": 5}, message={"tool_calls": 5, "reasoning": []}
     ),
+    "thoughts that are no text": completion(message={"reasoning": True, "reasoning_content": {}}),
     "not a number": b'{"created": NaN, ' + json.dumps(completion()).encode()[1:],
     "a line break in the text of a field": b'{"x": "a\nb", ' + json.dumps(completion()).encode()[1:],
     "a mark in front": b"\xef\xbb\xbf" + json.dumps(completion()).encode(),

@@ -59,8 +59,9 @@ class PydanticAIModel:
         from pydantic_ai.direct import model_request  # noqa: PLC0415
         from pydantic_ai.exceptions import UsageExtractionFailedWarning  # noqa: PLC0415
 
-        # A server's odd counts are no reason to show whoever watches a worker a line of pydantic-ai's code.
+        # What is odd in a server's answer is no reason to show whoever watches a worker a line of pydantic-ai's code.
         warnings.filterwarnings("ignore", category=UsageExtractionFailedWarning)
+        warnings.filterwarnings("ignore", message="Unexpected non-string value for")
         self._api_key = api_key
         self._name = name
         check_authority(task_settings)  # again, for whoever wrote to the database need not have been lbr
