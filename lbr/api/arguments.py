@@ -93,9 +93,10 @@ KINDS: Mapping[str, Kind] = {
     "result_types": LIST,
     "progress_every": EVERY,
     **dict.fromkeys(("version", "instructions", "template", "prompt_column", "reason", "scope"), TEXT),
-    **dict.fromkeys(("append", "fresh", "servable", "wait", "fix", "restart"), FLAG),
+    **dict.fromkeys(("delimiter", "encoding"), TEXT),
+    **dict.fromkeys(("append", "fresh", "servable", "wait", "fix", "restart", "skip_empty"), FLAG),
     **dict.fromkeys(("teardown", "retry_failed", "allow_network_fs"), FLAG),
-    **dict.fromkeys(("db_url", "results_db_url", "to_url", "out"), FILE),
+    **dict.fromkeys(("db_url", "results_db_url", "to_url", "out", "skip_bad"), FILE),
     **dict.fromkeys(("notify", "on_start", "on_kept"), FUNCTION),
 }
 """By the argument's name, which means the same in every function. Numbers and words of a list are not here:

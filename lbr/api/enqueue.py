@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,8 @@ class EnqueueReport:
     run: str
     counts: EnqueueCounts
     notices: list[str] = field(default_factory=list)
+    skipped_bad: int = 0
+    skipped_empty: int = 0
 
 
 @checked()
@@ -57,6 +59,10 @@ async def enqueue(
     settings: dict[str, Json] | None = None,
     prompt_column: str | None = None,
     input_format: str | None = None,
+    delimiter: str | None = None,
+    encoding: str | None = None,
+    skip_bad: PathLike[str] | str | None = None,
+    skip_empty: bool = False,
     max_attempts: int = MAX_ATTEMPTS,
     price: str | None = None,
     append: bool = False,
@@ -76,6 +82,9 @@ async def enqueue(
     leaves it as it is. `on_kept` gets how many of the inputs are in the run whenever some more are; cancelled, those
     stay there.
 
+    `delimiter` and `encoding` say how files are written if lbr cannot know it. `skip_bad` is a file for the rows that
+    cannot be used, which are left out; `skip_empty` leaves out those whose prompt is empty.
+
     Raises UsageError, InputError (with file and line; files are checked whole before anything is written),
     RunMismatchError, RunChangedError or DatabaseError.
     """
@@ -90,7 +99,16 @@ async def enqueue(
         result_type=result_type,
         env=load_environment(Path.cwd()),
     )
-    source = Source.of(inputs, input_format=input_format, template=template, prompt_column=prompt_column)
+    source = Source.of(
+        inputs,
+        input_format=input_format,
+        template=template,
+        prompt_column=prompt_column,
+        delimiter=delimiter,
+        encoding=encoding,
+        skip_bad=skip_bad,
+        skip_empty=skip_empty,
+    )
     spec = RunSpec(
         source.run_name() if run is None else run,
         asked.task,
@@ -104,7 +122,8 @@ async def enqueue(
     if servable:
         await check_servable(asked)
     async with opened(db_url, create=True, allow_network_fs=allow_network_fs) as database:
-        return await put(database, spec, source, append=append, fresh=fresh, on_kept=on_kept)
+        report = await put(database, spec, source, append=append, fresh=fresh, on_kept=on_kept)
+    return replace(report, skipped_bad=source.bad.count, skipped_empty=source.bad.empty)
 
 
 def check_may_be_new(spec: RunSpec, db_url: PathOrUrl) -> None:

@@ -101,6 +101,10 @@ async def estimate(
     settings: dict[str, Json] | None = None,
     prompt_column: str | None = None,
     input_format: str | None = None,
+    delimiter: str | None = None,
+    encoding: str | None = None,
+    skip_bad: PathLike[str] | str | None = None,
+    skip_empty: bool = False,
     price: str | None = None,
     output_tokens: int | None = None,
     rpm: float | None = None,
@@ -129,8 +133,17 @@ async def estimate(
     pace = Pace(rpm, tpm, concurrency, seconds_per_call)
     length = answer_length(task, output_tokens)
     known = read_price(price) if price is not None else None
-    source = Source.of(inputs, input_format=input_format, template=template, prompt_column=prompt_column)
-    counted = count(source, task)
+    source = Source.of(
+        inputs,
+        input_format=input_format,
+        template=template,
+        prompt_column=prompt_column,
+        delimiter=delimiter,
+        encoding=encoding,
+        skip_bad=skip_bad,
+        skip_empty=skip_empty,
+    )
+    counted = count(source.read(at_once=False), task)
     if not counted.inputs:
         raise source.nothing()
     found = known or table_price(task.answerer)

@@ -49,6 +49,12 @@ def input_options(command: F) -> F:
             type=click.Choice([str(one) for one in InputFormat]),
             help="How the input is written; by its file ending if unset.",
         ),
+        click.option("--delimiter", metavar="CHAR", help="What separates CSV cells; found out if unset."),
+        click.option("--encoding", metavar="NAME", help="Such as cp1252; UTF-8, or by the BOM, if unset."),
+        click.option(
+            "--skip-bad", metavar="FILE", help="Leave out rows that are bad, and write them to FILE."
+        ),
+        click.option("--skip-empty", is_flag=True, help="Leave out rows whose prompt is empty."),
         click.option(
             "--price",
             metavar="in=USD,out=USD",
@@ -138,9 +144,14 @@ def _interrupted_words(inputs: tuple[str, ...], kept: int, *, append: bool) -> s
 def describe(report: api.EnqueueReport) -> str:
     """Return what an enqueue did, in words."""
     counts = report.counts
+    skipped = "".join(
+        f", {count} {kind} skipped"
+        for kind, count in (("empty", report.skipped_empty), ("bad", report.skipped_bad))
+        if count
+    )
     return (
         f"run {report.run}: {counted(counts.inputs, 'input')}, {counts.new} new, {counts.duplicate} duplicate, "
-        f"{counts.reused} reused, {counts.known} known"
+        f"{counts.reused} reused, {counts.known} known{skipped}"
     )
 
 
@@ -184,6 +195,7 @@ def enqueue(db: dict[str, Any], /, inputs: tuple[str, ...], as_json: bool, **fla
         report = asyncio.run(enqueue_inputs(db, inputs, hear, **flags))
     if as_json:
         fields = {name: getattr(report.counts, name) for name in report.counts.__slots__}
+        fields |= {"skipped_bad": report.skipped_bad, "skipped_empty": report.skipped_empty}
         tell(orjson.dumps({"run": report.run} | fields))
         return
     tell(describe(report))

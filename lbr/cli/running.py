@@ -66,7 +66,7 @@ def run(
     """
     writers.check_output(out)
     writers.format_of(out)
-    _check_overwriting(inputs, out, db["db_url"])
+    _check_overwriting((*inputs, *_one(flags["skip_bad"])), out, db["db_url"])
     at_least_one("processes", flags["processes"], most=MOST_PROCESSES)
     work_flags(flags)
     with counting_kept(inputs, append=flags["append"]) as hear:
@@ -80,7 +80,9 @@ def _check_overwriting(inputs: tuple[str, ...], out: str, db_url: str) -> None:
     if queue is not None and target == queue.resolve():
         raise UsageError(f"expected another file for the answers than the queue, got: {out}; name a new one")
     if any(target == Path(source).resolve() for source in inputs):
-        raise UsageError(f"expected another file for the answers than the input, got: {out}; name a new one")
+        raise UsageError(
+            f"expected another file for the answers than the input and the bad rows, got: {out}; name a new one"
+        )
 
 
 async def _run(

@@ -29,6 +29,7 @@ class InputError(LbrError):
     """An input file or line is not what was promised; the message names file and line."""
 
     def __init__(self, message: str, *, source: str | None = None, line: int | None = None) -> None:
+        self.message = message
         self.source = source
         self.line = line
         where = ", ".join(

@@ -6,41 +6,52 @@ what is wrong with a line is an InputError that names file and line.
 
 from __future__ import annotations
 
-import csv
+import codecs
+import io
 import itertools
 import json
+import math
 import os
 import stat
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, TypeVar
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import orjson
 
 from lbr.core.digits import LEAST_WHOLE, MOST_WHOLE, may_be_lost
-from lbr.core.errors import InputError, UsageError
-from lbr.io.records import Place, Template, check_storable, item_of, leaves, names, shortened, shown
+from lbr.core.errors import InputError, OutputError, UsageError
+from lbr.core.plurals import counted
+from lbr.io.records import (
+    EmptyPromptError,
+    Place,
+    Template,
+    check_storable,
+    item_of,
+    leaves,
+    shortened,
+    shown,
+)
+from lbr.io.tables import MAX_LINE, Table
+from lbr.io.writers import atomic_path
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-    from contextlib import AbstractContextManager
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from typing import TextIO
 
     from lbr.core.types import Item
     from lbr.io.records import Fields
-
-    _Lines = Iterator[tuple[Place, str]]
-    _Records = Iterator[tuple[Place, Fields]]
-
-_T = TypeVar("_T", str, list[str])
+    from lbr.io.tables import Records
 
 STDIN = "-"
-BOM = b"\xef\xbb\xbf"
 HOLDS_DIGITS = frozenset({str, int, bool, type(None)})
 """The types of values whose digits are all there; most records have no others."""
-CSV_FIELD_LIMIT = 2**31 - 1  # the most that fits a C long everywhere; Python's own limit is 128 KiB
+BOM = "\ufeff"
+DELIMITER_WORDS = {"\\t": "\t", "tab": "\t"}
+SHOWN_BAD = 5
 
 
 class InputFormat(StrEnum):
@@ -52,6 +63,8 @@ class InputFormat(StrEnum):
     TSV = "tsv"
 
 
+DELIMITER_OF = {InputFormat.CSV: None, InputFormat.TSV: "\t"}
+TABLES = DELIMITER_OF.keys()
 FORMAT_OF_ENDING = {f".{format_}": format_ for format_ in InputFormat} | {".ndjson": InputFormat.JSONL}
 WAY_OUT_OF_ENDING = {
     ".json": "write it as JSONL, one object per line (jq -c '.[]' does that), and name it .jsonl",
@@ -61,18 +74,83 @@ WAY_OUT_OF_ENDING = {
 }
 
 
+class BadRows:
+    """What to do with rows that make no prompt: refuse them in one message, or leave them out and count them."""
+
+    def __init__(
+        self, *, skip_bad: str | None = None, skip_empty: bool = False, at_once: bool = False
+    ) -> None:
+        self.count = 0
+        self.empty = 0
+        self._path = skip_bad
+        self._skip_empty = skip_empty
+        self._at_once = at_once
+        self._file: IO[bytes] | None = None
+        self._first: list[InputError] = []
+
+    def add(self, error: InputError, text: str) -> None:
+        """Count a row, and write it to the file if there is one. Raises its error if reading stops at once."""
+        if self._skip_empty and isinstance(error, EmptyPromptError):
+            self.empty += 1
+            return
+        self.count += 1
+        if self._file is not None:
+            self._write(self._file, error, text)
+        elif len(self._first) < SHOWN_BAD:
+            self._first.append(error)
+            if self._at_once:
+                raise self._refused()
+
+    def through(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield the items; after the last one, publish the file, or raise InputError for the rows that were bad."""
+        if self._path is None:
+            yield from items
+        else:
+            with atomic_path(self._path) as temporary, temporary.open("wb") as self._file:
+                yield from items
+        if self._first:
+            raise self._refused()
+
+    def _write(self, file: IO[bytes], error: InputError, text: str) -> None:
+        # Bytes that are no text are shown as escapes.
+        readable = text.rstrip("\r\n").encode(errors="surrogateescape").decode(errors="backslashreplace")
+        row = {"source": error.source, "line": error.line, "reason": error.message, "text": readable}
+        try:
+            file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+            file.flush()
+        except OSError as problem:
+            raise OutputError(f"cannot write {self._path}: {_reason(problem)}") from problem
+
+    def _refused(self) -> InputError:
+        first, *rest = self._first
+        it, more = (
+            ("it", "") if self.count == 1 else ("them", f" (and {counted(self.count - 1, 'more bad row')})")
+        )
+        lines = [first.message + more, *map(str, rest)]
+        if all(isinstance(error, EmptyPromptError) for error in self._first):
+            lines.append(f"Use --skip-empty, or fill {it} in")
+        elif self.count > 1:
+            lines.append("Fix them, or leave them out with --skip-bad FILE")
+        message = ("\n" if self.count > 1 else ". ").join(lines)
+        return InputError(message, source=first.source, line=first.line)
+
+
 def read_items(
     sources: Sequence[str],
     *,
     format: InputFormat | None = None,  # noqa: A002 - the word of the command line
     template: str | None = None,
     prompt_column: str | None = None,
+    delimiter: str | None = None,
+    encoding: str | None = None,
+    bad: BadRows | None = None,
 ) -> Iterator[Item]:
     """Return the items of all sources, in order; `-` is stdin.
 
-    `format` None goes by the ending of each name. `template` is Jinja, rendered over the fields of each
-    record; it and `prompt_column` exclude each other. Raises UsageError at once for sources, flags or a
-    template that cannot be used; InputError, and UsageError for columns that are not there, while reading.
+    `format` None goes by the ending of each name, `delimiter` None by the beginning of each CSV file, `encoding`
+    None by its BOM. `template` is Jinja, rendered over the fields of each record; it and `prompt_column` exclude
+    each other. Raises UsageError at once for sources, flags or a template that cannot be used; UsageError for
+    columns that are not there while reading, and InputError for the rows that `bad` refuses at the end.
     """
     if template is not None and prompt_column is not None:
         raise UsageError("expected --template or --prompt-column, got: both; name the column in the template")
@@ -81,9 +159,37 @@ def read_items(
     if prompt_column is not None and InputFormat.TEXT in formats:
         source = sources[formats.index(InputFormat.TEXT)]
         raise UsageError(f"expected --prompt-column with columns, got: {source} as text; set --format")
-    compiled = None if template is None else Template(template)
-    read = partial(_read, template=compiled, column=prompt_column)
-    return itertools.chain.from_iterable(map(read, sources, formats))
+    if delimiter is not None and TABLES.isdisjoint(formats):
+        raise UsageError(
+            f"expected --delimiter with CSV, got: {sources[0]} as {formats[0]}; set --format csv"
+        )
+    if bad is None:
+        bad = BadRows()
+    read = partial(
+        _read,
+        template=None if template is None else Template(template),
+        column=prompt_column,
+        delimiter=_one_character(delimiter),
+        encoding=_known_encoding(encoding),
+        bad=bad,
+    )
+    return bad.through(itertools.chain.from_iterable(map(read, sources, formats)))
+
+
+def _one_character(delimiter: str | None) -> str | None:
+    character = DELIMITER_WORDS.get(delimiter or "", delimiter)
+    if character is not None and (len(character) != 1 or character in '"\r\n\x00'):
+        raise UsageError(f"expected --delimiter to be one character, or tab, got: {shown(delimiter)}")
+    return character
+
+
+def _known_encoding(name: str | None) -> str | None:
+    try:
+        "a".encode(name or "utf-8")
+    except (LookupError, ValueError) as error:
+        msg = f"expected --encoding to be a text encoding, such as cp1252, got: {shown(name)}"
+        raise UsageError(f"{msg} ({error})") from error
+    return name
 
 
 def check_sources(sources: Sequence[str]) -> None:
@@ -151,91 +257,125 @@ def _unreadable(source: str, error: Exception) -> UsageError:
     return UsageError(f"expected a readable file, got: {source!r}: {_reason(error)}; check path and mode")
 
 
-def _open(source: str) -> AbstractContextManager[IO[bytes]]:
-    if source == STDIN:
-        if sys.stdin is None:  # it is where the process was started with stdin closed
-            raise UsageError("expected prompts on stdin, got: a closed stdin; pipe them in or name a file")
-        return nullcontext(sys.stdin.buffer)
+@contextmanager
+def _opened(source: str, encoding: str | None, newline: str) -> Iterator[TextIO]:
+    """Open a source as text; bytes that are none become the surrogates of PEP 383."""
+    if source == STDIN and sys.stdin is None:  # it is where the process was started with stdin closed
+        raise UsageError("expected prompts on stdin, got: a closed stdin; pipe them in or name a file")
     try:
-        return Path(source).open("rb")
+        handle = sys.stdin.buffer if source == STDIN else Path(source).open("rb")  # noqa: SIM115
+        if not isinstance(handle, io.BufferedReader):  # a test's or a notebook's stdin
+            handle = io.BufferedReader(cast("io.RawIOBase", handle))
+        wide = handle.peek(2).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     except OSError as error:
         raise _unreadable(source, error) from error
+    text = io.TextIOWrapper(handle, encoding or ("utf-16" if wide else "utf-8"), "surrogateescape", newline)
+    try:
+        yield text
+    finally:
+        if source == STDIN:
+            text.detach()
+        else:
+            text.close()
 
 
-def _read(source: str, kind: InputFormat, template: Template | None, column: str | None) -> Iterator[Item]:
+def _read(
+    source: str,
+    kind: InputFormat,
+    *,
+    template: Template | None,
+    column: str | None,
+    delimiter: str | None,
+    encoding: str | None,
+    bad: BadRows,
+) -> Iterator[Item]:
     name = "stdin" if source == STDIN else source
     if column is None and kind is not InputFormat.JSONL:
         column = "prompt"
-    with _open(source) as handle:
-        lines = _lines(handle, name)
-        records: _Records
-        match kind:
-            case InputFormat.TEXT:
-                records = _text_records(lines, name, template)
-            case InputFormat.JSONL:
-                records = _json_records(lines)
-            case InputFormat.CSV | InputFormat.TSV:
-                delimiter = "," if kind is InputFormat.CSV else "\t"
-                records = _csv_records(lines, name, delimiter, template, column)
-        for place, fields in records:
-            yield item_of(fields, place, template, column)
+    with _opened(source, encoding, "" if kind in TABLES else "\n") as text:
+        lines = _lines(text, name)
+        records: Records = (
+            (Place(name, number), line, line)
+            for number, line in enumerate(lines, start=1)
+            if not line.isspace()
+        )
+        fields_of: Callable[[Any, Place], Fields] = _json_fields
+        if kind is InputFormat.TEXT:
+            fields_of = _text_fields
+            if template is not None:
+                template.check_columns(["prompt"], name)
+        elif kind in TABLES:
+            table = Table(lines, name, delimiter or DELIMITER_OF[kind], template, column)
+            records, fields_of = table.records, table.fields
+        for place, line, record in records:
+            try:
+                if not line.isascii() or "\x00" in line:
+                    _check_text(line, place, text.encoding)
+                item = item_of(fields_of(record, place), place, template, column)
+            except InputError as error:
+                bad.add(error, line)
+            else:
+                yield item
 
 
-def _lines(handle: IO[bytes], name: str) -> _Lines:
-    """Yield each line with its end. Raises InputError where it is not text in UTF-8."""
+def _lines(text: TextIO, name: str) -> Iterator[str]:
+    """Yield each line with its end. Raises InputError if a line is too long or cannot be read."""
     for number in itertools.count(1):
-        place = Place(name, number)
         try:
-            raw = handle.readline()
-            line = (raw.removeprefix(BOM) if number == 1 else raw).decode()
-        except UnicodeDecodeError as error:
-            raise place.error(f"expected UTF-8, got: {_bad_byte(error)}; convert the file") from error
-        except OSError as error:
-            raise place.error(f"expected to read on, got: {_reason(error)}") from error
-        if not raw:
+            line = text.readline(MAX_LINE + 1)
+        except (OSError, UnicodeError) as error:
+            raise Place(name, number).error(f"expected to read on, got: {_reason(error)}") from error
+        if number == 1:
+            line = line.removeprefix(BOM)
+        if not line:
             return
-        if "\x00" in line:
-            raise place.error("expected text, got: a NUL character; remove it (UTF-16? convert it to UTF-8)")
-        yield place, line
+        if len(line) > MAX_LINE:
+            msg = f"the line is longer than {MAX_LINE >> 20} MB; break the input into lines"
+            raise Place(name, number).error(msg)
+        yield line
 
 
-def _without_blank_end(records: Iterable[tuple[Place, _T]], way_out: str) -> Iterator[tuple[Place, _T]]:
-    """Leave out the blank records at the end; one that others follow is an InputError."""
-    first_blank: Place | None = None
-    for place, record in records:
-        if _is_blank(record):
-            first_blank = first_blank or place
-        elif first_blank is not None:
-            raise first_blank.error(f"expected a prompt, got: an empty line; {way_out}")
-        else:
-            yield place, record
+def _check_text(text: str, place: Place, encoding: str) -> None:
+    """Raise InputError for bytes that were no text, and for NUL characters."""
+    if "\x00" in text:
+        raise place.error("expected text, got: a NUL character; remove it, or set --encoding (utf-16-le?)")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        before = text[: error.start].encode(encoding, "surrogateescape")
+        msg = f"expected {encoding.upper()}, got: 0x{ord(text[error.start]) & 0xFF:02x} as byte {len(before) + 1}"
+        raise place.error(f"{msg}; name the file's encoding, for example --encoding cp1252") from error
 
 
-def _is_blank(record: str | list[str]) -> bool:
-    """Return whether nothing is there; a row of one empty cell is how CSV reads a line of spaces."""
-    return not (record.strip() if isinstance(record, str) else len(record) > 1 or "".join(record).strip())
+def _text_fields(line: str, _: Place) -> Fields:
+    return {"prompt": line.removesuffix("\n").removesuffix("\r")}
 
 
-def _text_records(lines: _Lines, name: str, template: Template | None) -> _Records:
-    if template is not None:
-        template.check_columns(["prompt"], name)
-    for place, line in _without_blank_end(lines, "remove it, or use JSONL for prompts of several lines"):
-        yield place, {"prompt": line.removesuffix("\n").removesuffix("\r")}
+def _json_fields(line: str, place: Place) -> Fields:
+    try:
+        fields = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        raise place.error(_json_problem(line, error)) from error
+    if not isinstance(fields, dict):
+        raise place.error(f'expected a JSON object, got: {shown(fields)}; write {{"prompt": …}}')
+    check_storable(fields, place)
+    if not HOLDS_DIGITS.issuperset(map(type, fields.values())) and may_be_lost(fields):
+        _check_whole_numbers(line, place)
+    return fields
 
 
-def _json_records(lines: _Lines) -> _Records:
-    for place, line in _without_blank_end(lines, "remove it"):
-        try:
-            fields = orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            msg = f"expected one whole JSON object, got: {error.msg} (character {error.colno}); mend the line"
-            raise place.error(msg) from error
-        if not isinstance(fields, dict):
-            raise place.error(f'expected a JSON object, got: {shown(fields)}; write {{"prompt": …}}')
-        check_storable(fields, place)
-        if not HOLDS_DIGITS.issuperset(map(type, fields.values())) and may_be_lost(fields):
-            _check_whole_numbers(line, place)
-        yield place, fields
+def _json_problem(line: str, error: orjson.JSONDecodeError) -> str:
+    """Return what is wrong with a line; Python's own reader takes what Python's own writer may have written."""
+    with suppress(ValueError, RecursionError):
+        for name, leaf in leaves(json.loads(line)):
+            if isinstance(leaf, float) and not math.isfinite(leaf):
+                got = json.dumps(leaf)
+                return (
+                    f"expected {shown(name)} to be a JSON value, got: {got}; write null for what is missing"
+                )
+            if isinstance(leaf, str) and any("\ud800" <= character <= "\udfff" for character in leaf):
+                return f"expected {shown(name)} to be Unicode, got: half a surrogate pair; remove it"
+    return f"expected one whole JSON object, got: {error.msg} (character {error.colno}); fix the line"
 
 
 class _Digits(str):
@@ -252,47 +392,3 @@ def _check_whole_numbers(line: str, place: Place) -> None:
                 f"expected {shown(name)} to be a whole number of at most 64 bits, got: {shortened(leaf)}; "
                 f"put it in quotes"
             )
-
-
-def _csv_records(
-    lines: _Lines, name: str, delimiter: str, template: Template | None, column: str | None
-) -> _Records:
-    csv.field_size_limit(CSV_FIELD_LIMIT)
-    rows = _without_blank_end(_csv_rows(lines, name, delimiter), "remove it")
-    place, header = next(rows, (None, None))
-    if place is None or header is None:
-        raise InputError("expected a header row, got: an empty file; name the columns in line 1", source=name)
-    _check_header(header, place)
-    if template is not None:
-        template.check_columns(header, name)
-    elif column not in header:
-        msg = f"{name}: expected a column {shown(column)}, got: {names(header)}"
-        raise UsageError(f"{msg}; set --prompt-column or --template")
-    for place, row in rows:
-        if len(row) != len(header):
-            raise place.error(
-                f"expected {len(header)} cells as in line 1, got: {len(row)}; mend or quote them"
-            )
-        yield place, dict(zip(header, row, strict=True))
-
-
-def _csv_rows(lines: _Lines, name: str, delimiter: str) -> Iterator[tuple[Place, list[str]]]:
-    reader = csv.reader((line for _, line in lines), delimiter=delimiter, strict=True)
-    while True:
-        place = Place(name, reader.line_num + 1)
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            msg = f"expected a well-formed record, got: {error}; close every quote, double those within"
-            raise place.error(msg) from error
-        if row is None:
-            return
-        yield place, row
-
-
-def _check_header(header: list[str], place: Place) -> None:
-    if not all(name.strip() for name in header):
-        raise place.error(f"expected a name for every column, got: {names(header)}; fill the empty one in")
-    if len(set(header)) < len(header):
-        twice = dict.fromkeys(name for name in header if header.count(name) > 1)
-        raise place.error(f"expected different column names, got twice: {names(twice)}; rename one")

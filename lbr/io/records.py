@@ -24,6 +24,10 @@ ROLES = frozenset({"system", "developer", "user", "assistant"})
 SHOWN_CHARACTERS = 80
 
 
+class EmptyPromptError(InputError):
+    """A record has no prompt: the field, or everything that the template fills in, is empty."""
+
+
 class Place(NamedTuple):
     """Where a record starts."""
 
@@ -40,51 +44,88 @@ class Template:
 
     def __init__(self, text: str) -> None:
         # Jinja takes a tenth of a second to import: only those who use a template pay for it.
-        from jinja2 import StrictUndefined, TemplateSyntaxError, meta  # noqa: PLC0415
+        from jinja2 import StrictUndefined, TemplateSyntaxError, meta, nodes  # noqa: PLC0415
         from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415
 
         environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-        environment.filters[_TELLING] = _tell_null
+        environment.filters[_NOTING] = self._note
         try:
             tree = environment.parse(text)
-            self._variables = meta.find_undeclared_variables(tree)
-            self._template = environment.from_string(_telling_nulls(tree))
+            # A column named as one of Jinja's globals comes before it.
+            shadowed = {name.name for name in tree.find_all(nodes.Name)} & environment.globals.keys()
+            self._fields = meta.find_undeclared_variables(tree)
+            self._names = self._fields | shadowed
+            self._of_row = _columns_of_row(tree)
+            self._template = environment.from_string(_noting(tree))
         except TemplateSyntaxError as error:
-            msg = f"expected a Jinja template, got: {error.message} (line {error.lineno}); mend the template"
-            raise UsageError(msg) from error
+            msg = f"expected a Jinja template, got: {error.message} (line {error.lineno}); fix the template"
+            raise UsageError(f"{msg}. {_row_words('Column Name')}") from error
         except Exception as error:  # constants are folded, and expressions nested, while it compiles
             msg = f"expected a Jinja template, got one that does not compile: {type(error).__name__}: {error}"
-            raise UsageError(f"{msg}; mend the template") from error
+            raise UsageError(f"{msg}; fix the template") from error
 
-        if not self._variables:
-            raise UsageError(
-                f"expected a template that names a field, such as {{{{ prompt }}}}, got: {shown(text)}; "
-                f"every prompt would be the same. A template in a file is @FILE"
-            )
+        self._filled, self._null = False, ""
+        self._empty: set[str] = set()
+        self._constant = UsageError(
+            f"expected a template that names a field, such as {{{{ prompt }}}}, got: {shown(text)}; "
+            f"every prompt would be the same. A template in a file is @FILE"
+        )
+        if not self._names:
+            raise self._constant
 
-    def check_columns(self, columns: Collection[str], source: str) -> None:
-        """Raise UsageError where the template asks for a column that no record of the source will have."""
-        if missing := sorted(self._variables - set(columns)):
+    @property
+    def columns(self) -> set[str]:
+        """The columns that a table must have for this template."""
+        return (self._fields - {ROW}) | self._of_row
+
+    def check_columns(self, columns: Collection[str], source: str, hint: str = "") -> None:
+        """Raise UsageError if the template asks for a column that no record of the source will have."""
+        if missing := sorted((self._fields if ROW in columns else self.columns) - set(columns)):
             msg = f"{source}: expected the columns that the template names, got no {names(missing)}"
-            raise UsageError(f"{msg}; there are: {names(columns)}")
+            odd = next((column for column in columns if not column.isidentifier()), None)
+            how = "" if odd is None else f". {_row_words(odd)}"
+            raise UsageError(f"{msg}; there are: {names(columns)}{hint}{how}")
 
     def render(self, fields: Fields, place: Place) -> str:
-        """Return the prompt of one record; InputError for whatever the template's expressions raise."""
+        """Return the prompt of one record; InputError for whatever the template's expressions raise.
+
+        EmptyPromptError if all that the record fills in is empty or null.
+        """
+        if not self._fields and self._names.isdisjoint(fields):
+            raise self._constant
+        self._filled, self._empty, self._null = False, set(), ""
         try:
-            return self._template.render(fields)
-        except _NullError as error:
-            msg = f"expected {shown(error.name)} to have a value for the template, got: null; fill it in"
-            example = error.name if error.name in fields else "…"
-            raise place.error(
-                f"{msg}, or say in the template what stands for it, as {{{{ {example} or 'none' }}}} does"
-            ) from None
+            prompt = self._template.render({ROW: fields} | fields if ROW in self._fields else fields)
         except Exception as error:  # whatever a template's expression may raise
             msg = f"expected the template to render, got: {type(error).__name__}: {error}"
             raise place.error(f"{msg}; the fields are: {names(fields)}") from error
+        if self._empty and not self._filled:
+            msg = f"every field that the template shows is empty: {names(sorted(self._empty))}"
+            raise EmptyPromptError(msg, source=place.source, line=place.line)
+        if self._null:
+            example = self._null if self._null in fields and self._null.isidentifier() else "…"
+            raise place.error(
+                f"expected {shown(self._null)} to have a value for the template, got: null; fill it in, "
+                f"or say in the template what stands for it, as {{{{ {example} or 'none' }}}} does"
+            )
+        return prompt
+
+    def _note(self, value: object, name: str) -> object:
+        """Note whether an expression has a value; null, which Jinja would write as None, becomes empty."""
+        if value is None:
+            self._null = self._null or name
+            value = ""
+        if isinstance(value, str) and (not value or value.isspace()):
+            self._empty.add(name)
+        else:
+            self._filled = True
+        return value
 
 
-_TELLING = "value of"
-"""A filter of this name tells of nulls; no template can call it, for the name has a space."""
+ROW = "row"
+"""The name of a template's variable that holds all columns of a record; a column of that name comes first."""
+_NOTING = "value of"
+"""A filter of this name notes empty values; no template can call it, because the name has a space."""
 _WORDING = frozenset(
     {"capitalize", "center", "e", "escape", "indent", "lower", "replace", "string", "striptags"}
     | {"title", "trim", "truncate", "upper", "urlencode", "urlize", "wordwrap"}
@@ -92,39 +133,41 @@ _WORDING = frozenset(
 """The filters that make text of what they are given, of a null "None"."""
 
 
-class _NullError(Exception):
-    """A placeholder has no value."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.name = name
+def _row_words(column: str) -> str:
+    return f'Write {{{{ row["{column}"] }}}} for a column whose name is not one plain word'
 
 
-def _tell_null(value: object, name: str) -> object:
-    if value is None:
-        raise _NullError(name)
-    return value
-
-
-def _telling_nulls(tree: nodes.Template) -> nodes.Template:
-    """Have every placeholder of a parsed template say so where its value is null, which Jinja would write as None."""
+def _columns_of_row(tree: nodes.Template) -> set[str]:
+    """Return the names that a template takes from `row["…"]`."""
     from jinja2 import nodes  # noqa: PLC0415 - see Template
 
-    def telling(part: nodes.Expr) -> nodes.Expr:
+    found = set()
+    for item in tree.find_all(nodes.Getitem):
+        match item:
+            case nodes.Getitem(node=nodes.Name(name="row"), arg=nodes.Const(value=str(name))):
+                found.add(name)
+    return found
+
+
+def _noting(tree: nodes.Template) -> nodes.Template:
+    """Have every expression of a parsed template pass its value through the filter that notes empty ones."""
+    from jinja2 import nodes  # noqa: PLC0415 - see Template
+
+    def noting(part: nodes.Expr) -> nodes.Expr:
         # What a condition, `or` or `default` decides is decided before: only what is written in the end is looked at.
         match part:
-            case nodes.TemplateData():
+            case nodes.TemplateData() | nodes.Const():
                 return part
             case nodes.Concat():
-                part.nodes = [telling(one) for one in part.nodes]
+                part.nodes = [noting(one) for one in part.nodes]
+                return part
             case nodes.Filter(name=name, node=nodes.Expr() as node) if name in _WORDING:
-                part.node = telling(node)
-        return nodes.Filter(
-            part, _TELLING, [nodes.Const(_words_of(part))], [], None, None, lineno=part.lineno
-        )
+                part.node = noting(node)
+                return part
+        return nodes.Filter(part, _NOTING, [nodes.Const(_words_of(part))], [], None, None, lineno=part.lineno)
 
     for output in tree.find_all(nodes.Output):
-        output.nodes = [telling(one) for one in output.nodes]
+        output.nodes = [noting(one) for one in output.nodes]
     return tree
 
 
@@ -137,6 +180,8 @@ def _words_of(expression: nodes.Expr) -> str:
             return str(name)
         case nodes.Getattr(node=node, attr=attr):
             return f"{_words_of(node)}.{attr}"
+        case nodes.Getitem(node=nodes.Name(name="row"), arg=nodes.Const(value=str(name))):
+            return name
         case nodes.Getitem(node=node, arg=nodes.Const(value=str(name))):
             return f"{_words_of(node)}.{name}"
         case nodes.Getitem(node=node, arg=nodes.Const(value=place)):
@@ -155,7 +200,7 @@ def item_of(fields: Fields, place: Place, template: Template | None, column: str
     elif column is not None:
         if column not in fields:
             raise place.error(f"expected a field {shown(column)}, got: {names(fields)}; add it")
-        prompt = _text_prompt(fields.pop(column), column, place)
+        prompt = _text_prompt(fields.pop(column), f"column {column}", place)
     else:
         prompt = _named_prompt(fields, place)
     return Item(prompt, _pop_id(fields, place), fields or None, place.source, place.line)
@@ -182,10 +227,10 @@ def is_plain(text: str) -> bool:
 
 def _text_prompt(value: Json, what: str, place: Place) -> Prompt:
     """Make a prompt of a text; InputError, in which it is called `what`, for what says nothing or is no text."""
+    if value is None or value == "" or (isinstance(value, str) and value.isspace()):
+        raise EmptyPromptError(f"{what} is empty", source=place.source, line=place.line)
     if not isinstance(value, str):
         raise place.error(f"expected {what} to be a string, got: {shown(value)}; put it in quotes")
-    if not value or value.isspace():
-        raise place.error(f"expected {what} to say something, got: {shown(value)}; fill it in or remove it")
     if "\x00" in value:
         raise place.error(f"expected {what} to be text, got: a NUL character; remove it")
     try:

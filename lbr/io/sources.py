@@ -7,13 +7,14 @@ import itertools
 from collections.abc import Iterable, Mapping
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lbr.core.config import one_of
 from lbr.core.errors import InputError, UsageError
 from lbr.core.types import Item, Prompt
 from lbr.io import readers
 from lbr.io.records import Place, Template, check_finite, check_storable, is_plain, item_of, shown
+from lbr.io.writers import check_output
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -104,15 +105,34 @@ def _name_of(path: PathLike[str]) -> str:
     return str(Path(name))
 
 
+def _file_for_bad(path: PathLike[str] | str, files: Sequence[str]) -> str:
+    """Return the name of the file for bad rows; UsageError or OutputError if it cannot be written or is an input."""
+    name = _name_of(Path(path))
+    check_output(name)
+    if any(Path(name).resolve() == Path(one).resolve() for one in files):
+        raise UsageError(
+            f"expected another file for the bad rows than the input, got: {name}; name a new one"
+        )
+    return name
+
+
 class Source:
     """Inputs that can be checked before they are read: files are read twice, streams and prompts as they come."""
 
     def __init__(
-        self, read: Callable[[], Iterator[Item]], *, count: Callable[[], Awaitable[int]], files: Sequence[str]
+        self,
+        read: Callable[[readers.BadRows], Iterator[Item]],
+        *,
+        count: Callable[[], Awaitable[int]] | None = None,
+        files: Sequence[str] = (),
+        skip_bad: str | None = None,
+        skip_empty: bool = False,
     ) -> None:
-        self._read = read
+        self._read_items = read
         self._count = count
         self._files = files
+        self._skip: dict[str, Any] = {"skip_bad": skip_bad, "skip_empty": skip_empty}
+        self.bad = readers.BadRows()
         self._head: list[Item] = []
         self._begun: Iterator[Item] | None = None
 
@@ -124,6 +144,10 @@ class Source:
         input_format: str | None = None,
         template: str | None = None,
         prompt_column: str | None = None,
+        delimiter: str | None = None,
+        encoding: str | None = None,
+        skip_bad: PathLike[str] | str | None = None,
+        skip_empty: bool = False,
     ) -> Source:
         """Tell files (`Path`, or several) from prompts.
 
@@ -144,21 +168,23 @@ class Source:
         prompts = [one for one in everything if not isinstance(one, PathLike)]
         if files and prompts:
             raise UsageError("expected files or prompts, got: both")
-        if files:
-            kind = None if input_format is None else readers.InputFormat(input_format)
-            readers.check_sources(files)
+        how = {"prompt_column": prompt_column, "delimiter": delimiter, "encoding": encoding}
+        if not files:
+            given_too = how | {"skip_bad": skip_bad, "skip_empty": skip_empty or None}
+            if flag := next((name for name, value in given_too.items() if value is not None), None):
+                raise UsageError(f"expected {flag} with files, got: prompts")
+            return cls(
+                lambda _: items_of(prompts, template=template),
+                count=lambda: _check_prompts(prompts, template=template),
+            )
+        kind = None if input_format is None else readers.InputFormat(input_format)
+        readers.check_sources(files)
+        bad_file = None if skip_bad is None else _file_for_bad(skip_bad, files)
 
-            def read() -> Iterator[Item]:
-                return readers.read_items(files, format=kind, template=template, prompt_column=prompt_column)
+        def read(bad: readers.BadRows) -> Iterator[Item]:
+            return readers.read_items(files, format=kind, template=template, bad=bad, **how)
 
-            return cls(read, count=lambda: _count(read()), files=files)
-        if prompt_column is not None:
-            raise UsageError("expected a prompt column with files, got: prompts")
-        return cls(
-            lambda: items_of(prompts, template=template),
-            count=lambda: _check_prompts(prompts, template=template),
-            files=[],
-        )
+        return cls(read, files=files, skip_bad=bad_file, skip_empty=skip_empty)
 
     def run_name(self) -> str:
         """Return the run's name where none was given: the first file's stem."""
@@ -170,16 +196,23 @@ class Source:
     async def check(self) -> None:
         """Read everything that can be read twice, of a stream its first input, so that rubbish leaves no trace.
 
-        Raises InputError for the first bad input, and where there is none at all.
+        Raises InputError for the bad inputs, of a stream for the first one, and if there is no input at all.
         """
         if any(readers.is_stream(name) for name in self._files):
-            self._begun = self._read()
+            self._begun = self.read()
             self._head = list(itertools.islice(self._begun, 1))
             count = len(self._head)
+        elif self._count is None:
+            count = await _count(self.read(at_once=False))
         else:
             count = await self._count()
         if not count:
             raise self.nothing()
+
+    def read(self, *, at_once: bool = True) -> Iterator[Item]:
+        """Read the inputs from their beginning; the first bad one ends it, or else all are reported at the end."""
+        self.bad = readers.BadRows(**self._skip, at_once=at_once)
+        return self._read_items(self.bad)
 
     def nothing(self) -> InputError:
         """Return what is to be said of a source without inputs."""
@@ -188,7 +221,7 @@ class Source:
     def __iter__(self) -> Iterator[Item]:
         """Read the inputs from their beginning; of a stream, once."""
         if self._begun is None:
-            return self._read()
+            return self.read()
         return itertools.chain(self._head, self._begun)
 
 
