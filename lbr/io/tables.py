@@ -74,9 +74,10 @@ class Table:
         cells = _cells(row, place)
         if not self._named <= len(cells) <= len(self._header):
             msg = f"expected {counted(len(self._header), 'cell')} as in line {self._line}, got: {len(cells)}"
+            other = "tab (this file has one column)" if len(self._header) == 1 else "to a different one"
             way_out = f"put cells that hold the delimiter {shown(self._delimiter)} in quotes"
-            raise place.error(f"{msg}; {way_out}, or set another --delimiter")
-        while len(cells) > self._named and not cells[-1].strip():
+            raise place.error(f"{msg}; {way_out}, or set --delimiter {other}")
+        while len(cells) > self._named and not cells[-1]:
             cells.pop()
         return dict(zip(self._header, cells, strict=False))
 
@@ -125,7 +126,8 @@ def _sample(lines: Iterator[str]) -> tuple[list[str], bool]:
 
 
 def _rows_of(lines: Iterable[str], delimiter: str) -> Iterator[list[str]]:
-    return filter(None, csv.reader(lines, delimiter=delimiter))
+    rows = csv.reader(lines, delimiter=delimiter)
+    return (row for row in rows if len(row) > 1 or "".join(row).strip())
 
 
 def _likely_delimiter(lines: list[str], wanted: set[str | None] | set[str], *, whole: bool) -> str:

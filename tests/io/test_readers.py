@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
+import csv
 import io
 import itertools
 import json
 import os
 import re
+import string
 import sys
 import threading
+import time
 import tracemalloc
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +44,7 @@ def texts(path: str, **options: Any) -> list[str | None]:
 
 
 def pipe_in(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(content))))
 
 
 def refused(path: str, line: int, message: str, **options: Any) -> None:
@@ -79,10 +83,10 @@ class TestText:
         assert read(write(tmp_path, "in.txt", "")) == []
 
     @pytest.mark.parametrize("blank", ["", "   ", "\t"])
-    def test_a_blank_line_between_prompts_is_refused(self, tmp_path: Path, blank: str) -> None:
-        """A blank line that others follow is an error at that line."""
+    def test_blank_lines_are_skipped(self, tmp_path: Path, blank: str) -> None:
+        """A line of white space is no prompt; the lines after it keep their numbers."""
         path = write(tmp_path, "in.txt", f"a\n{blank}\n\nb\n")
-        refused(path, 2, "expected a prompt, got: an empty line; remove it, or use JSONL")
+        assert [(item.prompt.text, item.line) for item in read(path)] == [("a", 1), ("b", 4)]
 
     @pytest.mark.parametrize(
         ("name", "content"),
@@ -91,21 +95,18 @@ class TestText:
     def test_a_wrong_byte_is_named_with_its_line(
         self, tmp_path: Path, name: str, content: str | bytes
     ) -> None:
-        """Bytes that are not UTF-8 are an error that says to convert the file."""
-        refused(
-            write(tmp_path, name, content), 2, "expected UTF-8, got: 0xe[9f] as byte .*; convert the file"
-        )
+        """Bytes that are not UTF-8 are an error that names the flag for the encoding."""
+        refused(write(tmp_path, name, content), 2, "expected UTF-8, got: 0xe[9f] as byte .*--encoding cp1252")
 
     @pytest.mark.parametrize(
         ("content", "got"),
         [
-            ("a".encode("utf-16"), "0xff as byte 1"),
             ("a".encode("utf-16-le"), "a NUL character"),
             (b"\0", "a NUL"),
         ],
     )
-    def test_utf_16_and_nul_are_refused(self, tmp_path: Path, content: str | bytes, got: str) -> None:
-        """Text in another encoding is never taken for prompts."""
+    def test_nul_is_refused(self, tmp_path: Path, content: str | bytes, got: str) -> None:
+        """Text in a different encoding is never taken for prompts."""
         refused(write(tmp_path, "in.txt", content), 1, f"expected .*, got: {got}")
 
     def test_memory_does_not_grow_with_the_input(self, tmp_path: Path) -> None:
@@ -159,8 +160,13 @@ class TestJsonl:
         ("line", "message"),
         [
             ("oops", "expected one whole JSON object, got: unexpected character"),
-            ('{"prompt":"\\ud800"}', "expected one whole JSON object, got: no low surrogate"),
-            ('{"prompt":NaN}', "expected one whole JSON object, got: "),
+            (
+                '{"prompt":"\\ud800"}',
+                "expected 'prompt' to be Unicode, got: half a surrogate pair; remove it",
+            ),
+            ('{"prompt":"a","x":{"y":[1,"\\ude00a"]}}', r"expected 'x.y\[1\]' to be Unicode, got: half a"),
+            ('{"prompt":"a","x":{"y":NaN}}', "expected 'x.y' to be a JSON value, got: NaN; write null"),
+            ('{"prompt":"a","x":-Infinity}', "expected 'x' to be a JSON value, got: -Infinity; write null"),
             ("[" * 5000, "expected one whole JSON object, got: "),
             ("[1]", r"expected a JSON object, got: \[1\]"),
             ('"a"', "expected a JSON object, got: 'a'"),
@@ -170,9 +176,9 @@ class TestJsonl:
                 '{"prompt":"a","messages":[]}',
                 "expected one of the fields prompt and messages, got: 'prompt', ",
             ),
-            ('{"prompt":" "}', "expected prompt to say something, got: ' '"),
+            ('{"prompt":" "}', "prompt is empty. Use --skip-empty, or fill it in"),
             ('{"prompt":5}', "expected prompt to be a string, got: 5"),
-            ('{"prompt":null}', "expected prompt to be a string, got: None"),
+            ('{"prompt":null}', "prompt is empty. Use --skip-empty, or fill it in"),
             ('{"prompt":"a\\u0000"}', "expected text, got: a NUL character"),
             ('{"prompt":"a","x":["\\\\\\u0000"]}', "expected text, got: a NUL character"),
             ('{"prompt":"a","id":true}', "expected the id to be a string or a whole number, got: True"),
@@ -205,10 +211,9 @@ class TestJsonl:
         """A prompt that talks about the escape is a prompt like any other."""
         assert texts(write(tmp_path, "in.jsonl", r'{"prompt":"\\u0000"}')) == [r"\u0000"]
 
-    def test_a_blank_line_between_objects_is_refused(self, tmp_path: Path) -> None:
-        """A blank line is accepted at the end only."""
-        path = write(tmp_path, "in.jsonl", '{"prompt":"a"}\n\n{"prompt":"b"}\n')
-        refused(path, 2, "expected a prompt, got: an empty line; remove it")
+    def test_blank_lines_are_skipped(self, tmp_path: Path) -> None:
+        """A blank line between objects is skipped as one at the end is."""
+        assert texts(write(tmp_path, "in.jsonl", '{"prompt":"a"}\n\n{"prompt":"b"}\n\n')) == ["a", "b"]
 
     def test_a_long_value_is_shortened(self, tmp_path: Path) -> None:
         """A message never carries a whole prompt along."""
@@ -274,12 +279,17 @@ class TestCsv:
         ("content", "line", "message"),
         [
             ("prompt,prompt\na,b\n", 1, "expected different column names, got twice: 'prompt'"),
-            ("prompt,\na,b\n", 1, "expected a name for every column, got: 'prompt', ''"),
-            ("\nprompt\na\n", 1, "expected a prompt, got: an empty line"),
+            ("prompt,x,\na,b,\na\n", 3, "expected 3 cells as in line 1, got: 1; put cells"),
+            ("\n\nprompt,x\na\n", 4, "expected 2 cells as in line 3, got: 1"),
+            (
+                "prompt\na,\n",
+                2,
+                "expected 1 cell as in line 1, got: 2; put .* ',' in quotes, or set --delimiter tab",
+            ),
             ("prompt,x\na,b\nc\n", 3, "expected 2 cells as in line 1, got: 1"),
             ('prompt,x\n"a\n",b\nc,d,e\n', 4, "expected 2 cells as in line 1, got: 3"),
-            ("prompt\na\n\nb\n", 3, "expected a prompt, got: an empty line"),
-            ("prompt,x\na,b\n ,d\n", 3, "expected prompt to say something, got: ' '"),
+            ("prompt,x\na,b\n ,d\n", 3, "column prompt is empty. Use --skip-empty, or fill it in"),
+            ('prompt\na\n""\n', 3, "column prompt is empty"),
             (
                 'prompt,x\na,b\n"c\n,d\n',
                 3,
@@ -305,10 +315,250 @@ class TestCsv:
         """Without the prompt's column the error names those there are, and both flags."""
         path = write(tmp_path, "in.csv", "q,city\na,b\n")
         message = (
-            f"expected a column '{column or 'prompt'}', got: 'q', 'city'; set --prompt-column or --template"
+            f"expected a column '{column or 'prompt'}', got: 'q', 'city' (delimiter ','); set --prompt-column"
         )
         with pytest.raises(UsageError, match=re.escape(f"{path}: {message}")):
             read(path, prompt_column=column)
+
+
+class TestCsvOfEveryDay:
+    """CSV as pandas, spreadsheets and people write it."""
+
+    @pytest.mark.parametrize("delimiter", list(",;\t|"))
+    @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+    @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+    def test_every_dialect_gives_the_same_cells(
+        self, tmp_path: Path, delimiter: str, end: str, encoding: str
+    ) -> None:
+        """What csv.writer has written is read back cell by cell, whatever the cells begin with or hold."""
+        cells = [f"{mark}x{mark}" for mark in string.punctuation + " \t\n\r"]
+        cells += [
+            "",
+            "a\nb",
+            "a\r\nb",
+            "a\rb",
+            'say "hi"',
+            " both ",
+            "grün; ja, | oder\tnein",
+            "\u2028",
+            "0012",
+        ]
+        rows = [
+            {"column_1": str(n), "id": f"i{n}", "prompt": f"{one}p", "note": one}
+            for n, one in enumerate(cells)
+        ]
+        file = io.StringIO()
+        writer = csv.writer(file, delimiter=delimiter, lineterminator=end, quoting=csv.QUOTE_ALL)
+        writer.writerows([["", "id", "prompt", "note"], *(row.values() for row in rows)])
+        content = codecs.BOM_UTF16_BE if encoding == "utf-16-be" else b""
+        items = read(write(tmp_path, "in.csv", content + file.getvalue().encode(encoding)))
+        assert [
+            {"id": item.custom_id, "prompt": item.prompt.text, **(item.metadata or {})} for item in items
+        ] == rows
+
+    @pytest.mark.parametrize(
+        "rows",
+        [
+            ["Hello, world; fine", "Yes, no; maybe", "One, two; three"],
+            ["a | b", "c | d"],
+            ["tab\there", "tab\tthere"],
+        ],
+    )
+    def test_one_column_of_prose_stays_one(self, tmp_path: Path, rows: list[str]) -> None:
+        """However regular the commas and semicolons of prose are, they are never taken for columns."""
+        quoted = write(tmp_path, "quoted.csv", "prompt\n" + "".join(f'"{row}"\n' for row in rows))
+        assert texts(quoted) == rows
+        plain = write(tmp_path, "plain.csv", "prompt\n" + "".join(f"{row}\n" for row in rows))
+        if "," in rows[0]:
+            refused(plain, 2, "expected 1 cell as in line 1, got: 2", delimiter=",")
+            refused(plain, 2, "expected 1 cell as in line 1, got: 2")
+        else:
+            assert texts(plain) == rows
+
+    @pytest.mark.parametrize(
+        ("header", "row", "column", "delimiter"),
+        [
+            ("id;prompt", "1;Hi, you", None, ";"),
+            ("prompt,id;x", "Hi,1;x", None, ","),
+            ("name, first;age", "Bo, Jo;7", "age", ";"),
+            ("a;b,prompt", "1;2,Hi", "a;b", ","),
+            ("q;n", "one;2", "nope", ";"),
+            ("prompt;note; more", "", "nope", ";"),
+        ],
+    )
+    def test_the_delimiter_is_the_one_that_gives_the_column(
+        self, tmp_path: Path, header: str, row: str, column: str | None, delimiter: str
+    ) -> None:
+        """Of two that fit, it is the one with the wanted column; without any, the message names the one used."""
+        path = write(tmp_path, "in.csv", f"{header}\n{row}\n{row}\n")
+        if column == "nope":
+            with pytest.raises(UsageError, match=re.escape(f"(delimiter '{delimiter}')")):
+                read(path, prompt_column=column)
+        else:
+            wanted = column or "prompt"
+            cells = dict(zip(header.split(delimiter), row.split(delimiter), strict=True))
+            assert texts(path, prompt_column=column) == [cells[wanted]] * 2
+
+    @pytest.mark.parametrize(("given", "meant"), [(":", ":"), ("tab", "\t"), ("\\t", "\t"), ("\t", "\t")])
+    def test_the_delimiter_can_be_given(self, tmp_path: Path, given: str, meant: str) -> None:
+        """Any character can be the delimiter, of .tsv files too."""
+        path = write(tmp_path, "in.tsv", f"id{meant}prompt\n1{meant}a,b;c|d\n")
+        assert texts(path, delimiter=given) == ["a,b;c|d"]
+
+    def test_one_column_gets_a_hint(self, tmp_path: Path) -> None:
+        """A file whose delimiter is not known says how to name it."""
+        path = write(tmp_path, "in.csv", "id:prompt\n1:a\n")
+        with pytest.raises(UsageError, match=r"got: 'id:prompt' \(delimiter ','\); set --delimiter if"):
+            read(path)
+
+    @pytest.mark.parametrize(
+        ("content", "metadata"),
+        [
+            (",prompt,label\n0,Hello,a\n", [{"column_1": "0", "label": "a"}]),
+            ("column_1,,prompt,\na,b,Hello,\n", [{"column_1": "a", "column_2": "b"}]),
+            ("column_2,,prompt\na,,Hello\n", [{"column_2": "a", "column_2_": ""}]),
+            (
+                "id,prompt,,\n1,Hello,,\n2,Hello\n3,Hello,,x\n",
+                [None, None, {"column_3": "", "column_4": "x"}],
+            ),
+            ('id, prompt, n\n1, Hello,  x \n2,Hello," y"\n', [{"n": "x "}, {"n": " y"}]),
+            ("id,prompt, n\n1,Hello, x\n", [{" n": " x"}]),
+            ("\n\nid;prompt;\n\n1;Hello;\n \n2;Hello;\n", [None, None]),
+        ],
+    )
+    def test_the_header(self, tmp_path: Path, content: str, metadata: list[dict[str, str] | None]) -> None:
+        """Columns without a name get one, those that are empty at the end go, spaces count unless all have one."""
+        items = read(write(tmp_path, "in.csv", content))
+        assert [(item.prompt.text, item.metadata) for item in items] == [("Hello", one) for one in metadata]
+
+    def test_stdin_is_looked_at_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The delimiter and the encoding of a stream are found without losing a row of it."""
+        rows = "".join(f"{n};Hi, {n}\n" for n in range(20_000))
+        pipe_in(monkeypatch, f"id;prompt\n{rows}".encode("utf-16"))
+        items = list(read_items(["-"], format=InputFormat.CSV))
+        assert [item.prompt.text for item in items] == [f"Hi, {n}" for n in range(20_000)]
+
+    def test_an_encoding_can_be_given(self, tmp_path: Path) -> None:
+        """Text of before Unicode is read under the name of its encoding; one that it does not fit is refused."""
+        path = write(tmp_path, "in.csv", "id;prompt\n1;Grüße für 5 €\n".encode("cp1252"))
+        assert texts(path, encoding="cp1252") == ["Grüße für 5 €"]
+        refused(path, 2, "expected ASCII, got: 0xfc as byte 5", encoding="ascii")
+
+    @pytest.mark.parametrize(
+        "options",
+        [{"encoding": one} for one in ("utf-9", "base64", "rot13", "a\0b")]
+        + [{"delimiter": '"'}, {"delimiter": "::"}],
+    )
+    def test_flags_without_a_meaning_are_refused(self, tmp_path: Path, options: dict[str, str]) -> None:
+        """An encoding that is none, or none of text, and a delimiter that cannot be one, are usage errors."""
+        (flag,) = options
+        with pytest.raises(UsageError, match=f"expected --{flag} to be "):
+            read_items([write(tmp_path, "in.csv", "prompt\na\n")], **options)
+
+    def test_a_header_of_300_000_columns(self, tmp_path: Path) -> None:
+        """The time for a header grows with its length, not with its square."""
+        columns = ",".join(f"c{n}" for n in range(300_000))
+        path = write(tmp_path, "in.csv", f"prompt,{columns},\na,{columns},\n")
+        started = time.process_time()
+        (item,) = read(path)
+        assert len(item.metadata or {}) == 300_000
+        assert time.process_time() - started < 20
+
+    @pytest.mark.parametrize("name", ["in.txt", "in.jsonl", "in.csv"])
+    def test_a_line_that_is_too_long(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        """A line above the limit is refused before it is read whole."""
+        monkeypatch.setattr(readers, "MAX_LINE", 2**20)
+        path = write(tmp_path, name, "prompt\n" + "x" * 30_000_000)
+        tracemalloc.start()
+        try:
+            with pytest.raises(InputError, match="line 2: the line is longer than 1 MB"):
+                list(read_items([path], bad=readers.BadRows(skip_bad=str(tmp_path / "bad"))))
+            assert tracemalloc.get_traced_memory()[1] < 10_000_000
+        finally:
+            tracemalloc.stop()
+
+
+class TestBadRows:
+    """Rows that make no prompt."""
+
+    ROWS = 'id,prompt\n1,a\n2,\n3\n4,b\n5, \n6,\n7,\n8,na\xefve\n9,"c"d\n10,e\n11,"f\n12,g\n'.encode(
+        "latin-1"
+    )
+
+    def test_all_are_counted_and_the_first_shown(self, tmp_path: Path) -> None:
+        """One message has the number of bad rows, and the first five with their lines."""
+        path = write(tmp_path, "in.csv", self.ROWS)
+        with pytest.raises(InputError) as caught:
+            read(path)
+        first, *more, way_out = str(caught.value).split("\n")
+        assert first == f"{path}, line 3: column prompt is empty (and 7 more bad rows)"
+        assert [line.split(": ")[0] for line in more] == [f"{path}, line {n}" for n in (4, 6, 7, 8)]
+        assert way_out == "Fix them, or leave them out with --skip-bad FILE"
+        assert caught.value.line == 3
+
+    def test_they_are_left_out_and_written_to_a_file(self, tmp_path: Path) -> None:
+        """The other rows are read; the file has line, reason and text of each bad one, every time the same."""
+        path, file = write(tmp_path, "in.csv", self.ROWS), tmp_path / "bad.jsonl"
+        for skip_empty, lines in [(False, [3, 4, 6, 7, 8, 9, 10, 12]), (True, [4, 9, 10, 12])] * 2:
+            bad = readers.BadRows(skip_bad=str(file), skip_empty=skip_empty)
+            assert [item.custom_id for item in read_items([path], bad=bad)] == ["1", "4", "10"]
+            assert (bad.count, bad.empty) == (len(lines), 8 - len(lines))
+            rows = [json.loads(line) for line in file.read_text().splitlines()]
+            assert [(row["source"], row["line"]) for row in rows] == [(path, line) for line in lines]
+            assert [row["text"] for row in rows[-3:]] == ["8,na\\xefve", '9,"c"d', '11,"f\n12,g']
+            assert rows[0]["reason"].startswith(
+                "expected 2 cells" if skip_empty else "column prompt is empty"
+            )
+        assert sorted(one.name for one in tmp_path.iterdir()) == ["bad.jsonl", "in.csv"]
+
+    def test_a_reader_that_is_left_publishes_nothing(self, tmp_path: Path) -> None:
+        """The file with the bad rows is whole, or as it was."""
+        path, file = write(tmp_path, "in.csv", self.ROWS), tmp_path / "bad.jsonl"
+        file.write_text("before")
+        items = read_items([path], bad=readers.BadRows(skip_bad=str(file)))
+        next(items)
+        del items
+        assert file.read_text() == "before"
+        assert sorted(one.name for one in tmp_path.iterdir()) == ["bad.jsonl", "in.csv"]
+
+    async def test_a_check_reports_all_and_a_stream_ends_at_the_first(self, tmp_path: Path) -> None:
+        """What can be read twice is checked whole; of a stream, nothing behind a bad row is taken."""
+        path = tmp_path / "in.csv"
+        path.write_bytes(self.ROWS)
+        with pytest.raises(InputError, match="and 7 more bad rows"):
+            await Source.of(path).check()
+        with pytest.raises(
+            InputError, match=r"line 3: column prompt is empty\. Use --skip-empty, or fill it in$"
+        ):
+            list(Source.of(path))
+
+    @pytest.mark.parametrize(
+        ("skip_bad", "message"),
+        [
+            ("in.csv", "another file for the bad rows than the input"),
+            ("no/bad", "to be a folder"),
+            ("", "got: the folder"),
+        ],
+    )
+    def test_the_file_must_be_one_that_may_be_written(
+        self, tmp_path: Path, skip_bad: str, message: str
+    ) -> None:
+        """The input is never overwritten, and what cannot be written is refused at once."""
+        path = write(tmp_path, "in.csv", self.ROWS)
+        with pytest.raises(UsageError, match=message):
+            Source.of(tmp_path / "in.csv", skip_bad=tmp_path / skip_bad)
+        assert (tmp_path / "in.csv").read_bytes() == self.ROWS
+        assert path
+
+    @pytest.mark.parametrize(
+        "options", [{"delimiter": ";"}, {"encoding": "cp1252"}, {"skip_bad": "b"}, {"skip_empty": True}]
+    )
+    def test_prompts_in_memory_have_no_such_flags(self, options: dict[str, Any]) -> None:
+        """What is said of files is refused with prompts."""
+        with pytest.raises(UsageError, match=f"expected {next(iter(options))} with files, got: prompts"):
+            Source.of(["a"], **options)
 
 
 class TestLargeNumbers:
@@ -407,7 +657,7 @@ class TestTemplate:
     @pytest.mark.parametrize(
         ("template", "message"),
         [
-            ("{% if n is defined %}x{% endif %}", "to say something, got: ''"),
+            ("{% if n is defined %}x{% endif %}", "is empty"),
             ('{{ "\\ud800" if n is undefined }}', "to be Unicode, got: half a surrogate pair"),
             ('{{ "\\x00" if n is undefined }}', "to be text, got: a NUL character"),
         ],
@@ -415,7 +665,7 @@ class TestTemplate:
     def test_what_is_no_prompt_is_refused(self, tmp_path: Path, template: str, message: str) -> None:
         """A rendered prompt has to be one that can be stored and sent."""
         path = write(tmp_path, "in.jsonl", "{}\n")
-        refused(path, 1, f"expected the rendered template {message}", template=template)
+        refused(path, 1, f"(expected )?the rendered template {message}", template=template)
 
     @pytest.mark.parametrize(
         ("template", "field"),
@@ -440,7 +690,7 @@ class TestTemplate:
             tmp_path, "in.jsonl", f'{{"topic":"x","n":1,"user":{{"name":"y"}},"xs":["a","b"]}}\n{record}'
         )
         message = f"expected '{field}' to have a value for the template, got: null; fill it in"
-        refused(path, 2, re.escape(message), template=template)
+        refused(path, 2, re.escape(message), template=f"{template}{{{{ n }}}}")
 
     @pytest.mark.parametrize(
         ("template", "prompt"),
@@ -463,6 +713,49 @@ class TestTemplate:
         record = '{"topic":null,"n":3,"zero":0,"no":false,"user":{"name":null},"xs":["a",null]}'
         (item,) = read(write(tmp_path, "in.jsonl", record), template=template)
         assert item.prompt.text == prompt
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("in.csv", "a,b,c\nx,,1\n,,2\n, ,3\n,y,4\n"),
+            ("in.jsonl", '{"a":"x","b":""}\n{"a":"","b":""}\n{"a":null,"b":" "}\n{"a":null,"b":"y"}\n'),
+        ],
+    )
+    def test_a_record_with_nothing_to_fill_in_is_empty(self, tmp_path: Path, name: str, content: str) -> None:
+        """A prompt that is only the template's own words is refused, in CSV as in JSONL, and can be skipped."""
+        path, template = write(tmp_path, name, content), "{{ '@' }}Say: {{ a or '' }} {{ b|upper }}"
+        message = "every field that the template shows is empty: 'a', 'b' (and 1 more bad row)\n"
+        header = name == "in.csv"
+        refused(path, 2 + header, re.escape(f"{message}{path}, line {3 + header}: "), template=template)
+        bad = readers.BadRows(skip_empty=True)
+        assert [item.line for item in read_items([path], template=template, bad=bad)] == [
+            1 + header,
+            4 + header,
+        ]
+        assert (bad.empty, bad.count) == (2, 0)
+
+    @pytest.mark.parametrize("name", ["Review Text", "2nd", "range", "dict", "self", "row", 'a"b'])
+    def test_a_column_of_any_name(self, tmp_path: Path, name: str) -> None:
+        """`row` holds every column; a column of that name, or of one of Jinja's own, comes first."""
+        path = write(tmp_path, "in.jsonl", json.dumps({name: "x"}) + "\n")
+        if name != "row":
+            assert texts(path, template=f"{{{{ row[{json.dumps(name)}] }}}}") == ["x"]
+        if name in {"range", "dict", "row"}:
+            assert texts(path, template=f"{{{{ {name} }}}}") == ["x"]
+
+    @pytest.mark.parametrize(
+        "template", ["{{ Review Text }}", "{{ 2nd }}", "{{ Review_Text }}", "{{ row['x'] }}"]
+    )
+    def test_an_error_names_the_way_to_a_column_of_any_name(self, tmp_path: Path, template: str) -> None:
+        """Who writes a name with a space as a word learns how to write it."""
+        path = write(tmp_path, "in.csv", "Review Text,2nd\na,b\n")
+        with pytest.raises(UsageError, match=r'Write \{\{ row\["(Review Text|Column Name)"\] \}\}'):
+            read(path, template=template)
+
+    def test_a_global_that_is_no_column_is_no_field(self, tmp_path: Path) -> None:
+        """A template that shows one of Jinja's own functions would make every prompt the same."""
+        with pytest.raises(UsageError, match="a template that names a field"):
+            read(write(tmp_path, "in.csv", "prompt\na\n"), template="{{ range }}")
 
     @pytest.mark.parametrize("template", ["prompt.txt", "Summarise {review}", ""])
     def test_a_template_that_names_nothing_is_refused(self, tmp_path: Path, template: str) -> None:
@@ -553,7 +846,7 @@ class TestSources:
 
     def test_stdin_errors_name_stdin(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Lines of stdin are told apart like those of a file, and stdin stays open."""
-        pipe_in(monkeypatch, b"a\n\nb\n")
+        pipe_in(monkeypatch, b"a\nb\0\nc\n")
         with pytest.raises(InputError, match=r"^stdin, line 2: "):
             list(read_items(["-"]))
         assert not sys.stdin.buffer.closed
