@@ -24,8 +24,8 @@ MAX_LINE = 2**28
 """The most characters of a line, and of a cell."""
 SAMPLE_CHARACTERS = 2**16
 DELIMITERS = ",;\t|"
-AGREEING = 0.9
-"""The share of the rows that must have as many cells as the header, so that a delimiter is taken for the right one."""
+AGREEING = {False: 0.9, True: 0.5}
+"""The share of rows that must have as many cells as the header has; by whether the header has the wanted columns."""
 
 
 class Table:
@@ -125,8 +125,8 @@ def _sample(lines: Iterator[str]) -> tuple[list[str], bool]:
     return sample, True
 
 
-def _rows_of(lines: Iterable[str], delimiter: str) -> Iterator[list[str]]:
-    rows = csv.reader(lines, delimiter=delimiter)
+def _rows_of(lines: Iterable[str], delimiter: str, *, spaced: bool = False) -> Iterator[list[str]]:
+    rows = csv.reader(lines, delimiter=delimiter, skipinitialspace=spaced)
     return (row for row in rows if len(row) > 1 or "".join(row).strip())
 
 
@@ -137,16 +137,16 @@ def _likely_delimiter(lines: list[str], wanted: set[str | None] | set[str], *, w
     """
     fitting = []
     for delimiter in DELIMITERS:
-        rows = list(_rows_of(lines, delimiter))
+        rows = list(_rows_of(lines, delimiter, spaced=True))
         if not whole and len(rows) > 1:
             rows.pop()  # it may be half a row
         header = rows[0] if rows else []
         named = _named(header)
-        has_wanted = wanted <= {name.strip() for name in header}
-        if delimiter == "," and wanted and has_wanted:
+        has_wanted = bool(wanted) and wanted <= {name.strip() for name in header}
+        if delimiter == "," and has_wanted:
             return delimiter
         agreeing = sum(named <= len(row) <= len(header) for row in rows)
-        if len(header) > 1 and agreeing >= AGREEING * len(rows):
+        if len(header) > 1 and agreeing >= AGREEING[has_wanted] * len(rows):
             fitting.append((has_wanted, delimiter))
     return max(fitting, key=lambda one: one[0])[1] if fitting else ","
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -148,7 +149,7 @@ def mortal() -> tuple[str, ...]:
             "p.jsonl, line 17",
             "JSON object",
             "(character 12)",
-            "mend the line",
+            "fix the line",
             code=1,
             files={"p.jsonl": GOOD_LINES + '{"prompt": oops}\n'},
             name="line 17 not JSON",
@@ -166,9 +167,8 @@ def mortal() -> tuple[str, ...]:
         case(
             "enqueue p.jsonl",
             "p.jsonl, line 17",
-            "prompt to say something",
-            "''",
-            "fill it in",
+            "prompt is empty",
+            "Use --skip-empty, or fill it in",
             code=1,
             files={"p.jsonl": GOOD_LINES + '{"prompt": ""}\n'},
             name="empty prompt",
@@ -178,7 +178,7 @@ def mortal() -> tuple[str, ...]:
             "p.txt, line 2",
             "UTF-8",
             "0xff as byte 2",
-            "convert",
+            "--encoding cp1252",
             code=1,
             files={"p.txt": b"a\nb\xff\n"},
             name="not UTF-8",
@@ -210,6 +210,19 @@ def mortal() -> tuple[str, ...]:
             files={"p.csv": "prompt,b\n1,2\n1,2,3\n"},
             name="ragged rows",
         ),
+        case(
+            "enqueue p.csv",
+            "p.csv, line 3: column prompt is empty (and 6 more bad rows)\np.csv, line 4: ",
+            "p.csv, line 7: ",
+            "Use --skip-empty, or fill them in",
+            code=1,
+            files={"p.csv": "prompt,b\na,1\n" + ",2\n" * 7},
+            name="several bad rows",
+        ),
+        case("enqueue p.csv --skip-bad p.csv", "another file for the bad rows", "p.csv", files=CSV),
+        case("enqueue p.csv --encoding utf-9", "--encoding", "'utf-9'", "cp1252", files=CSV),
+        case("estimate p.csv --delimiter ::", "--delimiter", "one character", "'::'", files=CSV),
+        case("run p.csv -o o.csv --skip-bad o.csv", "another file", "bad rows", "o.csv", files=CSV),
         case("enqueue p.csv", "p.csv", "a column 'prompt'", "'city', 'state'", "--template", files=CSV),
         case("enqueue - --run r", "at least one input", "none", code=1, name="stdin empty"),
         case(
@@ -229,11 +242,45 @@ def test_bad_inputs_are_refused_with_file_and_line(wrong: Case, tmp_path: Path) 
     refuse(tmp_path, wrong)
 
 
+def test_bad_and_empty_rows_are_left_out_on_request(tmp_path: Path) -> None:
+    """The counts and the file say what was left out; the same command again adds nothing and leaves the file the same."""
+    rows = 'id;prompt\n1;grün\n2;\n3;x;y\n4;b\n5;"c\n'
+    write(tmp_path, {"p.csv": rows.encode("cp1252")})
+    command = ("enqueue", "p.csv", "--encoding", "cp1252", "--skip-bad", "bad.jsonl", "--skip-empty")
+    for counts in ("2 new, 0 duplicate, 0 reused, 0 known", "0 new, 0 duplicate, 0 reused, 2 known"):
+        code, out, error = lbr(tmp_path, *command)
+        assert (code, out) == (0, f"run p: 2 inputs, {counts}, 1 empty skipped, 2 bad skipped\n"), error
+        bad = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+        assert [(row["source"], row["line"], row["text"]) for row in bad] == [
+            ("p.csv", 4, "3;x;y"),
+            ("p.csv", 6, '5;"c'),
+        ]
+    code, out, error = lbr(tmp_path, *command, "--json")
+    assert {"inputs": 2, "skipped_bad": 2, "skipped_empty": 1}.items() <= json.loads(out).items(), error
+    code, out, error = lbr(
+        tmp_path,
+        *command[:1],
+        "-",
+        *command[2:],
+        "--format",
+        "csv",
+        "--run",
+        "q",
+        stdin=rows.encode("cp1252"),
+    )
+    assert (code, out.endswith(" 1 empty skipped, 2 bad skipped\n")) == (0, True), error
+    code, out, error = lbr(tmp_path, "enqueue", "p.csv", "--encoding", "cp1252")
+    assert (code, error.splitlines()[0]) == (
+        1,
+        "lbr: p.csv, line 3: column prompt is empty (and 2 more bad rows)",
+    )
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
         case("enqueue p.csv --template {{town}}", "p.csv", "no 'town'", "there are: 'city', 'state'"),
-        case("enqueue p.csv --template {{city", "Jinja template", "(line 1)", "mend the template"),
+        case("enqueue p.csv --template {{city", "Jinja template", "(line 1)", "fix the template"),
         case("enqueue p.csv --template {{city}}{{1/0}}", "p.csv, line 2", "ZeroDivisionError", code=1),
         case("enqueue p.csv --template {{city.__class__}}", "p.csv, line 2", "SecurityError", code=1),
         case(f"enqueue p.csv --template {DEEP_TEMPLATE}", "Jinja template", "RecursionError", name="deep"),
