@@ -75,7 +75,7 @@ WAY_OUT_OF_ENDING = {
 
 
 class BadRows:
-    """What to do with rows that make no prompt: refuse them in one message, or leave them out and count them."""
+    """Rows that cannot be used: refused in one message, or left out, counted and written to a file."""
 
     def __init__(
         self, *, skip_bad: str | None = None, skip_empty: bool = False, at_once: bool = False
@@ -112,7 +112,7 @@ class BadRows:
             raise self._refused()
 
     def _write(self, file: IO[bytes], error: InputError, text: str) -> None:
-        # Bytes that are no text are shown as escapes.
+        # Bytes that cannot be decoded are written as escapes.
         readable = text.rstrip("\r\n").encode(errors="surrogateescape").decode(errors="backslashreplace")
         row = {"source": error.source, "line": error.line, "reason": error.message, "text": readable}
         try:
@@ -259,7 +259,7 @@ def _unreadable(source: str, error: Exception) -> UsageError:
 
 @contextmanager
 def _opened(source: str, encoding: str | None, newline: str) -> Iterator[TextIO]:
-    """Open a source as text; bytes that are none become the surrogates of PEP 383."""
+    """Open a source as text; bytes that cannot be decoded become surrogates, as in PEP 383."""
     if source == STDIN and sys.stdin is None:  # it is where the process was started with stdin closed
         raise UsageError("expected prompts on stdin, got: a closed stdin; pipe them in or name a file")
     try:
@@ -336,7 +336,7 @@ def _lines(text: TextIO, name: str) -> Iterator[str]:
 
 
 def _check_text(text: str, place: Place, encoding: str) -> None:
-    """Raise InputError for bytes that were no text, and for NUL characters."""
+    """Raise InputError for bytes that could not be decoded, and for NUL characters."""
     if "\x00" in text:
         raise place.error("expected text, got: a NUL character; remove it, or set --encoding (utf-16-le?)")
     try:
@@ -365,7 +365,7 @@ def _json_fields(line: str, place: Place) -> Fields:
 
 
 def _json_problem(line: str, error: orjson.JSONDecodeError) -> str:
-    """Return what is wrong with a line; Python's own reader takes what Python's own writer may have written."""
+    """Return what is wrong with a line: Python's json writes NaN and half surrogate pairs, which JSON does not have."""
     with suppress(ValueError, RecursionError):
         for name, leaf in leaves(json.loads(line)):
             if isinstance(leaf, float) and not math.isfinite(leaf):

@@ -210,7 +210,7 @@ class Source:
             raise self.nothing()
 
     def read(self, *, at_once: bool = True) -> Iterator[Item]:
-        """Read the inputs from their beginning; the first bad one ends it, or else all are reported at the end."""
+        """Read the inputs from their beginning. Bad ones are reported at the first one (`at_once`), or all at the end."""
         self.bad = readers.BadRows(**self._skip, at_once=at_once)
         return self._read_items(self.bad)
 

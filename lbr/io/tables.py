@@ -25,7 +25,7 @@ MAX_LINE = 2**28
 SAMPLE_CHARACTERS = 2**16
 DELIMITERS = ",;\t|"
 AGREEING = {False: 0.9, True: 0.5}
-"""The share of rows that must have as many cells as the header has; by whether the header has the wanted columns."""
+"""The share of rows that must have as many cells as the header; a header with the wanted columns needs less proof."""
 
 
 class Table:
@@ -70,7 +70,7 @@ class Table:
             raise UsageError(f"{msg}; set --prompt-column or --template")
 
     def fields(self, row: list[str] | csv.Error, place: Place) -> Fields:
-        """Return a row by its columns; empty cells under no name at its end are left out. Raises InputError."""
+        """Return the cells of a row by column name, without empty ones in unnamed columns at its end. Raises InputError."""
         cells = _cells(row, place)
         if not self._named <= len(cells) <= len(self._header):
             msg = f"expected {counted(len(self._header), 'cell')} as in line {self._line}, got: {len(cells)}"
@@ -90,7 +90,7 @@ def _cells(row: list[str] | csv.Error, place: Place) -> list[str]:
 
 
 def _records(lines: Iterator[str], name: str, delimiter: str, *, spaced: bool) -> Records:
-    """Yield each row that is not a blank line, or the error that it ends in."""
+    """Yield each row, or its csv.Error; skip blank lines."""
     held: list[str] = []
 
     def feed() -> Iterator[str]:
@@ -115,7 +115,7 @@ def _records(lines: Iterator[str], name: str, delimiter: str, *, spaced: bool) -
 
 
 def _sample(lines: Iterator[str]) -> tuple[list[str], bool]:
-    """Take the first lines; return them, and whether they are all."""
+    """Take the first lines. Return them, and True if there are no more."""
     sample, room = [], SAMPLE_CHARACTERS
     for line in lines:
         sample.append(line)
@@ -131,9 +131,10 @@ def _rows_of(lines: Iterable[str], delimiter: str, *, spaced: bool = False) -> I
 
 
 def _likely_delimiter(lines: list[str], wanted: set[str | None] | set[str], *, whole: bool) -> str:
-    """Return the delimiter of a CSV file by its first lines: a comma, unless another one is certain.
+    """Return the delimiter of a CSV file, judged by its first lines.
 
-    Certain is one that makes several columns, and of nearly all rows as many; best those that are wanted.
+    It is a comma if that gives the wanted columns, or else the first one that makes several columns and gives nearly
+    all rows the same number of cells. One that gives the wanted columns is preferred. Without any, it is a comma.
     """
     fitting = []
     for delimiter in DELIMITERS:
@@ -152,7 +153,7 @@ def _likely_delimiter(lines: list[str], wanted: set[str | None] | set[str], *, w
 
 
 def _begins_with_spaces(header: list[str]) -> bool:
-    """Return whether every delimiter of a header has a space behind it, as in `id, prompt`."""
+    """Return True if every delimiter of a header has a space after it, as in `id, prompt`."""
     return len(header) > 1 and all(name.startswith(" ") for name in header[1:])
 
 
@@ -162,7 +163,7 @@ def _named(header: list[str]) -> int:
 
 
 def _names_of(header: list[str], place: Place) -> list[str]:
-    """Return the names of the columns, `column_1` for one without; InputError for a name that is there twice."""
+    """Return the names of the columns, `column_1` for an unnamed one. Raises InputError for duplicate names."""
     taken = set(header)
     if twice := [name for name, count in Counter(header).items() if count > 1 and name.strip()]:
         raise place.error(f"expected different column names, got twice: {names(twice)}; rename one")

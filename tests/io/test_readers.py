@@ -67,8 +67,15 @@ class TestText:
 
     @pytest.mark.parametrize(
         "content",
-        [b"a\nb\n", b"a\nb", b"a\r\nb\r\n", b"\xef\xbb\xbfa\nb\n", b"a\nb\n\n  \n\r\n"],
-        ids=["lf", "no end", "crlf", "bom", "blank end"],
+        [
+            b"a\nb\n",
+            b"a\nb",
+            b"a\r\nb\r\n",
+            b"\xef\xbb\xbfa\nb\n",
+            b"a\nb\n\n  \n\r\n",
+            "a\r\nb".encode("utf-16"),
+        ],
+        ids=["lf", "no end", "crlf", "bom", "blank end", "utf-16"],
     )
     def test_line_ends_bom_and_blank_end_do_not_matter(self, tmp_path: Path, content: str | bytes) -> None:
         """The same prompts come out whatever way the file marks its lines and its end."""
@@ -427,7 +434,7 @@ class TestCsvOfEveryDay:
         ],
     )
     def test_the_header(self, tmp_path: Path, content: str, metadata: list[dict[str, str] | None]) -> None:
-        """Columns without a name get one, those that are empty at the end go, spaces count unless all have one."""
+        """Unnamed columns get a name, empty ones at the end are left out, and `id, prompt` has no spaces in names."""
         items = read(write(tmp_path, "in.csv", content))
         assert [(item.prompt.text, item.metadata) for item in items] == [("Hello", one) for one in metadata]
 
@@ -439,7 +446,7 @@ class TestCsvOfEveryDay:
         assert [item.prompt.text for item in items] == [f"Hi, {n}" for n in range(20_000)]
 
     def test_an_encoding_can_be_given(self, tmp_path: Path) -> None:
-        """Text of before Unicode is read under the name of its encoding; one that it does not fit is refused."""
+        """A file is read in the encoding that is given; bytes that do not fit it are refused."""
         path = write(tmp_path, "in.csv", "id;prompt\n1;Grüße für 5 €\n".encode("cp1252"))
         assert texts(path, encoding="cp1252") == ["Grüße für 5 €"]
         refused(path, 2, "expected ASCII, got: 0xfc as byte 5", encoding="ascii")
@@ -449,8 +456,8 @@ class TestCsvOfEveryDay:
         [{"encoding": one} for one in ("utf-9", "base64", "rot13", "a\0b")]
         + [{"delimiter": '"'}, {"delimiter": "::"}],
     )
-    def test_flags_without_a_meaning_are_refused(self, tmp_path: Path, options: dict[str, str]) -> None:
-        """An encoding that is none, or none of text, and a delimiter that cannot be one, are usage errors."""
+    def test_flags_without_a_meaning_are_refused(self, tmp_path: Path, options: dict[str, Any]) -> None:
+        """Unknown encodings, encodings that are not for text, and impossible delimiters are usage errors."""
         (flag,) = options
         with pytest.raises(UsageError, match=f"expected --{flag} to be "):
             read_items([write(tmp_path, "in.csv", "prompt\na\n")], **options)
@@ -546,17 +553,16 @@ class TestBadRows:
         self, tmp_path: Path, skip_bad: str, message: str
     ) -> None:
         """The input is never overwritten, and what cannot be written is refused at once."""
-        path = write(tmp_path, "in.csv", self.ROWS)
+        write(tmp_path, "in.csv", self.ROWS)
         with pytest.raises(UsageError, match=message):
             Source.of(tmp_path / "in.csv", skip_bad=tmp_path / skip_bad)
         assert (tmp_path / "in.csv").read_bytes() == self.ROWS
-        assert path
 
     @pytest.mark.parametrize(
         "options", [{"delimiter": ";"}, {"encoding": "cp1252"}, {"skip_bad": "b"}, {"skip_empty": True}]
     )
     def test_prompts_in_memory_have_no_such_flags(self, options: dict[str, Any]) -> None:
-        """What is said of files is refused with prompts."""
+        """Flags about files are refused for prompts in memory."""
         with pytest.raises(UsageError, match=f"expected {next(iter(options))} with files, got: prompts"):
             Source.of(["a"], **options)
 
@@ -747,7 +753,7 @@ class TestTemplate:
         "template", ["{{ Review Text }}", "{{ 2nd }}", "{{ Review_Text }}", "{{ row['x'] }}"]
     )
     def test_an_error_names_the_way_to_a_column_of_any_name(self, tmp_path: Path, template: str) -> None:
-        """Who writes a name with a space as a word learns how to write it."""
+        """The error for a name that is not one word shows how to write it."""
         path = write(tmp_path, "in.csv", "Review Text,2nd\na,b\n")
         with pytest.raises(UsageError, match=r'Write \{\{ row\["(Review Text|Column Name)"\] \}\}'):
             read(path, template=template)
