@@ -391,7 +391,7 @@ async def test_wrong_arguments(arguments: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize("prompts", [[], [""], ["a", "  "], [3], "a string", None, 7])
 async def test_wrong_prompts(prompts: Any) -> None:
     """Empty or wrong prompts are refused by number; nothing is written."""
-    with pytest.raises(LbrError, match="expected"):
+    with pytest.raises(LbrError, match="expected|line [12]: prompt is empty"):
         await prompt_map(prompts, shout)
     assert not Path("runs.db").exists()
 
@@ -454,7 +454,7 @@ async def test_a_record_without_a_value_for_the_template() -> None:
     """None is not written into a prompt that is paid for; a condition in the template says what stands for it."""
     records: list[Any] = [{"topic": "rivers"}, {"topic": None}]
     with pytest.raises(
-        InputError, match="^prompts, line 2: expected 'topic' to have a value for the template"
+        InputError, match="^prompts, line 2: every field that the template shows is empty: 'topic'"
     ):
         await prompt_map(records, shout, template="About {{ topic }}")
     assert not Path("runs.db").exists()
