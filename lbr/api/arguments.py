@@ -95,6 +95,7 @@ KINDS: Mapping[str, Kind] = {
     **dict.fromkeys(("version", "instructions", "template", "prompt_column", "reason", "scope"), TEXT),
     **dict.fromkeys(("delimiter", "encoding"), TEXT),
     **dict.fromkeys(("append", "fresh", "servable", "wait", "fix", "restart", "skip_empty"), FLAG),
+    **dict.fromkeys(("spreadsheet_safe", "bom"), FLAG),
     **dict.fromkeys(("teardown", "retry_failed", "allow_network_fs"), FLAG),
     **dict.fromkeys(("db_url", "results_db_url", "to_url", "out", "skip_bad"), FILE),
     **dict.fromkeys(("notify", "on_start", "on_kept"), FUNCTION),

@@ -81,13 +81,16 @@ async def collect(
     shape: str = Shape.ORIGINAL,
     format: str | None = None,  # noqa: A002 - the word of the command line
     wait: bool = False,
+    spreadsheet_safe: bool = False,
+    bom: bool = False,
     db_url: PathOrUrl = DB_URL_DEFAULT,
     allow_network_fs: bool = False,
 ) -> Collected:
     """Write a run's answers in input order, or return them as `rows` where `out` is None; "-" is stdout.
 
     A file appears whole or not at all; a results database keeps the rows of other runs. With `wait`, only once every job has come to its end; else whatever
-    there is now. Raises RunNotFoundError, UsageError, OutputError or DatabaseError.
+    there is now. In CSV, `spreadsheet_safe` puts an apostrophe before a text that a spreadsheet would run as a
+    formula, and `bom` begins with a byte order mark, by which Excel knows UTF-8. Raises RunNotFoundError, UsageError, OutputError or DatabaseError.
     """
     target = None if out is None or fspath(out) == "-" else fspath(out)
     if out is not None:
@@ -98,6 +101,8 @@ async def collect(
         else None
     )
     kind = kind or writers.format_of(target)
+    style = writers.CsvStyle(spreadsheet_safe, bom)
+    style.check(kind)
     chosen = Shape(one_of("shape", shape, tuple(Shape)))
     if kind is writers.OutputFormat.DB and target is None:
         raise UsageError("expected -o FILE for a results database, got: stdout")
@@ -111,7 +116,7 @@ async def collect(
         if out is None:
             rows = [row.to_dict() async for page in pages for row in page]
         else:
-            await write_pages(database, found, pages, target, kind)
+            await write_pages(database, found, pages, target, kind, style)
         found = await reads.find_run(database, run)
         limited = bool(pages.cut_off) and await reads.limits_answers(database, found)
         sealed = found.sealed_at is not None
@@ -159,14 +164,15 @@ async def write_pages(
     pages: AsyncIterable[list[Row]],
     target: str | None,
     kind: writers.OutputFormat,
+    style: writers.CsvStyle,
 ) -> None:
     """Write a run's pages to a file, or as lines to stdout where `target` is None."""
     if target is None:
-        await _write_lines(database, run, pages, None, kind)
+        await _write_lines(database, run, pages, None, kind, style)
         return
     async with writers.output_lock(target):
         if kind is not writers.OutputFormat.DB:
-            await _write_lines(database, run, pages, target, kind)
+            await _write_lines(database, run, pages, target, kind, style)
         elif os.path.lexists(target):  # noqa: ASYNC240 - one stat
             # The rows of other runs stay; that it is one transaction makes it whole.
             await results_db.write_run(target, run.name, pages)
@@ -181,8 +187,9 @@ async def _write_lines(
     pages: AsyncIterable[list[Row]],
     target: str | None,
     kind: writers.OutputFormat,
+    style: writers.CsvStyle,
 ) -> None:
-    columns = await reads.metadata_columns(database, run) if kind is writers.OutputFormat.CSV else []
-    with writers.open_writer(target, kind, metadata_columns=columns) as writer:
+    columns = await reads.columns(database, run) if kind is writers.OutputFormat.CSV else []
+    with writers.open_writer(target, kind, columns=columns, style=style) as writer:
         async for page in pages:
             writer.write(page)

@@ -27,7 +27,7 @@ from lbr.core.config import (
 )
 from lbr.core.errors import DatabaseBusyError, LbrError, UsageError
 from lbr.core.pricing import read_price
-from lbr.core.types import JobState, Run, RunState, Shape
+from lbr.core.types import JobState, Run, RunState, Shape, canonical_json
 from lbr.io import writers
 from lbr.io.sources import Source
 from lbr.store import reads, redo, results_db, runs
@@ -218,7 +218,9 @@ def _run_name(asked: Asked, source: Source) -> str:
     """Name a run by what it asks and of what, so that the same call finds it again."""
     digest = hashlib.blake2b(asked.task.canonical(), digest_size=8)
     for item in source:
-        for part in (item.prompt.body(), item.custom_id or "", repr(item.metadata)):
+        metadata = "None" if item.metadata is None else canonical_json(item.metadata).decode()
+        own_id = "" if item.custom_id is None else str(item.custom_id)
+        for part in (item.prompt.body(), own_id, metadata):
             data = part.encode()
             digest.update(len(data).to_bytes(8, "big") + data)
     return f"map-{digest.hexdigest()}"
@@ -291,10 +293,19 @@ def _polars() -> Any:
 
 
 def _frame(rows: list[Row]) -> Any:
-    """Return the rows with the same columns for every call, id and metadata too, as the results database has them."""
+    """Return the rows with the same columns for every call, id and metadata too, as the results database has them.
+
+    Ids are text, unless all of them are numbers.
+    """
     pl = _polars()
     types = dict.fromkeys(COLUMNS, pl.String) | {"idx": pl.Int64}
     texts = [row.to_dict() | {"prompt": row.prompt.body(), "metadata": _json_or_none(row)} for row in rows]
+    with_id = [row for row in texts if "id" in row]
+    if with_id and all(isinstance(row["id"], int) for row in with_id):
+        types["id"] = pl.Series([row["id"] for row in with_id]).dtype
+    else:
+        for row in with_id:
+            row["id"] = str(row["id"])
     return pl.DataFrame([{name: row.get(name) for name in COLUMNS} for row in texts], schema=types)
 
 

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
 
 from lbr.api import collect as api
 from lbr.api.status import printable
-from lbr.cli.app import EXIT_FAILURES, EXIT_UNFINISHED, database_option, say
+from lbr.cli.app import EXIT_FAILURES, EXIT_UNFINISHED, database_option, say, with_options
 from lbr.core.plurals import counted
 from lbr.core.types import Shape
 from lbr.io.writers import OutputFormat
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 SHOWN_REASONS = 3
+
+
+def csv_options(command: F) -> F:
+    """Add the flags that say how CSV is written."""
+    options = [
+        click.option(
+            "--spreadsheet-safe",
+            is_flag=True,
+            help="CSV: put an apostrophe before a text that a spreadsheet would run as a formula.",
+        ),
+        click.option("--bom", is_flag=True, help="CSV: begin with a byte order mark, for Excel."),
+    ]
+    return with_options(command, options)
 
 
 def describe(collected: api.Collected) -> str:
@@ -89,6 +105,7 @@ def _reasons(collected: api.Collected) -> str:
     type=click.Choice([str(one) for one in OutputFormat]),
     help="How to write; by the file's ending if unset.",
 )
+@csv_options
 @click.option("--wait", is_flag=True, help="Wait until every job has come to its end.")
 @database_option
 @click.pass_obj
@@ -101,14 +118,14 @@ def collect(
     out: str | None,
     shape: str,
     output_format: str | None,
-    wait: bool,
+    **flags: Any,
 ) -> None:
     """Write a run's answers in input order, finished or not.
 
     A file appears whole or not at all. Exits with 3 where jobs are not finished, with 4 where some failed.
     """
     collected = asyncio.run(
-        api.collect(run, out="-" if out is None else out, shape=shape, format=output_format, wait=wait, **db)
+        api.collect(run, out="-" if out is None else out, shape=shape, format=output_format, **flags, **db)
     )
     say(f"lbr: {describe(collected)}")
     context.exit(exit_code(collected))

@@ -15,7 +15,7 @@ from lbr.api import operate
 from lbr.api.collect import collect
 from lbr.api.status import RunStatus, one_line, unfinished_words
 from lbr.cli.app import EXIT_UNFINISHED, database_option, say
-from lbr.cli.collect import describe, exit_code
+from lbr.cli.collect import csv_options, describe, exit_code
 from lbr.cli.enqueue import counting_kept, enqueue_inputs, task_options
 from lbr.cli.enqueue import describe as describe_enqueue
 from lbr.cli.work import (
@@ -51,6 +51,7 @@ LINE_SECONDS = 10.0
     default=str(Shape.ORIGINAL),
     help="A row for every input, or for every distinct one.",
 )
+@csv_options
 @task_options
 @work_options
 @processes_option
@@ -65,12 +66,13 @@ def run(
     Other workers may help. The output is written when every job has come to its end.
     """
     writers.check_output(out)
-    writers.format_of(out)
+    csv = {name: flags.pop(name) for name in ("spreadsheet_safe", "bom")}
+    writers.CsvStyle(**csv).check(writers.format_of(out))
     _check_overwriting((*inputs, *_one(flags["skip_bad"])), out, db["db_url"])
     at_least_one("processes", flags["processes"], most=MOST_PROCESSES)
     work_flags(flags)
     with counting_kept(inputs, append=flags["append"]) as hear:
-        code = asyncio.run(_run(db, inputs, out, shape, hear, flags))
+        code = asyncio.run(_run(db, inputs, out, {"shape": shape, **csv}, hear, flags))
     context.exit(code)
 
 
@@ -89,7 +91,7 @@ async def _run(
     db: dict[str, Any],
     inputs: tuple[str, ...],
     out: str,
-    shape: str,
+    how_written: dict[str, Any],
     hear: Callable[[int], None],
     flags: dict[str, Any],
 ) -> int:
@@ -105,20 +107,22 @@ async def _run(
             await work_in_processes(db, processes, runs=(enqueued.run,), until="done", **how, **may)
         else:
             worked = await serve(db, line, run=enqueued.run, **how, **may)
-    code = await _collect(db, enqueued.run, out, shape, started)
+    code = await _collect(db, enqueued.run, out, how_written, started)
     if worked is not None:
         leave_stuck(worked, code)
     return code
 
 
-async def _collect(db: dict[str, Any], run: str, out: str, shape: str, started: float) -> int:
+async def _collect(
+    db: dict[str, Any], run: str, out: str, how_written: dict[str, Any], started: float
+) -> int:
     """Write the answers of a run that has come to its end, or say why it has not; return the exit code."""
     (now,) = (await operate.status(run, **db)).runs
     if not now.finished:
         way_out = unfinished_words(now.run, now.pause_reason)
         say(f"lbr: {one_line(now)}; unfinished, nothing was written; {way_out}")
         return EXIT_UNFINISHED
-    collected = await collect(run, out=out, shape=shape, **db)
+    collected = await collect(run, out=out, **how_written, **db)
     say(f"lbr: {describe(collected)}, in {out}, after {duration(time.monotonic() - started)}")
     return exit_code(collected)
 

@@ -61,6 +61,14 @@ class Shape(StrEnum):
     UNIQUE = "unique"
 
 
+class Part(StrEnum):
+    """What an input's column is of its item."""
+
+    PROMPT = "prompt"
+    ID = "id"
+    METADATA = "metadata"
+
+
 class Until(StrEnum):
     """When a worker goes home."""
 
@@ -185,14 +193,16 @@ class Prompt:
 class Item:
     """One input's place in a run, as a reader hands it over.
 
-    `source` and `line` say where it came from, for messages; `metadata` is given back by collect.
+    `source` and `line` say where it came from, for messages; `metadata` is given back by collect. `columns` are the
+    fields of its record in their order, each with the part of the item that it became; None for a plain text.
     """
 
     prompt: Prompt
-    custom_id: str | None = None
+    custom_id: str | int | None = None
     metadata: dict[str, Json] | None = None
     source: str | None = None
     line: int | None = None
+    columns: dict[str, Part] | None = field(default=None, compare=False)
 
 
 class KeyMaker:
@@ -219,7 +229,8 @@ class Run:
     """A run as stored. `sealed_at` is None while its enqueue has not come to its end.
 
     `price` is what its user says that its calls cost, None where the provider and the price table are asked;
-    `budget_nanos` what it may cost in billionths of a US dollar, None without a limit.
+    `budget_nanos` what it may cost in billionths of a US dollar, None without a limit. `input_columns` is JSON, see
+    `Item.columns`; None if no input had any, and for runs of older versions.
     """
 
     id: RunId
@@ -234,6 +245,7 @@ class Run:
     sealed_at: Millis | None
     price: Price | None = None
     budget_nanos: int | None = None
+    input_columns: str | None = None
 
 
 @value(frozen=True, slots=True)
@@ -391,7 +403,7 @@ class Row:
     status: str
     result: str | None = None
     error: str | None = None
-    custom_id: str | None = None
+    custom_id: str | int | None = None
     metadata: dict[str, Json] | None = None
     cut_off: bool = False
 

@@ -7,10 +7,11 @@ import math
 from dataclasses import fields as dataclass_fields
 from dataclasses import is_dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from lbr.core.errors import InputError, UsageError
-from lbr.core.types import Item, Json, Prompt, canonical_json
+from lbr.core.types import Item, Json, Part, Prompt, canonical_json
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -195,6 +196,7 @@ def _words_of(expression: nodes.Expr) -> str:
 
 def item_of(fields: Fields, place: Place, template: Template | None, column: str | None) -> Item:
     """Make an item of a record, using the record up: what is left of it is the metadata."""
+    names_ = tuple(fields)
     if template is not None:
         prompt = _text_prompt(template.render(fields, place), "the rendered template", place)
     elif column is not None:
@@ -202,8 +204,17 @@ def item_of(fields: Fields, place: Place, template: Template | None, column: str
             raise place.error(f"expected a field {shown(column)}, got: {names(fields)}; add it")
         prompt = _text_prompt(fields.pop(column), f"column {column}", place)
     else:
+        column = "messages" if "messages" in fields else "prompt"
         prompt = _named_prompt(fields, place)
-    return Item(prompt, _pop_id(fields, place), fields or None, place.source, place.line)
+    of_id = next((name for name in ID_FIELDS if name in fields), None)
+    columns = _columns(names_, None if template is not None else column, of_id)
+    return Item(prompt, _pop_id(fields, place), fields or None, place.source, place.line, columns)
+
+
+@lru_cache(maxsize=8)  # the records of an input share it
+def _columns(names: tuple[str, ...], of_prompt: str | None, of_id: str | None) -> dict[str, Part]:
+    parts = {of_prompt: Part.PROMPT, of_id: Part.ID}
+    return {name: parts.get(name, Part.METADATA) for name in names}
 
 
 def _named_prompt(fields: Fields, place: Place) -> Prompt:
@@ -252,7 +263,7 @@ def _check_message(message: Json, place: Place) -> None:
         raise place.error(f"expected the content to be a string or a list of objects, got: {shown(content)}")
 
 
-def _pop_id(fields: Fields, place: Place) -> str | None:
+def _pop_id(fields: Fields, place: Place) -> str | int | None:
     given = [fields.pop(name) for name in ID_FIELDS if name in fields]
     if len(given) > 1:
         raise place.error("expected one of the fields id and custom_id, got: both; rename one")
@@ -261,7 +272,7 @@ def _pop_id(fields: Fields, place: Place) -> str | None:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise place.error(f"expected the id to be a string or a whole number, got: {shown(value)}")
-    return str(value)
+    return value
 
 
 def check_storable(fields: Fields, place: Place) -> None:

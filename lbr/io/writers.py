@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import os
 import re
@@ -12,6 +11,7 @@ import stat
 import sys
 import tempfile
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -21,6 +21,7 @@ from filelock import AsyncFileLock
 
 from lbr.core.config import a_name
 from lbr.core.errors import OutputError, UsageError
+from lbr.core.types import Part
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from lbr.core.types import Json, Row
 
 STDOUT_NAME = "stdout"
-CSV_COLUMNS = ("idx", "id", "key", "prompt", "status", "result", "error")
+OWN_COLUMNS = ("idx", "key", "prompt", "status", "result", "error")
+"""The columns of CSV that are lbr's own; the prompt's only if no column of the input is the prompt."""
+BOM = b"\xef\xbb\xbf"
 BUFFER_BYTES = 1 << 20
 SQLITE_COMPANIONS = ("-journal", "-wal", "-shm")
 
@@ -38,6 +41,8 @@ _TO_STDOUT = "name a file, or leave it to `lbr collect RUN -o -`, which writes t
 
 _FORMULA = frozenset("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
 """What a formula begins with; the last four are the wide forms of the first."""
+_QUOTED = re.compile(r"""^[\s\ufeff]|[",;|\t\r\n]|\s$""")
+"""What a cell in quotes holds: what ends a cell, or is read as another delimiter, or as no part of the cell."""
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 
 
@@ -177,23 +182,76 @@ class JsonlWriter:
         self._sink.write(b"".join([orjson.dumps(row.to_dict(), option=newline) for row in rows]))
 
 
-class CsvWriter:
-    """Writes a header at once, then each row as a record; None is an empty cell.
+@dataclass(frozen=True, slots=True)
+class CsvStyle:
+    """How CSV is written: with an apostrophe before what a spreadsheet would run as a formula, after a UTF-8 BOM."""
 
-    A text that a spreadsheet would run as a formula gets an apostrophe before it. Chat messages, and metadata that are not strings, are written as JSON. A metadata column whose name is
-    taken becomes `metadata.NAME`.
+    spreadsheet_safe: bool = False
+    bom: bool = False
+
+    def check(self, kind: OutputFormat) -> None:
+        """Raise UsageError if another format than CSV is to be written so."""
+        for flag, is_set in (("--spreadsheet-safe", self.spreadsheet_safe), ("--bom", self.bom)):
+            if is_set and kind is not OutputFormat.CSV:
+                raise UsageError(f"{flag} is for CSV alone, got: {kind}; leave it out, or write a .csv file")
+
+
+PLAIN_CSV = CsvStyle()
+
+
+class CsvWriter:
+    """Writes a header at once, then each row as a record: the input's columns first, then lbr's own.
+
+    A column of lbr's own whose name is taken becomes `answer.NAME`. None is an empty cell, an empty text one in quotes.
+    Chat messages, and metadata that are not strings, are written as JSON.
     """
 
     def __init__(
-        self, handle: IO[bytes], metadata_columns: Sequence[str] = (), *, name: str = STDOUT_NAME
+        self,
+        handle: IO[bytes],
+        columns: Sequence[tuple[Part, str]] = (),
+        style: CsvStyle = PLAIN_CSV,
+        *,
+        name: str = STDOUT_NAME,
     ) -> None:
-        self._metadata_columns = tuple(metadata_columns)
-        self._csv = csv.writer(_CsvLines(_Sink(handle, name)))
-        self._csv.writerow([_inert(name) for name in csv_header(metadata_columns)])
+        has_prompt = any(part is Part.PROMPT for part, _ in columns)
+        self._columns = columns
+        self._own = [name for name in OWN_COLUMNS if name != Part.PROMPT or not has_prompt]
+        self._safe = style.spreadsheet_safe
+        self._sink = _Sink(handle, name)
+        self._sink.write(BOM * style.bom + self._line(self._header()))
 
     def write(self, rows: Iterable[Row]) -> None:
         """Write rows in the order they come. Raises OutputError."""
-        self._csv.writerows(_cells(row, self._metadata_columns) for row in rows)
+        self._sink.write(b"".join([self._line(self._cells(row)) for row in rows]))
+
+    def _header(self) -> list[str]:
+        header: dict[str, None] = {}
+        wanted = [("metadata", name) for _, name in self._columns] + [("answer", name) for name in self._own]
+        for prefix, column in wanted:
+            name = column
+            while name in header:
+                name = f"{prefix}.{name}"
+            header[name] = None
+        return list(header)
+
+    def _cells(self, row: Row) -> list[Json]:
+        fields, metadata = row.to_dict(), row.metadata or {}
+        given = [
+            metadata.get(name) if part is Part.METADATA else fields.get(part) for part, name in self._columns
+        ]
+        return given + [fields[name] for name in self._own]
+
+    def _line(self, cells: Iterable[Json]) -> bytes:
+        return (",".join([self._spelled(cell) for cell in cells]) + "\n").encode()
+
+    def _spelled(self, cell: Json) -> str:
+        if cell is None:
+            return ""
+        text = cell if isinstance(cell, str) else orjson.dumps(cell).decode()
+        if self._safe and text[:1] in _FORMULA and not _NUMBER.fullmatch(text):
+            text = f"'{text}"
+        return text if text and not _QUOTED.search(text) else '"' + text.replace('"', '""') + '"'
 
 
 @contextmanager
@@ -201,62 +259,37 @@ def open_writer(
     path: str | None,
     format: OutputFormat,  # noqa: A002 - the word of the command line
     *,
-    metadata_columns: Sequence[str] = (),
+    columns: Sequence[tuple[Part, str]] = (),
+    style: CsvStyle = PLAIN_CSV,
 ) -> Iterator[JsonlWriter | CsvWriter]:
     """Yield a writer into a file, which appears whole when the block ends well, or into stdout.
 
-    `metadata_columns` are for CSV; JSONL carries all metadata. Raises UsageError for a format that is not
+    `columns` are the input's, for CSV; JSONL carries all metadata. Raises UsageError for a format that is not
     written row by row, OutputError where writing fails; a BrokenPipeError of stdout is passed on.
     """
     if format is OutputFormat.DB:
         raise UsageError("expected an output of lines, got: a database; use .jsonl or .csv")
     if path is None:
         handle = _stdout()
-        yield _writer(handle, format, metadata_columns, STDOUT_NAME)
+        yield _writer(handle, format, columns, style, STDOUT_NAME)
         with _reasons(STDOUT_NAME):
             handle.flush()
         return
     with atomic_path(path) as temporary, _closing_quietly(temporary.open("wb", BUFFER_BYTES)) as handle:
-        yield _writer(handle, format, metadata_columns, path)
+        yield _writer(handle, format, columns, style, path)
         with _reasons(path):
             handle.close()
 
 
-def csv_header(metadata_columns: Sequence[str]) -> list[str]:
-    """Return the names of all columns: lbr's own, then the metadata's, made distinct."""
-    header = list(CSV_COLUMNS)
-    for column in metadata_columns:
-        name = column
-        while name in header:
-            name = f"metadata.{name}"
-        header.append(name)
-    return header
-
-
-def _cells(row: Row, metadata_columns: Sequence[str]) -> list[Json]:
-    metadata = row.metadata or {}
-    prompt = row.prompt.text if row.prompt.messages is None else list(row.prompt.messages)
-    own = [row.idx, row.custom_id, row.key, _cell(prompt), row.status, row.result, row.error]
-    cells = own + [_cell(metadata.get(column)) for column in metadata_columns]
-    return [_inert(cell) if isinstance(cell, str) else cell for cell in cells]
-
-
-def _inert(text: str) -> str:
-    """Return a cell that no spreadsheet takes for a formula (OWASP, "CSV Injection"); a number is left as it is."""
-    if text[:1] not in _FORMULA or _NUMBER.fullmatch(text):
-        return text
-    return f"'{text}"
-
-
-def _cell(value: Json) -> str | None:
-    return value if value is None or isinstance(value, str) else orjson.dumps(value).decode()
-
-
 def _writer(
-    handle: IO[bytes], format_: OutputFormat, metadata_columns: Sequence[str], name: str
+    handle: IO[bytes],
+    format_: OutputFormat,
+    columns: Sequence[tuple[Part, str]],
+    style: CsvStyle,
+    name: str,
 ) -> JsonlWriter | CsvWriter:
     if format_ is OutputFormat.CSV:
-        return CsvWriter(handle, metadata_columns, name=name)
+        return CsvWriter(handle, columns, style, name=name)
     return JsonlWriter(handle, name=name)
 
 
@@ -282,16 +315,6 @@ class _Sink:
             raise
         except OSError as error:
             raise _refused(self._name, error) from error
-
-
-class _CsvLines:
-    r"""What csv.writer writes to: it ends lines in \r\n, so that it quotes cells that hold either; here \n."""
-
-    def __init__(self, sink: _Sink) -> None:
-        self._sink = sink
-
-    def write(self, line: str) -> None:
-        self._sink.write(line.removesuffix("\r\n").encode() + b"\n")
 
 
 def _refused(path: str | Path, error: OSError) -> OutputError:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PAGE = 1_000
 
-ITEM = ("idx", "first", "custom_id", "metadata")
+ITEM = ("idx", "first", "custom_id", "metadata", "id_is_number")
 JOB = ("state", "available_at", "claim_seq", "attempts", "crashes", "retry_seq", "finished_at")
 PROMPT = ("chat", "body", "settings")
 USAGE = ("input_tokens", "output_tokens", "cost_nanos")

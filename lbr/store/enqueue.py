@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import orjson
 from sqlalchemy import bindparam, func, literal_column, select, update
 
 from lbr.core.errors import RunChangedError, UsageError
@@ -20,7 +21,7 @@ from lbr.store.schema import jobs, prompts, results, runs
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lbr.core.types import Item, Millis, Run
+    from lbr.core.types import Item, Millis, Part, Run
     from lbr.store.connection import Connection
     from lbr.store.database import Database
 
@@ -29,7 +30,7 @@ CHUNK_CHARACTERS = 8_000_000
 """A transaction holds no more than about this: it must get through a slow line in time, and fit into memory."""
 
 Held = tuple[bytes, "str | None", "str | None"]
-"""What a run holds at one place: key, custom id and metadata."""
+"""What a run holds at one place: key, custom id as text, and metadata."""
 
 _KNOWN = (
     select(items_table.c.idx, prompts.c.key, items_table.c.custom_id, items_table.c.metadata)
@@ -78,7 +79,9 @@ ADD_JOBS = Inserting(
     "finished_at",
 )
 _ADD_PROMPTS = Inserting(prompts, "job_id", "run_id", "key", "chat", "body")
-ADD_ITEMS = Inserting(items_table, "run_id", "idx", "job_id", "first", "custom_id", "metadata")
+ADD_ITEMS = Inserting(
+    items_table, "run_id", "idx", "job_id", "first", "custom_id", "metadata", "id_is_number"
+)
 
 # From the few runs of the function with other code to the run's answers: where there is no such run, none is looked at.
 _OTHER = runs.alias("other")
@@ -178,7 +181,7 @@ async def add_chunk(
         answered = await _find_answers(connection, new) if reuse else {}
         await _insert_jobs(connection, run, entries, new, answered, now)
         await _insert_items(connection, run, entries)
-        await _touch_run(connection, run, now)
+        await _touch_run(connection, run, now, items[0].columns if start == 0 else None)
         if start == 0:
             await database.wake(connection)
         counts = Counter({(run.id, str(JobState.PENDING)): len(new) - len(answered)})
@@ -196,8 +199,9 @@ def _check_unchanged(
     if not known:
         return
     for n, (item, key) in enumerate(zip(items, keys, strict=True)):
-        ours = (key, item.custom_id, _metadata_json(item))
-        if known.get(start + n, ours) != ours:
+        ours = (key, _id_text(item), _metadata_json(item))
+        held = known.get(start + n, ours)
+        if held != ours and (held[:2] != ours[:2] or _canonical(held[2]) != _canonical(ours[2])):
             raise RunChangedError(
                 f"expected input {start + n} of run {run.name!r} to be what the run holds, got: a changed one; "
                 f"give the changed inputs a run of their own with --run, or add them behind those that it holds with "
@@ -208,17 +212,32 @@ def _check_unchanged(
 
 
 def _metadata_json(item: Item) -> str | None:
-    return None if item.metadata is None else canonical_json(item.metadata).decode()
+    return None if item.metadata is None else orjson.dumps(item.metadata).decode()
 
 
-async def _touch_run(connection: Connection, run: Run, now: Millis) -> None:
-    """Note that inputs are arriving, so that nobody takes the run for complete.
+def _canonical(metadata: str | None) -> bytes | str | None:
+    """Return stored metadata without their order: it is no part of an input, and older versions sorted them."""
+    try:
+        return None if metadata is None else canonical_json(orjson.loads(metadata))
+    except (orjson.JSONDecodeError, TypeError):  # another program wrote it
+        return metadata
+
+
+def _id_text(item: Item) -> str | None:
+    return None if item.custom_id is None else str(item.custom_id)
+
+
+async def _touch_run(connection: Connection, run: Run, now: Millis, columns: dict[str, Part] | None) -> None:
+    """Note that inputs are arriving, so that no worker takes the run for complete, and the columns of the first one.
 
     Last of all, for it locks the run's row, which others wait for. UsageError, and nothing is changed, where
     the run was cancelled or is being moved.
     """
     where = (runs.c.id == run.id) & (runs.c.state != RunState.CANCELLED)
-    touching = update(runs).where(where).values(enqueued_at=now, sealed_at=None)
+    values: dict[str, Any] = {"enqueued_at": now, "sealed_at": None}
+    if columns is not None:
+        values["input_columns"] = orjson.dumps(columns).decode()
+    touching = update(runs).where(where).values(**values)
     touched = (await connection.execute(touching.returning(runs.c.pause_reason))).one_or_none()
     if touched is not None:
         check_not_moving(run.name, touched.pause_reason)
@@ -289,6 +308,15 @@ async def _insert_jobs(
 async def _insert_items(connection: Connection, run: Run, entries: list[_Entry]) -> None:
     run_id = run.id
     rows = [
-        (run_id, e.idx, e.job_id, int(e.first), e.item.custom_id, _metadata_json(e.item)) for e in entries
+        (
+            run_id,
+            e.idx,
+            e.job_id,
+            int(e.first),
+            _id_text(e.item),
+            _metadata_json(e.item),
+            1 if isinstance(e.item.custom_id, int) else None,
+        )
+        for e in entries
     ]
     await ADD_ITEMS.run_plain(connection, rows)

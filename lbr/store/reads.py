@@ -10,7 +10,7 @@ from sqlalchemy import bindparam, func, or_, select
 
 from lbr.core.errors import CUT_OFF, DatabaseError, UsageError
 from lbr.core.tokens import output_limit
-from lbr.core.types import JobId, JobState, Millis, Prompt, Row, Run, RunId, Shape
+from lbr.core.types import JobId, JobState, Millis, Part, Prompt, Row, Run, RunId, Shape
 from lbr.store import counters, runs
 from lbr.store.arrays import among
 from lbr.store.limiting import LimitSeen, all_limits, is_ahead
@@ -47,6 +47,7 @@ _COLLECTED = (
     items.c.idx,
     items.c.custom_id,
     items.c.metadata,
+    items.c.id_is_number,
     jobs.c.id,
     prompts.c.key,
     jobs.c.state,
@@ -326,7 +327,7 @@ async def rows(database: Database, run: Run, shape: Shape) -> AsyncIterator[list
 
 async def _with_errors(connection: Connection, found: Sequence[Sequence[Any]]) -> list[Row]:
     """Turn database rows into collected ones; what is not done gets what its last failed try said."""
-    open_ids = list({job_id for _, _, _, job_id, _, state, *_ in found if state != JobState.DONE})
+    open_ids = list({job_id for _, _, _, _, job_id, _, state, *_ in found if state != JobState.DONE})
     last: dict[int, Any] = {}
     if open_ids:
         last = {row.id: row for row in (await connection.execute(_ERRORS, {"ids": open_ids})).all()}
@@ -338,13 +339,20 @@ async def _with_errors(connection: Connection, found: Sequence[Sequence[Any]]) -
             state,
             text if state == JobState.DONE else None,
             last[job_id].error if job_id in last else None,
-            custom_id,
+            _id(custom_id) if id_is_number else custom_id,
             None if metadata is None else _metadata(metadata),
             (ending if state == JobState.DONE else state == JobState.FAILED and last[job_id].ending)
             == CUT_OFF,
         )
-        for idx, custom_id, metadata, job_id, key, state, chat, body, text, ending in found
+        for idx, custom_id, metadata, id_is_number, job_id, key, state, chat, body, text, ending in found
     ]
+
+
+def _id(text: str) -> int:
+    try:
+        return int(text)
+    except (TypeError, ValueError) as error:
+        raise DatabaseError(f"expected a stored id to be a whole number, got: {str(text)[:200]!r}") from error
 
 
 def _metadata(text: str) -> dict[str, Json]:
@@ -364,13 +372,19 @@ async def limits_answers(database: Database, run: Run) -> bool:
     return any(output_limit(one) is not None for one in settings)
 
 
-async def metadata_columns(database: Database, run: Run) -> list[str]:
-    """Return the names of a run's metadata fields, in the order of their first appearance."""
+async def columns(database: Database, run: Run) -> list[tuple[Part, str]]:
+    """Return the columns of a run's inputs: those of the first one in their order, then what others add.
+
+    An id that the first input does not have goes before them.
+    """
+    known = _input_columns(run)
     names: dict[str, None] = {}
+    has_id = False
     after = -1
     query = (
-        select(items.c.idx, items.c.metadata)
-        .where(items.c.run_id == run.id, items.c.idx > bindparam("after"), items.c.metadata.is_not(None))
+        select(items.c.idx, items.c.custom_id, items.c.metadata)
+        .where(items.c.run_id == run.id, items.c.idx > bindparam("after"))
+        .where(or_(items.c.metadata.is_not(None), items.c.custom_id.is_not(None)))
         .order_by(items.c.idx)
         .limit(PAGE * 10)
     )
@@ -381,10 +395,29 @@ async def metadata_columns(database: Database, run: Run) -> list[str]:
 
         page = await database.read(work)
         for row in page:
-            names |= dict.fromkeys(_metadata(row.metadata))
+            has_id = has_id or row.custom_id is not None
+            if row.metadata is not None:
+                names |= dict.fromkeys(_metadata(row.metadata))
         if len(page) < PAGE * 10:
-            return list(names)
+            break
         after = page[-1].idx
+    found = [(part, name) for name, part in known.items()]
+    if has_id and Part.ID not in known.values():
+        found.insert(0, (Part.ID, "id"))
+    return found + [(Part.METADATA, name) for name in names if known.get(name) is not Part.METADATA]
+
+
+def _input_columns(run: Run) -> dict[str, Part]:
+    """Return the columns that a run's first input had; its prompt alone if they are not known."""
+    if run.input_columns is None:
+        return {"prompt": Part.PROMPT}
+    try:
+        return {name: Part(part) for name, part in orjson.loads(run.input_columns).items()}
+    except (ValueError, AttributeError) as error:
+        msg = (
+            f"expected the columns of run {run.name!r} to be a JSON object, got: {run.input_columns[:200]!r}"
+        )
+        raise DatabaseError(msg) from error
 
 
 async def story(database: Database, run: Run, idx: int) -> JobDetail:

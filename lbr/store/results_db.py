@@ -19,6 +19,7 @@ from sqlalchemy import (
     literal_column,
     select,
 )
+from sqlalchemy.types import UserDefinedType
 
 from lbr.core.errors import DatabaseError, OutputError, UsageError
 from lbr.store import files
@@ -36,6 +37,17 @@ if TYPE_CHECKING:
 
     from lbr.core.types import PathOrUrl, Row
 
+
+class _AsGiven(UserDefinedType[Any]):
+    """A column that keeps numbers and texts as they are."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: Any) -> str:
+        """Return the type whose affinity is none."""
+        return "BLOB"
+
+
 metadata = MetaData()
 
 results = Table(
@@ -43,7 +55,7 @@ results = Table(
     metadata,
     Column("run", Text, primary_key=True),
     Column("idx", Integer, primary_key=True),
-    Column("id", Text),
+    Column("id", _AsGiven),
     Column("key", Text, nullable=False),
     Column("prompt", Text, nullable=False),
     Column("status", Text, nullable=False),

@@ -114,6 +114,7 @@ def _run_of(row: AnyRow) -> Run:
         sealed_at=row.sealed_at,
         price=None if row.price is None else Price.from_json(row.price),
         budget_nanos=row.budget_nanos,
+        input_columns=row.input_columns,
     )
 
 

@@ -77,6 +77,8 @@ runs = Table(
     Column("budget_nanos", Id),
     # The highest cost of a call seen so far, or that a claimed call may reach.
     Column("highest_nanos", Id),
+    # The columns of its input as JSON, in order; see `lbr.core.types.Item`.
+    Column("input_columns", Text),
     CheckConstraint("state IN ('active', 'paused', 'cancelled')", name="runs_state"),
     sqlite_autoincrement=True,
 )
@@ -194,6 +196,8 @@ items = Table(
     Column("first", SmallInteger, nullable=False),
     Column("custom_id", Text),
     Column("metadata", Text),
+    # 1 where the input's id is a number.
+    Column("id_is_number", SmallInteger),
     sqlite_with_rowid=False,
 )
 
@@ -339,7 +343,15 @@ def _add_missing(connection: Connection, *tables: Table) -> None:
 
 
 def _add_shares_and_costs(connection: Connection) -> None:
-    for table, names in ((limits, ("refused", "answered")), (runs, ("highest_nanos",))):
+    _add_named(connection, (limits, ("refused", "answered")), (runs, ("highest_nanos",)))
+
+
+def _add_input_columns(connection: Connection) -> None:
+    _add_named(connection, (runs, ("input_columns",)), (items, ("id_is_number",)))
+
+
+def _add_named(connection: Connection, *wanted: tuple[Table, tuple[str, ...]]) -> None:
+    for table, names in wanted:
         columns = inspect(connection).get_columns(table.name, schema=_schema_of(connection))
         for name in set(names) - {column["name"] for column in columns}:
             kind = table.c[name].type.compile(connection.dialect)
@@ -358,6 +370,7 @@ MIGRATIONS: tuple[tuple[str, Callable[[Connection], None]], ...] = (
     ("keep why answers of failed tries ended", _keep_finish_reasons),
     ("add the share of refused calls and the highest cost of a call", _add_shares_and_costs),
     ("note outages of models", _add_outages),
+    ("keep the order of columns, and which ids are numbers", _add_input_columns),
 )
 """Ordered and append-only: a database's version is the number of them that it has seen."""
 

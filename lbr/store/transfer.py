@@ -309,7 +309,12 @@ async def arrive(
     those of the jobs `held`.
     """
     values = {"state": to[0], "pause_reason": to[1], "max_attempts": run.max_attempts}
-    values |= {"fingerprint": run.fingerprint, "enqueued_at": run.enqueued_at, "sealed_at": run.sealed_at}
+    values |= {
+        "input_columns": run.input_columns,
+        "fingerprint": run.fingerprint,
+        "enqueued_at": run.enqueued_at,
+        "sealed_at": run.sealed_at,
+    }
     values |= {"price": None if run.price is None else run.price.to_json(), "budget_nanos": run.budget_nanos}
     states = {str(state) for state in JobState}
 

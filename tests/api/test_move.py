@@ -120,6 +120,22 @@ async def test_what_a_run_may_cost_comes_along(urls: tuple[str, str]) -> None:
     assert there.cost_usd == here.cost_usd == pytest.approx(5 * 18e-6)
 
 
+async def test_columns_and_ids_come_along(urls: tuple[str, str], tmp_path: Path) -> None:
+    """The output is the same there, byte by byte: columns in the input's order, ids as numbers."""
+    source, target = urls
+    record = {"z": 1, "prompt": "p", "id": 2**64 - 1, "a": 0.1}
+    await lbr.enqueue([record, {"prompt": "q", "id": "2"}], run="r", model="offline:echo", db_url=source)
+    await lbr.work(run="r", db_url=source)
+    await lbr.move("r", db_url=source, to_url=target)
+    for name in ("out.csv", "out.jsonl"):
+        files = [tmp_path / f"{number}-{name}" for number in range(2)]
+        for file, url in zip(files, urls, strict=True):
+            await lbr.collect("r", out=file, db_url=url)
+        assert files[0].read_bytes() == files[1].read_bytes()
+    assert (tmp_path / "1-out.csv").read_text().startswith("z,prompt,id,a,idx,key,status,result,error\n")
+    assert [row["id"] for row in await rows_of(target)] == [2**64 - 1, "2"]
+
+
 async def test_interrupted_move_goes_on(urls: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever page it stopped behind, the same call completes the copy, and two at once do the work of one."""
     monkeypatch.setattr(contents, "_PLACES", contents._PLACES.limit(10))

@@ -128,16 +128,20 @@ async def test_dtypes() -> None:
 
 
 async def test_frame_has_what_the_rows_have() -> None:
-    """A DataFrame keeps id and metadata, as the results database does; its schema is that of every call."""
+    """A DataFrame keeps id and metadata, as the results database does; ids are text unless all are numbers."""
     records: list[Any] = [
         {"prompt": "a", "id": 7, "topic": "x", "score": 1.5},
         {"messages": [{"role": "user", "content": "b"}], "tags": [None, "ä"]},
         "c",
     ]
     frame = await prompt_map(records, model_name="offline:echo", return_dtype="polars", run="three")
-    plain = await prompt_map(["c"], model_name="offline:echo", return_dtype="polars")
-    assert frame.schema == plain.schema == dict.fromkeys(frame.columns, pl.String) | {"idx": pl.Int64}
-    assert frame["id"].to_list() == ["7", None, None]
+    plain = await prompt_map(
+        [{"prompt": "c", "id": "x"}, *records], model_name="offline:echo", return_dtype="polars"
+    )
+    assert plain.schema == dict.fromkeys(frame.columns, pl.String) | {"idx": pl.Int64}
+    assert frame.schema == dict(plain.schema) | {"id": pl.Int64}
+    assert frame["id"].to_list() == [7, None, None]
+    assert plain["id"].to_list() == ["x", "7", None]
     found = [None if text is None else json.loads(text) for text in frame["metadata"]]
     assert found == [{"topic": "x", "score": 1.5}, {"tags": [None, "ä"]}, None]
     rows = await prompt_map(records, model_name="offline:echo")

@@ -145,7 +145,7 @@ class TestJsonl:
         )
         assert [(item.prompt.text, item.custom_id, item.metadata, item.line) for item in read(path)] == [
             ("a", None, None, 1),
-            ("b", "7", {"n": 1.5, "deep": {"x": [None]}}, 2),
+            ("b", 7, {"n": 1.5, "deep": {"x": [None]}}, 2),
             ("c", "c-1", None, 3),
             ("d", None, None, 4),
         ]
@@ -233,7 +233,7 @@ class TestJsonl:
         """Any field can be the prompt; the others are metadata, even one named prompt."""
         path = write(tmp_path, "in.jsonl", '{"question":"a","prompt":"p","id":1}\n')
         assert read(path, prompt_column="question") == [
-            Item(Prompt(text="a"), custom_id="1", metadata={"prompt": "p"}, source=path, line=1)
+            Item(Prompt(text="a"), custom_id=1, metadata={"prompt": "p"}, source=path, line=1)
         ]
 
     def test_a_missing_prompt_column_is_refused(self, tmp_path: Path) -> None:
@@ -637,7 +637,7 @@ class TestTemplate:
             write(tmp_path, "in.jsonl", '{"id":7,"x":{"y":[1]}}'), template="{{ id }} {{ x.y[0] }}"
         )
         assert item.prompt.text == "7 1"
-        assert item.custom_id == "7"
+        assert item.custom_id == 7
         assert item.metadata == {"x": {"y": [1]}}
 
     @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,9 @@ import orjson
 import pytest
 
 from lbr.core.errors import LbrError, OutputError, UsageError
-from lbr.core.types import Prompt, Row
+from lbr.core.types import Part, Prompt, Row
 from lbr.io.writers import (
+    CsvStyle,
     CsvWriter,
     JsonlWriter,
     OutputFormat,
@@ -389,54 +391,82 @@ class TestCsv:
     """A row is a record."""
 
     def test_rows_become_records(self) -> None:
-        """Own columns come first, then the metadata; what is not text is JSON, None is an empty cell."""
+        """The input's columns come first; what is not text is JSON, None is an empty cell, an empty text one in quotes."""
         handle = io.BytesIO()
-        writer = CsvWriter(handle, ["city", "n", "deep", "id", "none", "nowhere"])
-        writer.write([PLAIN])
+        names = ["city", "n", "deep", "none", "nowhere"]
+        columns = [(Part.METADATA, name) for name in names]
+        writer = CsvWriter(
+            handle, [(Part.ID, "custom_id"), *columns[:1], (Part.PROMPT, "text"), *columns[1:]]
+        )
+        writer.write([replace(PLAIN, custom_id=7, result="")])
         writer.write([FULL])
         assert handle.getvalue().decode() == (
-            "idx,id,key,prompt,status,result,error,city,n,deep,metadata.id,none,nowhere\n"
-            "0,,k0,one,done,eins,,,,,,,\n"
-            '1,c-1,k1,"[{""role"":""user"",""content"":""zwei, «two»""}]",failed,,"said ""no"",\nthen left",'
-            'Oslo,1.5,"{""x"":[null]}",theirs,,\n'
+            "custom_id,city,text,n,deep,none,nowhere,idx,key,status,result,error\n"
+            '7,,one,,,,,0,k0,done,"",\n'
+            'c-1,Oslo,"[{""role"":""user"",""content"":""zwei, «two»""}]",1.5,"{""x"":[null]}",,,'
+            '1,k1,failed,,"said ""no"",\nthen left"\n'
         )
 
     @pytest.mark.parametrize(
-        "text", ["a\rb", "a\r\nb", "a\nb\n", "x\r\n", '"', ",", " a ", "ü\u2028", "-1.5", "+4e10", "'"]
+        "text",
+        [
+            "a\rb",
+            "a\r\nb",
+            "a\nb\n",
+            "x\r\n",
+            '"',
+            ",",
+            " a ",
+            "ü\u2028",
+            "-1.5",
+            "+4e10",
+            "'",
+            "\ufeff",
+            "a;b\tc|d",
+        ]
+        + [f"{mark}x" for mark in "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~ \t\r\n5"],
     )
-    def test_every_text_comes_back(self, text: str) -> None:
-        """What a CSV reader gets is what the model said, line ends of every kind too."""
+    @pytest.mark.parametrize("skips_spaces", [False, True])
+    def test_every_text_comes_back(self, text: str, skips_spaces: bool) -> None:
+        """What a CSV reader gets is what the model said, also if it skips spaces after delimiters."""
         handle = io.BytesIO()
         CsvWriter(handle).write([Row(0, "k", Prompt(text=text), "done", result=text)])
-        (row,) = csv.DictReader(io.StringIO(handle.getvalue().decode(), newline=""), strict=True)
+        lines = io.StringIO(handle.getvalue().decode(), newline="")
+        (row,) = csv.DictReader(lines, strict=True, skipinitialspace=skips_spaces)
         assert (row["prompt"], row["result"]) == (text, text)
 
     @pytest.mark.parametrize(
         "text", ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(1)", "\t=1", "\r=1", "\n=1", "\uff1d1+1", "-"]
     )
-    def test_no_cell_is_a_formula(self, text: str) -> None:
-        """What a spreadsheet would run has an apostrophe before it, in every column and in the header."""
+    @pytest.mark.parametrize("safe", [False, True])
+    def test_on_request_no_cell_is_a_formula(self, text: str, safe: bool) -> None:
+        """With `spreadsheet_safe`, what a spreadsheet would run has an apostrophe before it, the header too."""
         handle = io.BytesIO()
         row = Row(0, "k", Prompt(text=text), "failed", text, text, text, {text: text})
-        CsvWriter(handle, [text]).write([row])
+        columns = [(Part.METADATA, text), (Part.ID, "id")]
+        CsvWriter(handle, columns, CsvStyle(spreadsheet_safe=safe)).write([row])
         header, cells = csv.reader(io.StringIO(handle.getvalue().decode(), newline=""), strict=True)
-        assert header[-1] == f"'{text}"
-        assert cells == ["0", f"'{text}", "k", f"'{text}", "failed", f"'{text}", f"'{text}", f"'{text}"]
+        text = f"'{text}" if safe else text
+        assert header[0] == text
+        assert cells == [text, text, "0", "k", text, "failed", text, text]
 
-    def test_metadata_names_are_made_distinct(self) -> None:
-        """No two columns share a name, whatever the metadata's names are."""
+    def test_names_are_made_distinct(self) -> None:
+        """The input's columns keep their names, and no two columns share one."""
         handle = io.BytesIO()
-        CsvWriter(handle, ["id", "metadata.id", "key"])
+        names = ["result", "answer.result", "key"]
+        columns = [(Part.PROMPT, "idx"), *((Part.METADATA, name) for name in names), (Part.METADATA, "idx")]
+        CsvWriter(handle, columns)
         assert handle.getvalue() == (
-            b"idx,id,key,prompt,status,result,error,metadata.id,metadata.metadata.id,metadata.key\n"
+            b"idx,result,answer.result,key,metadata.idx,answer.idx,answer.key,status,answer.answer.result,error\n"
         )
 
     def test_to_a_file(self, tmp_path: Path) -> None:
-        """A file has its header even when no row is written."""
+        """A file has its header even when no row is written, and on request a byte order mark before it."""
         path = tmp_path / "out.csv"
-        with open_writer(str(path), OutputFormat.CSV, metadata_columns=["city"]):
+        style = CsvStyle(bom=True)
+        with open_writer(str(path), OutputFormat.CSV, columns=[(Part.METADATA, "city")], style=style):
             pass
-        assert path.read_bytes() == b"idx,id,key,prompt,status,result,error,city\n"
+        assert path.read_bytes() == b"\xef\xbb\xbfcity,idx,key,prompt,status,result,error\n"
 
     def test_to_stdout(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """CSV can be piped on, too."""
@@ -444,7 +474,13 @@ class TestCsv:
         monkeypatch.setattr(sys, "stdout", stdout)
         with open_writer(None, OutputFormat.CSV) as writer:
             writer.write([PLAIN])
-        assert stdout.written() == b"idx,id,key,prompt,status,result,error\n0,,k0,one,done,eins,\n"
+        assert stdout.written() == b"idx,key,prompt,status,result,error\n0,k0,one,done,eins,\n"
+
+    @pytest.mark.parametrize("kind", [OutputFormat.JSONL, OutputFormat.DB])
+    def test_other_formats_have_no_style(self, kind: OutputFormat) -> None:
+        """Flags of CSV are refused for other formats."""
+        with pytest.raises(UsageError, match=f"--bom is for CSV alone, got: {kind}"):
+            CsvStyle(bom=True).check(kind)
 
 
 class TestFailures:

@@ -27,6 +27,7 @@ from lbr.core.types import (
     Item,
     JobState,
     KeyMaker,
+    Part,
     Prompt,
     RunState,
     Shape,
@@ -729,6 +730,7 @@ async def test_schema_migrates_once(database: Database, db_url: str) -> None:
         (5, "keep why answers of failed tries ended"),
         (6, "add the share of refused calls and the highest cost of a call"),
         (7, "note outages of models"),
+        (8, "keep the order of columns, and which ids are numbers"),
     ]
 
 
@@ -775,6 +777,43 @@ async def test_older_schema_is_brought_up(db_url: str) -> None:
     (claim, *_) = await queue.claim(worker, [run.id], 5, lease=60)
     await settle(database, [failed(claim, replace(PERMANENT, finish_reason="length"))])
     assert (await reads.story(database, run, 1)).tries[0].finish_reason == "length"
+    await database.close()
+
+
+async def test_a_run_of_the_version_before_is_not_changed(db_url: str) -> None:
+    """Metadata that were stored in alphabetical order, and an id as text, are the same line as before."""
+    database = await open_database(db_url, create=True)
+    run = await put(database, ["a"])
+    where = "lbr." if is_postgresql(db_url) else ""
+    for statement in (
+        rf"""UPDATE {where}items SET custom_id = '7', metadata = '{{"a"\:1,"b"\:{{"x"\:2,"y"\:3}}}}'""",
+        f"ALTER TABLE {where}items DROP COLUMN id_is_number",
+        f"ALTER TABLE {where}runs DROP COLUMN input_columns",
+        f"DELETE FROM {where}schema_version WHERE version > 7",
+    ):
+        await database.write(partial(_run, statement))
+    await database.close()
+    database = await open_database(db_url)
+    assert await reads.columns(database, run) == [
+        (Part.ID, "id"),
+        (Part.PROMPT, "prompt"),
+        (Part.METADATA, "a"),
+        (Part.METADATA, "b"),
+    ]
+    metadata = {"b": {"y": 3, "x": 2}, "a": 1}
+    columns = {"b": Part.METADATA, "prompt": Part.PROMPT, "a": Part.METADATA, "id": Part.ID}
+    items = [Item(Prompt(text), 7, metadata, columns=columns) for text in ("a", "b")]
+    keys = [KeyMaker(ECHO).key(item.prompt) for item in items]
+    counts = await enqueue.add_chunk(database, run, 0, items, keys, reuse=False)
+    assert (counts.known, counts.new) == (1, 1)
+    first, second = [row async for page in reads.rows(database, run, Shape.ORIGINAL) for row in page]
+    assert (first.custom_id, list(first.metadata or {})) == ("7", ["a", "b"])
+    assert (second.custom_id, list(second.metadata or {})) == (7, ["b", "a"])
+    run = await reads.find_run(database, run.name)
+    assert await reads.columns(database, run) == [(part, name) for name, part in columns.items()]
+    changed = [replace(items[0], metadata={"b": {"y": 4, "x": 2}, "a": 1})]
+    with pytest.raises(RunChangedError):
+        await enqueue.add_chunk(database, run, 0, changed, keys[:1], reuse=False)
     await database.close()
 
 

@@ -616,9 +616,9 @@ def test_results_database_and_csv(cli: Cli) -> None:
     ]
     cli("collect", "in", "-o", "out.csv")
     header, first, *_ = (cli.folder / "out.csv").read_text().splitlines()
-    assert header == "idx,id,key,prompt,status,result,error,city,n"
-    assert first.startswith("0,r0,")
-    assert first.endswith(",p0,done,p0,,c0,0")
+    assert header == "prompt,id,city,n,idx,key,status,result,error"
+    assert first.startswith("p0,r0,c0,0,0,")
+    assert first.endswith(",done,p0,")
     cli("collect", "in", "-o", "out.db", "--shape", "unique")
     connection = sqlite3.connect(cli.folder / "out.db")
     found = connection.execute("SELECT idx, id, prompt, result FROM results ORDER BY idx").fetchall()
