@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Coroutine, Mapping
+import re
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
 from typing import Any, ParamSpec, TypeVar
 
-from lbr.core.errors import UsageError
+from lbr.core.errors import LbrError, UsageError
 from lbr.io.records import shown
 from lbr.io.sources import can_be_iterated
 
@@ -104,12 +105,24 @@ KINDS: Mapping[str, Kind] = {
 `lbr.core.config` tells what they may be."""
 
 
+OTHER_NAMES: Mapping[str, Sequence[str]] = {
+    "db": ["db_url"],
+    "format": ["input_format"],
+    "function": ["worker", "functions"],
+    "model": ["model_name"],
+    "result-type": ["result_types"],
+    "set": ["settings"],
+}
+"""What parameters are called that do not have the name of their flag."""
+_FLAG = re.compile(r"`[^`]*`|--([a-z][a-z-]*)(?: (in=…,out=…))?")
+
+
 def checked(
     **kinds: Kind,
 ) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Callable[P, Coroutine[Any, Any, R]]]:
     """Have a coroutine function raise UsageError for arguments of another type; `kinds` go before those of KINDS.
 
-    None fits where it is the default.
+    None fits where it is the default. Errors name parameters, and keep the message that names flags.
     """
 
     def decorate(function: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coroutine[Any, Any, R]]:
@@ -125,11 +138,34 @@ def checked(
             for name, kind in wanted.items():
                 if name in given and not (given[name] is None and signature.parameters[name].default is None):
                     _check(name, given[name], kind)
-            return await function(*args, **kwargs)
+            try:
+                return await function(*args, **kwargs)
+            except LbrError as error:
+                if error.in_flags is None:
+                    error.in_flags = str(error)
+                    error.args = (_with_parameters(error.in_flags, signature.parameters),)
+                raise
 
         return checking
 
     return decorate
+
+
+def _with_parameters(message: str, parameters: Collection[str]) -> str:
+    """Return a message with the names of parameters for those of flags; commands in backticks stay."""
+
+    def parameter(found: re.Match[str]) -> str:
+        flag = found[1] or ""
+        names = (flag.replace("-", "_"), *OTHER_NAMES.get(flag, ()))
+        known = [name for names_there in (parameters, KINDS) for name in names if name in names_there]
+        if not known:
+            return found[0]
+        if found.start() < message.find(", got:"):  # what is expected, not what to set
+            return known[0]
+        value = "True" if KINDS.get(known[0]) is FLAG else repr(found[2]) if found[2] else "…"
+        return f"{known[0]}={value}"
+
+    return _FLAG.sub(parameter, message)
 
 
 def _check(name: str, value: object, kind: Kind) -> None:

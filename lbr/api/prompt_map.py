@@ -87,7 +87,7 @@ async def prompt_map(
     is JSON.
 
     The answers are mirrored to `results_db_url`, `runs-results.db` beside `runs.db` if unset. `run` names the
-    run; unset, equal tasks and prompts are one run. Where that run holds more inputs, they are answered and
+    run; unset, equal tasks and prompts are one run. No prompts are no rows, and nothing is written. Where that run holds more inputs, they are answered and
     mirrored too, and the rows of `prompts` alone are returned. `retry_failed` tries again what failed in an earlier call,
     `fresh` refuses answers of other runs. `progress_every` prints a line to stderr for so many ended jobs,
     None never. `price`, like "in=0.15,out=0.60" in US dollars for a million tokens, is what calls cost from now
@@ -114,6 +114,8 @@ async def prompt_map(
         env=load_environment(Path.cwd()),
     )
     source = Source.of(prompts, template=template)
+    if source.is_empty:
+        return _shaped([], return_dtype)
     results_url = results_db_url or results_url_of(db_url)
     await source.check()
     await _check_results(results_url, db_url)

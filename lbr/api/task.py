@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from lbr.models.identity import Identity, NamedFunction
 
 WAYS = (
-    "a function (worker=…, --function pkg.mod:fn), a model and its key (model_name=… with openrouter_api_key=…, "
-    "--model), MODEL and OPENROUTER_API_KEY in the environment or .env, or, to try it out, the model offline:echo"
+    "a function (--function), a model (--model), MODEL and OPENROUTER_API_KEY in the environment or .env, or, to try "
+    "it out, the model offline:echo"
 )
 
-MODEL_WAYS = "a model (model=…, --model), such as offline:echo, or MODEL in the environment or .env"
+MODEL_WAYS = "a model (--model), such as offline:echo, or MODEL in the environment or .env"
 """Of these two, for what is of models only."""
 
 

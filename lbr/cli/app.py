@@ -157,7 +157,7 @@ def flag_defaults(command: click.Command, found: Any, where: str) -> dict[str, A
 
 def fail(error: LbrError) -> NoReturn:
     """End the process as the error asks for."""
-    say(f"lbr: {error}")
+    say(f"lbr: {error.in_flags or error}")
     try:
         sys.stdout.flush()
     except (AttributeError, OSError, ValueError):  # it is closed or full, and Python would flush it once more

@@ -17,6 +17,8 @@ class LbrError(Exception):
     """Something that the user can act on; its message says what was expected, what came and what to do."""
 
     exit_code: ClassVar[int] = 1
+    in_flags: str | None = None
+    """The message as the command line prints it; None if that is the same."""
 
 
 class UsageError(LbrError):

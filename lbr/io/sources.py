@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,10 +78,34 @@ def _item(prompt: object, place: Place, template: Template | None) -> Item:
         return item_of({"prompt": prompt}, place, template, None)
     if not isinstance(prompt, dict):
         raise place.error(f"expected a string or a dict, got: {shown(repr(prompt))}")
-    fields = dict(prompt)
+    fields = {name: _as_json(value) for name, value in prompt.items()}
     check_storable(fields, place)
     check_finite(fields, place)
     return item_of(fields, place, template, None)
+
+
+def _as_json(value: Any) -> Any:
+    """Return a value of pandas, numpy or the standard library as JSON has it: what is missing is null, a time ISO text.
+
+    Those libraries are not imported for it. Anything else is returned as it is.
+    """
+    kind = type(value)
+    if kind is str or kind is int or kind is bool or value is None:
+        return value
+    if kind is dict:
+        return {name: _as_json(one) for name, one in value.items()}
+    if kind is list or kind is tuple:
+        return [_as_json(one) for one in value]
+    if hasattr(value, "dtype") and hasattr(value, "tolist"):  # an array, or a scalar of one
+        if (
+            value.dtype.kind == "M" and not value.shape
+        ):  # a time, which would become a number without its unit
+            return None if str(value) == "NaT" else str(value)
+        return _as_json(value.tolist())
+    is_nan = value.is_nan() if isinstance(value, Decimal) else kind is float and math.isnan(value)
+    if is_nan or kind.__name__ in {"NAType", "NaTType"}:
+        return None
+    return value.isoformat() if hasattr(value, "isoformat") else value
 
 
 def _way_out_of_table(given: object) -> str | None:
@@ -186,11 +212,16 @@ class Source:
 
         return cls(read, files=files, skip_bad=bad_file, skip_empty=skip_empty)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is neither a file nor a prompt."""
+        return not self._files and next(self._read(), None) is None
+
     def run_name(self) -> str:
         """Return the run's name where none was given: the first file's stem."""
         name = Path(self._files[0]).stem if self._files and not readers.is_stream(self._files[0]) else ""
         if not name:
-            raise UsageError("expected a name for the run, got: none; set --run (run=…)")
+            raise UsageError("expected a name for the run, got: none; set --run")
         return name
 
     async def check(self) -> None:

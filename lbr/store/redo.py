@@ -223,6 +223,9 @@ async def retry(
     runs.check_not_moving(run.name, run.pause_reason)
     await runs.revive(database, run)
     states = sorted(_states_of(conditions))
+    counted = await database.read(lambda connection: counters.of_runs(connection, [run.id]))
+    if not any(counted[run.id][state] for state in states):
+        return 0
     own = None if settings is None else orjson.dumps(dict(settings)).decode()
     moved, after = 0, 0
     while True:

@@ -143,7 +143,7 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (prompt_map, {"results_db_url": 5}, "expected results_db_url to be a string or a path, got: int"),
     (prompt_map, {"output_shape": 5}, "expected output_shape to be one of original, unique, got: 5"),
     (prompt_map, {"return_dtype": np.arange(2)}, "expected return_dtype to be one of "),
-    (prompt_map, {"db_url": Path("/")}, "expected --db to name a file, got: the folder /"),
+    (prompt_map, {"db_url": Path("/")}, "expected db_url to name a file, got: the folder /"),
     (prompt_map, {"progress_every": "all"}, "expected progress_every to be a whole number of at least 0"),
     (prompt_map, {"progress_every": -1}, "expected progress_every to be a whole number of at least 0"),
     (prompt_map, {"teardown": "no"}, "expected teardown to be True or False, got: 'no'"),
@@ -206,7 +206,7 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (lbr.limit, {"scope": "a:b", "values": [1]}, "expected values to be a dict, got: [1]"),
     (lbr.move, {"run": "r", "to_url": 5}, "expected to_url to be a string or a path, got: int"),
     (lbr.doctor, {"fix": "no"}, "expected fix to be True or False, got: 'no'"),
-    (lbr.doctor, {"db_url": Path("/")}, "expected --db to name a file, got: the folder /"),
+    (lbr.doctor, {"db_url": Path("/")}, "expected db_url to name a file, got: the folder /"),
     (lbr.doctor, {"db_url": 5}, "expected db_url to be a string or a path, got: int"),
     (lbr.export_jsonl, {"out": None}, "expected out to be a string or a path, got: NoneType"),
     (lbr.export_jsonl, {"out": "a.jsonl", "run": 5}, "expected run to be a string, got: 5"),
@@ -280,3 +280,36 @@ async def test_paths_of_every_kind_name_files(tmp_path: Path) -> None:
     assert (await lbr.move("in", to_url=Folder(str(tmp_path / "to.db")), db_url=queue)).known is False
     assert [one.gravity for one in await lbr.doctor(db_url=queue) if one.is_grave] == []
     assert {path.name for path in Path().iterdir()} == {path.name for path in tmp_path.iterdir()}
+
+
+async def test_errors_name_parameters(tmp_path: Path) -> None:
+    """What the command line calls flags has the names of this function's parameters; the other message is kept."""
+    file = tmp_path / "in.csv"
+    file.write_text("text,prompt\na,b\n")
+    await lbr.enqueue([file], run="r", model="offline:echo")
+    no_way: dict[str, Any] = {"run": "r", "model": "offline:echo"}
+    for asking, words, flag in (
+        (
+            partial(lbr.enqueue, [file], **no_way, prompt_column="no"),
+            "set prompt_column=… or template=…",
+            "--prompt-column",
+        ),
+        (
+            partial(lbr.enqueue, [file], **no_way, prompt_column="text"),
+            "with run=…, or .* with append=True",
+            "--append",
+        ),
+        (partial(lbr.enqueue, ["a"], model="offline:echo"), "set run=…", "--run"),
+        (partial(lbr.enqueue, ["a"], run="x"), r"a function \(function=…\), a model \(model=…\)", "--model"),
+        (partial(lbr.prompt_map, ["a"]), r"a function \(worker=…\), a model \(model_name=…\)", "--model"),
+        (partial(lbr.collect, "r", out="-", bom=True), "bom is for CSV alone", "--bom"),
+    ):
+        with pytest.raises(lbr.LbrError, match=words) as caught:
+            await asking()
+        assert "--" not in str(caught.value)
+        assert flag in (caught.value.in_flags or "")
+    with pytest.raises(lbr.UsageError, match="choose another name with run=…"):
+        await lbr.prompt_map(["a"], up, run="r")
+    await lbr.cancel("r")
+    with pytest.raises(lbr.UsageError, match="`lbr retry r` takes it up again"):
+        await lbr.resume("r")

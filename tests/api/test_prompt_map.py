@@ -12,10 +12,14 @@ import sys
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import UTC, date, datetime, time
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pandas as pd
 import polars as pl
 import pytest
 from pydantic import BaseModel
@@ -25,6 +29,7 @@ from lbr import DB_URL_DEFAULT, LbrError, Pause, Permanent, export_jsonl, prompt
 from lbr.core.errors import InputError, UsageError
 from lbr.store import results_db
 from tests.support import is_postgresql
+from tests.support.hearing import Hearing
 from tests.support.llmock_server import serve
 
 if TYPE_CHECKING:
@@ -381,7 +386,7 @@ async def test_nobody_to_answer_is_one_clear_error() -> None:
         ({"run": " x"}, "run name"),
         ({"result_type": 3}, "3"),
         ({"db_url": "mysql://u:p@h/d"}, "a mysql URL"),
-        ({"db_url": "a\0b.db"}, "expected --db to be a name that a file can have"),
+        ({"db_url": "a\0b.db"}, "expected db_url to be a name that a file can have"),
         ({"model_name": "offline:echo"}, "both"),
     ],
 )
@@ -392,7 +397,7 @@ async def test_wrong_arguments(arguments: dict[str, Any], words: str) -> None:
     assert not Path("runs.db").exists()
 
 
-@pytest.mark.parametrize("prompts", [[], [""], ["a", "  "], [3], "a string", None, 7])
+@pytest.mark.parametrize("prompts", [[""], ["a", "  "], [3], "a string", None, 7])
 async def test_wrong_prompts(prompts: Any) -> None:
     """Empty or wrong prompts are refused by number; nothing is written."""
     with pytest.raises(LbrError, match="expected|line [12]: prompt is empty"):
@@ -428,10 +433,9 @@ class Scored:
 @pytest.mark.parametrize(
     ("record", "field", "got"),
     [
-        ({"score": math.nan}, "score", "nan"),
         ({"score": math.inf}, "score", "inf"),
         ({"of mine": {"scores": [1.0, -math.inf]}}, "of mine.scores[1]", "-inf"),
-        ({"pair": (None, math.nan)}, "pair[1]", "nan"),
+        ({"pair": (None, math.inf)}, "pair[1]", "inf"),
         ({"object": Scored(math.nan)}, "object.score", "nan"),
     ],
 )
@@ -679,3 +683,78 @@ async def test_locked_results_database_does_not_cost_the_answers(
     assert [row["result"] for row in rows] == ["B"]
     assert "the results database was not written" in capfd.readouterr().err
     assert Path("runs.db").exists()
+
+
+@pytest.mark.parametrize("nothing", [[], (), iter([]), (city for city in CITIES[:0])])
+async def test_no_prompts_are_no_rows(nothing: Any) -> None:
+    """Nothing to answer is an empty result of the type asked for, and no file is made."""
+    for dtype in ("list[dict]", "list[str]", "list[tuple[str,str]]"):
+        assert await prompt_map(nothing, shout, return_dtype=dtype) == []
+    frame = await prompt_map(nothing, shout, return_dtype="polars")
+    assert (frame.columns[:2], frame.height) == (["idx", "id"], 0)
+    assert list(Path.cwd().iterdir()) == []
+
+
+async def test_the_order_of_fields_makes_no_other_run(calls: Calls) -> None:
+    """Dicts that differ in the order of their keys alone are the same prompts of the same run."""
+
+    async def answer(prompt: str) -> str:
+        calls.made[prompt] += 1
+        return prompt
+
+    for record in (
+        {"prompt": "a", "x": {"b": 1, "c": 2}, "y": 3},
+        {"y": 3, "x": {"c": 2, "b": 1}, "prompt": "a"},
+    ):
+        (row,) = await prompt_map([record], answer)
+        assert list(row["metadata"]) == ["x", "y"]  # as they were the first time
+    assert len((await lbr.status()).runs) == 1
+    assert calls.made == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (math.nan, None),
+        (np.float32("nan"), None),
+        (np.datetime64("NaT"), None),
+        (pd.NaT, None),
+        (pd.NA, None),
+        (Decimal("NaN"), None),
+        ([np.nan, {"a": pd.NaT}], [None, {"a": None}]),
+        (pd.Timestamp("2024-01-02 03:04:05.000006"), "2024-01-02T03:04:05.000006"),
+        (np.datetime64("2024-01-02T03:04:05.000000006"), "2024-01-02T03:04:05.000000006"),
+        (datetime(2024, 1, 2, tzinfo=UTC), "2024-01-02T00:00:00+00:00"),
+        (date(2024, 1, 2), "2024-01-02"),
+        (time(3, 4), "03:04:00"),
+        (np.uint64(2**64 - 1), 2**64 - 1),
+        (np.float64(0.1), 0.1),
+        (np.bool_(True), True),
+        (np.array([1, 2]), [1, 2]),
+    ],
+    ids=str,
+)
+async def test_cells_of_frames_become_json(given: Any, kept: Any) -> None:
+    """What is missing is null, times are ISO text, numpy's numbers are numbers."""
+    (row,) = await prompt_map([{"prompt": "a", "id": np.int64(7), "cell": given}], shout)
+    assert (row["id"], row["metadata"]) == (7, {"cell": kept})
+
+
+async def test_a_missing_prompt_is_refused() -> None:
+    """A NaN is no prompt, and is not taken for an empty one."""
+    missing: list[list[Any]] = [[{"prompt": math.nan}], [{"prompt": pd.NA}], [math.nan]]
+    for prompts in missing:
+        with pytest.raises(InputError, match=r"^prompts, line 1: expected (prompt to be )?a string"):
+            await prompt_map(prompts, shout)
+
+
+async def test_a_call_with_nothing_to_retry_reads_no_jobs(db_url: str) -> None:
+    """Where the counters show that nothing failed, the jobs are not looked through for it."""
+    await prompt_map(CITIES, shout, db_url=db_url)
+    asked: list[str] = []
+    hearing = Hearing(lambda sql, _: asked.append(sql))
+    hearing.begin()
+    await prompt_map(CITIES, shout, db_url=db_url)
+    hearing.end()
+    assert any("counters" in sql for sql in asked)
+    assert not [sql for sql in asked if "jobs.state IN" in sql]

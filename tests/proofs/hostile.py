@@ -136,7 +136,7 @@ def commands(folder: Path) -> dict[str, tuple[str, ...]]:
         "show json": ("show", "f", "3", "--json"),
         "show priced": ("show", "m", "0"),
         "collect": ("collect", "f"),
-        "collect csv": ("collect", "f", "-o", str(folder / "out.csv")),
+        "collect csv": ("collect", "f", "--spreadsheet-safe", "-o", str(folder / "out.csv")),
         "collect db": ("collect", "f", "-o", str(folder / "out.db")),
         "collect unique": ("collect", "m", "--shape", "unique"),
         "worker of the function": ("worker", *FUNCTION, "--until", "empty", "--run", "f"),
