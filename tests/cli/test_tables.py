@@ -1,0 +1,113 @@
+"""Tables as users bring them, through `lbr run` and back into pandas: equal cell by cell."""
+
+from __future__ import annotations
+
+import sqlite3
+import string
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import pytest
+
+if TYPE_CHECKING:
+    from tests.support import Cli
+
+ODD = [f"{mark} first, then" for mark in f"{string.punctuation} \t\n5"] + [
+    "two\nlines",
+    "two\r\nlines\n",
+    'she said "no"; twice',
+    '"',
+    " spaces around ",
+    "Größe, 日本語, 🎉",
+    "-1.50",
+    "+49 170 1234567",
+    "007",
+    "NA",
+    "a|b\tc;d",
+    "'quoted'",
+]
+TABLE = pd.DataFrame(
+    {
+        "result": ["positive", ""] * (len(ODD) // 2) + [""] * (len(ODD) % 2),
+        "text": ODD,
+        "id": [f"{n:04}" for n in range(len(ODD))],
+        "Review Text": reversed(ODD),
+        "count": ["1.50", "", "1e400"] * (len(ODD) // 3) + [""] * (len(ODD) % 3),
+    },
+    dtype=str,
+)
+CSV: dict[str, Any] = {"dtype": str, "keep_default_na": False}
+OWN = ["idx", "key", "status", "answer.result", "error"]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bom": {"encoding": "utf-8-sig"},
+    "all quoted": {"quoting": 1},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_table_comes_back_cell_by_cell(cli: Cli, variant: str) -> None:
+    """Every column is there under its name, in its place, with its text; lbr's own follow."""
+    how = {"index": False} | VARIANTS[variant]
+    given = TABLE.reset_index(names="column_1").astype(str) if how["index"] else TABLE
+    TABLE.to_csv(cli.folder / "in.csv", **how)
+    cli("run", "in.csv", "-o", "out.csv", "--model", "offline:echo", "--prompt-column", "text")
+    out = pd.read_csv(cli.folder / "out.csv", **CSV)
+    assert list(out.columns) == [*given.columns, *OWN]
+    pd.testing.assert_frame_equal(out[list(given.columns)], given)
+    assert list(out["answer.result"]) == list(given["text"])
+
+
+def test_lbr_reads_its_own_output(cli: Cli) -> None:
+    """The answers of one run as prompts of another are the same texts: every one of them is answered already."""
+    TABLE.to_csv(cli.folder / "in.csv", index=False)
+    cli("run", "in.csv", "-o", "one.csv", "--model", "offline:echo", "--prompt-column", "text")
+    flags = ("--run", "two", "-o", "two.csv", "--model", "offline:echo", "--prompt-column", "answer.result")
+    again = cli("run", "one.csv", *flags)
+    assert f"{len(ODD)} inputs, {len(ODD)} new, 0 duplicate, {len(ODD)} reused" in again.stderr
+    one, two = (pd.read_csv(cli.folder / name, **CSV) for name in ("one.csv", "two.csv"))
+    pd.testing.assert_frame_equal(two[list(one.columns)], one)
+
+
+def test_flags_of_csv(cli: Cli) -> None:
+    """`--spreadsheet-safe` and `--bom` change CSV alone; other formats are refused before anything is called."""
+    (cli.folder / "in.txt").write_text("- first\n")
+    for flag in ("--bom", "--spreadsheet-safe"):
+        for refused in (
+            cli("run", "in.txt", "-o", "out.jsonl", "--model", "offline:echo", flag, check=False),
+            cli("collect", "in", flag, check=False),
+        ):
+            assert refused.returncode == 2
+            assert f"lbr: {flag} is for CSV alone, got: jsonl" in refused.stderr
+    cli("run", "in.txt", "-o", "out.csv", "--model", "offline:echo", "--bom", "--spreadsheet-safe")
+    assert (cli.folder / "out.csv").read_bytes().startswith(b"\xef\xbb\xbfprompt,idx,")
+    assert pd.read_csv(cli.folder / "out.csv")["result"].tolist() == ["'- first"]
+    cli("collect", "in", "-o", "out.csv")
+    assert (cli.folder / "out.csv").read_text().startswith("prompt,idx,key,status,result,error\n- first,0,")
+
+
+def test_numbers_of_jsonl_stay_numbers(cli: Cli) -> None:
+    """Metadata have their order and numbers all their digits, and an id is a number where it was one."""
+    metadata = (
+        '{"z":18446744073709551615,"b":-9223372036854775808,"f":0.1,"deep":{"y":1e+300,"x":2.0},"a":"7"}'
+    )
+    fields = metadata[1:-1].split(",", 1)
+    lines = [f'{{{fields[0]},"id":7,"prompt":"a",{fields[1]}}}', '{"prompt":"b","id":"7"}']
+    (cli.folder / "in.jsonl").write_text("\n".join(lines))
+    cli("run", "in.jsonl", "-o", "out.jsonl", "--model", "offline:echo")
+    first, second = (cli.folder / "out.jsonl").read_text().splitlines()
+    assert first.startswith('{"idx":0,"id":7,')
+    assert first.replace("1e300", "1e+300").endswith(f'"metadata":{metadata}}}')
+    assert second.startswith('{"idx":1,"id":"7",')
+    cli("collect", "in", "-o", "out.csv")
+    header, row, _ = (cli.folder / "out.csv").read_text().splitlines()
+    assert header == "z,id,prompt,b,f,deep,a,idx,key,status,result,error"
+    assert row.startswith("18446744073709551615,7,a,-9223372036854775808,0.1,")
+    cli("collect", "in", "-o", "out.db")
+    with closing(sqlite3.connect(cli.folder / "out.db")) as results:
+        found = results.execute("SELECT id, metadata FROM results ORDER BY idx").fetchall()
+    assert found == [
+        (7, first.partition('"metadata":')[2][:-1]),
+        ("7", None),
+    ]
