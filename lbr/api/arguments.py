@@ -114,7 +114,7 @@ OTHER_NAMES: Mapping[str, Sequence[str]] = {
     "set": ["settings"],
 }
 """What parameters are called that do not have the name of their flag."""
-_FLAG = re.compile(r"`[^`]*`|--([a-z][a-z-]*)(?: (in=…,out=…))?")
+_FLAG = re.compile(r"`[^`]*`|--([a-z][a-z-]*)(?: (in=…,out=…|[\w.-]+:[\w.-]*\w))?")
 
 
 def checked(
@@ -162,7 +162,8 @@ def _with_parameters(message: str, parameters: Collection[str]) -> str:
             return found[0]
         if found.start() < message.find(", got:"):  # what is expected, not what to set
             return known[0]
-        value = "True" if KINDS.get(known[0]) is FLAG else repr(found[2]) if found[2] else "…"
+        kind, given = KINDS.get(known[0]), repr(found[2]) if found[2] else "…"
+        value = "True" if kind is FLAG else f"[{given}]" if kind is LIST else given
         return f"{known[0]}={value}"
 
     return _FLAG.sub(parameter, message)

@@ -196,7 +196,7 @@ def _words_of(expression: nodes.Expr) -> str:
 
 def item_of(fields: Fields, place: Place, template: Template | None, column: str | None) -> Item:
     """Make an item of a record, using the record up: what is left of it is the metadata."""
-    names_ = tuple(fields)
+    given = tuple(fields)
     if template is not None:
         prompt = _text_prompt(template.render(fields, place), "the rendered template", place)
     elif column is not None:
@@ -206,14 +206,13 @@ def item_of(fields: Fields, place: Place, template: Template | None, column: str
     else:
         column = "messages" if "messages" in fields else "prompt"
         prompt = _named_prompt(fields, place)
-    of_id = next((name for name in ID_FIELDS if name in fields), None)
-    columns = _columns(names_, None if template is not None else column, of_id)
+    columns = _columns(given, None if template is not None else column)
     return Item(prompt, _pop_id(fields, place), fields or None, place.source, place.line, columns)
 
 
 @lru_cache(maxsize=8)  # the records of an input share it
-def _columns(names: tuple[str, ...], of_prompt: str | None, of_id: str | None) -> dict[str, Part]:
-    parts = {of_prompt: Part.PROMPT, of_id: Part.ID}
+def _columns(names: tuple[str, ...], of_prompt: str | None) -> dict[str, Part]:
+    parts = dict.fromkeys(ID_FIELDS, Part.ID) | {of_prompt: Part.PROMPT}
     return {name: parts.get(name, Part.METADATA) for name in names}
 
 

@@ -367,7 +367,7 @@ async def test_a_copy_that_differs_is_found(urls: tuple[str, str], monkeypatch: 
         return real(row, names) | ({"text": "forged"} if forged else {})
 
     monkeypatch.setattr(transfer, "_fields", forging)
-    with pytest.raises(DatabaseError, match=r"a difference at input 3; the copy stays paused.*--restart"):
+    with pytest.raises(DatabaseError, match=r"a difference at input 3; the copy stays paused.*restart=True"):
         await lbr.move("r", db_url=source, to_url=target)
     there = (await lbr.status("r", db_url=target)).runs[0]
     assert (there.state, there.sealed) == ("paused", False)

@@ -556,7 +556,7 @@ def test_a_cost_that_nobody_knows_cannot_be_limited(cli: Cli) -> None:
 async def test_a_function_tells_no_cost(db_url: str) -> None:
     """A function's run is not served under a budget, for nothing would ever hold it back."""
     await lbr.enqueue(["one"], run="f", function=held, db_url=db_url)
-    with pytest.raises(UsageError, match="whose calls tell no cost; serve it without --max-cost"):
+    with pytest.raises(UsageError, match="whose calls tell no cost; serve it without max_cost=…"):
         await lbr.work(run="f", functions=[held], max_cost=1, db_url=db_url)
     assert (await lbr.work(run="f", functions=[held], db_url=db_url)).done == 1
 
