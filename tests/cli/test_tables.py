@@ -43,6 +43,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bom": {"encoding": "utf-8-sig"},
     "all quoted": {"quoting": 1},
+    "pandas index": {"index": True},
+    "semicolons": {"sep": ";"},
+    "tabs": {"sep": "\t"},
+    "UTF-16": {"encoding": "utf-16"},
+    "pandas index, semicolons, UTF-16": {"index": True, "sep": ";", "encoding": "utf-16"},
 }
 
 
