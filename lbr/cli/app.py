@@ -254,10 +254,12 @@ def read_setting(text: str) -> tuple[str, Any]:
 
 
 def main() -> None:
-    """Be the command `lbr`. SIGTERM is Ctrl-C, so that it too removes temporary files; workers handle both."""
-    # A background job of a shell may have been started with Ctrl-C ignored: SIGTERM must still end that.
+    """Be the command `lbr`. SIGTERM and SIGHUP are Ctrl-C, so that they too remove temporary files; workers handle all."""
+    # A background job of a shell may have been started with Ctrl-C ignored: the others must still end that.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
+                signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
     collect_garbage_rarely()
     lbr(prog_name="lbr")
 

@@ -120,7 +120,7 @@ def work_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
 async def serve(
     db: dict[str, Any], notify: Callable[[str], None], *, parent: int | None = None, **how: Any
 ) -> WorkReport:
-    """Be a worker that listens to signals: drain on the first Ctrl-C or SIGTERM, release at once on the second.
+    """Be a worker that listens to signals: drain on the first Ctrl-C, SIGTERM or SIGHUP, release at once on the second.
 
     `parent` is the end of a pipe that comes to its own end with the process that started this one; then it drains.
     """
@@ -208,9 +208,9 @@ def worker(
 ) -> None:
     """Claim jobs and answer them; start as many as you like, in any number of terminals.
 
-    Ctrl-C or SIGTERM: finish what is in flight, claim no more; a second one gives it back at once. A killed
-    worker's jobs are taken up by the others, at the latest when their leases
-    run out.
+    Ctrl-C, SIGTERM or a closed terminal (SIGHUP, unless under nohup): finish what is in flight, claim no more; a
+    second signal gives it back at once. A killed worker's jobs are taken up by the others, at the latest when their
+    leases run out.
     """
     at_least_one("processes", processes, most=MOST_PROCESSES)
     context.exit(asyncio.run(_work(db, exclusive, processes, flags)))

@@ -79,7 +79,7 @@ class AlreadyRunningError(LbrError):
 
 
 class StoppedError(LbrError):
-    """Ctrl-C or SIGTERM has ended a command before its end."""
+    """Ctrl-C, SIGTERM or SIGHUP has ended a command before its end."""
 
     exit_code: ClassVar[int] = 130
 

@@ -12,16 +12,30 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
 def hearing(hear: Callable[[signal.Signals], None]) -> Iterator[None]:
-    """Have the running event loop call `hear` with each Ctrl-C and SIGTERM; afterwards they do what they did before."""
+    """Have the running event loop call `hear` with each signal that stops; afterwards they do what they did before.
+
+    SIGHUP is left alone if it is ignored, as under nohup. A second one is the same closed terminal: the shell and the
+    kernel both send it.
+    """
     loop = asyncio.get_running_loop()
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number in SIGNALS:
-        loop.add_signal_handler(number, hear, number)
+    if before[signal.SIGHUP] is signal.SIG_IGN:
+        del before[signal.SIGHUP]
+    last: signal.Signals | None = None
+
+    def note(number: signal.Signals) -> None:
+        nonlocal last
+        if number is not signal.SIGHUP or last is not number:
+            hear(number)
+        last = number
+
+    for number in before:
+        loop.add_signal_handler(number, note, number)
     try:
         yield
     finally:

@@ -24,12 +24,10 @@ import pytest
 
 from lbr.store.enqueue import CHUNK
 from lbr.worker.processes import SIGNALS, hearing
-from tests.support import eventually, is_postgresql
+from tests.support import PATIENCE_SECONDS, Cli, eventually, is_postgresql
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from tests.support import Cli
 
 pytestmark = pytest.mark.processes
 
@@ -192,7 +190,7 @@ def test_enqueue_killed_in_the_middle_is_completed(cli: Cli) -> None:
     recount(cli)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_drain_on_signal(cli: Cli, number: signal.Signals) -> None:
     """Told to stop, a worker finishes what is in flight, leaves the rest pending and charges nothing."""
     write(cli.folder, [f"p{n}" for n in range(300)])
@@ -210,13 +208,14 @@ def test_drain_on_signal(cli: Cli, number: signal.Signals) -> None:
     recount(cli)
 
 
-def test_second_signal_releases_at_once(cli: Cli) -> None:
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGHUP])
+def test_second_signal_releases_at_once(cli: Cli, first: signal.Signals) -> None:
     """A second signal gives the calls in flight back without waiting for them."""
     write(cli.folder, ["a", "b", "c"])
     cli("enqueue", "in.txt", "--model", "offline:echo", "--set", "latency=600")
     worker = cli.start("worker", "--timeout", "1000")
     cli.wait_for("in", "inflight", 3)
-    worker.send_signal(signal.SIGTERM)
+    worker.send_signal(first)
     assert worker.stderr is not None
     assert "stopping" in worker.stderr.readline()
     worker.send_signal(signal.SIGTERM)
@@ -225,6 +224,58 @@ def test_second_signal_releases_at_once(cli: Cli) -> None:
     now = cli.status("in")
     assert (now["pending"], now["crashed"]) == (3, 0)
     recount(cli)
+
+
+@pytest.mark.parametrize("command", ["worker", "worker --processes 2", "run in.txt -o out.jsonl"])
+def test_a_closed_terminal_drains(cli: Cli, command: str) -> None:
+    """A worker whose terminal is closed finishes what is in flight, though its stderr is gone and SIGHUP comes twice."""
+    (cli.folder / "answers.py").write_text(
+        "import time\n\ndef echo(prompt):\n    with open('calls.log', 'a') as log:\n        log.write('.')\n"
+        "    time.sleep(0.3)\n    return prompt\n"
+    )
+    write(cli.folder, [f"p{n}" for n in range(300)])
+    cli("enqueue", "in.txt", "--function", "answers:echo")
+    ours, theirs = pty.openpty()
+    flags = ("--function", "answers:echo", "--concurrency", "4")
+    with subprocess.Popen(
+        [sys.executable, "-m", "lbr", *command.split(), *flags],
+        cwd=cli.folder,
+        env=cli.environment,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    ) as working:
+        os.close(theirs)
+        cli.wait_for("in", "done", 8)
+        os.close(ours)
+        # As an interactive shell does for its jobs, beside the kernel.
+        working.send_signal(signal.SIGHUP)
+        code = working.wait(timeout=PATIENCE_SECONDS)
+    now = cli.status("in")
+    assert (code, now["inflight"], now["crashed"]) == (3 if "run" in command else 0, 0, 0)
+    assert (now["done"] < 300, now["done"] + now["pending"]) == (True, 300)
+    assert len((cli.folder / "calls.log").read_text()) == now["done"]
+    recount(cli)
+
+
+def test_under_nohup_a_closed_terminal_is_nothing(cli: Cli) -> None:
+    """A worker that was started with SIGHUP ignored goes on, and SIGTERM still drains it."""
+    write(cli.folder, [f"p{n}" for n in range(300)])
+    cli("enqueue", "in.txt", "--model", "offline:echo", "--set", "latency=0.3")
+    ignoring = Cli(cli.folder, db_url=cli.environment.get("LBR_DB"), prefix=["nohup"])
+    worker = ignoring.start("worker", "--concurrency", "10")
+    try:
+        cli.wait_for("in", "done", 10)
+        worker.send_signal(signal.SIGHUP)
+        cli.wait_for("in", "done", 60)
+        worker.send_signal(signal.SIGTERM)
+        _, told = worker.communicate(timeout=30)
+    finally:
+        ignoring.stop_all()
+    assert (worker.returncode, told.count("stopping")) == (0, 1), told
+    assert cli.status("in")["done"] < 300
 
 
 @pytest.mark.parametrize("command", ["worker", "run"])
