@@ -245,7 +245,7 @@ def test_a_closed_terminal_drains(cli: Cli, command: str) -> None:
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 - no thread runs
     ) as working:
         os.close(theirs)
         cli.wait_for("in", "done", 8)
