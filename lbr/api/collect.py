@@ -108,7 +108,7 @@ async def collect(
         raise UsageError("expected -o FILE for a results database, got: stdout")
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         found = await reads.find_run(database, run)
-        runs.check_not_removing(run, found.pause_reason)
+        runs.check_not_removing(found)
         if wait:
             await until_finished(database, found)
         pages = Tally(reads.rows(database, found, chosen))

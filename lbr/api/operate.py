@@ -24,7 +24,7 @@ from lbr.worker.runs import check_tells_cost
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
-    from lbr.core.types import Json, PathOrUrl, Run
+    from lbr.core.types import Json, PathOrUrl, Paused, Run
     from lbr.store.database import Database
     from lbr.store.reads import JobDetail
     from lbr.store.redo import Reparsed
@@ -154,7 +154,7 @@ async def resume(
     max_cost: float | None = None,
     db_url: PathOrUrl = DB_URL_DEFAULT,
     allow_network_fs: bool = False,
-) -> str | None:
+) -> Paused | None:
     """Let a paused run's jobs be claimed again; return why it was paused, None where it was not.
 
     `max_cost` is what the run may cost from now on, in US dollars, all that it has cost included; inf lifts what
@@ -168,7 +168,7 @@ async def resume(
         budget: dict[str, Any] = {} if max_cost is None else {"budget_nanos": nanos}
         await _check_room(database, found, budget.get("budget_nanos", found.budget_nanos))
         await runs.resume(database, found, **budget)
-        return found.pause_reason
+        return found.pause
 
 
 async def _check_room(database: Database, run: Run, limit: int | None) -> None:

@@ -259,7 +259,8 @@ async def _report(database: Database, run: Run, every: int) -> None:
         if ended // every > told:
             told = ended // every
             elapsed = asyncio.get_running_loop().time() - started
-            _say(status.one_line(now, rate=(ended - before) / elapsed))
+            rate = (ended - before) / elapsed if now.done > first.done else 0.0
+            _say(status.one_line(now, rate=rate))
 
 
 async def _answers(database: Database, run: Run, shape: Shape) -> AsyncIterator[list[Row]]:

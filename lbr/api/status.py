@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from lbr.core.budget import BUDGET_SPENT, COST_UNKNOWN
 from lbr.core.errors import Family
 from lbr.core.plurals import counted, duration
 from lbr.core.pricing import NANOS, Price, dollars
-from lbr.core.types import JobState, RunState
+from lbr.core.types import JobState, PauseCause, Paused, RunState
 from lbr.store import counters
-from lbr.store.runs import MOVED_TO, MOVING_FROM, MOVING_TO, departed_words, tells_of_move
 from lbr.store.schema import SILENT_MS
 
 if TYPE_CHECKING:
@@ -25,18 +23,20 @@ class RunStatus:
     """One run's numbers.
 
     `jobs` are distinct inputs, `duplicates` the inputs that share another's job, `reused` the jobs answered
-    from another run. `rate` is jobs per second of the workers now, `eta_seconds` None where nobody works or
-    nothing is left; of a run that is not active both are those of no work. `cost_usd` is None where no price was known, or nothing was spent; `wasted_usd` is the part of
+    from another run. `rate` is jobs per second of the workers that hold jobs of the run; it and `eta_seconds` are None
+    if no worker does, before the first answer, while the model is waited for, and if nothing is left. `cost_usd` is None where no price was known, or nothing was spent; `wasted_usd` is the part of
     it that went to tries that were no answers, or came too late, `estimated_usd` the part of it that is estimated, for calls that died with their
     worker, and `unpriced` counts the calls of models whose cost
-    nobody knows. `price` is what the run's user says that a million
+    nobody knows. `pause_cause` is what paused the run, a word that stays, and `pause_message` says it to people; both
+    are None where it is not paused. `price` is what the run's user says that a million
     tokens cost, None where the provider and the price table are asked; `max_cost_usd` what the run may cost, None
     without a limit. `errors` counts tries by family.
     """
 
     run: str
     state: str
-    pause_reason: str | None
+    pause_cause: str | None
+    pause_message: str | None
     answerer: str
     sealed: bool
     finished: bool
@@ -60,8 +60,15 @@ class RunStatus:
     price: dict[str, float] | None
     max_cost_usd: float | None
     errors: dict[str, int]
-    rate: float
+    rate: float | None
     eta_seconds: float | None
+
+    @property
+    def pause(self) -> Paused | None:
+        """Why the run is paused; None where it is not."""
+        if self.pause_cause is None:
+            return None
+        return Paused(PauseCause(self.pause_cause), self.pause_message or "")
 
     def to_dict(self) -> dict[str, Json]:
         """Return the numbers as JSON."""
@@ -90,9 +97,9 @@ class Status:
 def status_of(view: Overview) -> Status:
     """Turn what the store holds into what people ask for."""
     live = [worker for worker in view.workers if view.now - worker.seen_at < SILENT_MS]
-    rate = sum(worker.rate for worker in live)
+    away = {one.answerer for one in view.outages}
     return Status(
-        runs=[_run_status(one, rate) for one in view.runs],
+        runs=[_run_status(one, _rate(one, live, away)) for one in view.runs],
         workers=[_worker(worker, view.now) for worker in live],
         cooldowns=[
             {"answerer": c.answerer, "seconds": (c.until - view.now) / 1000, "reason": c.reason}
@@ -158,17 +165,24 @@ def _worker(worker: WorkerSeen, now: int) -> dict[str, Json]:
     }
 
 
-def _run_status(one: RunCounts, rate: float) -> RunStatus:
+def _rate(one: RunCounts, live: list[WorkerSeen], away: set[str]) -> float | None:
+    answered = one.of(JobState.DONE) > one.counts[counters.REUSED]
+    if one.run.state is not RunState.ACTIVE or not one.open or not answered or one.run.task.answerer in away:
+        return None
+    return sum(worker.rate for worker in live if one.run.id in worker.runs) or None
+
+
+def _run_status(one: RunCounts, rate: float | None) -> RunStatus:
     counts = one.counts
     errors = {
         family.value: counts[counters.TRY + family] for family in Family if counts[counters.TRY + family]
     }
     cost = counts[counters.COST_NANOS]
-    left = one.open if one.run.state is RunState.ACTIVE else 0
     return RunStatus(
         run=one.run.name,
         state=one.run.state,
-        pause_reason=one.run.pause_reason,
+        pause_cause=None if one.run.pause is None else one.run.pause.cause,
+        pause_message=None if one.run.pause is None else one.run.pause.message,
         answerer=one.run.task.answerer,
         sealed=one.run.sealed_at is not None,
         finished=one.finished,
@@ -192,8 +206,8 @@ def _run_status(one: RunCounts, rate: float) -> RunStatus:
         price=None if one.run.price is None else one.run.price.to_dict(),
         max_cost_usd=None if one.run.budget_nanos is None else one.run.budget_nanos / NANOS,
         errors=errors,
-        rate=rate if left else 0.0,
-        eta_seconds=left / rate if left and rate > 0 else None,
+        rate=rate,
+        eta_seconds=None if rate is None else one.open / rate,
     )
 
 
@@ -207,47 +221,57 @@ def one_line(status: RunStatus, *, rate: float | None = None) -> str:
         parts.append(f"{status.inflight} in flight")
     now = status.rate if rate is None else rate
     left = status.pending + status.inflight
-    if now > 0 and left:
+    if now and left:
         parts += [f"{now:.1f}/s", f"{duration(left / now)} left"]
     return ", ".join(parts)
 
 
-def paused_words(run: str, reason: str) -> str:
+def paused_words(run: str, pause: Paused) -> str:
     """Return why a run is paused, and what to do about it."""
-    if reason.startswith(MOVED_TO):
-        return f"{reason}, where it goes on; this is a copy that rests"
-    if reason.startswith(MOVING_TO):
-        return f"{reason}; finish that with the same `lbr move`, or keep it here with `lbr resume {run}`"
-    if reason.startswith(MOVING_FROM):
-        return f"{reason}; finish that with the same `lbr move`"
-    if reason.startswith(BUDGET_SPENT):
-        return f"{reason}; `lbr resume {run} --max-cost DOLLARS` lets it cost more"
-    if reason.startswith(COST_UNKNOWN):
-        return f"{reason}; then `lbr resume {run}`; or lift the limit with `lbr resume {run} --max-cost inf`"
-    return f"{reason}; fix it, then `lbr resume {run}`"
+    if pause.cause is PauseCause.MOVED_TO:
+        return f"{pause.message}, where it goes on; this is a copy that rests"
+    return f"{pause.message}; {way_on(run, pause.cause)}"
 
 
-def resumed_words(run: str, reason: str) -> str:
-    """Return what to hear of a run that was resumed, given why it was paused; empty where that is nothing."""
-    if not reason.startswith(MOVED_TO):
+def way_on(run: str, cause: PauseCause) -> str:
+    """Return how a run that is paused goes on."""
+    match cause:
+        case PauseCause.MOVING_TO:
+            return f"finish that with the same `lbr move`, or keep it here with `lbr resume {run}`"
+        case PauseCause.MOVING_FROM:
+            return "finish that with the same `lbr move`"
+        case PauseCause.REMOVING:
+            return f"`lbr rm {run}` finishes that"
+        case PauseCause.USER:
+            return f"`lbr resume {run}` lets it go on"
+        case PauseCause.BUDGET:
+            return f"`lbr resume {run} --max-cost DOLLARS` lets it cost more"
+        case PauseCause.UNPRICED:
+            return f"then `lbr resume {run}`; or lift the limit with `lbr resume {run} --max-cost inf`"
+    return f"fix it, then `lbr resume {run}`"
+
+
+def resumed_words(run: str, pause: Paused | None) -> str:
+    """Return what to report of a run that was resumed, given why it was paused; empty where that is nothing."""
+    if pause is None or pause.cause is not PauseCause.MOVED_TO:
         return ""
     return (
-        f"run {run} {departed_words(reason)}: what workers call for here is paid for once "
+        f"run {run} was {pause.message} and goes on there: what workers call for here is paid for once "
         f"more; `lbr pause {run}` lets it rest again"
     )
 
 
-def unfinished_words(run: str, reason: str | None) -> str:
-    """Return what to do about a run that `lbr run` could not finish; `reason` is None where it is not paused."""
-    if reason is None:
+def unfinished_words(run: str, pause: Paused | None) -> str:
+    """Return what to do about a run that `lbr run` could not finish; `pause` is None where it is not paused."""
+    if pause is None:
         return "run the same command again to resume"
-    words = f"paused: {paused_words(run, reason)}"
-    if tells_of_move(reason):
+    words = f"paused: {paused_words(run, pause)}"
+    if pause.cause.is_move:
         return words
-    if reason.startswith(BUDGET_SPENT):
+    if pause.cause is PauseCause.BUDGET:
         # The old --max-cost would be set again, and the run be paused again at once.
         return f"{words}, then run the command again with that --max-cost"
-    if reason.startswith(COST_UNKNOWN):
+    if pause.cause is PauseCause.UNPRICED:
         return f"{words}; then run the command again with that --price, or without --max-cost"
     return f"{words}, then run the same command again"
 
@@ -310,8 +334,8 @@ def _cost_words(run: RunStatus) -> str:
 def _describe_run(run: RunStatus) -> list[str]:
     word = "finished" if run.finished and run.state != RunState.CANCELLED else run.state
     lines = [f"run {run.run} ({run.answerer}): {word}"]
-    if run.pause_reason:
-        lines.append(f"  paused: {paused_words(run.run, run.pause_reason)}")
+    if run.pause is not None:
+        lines.append(f"  paused: {paused_words(run.run, run.pause)}")
     if not run.sealed:
         lines.append("  its enqueue has not come to its end: if none is running, run the same command again")
     lines.append(f"  inputs {run.inputs}, jobs {run.jobs}, duplicates {run.duplicates}, reused {run.reused}")
@@ -331,7 +355,7 @@ def _describe_run(run: RunStatus) -> list[str]:
         lines.append("  tries that failed: " + ", ".join(f"{n} {family}" for family, n in run.errors.items()))
     if run.crashed or run.stale:
         lines.append(f"  leases that ran out {run.crashed}, answers that came too late {run.stale}")
-    if run.eta_seconds is not None:
+    if run.rate is not None and run.eta_seconds is not None:
         lines.append(f"  {run.rate:.1f} jobs/s, {duration(run.eta_seconds)} left")
     if run.failed:
         lines.append(f"  `lbr retry {run.run}` puts the failed jobs back")

@@ -225,7 +225,7 @@ def pause(db: dict[str, Any], /, run: str, reason: str) -> None:
 @click.pass_obj
 def resume(db: dict[str, Any], /, run: str, max_cost: float | None) -> None:
     """Let a paused run's jobs be claimed again."""
-    reason = asyncio.run(operate.resume(run, max_cost=max_cost, **db))
-    if words := resumed_words(run, reason or ""):
+    pause = asyncio.run(operate.resume(run, max_cost=max_cost, **db))
+    if words := resumed_words(run, pause):
         say(f"lbr: {words}")
     tell(f"run {run}: active")

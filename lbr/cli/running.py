@@ -119,7 +119,7 @@ async def _collect(
     """Write the answers of a run that has come to its end, or say why it has not; return the exit code."""
     (now,) = (await operate.status(run, **db)).runs
     if not now.finished:
-        way_out = unfinished_words(now.run, now.pause_reason)
+        way_out = unfinished_words(now.run, now.pause)
         say(f"lbr: {one_line(now)}; unfinished, nothing was written; {way_out}")
         return EXIT_UNFINISHED
     collected = await collect(run, out=out, **how_written, **db)
@@ -158,22 +158,23 @@ class _Terminal:
 @asynccontextmanager
 async def _bar(db: dict[str, Any], /, run: str) -> AsyncIterator[Callable[[str], None]]:
     from rich.console import Console  # noqa: PLC0415 - only where somebody looks
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn  # noqa: PLC0415
 
     console = Console(file=cast("IO[str]", _Terminal()))
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}", markup=False),
     )
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(run, total=None)
+        task = bar.add_task(run, total=None, left="")
 
         def look(status: RunStatus) -> None:
             ended = status.done + status.failed + status.cancelled
             failed = f" ({status.failed} failed)" if status.failed else ""
-            bar.update(task, total=status.jobs, completed=ended, description=f"{run}{failed}")
+            left = "" if status.eta_seconds is None else f"{duration(status.eta_seconds)} left"
+            bar.update(task, total=status.jobs, completed=ended, description=f"{run}{failed}", left=left)
 
         async with _looking(db, run, look):
             yield lambda text: console.print(f"lbr: {text}", markup=False, highlight=False)

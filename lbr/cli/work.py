@@ -160,8 +160,8 @@ async def work_alone(db: dict[str, Any], **how: Any) -> int:
     say(f"lbr: worker: {describe_work(report)}")
     for name, count in report.cut_off.items():
         say(f"lbr: run {name}: {cut_off_words(name, count, limited=name in report.limited)}")
-    for name, reason in report.paused.items():
-        say(f"lbr: run {name} is paused: {paused_words(name, reason)}")
+    for name, pause in report.paused.items():
+        say(f"lbr: run {name} is paused: {paused_words(name, pause)}")
     for name in report.interrupted:
         say(f"lbr: the enqueue of run {name} did not come to its end; run the same enqueue again")
     code = EXIT_UNFINISHED if report.paused or report.interrupted else 0

@@ -98,25 +98,20 @@ class Budget:
 
     def words(self) -> str:
         """Say that it is spent."""
-        return f"{BUDGET_SPENT}{dollars(self.limit)}, with {dollars(self.spent)} spent there is no room for a call"
-
-
-BUDGET_SPENT = "it may cost "
-"""How the reason begins of a run that was paused for its budget."""
-
-COST_UNKNOWN = "its calls tell no cost"
-"""How the reason begins of a run that was paused because nobody could keep to its budget."""
+        return (
+            f"it may cost {dollars(self.limit)}, with {dollars(self.spent)} spent there is no room for a call"
+        )
 
 
 def unknown_words(answerer: str, *, counted: bool) -> str:
     """Say that a call took nobody knows how much money; `counted` tells that its tokens are known."""
     if counted:
         return (
-            f"{COST_UNKNOWN}: expected a price for {answerer}, got: none; give it with --price in=…,out=… at the "
+            f"its calls tell no cost: expected a price for {answerer}, got: none; give it with --price in=…,out=… at the "
             f"enqueue, which may be repeated"
         )
     return (
-        f"{COST_UNKNOWN}: expected {answerer} to count their tokens, got: none; where they are free, give "
+        f"its calls tell no cost: expected {answerer} to count their tokens, got: none; where they are free, give "
         f"--price in=0,out=0 at the enqueue, which may be repeated"
     )
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from lbr.core.errors import Family, Symptom
 from lbr.core.plurals import duration
-from lbr.core.types import JobState
+from lbr.core.types import JobState, PauseCause, Paused
 
 if TYPE_CHECKING:
     from lbr.core.types import Failure, JobId, Outcome, Settlement, WorkerId
@@ -212,13 +212,13 @@ def _others_succeed(state: ModelState, evidence: Evidence, now: int) -> bool:
 class Judgement:
     """What follows from one ended call: its settlement, the model's state, and what to do and to log.
 
-    `pause` is the reason to pause all runs of the model, None for not; `notice` a line for the log, None for none.
+    `pause` is why to pause all runs of the model, None for not; `notice` a line for the log, None for none.
     """
 
     verdict: Verdict
     settlement: Settlement
     state: ModelState
-    pause: str | None = None
+    pause: Paused | None = None
     notice: str | None = None
 
 
@@ -231,7 +231,8 @@ def consider(settlement: Settlement, model: str, state: ModelState, backlog: Bac
     kept = without_charge(settlement, verdict)
     reason = failure.message
     if verdict is Verdict.ACCOUNT:
-        return Judgement(verdict, kept, replace(state, since=None), pause=f"{failure.error}: {reason}")
+        pause = Paused(PauseCause.ACCOUNT, f"{failure.error}: {reason}")
+        return Judgement(verdict, kept, replace(state, since=None), pause=pause)
     if verdict is not Verdict.WAIT or (state.since is not None and not settlement.claim.probe):
         return Judgement(verdict, kept, state)
     if state.since is None:
@@ -243,7 +244,7 @@ def consider(settlement: Settlement, model: str, state: ModelState, backlog: Bac
     if after.waited_ms >= after.patience_ms:
         # Waits count, not the clock, because laptops sleep.
         words = f"{model} could not be reached in {duration(state.waited_ms / 1000)} of waits: {reason}"
-        return Judgement(verdict, kept, replace(after, since=None), pause=words)
+        return Judgement(verdict, kept, replace(after, since=None), pause=Paused(PauseCause.OUTAGE, words))
     words = f"{model}: {reason}; the next probe is in {duration(after.wait_ms / 1000)}"
     return Judgement(verdict, kept, after, notice=words)
 

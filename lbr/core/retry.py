@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, assert_never
 
 from lbr.core.errors import MOST_NANOS, MOST_TOKENS, NO_USAGE, CallError, Family, Symptom, Usage
-from lbr.core.types import Claim, Failure, JobState, Outcome, Settlement
+from lbr.core.types import Claim, Failure, JobState, Outcome, PauseCause, Paused, Settlement
 
 if TYPE_CHECKING:
     from random import Random
@@ -157,8 +157,8 @@ def _decide(claim: Claim, outcome: Outcome, policy: RetryPolicy, rng: Random) ->
         case Family.PERMANENT | Family.CUT_OFF:
             return Settlement(claim, JobState.FAILED, outcome, charge=1)
         case Family.ACCOUNT:
-            reason = f"{failure.error}: {failure.message}"
-            return Settlement(claim, JobState.PENDING, outcome, charge=0, pause=reason)
+            pause = Paused(PauseCause.ACCOUNT, f"{failure.error}: {failure.message}")
+            return Settlement(claim, JobState.PENDING, outcome, charge=0, pause=pause)
     assert_never(failure.family)
 
 

@@ -54,6 +54,26 @@ class RunState(StrEnum):
     CANCELLED = "cancelled"
 
 
+class PauseCause(StrEnum):
+    """What paused a run; REMOVING is kept of a cancelled one, a part of which is gone."""
+
+    USER = "user"
+    ACCOUNT = "account"  # no call can succeed until the user steps in: money, or a key that is refused
+    BUDGET = "budget"
+    UNPRICED = "unpriced"  # its cost is limited, but not known
+    OUTAGE = "outage"
+    SET_UP = "set_up"
+    MOVING_TO = "moving_to"
+    MOVED_TO = "moved_to"
+    MOVING_FROM = "moving_from"
+    REMOVING = "removing"
+
+    @property
+    def is_move(self) -> bool:
+        """Whether `lbr move` paused the run."""
+        return self in {PauseCause.MOVING_TO, PauseCause.MOVED_TO, PauseCause.MOVING_FROM}
+
+
 class Shape(StrEnum):
     """One row for every input, or one for every distinct input."""
 
@@ -225,19 +245,54 @@ class KeyMaker:
 
 
 @value(frozen=True, slots=True)
+class Paused:
+    """Why a run is paused. `message` is for people."""
+
+    cause: PauseCause
+    message: str
+
+
+@value(frozen=True, slots=True)
+class Move:
+    """A run's way between two databases: the `place` of the other one, and what the run was before, here."""
+
+    place: str
+    state: RunState = RunState.ACTIVE
+    pause: Paused | None = None
+
+    def to_json(self) -> str:
+        """Return the move as it is stored."""
+        pause = None if self.pause is None else [self.pause.cause, self.pause.message]
+        return orjson.dumps({"place": self.place, "state": self.state, "pause": pause}).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> Move:
+        """Read a stored move; ValueError or TypeError when it is not one."""
+        found = orjson.loads(text)
+        if not isinstance(found, dict) or found.keys() != {"place", "state", "pause"}:
+            raise ValueError(f"expected a stored move, got: {text[:200]!r}")
+        pause = None
+        if found["pause"] is not None:
+            cause, message = found["pause"]
+            pause = Paused(PauseCause(cause), message)
+        return cls(found["place"], RunState(found["state"]), pause)
+
+
+@value(frozen=True, slots=True)
 class Run:
     """A run as stored. `sealed_at` is None while its enqueue has not come to its end.
 
     `price` is what its user says that its calls cost, None where the provider and the price table are asked;
     `budget_nanos` what it may cost in billionths of a US dollar, None without a limit. `input_columns` is JSON, see
-    `Item.columns`; None if no input had any, and for runs of older versions.
+    `Item.columns`; None if no input had any, and for runs of older versions. `move` is set while `pause` is one of
+    `lbr move`.
     """
 
     id: RunId
     name: str
     task: Task
     state: RunState
-    pause_reason: str | None
+    pause: Paused | None
     max_attempts: int
     fingerprint: str | None
     created_at: Millis
@@ -246,6 +301,11 @@ class Run:
     price: Price | None = None
     budget_nanos: int | None = None
     input_columns: str | None = None
+    move: Move | None = None
+
+    def is_paused_by(self, *causes: PauseCause) -> bool:
+        """Return whether one of these causes is what the run is paused for, or, of REMOVING, cancelled."""
+        return self.pause is not None and self.pause.cause in causes
 
 
 @value(frozen=True, slots=True)
@@ -372,7 +432,7 @@ class Settlement:
     """What is to be written about one claim: decided in `lbr.core.retry`, carried out by the store.
 
     `charge` is what the try adds to the job's attempts, `wait_ms` how long a job that goes back to pending waits
-    from now on: the store adds it to the clock that leases are measured by. `pause` is the reason to pause the
+    from now on: the store adds it to the clock that leases are measured by. `pause` is why to pause the
     run; with `cool_down` no worker calls this model again before the wait is over, if it refuses many calls; also
     where the job has failed.
     `evidence` is what the worker has seen of its model, None while that may be the failure of single jobs.
@@ -383,7 +443,7 @@ class Settlement:
     outcome: Outcome
     charge: int
     wait_ms: int = 0
-    pause: str | None = None
+    pause: Paused | None = None
     cool_down: bool = False
     evidence: Evidence | None = None
 

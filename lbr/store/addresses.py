@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from os import fspath
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
@@ -128,7 +129,30 @@ def _options(query: str) -> dict[str, str]:
             f"expected options of a PostgreSQL URL that lbr knows, got: {_safely(unknown, query)}; "
             f"there are: {', '.join(sorted(PASSED | {'pgbouncer'}))}"
         )
+    _check_files(given)
     return {name: value for name, value in given.items() if name not in IGNORED}
+
+
+def _check_files(options: Mapping[str, str]) -> None:
+    """Raise UsageError for a file that the driver could not read: it would try again and again."""
+    if options.get("sslmode") == "disable":
+        return
+    import ssl  # noqa: PLC0415 - only with a URL of PostgreSQL
+
+    for name in ("sslrootcert", "sslcert", "sslkey", "sslcrl"):
+        path = options.get(name)
+        if not path:
+            continue
+        try:
+            if name == "sslrootcert":
+                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+            else:
+                Path(path).open("rb").close()
+        except OSError as error:
+            reason = "it holds no certificate" if isinstance(error, ssl.SSLError) else error.strerror
+            raise UsageError(
+                f"cannot use {name}={path} of the PostgreSQL URL: {reason}; correct the path"
+            ) from error
 
 
 def _safely(names: list[str], query: str) -> str:

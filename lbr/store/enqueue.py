@@ -14,7 +14,7 @@ from lbr.core.types import JobState, RunState, canonical_json
 from lbr.core.values import value
 from lbr.store import counters
 from lbr.store.arrays import Bulk, Given, Inserting, among
-from lbr.store.runs import check_not_moving
+from lbr.store.runs import check_not_moving, run_of
 from lbr.store.schema import items as items_table
 from lbr.store.schema import jobs, prompts, results, runs
 
@@ -238,9 +238,9 @@ async def _touch_run(connection: Connection, run: Run, now: Millis, columns: dic
     if columns is not None:
         values["input_columns"] = orjson.dumps(columns).decode()
     touching = update(runs).where(where).values(**values)
-    touched = (await connection.execute(touching.returning(runs.c.pause_reason))).one_or_none()
+    touched = (await connection.execute(touching.returning(runs))).one_or_none()
     if touched is not None:
-        check_not_moving(run.name, touched.pause_reason)
+        check_not_moving(run_of(touched))
     else:
         raise UsageError(f"run {run.name!r} was cancelled; `lbr retry {run.name}` takes it up again")
 

@@ -16,7 +16,7 @@ from sqlalchemy import bindparam, func, select, update
 from lbr.core.errors import Symptom
 from lbr.core.outage import MAX_WAIT_MS, TURN_MS, Backlog, ModelState, Verdict, consider, is_stale
 from lbr.core.plurals import counted
-from lbr.core.types import JobId, JobState, RunId, RunState
+from lbr.core.types import JobId, JobState, PauseCause, Paused, RunId, RunState
 from lbr.store.arrays import Bulk, Given, Query, among
 from lbr.store.counters import of_runs
 from lbr.store.runs import hold_states, move_page, run_of
@@ -101,7 +101,7 @@ class Judged:
     """
 
     settlements: list[Settlement]
-    pauses: dict[RunId, str] = field(default_factory=dict)
+    pauses: dict[RunId, Paused] = field(default_factory=dict)
     unreachable: dict[str, str] = field(default_factory=dict)
     reached: set[str] = field(default_factory=set)
     notices: list[str] = field(default_factory=list)
@@ -272,14 +272,14 @@ async def note_probes(connection: Connection, probes: Mapping[str, Claim], worke
 
 async def pause_wrong_set_ups(
     connection: Connection, database: Database, settlements: Sequence[Settlement]
-) -> tuple[dict[RunId, str], set[JobId]]:
+) -> tuple[dict[RunId, Paused], set[JobId]]:
     """Give back the jobs of runs whose every call failed alike, uncharged.
 
-    Return the runs to pause, with the reason, and those jobs. After the counters of the batch were changed.
+    Return the runs to pause, each with its pause, and those jobs. After the counters of the batch were changed.
     """
     given_back: set[JobId] = set()
     failed = {s.claim.run_id: s.outcome.failure for s in settlements if _is_of_set_up(s)}
-    pauses: dict[RunId, str] = {}
+    pauses: dict[RunId, Paused] = {}
     for run_id, failure in sorted(failed.items()):
         if failure is None:
             continue
@@ -292,10 +292,11 @@ async def pause_wrong_set_ups(
         if len(alike) >= needed:
             await move_page(database, connection, run_of(row), alike, JobState.PENDING)
             given_back |= {JobId(job_id) for job_id, _ in alike}
-            pauses[run_id] = (
+            words = (
                 f"all {counted(len(alike), 'job')} that were called failed alike: {failure.message} "
                 f"(a wrong model or setting: `lbr rm {row.name}`, then enqueue it again)"
             )
+            pauses[run_id] = Paused(PauseCause.SET_UP, words)
     return pauses, given_back
 
 

@@ -16,11 +16,12 @@ from lbr.core import limits as arithmetic
 from lbr.core.errors import DatabaseError
 from lbr.core.limits import Limit
 from lbr.core.retry import FARTHEST_MS
-from lbr.core.types import JobState, RunState
+from lbr.core.types import JobState, PauseCause, Paused, RunState
 from lbr.store.arrays import Bulk, Given, Query, among
 from lbr.store.budgets import budgets_of, raise_highest
 from lbr.store.counters import ANSWERED
 from lbr.store.judge import waiting
+from lbr.store.runs import pausing
 from lbr.store.schema import SILENT_MS, counters, limits, outages, runs, workers
 
 if TYPE_CHECKING:
@@ -176,8 +177,8 @@ class Gate:
         """Write the balances down, and pause the runs whose budget is spent."""
         for run_id, budget in self.budgets.items():
             if budget.is_spent and budget.pending:
-                pausing = update(runs).where(runs.c.id == run_id)
-                await connection.execute(pausing.values(state=RunState.PAUSED, pause_reason=budget.words()))
+                pause = Paused(PauseCause.BUDGET, budget.words())
+                await connection.execute(update(runs).where(runs.c.id == run_id).values(pausing(pause)))
         await raise_highest(connection, {run_id: self.budgets[run_id].highest for run_id in self.raised})
         await _save(connection, {who: self.limits[who] for who in sorted(self.debited)})
 

@@ -55,6 +55,11 @@ class Presence:
         del workers
         return []
 
+    def alive(self, workers: Iterable[WorkerId]) -> list[WorkerId]:
+        """Return those of the workers that live for certain; the others may as well."""
+        del workers
+        return []
+
     def forget(self, workers: Iterable[WorkerId]) -> None:
         """Remove every trace of workers that have ended and hold nothing."""
 
@@ -100,6 +105,12 @@ class FilePresence(Presence):
     def dead(self, workers: Iterable[WorkerId]) -> list[WorkerId]:
         """Return the workers whose locks are free."""
         return [worker for worker in workers if self.tells and files.is_free(self._path(worker))]
+
+    def alive(self, workers: Iterable[WorkerId]) -> list[WorkerId]:
+        """Return the workers whose locks are held."""
+        there = [worker for worker in workers if self.tells and self._path(worker).exists()]
+        dead = self.dead(there)
+        return [worker for worker in there if worker not in dead]
 
     def forget(self, workers: Iterable[WorkerId]) -> None:
         """Free and remove the locks of workers."""

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 MAX_CRASHES = 3
 RECLAIM_PAGE = 500
+MAX_SKEW_MS = 30_000
+"""How far the clocks of two workers of a file may be apart: half of the usual lease."""
 WORKER_MEMORY_MS = 24 * 3600 * 1000
 
 RENEW = (
@@ -128,6 +130,14 @@ class Outlook:
 
 
 @dataclass(frozen=True, slots=True)
+class Clocks:
+    """What time it is for this process, and when others that live last reported by their clocks, if far from that."""
+
+    now: Millis
+    reports: dict[WorkerId, Millis]
+
+
+@dataclass(frozen=True, slots=True)
 class Reclaimed:
     """A job taken back from a worker whose lease ran out, or where `died`, that has ended for certain."""
 
@@ -157,6 +167,20 @@ class Queue:
         worker = await self._database.write(work)
         self._database.presence.appear(worker)
         return worker
+
+    async def clocks(self, worker: WorkerId) -> Clocks:
+        """Compare this process's clock with the latest reports of other workers."""
+        presence = self._database.presence
+
+        async def work(connection: Connection) -> Clocks:
+            now = await self._database.now(connection)
+            far = ~workers.c.seen_at.between(now - MAX_SKEW_MS, now + MAX_SKEW_MS)
+            query = select(workers.c.id, workers.c.seen_at).where(far, workers.c.id != worker)
+            rows = (await connection.execute(query)).all()
+            seen = {WorkerId(row.id): Millis(row.seen_at) for row in rows}
+            return Clocks(now, {one: seen[one] for one in presence.alive(seen)})
+
+        return await self._database.read(work)
 
     async def unregister(self, worker: WorkerId) -> None:
         """Remove a worker that ends. One that holds jobs all the same stays, so that others see it dead and take them."""

@@ -14,7 +14,7 @@ from lbr.core.types import JobId, JobState, Millis, Part, Prompt, Row, Run, RunI
 from lbr.store import counters, runs
 from lbr.store.arrays import among
 from lbr.store.limiting import LimitSeen, all_limits, is_ahead
-from lbr.store.schema import attempts, items, jobs, limits, outages, prompts, results, workers
+from lbr.store.schema import INFLIGHT, attempts, items, jobs, limits, outages, prompts, results, workers
 from lbr.store.schema import counters as counters_table
 from lbr.store.schema import runs as runs_table
 
@@ -66,6 +66,7 @@ _ROWS = (
     .order_by(items.c.idx)
     .limit(PAGE)
 )
+_HELD = select(jobs.c.worker_id, jobs.c.run_id).where(INFLIGHT).distinct()
 _OUTAGES = (
     select(outages.c.answerer, outages.c.since, outages.c.reason, outages.c.probe_at)
     .where(outages.c.since.is_not(None))
@@ -105,7 +106,7 @@ class OutageSeen:
 
 @dataclass(frozen=True, slots=True)
 class WorkerSeen:
-    """A worker as it last reported: jobs settled in all, and per second of late."""
+    """A worker as it last reported: jobs settled in all, and per second of late. `runs` are those it holds jobs of."""
 
     host: str
     pid: int
@@ -114,6 +115,7 @@ class WorkerSeen:
     seen_at: Millis
     settled: int
     rate: float
+    runs: frozenset[RunId]
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,13 +277,21 @@ async def overview(database: Database, name: str | None = None) -> Overview:
         found = await runs.all_runs(connection) if name is None else [await runs.find(connection, name)]
         now = await database.now(connection)
         seen = (await connection.execute(select(workers).order_by(workers.c.id))).all()
+        held = (await connection.execute(_HELD)).all()
         cooling = (await connection.execute(select(limits).where(limits.c.cooldown_until > now))).all()
         return Overview(
             now=now,
             runs=await _counts(connection, found),
             workers=[
                 WorkerSeen(
-                    w.host, w.pid, w.concurrency, w.started_at, w.seen_at, w.settled, w.rate_milli / 1000
+                    w.host,
+                    w.pid,
+                    w.concurrency,
+                    w.started_at,
+                    w.seen_at,
+                    w.settled,
+                    w.rate_milli / 1000,
+                    frozenset(RunId(row.run_id) for row in held if row.worker_id == w.id),
                 )
                 for w in seen
             ],

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import func, select
 
-from lbr.core.types import JobState, RunId, RunState
+from lbr.core.types import JobState, PauseCause, RunId, RunState
 from lbr.store import counters
 from lbr.store.redo import own_usage
-from lbr.store.runs import MOVING_FROM
 from lbr.store.schema import attempts, jobs, results, runs
 from lbr.store.schema import counters as counters_table
 
@@ -29,7 +28,7 @@ _NOT_IN_ROWS = frozenset({counters.ANSWERED, counters.UNPRICED})
 """Which tries brought an answer that was paid for is known when they are settled, and not told by their rows."""
 
 _STATES = frozenset(str(state) for state in JobState)
-_RUNS = select(runs.c.id, runs.c.name, runs.c.state, runs.c.pause_reason).order_by(runs.c.id)
+_RUNS = select(runs.c.id, runs.c.name, runs.c.state, runs.c.pause_cause).order_by(runs.c.id)
 _KEPT = select(counters_table.c.run_id, counters_table.c.name, func.sum(counters_table.c.value)).group_by(
     counters_table.c.run_id, counters_table.c.name
 )
@@ -117,7 +116,7 @@ async def _drifts(connection: Connection) -> list[Drift]:
 
 def _is_half_done(run: AnyRow) -> bool:
     """Tell whether a run is being copied here: its other counts come last, all at once."""
-    return bool(run.state == RunState.PAUSED and (run.pause_reason or "").startswith(MOVING_FROM))
+    return bool(run.state == RunState.PAUSED and run.pause_cause == PauseCause.MOVING_FROM)
 
 
 async def _recount(connection: Connection) -> counters.Deltas:

@@ -220,7 +220,7 @@ async def retry(
     tries. `settings` become the jobs' own and replace those of an earlier retry; None leaves them. A cancelled run
     becomes active again; where it is cancelled meanwhile, this ends early. UsageError for a run that is being moved.
     """
-    runs.check_not_moving(run.name, run.pause_reason)
+    runs.check_not_moving(run)
     await runs.revive(database, run)
     states = sorted(_states_of(conditions))
     counted = await database.read(lambda connection: counters.of_runs(connection, [run.id]))
@@ -294,7 +294,7 @@ async def _hold(connection: Connection, run: Run) -> Run:
     """Return the run, which stays as it is until the transaction ends; UsageError where it is being moved."""
     await runs.hold_states(connection, [run.id])
     now = await runs.find(connection, run.name)
-    runs.check_not_moving(now.name, now.pause_reason)
+    runs.check_not_moving(now)
     return now
 
 
@@ -311,7 +311,7 @@ async def reparse(database: Database, run: Run, check: Callable[[str], str]) -> 
     `check` returns the answer as it is to be kept, or raises. No call is made. UsageError for a run that is being
     moved.
     """
-    runs.check_not_moving(run.name, run.pause_reason)
+    runs.check_not_moving(run)
     taken, left, problem, after = 0, 0, None, 0
     while True:
 

@@ -10,7 +10,18 @@ from sqlalchemy import delete, select, update
 
 from lbr.core.errors import DatabaseError, RunMismatchError, RunNotFoundError, UsageError
 from lbr.core.pricing import Price
-from lbr.core.types import JobState, Millis, Run, RunId, RunState, Task, differences
+from lbr.core.types import (
+    JobState,
+    Millis,
+    Move,
+    PauseCause,
+    Paused,
+    Run,
+    RunId,
+    RunState,
+    Task,
+    differences,
+)
 from lbr.store import counters
 from lbr.store.arrays import Bulk, Given, among
 from lbr.store.schema import attempts, items, jobs, outages, prompts, results, runs
@@ -27,11 +38,8 @@ BATCH = 5_000
 NAME_LENGTH = 200
 REASON_LENGTH = 1_000
 
-# How the reasons of runs begin that `lbr move` paused: at the place that they leave, and where they arrive.
-MOVING_TO, MOVED_TO, MOVING_FROM = "moving to ", "moved to ", "moving from "
-REMOVING = "being removed"
-BEFORE = " (was "
-"""Begins what such a reason says of the run's state before, so that it can be given back."""
+BEING_REMOVED = {"pause_cause": PauseCause.REMOVING, "pause_message": "being removed"}
+NOT_PAUSED = {"pause_cause": None, "pause_message": None, "move": None}
 
 
 def _making(given: Given) -> Any:
@@ -81,14 +89,10 @@ class RunSpec:
 
 
 def check_reason(reason: str) -> None:
-    """Raise UsageError for a reason to pause a run that no database should see, or that would tell of a move."""
+    """Raise UsageError for a reason to pause a run that no database should see."""
     if not reason.strip() or not reason.isprintable() or len(reason) > REASON_LENGTH:
         raise UsageError(
             f"expected a reason of 1 to {REASON_LENGTH} printable characters, got: {reason[:250]!r}; set --reason"
-        )
-    if tells_of_move(reason):
-        raise UsageError(
-            f"expected a reason that cannot be taken for one of `lbr move`, got: {reason[:250]!r}; put it in other words"
         )
 
 
@@ -106,7 +110,9 @@ def _run_of(row: AnyRow) -> Run:
         name=row.name,
         task=Task.from_json(row.task),
         state=RunState(row.state),
-        pause_reason=row.pause_reason,
+        pause=None
+        if row.pause_cause is None
+        else Paused(PauseCause(row.pause_cause), row.pause_message or ""),
         max_attempts=row.max_attempts,
         fingerprint=row.fingerprint,
         created_at=row.created_at,
@@ -115,6 +121,7 @@ def _run_of(row: AnyRow) -> Run:
         price=None if row.price is None else Price.from_json(row.price),
         budget_nanos=row.budget_nanos,
         input_columns=row.input_columns,
+        move=None if row.move is None else Move.from_json(row.move),
     )
 
 
@@ -156,7 +163,7 @@ async def open_run(database: Database, spec: RunSpec) -> Run:
         run, _ = await ensure(database, connection, spec)
         if run.state is RunState.CANCELLED:
             raise UsageError(f"run {spec.name!r} was cancelled; `lbr retry {spec.name}` takes it up again")
-        check_not_moving(run.name, run.pause_reason)
+        check_not_moving(run)
         values = {}
         if spec.price not in {None, run.price}:
             values["price"] = _price_text(spec.price)
@@ -211,39 +218,39 @@ def _price_text(price: Price | None) -> str | None:
     return None if price is None else price.to_json()
 
 
-def tells_of_move(reason: str) -> bool:
-    """Tell whether a run with this pause reason was paused by `lbr move`."""
-    return reason.startswith((MOVING_TO, MOVED_TO, MOVING_FROM))
+def pausing(pause: Paused) -> dict[str, Any]:
+    """Return the columns of a run that is paused so."""
+    return {"state": RunState.PAUSED, "pause_cause": pause.cause, "pause_message": pause.message}
 
 
-def departed_words(reason: str) -> str:
-    """Say where a run with this pause reason has gone."""
-    return f"was {reason.partition(BEFORE)[0]} and goes on there"
-
-
-def check_not_moving(name: str, reason: str | None) -> None:
-    """Raise UsageError where a run with this pause reason takes no changes, for it is being or was moved."""
-    where = (reason or "").partition(BEFORE)[0]
-    if where.startswith(MOVED_TO):
-        raise UsageError(f"run {name!r} was {where} and goes on there; name that database with --db")
-    if where.startswith(MOVING_TO):
+def check_not_moving(run: Run) -> None:
+    """Raise UsageError where a run takes no changes, because it is being or was moved."""
+    pause = run.pause
+    if pause is not None and pause.cause is PauseCause.MOVED_TO:
         raise UsageError(
-            f"run {name!r} is {where}; finish that with the same `lbr move` and go on there, or keep the run "
-            f"here with `lbr resume {name}`"
+            f"run {run.name!r} was {pause.message} and goes on there; name that database with --db"
         )
-    _check_whole(name, reason)
+    if pause is not None and pause.cause is PauseCause.MOVING_TO:
+        raise UsageError(
+            f"run {run.name!r} is {pause.message}; finish that with the same `lbr move` and go on there, or keep the run "
+            f"here with `lbr resume {run.name}`"
+        )
+    _check_whole(run)
 
 
-def _check_whole(name: str, reason: str | None) -> None:
-    """Raise UsageError where only a part of a run may be here yet: nobody must work on it."""
-    if (reason or "").startswith(MOVING_FROM):
-        raise UsageError(f"run {name!r} is still {reason}; finish that with the same `lbr move` first")
+def _check_whole(run: Run) -> None:
+    """Raise UsageError where only a part of a run may be here yet, so that no worker may work on it."""
+    pause = run.pause
+    if pause is not None and pause.cause is PauseCause.MOVING_FROM:
+        raise UsageError(
+            f"run {run.name!r} is still {pause.message}; finish that with the same `lbr move` first"
+        )
 
 
-def check_not_removing(name: str, reason: str | None) -> None:
+def check_not_removing(run: Run) -> None:
     """Raise UsageError for a run of which a part is gone, because its removal was interrupted."""
-    if reason == REMOVING:
-        raise UsageError(f"run {name!r} is being removed; `lbr rm {name}` finishes that")
+    if run.is_paused_by(PauseCause.REMOVING):
+        raise UsageError(f"run {run.name!r} is being removed; `lbr rm {run.name}` finishes that")
 
 
 async def hold_states(
@@ -290,12 +297,12 @@ async def adopt_fingerprint(database: Database, run: Run, fingerprint: str) -> b
     return await database.write(work)
 
 
-async def pause(database: Database, run: Run, reason: str) -> Run:
+async def pause(database: Database, run: Run, reason: str, *, cause: PauseCause = PauseCause.USER) -> Run:
     """Stop the claiming of a run's jobs until `resume`; calls in flight go on. Safe to repeat.
 
-    UsageError for a cancelled run, and for one that is being or was moved: its reason is what tells so.
+    UsageError for a cancelled run, and for one that is being or was moved.
     """
-    return await _set_state(database, run, RunState.PAUSED, reason, check_not_moving)
+    return await _set_state(database, run, pausing(Paused(cause, reason)), check_not_moving)
 
 
 async def resume(database: Database, run: Run, *, moved: bool = True, **budget: int | None) -> Run:
@@ -307,26 +314,20 @@ async def resume(database: Database, run: Run, *, moved: bool = True, **budget: 
     `budget_nanos` is what it may cost from now on, None for any amount; left out, that stays as it is.
     """
     check = _check_whole if moved else check_not_moving
-    return await _set_state(database, run, RunState.ACTIVE, None, check, **budget)
+    return await _set_state(database, run, {"state": RunState.ACTIVE} | NOT_PAUSED | budget, check)
 
 
 async def _set_state(
-    database: Database,
-    run: Run,
-    state: RunState,
-    reason: str | None,
-    check: Callable[[str, str | None], None],
-    **more: int | None,
+    database: Database, run: Run, values: dict[str, Any], check: Callable[[Run], None]
 ) -> Run:
     async def work(connection: Connection) -> Run:
         await hold_states(connection, [run.id], to_change=True)
         current = await find(connection, run.name)
         if current.state is RunState.CANCELLED:
             raise UsageError(f"run {run.name!r} was cancelled; `lbr retry {run.name}` takes it up again")
-        check(run.name, current.pause_reason)
-        values = {"state": state, "pause_reason": reason, **more}
+        check(current)
         await connection.execute(update(runs).where(runs.c.id == run.id).values(**values))
-        if state is RunState.ACTIVE:
+        if values["state"] is RunState.ACTIVE:
             # Calls are made again, whatever was known of an outage.
             await connection.execute(delete(outages).where(outages.c.answerer == run.task.answerer))
         await database.wake(connection)
@@ -343,9 +344,9 @@ async def cancel(database: Database, run: Run) -> int:
 
     async def mark(connection: Connection) -> None:
         await hold_states(connection, [run.id], to_change=True)
-        reason = (await find(connection, run.name)).pause_reason
-        check_not_moving(run.name, reason)
-        values = {"state": RunState.CANCELLED, "pause_reason": reason if reason == REMOVING else None}
+        now = await find(connection, run.name)
+        check_not_moving(now)
+        values = {"state": RunState.CANCELLED} | ({} if now.is_paused_by(PauseCause.REMOVING) else NOT_PAUSED)
         await connection.execute(update(runs).where(runs.c.id == run.id).values(**values))
 
     await database.write(mark)
@@ -379,7 +380,7 @@ async def remove(database: Database, run: Run) -> int:
 async def _remove_page(connection: Connection, run: Run) -> int:
     if (await hold_states(connection, [run.id], to_change=True)).get(run.id) is not RunState.CANCELLED:
         raise UsageError(f"run {run.name!r} was taken up again meanwhile, so that it stays")
-    await connection.execute(update(runs).where(runs.c.id == run.id).values(pause_reason=REMOVING))
+    await connection.execute(update(runs).where(runs.c.id == run.id).values(BEING_REMOVED))
     chosen = select(prompts.c.job_id).where(prompts.c.run_id == run.id).limit(BATCH)
     ids = list((await connection.execute(chosen)).scalars())
     for column in (results.c.job_id, attempts.c.job_id, jobs.c.id, prompts.c.job_id):
@@ -392,9 +393,9 @@ async def revive(database: Database, run: Run) -> None:
 
     async def work(connection: Connection) -> None:
         await hold_states(connection, [run.id], to_change=True)
-        reason = (await find(connection, run.name)).pause_reason
-        check_not_removing(run.name, reason)
-        check_not_moving(run.name, reason)
+        now = await find(connection, run.name)
+        check_not_removing(now)
+        check_not_moving(now)
         values = {"state": RunState.ACTIVE}
         where = (runs.c.id == run.id) & (runs.c.state == RunState.CANCELLED)
         await connection.execute(update(runs).where(where).values(**values))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sqlalchemy import (
@@ -21,12 +22,18 @@ from sqlalchemy import (
     literal_column,
     select,
     text,
+    update,
 )
 
+from lbr.core.errors import DatabaseError
+from lbr.core.types import Move, PauseCause, Paused, RunState
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from sqlalchemy import ColumnElement, Connection, Row
+
+    from lbr.core.types import WorkerId
 
 AnyRow: TypeAlias = "Row[*tuple[Any, ...]]"
 
@@ -66,7 +73,9 @@ runs = Table(
     Column("answerer", Text, nullable=False),
     Column("fingerprint", Text),
     Column("state", Text, nullable=False),
-    Column("pause_reason", Text),
+    # A PauseCause, and the text that people read.
+    Column("pause_cause", Text),
+    Column("pause_message", Text),
     Column("max_attempts", Integer, nullable=False),
     Column("created_at", Millis, nullable=False),
     # When its newest chunk was enqueued; sealed_at is null until an enqueue came to its end.
@@ -79,6 +88,8 @@ runs = Table(
     Column("highest_nanos", Id),
     # The columns of its input as JSON, in order; see `lbr.core.types.Item`.
     Column("input_columns", Text),
+    # As JSON, while `lbr move` is at it: the other database, and what the run was before.
+    Column("move", Text),
     CheckConstraint("state IN ('active', 'paused', 'cancelled')", name="runs_state"),
     sqlite_autoincrement=True,
 )
@@ -112,6 +123,9 @@ _pending = Index(
 )
 SILENT_MS = 15_000
 """A worker that has not reported for so long is not counted as working."""
+
+LIVE_MS = 60_000
+"""A worker that has not reported for so long, which is the usual lease, does not keep a queue from being migrated."""
 
 SUSPECT_CRASHES = 2
 """From this many crashes on a job runs alone in its worker, so that it cannot take others along."""
@@ -362,6 +376,64 @@ def _add_outages(connection: Connection) -> None:
     outages.create(connection, checkfirst=True)
 
 
+_BEFORE = " (was "
+_CAUSES = {
+    PauseCause.BUDGET: re.compile(r"it may cost \$.* spent there is no room for a call"),
+    PauseCause.UNPRICED: re.compile(r"its calls tell no cost: expected .*"),
+    PauseCause.OUTAGE: re.compile(r".+ could not be reached in .+ of waits: .*", re.DOTALL),
+    PauseCause.SET_UP: re.compile(r"all \d+ jobs? that were called failed alike: .*", re.DOTALL),
+    # The class of the error, or the provider's code.
+    PauseCause.ACCOUNT: re.compile(r"[\w.]+: .*", re.DOTALL),
+}
+
+
+def _cause_of(reason: str) -> Paused:
+    """Read a reason of a version that kept the cause of a pause in its words."""
+    for cause, words in _CAUSES.items():
+        if words.fullmatch(reason):
+            return Paused(cause, reason)
+    return Paused(PauseCause.USER, reason)
+
+
+def _read_reason(state: str, reason: str) -> tuple[Paused, Move | None]:
+    """Read such a reason, also one of `lbr move`."""
+    if state == RunState.CANCELLED:
+        return Paused(PauseCause.REMOVING, reason), None
+    moves = (PauseCause.MOVING_TO, PauseCause.MOVED_TO, PauseCause.MOVING_FROM)
+    for cause in moves:
+        start = f"{cause.replace('_', ' ')} "
+        if reason.startswith(start):
+            message, _, before = reason.partition(_BEFORE)
+            place, before = message.removeprefix(start), before.removesuffix(")")
+            if before == RunState.CANCELLED:
+                return Paused(cause, message), Move(place, RunState.CANCELLED)
+            if before:
+                return Paused(cause, message), Move(
+                    place, RunState.PAUSED, _cause_of(before.removeprefix("paused: "))
+                )
+            return Paused(cause, message), Move(place)
+    return _cause_of(reason), None
+
+
+def _name_causes(connection: Connection) -> None:
+    columns = {
+        column["name"] for column in inspect(connection).get_columns("runs", schema=_schema_of(connection))
+    }
+    if "pause_reason" not in columns:
+        return
+    _add_missing(connection, runs)
+    old = Table("runs", MetaData(), *(Column(name) for name in ("id", "state", "pause_reason")))
+    for row in connection.execute(select(old).where(old.c.pause_reason.is_not(None))).all():
+        pause, move = _read_reason(row.state, row.pause_reason)
+        values = {
+            "pause_cause": pause.cause,
+            "pause_message": pause.message,
+            "move": None if move is None else move.to_json(),
+        }
+        connection.execute(update(runs).where(runs.c.id == row.id).values(values))
+    _alter(connection, runs, "DROP COLUMN pause_reason")
+
+
 MIGRATIONS: tuple[tuple[str, Callable[[Connection], None]], ...] = (
     ("create the tables", _create_tables),
     ("index the suspects", _index_suspects),
@@ -371,6 +443,7 @@ MIGRATIONS: tuple[tuple[str, Callable[[Connection], None]], ...] = (
     ("add the share of refused calls and the highest cost of a call", _add_shares_and_costs),
     ("note outages of models", _add_outages),
     ("keep the order of columns, and which ids are numbers", _add_input_columns),
+    ("keep the cause of a pause apart from its message", _name_causes),
 )
 """Ordered and append-only: a database's version is the number of them that it has seen."""
 
@@ -390,12 +463,36 @@ def applied_version(connection: Connection) -> int:
     return max(versions, default=0)
 
 
-def migrate(connection: Connection, now: int) -> None:
-    """Apply what is missing, with its record, in the caller's transaction. Safe to repeat."""
+def migrate(connection: Connection, now: int, dead: Callable[[Iterable[WorkerId]], list[WorkerId]]) -> None:
+    """Apply what is missing, with its record, in the caller's transaction. Safe to repeat.
+
+    Raises DatabaseError, and changes nothing, while workers of an older version report; `dead` returns those of them
+    that have certainly ended.
+    """
     if connection.dialect.name == "postgresql":
         _for_postgresql()
     applied = applied_version(connection)
+    if 0 < applied < LATEST:
+        _check_no_workers(connection, now, dead)
     for version, (name, step) in enumerate(MIGRATIONS, start=1):
         if version > applied:
             step(connection)
             connection.execute(insert(schema_version).values(version=version, name=name, applied_at=now))
+
+
+def _check_no_workers(
+    connection: Connection, now: int, dead: Callable[[Iterable[WorkerId]], list[WorkerId]]
+) -> None:
+    seen = workers.c.seen_at.between(now - LIVE_MS, now + LIVE_MS)
+    rows = connection.execute(select(workers).where(seen).order_by(workers.c.id)).all()
+    ended = dead([row.id for row in rows])
+    live = [row for row in rows if row.id not in ended]
+    if not live:
+        return
+    wait = max(row.seen_at for row in live) + LIVE_MS - now
+    shown = ", ".join(f"{row.host}:{row.pid}" for row in live[:5])
+    more = f" and {len(live) - 5} more" if len(live) > 5 else ""
+    raise DatabaseError(
+        f"workers of an older version are running on this queue ({shown}{more}), and this version must change its tables; "
+        f"stop them first. If they were killed, run the same command again in {-(-wait // 1000)} s"
+    )

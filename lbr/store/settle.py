@@ -11,14 +11,14 @@ from sqlalchemy import bindparam, literal_column, null, select, update
 from lbr.core.budget import unknown_words
 from lbr.core.errors import NO_USAGE, DatabaseError, Family, Usage
 from lbr.core.retry import FARTHEST_MS, is_overload
-from lbr.core.types import JobId, JobState, Millis, RunId, RunState, Settlement
+from lbr.core.types import JobId, JobState, Millis, PauseCause, Paused, RunId, RunState, Settlement
 from lbr.store import counters
 from lbr.store.arrays import Bulk, Given, Inserting, Query, among
 from lbr.store.budgets import forget_estimates, raise_highest
 from lbr.store.fence import FENCE, Standing, is_doubtful, is_mine, is_plain, is_repeated
 from lbr.store.judge import judge_failures, pause_wrong_set_ups
 from lbr.store.limiting import Lesson, learn
-from lbr.store.runs import hold_states, resting_state
+from lbr.store.runs import hold_states, pausing, resting_state
 from lbr.store.schema import attempts, jobs, limits, results, runs
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class Settled:
 
     taken: frozenset[JobId]
     stale: frozenset[JobId]
-    paused: dict[str, str]
+    paused: dict[str, Paused]
     given_back: frozenset[JobId] = frozenset()
     unreachable: dict[str, str] = field(default_factory=dict)
     reached: frozenset[str] = frozenset()
@@ -388,19 +388,20 @@ def _tokens_used(settlement: Settlement) -> int:
 
 def _pauses(
     mine: list[Settlement], stale: list[Settlement], standing: dict[int, Standing]
-) -> dict[RunId, str]:
-    """Return the runs that are to be paused, each with the reason.
+) -> dict[RunId, Paused]:
+    """Return the runs that are to be paused, each with its pause.
 
     Those whose account does not work, and those that may cost so much only, but of whose calls nobody knows the cost.
     """
-    pauses: dict[RunId, str] = {}
+    pauses: dict[RunId, Paused] = {}
     limited = {job.job_id for job in standing.values() if job.budget_nanos is not None}
     for s in [*mine, *stale] if limited else ():
         job = standing[s.claim.job_id]
         if job.job_id in limited and s.outcome.is_unpriced:
             usage = s.outcome.usage
             counted = usage.input_tokens is not None and usage.output_tokens is not None
-            pauses[s.claim.run_id] = unknown_words(job.answerer, counted=counted)
+            words = unknown_words(job.answerer, counted=counted)
+            pauses[s.claim.run_id] = Paused(PauseCause.UNPRICED, words)
     return pauses | {s.claim.run_id: s.pause for s in mine if s.pause is not None}
 
 
@@ -426,16 +427,16 @@ async def _not_lost(
     return await forget_estimates(connection, {c.job_id: (c.run_id, c.claim_seq) for c in late})
 
 
-async def _pause(connection: Connection, pauses: dict[RunId, str]) -> dict[str, str]:
-    """Pause runs, each for its reason; return the names of those that were active."""
-    paused: dict[str, str] = {}
-    for run_id, reason in sorted(pauses.items()):  # in one order, so that two never wait for each other
+async def _pause(connection: Connection, pauses: dict[RunId, Paused]) -> dict[str, Paused]:
+    """Pause runs; return the names of those that were active, each with its pause."""
+    paused: dict[str, Paused] = {}
+    for run_id, pause in sorted(pauses.items()):  # in one order, so that two never wait for each other
         query = (
             update(runs)
             .where(runs.c.id == run_id, runs.c.state == RunState.ACTIVE)
-            .values(state=RunState.PAUSED, pause_reason=reason)
+            .values(pausing(pause))
             .returning(runs.c.name)
         )
         for name in (await connection.execute(query)).scalars():
-            paused[name] = reason
+            paused[name] = pause
     return paused

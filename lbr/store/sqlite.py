@@ -290,7 +290,9 @@ class SQLiteDatabase(Database):
             async with files.creation_lock(self.path):
                 files.create_private(self.path)
                 await self._use_wal()
-                await self.write(lambda connection: connection.run_sync(schema.migrate, self._clock()))
+                await self.write(
+                    lambda connection: connection.run_sync(schema.migrate, self._clock(), self.presence.dead)
+                )
 
     async def _use_wal(self) -> None:
         """Let readers and the writer work side by side. It is kept in the file, so this is nearly always a look."""

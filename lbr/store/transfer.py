@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import bindparam, delete, func, select, update
 
 from lbr.core.errors import DatabaseError, RunNotFoundError, UsageError
-from lbr.core.types import JobState, Run, RunState
+from lbr.core.types import JobState, Move, PauseCause, Paused, Run, RunState
 from lbr.store import counters, enqueue, runs
 from lbr.store.arrays import Inserting, among
 from lbr.store.contents import ITEM, JOB, PAGE, PROMPT, RESULT, TRY, Contents, Page
 from lbr.store.locks import alone_with
-from lbr.store.runs import BEFORE, MOVED_TO, MOVING_FROM, MOVING_TO
 from lbr.store.schema import INFLIGHT, attempts, items, jobs, prompts, results
 from lbr.store.schema import counters as counters_table
 from lbr.store.schema import runs as runs_table
@@ -63,13 +62,13 @@ async def find(database: Database, name: str) -> Run | None:
 
 def has_left(run: Run, aim: str) -> bool:
     """Tell whether a run was moved to `aim`."""
-    return _leaving(run, aim, (MOVED_TO,)) is not None
+    return _leaves(run, aim, PauseCause.MOVED_TO)
 
 
 def check_may_leave(run: Run, aim: str) -> None:
     """Raise UsageError where a run is on its way to another database than `aim`, or is not whole."""
-    if _leaving(run, aim) is None and run.state is RunState.PAUSED:
-        runs.check_not_moving(run.name, run.pause_reason)
+    if not _leaves(run, aim) and run.state is RunState.PAUSED:
+        runs.check_not_moving(run)
 
 
 def check_whole(run: Run) -> None:
@@ -81,26 +80,15 @@ def check_whole(run: Run) -> None:
         )
 
 
-def state_before(run: Run, aim: str) -> tuple[RunState, str | None]:
-    """Return the state and the reason that a run had before it was paused to be moved to `aim`."""
-    before = (_leaving(run, aim) or "").removeprefix(BEFORE).removesuffix(")")
-    if before == RunState.CANCELLED:
-        return RunState.CANCELLED, None
-    return (RunState.PAUSED, before.removeprefix("paused: ")) if before else (RunState.ACTIVE, None)
+def state_before(run: Run) -> tuple[RunState, Paused | None]:
+    """Return the state and the pause that a run had before it was paused to be moved."""
+    return (RunState.ACTIVE, None) if run.move is None else (run.move.state, run.move.pause)
 
 
-def _leaving(run: Run, aim: str, words: Sequence[str] = (MOVING_TO, MOVED_TO)) -> str | None:
-    """Return what a run's reason says behind "moving to" the aim, None where it does not begin so."""
-    reason = run.pause_reason or ""
-    for start in (f"{word}{aim}" for word in words):
-        rest = reason.removeprefix(start)
-        if (
-            run.state is RunState.PAUSED
-            and reason.startswith(start)
-            and (not rest or rest.startswith(BEFORE))
-        ):
-            return rest
-    return None
+def _leaves(run: Run, aim: str, *causes: PauseCause) -> bool:
+    """Return whether a run is being or was moved to `aim`."""
+    leaving = run.is_paused_by(*(causes or (PauseCause.MOVING_TO, PauseCause.MOVED_TO)))
+    return run.state is RunState.PAUSED and leaving and run.move is not None and run.move.place == aim
 
 
 def is_copy(copy: Run, run: Run) -> bool:
@@ -110,8 +98,8 @@ def is_copy(copy: Run, run: Run) -> bool:
 
 def is_half_done(copy: Run, run: Run) -> bool:
     """Tell whether one run is a copy of the other whose making has not come to its end."""
-    reason = copy.pause_reason or ""
-    return copy.state is RunState.PAUSED and reason.startswith(MOVING_FROM) and is_copy(copy, run)
+    moving = copy.state is RunState.PAUSED and copy.is_paused_by(PauseCause.MOVING_FROM)
+    return moving and is_copy(copy, run)
 
 
 async def hold(source: Database, name: str, aim: str) -> Run:
@@ -126,12 +114,10 @@ async def hold(source: Database, name: str, aim: str) -> Run:
         run = await runs.find(connection, name)
         check_may_leave(run, aim)
         check_whole(run)
-        if _leaving(run, aim) is not None:
+        if _leaves(run, aim):
             return run
-        before = {RunState.ACTIVE: "", RunState.CANCELLED: f"{BEFORE}cancelled)"}.get(
-            run.state, f"{BEFORE}paused: {run.pause_reason})"
-        )
-        values = {"state": RunState.PAUSED, "pause_reason": f"{MOVING_TO}{aim}{before}"}
+        pause = Paused(PauseCause.MOVING_TO, f"moving to {aim}")
+        values = runs.pausing(pause) | {"move": Move(aim, run.state, run.pause).to_json()}
         await connection.execute(update(runs_table).where(runs_table.c.id == run.id).values(**values))
         return await runs.find(connection, name)
 
@@ -152,11 +138,8 @@ async def in_flight(database: Database, run: Run) -> tuple[int, float]:
 async def open_copy(target: Database, run: Run, origin: str) -> Run:
     """Return the run's copy, made paused where its name is free. Safe to repeat."""
     spec = runs.RunSpec(run.name, run.task, run.max_attempts, run.fingerprint, run.price)
-    values = {
-        "state": RunState.PAUSED,
-        "pause_reason": f"{MOVING_FROM}{origin}",
-        "created_at": run.created_at,
-    }
+    pause = Paused(PauseCause.MOVING_FROM, f"moving from {origin}")
+    values = runs.pausing(pause) | {"move": Move(origin).to_json(), "created_at": run.created_at}
 
     async def work(connection: Connection) -> Run:
         copy, made = await runs.ensure(target, connection, spec)
@@ -197,10 +180,10 @@ async def _check_half_done(connection: Connection, copy: Run) -> None:
     """Hold the copy as it is until the transaction ends; NotHalfDoneError where its making is over."""
     await runs.hold_states(connection, [copy.id], to_change=True)
     now = await runs.find(connection, copy.name)
-    if (now.id, now.state, now.pause_reason) != (copy.id, RunState.PAUSED, copy.pause_reason):
+    if (now.id, now.state, now.pause, now.move) != (copy.id, RunState.PAUSED, copy.pause, copy.move):
         raise NotHalfDoneError(
-            f"expected run {copy.name!r} to be {copy.pause_reason}, got: {now.pause_reason or now.state}; "
-            f"somebody else has finished or changed it"
+            f"expected run {copy.name!r} to stay paused while it is copied, got: {now.state}; another process has "
+            f"finished or changed it"
         )
 
 
@@ -279,17 +262,14 @@ async def depart(source: Database, run: Run, aim: str, *, seen: Counter[str]) ->
     async def work(connection: Connection) -> None:
         await runs.hold_states(connection, [run.id], to_change=True)
         now = await runs.find(connection, run.name)
-        rest = _leaving(now, aim)
         counted = (await counters.of_runs(connection, [run.id]))[run.id]
-        if rest is None or counted != seen or counted[JobState.INFLIGHT]:
+        if not _leaves(now, aim) or counted != seen or counted[JobState.INFLIGHT]:
             raise DatabaseError(
                 f"expected run {run.name!r} to stay as it was while it was copied, got: a change by somebody else "
                 f"in {source.name}; nothing was taken up at {aim}: run the same command again"
             )
-        reason = f"{MOVED_TO}{aim}{rest}"
-        await connection.execute(
-            update(runs_table).where(runs_table.c.id == run.id).values(pause_reason=reason)
-        )
+        values = runs.pausing(Paused(PauseCause.MOVED_TO, f"moved to {aim}"))
+        await connection.execute(update(runs_table).where(runs_table.c.id == run.id).values(values))
 
     await source.write(work)
 
@@ -301,20 +281,16 @@ async def arrive(
     *,
     held: Contents,
     seen: Counter[str],
-    to: tuple[RunState, str | None],
+    to: tuple[RunState, Paused | None],
 ) -> None:
     """Give the copy the run's other counts, its seal, and its state `to`: from now on it is the run.
 
     Raises NotHalfDoneError where somebody else has done so, DatabaseError where its counts by state are not
     those of the jobs `held`.
     """
-    values = {"state": to[0], "pause_reason": to[1], "max_attempts": run.max_attempts}
-    values |= {
-        "input_columns": run.input_columns,
-        "fingerprint": run.fingerprint,
-        "enqueued_at": run.enqueued_at,
-        "sealed_at": run.sealed_at,
-    }
+    values = runs.NOT_PAUSED | ({} if to[1] is None else runs.pausing(to[1]))
+    values |= {"state": to[0], "max_attempts": run.max_attempts, "input_columns": run.input_columns}
+    values |= {"fingerprint": run.fingerprint, "enqueued_at": run.enqueued_at, "sealed_at": run.sealed_at}
     values |= {"price": None if run.price is None else run.price.to_json(), "budget_nanos": run.budget_nanos}
     states = {str(state) for state in JobState}
 

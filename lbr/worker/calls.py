@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from random import Random
 
     from lbr.core.outage import Evidence
+    from lbr.core.types import Paused
     from lbr.store.settle import Settled
     from lbr.worker.runs import Served
 
@@ -47,7 +48,7 @@ class WorkReport:
 
     `stale` counts answers that came too late, `released` jobs given back unfinished, `reclaimed` those taken
     from dead workers. `cut_off` counts the answers that reached a token limit, by run, and `limited` names the runs
-    whose settings set that limit. `stuck` counts calls that would not be cancelled. `paused` maps runs to the reason that stopped them; `interrupted` names runs whose
+    whose settings set that limit. `stuck` counts calls that would not be cancelled. `paused` maps runs to what stopped them; `interrupted` names runs whose
     enqueue did not come to its end; `drained` tells that the worker was asked to stop.
     """
 
@@ -61,7 +62,7 @@ class WorkReport:
     drained: bool = False
     cut_off: Counter[str] = field(default_factory=Counter)
     limited: set[str] = field(default_factory=set)
-    paused: dict[str, str] = field(default_factory=dict)
+    paused: dict[str, Paused] = field(default_factory=dict)
     interrupted: list[str] = field(default_factory=list)
 
 
@@ -276,6 +277,7 @@ class Calls:
         return held is not None and held.claim.claim_seq == claim.claim_seq
 
     def _written(self, batch: Sequence[Settlement], settled: Settled) -> None:
+        ended = 0
         for settlement in batch:
             claim = settlement.claim
             if self._is_held(claim):
@@ -284,6 +286,7 @@ class Calls:
                 given_back = claim.job_id in settled.given_back
                 state = JobState.PENDING if given_back else settlement.state
                 self._count(settlement, state)
+                ended += state is not JobState.PENDING
                 if state is JobState.FAILED and len(self._failed) < KEPT_FAILED:
                     self._failed.add(claim.job_id)
                 self._tell_first(settlement, given_back=given_back)
@@ -295,13 +298,13 @@ class Calls:
         self._report.stale += len(settled.stale)
         for words in settled.notices:
             self._notify(words)
-        for name, reason in settled.paused.items():
-            self._notify(f"run {name} is paused now: {reason}")
+        for name, pause in settled.paused.items():
+            self._notify(f"run {name} is paused now: {pause.message}")
         for model in settled.reached:
             self._suspicions[model].clear()
         for model, reason in settled.unreachable.items():
             self._unreachable(model, reason)
-        self._recent.append((time.monotonic(), len(settled.taken)))
+        self._recent.append((time.monotonic(), ended))
         self._changed()
 
     def _tell_no_table(self, batch: Sequence[Settlement]) -> None:
@@ -340,7 +343,7 @@ class Calls:
                 self._report.retried += 1
 
     def rate(self) -> float:
-        """Return how many calls a second were settled over the latest half minute."""
+        """Return how many jobs a second were done or failed over the latest half minute."""
         now = time.monotonic()
         while self._recent and self._recent[0][0] < now - RATE_WINDOW_SECONDS:
             self._recent.popleft()

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING
 
 from lbr.core.errors import NothingToServeError
 from lbr.core.plurals import counted
-from lbr.core.types import JobState, RunState, Until
+from lbr.core.types import JobState, PauseCause, RunState, Until
 from lbr.store import reads
-from lbr.store.runs import MOVED_TO, departed_words, tells_of_move
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    from lbr.core.types import Millis, Run
+    from lbr.core.types import Millis, Paused, Run
     from lbr.store.database import Database
     from lbr.store.queue import Outlook
     from lbr.worker.runs import Servings
@@ -27,7 +26,7 @@ class Ending:
 
     `look` tells what there is to claim and to reclaim for it.
 
-    Afterwards `paused` maps runs to the reason that stopped them, `interrupted` names runs whose enqueue did not come
+    Afterwards `paused` maps runs to what stopped them, `interrupted` names runs whose enqueue did not come
     to its end. A pause that was there before this worker is nothing to tell, unless the run was named; nor is a move,
     for what left goes on elsewhere.
     """
@@ -49,7 +48,7 @@ class Ending:
         self._named = named
         self._notify = notify
         self._told_held = False
-        self.paused: dict[str, str] = {}
+        self.paused: dict[str, Paused] = {}
         self.interrupted: list[str] = []
 
     async def has_come(self, wanted: Sequence[Run]) -> bool:
@@ -105,13 +104,13 @@ class Ending:
     def _note_pauses(self, view: list[reads.RunCounts]) -> None:
         self.paused = {}
         for one in view:
-            run, reason = one.run, one.run.pause_reason or ""
-            if run.state is not RunState.PAUSED:
+            run, pause = one.run, one.run.pause
+            if run.state is not RunState.PAUSED or pause is None:
                 continue
-            if reason.startswith(MOVED_TO):
+            if pause.cause is PauseCause.MOVED_TO:
                 if self._named:
-                    self._notify(f"run {run.name} {departed_words(reason)}; name that database with --db")
-            elif one.open and (
-                self._named or (run.id in self._servings.served and not tells_of_move(reason))
-            ):
-                self.paused[run.name] = reason
+                    self._notify(
+                        f"run {run.name} was {pause.message} and goes on there; name that database with --db"
+                    )
+            elif one.open and (self._named or (run.id in self._servings.served and not pause.cause.is_move)):
+                self.paused[run.name] = pause

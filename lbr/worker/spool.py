@@ -200,8 +200,8 @@ async def _settle_file(database: Database, path: Path, notify: Callable[[str], N
         settled = await settle(database, batch[start : start + PAGE])
         taken += len(settled.taken)
         stale += len(settled.stale)
-        for name, reason in settled.paused.items():
-            notify(f"run {name} is paused now: {reason}")
+        for name, pause in settled.paused.items():
+            notify(f"run {name} is paused now: {pause.message}")
     if others:
         left = path.with_name(path.name.removesuffix(ENDING) + LEFT)
         files.write_private(left, _lines(others))

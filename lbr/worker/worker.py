@@ -19,7 +19,8 @@ from lbr.core.errors import DatabaseError, NothingToServeError, RunNotFoundError
 from lbr.core.retry import RetryPolicy
 from lbr.core.types import Until, WorkerId
 from lbr.store import reads
-from lbr.store.queue import Queue
+from lbr.store.database import local_clock
+from lbr.store.queue import MAX_SKEW_MS, Queue
 from lbr.worker.calls import Calls, WorkReport
 from lbr.worker.claiming import Claiming
 from lbr.worker.completion import Ending
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from lbr.core.config import WorkOptions
-    from lbr.core.types import Claim, Run, Settlement
+    from lbr.core.types import Claim, Millis, Run, Settlement
     from lbr.models.build import Authority
     from lbr.store.database import Database
     from lbr.store.queue import Outlook
@@ -43,6 +44,8 @@ TICK_SECONDS = 5.0
 CHECK_SECONDS = 1.0
 STANDSTILL_SECONDS = 1.0
 JITTER_SECONDS = 1.0
+CLOCK_SECONDS = 2 * TICK_SECONDS
+"""How long to wait for the next report of a worker that lives and whose latest one is far from our time."""
 
 
 class Worker:
@@ -109,6 +112,10 @@ class Worker:
         self._next_due = 0.0
         self._next_check = 0.0
         self._id = WorkerId(0)
+        # How far our clock was ahead of the machine's monotonic one, and reports that were far from it.
+        self._lead = _lead_ms()
+        self._far_off: Mapping[WorkerId, Millis] = {}
+        self._comparing = asyncio.Lock()
 
     def drain(self) -> None:
         """Claim no more, finish what is held within the grace, then release the rest and return."""
@@ -192,6 +199,7 @@ class Worker:
 
     async def _run(self) -> WorkReport:
         try:
+            await self._check_clock(wait=True)
             await self._reclaim()
             await self._learn()
             host, slots = socket.gethostname(), self._servings.slots
@@ -202,6 +210,8 @@ class Worker:
             ticking.add_done_callback(self._tick_ended)
             try:
                 try:
+                    # Again, for one that began at the same moment was not there to see.
+                    await self._check_clock(wait=True)
                     await self._loop()
                 except DatabaseError as error:
                     self._fail(error)
@@ -300,6 +310,8 @@ class Worker:
         return 0 if self._calls.alone else self._servings.slots - len(self._calls)
 
     async def _claim(self) -> list[Claim]:
+        if self._clock_jumped():
+            await self._check_clock()
         async with self._claiming.alone():
             free = self._free()
             if free <= 0 or not (self._claiming.worth_it() or await self._look()):
@@ -307,7 +319,8 @@ class Worker:
             return await self._claiming.claim(free)
 
     async def _settle(self, batch: Sequence[Settlement]) -> Settled:
-        free = 0 if self._stop_asked() or self._calls.alone else self._free() + self._calls.freed_by(batch)
+        rests = self._stop_asked() or self._calls.alone or self._clock_jumped()
+        free = 0 if rests else self._free() + self._calls.freed_by(batch)
         return await self._claiming.settle(batch, free)
 
     async def _look(self) -> bool:
@@ -390,7 +403,35 @@ class Worker:
             if self._claiming.more and not self._stop_asked():
                 await self._reclaim()
 
+    def _clock_jumped(self) -> bool:
+        return abs(_lead_ms() - self._lead) > MAX_SKEW_MS
+
+    async def _check_clock(self, *, wait: bool = False) -> None:
+        """Raise DatabaseError if another worker of the file goes by a clock that is far from ours.
+
+        A report alone says little: its worker may stand still, or the clock of the whole machine was set. One that comes
+        while we look does, so at the start, and after our own clock has jumped, that is waited for.
+        """
+        if not self._database.presence.tells:
+            self._lead = _lead_ms()
+            return
+        async with self._comparing:
+            clocks = await self._queue.clocks(self._id)
+            if wait or self._clock_jumped():
+                wait, self._far_off, self._lead = True, clocks.reports, _lead_ms()
+            deadline = time.monotonic() + CLOCK_SECONDS * wait
+            while True:
+                for worker, seen_at in clocks.reports.items():
+                    if self._far_off.get(worker, seen_at) != seen_at:
+                        raise DatabaseError(_clock_words(clocks.now, worker, seen_at, self._database.name))
+                self._far_off = clocks.reports
+                if not clocks.reports or time.monotonic() >= deadline or self._stop_asked():
+                    return
+                await asyncio.sleep(POLL_SECONDS)
+                clocks = await self._queue.clocks(self._id)
+
     async def _renew(self) -> None:
+        await self._check_clock()
         claims = self._calls.claims
         settled, rate = self.report.done + self.report.failed, self._calls.rate()
         lost = await self._queue.renew(
@@ -412,3 +453,15 @@ class Worker:
             with suppress(TimeoutError):
                 async with asyncio.timeout(left):
                     await self._wake.wait()
+
+
+def _lead_ms() -> float:
+    return local_clock() - time.monotonic() * 1000
+
+
+def _clock_words(now: Millis, worker: WorkerId, seen_at: Millis, database: str) -> str:
+    ours, theirs = (time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(at / 1000)) for at in (now, seen_at))
+    return (
+        f"the clock of this process says {ours} UTC, but worker {worker}, which works on {database} too, has just written "
+        f"{theirs} UTC: leases need one clock. Set the wrong one right, then start this worker again"
+    )

@@ -22,8 +22,8 @@ import lbr
 from lbr.api import diagnosis
 from lbr.api.diagnosis import Finding, Gravity
 from lbr.api.diagnosis.place import has_wal_reset_bug, of_server
-from lbr.core.budget import BUDGET_SPENT
 from lbr.core.errors import UsageError
+from lbr.core.types import PauseCause
 from lbr.store import file_health, files, health, recount, runs, schema
 from lbr.store.engines import open_database
 from lbr.store.queue import Queue
@@ -187,8 +187,8 @@ async def test_paused_and_unsealed_runs_are_found(database: Database, db_url: st
     """Runs that wait for a person are named, each with the command that lets it go on."""
     by_hand, broke, spent = [await put(database, ["a"], name=name) for name in ("hand", "broke", "spent")]
     await runs.pause(database, by_hand, "by hand")
-    await runs.pause(database, broke, "Pause: the licence has expired")
-    await runs.pause(database, spent, f"{BUDGET_SPENT} of $1")
+    await runs.pause(database, broke, "Pause: the licence has expired", cause=PauseCause.ACCOUNT)
+    await runs.pause(database, spent, "it may cost $1", cause=PauseCause.BUDGET)
     change(db_url, "UPDATE runs SET sealed_at = NULL WHERE name = 'hand'")
     clock.forward(600)
     hints = [(one.gravity, one.do or "") for one in (await examined(db_url, clock))["runs"]]
@@ -360,7 +360,7 @@ async def test_what_lbr_has_not_written_is_told(database: Database, db_url: str,
     """A task that is none is an error among the findings; the others are there as well."""
     await put(database, ["a"])
     character = "chr" if is_postgresql(db_url) else "char"
-    change(db_url, f"UPDATE runs SET task = 'nonsense' || {character}(27) || '[31m', pause_reason = '...'")
+    change(db_url, f"UPDATE runs SET task = 'nonsense' || {character}(27) || '[31m', pause_message = '...'")
     done = Cli(tmp_path, db_url=db_url)("doctor", check=False)
     assert done.returncode == GRAVE
     assert "runs: cannot be told: cannot read run 'r': expected a stored task, got: 'nonsense" in done.stdout
@@ -373,6 +373,7 @@ def test_words_of_the_command(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("a\n")
     cli("enqueue", "in.txt", "--run", "r", "--model", "offline:echo")
     cli("pause", "r", "--reason", "the moon")
+    change(cli.outside_url, "UPDATE runs SET pause_cause = 'account'")
     done = cli("doctor", check=False)
     assert done.returncode == GRAVE
     assert (

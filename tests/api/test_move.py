@@ -14,9 +14,9 @@ from lbr import LbrError, Permanent
 from lbr.api.move import Moved
 from lbr.api.status import describe, unfinished_words
 from lbr.core.errors import DatabaseError, UsageError
-from lbr.core.types import Item, KeyMaker, Prompt, Shape
+from lbr.core.types import Item, KeyMaker, PauseCause, Paused, Prompt, Shape
 from lbr.store import contents, enqueue, reads, runs, transfer
-from lbr.store.engines import open_database, opened
+from lbr.store.engines import open_database, opened, shown
 from lbr.store.queue import Queue
 from lbr.store.settle import settle
 from lbr.worker.spool import keep, waiting_of
@@ -95,8 +95,8 @@ async def test_everything_comes_along_and_the_rest_is_done_there(urls: tuple[str
     assert (await lbr.show("r", 60, db_url=target)).tries == (await lbr.show("r", 60, db_url=source)).tries
     assert (await lbr.show("r", 61, db_url=target)).reused
     here, there = [(await lbr.status("r", db_url=url)).runs[0] for url in urls]
-    assert (here.state, there.state, there.pause_reason) == ("paused", "active", None)
-    assert (here.pause_reason or "").startswith("moved to ")
+    assert (here.state, there.state, there.pause_cause) == ("paused", "active", None)
+    assert here.pause_message == f"moved to {shown(target)}"
     for name in ("done", "failed", "pending", "reused", "errors", "input_tokens", "sealed"):
         assert getattr(here, name) == getattr(there, name)
     assert (await lbr.work(functions=[picky], db_url=source)).done == 0
@@ -291,8 +291,11 @@ async def test_states_come_along(urls: tuple[str, str]) -> None:
     await lbr.cancel("cancelled", db_url=source)
     for name in ("paused", "cancelled"):
         await lbr.move(name, db_url=source, to_url=target)
-    found = {run.run: (run.state, run.pause_reason) for run in (await lbr.status(db_url=target)).runs}
-    assert found == {"paused": ("paused", "no credit"), "cancelled": ("cancelled", None)}
+    found = {
+        run.run: (run.state, run.pause_cause, run.pause_message)
+        for run in (await lbr.status(db_url=target)).runs
+    }
+    assert found == {"paused": ("paused", "user", "no credit"), "cancelled": ("cancelled", None, None)}
 
 
 async def test_workers_pass_over_a_copy_that_rests(urls: tuple[str, str]) -> None:
@@ -309,7 +312,7 @@ async def test_workers_pass_over_a_copy_that_rests(urls: tuple[str, str]) -> Non
     assert line.startswith("run r was moved to ")
     assert line.endswith(" and goes on there; name that database with --db")
     assert "no credit" not in line
-    assert (await lbr.work(run="r", db_url=target)).paused == {"r": "no credit"}
+    assert (await lbr.work(run="r", db_url=target)).paused == {"r": Paused(PauseCause.USER, "no credit")}
 
 
 async def test_a_copy_that_rests_keeps_its_mark(urls: tuple[str, str]) -> None:
@@ -322,7 +325,7 @@ async def test_a_copy_that_rests_keeps_its_mark(urls: tuple[str, str]) -> None:
             await change("r", db_url=source)
     with pytest.raises(UsageError, match="goes on there"):
         await lbr.enqueue(["c"], run="r", model="offline:echo", append=True, db_url=source)
-    assert ((await lbr.status("r", db_url=source)).runs[0].pause_reason or "").startswith("moved to ")
+    assert (await lbr.status("r", db_url=source)).runs[0].pause_cause == "moved_to"
     assert (await lbr.move("r", db_url=source, to_url=target)).known
 
 
@@ -350,7 +353,7 @@ async def test_a_run_on_its_way_is_changed_by_nobody(
         found = await lbr.status("r", db_url=url)
         (words,) = [line for line in describe(found).splitlines() if "paused:" in line]
         assert words.endswith(f"; finish that with {way}")
-        assert unfinished_words("r", found.runs[0].pause_reason) == words.strip()
+        assert unfinished_words("r", found.runs[0].pause) == words.strip()
     await lbr.resume("r", db_url=source)
     await lbr.pause("r", db_url=source)
 
@@ -478,8 +481,7 @@ async def test_a_reused_answer_stays_until_it_is_copied(
     queue = Queue(database)
     worker = await queue.register(host="h", pid=1, concurrency=1)
     await settle(database, [answered(c, "A") for c in await queue.claim(worker, [first.id], 1, lease=60)])
-    reason = f"{runs.MOVING_FROM}elsewhere"
-    copy = await runs.pause(database, first, reason)
+    copy = await runs.pause(database, first, "moving from elsewhere", cause=PauseCause.MOVING_FROM)
     other = await open_database(url)
     real, clearing = enqueue._find_answers, []
 

@@ -172,7 +172,8 @@ async def test_a_failure_without_a_reason(error: type[Exception], paused: bool) 
         assert (row["status"], row["error"]) == ("missing", "the function gave no reason")
         (run,) = (await lbr.status(f"r{number}")).runs
         assert (run.state == "paused", run.failed) == (paused, 0 if paused else 1)
-        assert run.pause_reason == ("Pause: the function gave no reason" if paused else None)
+        assert run.pause_cause == ("account" if paused else None)
+        assert run.pause_message == ("Pause: the function gave no reason" if paused else None)
 
 
 async def test_rerun_calls_nothing_again(calls: Calls, db_url: str) -> None:
@@ -600,6 +601,19 @@ async def test_progress_lines(capfd: pytest.CaptureFixture[str]) -> None:
     assert told.out == ""
     await prompt_map(["x"], slow, progress_every=None)
     assert capfd.readouterr() == ("", "")
+
+
+async def test_no_rate_before_the_first_answer(capfd: pytest.CaptureFixture[str]) -> None:
+    """Jobs that fail fast promise nothing about when the answers come."""
+
+    async def fails(prompt: str) -> str:
+        await asyncio.sleep(0.1)
+        raise lbr.Permanent("no")
+
+    await prompt_map([f"p{n}" for n in range(40)], fails, concurrency=2, progress_every=5)
+    lines = [line for line in capfd.readouterr().err.splitlines() if "/40 jobs" in line]
+    assert lines
+    assert not [line for line in lines if "/s" in line or "left" in line]
 
 
 async def test_runs_beside_other_work_in_one_loop(db_url: str) -> None:

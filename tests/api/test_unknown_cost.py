@@ -12,10 +12,9 @@ import pytest
 
 from lbr.api.bench.chat import chat_server
 from lbr.api.status import describe, status_of
-from lbr.core.budget import COST_UNKNOWN
 from lbr.core.errors import Family, Usage
 from lbr.core.pricing import Price
-from lbr.core.types import Failure, Outcome, Reply
+from lbr.core.types import Failure, Outcome, PauseCause, Paused, Reply
 from lbr.store import budgets, reads, runs
 from lbr.store.queue import Queue
 from lbr.store.settle import settle
@@ -66,14 +65,14 @@ class TestPause:
         one, two = await claim(database, worker, run)
         settled = await settle(database, [took(one, Usage(40, 40, None))])
         words = (
-            f"{COST_UNKNOWN}: expected a price for offline:echo, got: none; give it with --price in=…,out=… at the "
-            f"enqueue, which may be repeated"
+            "its calls tell no cost: expected a price for offline:echo, got: none; give it with --price in=…,out=… at the "
+            "enqueue, which may be repeated"
         )
-        assert settled.paused == {"r": words}
+        assert settled.paused == {"r": Paused(PauseCause.UNPRICED, words)}
         assert await claim(database, worker, run) == []
         assert (await settle(database, [took(two, Usage(40, 40, None))])).paused == {}
         found = await reads.find_run(database, "r")
-        assert (found.state, found.pause_reason) == ("paused", words)
+        assert (found.state, found.pause) == ("paused", Paused(PauseCause.UNPRICED, words))
         assert await states(database, run) == {"done": 3, "pending": 17}
         await assert_counted(database, run)
         await runs.resume(database, found)
@@ -87,7 +86,9 @@ class TestPause:
         await budgets.set_budget(database, run.id, 10**9)
         (first,) = await claim(database, worker, run)
         (reason,) = (await settle(database, [answered(first)])).paused.values()
-        assert reason.startswith(f"{COST_UNKNOWN}: expected offline:echo to count their tokens, got: none")
+        assert reason.message.startswith(
+            "its calls tell no cost: expected offline:echo to count their tokens, got: none"
+        )
 
     @pytest.mark.parametrize(
         ("failure", "pauses"),
@@ -207,7 +208,8 @@ class TestBrokenTable:
         assert (done.returncode, bench.calls) == (3, 1)
         assert done.stderr.count("expected the price table, the package genai-prices, got: OSError") == 1
         assert (
-            f"{COST_UNKNOWN}: expected a price for {RELAYED}, got: none; give it with --price" in done.stderr
+            f"its calls tell no cost: expected a price for {RELAYED}, got: none; give it with --price"
+            in done.stderr
         )
         assert "then `lbr resume in`; or lift the limit with `lbr resume in --max-cost inf`" in done.stderr
         assert bench.cli.status("in")["done"] == 1
@@ -245,7 +247,7 @@ class TestBrokenTable:
         bench.cli("resume", "in", "--max-cost", "1")
         _, said = worker.communicate(timeout=60)
         assert worker.returncode == 3, said
-        assert f"run in is paused now: {COST_UNKNOWN}" in said
+        assert "run in is paused now: its calls tell no cost" in said
         bench.cli.stop_all()
         assert bench.cli.status("in")["done"] == bench.calls < 20_000
 

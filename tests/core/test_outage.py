@@ -25,6 +25,8 @@ from lbr.core.types import (
     JobId,
     JobState,
     Outcome,
+    PauseCause,
+    Paused,
     Prompt,
     Reply,
     RunId,
@@ -165,7 +167,7 @@ class TestJudge:
         one = consider(ended(Symptom.DENIED, probe=True), "m", state, MANY, NOW)
         assert (one.verdict, one.pause, one.state.since) == (
             Verdict.ACCOUNT,
-            "SomeError: it failed",
+            Paused(PauseCause.ACCOUNT, "SomeError: it failed"),
             None,
         )
         assert one.settlement.charge == 0
@@ -230,7 +232,8 @@ class TestProbe:
                 break
             waits.append(state.wait_ms // 1000)
         assert waits == [2, 4, 8, 16, 32, MAX_WAIT_MS // 1000, MAX_WAIT_MS // 1000]
-        assert "could not be reached in 3 min 03 s of waits" in one.pause
+        assert one.pause.cause is PauseCause.OUTAGE
+        assert "could not be reached in 3 min 03 s of waits" in one.pause.message
         assert state.since is None
 
     def test_an_answer_ends_it(self) -> None:

@@ -147,7 +147,7 @@ class World:
         async def work(connection: Connection) -> None:
             for name in ("items", "results", "attempts", "prompts", "jobs", "counters"):
                 await connection.execute(delete(schema.metadata.tables[name]))
-            await connection.execute(update(schema.runs).values(state=RunState.ACTIVE, pause_reason=None))
+            await connection.execute(update(schema.runs).values({"state": RunState.ACTIVE} | runs.NOT_PAUSED))
             await connection.execute(update(schema.limits).values(cooldown_until=0))
 
         self.clock.now = self._begin

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 import pytest
 
 from lbr.core.errors import UsageError
 from lbr.store.addresses import address_of, is_postgresql
+from tests.support import Cli
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.mark.parametrize(
@@ -90,3 +95,28 @@ def test_what_cannot_be_read_is_refused_without_its_password(url: str, words: st
     with pytest.raises(UsageError, match=words) as caught:
         address_of(url)
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["sslrootcert", "sslcert", "sslkey", "sslcrl"])
+def test_files_that_cannot_be_read_are_named(tmp_path: Path, name: str) -> None:
+    """A certificate that is not there is a wrong URL, not a server to wait for."""
+    url = f"postgresql://me:hunter2@host/db?sslmode=verify-full&{name}="
+    with pytest.raises(
+        UsageError, match=f"{name}=/no/such.crt .*: No such file or directory; correct"
+    ) as caught:
+        address_of(f"{url}/no/such.crt")
+    assert "hunter2" not in str(caught.value)
+    (tmp_path / "empty.crt").touch()
+    if name == "sslrootcert":
+        with pytest.raises(UsageError, match=r"empty.crt .*: it holds no certificate; correct"):
+            address_of(f"{url}{tmp_path}/empty.crt")
+    assert address_of(f"postgresql://me@host/db?sslmode=disable&{name}=/no/such.crt")
+
+
+def test_a_certificate_that_is_not_there_ends_a_command_at_once(tmp_path: Path) -> None:
+    """Nothing is tried again: one line and the exit code of a wrong flag."""
+    url = "postgresql://me:hunter2@127.0.0.1:1/db?sslmode=verify-full&sslrootcert=/no/such.crt"
+    for command in (("status",), ("worker", "--patience", "60"), ("worker", "--exclusive"), ("doctor",)):
+        done = Cli(tmp_path, db_url=url)(*command, check=False)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert done.stderr.startswith("lbr: cannot use sslrootcert=/no/such.crt of the PostgreSQL URL")

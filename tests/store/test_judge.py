@@ -10,7 +10,7 @@ import pytest
 from lbr.core.errors import Family, Symptom
 from lbr.core.outage import FIRST_WAIT_MS, TURN_MS, Evidence
 from lbr.core.retry import RetryPolicy, decide
-from lbr.core.types import Failure, JobState, Outcome, RunState, Task
+from lbr.core.types import Failure, JobState, Outcome, PauseCause, Paused, RunState, Task
 from lbr.store import reads, runs
 from lbr.store.queue import Queue
 from lbr.store.settle import settle
@@ -128,7 +128,7 @@ async def test_patience_pauses_all_runs_of_the_model_and_resume_forgets(
     (probe,) = await queue.claim(other, [run.id], 4, lease=60)
     settled = await settle(database, [refused(probe)])
     reason = "openai-chat:m could not be reached in 1.0 s of waits: Connection refused"
-    assert settled.paused == {"r": reason, "second": reason}
+    assert settled.paused == dict.fromkeys(["r", "second"], Paused(PauseCause.OUTAGE, reason))
     assert await states(database, run) == {"pending": 10}
     for name in (run, second):
         assert (await runs.resume(database, name)).state is RunState.ACTIVE
@@ -161,7 +161,7 @@ async def test_a_denied_probe_pauses_the_run(database: Database, clock: Clock) -
     clock.forward(2)
     (probe,) = await queue.claim(other, [run.id], 4, lease=60)
     settled = await settle(database, [refused(probe, **denied)])  # type: ignore[arg-type]
-    assert settled.paused == {"r": "SomeError: Incorrect API key"}
+    assert settled.paused == {"r": Paused(PauseCause.ACCOUNT, "SomeError: Incorrect API key")}
     assert await states(database, run) == {"pending": 10}
     assert not (await job_row(database, probe.job_id)).attempts
 
@@ -194,10 +194,11 @@ async def test_a_run_whose_first_calls_all_fail_alike_is_paused(database: Databa
         refused(c, Symptom.SET_UP, family=Family.PERMANENT, message=f"no such model, request {n}")
         for n, c in enumerate(claims)
     ]
-    paused: dict[str, str] = {}
+    paused: dict[str, Paused] = {}
     for start in range(0, len(failures), 10):
         paused |= (await settle(database, failures[start : start + 10])).paused
-    assert "no such model" in paused["r"]
+    assert paused["r"].cause is PauseCause.SET_UP
+    assert "no such model" in paused["r"].message
     assert await states(database, run) == {"pending": jobs}
     assert {(await job_row(database, claim.job_id)).attempts for claim in claims} == {0}
     await assert_counted(database, run)

@@ -484,7 +484,7 @@ async def test_deadlocks_and_conflicts_are_run_again(live: Database) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        "runs SET state = 'paused', pause_reason = 'it is spent' WHERE name = 'a'",
+        "runs SET state = 'paused', pause_cause = 'budget' WHERE name = 'a'",
         f"limits SET cooldown_until = extract(epoch FROM now()) * 1000 + 60000 WHERE answerer = '{ECHO.answerer}'",
     ],
     ids=["paused", "cooled"],

@@ -15,7 +15,7 @@ from lbr.core.budget import CallBound
 from lbr.core.errors import Family, Usage, UsageError
 from lbr.core.pricing import Price
 from lbr.core.retry import RetryPolicy, decide
-from lbr.core.types import Failure, Item, KeyMaker, Outcome, Prompt, Reply, Task
+from lbr.core.types import Failure, Item, KeyMaker, Outcome, PauseCause, Paused, Prompt, Reply, Task
 from lbr.store import budgets, enqueue, limiting, reads, redo, runs
 from lbr.store.engines import open_database
 from lbr.store.queue import Queue
@@ -242,7 +242,8 @@ async def test_budget_holds_for_all_workers_together(database: Database, clock: 
     assert (calls, spent) == (100, 1_000_000)
     found = await reads.find_run(database, "r")
     assert found.state == "paused"
-    assert found.pause_reason == "it may cost $0.001, with $0.001 spent there is no room for a call"
+    words = "it may cost $0.001, with $0.001 spent there is no room for a call"
+    assert found.pause == Paused(PauseCause.BUDGET, words)
     await budgets.set_budget(database, run.id, 1_050_000)
     await runs.resume(database, found)
     assert len(await claim(database, one, run, 60)) == 5

@@ -199,8 +199,8 @@ async def test_a_commit_that_fails_leaves_no_transaction_open(
         other.execute("BEGIN IMMEDIATE")
         assert other.execute("SELECT name FROM runs").fetchall() == [("r",)]
         other.execute("ROLLBACK")
-    await database.write(lambda c: c.execute(text("UPDATE runs SET pause_reason = 'next'")))
-    found = await database.read(lambda c: c.execute(text("SELECT name, pause_reason FROM runs")))
+    await database.write(lambda c: c.execute(text("UPDATE runs SET pause_message = 'next'")))
+    found = await database.read(lambda c: c.execute(text("SELECT name, pause_message FROM runs")))
     assert [tuple(row) for row in found] == [("r", "next")]
     await database.close()
 

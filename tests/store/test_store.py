@@ -28,6 +28,9 @@ from lbr.core.types import (
     JobState,
     KeyMaker,
     Part,
+    Move,
+    PauseCause,
+    Paused,
     Prompt,
     RunState,
     Shape,
@@ -411,7 +414,7 @@ async def test_a_worker_that_ends_with_jobs_is_not_forgotten(database: Database)
     assert await states(database, run) == {"pending": 2}
 
 
-@pytest.mark.parametrize("reason", ["", " ", "a\x00b", "a\ud800b", "a\nb", "x" * 1_001, "moved to summer"])
+@pytest.mark.parametrize("reason", ["", " ", "a\x00b", "a\ud800b", "a\nb", "x" * 1_001])
 async def test_a_reason_that_cannot_be_kept_is_refused(database: Database, db_url: str, reason: str) -> None:
     """What one database would not take, and what would pass for a move, is refused by both in the same words."""
     run = await put(database, ["a"])
@@ -534,21 +537,32 @@ async def test_a_cooldown_of_a_clock_that_was_ahead_hides_no_other(database: Dat
     assert await queue.claim(worker, [run.id], 1, lease=60) == []
 
 
-async def test_only_an_active_run_has_an_end_in_sight(database: Database) -> None:
-    """What workers do for another run says nothing of one that is paused, or was cancelled with calls in flight."""
-    runs_of = {name: await put(database, ["a", "b"], name=name) for name in ("active", "paused", "cancelled")}
-    queue, worker, _ = await two_workers(database)
-    claims = await queue.claim(worker, [runs_of["cancelled"].id], 1, lease=60)
-    await queue.renew(worker, claims, lease=60, settled=10, rate=2.0)
+async def test_only_a_run_at_work_has_an_end_in_sight(database: Database) -> None:
+    """A run has a rate once it has an answer, while a worker holds jobs of it, and its model is not waited for."""
+    names = ("working", "unanswered", "unserved", "paused", "cancelled")
+    runs_of = {name: await put(database, ["a", "b", "c"], name=name, reuse=False) for name in names}
+    queue, worker, other = await two_workers(database)
+    held = []
+    for name, run in runs_of.items():
+        first, second = await queue.claim(worker, [run.id], 2, lease=60)
+        held.append(second)
+        if name != "unanswered":
+            await settle(database, [answered(first)])
+    await queue.release(worker, [held[2]])
+    await queue.renew(worker, held, lease=60, settled=10, rate=2.0)
+    await queue.renew(other, [], lease=60, settled=10, rate=500.0)
     await runs.pause(database, runs_of["paused"], "no credit")
     await runs.cancel(database, runs_of["cancelled"])
     found = status.status_of(await reads.overview(database))
-    assert {one.run: (one.rate, one.eta_seconds) for one in found.runs} == {
-        "active": (2.0, 1.0),
-        "paused": (0.0, None),
-        "cancelled": (0.0, None),
-    }
-    assert "left" not in status.one_line(found.runs[1])
+    nothing = dict.fromkeys(names, (None, None))
+    assert {one.run: (one.rate, one.eta_seconds) for one in found.runs} == nothing | {"working": (2.0, 1.0)}
+    assert "2.0/s, 1.0 s left" in status.one_line(found.runs[0])
+    assert ["left" in status.one_line(one) for one in found.runs] == [True, False, False, False, False]
+    none = dict.fromkeys(("probe_at", "wait_ms", "waited_ms", "patience_ms", "done"), 0)
+    away = schema.outages.insert().values(answerer=ECHO.answerer, since=1, reason="refused", **none)
+    await database.write(lambda c: c.execute(away))
+    found = status.status_of(await reads.overview(database))
+    assert {one.run: (one.rate, one.eta_seconds) for one in found.runs} == nothing
 
 
 async def test_a_refusal_that_fails_its_job_cools_the_others(database: Database, clock: Clock) -> None:
@@ -572,10 +586,11 @@ async def test_account_failure_pauses_the_run(database: Database) -> None:
     run = await put(database, ["a", "b"])
     queue, worker, _ = await two_workers(database)
     (claim,) = await queue.claim(worker, [run.id], 1, lease=60)
-    assert (await settle(database, [failed(claim, BROKE)])).paused == {"r": "Quota: no credit"}
+    broke = Paused(PauseCause.ACCOUNT, "Quota: no credit")
+    assert (await settle(database, [failed(claim, BROKE)])).paused == {"r": broke}
     assert await queue.claim(worker, [run.id], 9, lease=60) == []
     found = await reads.find_run(database, "r")
-    assert (found.state, found.pause_reason) == (RunState.PAUSED, "Quota: no credit")
+    assert (found.state, found.pause) == (RunState.PAUSED, broke)
     await runs.resume(database, found)
     assert [c.attempts for c in await queue.claim(worker, [run.id], 9, lease=60)] == [0, 0]
     await assert_counted(database, run)
@@ -731,6 +746,7 @@ async def test_schema_migrates_once(database: Database, db_url: str) -> None:
         (6, "add the share of refused calls and the highest cost of a call"),
         (7, "note outages of models"),
         (8, "keep the order of columns, and which ids are numbers"),
+        (9, "keep the cause of a pause apart from its message"),
     ]
 
 
@@ -762,6 +778,7 @@ async def test_older_schema_is_brought_up(db_url: str) -> None:
         f"ALTER TABLE {where}limits DROP COLUMN rpm",
         f"ALTER TABLE {where}attempts DROP COLUMN finish_reason",
         f"ALTER TABLE {where}limits DROP COLUMN refused",
+        f"DELETE FROM {where}workers",
         f"DELETE FROM {where}schema_version WHERE version > 2",
     ):
         await database.write(partial(_run, statement))
@@ -814,6 +831,88 @@ async def test_a_run_of_the_version_before_is_not_changed(db_url: str) -> None:
     changed = [replace(items[0], metadata={"b": {"y": 4, "x": 2}, "a": 1})]
     with pytest.raises(RunChangedError):
         await enqueue.add_chunk(database, run, 0, changed, keys[:1], reuse=False)
+    await database.close()
+
+
+REASONS = {
+    "it may cost $1, with $0.99 spent there is no room for a call": PauseCause.BUDGET,
+    "its calls tell no cost: expected a price for m, got: none; give it with --price": PauseCause.UNPRICED,
+    "m could not be reached in 60 min of waits: Connection refused": PauseCause.OUTAGE,
+    "all 3 jobs that were called failed alike: no such model": PauseCause.SET_UP,
+    "insufficient_quota: You exceeded\nyour quota": PauseCause.ACCOUNT,
+    "by hand": PauseCause.USER,
+    "it may cost too much": PauseCause.USER,
+}
+MOVES = {
+    "moving to /b.db": Move("/b.db"),
+    "moved to postgresql://h/d (was cancelled)": Move("postgresql://h/d", RunState.CANCELLED),
+    "moving to /b.db (was paused: by hand)": Move(
+        "/b.db", RunState.PAUSED, Paused(PauseCause.USER, "by hand")
+    ),
+    "moving from /a.db": Move("/a.db"),
+}
+
+
+def to_reasons(where: str) -> list[str]:
+    """Return what makes a queue one of the version that kept the cause of a pause in its words."""
+    columns = [f"DROP COLUMN {name}" for name in ("pause_cause", "pause_message", "move")]
+    changes = [f"ALTER TABLE {where}runs {change}" for change in (*columns, "ADD COLUMN pause_reason text")]
+    return [*changes, f"DELETE FROM {where}schema_version WHERE version > 8"]
+
+
+async def test_the_causes_of_old_pauses_are_read_once(db_url: str) -> None:
+    """A queue that kept the cause of a pause in its words has it in a column, and a move goes on."""
+    database = await open_database(db_url, create=True)
+    words = [*REASONS, *MOVES, "being removed", None]
+    for number, _ in enumerate(words):
+        await put(database, ["a"], name=f"r{number}")
+    where = "lbr." if is_postgresql(db_url) else ""
+    for statement in to_reasons(where):
+        await database.write(partial(_run, statement))
+    update = text(f"UPDATE {where}runs SET state = :state, pause_reason = :reason WHERE name = :name")
+    for number, reason in enumerate(words):
+        state = {"being removed": "cancelled", None: "active"}.get(reason, "paused")
+        bound = {"state": state, "reason": reason, "name": f"r{number}"}
+        await database.write(lambda c, bound=bound: c.execute(update, bound))  # type: ignore[misc]
+    await database.close()
+    database = await open_database(db_url)
+    found = await reads.all_runs(database)
+    await database.close()
+    paused = [(run.pause, run.move) for run in found]
+    assert paused[: len(REASONS)] == [(Paused(cause, reason), None) for reason, cause in REASONS.items()]
+    moved = paused[len(REASONS) : -2]
+    assert [move for _, move in moved] == list(MOVES.values())
+    assert [pause for pause, _ in moved] == [
+        Paused(PauseCause.MOVING_TO, "moving to /b.db"),
+        Paused(PauseCause.MOVED_TO, "moved to postgresql://h/d"),
+        Paused(PauseCause.MOVING_TO, "moving to /b.db"),
+        Paused(PauseCause.MOVING_FROM, "moving from /a.db"),
+    ]
+    assert paused[-2:] == [(Paused(PauseCause.REMOVING, "being removed"), None), (None, None)]
+
+
+async def test_no_migration_under_workers_of_an_older_version(db_url: str, clock: Clock) -> None:
+    """While they report, the queue stays as it is; a dead one counts for a minute at most, on a file not at all."""
+    database = await open_database(db_url, create=True, clock=clock)
+    await put(database, ["a"])
+    queue = Queue(database)
+    worker = await queue.register(host="h", pid=17, concurrency=1)
+    where = "lbr." if is_postgresql(db_url) else ""
+    for statement in to_reasons(where):
+        await database.write(partial(_run, statement))
+    clock.forward(20)
+    with pytest.raises(
+        DatabaseError, match=r"workers of an older version .*\(h:17\).*stop them first.* in 40 s"
+    ):
+        await open_database(db_url, clock=clock)
+    await database.read(lambda c: c.execute(text(f"SELECT pause_reason FROM {where}runs")))
+    if is_postgresql(db_url):
+        clock.forward(41)
+    else:
+        queue.leave(worker)
+    newer = await open_database(db_url, clock=clock)
+    assert [run.pause for run in await reads.all_runs(newer)] == [None]
+    await newer.close()
     await database.close()
 
 

@@ -555,7 +555,7 @@ def test_a_pause_is_told_by_those_whom_it_concerns(cli: Cli) -> None:
         ("run", "in.txt", "-o", "out.jsonl", "--model", "offline:echo"),
     ):
         done = cli(*command, check=False)
-        assert (done.returncode, "no credit; fix it, then `lbr resume in`" in done.stderr) == (3, True), (
+        assert (done.returncode, "no credit; `lbr resume in` lets it go on" in done.stderr) == (3, True), (
             done.stderr
         )
 
@@ -694,3 +694,64 @@ def test_stdin_is_streamed_into_a_run(cli: Cli) -> None:
     cli("enqueue", "-", "--run", "piped", "--model", "offline:echo", stdin="a\nb\na\n")
     cli("worker")
     check(cli.collect("piped"), ["a", "b", "a"])
+
+
+ECHO_WITH_LOG = """
+import time
+
+def echo(prompt):
+    with open("calls.log", "a") as log:
+        log.write(prompt + "\\n")
+    time.sleep(0.2)
+    return prompt
+"""
+
+
+def by_another_clock(cli: Cli, seconds: int, when: str = "True") -> subprocess.Popen[str]:
+    """Start a worker whose clock is off by that much, from the moment on when a condition holds."""
+    code = (
+        "import os, time; real = time.time_ns; "
+        f"time.time_ns = lambda: real() + {seconds} * 10**9 * ({when}); from lbr.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, "worker", "--function", "answers:echo", "--concurrency", "4"]
+    process = subprocess.Popen(
+        command,
+        cwd=cli.folder,
+        env=cli.environment | {"PYTHONPATH": str(cli.folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    cli.started.append(process)
+    return process
+
+
+@pytest.mark.parametrize("hours", [3, -3])
+@pytest.mark.parametrize("when", ["True", "os.path.exists('jump')"])
+def test_a_clock_that_is_hours_off_stops_its_worker(cli: Cli, hours: int, when: str) -> None:
+    """On a file a worker whose clock is, or comes to be, far from the others' ends with both times; no call is repeated.
+
+    On a server nothing depends on it.
+    """
+    (cli.folder / "answers.py").write_text(ECHO_WITH_LOG)
+    lines = [f"p{n}" for n in range(400)]
+    write(cli.folder, lines)
+    cli("enqueue", "in.txt", "--function", "answers:echo")
+    good = cli.start("worker", "--function", "answers:echo", "--concurrency", "4")
+    cli.wait_for("in", "done", 8)
+    wrong = by_another_clock(cli, hours * 3600, when)
+    if when != "True":
+        cli.wait_for("in", "inflight", 8)
+        (cli.folder / "jump").touch()
+    _, told = wrong.communicate(timeout=90)
+    _, others = good.communicate(timeout=90)
+    now = cli.status("in")
+    assert (good.returncode, now["done"], now["failed"]) == (0, 400, 0), others
+    if is_postgresql(cli.outside_url):
+        assert wrong.returncode == 0, told
+    else:
+        assert (wrong.returncode, now["crashed"]) == (1, 0), told
+        assert re.search(r"clock of this process says .* UTC, but worker \d+, .* written .* UTC", told), told
+    calls = Counter((cli.folder / "calls.log").read_text().splitlines())
+    assert calls == dict.fromkeys(lines, 1)
+    recount(cli)

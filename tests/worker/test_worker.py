@@ -23,7 +23,7 @@ from lbr.core.errors import (
     UsageError,
 )
 from lbr.core.retry import RetryPolicy
-from lbr.core.types import Claim, Item, KeyMaker, Prompt, Shape, Task, Until
+from lbr.core.types import Claim, Item, KeyMaker, PauseCause, Paused, Prompt, Shape, Task, Until
 from lbr.models.identity import identify
 from lbr.store import enqueue, reads, runs, schema
 from lbr.store.engines import open_database
@@ -188,13 +188,13 @@ async def test_pause_stops_the_run_and_keeps_every_job(live: Database) -> None:
 
     run = await put(live, [f"p{n}" for n in range(30)], task=asks(paid))
     report = await worker_for(live, paid, concurrency=2).run()
-    assert report.paused == {"r": "Pause: no credit"}
+    assert report.paused == {"r": Paused(PauseCause.ACCOUNT, "Pause: no credit")}
     left = await states(live, run)
     assert (left["done"], left["pending"]) == (report.done, 30 - report.done)
     assert report.done < 30
     assert (await worker_for(live, paid).run()).paused == {}
     named = Worker(live, authorize([paid]), WorkOptions(), run_names=["r"])
-    assert (await named.run()).paused == {"r": "Pause: no credit"}
+    assert (await named.run()).paused == {"r": Paused(PauseCause.ACCOUNT, "Pause: no credit")}
     account.credit = 1_000
     await runs.resume(live, run)
     assert (await worker_for(live, paid).run()).done == 30 - report.done

@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lbr.api.diagnosis.findings import Finding, Gravity
-from lbr.api.status import describe_limit, limit_fields
-from lbr.core.budget import BUDGET_SPENT, COST_UNKNOWN
+from lbr.api.status import describe_limit, limit_fields, way_on
 from lbr.core.plurals import counted, duration
-from lbr.core.types import RunState
-from lbr.store.runs import MOVED_TO, MOVING_FROM, MOVING_TO
+from lbr.core.types import PauseCause, RunState
 from lbr.store.schema import SILENT_MS
 
 if TYPE_CHECKING:
@@ -24,7 +22,6 @@ AHEAD_MS = 2_000
 LONG_EXPIRED_MS = 60_000
 LIVE_ENQUEUE_MS = 60_000
 LEAST_SLOTS = 2
-BY_HAND = "by hand"
 
 
 def of_queue(queue: QueueHealth, mended: Sequence[Drift]) -> Iterator[Finding]:
@@ -123,7 +120,7 @@ def _run(one: RunCounts, now: int) -> Iterator[Finding]:
     run = one.run
     if run.state is RunState.CANCELLED:
         return
-    if run.sealed_at is None and not (run.pause_reason or "").startswith(MOVING_FROM):
+    if run.sealed_at is None and not run.is_paused_by(PauseCause.MOVING_FROM):
         yield _unsealed(run, now)
     if run.state is RunState.PAUSED:
         yield _paused(run, one.open)
@@ -141,23 +138,13 @@ def _unsealed(run: Run, now: int) -> Finding:
 
 
 def _paused(run: Run, left: int) -> Finding:
-    reason = run.pause_reason or "no reason is kept"
+    reason = run.pause.message if run.pause is not None else "no reason is kept"
     words = f"run {run.name}: paused with {counted(left, 'job')} to do: {reason}"
-    if reason.startswith(MOVED_TO):
-        return Finding(
-            "runs", Gravity.OK, f"run {run.name}: {reason}, where it goes on; this is a copy that rests"
-        )
-    if reason.startswith((MOVING_TO, MOVING_FROM)):
-        return Finding("runs", Gravity.WARNING, words, "finish the move with the same `lbr move`")
-    if not left:
+    if run.is_paused_by(PauseCause.MOVED_TO):
+        words = f"run {run.name}: {reason}, where it goes on; this is a copy that rests"
         return Finding("runs", Gravity.OK, words)
-    if reason == BY_HAND:
-        return Finding("runs", Gravity.NOTE, words, f"`lbr resume {run.name}` lets it go on")
-    if reason.startswith(BUDGET_SPENT):
-        return Finding(
-            "runs", Gravity.WARNING, words, f"`lbr resume {run.name} --max-cost DOLLARS` lets it cost more"
-        )
-    if reason.startswith(COST_UNKNOWN):
-        way = f"then `lbr resume {run.name}`; or lift the limit with `lbr resume {run.name} --max-cost inf`"
-        return Finding("runs", Gravity.WARNING, words, way)
-    return Finding("runs", Gravity.WARNING, words, f"fix it, then `lbr resume {run.name}`")
+    if not left and not run.is_paused_by(PauseCause.MOVING_TO, PauseCause.MOVING_FROM):
+        return Finding("runs", Gravity.OK, words)
+    gravity = Gravity.NOTE if run.is_paused_by(PauseCause.USER) else Gravity.WARNING
+    cause = PauseCause.USER if run.pause is None else run.pause.cause
+    return Finding("runs", gravity, words, way_on(run.name, cause))
