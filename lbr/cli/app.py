@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ import orjson
 from lbr.core import digits
 from lbr.core.config import CONFIG_FILE, load_environment, read_config_file
 from lbr.core.errors import DatabaseError, LbrError, MisfitError, OutputError, StoppedError, UsageError
+from lbr.core.terminal import harmless
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -30,9 +30,6 @@ YOUNG_OBJECTS = 20_000
 A batch makes many values that live as long as a call, and none of them in circles: looking every few hundred of them
 takes a fifth of a worker's time.
 """
-
-# Control characters but for tabs and the ends of lines; and what turns the direction of writing.
-_STEERING = re.compile(r"[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]|\r(?!\n)")
 
 
 class Group(click.Group):
@@ -165,11 +162,6 @@ def fail(error: LbrError) -> NoReturn:
     sys.exit(error.exit_code)
 
 
-def harmless(text: str) -> str:
-    """Return text whose lines stay, with what would steer the terminal spelled out: names, prompts, answers have it."""
-    return _STEERING.sub(lambda found: repr(found[0])[1:-1], text)
-
-
 def say(text: str) -> None:
     """Talk to the person: on stderr, so that stdout carries data only. Where nobody listens any more, work goes on."""
     with suppress(OSError):  # the terminal was closed, or the reader of the pipe has ended
@@ -177,7 +169,12 @@ def say(text: str) -> None:
 
 
 def tell(data: str | bytes) -> None:
-    """Write what was asked for to stdout: words, or data as they are. Raises OutputError; a BrokenPipeError is click's."""
+    """Write what was asked for to stdout: words, or data, as they are unless it is a terminal.
+
+    Raises OutputError; a BrokenPipeError is click's.
+    """
+    if isinstance(data, bytes) and sys.stdout is not None and sys.stdout.isatty():
+        data = data.decode()
     try:
         click.echo(harmless(data) if isinstance(data, str) else data)
     except BrokenPipeError:

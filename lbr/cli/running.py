@@ -29,6 +29,7 @@ from lbr.cli.work import (
 from lbr.core.config import MOST_PROCESSES, at_least_one
 from lbr.core.errors import UsageError
 from lbr.core.plurals import duration
+from lbr.core.terminal import harmless
 from lbr.core.types import Shape
 from lbr.io import writers
 from lbr.store.engines import file_of
@@ -177,7 +178,7 @@ async def _bar(db: dict[str, Any], /, run: str) -> AsyncIterator[Callable[[str],
             bar.update(task, total=status.jobs, completed=ended, description=f"{run}{failed}", left=left)
 
         async with _looking(db, run, look):
-            yield lambda text: console.print(f"lbr: {text}", markup=False, highlight=False)
+            yield lambda text: console.print(harmless(f"lbr: {text}"), markup=False, highlight=False)
 
 
 @asynccontextmanager

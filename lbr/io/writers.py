@@ -14,13 +14,14 @@ from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, cast
 
 import orjson
 from filelock import AsyncFileLock
 
 from lbr.core.config import a_name
 from lbr.core.errors import OutputError, UsageError
+from lbr.core.terminal import harmless
 from lbr.core.types import Part
 
 if TYPE_CHECKING:
@@ -298,7 +299,18 @@ def _stdout() -> IO[bytes]:
         raise OutputError("expected an open stdout, got: a closed one; name a file with -o")
     with _reasons(STDOUT_NAME):
         sys.stdout.flush()
-    return sys.stdout.buffer
+    return cast("IO[bytes]", _Terminal(sys.stdout.buffer)) if sys.stdout.isatty() else sys.stdout.buffer
+
+
+class _Terminal:
+    """A terminal, which must not be steered by what a model answered. It gets whole lines."""
+
+    def __init__(self, handle: IO[bytes]) -> None:
+        self._handle = handle
+        self.flush = handle.flush
+
+    def write(self, data: bytes) -> int:
+        return self._handle.write(harmless(data.decode()).encode())
 
 
 class _Sink:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import signal
+import subprocess
+import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -132,3 +137,46 @@ def test_a_reason_is_only_words(cli: Cli, reason: str) -> None:
     cli("cancel", "r")
     cli("retry", "r")
     assert cli("worker", "--run", "r").returncode == 0
+
+
+STEERING = "\x1b[2J \x07 \x9b31m \x7f \u202e \u2066 \u200f \u061c \r end"
+
+
+def shown_on_a_terminal(cli: Cli, *arguments: str) -> str:
+    """Return what a command writes to a stdout that is a terminal."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "lbr", *arguments]
+    with subprocess.Popen(command, cwd=cli.folder, env=cli.environment, stdout=theirs) as running:
+        os.close(theirs)
+        told = b""
+        with suppress(OSError):  # how a terminal ends that no process holds any more
+            while chunk := os.read(ours, 65_536):
+                told += chunk
+        os.close(ours)
+    assert running.returncode == 0, told
+    return told.decode().replace("\r\n", "\n")
+
+
+def test_answers_do_not_steer_a_terminal(cli: Cli) -> None:
+    """Escape and bidi characters of an answer are spelled out on a terminal, and stay as they are in a pipe or a file."""
+    (cli.folder / "in.jsonl").write_text(json.dumps({"prompt": f"tab\t{STEERING}"}) + "\n")
+    cli("run", "in.jsonl", "-o", "out.csv", "--run", "r", "--model", "offline:echo")
+    commands = [
+        ("show", "r", "0"),
+        ("show", "r", "0", "--json"),
+        ("collect", "r"),
+        ("collect", "r", "--format", "csv"),
+    ]
+    for command in commands:
+        told = shown_on_a_terminal(cli, *command)
+        assert not set("\x1b\x07\x9b\x7f\u202e\u2066\u200f\u061c\r") & set(told), told
+        assert "\\u001b[2J" in told
+    (row,) = cli.collect("r")
+    assert json.loads(shown_on_a_terminal(cli, "collect", "r")) == row
+    assert (
+        json.loads(shown_on_a_terminal(cli, "show", "r", "0", "--json"))["result"]
+        == row["result"]
+        == f"tab\t{STEERING}"
+    )
+    assert "\u202e" in cli("collect", "r").stdout
+    assert STEERING.encode() in (cli.folder / "out.csv").read_bytes()

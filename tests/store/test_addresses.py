@@ -110,7 +110,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path, name: str) -> None:
     if name == "sslrootcert":
         with pytest.raises(UsageError, match=r"empty.crt .*: it holds no certificate; correct"):
             address_of(f"{url}{tmp_path}/empty.crt")
-    assert address_of(f"postgresql://me@host/db?sslmode=disable&{name}=/no/such.crt")
+    assert not address_of(f"postgresql://me@host/db?sslmode=disable&{name}=/no/such.crt").pooled
 
 
 def test_a_certificate_that_is_not_there_ends_a_command_at_once(tmp_path: Path) -> None:
