@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -137,6 +139,7 @@ async def serve(
                 worker.abort()
                 return
             told = True
+            _leave_closed_terminal()
             worker.drain()
             say("lbr: stopping: finishing the calls in flight; once more to give them back at once")
 
@@ -152,6 +155,18 @@ async def serve(
 
     with ExitStack() as until_the_end:
         return await work.work(**how, **db, notify=notify, on_start=listen)
+
+
+def _leave_closed_terminal() -> None:
+    """Write to nothing what would go to a terminal that was closed: a function that prints must not fail by that."""
+    for number in (1, 2):
+        try:
+            os.write(number, b"")
+        except OSError as error:
+            if error.errno != errno.EIO:
+                continue
+            with Path(os.devnull).open("wb") as nothing:
+                os.dup2(nothing.fileno(), number)
 
 
 async def work_alone(db: dict[str, Any], **how: Any) -> int:

@@ -231,7 +231,7 @@ def test_a_closed_terminal_drains(cli: Cli, command: str) -> None:
     """A worker whose terminal is closed finishes what is in flight, though its stderr is gone and SIGHUP comes twice."""
     (cli.folder / "answers.py").write_text(
         "import time\n\ndef echo(prompt):\n    with open('calls.log', 'a') as log:\n        log.write('.')\n"
-        "    time.sleep(0.3)\n    return prompt\n"
+        "    time.sleep(0.3)\n    print(prompt)\n    return prompt\n"
     )
     write(cli.folder, [f"p{n}" for n in range(300)])
     cli("enqueue", "in.txt", "--function", "answers:echo")

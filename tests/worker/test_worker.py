@@ -10,6 +10,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy import update
 
 from lbr.api.task import authorize
 from lbr.core.config import WorkOptions
@@ -662,3 +663,55 @@ async def test_counts_that_no_call_comes_to_do_not_stop_the_worker(live: Databas
     counts = (await reads.overview(live, "r")).runs[0].counts
     assert (counts["input_tokens"], counts["output_tokens"], counts["cost_nanos"]) == (0, 15, 0)
     await assert_counted(live, run)
+
+
+async def upper(prompt: str) -> str:
+    """Answer in capitals."""
+    return prompt.upper()
+
+
+@pytest.mark.parametrize("hours", [3, -3])
+async def test_a_machine_whose_clock_was_set_starts_workers(
+    live: Database, monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    """Reports from before say nothing: neither of workers that live, but have not reported since, nor of dead ones."""
+    monkeypatch.setattr("lbr.worker.worker.CLOCK_SECONDS", 0.3)
+    run = await put(live, ["a", "b"], task=asks(upper))
+    queue = Queue(live)
+    for leaves in (False, True):
+        other = await queue.register(host="h", pid=1, concurrency=1)
+        if leaves:
+            queue.leave(other)
+    shift = update(schema.workers).values(seen_at=schema.workers.c.seen_at + hours * 3_600_000)
+    await live.write(lambda connection: connection.execute(shift))
+    report = await worker_for(live, upper).run()
+    assert (report.done, await states(live, run)) == (2, {"done": 2})
+
+
+async def test_a_report_by_another_clock_stops_a_worker_before_it_claims(live: Database) -> None:
+    """A worker of a file that starts beside one whose clock is ahead ends as soon as that one reports."""
+    run = await put(live, ["a", "b"], task=asks(upper))
+    other = await Queue(live).register(host="h", pid=1, concurrency=1)
+    ahead = update(schema.workers).where(schema.workers.c.id == other)
+    ahead = ahead.values(seen_at=schema.workers.c.seen_at + 3_600_000)
+    await live.write(lambda connection: connection.execute(ahead))
+
+    async def report() -> None:
+        later = update(schema.workers).values(seen_at=schema.workers.c.seen_at + 300)
+        while True:
+            await asyncio.sleep(0.3)
+            await live.write(lambda connection: connection.execute(later))
+
+    reporting = asyncio.create_task(report())
+    try:
+        if live.presence.tells:
+            with pytest.raises(
+                DatabaseError, match=f"but worker {other}, which works on .* leases need one clock"
+            ):
+                await worker_for(live, upper).run()
+        else:
+            await worker_for(live, upper).run()
+    finally:
+        reporting.cancel()
+        await asyncio.gather(reporting, return_exceptions=True)
+    assert await states(live, run) == ({"pending": 2} if live.presence.tells else {"done": 2})
