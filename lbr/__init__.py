@@ -35,7 +35,7 @@ from lbr.core.errors import (
     StoppedError,
     UsageError,
 )
-from lbr.core.types import Row
+from lbr.core.types import Paused, Row
 from lbr.store.enqueue import EnqueueCounts
 from lbr.store.reads import Attempt, JobDetail
 from lbr.store.redo import Reparsed
@@ -66,6 +66,7 @@ __all__ = [
     "NothingToServeError",
     "OutputError",
     "Pause",
+    "Paused",
     "Permanent",
     "Reparsed",
     "RetryLater",

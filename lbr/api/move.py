@@ -134,8 +134,7 @@ async def _complete(source: Database, run: Run, target: Database, copy: Run, aim
             )
         # First there is no way back here, then the run begins there: never two of it at once.
         await transfer.depart(source, run, aim, seen=seen)
-        before = transfer.state_before(run)
-        await transfer.arrive(target, copy, run, held=held, seen=seen, to=before)
+        await transfer.arrive(target, copy, run, held=held, seen=seen)
     except transfer.NotHalfDoneError:
         there, here = await transfer.find(target, run.name), await transfer.find(source, run.name)
         if (

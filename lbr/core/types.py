@@ -254,28 +254,22 @@ class Paused:
 
 @value(frozen=True, slots=True)
 class Move:
-    """A run's way between two databases: the `place` of the other one, and what the run was before, here."""
+    """A run's way between two databases: the `place` of the other one, and the state and pause that the run had here."""
 
     place: str
-    state: RunState = RunState.ACTIVE
-    pause: Paused | None = None
+    state: str = RunState.ACTIVE
+    cause: str | None = None
+    message: str | None = None
 
     def to_json(self) -> str:
-        """Return the move as it is stored."""
-        pause = None if self.pause is None else [self.pause.cause, self.pause.message]
-        return orjson.dumps({"place": self.place, "state": self.state, "pause": pause}).decode()
+        """Return the fields as they are stored."""
+        return orjson.dumps(self).decode()
 
-    @classmethod
-    def from_json(cls, text: str) -> Move:
-        """Read a stored move; ValueError or TypeError when it is not one."""
-        found = orjson.loads(text)
-        if not isinstance(found, dict) or found.keys() != {"place", "state", "pause"}:
-            raise ValueError(f"expected a stored move, got: {text[:200]!r}")
-        pause = None
-        if found["pause"] is not None:
-            cause, message = found["pause"]
-            pause = Paused(PauseCause(cause), message)
-        return cls(found["place"], RunState(found["state"]), pause)
+    @property
+    def before(self) -> tuple[RunState, Paused | None]:
+        """The state and the pause that the run had."""
+        pause = None if self.cause is None else Paused(PauseCause(self.cause), self.message or "")
+        return RunState(self.state), pause
 
 
 @value(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import orjson
 from sqlalchemy import delete, select, update
 
 from lbr.core.errors import DatabaseError, RunMismatchError, RunNotFoundError, UsageError
@@ -121,7 +122,7 @@ def _run_of(row: AnyRow) -> Run:
         price=None if row.price is None else Price.from_json(row.price),
         budget_nanos=row.budget_nanos,
         input_columns=row.input_columns,
-        move=None if row.move is None else Move.from_json(row.move),
+        move=None if row.move is None else Move(**orjson.loads(row.move)),
     )
 
 

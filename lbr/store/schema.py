@@ -408,9 +408,8 @@ def _read_reason(state: str, reason: str) -> tuple[Paused, Move | None]:
             if before == RunState.CANCELLED:
                 return Paused(cause, message), Move(place, RunState.CANCELLED)
             if before:
-                return Paused(cause, message), Move(
-                    place, RunState.PAUSED, _cause_of(before.removeprefix("paused: "))
-                )
+                was = _cause_of(before.removeprefix("paused: "))
+                return Paused(cause, message), Move(place, RunState.PAUSED, was.cause, was.message)
             return Paused(cause, message), Move(place)
     return _cause_of(reason), None
 

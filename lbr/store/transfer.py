@@ -80,11 +80,6 @@ def check_whole(run: Run) -> None:
         )
 
 
-def state_before(run: Run) -> tuple[RunState, Paused | None]:
-    """Return the state and the pause that a run had before it was paused to be moved."""
-    return (RunState.ACTIVE, None) if run.move is None else (run.move.state, run.move.pause)
-
-
 def _leaves(run: Run, aim: str, *causes: PauseCause) -> bool:
     """Return whether a run is being or was moved to `aim`."""
     leaving = run.is_paused_by(*(causes or (PauseCause.MOVING_TO, PauseCause.MOVED_TO)))
@@ -117,7 +112,8 @@ async def hold(source: Database, name: str, aim: str) -> Run:
         if _leaves(run, aim):
             return run
         pause = Paused(PauseCause.MOVING_TO, f"moving to {aim}")
-        values = runs.pausing(pause) | {"move": Move(aim, run.state, run.pause).to_json()}
+        before = (None, None) if run.pause is None else (run.pause.cause, run.pause.message)
+        values = runs.pausing(pause) | {"move": Move(aim, run.state, *before).to_json()}
         await connection.execute(update(runs_table).where(runs_table.c.id == run.id).values(**values))
         return await runs.find(connection, name)
 
@@ -274,22 +270,15 @@ async def depart(source: Database, run: Run, aim: str, *, seen: Counter[str]) ->
     await source.write(work)
 
 
-async def arrive(
-    target: Database,
-    copy: Run,
-    run: Run,
-    *,
-    held: Contents,
-    seen: Counter[str],
-    to: tuple[RunState, Paused | None],
-) -> None:
-    """Give the copy the run's other counts, its seal, and its state `to`: from now on it is the run.
+async def arrive(target: Database, copy: Run, run: Run, *, held: Contents, seen: Counter[str]) -> None:
+    """Give the copy the run's other counts, its seal, and the state that it had: from now on it is the run.
 
     Raises NotHalfDoneError where somebody else has done so, DatabaseError where its counts by state are not
     those of the jobs `held`.
     """
-    values = runs.NOT_PAUSED | ({} if to[1] is None else runs.pausing(to[1]))
-    values |= {"state": to[0], "max_attempts": run.max_attempts, "input_columns": run.input_columns}
+    state, pause = (RunState.ACTIVE, None) if run.move is None else run.move.before
+    values = runs.NOT_PAUSED | ({} if pause is None else runs.pausing(pause))
+    values |= {"state": state, "max_attempts": run.max_attempts, "input_columns": run.input_columns}
     values |= {"fingerprint": run.fingerprint, "enqueued_at": run.enqueued_at, "sealed_at": run.sealed_at}
     values |= {"price": None if run.price is None else run.price.to_json(), "budget_nanos": run.budget_nanos}
     states = {str(state) for state in JobState}
@@ -310,7 +299,7 @@ async def arrive(
         await target.wake(connection)
 
     await target.write(work)
-    if to[0] is RunState.CANCELLED:
+    if state is RunState.CANCELLED:
         # What was given back while the run was on its way was pending there.
         await runs.cancel(target, copy)
     await target.filled()

@@ -846,9 +846,7 @@ REASONS = {
 MOVES = {
     "moving to /b.db": Move("/b.db"),
     "moved to postgresql://h/d (was cancelled)": Move("postgresql://h/d", RunState.CANCELLED),
-    "moving to /b.db (was paused: by hand)": Move(
-        "/b.db", RunState.PAUSED, Paused(PauseCause.USER, "by hand")
-    ),
+    "moving to /b.db (was paused: by hand)": Move("/b.db", RunState.PAUSED, PauseCause.USER, "by hand"),
     "moving from /a.db": Move("/a.db"),
 }
 
