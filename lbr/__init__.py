@@ -4,6 +4,12 @@ At-least-once calls, exactly-once results: a finished answer that was committed 
 overwritten by a slower worker, never paid for again.
 """
 
+import sys
+
+if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] in {"lbr", "-mlbr"} and not sys.flags.safe_path:
+    # `python -m lbr` puts the working directory first, where a queue.py would be imported instead of Python's own.
+    sys.path.append(sys.path.pop(0))
+
 from lbr.api.collect import Collected, collect
 from lbr.api.diagnosis import Finding, Gravity
 from lbr.api.doctor import doctor

@@ -107,7 +107,7 @@ def _read_config(group: click.Group) -> dict[str, Any]:
 
 
 def unknown_variables(group: click.Group) -> list[str]:
-    """Return what to say of the environment's LBR_ variables that are nobody's, each with the nearest name there is."""
+    """Return a message for each LBR_ variable that is nearly a flag's; what resembles none may be another program's."""
     shown = [group, *(command for command in group.commands.values() if not command.hidden)]
     known = {str(one.envvar) for command in shown for one in command.params if isinstance(one, click.Option)}
     known |= {CONFIG_VARIABLE}
@@ -116,9 +116,12 @@ def unknown_variables(group: click.Group) -> list[str]:
     for name in sorted(set(ours) - known):
         from difflib import get_close_matches  # noqa: PLC0415 - only where there is something to say
 
-        close = get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]}?" if close else "`lbr COMMAND --help` has the flags"
-        notices.append(f"{name} in the environment is ignored, for it names no flag; {hint}")
+        # Without what all of them begin with, which would make short ones alike.
+        close = get_close_matches(name[4:], [one[4:] for one in sorted(known)], n=1)
+        notices += [
+            f"{name} in the environment is ignored, for it names no flag; did you mean LBR_{one}?"
+            for one in close
+        ]
     return notices
 
 

@@ -160,14 +160,17 @@ def import_named(spec: str, *, example: str) -> Any:
             found = getattr(found, name)
         except AttributeError:
             where = getattr(found, "__name__", type(found).__name__)
-            raise UsageError(f"cannot import {spec!r}: {where!r} has no attribute {name!r}") from None
+            raise UsageError(
+                f"cannot import {spec!r}: {where!r} has no attribute {name!r}{_shadowed(module_name)}"
+            ) from None
     return found
 
 
 def _import_module(name: str, spec: str) -> Any:
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
-        sys.path.insert(0, here)
+        # Last: a queue.py here must not be imported instead of Python's own.
+        sys.path.append(here)
     importlib.invalidate_caches()
     try:
         return importlib.import_module(name)
@@ -176,6 +179,15 @@ def _import_module(name: str, spec: str) -> Any:
         raise UsageError(
             f"cannot import {spec!r}: module {name!r} failed with {type(error).__name__}: {cause}"
         ) from error
+
+
+def _shadowed(name: str) -> str:
+    """Return what to do if a file of the working directory has the name of a module that is found before it."""
+    here = os.path.join(os.getcwd(), *name.split(".")) + ".py"
+    found = getattr(sys.modules[name], "__file__", None)
+    if not os.path.isfile(here) or (found and os.path.realpath(found) == os.path.realpath(here)):
+        return ""
+    return f"; it is {found or 'part of Python'}, not the {os.path.basename(here)} here: rename your file"
 
 
 def is_base_model(value: Any) -> bool:

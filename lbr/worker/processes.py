@@ -69,7 +69,8 @@ async def run_processes(
         _stop(children)
 
     ours, theirs = os.pipe()[::-1]
-    command = [sys.executable, "-m", "lbr", *arguments, "--parent", str(theirs)]
+    # -P: a queue.py or a folder lbr in the working directory must not be imported instead of the real one.
+    command = [sys.executable, "-P", "-m", "lbr", *arguments, "--parent", str(theirs)]
     # Before the first child: a signal that comes while they start must find them all.
     with hearing(pass_on):
         try:

@@ -6,15 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from tests.support.faulty_server import answer
 from tests.support.scripted_server import Scripted
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 HEAVY = (
     *("pydantic_ai", "pydantic", "openai", "aiohttp", "httpx2", "genai_prices"),
@@ -73,3 +70,34 @@ def test_a_chat_endpoint_is_called_without_pydantic_ai(
     assert done.returncode == 0, done.stderr
     assert len(server.asked) == 2
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("command", ["script", "module"])
+def test_files_of_the_working_directory_replace_no_module(tmp_path: Path, command: str) -> None:
+    """A queue.py, json.py or lbr/ beside answers.py is not imported, by a worker or by its processes; answers.py is."""
+    for name in ("queue.py", "json.py", "ssl.py", "lbr/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("raise SystemExit('imported instead of the real one')\n")
+    (tmp_path / "answers.py").write_text(
+        "import pydantic\n\nclass Answer(pydantic.BaseModel):\n    n: int\n\n\ndef fn(text): return {'n': len(text)}\n"
+    )
+    (tmp_path / "in.txt").write_text("a\nbb\n")
+    start = [str(Path(sys.executable).with_name("lbr"))]
+    if command == "module":
+        start = [sys.executable, "-m", "lbr"]  # of a folder that has an lbr of its own, Python starts that
+        (tmp_path / "lbr/__init__.py").unlink()
+
+    def lbr(*arguments: str, code: int = 0) -> str:
+        done = subprocess.run([*start, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+        return done.stdout + done.stderr
+
+    what = ("--function", "answers:fn", "--result-type", "answers:Answer")
+    lbr("enqueue", "in.txt", *what)
+    lbr("worker", *what, "--processes", "2")
+    lbr("run", "in.txt", "--run", "second", *what, "-o", "o.jsonl", "--fresh")
+    rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert [json.loads(row["result"]) for row in rows] == [{"n": 1}, {"n": 2}]
+    assert '"status":"done"' in lbr("collect", "in")
+    assert "not the queue.py here: rename your file" in lbr("worker", "--function", "queue:fn", code=2)
