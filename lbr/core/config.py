@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import sys
 import tomllib
 from dataclasses import dataclass
 from numbers import Real
@@ -36,10 +38,15 @@ MOST_A_MINUTE = 2_000_000_000
 MOST_DOLLARS = 1_000_000_000
 
 
+_URL_NAME = re.compile(r"(\w+)_(?:BASE_URL|ENDPOINT)")
+_OTHER_KEYS = {"GOOGLE_GEMINI": ("GOOGLE_API_KEY", "GEMINI_API_KEY"), "CO": ("CO_API_KEY", "COHERE_API_KEY")}
+
+
 def load_environment(folder: Path) -> Mapping[str, str]:
     """Add what the folder's `.env` says to the environment and return it; what is set outside the file wins.
 
-    Providers read their keys from the environment themselves, so a copy would not do.
+    Providers read their keys from the environment themselves, so a copy would not do. A folder that sends a key from
+    outside to a URL of its own is reported on stderr.
     """
     path = folder / ".env"
     if path.is_file():
@@ -47,6 +54,8 @@ def load_environment(folder: Path) -> Mapping[str, str]:
 
         try:
             values = dotenv_values(path)
+            for words in diverted_keys(values, os.environ):
+                print(f"lbr: {path}: {words}", file=sys.stderr)
             for name, value in values.items():
                 if value is not None:
                     os.environ.setdefault(name, value)
@@ -55,6 +64,25 @@ def load_environment(folder: Path) -> Mapping[str, str]:
                 f"expected {path} to be a readable UTF-8 file of NAME=value lines: {error}"
             ) from error
     return os.environ
+
+
+def diverted_keys(values: Mapping[str, str | None], env: Mapping[str, str]) -> list[str]:
+    """Return a warning for each key of the environment that a base URL in `.env` would take elsewhere.
+
+    A key that the file itself holds is meant for its URL.
+    """
+    return [
+        f"{name} sends {key}, which is set outside this file, to {hide_user(value)!r}; remove it if you do not know that server"
+        for name, value in values.items()
+        if value and name not in env and (matched := _URL_NAME.fullmatch(name))
+        for key in _OTHER_KEYS.get(matched[1], (f"{matched[1]}_API_KEY", f"{matched[1]}_AUTH_TOKEN"))
+        if env.get(key) and values.get(key) != env[key]
+    ]
+
+
+def hide_user(url: str) -> str:
+    """Return a URL without what stands before an @, which may be a password."""
+    return re.sub(r"[^/@\s]*@", "…@", url)
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

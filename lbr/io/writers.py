@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import re
@@ -10,6 +11,7 @@ import sqlite3
 import stat
 import sys
 import tempfile
+import time
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -19,6 +21,7 @@ from typing import IO, TYPE_CHECKING, cast
 import orjson
 from filelock import AsyncFileLock
 
+from lbr.core import ownership
 from lbr.core.config import a_name
 from lbr.core.errors import OutputError, UsageError
 from lbr.core.terminal import harmless
@@ -34,8 +37,8 @@ OWN_COLUMNS = ("idx", "key", "prompt", "status", "result", "error")
 """The columns of CSV that are lbr's own; the prompt's only if no column of the input is the prompt."""
 BOM = b"\xef\xbb\xbf"
 BUFFER_BYTES = 1 << 20
-SQLITE_COMPANIONS = ("-journal", "-wal", "-shm")
 
+ABANDONED_SECONDS = 3600.0
 MOST_LINKS = 40
 _DESCRIPTORS = re.compile(r"/dev/fd|/proc/\d+(?:/task/\d+)?/fd")
 _TO_STDOUT = "name a file, or leave it to `lbr collect RUN -o -`, which writes to stdout"
@@ -99,6 +102,7 @@ def check_output(path: str | None) -> None:
             problem = "a file" if target.parent.exists() else "nothing there"
             raise UsageError(f"expected {target.parent} to be a folder, got: {problem}; create it first")
         _create(target).unlink()
+        _lock_of(target)
         _refuse_other_database(target, path)
 
 
@@ -118,6 +122,7 @@ def _refuse_other_database(target: Path, path: str) -> None:
     """Raise UsageError where a SQLite file that holds more than answers, the queue above all, would be replaced."""
     if not target.exists():
         return
+    ownership.check_companions(target)
     # By SQLite itself: whoever else opens and closes a file that this process has connected drops its locks.
     with closing(sqlite3.connect(target)) as connection:
         try:
@@ -135,7 +140,7 @@ def _refuse_other_database(target: Path, path: str) -> None:
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield an empty temporary file beside `path` that takes its place when the block ends well.
+    """Yield an empty temporary file beside `path` that takes its place when the block ends well; hold `output_lock`.
 
     Close it by then; its data reach the disk before its name does. Whatever the block raises, the
     temporary file goes and the old file stays as it was. The mode of an old file is kept, a link to it
@@ -143,6 +148,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     target = _target(path)
     with _reasons(path):
+        _remove_abandoned(target)
         temporary = _create(target)
     try:
         yield temporary
@@ -355,15 +361,46 @@ def _closing_quietly(handle: IO[bytes]) -> Iterator[IO[bytes]]:
 
 
 def _target(path: str | Path) -> Path:
+    ownership.refuse_foreign_link(a_name("the output", str(path)))
     return Path(os.path.realpath(a_name("the output", str(path))))
 
 
 def _create(target: Path) -> Path:
     """Create an empty file beside the target; hidden, and private where it will replace a file."""
-    temporary = target.with_name(f".{target.name[:40]}.{os.getpid()}.{secrets.token_hex(6)}.tmp")
+    temporary = target.with_name(f"{_temporary_prefix(target)}{os.getpid()}.{secrets.token_hex(6)}.tmp")
     mode = 0o600 if target.exists() else 0o666
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
     return temporary
+
+
+def _temporary_prefix(target: Path) -> str:
+    return f".{target.name[:40]}."
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove the temporary files that killed processes left beside an output.
+
+    That no such process runs says little of other machines and containers that share the folder, so the file must also
+    have been left alone for an hour.
+    """
+    name = re.compile(re.escape(_temporary_prefix(target)) + r"(\d{1,9})\.[0-9a-f]{12}\.tmp")
+    for path in target.parent.glob(f"{glob.escape(_temporary_prefix(target))}*.tmp"):
+        with suppress(OSError):
+            found, matched = path.lstat(), name.fullmatch(path.name)
+            ours = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
+            old = time.time() - found.st_mtime > ABANDONED_SECONDS
+            if matched and ours and old and not _runs(int(matched[1])):
+                _discard(path)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True
 
 
 def _publish(temporary: Path, target: Path) -> None:
@@ -389,14 +426,19 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _discard(temporary: Path) -> None:
-    for suffix in ("", *SQLITE_COMPANIONS):
+    for suffix in ("", *ownership.COMPANIONS):
         with suppress(OSError):
             temporary.with_name(temporary.name + suffix).unlink(missing_ok=True)
 
 
 def _lock_of(target: Path) -> AsyncFileLock:
     """Return the lock of one output file: in the user's own folder of the temporary folder, not beside it."""
-    folder = Path(tempfile.gettempdir()) / f"lbr-{os.getuid()}"
+    try:
+        folder = Path(tempfile.gettempdir()) / f"lbr-{os.getuid()}"
+    except OSError as error:
+        raise OutputError(
+            f"expected a temporary folder for the lock of {target}, got: none that can be written; set TMPDIR to one"
+        ) from error
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import ssl
 from urllib.parse import urlsplit
 
+from lbr.core.config import hide_user
 from lbr.core.errors import UsageError
 
 URL_EXAMPLE = "http://127.0.0.1:8000/v1"
@@ -56,7 +58,7 @@ def _check_url(variable: str, url: str | None) -> None:
         problem = _place_problem(url)
     if not problem:
         return
-    raise UsageError(f"{variable} {problem}: expected a URL such as {URL_EXAMPLE}, got: {_hide_user(url)!r}")
+    raise UsageError(f"{variable} {problem}: expected a URL such as {URL_EXAMPLE}, got: {hide_user(url)!r}")
 
 
 def _place_problem(url: str) -> str:
@@ -67,11 +69,6 @@ def _place_problem(url: str) -> str:
     except ValueError as error:  # its words may quote a password
         return "has a bad port; correct it" if "port" in str(error).lower() else "has a bad host; correct it"
     return "" if parts.hostname else "has no host"
-
-
-def _hide_user(url: str) -> str:
-    """Return a URL without what stands before an @, which may be a password."""
-    return re.sub(r"[^/@\s]*@", "…@", url)
 
 
 def _check_key(variable: str, key: str | None) -> None:
@@ -88,6 +85,30 @@ def _check_key(variable: str, key: str | None) -> None:
     else:
         problem = "contains a space, an invisible character or one that is not ASCII"
     raise UsageError(f"{variable} {problem}; set it to the key alone")
+
+
+def check_trust() -> None:
+    """Raise UsageError if the variable that names the trusted certificates names none. Other variables are not read."""
+    variable = "SSL_CERT_FILE" if os.environ.get("SSL_CERT_FILE") else "SSL_CERT_DIR"
+    path = os.environ.get(variable)
+    if path and (problem := _trust_problem(variable, path)):
+        raise UsageError(f"{variable} names {path}, which {problem}; fix or unset it")
+
+
+def _trust_problem(variable: str, path: str) -> str:
+    """Return what is wrong with a file or folder of certificates; empty if nothing is."""
+    try:
+        if variable == "SSL_CERT_DIR":
+            hashed = any(re.fullmatch(r"[0-9a-fA-F]{8}\.\d+", name) for name in os.listdir(path))
+            return "" if hashed else "holds no certificates by their hashes (`openssl rehash` makes those)"
+        ssl.create_default_context(cafile=path)
+    except FileNotFoundError:
+        return "does not exist"
+    except ssl.SSLError:
+        return "holds no certificates"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return ""
 
 
 def takes_max_completion_tokens(base_url: str) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lbr.core.errors import UsageError
 from lbr.models.connections import Connections
+from lbr.models.environment import check_trust
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 _ENTRY = re.compile(
     r"(?:(?P<scheme>[a-z]*)://)?(?:\[(?P<v6>[^\[\]]*)\]|(?P<host>[^:/\[\]]*))(?::(?P<port>\d*))?(?:/(?P<bits>\d*))?\Z"
 )
+_UNKNOWN_ISSUER = frozenset({18, 19, 20, 21})
+"""OpenSSL's codes for a certificate that no trusted one vouches for; others are a wrong host name, or its age."""
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -138,7 +141,7 @@ class Http:
 
     It limits nothing (how many calls run at a time is the caller's), follows no redirect, keeps no cookie, reads no
     netrc, and always verifies certificates. Construction reads the environment, and raises UsageError for a proxy
-    that it cannot speak to and OSError for a trust store that cannot be read. `make_trust` reads the trust store, None
+    that it cannot speak to and for a trust store that cannot be read. `make_trust` reads the trust store, None
     for httpx2's: SSL_CERT_FILE, else SSL_CERT_DIR, else the system's. Where `only` is the one URL to be called, and no
     call of it is encrypted, none is read, which takes 20 ms.
     """
@@ -160,6 +163,8 @@ class Http:
         self._shared = connections is not None
         if make_trust is None and not self._is_plain(only):
             from httpx2 import create_ssl_context as make_trust  # noqa: PLC0415
+        if make_trust is not None:
+            check_trust()
         # Given with each call, for a pool's own would be that of whoever came first.
         self._trust = True if make_trust is None else self._connections.trust(make_trust)
 
@@ -259,7 +264,8 @@ def _cause_of(error: BaseException | None) -> str | None:
 def _system_words(error: BaseException) -> str:
     match error:
         case ssl.SSLCertVerificationError():
-            return f"its certificate is not trusted: {error.verify_message}"
+            way = "; SSL_CERT_FILE can name a file with its issuer" * (error.verify_code in _UNKNOWN_ISSUER)
+            return f"its certificate is not trusted: {error.verify_message}{way}"
         case ssl.SSLError(reason=str(reason)):
             return f"TLS: {reason.replace('_', ' ').lower()}"
         case OSError(errno=int(number)) if number > 0:  # its own words may be of a call that nobody made

@@ -12,12 +12,13 @@ from urllib.parse import urlencode
 from lbr.store.trips import FileConnection, FileThread, WholeConnection
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
     from pathlib import Path
 
     import sqlalchemy
 
     from lbr.store.connection import Connection
+    from lbr.store.schema import AnyRow
 
 T = TypeVar("T")
 
@@ -25,6 +26,8 @@ BUSY_TIMEOUT_MS = 2_500
 
 # What a file's own schema says may call no function that could do harm.
 HARMLESS = "PRAGMA trusted_schema = OFF"
+
+SCHEMA_ROWS = "SELECT type, name, rootpage FROM sqlite_master"
 
 READER_PRAGMAS = (
     f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}",
@@ -44,6 +47,19 @@ def writer_pragmas(synchronous: str, wal_limit: int) -> tuple[str, ...]:
         "PRAGMA mmap_size = 0",
         "PRAGMA cache_size = -32768",
     )
+
+
+def foreign_code(rows: Iterable[AnyRow], tables: Collection[str]) -> str:
+    """Return what in a file's schema would run with our statements; empty if nothing does.
+
+    It is every trigger, and a view or virtual table in the place of one of our tables. `rows` are `SCHEMA_ROWS`.
+    """
+    running = [
+        f"the {row.type} {row.name[:50]!r}"
+        for row in rows
+        if row.type == "trigger" or (row.name in tables and (row.type != "table" or not row.rootpage))
+    ]
+    return ", ".join(running[:5])
 
 
 class FileConnections:

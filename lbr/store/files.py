@@ -15,6 +15,7 @@ from uuid import uuid4
 
 from filelock import AsyncFileLock, FileLock, Timeout
 
+from lbr.core import ownership
 from lbr.core.errors import DatabaseBusyError, DatabaseError, UsageError
 
 try:
@@ -61,7 +62,7 @@ NETWORK_FILE_SYSTEMS = frozenset(
     | {"vboxsf", "vmhgfs", "vmhgfs-fuse", "prl_fs", "osxfs", "grpcfuse"}
 )
 """As /proc/self/mountinfo calls them, those in user space without the `fuse.` before their name."""
-SUFFIXES = ("", "-wal", "-shm", "-journal")
+SUFFIXES = ("", *ownership.COMPANIONS)
 PART = ".part"
 """Ends the names of files that are being written."""
 HAS_LOCKS = fcntl is not None
@@ -96,10 +97,13 @@ def lock_open(descriptor: int) -> None:
     return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def is_free(path: Path) -> bool:
-    """Tell whether a file was locked by a process that has ended; an empty one may be about to be locked."""
+def is_free(path: Path, beside: Path | None = None) -> bool:
+    """Return whether a file was locked by a process that has ended; an empty one may be about to be locked.
+
+    `beside` is the database that it is about, whose owner may own it too.
+    """
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+        descriptor = ownership.open_ours(path, os.O_RDWR, beside)
     except OSError:  # none there, or another user's
         return False
     try:
@@ -124,11 +128,15 @@ def file_system_of(path: Path, mounts: str, device: str = "") -> str | None:
         parts = fields.split(" ")
         if len(parts) < 5 or not tail:
             continue
-        point = _ESCAPED.sub(lambda found: chr(int(found[1], 8)), parts[4])
+        point = _unescaped(parts[4])
         rank = (parts[2] == device, len(point), tail.split(" ")[0])
         if path.is_relative_to(point) and (best is None or rank[:2] >= best[:2]):
             best = rank
     return best[2] if best else None
+
+
+def _unescaped(point: str) -> str:
+    return _ESCAPED.sub(lambda found: chr(int(found[1], 8)), point)
 
 
 def file_system(path: Path) -> str | None:
@@ -138,6 +146,42 @@ def file_system(path: Path) -> str | None:
         return file_system_of(real, MOUNTS.read_text(encoding="utf-8", errors="replace"), device_of(real))
     except (OSError, ValueError):  # the second for what cannot be a path
         return None
+
+
+def check_file(path: Path) -> None:
+    """Raise UsageError if a queue's file has a second name, or what is beside it may be another user's.
+
+    What SQLite keeps beside the file goes by its name: who comes by another one does not see what was written there,
+    and answers are lost.
+    """
+    names = path.stat().st_nlink if path.exists() else 1
+    mounts = ""
+    with suppress(OSError):  # a system that does not tell
+        mounts = MOUNTS.read_text(encoding="utf-8", errors="surrogateescape")
+    if is_mount_point(path, mounts):
+        raise UsageError(
+            f"expected {path} to be a file in a folder, got: a mount of its own, whose WAL other processes do not see, "
+            f"so that answers are lost; mount the folder that it is in"
+        )
+    if names > 1:
+        raise UsageError(
+            f"expected {path} to have one name, got: {names} hard links, by which processes do not see each other's "
+            f"WAL, so that answers are lost; keep a backup as a copy (`cp`) instead, and remove the other name: "
+            f"`find FOLDER -samefile {path}` finds it"
+        )
+    ownership.check_companions(path)
+
+
+def is_mount_point(path: Path, mounts: str) -> bool:
+    """Return whether something is mounted at a path itself, from the text of /proc/self/mountinfo.
+
+    A later mount at a folder above it hides that.
+    """
+    real = Path(os.path.realpath(path))
+    points = [
+        Path(_unescaped(fields[4])) for line in mounts.splitlines() if len(fields := line.split(" ")) > 4
+    ]
+    return next((point for point in reversed(points) if real.is_relative_to(point)), None) == real
 
 
 def device_of(path: Path) -> str:
@@ -248,8 +292,10 @@ def remove_parts(parts: Iterable[Path]) -> None:
 @asynccontextmanager
 async def creation_lock(path: Path) -> AsyncIterator[None]:
     """Hold the lock of creation, migration and removal; DatabaseError when the folder does not let us."""
-    lock = AsyncFileLock(lock_path(path, "create"), timeout=60, mode=0o600, fallback_to_soft=False)
+    file = lock_path(path, "create")
+    lock = AsyncFileLock(file, timeout=60, mode=0o600, fallback_to_soft=False)
     try:
+        ownership.check_ours(file, path)
         await lock.acquire()
     except Timeout as error:
         raise DatabaseBusyError(
@@ -257,7 +303,7 @@ async def creation_lock(path: Path) -> AsyncIterator[None]:
         ) from error
     except OSError as error:
         raise DatabaseError(
-            f"cannot create or upgrade the database {path}: {error.strerror or error}"
+            f"cannot create or upgrade the database {path} with the lock {file}: {error.strerror or error}"
         ) from error
     try:
         yield

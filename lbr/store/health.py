@@ -79,6 +79,7 @@ async def _examine_file(
         health.file = file_health.look_at_file(path)
         health.refused = health.file.is_network and not allow_network_fs
         files.check_location(path, create=False)
+        files.check_file(path)
         database = file_health.LookingDatabase(path, clock=clock, patience=PATIENCE, hasty=hasty)
     except (LbrError, OSError, ValueError) as error:
         health.problems.append(Problem(OPENING, str(error)))

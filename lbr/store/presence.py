@@ -15,6 +15,7 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from lbr.core import ownership
 from lbr.store import files
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class FilePresence(Presence):
         path = self._path(worker)
         try:
             # One may be there from a database of which this one is an older copy, where the same numbers come again.
-            descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+            descriptor = ownership.open_ours(path, os.O_CREAT | os.O_RDWR, self._database)
         except OSError:
             return
         self._mine[worker] = descriptor
@@ -104,7 +105,9 @@ class FilePresence(Presence):
 
     def dead(self, workers: Iterable[WorkerId]) -> list[WorkerId]:
         """Return the workers whose locks are free."""
-        return [worker for worker in workers if self.tells and files.is_free(self._path(worker))]
+        return [
+            worker for worker in workers if self.tells and files.is_free(self._path(worker), self._database)
+        ]
 
     def alive(self, workers: Iterable[WorkerId]) -> list[WorkerId]:
         """Return the workers whose locks are held."""

@@ -21,10 +21,11 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import UserDefinedType
 
+from lbr.core import ownership
 from lbr.core.errors import DatabaseError, OutputError, UsageError
 from lbr.store import files
 from lbr.store.addresses import is_postgresql
-from lbr.store.file_connections import FileConnections
+from lbr.store.file_connections import SCHEMA_ROWS, FileConnections, foreign_code
 from lbr.store.file_errors import database_errors
 from lbr.store.sqlite import sqlite_path
 from lbr.store.trips import BEGIN_WRITING
@@ -82,6 +83,7 @@ async def check(url: PathOrUrl, *, name: str, queue: Path | None) -> None:
         raise _the_queue()
     if not path.exists():
         return
+    ownership.check_companions(path)
     connections = _open(path, begin="BEGIN")
     try:
         with database_errors(path):
@@ -99,6 +101,7 @@ async def write_run(url: PathOrUrl, run: str, pages: AsyncIterable[list[Row]]) -
     path = sqlite_path(url)
     files.check_location(path, create=True)
     files.create_private(path)
+    ownership.check_companions(path)
     connections = _open(path, begin=BEGIN_WRITING)
     count = 0
     try:
@@ -173,6 +176,11 @@ def _has_table(connection: Connection) -> bool:
 
 
 def _check_table(connection: Connection) -> None:
+    if running := foreign_code(connection.exec_driver_sql(SCHEMA_ROWS).all(), metadata.tables):
+        raise OutputError(
+            f"expected a results database of lbr, got: one with {running}, which would run when answers are written; "
+            f"drop it, or name another file for the results"
+        )
     if inspect(connection).has_table("schema_version"):
         raise _the_queue()
     if inspect(connection).has_table("results"):

@@ -14,11 +14,19 @@ from filelock import Timeout
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
+from lbr.core import ownership
 from lbr.core.config import PATIENCE, a_name
 from lbr.core.errors import AlreadyRunningError, DatabaseError, UsageError
 from lbr.store import files, schema
 from lbr.store.database import Database, local_clock, to_its_end
-from lbr.store.file_connections import BUSY_TIMEOUT_MS, READER_PRAGMAS, FileConnections, writer_pragmas
+from lbr.store.file_connections import (
+    BUSY_TIMEOUT_MS,
+    READER_PRAGMAS,
+    SCHEMA_ROWS,
+    FileConnections,
+    foreign_code,
+    writer_pragmas,
+)
 from lbr.store.file_errors import database_errors, is_busy
 from lbr.store.presence import FilePresence, Presence
 from lbr.store.trips import BEGIN_WRITING
@@ -29,7 +37,6 @@ if TYPE_CHECKING:
 
     from lbr.core.types import Millis, PathOrUrl, RunId
     from lbr.store.connection import Connection
-    from lbr.store.schema import AnyRow
 
 T = TypeVar("T")
 
@@ -68,6 +75,7 @@ def sqlite_path(url: PathOrUrl, *, name: str = "--db") -> Path:
         ) from error
     if not found.name:
         raise UsageError(f"expected {name} to name a file, got: the folder {path}")
+    ownership.refuse_foreign_link(str(found))
     # SQLite keeps the WAL beside the file, not beside a link to it; so must we, and our locks.
     return Path(os.path.realpath(found)) if os.path.islink(found) else found
 
@@ -247,6 +255,7 @@ class SQLiteDatabase(Database):
             return
         self._unfinished_checkpoint = time.monotonic()
         try:
+            ownership.check_ours(files.lock_path(self.path, "checkpoint"), self.path)
             self._checkpoint_lock.acquire()
         except OSError:  # somebody holds it, which is a Timeout, or it is a file that this user may not open
             return
@@ -306,32 +315,19 @@ class SQLiteDatabase(Database):
 
     async def version(self, connection: Connection) -> int:
         """Return the schema's version, 0 for an empty file; DatabaseError for another program's."""
-        found = (await connection.exec_driver_sql("SELECT type, name, rootpage FROM sqlite_master")).all()
+        found = (await connection.exec_driver_sql(SCHEMA_ROWS)).all()
         tables = [row.name for row in found if row.type == "table"]
         if tables and "schema_version" not in tables:
             raise DatabaseError(
                 f"expected an lbr database at {self.path}, got: a SQLite file of another program, with tables {', '.join(tables[:5])}; "
                 f"name another path"
             )
-        self._refuse_code(found)
-        return await connection.run_sync(schema.applied_version)
-
-    def _refuse_code(self, found: Sequence[AnyRow]) -> None:
-        """Raise DatabaseError where the file brings statements of its own that would run with ours.
-
-        They are triggers, and views and virtual tables in the place of our tables.
-        """
-        ours = schema.metadata.tables
-        running = [
-            f"the {row.type} {row.name[:50]!r}"
-            for row in found
-            if row.type == "trigger" or (row.name in ours and (row.type != "table" or not row.rootpage))
-        ]
-        if running:
+        if running := foreign_code(found, schema.metadata.tables):
             raise DatabaseError(
-                f"expected an lbr database at {self.path}, got: one with {', '.join(running[:5])}, which would run in "
-                f"lbr's transactions and which lbr never makes; drop what another program has added, or restore a copy"
+                f"expected an lbr database at {self.path}, got: one with {running}, which would run in lbr's "
+                f"transactions and which lbr never makes; drop what another program has added, or restore a copy"
             )
+        return await connection.run_sync(schema.applied_version)
 
     async def close(self) -> None:
         """Close every connection."""
@@ -357,6 +353,7 @@ def open_sqlite(
     path = sqlite_path(url)
     synchronous = _synchronous_in(url)
     files.check_location(path, create=create)
+    files.check_file(path)
     presence: Presence | None = None
     if not allow_network_fs:
         files.refuse_network_file_system(path)
@@ -376,8 +373,10 @@ async def sole_worker(url: PathOrUrl) -> AsyncIterator[None]:
     """
     path = sqlite_path(url)
     files.check_location(path, create=False)
-    lock = files.file_lock(files.lock_path(path, "worker"), timeout=0)
+    file = files.lock_path(path, "worker")
+    lock = files.file_lock(file, timeout=0)
     try:
+        ownership.check_ours(file, path)
         lock.acquire()
     except Timeout:
         raise AlreadyRunningError(

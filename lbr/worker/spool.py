@@ -15,6 +15,7 @@ from uuid import uuid4
 import orjson
 from filelock import Timeout
 
+from lbr.core import ownership
 from lbr.core.errors import DatabaseError, Family, LbrError, Symptom, Usage
 from lbr.core.plurals import counted
 from lbr.core.retry import storable_usage
@@ -99,7 +100,9 @@ def waiting(places: Iterable[Path]) -> list[Waiting]:
     for place in places:
         for ending in (ENDING, LEFT):
             paths = _paths(place, ending)
-            found += [Waiting(path, _count(path), left=ending == LEFT) for path in paths if path.exists()]
+            found += [
+                Waiting(path, _count(path, place), left=ending == LEFT) for path in paths if path.exists()
+            ]
     return found
 
 
@@ -114,24 +117,25 @@ def _paths(place: Path, ending: str) -> list[Path]:
 def waiting_of(database: Database, run_id: RunId) -> list[Path]:
     """Return the files that hold answers of a run, those that may hold some but cannot be read among them."""
     return [
-        one.path
-        for one in waiting(database.spool_places)
-        if not one.left and _may_hold_some(one.path, run_id)
+        path
+        for place in database.spool_places
+        for path in _paths(place, ENDING)
+        if _may_hold_some(path, place, run_id)
     ]
 
 
-def _may_hold_some(path: Path, run_id: RunId) -> bool:
+def _may_hold_some(path: Path, place: Path, run_id: RunId) -> bool:
     try:
-        return any(settlement.claim.run_id == run_id for settlement in _read(path))
+        return any(settlement.claim.run_id == run_id for settlement in _read(path, place))
     except FileNotFoundError:  # settled meanwhile
         return False
     except (OSError, *_NOT_OURS):
         return True
 
 
-def _count(path: Path) -> int | None:
+def _count(path: Path, place: Path) -> int | None:
     try:
-        return path.read_bytes().count(b"\n")
+        return _bytes_of(path, place).count(b"\n")
     except OSError:
         return None
 
@@ -148,18 +152,20 @@ async def settle_kept(database: Database, notify: Callable[[str], None]) -> set[
         hidden = place.with_name(f".{place.name}")
         files.remove_parts(part for of in (ENDING, LEFT) for part in _paths(hidden, f"{of}*{files.PART}"))
         for path in _paths(place, ENDING):
-            if not await _settle_one(database, path, notify):
+            if not await _settle_one(database, path, place, notify):
                 waiting |= _writers(path, place)
     return waiting
 
 
-async def _settle_one(database: Database, path: Path, notify: Callable[[str], None]) -> bool:
-    lock = files.file_lock(path.with_name(path.name + ".lock"), timeout=0)
+async def _settle_one(database: Database, path: Path, place: Path, notify: Callable[[str], None]) -> bool:
+    lock = path.with_name(path.name + ".lock")
     try:
-        with lock:
-            done = await _settle_file(database, path, notify)
+        for one in (path, lock):
+            ownership.check_ours(one, place)
+        with files.file_lock(lock, timeout=0):
+            done = await _settle_file(database, path, place, notify)
             if done:
-                path.with_name(path.name + ".lock").unlink(missing_ok=True)
+                lock.unlink(missing_ok=True)
             return done
     except Timeout:
         pass
@@ -176,10 +182,10 @@ def _writers(path: Path, place: Path) -> set[int]:
     return {int(pid)} if pid.isascii() and pid.isdecimal() else set()
 
 
-async def _settle_file(database: Database, path: Path, notify: Callable[[str], None]) -> bool:
+async def _settle_file(database: Database, path: Path, place: Path, notify: Callable[[str], None]) -> bool:
     """Settle what is in a file and remove it; False where that is something else."""
     try:
-        kept = _read(path)
+        kept = _read(path, place)
     except FileNotFoundError:  # settled meanwhile
         return True
     except _NOT_OURS as error:
@@ -237,8 +243,14 @@ def _as_known(settlement: Settlement, jobs: Sequence[reads.JobStanding]) -> Sett
     return replace(settlement, claim=known)
 
 
-def _read(path: Path) -> list[Settlement]:
-    return [_settlement(orjson.loads(line)) for line in path.read_bytes().splitlines()]
+def _read(path: Path, place: Path) -> list[Settlement]:
+    return [_settlement(orjson.loads(line)) for line in _bytes_of(path, place).splitlines()]
+
+
+def _bytes_of(path: Path, place: Path) -> bytes:
+    # Another user may have put answers beside a database, or a pipe that never ends.
+    with os.fdopen(ownership.open_ours(path, os.O_RDONLY, place), "rb") as file:
+        return file.read()
 
 
 def _lines(batch: Sequence[Settlement]) -> bytes:

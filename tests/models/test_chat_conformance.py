@@ -56,6 +56,7 @@ async def wire(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterator
     """Serve where all providers' calls go."""
     # Nobody is trusted where nothing is encrypted: each adapter takes 20 ms to read the system's certificates.
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    (tmp_path / "01234567.0").touch()
     monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
     found = Wire()
     async with found.open() as url:

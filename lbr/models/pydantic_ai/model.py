@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lbr.core.errors import CallError, Permanent, UsageError
 from lbr.models.checking import check_authority
-from lbr.models.environment import check_environment, takes_max_completion_tokens
+from lbr.models.environment import check_environment, check_trust, takes_max_completion_tokens
 from lbr.models.pydantic_ai.checks import (
     check_known,
     missing_package,
@@ -66,6 +66,7 @@ class PydanticAIModel:
         self._name = name
         check_authority(task_settings)  # again, for whoever wrote to the database need not have been lbr
         check_environment(name, api_key)
+        check_trust()
         self._model = _build(name, api_key, connections)
         check_known(name, task_settings, self._model)
         self._fixed = {} if "max_retries" in self._model.unsupported_settings else {"max_retries": 0}
