@@ -26,7 +26,7 @@ from pydantic import BaseModel
 
 import lbr
 from lbr import DB_URL_DEFAULT, LbrError, Pause, Permanent, export_jsonl, prompt_map
-from lbr.core.errors import InputError, UsageError
+from lbr.core.errors import InputError, OutputError, UsageError
 from lbr.store import results_db
 from tests.support import is_postgresql
 from tests.support.hearing import Hearing
@@ -772,3 +772,28 @@ async def test_a_call_with_nothing_to_retry_reads_no_jobs(db_url: str) -> None:
     hearing.end()
     assert any("counters" in sql for sql in asked)
     assert not [sql for sql in asked if "jobs.state IN" in sql]
+
+
+@pytest.mark.parametrize(
+    ("statement", "what"),
+    [
+        ("CREATE TRIGGER t AFTER DELETE ON results BEGIN SELECT 1; END", "the trigger 't'"),
+        ("ALTER TABLE results RENAME TO r; CREATE VIEW results AS SELECT * FROM r", "the view 'results'"),
+    ],
+)
+async def test_a_results_database_with_code_of_its_own_is_refused(
+    tmp_path: Path, db_url: str, statement: str, what: str
+) -> None:
+    """A trigger, or a view in the place of the table, would run in lbr's statements: refused before any call."""
+    await prompt_map(["a"], shout, db_url=db_url, results_db_url="answers.db")
+    with closing(sqlite3.connect(tmp_path / "answers.db")) as file:
+        file.executescript(statement)
+    calls: list[str] = []
+
+    async def count(text: str) -> str:
+        calls.append(text)
+        return text
+
+    with pytest.raises(OutputError, match=what):
+        await prompt_map(["a"], count, version="1", db_url=db_url, results_db_url="answers.db")
+    assert calls == []

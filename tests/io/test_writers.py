@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -290,6 +291,29 @@ class TestAtomicPath:
             temporary.write_text("new")
         assert path.read_text() == "new"
 
+    def test_what_dead_processes_left_is_removed(self, tmp_path: Path) -> None:
+        """A temporary file of a process that is gone goes an hour after it was written, with SQLite's beside it."""
+        ended = subprocess.Popen([sys.executable, "-c", ""])
+        ended.wait()
+        tails = ("0" * 12 + ".tmp", "0" * 12 + ".tmp-journal")
+        left = [tmp_path / f".out.csv.{ended.pid}.{tail}" for tail in tails]
+        living = tmp_path / f".out.csv.{os.getpid()}.{'1' * 12}.tmp"
+        others = [
+            tmp_path / f".out.csv.{ended.pid}.{tail}"
+            for tail in ("0.tmp", "0" * 12 + ".tmp.csv", "z" * 12 + ".tmp")
+        ]
+        others += [tmp_path / f".not.csv.{ended.pid}.{tails[0]}", tmp_path / f".out.csv.me.{tails[0]}"]
+        young = tmp_path / f".out.csv.{ended.pid}.{'2' * 12}.tmp"
+        link = tmp_path / f".out.csv.{ended.pid}.{'3' * 12}.tmp"
+        for path in (*left, living, *others, young):
+            path.touch()
+        for path in (*left, living, *others):
+            os.utime(path, (time.time() - 3700,) * 2)
+        link.symlink_to(young)
+        with atomic_path(tmp_path / "out.csv") as temporary:
+            temporary.write_text("new")
+        assert set(tmp_path.iterdir()) == {living, *others, young, link, tmp_path / "out.csv"}
+
 
 class TestLock:
     """Writers of one file go one after the other."""
@@ -309,6 +333,19 @@ class TestLock:
         with pytest.raises(OutputError, match="to be your own folder, got: another's"):
             async with output_lock(tmp_path / "a"):
                 pass
+
+    def test_a_temporary_folder_that_is_not_there_is_found_before_the_work(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where no temporary folder can be written, the check of an output names TMPDIR; `lbr run` makes it first."""
+
+        def none() -> str:
+            raise FileNotFoundError(2, "No usable temporary directory found in ['/nonexistent']")
+
+        monkeypatch.setattr(tempfile, "gettempdir", none)
+        with pytest.raises(OutputError, match="got: none that can be written; set TMPDIR to one"):
+            check_output(str(tmp_path / "out.csv"))
+        assert list(tmp_path.iterdir()) == []
 
     async def test_tasks_of_one_loop_wait_for_each_other(self, tmp_path: Path) -> None:
         """Two writers in one event loop neither overlap nor block it."""

@@ -6,12 +6,16 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from aiohttp import ClientError, ClientTimeout
 
 import lbr
 from lbr.core.errors import UsageError
 from lbr.core.types import Task
 from lbr.models.build import Authority, build_model
 from lbr.models.environment import check_environment, takes_max_completion_tokens
+from lbr.models.http import Http, lost_words
+from tests.support import Cli
+from tests.support.raw_server import answer, answering, certificate, serving
 from tests.support.scripted_server import Scripted
 
 if TYPE_CHECKING:
@@ -172,3 +176,78 @@ async def test_no_job_is_touched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_who_knows_the_newer_name_of_max_tokens(url: str, newer: Any) -> None:
     """OpenAI's own hosts and Azure's do; of other servers nothing is known."""
     assert takes_max_completion_tokens(url) is newer
+
+
+@pytest.mark.parametrize(
+    ("variable", "name", "problem"),
+    [
+        ("SSL_CERT_FILE", "gone.pem", "does not exist"),
+        ("SSL_CERT_FILE", "empty.pem", "holds no certificates"),
+        ("SSL_CERT_FILE", ".", "cannot be read: Is a directory"),
+        ("SSL_CERT_DIR", "gone", "does not exist"),
+        ("SSL_CERT_DIR", ".", "holds no certificates by their hashes"),
+    ],
+)
+@pytest.mark.parametrize("model", ["openai-chat:m", "openai-responses:m", "openrouter:a/b", "anthropic:m"])
+def test_certificates_that_are_not_there_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, variable: str, name: str, problem: str
+) -> None:
+    """`lbr run` and `lbr worker` name the variable and the path before a call, and `lbr run` enqueues nothing."""
+    for one in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        monkeypatch.delenv(one, raising=False)
+    cli = Cli(
+        tmp_path, **{f"{model.split('-', maxsplit=1)[0].split(':', maxsplit=1)[0].upper()}_API_KEY": "k"}
+    )
+    (tmp_path / "empty.pem").write_text("none\n")
+    (tmp_path / "in.txt").write_text("a\n")
+    words = f"{variable} names {name}, which {problem}"
+    cli.environment[variable] = name
+    done = cli("run", "in.txt", "-o", "out.jsonl", "--model", model, check=False)
+    assert (done.returncode, words in done.stderr, "fix or unset it" in done.stderr) == (2, True, True)
+    assert not (tmp_path / "runs.db").exists()
+    if model == MODEL:
+        cli("enqueue", "in.txt", "--model", model)
+        done = cli("worker", "--run", "in", check=False)
+        assert (done.returncode, words in done.stderr) == (2, True)
+        assert cli.query("SELECT state, claim_seq, attempts FROM jobs") == [("pending", 0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("file", "exported", "warned"),
+    [
+        ("OPENAI_BASE_URL=http://u:pw@there/v1", "OPENAI_API_KEY", True),
+        ("GOOGLE_GEMINI_BASE_URL=http://there", "GEMINI_API_KEY", True),
+        ("ANTHROPIC_BASE_URL=http://there\nANTHROPIC_API_KEY=own", "ANTHROPIC_API_KEY", True),
+        ("OPENAI_BASE_URL=http://there\nOPENAI_API_KEY=exported", "OPENAI_API_KEY", False),
+        ("OPENAI_BASE_URL=http://there", "GROQ_API_KEY", False),
+        ("OPENAI_API_KEY=own", "OPENAI_API_KEY", False),
+    ],
+)
+def test_a_folder_that_takes_an_exported_key_elsewhere_is_reported(
+    tmp_path: Path, file: str, exported: str, warned: bool
+) -> None:
+    """A base URL in `.env` and a key from outside are named together, once for all processes; a key of its own is not."""
+    cli = Cli(tmp_path, **{exported: "exported"})
+    (tmp_path / ".env").write_text(f"{file}\n")
+    (tmp_path / "in.txt").write_text("a\n")
+    assert f"sends {exported}" not in cli("enqueue", "in.txt", "--model", "offline:echo", check=False).stdout
+    said = cli("worker", "--processes", "2").stderr
+    assert said.count(f" sends {exported}, which is set outside this file, to 'http://") == warned
+    assert said.count(".env: ") == warned
+    assert "pw@" not in said
+
+
+async def test_a_certificate_of_no_known_issuer_names_the_variable(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The way out is SSL_CERT_FILE, also for who has set REQUESTS_CA_BUNDLE, which lbr does not read."""
+    file, tls = certificate(tmp_path)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(file))
+    async with serving(answering(answer(b"{}")), tls) as server:
+        http = Http()
+        with pytest.raises(ClientError) as raised:
+            await http.request("GET", server.url, timeout=ClientTimeout(5))
+        await http.aclose()
+    said = lost_words(raised.value, server.url)
+    assert "not trusted: self" in said
+    assert said.endswith("; SSL_CERT_FILE can name a file with its issuer")

@@ -704,3 +704,64 @@ async def test_file_that_goes_away_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(DatabaseError, match="was replaced while in use"):
         await put(database, ["a"])
     await database.close()
+
+
+async def test_a_file_with_a_second_hard_link_is_refused(tmp_path: Path) -> None:
+    """By each name a process would have a WAL of its own; with the other name gone the file is opened again."""
+    path = tmp_path / "q.db"
+    await (await open_database(str(path), create=True)).close()
+    (tmp_path / "backup.db").hardlink_to(path)
+    for url in (path, tmp_path / "backup.db"):
+        with pytest.raises(UsageError, match=r"to have one name, got: 2 hard links.*as a copy \(`cp`\)"):
+            await open_database(str(url), create=True)
+    found = {one.check: one for one in await lbr.doctor(db_url=str(path))}
+    assert any("2 hard links" in one.found for one in found.values())
+    (tmp_path / "backup.db").unlink()
+    await (await open_database(str(path))).close()
+
+
+@pytest.mark.parametrize(
+    ("points", "mounted"),
+    [
+        (["/", "/data/q.db"], True),
+        (["/", "/data", "/data/q.db"], True),
+        (["/", "/data/q.db", "/data"], False),
+        (["/", "/data/q.db", "/data/other"], True),
+        (["/", "/data"], False),
+        (["/", "/data/q.db-wal"], False),
+        ([], False),
+    ],
+)
+def test_a_mount_point_is_the_path_itself(points: list[str], mounted: bool) -> None:
+    """A folder that is mounted is none, nor what a later mount hides."""
+    mounts = "".join(f"30 1 0:40 / {point} rw - ext4 /dev/sda rw\n" for point in points)
+    assert files.is_mount_point(Path("/data/q.db"), mounts) is mounted
+
+
+def test_a_mount_point_with_white_space_is_read() -> None:
+    """Its name has octal escapes, as in proc(5)."""
+    assert files.is_mount_point(
+        Path("/my data/q\\.db"), "30 1 0:40 / /my\\040data/q\\134.db rw - ext4 x rw\n"
+    )
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+def test_a_file_that_is_bind_mounted_is_refused(tmp_path: Path) -> None:
+    """`docker run -v ./q.db:/data/q.db` shares the file without its WAL; the folder is what must be mounted."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "q.db").touch()
+    (tmp_path / "in.txt").write_text("a\n")
+    lbr_ = f"{sys.executable} -m lbr"
+    script = f"""
+        {lbr_} --db q.db enqueue in.txt --model offline:echo &&
+        mount --bind q.db data/q.db && ! {lbr_} --db data/q.db worker && umount data/q.db &&
+        mount --bind . data && {lbr_} --db data/q.db worker
+    """
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "got: a mount of its own" in done.stderr
+    assert "mount the folder that it is in" in done.stderr
+    assert "worker: 1 done" in done.stderr
