@@ -136,7 +136,7 @@ def test_import_type_finds_a_class_in_the_working_directory(module: Any, tmp_pat
     )
     assert str(tmp_path) not in sys.path
     assert import_type("shapes_here:Box.Inner").__qualname__ == "Box.Inner"
-    assert sys.path[0] == str(tmp_path)
+    assert sys.path[-1] == str(tmp_path)
 
 
 @pytest.mark.parametrize(
