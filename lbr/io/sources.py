@@ -215,7 +215,7 @@ class Source:
     @property
     def is_empty(self) -> bool:
         """Whether there is neither a file nor a prompt."""
-        return not self._files and next(self._read(), None) is None
+        return not self._files and next(self.read(), None) is None
 
     def run_name(self) -> str:
         """Return the run's name where none was given: the first file's stem."""
