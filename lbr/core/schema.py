@@ -1,6 +1,6 @@
 """Answers with a shape: where their JSON schema comes from, and whether an answer fits it.
 
-jsonschema and pydantic are imported where they are used, for `lbr status` must not pay for them.
+jsonschema_rs and pydantic are imported where they are used, for `lbr status` must not pay for them.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import orjson
 
@@ -20,13 +19,12 @@ from lbr.core import digits
 from lbr.core.errors import BadAnswer, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
-    from jsonschema import Draft202012Validator
+    from jsonschema_rs import Draft202012Validator
+    from jsonschema_rs import ValidationError as Misfit
     from pydantic import ValidationError
-    from referencing import Registry, Resource
-    from referencing._core import Resolver
 
     from lbr.core.types import Json
 
@@ -36,6 +34,18 @@ MAX_PROBLEMS = 5
 MAX_PROBLEM_CHARS = 200
 SCHEMA_EXAMPLE = '{"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}'
 
+MAX_BACKTRACKS = 100_000
+"""Steps back that a pattern with look-arounds or back-references may take on one text: a few milliseconds."""
+
+_WORDS = frozenset(
+    """$dynamicRef $ref additionalProperties allOf anyOf const contains dependentRequired dependentSchemas enum
+    exclusiveMaximum exclusiveMinimum format if items maxItems maxLength maxProperties maximum minItems minLength
+    minProperties minimum multipleOf not oneOf pattern patternProperties prefixItems properties propertyNames required
+    type unevaluatedItems unevaluatedProperties uniqueItems""".split()  # noqa: SIM905 - one word a line would be a page
+)
+"""Of which a schema must have one to say something."""
+
+_PLAIN_STEP = re.compile(r"[A-Za-z_]\w*")
 _FENCE = re.compile(r"\A```(?:json)?[ \t]*\r?\n?(.*?)\s*```\Z", re.DOTALL | re.IGNORECASE)
 
 
@@ -46,9 +56,10 @@ def load_schema(path: str | Path) -> dict[str, Json]:
         raise UsageError(
             f"{path}: expected a JSON schema, an object such as {SCHEMA_EXAMPLE}, got: {_kind_of_json(value)}"
         )
-    problem = _schema_problem(value)
-    if problem is not None:
-        raise UsageError(f"{path}: {problem}")
+    try:
+        _build_validator(value)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error.__cause__
     return value
 
 
@@ -96,22 +107,6 @@ def _kind_of_json(value: Json) -> str:
     return names.get(type(value), "a number")
 
 
-def _schema_problem(schema: dict[str, Json]) -> str | None:
-    """Tell what keeps a JSON object from being a JSON schema that says something; None when nothing does."""
-    from jsonschema import Draft202012Validator, SchemaError  # noqa: PLC0415
-
-    if not schema.keys() & Draft202012Validator.VALIDATORS.keys():
-        keys = ", ".join(sorted(schema)) or "none"
-        return f"expected a JSON schema such as {SCHEMA_EXAMPLE}, got an object without any of its words; its keys: {keys}"
-    try:
-        Draft202012Validator.check_schema(schema)
-    except SchemaError as error:
-        return f"expected a JSON schema, but at {error.json_path}: {_short(error.message)}"
-    except RecursionError:
-        return "expected a JSON schema, got one that is nested too deeply to check"
-    return None
-
-
 def schema_of(result_type: Any) -> dict[str, Json]:
     """Return the JSON schema of a pydantic model class, or of anything else that pydantic reads types from."""
     from pydantic import TypeAdapter  # noqa: PLC0415
@@ -124,7 +119,7 @@ def schema_of(result_type: Any) -> dict[str, Json]:
             f"expected a pydantic BaseModel class as result type, got: {name}, "
             f"which has no JSON schema: {_first_line(error)}"
         ) from error
-    if _schema_problem(schema) is not None:
+    if not schema.keys() & _WORDS:
         raise UsageError(
             f"expected a pydantic BaseModel class as result type, got: {name}, whose JSON schema says nothing"
         )
@@ -221,7 +216,7 @@ class Validator:
             answer, problems = self._check(bare, digits.loads(bare))
         except orjson.JSONDecodeError as error:
             raise BadAnswer(f"$: expected JSON, got: {error}", text=text) from None
-        except RecursionError:
+        except (RecursionError, TypeError):  # of json and orjson, whose limits differ
             raise BadAnswer("$: is nested too deeply to check", text=text) from None
         if problems:
             raise BadAnswer(_list_problems(problems), text=text)
@@ -261,7 +256,10 @@ def _pydantic_problems(error: ValidationError) -> list[str]:
 
 
 def _json_path(steps: Iterable[str | int]) -> str:
-    return "$" + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)
+    return "$" + "".join(
+        f".{step}" if isinstance(step, str) and _PLAIN_STEP.fullmatch(step) else f"[{step!r}]"
+        for step in steps
+    )
 
 
 def _schema_check(schema: dict[str, Json]) -> Check:
@@ -273,50 +271,62 @@ def _schema_check(schema: dict[str, Json]) -> Check:
     return check
 
 
-def _schema_problems(validator: Draft202012Validator, value: Json) -> Iterator[str]:
+def _schema_problems(validator: Draft202012Validator, value: Json) -> list[str]:
     try:
-        errors = sorted(
-            validator.iter_errors(value), key=lambda error: [str(step) for step in error.absolute_path]
-        )
-    except RecursionError:
-        yield "$: is nested too deeply to check"
-        return
-    for error in errors:
-        yield f"{error.json_path}: {error.message}"
+        errors = list(validator.iter_errors(value))
+    except ValueError as error:  # it has a recursion limit of its own
+        return [f"$: is nested too deeply to check: {error}"]
+    errors.sort(key=lambda error: ([str(step) for step in error.instance_path], error.message))
+    return [f"{_json_path(error.instance_path)}: {_words_of(error)}" for error in errors]
+
+
+def _words_of(error: Misfit) -> str:
+    from jsonschema_rs import ValidationErrorKind  # noqa: PLC0415
+
+    match error.kind:
+        case ValidationErrorKind.Enum(options=options):  # its own words name two of them
+            return f"{digits.dumps(error.instance).decode()} is not one of {digits.dumps(options).decode()}"
+        case ValidationErrorKind.BacktrackLimitExceeded() | ValidationErrorKind.RegexEngineFailure():
+            return "the schema's pattern takes too many steps on this text"
+    return error.message
 
 
 def _build_validator(schema: dict[str, Json]) -> Draft202012Validator:
-    from jsonschema import Draft202012Validator  # noqa: PLC0415
-    from jsonschema_specifications import REGISTRY  # type: ignore[import-untyped]  # noqa: PLC0415
-    from referencing.jsonschema import DRAFT202012  # noqa: PLC0415
+    from jsonschema_rs import Draft202012Validator, FancyRegexOptions, RegexOptions, ValidationError  # noqa: PLC0415
 
-    problem = _schema_problem(schema)
-    if problem is not None:
-        raise UsageError(problem)
-    # An explicit registry is what keeps jsonschema from fetching: left out, it asks the network.
-    resource: Resource[Any] = DRAFT202012.create_resource(schema)
-    registry: Registry[Any] = REGISTRY
-    _check_references(resource, registry.resolver_with_root(resource))
-    return Draft202012Validator(schema, registry=registry)
+    if not schema.keys() & _WORDS:
+        keys = ", ".join(sorted(schema)) or "none"
+        raise UsageError(
+            f"expected a JSON schema such as {SCHEMA_EXAMPLE}, got an object without any of its words; its keys: {keys}"
+        )
+    # The first engine is linear, but knows no look-arounds.
+    for options in (RegexOptions(), FancyRegexOptions(backtrack_limit=MAX_BACKTRACKS)):
+        try:
+            return Draft202012Validator(
+                schema, retriever=_refuse, pattern_options=options, validate_formats=False
+            )
+        except ValidationError as error:
+            problem = error
+        except ValueError as error:
+            raise UsageError("expected a JSON schema, got one that is nested too deeply to check") from error
+    place = _json_path(problem.instance_path)
+    match problem.kind.name:
+        case "$ref":
+            raise UsageError(
+                f"expected every $ref of the schema to point into the schema itself, got: "
+                f"{problem.message.partition(' is not ')[0]}; copy what it stands for under '$defs'"
+            )
+        case "format":
+            shown = _short(repr(problem.instance))
+            raise UsageError(
+                f"expected the pattern at {place} to be a regular expression, got: {shown}, which is wrong or too large"
+            )
+    raise UsageError(f"expected a JSON schema, but at {place}: {_short(problem.message)}")
 
 
-def _check_references(resource: Resource[Any], resolver: Resolver[Any]) -> None:
-    from referencing.exceptions import Unresolvable  # noqa: PLC0415
-
-    if isinstance(resource.contents, Mapping):
-        for word in ("$ref", "$dynamicRef"):
-            target = resource.contents.get(word)
-            if not isinstance(target, str):
-                continue
-            try:
-                resolver.lookup(target)
-            except Unresolvable:
-                raise UsageError(
-                    f"expected every {word} of the schema to point into the schema itself, got: {target!r}; "
-                    f"copy what it stands for under '$defs'"
-                ) from None
-    for inner in resource.subresources():
-        _check_references(inner, resolver.in_subresource(inner))
+def _refuse(uri: str) -> NoReturn:
+    """Fetch nothing: a schema must not make lbr call a URL or read a file."""
+    raise ValueError(uri)
 
 
 def _short(text: str) -> str:

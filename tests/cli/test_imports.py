@@ -15,7 +15,7 @@ from tests.support.scripted_server import Scripted
 
 HEAVY = (
     *("pydantic_ai", "pydantic", "openai", "aiohttp", "httpx2", "genai_prices"),
-    *("asyncpg", "polars", "jinja2", "jsonschema", "rich", "dotenv"),
+    *("asyncpg", "polars", "jinja2", "jsonschema_rs", "rich", "dotenv"),
     *("sqlalchemy.orm", "sqlalchemy.ext.asyncio", "sqlalchemy.dialects.postgresql"),
 )
 

@@ -201,7 +201,7 @@ def _check_end(row: dict[str, Any], last: str) -> None:
         "503": "trouble 503",
         "slow": "no answer within 8 s",
         REFUSED: "not this one",
-        BAD_ANSWER: "is not of type 'string'",
+        BAD_ANSWER: 'is not of type "string"',
     }
     assert row["status"] == "failed"
     assert words.get(last, "") in row["error"]
