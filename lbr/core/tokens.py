@@ -29,7 +29,10 @@ def characters_of(prompt: Prompt) -> int:
     """Return how many characters of a prompt the model reads: of chat messages their texts, images left out."""
     if prompt.messages is None:
         return len(prompt.text or "")
-    return sum(_content_characters(message.get("content")) for message in prompt.messages)
+    return sum(
+        _content_characters(message.get("content")) + len(str(message.get("tool_calls") or ""))
+        for message in prompt.messages
+    )
 
 
 def _content_characters(content: Json) -> int:

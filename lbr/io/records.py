@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from lbr.core.errors import InputError, UsageError
+from lbr.core.messages import check_messages
 from lbr.core.types import Item, Json, Part, Prompt, canonical_json
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 Fields = dict[str, Json]
 
 ID_FIELDS = ("id", "custom_id")
-ROLES = frozenset({"system", "developer", "user", "assistant"})
 SHOWN_CHARACTERS = 80
 
 
@@ -223,10 +223,10 @@ def _named_prompt(fields: Fields, place: Place) -> Prompt:
     if "prompt" in fields:
         return _text_prompt(fields.pop("prompt"), "prompt", place)
     messages = fields.pop("messages")
-    if not isinstance(messages, list) or not messages:
-        raise place.error(f"expected messages to be a list of at least one, got: {shown(messages)}")
-    for message in messages:
-        _check_message(message, place)
+    try:
+        check_messages(messages)
+    except InputError as error:
+        raise place.error(str(error)) from error
     return Prompt(messages=tuple(messages))
 
 
@@ -249,17 +249,6 @@ def _text_prompt(value: Json, what: str, place: Place) -> Prompt:
     except UnicodeEncodeError as error:
         raise place.error(f"expected {what} to be Unicode, got: half a surrogate pair; remove it") from error
     return Prompt(value)
-
-
-def _check_message(message: Json, place: Place) -> None:
-    if not isinstance(message, dict):
-        raise place.error(f"expected each message to be an object, got: {shown(message)}")
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or role not in ROLES:
-        raise place.error(f"expected the role to be one of {', '.join(sorted(ROLES))}, got: {shown(role)}")
-    parts = content if isinstance(content, list) else []
-    if not isinstance(content, str | list) or not all(isinstance(part, dict) for part in parts):
-        raise place.error(f"expected the content to be a string or a list of objects, got: {shown(content)}")
 
 
 def _pop_id(fields: Fields, place: Place) -> str | int | None:

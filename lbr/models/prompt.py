@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-from urllib.parse import unquote_to_bytes
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from lbr.core.errors import Permanent
+from lbr.core.errors import InputError, Permanent
+from lbr.core.messages import check_messages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,18 +23,30 @@ class Image:
     detail: Json = None
 
 
+class ToolCall(NamedTuple):
+    """A call of a tool that the assistant made: its id, the tool's name and the arguments as JSON."""
+
+    id: str
+    name: str
+    arguments: str
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one side said. Only a user's content is ever a list of parts."""
+    """What one side said. Only a user's content is ever a list of parts.
 
-    role: Literal["system", "user", "assistant"]
+    `calls` are the tool calls of an assistant's turn, or the one call that a tool's turn answers.
+    """
+
+    role: Literal["system", "user", "assistant", "tool"]
     content: str | list[str | Image]
+    calls: tuple[ToolCall, ...] = ()
 
 
 def turns_of(request: Request) -> list[Turn]:
     """Read a request's prompt, and its answer that did not validate, if it has one; without the instructions.
 
-    Raises Permanent for what no provider is asked.
+    Raises Permanent for messages of which a part would not be sent.
     """
     turns = list(_turns(request.prompt))
     if request.last_bad is not None:
@@ -43,8 +54,6 @@ def turns_of(request: Request) -> list[Turn]:
             turns.append(Turn("assistant", request.last_bad.text))
         words = f"That answer does not fit what was asked for: {request.last_bad.message}\nGive a corrected answer."
         turns.append(Turn("user", words))
-    if all(turn.role == "assistant" for turn in turns):
-        raise Permanent("expected at least one message of the user, got: none")
     return turns
 
 
@@ -52,65 +61,35 @@ def _turns(prompt: Prompt) -> Iterator[Turn]:
     if prompt.messages is None:
         yield Turn("user", prompt.text or "")
         return
-    for number, message in enumerate(prompt.messages, start=1):
-        where = f"message {number}"
-        content = message.get("content")
-        match message.get("role"):
-            case "system" | "developer":
-                yield Turn("system", _text(content, where))
+    try:  # again, because an older version may have put them into the queue
+        check_messages(prompt.messages)
+    except InputError as error:
+        raise Permanent(str(error)) from error
+    called: dict[str, ToolCall] = {}
+    for message in prompt.messages:
+        content = _contents(message.get("content"))
+        text = content if isinstance(content, str) else "".join(map(str, content))
+        match message["role"]:
             case "user":
-                yield Turn("user", content if isinstance(content, str) else _contents(content, where))
+                yield Turn("user", content)
             case "assistant":
-                yield Turn("assistant", _text(content, where))
-            case role:
-                raise Permanent(
-                    f"expected {where} to have the role system, developer, user or assistant, got: {role!r}"
+                calls = tuple(
+                    ToolCall(call["id"], call["function"]["name"], call["function"]["arguments"])
+                    for call in message.get("tool_calls") or ()
                 )
+                called |= {call.id: call for call in calls}
+                yield Turn("assistant", text, calls)
+            case "tool":
+                yield Turn("tool", text, (called[message["tool_call_id"]],))
+            case _:
+                yield Turn("system", text)
 
 
-def _text(content: Json, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    parts = _contents(content, where)
-    if not all(isinstance(part, str) for part in parts):
-        raise Permanent(f"expected {where} to hold text only")
-    return "".join(str(part) for part in parts)
-
-
-def _contents(content: Json, where: str) -> list[str | Image]:
+def _contents(content: Json) -> str | list[str | Image]:
     if not isinstance(content, list):
-        raise Permanent(
-            f"expected the content of {where} to be text or a list of parts, got: {type(content).__name__}"
-        )
-    return [_content(part, where) for part in content]
+        return content or ""
+    return [part["text"] if part["type"] == "text" else _image(part["image_url"]) for part in content]
 
 
-def _content(part: Json, where: str) -> str | Image:
-    match part:
-        case {"type": "text", "text": str(text)}:
-            return text
-        case {"type": "image_url", "image_url": {"url": str(url)} | str(url)}:
-            detail = part["image_url"].get("detail") if isinstance(part["image_url"], dict) else None
-            if url.startswith("data:"):
-                try:
-                    _check_data_url(url)
-                except ValueError as error:
-                    raise Permanent(f"expected a base64 data: URL in {where}, got: {error}") from error
-            return Image(url, detail)
-        case {"type": "image_url"}:
-            raise Permanent(
-                f'expected an image of {where} to be like {{"type": "image_url", "image_url": {{"url": "https://…"}}}}, '
-                f"got: {str(part)[:100]}"
-            )
-    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    raise Permanent(f"expected the parts of {where} to be text or image_url, got: {kind!r}")
-
-
-def _check_data_url(url: str) -> None:
-    """Raise ValueError for a data: URL whose image is damaged: decoders leave out what they do not know."""
-    _, marker, data = url.partition(";base64,")
-    if not marker:
-        raise ValueError('Data URI must be base64-encoded (expected ";base64," marker)')
-    base64.b64decode(unquote_to_bytes(data))
-    if not base64.b64decode("".join(url.partition(",")[2].split()), validate=True):
-        raise ValueError("no data")
+def _image(image: Json) -> Image:
+    return Image(image["url"], image.get("detail")) if isinstance(image, dict) else Image(image)

@@ -106,6 +106,13 @@ def completion(content: Any = "fine", finish: Any = "stop", **more: Any) -> dict
 PNG = "data:image/png;base64,iVBORw0KGgo="
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 USER = {"role": "user", "content": "u"}
+
+
+def tool_call(call_id: str, arguments: str = '{"city":"Łódź"}') -> dict[str, Any]:
+    """Return a tool call of an assistant's message."""
+    return {"id": call_id, "type": "function", "function": {"name": "weather", "arguments": arguments}}
+
+
 ASKED: dict[str, Request] = {
     "plain": asking("p"),
     "empty": asking(""),
@@ -144,6 +151,17 @@ ASKED: dict[str, Request] = {
     "no parts": asking(messages=[{"role": "user", "content": []}]),
     "text in parts": asking(
         messages=[USER, {"role": "assistant", "content": [{"type": "text", "text": t} for t in "ab"]}]
+    ),
+    "tool calls": asking(
+        messages=[
+            USER,
+            {"role": "assistant", "content": None, "tool_calls": [tool_call("a"), tool_call("b", "")]},
+            {"role": "tool", "tool_call_id": "b", "content": "cold"},
+            {"role": "tool", "tool_call_id": "a", "content": [{"type": "text", "text": "warm"}]},
+            {"role": "assistant", "content": "warm, cold", "tool_calls": [tool_call("c")]},
+            {"role": "tool", "tool_call_id": "c", "content": "", "name": "weather"},
+            USER,
+        ]
     ),
     "an odd image": asking(
         messages=[

@@ -481,19 +481,19 @@ async def test_instructions_go_with_chat_messages(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([], "expected at least one message of the user, got: none"),
+        ([], "expected messages to be a list of at least one, got: "),
         ([{"role": "assistant", "content": "a"}], "expected at least one message of the user, got: none"),
         (
             [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}],
-            "expected message 2 to have the role system, developer, user or assistant, got: 'tool'",
+            "expected the tool_call_id of message 2 to be that of a tool call in an earlier message, got: None",
         ),
         (
             [{"content": "a"}],
-            "expected message 1 to have the role system, developer, user or assistant, got: None",
+            "expected message 1 to have the role system or developer or user or assistant or tool, got: None",
         ),
         (
             [{"role": "user"}],
-            "expected the content of message 1 to be text or a list of parts, got: NoneType",
+            "expected the content of message 1 to be text or a list of parts, got: None",
         ),
         (
             [{"role": "user", "content": [{"type": "input_audio"}]}],
@@ -529,6 +529,10 @@ async def test_instructions_go_with_chat_messages(monkeypatch: pytest.MonkeyPatc
         (
             [{"role": "system", "content": [{"type": "image_url", "image_url": "https://example.com"}]}],
             "expected message 1 to hold text only",
+        ),
+        (
+            [{"role": "user", "content": "a", "name": "bob"}],
+            "expected message 1 to have fields that lbr sends, got: 'name'; remove it",
         ),
     ],
 )

@@ -27,7 +27,7 @@ _SPECIAL_TOKEN = re.compile(
 def messages_of(request: Request) -> list[dict[str, Json]] | None:
     """Return a request's messages; None for the few that pydantic-ai words in a way of its own.
 
-    Raises Permanent for what no provider is asked.
+    Raises Permanent for messages of which a part would not be sent.
     """
     turns = turns_of(request)
     messages: list[dict[str, Json]] = []
@@ -49,6 +49,8 @@ def messages_of(request: Request) -> list[dict[str, Json]] | None:
 
 
 def _is_plain(turn: Turn) -> bool:
+    if turn.calls:
+        return False
     parts = [turn.content] if isinstance(turn.content, str) else turn.content
     return all(
         _is_plain_image(part) if isinstance(part, Image) else _SPECIAL_TOKEN.search(part) is None

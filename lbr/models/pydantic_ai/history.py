@@ -16,14 +16,16 @@ if TYPE_CHECKING:
 def history_of(request: Request) -> list[ModelMessage]:
     """Turn a request into messages; the last request among them carries the instructions.
 
-    Raises Permanent for what no provider is asked.
+    Raises Permanent for messages of which a part would not be sent.
     """
-    from pydantic_ai.messages import ModelRequest, ModelResponse, TextPart  # noqa: PLC0415
+    from pydantic_ai.messages import ModelRequest, ModelResponse, TextPart, ToolCallPart  # noqa: PLC0415
 
     history: list[ModelMessage] = []
     for turn in turns_of(request):
         if turn.role == "assistant":
-            history.append(ModelResponse(parts=[TextPart(str(turn.content))]))
+            calls = [ToolCallPart(call.name, call.arguments, call.id) for call in turn.calls]
+            texts = [] if calls and not turn.content else [TextPart(str(turn.content))]
+            history.append(ModelResponse(parts=[*texts, *calls]))
         elif history and isinstance(history[-1], ModelRequest):
             history[-1].parts = [*history[-1].parts, _part(turn)]
         else:
@@ -34,8 +36,10 @@ def history_of(request: Request) -> list[ModelMessage]:
 
 
 def _part(turn: Turn) -> ModelRequestPart:
-    from pydantic_ai.messages import SystemPromptPart, UserPromptPart  # noqa: PLC0415
+    from pydantic_ai.messages import SystemPromptPart, ToolReturnPart, UserPromptPart  # noqa: PLC0415
 
+    if turn.role == "tool":
+        return ToolReturnPart(turn.calls[0].name, str(turn.content), turn.calls[0].id)
     if turn.role == "system":
         return SystemPromptPart(str(turn.content))
     if isinstance(turn.content, str):
