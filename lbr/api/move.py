@@ -150,12 +150,10 @@ async def _complete(source: Database, run: Run, target: Database, copy: Run, aim
 
 
 async def _copy(source: Database, run: Run, target: Database, copy: Run) -> None:
-    place = 0
-    while True:
-        page = await contents.read_page(source, run, place)
-        if not page.places:
-            return
+    page = await contents.read_page(source, run, 0)
+    while page.places:
         place = await transfer.add_page(target, copy, page)
+        page = await contents.read_page(source, run, place, page.next_limit)
 
 
 def _moved(run: Run, aim: str, held: Contents, *, known: bool) -> Moved:

@@ -32,6 +32,7 @@ from lbr.io import writers
 from lbr.io.sources import Source
 from lbr.store import reads, redo, results_db, runs
 from lbr.store.engines import file_of, opened, remove_queue, shown
+from lbr.store.paging import PAGE
 from lbr.store.runs import RunSpec
 from lbr.worker.worker import Worker
 
@@ -270,8 +271,8 @@ async def _answers(database: Database, run: Run, shape: Shape) -> AsyncIterator[
 
 
 async def _pages(rows: list[Row]) -> AsyncIterator[list[Row]]:
-    for start in range(0, len(rows), reads.PAGE):
-        yield rows[start : start + reads.PAGE]
+    for start in range(0, len(rows), PAGE):
+        yield rows[start : start + PAGE]
 
 
 def _shaped(rows: list[Row], return_dtype: str) -> Any:

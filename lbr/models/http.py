@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _ENTRY = re.compile(
     r"(?:(?P<scheme>[a-z]*)://)?(?:\[(?P<v6>[^\[\]]*)\]|(?P<host>[^:/\[\]]*))(?::(?P<port>\d*))?(?:/(?P<bits>\d*))?\Z"
 )
+MAX_ANSWER_BYTES = 64 * 2**20
+"""Of the body of an answer, unpacked: what is larger fails the call."""
 _UNKNOWN_ISSUER = frozenset({18, 19, 20, 21})
 """OpenSSL's codes for a certificate that no trusted one vouches for; others are a wrong host name, or its age."""
 _DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -202,6 +204,16 @@ class Http:
             await self._connections.aclose()
 
 
+class AnswerTooLarge(ValueError):  # noqa: N818 - as CallError's
+    """The body of an answer is larger than lbr reads."""
+
+
+def check_size(size: int) -> None:
+    """Raise AnswerTooLarge for a body of which more bytes have been unpacked than lbr reads."""
+    if size > MAX_ANSWER_BYTES:
+        raise AnswerTooLarge(f"larger than {MAX_ANSWER_BYTES // 2**20} MB")
+
+
 def is_unreachable(error: BaseException) -> bool:
     """Whether an error of aiohttp's or the system's says that no connection was made, or that it was reset."""
     import aiohttp  # noqa: PLC0415
@@ -236,6 +248,8 @@ def lost_words(error: BaseException | None, url: str) -> str:
     if host is None:
         return "expected a URL with a host, got: one without; see how the provider's base URL is set"
     where = f"[{host}]:{port}" if host and ":" in host else f"{host}:{port}"
+    if isinstance(error, AnswerTooLarge):
+        return f"the answer from {where} is {error}; it was not kept"
     cause = _cause_of(error)
     return f"the connection to {where} failed: {cause}" if cause else f"no whole answer came from {where}"
 

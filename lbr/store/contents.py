@@ -15,6 +15,7 @@ from sqlalchemy import bindparam, case, func, select
 from lbr.core.errors import DatabaseError
 from lbr.store.arrays import among
 from lbr.store.enqueue import CHUNK_CHARACTERS
+from lbr.store.paging import FIRST_PAGE, PAGE, byte_length
 from lbr.store.schema import attempts, items, jobs, prompts, results
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from lbr.store.database import Database
     from lbr.store.schema import AnyRow
 
-PAGE = 1_000
-
 ITEM = ("idx", "first", "custom_id", "metadata", "id_is_number")
 JOB = ("state", "available_at", "claim_seq", "attempts", "crashes", "retry_seq", "finished_at")
 PROMPT = ("chat", "body", "settings")
@@ -34,18 +33,19 @@ USAGE = ("input_tokens", "output_tokens", "cost_nanos")
 RESULT = ("text", "model", "finish_reason", *USAGE, "latency_ms")
 TRY = ("claim_seq", "what", "family", "error", "message", "text", "finish_reason", *USAGE, "latency_ms", "at")
 
-_TRIED = select(func.sum(func.length(attempts.c.text))).where(attempts.c.job_id == jobs.c.id)
-_TEXTS = (func.length(prompts.c.body), func.length(results.c.text), _TRIED.scalar_subquery())
-_CHARACTERS = sum((func.coalesce(text, 0) for text in _TEXTS[1:]), func.coalesce(_TEXTS[0], 0))
+_TRIED = select(func.sum(byte_length(attempts.c.text))).where(attempts.c.job_id == jobs.c.id)
+_TEXTS = (byte_length(prompts.c.body), byte_length(results.c.text), _TRIED.scalar_subquery())
+_BYTES = sum((func.coalesce(text, 0) for text in _TEXTS[1:]), func.coalesce(_TEXTS[0], 0))
+_METADATA = func.coalesce(byte_length(items.c.metadata), 0)
 _PLACES = (
     select(*(items.c[name] for name in ITEM), jobs.c.id, prompts.c.key, *(jobs.c[name] for name in JOB))
-    .add_columns(case((items.c.first == 1, _CHARACTERS), else_=0).label("characters"))
+    .add_columns((case((items.c.first == 1, _BYTES), else_=0) + _METADATA).label("bytes"))
     .join_from(items, jobs, items.c.job_id == jobs.c.id, isouter=True)
     .outerjoin(prompts, prompts.c.job_id == jobs.c.id)
     .outerjoin(results, results.c.job_id == jobs.c.id)
     .where(items.c.run_id == bindparam("run"), items.c.idx >= bindparam("start"))
     .order_by(items.c.idx)
-    .limit(PAGE)
+    .limit(bindparam("limit"))
 )
 _PROMPTS = select(prompts).where(among(prompts.c.job_id, "ids"))
 _RESULTS = select(results).where(among(results.c.job_id, "ids"))
@@ -66,6 +66,11 @@ class Page:
     def end(self) -> int:
         """The place behind the last input."""
         return self.places[-1].idx + 1 if self.places else self.start
+
+    @property
+    def next_limit(self) -> int:
+        """How many inputs to look at for the next page: more only while they are small, because each look reads texts."""
+        return min(PAGE, 2 * len(self.places))
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
         """Yield each input's place and all that the run holds of it, in one spelling for every database.
@@ -95,12 +100,12 @@ def _values(row: AnyRow, names: Sequence[str]) -> list[Any]:
     return [getattr(row, name) for name in names]
 
 
-async def read_page(database: Database, run: Run, start: int) -> Page:
-    """Return a run's inputs from a place on, no more than a transaction should hold; none behind the last."""
+async def read_page(database: Database, run: Run, start: int, limit: int = FIRST_PAGE) -> Page:
+    """Return up to `limit` of a run's inputs from a place on, no more than a transaction should hold; none behind the last."""
 
     async def work(connection: Connection) -> Page:
-        found = (await connection.execute(_PLACES, {"run": run.id, "start": start})).all()
-        sizes = accumulate(row.characters for row in found)
+        found = (await connection.execute(_PLACES, {"run": run.id, "start": start, "limit": limit})).all()
+        sizes = accumulate(row.bytes for row in found)
         fitting = sum(size <= CHUNK_CHARACTERS for size in sizes)
         places = found[: max(1, fitting)]
         ids = {"ids": [row.id for row in places if row.first]}
@@ -133,7 +138,7 @@ async def _lines(database: Database, run: Run, contents: Contents) -> AsyncGener
         for idx, line in page.lines():
             running.update(line)
             yield idx, line
-        page = await read_page(database, run, page.end)
+        page = await read_page(database, run, page.end, page.next_limit)
     contents.hash = running.hexdigest()
 
 

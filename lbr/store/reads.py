@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -14,6 +15,7 @@ from lbr.core.types import JobId, JobState, Millis, Part, Prompt, Row, Run, RunI
 from lbr.store import counters, runs
 from lbr.store.arrays import among
 from lbr.store.limiting import LimitSeen, all_limits, is_ahead
+from lbr.store.paging import if_small, pages
 from lbr.store.schema import INFLIGHT, attempts, items, jobs, limits, outages, prompts, results, workers
 from lbr.store.schema import counters as counters_table
 from lbr.store.schema import runs as runs_table
@@ -29,8 +31,6 @@ if TYPE_CHECKING:
     from lbr.store.connection import Connection
     from lbr.store.database import Database
     from lbr.store.schema import AnyRow
-
-PAGE = 1_000
 
 
 def _of_last_try(column: ColumnElement[Any]) -> ColumnElement[Any]:
@@ -56,15 +56,25 @@ _COLLECTED = (
     results.c.text,
     results.c.finish_reason,
 )
+_BODY = [column.name for column in _COLLECTED].index("body")
 _REST = [column for table in (jobs, results) for column in table.c if column not in set(_COLLECTED)]
+_PAYLOADS = if_small(prompts.c.body, results.c.text, items.c.metadata)
 _ROWS = (
-    select(*_COLLECTED)
+    select(*(_PAYLOADS.get(column.name, column) for column in _COLLECTED))
     .join_from(items, jobs, items.c.job_id == jobs.c.id)
     .join(prompts, prompts.c.job_id == jobs.c.id)
     .outerjoin(results, results.c.job_id == jobs.c.id)
     .where(items.c.run_id == bindparam("run"), items.c.idx > bindparam("after"))
     .order_by(items.c.idx)
-    .limit(PAGE)
+    .limit(bindparam("limit"))
+)
+_METADATA = (
+    select(items.c.idx, *if_small(items.c.metadata).values())
+    .where(
+        items.c.run_id == bindparam("run"), items.c.idx > bindparam("after"), items.c.metadata.is_not(None)
+    )
+    .order_by(items.c.idx)
+    .limit(bindparam("limit"))
 )
 _HELD = select(jobs.c.worker_id, jobs.c.run_id).where(INFLIGHT).distinct()
 _OUTAGES = (
@@ -319,20 +329,17 @@ async def _counts(connection: Connection, found: list[Run]) -> list[RunCounts]:
 
 async def rows(database: Database, run: Run, shape: Shape) -> AsyncIterator[list[Row]]:
     """Yield a run's rows in input order, page by page; each page is a short transaction of its own."""
-    after = -1
-    while True:
 
-        async def work(connection: Connection, after: int = after) -> list[Row]:
-            bound = {"run": run.id, "after": after}
-            found = (await connection.execute(ROWS[shape], bound)).all()
-            return await _with_errors(connection, found)
+    async def read(bound: dict[str, int]) -> tuple[int, list[Row]]:
+        async def work(connection: Connection) -> tuple[int, list[Row]]:
+            found = (await connection.execute(ROWS[shape], {"run": run.id, **bound})).all()
+            whole = list(takewhile(lambda row: row[_BODY] is not None, found))
+            return len(found), await _with_errors(connection, whole)
 
-        page = await database.read(work)
-        if page:
-            yield page
-        if len(page) < PAGE:
-            return
-        after = page[-1].idx
+        return await database.read(work)
+
+    async for page in pages(read):
+        yield list(page)
 
 
 async def _with_errors(connection: Connection, found: Sequence[Sequence[Any]]) -> list[Row]:
@@ -387,34 +394,29 @@ async def columns(database: Database, run: Run) -> list[tuple[Part, str]]:
 
     An id that the first input does not have goes before them.
     """
+
+    async def read(bound: dict[str, int]) -> tuple[int, list[Any]]:
+        found = await database.read(
+            lambda connection: connection.execute(_METADATA, {"run": run.id, **bound})
+        )
+        rows = found.all()
+        return len(rows), list(takewhile(lambda row: row.metadata is not None, rows))
+
     known = _input_columns(run)
     names: dict[str, None] = {}
-    has_id = False
-    after = -1
-    query = (
-        select(items.c.idx, items.c.custom_id, items.c.metadata)
-        .where(items.c.run_id == run.id, items.c.idx > bindparam("after"))
-        .where(or_(items.c.metadata.is_not(None), items.c.custom_id.is_not(None)))
-        .order_by(items.c.idx)
-        .limit(PAGE * 10)
-    )
-    while True:
-
-        async def work(connection: Connection, after: int = after) -> list[Any]:
-            return list((await connection.execute(query, {"after": after})).all())
-
-        page = await database.read(work)
+    async for page in pages(read):
         for row in page:
-            has_id = has_id or row.custom_id is not None
-            if row.metadata is not None:
-                names |= dict.fromkeys(_metadata(row.metadata))
-        if len(page) < PAGE * 10:
-            break
-        after = page[-1].idx
+            names |= dict.fromkeys(_metadata(row.metadata))
     found = [(part, name) for name, part in known.items()]
-    if has_id and Part.ID not in known.values():
+    if Part.ID not in known.values() and await _has_id(database, run):
         found.insert(0, (Part.ID, "id"))
     return found + [(Part.METADATA, name) for name in names if known.get(name) is not Part.METADATA]
+
+
+async def _has_id(database: Database, run: Run) -> bool:
+    query = select(items.c.idx).where(items.c.run_id == run.id, items.c.custom_id.is_not(None)).limit(1)
+    found = await database.read(lambda connection: connection.execute(query))
+    return found.first() is not None
 
 
 def _input_columns(run: Run) -> dict[str, Part]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -27,6 +28,7 @@ from lbr.store import files
 from lbr.store.addresses import is_postgresql
 from lbr.store.file_connections import SCHEMA_ROWS, FileConnections, foreign_code
 from lbr.store.file_errors import database_errors
+from lbr.store.paging import if_small, pages
 from lbr.store.sqlite import sqlite_path
 from lbr.store.trips import BEGIN_WRITING
 
@@ -64,7 +66,13 @@ results = Table(
     Column("error", Text),
     Column("metadata", Text),
 )
-PAGE = 1_000
+_PAYLOADS = if_small(results.c.prompt, results.c.result, results.c.metadata)
+_ROWS = (
+    select(*(_PAYLOADS.get(column.name, column) for column in results.c))
+    .where(results.c.run == bindparam("run"), results.c.idx > bindparam("after"))
+    .order_by(results.c.idx)
+    .limit(bindparam("limit"))
+)
 PATIENCE_MS = 30_000
 
 
@@ -139,23 +147,16 @@ async def read_run(url: PathOrUrl, run: str) -> AsyncIterator[list[dict[str, Any
     """Yield one run's rows in order, page by page, as they are collected; UsageError where there is no such run."""
     path = sqlite_path(url)
     connections = _open(path, begin="BEGIN")
-    query = (
-        select(results)
-        .where(results.c.run == run, results.c.idx > bindparam("after"))
-        .order_by(results.c.idx)
-        .limit(PAGE)
-    )
-    after = -1
+
+    async def read(bound: dict[str, int]) -> tuple[int, list[Any]]:
+        with database_errors(path):
+            async with connections.transaction() as connection:
+                rows = (await connection.execute(_ROWS, {"run": run, **bound})).all()
+        return len(rows), list(takewhile(lambda row: row.prompt is not None, rows))
+
     try:
-        while True:
-            with database_errors(path):
-                async with connections.transaction() as connection:
-                    page = (await connection.execute(query, {"after": after})).mappings().all()
-            if page:
-                yield [_from_columns(row) for row in page]
-            if len(page) < PAGE:
-                return
-            after = page[-1]["idx"]
+        async for page in pages(read):
+            yield [_from_columns(row._mapping) for row in page]  # noqa: SLF001 - SQLAlchemy's public name
     finally:
         await connections.close()
 

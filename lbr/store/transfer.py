@@ -16,8 +16,9 @@ from lbr.core.errors import DatabaseError, RunNotFoundError, UsageError
 from lbr.core.types import JobState, Move, PauseCause, Paused, Run, RunState
 from lbr.store import counters, enqueue, runs
 from lbr.store.arrays import Inserting, among
-from lbr.store.contents import ITEM, JOB, PAGE, PROMPT, RESULT, TRY, Contents, Page
+from lbr.store.contents import ITEM, JOB, PROMPT, RESULT, TRY, Contents, Page
 from lbr.store.locks import alone_with
+from lbr.store.paging import PAGE
 from lbr.store.schema import INFLIGHT, attempts, items, jobs, prompts, results
 from lbr.store.schema import counters as counters_table
 from lbr.store.schema import runs as runs_table

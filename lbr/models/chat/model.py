@@ -18,7 +18,7 @@ from lbr.models.chat.costs import Costs
 from lbr.models.chat.endpoints import words_of
 from lbr.models.chat.kinds import categories_of, kind_of
 from lbr.models.checking import check_authority
-from lbr.models.http import Http, is_unreachable, lost_words, shown_url
+from lbr.models.http import AnswerTooLarge, Http, check_size, is_unreachable, lost_words, shown_url
 from lbr.models.refusals import Refusal, call_error
 from lbr.models.waits import asked_wait
 
@@ -180,18 +180,20 @@ class ChatModel:
 
         Raises CallError if none came whole, with what came of an answer.
         """
-        endpoint, chunks, answered = self._endpoint, [], False
+        endpoint, chunks, size, answered = self._endpoint, [], 0, False
         try:
             async with self._http.request(
                 "POST", endpoint.url, timeout=timeout, data=body, headers=endpoint.headers
             ) as response:
                 answered = response.status < 300
                 while chunk := await response.content.readany():
+                    size += len(chunk)
+                    check_size(size)
                     chunks.append(chunk)
                 return response.status, response.headers, b"".join(chunks)
         except _client_errors() as error:
             lost = _lost(error, endpoint.url)
-            if answered and chunks:
+            if answered and chunks and not isinstance(error, AnswerTooLarge):
                 lost.text = b"".join(chunks).decode(errors="replace")
             raise lost from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lbr.models import refusals
-from lbr.models.http import is_unreachable, lost_words, shown_url
+from lbr.models.http import AnswerTooLarge, is_unreachable, lost_words, shown_url
 from lbr.models.refusals import Refusal
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ def _lost_words(error: Exception) -> str | None:
 
     causes = list(_causes(error))
     url = next(filter(None, map(_url_of, causes)), None)
-    beneath = next((cause for cause in causes if isinstance(cause, ClientError | OSError)), None)
+    beneath = next(
+        (cause for cause in causes if isinstance(cause, ClientError | OSError | AnswerTooLarge)), None
+    )
     return None if url is None else lost_words(beneath, url)
 
 

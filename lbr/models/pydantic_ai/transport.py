@@ -11,10 +11,10 @@ import asyncio
 import functools
 import io
 import sys
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lbr.models.http import Http, environment_proxies
+from lbr.models.http import AnswerTooLarge, Http, check_size, environment_proxies
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _ADDED_BY_AIOHTTP = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
 LARGE_BYTES = 2**20
+PIECE_BYTES = 2**14
 _SET_BY_AIOHTTP = b"transfer-encoding"
 
 
@@ -79,12 +80,23 @@ def _transport_class(httpx: ModuleType) -> type[Any]:
 
         async def __aiter__(self) -> AsyncIterator[bytes]:
             with errors.of_answer():
-                async for chunk in self._response.content.iter_any():
+                # In small pieces, because a client may unpack a whole one at once.
+                async for chunk in self._response.content.iter_chunked(PIECE_BYTES):
                     yield chunk
 
         async def aclose(self) -> None:
             # Where the whole answer has come the connection is free already; else nobody can use it again.
             self._response.close()
+
+    class Answer(httpx.Response):  # type: ignore[name-defined,misc]
+        async def aiter_bytes(self, chunk_size: int | None = None) -> AsyncIterator[bytes]:
+            size = 0
+            async with aclosing(super().aiter_bytes(chunk_size)) as chunks:
+                async for chunk in chunks:
+                    size += len(chunk)
+                    with errors.of_answer():
+                        check_size(size)
+                    yield chunk
 
     class AiohttpTransport(httpx.AsyncBaseTransport):  # type: ignore[name-defined,misc]
         def __init__(self, connections: Connections | None) -> None:
@@ -103,7 +115,7 @@ def _transport_class(httpx: ModuleType) -> type[Any]:
                         skip_auto_headers=_ADDED_BY_AIOHTTP,
                         auto_decompress=False,  # the client does, by the header that it gets
                     )
-            return httpx.Response(
+            return Answer(
                 response.status,
                 headers=response.raw_headers,
                 stream=Body(response),
@@ -211,6 +223,8 @@ class _Errors:
             raise self._mapped(error) from error
         except TimeoutError as error:
             raise self._slow_read(str(error)) from error
+        except AnswerTooLarge as error:
+            raise self._broken(str(error)) from error
         except OSError as error:
             raise self._reset(str(error)) from error
 
