@@ -15,7 +15,7 @@ from sqlalchemy import bindparam, case, func, select
 from lbr.core.errors import DatabaseError
 from lbr.store.arrays import among
 from lbr.store.enqueue import CHUNK_CHARACTERS
-from lbr.store.paging import FIRST_PAGE, PAGE, byte_length
+from lbr.store.paging import PAGE, byte_length
 from lbr.store.schema import attempts, items, jobs, prompts, results
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from lbr.store.connection import Connection
     from lbr.store.database import Database
     from lbr.store.schema import AnyRow
+
+FIRST_LOOK = 64
 
 ITEM = ("idx", "first", "custom_id", "metadata", "id_is_number")
 JOB = ("state", "available_at", "claim_seq", "attempts", "crashes", "retry_seq", "finished_at")
@@ -100,7 +102,7 @@ def _values(row: AnyRow, names: Sequence[str]) -> list[Any]:
     return [getattr(row, name) for name in names]
 
 
-async def read_page(database: Database, run: Run, start: int, limit: int = FIRST_PAGE) -> Page:
+async def read_page(database: Database, run: Run, start: int, limit: int = FIRST_LOOK) -> Page:
     """Return up to `limit` of a run's inputs from a place on, no more than a transaction should hold; none behind the last."""
 
     async def work(connection: Connection) -> Page:

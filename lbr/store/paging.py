@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.compiler import SQLCompiler
 
 PAGE = 1_000
-FIRST_PAGE = 64
+FIRST_PAGE = 500
 PAGE_BYTES = 8_000_000
 _ANY_SIZE = 2**31 - 1
 
