@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import lbr
-from lbr.core.types import Shape
+from lbr.core.types import Part, Shape
 from lbr.store import paging, reads, results_db
 from lbr.store.engines import opened
 
@@ -47,7 +47,7 @@ async def test_rows_of_every_size_come_in_order(
     async with opened(db_url) as database:
         run = await reads.find_run(database, "r")
         pages = [page async for page in reads.rows(database, run, shape)]
-        assert await reads.metadata_columns(database, run) == ["m"]
+        assert await reads.columns(database, run) == [(Part.PROMPT, "prompt"), (Part.METADATA, "m")]
     rows = [row for page in pages for row in page]
     assert [(row.idx, row.prompt.text, row.metadata) for row in rows] == [
         (n, one["prompt"], {"m": one["m"]}) for n, one in enumerate(inputs)
