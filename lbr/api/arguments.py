@@ -114,7 +114,7 @@ OTHER_NAMES: Mapping[str, Sequence[str]] = {
     "set": ["settings"],
 }
 """What parameters are called that do not have the name of their flag."""
-_FLAG = re.compile(r"`[^`]*`|--([a-z][a-z-]*)(?: (in=…,out=…|[\w.-]+:[\w.-]*\w))?")
+_FLAG = re.compile(r"`[^`]*`|--([a-z][a-z-]*)(?: (in=…,out=…|[\w.-]+:[\w.-]*\w|[A-Z]{2,}|csv|cp1252|tab))?")
 
 
 def checked(

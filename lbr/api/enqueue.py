@@ -118,6 +118,9 @@ async def enqueue(
         asked.refusal,
     )
     check_may_be_new(spec, db_url)
+    queue = file_of(db_url)
+    if skip_bad is not None and queue is not None and Path(skip_bad).resolve() == queue.resolve():
+        raise UsageError(f"expected another file for the bad rows than the queue, got: {queue}")
     await source.check()
     if servable:
         await check_servable(asked)

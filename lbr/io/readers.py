@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import re
 import stat
 import sys
 from contextlib import contextmanager, suppress
@@ -258,18 +259,25 @@ def _unreadable(source: str, error: Exception) -> UsageError:
 
 
 @contextmanager
-def _opened(source: str, encoding: str | None, newline: str) -> Iterator[TextIO]:
-    """Open a source as text; bytes that cannot be decoded become surrogates, as in PEP 383."""
+def _opened(source: str, encoding: str | None, *, is_table: bool) -> Iterator[TextIO]:
+    """Open a source as text; bytes that cannot be decoded become surrogates, as in PEP 383. A BOM decides."""
     if source == STDIN and sys.stdin is None:  # it is where the process was started with stdin closed
         raise UsageError("expected prompts on stdin, got: a closed stdin; pipe them in or name a file")
     try:
         handle = sys.stdin.buffer if source == STDIN else Path(source).open("rb")  # noqa: SIM115
         if not isinstance(handle, io.BufferedReader):  # a test's or a notebook's stdin
             handle = io.BufferedReader(cast("io.RawIOBase", handle))
-        wide = handle.peek(2).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        head = handle.peek(2)
     except OSError as error:
         raise _unreadable(source, error) from error
-    text = io.TextIOWrapper(handle, encoding or ("utf-16" if wide else "utf-8"), "surrogateescape", newline)
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    elif encoding is None or head.startswith(codecs.BOM_UTF8):
+        encoding = "utf-8"
+    # A carriage return ends lines only if it ends the first one.
+    end = re.search(rb"\r(?=[^\n])|\n", head.replace(b"\x00", b"")) if is_table else None
+    newline = "" if end is not None and end[0] == b"\r" else "\n"
+    text = io.TextIOWrapper(handle, encoding, "surrogateescape", newline)
     try:
         yield text
     finally:
@@ -292,7 +300,7 @@ def _read(
     name = "stdin" if source == STDIN else source
     if column is None and kind is not InputFormat.JSONL:
         column = "prompt"
-    with _opened(source, encoding, "" if kind in TABLES else "\n") as text:
+    with _opened(source, encoding, is_table=kind in TABLES) as text:
         lines = _lines(text, name)
         records: Records = (
             (Place(name, number), line, line)
@@ -305,7 +313,8 @@ def _read(
             if template is not None:
                 template.check_columns(["prompt"], name)
         elif kind in TABLES:
-            table = Table(lines, name, delimiter or DELIMITER_OF[kind], template, column)
+            check = partial(_check_text, encoding=text.encoding)
+            table = Table(lines, name, delimiter or DELIMITER_OF[kind], template, column, check)
             records, fields_of = table.records, table.fields
         for place, line, record in records:
             try:

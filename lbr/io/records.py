@@ -8,6 +8,7 @@ from dataclasses import fields as dataclass_fields
 from dataclasses import is_dataclass
 from enum import Enum
 from functools import lru_cache
+from inspect import isroutine
 from typing import TYPE_CHECKING, NamedTuple
 
 from lbr.core.errors import InputError, UsageError
@@ -113,6 +114,8 @@ class Template:
 
     def _note(self, value: object, name: str) -> object:
         """Note whether an expression has a value; null, which Jinja would write as None, becomes empty."""
+        if isroutine(value):
+            raise TypeError(f'{name} is a method; name a field of that name in brackets, as in row["values"]')
         if value is None:
             self._null = self._null or name
             value = ""
@@ -258,6 +261,8 @@ def _pop_id(fields: Fields, place: Place) -> str | int | None:
     value = given[0] if given else None
     if value is None or value == "":
         return None
+    if isinstance(value, float) and value.is_integer():  # as pandas has a column of numbers with a gap
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise place.error(f"expected the id to be a string or a whole number, got: {shown(value)}")
     return value

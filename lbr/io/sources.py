@@ -15,7 +15,7 @@ from lbr.core.config import one_of
 from lbr.core.errors import InputError, UsageError
 from lbr.core.types import Item, Prompt
 from lbr.io import readers
-from lbr.io.records import Place, Template, check_finite, check_storable, is_plain, item_of, shown
+from lbr.io.records import Place, Template, check_finite, check_storable, is_plain, item_of, shortened
 from lbr.io.writers import check_output
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _item(prompt: object, place: Place, template: Template | None) -> Item:
     if isinstance(prompt, str):
         return item_of({"prompt": prompt}, place, template, None)
     if not isinstance(prompt, dict):
-        raise place.error(f"expected a string or a dict, got: {shown(repr(prompt))}")
+        raise place.error(f"expected a string or a dict, got: {shortened(repr(prompt))}")
     fields = {name: _as_json(value) for name, value in prompt.items()}
     check_storable(fields, place)
     check_finite(fields, place)
@@ -97,14 +97,17 @@ def _as_json(value: Any) -> Any:
     if kind is list or kind is tuple:
         return [_as_json(one) for one in value]
     if hasattr(value, "dtype") and hasattr(value, "tolist"):  # an array, or a scalar of one
-        if (
-            value.dtype.kind == "M" and not value.shape
-        ):  # a time, which would become a number without its unit
+        if value.dtype.kind == "M":  # times, which would become numbers without their unit
+            if value.shape:
+                return [_as_json(one) for one in value]
             return None if str(value) == "NaT" else str(value)
         return _as_json(value.tolist())
     is_nan = value.is_nan() if isinstance(value, Decimal) else kind is float and math.isnan(value)
     if is_nan or kind.__name__ in {"NAType", "NaTType"}:
         return None
+    if isinstance(value, Decimal):
+        number = float(value)
+        return number if not math.isfinite(number) or Decimal(repr(number)) == value else str(value)
     return value.isoformat() if hasattr(value, "isoformat") else value
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import itertools
+import re
 from collections import Counter
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from lbr.core.errors import InputError, UsageError
@@ -12,7 +14,7 @@ from lbr.core.plurals import counted
 from lbr.io.records import Place, names, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from typing import Any
 
     from lbr.io.records import Fields, Template
@@ -41,19 +43,21 @@ class Table:
         delimiter: str | None,
         template: Template | None,
         column: str | None,
+        check_text: Callable[[str, Place], None],
     ) -> None:
         csv.field_size_limit(MAX_LINE)
         sample, whole = _sample(lines)
         wanted = {column} if template is None else template.columns
         self._delimiter = delimiter or _likely_delimiter(sample, wanted, whole=whole)
-        spaced = _begins_with_spaces(next(_rows_of(sample, self._delimiter), []))
+        spaced = _has_spaces_after(self._delimiter, sample)
         self.records = _records(itertools.chain(sample, lines), name, self._delimiter, spaced=spaced)
         first = next(self.records, None)
         if first is None:
             raise InputError(
                 "expected a header row, got: an empty file; name the columns in line 1", source=name
             )
-        place, _, header = first
+        place, text, header = first
+        check_text(text, place)
         self._line = place.line
         self._header = _names_of(_cells(header, place), place)
         self._named = _named(header)
@@ -84,29 +88,44 @@ class Table:
 
 def _cells(row: list[str] | csv.Error, place: Place) -> list[str]:
     if isinstance(row, csv.Error):
-        msg = f"expected a well-formed record, got: {row}; close every quote, double those within"
-        raise place.error(msg) from row
+        msg = f"expected a well-formed record, got: {row}"
+        way_out = "close every quote, double those within a cell, and put cells with line breaks in quotes"
+        raise place.error(f"{msg}; {way_out}") from row
     return row
 
 
 def _records(lines: Iterator[str], name: str, delimiter: str, *, spaced: bool) -> Records:
-    """Yield each row, or its csv.Error; skip blank lines."""
+    """Yield each row, or its csv.Error; skip blank lines.
+
+    After an error, reading goes on with the next line: a quote that is not closed takes in all that follows.
+    """
     held: list[str] = []
+    again: list[str] = []
+    count = 0
 
     def feed() -> Iterator[str]:
-        for line in lines:
+        nonlocal count
+        while (line := again.pop() if again else next(lines, None)) is not None:
+            count += 1
             held.append(line)
             yield line
 
-    reader = csv.reader(feed(), delimiter=delimiter, skipinitialspace=spaced, strict=True)
+    def start() -> Iterator[list[str]]:
+        return csv.reader(feed(), delimiter=delimiter, skipinitialspace=spaced, strict=True)
+
+    reader = start()
     while True:
         held.clear()
-        place = Place(name, reader.line_num + 1)
+        place = Place(name, count + 1)
         row: list[str] | csv.Error | None
         try:
             row = next(reader, None)
         except csv.Error as error:
             row = error
+            again += reversed(held[1:])
+            count -= len(held) - 1
+            del held[1:]
+            reader = start()
         if row is None:
             return
         text = "".join(held)
@@ -126,8 +145,11 @@ def _sample(lines: Iterator[str]) -> tuple[list[str], bool]:
 
 
 def _rows_of(lines: Iterable[str], delimiter: str, *, spaced: bool = False) -> Iterator[list[str]]:
-    rows = csv.reader(lines, delimiter=delimiter, skipinitialspace=spaced)
-    return (row for row in rows if len(row) > 1 or "".join(row).strip())
+    """Yield the rows of a sample, up to the first that cannot be read."""
+    with suppress(csv.Error):
+        for row in csv.reader(lines, delimiter=delimiter, skipinitialspace=spaced):
+            if len(row) > 1 or "".join(row).strip():
+                yield row
 
 
 def _likely_delimiter(lines: list[str], wanted: set[str | None] | set[str], *, whole: bool) -> str:
@@ -152,9 +174,14 @@ def _likely_delimiter(lines: list[str], wanted: set[str | None] | set[str], *, w
     return max(fitting, key=lambda one: one[0])[1] if fitting else ","
 
 
-def _begins_with_spaces(header: list[str]) -> bool:
-    """Return True if every delimiter of a header has a space after it, as in `id, prompt`."""
-    return len(header) > 1 and all(name.startswith(" ") for name in header[1:])
+def _has_spaces_after(delimiter: str, sample: list[str]) -> bool:
+    """Return True if spaces after delimiters belong to no cell: all of the header have one, or a quote comes after it."""
+    header = next(_rows_of(sample, delimiter), [])
+    if len(header) > 1 and all(name.startswith(" ") for name in header[1:]):
+        return True
+    # The end of a quoted cell, and a quote within one, are before a delimiter, a line's end or another quote.
+    begin = re.compile(rf'{re.escape(delimiter)} +"[^"\r\n{re.escape(delimiter)}]')
+    return any(map(begin.search, sample))
 
 
 def _named(header: list[str]) -> int:

@@ -745,13 +745,17 @@ async def test_the_order_of_fields_makes_no_other_run(calls: Calls) -> None:
         (np.float64(0.1), 0.1),
         (np.bool_(True), True),
         (np.array([1, 2]), [1, 2]),
+        (np.array(["2024-01-02", "NaT"], dtype="datetime64[D]"), ["2024-01-02", None]),
+        (Decimal("9.99"), 9.99),
+        (Decimal("0.1234567890123456789"), "0.1234567890123456789"),
     ],
     ids=str,
 )
 async def test_cells_of_frames_become_json(given: Any, kept: Any) -> None:
     """What is missing is null, times are ISO text, numpy's numbers are numbers."""
-    (row,) = await prompt_map([{"prompt": "a", "id": np.int64(7), "cell": given}], shout)
-    assert (row["id"], row["metadata"]) == (7, {"cell": kept})
+    for id_ in (np.int64(7), 7.0):
+        (row,) = await prompt_map([{"prompt": "a", "id": id_, "cell": given}], shout)
+        assert (row["id"], row["metadata"]) == (7, {"cell": kept})
 
 
 async def test_a_missing_prompt_is_refused() -> None:

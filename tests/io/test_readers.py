@@ -545,6 +545,41 @@ class TestCsvOfEveryDay:
             tracemalloc.stop()
 
 
+class TestWhatAFileShows:
+    """What the beginning of a table decides about the rest."""
+
+    def test_a_header_in_another_encoding_is_named(self, tmp_path: Path) -> None:
+        """The header is checked like any row; with its encoding it is read."""
+        path = write(tmp_path, "in.csv", "Größe;prompt\n1;Hallo\n".encode("cp1252"))
+        with pytest.raises(
+            InputError, match=r"line 1: expected UTF-8, got: 0xf6 as byte 3; .*--encoding cp1252"
+        ):
+            read(path)
+        (item,) = read(path, encoding="cp1252")
+        assert (item.prompt.text, item.metadata) == ("Hallo", {"Größe": "1"})
+
+    def test_a_byte_order_mark_goes_before_a_flag(self, tmp_path: Path) -> None:
+        """A file that begins with a mark says itself what it is."""
+        for encoding in ("utf-8-sig", "utf-16"):
+            (item,) = read(write(tmp_path, "in.csv", "prompt\ngrün\n".encode(encoding)), encoding="cp1252")
+            assert item.prompt.text == "grün"
+
+    def test_a_quote_after_spaces_begins_a_cell(self, tmp_path: Path) -> None:
+        """Spaces before a quote belong to no cell; others do if the header has none."""
+        (first, second) = read(write(tmp_path, "in.csv", b'id,prompt\n1, "a, b"\n2, c\n'))
+        assert (first.prompt.text, second.prompt.text) == ("a, b", "c")
+        path = write(tmp_path, "in.csv", b'id,prompt,x\n1," ""a"", ","b, "\n2, c,", ""d"""\n')
+        rows = [(item.prompt.text, item.metadata) for item in read(path)]
+        assert rows == [(' "a", ', {"x": "b, "}), (" c", {"x": ', "d"'})]
+
+    def test_a_carriage_return_in_a_row_ends_no_line(self, tmp_path: Path) -> None:
+        """Only a file whose first line ends with one has such lines: elsewhere it is part of a cell that needs quotes."""
+        with pytest.raises(
+            InputError, match="line 2: expected a well-formed record, got: new-line character"
+        ):
+            read(write(tmp_path, "in.csv", b"prompt\nx\ra\n"))
+
+
 class TestBadRows:
     """Rows that make no prompt."""
 
@@ -568,11 +603,12 @@ class TestBadRows:
         path, file = write(tmp_path, "in.csv", self.ROWS), tmp_path / "bad.jsonl"
         for skip_empty, lines in [(False, [3, 4, 6, 7, 8, 9, 10, 12]), (True, [4, 9, 10, 12])] * 2:
             bad = readers.BadRows(skip_bad=str(file), skip_empty=skip_empty)
-            assert [item.custom_id for item in read_items([path], bad=bad)] == ["1", "4", "10"]
+            # A quote that is not closed costs its own line alone.
+            assert [item.custom_id for item in read_items([path], bad=bad)] == ["1", "4", "10", "12"]
             assert (bad.count, bad.empty) == (len(lines), 8 - len(lines))
             rows = [json.loads(line) for line in file.read_text().splitlines()]
             assert [(row["source"], row["line"]) for row in rows] == [(path, line) for line in lines]
-            assert [row["text"] for row in rows[-3:]] == ["8,na\\xefve", '9,"c"d', '11,"f\n12,g']
+            assert [row["text"] for row in rows[-3:]] == ["8,na\\xefve", '9,"c"d', '11,"f']
             assert rows[0]["reason"].startswith(
                 "expected 2 cells" if skip_empty else "column prompt is empty"
             )
@@ -806,6 +842,13 @@ class TestTemplate:
             assert texts(path, template=f"{{{{ row[{json.dumps(name)}] }}}}") == ["x"]
         if name in {"range", "dict", "row"}:
             assert texts(path, template=f"{{{{ {name} }}}}") == ["x"]
+
+    def test_a_method_is_no_prompt(self, tmp_path: Path) -> None:
+        """A field that has the name of a method is written in brackets."""
+        path = write(tmp_path, "in.jsonl", b'{"values": "x"}\n')
+        with pytest.raises(InputError, match=r"row\.values is a method; .* in brackets"):
+            read(path, template="{{ row.values }}")
+        assert texts(path, template='{{ row["values"] }}') == ["x"]
 
     @pytest.mark.parametrize(
         "template", ["{{ Review Text }}", "{{ 2nd }}", "{{ Review_Text }}", "{{ row['x'] }}"]
