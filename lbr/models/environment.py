@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import ssl
@@ -107,6 +108,8 @@ def _trust_problem(variable: str, path: str) -> str:
     except ssl.SSLError:
         return "holds no certificates"
     except OSError as error:
+        if error.errno in {errno.EMFILE, errno.ENFILE}:  # for want of open files, for now
+            raise
         return f"cannot be read: {error.strerror}"
     return ""
 

@@ -759,10 +759,10 @@ async def test_cells_of_frames_become_json(given: Any, kept: Any) -> None:
 
 
 async def test_a_missing_prompt_is_refused() -> None:
-    """A NaN is no prompt, and is not taken for an empty one."""
+    """A NaN is no prompt, alone or in a record."""
     missing: list[list[Any]] = [[{"prompt": math.nan}], [{"prompt": pd.NA}], [math.nan]]
     for prompts in missing:
-        with pytest.raises(InputError, match=r"^prompts, line 1: expected (prompt to be )?a string"):
+        with pytest.raises(InputError, match=r"^prompts, line 1: (prompt is empty|expected a string)"):
             await prompt_map(prompts, shout)
 
 

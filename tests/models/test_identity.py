@@ -60,7 +60,7 @@ def test_a_function_is_found_in_the_working_directory(module: Any, tmp_path: Pat
     module("fn_pkg/fn_mod", "class Client:\n    def ask(self, t): return t * 2\nclient = Client()\n")
     assert str(tmp_path) not in sys.path
     assert import_function("fn_pkg.fn_mod:client.ask")("ab") == "abab"
-    assert sys.path[0] == str(tmp_path)
+    assert sys.path[-1] == str(tmp_path)
     import_function("fn_pkg.fn_mod:Client.ask")
     assert sys.path.count(str(tmp_path)) == 1
 
