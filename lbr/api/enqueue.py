@@ -118,15 +118,19 @@ async def enqueue(
         asked.refusal,
     )
     check_may_be_new(spec, db_url)
-    queue = file_of(db_url)
-    if skip_bad is not None and queue is not None and Path(skip_bad).resolve() == queue.resolve():
-        raise UsageError(f"expected another file for the bad rows than the queue, got: {queue}")
+    if skip_bad is not None:
+        _check_apart(skip_bad, file_of(db_url))
     await source.check()
     if servable:
         await check_servable(asked)
     async with opened(db_url, create=True, allow_network_fs=allow_network_fs) as database:
         report = await put(database, spec, source, append=append, fresh=fresh, on_kept=on_kept)
     return replace(report, skipped_bad=source.bad.count, skipped_empty=source.bad.empty)
+
+
+def _check_apart(skip_bad: PathLike[str] | str, queue: Path | None) -> None:
+    if queue is not None and Path(skip_bad).resolve() == queue.resolve():
+        raise UsageError(f"expected another file for the bad rows than the queue, got: {queue}")
 
 
 def check_may_be_new(spec: RunSpec, db_url: PathOrUrl) -> None:

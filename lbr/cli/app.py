@@ -117,7 +117,7 @@ def unknown_variables(group: click.Group) -> list[str]:
         from difflib import get_close_matches  # noqa: PLC0415 - only where there is something to say
 
         # Without what all of them begin with, which would make short ones alike.
-        close = get_close_matches(name[4:], [one[4:] for one in sorted(known)], n=1)
+        close = get_close_matches(name[4:], [one[4:] for one in sorted(known)], n=1, cutoff=0.8)
         notices += [
             f"{name} in the environment is ignored, for it names no flag; did you mean LBR_{one}?"
             for one in close

@@ -63,8 +63,14 @@ def open_ours(path: Path, flags: int, beside: Path | None = None) -> int:
     return descriptor
 
 
-def check_companions(database: Path) -> None:
-    """Raise UsageError for what SQLite would read or write beside a database and another user may have put there."""
+def check_database(database: Path) -> None:
+    """Raise UsageError for a database, or what SQLite keeps beside it, that another user may have put there."""
+    with suppress(FileNotFoundError):
+        if _is_open_to_all(os.stat(database.parent), os.stat(database).st_uid):
+            raise UsageError(
+                f"expected {database} to be yours, got: a file of another user in a folder where everyone may put one; "
+                f"name another file, or share the database in a folder of its own"
+            )
     for suffix in COMPANIONS:
         path = database.with_name(database.name + suffix)
         with suppress(FileNotFoundError):
@@ -73,6 +79,16 @@ def check_companions(database: Path) -> None:
                 raise UsageError(
                     f"expected {path} to be what SQLite keeps beside {database.name}, but {FOREIGN}"
                 )
+
+
+def _is_open_to_all(folder: os.stat_result, owner: int) -> bool:
+    """Return whether everyone may put files into a folder, and the owner of one is neither we, root nor the folder's."""
+    mode = folder.st_mode
+    return bool(mode & stat.S_ISVTX and mode & stat.S_IWOTH) and owner not in {
+        os.geteuid(),
+        0,
+        folder.st_uid,
+    }
 
 
 def refuse_foreign_link(path: str) -> None:
@@ -84,8 +100,7 @@ def refuse_foreign_link(path: str) -> None:
         folder = os.path.realpath(os.path.dirname(path))
         if not os.path.islink(path):
             return
-        owner, of = os.lstat(path).st_uid, os.stat(folder)
-        if of.st_mode & stat.S_ISVTX and of.st_mode & stat.S_IWOTH and owner not in {os.geteuid(), of.st_uid}:
+        if _is_open_to_all(os.stat(folder), os.lstat(path).st_uid):
             raise UsageError(
                 f"expected {path} to be a file or a link of yours, got: a link of another user in a folder where "
                 f"everyone may put one; remove it, or name another file"

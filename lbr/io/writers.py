@@ -122,7 +122,7 @@ def _refuse_other_database(target: Path, path: str) -> None:
     """Raise UsageError where a SQLite file that holds more than answers, the queue above all, would be replaced."""
     if not target.exists():
         return
-    ownership.check_companions(target)
+    ownership.check_database(target)
     # By SQLite itself: whoever else opens and closes a file that this process has connected drops its locks.
     with closing(sqlite3.connect(target)) as connection:
         try:

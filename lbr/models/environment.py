@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import ssl
@@ -100,7 +101,11 @@ def _trust_problem(variable: str, path: str) -> str:
     """Return what is wrong with a file or folder of certificates; empty if nothing is."""
     try:
         if variable == "SSL_CERT_DIR":
-            hashed = any(re.fullmatch(r"[0-9a-fA-F]{8}\.\d+", name) for name in os.listdir(path))
+            folders = [folder for folder in path.split(os.pathsep) if os.path.isdir(folder)]
+            if not folders:
+                return "does not exist"
+            files = itertools.chain.from_iterable(map(os.listdir, folders))
+            hashed = any(re.fullmatch(r"[0-9a-fA-F]{8}\.\d+", name) for name in files)
             return "" if hashed else "holds no certificates by their hashes (`openssl rehash` makes those)"
         ssl.create_default_context(cafile=path)
     except FileNotFoundError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from os import fspath
@@ -135,12 +136,15 @@ def _options(query: str) -> dict[str, str]:
 
 def _check_files(options: Mapping[str, str]) -> None:
     """Raise UsageError for a file that the driver could not read: it would try again and again."""
-    if options.get("sslmode") == "disable":
+    if (options.get("sslmode") or os.environ.get("PGSSLMODE")) == "disable":
         return
     import ssl  # noqa: PLC0415 - only with a URL of PostgreSQL
 
     for name in ("sslrootcert", "sslcert", "sslkey", "sslcrl"):
-        path = options.get(name)
+        variable = f"PG{name.upper()}"
+        place, path = "the PostgreSQL URL", options.get(name)
+        if not path:
+            place, path = f"the environment's {variable}", os.environ.get(variable)
         if not path:
             continue
         try:
@@ -150,9 +154,8 @@ def _check_files(options: Mapping[str, str]) -> None:
                 Path(path).open("rb").close()
         except OSError as error:
             reason = "it holds no certificate" if isinstance(error, ssl.SSLError) else error.strerror
-            raise UsageError(
-                f"cannot use {name}={path} of the PostgreSQL URL: {reason}; correct the path"
-            ) from error
+            way_out = "name the system's file of certificates" if path == "system" else "correct the path"
+            raise UsageError(f"cannot use {name}={path} of {place}: {reason}; {way_out}") from error
 
 
 def _safely(names: list[str], query: str) -> str:

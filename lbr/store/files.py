@@ -169,7 +169,7 @@ def check_file(path: Path) -> None:
             f"WAL, so that answers are lost; keep a backup as a copy (`cp`) instead, and remove the other name: "
             f"`find FOLDER -samefile {path}` finds it"
         )
-    ownership.check_companions(path)
+    ownership.check_database(path)
 
 
 def is_mount_point(path: Path, mounts: str) -> bool:

@@ -131,7 +131,10 @@ class Outlook:
 
 @dataclass(frozen=True, slots=True)
 class Clocks:
-    """What time it is for this process, and when others that live last reported by their clocks, if far from that."""
+    """What time it is for this process, and when others last reported by their clocks, if far from that.
+
+    They are workers that live, if the database knows that.
+    """
 
     now: Millis
     reports: dict[WorkerId, Millis]
@@ -178,7 +181,7 @@ class Queue:
             query = select(workers.c.id, workers.c.seen_at).where(far, workers.c.id != worker)
             rows = (await connection.execute(query)).all()
             seen = {WorkerId(row.id): Millis(row.seen_at) for row in rows}
-            return Clocks(now, {one: seen[one] for one in presence.alive(seen)})
+            return Clocks(now, {one: seen[one] for one in presence.alive(seen)} if presence.tells else seen)
 
         return await self._database.read(work)
 

@@ -91,7 +91,7 @@ async def check(url: PathOrUrl, *, name: str, queue: Path | None) -> None:
         raise _the_queue()
     if not path.exists():
         return
-    ownership.check_companions(path)
+    ownership.check_database(path)
     connections = _open(path, begin="BEGIN")
     try:
         with database_errors(path):
@@ -109,7 +109,7 @@ async def write_run(url: PathOrUrl, run: str, pages: AsyncIterable[list[Row]]) -
     path = sqlite_path(url)
     files.check_location(path, create=True)
     files.create_private(path)
-    ownership.check_companions(path)
+    ownership.check_database(path)
     connections = _open(path, begin=BEGIN_WRITING)
     count = 0
     try:

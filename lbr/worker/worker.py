@@ -412,13 +412,20 @@ class Worker:
         A report alone says little: its worker may stand still, or the clock of the whole machine was set. One that comes
         while we look does, so at the start, and after our own clock has jumped, that is waited for.
         """
-        if not self._database.presence.tells:
+        if not self._database.one_writer:  # a server, whose clock all go by
             self._lead = _lead_ms()
             return
         async with self._comparing:
             clocks = await self._queue.clocks(self._id)
-            if wait or self._clock_jumped():
-                wait, self._far_off, self._lead = True, clocks.reports, _lead_ms()
+            known = self._far_off
+            if self._clock_jumped():
+                wait, known, self._far_off, self._lead = True, {}, {}, _lead_ms()
+            wait = wait and self._database.presence.tells and bool(clocks.reports.keys() - known.keys())
+            if wait:
+                others = ", ".join(map(str, clocks.reports))
+                self._notify(
+                    f"comparing clocks with worker {others}, which may take {CLOCK_SECONDS:.0f} s: it has not reported lately"
+                )
             deadline = time.monotonic() + CLOCK_SECONDS * wait
             while True:
                 for worker, seen_at in clocks.reports.items():

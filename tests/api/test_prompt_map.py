@@ -731,7 +731,7 @@ async def test_the_order_of_fields_makes_no_other_run(calls: Calls) -> None:
     [
         (math.nan, None),
         (np.float32("nan"), None),
-        (np.datetime64("NaT"), None),
+        (np.datetime64("NaT", "s"), None),
         (pd.NaT, None),
         (pd.NA, None),
         (Decimal("NaN"), None),

@@ -12,7 +12,7 @@ import lbr
 from lbr.core.errors import UsageError
 from lbr.core.types import Task
 from lbr.models.build import Authority, build_model
-from lbr.models.environment import check_environment, takes_max_completion_tokens
+from lbr.models.environment import check_environment, check_trust, takes_max_completion_tokens
 from lbr.models.http import Http, lost_words
 from tests.support import Cli
 from tests.support.raw_server import answer, answering, certificate, serving
@@ -251,3 +251,11 @@ async def test_a_certificate_of_no_known_issuer_names_the_variable(
     said = lost_words(raised.value, server.url)
     assert "not trusted: self" in said
     assert said.endswith("; SSL_CERT_FILE can name a file with its issuer")
+
+
+def test_one_folder_of_certificates_is_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """SSL_CERT_DIR may name several folders, as for OpenSSL."""
+    (tmp_path / "0123abcd.0").touch()
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    monkeypatch.setenv("SSL_CERT_DIR", f"/no/such:{tmp_path}")
+    check_trust()

@@ -127,7 +127,7 @@ def test_a_disk_with_no_place_for_answers_says_that_they_are_lost(
     on_disk: Callable[..., tuple[Cli, SmallDisk]],
 ) -> None:
     """Where no place takes what was not committed, the worker says how many answers are lost; no other is called for again."""
-    cli, disk = on_disk("3m", LENGTH="3000")
+    cli, disk = on_disk("4m", LENGTH="3000")
     cli.environment["XDG_STATE_HOME"] = str(disk.folder / "state")
     lines = [f"prompt {n}" for n in range(900)]
     write(cli.folder, lines)

@@ -117,6 +117,8 @@ def plant(database: Database, folder: Path) -> list[Path]:
 async def test_planted_files_forge_nothing_and_hold_nothing_up(alice: Cli, shared: Path) -> None:
     """Forged answers are not taken, pipes are not waited for, and nothing is written through links."""
     alice("enqueue", "in.txt", *FUNCTION)
+    for path in shared.glob("queue.db*"):
+        os.chown(path, 0, 0)
     database = await open_database(alice.outside_url)
     database.spool_places = (
         [shared / "state" / "lbr" / database.spool_places[0].name]
@@ -189,3 +191,21 @@ def test_a_planted_log_is_refused(alice: Cli, shared: Path, kind: str, suffix: s
         path.unlink()
         alice(*command.split())
     assert (shared / "precious.txt").read_text() == PRECIOUS
+
+
+@pytest.mark.parametrize("db_url", ["sqlite:///queue.db"])
+def test_a_planted_database_is_refused(alice: Cli, shared: Path) -> None:
+    """Answers in another user's file are not hers, even if she may write to it."""
+    alice("run", "in.txt", "-o", "out.db", *FUNCTION)
+    for name, command in (
+        ("queue.db", ("run", "in.txt", "--run", "mine", "-o", "mine.jsonl", *FUNCTION)),
+        ("out.db", ("collect", "in", "-o", "out.db")),
+    ):
+        by_mallory(shared / name)
+        refused = alice(*command, check=False)
+        assert (refused.returncode, f"{name} to be yours, got: a file of another user" in refused.stderr) == (
+            2,
+            True,
+        )
+        os.chown(shared / name, ALICE, ALICE)
+        alice(*command)

@@ -98,7 +98,9 @@ def test_what_cannot_be_read_is_refused_without_its_password(url: str, words: st
 
 
 @pytest.mark.parametrize("name", ["sslrootcert", "sslcert", "sslkey", "sslcrl"])
-def test_files_that_cannot_be_read_are_named(tmp_path: Path, name: str) -> None:
+def test_files_that_cannot_be_read_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     """A certificate that is not there is a wrong URL, not a server to wait for."""
     url = f"postgresql://me:hunter2@host/db?sslmode=verify-full&{name}="
     with pytest.raises(
@@ -111,6 +113,9 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path, name: str) -> None:
         with pytest.raises(UsageError, match=r"empty.crt .*: it holds no certificate; correct"):
             address_of(f"{url}{tmp_path}/empty.crt")
     assert not address_of(f"postgresql://me@host/db?sslmode=disable&{name}=/no/such.crt").pooled
+    monkeypatch.setenv(f"PG{name.upper()}", "/no/such.crt")
+    with pytest.raises(UsageError, match=f"{name}=/no/such.crt of the environment's PG{name.upper()}: "):
+        address_of("postgresql://me@host/db")
 
 
 def test_a_certificate_that_is_not_there_ends_a_command_at_once(tmp_path: Path) -> None:
