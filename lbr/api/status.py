@@ -27,7 +27,7 @@ class RunStatus:
     if no worker does, before the first answer, while the model is waited for, and if nothing is left. `cost_usd` is None where no price was known, or nothing was spent; `wasted_usd` is the part of
     it that went to tries that were no answers, or came too late, `estimated_usd` the part of it that is estimated, for calls that died with their
     worker, and `unpriced` counts the calls of models whose cost
-    nobody knows. `pause_cause` is what paused the run, a word that stays, and `pause_message` says it to people; both
+    is unknown. `pause_cause` is what paused the run, a word that stays, and `pause_message` says it to people; both
     are None where it is not paused. `price` is what the run's user says that a million
     tokens cost, None where the provider and the price table are asked; `max_cost_usd` what the run may cost, None
     without a limit. `errors` counts tries by family.

@@ -24,8 +24,8 @@ FOREIGN = (
 def is_ours(found: os.stat_result, beside: Path | None = None) -> bool:
     """Return whether a file is regular, belongs to this user or root, and no other user may write to it.
 
-    A file beside a database may also belong to whoever owns that, and be written by whoever may write that: its owner
-    may have opened it to a group.
+    A file beside a database may also belong to the database's owner, and be writable by the users who may write that:
+    its owner may have opened it to a group.
     """
     owners, mode, shared = {os.geteuid(), 0}, 0, False
     try:

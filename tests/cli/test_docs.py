@@ -287,6 +287,7 @@ def test_a_variable_that_names_no_flag_is_told(tmp_path: Path) -> None:
         tmp_path,
         LBR_CONCURENCY="4",
         LBR_ZZZZZZZZZZZZZZ="1",
+        LBR_CACHE_DIR="x",
         LBR_TEST_EXAMPLES="1",
         LBR_WORKER_UNTIL="empty",
         LBR_CONFIG="some.toml",

@@ -28,6 +28,7 @@ from lbr.core.types import Claim, Item, KeyMaker, PauseCause, Paused, Prompt, Sh
 from lbr.models.identity import identify
 from lbr.store import enqueue, reads, runs, schema
 from lbr.store.engines import open_database
+from lbr.store.presence import Presence
 from lbr.store.queue import Queue
 from lbr.worker.worker import Worker
 from tests.support import ECHO, assert_counted, eventually, locked_by_another, put, real_clock, states
@@ -686,6 +687,29 @@ async def test_a_machine_whose_clock_was_set_starts_workers(
     await live.write(lambda connection: connection.execute(shift))
     report = await worker_for(live, upper).run()
     assert (report.done, await states(live, run)) == (2, {"done": 2})
+
+
+@pytest.mark.parametrize("db_url", ["sqlite:///runs.db"])
+async def test_without_locks_a_changed_report_stops_a_worker(
+    live: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a network file system no lock shows which workers live; a report that changes shows it too."""
+    monkeypatch.setattr(live, "presence", Presence())
+    monkeypatch.setattr("lbr.worker.worker.TICK_SECONDS", 0.2)
+
+    async def slow(prompt: str) -> str:
+        other = update(schema.workers).where(schema.workers.c.host == "h")
+        later = other.values(seen_at=schema.workers.c.seen_at + 300)
+        while True:
+            await asyncio.sleep(0.1)
+            await live.write(lambda connection: connection.execute(later))
+
+    await put(live, ["a"], task=asks(slow))
+    await Queue(live).register(host="h", pid=1, concurrency=1)
+    ahead = update(schema.workers).values(seen_at=schema.workers.c.seen_at + 3_600_000)
+    await live.write(lambda connection: connection.execute(ahead))
+    with pytest.raises(DatabaseError, match="leases need one clock"):
+        await asyncio.wait_for(worker_for(live, slow, grace=0.1).run(), 30)
 
 
 async def test_a_report_by_another_clock_stops_a_worker_before_it_claims(live: Database) -> None:

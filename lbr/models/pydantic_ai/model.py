@@ -59,7 +59,7 @@ class PydanticAIModel:
         from pydantic_ai.direct import model_request  # noqa: PLC0415
         from pydantic_ai.exceptions import UsageExtractionFailedWarning  # noqa: PLC0415
 
-        # What is odd in a server's answer is no reason to show whoever watches a worker a line of pydantic-ai's code.
+        # A user must not see lines of pydantic-ai's code because a server's answer is odd.
         warnings.filterwarnings("ignore", category=UsageExtractionFailedWarning)
         warnings.filterwarnings("ignore", message="Unexpected non-string value for")
         self._api_key = api_key
