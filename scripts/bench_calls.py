@@ -1,10 +1,10 @@
-"""What a chat call costs its client's processor: by lbr, queue included, by hand, and by pydantic-ai's own agent.
+"""The client's CPU for a chat call: by lbr, queue included, with aiohttp alone, and by pydantic-ai's own agent.
 
     python scripts/bench_calls.py [--calls 3000] [--repeat 3]
 
 A fixed server that takes 50 ms for each answer sits on one core, the client, a process of its own for each
 measurement, on another. What is imported and loaded by the first calls is not counted: they are made before. Every
-answer is checked. The exit status is 1 where lbr takes more than its target.
+answer is checked. The exit status is 1 if lbr takes more than its target.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lbr.api.bench import chat
-from lbr.api.bench.chat_server import SECONDS
-from lbr.api.bench.measures import chat_prompts, check_lines, end_to_end, expect, timed
+import bench_chat as chat
+from bench_baselines import chat_prompts, check_lines, end_to_end, expect, timed
+from bench_chat_server import SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 AT_A_TIME = (64, 500)
-MOST_MS = 1.0
+MAX_MS = 1.0
 WARM_UP = 20
 FEWER = 5
 """By so much fewer calls are made of what takes ten times as long."""
 
 
-def by_hand(url: str, _: Path, prompts: Sequence[str], slots: int) -> None:
+def by_aiohttp(url: str, _: Path, prompts: Sequence[str], slots: int) -> None:
     """Call with aiohttp and orjson alone."""
     expect("the answers", list(prompts), asyncio.run(chat.gather(url, prompts, slots)))
 
@@ -66,7 +66,7 @@ def by_agent(url: str, _: Path, prompts: Sequence[str], slots: int) -> None:
 
 
 WAYS: dict[str, Callable[[str, Path, Sequence[str], int], None]] = {
-    "aiohttp and orjson by hand": by_hand,
+    "aiohttp and orjson alone": by_aiohttp,
     "lbr, queue included": by_lbr,
     "pydantic-ai, Agent.run": by_agent,
 }
@@ -111,8 +111,8 @@ def main() -> None:
             for slots in AT_A_TIME
         ]
         print(name.ljust(28) + "".join(f"{one:16.3f}" for one in found), flush=True)
-        late |= way is by_lbr and max(found) > MOST_MS
-    print(f"lbr at most {MOST_MS:g} ms: {'no' if late else 'yes'}")
+        late |= way is by_lbr and max(found) > MAX_MS
+    print(f"lbr at most {MAX_MS:g} ms: {'no' if late else 'yes'}")
     sys.exit(late)
 
 

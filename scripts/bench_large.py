@@ -30,13 +30,15 @@ from lbr.store.queue import Queue
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-ECHO, NOTE = "lbr.api.bench.jobs:echo", "lbr.api.bench.jobs:note_start"
+ECHO, NOTE = "bench_functions:echo", "bench_functions:note_start"
 NOOP, BURN = "bench_job:noop", "bench_job:burn"
 FEW = 10_000
 CLAIMED = 128
 TIMES = 25
 BURNT_JOBS = 2_000
 ROOM = 200 * 10**6
+HERE = Path(__file__).parent
+"""The folder that commands run in, because they import the functions from it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,9 @@ def command(folder: Path, *arguments: str) -> list[str]:
 def run(folder: Path, *arguments: str) -> tuple[float, int]:
     """Run `lbr` to its end; return its seconds and its largest resident size in bytes."""
     started = time.perf_counter()
-    process = subprocess.Popen(command(folder, *arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command(folder, *arguments), cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
     said = process.stderr.read().decode() if process.stderr is not None else ""
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -163,6 +167,7 @@ def _first_call_seconds(folder: Path) -> float:
     started = time.time()
     process = subprocess.Popen(
         command(folder, "worker", "--function", NOTE, "--concurrency", "1"),
+        cwd=HERE,
         env=environment,
         stderr=subprocess.DEVNULL,
     )

@@ -19,13 +19,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench_baselines import CHAT_SLOTS, BenchError, Sizes, Took, chat_prompts, conditions, nap_prompts
+from bench_baselines import measure as measure_lbr
 from rival_environments import RIVALS, NotMeasuredError, Rival
 from rival_runs import Crash, crashed_lbr, crashed_rival, measured
 
-from lbr.api.bench.measures import CHAT_SLOTS, BenchError, Sizes, Took, chat_prompts, nap_prompts
-from lbr.api.bench.measures import measure as measure_lbr
 from lbr.cli.app import collect_garbage_rarely
-from lbr.cli.benching import conditions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -148,7 +147,7 @@ def _measure(found: Found, part: str, system: Rival | None, sizes: Sizes, folder
         crash = crashed_lbr(prompts, folder) if system is None else crashed_rival(system, prompts, folder)
         found.crashes[name_of(system)].append(crash)
     elif system is None:
-        [row] = measure_lbr(folder, sizes, [part], tell=lambda _: None)
+        [row] = measure_lbr(folder, sizes, [part], log=lambda _: None)
         found.speeds[part, LBR].append(row.lbr)
         found.speeds[part, row.by].append(row.least)
     else:

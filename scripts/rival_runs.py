@@ -13,12 +13,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import bench_chat as chat
 import rival
+from bench_baselines import CHAT_SLOTS, NAP_SLOTS, Took
+from bench_chat_server import SECONDS as CHAT_SECONDS
 from rival_environments import NotMeasuredError, Rival, last_line, surroundings
-
-from lbr.api.bench import chat
-from lbr.api.bench.chat_server import SECONDS as CHAT_SECONDS
-from lbr.api.bench.measures import CHAT_SLOTS, NAP_SLOTS, Took
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from lbr.cli.app import lbr, main
-from lbr.cli.benching import bench
 from lbr.cli.collect import collect
 from lbr.cli.enqueue import enqueue
 from lbr.cli.estimating import estimate
@@ -31,7 +30,6 @@ for command in (
     limit,
     move,
     doctor,
-    bench,
 ):
     lbr.add_command(command)
 

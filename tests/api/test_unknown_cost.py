@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from bench_chat import chat_server
 
-from lbr.api.bench.chat import chat_server
 from lbr.api.status import describe, status_of
 from lbr.core.errors import Family, Usage
 from lbr.core.pricing import Price

@@ -559,7 +559,7 @@ def test_permissions_are_told_of(
         case(
             "status",
             "a flag in lbr.toml, got: 'wroker'",
-            "the tables [bench], [cancel]",
+            "the tables [cancel], [collect]",
             files={"lbr.toml": "[wroker]\nconcurrency = 3"},
             name="unknown table",
         ),

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from aiohttp import ClientTimeout
+from bench_chat import chat_server
 from sqlalchemy import text
 from stamina.instrumentation import set_on_retry_hooks
 
-from lbr.api.bench.chat import chat_server
 from lbr.api.task import authorize
 from lbr.core import descriptors
 from lbr.core.config import WorkOptions

@@ -8,9 +8,9 @@ import urllib.request
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from bench_chat import chat_server
 from genai_prices import data_snapshot
 
-from lbr.api.bench.chat import chat_server
 from lbr.core.errors import Usage
 from lbr.models import loading
 from lbr.models.chat import endpoint_of

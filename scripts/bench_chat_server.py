@@ -1,8 +1,8 @@
-"""A chat server that takes a fixed time for each answer and next to nothing of the processor.
+"""A chat server that takes a fixed time for each answer and next to no CPU.
 
 It speaks as much of HTTP/1.1 and of OpenAI's chat completions as a client needs, and answers with the prompt itself, so
-that answers can be checked. A GET tells how many calls there were and, for a URL that ends in `?since=SECONDS` of the epoch,
-when the first of them came from then on. It runs as a process of its own, which ends when its standard input does.
+that answers can be checked. A GET returns the number of calls and, for a URL that ends in `?since=SECONDS` of the epoch,
+the time of the first call since then. It runs as a process of its own, which ends when its standard input does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NOTHING_ASKED = b'{"error": {"message": "expected a message, got: none"}}'
 
 
 class ChatServer:
-    """What all connections share: the calls so far, by prompt, and when each came."""
+    """What all connections share: the calls so far, by prompt, and the time of each."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -31,7 +31,7 @@ class ChatServer:
         self.times: list[float] = []
 
     def answer(self, body: bytes) -> bytes | None:
-        """Take note of a call and return the answer's body, None where nothing is asked: some clients try that."""
+        """Note a call and return the answer's body; None if it has no message, as some clients try."""
         asked = orjson.loads(body)
         if not asked["messages"]:
             return None
@@ -43,8 +43,8 @@ class ChatServer:
         head = {"id": "bench", "object": "chat.completion", "created": 1_700_000_000, "model": asked["model"]}
         return orjson.dumps(head | {"choices": [choice], "usage": USAGE})
 
-    def told(self, since: float) -> bytes:
-        """Return what a GET is answered with: `first` is the time of the first call since, None before there is one."""
+    def report(self, since: float) -> bytes:
+        """Return the answer to a GET: `first` is the time of the first call since then, None if there was none."""
         later = self.times[bisect_left(self.times, since) :][:1]
         return orjson.dumps(
             {"calls": len(self.times), "distinct": len(self.calls), "first": later[0] if later else None}
@@ -73,14 +73,14 @@ class Connection(asyncio.Protocol):
         self._transport = None
 
     def data_received(self, data: bytes) -> None:
-        """Take what came; a whole request is answered after the fixed time."""
+        """Take the data; answer a complete request after the fixed time."""
         self._read += data
         head, found, rest = self._read.partition(b"\r\n\r\n")
         if not found:
             return
         if head.startswith(b"GET"):
             self._read = rest
-            self._write(self._server.told(float(head.split()[1].partition(b"?since=")[2] or 0)))
+            self._write(self._server.report(float(head.split()[1].partition(b"?since=")[2] or 0)))
             return
         length = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0])
         if len(rest) < length:
@@ -99,7 +99,7 @@ class Connection(asyncio.Protocol):
 
 
 async def serve(seconds: float) -> None:
-    """Serve on a free port, which is printed, until standard input ends."""
+    """Serve on a free port, print the port, and stop when standard input ends."""
     loop = asyncio.get_running_loop()
     server = ChatServer(seconds)
     listening = await loop.create_server(lambda: Connection(server), "127.0.0.1", 0, backlog=2_000)

@@ -1,4 +1,4 @@
-"""Calls of a chat server, by lbr and by hand, the server on one core and the client on another."""
+"""A chat server on one core, its client on another, and the baseline: the same calls with aiohttp alone."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import orjson
@@ -16,14 +17,15 @@ if TYPE_CHECKING:
 
 MODEL = "bench"
 KEY = "sk-bench-no-secret"
+SERVER = Path(__file__).with_name("bench_chat_server.py")
 
 
 @contextmanager
 def chat_server(seconds: float) -> Iterator[str]:
-    """Run a server in a process of its own; yield the URL that its clients take for OpenAI's."""
+    """Run a server in a process of its own; yield its URL, which clients use as OpenAI's."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    command = [sys.executable, "-m", "lbr.api.bench.chat_server", str(seconds), *map(str, cores[-1:])]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603 - our own module
+    command = [sys.executable, str(SERVER), str(seconds), *map(str, cores[-1:])]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         port = int(process.stdout.readline()) if process.stdout is not None else 0
         yield f"http://127.0.0.1:{port}/v1"
@@ -37,7 +39,7 @@ def chat_server(seconds: float) -> Iterator[str]:
 
 @contextmanager
 def on_one_core() -> Iterator[None]:
-    """Keep this process, with the threads that it starts meanwhile, to its first core, where the system can."""
+    """Keep this process and its new threads on its first core, if the system can."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -51,7 +53,7 @@ def on_one_core() -> Iterator[None]:
 
 @contextmanager
 def environment(**values: str) -> Iterator[None]:
-    """Set variables of the environment for a while."""
+    """Set environment variables within the block."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -65,8 +67,8 @@ def environment(**values: str) -> Iterator[None]:
 
 
 async def gather(url: str, prompts: Sequence[str], at_a_time: int) -> list[str]:
-    """Make the calls with nothing between them and aiohttp, and return the answers; what does not last costs nothing."""
-    import aiohttp  # noqa: PLC0415 - a tenth of a second, which only this needs
+    """Make the calls with aiohttp alone, store nothing, and return the answers."""
+    import aiohttp  # noqa: PLC0415 - takes a tenth of a second, and only this needs it
 
     slots = asyncio.Semaphore(at_a_time)
     headers = {"authorization": f"Bearer {KEY}", "content-type": "application/json"}

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import httpx2
 import pytest
+from bench_chat import chat_server
 
-from lbr.api.bench.chat import chat_server
 from tests.support import ROOT
 
 if TYPE_CHECKING:
@@ -59,9 +59,8 @@ def test_lbr_is_measured_beside_a_loop(tmp_path: Path) -> None:
 
 
 @pytest.mark.processes
-def test_who_fails_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_rival_is_reported(tmp_path: Path) -> None:
     """A rival that cannot do the task is not measured, says why, and the others go on."""
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
     import bench_rivals as script
     from rival_environments import RIVALS, Rival
 

@@ -1,4 +1,4 @@
-"""What the workers under measurement run."""
+"""The functions that the measured workers call."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ async def echo(prompt: str) -> str:
 
 
 async def nap(prompt: str) -> str:
-    """Answer after `NAP_SECONDS`, as somebody else's server would."""
+    """Answer after `NAP_SECONDS`, as a remote server would."""
     await asyncio.sleep(NAP_SECONDS)
     return prompt
 
 
 async def note_start(prompt: str) -> str:
-    """Write down when the first call of a process was made, in the file that LBR_TEST_NOTE names."""
+    """Write the time of the process's first call to the file that LBR_TEST_NOTE names."""
     _note(Path(os.environ["LBR_TEST_NOTE"]))
     return prompt
 

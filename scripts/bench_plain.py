@@ -1,7 +1,7 @@
-"""The same work as a queue's, by hand: plain sqlite3 on the same tables, and nothing that could be left out.
+"""The baseline of the queue: plain sqlite3 on the same tables, with nothing that can be left out.
 
-No leases to renew, no fence, no crash that anybody would survive: what is measured here is how fast the tables can be
-filled, worked off and read by one process that does nothing else.
+It renews no leases, has no fence and survives no crash. It shows how fast one process that does nothing else can fill,
+drain and read the tables.
 """
 
 from __future__ import annotations
