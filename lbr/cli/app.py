@@ -62,25 +62,12 @@ class Group(click.Group):
                 f"{found}; the database was changed by another program: restore a copy, or mend that value"
             ) from error
 
-    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
-        """Add a command, and give each of its flags its twin in the environment."""
-        for option in cmd.params:
-            if isinstance(option, click.Option):
-                option.envvar = twin_of(cmd, option)
-        super().add_command(cmd, name)
-
 
 def with_options(command: F, options: Sequence[Callable[[F], F]]) -> F:
     """Add flags to a command, in this order before those that it has."""
     for option in reversed(options):
         command = option(command)
     return command
-
-
-def twin_of(command: click.Command, option: click.Option) -> str:
-    """Return the environment variable of a flag: LBR_WORKER_MAX_ATTEMPTS for `lbr worker --max-attempts`."""
-    flag = max(option.opts, key=len).lstrip("-")
-    return f"LBR_{command.name}_{flag}".replace("-", "_").upper()
 
 
 def _read_environment() -> None:
@@ -107,9 +94,10 @@ def _read_config(group: click.Group) -> dict[str, Any]:
 
 
 def unknown_variables(group: click.Group) -> list[str]:
-    """Return a message for each LBR_ variable that is nearly a flag's; what resembles none may be another program's."""
-    shown = [group, *(command for command in group.commands.values() if not command.hidden)]
-    known = {str(one.envvar) for command in shown for one in command.params if isinstance(one, click.Option)}
+    """Return a message for each LBR_ variable that resembles a flag's; any other may belong to another program."""
+    shown = {"": group} | {f"{name}_": one for name, one in group.commands.items() if not one.hidden}
+    flags = ((prefix, one) for prefix, command in shown.items() for one in command.params)
+    known = {f"LBR_{prefix}{one.name}".upper() for prefix, one in flags if isinstance(one, click.Option)}
     known |= {CONFIG_VARIABLE}
     ours = (name for name in os.environ if name.startswith("LBR_") and not name.startswith(OF_TESTS))
     notices = []
@@ -189,6 +177,7 @@ def tell(data: str | bytes) -> None:
 @click.group(
     cls=Group,
     context_settings={
+        "auto_envvar_prefix": "LBR",  # each parameter has the name of its flag, because variables are made of it
         "help_option_names": ["-h", "--help"],
         "show_default": True,
         "max_content_width": 100,
@@ -198,17 +187,15 @@ def tell(data: str | bytes) -> None:
     "--db",
     metavar="PATH_OR_URL",
     default=DB_DEFAULT,
-    envvar="LBR_DB",
     show_envvar=True,
     help="The queue: a SQLite file, made by the first enqueue.",
 )
 @click.option(
     "--allow-network-fs",
     is_flag=True,
-    envvar="LBR_ALLOW_NETWORK_FS",
     help="Use a SQLite file on a network file system, at your own risk.",
 )
-@click.version_option(package_name="lbr", prog_name="lbr")
+@click.version_option(package_name="lbr", prog_name="lbr", allow_from_autoenv=False)
 @click.pass_context
 def lbr(context: click.Context, db: str, allow_network_fs: bool) -> None:
     """Run LLM prompts in batches that survive crashes.

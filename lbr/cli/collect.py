@@ -90,9 +90,7 @@ def _reasons(collected: api.Collected) -> str:
 
 @click.command()
 @click.argument("run")
-@click.option(
-    "-o", "--output", "out", metavar="FILE", help="A .jsonl, .csv or .db file; JSONL to stdout if unset."
-)
+@click.option("-o", "--output", metavar="FILE", help="A .jsonl, .csv or .db file; JSONL to stdout if unset.")
 @click.option(
     "--shape",
     type=click.Choice([str(one) for one in Shape]),
@@ -101,7 +99,6 @@ def _reasons(collected: api.Collected) -> str:
 )
 @click.option(
     "--format",
-    "output_format",
     type=click.Choice([str(one) for one in OutputFormat]),
     help="How to write; by the file's ending if unset.",
 )
@@ -115,17 +112,13 @@ def collect(
     db: dict[str, Any],
     /,
     run: str,
-    out: str | None,
-    shape: str,
-    output_format: str | None,
+    output: str | None,
     **flags: Any,
 ) -> None:
     """Write a run's answers in input order, finished or not.
 
     A file appears whole or not at all. Exits with 3 where jobs are not finished, with 4 where some failed.
     """
-    collected = asyncio.run(
-        api.collect(run, out="-" if out is None else out, shape=shape, format=output_format, **flags, **db)
-    )
+    collected = asyncio.run(api.collect(run, out="-" if output is None else output, **flags, **db))
     say(f"lbr: {describe(collected)}")
     context.exit(exit_code(collected))

@@ -38,14 +38,12 @@ def input_options(command: F) -> F:
         ),
         click.option(
             "--set",
-            "settings",
             metavar="NAME=VALUE",
             multiple=True,
             help="A model setting, such as temperature=0.2 or max_tokens=200; may be repeated.",
         ),
         click.option(
             "--format",
-            "input_format",
             type=click.Choice([str(one) for one in InputFormat]),
             help="How the input is written; by its file ending if unset.",
         ),
@@ -77,9 +75,7 @@ def task_options(command: F) -> F:
         click.option("--fresh", is_flag=True, help="Call again for what other runs have already answered."),
     ]
     naming = [
-        click.option(
-            "--run", "run_name", metavar="NAME", help="The run's name; the input file's stem if unset."
-        ),
+        click.option("--run", metavar="NAME", help="The run's name; the input file's stem if unset."),
         click.option(
             "--model", metavar="NAME", help=f"Who answers: openai-chat:gpt-4o-mini, openrouter:…, {ECHO}, …"
         ),
@@ -160,16 +156,15 @@ async def enqueue_inputs(
 ) -> api.EnqueueReport:
     """Turn flags into a call of `api.enqueue` and tell what it did; `hear` is told how many inputs are kept."""
     template, schema, instructions = flags.pop("template"), flags.pop("schema"), flags.pop("instructions")
-    settings = dict(read_setting(one) for one in flags.pop("settings"))
+    settings = dict(read_setting(one) for one in flags.pop("set"))
     with interruptible(inputs):
         report = await api.enqueue(
             [Path(name) for name in inputs],
-            run=flags.pop("run_name"),
-            model=flags.pop("model"),
             instructions=None if instructions is None else load_text(instructions, "instructions"),
             template=None if template is None else load_text(template, "a template"),
             schema=None if schema is None else load_schema(schema),
             settings=settings,
+            input_format=flags.pop("format"),
             on_kept=hear,
             **flags,
             **db,
@@ -182,10 +177,10 @@ async def enqueue_inputs(
 @click.command()
 @click.argument("inputs", nargs=-1, required=True)
 @task_options
-@click.option("--json", "as_json", is_flag=True, help="Print the counts as JSON.")
+@click.option("--json", is_flag=True, help="Print the counts as JSON.")
 @database_option
 @click.pass_obj
-def enqueue(db: dict[str, Any], /, inputs: tuple[str, ...], as_json: bool, **flags: Any) -> None:
+def enqueue(db: dict[str, Any], /, inputs: tuple[str, ...], json: bool, **flags: Any) -> None:
     """Put prompts into a run, each distinct one once.
 
     INPUTS are text files (a prompt a line), JSONL, CSV or TSV, or - for stdin. Running the same command again adds
@@ -193,7 +188,7 @@ def enqueue(db: dict[str, Any], /, inputs: tuple[str, ...], as_json: bool, **fla
     """
     with counting_kept(inputs, append=flags["append"]) as hear:
         report = asyncio.run(enqueue_inputs(db, inputs, hear, **flags))
-    if as_json:
+    if json:
         fields = {name: getattr(report.counts, name) for name in report.counts.__slots__}
         fields |= {"skipped_bad": report.skipped_bad, "skipped_empty": report.skipped_empty}
         tell(orjson.dumps({"run": report.run} | fields))

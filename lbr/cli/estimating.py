@@ -37,28 +37,28 @@ from lbr.io.readers import load_text
     "--concurrency", type=int, default=WorkOptions().concurrency, help="Calls at a time, of all workers."
 )
 @click.option("--seconds-per-call", type=float, default=SECONDS_PER_CALL, help="How long one call takes.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, one object.")
-def estimate(inputs: tuple[str, ...], as_json: bool, **flags: Any) -> None:
+@click.option("--json", is_flag=True, help="Print JSON, one object.")
+def estimate(inputs: tuple[str, ...], json: bool, **flags: Any) -> None:
     """Tell what a batch would take, before anything is spent: rows, tokens, money, time.
 
     INPUTS are read as by enqueue. Models only are estimated. Nothing is called and nothing is written; no key and
     no database is needed.
     """
     found = asyncio.run(_estimate(inputs, flags))
-    tell(orjson.dumps(found.to_dict()) if as_json else describe(found))
+    tell(orjson.dumps(found.to_dict()) if json else describe(found))
 
 
 async def _estimate(inputs: tuple[str, ...], flags: dict[str, Any]) -> Estimate:
     template, schema, instructions = flags.pop("template"), flags.pop("schema"), flags.pop("instructions")
-    settings = dict(read_setting(one) for one in flags.pop("settings"))
+    settings = dict(read_setting(one) for one in flags.pop("set"))
     with interruptible(inputs):
         return await estimate_inputs(
             [Path(name) for name in inputs],
-            model=flags.pop("model"),
             instructions=None if instructions is None else load_text(instructions, "instructions"),
             template=None if template is None else load_text(template, "a template"),
             schema=None if schema is None else load_schema(schema),
             settings=settings,
+            input_format=flags.pop("format"),
             **flags,
         )
 

@@ -24,11 +24,11 @@ EXIT_GRAVE = 5
 @click.option(
     "--fix", is_flag=True, help="Mend counters that a recount contradicts; nothing else is changed."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, one object for each finding.")
+@click.option("--json", is_flag=True, help="Print JSON, one object for each finding.")
 @database_option
 @click.pass_obj
 @click.pass_context
-def doctor(context: click.Context, db: dict[str, Any], /, fix: bool, as_json: bool) -> None:
+def doctor(context: click.Context, db: dict[str, Any], /, fix: bool, json: bool) -> None:
     """Look at the database from all sides, and tell what is wrong and what to do; workers need not be stopped.
 
     The file or the server, its settings, damage, leases, clock, counters, limits, keys, paused runs. Nothing is
@@ -36,10 +36,10 @@ def doctor(context: click.Context, db: dict[str, Any], /, fix: bool, as_json: bo
     """
     found = asyncio.run(api.doctor(fix=fix, **db))
     for one in found:
-        tell(orjson.dumps(one.to_dict()) if as_json else _describe(one))
+        tell(orjson.dumps(one.to_dict()) if json else _describe(one))
     counts = Counter(one.gravity for one in found)
     shown = [f"{counts[g]} {g}{'s' * (counts[g] > 1)}" for g in Gravity if g is not Gravity.OK and counts[g]]
-    if not as_json:
+    if not json:
         say(f"lbr: {', '.join(shown) or 'all is well'}")
     context.exit(EXIT_GRAVE if any(one.is_grave for one in found) else 0)
 

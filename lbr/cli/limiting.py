@@ -37,7 +37,7 @@ def _number(name: str, text: str | None, lifted: str) -> dict[str, int | None]:
 @click.option(
     "--concurrency", metavar="N|auto", help="Calls at a time of all workers together; auto learns it."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, one object for each scope.")
+@click.option("--json", is_flag=True, help="Print JSON, one object for each scope.")
 @database_option
 @click.pass_obj
 def limit(
@@ -47,7 +47,7 @@ def limit(
     rpm: str | None,
     tpm: str | None,
     concurrency: str | None,
-    as_json: bool,
+    json: bool,
 ) -> None:
     """Set what workers keep to for a SCOPE, or tell it; it holds at once, without a restart.
 
@@ -63,8 +63,8 @@ def limit(
         raise UsageError("expected a SCOPE to set limits of, got: none; `lbr status` names them")
     found = asyncio.run(operate.limit(scope, values, **db))
     for one in found:
-        tell(orjson.dumps(one) if as_json else describe_limit(one))
+        tell(orjson.dumps(one) if json else describe_limit(one))
         if values and not one["runs"]:
             say(f"no run of this queue is answered by {one['answerer']}: that holds for those to come")
-    if not found and not as_json:
+    if not found and not json:
         tell("no limits are set, and none were learned")

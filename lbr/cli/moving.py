@@ -19,9 +19,9 @@ from lbr.core.plurals import counted
 @click.argument("to_url", metavar="TO_URL")
 @click.argument("run")
 @click.option("--restart", is_flag=True, help="Copy anew what a move that was interrupted has left there.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, one object.")
+@click.option("--json", is_flag=True, help="Print JSON, one object.")
 @click.pass_obj
-def move(db: dict[str, Any], /, from_url: str, to_url: str, run: str, restart: bool, as_json: bool) -> None:
+def move(db: dict[str, Any], /, from_url: str, to_url: str, run: str, restart: bool, json: bool) -> None:
     """Copy a run with its answers into another database, and go on there.
 
     The run is paused where it is, calls in flight are waited for, and all that it holds is copied and compared. It
@@ -40,7 +40,7 @@ def move(db: dict[str, Any], /, from_url: str, to_url: str, run: str, restart: b
         )
     except KeyboardInterrupt as error:
         raise StoppedError("the move has not come to its end; run the same command again to go on") from error
-    if as_json:
+    if json:
         tell(orjson.dumps(moved.to_dict()))
         return
     done = "was moved before to" if moved.known else "moved to"

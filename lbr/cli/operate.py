@@ -30,26 +30,26 @@ LONGEST_PAUSE_SECONDS = 86_400.0
 
 @click.command()
 @click.argument("run", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, one object.")
+@click.option("--json", is_flag=True, help="Print JSON, one object.")
 @click.option("--watch", is_flag=True, help="Print again every few seconds, until all is finished.")
 @click.option("--interval", type=float, default=2.0, help="Seconds between two looks.")
 @database_option
 @click.pass_obj
-def status(db: dict[str, Any], /, run: str | None, as_json: bool, watch: bool, interval: float) -> None:
+def status(db: dict[str, Any], /, run: str | None, json: bool, watch: bool, interval: float) -> None:
     """Tell how one run stands, or all of them: counts, speed, tokens, cost, failures, workers."""
     pause_seconds = min(max(0.1, positive("interval", interval)), LONGEST_PAUSE_SECONDS)
     with suppress(KeyboardInterrupt) if watch else nullcontext():
-        _print_status(db, run, as_json=as_json, watch=watch, pause_seconds=pause_seconds)
+        _print_status(db, run, json=json, watch=watch, pause_seconds=pause_seconds)
 
 
 def _print_status(
-    db: dict[str, Any], run: str | None, *, as_json: bool, watch: bool, pause_seconds: float
+    db: dict[str, Any], run: str | None, *, json: bool, watch: bool, pause_seconds: float
 ) -> None:
     while True:
         found = asyncio.run(operate.status(run, **db))
-        if watch and not as_json and sys.stdout.isatty():
+        if watch and not json and sys.stdout.isatty():
             click.clear()
-        tell(orjson.dumps(found.to_dict()) if as_json else describe(found))
+        tell(orjson.dumps(found.to_dict()) if json else describe(found))
         if not watch or all(one.finished or one.state == "cancelled" for one in found.runs):
             return
         time.sleep(pause_seconds)
@@ -58,14 +58,14 @@ def _print_status(
 @click.command()
 @click.argument("run")
 @click.argument("idx", type=click.IntRange(0, LARGEST_IDX))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, one object.")
+@click.option("--json", is_flag=True, help="Print JSON, one object.")
 @database_option
 @click.pass_obj
-def show(db: dict[str, Any], /, run: str, idx: int, as_json: bool) -> None:
+def show(db: dict[str, Any], /, run: str, idx: int, json: bool) -> None:
     """Tell everything about the input at place IDX, counted from 0: its job, its answer, its failed tries."""
     story = asyncio.run(operate.show(run, idx, **db))
     fields = story.row.to_dict() | {k: v for k, v in asdict(story).items() if k != "row"}
-    tell(orjson.dumps(fields) if as_json else _describe_story(story))
+    tell(orjson.dumps(fields) if json else _describe_story(story))
 
 
 def _describe_story(story: JobDetail) -> str:
@@ -119,7 +119,6 @@ def _usage_lines(of: JobDetail | Attempt, *, estimated: bool = False) -> list[st
 )
 @click.option(
     "--set",
-    "settings",
     metavar="NAME=VALUE",
     multiple=True,
     help="A model setting for these jobs alone, over the run's, such as max_tokens=900; may be repeated.",
@@ -129,7 +128,6 @@ def _usage_lines(of: JobDetail | Attempt, *, estimated: bool = False) -> list[st
 )
 @click.option(
     "--result-type",
-    "result_types",
     metavar="MODULE:CLASS",
     multiple=True,
     help="With --reparse: the pydantic class of the run's schema, to check by.",
@@ -141,27 +139,27 @@ def retry(
     /,
     run: str,
     where: tuple[str, ...],
-    settings: tuple[str, ...],
     reparse: bool,
-    result_types: tuple[str, ...],
+    result_type: tuple[str, ...],
+    **flags: Any,
 ) -> None:
     """Put a run's failed and cancelled jobs back to pending, with all their tries, or those that --where chooses.
 
     Answers that are chosen leave the results, and stay in the history that `lbr show` tells.
     """
     if reparse:
-        if where or settings:
+        if where or flags["set"]:
             raise UsageError(
                 "expected --reparse alone or with --result-type, got: --where or --set beside it"
             )
-        tell(_describe_reparsed(run, asyncio.run(operate.reparse(run, result_types=result_types, **db))))
+        tell(_describe_reparsed(run, asyncio.run(operate.reparse(run, result_types=result_type, **db))))
         return
-    if result_types:
+    if result_type:
         raise UsageError(
             "expected --result-type beside --reparse, got: it alone; name it to `lbr worker` instead"
         )
-    own = dict(read_setting(one) for one in settings)
-    count = asyncio.run(operate.retry(run, where=where, settings=own, **db))
+    settings = dict(read_setting(one) for one in flags["set"])
+    count = asyncio.run(operate.retry(run, where=where, settings=settings, **db))
     tell(f"run {run}: {counted(count, 'job')} back to pending")
 
 

@@ -45,7 +45,7 @@ LINE_SECONDS = 10.0
 
 @click.command()
 @click.argument("inputs", nargs=-1, required=True)
-@click.option("-o", "--output", "out", metavar="FILE", required=True, help="A .jsonl, .csv or .db file.")
+@click.option("-o", "--output", metavar="FILE", required=True, help="A .jsonl, .csv or .db file.")
 @click.option(
     "--shape",
     type=click.Choice([str(one) for one in Shape]),
@@ -60,20 +60,26 @@ LINE_SECONDS = 10.0
 @click.pass_obj
 @click.pass_context
 def run(
-    context: click.Context, db: dict[str, Any], /, inputs: tuple[str, ...], out: str, shape: str, **flags: Any
+    context: click.Context,
+    db: dict[str, Any],
+    /,
+    inputs: tuple[str, ...],
+    output: str,
+    shape: str,
+    **flags: Any,
 ) -> None:
     """Enqueue, work and collect in one command; run it again to resume.
 
     Other workers may help. The output is written when every job has come to its end.
     """
-    writers.check_output(out)
+    writers.check_output(output)
     csv = {name: flags.pop(name) for name in ("spreadsheet_safe", "bom")}
-    writers.CsvStyle(**csv).check(writers.format_of(out))
-    _check_overwriting((*inputs, *_one(flags["skip_bad"])), out, db["db_url"])
+    writers.CsvStyle(**csv).check(writers.format_of(output))
+    _check_overwriting((*inputs, *_one(flags["skip_bad"])), output, db["db_url"])
     at_least_one("processes", flags["processes"], most=MOST_PROCESSES)
     work_flags(flags)
     with counting_kept(inputs, append=flags["append"]) as hear:
-        code = asyncio.run(_run(db, inputs, out, {"shape": shape, **csv}, hear, flags))
+        code = asyncio.run(_run(db, inputs, output, {"shape": shape, **csv}, hear, flags))
     context.exit(code)
 
 
@@ -99,13 +105,13 @@ async def _run(
     started = time.monotonic()
     processes, how = flags.pop("processes"), work_flags(flags)
     flags = {name: value for name, value in flags.items() if name not in how}
-    may: dict[str, Any] = {"functions": _one(flags["function"]), "result_types": _one(flags["result_type"])}
+    may: dict[str, Any] = {name: _one(flags[name]) for name in ("function", "result_type")}
     enqueued = await enqueue_inputs(db, inputs, hear, servable=True, **flags)
     say(f"lbr: {describe_enqueue(enqueued)}")
     worked: WorkReport | None = None
     async with _progress(db, enqueued.run) as line:
         if processes > 1:
-            await work_in_processes(db, processes, runs=(enqueued.run,), until="done", **how, **may)
+            await work_in_processes(db, processes, run=(enqueued.run,), until="done", **how, **may)
         else:
             worked = await serve(db, line, run=enqueued.run, **how, **may)
     code = await _collect(db, enqueued.run, out, how_written, started)

@@ -86,18 +86,16 @@ def serving_options(command: F) -> F:
     """Add the flags that say what a worker serves, how and until when."""
     what = [
         click.option(
-            "--run", "runs", metavar="NAME", multiple=True, help="A run to serve; all that it can if unset."
+            "--run", metavar="NAME", multiple=True, help="A run to serve; all that it can if unset."
         ),
         click.option(
             "--function",
-            "functions",
             metavar="MODULE:NAME",
             multiple=True,
             help="A function that it may call.",
         ),
         click.option(
             "--result-type",
-            "result_types",
             metavar="MODULE:CLASS",
             multiple=True,
             help="Checks answers with it.",
@@ -120,7 +118,13 @@ def work_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 async def serve(
-    db: dict[str, Any], notify: Callable[[str], None], *, parent: int | None = None, **how: Any
+    db: dict[str, Any],
+    notify: Callable[[str], None],
+    *,
+    function: tuple[str, ...],
+    result_type: tuple[str, ...],
+    parent: int | None = None,
+    **how: Any,
 ) -> WorkReport:
     """Be a worker that listens to signals: drain on the first Ctrl-C, SIGTERM or SIGHUP, release at once on the second.
 
@@ -154,7 +158,8 @@ async def serve(
             until_the_end.callback(loop.remove_reader, parent)
 
     with ExitStack() as until_the_end:
-        return await work.work(**how, **db, notify=notify, on_start=listen)
+        may: dict[str, Any] = {"functions": function, "result_types": result_type}
+        return await work.work(**how, **may, **db, notify=notify, on_start=listen)
 
 
 def _leave_closed_terminal() -> None:
@@ -235,7 +240,7 @@ async def _work(db: dict[str, Any], exclusive: bool, processes: int, flags: dict
     async with work.exclusive(db["db_url"], wanted=exclusive):
         if processes > 1:
             return await work_in_processes(db, processes, **flags)
-        return await work_alone(db, run=flags.pop("runs") or None, **flags)
+        return await work_alone(db, run=flags.pop("run") or None, **flags)
 
 
 @click.command("worker-process", hidden=True)
@@ -243,29 +248,26 @@ async def _work(db: dict[str, Any], exclusive: bool, processes: int, flags: dict
 @click.option("--parent", type=int)
 @click.pass_obj
 @click.pass_context
-def worker_process(
-    context: click.Context, db: dict[str, Any], /, runs: tuple[str, ...], **flags: Any
-) -> None:
+def worker_process(context: click.Context, db: dict[str, Any], /, run: tuple[str, ...], **flags: Any) -> None:
     """Be one of the processes of `lbr worker --processes`.
 
     A command of its own: what the environment and the config file say of `lbr worker` is for the one who starts
     these, and would have each of them start as many again.
     """
-    context.exit(asyncio.run(work_alone(db, run=runs or None, **flags)))
+    context.exit(asyncio.run(work_alone(db, run=run or None, **flags)))
 
 
 async def work_in_processes(db: dict[str, Any], count: int, **flags: Any) -> int:
     """Work in several processes; return the worst exit code of those that were not killed."""
     # Here once, rather than by every child.
     work_flags(flags)
-    await work.check_queue(**db, names=flags["runs"], patience=flags["patience"])
+    await work.check_queue(**db, names=flags["run"], patience=flags["patience"])
     # Not as a flag, for a URL may have a password in it, and every user of the machine sees the flags.
     environment = {"LBR_DB": db["db_url"], "LBR_ALLOW_NETWORK_FS": str(int(db["allow_network_fs"]))}
-    names = {option.name: option.opts[0] for option in worker_process.params}
     arguments = ["worker-process"]
     for flag, value in flags.items():
         for one in value if isinstance(value, tuple) else () if value is None else (value,):
-            arguments += [names[flag], str(one)]
+            arguments += [f"--{flag.replace('_', '-')}", str(one)]
     codes = await run_processes(
         arguments, count, environment=environment, notify=lambda line: say(f"lbr: {line}")
     )

@@ -258,13 +258,16 @@ def _is_error(one: object) -> bool:
     return isinstance(one, type) and issubclass(one, Exception)
 
 
-def test_every_flag_has_the_twin_that_is_documented() -> None:
+def test_every_flag_has_the_twin_that_is_documented(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each flag is read from LBR_, its command and its own name, as the page of settings says."""
+    root = click.Context(group, info_name="lbr", **group.context_settings)
     for name, command in COMMANDS.items():
         for option in command.params:
             if isinstance(option, click.Option):
                 flag = max(option.opts, key=len).removeprefix("--").replace("-", "_")
-                assert option.envvar == f"LBR_{name}_{flag}".upper()
+                monkeypatch.setenv(f"LBR_{name}_{flag}".upper(), "set")
+                context = click.Context(command, parent=root, info_name=name)
+                assert option.resolve_envvar_value(context) == "set"
 
 
 def test_a_twin_is_used(tmp_path: Path) -> None:
@@ -289,6 +292,7 @@ def test_a_variable_that_names_no_flag_is_told(tmp_path: Path) -> None:
         LBR_ZZZZZZZZZZZZZZ="1",
         LBR_CACHE_DIR="x",
         LBR_TEST_EXAMPLES="1",
+        LBR_VERSION="1.2.3",
         LBR_WORKER_UNTIL="empty",
         LBR_CONFIG="some.toml",
     )
