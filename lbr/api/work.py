@@ -19,7 +19,6 @@ from lbr.core.config import (
 from lbr.core.types import Until
 from lbr.store import reads
 from lbr.store.engines import opened, sole_worker
-from lbr.worker.runs import check_room
 from lbr.worker.worker import Worker
 
 if TYPE_CHECKING:
@@ -79,7 +78,6 @@ async def work(
     key = openrouter_api_key or env.get("OPENROUTER_API_KEY") or None
     names = [run] if isinstance(run, str) else run
     authority = authorize(functions, result_types, openrouter_api_key=key, runs_are_named=names is not None)
-    check_room()
     async with opened(db_url, allow_network_fs=allow_network_fs, patience=patience) as database:
         worker = Worker(database, authority, options, run_names=names, notify=notify)
         on_start(worker)

@@ -18,7 +18,7 @@ from lbr.api import work
 from lbr.api.status import paused_words
 from lbr.cli.app import EXIT_FAILURES, EXIT_UNFINISHED, database_option, say, with_options
 from lbr.cli.collect import cut_off_words
-from lbr.core import descriptors
+from lbr.core import open_files
 from lbr.core.config import MOST_PROCESSES, WorkOptions, at_least_one
 from lbr.core.plurals import counted
 from lbr.core.types import Until
@@ -132,7 +132,7 @@ async def serve(
     """
     # A process of our own: modules live as long as it does, and are not worth looking through again and again.
     gc.freeze()
-    descriptors.ask_for(how["concurrency"])
+    open_files.raise_limit()
     loop = asyncio.get_running_loop()
     told = False
 

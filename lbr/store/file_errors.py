@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
 
-from lbr.core import descriptors
 from lbr.core.errors import DatabaseBusyError, DatabaseError, MisfitError
+from lbr.core.open_files import exhausted_message
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,25 +35,22 @@ def _code(error: DBAPIError) -> int | None:
 
 
 def is_busy(error: Exception) -> bool:
-    """Tell whether somebody else was in the way, or all descriptors were in use: both pass."""
+    """Return whether another process held the file, or no file handle was left: both pass."""
     if not isinstance(error, DBAPIError):
         return False
     code = _code(error)
-    return code in {BUSY, LOCKED} or (code == CANTOPEN and _were_scarce(error))
+    return code in {BUSY, LOCKED} or (code == CANTOPEN and _is_exhausted(error))
 
 
-def _were_scarce(error: DBAPIError) -> bool:
-    left = getattr(error.orig, "descriptors_left", None)
-    return (descriptors.left() if left is None else left) < descriptors.SCARCE
+def _is_exhausted(error: DBAPIError) -> bool:
+    """Return what was noted when the error came: SQLite has the same code for a file that it may not open."""
+    return getattr(error.orig, "exhausted", False)
 
 
 def _reason(error: DBAPIError) -> str:
     code, words = _code(error), str(error.orig)
-    if code == CANTOPEN and _were_scarce(error):  # SQLite has the same code for a file that it may not open
-        return (
-            f"expected a descriptor to open it with, got: none left of the {descriptors.most()} that this process may "
-            f"have; raise `ulimit -n`, or lower --concurrency"
-        )
+    if code == CANTOPEN and _is_exhausted(error):
+        return exhausted_message()
     if code in REASONS:
         return REASONS[code]
     if (found := _UNDECODED.match(words)) is not None:  # what follows is the value, however long

@@ -20,7 +20,7 @@ import aiosqlite
 from sqlalchemy import StaticPool, create_engine, event
 from sqlalchemy.exc import DBAPIError
 
-from lbr.core import descriptors
+from lbr.core import open_files
 from lbr.core.precedence import PRECEDENCE
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class FileThread(aiosqlite.Connection):
             try:
                 return once.pop()()
             except DBAPIError as error:
-                _note_descriptors(error)
+                _note_exhausted(error)
                 raise
 
         self._tx.put_nowait((ended, call))
@@ -258,10 +258,10 @@ def _harmless(connection: sqlite3.Connection, _record: Any) -> None:
     connection.create_function("regexp", 2, None)
 
 
-def _note_descriptors(error: DBAPIError) -> None:
-    """Let an error that may be for want of a descriptor say how many were left: later there may be some again."""
+def _note_exhausted(error: DBAPIError) -> None:
+    """Note on an error whether no file handle was left when it came: later there may be some again."""
     if getattr(error.orig, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CANTOPEN:
-        error.orig.__dict__["descriptors_left"] = descriptors.left()
+        error.orig.__dict__["exhausted"] = open_files.left() < open_files.LOOK_UP
 
 
 def _as_sqlalchemy(error: sqlite3.Error) -> Exception:

@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lbr.core import descriptors
+from lbr.core import open_files
 from lbr.core.errors import CUT_OFF, NO_USAGE, BadAnswer, CallError, Family, Permanent
 from lbr.core.retry import failure_of, storable, storable_usage
 from lbr.core.tokens import output_limit
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 ANSWER_LIMIT = 50_000_000
 
 
-class NoDescriptorError(Exception):
-    """A call of a provider was not made, for want of a descriptor: no fault of the job, nor of the provider."""
+class OutOfFilesError(Exception):
+    """A call to a provider was not made because no file handle was left: not the fault of the job or the provider."""
 
 
 async def attempt(
     model: Model, validator: Validator | None, request: Request, deadlines: Deadlines, lateness: Lateness
 ) -> Outcome:
-    """Make one call and return how it ended; only a cancellation from outside and NoDescriptorError are raised.
+    """Make one call and return how it ended; only a cancellation from outside and OutOfFilesError are raised.
 
     `deadlines` end it after as many seconds as `request.timeout` says.
     """
@@ -46,7 +46,7 @@ async def attempt(
             raise
         # Nobody cancelled the call from outside: the answerer gave up on its own account.
         failure = failure_of(CallError("the call cancelled itself", kind="CancelledError"))
-    except (KeyboardInterrupt, NoDescriptorError):
+    except (KeyboardInterrupt, OutOfFilesError):
         raise
     except BaseException as error:  # noqa: BLE001 - whatever it was belongs to the job, not to the worker
         failure = failure_of(error)
@@ -65,7 +65,7 @@ async def _answer(
         return None, Failure(Family.TRANSIENT, "CallTimeout", words, overloaded=lateness.note(late=True))
     except Exception as error:
         if _was_not_made(request, error):
-            raise NoDescriptorError from error
+            raise OutOfFilesError from error
         raise
     lateness.note(late=False)
     if validator is None:
@@ -87,10 +87,10 @@ def _limit_words(request: Request) -> str:
 
 
 def _was_not_made(request: Request, error: Exception) -> bool:
-    """Tell whether a call failed for want of a descriptor. What connections functions make is theirs to know."""
+    """Return whether a call to a provider found no file handle. The connections of functions are their own affair."""
     if isinstance(error, CallError) and (error.text is not None or error.usage != NO_USAGE):
         return False  # an answer came, and is paid for
-    return kind_of(request.task) is Kind.PROVIDER and descriptors.are_lacking(error)
+    return kind_of(request.task) is Kind.PROVIDER and open_files.are_exhausted(error)
 
 
 def _storable(reply: Reply) -> Reply:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lbr.core.errors import CUT_OFF, CallError, DatabaseError
+from lbr.core.open_files import exhausted_message
 from lbr.core.outage import Suspicion
 from lbr.core.pricing import table_problem
 from lbr.core.retry import RetryPolicy, decide, failure_of
@@ -18,7 +19,7 @@ from lbr.core.tokens import output_limit
 from lbr.core.types import Claim, JobId, JobState, Outcome, RunId, Settlement, WorkerId
 from lbr.models.base import Request
 from lbr.store.schema import SUSPECT_CRASHES
-from lbr.worker.attempt import NoDescriptorError, attempt, priced
+from lbr.worker.attempt import OutOfFilesError, attempt, priced
 from lbr.worker.deadlines import Deadlines
 from lbr.worker.settler import Settler
 
@@ -38,8 +39,8 @@ MAX_WAIT_SECONDS = 366 * 86_400.0
 """A wait from the first on is reported; one beyond the second is reported as the second."""
 KEPT_FAILED = 1_000
 """How many failed jobs a worker remembers: those of a wrong set-up, which are given back, are its first."""
-LACKING_SECONDS = 0.5
-"""How long a call waits at the least that found no descriptor."""
+OUT_OF_FILES_SECONDS = 0.5
+"""How long a call that found no file handle waits at least."""
 
 
 @dataclass(slots=True)
@@ -88,9 +89,8 @@ def _stop(held: _Held) -> asyncio.Task[None] | None:
 class Calls:
     """Runs calls, and has `settle` write how they ended.
 
-    `changed` is called whenever a slot may have become free, or all is lost, and `lacking` when a call found no
-    descriptor, with the number of those that run all the same. `unreachable` is called with a model that only this
-    worker cannot reach, and the reason. `outage_patience` is in seconds.
+    `changed` is called whenever a slot may have become free, or all is lost. `unreachable` is called with a model that
+    only this worker cannot reach, and the reason. `outage_patience` is in seconds.
     """
 
     def __init__(
@@ -102,7 +102,6 @@ class Calls:
         timeout: float,
         rng: Random,
         changed: Callable[[], None],
-        lacking: Callable[[int], None],
         unreachable: Callable[[str, str], None],
         outage_patience: float,
         notify: Callable[[str], None],
@@ -113,7 +112,6 @@ class Calls:
         self._deadlines = Deadlines(timeout)
         self._rng = rng
         self._changed = changed
-        self._lacking = lacking
         self._unreachable = unreachable
         self._outage_patience = outage_patience
         self._suspicions: dict[str, Suspicion] = {}
@@ -126,7 +124,6 @@ class Calls:
         self._served: dict[RunId, Served] = {}
         self._suspects: set[JobId] = set()
         self._calling = 0
-        self._without = 0
         self._told: set[str] = set()
         self._long_waits: dict[str, float] = {}
         self._told_no_table = False
@@ -208,8 +205,10 @@ class Calls:
                     served.model, served.validator, request, self._deadlines, served.lateness
                 )
                 break
-            except NoDescriptorError:
-                await self._wait_for_descriptor()
+            except OutOfFilesError:
+                self._warn_out_of_files()
+                # Nothing was called, so nothing is settled: keep the claim, and call when other calls have ended.
+                await asyncio.sleep(OUT_OF_FILES_SECONDS * (1 + self._rng.random()))
         self._tell_long_wait(served.run.task.answerer, outcome)
         price = served.price
         self._settle(held, outcome if price is None else priced(outcome, price))
@@ -231,14 +230,10 @@ class Calls:
             f"refused jobs are tried again after {again}"
         )
 
-    async def _wait_for_descriptor(self) -> None:
-        """Keep the claim, and try again when others may have ended: nothing was called, so nothing is to be settled."""
-        self._without += 1
-        try:
-            self._lacking(self._calling - self._without)
-            await asyncio.sleep(LACKING_SECONDS * (1 + self._rng.random()))
-        finally:
-            self._without -= 1
+    def _warn_out_of_files(self) -> None:
+        if OutOfFilesError.__name__ not in self._told:
+            self._told.add(OutOfFilesError.__name__)
+            self._notify(f"{exhausted_message()}; calls wait until one is free")
 
     def _settle(self, held: _Held, outcome: Outcome) -> None:
         held.task = None

@@ -56,8 +56,6 @@ class Ending:
 
         Raises NothingToServeError where there was work, and none of it for this process.
         """
-        if self._servings.postponed:
-            return False
         if self._until is Until.EMPTY:
             outlook = await self._look()
             if outlook.due or outlook.suspects or outlook.expired:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lbr.core import descriptors
+from lbr.core import open_files
 from lbr.core.budget import UNBOUNDED, CallBound
 from lbr.core.errors import UsageError
 from lbr.core.pricing import table_price, table_problem
@@ -25,18 +24,6 @@ if TYPE_CHECKING:
     from lbr.core.types import Run, RunId, Task
     from lbr.models.base import Model
     from lbr.models.build import Authority
-
-FEWER_SECONDS = 2.0
-"""How long to see what fewer calls at a time change, before there are fewer still."""
-
-MORE_SECONDS = 60.0
-"""How long after a call found no descriptor twice as many are tried again."""
-
-AGAIN_SECONDS = 1.0
-"""How long until an answerer is built again for which no descriptor was left."""
-
-LACKING_SECONDS = 5.0
-"""How long it is tried again before its run is refused for now."""
 
 
 @dataclass(slots=True)
@@ -74,19 +61,15 @@ class Servings:
     """Builds each run's answerer once; runs that ask for the same task share it, and all share their connections.
 
     With `limits_cost`, and for a run that may cost so much only, one of whose calls nobody will know the cost is not
-    served. `room` is for how many calls with
-    a connection each this process has descriptors.
+    served. `room` is how many calls to providers can run at a time by the limit of open files.
     """
 
     def __init__(self, authority: Authority, *, concurrency: int, room: int, limits_cost: bool) -> None:
         self._authority = authority
         self._limits_cost = limits_cost
         self._concurrency = concurrency
-        self._most_room = self._room = room
-        self._told_room = False
-        self._next_fewer = 0.0
-        self._next_more = 0.0
-        self._next_try = 0.0
+        self._room = room
+        self._warned_room = False
         self._connections = Connections(room)
         self.slots = concurrency
         """How many calls may run at a time."""
@@ -95,10 +78,7 @@ class Servings:
         self.refused: dict[RunId, UsageError] = {}
         self.withdrawn: set[RunId] = set()
         """Runs that were served until their model was found to answer other workers alone."""
-        self.postponed: set[RunId] = set()
-        """Runs whose answerer could not be built yet, for want of a descriptor."""
         self._bounded: set[RunId] = set()
-        self._lacking_since: dict[RunId, float] = {}
         # What a run cost when it was refused, and what it might: with another price or limit it may be served.
         self._refused_at: dict[RunId, tuple[Price | None, int | None]] = {}
 
@@ -106,7 +86,6 @@ class Servings:
         """Take note of runs; return what a user should hear about those that are new."""
         notices = []
         runs = list(runs)
-        self.postponed &= {run.id for run in runs if run.state is RunState.ACTIVE}
         for run in runs:
             self.reprice({run.id: run.price})
             notices += self._bound_calls(run)
@@ -119,8 +98,7 @@ class Servings:
                 notices += self._note_not_served(run, error)
                 continue
             notices += [f"run {run.name} goes on, but {problem}" for problem in unsent(run.task)]
-            self.postponed.discard(run.id)
-            for notes in (self._lacking_since, self._refused_at, self.refused):
+            for notes in (self._refused_at, self.refused):
                 notes.pop(run.id, None)
             notices += self._bound_calls(run)
             if self._function_changed(run):
@@ -131,24 +109,17 @@ class Servings:
         return notices + self._count_slots()
 
     def _note_not_served(self, run: Run, error: UsageError | OSError) -> list[str]:
-        """Refuse a run, or postpone it until there are descriptors again; return what a user should hear."""
-        lacking, told = descriptors.are_lacking(error), False
-        if lacking:
-            now = time.monotonic()
-            self._next_try = now + AGAIN_SECONDS
-            if now - self._lacking_since.setdefault(run.id, now) < LACKING_SECONDS:
-                return self._postpone(run)
-            # For now only, so it is told once.
-            told = run.id in self.refused
-        else:
+        """Refuse a run, for now if no file handle was left; return what to log."""
+        warned = False
+        if open_files.are_exhausted(error):
+            warned = run.id in self.refused
+            error = UsageError(open_files.exhausted_message())
+        elif isinstance(error, UsageError):
             self._refused_at[run.id] = run.price, run.budget_nanos
-        if not isinstance(error, UsageError):
-            if not lacking:
-                raise error
-            error = UsageError(f"{_none_left()}; raise `ulimit -n`, or end what else has files open")
-        self.postponed.discard(run.id)
+        else:
+            raise error
         self.refused[run.id] = error
-        return [] if told else [f"run {run.name}: not served: {error}"]
+        return [] if warned else [f"run {run.name}: not served: {error}"]
 
     def refuse(self, answerer: str, error: UsageError) -> bool:
         """Serve the runs of a model no longer; return whether any was served."""
@@ -160,16 +131,10 @@ class Servings:
             self._refused_at[run.id] = run.price, run.budget_nanos
         return bool(found)
 
-    def _postpone(self, run: Run) -> list[str]:
-        if run.id in self.postponed:
-            return []
-        self.postponed.add(run.id)
-        return [f"run {run.name}: {_none_left()}; it is tried again"]
-
     @property
-    def is_to_try_again(self) -> bool:
-        """Whether it is time to learn of the runs that were postponed once more."""
-        return bool(self.postponed) and time.monotonic() >= self._next_try
+    def is_out_of_files(self) -> bool:
+        """Whether a run was refused only because no file handle was left, so that `learn` should see it again."""
+        return bool(self.refused.keys() - self._refused_at.keys())
 
     def _is_served(self, run: Run) -> bool:
         """Return whether a run is served as it is stored now: an enqueue may have changed the order of its schema."""
@@ -177,48 +142,19 @@ class Servings:
         return served is not None and served.run.task.to_json() == run.task.to_json()
 
     def _is_refused(self, run: Run) -> bool:
-        if run.id in self._lacking_since and time.monotonic() < self._next_try:
-            return True
         return self._refused_at.get(run.id) == (run.price, run.budget_nanos)
 
     def _count_slots(self) -> list[str]:
-        """Have no more slots than there are descriptors for; say once that these are fewer than asked for.
-
-        Functions are taken at their callers' word: they may make no connection at all.
-        """
+        """Cap the slots while a provider is served; return a warning the first time. Functions may need no connection."""
         connects = any(one.begins_slowly for one in self.served.values())
         self.slots = min(self._concurrency, self._room) if connects else self._concurrency
-        if self._told_room or self.slots == self._concurrency:
+        if self._warned_room or self.slots == self._concurrency:
             return []
-        self._told_room = True
-        notice = (
-            f"expected descriptors for {self._concurrency} calls at a time, got: enough for {self.slots}, so that no more "
-            f"are made; raise `ulimit -n`, or start more workers"
-        )
-        return [notice]
-
-    def make_fewer(self, running: int) -> list[str]:
-        """Hear that a call found no descriptor while `running` others have one; return what a user should hear.
-
-        Half of the calls at a time, but those that run, are as many as there are slots for from then on.
-        """
-        now = time.monotonic()
-        if now >= self._next_fewer:
-            self._next_fewer = now + FEWER_SECONDS
-            self._have_room(min(self._room, max(1, running, self.slots // 2)))
-        self._next_more = now + MORE_SECONDS
-        return self._count_slots()
-
-    def make_more(self) -> None:
-        """Allow twice as many calls where none has lacked a descriptor for a while, at most those of the beginning."""
-        now = time.monotonic()
-        if self._room < self._most_room and now >= self._next_more:
-            self._next_more = now + MORE_SECONDS
-            self._have_room(min(self._most_room, 2 * self._room))
-            self._count_slots()
-
-    def _have_room(self, calls: int) -> None:
-        self._room = self._connections.most = calls
+        self._warned_room = True
+        return [
+            f"the limit of open files ({open_files.limit()}) allows {self.slots} calls at a time, not "
+            f"{self._concurrency}; raise it with `ulimit -n`, or start more workers"
+        ]
 
     def _serve(self, run: Run) -> Served:
         if self._limits_cost or run.budget_nanos is not None:
@@ -262,21 +198,6 @@ class Servings:
             await model.aclose()
         self._models.clear()
         await self._connections.aclose()
-
-
-def _none_left() -> str:
-    most = descriptors.most()
-    return f"expected a descriptor to begin with it, got: none left of the {most} that this process may have"
-
-
-def check_room() -> None:
-    """Raise UsageError where there are too few descriptors for a database and one call."""
-    left = descriptors.left()
-    if left < descriptors.LEAST:
-        raise UsageError(
-            f"expected descriptors for at least one call at a time, {descriptors.LEAST} with what the database takes, got: "
-            f"{left} left of the {descriptors.most()} that this process may have; raise `ulimit -n`"
-        )
 
 
 def check_tells_cost(run: Run) -> None:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from random import Random
 from typing import TYPE_CHECKING
 
-from lbr.core import descriptors
+from lbr.core import open_files
 from lbr.core.errors import DatabaseError, NothingToServeError, RunNotFoundError, UsageError
 from lbr.core.retry import RetryPolicy
 from lbr.core.types import Until, WorkerId
@@ -76,7 +76,7 @@ class Worker:
         self._servings = Servings(
             authority,
             concurrency=options.concurrency,
-            room=descriptors.room(),
+            room=open_files.room(),
             limits_cost=options.max_cost is not None,
         )
         self._ending = Ending(
@@ -97,7 +97,6 @@ class Worker:
             timeout=options.timeout,
             rng=self._rng,
             changed=self._calls_changed,
-            lacking=self._make_fewer_calls,
             unreachable=self._refuse,
             outage_patience=options.outage_patience,
             notify=notify,
@@ -141,10 +140,6 @@ class Worker:
         if not self._stop_asked():
             self._start(self._claiming.brought())
         self._wake.set()
-
-    def _make_fewer_calls(self, running: int) -> None:
-        for notice in self._servings.make_fewer(running):
-            self._notify(notice)
 
     def _refuse(self, model: str, reason: str) -> None:
         """Serve a model no longer that other workers reach; with none left, end."""
@@ -332,7 +327,7 @@ class Worker:
         if now < self._next_look:
             return False
         self._next_look = now + POLL_SECONDS
-        if await self._database.changed() or self._servings.is_to_try_again:
+        if await self._database.changed() or self._servings.is_out_of_files:
             self._next_check = 0.0
             await self._learn()
         elif now < self._next_due:
@@ -397,7 +392,6 @@ class Worker:
                     f"Make it a plain function, which runs in a thread, or raise --lease"
                 )
             await self._renew()
-            self._servings.make_more()
             # While there is more to claim, nobody looks at the runs themselves.
             self._servings.reprice(await reads.prices(self._database, self._servings.served))
             if self._claiming.more and not self._stop_asked():

@@ -1,4 +1,4 @@
-"""A worker and the descriptors that its process may have: enough for its calls, or fewer calls."""
+"""A worker and its limit of open files: enough for its calls, or fewer calls."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import errno
 import importlib
 import json
 import os
+import re
 import resource
 import socket
 import subprocess
@@ -16,27 +17,24 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from aiohttp import ClientTimeout
-from bench_chat import chat_server
 from sqlalchemy import text
 from stamina.instrumentation import set_on_retry_hooks
 
 from lbr.api.task import authorize
-from lbr.core import descriptors
+from lbr.core import open_files
 from lbr.core.config import WorkOptions
 from lbr.core.errors import CallError, DatabaseError, Usage, UsageError
 from lbr.core.types import JobId, Prompt, Task, Until
 from lbr.models.base import Request
 from lbr.models.build import build_model
 from lbr.models.connections import Connections
-from lbr.models.http import Http
 from lbr.models.pydantic_ai import PydanticAIModel
-from lbr.store import reads, runs
+from lbr.store import reads
 from lbr.store.engines import open_database
 from lbr.store.file_connections import READER_PRAGMAS, FileConnections
 from lbr.store.file_errors import database_errors
 from lbr.worker import runs as serving
-from lbr.worker.attempt import NoDescriptorError, attempt
+from lbr.worker.attempt import OutOfFilesError, attempt
 from lbr.worker.deadlines import Deadlines, Lateness
 from lbr.worker.runs import Servings
 from lbr.worker.worker import Worker
@@ -52,7 +50,7 @@ MODEL = "openai-chat:gpt-4o-mini"
 
 
 def limited(folder: Path, limit: str, **environment: str) -> Cli:
-    """Return a driver of commands that run under a limit of descriptors, in the words of `ulimit`."""
+    """Return a driver of commands that run under a limit of open files, in the words of `ulimit`."""
     return Cli(folder, prefix=["bash", "-c", f'ulimit {limit}; exec "$@"', "-"], **environment)
 
 
@@ -74,7 +72,7 @@ def served(folder: Path, limit: str, slots: int) -> tuple[str, dict[str, Any], i
 def test_a_worker_raises_its_soft_limit_for_its_slots(tmp_path: Path) -> None:
     """Under the usual kind of limit as many calls run as were asked for, and nothing fails."""
     said, found, calls = served(tmp_path, "-Sn 100", 200)
-    assert "descriptors" not in said
+    assert "open files" not in said
     assert (found["done"], calls) == (200, 200)
 
 
@@ -82,8 +80,7 @@ def test_a_worker_raises_its_soft_limit_for_its_slots(tmp_path: Path) -> None:
 def test_a_worker_that_may_not_makes_fewer_calls_at_a_time(tmp_path: Path) -> None:
     """Where the hard limit is too low, it says so and works with what there is; no job is charged."""
     said, found, calls = served(tmp_path, "-n 120", 200)
-    assert "expected descriptors for 200 calls at a time, got: enough for" in said
-    assert "raise `ulimit -n`, or start more workers" in said
+    assert re.search(r"the limit of open files \(120\) allows \d+ calls at a time, not 200; raise it with `ulimit", said)
     assert (found["done"], calls) == (200, 200)
 
 
@@ -102,8 +99,8 @@ def test_runs_that_ask_for_other_things_share_their_connections(tmp_path: Path) 
 
 
 @pytest.mark.processes
-def test_a_call_that_finds_no_descriptor_waits_for_one(tmp_path: Path) -> None:
-    """A function takes nearly all for a while: no job is charged, and fewer calls are made, which is told once."""
+def test_a_call_that_finds_no_handle_waits_for_one(tmp_path: Path) -> None:
+    """A function takes nearly all for a while: no job is charged, and a line says so once."""
     (tmp_path / "fn.py").write_text(
         "import asyncio, os, pathlib\n"
         "async def f(prompt):\n"
@@ -131,7 +128,7 @@ def test_a_call_that_finds_no_descriptor_waits_for_one(tmp_path: Path) -> None:
         cli("enqueue", "in.txt", "--model", MODEL)
         _, said = worker.communicate(timeout=60)
     told, last = said.splitlines()
-    assert "expected descriptors for 40 calls at a time, got: enough for" in told
+    assert told.startswith("lbr: out of file handles (limit 200); raise it with `ulimit -n`")
     assert last == "lbr: worker: 61 done, 0 failed"
     assert cli.query("SELECT count(*) FROM attempts") == [(0,)]
     assert cli.query("SELECT sum(attempts) FROM jobs") == [(61,)]
@@ -139,26 +136,13 @@ def test_a_call_that_finds_no_descriptor_waits_for_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("limit", [12, 16])
-def test_a_worker_without_room_for_one_call_says_so(tmp_path: Path, limit: int) -> None:
-    """It ends before it has claimed anything."""
-    (tmp_path / "in.txt").write_text("p\n")
-    Cli(tmp_path)("enqueue", "in.txt", "--model", "offline:echo")
-    ended = limited(tmp_path, f"-n {limit}")("worker", check=False)
-    assert ended.returncode == 2
-    assert ended.stderr.startswith("lbr: expected descriptors for at least one call at a time")
-    assert ended.stderr.endswith(f"left of the {limit} that this process may have; raise `ulimit -n`\n")
-    assert Cli(tmp_path).query("SELECT state, attempts, claim_seq FROM jobs") == [("pending", 0, 0)]
-
-
-@pytest.mark.processes
-@pytest.mark.parametrize(("hard", "found"), [(5_000, 4 * 300 + 128), (900, 900), (200, 200)])
-def test_what_is_asked_for_is_enough_for_idle_connections_too(hard: int, found: int) -> None:
-    """Where the hard limit lets it."""
-    code = "from lbr.core import descriptors as d; d.ask_for(300); print(d.most())"
+@pytest.mark.parametrize("hard", [5_000, 200, 100])
+def test_the_soft_limit_becomes_the_hard_limit(hard: int) -> None:
+    """A process may raise it that far by itself."""
+    code = "from lbr.core import open_files; open_files.raise_limit(); print(open_files.limit())"
     shell = f'ulimit -n {hard}; ulimit -Sn 100; exec "$0" -c "$1"'
     told = subprocess.run(["bash", "-c", shell, sys.executable, code], check=True, stdout=subprocess.PIPE)
-    assert int(told.stdout) == found
+    assert int(told.stdout) == hard
 
 
 @pytest.mark.processes
@@ -191,7 +175,7 @@ async def test_slots_are_held_back_while_a_provider_is_served(
     for name in ("2", "3"):
         await put(database, ["a"], name=name, task=Task(model=MODEL), reuse=False)
         told = servings.learn(await reads.all_runs(database))
-        assert [("enough for 7" in one) for one in told] == ([True] if name == "2" else [])
+        assert [("allows 7 calls" in one) for one in told] == ([True] if name == "2" else [])
         assert servings.slots == 7
     await servings.aclose()
     await database.close()
@@ -207,7 +191,7 @@ async def database(tmp_path: Path) -> AsyncIterator[Database]:
 
 @pytest.fixture
 async def servings(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Servings]:
-    """Return those of a process with a key and more descriptors than slots."""
+    """Return those of a process with a key and more open files than slots."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-this-test")
     made = Servings(authorize(), concurrency=50, room=1_000, limits_cost=False)
     yield made
@@ -216,7 +200,7 @@ async def servings(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Servings]:
 
 @contextmanager
 def none_left() -> Iterator[None]:
-    """Let this process have no descriptor left for the length of the block."""
+    """Let this process have no file handle left for the length of the block."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken = [os.dup(0)]
     resource.setrlimit(resource.RLIMIT_NOFILE, (taken[0] + 20, before[1]))
@@ -233,21 +217,19 @@ def none_left() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-async def test_a_file_for_which_no_descriptor_is_left_is_told_as_that(
-    tmp_path: Path,
-) -> None:
+async def test_a_database_that_finds_no_handle_says_so(tmp_path: Path) -> None:
     """SQLite has one code for what it may not open and for what it cannot; the message tells which it was."""
     connections = FileConnections(tmp_path / "queue.db", begin="BEGIN", most=1, pragmas=READER_PRAGMAS)
     with (
         none_left(),
-        pytest.raises(DatabaseError, match="expected a descriptor to open it with, got: none left of the"),
+        pytest.raises(DatabaseError, match="out of file handles"),
         database_errors(tmp_path / "queue.db"),
     ):
         await connections.transact(lambda it: it.execute(text("SELECT count(*) FROM sqlite_master")))
     await connections.close()
 
 
-async def test_a_look_for_changes_waits_for_a_descriptor(tmp_path: Path) -> None:
+async def test_a_look_for_changes_waits_for_a_handle(tmp_path: Path) -> None:
     """An idle worker looks with a connection of its own, which it may have to open when all are in use."""
     set_on_retry_hooks(None)  # as in a process that has tried nothing again yet
     database = await open_database(f"sqlite+aiosqlite:///{tmp_path / 'queue.db'}", create=True)
@@ -260,106 +242,40 @@ async def test_a_look_for_changes_waits_for_a_descriptor(tmp_path: Path) -> None
     await database.close()
 
 
-async def test_a_run_for_whose_answerer_no_descriptor_is_left_is_begun_later(
-    database: Database, servings: Servings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is neither refused nor forgotten, a user hears of it once, and a worker does not end before."""
-    monkeypatch.setattr("lbr.worker.runs.AGAIN_SECONDS", 0)
+async def test_a_run_that_finds_no_handle_is_tried_again(database: Database, servings: Servings) -> None:
+    """It is refused with one line for now, and served when a handle is free."""
     run = await put(database, ["a"], name="mine", task=Task(model=MODEL))
     found = await reads.all_runs(database)
     with none_left():
         (notice,) = servings.learn(found)
         assert servings.learn(found) == []
-    assert notice.startswith("run mine: expected a descriptor to begin with it, got: none left of the")
-    assert (servings.served, servings.refused, servings.postponed) == ({}, {}, {run.id})
-    assert servings.is_to_try_again
-    assert servings.learn(found) == []
-    assert list(servings.served) == [run.id]
-    assert not servings.postponed
-
-
-async def test_a_run_is_not_postponed_for_ever(
-    database: Database, servings: Servings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where none becomes free it is refused, which is told once, and begun all the same when there is one."""
-    monkeypatch.setattr(serving, "AGAIN_SECONDS", 0)
-    monkeypatch.setattr(serving, "LACKING_SECONDS", 0)
-    run = await put(database, ["a"], name="mine", task=Task(model=MODEL))
-    found = await reads.all_runs(database)
-    with none_left():
-        (notice,) = servings.learn(found)
-        assert servings.learn(found) == []
-    assert notice.startswith(
-        "run mine: not served: expected a descriptor to begin with it, got: none left of the"
-    )
-    assert notice.endswith("raise `ulimit -n`, or end what else has files open")
-    assert (list(servings.refused), servings.postponed) == ([run.id], set())
+    assert notice.startswith("run mine: not served: out of file handles (limit ")
+    assert list(servings.refused) == [run.id]
+    assert servings.is_out_of_files
     assert servings.learn(found) == []
     assert (list(servings.served), servings.refused) == ([run.id], {})
+    assert not servings.is_out_of_files
 
 
-async def test_a_postponed_run_that_is_paused_is_waited_for_no_more(
-    database: Database, servings: Servings
-) -> None:
-    """Nobody would ever begin with it."""
-    run = await put(database, ["a"], task=Task(model=MODEL))
-    found = await reads.all_runs(database)
-    with none_left():
-        servings.learn(found)
-    await runs.pause(database, run, "by hand")
-    servings.learn(await reads.all_runs(database))
-    assert not servings.postponed
-
-
-async def test_a_worker_begins_with_a_postponed_run(
+async def test_a_worker_serves_such_a_run_when_it_looks_again(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With nothing else to do it tries again, rather than ending at a queue that looks empty, or with an error."""
+    """No commit in the queue has to remind it."""
     tries = 0
 
     def building(*args: Any, **options: Any) -> Any:
         nonlocal tries
         tries += 1
-        if tries < 3:
+        if tries == 1:
             raise UsageError("expected to read the trust store") from NONE_LEFT
         return build_model(*args, **options)
 
     monkeypatch.setattr(serving, "build_model", building)
-    monkeypatch.setattr(serving, "AGAIN_SECONDS", 0)
     await put(database, ["a"])
     heard: list[str] = []
     worker = Worker(database, authorize(), WorkOptions(until=Until.EMPTY), notify=heard.append)
     assert (await worker.run()).done == 1
-    assert [("expected a descriptor" in one) for one in heard] == [True]
-
-
-@pytest.mark.parametrize(("most", "kept"), [(4, 4), (None, 6)])
-async def test_idle_connections_give_way_to_those_that_are_made(most: int | None, kept: int) -> None:
-    """Those of one server do for another's calls, so that there are never more than may be."""
-    before = descriptors.left()
-    connections = Connections(most)
-    http = Http(connections=connections)
-    seen = []
-
-    async def call(url: str) -> None:
-        body = b'{"model": "m", "messages": [{"role": "user", "content": "p"}]}'
-        timeout = ClientTimeout(total=30)
-        async with http.request("POST", f"{url}/chat/completions", timeout=timeout, data=body) as answered:
-            seen.append(before - descriptors.left())
-            assert (await answered.json())["model"] == "m"
-
-    with chat_server(0.2) as one, chat_server(0.2) as other:
-        before = descriptors.left()
-        await call(one)
-        before += seen[0] - 1  # what the loop itself opens once
-        for url in (one, other, one):
-            await asyncio.gather(*(call(url) for _ in range(3)))
-        assert max(seen[1:]) == kept
-        await http.aclose()
-        assert before - descriptors.left() == kept
-        await connections.aclose()
-        await asyncio.sleep(0.01)
-        assert before - descriptors.left() == 0
+    assert [("out of file handles" in one) for one in heard] == [True]
 
 
 async def test_models_of_pydantic_ai_share_connections_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,10 +287,10 @@ async def test_models_of_pydantic_ai_share_connections_too(monkeypatch: pytest.M
         connections = Connections()
         models = [PydanticAIModel(MODEL, task_settings={}, connections=connections) for _ in range(3)]
         assert (await models[0].answer(request)).text == "p"
-        before = descriptors.left()
+        before = open_files.left()
         for model in models[1:]:
             assert (await model.answer(request)).text == "p"
-        assert descriptors.left() == before
+        assert open_files.left() == before
         for model in models:
             await model.aclose()
         await connections.aclose()
@@ -409,7 +325,7 @@ NONE_LEFT = OSError(errno.EMFILE, "Too many open files")
         (NONE_LEFT, None, Task(function="m:f"), True),
     ],
 )
-async def test_which_calls_were_not_made_for_want_of_a_descriptor(
+async def test_which_calls_were_not_made_without_a_handle(
     error: Exception, cause: Exception | None, task: Task, made: bool
 ) -> None:
     """Not those that are paid for, nor those of functions, nor what failed for another reason."""
@@ -418,39 +334,13 @@ async def test_which_calls_were_not_made_for_want_of_a_descriptor(
     if made:
         assert (await trying).failure is not None
     else:
-        with pytest.raises(NoDescriptorError):
+        with pytest.raises(OutOfFilesError):
             await trying
 
 
-def test_a_name_that_is_not_found_for_want_of_a_descriptor() -> None:
+def test_a_name_that_is_not_found_without_a_handle() -> None:
     """The look-up has codes of its own."""
     error = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
-    assert not descriptors.are_lacking(error)
+    assert not open_files.are_exhausted(error)
     with none_left():
-        assert descriptors.are_lacking(error)
-
-
-async def test_fewer_calls_are_made_step_by_step_and_more_again(
-    database: Database, servings: Servings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Half as many at once, never fewer than run, and not for each call that finds none; in time as many as before."""
-    monkeypatch.setattr("lbr.worker.runs.FEWER_SECONDS", 0)
-    await put(database, ["a"], name="1", task=Task(model=MODEL))
-    assert servings.learn(await reads.all_runs(database)) == []
-    (notice,) = servings.make_fewer(40)
-    assert "got: enough for 40" in notice
-    assert servings.make_fewer(0) == []
-    assert servings.slots == 20
-    monkeypatch.setattr("lbr.worker.runs.FEWER_SECONDS", 100)
-    for _ in range(30):
-        servings.make_fewer(0)
-    assert servings.slots == 10
-    servings.make_more()
-    assert servings.slots == 10
-    monkeypatch.setattr("lbr.worker.runs.MORE_SECONDS", 0)
-    servings.make_fewer(0)
-    slots = []
-    for _ in range(4):
-        servings.make_more()
-        slots.append(servings.slots)
-    assert slots == [20, 40, 50, 50]
+        assert open_files.are_exhausted(error)
