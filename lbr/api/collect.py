@@ -73,7 +73,7 @@ class Collected:
         return self.by_status.get(JobState.FAILED, 0) + self.by_status.get(JobState.CANCELLED, 0)
 
 
-@checked()
+@checked
 async def collect(
     run: str,
     *,

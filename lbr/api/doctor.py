@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lbr.store.recount import Drift
 
 
-@checked()
+@checked
 async def doctor(
     *, fix: bool = False, db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_fs: bool = False
 ) -> list[Finding]:

@@ -44,7 +44,7 @@ class EnqueueReport:
     skipped_empty: int = 0
 
 
-@checked()
+@checked
 async def enqueue(
     inputs: PathLike[str] | Iterable[PathLike[str] | str | dict[str, Json]],
     *,

@@ -89,7 +89,7 @@ class Estimate:
         return asdict(self)
 
 
-@checked()
+@checked
 async def estimate(
     inputs: PathLike[str] | Iterable[PathLike[str] | str | dict[str, Json]],
     *,

@@ -44,7 +44,7 @@ class Moved:
         return asdict(self)
 
 
-@checked()
+@checked
 async def move(
     run: str,
     *,

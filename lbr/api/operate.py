@@ -34,7 +34,7 @@ LONGEST_SCOPE = 1_000
 WAIT_SECONDS = 0.2
 
 
-@checked()
+@checked
 async def status(
     run: str | None = None, *, db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_fs: bool = False
 ) -> Status:
@@ -56,7 +56,7 @@ async def follow(
             await asyncio.sleep(seconds)
 
 
-@checked()
+@checked
 async def retry(
     run: str,
     *,
@@ -80,7 +80,7 @@ async def retry(
         return await redo.retry(database, found, conditions, settings or None)
 
 
-@checked()
+@checked
 async def reparse(
     run: str,
     *,
@@ -98,14 +98,14 @@ async def reparse(
         return await redo.reparse(database, found, checker(run, found.task, result_types).check)
 
 
-@checked()
+@checked
 async def cancel(run: str, *, db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_fs: bool = False) -> int:
     """Cancel a run's pending jobs; return how many. Calls in flight end and their answers are kept."""
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         return await runs.cancel(database, await reads.find_run(database, run))
 
 
-@checked()
+@checked
 async def remove(
     run: str,
     *,
@@ -134,7 +134,7 @@ async def remove(
         return await runs.remove(database, found)
 
 
-@checked()
+@checked
 async def pause(
     run: str, *, reason: str = "by hand", db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_fs: bool = False
 ) -> None:
@@ -147,7 +147,7 @@ async def pause(
         await runs.pause(database, await reads.find_run(database, run), reason)
 
 
-@checked()
+@checked
 async def resume(
     run: str,
     *,
@@ -181,7 +181,7 @@ async def _check_room(database: Database, run: Run, limit: int | None) -> None:
         raise UsageError(f"run {run.name}: {budget.words()}; give it more with --max-cost")
 
 
-@checked()
+@checked
 async def limit(
     scope: str | None = None,
     values: Mapping[str, int | None] | None = None,
@@ -222,7 +222,7 @@ def _answerer(scope: str) -> str:
     return scope if named != scope else model_string(scope)
 
 
-@checked()
+@checked
 async def show(
     run: str, idx: int, *, db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_fs: bool = False
 ) -> JobDetail:

@@ -48,7 +48,7 @@ RESULTS_BESIDE = "runs.db"
 COLUMNS = ("idx", "id", "key", "prompt", "status", "result", "error", "metadata")
 
 
-@checked()
+@checked
 async def prompt_map(
     prompts: Iterable[str | dict[str, Json]],
     worker: Callable[[str], Awaitable[str]] | Callable[..., Any] | None = None,
@@ -99,6 +99,8 @@ async def prompt_map(
     Cancelled or interrupted, everything answered stays.
     """
     shape, every = Shape(one_of("output_shape", output_shape, tuple(Shape))), progress_every or 0
+    if every < 0:
+        raise UsageError(f"expected progress_every to be a whole number of at least 0, or None, got: {every}")
     if one_of("return_dtype", return_dtype, RETURN_DTYPES) == "polars":
         _polars()  # before any call is paid for
     options = WorkOptions(concurrency=concurrency, lease=lease, timeout=timeout)
@@ -162,7 +164,7 @@ async def _mirror(results_url: PathOrUrl, run: str, rows: list[Row]) -> bool:
     return True
 
 
-@checked()
+@checked
 async def export_jsonl(
     db_url: PathOrUrl = DB_URL_DEFAULT,
     *,

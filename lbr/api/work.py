@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lbr.api.arguments import NAMES, checked
+from lbr.api.arguments import checked
 from lbr.api.task import authorize, changed_by_use
 from lbr.core.config import (
     DB_URL_DEFAULT,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lbr.worker.calls import WorkReport
 
 
-@checked(run=NAMES)
+@checked
 async def work(
     *,
     run: str | Sequence[str] | None = None,

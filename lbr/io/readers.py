@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 import orjson
 
-from lbr.core.digits import LEAST_WHOLE, MOST_WHOLE, may_be_lost
+from lbr.core.digits import LONG
 from lbr.core.errors import InputError, OutputError, UsageError
 from lbr.core.plurals import counted
 from lbr.io.records import (
@@ -368,7 +368,7 @@ def _json_fields(line: str, place: Place) -> Fields:
     if not isinstance(fields, dict):
         raise place.error(f'expected a JSON object, got: {shown(fields)}; write {{"prompt": …}}')
     check_storable(fields, place)
-    if not HOLDS_DIGITS.issuperset(map(type, fields.values())) and may_be_lost(fields):
+    if not HOLDS_DIGITS.issuperset(map(type, fields.values())) and LONG.search(line):
         _check_whole_numbers(line, place)
     return fields
 
@@ -396,7 +396,7 @@ class _Digits(str):
 def _check_whole_numbers(line: str, place: Place) -> None:
     """Raise InputError for the first whole number of a record that has more than 64 bits."""
     for name, leaf in leaves(json.loads(line, parse_int=_Digits)):
-        if isinstance(leaf, _Digits) and not LEAST_WHOLE <= int(leaf) <= MOST_WHOLE:
+        if isinstance(leaf, _Digits) and not -(2**63) <= int(leaf) < 2**64:
             raise place.error(
                 f"expected {shown(name)} to be a whole number of at most 64 bits, got: {shortened(leaf)}; "
                 f"put it in quotes"
