@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lbr.core.schema import Validator
     from lbr.core.types import Task
     from lbr.models.base import Model
-    from lbr.models.connections import Connections
+    from lbr.models.http import Connections
     from lbr.models.identity import Identity, NamedFunction
 
 

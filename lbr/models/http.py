@@ -1,134 +1,48 @@
-"""HTTP for model calls, over aiohttp, with the proxies and the trust store that httpx2 has."""
+"""HTTP for model calls: one pool of aiohttp's connections, with the proxies and the trust store of the environment.
+
+aiohttp costs a tenth of a second to import, so that happens in the functions that need it.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import functools
-import ipaddress
 import os
-import re
 import ssl
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lbr.core.errors import UsageError
-from lbr.models.connections import Connections
-from lbr.models.environment import check_trust
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from aiohttp import ClientTimeout
+    from aiohttp import ClientSession, ClientTimeout
     from aiohttp.client import _RequestContextManager
     from yarl import URL
 
-_ENTRY = re.compile(
-    r"(?:(?P<scheme>[a-z]*)://)?(?:\[(?P<v6>[^\[\]]*)\]|(?P<host>[^:/\[\]]*))(?::(?P<port>\d*))?(?:/(?P<bits>\d*))?\Z"
-)
+KEEPALIVE_SECONDS = 15.0
+MAX_LINE_BYTES = 65_536
+MAX_HEADERS = 1_000
+"""Of an answer. aiohttp would refuse a header of 8 KB, and some gateways send longer ones."""
+
 MAX_ANSWER_BYTES = 64 * 2**20
-"""Of the body of an answer, unpacked: what is larger fails the call."""
+"""Of the body of an answer, unpacked: a larger one fails the call."""
+
 _UNKNOWN_ISSUER = frozenset({18, 19, 20, 21})
 """OpenSSL's codes for a certificate that no trusted one vouches for; others are a wrong host name, or its age."""
-_DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
-@dataclass(frozen=True, slots=True)
-class _Exempt:
-    """What one entry of NO_PROXY matches; None matches any."""
-
-    scheme: str | None
-    host: re.Pattern[str] | ipaddress.IPv4Network | ipaddress.IPv6Network | None
-    port: int | None
-
-    def matches(self, url: URL) -> bool:
-        # As httpx2 has it, a default port is none: an entry with one matches only where it is another scheme's.
-        port = None if url.port == _DEFAULT_PORTS.get(url.scheme) else url.port
-        if self.scheme not in {None, url.scheme} or self.port not in {None, port}:
-            return False
-        host = (url.raw_host or "").lower()
-        if self.host is None or isinstance(self.host, re.Pattern):
-            return self.host is None or self.host.match(host) is not None
-        try:
-            return ipaddress.ip_address(host) in self.host
-        except ValueError:
-            return False
-
-
-@dataclass(frozen=True, slots=True)
-class Proxies:
-    """Which proxy a call goes through, as httpx2 reads it from the environment.
-
-    `by_scheme` has the proxies' URLs by `http`, `https` and `all`.
-    """
-
-    by_scheme: Mapping[str, str] = field(default_factory=dict, repr=False)  # they may hold passwords
-    exempt: tuple[_Exempt, ...] = ()
-
-    def of(self, url: URL) -> str | None:
-        """Return the URL of the proxy for a call, None for none."""
-        if not self.by_scheme or any(one.matches(url) for one in self.exempt):
-            return None
-        return self.by_scheme.get(url.scheme) or self.by_scheme.get("all")
-
-    @property
-    def unsupported(self) -> str | None:
-        """The scheme of a proxy that aiohttp cannot speak to, such as socks5; None where there is none."""
-        schemes = (proxy.partition("://")[0].lower() for proxy in self.by_scheme.values())
-        return next((scheme for scheme in schemes if scheme not in {"http", "https"}), None)
-
-
-def environment_proxies() -> Proxies:
-    """Read HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY, also in small letters, and the system's own settings."""
+def environment_proxies() -> dict[str, str]:
+    """Return the proxies by `http`, `https` and `all`: HTTP_PROXY and the like, or the system's settings."""
     from urllib.request import getproxies  # noqa: PLC0415
 
     found = getproxies()
-    entries = [entry.strip() for entry in found.get("no", "").split(",")]
-    if "*" in entries:
-        return Proxies()
-    by_scheme = {
+    return {
         scheme: url if "://" in url else f"http://{url}"
         for scheme in ("http", "https", "all")
         if (url := found.get(scheme))
     }
-    return Proxies(by_scheme, tuple(one for entry in entries if entry and (one := _exempt(entry))))
 
 
-def _exempt(entry: str) -> _Exempt | None:
-    """Read one entry of NO_PROXY; None for what means nothing, which is ignored, as curl does."""
-    network = _network(entry)
-    read = _ENTRY.match(entry.lower())
-    if network is not None or read is None:
-        return None if network is None else _Exempt(None, network, None)
-    scheme = None if read["scheme"] in {None, "all"} else read["scheme"]
-    port = int(read["port"]) if read["port"] else None
-    if port == _DEFAULT_PORTS.get(scheme or ""):
-        port = None
-    host = read["host"] or read["v6"] or ""
-    network = _network(f"{host}/{read['bits']}" if read["bits"] else host)
-    if network is not None or read["v6"]:
-        return None if network is None else _Exempt(scheme, network, port)
-    if read["bits"]:
-        return None
-    if "://" not in entry and host != "localhost" and not host.startswith("*."):
-        host = f"*{host}"
-    return _Exempt(scheme, _host_pattern(host), port)
-
-
-def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
-    try:
-        return ipaddress.ip_network(text, strict=False)
-    except ValueError:
-        return None
-
-
-def _host_pattern(host: str) -> re.Pattern[str] | None:
-    """`*.x` means what is below x, `*x` also x itself, and `x` only itself."""
-    if host in {"", "*"}:
-        return None
-    if host.startswith("*."):
-        return re.compile(rf".+\.{re.escape(host[2:])}\Z")
-    if host.startswith("*"):
-        return re.compile(rf"(?:.+\.)?{re.escape(host[1:])}\Z")
-    return re.compile(rf"{re.escape(host)}\Z")
+def unsupported_proxy() -> bool:
+    """Return whether the environment names a proxy that aiohttp cannot speak to, such as socks5."""
+    return any(not url.lower().startswith(("http://", "https://")) for url in environment_proxies().values())
 
 
 @functools.lru_cache(maxsize=64)
@@ -138,70 +52,75 @@ def _encoded(url: str) -> URL:
     return URL(url, encoded=True)
 
 
-class Http:
-    """Calls over a pool of connections: that of `connections`, None for one of its own.
+class Connections:
+    """The connections of all models of a worker, opened in the event loop of the first call.
 
-    It limits nothing (how many calls run at a time is the caller's), follows no redirect, keeps no cookie, reads no
-    netrc, and always verifies certificates. Construction reads the environment, and raises UsageError for a proxy
-    that it cannot speak to and for a trust store that cannot be read. `make_trust` reads the trust store, None
-    for httpx2's: SSL_CERT_FILE, else SSL_CERT_DIR, else the system's. Where `only` is the one URL to be called, and no
-    call of it is encrypted, none is read, which takes 20 ms.
+    It makes no call wait (how many run at a time is the caller's), follows no redirect, keeps no cookie, reads no
+    netrc, and always verifies certificates. Proxies and the trust store are read once, when the first call needs them.
     """
 
-    def __init__(
-        self,
-        make_trust: Callable[[], ssl.SSLContext] | None = None,
-        *,
-        only: str | None = None,
-        connections: Connections | None = None,
-    ) -> None:
-        self._proxies = environment_proxies()
-        if self._proxies.unsupported is not None:
-            raise UsageError(
-                f"expected a proxy like http://host:port in the environment, got one of {self._proxies.unsupported}://; "
-                f"set HTTPS_PROXY to an HTTP proxy, or NO_PROXY=*"
-            )
-        self._connections = Connections() if connections is None else connections
-        self._shared = connections is not None
-        if make_trust is None and not self._is_plain(only):
-            from httpx2 import create_ssl_context as make_trust  # noqa: PLC0415
-        if make_trust is not None:
-            check_trust()
-        # Given with each call, for a pool's own would be that of whoever came first.
-        self._trust = True if make_trust is None else self._connections.trust(make_trust)
+    def __init__(self) -> None:
+        self._session: ClientSession | None = None
+        self._proxies: dict[tuple[str, str | None], str | None] = {}
 
-    def _is_plain(self, url: str | None) -> bool:
-        """Tell whether calls of a URL are encrypted neither to it nor to its proxy."""
-        if url is None:
-            return False
-        try:
-            target = _encoded(url)
-            return "https" not in {target.scheme, _encoded(self._proxies.of(target) or "").scheme}
-        except ValueError:  # a proxy that is none: the calls tell
-            return False
+    @functools.cached_property
+    def _trust(self) -> ssl.SSLContext:
+        """The certificates of SSL_CERT_FILE, else SSL_CERT_DIR, else the system's. It takes 20 ms to read them."""
+        from httpx2 import create_ssl_context  # noqa: PLC0415
+
+        found = create_ssl_context()
+        found.set_alpn_protocols(["http/1.1"])
+        return found
+
+    def _proxy_of(self, url: URL) -> str | None:
+        place = url.scheme, url.raw_host
+        if place not in self._proxies:
+            from urllib.request import proxy_bypass  # noqa: PLC0415
+
+            found = environment_proxies()
+            proxy = found.get(url.scheme) or found.get("all")
+            self._proxies[place] = None if proxy is None or proxy_bypass(url.raw_host or "") else proxy
+        return self._proxies[place]
+
+    def _opened(self) -> ClientSession:
+        from aiohttp import ClientSession, ClientTimeout, DummyCookieJar, TCPConnector  # noqa: PLC0415
+
+        self._session = ClientSession(
+            connector=TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS),
+            cookie_jar=DummyCookieJar(loop=asyncio.get_running_loop()),
+            timeout=ClientTimeout(total=None),
+            trust_env=False,  # it would put what netrc holds for a host on calls; proxies are given with each
+            max_line_size=MAX_LINE_BYTES,
+            max_field_size=MAX_LINE_BYTES,
+            max_headers=MAX_HEADERS,
+        )
+        return self._session
 
     def request(
-        self, method: str, url: str | URL, *, timeout: ClientTimeout, **options: Any
+        self, method: str, url: str, *, timeout: ClientTimeout, **options: Any
     ) -> _RequestContextManager:
         """Make one call, as `aiohttp.ClientSession.request` does; await it, or use it with `async with`.
 
-        Raises aiohttp's errors. A string is taken as a URL that is already encoded.
+        Raises aiohttp's errors. The URL is taken as already encoded.
         """
-        target = _encoded(url) if isinstance(url, str) else url
-        return self._connections.session.request(
+        target = _encoded(url)
+        proxy = self._proxy_of(target)
+        encrypted = target.scheme == "https" or (proxy is not None and proxy.startswith("https:"))
+        return (self._session or self._opened()).request(
             method,
             target,
             timeout=timeout,
-            proxy=self._proxies.of(target),
-            ssl=self._trust,
+            proxy=proxy,
+            ssl=self._trust if encrypted else True,
             allow_redirects=False,
             **options,
         )
 
     async def aclose(self) -> None:
-        """Close all connections, unless they are shared; a call that still runs fails."""
-        if not self._shared:
-            await self._connections.aclose()
+        """Close all connections; a call that still runs fails."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
 
 
 class AnswerTooLarge(ValueError):  # noqa: N818 - as CallError's

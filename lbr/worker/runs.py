@@ -13,7 +13,7 @@ from lbr.core.tokens import ASSUMED_OUTPUT_TOKENS, most_output_tokens, task_char
 from lbr.core.types import RunState
 from lbr.models.base import Kind, kind_of, tells_cost
 from lbr.models.build import build_model, build_validator, unsent
-from lbr.models.connections import Connections
+from lbr.models.http import Connections
 from lbr.worker.deadlines import Lateness
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Servings:
         self._concurrency = concurrency
         self._room = room
         self._warned_room = False
-        self._connections = Connections(room)
+        self._connections = Connections()
         self.slots = concurrency
         """How many calls may run at a time."""
         self._models: dict[str, Model] = {}
@@ -151,10 +151,11 @@ class Servings:
         if self._warned_room or self.slots == self._concurrency:
             return []
         self._warned_room = True
-        return [
+        notice = (
             f"the limit of open files ({open_files.limit()}) allows {self.slots} calls at a time, not "
             f"{self._concurrency}; raise it with `ulimit -n`, or start more workers"
-        ]
+        )
+        return [notice]
 
     def _serve(self, run: Run) -> Served:
         if self._limits_cost or run.budget_nanos is not None:

@@ -27,7 +27,7 @@ from lbr.core.errors import CallError, DatabaseError, Usage, UsageError
 from lbr.core.types import JobId, Prompt, Task, Until
 from lbr.models.base import Request
 from lbr.models.build import build_model
-from lbr.models.connections import Connections
+from lbr.models.http import Connections
 from lbr.models.pydantic_ai import PydanticAIModel
 from lbr.store import reads
 from lbr.store.engines import open_database

@@ -13,7 +13,7 @@ from lbr.core.errors import UsageError
 from lbr.core.types import Task
 from lbr.models.build import Authority, build_model
 from lbr.models.environment import check_environment, check_trust, takes_max_completion_tokens
-from lbr.models.http import Http, lost_words
+from lbr.models.http import Connections, lost_words
 from tests.support import Cli
 from tests.support.raw_server import answer, answering, certificate, serving
 from tests.support.scripted_server import Scripted
@@ -244,7 +244,7 @@ async def test_a_certificate_of_no_known_issuer_names_the_variable(
     file, tls = certificate(tmp_path)
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(file))
     async with serving(answering(answer(b"{}")), tls) as server:
-        http = Http()
+        http = Connections()
         with pytest.raises(ClientError) as raised:
             await http.request("GET", server.url, timeout=ClientTimeout(5))
         await http.aclose()

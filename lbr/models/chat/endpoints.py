@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lbr.models.environment import takes_max_completion_tokens
-from lbr.models.http import environment_proxies
+from lbr.models.http import unsupported_proxy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -70,7 +70,7 @@ def endpoint_of(name: str, api_key: str | None = None) -> Endpoint | None:
     """
     if not serves(name) or any(os.environ.get(variable) for variable in _FOREIGN_VARIABLES):
         return None
-    if environment_proxies().unsupported is not None:
+    if unsupported_proxy():
         return None
     provider, _, model = name.partition(":")
     found = _PLACES[provider](api_key)

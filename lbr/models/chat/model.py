@@ -18,7 +18,8 @@ from lbr.models.chat.costs import Costs
 from lbr.models.chat.endpoints import words_of
 from lbr.models.chat.kinds import categories_of, kind_of
 from lbr.models.checking import check_authority
-from lbr.models.http import AnswerTooLarge, Http, check_size, is_unreachable, lost_words, shown_url
+from lbr.models.environment import check_trust
+from lbr.models.http import AnswerTooLarge, Connections, check_size, is_unreachable, lost_words, shown_url
 from lbr.models.refusals import Refusal, call_error
 from lbr.models.waits import asked_wait
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from lbr.core.types import Json, Reply
     from lbr.models.base import Request
     from lbr.models.chat.endpoints import Endpoint
-    from lbr.models.connections import Connections
 
 SLOWEST_SECONDS = 600.0
 """How long to wait for the next bytes of an answer where nobody said."""
@@ -80,7 +80,9 @@ class ChatModel:
         self._settings = dict(task_settings)
         self._reference = reference
         self._api_key = api_key
-        self._http = Http(only=endpoint.url, connections=connections)
+        check_trust()
+        self._connections = connections or Connections()
+        self._shared = connections is not None
         self._costs = Costs(endpoint)
         self._reader = Reader(endpoint, self._costs, api_key)
         self._templates: OrderedDict[bytes, Template | None] = OrderedDict()
@@ -182,7 +184,7 @@ class ChatModel:
         """
         endpoint, chunks, size, answered = self._endpoint, [], 0, False
         try:
-            async with self._http.request(
+            async with self._connections.request(
                 "POST", endpoint.url, timeout=timeout, data=body, headers=endpoint.headers
             ) as response:
                 answered = response.status < 300
@@ -198,8 +200,9 @@ class ChatModel:
             raise lost from error
 
     async def aclose(self) -> None:
-        """Close the HTTP client."""
-        await self._http.aclose()
+        """Close the connections, unless they are shared."""
+        if not self._shared:
+            await self._connections.aclose()
         await self._reference.aclose()
 
 

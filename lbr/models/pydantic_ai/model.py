@@ -21,7 +21,7 @@ from lbr.models.pydantic_ai.completions import Completions
 from lbr.models.pydantic_ai.families import call_error
 from lbr.models.pydantic_ai.history import history_of
 from lbr.models.pydantic_ai.replies import ANSWER_TOOL, FREE, reply_of
-from lbr.models.pydantic_ai.transport import carry_over_aiohttp, put_under
+from lbr.models.pydantic_ai.transport import client_for
 from lbr.models.wording import clean
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from lbr.core.types import Json, Reply
     from lbr.models.base import Request
-    from lbr.models.connections import Connections
+    from lbr.models.http import Connections
 
 _ENVIRONMENT_NAME = re.compile(r"`([A-Z][A-Z0-9_]{3,})`")
 
@@ -42,7 +42,8 @@ _ENVIRONMENT_NAME = re.compile(r"`([A-Z][A-Z0-9_]{3,})`")
 class PydanticAIModel:
     """One provider's model with one HTTP client, built once; the provider's SDK does not retry.
 
-    Where that client can, it calls over `connections`, None for some of its own.
+    That client calls over `connections`, None for some of its own, or over `transport`; if the provider takes none, over
+    what its SDK opens.
     Construction raises UsageError when the key is missing, with the environment variable to set, and for settings
     that no database may bring.
     """
@@ -54,6 +55,7 @@ class PydanticAIModel:
         task_settings: Mapping[str, Json],
         api_key: str | None = None,
         connections: Connections | None = None,
+        transport: Any = None,
     ) -> None:
         require(name)
         from pydantic_ai.direct import model_request  # noqa: PLC0415
@@ -67,7 +69,8 @@ class PydanticAIModel:
         check_authority(task_settings)  # again, for whoever wrote to the database need not have been lbr
         check_environment(name, api_key)
         check_trust()
-        self._model = _build(name, api_key, connections)
+        self._client = client_for(provider_class_of(name), connections, transport)
+        self._model = _build(name, api_key, self._client)
         check_known(name, task_settings, self._model)
         self._fixed = {} if "max_retries" in self._model.unsupported_settings else {"max_retries": 0}
         self._puts_limit_in_body = _puts_limit_in_body(name, self._model)
@@ -107,23 +110,19 @@ class PydanticAIModel:
             raise Permanent(str(error), kind="UsageError") from error
         return settings
 
-    def replace_transport(self, transport: Any) -> None:
-        """Let calls go by another httpx2 transport; only for providers that are called with the OpenAI SDK."""
-        put_under(self._model.client._client, transport)  # type: ignore[attr-defined]  # noqa: SLF001
-
     async def aclose(self) -> None:
         """Close the HTTP client."""
-        async with self._model:
+        async with self._model:  # which closes a client that the provider opened
             pass
+        if self._client is not None:
+            await self._client.aclose()
 
 
-def _build(name: str, api_key: str | None, connections: Connections | None) -> Model:
+def _build(name: str, api_key: str | None, client: Any) -> Model:
     from pydantic_ai.exceptions import UserError  # noqa: PLC0415
 
-    provider_class_of(name)
     try:
-        found = _infer(name, api_key)
-        carry_over_aiohttp(found, connections)
+        found = _infer(name, provider_class_of(name), api_key, client)
     except ImportError as error:
         raise missing_package(name, error) from error
     except UserError as error:
@@ -139,26 +138,24 @@ def _build(name: str, api_key: str | None, connections: Connections | None) -> M
     return found
 
 
-def _infer(name: str, api_key: str | None) -> Model:
+def _infer(name: str, provider_class: type[Provider[Any]], api_key: str | None, client: Any) -> Model:
     from pydantic_ai.models import infer_model, parse_model_id  # noqa: PLC0415
 
     provider, model = parse_model_id(name)
-    if provider != "openrouter":
-        return infer_model(name)
-    base_url = os.environ.get("OPENROUTER_BASE_URL")
-    if base_url:
-        return _relayed_openrouter(model, api_key, base_url)
-    return infer_model(name, lambda _: _openrouter_provider(api_key))
+    options = {} if client is None else {"http_client": client}
+    if provider is not None and provider.startswith("gateway/"):
+        from pydantic_ai.providers.gateway import gateway_provider  # noqa: PLC0415
+
+        return infer_model(name, lambda _: gateway_provider(provider.removeprefix("gateway/"), **options))
+    if provider == "openrouter":
+        # Without a key of its own it looks into the environment, and says what to set if there is none.
+        options |= {"api_key": api_key} if api_key else {}
+        if base_url := os.environ.get("OPENROUTER_BASE_URL"):
+            return _relayed_openrouter(model, base_url, options)
+    return infer_model(name, lambda _: provider_class(**options))
 
 
-def _openrouter_provider(api_key: str | None) -> Provider[Any]:
-    from pydantic_ai.providers.openrouter import OpenRouterProvider  # noqa: PLC0415
-
-    # Without a key of its own it looks into the environment, and says what to set when there is none.
-    return OpenRouterProvider(api_key=api_key) if api_key else OpenRouterProvider()
-
-
-def _relayed_openrouter(model: str, api_key: str | None, url: str) -> Model:
+def _relayed_openrouter(model: str, url: str, options: dict[str, Any]) -> Model:
     """Build an OpenRouter model at another URL: a relay, or a server that merely speaks the same language.
 
     pydantic-ai reads no variable for the URL, and insists on a field of OpenRouter's own that others leave out.
@@ -175,8 +172,7 @@ def _relayed_openrouter(model: str, api_key: str | None, url: str) -> Model:
                 response = response.model_copy(update={"provider": "unknown"})
             return super()._validate_completion(response)
 
-    provider = RelayProvider(api_key=api_key) if api_key else RelayProvider()
-    return RelayModel(model, provider=provider)
+    return RelayModel(model, provider=RelayProvider(**options))
 
 
 def _puts_limit_in_body(name: str, model: Model) -> bool:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from lbr.core.types import Json, Reply
     from lbr.models.base import Request
-    from lbr.models.connections import Connections
+    from lbr.models.http import Connections
 
 
 @dataclass
@@ -88,9 +88,9 @@ class Reference:
         )
 
     def _build_replaying(self) -> PydanticAIModel:
-        model = PydanticAIModel(self._name, task_settings=self._settings, api_key=self._api_key)
-        model.replace_transport(_replay())
-        return model
+        return PydanticAIModel(
+            self._name, task_settings=self._settings, api_key=self._api_key, transport=_replay()
+        )
 
     async def aclose(self) -> None:
         """Close both models, where they were built."""
