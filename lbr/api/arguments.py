@@ -119,7 +119,9 @@ def _with_parameters(message: str, annotations: Mapping[str, str]) -> str:
         if found.start() < message.find(", got:"):  # what is expected, not what to set
             return name
         annotation, given = annotations.get(name) or _annotations[name], repr(found[2]) if found[2] else "…"
-        value = "True" if annotation == "bool" else f"[{given}]" if annotation.startswith("Sequence") else given
+        value = (
+            "True" if annotation == "bool" else f"[{given}]" if annotation.startswith("Sequence") else given
+        )
         return f"{name}={value}"
 
     return _FLAG.sub(parameter, message)

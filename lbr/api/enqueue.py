@@ -15,7 +15,7 @@ from lbr.core.config import (
     load_environment,
 )
 from lbr.core.errors import UsageError
-from lbr.core.plurals import counted
+from lbr.core.plurals import pluralize
 from lbr.core.pricing import read_price
 from lbr.core.types import KeyMaker
 from lbr.io.sources import Source, chunks
@@ -155,7 +155,7 @@ async def put(
     notices = [*changed]
     if spec.max_attempts not in {run.max_attempts, MAX_ATTEMPTS}:
         notices.append(
-            f"run {run.name} was made with {counted(run.max_attempts, 'attempt')} for a job; that stays so"
+            f"run {run.name} was made with {pluralize(run.max_attempts, 'attempt')} for a job; that stays so"
         )
     maker = KeyMaker(spec.task)
     place = 0
@@ -176,7 +176,7 @@ async def put(
     held = await queueing.next_idx(database, run)
     if held > place and not append:
         notices.append(
-            f"run {run.name} holds {counted(held, 'input')}, this input has {place}; the others stay in it"
+            f"run {run.name} holds {pluralize(held, 'input')}, this input has {place}; the others stay in it"
         )
     return EnqueueReport(run.name, counts, notices)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lbr.api.arguments import checked
 from lbr.core.config import DB_URL_DEFAULT
 from lbr.core.errors import DatabaseError, UsageError
-from lbr.core.plurals import counted
+from lbr.core.plurals import pluralize
 from lbr.core.types import JobState
 from lbr.store import contents, reads, transfer
 from lbr.store.engines import opened, shown
@@ -107,7 +107,7 @@ async def _hold(source: Database, name: str, aim: str, notify: Callable[[str], N
         if not told:
             told = True
             notify(
-                f"run {name} is paused; waiting for {counted(held, 'job')} in flight, whose leases end in {seconds:.0f} s at "
+                f"run {name} is paused; waiting for {pluralize(held, 'job')} in flight, whose leases end in {seconds:.0f} s at "
                 f"the latest if their workers are dead"
             )
         await asyncio.sleep(WAIT_SECONDS)

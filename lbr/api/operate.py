@@ -12,7 +12,7 @@ from lbr.api.status import RunStatus, Status, limit_fields, status_of
 from lbr.api.task import check_settings, checker
 from lbr.core.config import DB_URL_DEFAULT, a_minute, at_least_one, nanos_of, one_of
 from lbr.core.errors import UsageError
-from lbr.core.plurals import counted
+from lbr.core.plurals import pluralize
 from lbr.core.types import JobState
 from lbr.models.base import model_string
 from lbr.store import limiting, reads, redo, runs
@@ -126,7 +126,7 @@ async def remove(
             if not told:
                 told = True
                 notify(
-                    f"run {run}: waiting for {counted(held, 'call')} in flight; no job is claimed any more"
+                    f"run {run}: waiting for {pluralize(held, 'call')} in flight; no job is claimed any more"
                 )
             # The jobs of dead workers, which no other may be there to take back.
             await queue.reclaim(await queue.dead())

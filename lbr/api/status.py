@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from lbr.core.errors import Family
-from lbr.core.plurals import counted, duration
+from lbr.core.plurals import duration, pluralize
 from lbr.core.pricing import NANOS, Price, dollars
 from lbr.core.types import JobState, PauseCause, Paused, RunState
 from lbr.store import counters
@@ -143,7 +143,7 @@ def describe_limit(fields: dict[str, Json]) -> str:
         if fields[name] is not None
     ]
     if fields["concurrency"] is not None:
-        parts.append(f"{counted(fields['concurrency'], 'call')} at a time")
+        parts.append(f"{pluralize(fields['concurrency'], 'call')} at a time")
     elif _is_narrow(fields):
         parts.append(f"{fields['at_a_time']} of {fields['slots']} calls at a time, learned")
     elif fields["at_a_time"] is not None and not fields["slots"]:
@@ -327,7 +327,7 @@ def _cost_words(run: RunStatus) -> str:
     if run.estimated_usd:
         words += f", about {dollars(round(run.estimated_usd * NANOS))} of it estimated, for calls that died with their worker"
     if run.unpriced and (words or run.price is not None):
-        words += f", and {counted(run.unpriced, 'call')} of unknown cost"
+        words += f", and {pluralize(run.unpriced, 'call')} of unknown cost"
     return words
 
 

@@ -11,7 +11,7 @@ import click
 from lbr.api import collect as api
 from lbr.api.status import printable
 from lbr.cli.app import EXIT_FAILURES, EXIT_UNFINISHED, database_option, say, with_options
-from lbr.core.plurals import counted
+from lbr.core.plurals import pluralize
 from lbr.core.types import Shape
 from lbr.io.writers import OutputFormat
 
@@ -36,18 +36,16 @@ def csv_options(command: F) -> F:
 def describe(collected: api.Collected) -> str:
     """Return what a collect wrote, in words."""
     counts = ", ".join(f"{count} {status}" for status, count in sorted(collected.by_status.items()))
-    return f"run {collected.run}: {counted(collected.total, 'row')}: {counts or 'none'}"
+    return f"run {collected.run}: {pluralize(collected.total, 'row')}: {counts or 'none'}"
 
 
 def cut_off_words(run: str, count: int, *, limited: bool) -> str:
     """Return what to do about answers that reached a token limit; `limited` is True if the settings set it."""
     command = f"lbr retry {run} --where finish_reason=length"
     if limited:
-        return (
-            f"{counted(count, 'answer')} cut off at max_tokens; to redo: `{command} --set max_tokens=NUMBER`"
-        )
+        return f"{pluralize(count, 'answer')} cut off at max_tokens; to redo: `{command} --set max_tokens=NUMBER`"
     return (
-        f"{counted(count, 'answer')} cut off at the token limit of the model; ask for shorter answers or use another "
+        f"{pluralize(count, 'answer')} cut off at the token limit of the model; ask for shorter answers or use another "
         f"model, or redo: `{command}`"
     )
 
@@ -82,7 +80,7 @@ def _reasons(collected: api.Collected) -> str:
     most = sorted(collected.reasons.items(), key=lambda one: -one[1])[:SHOWN_REASONS]
     alone = len(collected.reasons) == 1
     words = "; ".join(
-        printable(reason)[:200] + ("" if alone else f" ({counted(count, 'row')})") for reason, count in most
+        printable(reason)[:200] + ("" if alone else f" ({pluralize(count, 'row')})") for reason, count in most
     )
     more = len(collected.reasons) - len(most)
     return f": {words}{f'; and {more} other reasons' if more else ''}" if words else ""

@@ -16,7 +16,7 @@ from lbr.api import enqueue as api
 from lbr.cli.app import database_option, read_setting, say, tell, with_options
 from lbr.core.config import MAX_ATTEMPTS
 from lbr.core.errors import StoppedError
-from lbr.core.plurals import counted
+from lbr.core.plurals import pluralize
 from lbr.core.schema import load_schema
 from lbr.io.readers import InputFormat, is_stream, load_text
 from lbr.models.offline import ECHO
@@ -125,7 +125,7 @@ def _interrupted_words(inputs: tuple[str, ...], kept: int, *, append: bool) -> s
             "again: enqueue the rest alone"
         )
     begun = (
-        f"interrupted with the first {counted(kept, 'input')} in the run"
+        f"interrupted with the first {pluralize(kept, 'input')} in the run"
         if kept
         else "interrupted at the beginning"
     )
@@ -146,7 +146,7 @@ def describe(report: api.EnqueueReport) -> str:
         if count
     )
     return (
-        f"run {report.run}: {counted(counts.inputs, 'input')}, {counts.new} new, {counts.duplicate} duplicate, "
+        f"run {report.run}: {pluralize(counts.inputs, 'input')}, {counts.new} new, {counts.duplicate} duplicate, "
         f"{counts.reused} reused, {counts.known} known{skipped}"
     )
 

@@ -14,7 +14,7 @@ from lbr.api.estimate import estimate as estimate_inputs
 from lbr.cli.app import read_setting, tell
 from lbr.cli.enqueue import input_options, interruptible
 from lbr.core.config import WorkOptions
-from lbr.core.plurals import counted, duration
+from lbr.core.plurals import duration, pluralize
 from lbr.core.pricing import NANOS, Price, dollars, table_problem
 from lbr.core.schema import load_schema
 from lbr.core.tokens import CHARACTERS_PER_TOKEN
@@ -67,8 +67,8 @@ def describe(found: Estimate) -> str:
     """Return what `lbr estimate` prints."""
     return "\n".join(
         (
-            f"{found.model}: {counted(found.inputs, 'input')}, {found.prompts} distinct, {found.duplicates} duplicate",
-            f"input: about {counted(found.input_tokens, 'token')}, estimated at {CHARACTERS_PER_TOKEN} characters a token",
+            f"{found.model}: {pluralize(found.inputs, 'input')}, {found.prompts} distinct, {found.duplicates} duplicate",
+            f"input: about {pluralize(found.input_tokens, 'token')}, estimated at {CHARACTERS_PER_TOKEN} characters a token",
             f"output: {_output_words(found)}",
             f"money: {_money_words(found)}",
             f"time: {_time_words(found)}",
@@ -80,10 +80,10 @@ def _output_words(found: Estimate) -> str:
     each = found.output_tokens_per_call
     match found.output_tokens_from:
         case "max_tokens":
-            return f"at most {counted(found.output_tokens, 'token')}, max_tokens={each} an answer"
+            return f"at most {pluralize(found.output_tokens, 'token')}, max_tokens={each} an answer"
         case "given":
-            return f"about {counted(found.output_tokens, 'token')}, {each} an answer"
-    return f"about {counted(found.output_tokens, 'token')}, assumed to be {each} an answer: give --output-tokens or --set max_tokens=…"
+            return f"about {pluralize(found.output_tokens, 'token')}, {each} an answer"
+    return f"about {pluralize(found.output_tokens, 'token')}, assumed to be {each} an answer: give --output-tokens or --set max_tokens=…"
 
 
 def _money_words(found: Estimate) -> str:
@@ -99,9 +99,9 @@ def _money_words(found: Estimate) -> str:
 def _time_words(found: Estimate) -> str:
     match found.bound_by:
         case "rpm":
-            why = f"{counted(found.prompts, 'call')} at {found.rpm:g} a minute"
+            why = f"{pluralize(found.prompts, 'call')} at {found.rpm:g} a minute"
         case "tpm":
             why = f"{found.input_tokens + found.output_tokens} tokens at {found.tpm:g} a minute"
         case _:
-            why = f"{counted(found.prompts, 'call')} of {found.seconds_per_call:g} s, {found.concurrency} at a time"
+            why = f"{pluralize(found.prompts, 'call')} of {found.seconds_per_call:g} s, {found.concurrency} at a time"
     return f"about {duration(found.seconds)}: {why}"

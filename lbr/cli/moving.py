@@ -11,7 +11,7 @@ import orjson
 from lbr.api import move as api
 from lbr.cli.app import say, tell
 from lbr.core.errors import StoppedError
-from lbr.core.plurals import counted
+from lbr.core.plurals import pluralize
 
 
 @click.command()
@@ -45,7 +45,7 @@ def move(db: dict[str, Any], /, from_url: str, to_url: str, run: str, restart: b
         return
     done = "was moved before to" if moved.known else "moved to"
     tell(
-        f"run {moved.run}: {counted(moved.inputs, 'input')}, {counted(moved.jobs, 'job')}, {counted(moved.answers, 'answer')} {done} {moved.target}"
+        f"run {moved.run}: {pluralize(moved.inputs, 'input')}, {pluralize(moved.jobs, 'job')}, {pluralize(moved.answers, 'answer')} {done} {moved.target}"
     )
     if moved.known:
         return

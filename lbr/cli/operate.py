@@ -17,7 +17,7 @@ from lbr.api.status import describe, resumed_words
 from lbr.cli.app import database_option, read_setting, say, tell
 from lbr.core.config import positive
 from lbr.core.errors import UsageError
-from lbr.core.plurals import counted
+from lbr.core.plurals import pluralize
 from lbr.core.pricing import dollars
 
 if TYPE_CHECKING:
@@ -158,9 +158,9 @@ def retry(
         raise UsageError(
             "expected --result-type beside --reparse, got: it alone; name it to `lbr worker` instead"
         )
-    settings = dict(read_setting(one) for one in flags["set"])
-    count = asyncio.run(operate.retry(run, where=where, settings=settings, **db))
-    tell(f"run {run}: {counted(count, 'job')} back to pending")
+    own = dict(read_setting(one) for one in settings)
+    count = asyncio.run(operate.retry(run, where=where, settings=own, **db))
+    tell(f"run {run}: {pluralize(count, 'job')} back to pending")
 
 
 def _describe_reparsed(run: str, reparsed: Reparsed) -> str:
@@ -179,7 +179,7 @@ def _describe_reparsed(run: str, reparsed: Reparsed) -> str:
 @click.pass_obj
 def cancel(db: dict[str, Any], /, run: str) -> None:
     """Cancel a run's pending jobs; calls in flight end and their answers are kept."""
-    tell(f"run {run}: {counted(asyncio.run(operate.cancel(run, **db)), 'job')} cancelled")
+    tell(f"run {run}: {pluralize(asyncio.run(operate.cancel(run, **db)), 'job')} cancelled")
 
 
 @click.command()
@@ -193,11 +193,11 @@ def rm(db: dict[str, Any], /, run: str, yes: bool) -> None:
     if (
         found.done
         and not yes
-        and not click.confirm(f"Remove run {run} with {counted(found.done, 'answer')}?", err=True)
+        and not click.confirm(f"Remove run {run} with {pluralize(found.done, 'answer')}?", err=True)
     ):
         raise UsageError(f"run {run} stays")
     count = asyncio.run(operate.remove(run, **db, notify=lambda words: say(f"lbr: {words}")))
-    tell(f"run {run}: removed, with {counted(count, 'job')}")
+    tell(f"run {run}: removed, with {pluralize(count, 'job')}")
 
 
 @click.command()

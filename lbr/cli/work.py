@@ -20,7 +20,7 @@ from lbr.cli.app import EXIT_FAILURES, EXIT_UNFINISHED, database_option, say, wi
 from lbr.cli.collect import cut_off_words
 from lbr.core import open_files
 from lbr.core.config import MOST_PROCESSES, WorkOptions, at_least_one
-from lbr.core.plurals import counted
+from lbr.core.plurals import pluralize
 from lbr.core.types import Until
 from lbr.worker.processes import hearing, run_processes
 
@@ -196,7 +196,7 @@ def leave_stuck(report: WorkReport, code: int) -> None:
     """End the process where calls would not be cancelled, for asyncio would wait for them for ever."""
     if report.stuck:
         # Their jobs are released.
-        say(f"lbr: left {counted(report.stuck, 'call')} behind that would not be cancelled")
+        say(f"lbr: left {pluralize(report.stuck, 'call')} behind that would not be cancelled")
         os._exit(code)
 
 

@@ -1,7 +1,7 @@
-"""Counts as people say them."""
+"""Counts and time spans in words."""
 
 
-def counted(count: int, noun: str) -> str:
+def pluralize(count: int, noun: str) -> str:
     """Return a count before its noun: `1 input`, `2 inputs`."""
     return f"{count} {noun}{'s' * (count != 1)}"
 

@@ -25,7 +25,7 @@ import orjson
 
 from lbr.core.digits import LONG
 from lbr.core.errors import InputError, OutputError, UsageError
-from lbr.core.plurals import counted
+from lbr.core.plurals import pluralize
 from lbr.io.records import (
     EmptyPromptError,
     Place,
@@ -125,7 +125,7 @@ class BadRows:
     def _refused(self) -> InputError:
         first, *rest = self._first
         it, more = (
-            ("it", "") if self.count == 1 else ("them", f" (and {counted(self.count - 1, 'more bad row')})")
+            ("it", "") if self.count == 1 else ("them", f" (and {pluralize(self.count - 1, 'more bad row')})")
         )
         lines = [first.message + more, *map(str, rest)]
         if all(isinstance(error, EmptyPromptError) for error in self._first):

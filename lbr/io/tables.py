@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from lbr.core.errors import InputError, UsageError
-from lbr.core.plurals import counted
+from lbr.core.plurals import pluralize
 from lbr.io.records import Place, names, shown
 
 if TYPE_CHECKING:
@@ -77,7 +77,9 @@ class Table:
         """Return the cells of a row by column name, without empty ones in unnamed columns at its end. Raises InputError."""
         cells = _cells(row, place)
         if not self._named <= len(cells) <= len(self._header):
-            msg = f"expected {counted(len(self._header), 'cell')} as in line {self._line}, got: {len(cells)}"
+            msg = (
+                f"expected {pluralize(len(self._header), 'cell')} as in line {self._line}, got: {len(cells)}"
+            )
             other = "tab (this file has one column)" if len(self._header) == 1 else "to a different one"
             way_out = f"put cells that hold the delimiter {shown(self._delimiter)} in quotes"
             raise place.error(f"{msg}; {way_out}, or set --delimiter {other}")

@@ -15,7 +15,7 @@ from sqlalchemy import bindparam, func, select, update
 
 from lbr.core.errors import Symptom
 from lbr.core.outage import MAX_WAIT_MS, TURN_MS, Backlog, ModelState, Verdict, consider, is_stale
-from lbr.core.plurals import counted
+from lbr.core.plurals import pluralize
 from lbr.core.types import JobId, JobState, PauseCause, Paused, RunId, RunState
 from lbr.store.arrays import Bulk, Given, Query, among
 from lbr.store.counters import of_runs
@@ -293,7 +293,7 @@ async def pause_wrong_set_ups(
             await move_page(database, connection, run_of(row), alike, JobState.PENDING)
             given_back |= {JobId(job_id) for job_id, _ in alike}
             words = (
-                f"all {counted(len(alike), 'job')} that were called failed alike: {failure.message} "
+                f"all {pluralize(len(alike), 'job')} that were called failed alike: {failure.message} "
                 f"(a wrong model or setting: `lbr rm {row.name}`, then enqueue it again)"
             )
             pauses[run_id] = Paused(PauseCause.SET_UP, words)

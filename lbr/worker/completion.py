@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lbr.core.errors import NothingToServeError
-from lbr.core.plurals import counted
+from lbr.core.plurals import pluralize
 from lbr.core.types import JobState, PauseCause, RunState, Until
 from lbr.store import reads
 
@@ -88,7 +88,7 @@ class Ending:
         if held and not one.of(JobState.PENDING) and not self._told_held:
             self._told_held = True
             self._notify(
-                f"run {one.run.name}: waiting for {counted(held, 'job')} that other workers hold; a dead worker's are taken back, "
+                f"run {one.run.name}: waiting for {pluralize(held, 'job')} that other workers hold; a dead worker's are taken back, "
                 f"at the latest when their leases run out"
             )
 

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from lbr.core.plurals import counted
+from lbr.core.plurals import pluralize
 from lbr.core.types import JobState
 from lbr.store.queue import RECLAIM_PAGE
 from lbr.worker.spool import settle_kept
@@ -52,7 +52,7 @@ class Reclaiming:
                 break
         for (worker, died), count in sorted(Counter((one.worker_id, one.died) for one in taken).items()):
             why = "which died" if died else "whose lease ran out"
-            self._notify(f"reclaimed {counted(count, 'job')} of worker {worker}, {why}")
+            self._notify(f"reclaimed {pluralize(count, 'job')} of worker {worker}, {why}")
         failed = [one for one in taken if one.state is JobState.FAILED]
         for one in failed:
             self._notify(f"job {one.job_id} failed: its worker died 3 times")

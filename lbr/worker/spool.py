@@ -17,7 +17,7 @@ from filelock import Timeout
 
 from lbr.core import ownership
 from lbr.core.errors import DatabaseError, Family, LbrError, Symptom, Usage
-from lbr.core.plurals import counted
+from lbr.core.plurals import pluralize
 from lbr.core.retry import storable_usage
 from lbr.core.types import (
     KEY_BYTES,
@@ -218,7 +218,7 @@ async def _settle_file(database: Database, path: Path, place: Path, notify: Call
     os.unlink(path)
     if ours:
         notify(
-            f"took up {counted(taken, 'answer')} that {'was' if taken == 1 else 'were'} kept in {path}"
+            f"took up {pluralize(taken, 'answer')} that {'was' if taken == 1 else 'were'} kept in {path}"
             + (f", {stale} came too late" * bool(stale))
         )
     return True

@@ -80,7 +80,9 @@ def test_a_worker_raises_its_soft_limit_for_its_slots(tmp_path: Path) -> None:
 def test_a_worker_that_may_not_makes_fewer_calls_at_a_time(tmp_path: Path) -> None:
     """Where the hard limit is too low, it says so and works with what there is; no job is charged."""
     said, found, calls = served(tmp_path, "-n 120", 200)
-    assert re.search(r"the limit of open files \(120\) allows \d+ calls at a time, not 200; raise it with `ulimit", said)
+    assert re.search(
+        r"the limit of open files \(120\) allows \d+ calls at a time, not 200; raise it with `ulimit", said
+    )
     assert (found["done"], calls) == (200, 200)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lbr.core.plurals import counted
+from lbr.core.plurals import pluralize
 from tests.support import PATIENCE_SECONDS, Cli
 from tests.worker.test_processes import check, recount, write
 
@@ -206,7 +206,7 @@ def test_a_file_that_is_put_back_has_lost_nothing(local: Cli) -> None:
         file.rename(local.folder / file.name)
     done = local.status("in")["done"]
     again = local("worker", "--function", "answers:echo").stderr
-    assert f"took up {counted(kept, 'answer')}" in again
+    assert f"took up {pluralize(kept, 'answer')}" in again
     check(local.collect("in"), lines)
     assert done >= 60
     assert calls(local) == Counter(dict.fromkeys(lines, 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lbr.api.diagnosis.findings import Finding, Gravity
-from lbr.core.plurals import counted, duration
+from lbr.core.plurals import duration, pluralize
 from lbr.store.files import NETWORK_WAYS
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def of_writers(health: Health) -> Iterator[Finding]:
     writers = health.writers
     if writers is None:
         return
-    found = f"{counted(writers.total, 'row')} of writers, {writers.silent} silent for an hour"
+    found = f"{pluralize(writers.total, 'row')} of writers, {writers.silent} silent for an hour"
     if writers.silent < MANY_WRITERS:
         yield Finding("writers", Gravity.OK, found)
     else:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lbr.api.diagnosis.findings import Finding, Gravity
 from lbr.api.status import describe_limit, limit_fields, way_on
-from lbr.core.plurals import counted, duration
+from lbr.core.plurals import duration, pluralize
 from lbr.core.types import PauseCause, RunState
 from lbr.store.schema import SILENT_MS
 
@@ -139,7 +139,7 @@ def _unsealed(run: Run, now: int) -> Finding:
 
 def _paused(run: Run, left: int) -> Finding:
     reason = run.pause.message if run.pause is not None else "no reason is kept"
-    words = f"run {run.name}: paused with {counted(left, 'job')} to do: {reason}"
+    words = f"run {run.name}: paused with {pluralize(left, 'job')} to do: {reason}"
     if run.is_paused_by(PauseCause.MOVED_TO):
         words = f"run {run.name}: {reason}, where it goes on; this is a copy that rests"
         return Finding("runs", Gravity.OK, words)
