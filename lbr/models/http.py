@@ -12,8 +12,7 @@ import ssl
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aiohttp import ClientSession, ClientTimeout
-    from aiohttp.client import _RequestContextManager
+    from aiohttp import ClientResponse, ClientSession, ClientTimeout
     from yarl import URL
 
 KEEPALIVE_SECONDS = 15.0
@@ -96,17 +95,17 @@ class Connections:
         )
         return self._session
 
-    def request(
+    async def request(
         self, method: str, url: str, *, timeout: ClientTimeout, **options: Any
-    ) -> _RequestContextManager:
-        """Make one call, as `aiohttp.ClientSession.request` does; await it, or use it with `async with`.
+    ) -> ClientResponse:
+        """Make one call, as `aiohttp.ClientSession.request` does, and return its answer, to be read and closed.
 
         Raises aiohttp's errors. The URL is taken as already encoded.
         """
         target = _encoded(url)
         proxy = self._proxy_of(target)
         encrypted = target.scheme == "https" or (proxy is not None and proxy.startswith("https:"))
-        return (self._session or self._opened()).request(
+        return await (self._session or self._opened()).request(
             method,
             target,
             timeout=timeout,

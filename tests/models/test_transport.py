@@ -328,7 +328,7 @@ async def test_calls_have_no_password_of_netrc_and_no_cookie(
     http = Connections()
     async with serving(answering(answer(b"{}", "set-cookie: a=b"), asked)) as server:
         for _ in range(2):
-            async with http.request("POST", server.url, timeout=ClientTimeout(total=30)) as answered:
+            async with await http.request("POST", server.url, timeout=ClientTimeout(total=30)) as answered:
                 assert await answered.json(content_type=None) == {}
         await http.aclose()
         await server.all_ended()

@@ -184,7 +184,7 @@ class ChatModel:
         """
         endpoint, chunks, size, answered = self._endpoint, [], 0, False
         try:
-            async with self._connections.request(
+            async with await self._connections.request(
                 "POST", endpoint.url, timeout=timeout, data=body, headers=endpoint.headers
             ) as response:
                 answered = response.status < 300
