@@ -37,20 +37,17 @@ def _is_text_or_list(value: object) -> bool:
     return isinstance(value, str) or (_is_list(value) and all(isinstance(one, str) for one in value))  # type: ignore[attr-defined]
 
 
-TYPES: Sequence[tuple[str, str, Callable[[Any], bool]]] = [
-    ("str | Sequence", "a string or a list of them", _is_text_or_list),
-    ("str", "a string", lambda value: isinstance(value, str)),
-    ("bool", "True or False", lambda value: isinstance(value, bool)),
-    ("int", "a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
-    ("dict", "a dict", lambda value: isinstance(value, Mapping)),
-    ("Mapping", "a dict", lambda value: isinstance(value, Mapping)),
-    ("Sequence", "a list", _is_list),
-    ("Callable[[str], None]", "a function", callable),
-    ("Callable[[Worker], None]", "a function", callable),
-    ("PathOrUrl", "a string or a path", _is_path),
-    ("PathLike[str] | str", "a string or a path", _is_path),
+TYPES: Sequence[tuple[tuple[str, ...], str, Callable[[Any], bool]]] = [
+    (("str | Sequence",), "a string or a list of them", _is_text_or_list),
+    (("str",), "a string", lambda value: isinstance(value, str)),
+    (("bool",), "True or False", lambda value: isinstance(value, bool)),
+    (("int",), "a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
+    (("dict", "Mapping"), "a dict", lambda value: isinstance(value, Mapping)),
+    (("Sequence",), "a list", _is_list),
+    (("Callable[[str], None", "Callable[[int], None", "Callable[[Worker], None"), "a function", callable),
+    (("PathOrUrl", "PathLike[str] | str"), "a string or a path", _is_path),
 ]
-"""How an annotation begins, what it means in words, and what fits; whoever uses an argument of another checks it."""
+"""How an annotation begins, what it means in words, and what fits; arguments of other types are checked where used."""
 
 PRIVATE = re.compile(r".*(_key|_url)|out")
 """Arguments whose value may hold a password, so that errors show its type alone."""
