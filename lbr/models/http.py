@@ -133,18 +133,12 @@ def check_size(size: int) -> None:
 
 
 def is_unreachable(error: BaseException) -> bool:
-    """Whether an error of aiohttp's or the system's says that no connection was made, or that it was reset."""
+    """Return whether an error of aiohttp or the system means that no connection was made, or that it was reset."""
     import aiohttp  # noqa: PLC0415
 
-    if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ConnectionTimeoutError):
-        return False
-    unreachable = (
-        aiohttp.ClientOSError,
-        aiohttp.ServerDisconnectedError,
-        aiohttp.ConnectionTimeoutError,
-        OSError,
-    )
-    return isinstance(error, unreachable) and not isinstance(error, aiohttp.ClientPayloadError)
+    if isinstance(error, TimeoutError):
+        return isinstance(error, aiohttp.ConnectionTimeoutError)
+    return isinstance(error, OSError | aiohttp.ServerDisconnectedError)
 
 
 def shown_url(url: str) -> str:
@@ -172,36 +166,26 @@ def lost_words(error: BaseException | None, url: str) -> str:
     return f"the connection to {where} failed: {cause}" if cause else f"no whole answer came from {where}"
 
 
-def _cause_of(error: BaseException | None) -> str | None:
+def _cause_of(error: Any) -> str | None:
     import aiohttp  # noqa: PLC0415
 
-    match error:
-        case aiohttp.ClientConnectorCertificateError():
-            return _system_words(error.certificate_error)
-        case aiohttp.ClientConnectorError():
-            return _system_words(error.os_error)
+    # aiohttp's own words name a Python object beside the system's.
+    match getattr(error, "certificate_error", None) or getattr(error, "os_error", None) or error:
+        case ssl.SSLCertVerificationError() as found:
+            way = "; SSL_CERT_FILE can name a file with its issuer" * (found.verify_code in _UNKNOWN_ISSUER)
+            return f"its certificate is not trusted: {found.verify_message}{way}"
+        case ssl.SSLError(reason=str(reason)):
+            return f"TLS: {reason.replace('_', ' ').lower()}"
         case aiohttp.ConnectionTimeoutError():
             return "it was not made in time"
-        case aiohttp.ClientHttpProxyError():
-            return f"the proxy answered {error.status}"  # in its own words there may be what it was sent
+        case aiohttp.ClientHttpProxyError() as found:
+            return f"the proxy answered {found.status}"  # in its own words there may be what it was sent
         case aiohttp.InvalidURL():  # ours is one
             return "the proxy that the environment names is no URL"
         case aiohttp.ServerDisconnectedError():
             return "the server closed it"
-        case OSError():
-            return _system_words(error)
-    return None
-
-
-def _system_words(error: BaseException) -> str:
-    match error:
-        case ssl.SSLCertVerificationError():
-            way = "; SSL_CERT_FILE can name a file with its issuer" * (error.verify_code in _UNKNOWN_ISSUER)
-            return f"its certificate is not trusted: {error.verify_message}{way}"
-        case ssl.SSLError(reason=str(reason)):
-            return f"TLS: {reason.replace('_', ' ').lower()}"
-        case OSError(errno=int(number)) if number > 0:  # its own words may be of a call that nobody made
+        case OSError(errno=int(number)) if number > 0:
             return os.strerror(number)
-        case OSError(strerror=str(words)):
-            return words
-    return str(error)
+        case OSError(strerror=words) as found:
+            return words or str(found)
+    return None
