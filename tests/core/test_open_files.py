@@ -244,13 +244,29 @@ async def test_a_look_for_changes_waits_for_a_handle(tmp_path: Path) -> None:
     await database.close()
 
 
-async def test_a_run_that_finds_no_handle_is_tried_again(database: Database, servings: Servings) -> None:
+def building_fails(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """Let the first models that are built find no file handle."""
+    tries = 0
+
+    def building(*args: Any, **options: Any) -> Any:
+        nonlocal tries
+        tries += 1
+        if tries <= times:
+            raise UsageError("expected pydantic-ai") from NONE_LEFT
+        return build_model(*args, **options)
+
+    monkeypatch.setattr(serving, "build_model", building)
+
+
+async def test_a_run_that_finds_no_handle_is_tried_again(
+    database: Database, servings: Servings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is refused with one line for now, and served when a handle is free."""
+    building_fails(monkeypatch, 2)
     run = await put(database, ["a"], name="mine", task=Task(model=MODEL))
     found = await reads.all_runs(database)
-    with none_left():
-        (notice,) = servings.learn(found)
-        assert servings.learn(found) == []
+    (notice,) = servings.learn(found)
+    assert servings.learn(found) == []
     assert notice.startswith("run mine: not served: out of file handles (limit ")
     assert list(servings.refused) == [run.id]
     assert servings.is_out_of_files
@@ -263,16 +279,7 @@ async def test_a_worker_serves_such_a_run_when_it_looks_again(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No commit in the queue has to remind it."""
-    tries = 0
-
-    def building(*args: Any, **options: Any) -> Any:
-        nonlocal tries
-        tries += 1
-        if tries == 1:
-            raise UsageError("expected to read the trust store") from NONE_LEFT
-        return build_model(*args, **options)
-
-    monkeypatch.setattr(serving, "build_model", building)
+    building_fails(monkeypatch, 1)
     await put(database, ["a"])
     heard: list[str] = []
     worker = Worker(database, authorize(), WorkOptions(until=Until.EMPTY), notify=heard.append)
