@@ -19,11 +19,22 @@ def loads(text: str) -> Any:
 
 
 def dumps(value: Any) -> bytes:
-    """Return a value as compact JSON. Raises TypeError for what JSON cannot hold."""
+    """Return a value as compact JSON. Raises TypeError or ValueError for what JSON cannot hold."""
     try:
         return orjson.dumps(value)
     except TypeError as error:
         try:
-            return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-        except (TypeError, ValueError, RecursionError):
+            return orjson.dumps(_with_digits(value))
+        except RecursionError:
             raise error from None
+
+
+def _with_digits(value: Any) -> Any:
+    """Return a value with its long whole numbers as they are to be written."""
+    if isinstance(value, dict):
+        return {key: _with_digits(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_digits(one) for one in value]
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        return orjson.Fragment(str(int(value)))
+    return value

@@ -76,18 +76,14 @@ def error_of(client: Any, name: str) -> Any:
 
 
 async def test_an_answer_comes_as_it_was_sent(client: Any) -> None:
-    """Status, reason, headers that come twice and the body are the server's; a connection serves many calls."""
+    """Status, headers that come twice and the body are the server's; a connection serves many calls."""
     asked: list[Asked] = []
     said = answer(b"{}", "x-a: 1", "X-A: 2", "x-long: " + "l" * 20_000, status="418 Teapot")
     async with serving(answering(said, asked)) as server:
         for _ in range(3):
             answered = await client.post(f"{server.url}/a%2Fb?q=%20", json={"q": "é"}, headers={"X-Key": "k"})
         assert server.begun == 1
-    assert (answered.status_code, answered.reason_phrase, answered.http_version) == (
-        418,
-        "Teapot",
-        "HTTP/1.1",
-    )
+    assert (answered.status_code, answered.http_version) == (418, "HTTP/1.1")
     assert answered.headers.get_list("x-a") == ["1", "2"]
     assert answered.headers["x-long"] == "l" * 20_000
     assert answered.content == b"{}"
