@@ -131,11 +131,6 @@ class Servings:
             self._refused_at[run.id] = run.price, run.budget_nanos
         return bool(found)
 
-    @property
-    def is_out_of_files(self) -> bool:
-        """Whether a run was refused only because no file handle was left, so that `learn` should see it again."""
-        return bool(self.refused.keys() - self._refused_at.keys())
-
     def _is_served(self, run: Run) -> bool:
         """Return whether a run is served as it is stored now: an enqueue may have changed the order of its schema."""
         served = self.served.get(run.id)

@@ -327,7 +327,7 @@ class Worker:
         if now < self._next_look:
             return False
         self._next_look = now + POLL_SECONDS
-        if await self._database.changed() or self._servings.is_out_of_files:
+        if await self._database.changed():
             self._next_check = 0.0
             await self._learn()
         elif now < self._next_due:

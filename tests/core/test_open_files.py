@@ -22,11 +22,9 @@ from stamina.instrumentation import set_on_retry_hooks
 
 from lbr.api.task import authorize
 from lbr.core import open_files
-from lbr.core.config import WorkOptions
 from lbr.core.errors import CallError, DatabaseError, Usage, UsageError
-from lbr.core.types import JobId, Prompt, Task, Until
+from lbr.core.types import JobId, Prompt, Task
 from lbr.models.base import Request
-from lbr.models.build import build_model
 from lbr.models.http import Connections
 from lbr.models.pydantic_ai import PydanticAIModel
 from lbr.store import reads
@@ -37,7 +35,6 @@ from lbr.worker import runs as serving
 from lbr.worker.attempt import OutOfFilesError, attempt
 from lbr.worker.deadlines import Deadlines, Lateness
 from lbr.worker.runs import Servings
-from lbr.worker.worker import Worker
 from tests.support import ECHO, Cli, put
 
 if TYPE_CHECKING:
@@ -244,47 +241,24 @@ async def test_a_look_for_changes_waits_for_a_handle(tmp_path: Path) -> None:
     await database.close()
 
 
-def building_fails(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
-    """Let the first models that are built find no file handle."""
-    tries = 0
-
-    def building(*args: Any, **options: Any) -> Any:
-        nonlocal tries
-        tries += 1
-        if tries <= times:
-            raise UsageError("expected pydantic-ai") from NONE_LEFT
-        return build_model(*args, **options)
-
-    monkeypatch.setattr(serving, "build_model", building)
-
-
 async def test_a_run_that_finds_no_handle_is_tried_again(
     database: Database, servings: Servings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is refused with one line for now, and served when a handle is free."""
-    building_fails(monkeypatch, 2)
+    """It is refused with one line for now, and served when the worker next learns of it."""
     run = await put(database, ["a"], name="mine", task=Task(model=MODEL))
     found = await reads.all_runs(database)
-    (notice,) = servings.learn(found)
-    assert servings.learn(found) == []
+
+    def fails(*args: Any, **options: Any) -> Any:
+        raise UsageError("expected pydantic-ai") from NONE_LEFT
+
+    with monkeypatch.context() as patch:
+        patch.setattr(serving, "build_model", fails)
+        (notice,) = servings.learn(found)
+        assert servings.learn(found) == []
     assert notice.startswith("run mine: not served: out of file handles (limit ")
     assert list(servings.refused) == [run.id]
-    assert servings.is_out_of_files
     assert servings.learn(found) == []
     assert (list(servings.served), servings.refused) == ([run.id], {})
-    assert not servings.is_out_of_files
-
-
-async def test_a_worker_serves_such_a_run_when_it_looks_again(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No commit in the queue has to remind it."""
-    building_fails(monkeypatch, 1)
-    await put(database, ["a"])
-    heard: list[str] = []
-    worker = Worker(database, authorize(), WorkOptions(until=Until.EMPTY), notify=heard.append)
-    assert (await worker.run()).done == 1
-    assert [("out of file handles" in one) for one in heard] == [True]
 
 
 async def test_models_of_pydantic_ai_share_connections_too(monkeypatch: pytest.MonkeyPatch) -> None:
