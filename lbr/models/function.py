@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from lbr.core import digits
 from lbr.core.errors import CallError, Permanent
-from lbr.core.precedence import PRECEDENCE
 from lbr.core.schema import is_base_model
 from lbr.core.types import Reply
 
@@ -122,7 +121,6 @@ class _Job:
         error: BaseException | None = None
         ours = os.getpid()
         try:
-            PRECEDENCE.give()
             if self.future.done():  # cancelled meanwhile: its job is another's by now
                 return
             try:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
-from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
@@ -21,7 +20,6 @@ from sqlalchemy import StaticPool, create_engine, event
 from sqlalchemy.exc import DBAPIError
 
 from lbr.core import open_files
-from lbr.core.precedence import PRECEDENCE
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -141,11 +139,9 @@ class FileThread(aiosqlite.Connection):
 
     def _transact(self, begin: str, work: Callable[[FileConnection], Awaitable[T]]) -> T:
         connection = self._kept = self._kept or self._engine.connect()
-        # Not for the commit: that has let the file go when it asks for the interpreter.
-        going_first = PRECEDENCE.taken() if begin == BEGIN_WRITING else nullcontext()
         own = FileConnection(self, connection)
         try:
-            with connection.begin(), going_first:
+            with connection.begin():
                 if begin:
                     own.drive(begin)
                 return _complete(work(own))
