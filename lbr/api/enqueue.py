@@ -19,6 +19,7 @@ from lbr.core.plurals import pluralize
 from lbr.core.pricing import read_price
 from lbr.core.types import KeyMaker
 from lbr.io.sources import Source, chunks
+from lbr.models.identity import has_other_code
 from lbr.store import enqueue as queueing
 from lbr.store import runs
 from lbr.store.engines import file_of, opened
@@ -172,7 +173,7 @@ async def put(
     if counts.new:
         await database.filled()
     if not changed:
-        notices += await _note_reuse(database, run, spec)
+        notices += await _note_reuse(database, run, spec, counts)
     held = await queueing.next_idx(database, run)
     if held > place and not append:
         notices.append(
@@ -182,10 +183,11 @@ async def put(
 
 
 async def _note_change(database: Database, run: Run, spec: RunSpec) -> list[str]:
-    """Tell whether the run may have answers of other code than the function has now."""
+    """Return a notice if the run may have answers of other code than the function has now."""
     if spec.fingerprint is None or run.fingerprint == spec.fingerprint:
         return []
-    if await runs.adopt_fingerprint(database, run, spec.fingerprint):
+    changed = has_other_code(spec.fingerprint, run.fingerprint)
+    if await runs.adopt_fingerprint(database, run, spec.fingerprint, changed=changed):
         return []
     notice = (
         f"the code of {run.task.function} has changed since run {run.name} was made; its answers are kept. To redo "
@@ -194,15 +196,28 @@ async def _note_change(database: Database, run: Run, spec: RunSpec) -> list[str]
     return [notice]
 
 
-async def _note_reuse(database: Database, run: Run, spec: RunSpec) -> list[str]:
-    """Tell whether the run has answers of a run that was made with other code."""
-    if spec.fingerprint is None or spec.task.fingerprint is not None:
-        return []  # a model, or a function whose code is part of the task
+async def _note_reuse(database: Database, run: Run, spec: RunSpec, counts: EnqueueCounts) -> list[str]:
+    """Return a notice if the run reuses answers of other code, or cannot reuse those of an earlier lbr or Python."""
+    if spec.fingerprint is None:
+        return []
+    if spec.task.fingerprint is not None:  # the code is part of the task
+        return await _note_asked_again(database, run, spec.fingerprint) if counts.new > counts.reused else []
     lender = await queueing.lender_with_other_code(database, run, spec.fingerprint)
     if lender is None:
         return []
     notice = (
         f"the code of {run.task.function} has changed since run {lender} was made, whose answers run {run.name} reuses. "
         f"To redo them, use `--fresh` (fresh=True) or give the function another `version`, and the run another name"
+    )
+    return [notice]
+
+
+async def _note_asked_again(database: Database, run: Run, fingerprint: str) -> list[str]:
+    other = await queueing.run_of_other_scheme(database, run, fingerprint)
+    if other is None:
+        return []
+    notice = (
+        f"run {other} was made with {run.task.function} by an earlier version of lbr or another version of Python, whose "
+        f"answers lbr cannot match with the function any more; the new prompts of run {run.name} are answered again"
     )
     return [notice]

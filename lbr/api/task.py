@@ -13,7 +13,7 @@ from lbr.io.records import not_finite
 from lbr.models.base import OPENROUTER, Kind, kind_of, model_string
 from lbr.models.build import Authority, build_model, build_validator, check_task, unsent
 from lbr.models.environment import check_environment
-from lbr.models.identity import check_known_again, has_changed, may_be_another, name_function, own_version
+from lbr.models.identity import has_changed, name_function, own_version
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -187,15 +187,21 @@ async def check_servable(asked: Asked) -> None:
 
 
 def _asked_function(function: Callable[..., Any] | str, version: str | None) -> NamedFunction:
-    """Find and name who is to answer; UsageError where its answers could be taken for another's."""
+    """Find and identify the function that answers; UsageError if other functions may have the same identity."""
     named = name_function(function, version=version)
     own = own_version(named.call)
     if version is not None and own not in {None, version}:
         raise UsageError(
             f"expected the version that the function itself declares ({own}), got: {version}; change it there, "
-            f"for workers go by it"
+            f"because workers go by it"
         )
-    check_known_again(named)
+    identity = named.identity
+    if identity.is_ambiguous:
+        raise UsageError(
+            f"{identity.name} depends on an object of the class {identity.opaque}, and lbr cannot compare such objects "
+            f"between runs. Pass `version=`, a different one for each object that gives other answers, or keep what "
+            f"decides the answers in a dataclass"
+        )
     return named
 
 
@@ -234,30 +240,30 @@ def authorize(
     openrouter_api_key: str | None = None,
     runs_are_named: bool = True,
 ) -> Authority:
-    """Say what this process may use: exactly what its caller named, by object or by `pkg.mod:name`.
+    """Return what this process may use: exactly what its caller named, by object or by `pkg.mod:name`.
 
-    Where the caller named the runs as well, a function is taken for the one that they ask for also where only what is
-    inside of an object would tell.
+    If the caller named the runs as well, its word counts for functions that hold an object known by its class only.
     """
     types = [import_type(one) if isinstance(one, str) else one for one in result_types]
     return Authority(
-        functions=_told_apart(name_function(function) for function in functions),
+        functions=_distinct(name_function(function) for function in functions),
         result_types={canonical_json(schema_of(one)).decode(): one for one in types},
         openrouter_api_key=openrouter_api_key,
         runs_are_named=runs_are_named,
     )
 
 
-def _told_apart(functions: Iterable[NamedFunction]) -> tuple[NamedFunction, ...]:
-    """Return functions, each once; UsageError for two that nothing tells apart but the objects in them."""
+def _distinct(functions: Iterable[NamedFunction]) -> tuple[NamedFunction, ...]:
+    """Return functions, each once; UsageError for two with the same identity that may be different ones."""
     found: list[NamedFunction] = []
     for one in functions:
         alike = [other for other in found if other.identity == one.identity]
-        # Every look at a method makes another one, which is equal.
-        if any(other.call != one.call for other in alike) and may_be_another(one.identity):
+        # Each access to a method creates a new object, equal to the others.
+        if any(other.call != one.call for other in alike) and one.identity.is_ambiguous:
             raise UsageError(
-                f"expected functions that can be told apart, got: {one.identity.name} twice, with objects in it that "
-                f"have a state; name them like pkg.module:function, or serve the run of each in a call of its own"
+                f"{one.identity.name} is given twice, with different objects of the class {one.identity.opaque}, which "
+                f"lbr cannot tell apart. Name the functions like pkg.module:function, or serve the runs of each in a call "
+                f"of its own"
             )
         if not alike:
             found.append(one)
@@ -265,11 +271,11 @@ def _told_apart(functions: Iterable[NamedFunction]) -> tuple[NamedFunction, ...]
 
 
 def changed_by_use(authority: Authority) -> list[str]:
-    """Return what to say of functions that are others than before they were called: all is asked of them again."""
+    """Return a warning for each function that became a different one during the run: everything will be asked again."""
     return [
-        f"{one.identity.name} has become another function while it was called, for a value that it closes over, or is a "
-        f"method of, has changed: another call of this program asks everything anew. Keep what changes in a global, or in a "
-        f"dataclass as field(compare=False)"
+        f"{one.identity.name} has become another function while it was called, because a value in it changed: another "
+        f"call of this program asks everything again. Keep what changes in a global, or in a dataclass as "
+        f"field(compare=False)"
         for one in authority.functions
         if has_changed(one)
     ]

@@ -13,7 +13,6 @@ from lbr.core.errors import UsageError
 from lbr.core.tokens import most_output_tokens
 from lbr.core.types import canonical_json
 from lbr.models.base import Kind, kind_of
-from lbr.models.identity import may_be_another
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -46,10 +45,10 @@ class Authority:
         return next(iter(versioned or fitting or found), None)
 
     def mismatch(self, task: Task, identity: Identity) -> str | None:
-        """Tell how a function is not the one that a task asks for, None where it is.
+        """Return how a function differs from the one that a task asks for; None if it does not.
 
-        By what its author or its code says; a version may have been given beside the function when it was enqueued, so
-        that one without a version is no mismatch, as long as there is no other of its name and code.
+        The version may have been given to the enqueue only, so a function without one fits any version, unless other
+        functions may have the same identity.
         """
         asked = "no version" if task.version is None else f"version {task.version}"
         if identity.version is not None and identity.version != task.version:
@@ -59,13 +58,13 @@ class Authority:
             )
         if task.fingerprint is not None and task.fingerprint != identity.fingerprint:
             return (
-                f"fingerprint {task.fingerprint}, but here it has {identity.fingerprint}: its code or what it closes "
-                f"over has changed; enqueue again"
+                f"fingerprint {task.fingerprint}, but here it has {identity.fingerprint}: its code or a value that it "
+                f"holds has changed, or an earlier lbr or another Python enqueued it; enqueue again"
             )
-        if task.version is not None and may_be_another(identity) and not self.runs_are_named:
+        if task.version is not None and identity.is_ambiguous and not self.runs_are_named:
             return (
-                f"{asked}, but here it has none, and only an object in it would tell which one it is; name the runs "
-                f"that are its own with run=…"
+                f"{asked}, but here it has none, and lbr knows the {identity.opaque} in it only by its class; name "
+                f"the function's runs with run=…"
             )
         return None
 

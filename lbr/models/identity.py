@@ -1,21 +1,41 @@
-"""How a user's function is found, and the name by which a run remembers it."""
+"""How a user's function is found, and the identity by which a run remembers it.
+
+A function that its module has under its name is known by that name and its `version`; a digest of its code is kept only
+to warn when the code changes. Any other function is known by its name, its `version` and a digest of its code and of the
+plain values and dataclasses that it holds. An object of any other class counts by its class alone.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import hashlib
+import inspect
+import re
 import sys
-from collections.abc import Callable
+import types
+from argparse import Namespace
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from types import MethodType
+from datetime import date, time, timedelta, tzinfo
+from decimal import Decimal
+from enum import Enum
+from itertools import chain
+from operator import attrgetter
+from pathlib import Path, PurePath
 from typing import Any
+from uuid import UUID
 
 from lbr.core.errors import UsageError
-from lbr.core.schema import import_named
-from lbr.models.fingerprint import fingerprint_of
-from lbr.models.insides import MAIN_MODULES, attribute, chain, home_of, is_bound, is_one, module_name
-from lbr.models.states import hides_state
+from lbr.core.schema import import_named, is_base_model
 
 AnyFunction = Callable[..., Any]
+
+MAIN_MODULES = ("__main__", "__mp_main__")
+MAX_VALUES = 1_000_000
+"""The most values that a function may hold: they are digested in a few seconds."""
+SCHEME = f"py{sys.version_info.major}.{sys.version_info.minor}:"
+"""Begins every fingerprint: other versions of Python compile the same code to other bytes."""
 
 
 def import_function(spec: str) -> AnyFunction:
@@ -35,32 +55,36 @@ def import_function(spec: str) -> AnyFunction:
 class Identity:
     """What a run keeps of a function.
 
-    `name` is `module:qualname`, or the `pkg.mod:name` that it was found by; `version` its author's, None where none was
-    set. `fingerprint` is the same in every process of one Python version; `partial` says that it leaves out what is
-    inside of objects. `anonymous` says that the name alone does not tell which function it is.
+    `name` is `module:qualname`, or the `pkg.mod:name` by which the function was found. `version` is None if its author
+    set none. `fingerprint` is the same in every process of one Python version. `anonymous` is True if the name alone
+    does not identify the function. `opaque` is the class of an object that the function depends on and whose state is
+    not in the fingerprint; None without one.
     """
 
     name: str
     version: str | None
     fingerprint: str
     anonymous: bool
-    partial: bool = False
+    opaque: str | None = None
+
+    @property
+    def is_ambiguous(self) -> bool:
+        """Whether other functions may have the same identity, because of an object that is known by its class alone."""
+        return self.anonymous and self.opaque is not None and self.version is None
 
 
 @dataclass(frozen=True, slots=True)
 class NamedFunction:
-    """A function that this process may call, and who it is."""
+    """A function that this process may call, and its identity."""
 
     call: AnyFunction
     identity: Identity
 
 
 def name_function(function: AnyFunction | str, *, version: str | None = None) -> NamedFunction:
-    """Find a function that is given as such or as `pkg.mod:name`, and name it; see `identify`.
+    """Identify a function, or import and identify a `pkg.mod:name`, which is then its name if it has no other.
 
-    What has no telling name of its own, such as a method of an object, has the one that it was found by.
-
-    Raises UsageError for what is no function.
+    Raises UsageError for anything that is not a function.
     """
     if not isinstance(function, str):
         if not callable(function):
@@ -74,92 +98,243 @@ def name_function(function: AnyFunction | str, *, version: str | None = None) ->
 
 
 def identify(function: AnyFunction, *, version: str | None = None) -> Identity:
-    """Name a function; `version` goes before the function's own.
-
-    Raises UsageError where it closes over too much for a fingerprint.
-    """
-    named = _named(function)
-    module = module_name(named)
-    own_name = attribute(named, "__qualname__")
-    qualname: str = own_name or type(named).__qualname__
-    fingerprint = fingerprint_of(function)
-    anonymous = (
-        named is not function
-        or is_bound(function)
-        or own_name is None
-        or module in MAIN_MODULES
-        or not _leads_back(function, qualname, fingerprint.digest)
-    )
+    """Return a function's identity; `version` overrides the function's own. UsageError if it holds too many values."""
+    inner = _inner(function)
+    module = _module_of(inner)
+    fingerprint, opaque = _fingerprint(function)
+    anonymous = module in MAIN_MODULES or not _is_found(function, _find(inner), fingerprint)
     if version is None:
         version = own_version(function)
-    return Identity(f"{module}:{qualname}", version, fingerprint.digest, anonymous, fingerprint.partial)
+    return Identity(f"{module}:{_qualname_of(inner)}", version, fingerprint, anonymous, opaque)
 
 
 def own_version(function: AnyFunction) -> str | None:
-    """Return the `version` attribute, a str or an int, of the function or of what it calls; None where there is none."""
-    for one in chain(function):
-        own = attribute(one, "version")
+    """Return the `version` attribute, a str or an int, of a function or of what a partial or method calls."""
+    for one in (function, _inner(function)):
+        own = _attribute(one, "version")
         if isinstance(own, str | int) and not isinstance(own, bool):
             return str(own)
     return None
 
 
-def may_be_another(identity: Identity) -> bool:
-    """Tell whether name and fingerprint fit other functions as well, and nothing says which of them it is."""
-    return identity.anonymous and identity.partial and identity.version is None
-
-
-def check_known_again(named: NamedFunction) -> None:
-    """Raise UsageError for a function without a version that goes by the state of an object.
-
-    To digest whatever is in an object would have a counter in there make other work of everything.
-    """
-    identity = named.identity
-    if not identity.anonymous or identity.version is not None or not hides_state(named.call):
-        return
-    qualname = named.identity.name.partition(":")[2]
-    bound = attribute(_named(named.call), "__qualname__") is not None
-    shown = f"`{qualname}` of an object" if bound else f"an object of `{qualname}`"
-    raise UsageError(
-        f"expected a function whose answers are known again, got: {shown} that has a state; give `version`, another "
-        f"one for each state, or make it a dataclass that has all it goes by in its fields"
-    )
+def has_other_code(fingerprint: str, stored: str | None) -> bool:
+    """Return whether a stored fingerprint is of other code; False if an earlier lbr or another Python made it."""
+    return stored is not None and stored != fingerprint and stored.startswith(SCHEME)
 
 
 def has_changed(named: NamedFunction) -> bool:
-    """Tell whether a function that is known by its fingerprint has another one by now, for a value in it changed."""
+    """Return whether an anonymous function is a different one now, because a value that it holds changed."""
     if not named.identity.anonymous:
         return False
     try:
-        return fingerprint_of(named.call).digest != named.identity.fingerprint
-    except Exception:  # noqa: BLE001 - more than can be looked at by now, or a dict that another thread fills
+        return _fingerprint(named.call)[0] != named.identity.fingerprint
+    except Exception:  # noqa: BLE001 - its calls are made by now, so that nothing may fail any more
         return True
 
 
-def _named(function: Any) -> Any:
-    """Return what carries the name; a class method is named by itself, for its class is part of its name."""
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def _inner(function: Any) -> Any:
+    """Return what a partial or a method of an object calls: it has the name."""
     while True:
-        if is_one(function, functools.partial):
+        if issubclass(type(function), functools.partial):
             function = function.func
-        elif is_one(function, MethodType) and not isinstance(function.__self__, type):
+        elif type(function) is types.MethodType and not isinstance(function.__self__, type):
             function = function.__func__
         else:
             return function
 
 
-def _leads_back(function: Any, qualname: str, fingerprint: str) -> bool:
-    """Tell whether a function is what its module has under its name; a decorator may have given it another's.
+def _find(function: Any) -> Any:
+    """Return what the module that defines a function has under its name; None if it has nothing there."""
+    found: Any = sys.modules.get(_home_of(function))
+    for name in _qualname_of(function).split("."):
+        found = _attribute(found, name)
+    return found
 
-    One that was imported before its module was loaded again is the same as long as the code is.
-    """
-    found: Any = sys.modules.get(home_of(function))
-    if found is None:
-        return "<" not in qualname
-    for name in qualname.split("."):
-        found = attribute(found, name)
+
+def _is_found(function: Any, found: Any, fingerprint: str) -> bool:
+    """Return whether a function is the one that was found, or has the same code, as after a reload of its module."""
     if found is None or found is function:
         return found is not None
     try:
-        return fingerprint_of(found).digest == fingerprint
-    except UsageError:  # another one, which is not asked for
+        return _fingerprint(found) == (fingerprint, None)
+    except UsageError:
         return False
+
+
+def _qualname_of(value: Any) -> str:
+    qualname = _attribute(value, "__qualname__")
+    return qualname if isinstance(qualname, str) else type(value).__qualname__
+
+
+def _home_of(value: Any) -> str:
+    """Return the name in `sys.modules` of the module that defines a function or a class."""
+    owner = value if _attribute(value, "__module__") else _attribute(value, "__objclass__") or type(value)
+    return str(owner.__module__)
+
+
+def _module_of(value: Any) -> str:
+    """Return the name by which other programs import that module, also if it is the script that runs."""
+    home = _home_of(value)
+    if home not in MAIN_MODULES:
+        return home
+    main = sys.modules.get(home) or sys.modules["__main__"]
+    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+    if spec is not None:
+        return str(spec.name)
+    return Path(file).stem if file else home
+
+
+def _class_name(class_: type) -> str:
+    return f"{_module_of(class_)}.{class_.__qualname__}"
+
+
+def _attribute(value: Any, name: str) -> Any:
+    """Return an attribute; None if there is none, or if asking for it fails, as it may with an object of the user."""
+    try:
+        return getattr(value, name, None)
+    except Exception:  # noqa: BLE001 - it is the user's code
+        return None
+
+
+# --- fingerprints -----------------------------------------------------------------------------------------------------
+
+
+def _reduced(value: Any) -> Iterable[Any]:
+    """Return what pickle would store of a value besides its class."""
+    reduced = value.__reduce_ex__(4)
+    return (_attribute(value, "__module__"), reduced) if isinstance(reduced, str) else reduced[1:3]
+
+
+def _variables(function: types.FunctionType) -> list[Any]:
+    """Return what a function closes over; for a variable that is not set yet, its cell without contents."""
+    cells = function.__closure__ or ()
+    return [cell.cell_contents if cell != types.CellType() else NotImplemented for cell in cells]
+
+
+PLAIN = (type(None), bool, int, float, complex, str, bytes, types.EllipsisType, types.NotImplementedType)
+CONTAINERS = (list, tuple, dict, set, frozenset)
+UNNUMBERED = (tuple, frozenset, type, types.ModuleType, types.CodeType)
+"""A program may hold one such value, or several equal ones, depending on how Python compiled it."""
+PICKLED = (
+    *(
+        types.BuiltinFunctionType,
+        types.MethodDescriptorType,
+        types.MethodWrapperType,
+        types.WrapperDescriptorType,
+    ),
+    *(PurePath, date, time, timedelta, tzinfo, Decimal, UUID, range, slice, bytearray),
+    *(types.SimpleNamespace, Namespace),
+)
+
+PARTS: dict[type, Callable[[Any], Iterable[Any]]] = {
+    **dict.fromkeys(CONTAINERS, iter),
+    **dict.fromkeys(PICKLED, _reduced),
+    dict: lambda it: chain.from_iterable(it.items()),
+    type: lambda it: [_class_name(it)],
+    types.ModuleType: lambda it: [it.__name__],
+    Enum: attrgetter("name", "value"),
+    re.Pattern: attrgetter("pattern", "flags"),
+    types.FunctionType: lambda it: [it.__code__, it.__defaults__, it.__kwdefaults__, *_variables(it)],
+    types.CodeType: attrgetter(
+        *("co_code", "co_exceptiontable", "co_consts", "co_names"),
+        *("co_argcount", "co_posonlyargcount", "co_kwonlyargcount", "co_flags"),
+    ),
+    types.MethodType: attrgetter("__func__", "__self__"),
+    functools.partial: attrgetter("func", "args", "keywords"),
+    type(functools.cache(len)): lambda it: [it.__wrapped__],
+}
+"""How to take a value of a class apart."""
+
+
+def _fingerprint(function: Any) -> tuple[str, str | None]:
+    """Return a function's fingerprint, and the class of the first object in it that counts by its class alone."""
+    walk = _Walk()
+    call = inspect.getattr_static(type(function), "__call__", None)  # the code of an object that is called
+    try:
+        digest = walk.digest((function, call if type(call) is types.FunctionType else None), {})
+    except RuntimeError as error:  # too many, nested too deeply, or another thread changes them meanwhile
+        raise UsageError(
+            f"the function holds values that lbr cannot compare: {error}. Let it read them from a global, and give it a "
+            f"`version` that says which they are"
+        ) from error
+    return f"{SCHEME}{digest.hex()}", walk.opaque
+
+
+class _Walk:
+    """A walk through all that a function holds. Neither an address nor the order of a set gets into a digest."""
+
+    def __init__(self) -> None:
+        self.opaque: str | None = None
+        self._left = MAX_VALUES
+
+    def digest(self, value: Any, met: dict[int, tuple[int, Any]]) -> bytes:
+        """Return a digest of a value; `met` numbers the objects before it, because objects may hold each other."""
+        self._left -= 1
+        if self._left < 0:
+            raise RuntimeError(f"more than {MAX_VALUES:,}")
+        class_ = type(value)
+        if class_ in PLAIN:
+            return _hash(class_.__name__, hex(value) if class_ is int else repr(value))
+        if not issubclass(class_, UNNUMBERED):
+            if id(value) in met:
+                return _hash("met", str(met[id(value)][0]))
+            met[id(value)] = len(met), value  # held, so that its id stays its own
+        opaque, parts = self.opaque, _parts_of(value)
+        if parts is None:
+            self.opaque, parts = opaque or class_.__qualname__, ()
+        if issubclass(class_, set | frozenset):  # they have no order in which they could be numbered
+            return _hash(_class_name(class_), *sorted(self.digest(part, {}) for part in parts))
+        digests = [self.digest(part, met) for part in parts]
+        if class_ is types.FunctionType and _find(value) is value:
+            self.opaque = opaque  # its name says what is in it
+        return _hash(_class_name(class_), *digests)
+
+
+def _parts_of(value: Any) -> Iterable[Any] | None:
+    """Return what a value is made of besides its class; None if that is unknown, or changes as the value is used."""
+    class_: Any = type(value)
+    take = next((PARTS[base] for base in class_.__mro__ if base in PARTS), None)
+    if take is not None:
+        has_more = issubclass(class_, CONTAINERS) and _attribute(value, "__dict__")
+        return None if has_more else take(value)
+    options = getattr(class_, "__dataclass_params__", None)
+    if options is None and not is_base_model(value):
+        return () if _is_stateless(value) else None
+    is_frozen = options.frozen if options else getattr(class_, "model_config", {}).get("frozen")
+    if not is_frozen and _is_installed(class_):
+        return None
+    return _fields_of(value) if options else _reduced(value)
+
+
+def _fields_of(value: Any) -> Iterable[Any] | None:
+    """Return the fields that a dataclass compares; None if it has attributes besides fields and cached properties."""
+    fields = {field.name: field.compare for field in dataclasses.fields(value)}
+    for name in set(_attribute(value, "__dict__") or ()) - fields.keys():
+        if type(inspect.getattr_static(type(value), name, None)) is not functools.cached_property:
+            return None
+    return [(name, _attribute(value, name)) for name, compare in fields.items() if compare]
+
+
+def _is_installed(class_: type) -> bool:
+    """Return whether a class is from an installed package: its objects, such as agents, may change as they are used."""
+    file = _attribute(sys.modules.get(class_.__module__), "__file__") or ""
+    return not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
+
+
+def _is_stateless(value: Any) -> bool:
+    """Return whether pickle would need only an object's class to make an equal one."""
+    class_: Any = type(value)
+    if class_.__reduce__ is not object.__reduce__:
+        return False
+    try:
+        stored: Any = object.__reduce_ex__(value, 4)
+    except Exception:  # noqa: BLE001 - there is more than pickle can store, or the user's code fails
+        return False
+    return len(stored[1]) == 1 and not stored[2]
+
+
+def _hash(*parts: str | bytes) -> bytes:
+    return hashlib.blake2b(repr(parts).encode("utf-8", "backslashreplace"), digest_size=16).digest()

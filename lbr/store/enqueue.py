@@ -91,6 +91,7 @@ _FROM_OTHER_CODE = (
     .where(
         _OTHER.c.answerer == bindparam("answerer"),
         _OTHER.c.fingerprint != bindparam("code"),
+        _OTHER.c.fingerprint.like(bindparam("scheme")),
         select(literal_column("1"))
         .select_from(items_table)
         .join(results, results.c.job_id == items_table.c.job_id)
@@ -99,6 +100,14 @@ _FROM_OTHER_CODE = (
         .exists(),
     )
     .order_by(_OTHER.c.id)
+    .limit(1)
+)
+
+
+_FROM_OTHER_SCHEME = (
+    select(runs.c.name)
+    .where(runs.c.answerer == bindparam("answerer"), runs.c.fingerprint.not_like(bindparam("scheme")))
+    .order_by(runs.c.id)
     .limit(1)
 )
 
@@ -146,8 +155,24 @@ async def place_behind(connection: Connection, run: Run) -> int:
 
 async def lender_with_other_code(database: Database, run: Run, fingerprint: str) -> str | None:
     """Return the name of a run from which this one has an answer that another fingerprint gave; None without one."""
-    bound = {"answerer": run.task.answerer, "code": fingerprint, "run": run.id}
+    bound = {
+        "answerer": run.task.answerer,
+        "code": fingerprint,
+        "run": run.id,
+        "scheme": _scheme_of(fingerprint),
+    }
     return await database.read(lambda connection: connection.scalar(_FROM_OTHER_CODE, bound))
+
+
+async def run_of_other_scheme(database: Database, run: Run, fingerprint: str) -> str | None:
+    """Return the name of a run of the same function whose fingerprint cannot be compared with this one, or None."""
+    bound = {"answerer": run.task.answerer, "scheme": _scheme_of(fingerprint)}
+    return await database.read(lambda connection: connection.scalar(_FROM_OTHER_SCHEME, bound))
+
+
+def _scheme_of(fingerprint: str) -> str:
+    """Return a pattern for the fingerprints that can be compared with this one: they begin alike, up to a colon."""
+    return f"{fingerprint.partition(':')[0]}:%"
 
 
 async def add_chunk(

@@ -282,15 +282,15 @@ async def seal(database: Database, run: Run) -> None:
     await database.write(work)
 
 
-async def adopt_fingerprint(database: Database, run: Run, fingerprint: str) -> bool:
-    """Remember the code that a named function has now, unless other code gave, or is giving, the run an answer.
+async def adopt_fingerprint(database: Database, run: Run, fingerprint: str, *, changed: bool) -> bool:
+    """Store the fingerprint that a named function has now, unless its code `changed` since the run's first answers.
 
-    Returns whether it is remembered. What is remembered is the code of the run's first answers from then on.
+    Returns whether it was stored.
     """
 
     async def work(connection: Connection) -> bool:
         counted = (await counters.of_runs(connection, [run.id]))[run.id]
-        if counted[JobState.DONE] or counted[JobState.INFLIGHT]:
+        if changed and (counted[JobState.DONE] or counted[JobState.INFLIGHT]):
             return False
         await connection.execute(update(runs).where(runs.c.id == run.id).values(fingerprint=fingerprint))
         return True

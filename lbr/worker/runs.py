@@ -13,7 +13,8 @@ from lbr.core.tokens import ASSUMED_OUTPUT_TOKENS, most_output_tokens, task_char
 from lbr.core.types import RunState
 from lbr.models.base import Kind, kind_of, tells_cost
 from lbr.models.build import build_model, build_validator, unsent
-from lbr.models.http import Connections
+from lbr.models.connections import Connections
+from lbr.models.identity import has_other_code
 from lbr.worker.deadlines import Lateness
 
 if TYPE_CHECKING:
@@ -184,9 +185,7 @@ class Servings:
 
     def _function_changed(self, run: Run) -> bool:
         function = self._authority.function_for(run.task)
-        if function is None or run.fingerprint is None:
-            return False
-        return function.identity.fingerprint != run.fingerprint
+        return function is not None and has_other_code(function.identity.fingerprint, run.fingerprint)
 
     async def aclose(self) -> None:
         """Close every answerer, and the connections."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -44,12 +45,12 @@ class StoppedError(Exception):
     """What ends a move half way."""
 
 
+@dataclass
 class Calls:
-    """What a function was called for; its values do not change who the function is."""
+    """What a function was called for; its values are not part of the function's identity."""
 
-    def __init__(self) -> None:
-        self.made: list[str] = []
-        self.mended = False
+    made: list[str] = field(default_factory=list, compare=False)
+    mended: bool = field(default=False, compare=False)
 
 
 @pytest.fixture(params=DIRECTIONS)

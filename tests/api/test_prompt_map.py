@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time
 from decimal import Decimal
 from functools import partial
@@ -45,12 +45,12 @@ class City(BaseModel):
     people: int
 
 
+@dataclass
 class Calls:
-    """Counts calls; its values do not change who a function is."""
+    """Counts calls; its values are not part of a function's identity."""
 
-    def __init__(self) -> None:
-        self.made: Counter[str] = Counter()
-        self.broken: set[str] = set()
+    made: Counter[str] = field(default_factory=Counter, compare=False)
+    broken: set[str] = field(default_factory=set, compare=False)
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ async def test_a_failure_without_a_reason(error: type[Exception], paused: bool) 
         async def fails(prompt: str, raised: Any = raised) -> str:
             raise raised
 
-        (row,) = await prompt_map(["a"], fails, run=f"r{number}", progress_every=None)
+        (row,) = await prompt_map(["a"], fails, version="1", run=f"r{number}", progress_every=None)
         assert (row["status"], row["error"]) == ("missing", "the function gave no reason")
         (run,) = (await lbr.status(f"r{number}")).runs
         assert (run.state == "paused", run.failed) == (paused, 0 if paused else 1)
@@ -274,7 +274,7 @@ async def test_interrupted_call_resumes(calls: Calls, db_url: str) -> None:
         return prompt
 
     prompts = [f"p{n}" for n in range(30)]
-    task = asyncio.create_task(prompt_map(prompts, gated, concurrency=1, db_url=db_url))
+    task = asyncio.create_task(prompt_map(prompts, gated, version="1", concurrency=1, db_url=db_url))
     await asyncio.wait_for(reached.wait(), 30)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -282,7 +282,7 @@ async def test_interrupted_call_resumes(calls: Calls, db_url: str) -> None:
     gate.set()
     (before,) = (await lbr.status(db_url=db_url)).runs
     assert (before.done, before.pending, before.inflight) == (10, 20, 0)
-    rows = await prompt_map(prompts, gated, concurrency=1, db_url=db_url)
+    rows = await prompt_map(prompts, gated, version="1", concurrency=1, db_url=db_url)
     assert [row["result"] for row in rows] == prompts
     assert calls.made == Counter(prompts) + Counter({"p10": 1})
 

@@ -343,7 +343,7 @@ def test_another_version_or_fingerprint_is_refused() -> None:
     with pytest.raises(UsageError, match=r"with no version, but here it has version 2"):
         build_model(Task(function=name), allowed, concurrency=1)
     with pytest.raises(
-        UsageError, match=rf"with fingerprint ab, but here it has {fingerprint}: its code or what"
+        UsageError, match=rf"with fingerprint ab, but here it has {fingerprint}: its code or a value"
     ):
         build_model(Task(function=name, version="2", fingerprint="ab"), allowed, concurrency=1)
 

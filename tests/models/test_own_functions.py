@@ -9,9 +9,15 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy import update
 
 import lbr
+from lbr.core.types import Task
+from lbr.models.identity import SCHEME, identify
 from lbr.store import enqueue as queueing
+from lbr.store import reads, runs, schema
+from lbr.store.engines import opened
+from tests.support.callables import shout
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -152,11 +158,12 @@ def test_objects_with_a_state_need_a_version(cli: Cli, folder: Path) -> None:
         call(Agent("rude"), version="3")
     """
     told = python(cli, asked).stdout.splitlines()
-    refused = "refused: expected a function whose answers are known again, got: "
-    assert [line.startswith(refused) for line in told] == [True, False, False, True, False, True, False]
+    refused = "depends on an object of the class Agent, and lbr cannot compare such objects"
+    assert [refused in line for line in told] == [True, False, False, True, False, True, False]
     assert told[1:3] == ["polite: hello"] * 2
     assert (told[4], told[6]) == ("rude: hello", "rude! hello")
-    assert "`Agent.ask` of an object that has a state; give `version`" in told[0]
+    assert told[0].startswith("refused: obj:Agent.ask depends on")
+    assert "Pass `version=`" in told[0]
     assert len(runs_of(cli)) == 3
 
 
@@ -225,7 +232,7 @@ def test_an_object_answers_no_run_of_another(cli: Cli, folder: Path) -> None:
         "expected a run that this worker can serve, got: none. p: the run asks for function obj:Agent"
     )
     assert (
-        "here it has none, and only an object in it would tell which one it is; name the runs that are its own"
+        "here it has none, and lbr knows the Agent in it only by its class; name the function's runs with run=…"
         in told
     )
     assert done == ["1", "1"]
@@ -255,9 +262,9 @@ def test_closures_over_objects_answer_no_run_of_another(cli: Cli, folder: Path) 
     """
     both, one, *done = python(cli, asked).stdout.splitlines()
     assert both.startswith(
-        "expected functions that can be told apart, got: program:hold.<locals>.answer twice"
+        "program:hold.<locals>.answer is given twice, with different objects of the class Agent"
     )
-    assert "name the runs that are its own with run=…" in one
+    assert "name the function's runs with run=…" in one
     assert done == ["1", "1"]
     answers = [json.loads(cli("collect", name).stdout)["result"] for name in ("p", "r")]
     assert answers == ["polite: hello", "rude: hello"]
@@ -299,6 +306,19 @@ def test_values_tell_their_methods_apart(cli: Cli, folder: Path) -> None:
     runs = runs_of(cli)
     assert python(cli, asked).stdout.splitlines() == first
     assert runs_of(cli) == runs
+
+
+def test_a_changed_value_is_other_work(cli: Cli, folder: Path) -> None:
+    """The same lambda is found again by another process, and one that holds another value is answered for itself."""
+    asked = """
+        def make(tone):
+            return lambda prompt: f"{tone}: {prompt}"
+
+        call(make({"tone": "TONE"}))
+    """
+    answers = [python(cli, asked.replace("TONE", tone)).stdout for tone in ("a", "b", "a")]
+    assert answers == ["{'tone': 'a'}: hello\n", "{'tone': 'b'}: hello\n", "{'tone': 'a'}: hello\n"]
+    assert len(runs_of(cli)) == 2
 
 
 def test_a_function_of_a_script_is_served_by_its_name(cli: Cli, folder: Path) -> None:
@@ -390,6 +410,45 @@ def test_prompt_map_tells_it_each_time(cli: Cli, folder: Path) -> None:
     asked = "import answering; call(answering.answer, run='d'); call(answering.answer, run='d')"
     told = python(cli, asked).stderr.splitlines()
     assert [line.partition(", whose answers run d reuses")[1] != "" for line in told] == [True, True]
+
+
+async def test_a_function_that_an_earlier_lbr_identified_is_answered_again(db_url: str) -> None:
+    """An enqueue that adds prompts reports that the answers of the earlier run are not reused."""
+
+    def answer(prompt: str) -> str:
+        return prompt
+
+    earlier = Task(function=identify(answer).name, fingerprint="0" * 32)
+    async with opened(db_url, create=True) as database:
+        await runs.open_run(database, runs.RunSpec("old", earlier, 8, earlier.fingerprint))
+    for inputs, added in (["a"], True), (["a"], False), (["a", "b"], True):
+        notices = (await lbr.enqueue(inputs, run="new", function=answer, db_url=db_url)).notices
+        assert [notice.startswith("run old was made with") for notice in notices] == [True] * added
+    assert (await lbr.enqueue(["c"], run="other", function=str.lower, db_url=db_url)).notices == []
+
+
+async def test_code_that_an_earlier_lbr_digested_did_not_change(db_url: str) -> None:
+    """Digests of two kinds are not compared: the answers are kept without a warning, and the new digest is stored."""
+
+    async def enqueue(run: str) -> list[str]:
+        return (await lbr.enqueue(["a"], run=run, function=shout, db_url=db_url)).notices
+
+    async def store(fingerprint: str) -> None:
+        async with opened(db_url) as database:
+            await database.write(
+                lambda connection: connection.execute(update(schema.runs).values(fingerprint=fingerprint))
+            )
+
+    assert await enqueue("r") == []
+    assert (await lbr.work(functions=[shout], db_url=db_url)).done == 1
+    await store("0" * 32)
+    assert (await lbr.work(functions=[shout], db_url=db_url)).done == 0
+    assert await enqueue("reusing") == []
+    assert await enqueue("r") == []
+    async with opened(db_url) as database:
+        assert (await reads.find_run(database, "r")).fingerprint == identify(shout).fingerprint
+    await store(f"{SCHEME}{'0' * 32}")
+    assert "the code of" in (await enqueue("r"))[0]
 
 
 @pytest.mark.parametrize(("how", "looks"), [({"model": "offline:echo"}, 0), ({"function": str.upper}, 1)])
