@@ -11,8 +11,7 @@ if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] in {"lbr", "-mlbr"} 
     sys.path.append(sys.path.pop(0))
 
 from lbr.api.collect import Collected, collect
-from lbr.api.diagnosis import Finding, Gravity
-from lbr.api.doctor import doctor
+from lbr.api.doctor import Finding, Gravity, doctor
 from lbr.api.enqueue import EnqueueReport, enqueue
 from lbr.api.estimate import Estimate, estimate
 from lbr.api.move import Moved, move

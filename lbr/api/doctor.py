@@ -1,84 +1,361 @@
-"""`lbr.doctor`: look at a queue from all sides, say what to do, and mend what can be mended without asking."""
+"""`lbr.doctor`: what is wrong with a queue, how grave it is, and what to do. Each check turns facts into findings."""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lbr.api.arguments import checked
-from lbr.api.diagnosis import FIXING, Finding, Served, findings
+from lbr.api.status import way_on
 from lbr.core.config import DB_URL_DEFAULT, load_environment
 from lbr.core.errors import DatabaseError, LbrError, UsageError
-from lbr.core.types import RunState
+from lbr.core.plurals import counted, duration
+from lbr.core.types import PauseCause, RunState
 from lbr.models.base import Kind, kind_of
 from lbr.models.build import Authority, build_model
-from lbr.store import health, recount
+from lbr.store import counters, health
 from lbr.store.engines import opened
-from lbr.store.queue_health import Problem
+from lbr.store.files import NETWORK_WAYS, is_network
+from lbr.store.schema import LATEST, SILENT_MS
 from lbr.worker import spool
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Sequence
 
-    from lbr.core.types import PathOrUrl, Run
-    from lbr.store.health import Health
-    from lbr.store.recount import Drift
+    from lbr.core.types import Json, PathOrUrl, Run
+    from lbr.store.counters import Drift
+    from lbr.store.health import FileFacts, Health, ServerFacts
+    from lbr.store.reads import Overview
+
+MIB = 1024 * 1024
+MAX_WAL_BYTES = 128 * MIB
+MIN_FREE_BYTES = 100 * MIB
+MIN_SERVER = 14
+CLOCK_NOTE_MS, CLOCK_WARNING_MS = 2_000, 60_000
+LONG_EXPIRED_MS = 60_000
+LIVE_ENQUEUE_MS = 60_000
+MAX_DRIFTS = 10
+SERVER_RISKS = {
+    "synchronous_commit": "a crash of the server can lose the latest answers",
+    "fsync": "a crash of the server can damage the database",
+    "full_page_writes": "a crash of the server can damage the database",
+    "autovacuum": "claims become slower and slower",
+    "idle_in_transaction_session_timeout": "behind a pooler, a worker that is cut off may keep its locks for hours",
+}
+
+
+class Gravity(StrEnum):
+    """How grave a finding is."""
+
+    OK = "ok"
+    NOTE = "note"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The result of one check: `found` is what is there, `do` what to do, None for nothing."""
+
+    check: str
+    gravity: Gravity
+    found: str
+    do: str | None = None
+
+    @property
+    def is_grave(self) -> bool:
+        """Whether you should do something."""
+        return self.gravity in {Gravity.WARNING, Gravity.ERROR}
+
+    def to_dict(self) -> dict[str, Json]:
+        """Return the finding as JSON."""
+        return asdict(self)
+
+
+OK, NOTE, WARNING, ERROR = Gravity
 
 
 @checked
 async def doctor(
     *, fix: bool = False, db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_fs: bool = False
 ) -> list[Finding]:
-    """Return what there is to say about a queue: in use or not, damaged, of another version, or none at all.
+    """Return the findings about a queue: in use or not, damaged, of another version, or missing.
 
-    Nothing is changed, unless `fix` is set: then counters that are off are mended, beside running workers. Each
-    finding has a `check`, a `gravity` (ok, note, warning or error), what was `found`, and what to `do`. Raises
-    UsageError for what cannot be a database's path or URL.
+    Nothing is changed, unless `fix` is set: then counters that differ from a recount are fixed, while workers go on.
+    Raises UsageError for what cannot be a database's path or URL.
     """
     env = load_environment(Path.cwd())
-    seen = await health.examine(db_url, allow_network_fs=allow_network_fs)
-    mended: list[Drift] = []
-    if fix and seen.queue is not None and seen.queue.drifts:
+    facts = await health.examine(db_url, allow_network_fs=allow_network_fs)
+    fixed: list[Drift] = []
+    if fix and facts.drifts:
         try:
-            mended = await _mend(seen, db_url, allow_network_fs=allow_network_fs)
+            fixed = await _fix(facts, db_url, allow_network_fs=allow_network_fs)
         except LbrError as error:
-            seen.problems.append(Problem(FIXING, str(error)))
-        else:
-            seen = await health.examine(db_url, allow_network_fs=allow_network_fs)
-    return findings(
-        seen, kept=spool.waiting(seen.spool_places), served=await _served(seen, env), mended=mended
+            facts.problems.append(("fix", str(error)))
+    authority = Authority(openrouter_api_key=env.get("OPENROUTER_API_KEY") or None)
+    return [
+        *findings(facts, fixed),
+        *[await _keys(run, authority) for run in _open_runs(facts.view)],
+        *_kept(facts),
+    ]
+
+
+async def _fix(facts: Health, db_url: PathOrUrl, *, allow_network_fs: bool) -> list[Drift]:
+    if facts.file is not None and facts.damages != []:
+        raise DatabaseError("counters in a damaged file are not fixed; see to the damage first")
+    async with opened(db_url, allow_network_fs=allow_network_fs) as database:
+        fixed = await counters.fix(database)
+        facts.drifts = await counters.recount(database)
+    return fixed
+
+
+def findings(facts: Health, fixed: Sequence[Drift] = ()) -> list[Finding]:
+    """Return what the checks find in these facts; `fixed` are the counters that were just fixed."""
+    found: list[Finding | None] = [
+        _problem(facts, *one) for one in facts.problems if one[0] == health.OPENING
+    ]
+    if facts.file is not None:
+        found += [_sqlite(facts.file), _file_system(facts.file, refused=facts.refused)]
+        if facts.file.modes and (facts.version is not None or facts.refused):  # else it may be any program's
+            found += [check(facts.file) for check in (_mode, _writable, _disk, _wal)]
+    if facts.server is not None:
+        found += [check(facts.server) for check in (_server, _settings, _server_clock)]
+    found += [_schema(facts.version), _integrity(facts)]
+    found += [_problem(facts, *one) for one in facts.problems if one[0] != health.OPENING]
+    found += [_leases(facts), _counters(facts.drifts, fixed)]
+    if facts.view is not None:
+        found += _runs(facts.view)
+    return [one for one in found if one is not None]
+
+
+def _problem(facts: Health, check: str, words: str) -> Finding:
+    found, _, do = words.partition("; ")
+    if check not in {health.OPENING, "fix"}:
+        found = f"cannot be read: {found}"
+    return Finding(check, ERROR, found, do or f"see the other findings about {facts.name}, or restore a copy")
+
+
+def has_wal_reset_bug(version: str) -> bool:
+    """Return whether a version of SQLite can corrupt a database when two checkpoints follow each other closely."""
+    numbers = tuple(int(part) for part in version.split(".")[:3])
+    fixed = numbers >= (3, 51, 3) and numbers != (3, 52, 0)  # which was withdrawn
+    return not (fixed or (3, 50, 7) <= numbers < (3, 51) or (3, 44, 6) <= numbers < (3, 45))
+
+
+def _sqlite(file: FileFacts) -> Finding:
+    if not has_wal_reset_bug(file.sqlite_version):
+        return Finding("sqlite", OK, f"SQLite {file.sqlite_version}, without the WAL-reset bug")
+    found = f"SQLite {file.sqlite_version} has the WAL-reset bug; lbr takes its checkpoints in a way that avoids it"
+    do = "let no other program write to the database while lbr does, or use a Python with SQLite 3.51.3 or newer"
+    return Finding("sqlite", NOTE, found, do)
+
+
+def _file_system(file: FileFacts, *, refused: bool) -> Finding:
+    kind = file.file_system
+    if is_network(kind):
+        found = f"a network file system ({kind}), whose locks can fail and corrupt the database"
+        if not refused:
+            return Finding("file system", WARNING, found, NETWORK_WAYS)
+        found += "; the database was not opened"
+        return Finding(
+            "file system", ERROR, found, f"{NETWORK_WAYS}; --allow-network-fs examines it all the same"
+        )
+    return Finding("file system", OK, kind or "not reported by the system; assumed to be local")
+
+
+def _mode(file: FileFacts) -> Finding:
+    open_to_others = {path: mode for path, mode in file.modes.items() if mode & 0o077}
+    if not open_to_others:
+        return Finding("mode", OK, "only its owner can read it")
+    shown = ", ".join(f"{path.name} {mode:04o}" for path, mode in open_to_others.items())
+    found = f"others can read or write prompts and answers: {shown}"
+    return Finding("mode", WARNING, found, f"chmod 600 {' '.join(map(str, open_to_others))}")
+
+
+def _writable(file: FileFacts) -> Finding | None:
+    if not file.unwritable:
+        return None
+    paths = " ".join(map(str, file.unwritable))
+    found = f"you may not write {paths}: workers of yours cannot use the database, or leave its WAL to grow"
+    do = f"make it writable with `chmod u+w`, or give it to the database's owner with `chown`: `ls -ld {paths}`"
+    return Finding("writable", WARNING, found, do)
+
+
+def _disk(file: FileFacts) -> Finding:
+    free = f"{file.free_bytes / MIB:,.0f} MiB are free"
+    if file.free_bytes >= MIN_FREE_BYTES:
+        return Finding("disk", OK, free)
+    return Finding(
+        "disk", WARNING, f"{free}: workers stop when the disk is full", "make room for answers and the WAL"
     )
 
 
-async def _mend(seen: Health, db_url: PathOrUrl, *, allow_network_fs: bool) -> list[Drift]:
-    if seen.file is not None and seen.damages != []:
-        raise DatabaseError("counters are not mended in a damaged file; see to the damage first")
-    async with opened(db_url, allow_network_fs=allow_network_fs) as database:
-        return await recount.mend(database)
+def _wal(file: FileFacts) -> Finding:
+    size = f"the WAL has {file.wal_bytes / MIB:,.1f} MiB"
+    if file.wal_bytes < MAX_WAL_BYTES:
+        return Finding("wal", OK, size)
+    found = f"{size}: no checkpoint has finished for a while"
+    do = f"start `lbr worker`, which takes one, unless a program stays in a transaction: `fuser {file.path}` finds it"
+    return Finding("wal", WARNING, found, do)
 
 
-async def _served(seen: Health, env: Mapping[str, str]) -> list[Served]:
-    """Return of each run that goes on whether a worker with this environment could serve it."""
-    if seen.queue is None or seen.queue.view is None:
-        return []
-    runs = [
-        one.run
-        for one in seen.queue.view.runs
-        if one.run.state is not RunState.CANCELLED and not one.finished
+def _server(server: ServerFacts) -> Finding:
+    name = f"PostgreSQL {server.settings['server_version']}"
+    if int(server.settings["server_version_num"]) < MIN_SERVER * 10_000:
+        found = f"{name}, which is older than {MIN_SERVER}"
+        return Finding("server", ERROR, found, f"use a server of version {MIN_SERVER} or newer")
+    if server.settings["standby"] == "true":
+        return Finding("server", ERROR, f"{name}, a standby: nothing can be written", "name the primary")
+    return Finding("server", OK, name)
+
+
+def _settings(server: ServerFacts) -> Finding:
+    risky = [name for name in SERVER_RISKS if server.settings[name] in {"off", "0"}]
+    if not risky:
+        return Finding("settings", OK, "commits reach the server's disk, and autovacuum is on")
+    found = "; ".join(f"{name} = {server.settings[name]}: {SERVER_RISKS[name]}" for name in risky)
+    values = ", ".join(f"{name} = {'20s' if server.settings[name] == '0' else 'on'}" for name in risky)
+    return Finding(
+        "settings", WARNING, found, f"set {values}, for the server or the role (ALTER ROLE … SET …)"
+    )
+
+
+def _server_clock(server: ServerFacts) -> Finding:
+    off = abs(server.clock_ms)
+    if off < CLOCK_NOTE_MS:
+        return Finding("machine's clock", OK, "agrees with the server's")
+    way = "ahead of" if server.clock_ms > 0 else "behind"
+    found = f"this machine's clock is {duration(off / 1000)} {way} the server's, which leases and waits go by"
+    return Finding(
+        "machine's clock", NOTE if off < CLOCK_WARNING_MS else WARNING, found, "set both by a time server"
+    )
+
+
+def _schema(version: int | None) -> Finding | None:
+    if version is None:
+        return None
+    if version == 0:
+        return Finding("schema", WARNING, "no lbr queue here yet", "`lbr enqueue` creates it")
+    if version > LATEST:
+        found = f"version {version}, of a newer lbr; this one knows {LATEST}"
+        return Finding("schema", ERROR, found, "use the lbr that wrote it")
+    if version < LATEST:
+        found = f"version {version}, of an older lbr; this one reads {LATEST}"
+        return Finding(
+            "schema", NOTE, found, "run any other command, for example `lbr status`: it upgrades the queue"
+        )
+    return Finding("schema", OK, f"version {version}")
+
+
+def _integrity(facts: Health) -> Finding | None:
+    if facts.damages is None:
+        return None
+    if not facts.damages:
+        return Finding("integrity", OK, "SQLite finds no damage")
+    found = f"the file is damaged: {'; '.join(facts.damages)}"
+    rest = f"then restore a copy, or let `sqlite3 {facts.name} .recover` make a new file"
+    return Finding(
+        "integrity", ERROR, found, f"stop all workers, keep a copy of all files, collect what you can; {rest}"
+    )
+
+
+def _leases(facts: Health) -> Finding | None:
+    if facts.expired is None or facts.view is None:
+        return None
+    expired, oldest_ms = facts.expired
+    if not expired:
+        return Finding("leases", OK, "none has expired")
+    workers = facts.view.workers
+    live = sum(abs(facts.view.now - one.seen_at) < SILENT_MS for one in workers)
+    found = (
+        f"{counted(expired, 'lease')} expired, the oldest {duration(oldest_ms / 1000)} ago; "
+        f"{live} of {counted(len(workers), 'worker')} reported recently"
+    )
+    if not live:
+        return Finding("leases", WARNING, found, "start `lbr worker`: it takes the jobs over")
+    if oldest_ms < LONG_EXPIRED_MS:
+        return Finding("leases", NOTE, found, "nothing: the workers take such jobs over")
+    return Finding(
+        "leases", WARNING, found, "check with `lbr status` that the workers make progress, or start another"
+    )
+
+
+def _counters(drifts: Sequence[Drift] | None, fixed: Sequence[Drift]) -> Finding | None:
+    if drifts:
+        found = f"differ from a recount: {_drift_words(drifts)}"
+        return Finding("counters", ERROR, found, "`lbr doctor --fix` fixes them, while workers go on")
+    if fixed:
+        return Finding("counters", NOTE, f"differed and are fixed: {_drift_words(fixed)}")
+    return None if drifts is None else Finding("counters", OK, "agree with a recount")
+
+
+def _drift_words(drifts: Sequence[Drift]) -> str:
+    shown = [f"run {one.run}: {one.counter} {one.kept}, counted {one.counted}" for one in drifts[:MAX_DRIFTS]]
+    return "; ".join(shown) + (f"; and {len(drifts) - MAX_DRIFTS} more" if drifts[MAX_DRIFTS:] else "")
+
+
+def _runs(view: Overview) -> list[Finding]:
+    runs = [one for one in view.runs if one.run.state is not RunState.CANCELLED]
+    found = [
+        _unsealed(one.run, view.now)
+        for one in runs
+        if one.run.sealed_at is None and not one.run.is_paused_by(PauseCause.MOVING_FROM)
     ]
-    authority = Authority(openrouter_api_key=env.get("OPENROUTER_API_KEY") or None)
-    return [await _serve(run, authority) for run in runs]
+    found += [_paused(one.run, one.open) for one in runs if one.run.state is RunState.PAUSED]
+    return found or [Finding("runs", OK, "none is paused or still being enqueued")]
 
 
-async def _serve(run: Run, authority: Authority) -> Served:
+def _unsealed(run: Run, now: int) -> Finding:
+    since = max(0, now - run.enqueued_at)
+    found = (
+        f"run {run.name}: its enqueue has not finished; the latest inputs came {duration(since / 1000)} ago"
+    )
+    if since < LIVE_ENQUEUE_MS:
+        return Finding("runs", NOTE, found)
+    do = "run the same enqueue again: it adds what is missing; with --append, check first what is there"
+    return Finding("runs", WARNING, found, do)
+
+
+def _paused(run: Run, left: int) -> Finding:
+    cause = PauseCause.USER if run.pause is None else run.pause.cause
+    reason = "no reason is stored" if run.pause is None else run.pause.message
+    found = f"run {run.name}: paused with {counted(left, 'job')} to do: {reason}"
+    if cause is PauseCause.MOVED_TO or not (left or cause.is_move):
+        return Finding("runs", OK, found)
+    return Finding("runs", NOTE if cause is PauseCause.USER else WARNING, found, way_on(run.name, cause))
+
+
+def _open_runs(view: Overview | None) -> list[Run]:
+    runs = [] if view is None else view.runs
+    return [one.run for one in runs if one.run.state is not RunState.CANCELLED and not one.finished]
+
+
+async def _keys(run: Run, authority: Authority) -> Finding:
+    """Build the run's model as a worker does first; neither the key nor the network is tried."""
     answerer = run.task.answerer
     if kind_of(run.task) is Kind.FUNCTION:
-        only = "the program that defines it" if run.task.fingerprint else f"--function {run.task.function}"
-        return Served(run.name, answerer, None, function=only)
+        own = "the program that defines it" if run.task.fingerprint else f"--function {run.task.function}"
+        return Finding("keys", OK, f"run {run.name} needs no key, and a worker with {own}")
     try:
-        # What a worker does first; neither the key nor the network is tried.
         model = build_model(run.task, authority, concurrency=1)
     except UsageError as error:
-        return Served(run.name, answerer, str(error))
+        words, _, do = str(error).partition("; ")
+        found = f"run {run.name}: a worker started here cannot serve it: {words}"
+        return Finding(
+            "keys", WARNING, found, do or "set it where the workers run, in the environment or .env"
+        )
     await model.aclose()
-    return Served(run.name, answerer, None)
+    return Finding("keys", OK, f"run {run.name}: what calls of {answerer} need is set here")
+
+
+def _kept(facts: Health) -> Iterator[Finding]:
+    for one in spool.waiting(facts.spool_places):
+        if one.left:
+            found = f"{one.path} has answers to jobs that are not in this database"
+            yield Finding("kept answers", WARNING, found, "remove the file if you do not need it")
+            continue
+        answers = "unreadable answers" if one.answers is None else counted(one.answers, "finished answer")
+        found = f"{answers} in {one.path} are not in the database yet"
+        yield Finding("kept answers", WARNING, found, "start `lbr worker` on this machine: it writes them")

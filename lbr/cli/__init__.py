@@ -6,10 +6,9 @@ from lbr.cli.app import lbr, main
 from lbr.cli.collect import collect
 from lbr.cli.enqueue import enqueue
 from lbr.cli.estimating import estimate
-from lbr.cli.examining import doctor
 from lbr.cli.limiting import limit
 from lbr.cli.moving import move
-from lbr.cli.operate import cancel, pause, resume, retry, rm, show, status
+from lbr.cli.operate import cancel, doctor, pause, resume, retry, rm, show, status
 from lbr.cli.running import run
 from lbr.cli.work import worker, worker_process
 

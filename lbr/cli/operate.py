@@ -1,10 +1,11 @@
-"""The commands that look at runs and steer them: status, show, retry, cancel, pause, resume."""
+"""The commands that look at runs and steer them: status, show, retry, cancel, pause, resume, doctor."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
 import time
+from collections import Counter
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import click
 import orjson
 
+from lbr.api import doctor as examination
 from lbr.api import operate
-from lbr.api.status import describe, resumed_words
+from lbr.api.status import describe, printable, resumed_words
 from lbr.cli.app import database_option, read_setting, say, tell
 from lbr.core.config import positive
 from lbr.core.errors import UsageError
@@ -21,11 +23,13 @@ from lbr.core.plurals import pluralize
 from lbr.core.pricing import dollars
 
 if TYPE_CHECKING:
+    from lbr.api.doctor import Finding
     from lbr.store.reads import Attempt, JobDetail
     from lbr.store.redo import Reparsed
 
 LARGEST_IDX = 2**63 - 1
 LONGEST_PAUSE_SECONDS = 86_400.0
+EXIT_GRAVE = 5
 
 
 @click.command()
@@ -227,3 +231,31 @@ def resume(db: dict[str, Any], /, run: str, max_cost: float | None) -> None:
     if words := resumed_words(run, pause):
         say(f"lbr: {words}")
     tell(f"run {run}: active")
+
+
+@click.command()
+@click.option("--fix", is_flag=True, help="Fix counters that differ from a recount; nothing else is changed.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, one object for each finding.")
+@database_option
+@click.pass_obj
+@click.pass_context
+def doctor(context: click.Context, db: dict[str, Any], /, fix: bool, as_json: bool) -> None:
+    """Check the database from all sides, and print what is wrong and what to do; workers can go on.
+
+    The file or the server, its settings, damage, leases, counters, keys, paused runs, kept answers. Nothing is
+    changed without --fix. The exit code is 5 if there is a warning or an error.
+    """
+    found = asyncio.run(examination.doctor(fix=fix, **db))
+    for one in found:
+        tell(orjson.dumps(one.to_dict()) if as_json else _describe_finding(one))
+    if not as_json:
+        counts = Counter(one.gravity for one in found if one.gravity != "ok")
+        say(f"lbr: {', '.join(counted(n, gravity) for gravity, n in counts.items()) or 'all is well'}")
+    context.exit(EXIT_GRAVE if any(one.is_grave for one in found) else 0)
+
+
+def _describe_finding(finding: Finding) -> str:
+    lines = [f"{finding.gravity:<7}  {finding.check}: {finding.found}"]
+    if finding.do is not None:
+        lines.append(f"{'':<9}{finding.do}")
+    return "\n".join(map(printable, lines))

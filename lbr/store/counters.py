@@ -1,21 +1,26 @@
-"""A run's counts, changed in the same transaction as the rows they count."""
+"""A run's counts, changed in the same transaction as the rows they count, and the recount of those rows."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sqlalchemy import func, select
+from sqlalchemy import case, func, literal_column, null, select, union_all
 
+from lbr.core.types import JobState, PauseCause, RunId
 from lbr.store.arrays import SHARD, Bulk, Given, option
-from lbr.store.schema import counters
+from lbr.store.schema import attempts, counters, jobs, results, runs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from typing import Any
 
-    from lbr.core.types import RunId
+    from sqlalchemy import ColumnElement, Select
+
     from lbr.store.connection import Connection
+    from lbr.store.database import Database
+    from lbr.store.schema import AnyRow
 
 INPUT_TOKENS = "input_tokens"
 OUTPUT_TOKENS = "output_tokens"
@@ -34,7 +39,7 @@ CRASHED = "crashed"
 TRY = "try:"
 """Prefix of a family's count of tries that were no plain success, `try:transient` for one."""
 
-Deltas = Counter[tuple["RunId", str]]
+Deltas = Counter[tuple[RunId, str]]
 
 
 def moved(moves: Iterable[tuple[RunId, str, str]]) -> Deltas:
@@ -95,3 +100,117 @@ async def of_runs(connection: Connection, run_ids: Iterable[RunId]) -> dict[RunI
     for run_id, name, value in (await connection.execute(query)).all():
         counts[run_id][name] = int(value)
     return counts
+
+
+_before = attempts.alias("before")
+_IS_ON_RECORD = (
+    select(_before.c.id)
+    .where(_before.c.job_id == jobs.c.id, _before.c.claim_seq == jobs.c.claim_seq, _before.c.what == "failed")
+    .exists()
+)
+
+
+def own_usage(column: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Select a column of a result's usage, null if it is counted elsewhere: in another run, or with an attempt."""
+    return case((results.c.reused_from.is_(None) & ~_IS_ON_RECORD, column))
+
+
+FIXING = RunId(0)
+"""No run has this id: fixes take turns by it, so that two do not both add the same difference."""
+
+_USAGE = (INPUT_TOKENS, OUTPUT_TOKENS, COST_NANOS)
+_NOT_IN_ROWS = frozenset({ANSWERED, UNPRICED})
+"""Which attempts were paid for is known when they are settled; their rows do not show it."""
+
+_NULL: ColumnElement[Any] = null()
+_ZERO: ColumnElement[Any] = literal_column("0")
+
+
+def _rows(
+    usage: Callable[[str], ColumnElement[Any]],
+    *,
+    state: ColumnElement[Any] = _NULL,
+    what: ColumnElement[Any] = _NULL,
+    family: ColumnElement[Any] = _NULL,
+    reused: ColumnElement[Any] = _ZERO,
+) -> Select[Any]:
+    labelled = {"state": state, "what": what, "family": family, "total": func.count(), "reused": reused}
+    labelled |= {name: usage(name) for name in _USAGE}
+    groups = [column for column in (jobs.c.run_id, state, what, family) if column is not _NULL]
+    return select(jobs.c.run_id, *(column.label(name) for name, column in labelled.items())).group_by(*groups)
+
+
+_COUNTED = union_all(
+    _rows(lambda name: func.sum(attempts.c[name]), what=attempts.c.what, family=attempts.c.family).join_from(
+        attempts, jobs, attempts.c.job_id == jobs.c.id
+    ),
+    _rows(
+        lambda name: func.sum(own_usage(results.c[name])), reused=func.count(results.c.reused_from)
+    ).join_from(results, jobs, results.c.job_id == jobs.c.id),
+    _rows(lambda _: _ZERO, state=jobs.c.state),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """A counter of a run that differs from the rows it counts."""
+
+    run_id: RunId
+    run: str
+    counter: str
+    kept: int
+    counted: int
+
+
+async def recount(database: Database) -> list[Drift]:
+    """Return the counters that differ from their rows, by run and name. It reads every job, result and attempt."""
+    return await database.read(_drifts)
+
+
+async def fix(database: Database) -> list[Drift]:
+    """Set the counters to the recount in one transaction, and return those that differed.
+
+    It adds the difference, which stays the same while workers go on: they change rows and counters together.
+    """
+
+    async def work(connection: Connection) -> list[Drift]:
+        await database.take_turns(connection, FIXING)
+        found = await database.at_one_moment(connection, _drifts)
+        await add(connection, Counter({(one.run_id, one.counter): one.counted - one.kept for one in found}))
+        return found
+
+    return await database.write(work)
+
+
+async def _drifts(connection: Connection) -> list[Drift]:
+    query = select(runs.c.id, runs.c.name, runs.c.pause_cause).order_by(runs.c.id)
+    found = (await connection.execute(query)).all()
+    kept = await of_runs(connection, [run.id for run in found])
+    counted: defaultdict[RunId, Counter[str]] = defaultdict(Counter)
+    for row in (await connection.execute(_COUNTED)).all():
+        counted[RunId(row.run_id)].update(_counts_of(row))
+    return [
+        Drift(RunId(run.id), run.name, name, kept[run.id][name], counted[run.id][name])
+        for run in found
+        for name in sorted({*kept[run.id], *counted[run.id]} - _NOT_IN_ROWS)
+        if kept[run.id][name] != counted[run.id][name]
+        # A run that is being copied here gets its other counts at the end.
+        and (name in set(JobState) or run.pause_cause != PauseCause.MOVING_FROM)
+    ]
+
+
+def _counts_of(row: AnyRow) -> Counter[str]:
+    """Return what one row of `_COUNTED` adds to its run's counts."""
+    found = Counter({name: int(getattr(row, name) or 0) for name in _USAGE} | {REUSED: row.reused})
+    if row.state is not None:
+        found[row.state] = row.total
+    if row.family is not None:
+        found[TRY + row.family] = row.total
+    if row.what in {STALE, CRASHED}:
+        found[row.what] = row.total
+    if row.what == CRASHED:
+        found[ESTIMATED_NANOS] = found[COST_NANOS]
+    # An answer that was redone on request is among the attempts too, but did not fail.
+    if row.family is not None or row.what in {STALE, CRASHED}:
+        found[WASTED_NANOS] = found[COST_NANOS]
+    return found

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from lbr.core.config import PATIENCE
-from lbr.store import files, sqlite
+from lbr.store import file_errors, files, sqlite
 from lbr.store.addresses import address_of, is_postgresql
 from lbr.store.database import to_its_end
 
@@ -82,10 +82,8 @@ def misfit(url: PathOrUrl) -> str | None:
     path = file_of(url)
     if path is None or not path.is_file():
         return None
-    from lbr.store import file_health  # noqa: PLC0415 - only where something failed
-
     try:
-        return file_health.misfit(path)
+        return file_errors.misfit(path)
     except sqlite3.Error:
         return None
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import re
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+import sqlite3
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Any
 
+from sqlalchemy import Float, Integer, LargeBinary, func, select
+from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
 
 from lbr.core.errors import DatabaseBusyError, DatabaseError, MisfitError
-from lbr.core.open_files import exhausted_message
+from lbr.store import schema
+from lbr.store.file_connections import HARMLESS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from sqlalchemy import Column
 
 # Primary result codes of SQLite, https://sqlite.org/rescode.html
 ERROR, BUSY, LOCKED, READONLY, IOERR, CORRUPT, FULL, CANTOPEN, NOTADB = 1, 5, 6, 8, 10, 11, 13, 14, 26
@@ -88,3 +94,33 @@ def database_errors(path: Path) -> Iterator[None]:
             f"cannot use the database {path}: a number in it is so large that a sum with it is too large to write; "
             f"restore a copy, or mend that value"
         ) from error
+
+
+def misfit(path: Path) -> str | None:
+    """Return which column of a file has a value of another type, None if all fit. SQLite stores any value anywhere.
+
+    It reads all rows, to explain an error that such a value may have caused. Raises sqlite3.Error.
+    """
+    literally: dict[str, Any] = {"dialect": sqlite_dialect(), "compile_kwargs": {"literal_binds": True}}
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
+        connection.execute(HARMLESS)
+        for column in (column for table in schema.metadata.sorted_tables for column in table.columns):
+            fitting, kind = _fitting_types(column), func.typeof(column)
+            query = select(kind).where(kind.not_in(fitting)).limit(1)
+            found = connection.execute(str(query.compile(**literally))).fetchone()
+            if found is not None:
+                return f"expected {column.name} of {column.table.name} to be {fitting[0]}, got: {found[0]}"
+    return None
+
+
+def _fitting_types(column: Column[Any]) -> list[str]:
+    match column.type:
+        case Integer():
+            fitting = ["integer"]
+        case Float():
+            fitting = ["real", "integer"]
+        case LargeBinary():
+            fitting = ["blob"]
+        case _:
+            fitting = ["text"]
+    return [*fitting, "null"] if column.nullable else fitting

@@ -1,119 +1,212 @@
-"""How a queue stands, wherever it is: the file or the server, the schema, and what the tables say. Nothing here writes.
+"""The facts that the doctor judges: the file or the server, the schema, the tables. Nothing here writes.
 
-A queue may be in use, damaged, of another version, or no queue at all: whatever can be seen of it is told, and what
-cannot be is a problem among others.
+A queue may be in use, damaged, of another version or missing: what cannot be read is a problem among the facts.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+import sqlite3
+import stat
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from sqlalchemy import func, select, text
 
 from lbr.core.errors import LbrError
-from lbr.store import file_health, files, schema
-from lbr.store.addresses import address_of, is_postgresql
+from lbr.store import counters, files, reads, schema
+from lbr.store.addresses import is_postgresql
 from lbr.store.database import local_clock
-from lbr.store.queue_health import Looker, Problem, QueueHealth, look_at
+from lbr.store.file_connections import READER_PRAGMAS, FileConnections
+from lbr.store.schema import INFLIGHT, jobs
 from lbr.store.sqlite import SQLiteDatabase, sqlite_path
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from pathlib import Path
+    from collections.abc import Awaitable, Callable, Sequence
 
     from lbr.core.types import Millis, PathOrUrl
-    from lbr.store.file_health import FileHealth
-    from lbr.store.server_health import ServerHealth, Writers
+    from lbr.store.connection import Connection
+    from lbr.store.counters import Drift
+    from lbr.store.database import Database
+    from lbr.store.reads import Overview
+
+T = TypeVar("T")
 
 PATIENCE = 5.0
-"""A doctor waits for a busy database for so many seconds at each look."""
-
-LATEST = schema.LATEST
+"""Seconds that the doctor waits for a busy database at each step."""
+MAX_DAMAGES = 5
 OPENING = "database"
-"""The check whose problem is that the queue cannot be read at all."""
+"""The check whose problem is that the queue cannot be opened."""
+_SETTINGS = text(
+    "SELECT name, setting AS value FROM pg_settings UNION ALL SELECT 'standby', CAST(pg_is_in_recovery() AS text)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FileFacts:
+    """The file of an SQLite queue from outside.
+
+    `modes` are the permissions of the database and SQLite's files beside it, by path; `unwritable` are the files, locks
+    and the folder that this user may not write. `file_system` is None if the system does not report it.
+    """
+
+    path: Path
+    file_system: str | None
+    modes: dict[Path, int]
+    unwritable: list[Path]
+    wal_bytes: int
+    free_bytes: int
+    sqlite_version: str = sqlite3.sqlite_version
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """A PostgreSQL server: the settings of a session, with "standby", which is true or false.
+
+    `clock_ms`: by how much this machine's clock is surely ahead of the server's, negative if it is behind.
+    """
+
+    settings: dict[str, str]
+    clock_ms: int
 
 
 @dataclass(slots=True)
 class Health:
-    """What was seen of a queue; None is what could not be, or is not there for this kind of database.
+    """Everything that was found out about a queue; None for what could not be read or does not apply.
 
-    `version` is the schema's, 0 for an empty database; `damages` is empty for a sound file; `refused` tells that the
-    file was not opened, for it is on a network file system.
+    `refused`: the file was not opened, because it is on a network file system. `version`: the schema's, 0 for an empty
+    database. `damages`: what SQLite's own check found. `expired`: the number of leases that ran out, and for how many
+    milliseconds the oldest.
     """
 
     name: str
     spool_places: Sequence[Path]
-    file: FileHealth | None = None
+    file: FileFacts | None = None
     refused: bool = False
-    server: ServerHealth | None = None
-    writers: Writers | None = None
+    server: ServerFacts | None = None
     version: int | None = None
     damages: list[str] | None = None
-    queue: QueueHealth | None = None
-    problems: list[Problem] = field(default_factory=list)
+    view: Overview | None = None
+    expired: tuple[int, int] | None = None
+    drifts: list[Drift] | None = None
+    problems: list[tuple[str, str]] = field(default_factory=list)
 
-    @property
-    def is_current(self) -> bool:
-        """Whether the tables are those that this lbr knows."""
-        return self.version == LATEST
+    async def look(self, check: str, at: Awaitable[T]) -> T | None:
+        """Return a fact, or None with a problem noted under `check`: a damaged part must not hide the others."""
+        try:
+            return await at
+        except LbrError as error:
+            self.problems.append((check, str(error)))
+        except Exception as error:  # noqa: BLE001 - a database may hold anything
+            words = f"the tables hold values that lbr never writes ({type(error).__name__}: {error})"
+            self.problems.append((check, words))
+        return None
 
 
 async def examine(
     url: PathOrUrl, *, allow_network_fs: bool = False, clock: Callable[[], Millis] | None = None
 ) -> Health:
-    """Look at the queue at a path or URL. UsageError for what cannot be one; else it raises nothing."""
+    """Return the facts about the queue at a path or URL. Raises only UsageError, if it can be neither."""
     if is_postgresql(url):
         return await _examine_server(url, clock)
-    path = sqlite_path(url)
-    health, disturbed = await _examine_file(path, allow_network_fs, clock or local_clock, hasty=True)
-    if disturbed:
-        health, _ = await _examine_file(path, allow_network_fs, clock or local_clock, hasty=False)
+    return await _examine_file(sqlite_path(url), allow_network_fs, clock or local_clock)
+
+
+async def _examine_file(path: Path, allow_network_fs: bool, clock: Callable[[], Millis]) -> Health:
+    health = Health(str(path), SQLiteDatabase(path).spool_places)
+    try:
+        health.file = _file_facts(path)
+        health.refused = files.is_network(health.file.file_system) and not allow_network_fs
+        files.check_location(path, create=False)
+        files.check_file(path)
+    except (LbrError, OSError, ValueError) as error:
+        health.problems.append((OPENING, str(error)))
+        return health
+    if health.refused:
+        return health
+    database = _UnchangedDatabase(path, clock=clock, patience=PATIENCE)
+    try:
+        health.version = await health.look(OPENING, database.read(database.version))
+        if health.version is not None:
+            health.damages = await health.look("integrity", database.read(_damages))
+        await _examine_tables(database, health)
+    finally:
+        await database.close()
     return health
 
 
-async def _examine_file(
-    path: Path, allow_network_fs: bool, clock: Callable[[], Millis], *, hasty: bool
-) -> tuple[Health, bool]:
-    """Return how a file stands, and whether others came in between, so that it has to be looked at again."""
-    health = Health(str(path), SQLiteDatabase(path).spool_places)
-    try:
-        health.file = file_health.look_at_file(path)
-        health.refused = health.file.is_network and not allow_network_fs
-        files.check_location(path, create=False)
-        files.check_file(path)
-        database = file_health.LookingDatabase(path, clock=clock, patience=PATIENCE, hasty=hasty)
-    except (LbrError, OSError, ValueError) as error:
-        health.problems.append(Problem(OPENING, str(error)))
-        return health, False
-    if health.refused:
-        return health, False
-    looker = Looker(health.problems)
-    try:
-        health.version = await looker.look(OPENING, database.read(database.version))
-        if health.version is not None:
-            health.damages = await looker.look("integrity", file_health.damages(database))
-        if health.is_current:
-            health.queue = await look_at(database, looker)
-        return health, database.disturbed
-    finally:
-        await database.close()
-
-
 async def _examine_server(url: PathOrUrl, clock: Callable[[], Millis] | None) -> Health:
-    from lbr.store import postgres, server_health  # noqa: PLC0415 - its driver is an extra
+    from lbr.store import postgres  # noqa: PLC0415 - its driver is an extra
 
     database = postgres.open_postgres(url, clock=clock, patience=PATIENCE)
     health = Health(database.name, database.spool_places)
-    looker = Looker(health.problems)
+
+    async def server_facts(connection: Connection) -> ServerFacts:
+        settings = {row.name: row.value for row in await connection.execute(_SETTINGS)}
+        before, theirs, after = local_clock(), await database.now(connection), local_clock()
+        ahead = max(0, before - theirs) or min(0, after - theirs)
+        return ServerFacts(settings, ahead)
+
     try:
-        health.version = await looker.look(
-            OPENING, database.read(lambda connection: connection.run_sync(schema.applied_version))
-        )
-        if health.version is None:
-            return health
-        health.server = await looker.look("server", server_health.look_at_server(database, address_of(url)))
-        if health.is_current:
-            health.writers = await looker.look("writers", server_health.look_at_writers(database))
-            health.queue = await look_at(database, looker)
-        return health
+        version = database.read(lambda connection: connection.run_sync(schema.applied_version))
+        health.version = await health.look(OPENING, version)
+        if health.version is not None:
+            health.server = await health.look("server", database.read(server_facts))
+        await _examine_tables(database, health)
     finally:
         await database.close()
+    return health
+
+
+async def _examine_tables(database: Database, health: Health) -> None:
+    async def expired(connection: Connection) -> tuple[int, int]:
+        now = await database.now(connection)
+        query = select(func.count(), func.min(jobs.c.lease_until)).where(INFLIGHT, jobs.c.lease_until < now)
+        count, oldest = (await connection.execute(query)).one()
+        return count, now - oldest if count else 0
+
+    if health.version == schema.LATEST:
+        health.view = await health.look("runs", reads.overview(database))
+        health.expired = await health.look("leases", database.read(expired))
+        health.drifts = await health.look("counters", counters.recount(database))
+
+
+class _UnchangedDatabase(SQLiteDatabase):
+    """A queue whose file and WAL stay as they are."""
+
+    def __init__(self, path: Path, *, clock: Callable[[], Millis], patience: float) -> None:
+        super().__init__(path, clock=clock, patience=patience)
+        options = None  # the last connection to close removes the files that SQLite shares
+        if self._wal.exists():
+            options = {"mode": "ro"}  # takes no checkpoint when it closes
+        elif not (_may_write(path) and _may_write(path.parent)):
+            options = {"immutable": "1"}  # needs no file beside the database
+        self._reader = FileConnections(path, begin="BEGIN", most=1, pragmas=READER_PRAGMAS, options=options)
+
+
+async def _damages(connection: Connection) -> list[str]:
+    """Return what SQLite finds wrong in the file. It reads all of it."""
+    found = await connection.exec_driver_sql(f"PRAGMA integrity_check({MAX_DAMAGES})")
+    lines = [" ".join(str(line).split()) for line in found.scalars().all()]
+    return [] if lines == ["ok"] else lines
+
+
+def _file_facts(path: Path) -> FileFacts:
+    regular = [one for suffix in files.SUFFIXES if os.path.isfile(one := Path(f"{path}{suffix}"))]
+    locks = [files.lock_path(path, purpose) for purpose in ("checkpoint", "create", "worker")]
+    used = [path.parent, path, *filter(os.path.exists, locks)]
+    wal = Path(f"{path}-wal")
+    return FileFacts(
+        path=path,
+        file_system=files.file_system(path),
+        modes={one: stat.S_IMODE(one.stat().st_mode) for one in regular},
+        unwritable=[one for one in used if not _may_write(one)],
+        wal_bytes=wal.stat().st_size if wal in regular else 0,
+        free_bytes=shutil.disk_usage(path.parent).free if os.path.isdir(path.parent) else 0,
+    )
+
+
+def _may_write(path: Path) -> bool:
+    return os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids)

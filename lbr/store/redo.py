@@ -89,18 +89,6 @@ _ANSWERS = (
     .order_by(results.c.job_id)
     .with_for_update()
 )
-_before = attempts.alias("before")
-_IS_ON_RECORD = (
-    select(_before.c.id)
-    .where(_before.c.job_id == jobs.c.id, _before.c.claim_seq == jobs.c.claim_seq, _before.c.what == "failed")
-    .exists()
-)
-
-
-def own_usage(column: ColumnElement[Any]) -> ColumnElement[Any]:
-    """Select what a call took, null where it is counted elsewhere: in another run, or with its try."""
-    return case((results.c.reused_from.is_(None) & ~_IS_ON_RECORD, column))
-
 
 _KEPT: dict[str, ColumnElement[Any]] = {
     "job_id": jobs.c.id,
@@ -113,9 +101,9 @@ _KEPT: dict[str, ColumnElement[Any]] = {
     ),
     "text": results.c.text,
     "finish_reason": results.c.finish_reason,
-    "input_tokens": own_usage(results.c.input_tokens),
-    "output_tokens": own_usage(results.c.output_tokens),
-    "cost_nanos": own_usage(results.c.cost_nanos),
+    "input_tokens": counters.own_usage(results.c.input_tokens),
+    "output_tokens": counters.own_usage(results.c.output_tokens),
+    "cost_nanos": counters.own_usage(results.c.cost_nanos),
     "latency_ms": results.c.latency_ms,
     "at": bindparam("now", type_=attempts.c.at.type),
 }

@@ -34,7 +34,7 @@ from lbr.core.types import (
     Settlement,
     Task,
 )
-from lbr.store import counters, enqueue, recount, runs
+from lbr.store import counters, enqueue, runs
 from lbr.store.schema import jobs
 from tests.support import forks, postgres
 
@@ -100,7 +100,7 @@ async def states(database: Database, run: Run) -> dict[str, int]:
 
 async def assert_counted(database: Database, run: Run) -> None:
     """Check that the counters say what a recount of the rows says."""
-    assert await recount.drifts(database) == []
+    assert await counters.recount(database) == []
     kept = await database.read(lambda connection: counters.of_runs(connection, [RunId(run.id)]))
     by_state = {str(s): n for s in JobState if (n := kept[run.id][s])}
     assert by_state == await states(database, run)
