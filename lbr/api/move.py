@@ -1,35 +1,31 @@
-"""Moving a run to another database: paused where it is, copied, compared, and taken up there."""
+"""Moving a run to another database: copied page by page, compared, and handed over."""
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from lbr.api.arguments import checked
 from lbr.core.config import DB_URL_DEFAULT
 from lbr.core.errors import DatabaseError, UsageError
-from lbr.core.plurals import pluralize
 from lbr.core.types import JobState
-from lbr.store import contents, reads, transfer
+from lbr.store import enqueue, reads, runs, transfer
 from lbr.store.engines import opened, shown
 from lbr.store.queue import Queue
 from lbr.worker.reclaiming import Reclaiming
 from lbr.worker.spool import waiting_of
 
 if TYPE_CHECKING:
+    from collections import Counter
     from collections.abc import Callable
 
     from lbr.core.types import Json, PathOrUrl, Run
-    from lbr.store.contents import Contents
     from lbr.store.database import Database
-
-WAIT_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What a move copied, or what was `known` there already. `hash` is over all that both databases hold of the run."""
+    """What was moved, now or, if `known`, before. `hash` covers everything that both databases hold of the run."""
 
     run: str
     target: str
@@ -54,109 +50,72 @@ async def move(
     allow_network_fs: bool = False,
     notify: Callable[[str], None] = lambda _: None,
 ) -> Moved:
-    """Copy a run with its answers into another database, compare the two, and let workers go on there.
+    """Copy a run with its answers into another database, compare the two, and let it go on there, in the state it has.
 
-    The run is paused here first, calls in flight are waited for (`notify` says so), and it stays here as a paused
-    copy. Interrupted, the same call goes on where it stopped; with `restart`, what is there of it is copied anew.
+    It must be paused, finished or cancelled, and no worker may hold a job of it. It stays here as a paused copy.
+    Interrupted, the same call goes on where it stopped; with `restart`, it copies everything again.
 
-    Raises RunNotFoundError; UsageError where the name is taken there, the run is not whole, both databases are one
-    or kept answers cannot be taken up; DatabaseError where the two differ in the end: the copy there then stays paused.
+    Raises RunNotFoundError; UsageError if the run is not at rest or not whole, the name is taken there, both databases
+    are the same, or kept answers cannot be written; DatabaseError if the two differ in the end: the copy there then
+    stays paused.
     """
     origin, aim = shown(db_url), shown(to_url)
     if origin == aim:
-        raise UsageError(f"expected another database to move to, got: {aim}, where the run is")
+        raise UsageError(f"run {run!r} is in {aim} already; name a different database to move it to")
     async with opened(db_url, allow_network_fs=allow_network_fs) as source:
-        found = await reads.find_run(source, run)
-        transfer.check_may_leave(found, aim)
-        transfer.check_whole(found)
+        found, counts = await _prepare(source, run, aim, notify)
+        jobs, answers = sum(counts[state] for state in JobState), counts[JobState.DONE]
         async with opened(to_url, create=True, allow_network_fs=allow_network_fs) as target:
-            there = await transfer.find(target, run)
-            if there is not None and not transfer.is_half_done(there, found):
-                return await _known(found, target, there, aim)
-            found = await _hold(source, run, aim, notify)
             copy = await transfer.open_copy(target, found, origin)
-            if restart:
+            if restart and transfer.is_half_done(copy, found):
                 await transfer.clear(target, copy)
-            return await _complete(source, found, target, copy, aim)
+                copy = await transfer.open_copy(target, found, origin)
+            if known := not transfer.is_half_done(copy, found):
+                _check_was_moved(found, copy, aim)
+                inputs, digest = await transfer.digest(source, found)
+            else:
+                inputs, digest = await _copy(source, found, target, copy)
+                # First there is no way back here, then the run begins there: never two of it at once.
+                columns = await transfer.depart(source, found, counts, aim)
+                await transfer.arrive(target, copy, columns, counts)
+            return Moved(run, aim, inputs, jobs, answers, digest, known)
 
 
-async def _known(run: Run, target: Database, copy: Run, aim: str) -> Moved:
-    """Return what was moved before; UsageError where the name is another run's."""
-    if not transfer.is_copy(copy, run) or not transfer.has_left(run, aim):
-        raise UsageError(
-            f"expected the name {run.name!r} to be free in {aim}, or a half-done copy of this run, got: another run; "
-            f"name another database"
-        )
-    return _moved(run, aim, await contents.contents_of(target, copy), known=True)
+async def _prepare(
+    source: Database, name: str, aim: str, notify: Callable[[str], None]
+) -> tuple[Run, Counter[str]]:
+    """Return the run, at rest, with its counts, after taking back what dead workers left of it.
 
-
-async def _hold(source: Database, name: str, aim: str, notify: Callable[[str], None]) -> Run:
-    """Pause the run and wait until none of its jobs is in flight; what dead workers have left is taken back.
-
-    Raises UsageError where kept answers stay outside of the database: they are paid for, and would be left behind.
+    Raises UsageError if kept answers stay outside of the database: they are paid for, and would be left behind.
     """
-    run = await transfer.hold(source, name, aim)
-    reclaiming = Reclaiming(source, Queue(source), notify)
-    told = False
-    while True:
-        await reclaiming.take_back()
-        held, seconds = await transfer.in_flight(source, run)
-        if not held:
-            _check_none_kept(source, run)
-            return run
-        if not told:
-            told = True
-            notify(
-                f"run {name} is paused; waiting for {pluralize(held, 'job')} in flight, whose leases end in {seconds:.0f} s at "
-                f"the latest if their workers are dead"
-            )
-        await asyncio.sleep(WAIT_SECONDS)
-
-
-def _check_none_kept(source: Database, run: Run) -> None:
-    if kept := waiting_of(source, run.id):
+    left = transfer.has_left(await reads.find_run(source, name), aim)
+    if not left:
+        await Reclaiming(source, Queue(source), notify).take_back()
+    run, counts = await transfer.prepare(source, name, aim)
+    if not left and (kept := waiting_of(source, run.id)):
         raise UsageError(
-            f"expected every finished answer of run {run.name!r} to be in {source.name} before it is moved, got: some "
-            f"kept in {', '.join(map(str, kept))} that could not be taken up; mend what keeps them out, or remove the "
-            f"file and pay for them again, then run the same command again"
+            f"finished answers of run {name!r} are still kept in {', '.join(map(str, kept))} and cannot be written to "
+            f"{source.name}; fix what prevents it, or remove the file and pay for them again, then run the same "
+            f"command again"
         )
+    return run, counts
 
 
-async def _complete(source: Database, run: Run, target: Database, copy: Run, aim: str) -> Moved:
-    seen = await transfer.counts(source, run)
-    try:
-        await _copy(source, run, target, copy)
-        place, held = await contents.first_difference(source, run, target, copy)
-        if place is not None:
-            raise DatabaseError(
-                f"expected run {run.name!r} to be the same in both databases, got: a difference at input {place}; the "
-                f"copy stays paused: copy it again with --restart"
-            )
-        # First there is no way back here, then the run begins there: never two of it at once.
-        await transfer.depart(source, run, aim, seen=seen)
-        await transfer.arrive(target, copy, run, held=held, seen=seen)
-    except transfer.NotHalfDoneError:
-        there, here = await transfer.find(target, run.name), await transfer.find(source, run.name)
-        if (
-            there is None
-            or here is None
-            or not transfer.is_copy(there, run)
-            or not transfer.has_left(here, aim)
-        ):
-            raise
-        # Another move of the same run was quicker.
-        return _moved(run, aim, await contents.contents_of(target, there), known=True)
-    return _moved(run, aim, held, known=False)
+def _check_was_moved(run: Run, copy: Run, aim: str) -> None:
+    """Raise UsageError if the name is that of a different run."""
+    runs.check_not_removing(copy)
+    if not transfer.is_copy(copy, run) or not transfer.has_left(run, aim):
+        raise UsageError(f"{aim} already has a different run named {run.name!r}; name another database")
 
 
-async def _copy(source: Database, run: Run, target: Database, copy: Run) -> None:
-    page = await contents.read_page(source, run, 0)
-    while page.places:
-        place = await transfer.add_page(target, copy, page)
-        page = await contents.read_page(source, run, place, page.next_limit)
-
-
-def _moved(run: Run, aim: str, held: Contents, *, known: bool) -> Moved:
-    jobs = sum(held.states.values())
-    answers = held.states[JobState.DONE]
-    return Moved(run.name, aim, held.inputs, jobs, answers, held.hash, known)
+async def _copy(source: Database, run: Run, target: Database, copy: Run) -> tuple[int, str]:
+    """Copy what is missing, and compare; return how many inputs there are, and the hash of everything."""
+    async for page in transfer.pages(source, run, await enqueue.next_idx(target, copy)):
+        await transfer.add_page(target, copy, page)
+    here, there = await transfer.digest(source, run), await transfer.digest(target, copy)
+    if here != there:
+        raise DatabaseError(
+            f"run {run.name!r} differs: {here[0]} inputs with hash {here[1]} in {source.name}, {there[0]} with hash "
+            f"{there[1]} in {target.name}; the copy there stays paused: copy it again with --restart"
+        )
+    return here

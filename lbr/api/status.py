@@ -236,8 +236,6 @@ def paused_words(run: str, pause: Paused) -> str:
 def way_on(run: str, cause: PauseCause) -> str:
     """Return how a run that is paused goes on."""
     match cause:
-        case PauseCause.MOVING_TO:
-            return f"finish that with the same `lbr move`, or keep it here with `lbr resume {run}`"
         case PauseCause.MOVING_FROM:
             return "finish that with the same `lbr move`"
         case PauseCause.REMOVING:

@@ -18,14 +18,14 @@ from lbr.core.plurals import pluralize
 @click.argument("from_url", metavar="FROM_URL")
 @click.argument("to_url", metavar="TO_URL")
 @click.argument("run")
-@click.option("--restart", is_flag=True, help="Copy anew what a move that was interrupted has left there.")
-@click.option("--json", is_flag=True, help="Print JSON, one object.")
+@click.option("--restart", is_flag=True, help="Copy everything again, instead of going on with an interrupted copy.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, one object.")
 @click.pass_obj
 def move(db: dict[str, Any], /, from_url: str, to_url: str, run: str, restart: bool, json: bool) -> None:
     """Copy a run with its answers into another database, and go on there.
 
-    The run is paused where it is, calls in flight are waited for, and all that it holds is copied and compared. It
-    stays there as a paused copy. Interrupted, the same command goes on.
+    The run must be paused, finished or cancelled, and no worker may hold a job of it. Everything that it holds is
+    copied and compared. It stays where it was as a paused copy. Interrupted, run the same command again.
     """
     try:
         moved = asyncio.run(
@@ -39,8 +39,8 @@ def move(db: dict[str, Any], /, from_url: str, to_url: str, run: str, restart: b
             )
         )
     except KeyboardInterrupt as error:
-        raise StoppedError("the move has not come to its end; run the same command again to go on") from error
-    if json:
+        raise StoppedError("the move has not finished; run the same command again to go on") from error
+    if as_json:
         tell(orjson.dumps(moved.to_dict()))
         return
     done = "was moved before to" if moved.known else "moved to"
@@ -51,6 +51,6 @@ def move(db: dict[str, Any], /, from_url: str, to_url: str, run: str, restart: b
         return
     tell(f"hash {moved.hash}: the same in both")
     say(
-        f"lbr: the run stays here as a paused copy: `lbr resume` would call twice for what is left. "
-        f"Go on with `lbr worker` and --db or LBR_DB for {moved.target}"
+        f"lbr: go on with --db or LBR_DB for {moved.target}: `lbr resume {moved.run}` if the run was paused, then "
+        f"`lbr worker`. A paused copy stays here; resuming that would call twice for what is left"
     )

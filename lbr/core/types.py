@@ -63,7 +63,6 @@ class PauseCause(StrEnum):
     UNPRICED = "unpriced"  # its cost is limited, but not known
     OUTAGE = "outage"
     SET_UP = "set_up"
-    MOVING_TO = "moving_to"
     MOVED_TO = "moved_to"
     MOVING_FROM = "moving_from"
     REMOVING = "removing"
@@ -71,7 +70,7 @@ class PauseCause(StrEnum):
     @property
     def is_move(self) -> bool:
         """Whether `lbr move` paused the run."""
-        return self in {PauseCause.MOVING_TO, PauseCause.MOVED_TO, PauseCause.MOVING_FROM}
+        return self in {PauseCause.MOVED_TO, PauseCause.MOVING_FROM}
 
 
 class Shape(StrEnum):
@@ -254,7 +253,7 @@ class Paused:
 
 @value(frozen=True, slots=True)
 class Move:
-    """A run's way between two databases: the `place` of the other one, and the state and pause that the run had here."""
+    """Where a run was moved to: the `place` of the other database, and the state and pause that the run had before."""
 
     place: str
     state: str = RunState.ACTIVE
@@ -278,8 +277,8 @@ class Run:
 
     `price` is what its user says that its calls cost, None where the provider and the price table are asked;
     `budget_nanos` what it may cost in billionths of a US dollar, None without a limit. `input_columns` is JSON, see
-    `Item.columns`; None if no input had any, and for runs of older versions. `move` is set while `pause` is one of
-    `lbr move`.
+    `Item.columns`; None if no input had any, and for runs of older versions. `move` is set after `lbr move`
+    took the run away.
     """
 
     id: RunId

@@ -225,16 +225,11 @@ def pausing(pause: Paused) -> dict[str, Any]:
 
 
 def check_not_moving(run: Run) -> None:
-    """Raise UsageError where a run takes no changes, because it is being or was moved."""
+    """Raise UsageError if a run takes no changes, because it is being or was moved."""
     pause = run.pause
     if pause is not None and pause.cause is PauseCause.MOVED_TO:
         raise UsageError(
             f"run {run.name!r} was {pause.message} and goes on there; name that database with --db"
-        )
-    if pause is not None and pause.cause is PauseCause.MOVING_TO:
-        raise UsageError(
-            f"run {run.name!r} is {pause.message}; finish that with the same `lbr move` and go on there, or keep the run "
-            f"here with `lbr resume {run.name}`"
         )
     _check_whole(run)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import orjson
 from sqlalchemy import (
     BigInteger,
     CheckConstraint,
@@ -88,7 +89,7 @@ runs = Table(
     Column("highest_nanos", Id),
     # The columns of its input as JSON, in order; see `lbr.core.types.Item`.
     Column("input_columns", Text),
-    # As JSON, while `lbr move` is at it: the other database, and what the run was before.
+    # As JSON, after `lbr move` took the run away: the other database, and what the run was before.
     Column("move", Text),
     CheckConstraint("state IN ('active', 'paused', 'cancelled')", name="runs_state"),
     sqlite_autoincrement=True,
@@ -395,23 +396,26 @@ def _cause_of(reason: str) -> Paused:
     return Paused(PauseCause.USER, reason)
 
 
-def _read_reason(state: str, reason: str) -> tuple[Paused, Move | None]:
-    """Read such a reason, also one of `lbr move`."""
+_MOVING_TO = "moving_to"
+
+
+def _read_reason(state: str, reason: str) -> tuple[str, str, Move | None]:
+    """Read such a reason, also one of `lbr move`; return cause and message."""
     if state == RunState.CANCELLED:
-        return Paused(PauseCause.REMOVING, reason), None
-    moves = (PauseCause.MOVING_TO, PauseCause.MOVED_TO, PauseCause.MOVING_FROM)
-    for cause in moves:
+        return PauseCause.REMOVING, reason, None
+    for cause in (_MOVING_TO, PauseCause.MOVED_TO, PauseCause.MOVING_FROM):
         start = f"{cause.replace('_', ' ')} "
         if reason.startswith(start):
             message, _, before = reason.partition(_BEFORE)
             place, before = message.removeprefix(start), before.removesuffix(")")
             if before == RunState.CANCELLED:
-                return Paused(cause, message), Move(place, RunState.CANCELLED)
+                return cause, message, Move(place, RunState.CANCELLED)
             if before:
                 was = _cause_of(before.removeprefix("paused: "))
-                return Paused(cause, message), Move(place, RunState.PAUSED, was.cause, was.message)
-            return Paused(cause, message), Move(place)
-    return _cause_of(reason), None
+                return cause, message, Move(place, RunState.PAUSED, was.cause, was.message)
+            return cause, message, Move(place)
+    pause = _cause_of(reason)
+    return pause.cause, pause.message, None
 
 
 def _name_causes(connection: Connection) -> None:
@@ -423,14 +427,30 @@ def _name_causes(connection: Connection) -> None:
     _add_missing(connection, runs)
     old = Table("runs", MetaData(), *(Column(name) for name in ("id", "state", "pause_reason")))
     for row in connection.execute(select(old).where(old.c.pause_reason.is_not(None))).all():
-        pause, move = _read_reason(row.state, row.pause_reason)
+        cause, message, move = _read_reason(row.state, row.pause_reason)
         values = {
-            "pause_cause": pause.cause,
-            "pause_message": pause.message,
+            "pause_cause": cause,
+            "pause_message": message,
             "move": None if move is None else move.to_json(),
         }
         connection.execute(update(runs).where(runs.c.id == row.id).values(values))
     _alter(connection, runs, "DROP COLUMN pause_reason")
+
+
+def _end_moves(connection: Connection) -> None:
+    """Let runs that were being moved away rest here, as they were before, or paused: the same `lbr move` goes on."""
+    leaving = select(runs.c.id, runs.c.pause_message, runs.c.move).where(runs.c.pause_cause == _MOVING_TO)
+    for row in connection.execute(leaving).all():
+        state, pause = Move(**orjson.loads(row.move)).before
+        if state is RunState.ACTIVE:
+            state, pause = RunState.PAUSED, Paused(PauseCause.USER, row.pause_message)
+        values = {
+            "state": state,
+            "pause_cause": None if pause is None else pause.cause,
+            "pause_message": None if pause is None else pause.message,
+            "move": None,
+        }
+        connection.execute(update(runs).where(runs.c.id == row.id).values(values))
 
 
 MIGRATIONS: tuple[tuple[str, Callable[[Connection], None]], ...] = (
@@ -443,6 +463,7 @@ MIGRATIONS: tuple[tuple[str, Callable[[Connection], None]], ...] = (
     ("note outages of models", _add_outages),
     ("keep the order of columns, and which ids are numbers", _add_input_columns),
     ("keep the cause of a pause apart from its message", _name_causes),
+    ("let runs rest that were being moved away", _end_moves),
 )
 """Ordered and append-only: a database's version is the number of them that it has seen."""
 

@@ -465,6 +465,7 @@ class TestRuns:
             await transfer.open_copy(target, replace(run, price=MINI), shown(db_url))
             await source.close()
             await target.close()
+        await lbr.pause("r", db_url=db_url)
         await lbr.move("r", db_url=db_url, to_url=target_url)
         (there,) = (await lbr.status("r", db_url=target_url)).runs
         assert there.price == {"in": 1.0, "out": 2.0}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy import update
 
 import lbr
 from lbr import LbrError, Permanent
@@ -16,9 +17,10 @@ from lbr.api.move import Moved
 from lbr.api.status import describe, unfinished_words
 from lbr.core.errors import DatabaseError, UsageError
 from lbr.core.types import Item, KeyMaker, PauseCause, Paused, Prompt, Shape
-from lbr.store import contents, enqueue, reads, runs, transfer
+from lbr.store import enqueue, reads, runs, transfer
 from lbr.store.engines import open_database, opened, shown
 from lbr.store.queue import Queue
+from lbr.store.schema import results
 from lbr.store.settle import settle
 from lbr.worker.spool import keep, waiting_of
 from tests.proofs.test_outages import FUNCTION, calls, check, enqueue_lines, far_driver
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from lbr.core.types import Run
+    from lbr.store.database import Database
+
 DIRECTIONS = ("sqlite to postgresql", "postgresql to sqlite", "sqlite to sqlite")
 
 
@@ -49,8 +54,9 @@ class StoppedError(Exception):
 class Calls:
     """What a function was called for; its values are not part of the function's identity."""
 
-    made: list[str] = field(default_factory=list, compare=False)
-    mended: bool = field(default=False, compare=False)
+    def __init__(self) -> None:
+        self.made: list[str] = []
+        self.fixed = False
 
 
 @pytest.fixture(params=DIRECTIONS)
@@ -71,14 +77,20 @@ async def rows_of(url: str, run: str = "r") -> list[dict[str, Any]]:
     return rows
 
 
+async def pause_and_move(source: str, target: str, run: str = "r", **options: Any) -> Moved:
+    """Move a run as the messages say."""
+    await lbr.pause(run, db_url=source)
+    return await lbr.move(run, db_url=source, to_url=target, **options)
+
+
 async def test_everything_comes_along_and_the_rest_is_done_there(urls: tuple[str, str]) -> None:
-    """Answers, failures, tries, order and metadata are the same there; only what is missing is called for, once."""
+    """Answers, failures, attempts, order and metadata are the same there; only what is missing is called for, once."""
     source, target = urls
     calls = Calls()
 
     async def picky(prompt: str) -> str:
         calls.made.append(prompt)
-        if prompt == "bad" and not calls.mended:
+        if prompt == "bad" and not calls.fixed:
             raise Permanent("not today")
         return prompt.upper()
 
@@ -90,23 +102,27 @@ async def test_everything_comes_along_and_the_rest_is_done_there(urls: tuple[str
     await lbr.enqueue(["new 1", "new 2", "p1"], run="r", function=picky, append=True, db_url=source)
     before = await rows_of(source)
     called = list(calls.made)
-    moved = await lbr.move("r", db_url=source, to_url=target)
+    moved = await pause_and_move(source, target)
     assert (moved.inputs, moved.jobs, moved.answers, moved.known) == (65, 44, 41, False)
     assert await rows_of(target) == before
     assert (await lbr.show("r", 60, db_url=target)).tries == (await lbr.show("r", 60, db_url=source)).tries
     assert (await lbr.show("r", 61, db_url=target)).reused
     here, there = [(await lbr.status("r", db_url=url)).runs[0] for url in urls]
-    assert (here.state, there.state, there.pause_cause) == ("paused", "active", None)
+    assert (here.state, here.pause_cause, there.state, there.pause_cause) == ("paused", "moved_to", "paused", "user")
     assert here.pause_message == f"moved to {shown(target)}"
     for name in ("done", "failed", "pending", "reused", "errors", "input_tokens", "sealed"):
         assert getattr(here, name) == getattr(there, name)
+    async with opened(target) as database:
+        await assert_counted(database, await reads.find_run(database, "r"))
     assert (await lbr.work(functions=[picky], db_url=source)).done == 0
-    calls.mended = True
+    calls.fixed = True
     await lbr.retry("r", db_url=target)
+    await lbr.resume("r", db_url=target)
     assert (await lbr.work(functions=[picky], db_url=target)).done == 3
     assert sorted(calls.made[len(called) :]) == ["bad", "new 1", "new 2"]
     assert {row["status"] for row in await rows_of(target)} == {"done"}
-    assert (await lbr.move("r", db_url=source, to_url=target)).known
+    again = await lbr.move("r", db_url=source, to_url=target)
+    assert (again.known, again.hash, again.answers) == (True, moved.hash, 41)
 
 
 async def test_what_a_run_may_cost_comes_along(urls: tuple[str, str]) -> None:
@@ -137,64 +153,136 @@ async def test_columns_and_ids_come_along(urls: tuple[str, str], tmp_path: Path)
     assert [row["id"] for row in await rows_of(target)] == [2**64 - 1, "2"]
 
 
-async def test_interrupted_move_goes_on(urls: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever page it stopped behind, the same call completes the copy, and two at once do the work of one."""
-    monkeypatch.setattr(contents, "_PLACES", contents._PLACES.limit(10))
+STEPS = ("open_copy", "add_page", "digest", "depart", "arrive")
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("step", STEPS)
+async def test_a_move_that_dies_at_any_step_goes_on(
+    urls: tuple[str, str], monkeypatch: pytest.MonkeyPatch, step: str, after: bool
+) -> None:
+    """Wherever it stopped, the run is claimable in one database at most, and the same call completes the move."""
+    monkeypatch.setattr(transfer, "FIRST_LIMIT", 2)
     source, target = urls
-    database = await open_database(source, create=True)
-    await put(database, [f"p{n % 70}" for n in range(100)])
-    real, left = transfer.add_page, 3
+    await lbr.enqueue([f"p{n % 7}" for n in range(10)], run="r", model="offline:echo", db_url=source)
+    await lbr.pause("r", db_url=source)
+    real = getattr(transfer, step)
 
-    async def stops(*arguments: Any) -> int:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise StoppedError
-        return await real(*arguments)
+    async def dies(*arguments: Any) -> Any:
+        if after:
+            await real(*arguments)
+        raise StoppedError
 
-    monkeypatch.setattr(transfer, "add_page", stops)
+    monkeypatch.setattr(transfer, step, dies)
     with pytest.raises(StoppedError):
         await lbr.move("r", db_url=source, to_url=target)
-    half = await open_database(target)
-    copy = await reads.find_run(half, "r")
-    assert (await enqueue.next_idx(half, copy), copy.state) == (30, "paused")
-    with pytest.raises(UsageError, match="run 'r' is still moving from"):
-        await lbr.resume("r", db_url=target)
-    with pytest.raises(UsageError, match="run 'r' is moving to .*lbr resume r"):
-        await lbr.enqueue(["more"], run="r", model="offline:echo", append=True, db_url=source)
-    await assert_counted(half, copy)
-    monkeypatch.setattr(transfer, "add_page", real)
+    monkeypatch.setattr(transfer, step, real)
+    has_arrived = step == "arrive" and after
+    has_left = step == "arrive" or (step == "depart" and after)
+    assert await may_go_on(source) is not has_left
+    assert await may_go_on(target) is has_arrived
+    assert (await lbr.move("r", db_url=source, to_url=target)).known is has_arrived
+    assert (await may_go_on(source), await may_go_on(target)) == (False, True)
+    async with opened(target) as database:
+        await assert_counted(database, await reads.find_run(database, "r"))
+    await lbr.resume("r", db_url=target)
+    assert [(await lbr.work(db_url=url)).done for url in urls] == [0, 7]
+    assert [row["result"] for row in await rows_of(target)] == [f"p{n % 7}" for n in range(10)]
+
+
+async def may_go_on(url: str) -> bool:
+    """Return whether `lbr resume` lets workers claim a run's jobs there, without warning that it is elsewhere."""
+    try:
+        async with opened(url) as database:
+            run = await reads.find_run(database, "r")
+            runs.check_not_moving(run)
+    except LbrError:
+        return False
+    return True
+
+
+async def test_two_moves_at_once(urls: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them completes the copy, and the other one does no harm."""
+    monkeypatch.setattr(transfer, "FIRST_LIMIT", 2)
+    source, target = urls
+    await lbr.enqueue([f"p{n % 70}" for n in range(100)], run="r", model="offline:echo", db_url=source)
+    await lbr.pause("r", db_url=source)
     both = await asyncio.gather(
         *(lbr.move("r", db_url=source, to_url=target) for _ in range(2)), return_exceptions=True
     )
     assert any(isinstance(one, Moved) for one in both), both
     assert all(isinstance(one, Moved | LbrError) for one in both), both
     assert (await lbr.move("r", db_url=source, to_url=target)).known
-    rows = [row async for page in reads.rows(half, copy, Shape.ORIGINAL) for row in page]
-    assert [row.prompt.text for row in rows] == [f"p{n % 70}" for n in range(100)]
-    assert await states(half, copy) == {"pending": 70}
-    await assert_counted(half, copy)
-    assert (await reads.find_run(half, "r")).state == "active"
-    await half.close()
-    await database.close()
+    assert [row["prompt"] for row in await rows_of(target)] == [f"p{n % 70}" for n in range(100)]
+    async with opened(target) as database:
+        copy = await reads.find_run(database, "r")
+        assert await states(database, copy) == {"pending": 70}
+        await assert_counted(database, copy)
 
 
-async def test_jobs_in_flight_are_waited_for(urls: tuple[str, str]) -> None:
-    """A move waits for what is in flight; a dead worker's leases are taken back when they run out."""
+async def test_a_run_that_goes_on_while_it_is_copied_stays(
+    urls: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A claim or more inputs in the last moment keep the run where it is; later the copy is made again."""
+    source, target = urls
+    await lbr.enqueue(["a", "b"], run="r", model="offline:echo", db_url=source)
+    await lbr.pause("r", db_url=source)
+    real = transfer.depart
+
+    async def goes_on(*arguments: Any) -> Any:
+        await lbr.resume("r", db_url=source)
+        await lbr.work(db_url=source)
+        await lbr.pause("r", db_url=source)
+        return await real(*arguments)
+
+    async def grows(*arguments: Any) -> Any:
+        await lbr.enqueue(["a"], run="r", model="offline:echo", append=True, db_url=source)
+        return await real(*arguments)
+
+    for change in (goes_on, grows):
+        monkeypatch.setattr(transfer, "depart", change)
+        with pytest.raises(DatabaseError, match="changed while it was copied, and stays there"):
+            await lbr.move("r", db_url=source, to_url=target, restart=True)
+        assert (await may_go_on(source), await may_go_on(target)) == (True, False)
+    monkeypatch.setattr(transfer, "depart", real)
+    assert (await lbr.move("r", db_url=source, to_url=target)).answers == 2
+    assert [row["result"] for row in await rows_of(target)] == ["a", "b", "a"]
+
+
+async def test_a_held_job_keeps_a_run(urls: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run does not leave while a worker holds a job, not even one that was claimed in the last moment."""
     source, target = urls
     database = await open_database(source, create=True)
-    run = await put(database, ["a", "b"])
-    queue = Queue(database)
-    worker = await queue.register(host="gone", pid=1, concurrency=2)
-    await queue.claim(worker, [run.id], 1, lease=1.5)
-    told: list[str] = []
-    await lbr.move("r", db_url=source, to_url=target, notify=told.append)
-    assert len(told) == 2
-    assert "run r is paused; waiting for 1 job in flight" in told[0]
-    assert f"reclaimed 1 job of worker {worker}, whose lease ran out" in told[1]
-    status = (await lbr.status("r", db_url=target)).runs[0]
-    assert (status.pending, status.inflight, status.crashed) == (2, 0, 1)
+    run = await put(database, ["a"])
+    worker = await Queue(database).register(host="h", pid=1, concurrency=1)
+    await runs.pause(database, run, "by hand")
+    real = transfer.depart
+
+    async def claimed(*arguments: Any) -> Any:
+        await runs.resume(database, run)
+        claims = await Queue(database).claim(worker, [run.id], 1, lease=60)
+        await runs.pause(database, run, "by hand")
+        assert len(claims) == 1
+        return await real(*arguments)
+
+    monkeypatch.setattr(transfer, "depart", claimed)
+    with pytest.raises(DatabaseError, match="changed while it was copied"):
+        await lbr.move("r", db_url=source, to_url=target)
+    with pytest.raises(UsageError, match=r"is paused, with 0 jobs to do and 1 held by workers; .*lbr pause r"):
+        await lbr.move("r", db_url=source, to_url=target)
     await database.close()
+
+
+async def test_active_runs_are_refused(urls: tuple[str, str], tmp_path: Path) -> None:
+    """A run with jobs to do is paused first; one that is finished may go as it is."""
+    source, target = urls
+    await lbr.enqueue(["a"], run="r", model="offline:echo", db_url=source)
+    with pytest.raises(UsageError, match=r"'r' is active, with 1 job to do and 0 held by workers; `lbr pause r`"):
+        await lbr.move("r", db_url=source, to_url=target)
+    assert not (tmp_path / "target.db").exists()
+    await lbr.work(db_url=source)
+    assert (await lbr.move("r", db_url=source, to_url=target)).answers == 1
+    assert (await lbr.status("r", db_url=target)).runs[0].state == "active"
 
 
 async def test_kept_answers_come_along(
@@ -209,10 +297,11 @@ async def test_kept_answers_come_along(
     worker = await queue.register(host="gone", pid=1, concurrency=2)
     path = keep(database, [answered(c, "paid") for c in await queue.claim(worker, [run.id], 2, lease=2)])
     told: list[str] = []
-    moved = await lbr.move("r", db_url=source, to_url=target, notify=told.append)
+    moved = await pause_and_move(source, target, notify=told.append)
     assert moved.answers == 2
     assert [line for line in told if "took up 2 answers" in line], told
     assert not path.exists()
+    await lbr.resume("r", db_url=target)
     assert (await lbr.work(db_url=target)).done == 1
     assert [row["result"] for row in await rows_of(target)] == ["paid", "paid", "c"]
     await database.close()
@@ -234,8 +323,8 @@ async def test_kept_answers_that_cannot_be_taken_up_hold_a_run(
     await queue.release(worker, [claim])
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
-    with pytest.raises(UsageError, match=r"every finished answer .* kept in .*could not be taken up; mend"):
-        await lbr.move("r", db_url=source, to_url=target)
+    with pytest.raises(UsageError, match=r"finished answers of run 'r' are still kept in .*cannot be written to"):
+        await pause_and_move(source, target)
     assert waiting_of(database, other.id) == [path]
     path.write_bytes(whole)
     assert (waiting_of(database, other.id), waiting_of(database, run.id)) == ([], [path])
@@ -253,8 +342,7 @@ async def test_a_dead_workers_lease_is_not_waited_for(urls: tuple[str, str]) -> 
     worker = await queue.register(host="here", pid=1, concurrency=2)
     await queue.claim(worker, [run.id], 2, lease=3600)
     queue.leave(worker)
-    async with asyncio.timeout(30):
-        await lbr.move("r", db_url=source, to_url=target)
+    await pause_and_move(source, target)
     status = (await lbr.status("r", db_url=target)).runs[0]
     assert (status.pending, status.inflight, status.crashed) == (2, 0, 2)
     await database.close()
@@ -272,9 +360,11 @@ async def test_a_move_after_an_outage_pays_for_no_answer_twice(urls: tuple[str, 
         async with locked_by_another(urls[0]):
             _, told = await asyncio.to_thread(worker.communicate, timeout=120)
         assert "4 finished answers are kept in" in told
+        await asyncio.to_thread(here, "pause", "in")
         moved = await asyncio.to_thread(here, "move", *urls, "in")
         assert "took up 4 answers" in moved.stderr
         assert ", 4 answers moved to" in moved.stdout
+        await asyncio.to_thread(there, "resume", "in")
         await asyncio.to_thread(there, "worker", *FUNCTION)
         assert calls(tmp_path) == Counter(dict.fromkeys(lines, 1))
         await asyncio.to_thread(check, there, lines)
@@ -284,7 +374,7 @@ async def test_a_move_after_an_outage_pays_for_no_answer_twice(urls: tuple[str, 
 
 
 async def test_states_come_along(urls: tuple[str, str]) -> None:
-    """A run that was paused before, or cancelled, is so there."""
+    """A run that is paused or cancelled is so there."""
     source, target = urls
     await lbr.enqueue(["a"], run="paused", model="offline:echo", db_url=source)
     await lbr.enqueue(["b"], run="cancelled", model="offline:echo", db_url=source)
@@ -300,7 +390,7 @@ async def test_states_come_along(urls: tuple[str, str]) -> None:
 
 
 async def test_workers_pass_over_a_copy_that_rests(urls: tuple[str, str]) -> None:
-    """A moved run is nothing to report, so that a cron line beside it does not fail for ever; named, it is told of."""
+    """A moved run is not reported, so that a cron line beside it does not fail for ever, unless it is named."""
     source, target = urls
     await lbr.enqueue(["a"], run="r", model="offline:echo", db_url=source)
     await lbr.pause("r", reason="no credit", db_url=source)
@@ -317,10 +407,10 @@ async def test_workers_pass_over_a_copy_that_rests(urls: tuple[str, str]) -> Non
 
 
 async def test_a_copy_that_rests_keeps_its_mark(urls: tuple[str, str]) -> None:
-    """Where a run has left nobody pauses, cancels or retries it, so it takes no inputs and moves no second time."""
+    """A run that has left is not paused, cancelled or retried, takes no inputs and moves no second time."""
     source, target = urls
     await lbr.enqueue(["a", "b"], run="r", model="offline:echo", db_url=source)
-    await lbr.move("r", db_url=source, to_url=target)
+    await pause_and_move(source, target)
     for change in (lbr.pause, lbr.cancel, lbr.retry):
         with pytest.raises(UsageError, match="run 'r' was moved to .* and goes on there"):
             await change("r", db_url=source)
@@ -330,10 +420,8 @@ async def test_a_copy_that_rests_keeps_its_mark(urls: tuple[str, str]) -> None:
     assert (await lbr.move("r", db_url=source, to_url=target)).known
 
 
-async def test_a_run_on_its_way_is_changed_by_nobody(
-    urls: tuple[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Neither side of a half-done move is paused or cancelled; a resume keeps the run where it is."""
+async def test_a_half_done_copy_takes_no_changes(urls: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A half-done copy is not paused, resumed or cancelled; the run may go on where it is."""
     source, target = urls
     await lbr.enqueue(["a"], run="r", model="offline:echo", db_url=source)
 
@@ -342,41 +430,39 @@ async def test_a_run_on_its_way_is_changed_by_nobody(
 
     monkeypatch.setattr(transfer, "add_page", stops)
     with pytest.raises(StoppedError):
-        await lbr.move("r", db_url=source, to_url=target)
-    for url, words in ((source, "is moving to"), (target, "is still moving from")):
-        for change in (lbr.pause, lbr.cancel):
-            with pytest.raises(UsageError, match=f"run 'r' {words}"):
-                await change("r", db_url=url)
-    for url, way in (
-        (source, "the same `lbr move`, or keep it here with `lbr resume r`"),
-        (target, "the same `lbr move`"),
-    ):
-        found = await lbr.status("r", db_url=url)
-        (words,) = [line for line in describe(found).splitlines() if "paused:" in line]
-        assert words.endswith(f"; finish that with {way}")
-        assert unfinished_words("r", found.runs[0].pause) == words.strip()
+        await pause_and_move(source, target)
+    for change in (lbr.pause, lbr.cancel, lbr.resume):
+        with pytest.raises(UsageError, match="run 'r' is still moving from"):
+            await change("r", db_url=target)
+    found = await lbr.status("r", db_url=target)
+    (words,) = [line for line in describe(found).splitlines() if "paused:" in line]
+    assert words.endswith("; finish that with the same `lbr move`")
+    assert unfinished_words("r", found.runs[0].pause) == words.strip()
     await lbr.resume("r", db_url=source)
-    await lbr.pause("r", db_url=source)
+    assert (await lbr.work(db_url=source)).done == 1
 
 
 async def test_a_copy_that_differs_is_found(urls: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """An answer that is another one there is found by the hash; the copy stays paused."""
+    """An answer that is different there is found by the hash; the copy stays paused."""
     source, target = urls
     await lbr.enqueue([f"p{n}" for n in range(5)], run="r", model="offline:echo", db_url=source)
     await lbr.work(db_url=source)
-    real = transfer._fields
+    real = transfer.digest
 
-    def forging(row: Any, names: Any) -> dict[str, Any]:
-        forged = names is contents.RESULT and row.text == "p3"
-        return real(row, names) | ({"text": "forged"} if forged else {})
+    async def forges(database: Database, run: Run) -> tuple[int, str]:
+        forging = update(results).where(results.c.text == "p3").values(text="forged")
+        if run.is_paused_by(PauseCause.MOVING_FROM):
+            await database.write(lambda connection: connection.execute(forging))
+        return await real(database, run)
 
-    monkeypatch.setattr(transfer, "_fields", forging)
-    with pytest.raises(DatabaseError, match=r"a difference at input 3; the copy stays paused.*restart=True"):
+    monkeypatch.setattr(transfer, "digest", forges)
+    differs = r"differs: 5 inputs with hash \w+ in .*, 5 with hash \w+ in .*; the copy there stays paused.*restart=True"
+    with pytest.raises(DatabaseError, match=differs):
         await lbr.move("r", db_url=source, to_url=target)
     there = (await lbr.status("r", db_url=target)).runs[0]
     assert (there.state, there.sealed) == ("paused", False)
-    monkeypatch.setattr(transfer, "_fields", real)
-    with pytest.raises(DatabaseError, match="a difference at input 3"):
+    monkeypatch.setattr(transfer, "digest", real)
+    with pytest.raises(DatabaseError, match="differs: 5 inputs"):
         await lbr.move("r", db_url=source, to_url=target)
     assert (await lbr.move("r", db_url=source, to_url=target, restart=True)).answers == 5
     assert [row["result"] for row in await rows_of(target)] == [f"p{n}" for n in range(5)]
@@ -386,22 +472,23 @@ async def test_what_cannot_be_moved_is_refused(urls: tuple[str, str]) -> None:
     """A name that is taken, a run that is not there, and one database under two names are refused."""
     source, target = urls
     await lbr.enqueue(["a"], run="r", model="offline:echo", db_url=source)
-    with pytest.raises(UsageError, match="expected another database to move to"):
+    with pytest.raises(UsageError, match="name a different database"):
         await lbr.move("r", db_url=source, to_url=source)
     with pytest.raises(UsageError, match="expected the name of a run, got: 'x'"):
         await lbr.move("x", db_url=source, to_url=target)
+    await lbr.work(db_url=source)
     await lbr.enqueue(["b"], run="r", model="offline:echo", db_url=target)
-    with pytest.raises(UsageError, match="or a half-done copy of this run, got: another run"):
+    with pytest.raises(UsageError, match="already has a different run named 'r'"):
         await lbr.move("r", db_url=source, to_url=target)
     await lbr.enqueue(["a"], run="s", model="offline:echo", db_url=source)
     await lbr.enqueue(["a"], run="s", model="offline:echo", settings={"seed": 1}, db_url=target)
-    with pytest.raises(UsageError, match="got: another run"):
-        await lbr.move("s", db_url=source, to_url=target)
+    with pytest.raises(UsageError, match="already has a different run named 's'"):
+        await pause_and_move(source, target, "s")
     assert (await lbr.status("r", db_url=source)).runs[0].state == "active"
 
 
 async def test_a_call_that_comes_during_a_move_wakes_no_copy(tmp_path: Path) -> None:
-    """`prompt_map` takes a pause up by itself, but not the rest of a run that was moved after it looked: both would call."""
+    """`prompt_map` resumes a paused run, but not one that was moved after it looked: both databases would call."""
     here, there = (f"sqlite:///{tmp_path / name}.db" for name in ("here", "there"))
     await lbr.enqueue(["a", "b"], run="r", model="offline:echo", db_url=here)
     async with opened(here) as database:
@@ -440,34 +527,15 @@ def test_killed_move_goes_on(tmp_path: Path, new_database: Callable[[], str]) ->
     there.stop_all()
 
 
-async def test_cancelled_run_arrives_cancelled(urls: tuple[str, str]) -> None:
-    """A job that is given back while its cancelled run is on its way is cancelled there, not pending."""
+async def test_a_run_that_is_still_enqueued_is_refused(urls: tuple[str, str]) -> None:
+    """A run whose inputs may still be arriving stays where it is, active as it was."""
     source, target = urls
-    database = await open_database(source, create=True)
-    run = await put(database, ["a", "b", "c"])
-    queue = Queue(database)
-    worker = await queue.register(host="h", pid=1, concurrency=1)
-    claims = await queue.claim(worker, [run.id], 1, lease=60)
-    await runs.cancel(database, run)
-    waiting = asyncio.Event()
-    moving = asyncio.create_task(lbr.move("r", db_url=source, to_url=target, notify=lambda _: waiting.set()))
-    await asyncio.wait_for(waiting.wait(), 30)
-    await queue.release(worker, claims)
-    await moving
-    there = (await lbr.status("r", db_url=target)).runs[0]
-    assert (there.state, there.cancelled, there.pending) == ("cancelled", 3, 0)
-    await database.close()
-
-
-async def test_a_run_that_is_still_enqueued_is_not_held(urls: tuple[str, str]) -> None:
-    """Inputs that may still be on their way keep a run where it is, active as it was."""
-    source, _ = urls
     database = await open_database(source, create=True)
     run = await put(database, ["a"])
     item = Item(Prompt(text="b"))
     await enqueue.add_chunk(database, run, 1, [item], [KeyMaker(ECHO).key(item.prompt)], reuse=True)
-    with pytest.raises(UsageError, match="an enqueue that has not come to its end"):
-        await transfer.hold(database, "r", "elsewhere")
+    with pytest.raises(UsageError, match="its enqueue has not finished"):
+        await lbr.move("r", db_url=source, to_url=target)
     assert (await reads.find_run(database, "r")).state == "active"
     await database.close()
 
@@ -475,7 +543,7 @@ async def test_a_run_that_is_still_enqueued_is_not_held(urls: tuple[str, str]) -
 async def test_a_reused_answer_stays_until_it_is_copied(
     new_database: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A copy that is cleared while another run takes its answers over leaves that run its answers, or asks anew."""
+    """A copy that is cleared while another run reuses its answers leaves these to that run, or it calls again."""
     url = new_database()
     database = await open_database(url, create=True)
     first = await put(database, ["a"], name="first")

@@ -95,7 +95,7 @@ def build(cli: Cli) -> bytes:
     """Make a queue by the real commands, and return its file.
 
     It has a run of a function, with jobs that are done, failed, waiting and held by a worker that was killed, and
-    one of a model, with price, budget, limits and settings of single jobs.
+    one of a model, with price, budget, limits and settings of single jobs, and one that is finished.
     """
     folder = cli.folder
     (folder / "hostile_answers.py").write_text(textwrap.dedent(FUNCTIONS))
@@ -109,6 +109,8 @@ def build(cli: Cli) -> bytes:
         ("enqueue", "more.jsonl", "--run", "f", *FUNCTION, "--append"),
         ("enqueue", "in.jsonl", "--run", "m", *model),
         ("worker", "--run", "m", "--max-cost", "5"),
+        ("enqueue", "in.jsonl", "--run", "t", "--fresh", *model),
+        ("worker", "--run", "t", "--until", "empty"),
         ("retry", "m", "--where", "status=done", "--set", "seed=9"),
         ("worker", "--run", "m", "--until", "empty"),
         ("enqueue", "more.jsonl", "--run", "m", "--append", *model),
@@ -158,7 +160,7 @@ def commands(folder: Path) -> dict[str, tuple[str, ...]]:
         "doctor": ("doctor",),
         "doctor fix": ("doctor", "--fix"),
         "doctor json": ("doctor", "--json"),
-        "move": ("move", "runs.db", str(folder / "moved.db"), "m"),
+        "move": ("move", "runs.db", str(folder / "moved.db"), "t"),
     }
 
 

@@ -135,7 +135,7 @@ def test_every_column_may_hold_anything(queue: Queue) -> None:
             "job_id",
             "minus one",
             "move",
-            "expected a prompt for input 0 of run 'm'",
+            "input 0 of run 't' in",
         ),
         ("runs", "name", "no utf-8", "status", "expected text in UTF-8 in a column name, got: other bytes"),
         ("sqlite_sequence", "seq", "text", "enqueue another", "4 new"),
@@ -252,7 +252,7 @@ def test_flipped_bytes(queue: Queue) -> None:
 def test_a_move_into_a_file_with_a_trigger(queue: Queue) -> None:
     """The file that a run is moved into is looked at as well."""
     Path("moved.db").write_bytes(hostile.changed(queue.data, TRIGGER))
-    done = hostile.call(("move", "runs.db", "moved.db", "m"))
+    done = hostile.call(("move", "runs.db", "moved.db", "t"))
     assert done.code == 1
     assert "got: one with the trigger 'meddle'" in done.err
 

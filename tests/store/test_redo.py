@@ -309,17 +309,18 @@ async def test_a_cancelled_run_is_taken_up_for_those_that_are_chosen(database: D
 async def test_a_run_that_was_moved_is_left_alone(
     database: Database, db_url: str, clock: Clock, tmp_path: Path
 ) -> None:
-    """Nobody redoes jobs of the copy that stays behind: the run goes on elsewhere, settings and history with it."""
+    """No job of the copy that stays behind is redone: the run goes on elsewhere, with its settings and history."""
     run, _ = await settled(database, ["length", "stop", "bad"])
     await choose(database, run, "finish_reason=length", settings={"seed": 3})
     target = f"sqlite:///{tmp_path / 'target.db'}"
+    await lbr.pause("r", db_url=db_url)
     await lbr.move("r", db_url=db_url, to_url=target)
     run = await reads.find_run(database, "r")
     for redoing in (choose(database, run, "status=done"), redo.reparse(database, run, str)):
         with pytest.raises(UsageError, match=r"was moved to .* name that database with --db"):
             await redoing
     there = await open_database(target, clock=clock)
-    moved = await reads.find_run(there, "r")
+    moved = await runs.resume(there, await reads.find_run(there, "r"))
     (claim,) = await _claim(there, moved)
     assert (claim.settings, claim.claim_seq) == ({"seed": 3}, 2)
     assert [t.error for t in (await reads.story(there, moved, 0)).tries] == ["Redone"]

@@ -747,6 +747,7 @@ async def test_schema_migrates_once(database: Database, db_url: str) -> None:
         (7, "note outages of models"),
         (8, "keep the order of columns, and which ids are numbers"),
         (9, "keep the cause of a pause apart from its message"),
+        (10, "let runs rest that were being moved away"),
     ]
 
 
@@ -844,10 +845,15 @@ REASONS = {
     "it may cost too much": PauseCause.USER,
 }
 MOVES = {
-    "moving to /b.db": Move("/b.db"),
-    "moved to postgresql://h/d (was cancelled)": Move("postgresql://h/d", RunState.CANCELLED),
-    "moving to /b.db (was paused: by hand)": Move("/b.db", RunState.PAUSED, PauseCause.USER, "by hand"),
-    "moving from /a.db": Move("/a.db"),
+    "moving to /b.db": ("paused", Paused(PauseCause.USER, "moving to /b.db"), None),
+    "moving to /b.db (was cancelled)": ("cancelled", None, None),
+    "moving to /b.db (was paused: it was slow)": ("paused", Paused(PauseCause.USER, "it was slow"), None),
+    "moved to postgresql://h/d (was cancelled)": (
+        "paused",
+        Paused(PauseCause.MOVED_TO, "moved to postgresql://h/d"),
+        Move("postgresql://h/d", RunState.CANCELLED),
+    ),
+    "moving from /a.db": ("paused", Paused(PauseCause.MOVING_FROM, "moving from /a.db"), Move("/a.db")),
 }
 
 
@@ -859,7 +865,7 @@ def to_reasons(where: str) -> list[str]:
 
 
 async def test_the_causes_of_old_pauses_are_read_once(db_url: str) -> None:
-    """A queue that kept the cause of a pause in its words has it in a column, and a move goes on."""
+    """A queue that kept the cause of a pause in its words has it in a column, and runs that were moving away rest."""
     database = await open_database(db_url, create=True)
     words = [*REASONS, *MOVES, "being removed", None]
     for number, _ in enumerate(words):
@@ -877,15 +883,9 @@ async def test_the_causes_of_old_pauses_are_read_once(db_url: str) -> None:
     found = await reads.all_runs(database)
     await database.close()
     paused = [(run.pause, run.move) for run in found]
+    moved = [(run.state, run.pause, run.move) for run in found[len(REASONS) : -2]]
+    assert moved == list(MOVES.values())
     assert paused[: len(REASONS)] == [(Paused(cause, reason), None) for reason, cause in REASONS.items()]
-    moved = paused[len(REASONS) : -2]
-    assert [move for _, move in moved] == list(MOVES.values())
-    assert [pause for pause, _ in moved] == [
-        Paused(PauseCause.MOVING_TO, "moving to /b.db"),
-        Paused(PauseCause.MOVED_TO, "moved to postgresql://h/d"),
-        Paused(PauseCause.MOVING_TO, "moving to /b.db"),
-        Paused(PauseCause.MOVING_FROM, "moving from /a.db"),
-    ]
     assert paused[-2:] == [(Paused(PauseCause.REMOVING, "being removed"), None), (None, None)]
 
 
