@@ -12,8 +12,7 @@ from lbr.core.types import JobState
 from lbr.store import enqueue, reads, runs, transfer
 from lbr.store.engines import opened, shown
 from lbr.store.queue import Queue
-from lbr.worker.reclaiming import Reclaiming
-from lbr.worker.spool import waiting_of
+from lbr.worker.spool import take_back, waiting
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -90,13 +89,13 @@ async def _prepare(
     """
     left = transfer.has_left(await reads.find_run(source, name), aim)
     if not left:
-        await Reclaiming(source, Queue(source), notify).take_back()
+        await take_back(source, Queue(source), notify, starting=True)
     run, counts = await transfer.prepare(source, name, aim)
-    if not left and (kept := waiting_of(source, run.id)):
+    kept = [str(one.path) for one in waiting(source.spool_places) if not one.left]
+    if kept and not left:
         raise UsageError(
-            f"finished answers of run {name!r} are still kept in {', '.join(map(str, kept))} and cannot be written to "
-            f"{source.name}; fix what prevents it, or remove the file and pay for them again, then run the same "
-            f"command again"
+            f"finished answers are still kept in {', '.join(kept)} and cannot be written to {source.name}; fix what "
+            f"prevents it, or remove the file and pay for them again, then run the same command again"
         )
     return run, counts
 

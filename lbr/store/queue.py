@@ -233,10 +233,8 @@ class Queue:
             await counters.add(connection, _moved(claims, JobState.PENDING, JobState.INFLIGHT))
         return claims
 
-    async def look(
-        self, run_ids: Sequence[RunId], *, worker: WorkerId = NO_WORKER, spared: Collection[WorkerId] = ()
-    ) -> Outlook:
-        """See without a lock whether a claim, or a reclaim that spares some of the dead, would find anything."""
+    async def look(self, run_ids: Sequence[RunId], *, worker: WorkerId = NO_WORKER) -> Outlook:
+        """See without a lock whether a claim or a reclaim would find anything."""
 
         async def work(connection: Connection) -> Outlook:
             now = await self._database.now(connection)
@@ -258,8 +256,7 @@ class Queue:
                 select(func.min(jobs.c.lease_until)).where(INFLIGHT)
             )
             times.append(lease_end)
-            expired = lease_end is not None and lease_end < now
-            expired = expired or any(worker not in spared for worker in await self._dead(connection))
+            expired = (lease_end is not None and lease_end < now) or bool(await self._dead(connection))
             waits = [time - now for time in times if time is not None and time > now]
             return Outlook(due, suspects, expired, stranded, min(waits, default=None), gate.outages)
 

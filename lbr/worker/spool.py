@@ -1,37 +1,28 @@
-"""Finished answers that no database took: kept in a private file, and settled by the next worker that starts.
+"""What workers that ended left behind: finished answers in files, and jobs that they held.
 
-A file is written whole or not at all. It holds what a settlement needs, without prompts; each line names its
-job by id, claim and content key, so that an answer never lands at a job that it does not belong to.
+An answer that no database took is kept in a private file next to the queue, or in the state folder, and settled when
+the next worker starts. Each line names its job by id, claim and content key, so that an answer never lands at another.
 """
 
 from __future__ import annotations
 
 import glob
 import os
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import orjson
-from filelock import Timeout
+from filelock import AsyncFileLock
 
 from lbr.core import ownership
-from lbr.core.errors import DatabaseError, Family, LbrError, Symptom, Usage
-from lbr.core.plurals import pluralize
+from lbr.core.errors import DatabaseError, LbrError, Usage
+from lbr.core.plurals import counted
 from lbr.core.retry import storable_usage
-from lbr.core.types import (
-    KEY_BYTES,
-    Claim,
-    Failure,
-    JobId,
-    JobState,
-    Outcome,
-    Prompt,
-    Reply,
-    RunId,
-    Settlement,
-)
+from lbr.core.types import KEY_BYTES, Claim, JobId, JobState, Outcome, Prompt, RunId, Settlement
 from lbr.store import files, reads
+from lbr.store.queue import RECLAIM_PAGE
 from lbr.store.settle import settle
 
 if TYPE_CHECKING:
@@ -39,22 +30,24 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lbr.store.database import Database
+    from lbr.store.queue import Queue, Reclaimed
 
 ENDING = ".spool.jsonl"
 LEFT = ".left.jsonl"
 PAGE = 100
+LOCK_SECONDS = 10
+"""How long to wait for another worker that is settling a file: its jobs must not be claimed before that."""
 WAYS = (JobState.DONE, JobState.FAILED, JobState.PENDING)
 """How a call may leave its job."""
-_NOT_OURS = (ValueError, KeyError, TypeError, AttributeError, LbrError)
-"""What reading a file raises that holds something else than kept answers."""
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError)
 
 
 def keep(database: Database, batch: Sequence[Settlement]) -> Path:
     """Write settlements to a new file, which has reached the disk when this returns.
 
-    Raises OSError where none of the places can be written.
+    Raises OSError if no place can be written.
     """
-    lines = _lines(batch)
+    lines = b"".join(orjson.dumps(_line(s), option=orjson.OPT_APPEND_NEWLINE) for s in batch)
     problem: OSError | None = None
     for place in database.spool_places:
         path = place.with_name(f"{place.name}.{os.getpid()}-{uuid4().hex[:8]}{ENDING}")
@@ -69,25 +62,22 @@ def keep(database: Database, batch: Sequence[Settlement]) -> Path:
 
 
 def kept(database: Database, error: BaseException, left: Sequence[Settlement]) -> BaseException:
-    """Keep what was not written because of an error, and return the error that says where."""
+    """Keep what was not written because of an error; return the error that says where it is."""
     if not left:
         return error
     try:
-        path = keep(database, left)
+        words = f"{error}. {len(left)} finished answers are kept in {keep(database, left)}: the next `lbr worker` on this "
+        words += "machine writes them"
     except OSError as problem:
-        lost = DatabaseError(f"{error}; {len(left)} finished answers are lost: {problem}")
-        lost.__cause__ = error
-        return lost
-    told = DatabaseError(
-        f"{error}. {len(left)} finished answers are kept in {path}: the next `lbr worker` on this machine writes them"
-    )
-    told.__cause__ = error
-    return told
+        words = f"{error}; {len(left)} finished answers are lost: {problem}"
+    found = DatabaseError(words)
+    found.__cause__ = error
+    return found
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A file of kept answers: how many, None where it cannot be read; `left` are of another database."""
+    """A file of kept answers: how many, None if it cannot be read; some of `left` are of another database."""
 
     path: Path
     answers: int | None
@@ -95,42 +85,27 @@ class Waiting:
 
 
 def waiting(places: Iterable[Path]) -> list[Waiting]:
-    """Return the files that are about a database, given its `spool_places`; nothing is changed."""
-    found = []
-    for place in places:
-        for ending in (ENDING, LEFT):
-            paths = _paths(place, ending)
-            found += [
-                Waiting(path, _count(path, place), left=ending == LEFT) for path in paths if path.exists()
-            ]
-    return found
+    """Return the files of kept answers of a database, given its `spool_places`."""
+    return [
+        Waiting(path, _count(path, place), left=ending == LEFT)
+        for place in places
+        for ending in (ENDING, LEFT)
+        for path in _paths(place, ending)
+    ]
 
 
 def _paths(place: Path, ending: str) -> list[Path]:
-    """Return the files of a place; none in a folder that we may not look into, where no worker of ours kept any."""
+    """Return the files of a place; none in a folder that cannot be read, because no worker of ours kept any there."""
     try:
         return sorted(place.parent.glob(f"{glob.escape(place.name)}.*{ending}"))
     except OSError:
         return []
 
 
-def waiting_of(database: Database, run_id: RunId) -> list[Path]:
-    """Return the files that hold answers of a run, those that may hold some but cannot be read among them."""
-    return [
-        path
-        for place in database.spool_places
-        for path in _paths(place, ENDING)
-        if _may_hold_some(path, place, run_id)
-    ]
-
-
-def _may_hold_some(path: Path, place: Path, run_id: RunId) -> bool:
-    try:
-        return any(settlement.claim.run_id == run_id for settlement in _read(path, place))
-    except FileNotFoundError:  # settled meanwhile
-        return False
-    except (OSError, *_NOT_OURS):
-        return True
+def _bytes_of(path: Path, place: Path) -> bytes:
+    # Another user may have put answers beside a database, or a pipe that never ends.
+    with os.fdopen(ownership.open_ours(path, os.O_RDONLY, place), "rb") as file:
+        return file.read()
 
 
 def _count(path: Path, place: Path) -> int | None:
@@ -140,95 +115,88 @@ def _count(path: Path, place: Path) -> int | None:
         return None
 
 
-async def settle_kept(database: Database, notify: Callable[[str], None]) -> set[int]:
-    """Settle what earlier workers on this machine could not write; safe to repeat, and for many at once.
+async def take_back(
+    database: Database, queue: Queue, notify: Callable[[str], None], *, starting: bool = False
+) -> tuple[int, int]:
+    """Settle kept answers, which are paid for, then reclaim the jobs of dead workers. Safe to repeat.
 
-    What cannot be read, or is not taken, stays where it is, and `notify` says so: it must not keep a worker from
-    its work. Returns the ids of the processes whose answers may still be taken later: somebody is at it, it failed for
-    now, or the file is to be mended.
+    Return how many jobs were reclaimed, and how many of them failed, because it was their third crash. Kept answers
+    are looked for when a worker is `starting` or found dead.
     """
-    waiting = set()
+    # First who is dead: what one has kept was written before, and must be settled before its jobs are claimed again.
+    dead = await queue.dead()
+    if dead or starting:
+        await settle_kept(database, notify)
+    taken: list[Reclaimed] = []
+    while page := await queue.reclaim(dead):
+        taken += page
+        if len(page) < RECLAIM_PAGE:
+            break
+    for (worker, died), count in sorted(Counter((one.worker_id, one.died) for one in taken).items()):
+        why = "which died" if died else "whose lease ran out"
+        notify(f"reclaimed {counted(count, 'job')} of worker {worker}, {why}")
+    failed = [one for one in taken if one.state is JobState.FAILED]
+    for one in failed:
+        notify(f"job {one.job_id} failed: its worker died 3 times")
+    return len(taken), len(failed)
+
+
+async def settle_kept(database: Database, notify: Callable[[str], None]) -> None:
+    """Settle what workers on this machine could not write. Safe to repeat, and for many at once.
+
+    A file that cannot be read or settled stays where it is, and `notify` says so: no worker stops because of it.
+    """
     for place in database.spool_places:
-        hidden = place.with_name(f".{place.name}")
-        files.remove_parts(part for of in (ENDING, LEFT) for part in _paths(hidden, f"{of}*{files.PART}"))
+        files.remove_parts(_paths(place.with_name(f".{place.name}"), f"{ENDING}*{files.PART}"))
         for path in _paths(place, ENDING):
-            if not await _settle_one(database, path, place, notify):
-                waiting |= _writers(path, place)
-    return waiting
+            lock = path.with_name(path.name + ".lock")
+            try:
+                for one in (path, lock):
+                    ownership.check_ours(one, place)
+                async with AsyncFileLock(lock, timeout=LOCK_SECONDS, mode=0o600, fallback_to_soft=False):
+                    await _settle_file(database, path, place, notify)
+                    lock.unlink(missing_ok=True)
+            except (OSError, LbrError) as error:
+                notify(f"the answers kept in {path} are not written: {getattr(error, 'strerror', None) or error}")
 
 
-async def _settle_one(database: Database, path: Path, place: Path, notify: Callable[[str], None]) -> bool:
-    lock = path.with_name(path.name + ".lock")
+async def _settle_file(database: Database, path: Path, place: Path, notify: Callable[[str], None]) -> None:
+    """Settle what is in a file and remove it; it is put aside if a part of it is of another database."""
     try:
-        for one in (path, lock):
-            ownership.check_ours(one, place)
-        with files.file_lock(lock, timeout=0):
-            done = await _settle_file(database, path, place, notify)
-            if done:
-                lock.unlink(missing_ok=True)
-            return done
-    except Timeout:
-        pass
-    except OSError as error:
-        notify(f"cannot take up the answers in {path}: {error.strerror or error}")
-    except DatabaseError as error:
-        notify(f"the answers in {path} are still not taken: {error}")
-    return False
-
-
-def _writers(path: Path, place: Path) -> set[int]:
-    """Return the process that wrote a file, as its name tells; none for a name that `keep` does not give."""
-    pid = path.name.removeprefix(f"{place.name}.").partition("-")[0]
-    return {int(pid)} if pid.isascii() and pid.isdecimal() else set()
-
-
-async def _settle_file(database: Database, path: Path, place: Path, notify: Callable[[str], None]) -> bool:
-    """Settle what is in a file and remove it; False where that is something else."""
-    try:
-        kept = _read(path, place)
+        lines = [_settlement(orjson.loads(line)) for line in _bytes_of(path, place).splitlines()]
     except FileNotFoundError:  # settled meanwhile
-        return True
-    except _NOT_OURS as error:
-        notify(f"expected kept answers in {path}, got: something else ({error}); look at it and remove it")
-        return False
-    jobs = await reads.jobs_of_keys(database, [s.claim.key for s in kept if len(s.claim.key) == KEY_BYTES])
-    ours: dict[JobId, Settlement] = {}
-    others = []
-    for settlement in kept:
-        known = _as_known(settlement, jobs.get(settlement.claim.key, []))
-        if known is None or known.claim.job_id in ours:
-            others.append(settlement)
-        else:
-            ours[known.claim.job_id] = known
-    batch = list(ours.values())
+        return
+    except _UNREADABLE as error:
+        raise DatabaseError(f"something else is in the file ({error}); look at it and remove it") from error
+    jobs = await reads.jobs_of_keys(database, [s.claim.key for s in lines if len(s.claim.key) == KEY_BYTES])
+    found = [_as_known(settlement, jobs.get(settlement.claim.key, [])) for settlement in lines]
+    ours = list({one.claim.job_id: one for one in reversed(found) if one is not None}.values())
     taken = stale = 0
-    for start in range(0, len(batch), PAGE):
-        settled = await settle(database, batch[start : start + PAGE])
+    for start in range(0, len(ours), PAGE):
+        settled = await settle(database, ours[start : start + PAGE])
         taken += len(settled.taken)
         stale += len(settled.stale)
         for name, pause in settled.paused.items():
             notify(f"run {name} is paused now: {pause.message}")
-    if others:
+    if len(ours) < len(lines):
         left = path.with_name(path.name.removesuffix(ENDING) + LEFT)
-        files.write_private(left, _lines(others))
+        path.rename(left)
         notify(
-            f"expected the jobs of {len(kept)} kept answers, got: {len(others)} of another database; they are in "
-            f"{left}: remove it when you do not need it"
+            f"{len(lines) - len(ours)} of {len(lines)} kept answers are of another database; they are in {left}: remove "
+            f"it when you do not need it"
         )
-    os.unlink(path)
+    else:
+        path.unlink()
     if ours:
-        notify(
-            f"took up {pluralize(taken, 'answer')} that {'was' if taken == 1 else 'were'} kept in {path}"
-            + (f", {stale} came too late" * bool(stale))
-        )
-    return True
+        late = f", {stale} came too late" * bool(stale)
+        notify(f"took up {counted(taken, 'answer')} that {'was' if taken == 1 else 'were'} kept in {path}{late}")
 
 
 def _as_known(settlement: Settlement, jobs: Sequence[reads.JobStanding]) -> Settlement | None:
-    """Return a settlement under a claim that the database knows, given the jobs of its key; None where there is none.
+    """Return a settlement under a claim that the database knows, given the jobs of its key; None if there is none.
 
-    A database that was made anew, or restored from a backup, has forgotten the claim, and may have the job under
-    another id. The answer is paid for all the same, and welcome while nobody has claimed the job since.
+    A database that was created again, or restored from a backup, has forgotten the claim, and may have the job under
+    another id. The answer is paid for all the same, and is taken as long as no worker has claimed the job since.
     """
     claim, is_answer = settlement.claim, settlement.outcome.reply is not None
     same = next((job for job in jobs if job.job_id == claim.job_id), None)
@@ -243,22 +211,8 @@ def _as_known(settlement: Settlement, jobs: Sequence[reads.JobStanding]) -> Sett
     return replace(settlement, claim=known)
 
 
-def _read(path: Path, place: Path) -> list[Settlement]:
-    return [_settlement(orjson.loads(line)) for line in _bytes_of(path, place).splitlines()]
-
-
-def _bytes_of(path: Path, place: Path) -> bytes:
-    # Another user may have put answers beside a database, or a pipe that never ends.
-    with os.fdopen(ownership.open_ours(path, os.O_RDONLY, place), "rb") as file:
-        return file.read()
-
-
-def _lines(batch: Sequence[Settlement]) -> bytes:
-    return b"".join(orjson.dumps(_line(s), option=orjson.OPT_APPEND_NEWLINE) for s in batch)
-
-
 def _line(settlement: Settlement) -> dict[str, Any]:
-    claim, outcome = settlement.claim, settlement.outcome
+    claim = settlement.claim
     return {
         "job": claim.job_id,
         "run": claim.run_id,
@@ -266,46 +220,24 @@ def _line(settlement: Settlement) -> dict[str, Any]:
         "key": claim.key.hex(),
         "state": settlement.state,
         "charge": settlement.charge,
-        "latency_ms": outcome.latency_ms,
-        "reply": None if outcome.reply is None else asdict(outcome.reply),
-        "failure": None if outcome.failure is None else asdict(outcome.failure),
+        **asdict(settlement.outcome),
     }
 
 
 def _settlement(line: dict[str, Any]) -> Settlement:
-    """Read a line. Waits and cooldowns are over by now, and what paused a run may be mended: they are left out."""
-    claim = Claim(
-        job_id=JobId(int(line["job"])),
-        run_id=RunId(int(line["run"])),
-        claim_seq=int(line["claim_seq"]),
-        attempts=0,
-        crashes=0,
-        prompt=Prompt(text=""),
-        key=bytes.fromhex(line["key"]),
-    )
-    reply, failure = line["reply"], line["failure"]
-    if (reply is None) == (failure is None):
-        raise ValueError("neither an answer nor a failure")
+    """Read a line. Waits and cooldowns are over by now, and what paused a run may be fixed: they are left out."""
+    from pydantic import TypeAdapter  # noqa: PLC0415 - slow to import, and hardly ever needed
+
+    for part in (line["reply"], line["failure"]):
+        if part is not None:
+            # The counts may themselves be why the database took none of these.
+            part["usage"] = storable_usage(Usage(**part["usage"]))
+    outcome = TypeAdapter(Outcome).validate_python({name: line[name] for name in ("reply", "failure", "latency_ms")})
     state = JobState(line["state"])
-    if state not in WAYS or (state is JobState.DONE) != (failure is None):
+    if (outcome.reply is None) == (outcome.failure is None):
+        raise ValueError("neither an answer nor a failure")
+    if state not in WAYS or (state is JobState.DONE) != (outcome.failure is None):
         raise ValueError(f"no such call ends {state}")
-    outcome = Outcome(
-        None if reply is None else Reply(**reply | {"usage": _usage(reply)}),
-        None
-        if failure is None
-        else Failure(
-            **failure
-            | {
-                "usage": _usage(failure),
-                "family": Family(failure["family"]),
-                "symptom": failure.get("symptom") and Symptom(failure["symptom"]),
-            }
-        ),
-        latency_ms=int(line["latency_ms"]),
-    )
+    ids = JobId(int(line["job"])), RunId(int(line["run"])), int(line["claim_seq"])
+    claim = Claim(*ids, attempts=0, crashes=0, prompt=Prompt(text=""), key=bytes.fromhex(line["key"]))
     return Settlement(claim, state, outcome, charge=int(line["charge"]))
-
-
-def _usage(kept: dict[str, Any]) -> Usage:
-    # The counts may themselves be why the database took none of these.
-    return storable_usage(Usage(**kept["usage"]))

@@ -25,9 +25,8 @@ from lbr.worker.calls import Calls, WorkReport
 from lbr.worker.claiming import Claiming
 from lbr.worker.completion import Ending
 from lbr.worker.pacing import Pacing
-from lbr.worker.reclaiming import Reclaiming
 from lbr.worker.runs import Servings
-from lbr.worker.spool import kept
+from lbr.worker.spool import kept, take_back
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -72,7 +71,6 @@ class Worker:
         self._run_names = run_names
         self._notify = notify
         self._pacing = Pacing(database, options)
-        self._reclaiming = Reclaiming(database, self._queue, notify)
         self._servings = Servings(
             authority,
             concurrency=options.concurrency,
@@ -195,7 +193,7 @@ class Worker:
     async def _run(self) -> WorkReport:
         try:
             await self._check_clock(wait=True)
-            await self._reclaim()
+            await self._reclaim(starting=True)
             await self._learn()
             host, slots = socket.gethostname(), self._servings.slots
             self._id = await self._queue.register(host=host, pid=os.getpid(), concurrency=slots)
@@ -351,7 +349,7 @@ class Worker:
         return outlook.due and not self._calls.alone
 
     async def _outlook(self) -> Outlook:
-        return await self._queue.look(self._claiming.order, worker=self._id, spared=self._reclaiming.spared())
+        return await self._queue.look(self._claiming.order, worker=self._id)
 
     def _note_outages(self, outages: Mapping[str, str]) -> None:
         """Log an outage that another worker recognised, and its end; of our own the settlement tells."""
@@ -364,8 +362,8 @@ class Worker:
                 self._notify(f"{model}: waiting no longer")
         self._outages = set(outages)
 
-    async def _reclaim(self) -> None:
-        reclaimed, failed = await self._reclaiming.take_back()
+    async def _reclaim(self, *, starting: bool = False) -> None:
+        reclaimed, failed = await take_back(self._database, self._queue, self._notify, starting=starting)
         self.report.reclaimed += reclaimed
         self.report.failed += failed
 

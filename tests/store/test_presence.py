@@ -20,8 +20,7 @@ from lbr.store import files, reads
 from lbr.store.engines import open_database
 from lbr.store.presence import FilePresence
 from lbr.store.queue import RECLAIM_PAGE, Queue
-from lbr.worker.reclaiming import Reclaiming
-from lbr.worker.spool import keep
+from lbr.worker.spool import keep, take_back
 from tests.support import answered, assert_counted, put, states
 
 if TYPE_CHECKING:
@@ -127,9 +126,9 @@ def test_a_forked_child_does_not_live_on_as_the_worker(cli: Cli) -> None:
             os.kill(int(child), signal.SIGKILL)
 
 
-def reclaiming(database: Database) -> Reclaiming:
-    """Return what takes back for a worker."""
-    return Reclaiming(database, Queue(database), lambda _: None)
+async def reclaim(database: Database) -> tuple[int, int]:
+    """Take back what dead workers left, as a running worker does."""
+    return await take_back(database, Queue(database), lambda _: None)
 
 
 def dead_worker(db_url: str, jobs: int) -> WorkerId:
@@ -166,7 +165,7 @@ async def test_each_job_of_the_dead_is_charged_one_crash(db_url: str) -> None:
     assert database.presence.dead([dead]) == [dead]
     outlook = await Queue(database).look([RunId(1)])
     assert outlook.expired
-    taken = [await reclaiming(one).take_back() for one in (database, other)]
+    taken = [await reclaim(one) for one in (database, other)]
     assert sum(reclaimed for reclaimed, _ in taken) == count
     await assert_counted(database, run)
     claims = await Queue(database).claim(WorkerId(99), [RunId(1)], count, lease=HOUR)
@@ -178,7 +177,7 @@ async def test_each_job_of_the_dead_is_charged_one_crash(db_url: str) -> None:
 
 
 async def test_kept_answers_of_the_dead_are_not_called_for_again(database: Database, db_url: str) -> None:
-    """Whoever finds a worker dead settles first what it has kept."""
+    """A worker that finds another one dead first settles the answers that it kept."""
     await put(database, ["a", "b"])
     queue = Queue(database)
     worker = await queue.register(host="h", pid=os.getpid(), concurrency=2)
@@ -186,67 +185,37 @@ async def test_kept_answers_of_the_dead_are_not_called_for_again(database: Datab
     keep(database, [answered(claims[0], "paid for")])
     queue.leave(worker)
     other = await open_database(db_url)
-    (spool,) = Path(database.name).parent.glob("*.spool.jsonl")
-    with files.file_lock(spool.with_name(spool.name + ".lock"), timeout=0):
-        # Somebody else is at it: until it is done, the leases decide.
-        assert await reclaiming(other).take_back() == (0, 0)
-    assert await reclaiming(other).take_back() == (1, 0)
+    assert await reclaim(other) == (1, 0)
     (again,) = await Queue(other).claim(WorkerId(99), [RunId(1)], 2, lease=HOUR)
     assert again.job_id == claims[1].job_id
     await other.close()
 
 
-@pytest.mark.parametrize("what", ["somebody-else's", "rubbish"])
-async def test_kept_answers_that_are_not_taken_hold_back_only_their_own_worker(
+@pytest.mark.parametrize("what", ["unreadable", "rubbish"])
+async def test_kept_answers_that_are_not_taken_hold_nothing_back(
     database: Database, db_url: str, what: str
 ) -> None:
-    """The jobs of others that died come back at once; those whose answers may be in the file wait for their leases."""
+    """Jobs of the dead come back also if a file of kept answers cannot be read; what is in it later is still taken."""
     await put(database, ["a", "b"])
     queue = Queue(database)
-    mine, others = [await queue.register(host="h", pid=pid, concurrency=1) for pid in (os.getpid(), 1)]
-    (kept,) = await queue.claim(mine, [RunId(1)], 1, lease=HOUR)
-    (lost,) = await queue.claim(others, [RunId(1)], 1, lease=HOUR)
-    path = keep(database, [answered(kept, "paid for")])
+    worker = await queue.register(host="h", pid=os.getpid(), concurrency=2)
+    claims = await queue.claim(worker, [RunId(1)], 2, lease=HOUR)
+    path = keep(database, [answered(claims[0], "paid for")])
     words = path.read_text()
-    queue.leave(mine)
-    queue.leave(others)
+    queue.leave(worker)
     other = await open_database(db_url)
     path.unlink()
     if what == "rubbish":
         path.write_text("{}\n")
     else:
-        path.mkdir()  # what can be opened no more than a file of another user
-    assert await reclaiming(other).take_back() == (1, 0)
-    assert (await Queue(other).look([RunId(1)])).due
-    (again,) = await Queue(other).claim(WorkerId(99), [RunId(1)], 2, lease=HOUR)
-    assert again.job_id == lost.job_id
-    assert await reclaiming(other).take_back() == (0, 0)
+        path.mkdir()
+    assert await reclaim(other) == (2, 0)
+    assert not (await Queue(other).look([RunId(1)])).expired
     if what == "rubbish":
         path.write_text(words)
-        assert await reclaiming(other).take_back() == (0, 0)
-        assert await states(other, await reads.find_run(other, "r")) == {"done": 1, "inflight": 1}
+        assert await take_back(other, Queue(other), lambda _: None, starting=True) == (0, 0)
+        assert await states(other, await reads.find_run(other, "r")) == {"done": 1, "pending": 1}
     await other.close()
-
-
-@pytest.mark.processes
-def test_an_idle_worker_rests_while_kept_answers_are_not_taken(cli: Cli) -> None:
-    """It looks for them now and then, not ten times a second."""
-    (cli.folder / "in.txt").write_text("a\nb\n")
-    cli("enqueue", "in.txt", "--model", "offline:echo", "--set", "latency=30")
-    dead = cli.start("worker", "--lease", "3600")
-    cli.wait_for("in", "inflight", 2)
-    dead.kill()
-    dead.wait()
-    (cli.folder / f"queue.db.{dead.pid}-0.spool.jsonl").mkdir()
-    idle = cli.start("worker")
-    assert idle.stderr is not None
-    while "waiting for 2 jobs" not in idle.stderr.readline():
-        assert idle.poll() is None
-    # Nothing can be claimed or taken back, so who works until then ends.
-    assert cli("worker", "--until", "empty").returncode == 0
-    before = psutil.Process(idle.pid).io_counters().write_count
-    time.sleep(4)  # the time in which writes are counted
-    assert psutil.Process(idle.pid).io_counters().write_count - before < 25
 
 
 async def test_only_a_free_lock_says_that_a_worker_is_dead(tmp_path: Path) -> None:
