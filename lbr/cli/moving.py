@@ -18,7 +18,9 @@ from lbr.core.plurals import pluralize
 @click.argument("from_url", metavar="FROM_URL")
 @click.argument("to_url", metavar="TO_URL")
 @click.argument("run")
-@click.option("--restart", is_flag=True, help="Copy everything again, instead of going on with an interrupted copy.")
+@click.option(
+    "--restart", is_flag=True, help="Copy everything again, instead of going on with an interrupted copy."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, one object.")
 @click.pass_obj
 def move(db: dict[str, Any], /, from_url: str, to_url: str, run: str, restart: bool, json: bool) -> None:

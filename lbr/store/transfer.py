@@ -43,7 +43,18 @@ JOB = ("state", "available_at", "claim_seq", "attempts", "crashes", "retry_seq",
 PROMPT = ("key", "chat", "body", "settings")
 USAGE = ("input_tokens", "output_tokens", "cost_nanos")
 RESULT = ("text", "model", "finish_reason", *USAGE, "latency_ms")
-ATTEMPT = ("claim_seq", "what", "family", "error", "message", "text", "finish_reason", *USAGE, "latency_ms", "at")
+ATTEMPT = (
+    "claim_seq",
+    "what",
+    "family",
+    "error",
+    "message",
+    "text",
+    "finish_reason",
+    *USAGE,
+    "latency_ms",
+    "at",
+)
 
 
 def _bytes(column: Any) -> Any:
@@ -51,9 +62,14 @@ def _bytes(column: Any) -> Any:
 
 
 _ATTEMPT_BYTES = select(func.sum(_bytes(attempts.c.text))).where(attempts.c.job_id == prompts.c.job_id)
-_JOB_BYTES = _bytes(prompts.c.body) + _bytes(results.c.text) + func.coalesce(_ATTEMPT_BYTES.scalar_subquery(), 0)
+_JOB_BYTES = (
+    _bytes(prompts.c.body) + _bytes(results.c.text) + func.coalesce(_ATTEMPT_BYTES.scalar_subquery(), 0)
+)
 _ITEMS = (
-    select(items.c.job_id, (case((items.c.first == 1, _JOB_BYTES), else_=0) + _bytes(items.c.metadata)).label("bytes"))
+    select(
+        items.c.job_id,
+        (case((items.c.first == 1, _JOB_BYTES), else_=0) + _bytes(items.c.metadata)).label("bytes"),
+    )
     .add_columns(prompts.c.key, *(items.c[name] for name in ITEM))
     .join_from(items, prompts, prompts.c.job_id == items.c.job_id, isouter=True)
     .outerjoin(results, results.c.job_id == items.c.job_id)
@@ -65,7 +81,9 @@ _REUSED = case((results.c.reused_from.is_not(None), REUSED_ELSEWHERE)).label("re
 _PARTS = (
     select(jobs.c.id, *(jobs.c[name] for name in JOB)).where(among(jobs.c.id, "ids")),
     select(prompts.c.job_id, *(prompts.c[name] for name in PROMPT)).where(among(prompts.c.job_id, "ids")),
-    select(results.c.job_id, *(results.c[name] for name in RESULT), _REUSED).where(among(results.c.job_id, "ids")),
+    select(results.c.job_id, *(results.c[name] for name in RESULT), _REUSED).where(
+        among(results.c.job_id, "ids")
+    ),
     select(attempts.c.job_id, *(attempts.c[name] for name in ATTEMPT))
     .where(among(attempts.c.job_id, "ids"))
     .order_by(attempts.c.id),
@@ -90,7 +108,7 @@ class Page:
     @property
     def end(self) -> int:
         """The place behind the last input."""
-        return self.items[-1].idx + 1
+        return int(self.items[-1].idx) + 1
 
     def lines(self) -> Iterator[bytes]:
         """Yield a line for each input with everything that the run holds of it, the same in every database.
@@ -142,10 +160,10 @@ def _check_at_rest(run: Run, counts: Counter[str]) -> None:
         )
     pending, held = counts[JobState.PENDING], counts[JobState.INFLIGHT]
     if held or (pending and run.state is RunState.ACTIVE):
+        way = f"`lbr pause {run.name}`, " if run.state is RunState.ACTIVE else ""
         raise UsageError(
-            f"run {run.name!r} is {run.state}, with {counted(pending, 'job')} to do and {held} held by workers; "
-            f"`lbr pause {run.name}`, wait until no worker holds a job (`lbr status {run.name}`), then run the same "
-            f"command again"
+            f"run {run.name!r} is {run.state}, with {counted(pending, 'job')} to do and {held} held by workers; {way}wait "
+            f"until no worker holds a job (`lbr status {run.name}`), then run the same command again"
         )
 
 

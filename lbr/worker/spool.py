@@ -66,8 +66,10 @@ def kept(database: Database, error: BaseException, left: Sequence[Settlement]) -
     if not left:
         return error
     try:
-        words = f"{error}. {len(left)} finished answers are kept in {keep(database, left)}: the next `lbr worker` on this "
-        words += "machine writes them"
+        words = (
+            f"{error}. {len(left)} finished answers are kept in {keep(database, left)}: the next `lbr worker` on this "
+            f"machine writes them"
+        )
     except OSError as problem:
         words = f"{error}; {len(left)} finished answers are lost: {problem}"
     found = DatabaseError(words)
@@ -157,7 +159,9 @@ async def settle_kept(database: Database, notify: Callable[[str], None]) -> None
                     await _settle_file(database, path, place, notify)
                     lock.unlink(missing_ok=True)
             except (OSError, LbrError) as error:
-                notify(f"the answers kept in {path} are not written: {getattr(error, 'strerror', None) or error}")
+                notify(
+                    f"the answers kept in {path} are not written: {getattr(error, 'strerror', None) or error}"
+                )
 
 
 async def _settle_file(database: Database, path: Path, place: Path, notify: Callable[[str], None]) -> None:
@@ -180,16 +184,18 @@ async def _settle_file(database: Database, path: Path, place: Path, notify: Call
             notify(f"run {name} is paused now: {pause.message}")
     if len(ours) < len(lines):
         left = path.with_name(path.name.removesuffix(ENDING) + LEFT)
-        path.rename(left)
+        os.rename(path, left)
         notify(
             f"{len(lines) - len(ours)} of {len(lines)} kept answers are of another database; they are in {left}: remove "
             f"it when you do not need it"
         )
     else:
-        path.unlink()
+        os.unlink(path)
     if ours:
         late = f", {stale} came too late" * bool(stale)
-        notify(f"took up {counted(taken, 'answer')} that {'was' if taken == 1 else 'were'} kept in {path}{late}")
+        notify(
+            f"took up {counted(taken, 'answer')} that {'was' if taken == 1 else 'were'} kept in {path}{late}"
+        )
 
 
 def _as_known(settlement: Settlement, jobs: Sequence[reads.JobStanding]) -> Settlement | None:
@@ -232,7 +238,9 @@ def _settlement(line: dict[str, Any]) -> Settlement:
         if part is not None:
             # The counts may themselves be why the database took none of these.
             part["usage"] = storable_usage(Usage(**part["usage"]))
-    outcome = TypeAdapter(Outcome).validate_python({name: line[name] for name in ("reply", "failure", "latency_ms")})
+    outcome = TypeAdapter(Outcome).validate_python(
+        {name: line[name] for name in ("reply", "failure", "latency_ms")}
+    )
     state = JobState(line["state"])
     if (outcome.reply is None) == (outcome.failure is None):
         raise ValueError("neither an answer nor a failure")
