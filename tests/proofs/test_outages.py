@@ -444,7 +444,7 @@ async def test_kept_answers_of_another_database_are_left_alone(db_url: str, tmp_
     assert any("something else" in line for line in lines)
     assert not path.exists()
     (left,) = path.parent.glob("*.left.jsonl")
-    assert len(left.read_text().splitlines()) == 2
+    assert left.read_text().count("\n") == 2
     assert rubbish.exists()
     lines.clear()
     await settle_kept(database, lines.append)
