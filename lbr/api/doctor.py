@@ -11,7 +11,7 @@ from lbr.api.arguments import checked
 from lbr.api.status import way_on
 from lbr.core.config import DB_URL_DEFAULT, load_environment
 from lbr.core.errors import DatabaseError, LbrError, UsageError
-from lbr.core.plurals import counted, duration
+from lbr.core.plurals import duration, pluralize
 from lbr.core.types import PauseCause, RunState
 from lbr.models.base import Kind, kind_of
 from lbr.models.build import Authority, build_model
@@ -270,8 +270,8 @@ def _leases(facts: Health) -> Finding | None:
     workers = facts.view.workers
     live = sum(abs(facts.view.now - one.seen_at) < SILENT_MS for one in workers)
     found = (
-        f"{counted(expired, 'lease')} expired, the oldest {duration(oldest_ms / 1000)} ago; "
-        f"{live} of {counted(len(workers), 'worker')} reported recently"
+        f"{pluralize(expired, 'lease')} expired, the oldest {duration(oldest_ms / 1000)} ago; "
+        f"{live} of {pluralize(len(workers), 'worker')} reported recently"
     )
     if not live:
         return Finding("leases", WARNING, found, "start `lbr worker`: it takes the jobs over")
@@ -321,7 +321,7 @@ def _unsealed(run: Run, now: int) -> Finding:
 def _paused(run: Run, left: int) -> Finding:
     cause = PauseCause.USER if run.pause is None else run.pause.cause
     reason = "no reason is stored" if run.pause is None else run.pause.message
-    found = f"run {run.name}: paused with {counted(left, 'job')} to do: {reason}"
+    found = f"run {run.name}: paused with {pluralize(left, 'job')} to do: {reason}"
     if cause is PauseCause.MOVED_TO or not (left or cause.is_move):
         return Finding("runs", OK, found)
     return Finding("runs", NOTE if cause is PauseCause.USER else WARNING, found, way_on(run.name, cause))
@@ -356,6 +356,6 @@ def _kept(facts: Health) -> Iterator[Finding]:
             found = f"{one.path} has answers to jobs that are not in this database"
             yield Finding("kept answers", WARNING, found, "remove the file if you do not need it")
             continue
-        answers = "unreadable answers" if one.answers is None else counted(one.answers, "finished answer")
+        answers = "unreadable answers" if one.answers is None else pluralize(one.answers, "finished answer")
         found = f"{answers} in {one.path} are not in the database yet"
         yield Finding("kept answers", WARNING, found, "start `lbr worker` on this machine: it writes them")

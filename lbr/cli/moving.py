@@ -21,7 +21,7 @@ from lbr.core.plurals import pluralize
 @click.option(
     "--restart", is_flag=True, help="Copy everything again, instead of going on with an interrupted copy."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, one object.")
+@click.option("--json", is_flag=True, help="Print JSON, one object.")
 @click.pass_obj
 def move(db: dict[str, Any], /, from_url: str, to_url: str, run: str, restart: bool, json: bool) -> None:
     """Copy a run with its answers into another database, and go on there.
@@ -42,7 +42,7 @@ def move(db: dict[str, Any], /, from_url: str, to_url: str, run: str, restart: b
         )
     except KeyboardInterrupt as error:
         raise StoppedError("the move has not finished; run the same command again to go on") from error
-    if as_json:
+    if json:
         tell(orjson.dumps(moved.to_dict()))
         return
     done = "was moved before to" if moved.known else "moved to"

@@ -162,7 +162,7 @@ def retry(
         raise UsageError(
             "expected --result-type beside --reparse, got: it alone; name it to `lbr worker` instead"
         )
-    own = dict(read_setting(one) for one in settings)
+    own = dict(read_setting(one) for one in flags["set"])
     count = asyncio.run(operate.retry(run, where=where, settings=own, **db))
     tell(f"run {run}: {pluralize(count, 'job')} back to pending")
 
@@ -235,11 +235,11 @@ def resume(db: dict[str, Any], /, run: str, max_cost: float | None) -> None:
 
 @click.command()
 @click.option("--fix", is_flag=True, help="Fix counters that differ from a recount; nothing else is changed.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, one object for each finding.")
+@click.option("--json", is_flag=True, help="Print JSON, one object for each finding.")
 @database_option
 @click.pass_obj
 @click.pass_context
-def doctor(context: click.Context, db: dict[str, Any], /, fix: bool, as_json: bool) -> None:
+def doctor(context: click.Context, db: dict[str, Any], /, fix: bool, json: bool) -> None:
     """Check the database from all sides, and print what is wrong and what to do; workers can go on.
 
     The file or the server, its settings, damage, leases, counters, keys, paused runs, kept answers. Nothing is
@@ -247,10 +247,10 @@ def doctor(context: click.Context, db: dict[str, Any], /, fix: bool, as_json: bo
     """
     found = asyncio.run(examination.doctor(fix=fix, **db))
     for one in found:
-        tell(orjson.dumps(one.to_dict()) if as_json else _describe_finding(one))
-    if not as_json:
+        tell(orjson.dumps(one.to_dict()) if json else _describe_finding(one))
+    if not json:
         counts = Counter(one.gravity for one in found if one.gravity != "ok")
-        say(f"lbr: {', '.join(counted(n, gravity) for gravity, n in counts.items()) or 'all is well'}")
+        say(f"lbr: {', '.join(pluralize(n, gravity) for gravity, n in counts.items()) or 'all is well'}")
     context.exit(EXIT_GRAVE if any(one.is_grave for one in found) else 0)
 
 

@@ -12,6 +12,7 @@ from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
 
 from lbr.core.errors import DatabaseBusyError, DatabaseError, MisfitError
+from lbr.core.open_files import exhausted_message
 from lbr.store import schema
 from lbr.store.file_connections import HARMLESS
 

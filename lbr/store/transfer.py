@@ -16,7 +16,7 @@ import orjson
 from sqlalchemy import bindparam, case, func, select, update
 
 from lbr.core.errors import DatabaseError, RunNotFoundError, UsageError
-from lbr.core.plurals import counted
+from lbr.core.plurals import pluralize
 from lbr.core.types import JobState, Move, PauseCause, Paused, Run, RunState
 from lbr.store import counters, enqueue, runs
 from lbr.store.arrays import Inserting, among
@@ -162,7 +162,7 @@ def _check_at_rest(run: Run, counts: Counter[str]) -> None:
     if held or (pending and run.state is RunState.ACTIVE):
         way = f"`lbr pause {run.name}`, " if run.state is RunState.ACTIVE else ""
         raise UsageError(
-            f"run {run.name!r} is {run.state}, with {counted(pending, 'job')} to do and {held} held by workers; {way}wait "
+            f"run {run.name!r} is {run.state}, with {pluralize(pending, 'job')} to do and {held} held by workers; {way}wait "
             f"until no worker holds a job (`lbr status {run.name}`), then run the same command again"
         )
 

@@ -13,7 +13,7 @@ from lbr.core.tokens import ASSUMED_OUTPUT_TOKENS, most_output_tokens, task_char
 from lbr.core.types import RunState
 from lbr.models.base import Kind, kind_of, tells_cost
 from lbr.models.build import build_model, build_validator, unsent
-from lbr.models.connections import Connections
+from lbr.models.http import Connections
 from lbr.models.identity import has_other_code
 from lbr.worker.deadlines import Lateness
 

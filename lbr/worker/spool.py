@@ -18,7 +18,7 @@ from filelock import AsyncFileLock
 
 from lbr.core import ownership
 from lbr.core.errors import DatabaseError, LbrError, Usage
-from lbr.core.plurals import counted
+from lbr.core.plurals import pluralize
 from lbr.core.retry import storable_usage
 from lbr.core.types import KEY_BYTES, Claim, JobId, JobState, Outcome, Prompt, RunId, Settlement
 from lbr.store import files, reads
@@ -136,7 +136,7 @@ async def take_back(
             break
     for (worker, died), count in sorted(Counter((one.worker_id, one.died) for one in taken).items()):
         why = "which died" if died else "whose lease ran out"
-        notify(f"reclaimed {counted(count, 'job')} of worker {worker}, {why}")
+        notify(f"reclaimed {pluralize(count, 'job')} of worker {worker}, {why}")
     failed = [one for one in taken if one.state is JobState.FAILED]
     for one in failed:
         notify(f"job {one.job_id} failed: its worker died 3 times")
@@ -194,7 +194,7 @@ async def _settle_file(database: Database, path: Path, place: Path, notify: Call
     if ours:
         late = f", {stale} came too late" * bool(stale)
         notify(
-            f"took up {counted(taken, 'answer')} that {'was' if taken == 1 else 'were'} kept in {path}{late}"
+            f"took up {pluralize(taken, 'answer')} that {'was' if taken == 1 else 'were'} kept in {path}{late}"
         )
 
 

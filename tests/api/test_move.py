@@ -54,9 +54,8 @@ class StoppedError(Exception):
 class Calls:
     """What a function was called for; its values are not part of the function's identity."""
 
-    def __init__(self) -> None:
-        self.made: list[str] = []
-        self.fixed = False
+    made: list[str] = field(default_factory=list, compare=False)
+    fixed: bool = field(default=False, compare=False)
 
 
 @pytest.fixture(params=DIRECTIONS)

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from bench_chat import chat_server
 from sqlalchemy import text
 from stamina.instrumentation import set_on_retry_hooks
 
