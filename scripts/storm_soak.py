@@ -29,9 +29,9 @@ BACKLOG = 3_000
 OLD = 10
 """So many batches are never open at once."""
 MIB = 1024 * 1024
-MOST_GROWTH = 0.10
-MOST_WAL = 128 * MIB
-LEAST_PACE = 0.5
+MAX_GROWTH = 0.10
+MAX_WAL = 128 * MIB
+MIN_PACE = 0.5
 """The slowest minute, as a share of the median."""
 OPEN = "SELECT COALESCE(SUM(value), 0) FROM counters WHERE name IN ('pending', 'inflight')"
 DONE = "SELECT COALESCE(SUM(value), 0) FROM counters WHERE name = 'done'"
@@ -150,14 +150,14 @@ class Soak:
             last = statistics.median(sizes[-tenth:])
             growth = last / first - 1
             lines.append(f"memory {first / MIB:.0f} MiB, in the end {last / MIB:.0f} MiB, {growth:+.1%}")
-            if growth > MOST_GROWTH:
+            if growth > MAX_GROWTH:
                 watched.problems.append(f"the memory of process {pid} grew by {growth:.1%}")
         lines.append(f"WAL at most {max(watched.wal) / MIB:.1f} MiB")
-        if max(watched.wal) > MOST_WAL:
+        if max(watched.wal) > MAX_WAL:
             watched.problems.append(f"the WAL grew to {max(watched.wal) / MIB:.0f} MiB")
         paces = self._paces()
         lines.append(f"jobs a minute: {', '.join(f'{pace:,.0f}' for pace in paces)}")
-        if len(paces) > 1 and min(paces) < LEAST_PACE * statistics.median(paces):
+        if len(paces) > 1 and min(paces) < MIN_PACE * statistics.median(paces):
             watched.problems.append("some minute was slower than half of the median")
         return lines
 

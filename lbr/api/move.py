@@ -12,7 +12,7 @@ from lbr.core.types import JobState
 from lbr.store import enqueue, reads, runs, transfer
 from lbr.store.engines import opened, shown
 from lbr.store.queue import Queue
-from lbr.worker.spool import take_back, waiting
+from lbr.worker.spool import reclaim, waiting
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -89,7 +89,7 @@ async def _prepare(
     """
     left = transfer.has_left(await reads.find_run(source, name), aim)
     if not left:
-        await take_back(source, Queue(source), notify, starting=True)
+        await reclaim(source, Queue(source), notify, starting=True)
     run, counts = await transfer.prepare(source, name, aim)
     kept = [str(one.path) for one in waiting(source.spool_places) if not one.left]
     if kept and not left:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lbr.store.redo import Reparsed
 
 FUNCTION = "function:"
-LONGEST_SCOPE = 1_000
+MAX_SCOPE = 1_000
 WAIT_SECONDS = 0.2
 
 
@@ -129,7 +129,7 @@ async def remove(
                     f"run {run}: waiting for {pluralize(held, 'call')} in flight; no job is claimed any more"
                 )
             # The jobs of dead workers, which no other may be there to take back.
-            await queue.reclaim(await queue.dead())
+            await queue.reclaim(await queue.dead_workers())
             await asyncio.sleep(WAIT_SECONDS)
         return await runs.remove(database, found)
 
@@ -214,7 +214,7 @@ async def limit(
 def _answerer(scope: str) -> str:
     """Return the answerer that a scope names; UsageError for what can be the name of none."""
     named = scope.removeprefix(FUNCTION)
-    if not named or named != named.strip() or not scope.isprintable() or len(scope) > LONGEST_SCOPE:
+    if not named or named != named.strip() or not scope.isprintable() or len(scope) > MAX_SCOPE:
         raise UsageError(
             f"expected a scope as `lbr status` names it, openai-chat:gpt-4o-mini or function:module:name say, got: "
             f"{scope[:100]!r}"

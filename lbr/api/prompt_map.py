@@ -39,7 +39,7 @@ from lbr.worker.worker import Worker
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 
-    from lbr.api.task import Asked
+    from lbr.api.task import ResolvedTask
     from lbr.core.types import Json, PathOrUrl, Row
     from lbr.store.database import Database
 
@@ -219,7 +219,7 @@ def results_url_of(db_url: PathOrUrl) -> str:
     return f"sqlite+aiosqlite:///{path.with_name(f'{path.stem}-results{path.suffix}')}"
 
 
-def _run_name(asked: Asked, source: Source) -> str:
+def _run_name(asked: ResolvedTask, source: Source) -> str:
     """Name a run by what it asks and of what, so that the same call finds it again."""
     digest = hashlib.blake2b(asked.task.canonical(), digest_size=8)
     for item in source:
@@ -231,7 +231,7 @@ def _run_name(asked: Asked, source: Source) -> str:
     return f"map-{digest.hexdigest()}"
 
 
-async def _work(database: Database, asked: Asked, options: WorkOptions, run: Run, every: int) -> None:
+async def _work(database: Database, asked: ResolvedTask, options: WorkOptions, run: Run, every: int) -> None:
     worker = Worker(database, asked.authority, options, run_names=[run.name], notify=_say)
     working = asyncio.create_task(worker.run())
     watching = asyncio.create_task(_report(database, run, every)) if every else None

@@ -32,7 +32,7 @@ MODEL_WAYS = "a model (--model), such as offline:echo, or MODEL in the environme
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ResolvedTask:
     """A task, the code fingerprint of its function (None for a model), and the right to serve it here.
 
     `refusal` says why a new run must not have the task, None if it may: a setting of it would do nothing.
@@ -56,7 +56,7 @@ def ask(
     result_type: Any = None,
     openrouter_api_key: str | None = None,
     env: Mapping[str, str] | None = None,
-) -> Asked:
+) -> ResolvedTask:
     """Build the task that these arguments ask for.
 
     `env` is asked for MODEL where neither `model` nor `function` is given. Raises UsageError where nobody is
@@ -84,8 +84,8 @@ def ask(
     types = [result_type] if result_type is not None else []
     authority = authorize(result_types=types, openrouter_api_key=openrouter_api_key)
     if named is None:
-        return Asked(task, None, authority, next(iter(unsent(task)), None))
-    return Asked(task, named.identity.fingerprint, replace(authority, functions=(named,)))
+        return ResolvedTask(task, None, authority, next(iter(unsent(task)), None))
+    return ResolvedTask(task, named.identity.fingerprint, replace(authority, functions=(named,)))
 
 
 def _shared(
@@ -181,7 +181,7 @@ def _name_of(result_type: Any) -> str:
     return str(getattr(result_type, "__qualname__", result_type))
 
 
-async def check_servable(asked: Asked) -> None:
+async def check_servable(asked: ResolvedTask) -> None:
     """Raise UsageError where this process could not serve the task, for want of a key or a package."""
     await build_model(asked.task, asked.authority, concurrency=1).aclose()
 

@@ -145,7 +145,7 @@ def flag_defaults(command: click.Command, found: Any, where: str) -> dict[str, A
 
 def fail(error: LbrError) -> NoReturn:
     """End the process as the error asks for."""
-    say(f"lbr: {error.in_flags or error}")
+    log(f"lbr: {error.in_flags or error}")
     try:
         sys.stdout.flush()
     except (AttributeError, OSError, ValueError):  # it is closed or full, and Python would flush it once more
@@ -153,13 +153,13 @@ def fail(error: LbrError) -> NoReturn:
     sys.exit(error.exit_code)
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Talk to the person: on stderr, so that stdout carries data only. Where nobody listens any more, work goes on."""
     with suppress(OSError):  # the terminal was closed, or the reader of the pipe has ended
         click.echo(harmless(text), err=True)
 
 
-def tell(data: str | bytes) -> None:
+def echo(data: str | bytes) -> None:
     """Write what was asked for to stdout: words, or data, as they are unless it is a terminal.
 
     Raises OutputError; a BrokenPipeError is click's.
@@ -209,7 +209,7 @@ def lbr(context: click.Context, db: str, allow_network_fs: bool) -> None:
     # A hidden command is a child's, whose parent has said it.
     if isinstance(group, click.Group) and not group.commands[context.invoked_subcommand or ""].hidden:
         for notice in unknown_variables(group):
-            say(f"lbr: {notice}")
+            log(f"lbr: {notice}")
 
 
 def database_option(command: F) -> F:

@@ -10,7 +10,7 @@ import click
 
 from lbr.api import collect as api
 from lbr.api.status import printable
-from lbr.cli.app import EXIT_FAILURES, EXIT_UNFINISHED, database_option, say, with_options
+from lbr.cli.app import EXIT_FAILURES, EXIT_UNFINISHED, database_option, log, with_options
 from lbr.core.plurals import pluralize
 from lbr.core.types import Shape
 from lbr.io.writers import OutputFormat
@@ -53,16 +53,16 @@ def cut_off_words(run: str, count: int, *, limited: bool) -> str:
 def exit_code(collected: api.Collected) -> int:
     """Return 3 where answers may still come, 4 where some never will, else 0; say what to do."""
     if collected.cut_off:
-        say(f"lbr: {cut_off_words(collected.run, collected.cut_off, limited=collected.limited)}")
+        log(f"lbr: {cut_off_words(collected.run, collected.cut_off, limited=collected.limited)}")
     if not collected.sealed:
-        say(
+        log(
             f"lbr: the enqueue of run {collected.run} has not come to its end; run it again if it was interrupted"
         )
     if collected.unfinished or not collected.sealed:
         rows, them = (
             ("1 row is", "it") if collected.unfinished == 1 else (f"{collected.unfinished} rows are", "them")
         )
-        say(f"lbr: {rows} not finished; `lbr worker` finishes {them}")
+        log(f"lbr: {rows} not finished; `lbr worker` finishes {them}")
         return EXIT_UNFINISHED
     if collected.failed:
         rows, jobs = (
@@ -70,7 +70,7 @@ def exit_code(collected: api.Collected) -> int:
             if collected.failed == 1
             else (f"{collected.failed} rows have", "their jobs")
         )
-        say(f"lbr: {rows} no answer{_reasons(collected)}; `lbr retry {collected.run}` puts {jobs} back")
+        log(f"lbr: {rows} no answer{_reasons(collected)}; `lbr retry {collected.run}` puts {jobs} back")
         return EXIT_FAILURES
     return 0
 
@@ -118,5 +118,5 @@ def collect(
     A file appears whole or not at all. Exits with 3 where jobs are not finished, with 4 where some failed.
     """
     collected = asyncio.run(api.collect(run, out="-" if output is None else output, **flags, **db))
-    say(f"lbr: {describe(collected)}")
+    log(f"lbr: {describe(collected)}")
     context.exit(exit_code(collected))

@@ -13,7 +13,7 @@ import click
 import orjson
 
 from lbr.api import enqueue as api
-from lbr.cli.app import database_option, read_setting, say, tell, with_options
+from lbr.cli.app import database_option, echo, log, read_setting, with_options
 from lbr.core.config import MAX_ATTEMPTS
 from lbr.core.errors import StoppedError
 from lbr.core.plurals import pluralize
@@ -23,7 +23,7 @@ from lbr.models.offline import ECHO
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-MOST_ATTEMPTS = 1_000_000
+ATTEMPTS_LIMIT = 1_000_000
 
 
 def input_options(command: F) -> F:
@@ -67,7 +67,7 @@ def task_options(command: F) -> F:
     keeping = [
         click.option(
             "--max-attempts",
-            type=click.IntRange(1, MOST_ATTEMPTS),
+            type=click.IntRange(1, ATTEMPTS_LIMIT),
             default=MAX_ATTEMPTS,
             help="Charged tries of a job before it fails.",
         ),
@@ -107,12 +107,12 @@ def counting_kept(inputs: tuple[str, ...], *, append: bool) -> Iterator[Callable
     """Yield what wants to hear how many inputs are in the run; a Ctrl-C becomes a StoppedError that tells it."""
     kept = 0
 
-    def hear(count: int) -> None:
+    def on_progress(count: int) -> None:
         nonlocal kept
         kept = count
 
     try:
-        yield hear
+        yield on_progress
     except KeyboardInterrupt as error:
         raise StoppedError(_interrupted_words(inputs, kept, append=append)) from error
 
@@ -152,7 +152,7 @@ def describe(report: api.EnqueueReport) -> str:
 
 
 async def enqueue_inputs(
-    db: dict[str, Any], inputs: tuple[str, ...], hear: Callable[[int], None], **flags: Any
+    db: dict[str, Any], inputs: tuple[str, ...], on_progress: Callable[[int], None], **flags: Any
 ) -> api.EnqueueReport:
     """Turn flags into a call of `api.enqueue` and tell what it did; `hear` is told how many inputs are kept."""
     template, schema, instructions = flags.pop("template"), flags.pop("schema"), flags.pop("instructions")
@@ -165,12 +165,12 @@ async def enqueue_inputs(
             schema=None if schema is None else load_schema(schema),
             settings=settings,
             input_format=flags.pop("format"),
-            on_kept=hear,
+            on_kept=on_progress,
             **flags,
             **db,
         )
     for notice in report.notices:
-        say(f"lbr: {notice}")
+        log(f"lbr: {notice}")
     return report
 
 
@@ -186,11 +186,11 @@ def enqueue(db: dict[str, Any], /, inputs: tuple[str, ...], json: bool, **flags:
     INPUTS are text files (a prompt a line), JSONL, CSV or TSV, or - for stdin. Running the same command again adds
     nothing; after a crash it completes what is missing.
     """
-    with counting_kept(inputs, append=flags["append"]) as hear:
-        report = asyncio.run(enqueue_inputs(db, inputs, hear, **flags))
+    with counting_kept(inputs, append=flags["append"]) as on_progress:
+        report = asyncio.run(enqueue_inputs(db, inputs, on_progress, **flags))
     if json:
         fields = {name: getattr(report.counts, name) for name in report.counts.__slots__}
         fields |= {"skipped_bad": report.skipped_bad, "skipped_empty": report.skipped_empty}
-        tell(orjson.dumps({"run": report.run} | fields))
+        echo(orjson.dumps({"run": report.run} | fields))
         return
-    tell(describe(report))
+    echo(describe(report))

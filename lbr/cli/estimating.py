@@ -11,7 +11,7 @@ import orjson
 
 from lbr.api.estimate import SECONDS_PER_CALL, Estimate, rounded
 from lbr.api.estimate import estimate as estimate_inputs
-from lbr.cli.app import read_setting, tell
+from lbr.cli.app import echo, read_setting
 from lbr.cli.enqueue import input_options, interruptible
 from lbr.core.config import WorkOptions
 from lbr.core.plurals import duration, pluralize
@@ -45,7 +45,7 @@ def estimate(inputs: tuple[str, ...], json: bool, **flags: Any) -> None:
     no database is needed.
     """
     found = asyncio.run(_estimate(inputs, flags))
-    tell(orjson.dumps(found.to_dict()) if json else describe(found))
+    echo(orjson.dumps(found.to_dict()) if json else describe(found))
 
 
 async def _estimate(inputs: tuple[str, ...], flags: dict[str, Any]) -> Estimate:

@@ -10,7 +10,7 @@ import orjson
 
 from lbr.api import operate
 from lbr.api.status import describe_limit
-from lbr.cli.app import database_option, say, tell
+from lbr.cli.app import database_option, echo, log
 from lbr.core.config import a_minute, at_least_one
 from lbr.core.errors import UsageError
 
@@ -63,8 +63,8 @@ def limit(
         raise UsageError("expected a SCOPE to set limits of, got: none; `lbr status` names them")
     found = asyncio.run(operate.limit(scope, values, **db))
     for one in found:
-        tell(orjson.dumps(one) if json else describe_limit(one))
+        echo(orjson.dumps(one) if json else describe_limit(one))
         if values and not one["runs"]:
-            say(f"no run of this queue is answered by {one['answerer']}: that holds for those to come")
+            log(f"no run of this queue is answered by {one['answerer']}: that holds for those to come")
     if not found and not json:
-        tell("no limits are set, and none were learned")
+        echo("no limits are set, and none were learned")

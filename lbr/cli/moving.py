@@ -9,7 +9,7 @@ import click
 import orjson
 
 from lbr.api import move as api
-from lbr.cli.app import say, tell
+from lbr.cli.app import echo, log
 from lbr.core.errors import StoppedError
 from lbr.core.plurals import pluralize
 
@@ -37,22 +37,22 @@ def move(db: dict[str, Any], /, from_url: str, to_url: str, run: str, restart: b
                 to_url=to_url,
                 restart=restart,
                 allow_network_fs=db["allow_network_fs"],
-                notify=lambda line: say(f"lbr: {line}"),
+                notify=lambda line: log(f"lbr: {line}"),
             )
         )
     except KeyboardInterrupt as error:
         raise StoppedError("the move has not finished; run the same command again to go on") from error
     if json:
-        tell(orjson.dumps(moved.to_dict()))
+        echo(orjson.dumps(moved.to_dict()))
         return
     done = "was moved before to" if moved.known else "moved to"
-    tell(
+    echo(
         f"run {moved.run}: {pluralize(moved.inputs, 'input')}, {pluralize(moved.jobs, 'job')}, {pluralize(moved.answers, 'answer')} {done} {moved.target}"
     )
     if moved.known:
         return
-    tell(f"hash {moved.hash}: the same in both")
-    say(
+    echo(f"hash {moved.hash}: the same in both")
+    log(
         f"lbr: go on with --db or LBR_DB for {moved.target}: `lbr resume {moved.run}` if the run was paused, then "
         f"`lbr worker`. A paused copy stays here; resuming that would call twice for what is left"
     )

@@ -16,7 +16,7 @@ import orjson
 from lbr.api import doctor as examination
 from lbr.api import operate
 from lbr.api.status import describe, printable, resumed_words
-from lbr.cli.app import database_option, read_setting, say, tell
+from lbr.cli.app import database_option, echo, log, read_setting
 from lbr.core.config import positive
 from lbr.core.errors import UsageError
 from lbr.core.plurals import pluralize
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from lbr.store.reads import Attempt, JobDetail
     from lbr.store.redo import Reparsed
 
-LARGEST_IDX = 2**63 - 1
-LONGEST_PAUSE_SECONDS = 86_400.0
+MAX_IDX = 2**63 - 1
+MAX_PAUSE_SECONDS = 86_400.0
 EXIT_GRAVE = 5
 
 
@@ -41,7 +41,7 @@ EXIT_GRAVE = 5
 @click.pass_obj
 def status(db: dict[str, Any], /, run: str | None, json: bool, watch: bool, interval: float) -> None:
     """Tell how one run stands, or all of them: counts, speed, tokens, cost, failures, workers."""
-    pause_seconds = min(max(0.1, positive("interval", interval)), LONGEST_PAUSE_SECONDS)
+    pause_seconds = min(max(0.1, positive("interval", interval)), MAX_PAUSE_SECONDS)
     with suppress(KeyboardInterrupt) if watch else nullcontext():
         _print_status(db, run, json=json, watch=watch, pause_seconds=pause_seconds)
 
@@ -53,7 +53,7 @@ def _print_status(
         found = asyncio.run(operate.status(run, **db))
         if watch and not json and sys.stdout.isatty():
             click.clear()
-        tell(orjson.dumps(found.to_dict()) if json else describe(found))
+        echo(orjson.dumps(found.to_dict()) if json else describe(found))
         if not watch or all(one.finished or one.state == "cancelled" for one in found.runs):
             return
         time.sleep(pause_seconds)
@@ -61,7 +61,7 @@ def _print_status(
 
 @click.command()
 @click.argument("run")
-@click.argument("idx", type=click.IntRange(0, LARGEST_IDX))
+@click.argument("idx", type=click.IntRange(0, MAX_IDX))
 @click.option("--json", is_flag=True, help="Print JSON, one object.")
 @database_option
 @click.pass_obj
@@ -69,7 +69,7 @@ def show(db: dict[str, Any], /, run: str, idx: int, json: bool) -> None:
     """Tell everything about the input at place IDX, counted from 0: its job, its answer, its failed tries."""
     story = asyncio.run(operate.show(run, idx, **db))
     fields = story.row.to_dict() | {k: v for k, v in asdict(story).items() if k != "row"}
-    tell(orjson.dumps(fields) if json else _describe_story(story))
+    echo(orjson.dumps(fields) if json else _describe_story(story))
 
 
 def _describe_story(story: JobDetail) -> str:
@@ -156,7 +156,7 @@ def retry(
             raise UsageError(
                 "expected --reparse alone or with --result-type, got: --where or --set beside it"
             )
-        tell(_describe_reparsed(run, asyncio.run(operate.reparse(run, result_types=result_type, **db))))
+        echo(_describe_reparsed(run, asyncio.run(operate.reparse(run, result_types=result_type, **db))))
         return
     if result_type:
         raise UsageError(
@@ -164,7 +164,7 @@ def retry(
         )
     own = dict(read_setting(one) for one in flags["set"])
     count = asyncio.run(operate.retry(run, where=where, settings=own, **db))
-    tell(f"run {run}: {pluralize(count, 'job')} back to pending")
+    echo(f"run {run}: {pluralize(count, 'job')} back to pending")
 
 
 def _describe_reparsed(run: str, reparsed: Reparsed) -> str:
@@ -183,7 +183,7 @@ def _describe_reparsed(run: str, reparsed: Reparsed) -> str:
 @click.pass_obj
 def cancel(db: dict[str, Any], /, run: str) -> None:
     """Cancel a run's pending jobs; calls in flight end and their answers are kept."""
-    tell(f"run {run}: {pluralize(asyncio.run(operate.cancel(run, **db)), 'job')} cancelled")
+    echo(f"run {run}: {pluralize(asyncio.run(operate.cancel(run, **db)), 'job')} cancelled")
 
 
 @click.command()
@@ -200,8 +200,8 @@ def rm(db: dict[str, Any], /, run: str, yes: bool) -> None:
         and not click.confirm(f"Remove run {run} with {pluralize(found.done, 'answer')}?", err=True)
     ):
         raise UsageError(f"run {run} stays")
-    count = asyncio.run(operate.remove(run, **db, notify=lambda words: say(f"lbr: {words}")))
-    tell(f"run {run}: removed, with {pluralize(count, 'job')}")
+    count = asyncio.run(operate.remove(run, **db, notify=lambda words: log(f"lbr: {words}")))
+    echo(f"run {run}: removed, with {pluralize(count, 'job')}")
 
 
 @click.command()
@@ -212,7 +212,7 @@ def rm(db: dict[str, Any], /, run: str, yes: bool) -> None:
 def pause(db: dict[str, Any], /, run: str, reason: str) -> None:
     """Stop the claiming of a run's jobs, in every worker, until `lbr resume`."""
     asyncio.run(operate.pause(run, reason=reason, **db))
-    tell(f"run {run}: paused")
+    echo(f"run {run}: paused")
 
 
 @click.command()
@@ -229,8 +229,8 @@ def resume(db: dict[str, Any], /, run: str, max_cost: float | None) -> None:
     """Let a paused run's jobs be claimed again."""
     pause = asyncio.run(operate.resume(run, max_cost=max_cost, **db))
     if words := resumed_words(run, pause):
-        say(f"lbr: {words}")
-    tell(f"run {run}: active")
+        log(f"lbr: {words}")
+    echo(f"run {run}: active")
 
 
 @click.command()
@@ -247,10 +247,10 @@ def doctor(context: click.Context, db: dict[str, Any], /, fix: bool, json: bool)
     """
     found = asyncio.run(examination.doctor(fix=fix, **db))
     for one in found:
-        tell(orjson.dumps(one.to_dict()) if json else _describe_finding(one))
+        echo(orjson.dumps(one.to_dict()) if json else _describe_finding(one))
     if not json:
         counts = Counter(one.gravity for one in found if one.gravity != "ok")
-        say(f"lbr: {', '.join(pluralize(n, gravity) for gravity, n in counts.items()) or 'all is well'}")
+        log(f"lbr: {', '.join(pluralize(n, gravity) for gravity, n in counts.items()) or 'all is well'}")
     context.exit(EXIT_GRAVE if any(one.is_grave for one in found) else 0)
 
 

@@ -14,7 +14,7 @@ import click
 from lbr.api import operate
 from lbr.api.collect import collect
 from lbr.api.status import RunStatus, one_line, unfinished_words
-from lbr.cli.app import EXIT_UNFINISHED, database_option, say
+from lbr.cli.app import EXIT_UNFINISHED, database_option, log
 from lbr.cli.collect import csv_options, describe, exit_code
 from lbr.cli.enqueue import counting_kept, enqueue_inputs, task_options
 from lbr.cli.enqueue import describe as describe_enqueue
@@ -26,7 +26,7 @@ from lbr.cli.work import (
     work_in_processes,
     work_options,
 )
-from lbr.core.config import MOST_PROCESSES, at_least_one
+from lbr.core.config import MAX_PROCESSES, at_least_one
 from lbr.core.errors import UsageError
 from lbr.core.plurals import duration
 from lbr.core.terminal import harmless
@@ -76,10 +76,10 @@ def run(
     csv = {name: flags.pop(name) for name in ("spreadsheet_safe", "bom")}
     writers.CsvStyle(**csv).check(writers.format_of(output))
     _check_overwriting((*inputs, *_one(flags["skip_bad"])), output, db["db_url"])
-    at_least_one("processes", flags["processes"], most=MOST_PROCESSES)
+    at_least_one("processes", flags["processes"], most=MAX_PROCESSES)
     work_flags(flags)
-    with counting_kept(inputs, append=flags["append"]) as hear:
-        code = asyncio.run(_run(db, inputs, output, {"shape": shape, **csv}, hear, flags))
+    with counting_kept(inputs, append=flags["append"]) as on_progress:
+        code = asyncio.run(_run(db, inputs, output, {"shape": shape, **csv}, on_progress, flags))
     context.exit(code)
 
 
@@ -99,15 +99,15 @@ async def _run(
     inputs: tuple[str, ...],
     out: str,
     how_written: dict[str, Any],
-    hear: Callable[[int], None],
+    on_progress: Callable[[int], None],
     flags: dict[str, Any],
 ) -> int:
     started = time.monotonic()
     processes, how = flags.pop("processes"), work_flags(flags)
     flags = {name: value for name, value in flags.items() if name not in how}
     may: dict[str, Any] = {name: _one(flags[name]) for name in ("function", "result_type")}
-    enqueued = await enqueue_inputs(db, inputs, hear, servable=True, **flags)
-    say(f"lbr: {describe_enqueue(enqueued)}")
+    enqueued = await enqueue_inputs(db, inputs, on_progress, servable=True, **flags)
+    log(f"lbr: {describe_enqueue(enqueued)}")
     worked: WorkReport | None = None
     async with _progress(db, enqueued.run) as line:
         if processes > 1:
@@ -127,10 +127,10 @@ async def _collect(
     (now,) = (await operate.status(run, **db)).runs
     if not now.finished:
         way_out = unfinished_words(now.run, now.pause)
-        say(f"lbr: {one_line(now)}; unfinished, nothing was written; {way_out}")
+        log(f"lbr: {one_line(now)}; unfinished, nothing was written; {way_out}")
         return EXIT_UNFINISHED
     collected = await collect(run, out=out, **how_written, **db)
-    say(f"lbr: {describe(collected)}, in {out}, after {duration(time.monotonic() - started)}")
+    log(f"lbr: {describe(collected)}, in {out}, after {duration(time.monotonic() - started)}")
     return exit_code(collected)
 
 
@@ -195,10 +195,10 @@ async def _lines(db: dict[str, Any], /, run: str) -> AsyncIterator[Callable[[str
         nonlocal last
         if time.monotonic() - last >= LINE_SECONDS:
             last = time.monotonic()
-            say(f"lbr: {one_line(status)}")
+            log(f"lbr: {one_line(status)}")
 
     async with _looking(db, run, look):
-        yield lambda text: say(f"lbr: {text}")
+        yield lambda text: log(f"lbr: {text}")
 
 
 @asynccontextmanager

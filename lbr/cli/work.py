@@ -16,10 +16,10 @@ import click
 
 from lbr.api import work
 from lbr.api.status import paused_words
-from lbr.cli.app import EXIT_FAILURES, EXIT_UNFINISHED, database_option, say, with_options
+from lbr.cli.app import EXIT_FAILURES, EXIT_UNFINISHED, database_option, log, with_options
 from lbr.cli.collect import cut_off_words
 from lbr.core import open_files
-from lbr.core.config import MOST_PROCESSES, WorkOptions, at_least_one
+from lbr.core.config import MAX_PROCESSES, WorkOptions, at_least_one
 from lbr.core.plurals import pluralize
 from lbr.core.types import Until
 from lbr.worker.processes import hearing, run_processes
@@ -145,12 +145,12 @@ async def serve(
             told = True
             _leave_closed_terminal()
             worker.drain()
-            say("lbr: stopping: finishing the calls in flight; once more to give them back at once")
+            log("lbr: stopping: finishing the calls in flight; once more to give them back at once")
 
         def end_with_parent(pipe: int) -> None:
             loop.remove_reader(pipe)
             worker.drain()
-            say("lbr: the process that started this one is gone: finishing the calls in flight")
+            log("lbr: the process that started this one is gone: finishing the calls in flight")
 
         until_the_end.enter_context(hearing(stop))
         if parent is not None:
@@ -176,14 +176,14 @@ def _leave_closed_terminal() -> None:
 
 async def work_alone(db: dict[str, Any], **how: Any) -> int:
     """Be one worker process to its end, and return its exit code."""
-    report = await serve(db, lambda line: say(f"lbr: {line}"), **how)
-    say(f"lbr: worker: {describe_work(report)}")
+    report = await serve(db, lambda line: log(f"lbr: {line}"), **how)
+    log(f"lbr: worker: {describe_work(report)}")
     for name, count in report.cut_off.items():
-        say(f"lbr: run {name}: {cut_off_words(name, count, limited=name in report.limited)}")
+        log(f"lbr: run {name}: {cut_off_words(name, count, limited=name in report.limited)}")
     for name, pause in report.paused.items():
-        say(f"lbr: run {name} is paused: {paused_words(name, pause)}")
+        log(f"lbr: run {name} is paused: {paused_words(name, pause)}")
     for name in report.interrupted:
-        say(f"lbr: the enqueue of run {name} did not come to its end; run the same enqueue again")
+        log(f"lbr: the enqueue of run {name} did not come to its end; run the same enqueue again")
     code = EXIT_UNFINISHED if report.paused or report.interrupted else 0
     if report.failed and how.get("until") != Until.FOREVER:
         # A service restarts what exits with an error, and would do so for each failed job.
@@ -196,7 +196,7 @@ def leave_stuck(report: WorkReport, code: int) -> None:
     """End the process where calls would not be cancelled, for asyncio would wait for them for ever."""
     if report.stuck:
         # Their jobs are released.
-        say(f"lbr: left {pluralize(report.stuck, 'call')} behind that would not be cancelled")
+        log(f"lbr: left {pluralize(report.stuck, 'call')} behind that would not be cancelled")
         os._exit(code)
 
 
@@ -232,7 +232,7 @@ def worker(
     second signal gives it back at once. A killed worker's jobs are taken up by the others, at the latest when their
     leases run out.
     """
-    at_least_one("processes", processes, most=MOST_PROCESSES)
+    at_least_one("processes", processes, most=MAX_PROCESSES)
     context.exit(asyncio.run(_work(db, exclusive, processes, flags)))
 
 
@@ -269,7 +269,7 @@ async def work_in_processes(db: dict[str, Any], count: int, **flags: Any) -> int
         for one in value if isinstance(value, tuple) else () if value is None else (value,):
             arguments += [f"--{flag.replace('_', '-')}", str(one)]
     codes = await run_processes(
-        arguments, count, environment=environment, notify=lambda line: say(f"lbr: {line}")
+        arguments, count, environment=environment, notify=lambda line: log(f"lbr: {line}")
     )
     ended = [code for code in codes if code >= 0]
     return max(ended) if ended else 1

@@ -30,12 +30,12 @@ CALL_TIMEOUT = 120.0
 PATIENCE = 120.0
 OUTAGE_PATIENCE = 3600.0
 LARGEST = 1_000_000
-MOST_SLOTS = 10_000
+MAX_SLOTS = 10_000
 """What one worker makes of calls at a time; a limit of all workers may be above it."""
-MOST_PROCESSES = 1_000
+MAX_PROCESSES = 1_000
 """What one command starts: each is a Python with an event loop of its own."""
-MOST_A_MINUTE = 2_000_000_000
-MOST_DOLLARS = 1_000_000_000
+MAX_PER_MINUTE = 2_000_000_000
+MAX_DOLLARS = 1_000_000_000
 
 
 _URL_NAME = re.compile(r"(\w+)_(?:BASE_URL|ENDPOINT)")
@@ -131,15 +131,15 @@ def at_least_one(name: str, value: int, *, most: int = LARGEST) -> int:
 
 def a_minute(name: str, value: int) -> int:
     """Return the value, or raise UsageError: it must be a whole number of requests or tokens a minute."""
-    if type(value) is not int or not 1 <= value <= MOST_A_MINUTE:
-        raise UsageError(f"expected {name} to be a whole number from 1 to {MOST_A_MINUTE}, got: {value!r}")
+    if type(value) is not int or not 1 <= value <= MAX_PER_MINUTE:
+        raise UsageError(f"expected {name} to be a whole number from 1 to {MAX_PER_MINUTE}, got: {value!r}")
     return value
 
 
 def nanos_of(name: str, dollars: float) -> int:
     """Return an amount of US dollars in billionths, or raise UsageError: it must be above zero, and sane."""
-    if not 0 < positive(name, dollars) <= MOST_DOLLARS:
-        raise UsageError(f"expected {name} to be at most {MOST_DOLLARS:,} US dollars, got: {dollars:g}")
+    if not 0 < positive(name, dollars) <= MAX_DOLLARS:
+        raise UsageError(f"expected {name} to be at most {MAX_DOLLARS:,} US dollars, got: {dollars:g}")
     return max(1, round(dollars * NANOS))
 
 
@@ -186,7 +186,7 @@ class WorkOptions:
     outage_patience: float = OUTAGE_PATIENCE
 
     def __post_init__(self) -> None:
-        at_least_one("concurrency", self.concurrency, most=MOST_SLOTS)
+        at_least_one("concurrency", self.concurrency, most=MAX_SLOTS)
         positive("lease", self.lease)
         positive("timeout", self.timeout)
         positive("patience", self.patience)

@@ -115,8 +115,8 @@ class Usage:
     cost_nanos: int | None = None
 
 
-MOST_TOKENS = 10**12
-MOST_NANOS = 10**14
+MAX_TOKENS = 10**12
+MAX_NANOS = 10**14
 """What no one call takes, a hundred thousand dollars in money: more is a slip of the provider's. So far below what a
 database holds that the sum over millions of calls is held too."""
 

@@ -33,7 +33,7 @@ TOLERATED_SHARE = 0.2
 MIN_ROUND = 10
 """The share is taken over the calls in flight, but over at least this many: three refusals in a row always count."""
 EPSILON = 1e-6
-AGAIN_MS = 100
+RETRY_MS = 100
 """How long to wait for a slot: nobody knows when one will be free."""
 
 
@@ -73,8 +73,8 @@ class Limit:
 
     def binds(self, ceiling: int) -> bool:
         """Tell whether it holds anything back, where the workers have `ceiling` slots together."""
-        narrow = self.at_a_time is not None and self.at_a_time < ceiling
-        return self.rpm is not None or self.tpm is not None or narrow
+        throttled = self.at_a_time is not None and self.at_a_time < ceiling
+        return self.rpm is not None or self.tpm is not None or throttled
 
 
 def capacity(per_minute: int) -> float:
@@ -141,7 +141,7 @@ def wait_ms(limit: Limit, inflight: int) -> int:
     if limit.tpm is not None and limit.tokens is not None and limit.tokens <= 0:
         waits.append(math.floor(-limit.tokens * MINUTE_MS / limit.tpm + EPSILON) + 1)
     if limit.at_a_time is not None and inflight >= limit.at_a_time:
-        waits.append(AGAIN_MS)
+        waits.append(RETRY_MS)
     return max(waits)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from lbr.core.errors import MOST_NANOS, DatabaseError, Usage, UsageError
+from lbr.core.errors import MAX_NANOS, DatabaseError, Usage, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,7 +51,7 @@ class Price:
         if usage.input_tokens is None or usage.output_tokens is None:
             return usage
         cost = self.cost_nanos(usage.input_tokens, usage.output_tokens)
-        return replace(usage, cost_nanos=cost if cost <= MOST_NANOS else None)
+        return replace(usage, cost_nanos=cost if cost <= MAX_NANOS else None)
 
     def words(self) -> str:
         """Return the price as `read_price` reads it."""

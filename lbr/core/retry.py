@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, assert_never
 
-from lbr.core.errors import MOST_NANOS, MOST_TOKENS, NO_USAGE, CallError, Family, Symptom, Usage
+from lbr.core.errors import MAX_NANOS, MAX_TOKENS, NO_USAGE, CallError, Family, Symptom, Usage
 from lbr.core.types import Claim, Failure, JobState, Outcome, PauseCause, Paused, Settlement
 
 if TYPE_CHECKING:
@@ -85,9 +85,9 @@ def storable_usage(usage: Usage) -> Usage:
     """
     if usage is NO_USAGE:
         return usage
-    input_ = _count(usage.input_tokens, MOST_TOKENS)
-    output = _count(usage.output_tokens, MOST_TOKENS)
-    cost = _count(usage.cost_nanos, MOST_NANOS)
+    input_ = _count(usage.input_tokens, MAX_TOKENS)
+    output = _count(usage.output_tokens, MAX_TOKENS)
+    cost = _count(usage.cost_nanos, MAX_NANOS)
     if input_ is usage.input_tokens and output is usage.output_tokens and cost is usage.cost_nanos:
         return usage
     return Usage(input_, output, cost)

@@ -357,7 +357,7 @@ class Claim:
     key: bytes
     history: History = NO_HISTORY
     tokens: int = 0
-    narrow: bool = False
+    throttled: bool = False
     settings: dict[str, Json] | None = None
     probe: bool = False
 

@@ -39,7 +39,7 @@ BOM = b"\xef\xbb\xbf"
 BUFFER_BYTES = 1 << 20
 
 ABANDONED_SECONDS = 3600.0
-MOST_LINKS = 40
+MAX_LINKS = 40
 _DESCRIPTORS = re.compile(r"/dev/fd|/proc/\d+(?:/task/\d+)?/fd")
 _TO_STDOUT = "name a file, or leave it to `lbr collect RUN -o -`, which writes to stdout"
 
@@ -108,7 +108,7 @@ def check_output(path: str | None) -> None:
 
 def _is_descriptor(path: str) -> bool:
     """Tell whether a path leads through /dev/stdout or the like: the file behind it would be replaced, not written to."""
-    for _ in range(MOST_LINKS):
+    for _ in range(MAX_LINKS):
         folder = os.path.realpath(os.path.dirname(path))
         if _DESCRIPTORS.fullmatch(folder):
             return True

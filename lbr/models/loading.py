@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-AGAIN_SECONDS = 5.0
+RETRY_SECONDS = 5.0
 
 
 class Loading(Generic[T]):
@@ -29,7 +29,7 @@ class Loading(Generic[T]):
 
     def begin(self) -> asyncio.Task[T]:
         """Start to load, where that was not done or is due once more; return what is loading or was loaded."""
-        due = self._failed_at is not None and self._clock() >= self._failed_at + AGAIN_SECONDS
+        due = self._failed_at is not None and self._clock() >= self._failed_at + RETRY_SECONDS
         if self._task is None or due:
             self._failed_at = None
             self._task = asyncio.create_task(asyncio.to_thread(self._load))

@@ -1,6 +1,6 @@
 """Whose fault a failed call is: from the error's kind, the HTTP status and the body to families, waits and words.
 
-Every adapter says in `Refusal` what came; what follows from it is decided here alone.
+Every adapter says in `ProviderError` what came; what follows from it is decided here alone.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _NEVER_FITS = re.compile(r"request too large", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class ProviderError:
     """How a call failed, in no client's own classes.
 
     `kind` is what the error is called, `categories` the names of that and of all that it is a case of. `status` is 0
@@ -69,7 +69,7 @@ class Refusal:
     url: str | None = None
 
 
-def family_of(refusal: Refusal) -> Family:
+def family_of(refusal: ProviderError) -> Family:
     """Sort a refusal by its categories, the HTTP status and the provider's words."""
     categories, status = refusal.categories, refusal.status
     if "ModelQuotaExceededError" in categories:
@@ -93,7 +93,7 @@ def family_of(refusal: Refusal) -> Family:
     return Family.PERMANENT if 400 <= status < 500 else Family.TRANSIENT
 
 
-def _family_of_429(refusal: Refusal) -> Family:
+def _family_of_429(refusal: ProviderError) -> Family:
     """Tell a rate limit, which passes, from an empty account, which does not, and from what exceeds any limit."""
     said = message_in(refusal.body) or ""
     if _NEVER_FITS.match(said):
@@ -104,7 +104,7 @@ def _family_of_429(refusal: Refusal) -> Family:
     return Family.RATE_LIMITED
 
 
-def symptom_of(refusal: Refusal, family: Family) -> Symptom | None:
+def symptom_of(refusal: ProviderError, family: Family) -> Symptom | None:
     """Return what a refusal may say about other calls, None if it is about this one alone."""
     if refusal.unreachable:
         return Symptom.UNREACHABLE
@@ -116,21 +116,21 @@ def symptom_of(refusal: Refusal, family: Family) -> Symptom | None:
     return Symptom.SET_UP if family is Family.PERMANENT and refusal.status and not about_the_prompt else None
 
 
-def _is_denied(refusal: Refusal) -> bool:
+def _is_denied(refusal: ProviderError) -> bool:
     # A 403 may be about the prompt (OpenRouter's moderation): then its kind is another.
     return "ModelAuthenticationError" in refusal.categories or (
         refusal.status in {401, 403} and not refusal.categories & _REJECTED
     )
 
 
-def is_overloaded(refusal: Refusal) -> bool:
+def is_overloaded(refusal: ProviderError) -> bool:
     """Tell whether a refusal says that the provider has too much to do: fewer calls at a time may help."""
     if "ModelTimeoutError" in refusal.categories:
         return refusal.connecting  # an answer that does not come may just be a long one
     return "ModelUnavailableError" in refusal.categories or refusal.status in OVERLOAD_STATUSES
 
 
-def call_error(refusal: Refusal, *, api_key: str | None = None, now: float | None = None) -> CallError:
+def call_error(refusal: ProviderError, *, api_key: str | None = None, now: float | None = None) -> CallError:
     """Say in lbr's words how a call failed; no key gets into the message.
 
     `now`, in seconds since 1970, is what resets of rate limits are compared with; None asks the clock.
@@ -148,7 +148,7 @@ def call_error(refusal: Refusal, *, api_key: str | None = None, now: float | Non
     )
 
 
-def _retry_after(refusal: Refusal, family: Family, now: float) -> float | None:
+def _retry_after(refusal: ProviderError, family: Family, now: float) -> float | None:
     if refusal.retry_after is not None or family is not Family.RATE_LIMITED:
         # Resets come with every answer, and say nothing about when a broken server will be well.
         return refusal.retry_after
@@ -157,7 +157,7 @@ def _retry_after(refusal: Refusal, family: Family, now: float) -> float | None:
     return wait_of(headers if delay is None else headers | {"ratelimit-reset": delay}, now)
 
 
-def _words(refusal: Refusal, filtered: str | None, api_key: str | None) -> str:
+def _words(refusal: ProviderError, filtered: str | None, api_key: str | None) -> str:
     """Return the provider's words, shortened so that what follows them is seen: what was filtered, and the status."""
     said = message_in(refusal.body)
     ending = "" if filtered is None else f"; {filtered}"
@@ -199,7 +199,7 @@ def message_in(body: object) -> str | None:
     return None
 
 
-def _all_headers(refusal: Refusal) -> dict[str, object]:
+def _all_headers(refusal: ProviderError) -> dict[str, object]:
     """Return the answer's headers, with those that OpenRouter passes on in the body."""
     found = dict(refusal.headers)
     for part in _parts(refusal.body):

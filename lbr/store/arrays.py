@@ -1,7 +1,7 @@
 """How lists and many rows reach a database: as one value each, whatever their length.
 
-A statement over a list of ids names it with `among`; a statement over many rows is a `Bulk`; one that is run for every
-batch of jobs is a `Query`. All are built once and sent in the form of the database that they meet: on SQLite a JSON
+A statement over a list of ids names it with `any_of`; a statement over many rows is a `BulkStatement`; one that is run for every
+batch of jobs is a `PreparedQuery`. All are built once and sent in the form of the database that they meet: on SQLite a JSON
 array (or, for keys, one string of bytes) that the statement takes apart, and executemany of plain tuples; on PostgreSQL
 `= ANY(array)` and `unnest`. The text of a statement, unlike an IN list's, is thus the same for every length, and is made
 once.
@@ -36,7 +36,7 @@ SHARD = "lbr_shard"
 """Execution option of a connection: which shard of the counters it adds to, the first where it is not set."""
 
 
-class among(ColumnElement[bool]):  # noqa: N801 - reads as an operator
+class any_of(ColumnElement[bool]):  # noqa: N801 - reads as an operator
     """Whether a column is one of a list that is given when the statement is run, by its name."""
 
     inherit_cache = True
@@ -50,7 +50,7 @@ class among(ColumnElement[bool]):  # noqa: N801 - reads as an operator
         self.column = column
         self.name = name
 
-    def self_group(self, against: Any = None) -> among:
+    def self_group(self, against: Any = None) -> any_of:
         """Stay as it is: a comparison, not a column of booleans, which SQLite would have compared with 1."""
         return self
 
@@ -83,8 +83,8 @@ WITH RECURSIVE places(place) AS (
 ) SELECT substr(%s, place, {KEY_BYTES}) FROM places"""
 
 
-@compiles(among)
-def _in_values(element: among, compiler: SQLCompiler, **options: Any) -> str:
+@compiles(any_of)
+def _in_values(element: any_of, compiler: SQLCompiler, **options: Any) -> str:
     what = compiler.process(element.column, **options)
     if isinstance(element.column.type, LargeBinary):
         given = compiler.process(bindparam(element.name, type_=_KeysInARow()), **options)
@@ -93,13 +93,13 @@ def _in_values(element: among, compiler: SQLCompiler, **options: Any) -> str:
     return f"{what} IN (SELECT value FROM json_each({given}))"
 
 
-@compiles(among, "postgresql")
-def _in_array(element: among, compiler: SQLCompiler, **options: Any) -> str:
+@compiles(any_of, "postgresql")
+def _in_array(element: any_of, compiler: SQLCompiler, **options: Any) -> str:
     given = bindparam(element.name, type_=ARRAY(element.column.type, dimensions=1))
     return compiler.process(element.column == func.any(given), **options)
 
 
-class Given:
+class Rows:
     """The rows of a bulk statement as its SQL sees them: `given["name"]` is a field of each of them.
 
     For the sake of SQLite's form, a field that goes into a VALUES clause is not called as its column is.
@@ -125,10 +125,10 @@ class Given:
         return self._insert(table).from_select(list(values), chosen, include_defaults=False)
 
 
-class Bulk:
-    """One statement for many rows, whose fields have these types; `build` makes it of a `Given`."""
+class BulkStatement:
+    """One statement for many rows, whose fields have these types; `build` makes it of a `Rows`."""
 
-    def __init__(self, types: Mapping[str, TypeEngine[Any]], build: Callable[[Given], Any]) -> None:
+    def __init__(self, types: Mapping[str, TypeEngine[Any]], build: Callable[[Rows], Any]) -> None:
         self._types = types
         self._build = build
 
@@ -140,7 +140,7 @@ class Bulk:
         fields: dict[str, ColumnElement[Any]] = {
             name: bindparam(name, type_=type_) for name, type_ in self._types.items()
         }
-        return self._build(Given(fields, sqlite_insert, arrays=False))
+        return self._build(Rows(fields, sqlite_insert, arrays=False))
 
     @cached_property
     def _direct(self) -> tuple[str, Callable[[tuple[Any, ...]], tuple[Any, ...]] | None]:
@@ -167,7 +167,7 @@ class Bulk:
         arrays = [bindparam(name, type_=ARRAY(type_, dimensions=1)) for name, type_ in self._types.items()]
         columns = [column(name, type_) for name, type_ in self._types.items()]
         rows = func.unnest(*arrays).table_valued(*columns, name="given").render_derived()
-        return self._build(Given(dict(rows.c.items()), postgresql_insert, arrays=True))
+        return self._build(Rows(dict(rows.c.items()), postgresql_insert, arrays=True))
 
     async def run(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> int:
         """Run the statement for all of the rows; return how many rows it changed, 0 for none given."""
@@ -194,7 +194,7 @@ class _Place(NamedTuple):
     fixed: Any
 
 
-class Query:
+class PreparedQuery:
     """One statement that is run for every batch of jobs, with values by name; it returns rows.
 
     On SQLite the driver gets its text, made once, and its values as they are: SQLAlchemy's way there takes about as
@@ -206,7 +206,7 @@ class Query:
 
     @cached_property
     def _direct(self) -> tuple[str, list[_Place]]:
-        from sqlalchemy.dialects.sqlite import dialect  # noqa: PLC0415 - see `Bulk.each`
+        from sqlalchemy.dialects.sqlite import dialect  # noqa: PLC0415 - see `BulkStatement.each`
 
         sqlite = dialect(paramstyle="qmark")
         compiled = self.statement.compile(dialect=sqlite)
@@ -239,7 +239,7 @@ def _as_given(made: Callable[[Any], Any], value: Any) -> Any:
         raise StatementError(str(error), None, None, error, hide_parameters=True) from error
 
 
-class Inserting(Bulk):
+class Inserting(BulkStatement):
     """The bulk INSERT of these columns of a table, whose fields are called as they are."""
 
     def __init__(self, table: Table, *names: str) -> None:

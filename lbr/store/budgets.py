@@ -9,7 +9,7 @@ from sqlalchemy import func, literal_column, select, update
 
 from lbr.core.budget import Budget
 from lbr.core.types import JobState, RunId, RunState
-from lbr.store.arrays import among
+from lbr.store.arrays import any_of
 from lbr.store.counters import ANSWERED, COST_NANOS, ESTIMATED_NANOS, REUSED, UNPRICED, estimated, of_runs
 from lbr.store.schema import attempts, counters, runs
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 _BUDGETS = (
     select(runs.c.id, runs.c.budget_nanos, runs.c.highest_nanos)
-    .where(among(runs.c.id, "ids"), runs.c.state == RunState.ACTIVE)
+    .where(any_of(runs.c.id, "ids"), runs.c.state == RunState.ACTIVE)
     .order_by(runs.c.id)
 )
 _BUDGETS_LOCKED = _BUDGETS.with_for_update()
 _COUNTS = (
     select(counters.c.run_id, counters.c.name, func.sum(counters.c.value).label("value"))
-    .where(among(counters.c.run_id, "ids"))
+    .where(any_of(counters.c.run_id, "ids"))
     .group_by(counters.c.run_id, counters.c.name)
 )
 
 _ESTIMATES = select(attempts.c.id, attempts.c.job_id, attempts.c.claim_seq, attempts.c.cost_nanos).where(
-    among(attempts.c.job_id, "ids"),
+    any_of(attempts.c.job_id, "ids"),
     literal_column("attempts.what = 'crashed'"),
     attempts.c.cost_nanos.is_not(None),
 )
@@ -82,7 +82,7 @@ def _priced_calls(counts: Counter[str]) -> int:
 
 async def likely_costs(connection: Connection, run_ids: Iterable[RunId]) -> dict[RunId, int]:
     """Return what a call of each run probably cost of which nothing was heard; runs of which nothing is known are left out."""
-    query = select(runs.c.id, runs.c.highest_nanos).where(among(runs.c.id, "ids"))
+    query = select(runs.c.id, runs.c.highest_nanos).where(any_of(runs.c.id, "ids"))
     highest = {
         RunId(row.id): row.highest_nanos
         for row in (await connection.execute(query, {"ids": list(run_ids)})).all()

@@ -13,7 +13,7 @@ from lbr.core.errors import UNREAD, DatabaseError, Family
 from lbr.core.limits import fitting
 from lbr.core.tokens import characters_of, most_output_tokens, tokens_of
 from lbr.core.types import NO_HISTORY, BadTry, Claim, History, JobId, Millis, Prompt, RunId
-from lbr.store.arrays import Query, among
+from lbr.store.arrays import PreparedQuery, any_of
 from lbr.store.judge import note_probes
 from lbr.store.schema import PENDING, SUSPECT_CRASHES, attempts, jobs, prompts
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lbr.core.budget import CallBound
     from lbr.core.types import Json, WorkerId
     from lbr.store.connection import Connection
-    from lbr.store.limiting import Gate
+    from lbr.store.limiting import Capacity
     from lbr.store.schema import AnyRow
 
 
@@ -45,8 +45,8 @@ def _due(*, suspects: bool) -> Select[tuple[int]]:
 DUE, DUE_SUSPECT = _due(suspects=False), _due(suspects=True)
 
 
-def _claiming(which: ColumnElement[bool]) -> Query:
-    return Query(
+def _claiming(which: ColumnElement[bool]) -> PreparedQuery:
+    return PreparedQuery(
         update(jobs)
         .where(which)
         .values(
@@ -77,7 +77,7 @@ class _Taken(NamedTuple):
     crashes: int
 
 
-def _claim(due: Select[tuple[int]]) -> Query:
+def _claim(due: Select[tuple[int]]) -> PreparedQuery:
     # Materialised: PostgreSQL may otherwise run the inner query anew, and lock and claim more than the limit.
     chosen = due.with_for_update(skip_locked=True).cte("due").prefix_with("MATERIALIZED")
     return _claiming(jobs.c.id.in_(select(chosen.c.id)))
@@ -98,18 +98,18 @@ def _sized(due: Select[tuple[int]]) -> Any:
 
 # Where tokens are counted: first look how large the prompts are, then claim those that fit.
 DUE_SIZED, DUE_SUSPECT_SIZED = _sized(DUE), _sized(DUE_SUSPECT)
-CLAIM_CHOSEN = _claiming(PENDING & among(jobs.c.id, "ids"))
+CLAIM_CHOSEN = _claiming(PENDING & any_of(jobs.c.id, "ids"))
 
-_PROMPTS = Query(
+_PROMPTS = PreparedQuery(
     select(prompts.c.job_id, prompts.c.key, prompts.c.body, prompts.c.chat, prompts.c.settings).where(
-        among(prompts.c.job_id, "ids")
+        any_of(prompts.c.job_id, "ids")
     )
 )
 # Without what came too late: that is another claim's, was charged to nobody and must use up no budget.
 _TRIES = (
     select(*(attempts.c[name] for name in ("job_id", "claim_seq", "family", "error", "message", "at")))
     .add_columns(case((attempts.c.family == Family.BAD_ANSWER, attempts.c.text)).label("text"))
-    .where(among(attempts.c.job_id, "ids"), attempts.c.what != "stale")
+    .where(any_of(attempts.c.job_id, "ids"), attempts.c.what != "stale")
     .order_by(attempts.c.id)
 )
 
@@ -118,7 +118,7 @@ _ID = itemgetter(0)
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class ClaimRequest:
     """What a worker asks for: up to `most` due jobs of these runs, in the order given.
 
     With `suspects`, only jobs that have crashed their workers twice, each of which must run alone. `extra` is how
@@ -134,7 +134,7 @@ class Wish:
     bounds: Mapping[RunId, CallBound] = field(default_factory=dict)
 
 
-async def take(connection: Connection, gate: Gate, wish: Wish, *, until: int) -> list[Claim]:
+async def take(connection: Connection, gate: Capacity, wish: ClaimRequest, *, until: int) -> list[Claim]:
     """Claim what the gate lets through, with leases that hold until then, and debit it there."""
     rows: list[_Taken] = []
     sizes: dict[int, int] = {}
@@ -235,7 +235,7 @@ class _Size(NamedTuple):
 
 
 async def _fitting(
-    connection: Connection, gate: Gate, asked: dict[str, Any], wish: Wish
+    connection: Connection, gate: Capacity, asked: dict[str, Any], wish: ClaimRequest
 ) -> dict[int, _Size] | None:
     """Return the jobs that limits of tokens and of money let through, with their sizes; None without such a limit."""
     run_id = asked["run"]
@@ -267,19 +267,21 @@ def _characters(row: AnyRow) -> int:
     return characters_of(Prompt.from_body(row.messages, chat=True))
 
 
-def _taking(asked: dict[str, Any], fit: dict[int, _Size] | None, wish: Wish) -> tuple[Query, dict[str, Any]]:
+def _taking(
+    asked: dict[str, Any], fit: dict[int, _Size] | None, wish: ClaimRequest
+) -> tuple[PreparedQuery, dict[str, Any]]:
     """Return the statement that claims, with what it is given."""
     if fit is None:
         return CLAIM_SUSPECT if wish.suspects else CLAIM, asked
     return CLAIM_CHOSEN, {"ids": list(fit), "worker": asked["worker"], "until": asked["until"]}
 
 
-def _marked(claims: list[Claim], gate: Gate, sizes: dict[int, int]) -> list[Claim]:
+def _marked(claims: list[Claim], gate: Capacity, sizes: dict[int, int]) -> list[Claim]:
     """Note on the claims what is to be made good when they are settled."""
-    narrow = {run_id for run_id in gate.answerers if gate.is_narrow(run_id)}
+    throttled = {run_id for run_id in gate.answerers if gate.is_throttled(run_id)}
     return [
-        replace(claim, tokens=sizes.get(claim.job_id, 0), narrow=claim.run_id in narrow)
-        if claim.job_id in sizes or claim.run_id in narrow
+        replace(claim, tokens=sizes.get(claim.job_id, 0), throttled=claim.run_id in throttled)
+        if claim.job_id in sizes or claim.run_id in throttled
         else claim
         for claim in claims
     ]

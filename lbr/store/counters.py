@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import case, func, literal_column, null, select, union_all
 
 from lbr.core.types import JobState, PauseCause, RunId
-from lbr.store.arrays import SHARD, Bulk, Given, option
+from lbr.store.arrays import SHARD, BulkStatement, Rows, option
 from lbr.store.schema import attempts, counters, jobs, results, runs
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def estimated(run_id: RunId, nanos: int) -> Deltas:
     return Counter({(run_id, name): nanos for name in (COST_NANOS, WASTED_NANOS, ESTIMATED_NANOS)})
 
 
-def _adding(given: Given) -> Any:
+def _adding(given: Rows) -> Any:
     row = {"run_id": given["run"], "name": given["counter"], "shard": given["in_shard"], "value": given["by"]}
     adding = given.insert_into(counters, row)
     return adding.on_conflict_do_update(
@@ -64,7 +64,7 @@ def _adding(given: Given) -> Any:
     )
 
 
-_ADD = Bulk(
+_ADD = BulkStatement(
     {
         "run": counters.c.run_id.type,
         "counter": counters.c.name.type,

@@ -13,7 +13,7 @@ from lbr.core.errors import RunChangedError, UsageError
 from lbr.core.types import JobState, RunState, canonical_json
 from lbr.core.values import value
 from lbr.store import counters
-from lbr.store.arrays import Bulk, Given, Inserting, among
+from lbr.store.arrays import BulkStatement, Inserting, Rows, any_of
 from lbr.store.runs import check_not_moving, run_of
 from lbr.store.schema import items as items_table
 from lbr.store.schema import jobs, prompts, results, runs
@@ -42,30 +42,30 @@ _KNOWN = (
     )
 )
 BY_KEY = select(prompts.c.key, prompts.c.job_id).where(
-    prompts.c.run_id == bindparam("run"), among(prompts.c.key, "keys")
+    prompts.c.run_id == bindparam("run"), any_of(prompts.c.key, "keys")
 )
 # Two looks, for joined a planner may begin with all jobs that are done. A job with settings of its own answers
 # another question than its key says.
 _KEYS_OF_EQUALS = select(prompts.c.job_id, prompts.c.key).where(
-    among(prompts.c.key, "keys"), prompts.c.settings.is_(None)
+    any_of(prompts.c.key, "keys"), prompts.c.settings.is_(None)
 )
-_DONE = select(jobs.c.id).where(literal_column("jobs.state = 'done'"), among(jobs.c.id, "ids"))
+_DONE = select(jobs.c.id).where(literal_column("jobs.state = 'done'"), any_of(jobs.c.id, "ids"))
 _HELD_ANSWERS = (
     select(results.c.job_id)
-    .where(among(results.c.job_id, "ids"))
+    .where(any_of(results.c.job_id, "ids"))
     .order_by(results.c.job_id)
     .with_for_update(read=True)
 )
 _COPIED = ("text", "model", "finish_reason", "input_tokens", "output_tokens", "cost_nanos", "latency_ms")
 
 
-def _copying(given: Given) -> Any:
+def _copying(given: Rows) -> Any:
     there = results.alias("there")
     row = {"job_id": given["job"], "reused_from": given["source"]} | {name: there.c[name] for name in _COPIED}
     return given.insert_into(results, row, where=[there.c.job_id == given["source"]])
 
 
-_COPY_RESULTS = Bulk({"job": jobs.c.id.type, "source": jobs.c.id.type}, _copying)
+_COPY_RESULTS = BulkStatement({"job": jobs.c.id.type, "source": jobs.c.id.type}, _copying)
 ADD_JOBS = Inserting(
     jobs,
     "id",

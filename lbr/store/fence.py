@@ -20,7 +20,7 @@ FENCE: ColumnElement[bool] = literal_column("jobs.state IN ('inflight', 'pending
 
 
 @value(frozen=True, slots=True)
-class Standing:
+class JobStatus:
     """How a job and its run stand when an outcome comes; states are words as stored."""
 
     job_id: int
@@ -34,7 +34,7 @@ class Standing:
     highest_nanos: int | None = None
 
 
-def is_plain(settlement: Settlement, job: Standing) -> bool:
+def is_plain(settlement: Settlement, job: JobStatus) -> bool:
     """Tell whether a settlement is as nearly all are: an answer to a job that its claim still holds."""
     return (
         job.state == JobState.INFLIGHT
@@ -43,12 +43,12 @@ def is_plain(settlement: Settlement, job: Standing) -> bool:
     )
 
 
-def was_put_back(job: Standing) -> bool:
+def was_put_back(job: JobStatus) -> bool:
     """Tell whether a job was put back by hand, and not claimed again since."""
     return job.state == JobState.PENDING and job.retry_seq == job.claim_seq
 
 
-def is_mine(settlement: Settlement, job: Standing) -> bool:
+def is_mine(settlement: Settlement, job: JobStatus) -> bool:
     """Tell whether the fence lets a settlement through, given how the job stands."""
     if job.claim_seq != settlement.claim.claim_seq:
         return False
@@ -60,7 +60,7 @@ def is_mine(settlement: Settlement, job: Standing) -> bool:
     return job.state == JobState.PENDING
 
 
-def is_repeated(settlement: Settlement, job: Standing, told: set[tuple[int, int]]) -> bool:
+def is_repeated(settlement: Settlement, job: JobStatus, told: set[tuple[int, int]]) -> bool:
     """Tell whether this very settlement is in the database already: only its claim could have written it.
 
     `told` are the claims, by job and claim_seq, whose failure, late answer or redone answer is on record.
@@ -72,6 +72,6 @@ def is_repeated(settlement: Settlement, job: Standing, told: set[tuple[int, int]
     return done and settlement.outcome.failure is None
 
 
-def is_doubtful(settlement: Settlement, job: Standing, *, fits: bool) -> bool:
+def is_doubtful(settlement: Settlement, job: JobStatus, *, fits: bool) -> bool:
     """Tell whether a settlement may be on record: an answer that fits is so only where it was redone since."""
     return not fits or settlement.outcome.failure is not None or was_put_back(job)

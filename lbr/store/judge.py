@@ -17,7 +17,7 @@ from lbr.core.errors import Symptom
 from lbr.core.outage import MAX_WAIT_MS, TURN_MS, Backlog, ModelState, Verdict, consider, is_stale
 from lbr.core.plurals import pluralize
 from lbr.core.types import JobId, JobState, PauseCause, Paused, RunId, RunState
-from lbr.store.arrays import Bulk, Given, Query, among
+from lbr.store.arrays import BulkStatement, PreparedQuery, Rows, any_of
 from lbr.store.counters import of_runs
 from lbr.store.runs import hold_states, move_page, run_of
 from lbr.store.schema import INFLIGHT, SILENT_MS, attempts, counters, jobs, outages, runs, workers
@@ -39,24 +39,24 @@ PROBED_MS = 1_000
 _DIGITS = re.compile(r"\d+")
 _STATE = [one.name for one in fields(ModelState)]
 _STATE_COLUMNS = [outages.c[name] for name in _STATE]
-_LOCKED = Query(
+_LOCKED = PreparedQuery(
     select(outages.c.answerer, *_STATE_COLUMNS)
-    .where(among(outages.c.answerer, "answerers"))
+    .where(any_of(outages.c.answerer, "answerers"))
     .order_by(outages.c.answerer)
     .with_for_update()
 )
 _WAITED_FOR = (
     select(outages.c.answerer, outages.c.probe_job, outages.c.probe_seq, *_STATE_COLUMNS)
-    .where(among(outages.c.answerer, "answerers"), outages.c.since.is_not(None))
+    .where(any_of(outages.c.answerer, "answerers"), outages.c.since.is_not(None))
     .order_by(outages.c.answerer)
 )
 _WAITED_FOR_LOCKED = _WAITED_FOR.with_for_update()
 # A statement of its own: who waited for the lock must see what its last holder wrote.
-_PROBED = select(jobs.c.id, jobs.c.claim_seq).where(among(jobs.c.id, "ids"), INFLIGHT)
+_PROBED = select(jobs.c.id, jobs.c.claim_seq).where(any_of(jobs.c.id, "ids"), INFLIGHT)
 _BACKLOG = (
     select(runs.c.answerer, counters.c.name, func.sum(counters.c.value).label("value"))
     .join_from(runs, counters, runs.c.id == counters.c.run_id)
-    .where(among(runs.c.answerer, "answerers"), runs.c.state == RunState.ACTIVE)
+    .where(any_of(runs.c.answerer, "answerers"), runs.c.state == RunState.ACTIVE)
     .where(counters.c.name.in_([JobState.PENDING, JobState.INFLIGHT, JobState.DONE]))
     .group_by(runs.c.answerer, counters.c.name)
 )
@@ -72,15 +72,15 @@ _FAILED_LATELY = (
 )
 
 
-def _row(given: Given) -> dict[str, Any]:
+def _row(given: Rows) -> dict[str, Any]:
     return {"answerer": given["who"], **{name: given[f"new_{name}"] for name in _STATE}}
 
 
-def _making(given: Given) -> Any:
+def _making(given: Rows) -> Any:
     return given.insert_into(outages, _row(given)).on_conflict_do_nothing(index_elements=["answerer"])
 
 
-def _saving(given: Given) -> Any:
+def _saving(given: Rows) -> Any:
     return (
         update(outages)
         .where(outages.c.answerer == given["who"])
@@ -89,7 +89,7 @@ def _saving(given: Given) -> Any:
 
 
 _TYPES = {"who": outages.c.answerer.type, **{f"new_{name}": outages.c[name].type for name in _STATE}}
-_MAKE, _SAVE = Bulk(_TYPES, _making), Bulk(_TYPES, _saving)
+_MAKE, _SAVE = BulkStatement(_TYPES, _making), BulkStatement(_TYPES, _saving)
 
 
 @dataclass(slots=True)
@@ -196,7 +196,7 @@ async def _calls_of_others(connection: Connection, model: str, claim: Claim) -> 
 
 
 async def _active_runs(connection: Connection, models: list[str]) -> list[RunId]:
-    query = select(runs.c.id).where(among(runs.c.answerer, "answerers"), runs.c.state == RunState.ACTIVE)
+    query = select(runs.c.id).where(any_of(runs.c.answerer, "answerers"), runs.c.state == RunState.ACTIVE)
     return [RunId(run_id) for run_id in (await connection.execute(query, {"answerers": models})).scalars()]
 
 

@@ -17,7 +17,7 @@ from lbr.core.errors import DatabaseError
 from lbr.core.limits import Limit
 from lbr.core.retry import FARTHEST_MS
 from lbr.core.types import JobState, PauseCause, Paused, RunState
-from lbr.store.arrays import Bulk, Given, Query, among
+from lbr.store.arrays import BulkStatement, PreparedQuery, Rows, any_of
 from lbr.store.budgets import budgets_of, raise_highest
 from lbr.store.counters import ANSWERED
 from lbr.store.judge import waiting
@@ -35,59 +35,61 @@ if TYPE_CHECKING:
 
 _LEARNED = ("slots", "threshold", "cut_at", "requests", "tokens", "balanced_at", "refused", "answered")
 _COLUMNS = [limits.c[one.name] for one in fields(Limit)]
-_OPEN = Query(
+_OPEN = PreparedQuery(
     select(
         runs.c.id, runs.c.budget_nanos, runs.c.answerer, outages.c.since, limits.c.cooldown_until, *_COLUMNS
     )
     .join_from(runs, limits, runs.c.answerer == limits.c.answerer, isouter=True)
     .join(outages, runs.c.answerer == outages.c.answerer, isouter=True)
-    .where(among(runs.c.id, "ids"), runs.c.state == RunState.ACTIVE)
+    .where(any_of(runs.c.id, "ids"), runs.c.state == RunState.ACTIVE)
 )
-_LOCKED = Query(
+_LOCKED = PreparedQuery(
     select(limits.c.answerer, limits.c.cooldown_until, *_COLUMNS)
-    .where(among(limits.c.answerer, "answerers"))
+    .where(any_of(limits.c.answerer, "answerers"))
     .order_by(limits.c.answerer)
     .with_for_update()
 )
 _ALL = select(limits.c.answerer, *_COLUMNS).order_by(limits.c.answerer)
 
 
-def _totals(counter: str) -> Query:
-    return Query(
+def _totals(counter: str) -> PreparedQuery:
+    return PreparedQuery(
         select(runs.c.answerer, func.sum(counters.c.value))
         .join_from(runs, counters, runs.c.id == counters.c.run_id)
-        .where(among(runs.c.answerer, "answerers"), counters.c.name == counter)
+        .where(any_of(runs.c.answerer, "answerers"), counters.c.name == counter)
         .group_by(runs.c.answerer)
     )
 
 
 _INFLIGHT, _ANSWERED = _totals(str(JobState.INFLIGHT)), _totals(ANSWERED)
-_CEILING = Query(select(func.sum(workers.c.concurrency)).where(workers.c.seen_at > bindparam("since")))
+_CEILING = PreparedQuery(
+    select(func.sum(workers.c.concurrency)).where(workers.c.seen_at > bindparam("since"))
+)
 
 
-def _saving(given: Given) -> Any:
+def _saving(given: Rows) -> Any:
     learned = {name: given[f"new_{name}"] for name in _LEARNED}
     return update(limits).where(limits.c.answerer == given["who"]).values(learned)
 
 
-_SAVE = Bulk(
+_SAVE = BulkStatement(
     {"who": limits.c.answerer.type, **{f"new_{name}": limits.c[name].type for name in _LEARNED}}, _saving
 )
 
 
-def _making(given: Given) -> Any:
+def _making(given: Rows) -> Any:
     row = {"answerer": given["who"], "cooldown_until": given["until"], "reason": given["why"]}
     return given.insert_into(limits, row).on_conflict_do_nothing(index_elements=["answerer"])
 
 
-_MAKE = Bulk(
+_MAKE = BulkStatement(
     {"who": limits.c.answerer.type, "until": limits.c.cooldown_until.type, "why": limits.c.reason.type},
     _making,
 )
 
 
 @dataclass(slots=True)
-class Gate:
+class Capacity:
     """What may be claimed now, of which run.
 
     `answerers` are those of the runs that are active and do not cool down; `limits` those of them that hold
@@ -143,10 +145,10 @@ class Gate:
         """Return after how long a run's job may perhaps be claimed, 0 for now, or for a run that is to be paused."""
         limit, budget = self.limit(run_id), self.budgets.get(run_id)
         if budget is not None and budget.room == 0:
-            return 0 if budget.is_spent else arithmetic.AGAIN_MS
+            return 0 if budget.is_spent else arithmetic.RETRY_MS
         return 0 if limit is None else arithmetic.wait_ms(limit, self._inflight(run_id))
 
-    def is_narrow(self, run_id: RunId) -> bool:
+    def is_throttled(self, run_id: RunId) -> bool:
         """Tell whether calls that go well should widen what is learned of the answerer."""
         limit = self.limit(run_id)
         if limit is None or limit.slots is None or limit.concurrency is not None:
@@ -188,11 +190,11 @@ def is_ahead(until: int, now: int) -> bool:
     return now < until <= now + FARTHEST_MS
 
 
-async def open_gate(
+async def load_capacity(
     connection: Connection, run_ids: Sequence[RunId], now: Millis, worker: WorkerId, *, lock: bool
-) -> Gate:
+) -> Capacity:
     """Return what may be claimed of these runs; with `lock` it stays so until the transaction ends."""
-    gate = Gate(now)
+    gate = Capacity(now)
     known: dict[str, Limit] = {}
     limited: list[RunId] = []
     away: set[str] = set()
@@ -260,7 +262,7 @@ async def _calls_in_flight(connection: Connection, answerers: list[str]) -> dict
     return await _counted(_INFLIGHT, connection, answerers)
 
 
-async def _counted(query: Query, connection: Connection, answerers: list[str]) -> dict[str, int]:
+async def _counted(query: PreparedQuery, connection: Connection, answerers: list[str]) -> dict[str, int]:
     if not answerers:
         return {}
     return {who: int(calls) for who, calls in await query.all(connection, {"answerers": answerers})}
@@ -275,7 +277,7 @@ async def _save(connection: Connection, changed: Mapping[str, Limit]) -> None:
 
 
 @dataclass(slots=True)
-class Lesson:
+class Feedback:
     """What a batch of ended calls says about their answerer.
 
     `tokens` and `calls` were debited and not used, `successes` are those that may widen what is learned;
@@ -296,7 +298,7 @@ class Lesson:
         return not (self.tokens or self.calls or self.successes) and self.too_much is None
 
 
-async def learn(connection: Connection, lessons: Mapping[str, Lesson], now: Millis) -> set[str]:
+async def learn(connection: Connection, lessons: Mapping[str, Feedback], now: Millis) -> set[str]:
     """Carry over what ended calls say, answerer by answerer in the order of their names.
 
     Return those that refuse so many calls that all workers should wait.
@@ -331,12 +333,12 @@ async def learn(connection: Connection, lessons: Mapping[str, Lesson], now: Mill
 async def give_back(connection: Connection, claims: Iterable[Claim], released: set[int], now: Millis) -> None:
     """Credit the answerers with what claims were debited that were released without a call."""
     back = [claim for claim in claims if claim.job_id in released]
-    query = select(runs.c.id, runs.c.answerer).where(among(runs.c.id, "ids"))
+    query = select(runs.c.id, runs.c.answerer).where(any_of(runs.c.id, "ids"))
     found = (await connection.execute(query, {"ids": list({claim.run_id for claim in back})})).all()
     answerers = {row.id: row.answerer for row in found}
-    lessons: dict[str, Lesson] = {}
+    lessons: dict[str, Feedback] = {}
     for claim in back:
-        lesson = lessons.setdefault(answerers[claim.run_id], Lesson())
+        lesson = lessons.setdefault(answerers[claim.run_id], Feedback())
         lesson.calls += 1
         lesson.tokens += claim.tokens
     await learn(connection, lessons, now)
@@ -353,14 +355,14 @@ async def begin_slowly(database: Database, answerers: Iterable[str]) -> None:
 
     async def missing(connection: Connection) -> list[str]:
         query = select(limits.c.answerer).where(
-            among(limits.c.answerer, "answerers"), limits.c.slots.is_not(None)
+            any_of(limits.c.answerer, "answerers"), limits.c.slots.is_not(None)
         )
         known = set((await connection.execute(query, {"answerers": wanted})).scalars())
         return [who for who in wanted if who not in known]
 
     async def work(connection: Connection) -> None:
         await make(connection, wanted)
-        unknown = among(limits.c.answerer, "answerers") & limits.c.slots.is_(None)
+        unknown = any_of(limits.c.answerer, "answerers") & limits.c.slots.is_(None)
         query = update(limits).where(unknown).values(slots=arithmetic.FIRST_SLOTS)
         await connection.execute(query, {"answerers": wanted})
 

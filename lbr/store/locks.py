@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.compiler import SQLCompiler
 
 
-class alone_with(Executable, ClauseElement):  # noqa: N801 - reads as a statement
+class lock_table(Executable, ClauseElement):  # noqa: N801 - reads as a statement
     """Wait until every transaction that has read the table is over, and have it alone until this one ends.
 
     What others decided by what they read is then committed, and in sight. In a write to an SQLite file nobody
@@ -26,11 +26,11 @@ class alone_with(Executable, ClauseElement):  # noqa: N801 - reads as a statemen
         self.table = table
 
 
-@compiles(alone_with)
-def _nothing(_: alone_with, __: SQLCompiler, **___: Any) -> str:
+@compiles(lock_table)
+def _nothing(_: lock_table, __: SQLCompiler, **___: Any) -> str:
     return "SELECT 1"
 
 
-@compiles(alone_with, "postgresql")
-def _lock(element: alone_with, compiler: SQLCompiler, **_: Any) -> str:
+@compiles(lock_table, "postgresql")
+def _lock(element: lock_table, compiler: SQLCompiler, **_: Any) -> str:
     return f"LOCK TABLE {compiler.preparer.format_table(element.table)} IN ACCESS EXCLUSIVE MODE"

@@ -239,7 +239,7 @@ class PostgresDatabase(Database):
             await connection.execute(_CREATING, {"kind": CREATION_LOCK})
             await connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
             await connection.execute(text(_WRITERS))
-            await connection.run_sync(schema.migrate, await self.now(connection), self.presence.dead)
+            await connection.run_sync(schema.migrate, await self.now(connection), self.presence.dead_workers)
 
     async def close(self) -> None:
         """Close every connection."""

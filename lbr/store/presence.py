@@ -51,7 +51,7 @@ class Presence:
     def leave(self, worker: WorkerId) -> None:
         """Show it no longer: what the worker still holds is for others to take back."""
 
-    def dead(self, workers: Iterable[WorkerId]) -> list[WorkerId]:
+    def dead_workers(self, workers: Iterable[WorkerId]) -> list[WorkerId]:
         """Return those of the workers that have ended for certain; the others may have as well."""
         del workers
         return []
@@ -103,7 +103,7 @@ class FilePresence(Presence):
             _held.discard(descriptor)
             os.close(descriptor)
 
-    def dead(self, workers: Iterable[WorkerId]) -> list[WorkerId]:
+    def dead_workers(self, workers: Iterable[WorkerId]) -> list[WorkerId]:
         """Return the workers whose locks are free."""
         return [
             worker for worker in workers if self.tells and files.is_free(self._path(worker), self._database)
@@ -112,8 +112,8 @@ class FilePresence(Presence):
     def alive(self, workers: Iterable[WorkerId]) -> list[WorkerId]:
         """Return the workers whose locks are held."""
         there = [worker for worker in workers if self.tells and self._path(worker).exists()]
-        dead = self.dead(there)
-        return [worker for worker in there if worker not in dead]
+        dead_workers = self.dead_workers(there)
+        return [worker for worker in there if worker not in dead_workers]
 
     def forget(self, workers: Iterable[WorkerId]) -> None:
         """Free and remove the locks of workers."""

@@ -15,10 +15,10 @@ from sqlalchemy import bindparam, case, delete, func, insert, literal_column, se
 from lbr.core.retry import FARTHEST_MS
 from lbr.core.types import Claim, JobId, JobState, Millis, RunId, RunState, WorkerId
 from lbr.store import counters
-from lbr.store.arrays import Inserting, among
+from lbr.store.arrays import Inserting, any_of
 from lbr.store.budgets import forget_estimates, likely_costs
-from lbr.store.claims import DUE, DUE_SUSPECT, Wish, take
-from lbr.store.limiting import give_back, open_gate
+from lbr.store.claims import DUE, DUE_SUSPECT, ClaimRequest, take
+from lbr.store.limiting import give_back, load_capacity
 from lbr.store.runs import hold_states, resting_state
 from lbr.store.schema import INFLIGHT, PENDING, attempts, jobs, runs, workers
 
@@ -40,31 +40,31 @@ WORKER_MEMORY_MS = 24 * 3600 * 1000
 
 RENEW = (
     update(jobs)
-    .where(INFLIGHT, among(jobs.c.id, "ids"), jobs.c.worker_id == bindparam("worker"))
+    .where(INFLIGHT, any_of(jobs.c.id, "ids"), jobs.c.worker_id == bindparam("worker"))
     .values(lease_until=bindparam("until"))
     .returning(jobs.c.id, jobs.c.claim_seq)
 )
 # Taken back from us, but by nobody claimed since: we live, so the job is still ours and no crash happened.
 _LAPSED = (
     select(jobs.c.id, jobs.c.claim_seq, jobs.c.run_id)
-    .where(PENDING, among(jobs.c.id, "ids"), jobs.c.worker_id == bindparam("worker"))
+    .where(PENDING, any_of(jobs.c.id, "ids"), jobs.c.worker_id == bindparam("worker"))
     .order_by(jobs.c.id)
     .with_for_update()
 )
 RETAKE = (
     update(jobs)
-    .where(PENDING, among(jobs.c.id, "ids"), jobs.c.worker_id == bindparam("worker"))
+    .where(PENDING, any_of(jobs.c.id, "ids"), jobs.c.worker_id == bindparam("worker"))
     .values(state=literal_column("'inflight'"), crashes=jobs.c.crashes - 1, lease_until=bindparam("until"))
 )
 _HELD = (
     select(jobs.c.id, jobs.c.claim_seq, jobs.c.run_id)
-    .where(INFLIGHT, among(jobs.c.id, "ids"), jobs.c.worker_id == bindparam("worker"))
+    .where(INFLIGHT, any_of(jobs.c.id, "ids"), jobs.c.worker_id == bindparam("worker"))
     .order_by(jobs.c.id)
     .with_for_update()
 )
 _GIVE_BACK = (
     update(jobs)
-    .where(INFLIGHT, among(jobs.c.id, "ids"))
+    .where(INFLIGHT, any_of(jobs.c.id, "ids"))
     .values(state=bindparam("to"), worker_id=None, lease_until=None)
 )
 EXPIRED = (
@@ -85,7 +85,7 @@ _RECLAIMED_STATE: ColumnElement[str] = case(
 def _reclaiming(lost: ColumnElement[bool]) -> Any:
     return (
         update(jobs)
-        .where(among(jobs.c.id, "ids"), INFLIGHT, lost)
+        .where(any_of(jobs.c.id, "ids"), INFLIGHT, lost)
         .values(
             state=_RECLAIMED_STATE,
             crashes=jobs.c.crashes + 1,
@@ -104,17 +104,17 @@ NO_WORKER = WorkerId(0)
 RECLAIM = _reclaiming(jobs.c.lease_until < bindparam("now"))
 OF_DEAD = (
     select(jobs.c.id, jobs.c.run_id)
-    .where(INFLIGHT, among(jobs.c.worker_id, "workers"))
+    .where(INFLIGHT, any_of(jobs.c.worker_id, "workers"))
     .order_by(jobs.c.id)
     .limit(RECLAIM_PAGE)
 )
-RECLAIM_OF_DEAD = _reclaiming(among(jobs.c.worker_id, "workers"))
+RECLAIM_OF_DEAD = _reclaiming(any_of(jobs.c.worker_id, "workers"))
 
 ADD_CRASHES = Inserting(attempts, "job_id", "claim_seq", "what", "error", "message", "at", "cost_nanos")
 
 
 @dataclass(frozen=True, slots=True)
-class Outlook:
+class DueWork:
     """What a look without a lock saw: is anything due, are suspects, is anything to reclaim, when to look again.
 
     `stranded` tells that jobs wait for a time that only a clock that was ahead can have set. `next_ms` is how long from now until more may be due, None where nothing is waiting.
@@ -215,30 +215,30 @@ class Queue:
         """Take up to `most` due jobs of the named runs, in the order given, for `lease` seconds.
 
         Runs that are not active and answerers that cool down are passed over, and the limits of the others are
-        kept. For `suspects`, `extra` and `bounds` see `Wish`.
+        kept. For `suspects`, `extra` and `bounds` see `ClaimRequest`.
         """
-        wish = Wish(worker, run_ids, most, suspects, extra or {}, bounds or {})
+        wish = ClaimRequest(worker, run_ids, most, suspects, extra or {}, bounds or {})
         # It skips what is locked, so it need not wait for what is being settled.
         return await self._database.write(
             lambda connection: self.claim_within(connection, wish, lease=lease), beside=True
         )
 
-    async def claim_within(self, connection: Connection, wish: Wish, *, lease: float) -> list[Claim]:
+    async def claim_within(self, connection: Connection, wish: ClaimRequest, *, lease: float) -> list[Claim]:
         """Take what a worker wishes for, in the caller's transaction; see `claim`."""
         now = await self._database.now(connection)
-        gate = await open_gate(connection, wish.run_ids, now, wish.worker, lock=True)
+        gate = await load_capacity(connection, wish.run_ids, now, wish.worker, lock=True)
         claims = await take(connection, gate, wish, until=now + round(lease * 1000))
         await gate.save(connection)
         if claims:
             await counters.add(connection, _moved(claims, JobState.PENDING, JobState.INFLIGHT))
         return claims
 
-    async def look(self, run_ids: Sequence[RunId], *, worker: WorkerId = NO_WORKER) -> Outlook:
+    async def look(self, run_ids: Sequence[RunId], *, worker: WorkerId = NO_WORKER) -> DueWork:
         """See without a lock whether a claim or a reclaim would find anything."""
 
-        async def work(connection: Connection) -> Outlook:
+        async def work(connection: Connection) -> DueWork:
             now = await self._database.now(connection)
-            gate = await open_gate(connection, run_ids, now, worker, lock=False)
+            gate = await load_capacity(connection, run_ids, now, worker, lock=False)
             due = suspects = stranded = False
             times: list[int | None] = list(gate.waits)
             for run_id in gate.answerers:
@@ -258,7 +258,7 @@ class Queue:
             times.append(lease_end)
             expired = (lease_end is not None and lease_end < now) or bool(await self._dead(connection))
             waits = [time - now for time in times if time is not None and time > now]
-            return Outlook(due, suspects, expired, stranded, min(waits, default=None), gate.outages)
+            return DueWork(due, suspects, expired, stranded, min(waits, default=None), gate.outages)
 
         return await self._database.read(work)
 
@@ -267,7 +267,7 @@ class Queue:
 
         async def work(connection: Connection) -> None:
             now = await self._database.now(connection)
-            stranded = (PENDING, among(jobs.c.run_id, "runs"), jobs.c.available_at > now + FARTHEST_MS)
+            stranded = (PENDING, any_of(jobs.c.run_id, "runs"), jobs.c.available_at > now + FARTHEST_MS)
             query = update(jobs).where(*stranded).values(available_at=now)
             await connection.execute(query, {"runs": list(run_ids)})
 
@@ -326,11 +326,11 @@ class Queue:
 
         return await self._database.write(work)
 
-    async def dead(self) -> dict[WorkerId, int]:
+    async def dead_workers(self) -> dict[WorkerId, int]:
         """Return the workers that have ended for certain, and have not been buried yet, with the ids of their processes."""
         return await self._database.read(self._dead)
 
-    async def reclaim(self, dead: Collection[WorkerId] = ()) -> list[Reclaimed]:
+    async def reclaim(self, dead_workers: Collection[WorkerId] = ()) -> list[Reclaimed]:
         """Take back jobs of these dead workers, and those whose lease ran out; any worker may do it at any time.
 
         At most a page of each: none of a full page means that there may be more. Each is charged a crash; at the
@@ -341,7 +341,7 @@ class Queue:
         async def work(connection: Connection) -> tuple[list[Reclaimed], list[WorkerId]]:
             now = await self._database.now(connection)
             # Within the transaction: a worker that is dead now cannot have claimed anything since.
-            ended = self._database.presence.dead(dead)
+            ended = self._database.presence.dead_workers(dead_workers)
             bound = {"now": now, "workers": ended}
             taken = await _take_back(connection, OF_DEAD, RECLAIM_OF_DEAD, bound) if ended else []
             if len(taken) < RECLAIM_PAGE:
@@ -360,12 +360,12 @@ class Queue:
             return {}
         found = (await connection.execute(select(workers.c.id, workers.c.pid))).all()
         pids = {WorkerId(row.id): row.pid for row in found}
-        return {worker: pids[worker] for worker in presence.dead(pids)}
+        return {worker: pids[worker] for worker in presence.dead_workers(pids)}
 
 
 async def _remove(connection: Connection, ended: list[WorkerId]) -> None:
     if ended:
-        await connection.execute(delete(workers).where(among(workers.c.id, "ids")), {"ids": ended})
+        await connection.execute(delete(workers).where(any_of(workers.c.id, "ids")), {"ids": ended})
 
 
 async def _take_back(

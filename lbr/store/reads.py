@@ -13,7 +13,7 @@ from lbr.core.errors import CUT_OFF, DatabaseError, UsageError
 from lbr.core.tokens import output_limit
 from lbr.core.types import JobId, JobState, Millis, Part, Prompt, Row, Run, RunId, Shape
 from lbr.store import counters, runs
-from lbr.store.arrays import among
+from lbr.store.arrays import any_of
 from lbr.store.limiting import LimitSeen, all_limits, is_ahead
 from lbr.store.paging import if_small, pages
 from lbr.store.schema import INFLIGHT, attempts, items, jobs, limits, outages, prompts, results, workers
@@ -87,7 +87,7 @@ _ERRORS = select(
     jobs.c.id,
     _of_last_try(attempts.c.message).label("error"),
     _of_last_try(attempts.c.finish_reason).label("ending"),
-).where(among(jobs.c.id, "ids"))
+).where(any_of(jobs.c.id, "ids"))
 _OWN_SETTINGS = (
     select(prompts.c.settings)
     .where(prompts.c.run_id == bindparam("run"), prompts.c.settings.is_not(None))
@@ -266,7 +266,7 @@ class JobStanding:
 async def jobs_of_keys(database: Database, keys: Sequence[bytes]) -> dict[bytes, list[JobStanding]]:
     """Return the jobs that ask for the content of these keys, by key, in all runs."""
     columns = (prompts.c.key, jobs.c.id, jobs.c.run_id, jobs.c.state, jobs.c.claim_seq, prompts.c.settings)
-    query = select(*columns).join(jobs, jobs.c.id == prompts.c.job_id).where(among(prompts.c.key, "keys"))
+    query = select(*columns).join(jobs, jobs.c.id == prompts.c.job_id).where(any_of(prompts.c.key, "keys"))
     found = await database.read(lambda connection: connection.execute(query, {"keys": list(keys)}))
     by_key: dict[bytes, list[JobStanding]] = {key: [] for key in keys}
     for key, job_id, run_id, state, claim_seq, settings in found.all():

@@ -18,7 +18,7 @@ from lbr.core.errors import UNREAD, Family, UsageError
 from lbr.core.retry import failure_of
 from lbr.core.types import JobState, Json, Millis, RunState
 from lbr.store import counters, runs
-from lbr.store.arrays import Bulk, Given, among
+from lbr.store.arrays import BulkStatement, Rows, any_of
 from lbr.store.schema import attempts, jobs, prompts, results
 from lbr.store.settle import ADD_RESULTS
 
@@ -64,13 +64,13 @@ _AT_REST = (
 )
 _TRIES = (
     select(*(attempts.c[name] for name in ("id", "job_id", "family", "error", "message", "finish_reason")))
-    .where(among(attempts.c.job_id, "ids"), attempts.c.what != "stale")
+    .where(any_of(attempts.c.job_id, "ids"), attempts.c.what != "stale")
     .order_by(attempts.c.id)
 )
 _BAD = (
     select(attempts)
     .where(
-        among(attempts.c.id, "ids"),
+        any_of(attempts.c.id, "ids"),
         attempts.c.text.is_not(None),
         attempts.c.error.not_in(sorted(UNREAD)),
     )
@@ -78,14 +78,14 @@ _BAD = (
 )
 _LOCKED = (
     select(jobs.c.id, jobs.c.state, jobs.c.claim_seq)
-    .where(among(jobs.c.id, "ids"))
+    .where(any_of(jobs.c.id, "ids"))
     .order_by(jobs.c.id)
     .with_for_update()
 )
 # In this order, for an enqueue that reuses answers holds them in it.
 _ANSWERS = (
     select(results.c.job_id, results.c.reused_from)
-    .where(among(results.c.job_id, "ids"))
+    .where(any_of(results.c.job_id, "ids"))
     .order_by(results.c.job_id)
     .with_for_update()
 )
@@ -111,19 +111,21 @@ _KEEP_ANSWERS = attempts.insert().from_select(
     list(_KEPT),
     select(*_KEPT.values())
     .join_from(results, jobs, results.c.job_id == jobs.c.id)
-    .where(among(results.c.job_id, "ids"))
+    .where(any_of(results.c.job_id, "ids"))
     .order_by(results.c.job_id),
     include_defaults=False,
 )
-_REMOVE_ANSWERS = delete(results).where(among(results.c.job_id, "ids"))
-_SET = update(prompts).where(among(prompts.c.job_id, "ids")).values(settings=bindparam("own"))
+_REMOVE_ANSWERS = delete(results).where(any_of(results.c.job_id, "ids"))
+_SET = update(prompts).where(any_of(prompts.c.job_id, "ids")).values(settings=bindparam("own"))
 
 
-def _taking(given: Given) -> Any:
+def _taking(given: Rows) -> Any:
     return update(jobs).where(jobs.c.id == given["job"]).values(state=given["to"], finished_at=given["at"])
 
 
-_TAKE = Bulk({"job": jobs.c.id.type, "to": jobs.c.state.type, "at": jobs.c.finished_at.type}, _taking)
+_TAKE = BulkStatement(
+    {"job": jobs.c.id.type, "to": jobs.c.state.type, "at": jobs.c.finished_at.type}, _taking
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from lbr.core.types import (
     differences,
 )
 from lbr.store import counters
-from lbr.store.arrays import Bulk, Given, among
+from lbr.store.arrays import BulkStatement, Rows, any_of
 from lbr.store.schema import attempts, items, jobs, outages, prompts, results, runs
 from lbr.store.schema import counters as counters_table
 
@@ -43,7 +43,7 @@ BEING_REMOVED = {"pause_cause": PauseCause.REMOVING, "pause_message": "being rem
 NOT_PAUSED = {"pause_cause": None, "pause_message": None, "move": None}
 
 
-def _making(given: Given) -> Any:
+def _making(given: Rows) -> Any:
     """Insert a run whose name is new; of two that come at once, the second finds the first one's."""
     names = {f"new_{name}": name for name in _NEW}
     adding = given.insert_into(runs, {column: given[field] for field, column in names.items()})
@@ -61,8 +61,8 @@ _NEW = (
     "enqueued_at",
     "price",
 )
-_MAKE = Bulk({f"new_{name}": runs.c[name].type for name in _NEW}, _making)
-_STATES = select(runs.c.id, runs.c.state).where(among(runs.c.id, "ids")).order_by(runs.c.id)
+_MAKE = BulkStatement({f"new_{name}": runs.c[name].type for name in _NEW}, _making)
+_STATES = select(runs.c.id, runs.c.state).where(any_of(runs.c.id, "ids")).order_by(runs.c.id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +146,7 @@ async def all_runs(connection: Connection) -> list[Run]:
 
 async def prices(connection: Connection, run_ids: Iterable[RunId]) -> dict[RunId, Price | None]:
     """Return what the calls of these runs cost by their users' word, None where there is none."""
-    query = select(runs.c.id, runs.c.price).where(among(runs.c.id, "ids"))
+    query = select(runs.c.id, runs.c.price).where(any_of(runs.c.id, "ids"))
     rows = (await connection.execute(query, {"ids": list(run_ids)})).all()
     return {RunId(row.id): None if row.price is None else Price.from_json(row.price) for row in rows}
 
@@ -380,7 +380,7 @@ async def _remove_page(connection: Connection, run: Run) -> int:
     chosen = select(prompts.c.job_id).where(prompts.c.run_id == run.id).limit(BATCH)
     ids = list((await connection.execute(chosen)).scalars())
     for column in (results.c.job_id, attempts.c.job_id, jobs.c.id, prompts.c.job_id):
-        await connection.execute(delete(column.table).where(among(column, "ids")), {"ids": ids})
+        await connection.execute(delete(column.table).where(any_of(column, "ids")), {"ids": ids})
     return len(ids)
 
 
@@ -444,7 +444,7 @@ async def move_page(
             "retry_seq": jobs.c.claim_seq,
             "worker_id": None,
         }
-    query = update(jobs).where(among(jobs.c.id, "ids")).values(**values)
+    query = update(jobs).where(any_of(jobs.c.id, "ids")).values(**values)
     await connection.execute(query, {"ids": [job_id for job_id, _ in page]})
     deltas: counters.Deltas = Counter()
     for _, state in page:

@@ -483,7 +483,9 @@ def applied_version(connection: Connection) -> int:
     return max(versions, default=0)
 
 
-def migrate(connection: Connection, now: int, dead: Callable[[Iterable[WorkerId]], list[WorkerId]]) -> None:
+def migrate(
+    connection: Connection, now: int, dead_workers: Callable[[Iterable[WorkerId]], list[WorkerId]]
+) -> None:
     """Apply what is missing, with its record, in the caller's transaction. Safe to repeat.
 
     Raises DatabaseError, and changes nothing, while workers of an older version report; `dead` returns those of them
@@ -493,7 +495,7 @@ def migrate(connection: Connection, now: int, dead: Callable[[Iterable[WorkerId]
         _for_postgresql()
     applied = applied_version(connection)
     if 0 < applied < LATEST:
-        _check_no_workers(connection, now, dead)
+        _check_no_workers(connection, now, dead_workers)
     for version, (name, step) in enumerate(MIGRATIONS, start=1):
         if version > applied:
             step(connection)
@@ -501,11 +503,11 @@ def migrate(connection: Connection, now: int, dead: Callable[[Iterable[WorkerId]
 
 
 def _check_no_workers(
-    connection: Connection, now: int, dead: Callable[[Iterable[WorkerId]], list[WorkerId]]
+    connection: Connection, now: int, dead_workers: Callable[[Iterable[WorkerId]], list[WorkerId]]
 ) -> None:
     seen = workers.c.seen_at.between(now - LIVE_MS, now + LIVE_MS)
     rows = connection.execute(select(workers).where(seen).order_by(workers.c.id)).all()
-    ended = dead([row.id for row in rows])
+    ended = dead_workers([row.id for row in rows])
     live = [row for row in rows if row.id not in ended]
     if not live:
         return

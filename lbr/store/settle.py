@@ -13,11 +13,11 @@ from lbr.core.errors import NO_USAGE, DatabaseError, Family, Usage
 from lbr.core.retry import FARTHEST_MS, is_overload
 from lbr.core.types import JobId, JobState, Millis, PauseCause, Paused, RunId, RunState, Settlement
 from lbr.store import counters
-from lbr.store.arrays import Bulk, Given, Inserting, Query, among
+from lbr.store.arrays import BulkStatement, Inserting, PreparedQuery, Rows, any_of
 from lbr.store.budgets import forget_estimates, raise_highest
-from lbr.store.fence import FENCE, Standing, is_doubtful, is_mine, is_plain, is_repeated
+from lbr.store.fence import FENCE, JobStatus, is_doubtful, is_mine, is_plain, is_repeated
 from lbr.store.judge import judge_failures, pause_wrong_set_ups
-from lbr.store.limiting import Lesson, learn
+from lbr.store.limiting import Feedback, learn
 from lbr.store.runs import hold_states, pausing, resting_state
 from lbr.store.schema import attempts, jobs, limits, results, runs
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lbr.store.connection import Connection
     from lbr.store.database import Database
 
-_STANDING = Query(
+_STANDING = PreparedQuery(
     select(
         jobs.c.id,
         jobs.c.run_id,
@@ -40,17 +40,17 @@ _STANDING = Query(
         runs.c.highest_nanos,
     )
     .join_from(jobs, runs, jobs.c.run_id == runs.c.id)
-    .where(among(jobs.c.id, "ids"))
+    .where(any_of(jobs.c.id, "ids"))
     .order_by(jobs.c.id)
     .with_for_update(of=jobs)
 )
 # What is on record of these claims: what is written already must be neither charged nor counted again.
 _TOLD = select(attempts.c.job_id, attempts.c.claim_seq).where(
-    among(attempts.c.job_id, "ids"), literal_column("attempts.what IN ('retried', 'failed', 'stale')")
+    any_of(attempts.c.job_id, "ids"), literal_column("attempts.what IN ('retried', 'failed', 'stale')")
 )
 
 
-def _settling(given: Given) -> Any:
+def _settling(given: Rows) -> Any:
     return (
         update(jobs)
         .where(FENCE, jobs.c.id == given["job"], jobs.c.claim_seq == given["seq"])
@@ -65,7 +65,7 @@ def _settling(given: Given) -> Any:
     )
 
 
-SETTLE = Bulk(
+SETTLE = BulkStatement(
     {
         "to": jobs.c.state.type,
         "available": jobs.c.available_at.type,
@@ -78,7 +78,7 @@ SETTLE = Bulk(
 )
 
 
-def _cooling(given: Given) -> Any:
+def _cooling(given: Rows) -> Any:
     row = {"answerer": given["who"], "cooldown_until": given["until"], "reason": given["why"]}
     adding = given.insert_into(limits, row)
     return adding.on_conflict_do_update(
@@ -88,13 +88,13 @@ def _cooling(given: Given) -> Any:
     )
 
 
-_COOL_DOWN = Bulk(
+_COOL_DOWN = BulkStatement(
     {"who": limits.c.answerer.type, "until": limits.c.cooldown_until.type, "why": limits.c.reason.type},
     _cooling,
 )
 _FORGET_FAR = (
     update(limits)
-    .where(among(limits.c.answerer, "answerers"), limits.c.cooldown_until > bindparam("farthest"))
+    .where(any_of(limits.c.answerer, "answerers"), limits.c.cooldown_until > bindparam("farthest"))
     .values(cooldown_until=0)
 )
 _USAGE = ("input_tokens", "output_tokens", "cost_nanos")
@@ -147,7 +147,7 @@ async def settle_within(connection: Connection, database: Database, batch: Seque
     now = await database.now(connection)
     ids = [s.claim.job_id for s in batch]
     found = await _STANDING.all(connection, {"ids": ids})
-    standing = {row[0]: Standing(*row) for row in found}
+    standing = {row[0]: JobStatus(*row) for row in found}
     if len(standing) != len(set(ids)):
         batch = await _of_runs_that_are_there(connection, batch, standing)
     mine, stale = await _sorted_by_fence(connection, batch, standing)
@@ -183,11 +183,13 @@ async def settle_within(connection: Connection, database: Database, batch: Seque
 
 
 async def _of_runs_that_are_there(
-    connection: Connection, batch: Sequence[Settlement], standing: dict[int, Standing]
+    connection: Connection, batch: Sequence[Settlement], standing: dict[int, JobStatus]
 ) -> list[Settlement]:
     """Leave out calls of runs that were removed; DatabaseError if a run is there without a job that was claimed."""
     missing = {s.claim.run_id for s in batch if s.claim.job_id not in standing}
-    found = await connection.execute(select(runs.c.id).where(among(runs.c.id, "ids")), {"ids": list(missing)})
+    found = await connection.execute(
+        select(runs.c.id).where(any_of(runs.c.id, "ids")), {"ids": list(missing)}
+    )
     if found.first() is not None:
         raise DatabaseError(
             "expected the jobs of every call to exist, got: some removed; the database was replaced"
@@ -196,7 +198,7 @@ async def _of_runs_that_are_there(
 
 
 async def _sorted_by_fence(
-    connection: Connection, batch: Sequence[Settlement], standing: dict[int, Standing]
+    connection: Connection, batch: Sequence[Settlement], standing: dict[int, JobStatus]
 ) -> tuple[list[Settlement], list[Settlement]]:
     """Return what is to be taken, and what came too late; what is on record already is neither."""
     seen = [(s, standing[s.claim.job_id]) for s in batch]
@@ -217,7 +219,7 @@ async def _told(connection: Connection, doubtful: list[Settlement]) -> set[tuple
 
 
 async def _run_states(
-    connection: Connection, mine: list[Settlement], standing: dict[int, Standing], *, pausing: bool
+    connection: Connection, mine: list[Settlement], standing: dict[int, JobStatus], *, pausing: bool
 ) -> dict[RunId, RunState]:
     """Return the states of the runs of these jobs, held where a job goes back to rest."""
     back = {s.claim.run_id for s in mine if s.state is JobState.PENDING}
@@ -303,7 +305,7 @@ def _deltas(
     mine: list[Settlement],
     targets: list[JobState],
     stale: list[Settlement],
-    standing: dict[int, Standing],
+    standing: dict[int, JobStatus],
 ) -> counters.Deltas:
     ended = zip(mine, targets, strict=True)
     deltas = counters.moved([(s.claim.run_id, standing[s.claim.job_id].state, to) for s, to in ended])
@@ -334,7 +336,7 @@ def _deltas(
 async def _cool_down(
     connection: Connection,
     mine: list[Settlement],
-    standing: dict[int, Standing],
+    standing: dict[int, JobStatus],
     now: Millis,
     refusing: set[str],
 ) -> None:
@@ -358,17 +360,17 @@ async def _cool_down(
     await _COOL_DOWN.run(connection, rows)
 
 
-def _lessons(ended: list[Settlement], standing: dict[int, Standing], now: Millis) -> dict[str, Lesson]:
+def _lessons(ended: list[Settlement], standing: dict[int, JobStatus], now: Millis) -> dict[str, Feedback]:
     """Return what these calls say about their answerers' limits."""
-    lessons: dict[str, Lesson] = {}
+    lessons: dict[str, Feedback] = {}
     for s in ended:
         claim, failure = s.claim, s.outcome.failure
         too_much = failure is not None and is_overload(failure)
-        lesson = lessons.setdefault(standing[claim.job_id].answerer, Lesson())
+        lesson = lessons.setdefault(standing[claim.job_id].answerer, Feedback())
         lesson.answered += failure is None or s.outcome.is_paid
         if claim.tokens:
             lesson.tokens += claim.tokens - _tokens_used(s)
-        if failure is None and claim.narrow:
+        if failure is None and claim.throttled:
             lesson.successes += 1
         if too_much:
             lesson.too_much = max(lesson.too_much or 0, now - s.outcome.latency_ms)
@@ -387,7 +389,7 @@ def _tokens_used(settlement: Settlement) -> int:
 
 
 def _pauses(
-    mine: list[Settlement], stale: list[Settlement], standing: dict[int, Standing]
+    mine: list[Settlement], stale: list[Settlement], standing: dict[int, JobStatus]
 ) -> dict[RunId, Paused]:
     """Return the runs that are to be paused, each with its pause.
 
@@ -405,7 +407,7 @@ def _pauses(
     return pauses | {s.claim.run_id: s.pause for s in mine if s.pause is not None}
 
 
-def _highest(ended: list[Settlement], standing: dict[int, Standing]) -> dict[RunId, int]:
+def _highest(ended: list[Settlement], standing: dict[int, JobStatus]) -> dict[RunId, int]:
     """Return the runs of which a call cost more than any before, with what it cost."""
     found: dict[RunId, int] = {}
     for s in ended:
@@ -416,7 +418,7 @@ def _highest(ended: list[Settlement], standing: dict[int, Standing]) -> dict[Run
 
 
 async def _not_lost(
-    ended: list[Settlement], standing: dict[int, Standing], connection: Connection
+    ended: list[Settlement], standing: dict[int, JobStatus], connection: Connection
 ) -> counters.Deltas:
     """Forget the estimated cost of calls that ended after their jobs were taken back: now it is known."""
     late = [

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lbr.core.types import PathOrUrl
     from lbr.store.addresses import Address
 
-AGAIN_SECONDS = 1.0
+RETRY_SECONDS = 1.0
 _TRY = "SELECT pg_try_advisory_lock($1, 0)"
 
 
@@ -33,7 +33,7 @@ class _Lock:
         """Connect and try; tell whether the lock is ours. Raises DatabaseError."""
         import asyncpg  # noqa: PLC0415 - an extra
 
-        with database_errors(self._address.shown, AGAIN_SECONDS):
+        with database_errors(self._address.shown, RETRY_SECONDS):
             try:
                 self._connection = await asyncpg.connect(**arguments_of(self._address))
                 self._broken.clear()
@@ -50,7 +50,7 @@ class _Lock:
                 self.lost = not await self.take()
             except DatabaseError:
                 # The holder rides the outage out, or ends with it.
-                await asyncio.sleep(AGAIN_SECONDS)
+                await asyncio.sleep(RETRY_SECONDS)
                 continue
             if self.lost:
                 holder.cancel()

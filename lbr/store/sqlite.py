@@ -300,7 +300,9 @@ class SQLiteDatabase(Database):
                 files.create_private(self.path)
                 await self._use_wal()
                 await self.write(
-                    lambda connection: connection.run_sync(schema.migrate, self._clock(), self.presence.dead)
+                    lambda connection: connection.run_sync(
+                        schema.migrate, self._clock(), self.presence.dead_workers
+                    )
                 )
 
     async def _use_wal(self) -> None:

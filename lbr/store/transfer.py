@@ -19,8 +19,8 @@ from lbr.core.errors import DatabaseError, RunNotFoundError, UsageError
 from lbr.core.plurals import pluralize
 from lbr.core.types import JobState, Move, PauseCause, Paused, Run, RunState
 from lbr.store import counters, enqueue, runs
-from lbr.store.arrays import Inserting, among
-from lbr.store.locks import alone_with
+from lbr.store.arrays import Inserting, any_of
+from lbr.store.locks import lock_table
 from lbr.store.paging import PAGE, byte_length
 from lbr.store.schema import attempts, items, jobs, prompts, results
 from lbr.store.schema import runs as runs_table
@@ -79,13 +79,13 @@ _ITEMS = (
 )
 _REUSED = case((results.c.reused_from.is_not(None), REUSED_ELSEWHERE)).label("reused_from")
 _PARTS = (
-    select(jobs.c.id, *(jobs.c[name] for name in JOB)).where(among(jobs.c.id, "ids")),
-    select(prompts.c.job_id, *(prompts.c[name] for name in PROMPT)).where(among(prompts.c.job_id, "ids")),
+    select(jobs.c.id, *(jobs.c[name] for name in JOB)).where(any_of(jobs.c.id, "ids")),
+    select(prompts.c.job_id, *(prompts.c[name] for name in PROMPT)).where(any_of(prompts.c.job_id, "ids")),
     select(results.c.job_id, *(results.c[name] for name in RESULT), _REUSED).where(
-        among(results.c.job_id, "ids")
+        any_of(results.c.job_id, "ids")
     ),
     select(attempts.c.job_id, *(attempts.c[name] for name in ATTEMPT))
-    .where(among(attempts.c.job_id, "ids"))
+    .where(any_of(attempts.c.job_id, "ids"))
     .order_by(attempts.c.id),
 )
 """What belongs to a job, its id first."""
@@ -294,7 +294,7 @@ async def depart(source: Database, run: Run, counts: Counter[str], aim: str) -> 
 
     async def work(connection: Connection) -> dict[str, Any]:
         # A claim that saw the run active must be visible before the counts are read.
-        await connection.execute(alone_with(runs_table))
+        await connection.execute(lock_table(runs_table))
         now = await runs.find(connection, run.name)
         if not has_left(now, aim):
             if (now, (await counters.of_runs(connection, [run.id]))[run.id]) != (run, counts):

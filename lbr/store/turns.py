@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lbr.core.types import Claim, Settlement
-    from lbr.store.claims import Wish
+    from lbr.store.claims import ClaimRequest
     from lbr.store.connection import Connection
     from lbr.store.database import Database
     from lbr.store.queue import Queue
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 async def settle_and_claim(
-    database: Database, queue: Queue, batch: Sequence[Settlement], wish: Wish, *, lease: float
+    database: Database, queue: Queue, batch: Sequence[Settlement], wish: ClaimRequest, *, lease: float
 ) -> tuple[Settled, list[Claim]]:
     """Do in one transaction what `settle` and `Queue.claim` do in two: the file is locked and written once.
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lbr.core.outage import Evidence
     from lbr.core.types import Paused
     from lbr.store.settle import Settled
-    from lbr.worker.runs import Served
+    from lbr.worker.runs import ServedRun
 
 RATE_WINDOW_SECONDS = 30.0
 CANCEL_SECONDS = 5.0
@@ -121,7 +121,7 @@ class Calls:
         self._settler = Settler(settle, self._written)
         self._settling: asyncio.Task[None] | None = None
         self._held: dict[JobId, _Held] = {}
-        self._served: dict[RunId, Served] = {}
+        self._served: dict[RunId, ServedRun] = {}
         self._suspects: set[JobId] = set()
         self._calling = 0
         self._told: set[str] = set()
@@ -166,7 +166,7 @@ class Calls:
         self._settling = asyncio.create_task(self._settler.run())
         self._settling.add_done_callback(self._note_error)
 
-    def start(self, claim: Claim, served: Served) -> None:
+    def start(self, claim: Claim, served: ServedRun) -> None:
         """Make the call of a claim."""
         before = self._held.get(claim.job_id)
         if before is not None and before.task is not None:
@@ -188,7 +188,7 @@ class Calls:
             self._policies[max_attempts] = replace(self._policy, max_attempts=max_attempts)
         return self._policies[max_attempts]
 
-    async def _call(self, held: _Held, served: Served) -> None:
+    async def _call(self, held: _Held, served: ServedRun) -> None:
         claim = held.claim
         request = Request(
             prompt=claim.prompt,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lbr.core.errors import DatabaseBusyError, DatabaseError
 from lbr.core.types import RunId, WorkerId
-from lbr.store.claims import Wish
+from lbr.store.claims import ClaimRequest
 from lbr.store.settle import settle
 from lbr.store.turns import settle_and_claim
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lbr.store.database import Database
     from lbr.store.queue import Queue
     from lbr.store.settle import Settled
-    from lbr.worker.runs import Served
+    from lbr.worker.runs import ServedRun
 
 
 class Claiming:
@@ -31,7 +31,7 @@ class Claiming:
     """
 
     def __init__(
-        self, database: Database, queue: Queue, served: Mapping[RunId, Served], *, lease: float
+        self, database: Database, queue: Queue, served: Mapping[RunId, ServedRun], *, lease: float
     ) -> None:
         self._database = database
         self._queue = queue
@@ -106,7 +106,7 @@ class Claiming:
             return await settle(self._database, batch)
         async with self._turn:
             self._order.rotate(-1)
-            wish = Wish(
+            wish = ClaimRequest(
                 self.worker, self.order, free, suspects=False, extra=self._extra(), bounds=self._bounds()
             )
             try:
@@ -141,5 +141,5 @@ class Claiming:
 
     def _noted(self, claims: list[Claim], most: int) -> list[Claim]:
         self.more = len(claims) == most
-        self._narrow = any(claim.narrow for claim in claims) or (self._narrow and not claims)
+        self._narrow = any(claim.throttled for claim in claims) or (self._narrow and not claims)
         return claims

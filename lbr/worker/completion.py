@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from lbr.core.types import Millis, Paused, Run
     from lbr.store.database import Database
-    from lbr.store.queue import Outlook
-    from lbr.worker.runs import Servings
+    from lbr.store.queue import DueWork
+    from lbr.worker.runs import ServableRuns
 
 ABANDONED_MS = 30_000
 """An enqueue that added nothing for so long, and did not come to its end, is taken for interrupted."""
@@ -34,8 +34,8 @@ class Ending:
     def __init__(
         self,
         database: Database,
-        look: Callable[[], Awaitable[Outlook]],
-        servings: Servings,
+        look: Callable[[], Awaitable[DueWork]],
+        servings: ServableRuns,
         until: Until,
         *,
         named: bool,
@@ -51,7 +51,7 @@ class Ending:
         self.paused: dict[str, Paused] = {}
         self.interrupted: list[str] = []
 
-    async def has_come(self, wanted: Sequence[Run]) -> bool:
+    async def is_done(self, wanted: Sequence[Run]) -> bool:
         """Tell whether nothing is left of the runs that are wanted.
 
         Raises NothingToServeError where there was work, and none of it for this process.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lbr.core.config import WorkOptions
     from lbr.core.types import Run, RunId
     from lbr.store.database import Database
-    from lbr.worker.runs import Served
+    from lbr.worker.runs import ServedRun
 
 
 class Pacing:
@@ -29,7 +29,7 @@ class Pacing:
         self._runs: set[RunId] = set()
         self._stopped: dict[RunId, int | None] = {}
 
-    async def begin(self, served: Iterable[Served], found: Iterable[Run]) -> None:
+    async def begin(self, served: Iterable[ServedRun], found: Iterable[Run]) -> None:
         """Set what this worker was told for runs and answerers that are new to it; begin slowly with providers.
 
         `found` are all runs that have work, those that are paused among them.
@@ -43,7 +43,7 @@ class Pacing:
         for answerer in sorted(new.keys() - self._answerers):
             if self._limits:
                 await limiting.change(self._database, answerer, self._limits)
-            if new[answerer].begins_slowly:
+            if new[answerer].slow_start:
                 slowly.append(answerer)
         await limiting.begin_slowly(self._database, slowly)
         for one in new_runs:

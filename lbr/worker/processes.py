@@ -16,7 +16,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
-def hearing(hear: Callable[[signal.Signals], None]) -> Iterator[None]:
+def hearing(on_progress: Callable[[signal.Signals], None]) -> Iterator[None]:
     """Have the running event loop call `hear` with each signal that stops; afterwards they do what they did before.
 
     SIGHUP is left alone if it is ignored, as under nohup. A second one is the same closed terminal: the shell and the
@@ -31,7 +31,7 @@ def hearing(hear: Callable[[signal.Signals], None]) -> Iterator[None]:
     def note(number: signal.Signals) -> None:
         nonlocal last
         if number is not signal.SIGHUP or last is not number:
-            hear(number)
+            on_progress(number)
         last = number
 
     for number in before:

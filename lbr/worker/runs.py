@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class Served:
+class ServedRun:
     """A run with the one who answers it and, for structured output, who checks the answers.
 
     `price` is what its calls cost now by its user's word, None where the answerer's own word counts.
@@ -53,12 +53,12 @@ class Served:
         return CallBound(price, self.extra_tokens - most, most)
 
     @property
-    def begins_slowly(self) -> bool:
+    def slow_start(self) -> bool:
         """Whether a provider answers, who may not be able to take all calls at once."""
         return kind_of(self.run.task) is Kind.PROVIDER
 
 
-class Servings:
+class ServableRuns:
     """Builds each run's answerer once; runs that ask for the same task share it, and all share their connections.
 
     With `limits_cost`, and for a run that may cost so much only, one of whose calls nobody will know the cost is not
@@ -75,7 +75,7 @@ class Servings:
         self.slots = concurrency
         """How many calls may run at a time."""
         self._models: dict[str, Model] = {}
-        self.served: dict[RunId, Served] = {}
+        self.served: dict[RunId, ServedRun] = {}
         self.refused: dict[RunId, UsageError] = {}
         self.withdrawn: set[RunId] = set()
         """Runs that were served until their model was found to answer other workers alone."""
@@ -142,7 +142,7 @@ class Servings:
 
     def _count_slots(self) -> list[str]:
         """Cap the slots while a provider is served; return a warning the first time. Functions may need no connection."""
-        connects = any(one.begins_slowly for one in self.served.values())
+        connects = any(one.slow_start for one in self.served.values())
         self.slots = min(self._concurrency, self._room) if connects else self._concurrency
         if self._warned_room or self.slots == self._concurrency:
             return []
@@ -153,7 +153,7 @@ class Servings:
         )
         return [notice]
 
-    def _serve(self, run: Run) -> Served:
+    def _serve(self, run: Run) -> ServedRun:
         if self._limits_cost or run.budget_nanos is not None:
             check_tells_cost(run)
         identity = run.task.to_json()
@@ -162,7 +162,7 @@ class Servings:
             self._models[identity] = build_model(
                 run.task, self._authority, concurrency=self._concurrency, connections=self._connections
             )
-        return Served(run, self._models[identity], validator, run.price, _extra_tokens(run.task))
+        return ServedRun(run, self._models[identity], validator, run.price, _extra_tokens(run.task))
 
     def _bound_calls(self, run: Run) -> list[str]:
         """Look up what a call may cost if the run's cost is limited; return what a user should hear if it is not known."""

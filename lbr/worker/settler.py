@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from lbr.store.settle import Settled
 
 MAX_ROWS = 500
-LEAST_ROWS = 25
+MIN_ROWS = 25
 LATEST_COMMITS = 4
 MAX_LINGER_SECONDS = 0.05
-LEAST_LINGER_SECONDS = 0.002
+MIN_LINGER_SECONDS = 0.002
 """The event loop rounds what it waits up to a millisecond."""
 QUICK_SECONDS = 0.003
 ROW_SECONDS = 0.000025
@@ -54,7 +54,7 @@ def linger_seconds(usual: Commit, call_seconds: float) -> float:
     None at all for calls so quick that the event loop could not keep such an appointment. At most 50 ms.
     """
     unmissed = call_seconds / 50
-    if unmissed < LEAST_LINGER_SECONDS:
+    if unmissed < MIN_LINGER_SECONDS:
         unmissed = 0.0
     return min(MAX_LINGER_SECONDS, max(3 * usual.hindered_seconds, unmissed))
 
@@ -68,7 +68,7 @@ def most_rows(usual: Commit, call_seconds: float) -> int:
     """
     if call_seconds <= usual.seconds:
         return MAX_ROWS
-    return min(MAX_ROWS, LEAST_ROWS + round(usual.hindered_seconds / ROW_SECONDS))
+    return min(MAX_ROWS, MIN_ROWS + round(usual.hindered_seconds / ROW_SECONDS))
 
 
 class Settler:

@@ -117,7 +117,7 @@ def _count(path: Path, place: Path) -> int | None:
         return None
 
 
-async def take_back(
+async def reclaim(
     database: Database, queue: Queue, notify: Callable[[str], None], *, starting: bool = False
 ) -> tuple[int, int]:
     """Settle kept answers, which are paid for, then reclaim the jobs of dead workers. Safe to repeat.
@@ -126,11 +126,11 @@ async def take_back(
     are looked for when a worker is `starting` or found dead.
     """
     # First who is dead: what one has kept was written before, and must be settled before its jobs are claimed again.
-    dead = await queue.dead()
-    if dead or starting:
+    dead_workers = await queue.dead_workers()
+    if dead_workers or starting:
         await settle_kept(database, notify)
     taken: list[Reclaimed] = []
-    while page := await queue.reclaim(dead):
+    while page := await queue.reclaim(dead_workers):
         taken += page
         if len(page) < RECLAIM_PAGE:
             break

@@ -25,8 +25,8 @@ from lbr.worker.calls import Calls, WorkReport
 from lbr.worker.claiming import Claiming
 from lbr.worker.completion import Ending
 from lbr.worker.pacing import Pacing
-from lbr.worker.runs import Servings
-from lbr.worker.spool import kept, take_back
+from lbr.worker.runs import ServableRuns
+from lbr.worker.spool import kept, reclaim
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lbr.core.types import Claim, Millis, Run, Settlement
     from lbr.models.build import Authority
     from lbr.store.database import Database
-    from lbr.store.queue import Outlook
+    from lbr.store.queue import DueWork
     from lbr.store.settle import Settled
 
 POLL_SECONDS = 0.1
@@ -71,7 +71,7 @@ class Worker:
         self._run_names = run_names
         self._notify = notify
         self._pacing = Pacing(database, options)
-        self._servings = Servings(
+        self._servings = ServableRuns(
             authority,
             concurrency=options.concurrency,
             room=open_files.room(),
@@ -348,7 +348,7 @@ class Worker:
         self._next_due = now + (0 if busy else wait + self._rng.random() * min(wait / 10, JITTER_SECONDS))
         return outlook.due and not self._calls.alone
 
-    async def _outlook(self) -> Outlook:
+    async def _outlook(self) -> DueWork:
         return await self._queue.look(self._claiming.order, worker=self._id)
 
     def _note_outages(self, outages: Mapping[str, str]) -> None:
@@ -363,7 +363,7 @@ class Worker:
         self._outages = set(outages)
 
     async def _reclaim(self, *, starting: bool = False) -> None:
-        reclaimed, failed = await take_back(self._database, self._queue, self._notify, starting=starting)
+        reclaimed, failed = await reclaim(self._database, self._queue, self._notify, starting=starting)
         self.report.reclaimed += reclaimed
         self.report.failed += failed
 
@@ -372,7 +372,7 @@ class Worker:
         if self._calls or self._options.until is Until.FOREVER or now < self._next_check:
             return False
         self._next_check = now + CHECK_SECONDS
-        if not await self._ending.has_come(await self._wanted()):
+        if not await self._ending.is_done(await self._wanted()):
             return False
         self.report.paused, self.report.interrupted = self._ending.paused, self._ending.interrupted
         return True

@@ -59,7 +59,7 @@ BAD_PRICES = (
 )
 
 
-class Gate:
+class Capacity:
     """What a function looks at while it runs; its values do not change who the function is."""
 
     def __init__(self) -> None:
@@ -487,7 +487,7 @@ class TestWorkers:
 
     async def test_a_busy_worker_takes_note_of_another_price(self, live: Database) -> None:
         """The calls that end after that are priced anew, though the worker had no slot to look for others."""
-        gate = Gate()
+        gate = Capacity()
 
         async def waits(prompt: str) -> str:
             gate.calls += 1

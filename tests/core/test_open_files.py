@@ -35,7 +35,7 @@ from lbr.store.file_errors import database_errors
 from lbr.worker import runs as serving
 from lbr.worker.attempt import OutOfFilesError, attempt
 from lbr.worker.deadlines import Deadlines, Lateness
-from lbr.worker.runs import Servings
+from lbr.worker.runs import ServableRuns
 from tests.support import ECHO, Cli, put
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ async def test_slots_are_held_back_while_a_provider_is_served(
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-this-test")
     database = await open_database(f"sqlite+aiosqlite:///{tmp_path / 'queue.db'}", create=True)
     await put(database, ["a"], name="1", task=ECHO)
-    servings = Servings(authorize(), concurrency=50, room=7, limits_cost=False)
+    servings = ServableRuns(authorize(), concurrency=50, room=7, limits_cost=False)
     assert servings.learn(await reads.all_runs(database)) == []
     assert servings.slots == 50
     for name in ("2", "3"):
@@ -190,10 +190,10 @@ async def database(tmp_path: Path) -> AsyncIterator[Database]:
 
 
 @pytest.fixture
-async def servings(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Servings]:
+async def servings(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ServableRuns]:
     """Return those of a process with a key and more open files than slots."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-this-test")
-    made = Servings(authorize(), concurrency=50, room=1_000, limits_cost=False)
+    made = ServableRuns(authorize(), concurrency=50, room=1_000, limits_cost=False)
     yield made
     await made.aclose()
 
@@ -243,7 +243,7 @@ async def test_a_look_for_changes_waits_for_a_handle(tmp_path: Path) -> None:
 
 
 async def test_a_run_that_finds_no_handle_is_tried_again(
-    database: Database, servings: Servings, monkeypatch: pytest.MonkeyPatch
+    database: Database, servings: ServableRuns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is refused with one line for now, and served when the worker next learns of it."""
     run = await put(database, ["a"], name="mine", task=Task(model=MODEL))

@@ -224,7 +224,7 @@ class Manner(BaseModel):
         return f"{self.tone} {text}"
 
 
-class Standing:
+class JobStatus:
     """A proxy: it says that it is whatever it stands for."""
 
     def __init__(self, function: Any) -> None:
@@ -330,7 +330,7 @@ def test_methods_are_told_apart_by_the_value_that_they_are_bound_to(left: Any, r
         (functools.cache(Voice("polite").ask), functools.cache(Voice("rude").ask)),
         (functools.lru_cache(Caller().now), functools.lru_cache(Caller().later)),
         (functools.partial(Voice.ask, Voice("polite")), functools.partial(Voice.ask, Voice("rude"))),
-        (shout, Standing(shout)),
+        (shout, JobStatus(shout)),
     ],
 )
 def test_what_stands_for_a_function_is_told_apart_by_it(left: Any, right: Any) -> None:
@@ -636,7 +636,7 @@ OPAQUE = [
     functools.cache(functools.partial(Agent("polite"))),
     Prepared("polite").ask,
     Wrapping(shout),
-    Standing(shout),
+    JobStatus(shout),
     nested(Agent("polite")),
     nested([Voice("x", {"a": Agent("polite")})]),
     functools.partial(two, Agent("polite")),

@@ -26,7 +26,16 @@ from lbr.models.pydantic_ai import PydanticAIModel
 from lbr.models.pydantic_ai import transport as transports
 from tests.support.faulty_server import answer as completion
 from tests.support.llmock_server import free_port
-from tests.support.raw_server import Asked, answer, answering, certificate, proxying, read, reset, serving
+from tests.support.raw_server import (
+    ResolvedTask,
+    answer,
+    answering,
+    certificate,
+    proxying,
+    read,
+    reset,
+    serving,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -77,7 +86,7 @@ def error_of(client: Any, name: str) -> Any:
 
 async def test_an_answer_comes_as_it_was_sent(client: Any) -> None:
     """Status, headers that come twice and the body are the server's; a connection serves many calls."""
-    asked: list[Asked] = []
+    asked: list[ResolvedTask] = []
     said = answer(b"{}", "x-a: 1", "X-A: 2", "x-long: " + "l" * 20_000, status="418 Teapot")
     async with serving(answering(said, asked)) as server:
         for _ in range(3):
@@ -95,7 +104,7 @@ async def test_an_answer_comes_as_it_was_sent(client: Any) -> None:
 
 async def test_only_the_headers_of_the_client_are_sent() -> None:
     """Nothing but what httpx itself would send reaches the server."""
-    asked: list[Asked] = []
+    asked: list[ResolvedTask] = []
     async with serving(answering(answer(b"{}"), asked)) as server:
         for carried in (True, False):
             async with opened(carried=carried) as client:
@@ -254,7 +263,7 @@ async def test_a_proxy_of_the_environment(carried: bool, tmp_path: Path, monkeyp
     """HTTP_PROXY takes calls in the clear, with the user it names; HTTPS_PROXY a tunnel; NO_PROXY excepts hosts."""
     file, tls = certificate(tmp_path)
     monkeypatch.setenv("SSL_CERT_FILE", str(file))
-    asked: list[Asked] = []
+    asked: list[ResolvedTask] = []
     async with (
         serving(proxying(asked)) as proxy,
         serving(answering(answer(b"{}"))) as plain,
@@ -320,7 +329,7 @@ async def test_calls_have_no_password_of_netrc_and_no_cookie(
     netrc = tmp_path / "netrc"
     netrc.write_text("machine 127.0.0.1 login somebody password secret\n")
     monkeypatch.setenv("NETRC", str(netrc))
-    asked: list[Asked] = []
+    asked: list[ResolvedTask] = []
     http = Connections()
     async with serving(answering(answer(b"{}", "set-cookie: a=b"), asked)) as server:
         for _ in range(2):
@@ -402,7 +411,7 @@ def test_which_providers_take_a_client() -> None:
 
 async def test_what_pydantic_ai_sets_on_its_client_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its user agent and its timeouts are the same over aiohttp."""
-    asked: list[Asked] = []
+    asked: list[ResolvedTask] = []
     async with serving(answering(COMPLETION, asked)) as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
         model = PydanticAIModel(MODEL, task_settings={})

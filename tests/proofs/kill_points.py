@@ -14,7 +14,7 @@ from lbr.core.errors import Family
 from lbr.core.retry import RetryPolicy, decide
 from lbr.core.types import Failure, Item, Outcome, Prompt, Reply
 from lbr.store import reads, redo, runs
-from lbr.store.claims import Wish
+from lbr.store.claims import ClaimRequest
 from lbr.store.engines import open_database
 from lbr.store.queue import Queue
 from lbr.store.runs import RunSpec
@@ -117,7 +117,7 @@ async def _turn(database: Database, name: str) -> Callable[[Database], Awaitable
     run = await reads.find_run(database, name)
     batch, wish = (
         [answered(claim, claim.prompt.text or "") for claim in claims],
-        Wish(worker, [run.id], TURN, False, {}),
+        ClaimRequest(worker, [run.id], TURN, False, {}),
     )
     return lambda database: settle_and_claim(database, Queue(database), batch, wish, lease=LEASE)
 

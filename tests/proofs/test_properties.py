@@ -18,7 +18,7 @@ from lbr.core.errors import DatabaseError
 from lbr.core.types import JobState
 from lbr.store import queue
 from lbr.store import settle as settling
-from lbr.store.arrays import Bulk
+from lbr.store.arrays import BulkStatement
 from tests.proofs.queue_machine import QueueMachine, World
 from tests.support import is_postgresql
 
@@ -75,7 +75,7 @@ def _unfinished(_: object, row: Any) -> bool:
     return row.state in {JobState.INFLIGHT, JobState.PENDING}
 
 
-def _without(*words: str) -> Bulk:
+def _without(*words: str) -> BulkStatement:
     """Return the store's own statement that settles, without the conditions on these columns."""
 
     def build(given: Any) -> Any:
@@ -85,7 +85,7 @@ def _without(*words: str) -> Bulk:
         statement._where_criteria = tuple(kept)
         return statement
 
-    return Bulk(settling.SETTLE._types, build)
+    return BulkStatement(settling.SETTLE._types, build)
 
 
 def _let_in(patch: pytest.MonkeyPatch, is_mine: Callable[..., bool], *columns: str) -> None:

@@ -21,7 +21,7 @@ from lbr.api.work import exclusive
 from lbr.core.errors import AlreadyRunningError, DatabaseError, Family, Usage, UsageError
 from lbr.core.types import Failure, Outcome, Reply, Task
 from lbr.store import budgets, claims, enqueue, limiting, listener, reads, runs, schema, settle, sole
-from lbr.store.arrays import Bulk, Query
+from lbr.store.arrays import BulkStatement, PreparedQuery
 from lbr.store.claims import CLAIM, CLAIM_CHOSEN, CLAIM_SUSPECT, DUE, DUE_SIZED, DUE_SUSPECT
 from lbr.store.engines import open_database
 from lbr.store.postgres import SHARDS, SOLE_LOCK, PostgresDatabase
@@ -62,9 +62,9 @@ async def plan(database: Database, statement: Any, bound: dict[str, Any]) -> str
     """Run a statement, undo it, and return the server's plan of what was sent."""
     sent: list[tuple[str, Any]] = []
     steps: list[str] = []
-    if isinstance(statement, Bulk):
+    if isinstance(statement, BulkStatement):
         statement = statement.whole
-    elif isinstance(statement, Query):
+    elif isinstance(statement, PreparedQuery):
         statement = statement.statement
 
     async def work(connection: Connection) -> None:

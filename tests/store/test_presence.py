@@ -19,7 +19,7 @@ from lbr.store import files, reads
 from lbr.store.engines import open_database
 from lbr.store.presence import FilePresence
 from lbr.store.queue import RECLAIM_PAGE, Queue
-from lbr.worker.spool import keep, take_back
+from lbr.worker.spool import keep, reclaim
 from tests.support import answered, assert_counted, put, states
 
 if TYPE_CHECKING:
@@ -125,9 +125,9 @@ def test_a_forked_child_does_not_live_on_as_the_worker(cli: Cli) -> None:
             os.kill(int(child), signal.SIGKILL)
 
 
-async def reclaim(database: Database) -> tuple[int, int]:
+async def reclaim_once(database: Database) -> tuple[int, int]:
     """Take back what dead workers left, as a running worker does."""
-    return await take_back(database, Queue(database), lambda _: None)
+    return await reclaim(database, Queue(database), lambda _: None)
 
 
 def dead_worker(db_url: str, jobs: int) -> WorkerId:
@@ -159,12 +159,12 @@ async def test_each_job_of_the_dead_is_charged_one_crash(db_url: str) -> None:
     count = RECLAIM_PAGE + 7
     database = await open_database(db_url, create=True)
     run = await put(database, [f"p{n}" for n in range(count)])
-    dead = await asyncio.to_thread(dead_worker, db_url, count)
+    dead_workers = await asyncio.to_thread(dead_worker, db_url, count)
     other = await open_database(db_url)
-    assert database.presence.dead([dead]) == [dead]
+    assert database.presence.dead_workers([dead_workers]) == [dead_workers]
     outlook = await Queue(database).look([RunId(1)])
     assert outlook.expired
-    taken = [await reclaim(one) for one in (database, other)]
+    taken = [await reclaim_once(one) for one in (database, other)]
     assert sum(reclaimed for reclaimed, _ in taken) == count
     await assert_counted(database, run)
     claims = await Queue(database).claim(WorkerId(99), [RunId(1)], count, lease=HOUR)
@@ -184,7 +184,7 @@ async def test_kept_answers_of_the_dead_are_not_called_for_again(database: Datab
     keep(database, [answered(claims[0], "paid for")])
     queue.leave(worker)
     other = await open_database(db_url)
-    assert await reclaim(other) == (1, 0)
+    assert await reclaim_once(other) == (1, 0)
     (again,) = await Queue(other).claim(WorkerId(99), [RunId(1)], 2, lease=HOUR)
     assert again.job_id == claims[1].job_id
     await other.close()
@@ -208,11 +208,11 @@ async def test_kept_answers_that_are_not_taken_hold_nothing_back(
         path.write_text("{}\n")
     else:
         path.mkdir()
-    assert await reclaim(other) == (2, 0)
+    assert await reclaim_once(other) == (2, 0)
     assert not (await Queue(other).look([RunId(1)])).expired
     if what == "rubbish":
         path.write_text(words)
-        assert await take_back(other, Queue(other), lambda _: None, starting=True) == (0, 0)
+        assert await reclaim(other, Queue(other), lambda _: None, starting=True) == (0, 0)
         assert await states(other, await reads.find_run(other, "r")) == {"done": 1, "pending": 1}
     await other.close()
 
@@ -228,10 +228,10 @@ async def test_only_a_free_lock_says_that_a_worker_is_dead(tmp_path: Path) -> No
     files.lock_path(database, "worker-3").symlink_to(path)
     everybody = [WorkerId(n) for n in range(5)]
     for presence in (ours, theirs):
-        assert presence.dead(everybody) == []
+        assert presence.dead_workers(everybody) == []
     ours.leave(WorkerId(1))
     ours.leave(WorkerId(1))
-    assert theirs.dead(everybody) == [1]
+    assert theirs.dead_workers(everybody) == [1]
     theirs.forget(everybody)
     assert list(tmp_path.iterdir()) == []
 
@@ -241,14 +241,14 @@ async def test_a_lock_left_from_another_database_is_taken_over(tmp_path: Path) -
     database = tmp_path / "queue.db"
     files.lock_path(database, "worker-1").write_text("4711\n")
     ours, theirs = FilePresence(database), FilePresence(database)
-    assert theirs.dead([WorkerId(1)]) == [1]
+    assert theirs.dead_workers([WorkerId(1)]) == [1]
     ours.appear(WorkerId(1))
-    assert theirs.dead([WorkerId(1)]) == []
+    assert theirs.dead_workers([WorkerId(1)]) == []
     # One that somebody else holds says nothing about us.
     third = FilePresence(database)
     third.appear(WorkerId(1))
     ours.leave(WorkerId(1))
-    assert theirs.dead([WorkerId(1)]) == []
+    assert theirs.dead_workers([WorkerId(1)]) == []
 
 
 async def test_locks_of_a_network_file_system_are_not_believed(

@@ -147,7 +147,7 @@ async def test_refusals_cut_and_successes_widen(database: Database, clock: Clock
     run = await put(database, [f"p{n}" for n in range(300)])
     (_, one), (_, two) = await workers(database, 20, 20)
     claims = [*await claim(database, one, run, 20), *await claim(database, two, run, 20)]
-    assert not any(c.narrow for c in claims)
+    assert not any(c.throttled for c in claims)
     clock.forward(1)
     await settle(database, [failed(c, LIMITED) for c in claims[:10]])
     cut = (await limit_of(database)).slots or 0
@@ -158,7 +158,7 @@ async def test_refusals_cut_and_successes_widen(database: Database, clock: Clock
     for grown in (0, 1):  # a round of answers calms the share refused, and the next one widens
         again = await claim(database, one, run)
         assert len(again) == 31
-        assert all(c.narrow for c in again)
+        assert all(c.throttled for c in again)
         await settle(database, [answered(c) for c in again])
         assert (await limit_of(database)).slots == pytest.approx(cut + grown, abs=0.1)
     overloaded = Failure(Family.TRANSIENT, "Overloaded", "529", overloaded=True)
@@ -179,7 +179,7 @@ async def test_unknown_provider_is_begun_slowly(database: Database, clock: Clock
         claims = await claim(database, one, run, 250)
         assert len(claims) == expected
         await settle(database, [answered(c) for c in claims])
-    assert not any(c.narrow for c in await claim(database, one, run, 250))
+    assert not any(c.throttled for c in await claim(database, one, run, 250))
 
 
 FUNCTION = """

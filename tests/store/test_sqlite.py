@@ -22,7 +22,7 @@ import lbr
 from lbr.core.errors import DatabaseBusyError, DatabaseError, MisfitError, UsageError
 from lbr.core.types import Item, KeyMaker, Prompt
 from lbr.store import enqueue, file_connections, files, runs, schema, sqlite, trips
-from lbr.store.arrays import Query
+from lbr.store.arrays import PreparedQuery
 from lbr.store.claims import _PROMPTS, CLAIM, CLAIM_CHOSEN, DUE, DUE_SIZED, DUE_SUSPECT
 from lbr.store.engines import open_database
 from lbr.store.queue import EXPIRED, RENEW, Queue
@@ -230,12 +230,12 @@ async def test_a_commit_that_fails_at_the_end_of_a_long_transaction_frees_the_fi
 
 async def test_a_query_says_what_is_wrong_as_any_statement(database: Database) -> None:
     """It takes no statement whose text depends on its values, and its errors are those of the others."""
-    growing = Query(select(schema.jobs.c.id).where(schema.jobs.c.id.in_([1, 2])))
+    growing = PreparedQuery(select(schema.jobs.c.id).where(schema.jobs.c.id.in_([1, 2])))
     with pytest.raises(TypeError, match="whose text never changes"):
         await database.read(lambda connection: growing.all(connection, {}))
     with pytest.raises(MisfitError, match="a value of another type than lbr writes"):
         await database.read(lambda connection: _PROMPTS.all(connection, {"ids": [b"x"]}))
-    gone = Query(select(column("secret")).select_from(table("nowhere")))
+    gone = PreparedQuery(select(column("secret")).select_from(table("nowhere")))
     with pytest.raises(DatabaseError, match="its tables are not those that lbr makes") as told:
         await database.read(lambda connection: gone.all(connection, {}))
     assert "secret" not in str(told.value)
@@ -270,7 +270,7 @@ async def plan(database: Database, statement: Any) -> str:
     async def work(connection: Connection) -> None:
         hearing.begin()
         try:
-            if isinstance(statement, Query):
+            if isinstance(statement, PreparedQuery):
                 await statement.all(connection, bound)
             else:
                 names = statement.compile().params

@@ -405,7 +405,7 @@ async def test_a_worker_that_ends_with_jobs_is_not_forgotten(database: Database)
     queue.leave(worker)
     assert [one.pid for one in (await reads.overview(database)).workers] == [1]
     if database.presence.tells:
-        taken = await queue.reclaim(await queue.dead())
+        taken = await queue.reclaim(await queue.dead_workers())
         assert [(one.job_id, one.died) for one in taken] == [(claims[1].job_id, True)]
     else:
         await queue.release(worker, claims[1:])
@@ -455,8 +455,8 @@ async def test_third_crash_fails_the_job(database: Database, clock: Clock) -> No
     assert (alone.prompt.text, alone.crashes) == ("poison", 2)
     await settle(database, [answered(beside[0])])
     clock.forward(61)
-    (dead,) = await queue.reclaim()
-    assert dead.state is JobState.FAILED
+    (dead_workers,) = await queue.reclaim()
+    assert dead_workers.state is JobState.FAILED
     story = await reads.story(database, run, 0)
     assert (story.row.status, story.row.error) == ("failed", "its worker died 3 times")
     assert story.attempts == 0

@@ -26,9 +26,9 @@ class Hearing:
 
     def begin(self) -> None:
         """Listen, to SQLAlchemy and to what goes past it."""
-        for name, hear in (("before_cursor_execute", self._sent), ("commit", self._committed)):
-            event.listen(Engine, name, hear)
-            self._ways.callback(event.remove, Engine, name, hear)
+        for name, on_progress in (("before_cursor_execute", self._sent), ("commit", self._committed)):
+            event.listen(Engine, name, on_progress)
+            self._ways.callback(event.remove, Engine, name, on_progress)
         for name in ("drive", "drive_each"):
             self._ways.enter_context(
                 mock.patch.object(FileConnection, name, self._through(getattr(FileConnection, name)))

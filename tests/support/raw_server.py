@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Asked:
+class ResolvedTask:
     """One request as it came: its first line, its headers with names in small letters, its body."""
 
     line: str
@@ -33,7 +33,7 @@ class Asked:
 
 
 @dataclass
-class Served:
+class ServedRun:
     """A server's address, and how many connections it has seen begin and end."""
 
     port: int
@@ -54,7 +54,7 @@ class Served:
 
 
 @asynccontextmanager
-async def serving(handle: Handle, tls: ssl.SSLContext | None = None) -> AsyncIterator[Served]:
+async def serving(handle: Handle, tls: ssl.SSLContext | None = None) -> AsyncIterator[ServedRun]:
     """Serve for the length of a block; `handle` has a connection to itself until it returns."""
     tasks: set[asyncio.Task[None]] = set()
 
@@ -75,7 +75,7 @@ async def serving(handle: Handle, tls: ssl.SSLContext | None = None) -> AsyncIte
                 served.end.notify_all()
 
     server = await asyncio.start_server(joined, "127.0.0.1", 0, ssl=tls)
-    served = Served(server.sockets[0].getsockname()[1], "http" if tls is None else "https")
+    served = ServedRun(server.sockets[0].getsockname()[1], "http" if tls is None else "https")
     try:
         yield served
     finally:
@@ -85,14 +85,14 @@ async def serving(handle: Handle, tls: ssl.SSLContext | None = None) -> AsyncIte
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def read(reader: asyncio.StreamReader) -> Asked:
+async def read(reader: asyncio.StreamReader) -> ResolvedTask:
     """Read one request; IncompleteReadError where the client went away."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:-2])}
-    return Asked(head[0], headers, await reader.readexactly(int(headers.get("content-length", 0))))
+    return ResolvedTask(head[0], headers, await reader.readexactly(int(headers.get("content-length", 0))))
 
 
-def answering(answer: bytes, asked: list[Asked] | None = None) -> Handle:
+def answering(answer: bytes, asked: list[ResolvedTask] | None = None) -> Handle:
     """Give one answer to every request of a connection, and keep what was asked."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -119,7 +119,7 @@ def reset(writer: asyncio.StreamWriter) -> None:
     writer.transport.abort()
 
 
-def proxying(asked: list[Asked]) -> Handle:
+def proxying(asked: list[ResolvedTask]) -> Handle:
     """Answer what is asked in the clear, as a proxy would that has it already, and pass the bytes of tunnels on."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

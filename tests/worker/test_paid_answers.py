@@ -92,7 +92,7 @@ async def test_a_price_table_is_tried_again_but_not_for_each_call(
         await costs.ready(60)
         assert costs.usage(body) == Usage(10, 5, None)
     assert snapshot.asked == 1
-    now += loading.AGAIN_SECONDS
+    now += loading.RETRY_SECONDS
     costs.begin()
     await costs.ready(60)
     assert costs.usage(body) == Usage(10, 5, 4_500)

@@ -299,8 +299,8 @@ async def test_dead_workers_jobs_are_reclaimed(live: Database) -> None:
 
     run = await put(live, [f"p{n}" for n in range(10)], task=asks(echo))
     queue = Queue(live)
-    dead = await queue.register(host="gone", pid=1, concurrency=4)
-    assert len(await queue.claim(dead, [run.id], 4, lease=0.5)) == 4
+    dead_workers = await queue.register(host="gone", pid=1, concurrency=4)
+    assert len(await queue.claim(dead_workers, [run.id], 4, lease=0.5)) == 4
     report = await worker_for(live, echo, lease=0.5).run()
     assert (report.done, report.reclaimed) == (10, 4)
     assert (await reads.story(live, run, 0)).attempts == 1

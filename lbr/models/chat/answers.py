@@ -17,7 +17,7 @@ from lbr.core.errors import CallError, Family
 from lbr.core.types import Reply
 from lbr.models.chat.kinds import categories_of, kind_of
 from lbr.models.endings import check_answer, ending_of, filter_words
-from lbr.models.refusals import Refusal, call_error, message_in, status_in
+from lbr.models.refusals import ProviderError, call_error, message_in, status_in
 from lbr.models.wording import clean, page_words
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class Reader:
         kind = kind_of(status, error)
         words = "expected an answer, got: the error " + orjson.dumps(error, default=str).decode()
         found = call_error(
-            Refusal(
+            ProviderError(
                 kind, categories_of(kind), words, status=status, body=error if message_in(error) else None
             ),
             api_key=self._api_key,

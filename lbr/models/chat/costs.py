@@ -16,7 +16,7 @@ from decimal import Decimal
 from operator import mul
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lbr.core.errors import MOST_TOKENS, NO_USAGE, Usage
+from lbr.core.errors import MAX_TOKENS, NO_USAGE, Usage
 from lbr.core.pricing import loading_table
 from lbr.models.loading import Loading
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _NANOS = 10**9
 _STEP = 1_000_000
 _FAR = 8 * _STEP
-_MOST_LINES = 256
+_MAX_LINES = 256
 _NOTHING = Decimal(0)
 _COUNTS = {
     "prompt_tokens": "input_tokens",
@@ -174,7 +174,7 @@ class Costs:
     def _line(self, body: dict[str, Any], told: dict[str, Any], counts: _Counts) -> _Line | None:
         """Return how tokens and price grow for answers like this one; None where they do not do so evenly."""
         minute = int(time.time()) // 60
-        if minute != self._minute or len(self._lines) > _MOST_LINES:
+        if minute != self._minute or len(self._lines) > _MAX_LINES:
             self._lines.clear()  # prices may change with the time of day
             self._minute = minute
         names = (_names(told.get("prompt_tokens_details")), _names(told.get("completion_tokens_details")))
@@ -297,7 +297,7 @@ def _whole(value: Any) -> int | None:
         number = math.nan if value is True else float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return int(number) if 0 <= number <= MOST_TOKENS and number.is_integer() else None
+    return int(number) if 0 <= number <= MAX_TOKENS and number.is_integer() else None
 
 
 def _counts_in(told: dict[str, Any]) -> _Counts | None:

@@ -20,7 +20,7 @@ from lbr.models.chat.kinds import categories_of, kind_of
 from lbr.models.checking import check_authority
 from lbr.models.environment import check_trust
 from lbr.models.http import AnswerTooLarge, Connections, check_size, is_unreachable, lost_words, shown_url
-from lbr.models.refusals import Refusal, call_error
+from lbr.models.refusals import ProviderError, call_error
 from lbr.models.waits import asked_wait
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def _lost(error: Exception, url: str) -> CallError:
 
     late, connecting = isinstance(error, TimeoutError), isinstance(error, ConnectionTimeoutError)
     kind = "ModelTimeoutError" if late else "ModelConnectionError"
-    refusal = Refusal(
+    refusal = ProviderError(
         kind=kind,
         categories=categories_of(kind),
         words="Request timed out." if late and not connecting else lost_words(error, url),
@@ -248,7 +248,7 @@ def _charset(content_type: str) -> str:
 
 def refusal_of(
     model: str, status: int, headers: Mapping[str, str], text: str, url: str | None = None
-) -> Refusal:
+) -> ProviderError:
     """Read an answer with a status of 400 or more."""
     text = text.strip()
     try:
@@ -258,7 +258,7 @@ def refusal_of(
     if isinstance(body, dict):
         body = body.get("error", body)
     kind = kind_of(status, body)
-    return Refusal(
+    return ProviderError(
         kind=kind,
         categories=categories_of(kind),
         words=f"status_code: {status}, model_name: {model}, body: {body}",

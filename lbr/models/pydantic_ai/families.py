@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lbr.models import refusals
 from lbr.models.http import AnswerTooLarge, is_unreachable, lost_words, shown_url
-from lbr.models.refusals import Refusal
+from lbr.models.refusals import ProviderError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from lbr.core.errors import CallError, Family
 
 
-def refusal_of(error: Exception) -> Refusal:
+def refusal_of(error: Exception) -> ProviderError:
     """Read an exception of a call."""
     status = getattr(error, "status_code", None)
     categories = frozenset(one.__name__ for one in type(error).__mro__)
     connecting = getattr(error, "phase", None) == "connect"
     lost = "ModelConnectionError" in categories and ("ModelTimeoutError" not in categories or connecting)
-    return Refusal(
+    return ProviderError(
         kind=type(error).__name__.lstrip("_").removeprefix("HTTP"),
         categories=categories,
         words=(_lost_words(error) if lost else None) or str(error),
