@@ -11,7 +11,7 @@ from lbr.api.arguments import checked
 from lbr.api.status import way_on
 from lbr.core.config import DB_URL_DEFAULT, load_environment
 from lbr.core.errors import DatabaseError, LbrError, UsageError
-from lbr.core.plurals import duration, pluralize
+from lbr.core.text import duration, pluralize
 from lbr.core.types import PauseCause, RunState
 from lbr.models.base import Kind, kind_of
 from lbr.models.build import Authority, build_model

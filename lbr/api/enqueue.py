@@ -15,8 +15,8 @@ from lbr.core.config import (
     load_environment,
 )
 from lbr.core.errors import UsageError
-from lbr.core.plurals import pluralize
 from lbr.core.pricing import read_price
+from lbr.core.text import pluralize
 from lbr.core.types import KeyMaker
 from lbr.io.sources import Source, chunks
 from lbr.models.identity import has_other_code

@@ -12,7 +12,7 @@ from lbr.api.status import RunStatus, Status, limit_fields, status_of
 from lbr.api.task import check_settings, checker
 from lbr.core.config import DB_URL_DEFAULT, a_minute, at_least_one, nanos_of, one_of
 from lbr.core.errors import UsageError
-from lbr.core.plurals import pluralize
+from lbr.core.text import pluralize
 from lbr.core.types import JobState
 from lbr.models.base import model_string
 from lbr.store import limiting, reads, redo, runs

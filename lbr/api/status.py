@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from lbr.core.errors import Family
-from lbr.core.plurals import duration, pluralize
 from lbr.core.pricing import NANOS, Price, dollars
+from lbr.core.text import duration, pluralize
 from lbr.core.types import JobState, PauseCause, Paused, RunState
 from lbr.store import counters
 from lbr.store.schema import SILENT_MS

@@ -17,7 +17,7 @@ import orjson
 from lbr.core import digits
 from lbr.core.config import CONFIG_FILE, load_environment, read_config_file
 from lbr.core.errors import DatabaseError, LbrError, MisfitError, OutputError, StoppedError, UsageError
-from lbr.core.terminal import harmless
+from lbr.core.text import harmless
 
 F = TypeVar("F", bound=Callable[..., Any])
 

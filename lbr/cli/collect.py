@@ -11,7 +11,7 @@ import click
 from lbr.api import collect as api
 from lbr.api.status import printable
 from lbr.cli.app import EXIT_FAILURES, EXIT_UNFINISHED, database_option, log, with_options
-from lbr.core.plurals import pluralize
+from lbr.core.text import pluralize
 from lbr.core.types import Shape
 from lbr.io.writers import OutputFormat
 

@@ -16,8 +16,8 @@ from lbr.api import enqueue as api
 from lbr.cli.app import database_option, echo, log, read_setting, with_options
 from lbr.core.config import MAX_ATTEMPTS
 from lbr.core.errors import StoppedError
-from lbr.core.plurals import pluralize
 from lbr.core.schema import load_schema
+from lbr.core.text import pluralize
 from lbr.io.readers import InputFormat, is_stream, load_text
 from lbr.models.offline import ECHO
 

@@ -11,7 +11,7 @@ import orjson
 from lbr.api import move as api
 from lbr.cli.app import echo, log
 from lbr.core.errors import StoppedError
-from lbr.core.plurals import pluralize
+from lbr.core.text import pluralize
 
 
 @click.command()

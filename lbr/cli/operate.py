@@ -19,8 +19,8 @@ from lbr.api.status import describe, printable, resumed_words
 from lbr.cli.app import database_option, echo, log, read_setting
 from lbr.core.config import positive
 from lbr.core.errors import UsageError
-from lbr.core.plurals import pluralize
 from lbr.core.pricing import dollars
+from lbr.core.text import pluralize
 
 if TYPE_CHECKING:
     from lbr.api.doctor import Finding

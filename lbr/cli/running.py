@@ -28,8 +28,7 @@ from lbr.cli.work import (
 )
 from lbr.core.config import MAX_PROCESSES, at_least_one
 from lbr.core.errors import UsageError
-from lbr.core.plurals import duration
-from lbr.core.terminal import harmless
+from lbr.core.text import duration, harmless
 from lbr.core.types import Shape
 from lbr.io import writers
 from lbr.store.engines import file_of

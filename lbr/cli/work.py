@@ -20,7 +20,7 @@ from lbr.cli.app import EXIT_FAILURES, EXIT_UNFINISHED, database_option, log, wi
 from lbr.cli.collect import cut_off_words
 from lbr.core import open_files
 from lbr.core.config import MAX_PROCESSES, WorkOptions, at_least_one
-from lbr.core.plurals import pluralize
+from lbr.core.text import pluralize
 from lbr.core.types import Until
 from lbr.worker.processes import hearing, run_processes
 

@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from lbr.core.errors import Family, Symptom
-from lbr.core.plurals import duration
+from lbr.core.text import duration
 from lbr.core.types import JobState, PauseCause, Paused
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ import orjson
 
 from lbr.core.digits import LONG
 from lbr.core.errors import InputError, OutputError, UsageError
-from lbr.core.plurals import pluralize
+from lbr.core.text import pluralize
 from lbr.io.records import (
     EmptyPromptError,
     Place,

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from lbr.core.errors import InputError, UsageError
-from lbr.core.plurals import pluralize
+from lbr.core.text import pluralize
 from lbr.io.records import Place, names, shown
 
 if TYPE_CHECKING:

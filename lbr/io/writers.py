@@ -24,7 +24,7 @@ from filelock import AsyncFileLock
 from lbr.core import ownership
 from lbr.core.config import a_name
 from lbr.core.errors import OutputError, UsageError
-from lbr.core.terminal import harmless
+from lbr.core.text import harmless
 from lbr.core.types import Part
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from sqlalchemy import bindparam, func, select, update
 
 from lbr.core.errors import Symptom
 from lbr.core.outage import MAX_WAIT_MS, TURN_MS, Backlog, ModelState, Verdict, consider, is_stale
-from lbr.core.plurals import pluralize
+from lbr.core.text import pluralize
 from lbr.core.types import JobId, JobState, PauseCause, Paused, RunId, RunState
 from lbr.store.arrays import BulkStatement, PreparedQuery, Rows, any_of
 from lbr.store.counters import of_runs

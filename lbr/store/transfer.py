@@ -16,7 +16,7 @@ import orjson
 from sqlalchemy import bindparam, case, func, select, update
 
 from lbr.core.errors import DatabaseError, RunNotFoundError, UsageError
-from lbr.core.plurals import pluralize
+from lbr.core.text import pluralize
 from lbr.core.types import JobState, Move, PauseCause, Paused, Run, RunState
 from lbr.store import counters, enqueue, runs
 from lbr.store.arrays import Inserting, any_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lbr.core.errors import NothingToServeError
-from lbr.core.plurals import pluralize
+from lbr.core.text import pluralize
 from lbr.core.types import JobState, PauseCause, RunState, Until
 from lbr.store import reads
 

@@ -18,8 +18,8 @@ from filelock import AsyncFileLock
 
 from lbr.core import ownership
 from lbr.core.errors import DatabaseError, LbrError, Usage
-from lbr.core.plurals import pluralize
 from lbr.core.retry import storable_usage
+from lbr.core.text import pluralize
 from lbr.core.types import KEY_BYTES, Claim, JobId, JobState, Outcome, Prompt, RunId, Settlement
 from lbr.store import files, reads
 from lbr.store.queue import RECLAIM_PAGE

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lbr.core.plurals import pluralize
+from lbr.core.text import pluralize
 from tests.support import PATIENCE_SECONDS, Cli
 from tests.worker.test_processes import check, recount, write
 
