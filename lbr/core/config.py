@@ -1,8 +1,4 @@
-"""Settings: where they come from, in which order, and what they may be.
-
-A config file gives way to the environment (`.env` counts as environment), the environment to a flag.
-Unset is None in each of them; the defaults stand once, in the values below, and are applied last.
-"""
+"""Settings and their defaults: a flag overrides the environment (with `.env`), which overrides the config file."""
 
 from __future__ import annotations
 
@@ -29,35 +25,31 @@ MAX_ATTEMPTS = 8
 CALL_TIMEOUT = 120.0
 PATIENCE = 120.0
 OUTAGE_PATIENCE = 3600.0
-LARGEST = 1_000_000
 MAX_SLOTS = 10_000
-"""What one worker makes of calls at a time; a limit of all workers may be above it."""
+"""The calls that one worker makes at a time; a limit that all workers share may be higher."""
 MAX_PROCESSES = 1_000
-"""What one command starts: each is a Python with an event loop of its own."""
 MAX_PER_MINUTE = 2_000_000_000
 MAX_DOLLARS = 1_000_000_000
-
 
 _URL_NAME = re.compile(r"(\w+)_(?:BASE_URL|ENDPOINT)")
 _OTHER_KEYS = {"GOOGLE_GEMINI": ("GOOGLE_API_KEY", "GEMINI_API_KEY"), "CO": ("CO_API_KEY", "COHERE_API_KEY")}
 
 
 def load_environment(folder: Path) -> Mapping[str, str]:
-    """Add what the folder's `.env` says to the environment and return it; what is set outside the file wins.
+    """Add the variables of the folder's `.env` to the environment, unless they are set there, and return it.
 
-    Providers read their keys from the environment themselves, so a copy would not do. A folder that sends a key from
-    outside to a URL of its own is reported on stderr.
+    Warns on stderr if the file sends a key that is set outside it to a URL of its own.
     """
     path = folder / ".env"
     if path.is_file():
-        from dotenv import dotenv_values  # noqa: PLC0415 - only where there is a file to read
+        from dotenv import dotenv_values  # noqa: PLC0415 - only if there is a file to read
 
         try:
             values = dotenv_values(path)
-            for words in diverted_keys(values, os.environ):
-                print(f"lbr: {path}: {words}", file=sys.stderr)
+            for warning in _diverted_keys(values, os.environ):
+                print(f"lbr: {path}: {warning}", file=sys.stderr)
             for name, value in values.items():
-                if value is not None:
+                if value is not None:  # providers read their keys from the environment themselves
                     os.environ.setdefault(name, value)
         except (OSError, ValueError) as error:
             raise UsageError(
@@ -66,11 +58,8 @@ def load_environment(folder: Path) -> Mapping[str, str]:
     return os.environ
 
 
-def diverted_keys(values: Mapping[str, str | None], env: Mapping[str, str]) -> list[str]:
-    """Return a warning for each key of the environment that a base URL in `.env` would take elsewhere.
-
-    A key that the file itself holds is meant for its URL.
-    """
+def _diverted_keys(values: Mapping[str, str | None], env: Mapping[str, str]) -> list[str]:
+    """Return a warning for each key of the environment that a base URL in `.env` would receive."""
     return [
         f"{name} sends {key}, which is set outside this file, to {hide_user(value)!r}; remove it if you do not know that server"
         for name, value in values.items()
@@ -81,15 +70,12 @@ def diverted_keys(values: Mapping[str, str | None], env: Mapping[str, str]) -> l
 
 
 def hide_user(url: str) -> str:
-    """Return a URL without what stands before an @, which may be a password."""
+    """Return a URL without the part before an @, which may be a password."""
     return re.sub(r"[^/@\s]*@", "…@", url)
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Read a TOML file of flag defaults: top-level flags first, then one table per command.
-
-    Raises UsageError where it is not TOML, and where there is none.
-    """
+    """Read a TOML file of flag defaults: top-level flags, and a table for each command. Raises UsageError."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -97,54 +83,49 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def default_model(env: Mapping[str, str]) -> str | None:
-    """Return the model that the environment names, None where MODEL is unset or blank."""
+    """Return the model that the environment names, None if MODEL is unset or blank."""
     return env.get("MODEL", "").strip() or None
 
 
-def positive(name: str, value: float) -> float:
-    """Return the value, or raise UsageError: it must be a finite number above zero."""
-    if not (_is_finite(value) and value > 0):
-        raise UsageError(f"expected {name} to be a number above 0, got: {_words_of(value)}")
-    return value
-
-
 def _is_finite(value: object) -> bool:
-    """Tell whether a value, of whatever type, is a number that can be reckoned with."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return False
     try:
-        return math.isfinite(value)
+        return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
     except OverflowError:
         return False
 
 
-def _words_of(value: object) -> str:
+def _shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else repr(value)[:100]
 
 
-def at_least_one(name: str, value: int, *, most: int = LARGEST) -> int:
-    """Return the value, or raise UsageError: it must be a whole number of at least one, and sane."""
+def positive(name: str, value: float) -> float:
+    """Return the value. Raises UsageError if it is no finite number above zero."""
+    if not (_is_finite(value) and value > 0):
+        raise UsageError(f"expected {name} to be a number above 0, got: {_shown(value)}")
+    return value
+
+
+def at_least_one(name: str, value: int, *, most: int = 1_000_000) -> int:
+    """Return the value. Raises UsageError if it is no whole number from 1 to `most`."""
     if type(value) is not int or not 1 <= value <= most:
         raise UsageError(f"expected {name} to be a whole number from 1 to {most}, got: {value!r}")
     return value
 
 
 def a_minute(name: str, value: int) -> int:
-    """Return the value, or raise UsageError: it must be a whole number of requests or tokens a minute."""
-    if type(value) is not int or not 1 <= value <= MAX_PER_MINUTE:
-        raise UsageError(f"expected {name} to be a whole number from 1 to {MAX_PER_MINUTE}, got: {value!r}")
-    return value
+    """Return a number of requests or tokens a minute. Raises UsageError."""
+    return at_least_one(name, value, most=MAX_PER_MINUTE)
 
 
 def nanos_of(name: str, dollars: float) -> int:
-    """Return an amount of US dollars in billionths, or raise UsageError: it must be above zero, and sane."""
+    """Return an amount of US dollars in billionths. Raises UsageError if it is not above zero or too large."""
     if not 0 < positive(name, dollars) <= MAX_DOLLARS:
         raise UsageError(f"expected {name} to be at most {MAX_DOLLARS:,} US dollars, got: {dollars:g}")
     return max(1, round(dollars * NANOS))
 
 
 def a_name(name: str, value: str) -> str:
-    """Return the value, or raise UsageError: it must be text that a file can be called."""
+    """Return the value. Raises UsageError if no file can have that name."""
     try:
         sane = b"\0" not in os.fsencode(value)
     except UnicodeEncodeError:
@@ -155,7 +136,7 @@ def a_name(name: str, value: str) -> str:
 
 
 def one_of(name: str, value: object, allowed: Sequence[str]) -> str:
-    """Return the value, or raise UsageError: it must be one of those allowed."""
+    """Return the value. Raises UsageError if it is not one of those allowed."""
     if not isinstance(value, str) or value not in allowed:
         raise UsageError(f"expected {name} to be one of {', '.join(map(str, allowed))}, got: {value!r}")
     return value
@@ -163,15 +144,13 @@ def one_of(name: str, value: object, allowed: Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class WorkOptions:
-    """How one worker process works. Times are in seconds.
+    """How one worker process works. Times are in seconds. Raises UsageError for a value out of range.
 
-    `concurrency` is the number of slots, `lease` how long a claim holds without renewal, `timeout` the
-    longest that one call may take, `grace` how long a drain waits for the calls in flight, `patience` how
-    long a database that is busy or away is waited for, `outage_patience` how much waiting for a model that no call
-    reaches it takes until its runs are paused. `rpm` and `tpm` are requests and tokens a minute of all
-    workers together, for each answerer that this one serves, `max_cost` what each run that it serves may cost in US
-    dollars, all that it has cost included; None leaves what is set.
-    Raises UsageError for a value out of range.
+    `concurrency` is the number of slots, `lease` how long a claim holds without renewal, `timeout` the longest that
+    one call may take, `grace` how long a drain waits for the calls in flight, `patience` how long to wait for a
+    database that is busy or away, `outage_patience` how long to wait for an unreachable model before its runs are
+    paused. `rpm` and `tpm` limit the requests and tokens a minute of all workers together, for each model that this one
+    serves; `max_cost` limits the whole cost of each run that it serves, in US dollars. None keeps what is set.
     """
 
     concurrency: int = 32
@@ -187,16 +166,14 @@ class WorkOptions:
 
     def __post_init__(self) -> None:
         at_least_one("concurrency", self.concurrency, most=MAX_SLOTS)
-        positive("lease", self.lease)
-        positive("timeout", self.timeout)
-        positive("patience", self.patience)
-        positive("outage_patience", self.outage_patience)
+        for name in ("lease", "timeout", "patience", "outage_patience"):
+            positive(name, getattr(self, name))
         for name, value in (("rpm", self.rpm), ("tpm", self.tpm)):
             if value is not None:
                 a_minute(name, value)
         if self.max_cost is not None:
             nanos_of("max_cost", self.max_cost)
         if not (_is_finite(self.grace) and self.grace >= 0):
-            raise UsageError(f"expected grace to be a number of at least 0, got: {_words_of(self.grace)}")
+            raise UsageError(f"expected grace to be a number of at least 0, got: {_shown(self.grace)}")
         if not 0.5 <= self.lease <= 86_400:
             raise UsageError(f"expected lease to be from 0.5 to 86400 seconds, got: {self.lease:g}")

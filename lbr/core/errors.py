@@ -1,8 +1,4 @@
-"""Every error that lbr raises on purpose, each with what its reader can do about it.
-
-Two roots: :class:`LbrError` is for the person at the keyboard and carries the exit code of the command
-line; :class:`CallError` is for one model call and carries the family that decides what happens to the job.
-"""
+"""The errors of lbr: an `LbrError` is for the user of a command, a `CallError` is one model call that failed."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ from lbr.core.values import value
 
 
 class LbrError(Exception):
-    """Something that the user can act on; its message says what was expected, what came and what to do."""
+    """Something that the user can fix; the message says what is wrong, where, and what to do."""
 
     exit_code: ClassVar[int] = 1
     in_flags: str | None = None
@@ -22,26 +18,24 @@ class LbrError(Exception):
 
 
 class UsageError(LbrError):
-    """The request as given cannot be carried out: a flag, a name, a path or a combination of them."""
+    """The request cannot be carried out: a flag, a name, a path or a combination of them is wrong."""
 
     exit_code: ClassVar[int] = 2
 
 
 class InputError(LbrError):
-    """An input file or line is not what was promised; the message names file and line."""
+    """An input file or line is wrong; the message begins with its `source` and `line`."""
 
     def __init__(self, message: str, *, source: str | None = None, line: int | None = None) -> None:
         self.message = message
         self.source = source
         self.line = line
-        where = ", ".join(
-            part for part in (source, f"line {line}" if line is not None else None) if part is not None
-        )
-        super().__init__(f"{where}: {message}" if where else message)
+        where = [source] * (source is not None) + [f"line {line}"] * (line is not None)
+        super().__init__(f"{', '.join(map(str, where))}: {message}" if where else message)
 
 
 class OutputError(LbrError):
-    """The answers cannot be written where they were asked for; nothing was changed there."""
+    """The output cannot be written; nothing was changed there."""
 
 
 class DatabaseError(LbrError):
@@ -53,39 +47,39 @@ class DatabaseBusyError(DatabaseError):
 
 
 class MisfitError(DatabaseError):
-    """The database holds, or was to take, a value of a type that lbr never writes there."""
+    """The database holds, or was to store, a value of a type that lbr never writes there."""
 
 
 class RunNotFoundError(UsageError):
-    """No run of that name is in the database."""
+    """The database has no run of that name."""
 
 
 class RunMismatchError(UsageError):
-    """A run of that name exists, but asks for something else."""
+    """A run of that name exists, with a different task."""
 
 
 class RunChangedError(InputError):
-    """An input line differs from what the run already holds at that place."""
+    """An input line differs from the one that the run holds in its place."""
 
 
 class NothingToServeError(LbrError):
-    """A worker found runs to work on, but may or can answer none of them."""
+    """A worker found runs with work, but can serve none of them."""
 
 
 class AlreadyRunningError(LbrError):
-    """An exclusive worker already holds the lock; not a failure, the other one does the work."""
+    """Another exclusive worker holds the lock and does the work, so this is no failure."""
 
     exit_code: ClassVar[int] = 0
 
 
 class StoppedError(LbrError):
-    """Ctrl-C, SIGTERM or SIGHUP has ended a command before its end."""
+    """Ctrl-C, SIGTERM or SIGHUP ended a command early."""
 
     exit_code: ClassVar[int] = 130
 
 
 class Family(StrEnum):
-    """What kind of failure a call ended in; `lbr.core.retry` decides by it."""
+    """The kind of a failed call, which decides what happens to the job; see `lbr.core.retry`."""
 
     TRANSIENT = "transient"
     RATE_LIMITED = "rate_limited"
@@ -97,56 +91,47 @@ class Family(StrEnum):
 
 
 class Symptom(StrEnum):
-    """What a failed call says about more than its own job, if other calls fail as well; see `lbr.core.outage`."""
+    """What a failed call means for its model if other calls fail as well; see `lbr.core.outage`."""
 
     UNREACHABLE = "unreachable"  # refused, reset, no such host, TLS, no connection in time
     SERVER_ERROR = "server error"  # 5xx
     DENIED = "denied"  # 401: the key
-    FORBIDDEN = "forbidden"  # 403: the key, or a firewall that dislikes this prompt
-    SET_UP = "set-up"  # 400, 404, 405, 422: a wrong model, route or parameter would give it to every job
+    FORBIDDEN = "forbidden"  # 403: the key, or a firewall that rejects this prompt
+    SET_UP = "set-up"  # 400, 404, 405, 422: a wrong model, route or parameter would fail every job
 
 
 @value(frozen=True, slots=True)
 class Usage:
-    """Tokens and money of one call; None where the provider did not say. Money in billionths of a US dollar."""
+    """Tokens and cost of one call, in billionths of a US dollar; None if the provider did not report it."""
 
     input_tokens: int | None = None
     output_tokens: int | None = None
     cost_nanos: int | None = None
 
 
+NO_USAGE = Usage()
 MAX_TOKENS = 10**12
 MAX_NANOS = 10**14
-"""What no one call takes, a hundred thousand dollars in money: more is a slip of the provider's. So far below what a
-database holds that the sum over millions of calls is held too."""
-
-NO_USAGE = Usage()
-"""Nothing is known of what a call took."""
-
-
+"""More than any call takes (100,000 US dollars), so a larger count is a provider's mistake. Sums of millions still fit."""
 CUT_OFF = "length"
 """The finish reason of an answer that reached its token limit."""
-
 UNREAD = frozenset({"EmptyAnswer", "UnreadAnswer"})
-"""What errors are called whose `text` is all that the provider sent, not an answer."""
-
-NO_REASON = "the function gave no reason"
+"""The names of errors whose `text` is the whole body that the provider sent, not an answer."""
 
 
 class CallError(Exception):
-    """One model call that failed, and how.
+    """One model call that failed.
 
-    `retry_after` is in seconds, None where nobody said. `text` is the raw answer where there was one,
-    `usage` what the call cost all the same, `finish_reason` why that answer ended. `overloaded` says that the answerer has too much to do, or took too
-    long, so that fewer calls at a time may help; of a rate limit the family says so already. `symptom` is what the
-    failure may say about other calls, None for nothing.
+    `retry_after` is in seconds, None if unknown. `text` is the raw answer if there was one, `usage` what the call cost,
+    `finish_reason` why that answer ended. `overloaded` means that fewer calls at a time may help. `symptom` is what the
+    failure may mean for other calls, None for nothing. `kind` replaces the class name in reports.
     """
 
     family: Family = Family.TRANSIENT
 
     def __init__(
         self,
-        message: str = NO_REASON,
+        message: str = "the function gave no reason",
         *,
         family: Family | None = None,
         retry_after: float | None = None,
@@ -169,7 +154,7 @@ class CallError(Exception):
 
 
 def _seconds(value: object) -> float | None:
-    """Read what somebody passed on as seconds, perhaps a header's text; None where it is no finite number."""
+    """Return seconds that a function passed on, perhaps as a header's text; None if it is no finite number."""
     try:
         seconds = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -178,16 +163,13 @@ def _seconds(value: object) -> float | None:
 
 
 class Permanent(CallError):  # noqa: N818 - the name that a user's function raises
-    """Raise it from a function when trying again cannot help: the job fails at once."""
+    """Raise it from a function if another try cannot help: the job fails at once."""
 
     family = Family.PERMANENT
 
 
 class RetryLater(CallError):  # noqa: N818
-    """Raise it from a function that was told to slow down; no attempt is charged.
-
-    `seconds` is how long to wait; None leaves the choice to lbr.
-    """
+    """Raise it from a function to wait `seconds` without charging an attempt; None lets lbr choose the wait."""
 
     family = Family.RATE_LIMITED
 
@@ -196,12 +178,12 @@ class RetryLater(CallError):  # noqa: N818
 
 
 class Pause(CallError):  # noqa: N818
-    """Raise it from a function when no call can succeed until somebody steps in: the run is paused."""
+    """Raise it from a function if no call can succeed until the user fixes something: the run is paused."""
 
     family = Family.ACCOUNT
 
 
 class BadAnswer(CallError):  # noqa: N818
-    """The answer came, but does not fit the output schema; `text` keeps it."""
+    """An answer that does not fit the output schema; `text` keeps it."""
 
     family = Family.BAD_ANSWER

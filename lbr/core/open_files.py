@@ -9,13 +9,11 @@ import socket
 import sys
 
 RESERVED = 64
-"""Open files that a worker needs besides its calls: the database, imports, look-ups of names."""
-
+"""Open files that a worker needs besides its calls: the database, imports, name look-ups."""
 LOOK_UP = 8
-"""A look-up of a name that fails with fewer left may have needed one of them."""
-
+"""A name look-up that fails with fewer left may have needed one of them."""
 MACOS_LIMIT = 10_240
-"""What macOS grants at most if its hard limit is unlimited."""
+"""The most that macOS grants if its hard limit is unlimited."""
 
 
 def raise_limit() -> None:
@@ -43,7 +41,7 @@ def left() -> int:
         return limit() - len(os.listdir("/dev/fd"))
     except FileNotFoundError:
         return limit() - RESERVED
-    except OSError:  # none is left to look with
+    except OSError:  # no file handle is left to list them
         return 0
 
 
@@ -53,20 +51,19 @@ def room() -> int:
 
 
 def are_exhausted(error: BaseException | None) -> bool:
-    """Return whether an error, or one of its causes, is that no more file can be opened."""
+    """Return whether an error, or one of its causes, means that no more file can be opened."""
     for _ in range(20):
         match error:
-            case socket.gaierror():
-                if left() < LOOK_UP:
-                    return True
-            case OSError(errno=errno.EMFILE | errno.ENFILE):
-                return True
             case None:
                 return False
+            case OSError(errno=errno.EMFILE | errno.ENFILE):
+                return True
+            case socket.gaierror() if left() < LOOK_UP:
+                return True
         error = error.__cause__ or error.__context__
     return False
 
 
 def exhausted_message() -> str:
-    """Return what is wrong and what to do if no more file can be opened."""
+    """Return the message for an error that `are_exhausted` recognises."""
     return f"out of file handles (limit {limit()}); raise it with `ulimit -n`, or lower --concurrency"

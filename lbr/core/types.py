@@ -1,14 +1,12 @@
-"""The values that travel between the rooms of lbr: tasks, inputs, claims, replies and outcomes.
-
-None changes; none knows a database, a model or a clock. Times are integer milliseconds since 1970.
-"""
+"""The values of lbr: tasks, inputs, runs, claims, replies and outcomes. Times are integer milliseconds since 1970."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import os
 from dataclasses import field, replace
 from enum import StrEnum
-from os import PathLike
 from typing import TYPE_CHECKING, Any, NewType
 
 import orjson
@@ -24,20 +22,16 @@ RunId = NewType("RunId", int)
 JobId = NewType("JobId", int)
 WorkerId = NewType("WorkerId", int)
 Millis = NewType("Millis", int)
-
 Json = Any
-"""Whatever orjson reads: None, bool, int, float, str, list or dict of these."""
-
-PathOrUrl = str | PathLike[str]
-"""Where a database or a file is; a path of any library\'s is one."""
-
+"""Anything that orjson reads: None, bool, int, float, str, list or dict of these."""
+PathOrUrl = str | os.PathLike[str]
 KEY_BYTES = 16
 SHOWN, BEFORE = 60, 20
-"""So many characters of a long text are shown where two differ, and so many of them before the first difference."""
+"""How many characters of a long text are shown, and how many of them before the first difference."""
 
 
 class JobState(StrEnum):
-    """Where a job stands; `docs/explanation/states.md` draws the ways between them."""
+    """Where a job is; `docs/explanation/states.md` draws the transitions."""
 
     PENDING = "pending"
     INFLIGHT = "inflight"
@@ -55,10 +49,10 @@ class RunState(StrEnum):
 
 
 class PauseCause(StrEnum):
-    """What paused a run; REMOVING is kept of a cancelled one, a part of which is gone."""
+    """What paused a run. A cancelled run has REMOVING while `lbr rm` deletes it."""
 
     USER = "user"
-    ACCOUNT = "account"  # no call can succeed until the user steps in: money, or a key that is refused
+    ACCOUNT = "account"  # no call can succeed until the user fixes something: credit, or a rejected key
     BUDGET = "budget"
     UNPRICED = "unpriced"  # its cost is limited, but not known
     OUTAGE = "outage"
@@ -74,14 +68,14 @@ class PauseCause(StrEnum):
 
 
 class Shape(StrEnum):
-    """One row for every input, or one for every distinct input."""
+    """One row for each input, or one for each distinct input."""
 
     ORIGINAL = "original"
     UNIQUE = "unique"
 
 
 class Part(StrEnum):
-    """What an input's column is of its item."""
+    """The part of an item that an input column holds."""
 
     PROMPT = "prompt"
     ID = "id"
@@ -89,7 +83,7 @@ class Part(StrEnum):
 
 
 class Until(StrEnum):
-    """When a worker goes home."""
+    """When a worker ends by itself."""
 
     DONE = "done"
     EMPTY = "empty"
@@ -97,17 +91,17 @@ class Until(StrEnum):
 
 
 def canonical_json(value: Json) -> bytes:
-    """Return the one spelling of a JSON value, for keys and comparisons: UTF-8, sorted keys, no spaces."""
+    """Return the one spelling of a JSON value for keys and comparisons: UTF-8, sorted keys, no spaces."""
     return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
 
 
 @value(frozen=True, slots=True)
 class Task:
-    """What a run asks of every input.
+    """What a run asks of each input. Exactly one of `model` and `function` is set.
 
-    Exactly one of `model` and `function` is set. `function` is its name, `module:qualname` or what it was found by;
-    `version` is its author's, None where none was set; `fingerprint` is set for functions whose name says nothing
-    (lambdas, nested ones, methods of objects). `schema` is the JSON schema of the answer, None for free text.
+    `function` is `module:qualname` or the name that it was found by, `version` what its author set. `fingerprint` is
+    set for functions that their name does not identify (lambdas, nested functions, methods of objects). `schema` is
+    the JSON schema of the answer, None for free text.
     """
 
     model: str | None = None
@@ -121,64 +115,58 @@ class Task:
 
     @property
     def answerer(self) -> str:
-        """The model's or function's name: what limits are kept by."""
+        """The name of the model or function, which limits are stored under."""
         return self.model or f"function:{self.function}"
 
     def to_json(self) -> str:
-        """Return the task as it is stored: its schema and settings in the order in which they are sent."""
+        """Return the task as it is stored, with schema and settings in the order in which they are sent."""
         return orjson.dumps(self._fields()).decode()
 
     def canonical(self) -> bytes:
-        """Return the same for every order of its schema and settings: what keys and comparisons are made of."""
+        """Return the task for keys and comparisons, which do not depend on the order of schema and settings."""
         return canonical_json(self._fields())
 
     def _fields(self) -> dict[str, Json]:
-        """Return the fields that are set; the others are left out, so that new fields keep old keys."""
+        # Unset fields are left out, so that a new field keeps the keys of old tasks.
         fields = {name: getattr(self, name) for name in self.__slots__}
         return {k: v for k, v in fields.items() if v is not None and v != {}}
 
     @classmethod
     def from_json(cls, text: str) -> Task:
-        """Read a stored task; DatabaseError when it is not one."""
-        complaint = (
+        """Read a stored task. Raises DatabaseError if it is not one."""
+        problem = DatabaseError(
             f"expected a stored task, got: {text[:200]!r}; another version of lbr or another program wrote it"
         )
         try:
-            task = cls(**orjson.loads(text))
-        except (orjson.JSONDecodeError, TypeError) as error:
-            raise DatabaseError(complaint) from error
-        words: list[object] = [task.model, task.function, task.version, task.fingerprint]
-        words += [task.instructions, task.template]
-        objects: list[object] = [task.settings, {} if task.schema is None else task.schema]
-        fits = all(word is None or isinstance(word, str) for word in words)
-        fits = fits and all(isinstance(one, dict) for one in objects)
+            fields = {k: v for k, v in orjson.loads(text).items() if v is not None}
+            task = cls(**fields)
+        except (orjson.JSONDecodeError, TypeError, AttributeError) as error:
+            raise problem from error
+        objects = {"settings", "schema"}
+        fits = all(isinstance(v, dict if k in objects else str) for k, v in fields.items())
         if not fits or (task.model is None) == (task.function is None):
-            raise DatabaseError(complaint)
+            raise problem
         return task
 
 
 def differences(old: Task, new: Task) -> list[str]:
-    """Name the fields in which two tasks differ, with both values: of long ones what is around the first difference."""
+    """Return a line for each field in which two tasks differ, with the text around the first difference."""
     found = []
     for name in Task.__slots__:
-        there, here = getattr(old, name), getattr(new, name)
-        if canonical_json(there) != canonical_json(here):
-            texts = [one if isinstance(one, str) else canonical_json(one).decode() for one in (there, here)]
-            unlike = (n for n, (a, b) in enumerate(zip(*texts, strict=False)) if a != b)
-            start = max(0, next(unlike, min(map(len, texts))) - BEFORE)
-            words = [
-                "none" if one is None else _excerpt(text, start, quoted=isinstance(one, str))
-                for one, text in zip((there, here), texts, strict=True)
-            ]
-            found.append(f"{name}: {words[0]} there, {words[1]} here")
+        texts = [canonical_json(getattr(task, name)).decode() for task in (old, new)]
+        if texts[0] != texts[1]:
+            same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False))
+            start = max(0, len(list(same)) - BEFORE)
+            there, here = ("none" if text == "null" else _excerpt(text, start) for text in texts)
+            found.append(f"{name}: {there} there, {here} here")
     return found
 
 
-def _excerpt(text: str, start: int, *, quoted: bool) -> str:
-    if len(text) > SHOWN:
-        end = start + SHOWN
-        text = "…" * (start > 0) + text[start:end] + "…" * (end < len(text))
-    return repr(text) if quoted else text
+def _excerpt(text: str, start: int) -> str:
+    if len(text) <= SHOWN:
+        return text
+    end = start + SHOWN
+    return "…" * (start > 0) + text[start:end] + "…" * (end < len(text))
 
 
 @value(frozen=True, slots=True)
@@ -189,14 +177,12 @@ class Prompt:
     messages: tuple[dict[str, Json], ...] | None = None
 
     def body(self) -> str:
-        """Return what the store keeps: the text, or the messages as canonical JSON."""
-        if self.messages is None:
-            return self.text or ""
-        return canonical_json(list(self.messages)).decode()
+        """Return the form that is stored: the text, or the messages as canonical JSON."""
+        return (self.text or "") if self.messages is None else canonical_json(list(self.messages)).decode()
 
     @classmethod
     def from_body(cls, body: str, *, chat: bool) -> Prompt:
-        """Turn a stored body back into a prompt."""
+        """Return the prompt of a stored body. Raises DatabaseError if it is not one."""
         if not chat:
             return cls(text=body)
         try:
@@ -210,10 +196,10 @@ class Prompt:
 
 @value(frozen=True, slots=True)
 class Item:
-    """One input's place in a run, as a reader hands it over.
+    """One input of a run, as a reader returns it.
 
-    `source` and `line` say where it came from, for messages; `metadata` is given back by collect. `columns` are the
-    fields of its record in their order, each with the part of the item that it became; None for a plain text.
+    `source` and `line` are where it was read, for messages; collect returns `metadata`. `columns` are the fields of its
+    record in their order, each with the part of the item that it became; None for a plain text.
     """
 
     prompt: Prompt
@@ -228,16 +214,14 @@ class KeyMaker:
     """Makes the content keys of one task: 16 bytes of BLAKE2b over the task and the input."""
 
     def __init__(self, task: Task) -> None:
-        prefix = hashlib.blake2b(digest_size=KEY_BYTES)
         head = task.canonical()
-        prefix.update(len(head).to_bytes(8, "big"))
-        prefix.update(head)
+        prefix = hashlib.blake2b(len(head).to_bytes(8, "big") + head, digest_size=KEY_BYTES)
         self._text, self._messages = prefix.copy(), prefix.copy()
         self._text.update(b"t")
         self._messages.update(b"m")
 
     def key(self, prompt: Prompt) -> bytes:
-        """Return the key of one input; equal inputs of one task, and only they, share it."""
+        """Return the key of one input; only equal inputs of one task share it."""
         digest = (self._text if prompt.messages is None else self._messages).copy()
         digest.update(prompt.body().encode("utf-8", "surrogatepass"))
         return digest.digest()
@@ -245,7 +229,7 @@ class KeyMaker:
 
 @value(frozen=True, slots=True)
 class Paused:
-    """Why a run is paused. `message` is for people."""
+    """Why a run is paused. Only people read `message`."""
 
     cause: PauseCause
     message: str
@@ -273,12 +257,11 @@ class Move:
 
 @value(frozen=True, slots=True)
 class Run:
-    """A run as stored. `sealed_at` is None while its enqueue has not come to its end.
+    """A run as stored. `sealed_at` is None until its enqueue finishes; `move` is set after `lbr move` took it away.
 
-    `price` is what its user says that its calls cost, None where the provider and the price table are asked;
-    `budget_nanos` what it may cost in billionths of a US dollar, None without a limit. `input_columns` is JSON, see
-    `Item.columns`; None if no input had any, and for runs of older versions. `move` is set after `lbr move`
-    took the run away.
+    `price` is what the user says that calls cost, None to ask the provider and the price table. `budget_nanos` is the
+    most that the run may cost, in billionths of a US dollar, None without a limit. `input_columns` is `Item.columns` as
+    JSON, None without columns and for runs of older versions.
     """
 
     id: RunId
@@ -297,7 +280,7 @@ class Run:
     move: Move | None = None
 
     def is_paused_by(self, *causes: PauseCause) -> bool:
-        """Return whether one of these causes is what the run is paused for, or, of REMOVING, cancelled."""
+        """Return whether one of these causes paused the run or, if REMOVING, cancelled it."""
         return self.pause is not None and self.pause.cause in causes
 
 
@@ -313,7 +296,7 @@ class Reply:
 
 @value(frozen=True, slots=True)
 class BadTry:
-    """An earlier answer of a job that did not validate: what it said and what was wrong with it."""
+    """An earlier answer of a job that did not validate, and the validator's message."""
 
     text: str
     message: str
@@ -321,11 +304,10 @@ class BadTry:
 
 @value(frozen=True, slots=True)
 class History:
-    """What a job went through since it was last put back by hand.
+    """What happened to a job since the user last put it back.
 
-    `limited_ms` is how long ago, at the claim, its first rate-limited try ended, 0 where there was none;
-    `last_bad` is the newest answer that did not validate, `denied_tries` counts the refusals of access (401, 403) that
-    were charged to the job.
+    `limited_ms` is how long before the claim its first rate-limited try ended, 0 if there was none. `last_bad` is the
+    newest answer that did not validate. `denied_tries` counts the 401s and 403s that were charged to the job.
     """
 
     bad_answers: int = 0
@@ -340,12 +322,11 @@ NO_HISTORY = History()
 
 @value(frozen=True, slots=True)
 class Claim:
-    """A job that one worker holds until its lease ends; `claim_seq` is the fence of every later write.
+    """A job that one worker holds until its lease ends; `claim_seq` fences every later write.
 
-    `tokens` are what it was debited of its answerer's tokens a minute, 0 where none are set; `narrow` tells that
-    the answerer was held to fewer calls at a time than the workers have slots.
-    `settings` are the job's own, which go over the task's; None where it has none. `probe` is set for the one call
-    that finds out whether an outage is over.
+    `tokens` were taken from its model's tokens a minute, 0 without that limit. `throttled` means that the model is
+    limited to fewer calls at a time than the workers have slots. `settings` are the job's own and override the task's;
+    None if it has none. `probe` is set for the one call that checks whether an outage is over.
     """
 
     job_id: JobId
@@ -364,11 +345,10 @@ class Claim:
 
 @value(frozen=True, slots=True)
 class Failure:
-    """How a call failed. `error` is the class name; `text` the raw answer, where there was one.
+    """How a call failed: `error` is the class name, `text` the raw answer and `finish_reason` why it ended, if known.
 
-    `finish_reason` is why that answer ended, None if it is not known.
-    `overloaded` says that the answerer has too much to do or took too long, so that fewer calls at a time are better;
-    see `lbr.core.retry.is_overload`. `symptom` is what it may say about other calls; see `lbr.core.outage`.
+    `overloaded` means that the model is too slow or too busy, so that fewer calls at a time may help; see
+    `lbr.core.retry.is_overload`. `symptom` is what it may mean for other calls; see `lbr.core.outage`.
     """
 
     family: Family
@@ -392,43 +372,38 @@ class Outcome:
 
     @property
     def usage(self) -> Usage:
-        """What the call took."""
-        if self.reply is not None:
-            return self.reply.usage
-        return NO_USAGE if self.failure is None else self.failure.usage
+        """The tokens and cost of the call."""
+        ended = self.reply or self.failure
+        return NO_USAGE if ended is None else ended.usage
 
     @property
     def finish_reason(self) -> str | None:
-        """Why the answer ended; None without an answer, or if its provider did not say."""
+        """Why the answer ended; None without an answer, or if the provider did not say."""
         ended = self.reply or self.failure
         return None if ended is None else ended.finish_reason
 
     @property
     def is_paid(self) -> bool:
-        """Whether the call brought an answer, good or bad, read or not, or anything else that is paid for."""
+        """Whether the call cost something: it returned an answer, good or bad, or reported usage."""
         failure = self.failure
-        return (
-            failure is None
-            or failure.family is Family.BAD_ANSWER
-            or failure.text is not None
-            or failure.usage != NO_USAGE
-        )
+        if failure is None:
+            return True
+        return failure.family is Family.BAD_ANSWER or failure.text is not None or failure.usage != NO_USAGE
 
     @property
     def is_unpriced(self) -> bool:
-        """Whether nobody knows what the call cost, though it is paid for."""
+        """Whether the call is paid for, at an unknown cost."""
         return self.usage.cost_nanos is None and self.is_paid
 
 
 @value(frozen=True, slots=True)
 class Settlement:
-    """What is to be written about one claim: decided in `lbr.core.retry`, carried out by the store.
+    """What to write about one claim: decided in `lbr.core.retry`, carried out by the store.
 
-    `charge` is what the try adds to the job's attempts, `wait_ms` how long a job that goes back to pending waits
-    from now on: the store adds it to the clock that leases are measured by. `pause` is why to pause the
-    run; with `cool_down` no worker calls this model again before the wait is over, if it refuses many calls; also
-    where the job has failed.
-    `evidence` is what the worker has seen of its model, None while that may be the failure of single jobs.
+    `charge` is added to the job's attempts. A job that becomes pending again waits `wait_ms` from the time of the
+    commit. `pause` is why to pause the run. With `cool_down`, no worker calls the model before that wait is over if
+    many of its calls are refused, even if this job has failed. `evidence` is what the worker has seen of the model,
+    None while the cause may be single jobs.
     """
 
     claim: Claim
@@ -445,9 +420,9 @@ class Settlement:
 class Row:
     """One collected answer.
 
-    `status` is a job state, or "missing" where the caller asked for that word for all that is not done.
-    `result` is None unless done; `error` says why a job failed, or what its last failed try said. `cut_off` is True if
-    the answer reached its token limit, also if the job failed because of it.
+    `status` is a job state, or "missing" if the caller wants that for each job that is not done. `result` is None
+    unless done; `error` is why the job failed, or the message of its last failed try. `cut_off` is True if the answer
+    reached its token limit, even if the job failed because of it.
     """
 
     idx: int
@@ -461,20 +436,14 @@ class Row:
     cut_off: bool = False
 
     def missing(self) -> Row:
-        """Return the row as that of an answer that is not there; `error` stays."""
+        """Return the row of a missing answer; `error` stays."""
         return replace(self, status="missing", result=None, cut_off=False)
 
     def to_dict(self) -> dict[str, Json]:
-        """Return the row as collected JSON: `id` and `metadata` only where the input had them."""
+        """Return the row as collected JSON, with `id` and `metadata` only if the input had them."""
         prompt = self.prompt.text if self.prompt.messages is None else list(self.prompt.messages)
         row: dict[str, Json] = {"idx": self.idx}
-        if self.custom_id is not None:
-            row["id"] = self.custom_id
-        row["key"] = self.key
-        row["prompt"] = prompt
-        row["status"] = self.status
-        row["result"] = self.result
-        row["error"] = self.error
-        if self.metadata is not None:
-            row["metadata"] = self.metadata
-        return row
+        row |= {} if self.custom_id is None else {"id": self.custom_id}
+        row |= {"key": self.key, "prompt": prompt, "status": self.status}
+        row |= {"result": self.result, "error": self.error}
+        return row if self.metadata is None else row | {"metadata": self.metadata}

@@ -373,7 +373,7 @@ def test_numbers_and_names_out_of_range_are_refused(wrong: Case, tmp_path: Path)
             files={"p.txt": "one\nTWO\nthree\n"},
             name="changed line",
         ),
-        case("enqueue p.txt --instructions x", "another task", "instructions: none there, 'x' here", "--run"),
+        case("enqueue p.txt --instructions x", "another task", 'instructions: none there, "x" here', "--run"),
         case("show p 99", "an input of run 'p'", "got: 99", "0 to 2"),
         case("show p -- -1", "IDX", "-1 is not in the range"),
         case(f"show p {'9' * 30}", "IDX", "is not in the range"),

@@ -151,7 +151,7 @@ async def test_run_of_another_task_is_refused(database: Database) -> None:
     """A run's name stands for one task; the refusal says what differs."""
     await put(database, ["a"])
     other = runs.RunSpec("r", Task(model="offline:echo", instructions="Be brief."), 8)
-    with pytest.raises(RunMismatchError, match=r"\(instructions: none there, 'Be brief\.' here\).*--run"):
+    with pytest.raises(RunMismatchError, match=r'\(instructions: none there, "Be brief\." here\).*--run'):
         await runs.open_run(database, other)
 
 
@@ -217,16 +217,16 @@ LONG = "You are a helpful assistant. " * 5
             {"template": f"{LONG}Be kind.{LONG}"},
             {"template": f"{LONG}Be brief.{LONG}"},
             (
-                "template: '…lpful assistant. Be kind.You are a helpful assistant. You ar…' there, "
-                "'…lpful assistant. Be brief.You are a helpful assistant. You a…' here"
+                "template: …lpful assistant. Be kind.You are a helpful assistant. You ar… there, "
+                "…lpful assistant. Be brief.You are a helpful assistant. You a… here"
             ),
         ),
         (
             {"instructions": LONG},
             {"instructions": LONG + "\n"},
-            "instructions: '… helpful assistant. ' there, '… helpful assistant. \\n' here",
+            'instructions: … helpful assistant. " there, … helpful assistant. \\n" here',
         ),
-        ({"instructions": LONG}, {}, f"instructions: '{LONG[:60]}…' there, none here"),
+        ({"instructions": LONG}, {}, f'instructions: "{LONG[:59]}… there, none here'),
         ({"settings": {"n": 1}}, {}, 'settings: {"n":1} there, {} here'),
         (
             {"schema": {"title": "t" * 60, "type": "object"}},
