@@ -11,8 +11,14 @@ from lbr.api.arguments import checked
 from lbr.api.task import model_task
 from lbr.core.config import at_least_one, load_environment, positive
 from lbr.core.errors import UsageError
-from lbr.core.pricing import NANOS, read_price, table_price
-from lbr.core.tokens import ASSUMED_OUTPUT_TOKENS, estimate_tokens, most_output_tokens
+from lbr.core.pricing import (
+    ASSUMED_OUTPUT_TOKENS,
+    NANOS,
+    estimate_tokens,
+    max_output_tokens,
+    read_price,
+    table_price,
+)
 from lbr.core.types import KeyMaker
 from lbr.io.sources import Source
 
@@ -167,7 +173,7 @@ def count(items: Iterable[Item], task: Task) -> Counted:
 
 def answer_length(task: Task, given: int | None) -> tuple[int, str]:
     """Return how many tokens an answer has, and whence that is known; UsageError for rubbish."""
-    most = most_output_tokens(task.settings)
+    most = max_output_tokens(task.settings)
     if given is not None:
         if most is not None and at_least_one("output_tokens", given) > most:
             raise UsageError(f"expected output_tokens of at most max_tokens, {most}, got: {given}")

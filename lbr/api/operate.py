@@ -178,7 +178,7 @@ async def _check_room(database: Database, run: Run, limit: int | None) -> None:
     (seen,) = (await reads.overview(database, run.name)).runs
     budget = budget_of(limit, seen.counts)
     if seen.open and budget.is_spent:
-        raise UsageError(f"run {run.name}: {budget.words()}; give it more with --max-cost")
+        raise UsageError(f"run {run.name}: {budget.spent_message}; give it more with --max-cost")
 
 
 @checked

@@ -14,10 +14,9 @@ from lbr.api.estimate import estimate as estimate_inputs
 from lbr.cli.app import echo, read_setting
 from lbr.cli.enqueue import input_options, interruptible
 from lbr.core.config import WorkOptions
-from lbr.core.pricing import NANOS, Price, dollars, table_problem
+from lbr.core.pricing import CHARACTERS_PER_TOKEN, NANOS, Price, dollars, table_problem
 from lbr.core.schema import load_schema
 from lbr.core.text import duration, pluralize
-from lbr.core.tokens import CHARACTERS_PER_TOKEN
 from lbr.io.readers import load_text
 
 

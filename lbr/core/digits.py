@@ -1,4 +1,4 @@
-"""JSON whose whole numbers keep all their digits: orjson reads those of more than 64 bits as floats, and writes none."""
+"""JSON whose long integers keep all their digits: orjson reads those of more than 64 bits as floats, and writes none."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import orjson
 
 LONG = re.compile(r"\d{19}")
-"""Occurs in every JSON text that has a whole number of more than 64 bits."""
+"""Occurs in every JSON text that has an integer of more than 64 bits."""
 
 
 def loads(text: str) -> Any:
-    """Return what a JSON text says. Raises orjson.JSONDecodeError, RecursionError if it is nested too deeply."""
+    """Parse JSON. Raises orjson.JSONDecodeError, RecursionError if it is nested too deeply."""
     value = orjson.loads(text)  # the stricter of the two: json also reads NaN, and 1e999 as infinity
     return json.loads(text) if LONG.search(text) else value
 
@@ -30,7 +30,6 @@ def dumps(value: Any) -> bytes:
 
 
 def _with_digits(value: Any) -> Any:
-    """Return a value with its long whole numbers as they are to be written."""
     if isinstance(value, dict):
         return {key: _with_digits(one) for key, one in value.items()}
     if isinstance(value, list | tuple):

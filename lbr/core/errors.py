@@ -91,7 +91,7 @@ class Family(StrEnum):
 
 
 class Symptom(StrEnum):
-    """What a failed call means for its model if other calls fail as well; see `lbr.core.outage`."""
+    """What a failed call means for its model if other calls fail as well; see `lbr.core.outages`."""
 
     UNREACHABLE = "unreachable"  # refused, reset, no such host, TLS, no connection in time
     SERVER_ERROR = "server error"  # 5xx

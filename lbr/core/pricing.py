@@ -1,7 +1,4 @@
-"""What tokens cost: prices as people write them, as a price table knows them, and the money that comes of them.
-
-Money is in US dollars where people write it, and in integer billionths of one (nanos) where it is counted.
-"""
+"""Prices and token estimates. Money is in US dollars when users write it, and in integer billionths (nanos) when counted."""
 
 from __future__ import annotations
 
@@ -13,39 +10,40 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from lbr.core.errors import MAX_NANOS, DatabaseError, Usage, UsageError
+from lbr.core.types import canonical_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
-FORM = "in=0.15,out=0.60 (US dollars for a million tokens of input and of output)"
-HIGHEST = 1_000_000.0
-"""Dollars for a million tokens: a dollar a token is a slip of the pen."""
+    from lbr.core.types import Json, Prompt, Task
 
+FORM = "in=0.15,out=0.60 (US dollars per million input and output tokens)"
+MAX_PRICE = 1_000_000.0
+"""Dollars per million tokens: a dollar per token is a typing error."""
 NANOS = 10**9
+CHARACTERS_PER_TOKEN = 4
+"""What English comes to with most tokenizers."""
+ASSUMED_OUTPUT_TOKENS = 256
+"""Tokens of an answer that nothing limits."""
 _PROBE_TOKENS = 1_000
-_OURS = ("offline", "function")
-"""What stands before the first colon of an answerer that no price table knows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """What a model takes, in US dollars for a million tokens of input and of output."""
+    """What a model costs, in US dollars per million tokens of input and of output."""
 
     input_per_million: float
     output_per_million: float
 
     def cost_nanos(self, input_tokens: int, output_tokens: int) -> int:
-        """Return what so many tokens cost."""
-        # A dollar a million tokens is a thousand nanos a token.
+        """Return what this many tokens cost."""
+        # A dollar per million tokens is a thousand nanos per token.
         return round(
             input_tokens * self.input_per_million * 1000 + output_tokens * self.output_per_million * 1000
         )
 
     def apply(self, usage: Usage) -> Usage:
-        """Return the usage of a call with its cost at this price; as it is where its tokens are not known.
-
-        Where tokens cost nothing, it need not be known how many there are.
-        """
+        """Return the usage of a call with its cost at this price; unchanged if its tokens are not known."""
         if not (self.input_per_million or self.output_per_million):
             return replace(usage, cost_nanos=0)
         if usage.input_tokens is None or usage.output_tokens is None:
@@ -67,7 +65,7 @@ class Price:
 
     @classmethod
     def from_json(cls, text: str) -> Price:
-        """Read a stored price; DatabaseError when it is not one."""
+        """Read a stored price. Raises DatabaseError if it is not one."""
         try:
             found = orjson.loads(text)
             return cls(_number(found["in"]), _number(found["out"]))
@@ -76,38 +74,35 @@ class Price:
 
 
 def read_price(text: str) -> Price:
-    """Read `in=0.15,out=0.60`, in any order; UsageError for anything else."""
-    found: dict[str, float] = {}
-    for part in text.split(","):
-        name, _, value = (piece.strip() for piece in part.partition("="))
-        try:
-            number = _number(value)
-        except ValueError:
-            number = None
-        if name not in {"in", "out"} or name in found or number is None:
-            raise _no_price(text)
-        found[name] = number
-    if len(found) != 2:
-        raise _no_price(text)
-    return Price(found["in"], found["out"])
-
-
-def _no_price(text: str) -> UsageError:
-    return UsageError(f"expected a price like {FORM}, from 0 to {HIGHEST:,.0f} each, got: {text[:100]!r}")
+    """Read `in=0.15,out=0.60`, in either order. Raises UsageError for anything else."""
+    try:
+        (first, low), (second, high) = (part.split("=") for part in text.split(","))
+        found = {first.strip(): _number(low), second.strip(): _number(high)}
+        return Price(found["in"], found["out"])
+    except (KeyError, ValueError):
+        raise UsageError(
+            f"expected a price like {FORM}, from 0 to {MAX_PRICE:,.0f} each, got: {text[:100]!r}"
+        ) from None
 
 
 def _number(value: Any) -> float:
-    """Return a price as a number; ValueError or TypeError where it is none, or none that anybody asks."""
+    """Return a price as a number. Raises ValueError or TypeError if it is not a plausible one."""
     number = float(value)
-    if not (math.isfinite(number) and 0 <= number <= HIGHEST):
+    if not (math.isfinite(number) and 0 <= number <= MAX_PRICE):
         raise ValueError(value)
     return abs(number)  # there is a -0.0
 
 
 def _plain(value: float) -> str:
-    """Write a number without an exponent and without zeros at its end."""
+    """Write a number without an exponent and without trailing zeros."""
     text = f"{value:.12f}".rstrip("0").rstrip(".")
     return text if float(text) == value else repr(value)
+
+
+def dollars(nanos: int) -> str:
+    """Write an amount of money with all its digits, at least two after the point."""
+    whole, part = divmod(abs(nanos), NANOS)
+    return f"{'-' if nanos < 0 else ''}${whole}.{f'{part:09}'.rstrip('0').ljust(2, '0')}"
 
 
 _problem: str | None = None
@@ -115,7 +110,7 @@ _problem: str | None = None
 
 @contextmanager
 def loading_table() -> Iterator[None]:
-    """Take note of whether the price table could be loaded in this block, whose exceptions pass."""
+    """Note whether the price table could be loaded in this block, whose exceptions pass."""
     global _problem  # noqa: PLW0603 - there is one table in a process
     try:
         yield
@@ -126,39 +121,88 @@ def loading_table() -> Iterator[None]:
 
 
 def table_problem() -> str | None:
-    """Return why this process could not load the price table the last time; None where it did, or did not try."""
+    """Return why this process could not load the price table; None if it could, or did not try."""
     return _problem
 
 
 def table_price(model: str) -> Price | None:
-    """Return what the price table that is installed says of a model's full name, `provider:model`; None if nothing.
+    """Return the installed price table's price of a model's full name, `provider:model`; None without one.
 
-    Needs no network. Where the price rises with the length of the input, it is that of a short one. Where the table
-    cannot be loaded it says nothing, and `table_problem` says why.
+    Uses no network. If the price rises with the length of the input, it is that of a short one. If the table cannot be
+    loaded, `table_problem` returns why.
     """
     provider, _, name = model.partition(":")
-    if provider in _OURS or not name:
+    if provider in {"offline", "function"} or not name:
         return None
     try:
         with loading_table():
-            from genai_prices import Usage as Tokens  # noqa: PLC0415 - half a second, for those who ask
+            from genai_prices import Usage as Tokens  # noqa: PLC0415 - takes half a second
             from genai_prices import calc_price  # noqa: PLC0415
             from genai_prices.data_snapshot import get_snapshot  # noqa: PLC0415
 
             get_snapshot()
-    except Exception:  # noqa: BLE001 - the package is another's, and may be damaged in any way
-        return None
-    try:
-        said = calc_price(
-            Tokens(input_tokens=_PROBE_TOKENS, output_tokens=_PROBE_TOKENS), name, provider_id=provider
-        )
+        tokens = Tokens(input_tokens=_PROBE_TOKENS, output_tokens=_PROBE_TOKENS)
+        found = calc_price(tokens, name, provider_id=provider)
         scale = 1_000_000 // _PROBE_TOKENS
-        return Price(_number(said.input_price * scale), _number(said.output_price * scale))
-    except Exception:  # noqa: BLE001 - the table is another's: what it cannot say, nobody knows
+        return Price(_number(found.input_price * scale), _number(found.output_price * scale))
+    except Exception:  # noqa: BLE001 - another's package and table, which may be damaged in any way
         return None
 
 
-def dollars(nanos: int) -> str:
-    """Write an amount of money, every digit of it, with two behind the point at least."""
-    whole, part = divmod(abs(nanos), NANOS)
-    return f"{'-' if nanos < 0 else ''}${whole}.{f'{part:09}'.rstrip('0').ljust(2, '0')}"
+def tokens_of(characters: int) -> int:
+    """Return about how many tokens this many characters are, rounded up."""
+    return -(-characters // CHARACTERS_PER_TOKEN)
+
+
+def characters_of(prompt: Prompt) -> int:
+    """Return how many characters of a prompt the model reads: of chat messages their texts, without images."""
+    if prompt.messages is None:
+        return len(prompt.text or "")
+    return sum(
+        _content_characters(message.get("content")) + len(str(message.get("tool_calls") or ""))
+        for message in prompt.messages
+    )
+
+
+def _content_characters(content: Json) -> int:
+    if isinstance(content, str):
+        return len(content)
+    parts = content if isinstance(content, list) else []
+    texts = (part.get("text") for part in parts if isinstance(part, dict))
+    return sum(len(text) for text in texts if isinstance(text, str))
+
+
+def task_characters(task: Task) -> int:
+    """Return how many characters a task adds to each prompt: its instructions and its schema."""
+    schema = 0 if task.schema is None else len(canonical_json(task.schema).decode())
+    return len(task.instructions or "") + schema
+
+
+def estimate_tokens(prompt: Prompt, task: Task) -> int:
+    """Return about how many input tokens one call takes: prompt, instructions and schema."""
+    return tokens_of(characters_of(prompt) + task_characters(task))
+
+
+def max_output_tokens(settings: Mapping[str, Json]) -> int | None:
+    """Return how long an answer may be by its settings, None if nothing limits it. Raises UsageError for a bad value."""
+    body = settings.get("extra_body")
+    for name in ("max_completion_tokens", "max_tokens"):
+        most = body.get(name) if isinstance(body, dict) else None
+        if type(most) is int and most >= 1:  # the server decides what another value means
+            return most
+    most = settings.get("max_tokens")
+    if most is None:
+        return None
+    if type(most) is not int or most < 1:
+        raise UsageError(f"expected max_tokens to be a whole number of at least 1, got: {most!r}")
+    return most
+
+
+def output_limit(settings: Mapping[str, Json]) -> str | None:
+    """Return the setting that limits an answer, such as `max_tokens=500`; None if only the model limits it."""
+    extra = settings.get("extra_body")
+    for where in (settings, extra if isinstance(extra, dict) else {}):
+        for name in ("max_tokens", "max_completion_tokens"):
+            if where.get(name) is not None:
+                return f"{name}={where[name]}"
+    return None

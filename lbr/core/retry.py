@@ -1,8 +1,8 @@
-"""What becomes of a job after a call: plain functions over values, with time and chance as arguments."""
+"""What becomes of a job after a call: decisions over values, with time and randomness as arguments."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, assert_never
 
 from lbr.core.errors import MAX_NANOS, MAX_TOKENS, NO_USAGE, CallError, Family, Symptom, Usage
@@ -11,21 +11,21 @@ from lbr.core.types import Claim, Failure, JobState, Outcome, PauseCause, Paused
 if TYPE_CHECKING:
     from random import Random
 
-    from lbr.core.outage import Evidence
+    from lbr.core.outages import Evidence
 
 MESSAGE_LIMIT = 2_000
 TEXT_LIMIT = 1_000_000
-FARTHEST_MS = 3600 * 1000
-"""Nobody is ever told to wait for so long: a later time was set by a clock that has been set back since."""
+MAX_AHEAD_MS = 3600 * 1000
+"""No wait is as long as this: a later time was set by a clock that has been set back since."""
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
     """The bounds of trying again. Times are in seconds.
 
-    `max_attempts` bounds the charged tries of a job, `bad_answer_retries` how often an answer that does not
-    validate is asked for again. `limited_patience` is how long a job may be turned away by rate limits
-    before each further refusal is charged like a transient failure.
+    `max_attempts` bounds a job's charged attempts, `bad_answer_retries` how often an answer that does not validate is
+    asked for again. `limited_patience` is how long rate limits may turn a job away before each further refusal is
+    charged like a transient failure.
     """
 
     max_attempts: int = 8
@@ -38,35 +38,29 @@ class RetryPolicy:
 
 
 def failure_of(error: BaseException) -> Failure:
-    """Turn what a model raised into a failure; whatever is not a `CallError` counts as transient."""
+    """Turn what a model raised into a failure; anything that is not a `CallError` counts as transient."""
     if not isinstance(error, CallError):
         return Failure(Family.TRANSIENT, type(error).__name__, _message(error))
-    text = None if error.text is None else storable(error.text)[:TEXT_LIMIT]
-    kind = storable(error.kind)[:MESSAGE_LIMIT]
-    ending = error.finish_reason and storable(error.finish_reason)[:MESSAGE_LIMIT]
     return Failure(
         error.family,
-        kind,
+        storable(error.kind)[:MESSAGE_LIMIT],
         _message(error),
         error.retry_after,
-        text,
+        None if error.text is None else storable(error.text)[:TEXT_LIMIT],
         storable_usage(error.usage),
         overloaded=error.overloaded,
-        finish_reason=ending,
+        finish_reason=error.finish_reason and storable(error.finish_reason)[:MESSAGE_LIMIT],
         symptom=error.symptom,
     )
 
 
 def is_overload(failure: Failure) -> bool:
-    """Tell whether fewer calls at a time could have avoided a failure: 429, 408, 503, 504, 529, timeouts in numbers.
-
-    Every other failure, also another transient one, says nothing about how much the answerer has to do.
-    """
+    """Return whether fewer calls at a time could have avoided a failure: a rate limit, or an overloaded model."""
     return failure.family is Family.RATE_LIMITED or failure.overloaded
 
 
 def storable(text: str) -> str:
-    """Replace what not every database holds as text: NUL, and halves of surrogate pairs. Most text is returned itself."""
+    """Replace what not every database holds as text: NUL, and halves of surrogate pairs."""
     if "\x00" in text:
         text = text.replace("\x00", "\ufffd")
     if text.isascii():
@@ -79,18 +73,17 @@ def storable(text: str) -> str:
 
 
 def storable_usage(usage: Usage) -> Usage:
-    """Leave out what cannot be the count of one call: numbers below 0, and those that no call comes to.
-
-    Most usage is returned itself.
-    """
+    """Leave out numbers that cannot be the usage of one call: negative, or implausibly large."""
     if usage is NO_USAGE:
         return usage
-    input_ = _count(usage.input_tokens, MAX_TOKENS)
-    output = _count(usage.output_tokens, MAX_TOKENS)
-    cost = _count(usage.cost_nanos, MAX_NANOS)
-    if input_ is usage.input_tokens and output is usage.output_tokens and cost is usage.cost_nanos:
+    counts = (
+        _count(usage.input_tokens, MAX_TOKENS),
+        _count(usage.output_tokens, MAX_TOKENS),
+        _count(usage.cost_nanos, MAX_NANOS),
+    )
+    if counts == (usage.input_tokens, usage.output_tokens, usage.cost_nanos):
         return usage
-    return Usage(input_, output, cost)
+    return Usage(*counts)
 
 
 def _count(number: int | None, most: int) -> int | None:
@@ -100,25 +93,24 @@ def _count(number: int | None, most: int) -> int | None:
 def _message(error: BaseException) -> str:
     try:
         text = str(error)
-    except Exception:  # noqa: BLE001 - an error that cannot even say what it is
+    except Exception:  # noqa: BLE001 - a user's exception whose own __str__ fails
         text = ""
     return storable((text or type(error).__name__).replace("\x00", ""))[:MESSAGE_LIMIT]
 
 
 def backoff_seconds(tries: int, policy: RetryPolicy, rng: Random) -> float:
-    """Return the wait before try `tries` + 1: full jitter over an exponential ceiling.
+    """Return the wait before attempt `tries` + 1: full jitter under a ceiling that doubles up to `backoff_most`.
 
-    The ceiling doubles from `backoff_first` to `backoff_most`; see "Exponential Backoff And Jitter",
-    AWS Architecture Blog, 2015. Half the first ceiling is the least, so that no retry is immediate.
+    See "Exponential Backoff And Jitter", AWS Architecture Blog, 2015. No retry is immediate.
     """
     ceiling = min(policy.backoff_most, policy.backoff_first * 2.0 ** min(tries - 1, 32))
     return max(policy.backoff_first / 2, rng.random() * ceiling)
 
 
 def wait_seconds(failure: Failure, tries: int, policy: RetryPolicy, rng: Random) -> float:
-    """Return how long to wait after a failure: what the provider asked for, capped, plus jitter; else backoff.
+    """Return how long to wait after a failure: the provider's Retry-After, capped, plus jitter; otherwise backoff.
 
-    A provider that asks for next to nothing, again and again, is given more each time.
+    A provider that asks for next to nothing again and again gets more each time.
     """
     if failure.retry_after is None:
         return backoff_seconds(tries, policy, rng)
@@ -130,59 +122,44 @@ def wait_seconds(failure: Failure, tries: int, policy: RetryPolicy, rng: Random)
 def decide(
     claim: Claim, outcome: Outcome, policy: RetryPolicy, rng: Random, evidence: Evidence | None = None
 ) -> Settlement:
-    """Choose between done, retry, fail and pause for one ended call, taken for itself.
+    """Choose between done, retry, fail and pause for one ended call, judged by itself.
 
-    `evidence` is what other calls say about its model; the store, which knows what all workers saw, judges by it.
+    `evidence` is what this worker's other calls show about the model; the store judges by it, see `lbr.core.outages`.
     """
-    settlement = _decide(claim, outcome, policy, rng)
-    return settlement if evidence is None else replace(settlement, evidence=evidence)
+    failure, history = outcome.failure, claim.history
+    # A bad answer is charged too, but has its own budget.
+    tries = max(1, claim.attempts + 1 - history.bad_answers)
 
+    def settle(state: JobState, charge: int = 1, wait: float = 0.0, *, cool_down: bool = False) -> Settlement:
+        wait_ms = round(wait * 1000)
+        return Settlement(
+            claim, state, outcome, charge, wait_ms=wait_ms, cool_down=cool_down, evidence=evidence
+        )
 
-def _decide(claim: Claim, outcome: Outcome, policy: RetryPolicy, rng: Random) -> Settlement:
-    failure = outcome.failure
     if failure is None:
-        return Settlement(claim, JobState.DONE, outcome, charge=1)
-    if failure.symptom in {Symptom.DENIED, Symptom.FORBIDDEN} and not claim.history.denied_tries:
-        # Among calls that succeed, a stray 401 or 403 passes: once more, then it is about this job.
-        wait_ms = round(wait_seconds(failure, 1, policy, rng) * 1000)
-        return Settlement(claim, JobState.PENDING, outcome, charge=1, wait_ms=wait_ms)
+        return settle(JobState.DONE)
+    if failure.symptom in {Symptom.DENIED, Symptom.FORBIDDEN} and not history.denied_tries:
+        # Among calls that succeed, a stray 401 or 403 may pass: one more attempt, then it is about this job.
+        return settle(JobState.PENDING, wait=wait_seconds(failure, 1, policy, rng))
     match failure.family:
         case Family.TRANSIENT | Family.OUTAGE:
-            return _retry_or_fail(claim, outcome, failure, policy, rng)
+            if tries >= policy.max_attempts:
+                return settle(JobState.FAILED)
+            return settle(JobState.PENDING, wait=wait_seconds(failure, tries, policy, rng))
         case Family.RATE_LIMITED:
-            return _wait_for_limit(claim, outcome, failure, policy, rng)
+            # A failed job cools the model down too: a refusal may be about the key.
+            wait = wait_seconds(failure, history.limited_tries + 1, policy, rng)
+            impatient = history.limited_ms > policy.limited_patience * 1000
+            spent = impatient and tries >= policy.max_attempts
+            return settle(
+                JobState.FAILED if spent else JobState.PENDING, int(impatient), wait, cool_down=True
+            )
         case Family.BAD_ANSWER:
-            spent = claim.history.bad_answers >= policy.bad_answer_retries
-            return Settlement(claim, JobState.FAILED if spent else JobState.PENDING, outcome, charge=1)
+            spent = history.bad_answers >= policy.bad_answer_retries
+            return settle(JobState.FAILED if spent else JobState.PENDING)
         case Family.PERMANENT | Family.CUT_OFF:
-            return Settlement(claim, JobState.FAILED, outcome, charge=1)
+            return settle(JobState.FAILED)
         case Family.ACCOUNT:
             pause = Paused(PauseCause.ACCOUNT, f"{failure.error}: {failure.message}")
-            return Settlement(claim, JobState.PENDING, outcome, charge=0, pause=pause)
+            return Settlement(claim, JobState.PENDING, outcome, charge=0, pause=pause, evidence=evidence)
     assert_never(failure.family)
-
-
-def _retry_or_fail(
-    claim: Claim, outcome: Outcome, failure: Failure, policy: RetryPolicy, rng: Random
-) -> Settlement:
-    tries = _charged_tries(claim)
-    if tries >= policy.max_attempts:
-        return Settlement(claim, JobState.FAILED, outcome, charge=1)
-    wait_ms = round(wait_seconds(failure, tries, policy, rng) * 1000)
-    return Settlement(claim, JobState.PENDING, outcome, charge=1, wait_ms=wait_ms)
-
-
-def _charged_tries(claim: Claim) -> int:
-    """Return how many charged tries there are with this one; bad answers are charged too, but have their own budget."""
-    return max(1, claim.attempts + 1 - claim.history.bad_answers)
-
-
-def _wait_for_limit(
-    claim: Claim, outcome: Outcome, failure: Failure, policy: RetryPolicy, rng: Random
-) -> Settlement:
-    # Whatever becomes of this job, a refusal may be about the key: the store sees how many calls are refused.
-    wait_ms = round(wait_seconds(failure, claim.history.limited_tries + 1, policy, rng) * 1000)
-    impatient = claim.history.limited_ms > policy.limited_patience * 1000
-    spent = impatient and _charged_tries(claim) >= policy.max_attempts
-    state = JobState.FAILED if spent else JobState.PENDING
-    return Settlement(claim, state, outcome, charge=int(impatient), wait_ms=wait_ms, cool_down=True)

@@ -15,7 +15,7 @@ from lbr.core.errors import NO_USAGE, DatabaseError, Family, Symptom, Usage
 from lbr.core.values import value
 
 if TYPE_CHECKING:
-    from lbr.core.outage import Evidence
+    from lbr.core.outages import Evidence
     from lbr.core.pricing import Price
 
 RunId = NewType("RunId", int)
@@ -348,7 +348,7 @@ class Failure:
     """How a call failed: `error` is the class name, `text` the raw answer and `finish_reason` why it ended, if known.
 
     `overloaded` means that the model is too slow or too busy, so that fewer calls at a time may help; see
-    `lbr.core.retry.is_overload`. `symptom` is what it may mean for other calls; see `lbr.core.outage`.
+    `lbr.core.retry.is_overload`. `symptom` is what it may mean for other calls; see `lbr.core.outages`.
     """
 
     family: Family

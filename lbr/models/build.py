@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lbr.core.errors import UsageError
-from lbr.core.tokens import most_output_tokens
+from lbr.core.pricing import max_output_tokens
 from lbr.core.types import canonical_json
 from lbr.models.base import Kind, kind_of
 
@@ -87,7 +87,7 @@ def check_task(task: Task) -> None:
             offline.check_settings(task.settings)
         case Kind.PROVIDER:
             _check_provider(task)
-            most_output_tokens(task.settings)  # raises for what it cannot read, and so does every worker
+            max_output_tokens(task.settings)  # raises for what it cannot read, and so does every worker
 
 
 def unsent(task: Task) -> list[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import func, literal_column, select, update
 
-from lbr.core.budget import Budget
+from lbr.core.limits import Budget
 from lbr.core.types import JobState, RunId, RunState
 from lbr.store.arrays import any_of
 from lbr.store.counters import ANSWERED, COST_NANOS, ESTIMATED_NANOS, REUSED, UNPRICED, estimated, of_runs

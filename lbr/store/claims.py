@@ -11,10 +11,10 @@ from sqlalchemy import bindparam, case, func, literal_column, select, update
 
 from lbr.core.errors import UNREAD, DatabaseError, Family
 from lbr.core.limits import fitting
-from lbr.core.tokens import characters_of, most_output_tokens, tokens_of
+from lbr.core.pricing import characters_of, max_output_tokens, tokens_of
 from lbr.core.types import NO_HISTORY, BadTry, Claim, History, JobId, Millis, Prompt, RunId
 from lbr.store.arrays import PreparedQuery, any_of
-from lbr.store.judge import note_probes
+from lbr.store.outages import note_probes
 from lbr.store.schema import PENDING, SUSPECT_CRASHES, attempts, jobs, prompts
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import ColumnElement, Select
 
-    from lbr.core.budget import CallBound
+    from lbr.core.limits import CallBound
     from lbr.core.types import Json, WorkerId
     from lbr.store.connection import Connection
     from lbr.store.limiting import Capacity
@@ -258,7 +258,7 @@ def _size(row: AnyRow, extra: int, bound: CallBound | None) -> _Size:
     if bound is None:
         return _Size(extra + tokens, 0)
     own = {} if row.settings is None else _settings(row.settings)
-    return _Size(extra + tokens, bound.nanos(tokens, most_output_tokens(own)))
+    return _Size(extra + tokens, bound.nanos(tokens, max_output_tokens(own)))
 
 
 def _characters(row: AnyRow) -> int:

@@ -15,23 +15,23 @@ from sqlalchemy import bindparam, func, select, update
 from lbr.core import limits as arithmetic
 from lbr.core.errors import DatabaseError
 from lbr.core.limits import Limit
-from lbr.core.retry import FARTHEST_MS
+from lbr.core.retry import MAX_AHEAD_MS
 from lbr.core.types import JobState, PauseCause, Paused, RunState
 from lbr.store.arrays import BulkStatement, PreparedQuery, Rows, any_of
 from lbr.store.budgets import budgets_of, raise_highest
 from lbr.store.counters import ANSWERED
-from lbr.store.judge import waiting
+from lbr.store.outages import waiting
 from lbr.store.runs import pausing
 from lbr.store.schema import SILENT_MS, counters, limits, outages, runs, workers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from lbr.core.budget import Budget
+    from lbr.core.limits import Budget
     from lbr.core.types import Claim, Millis, RunId, WorkerId
     from lbr.store.connection import Connection
     from lbr.store.database import Database
-    from lbr.store.judge import Waiting
+    from lbr.store.outages import Waiting
 
 _LEARNED = ("slots", "threshold", "cut_at", "requests", "tokens", "balanced_at", "refused", "answered")
 _COLUMNS = [limits.c[one.name] for one in fields(Limit)]
@@ -179,7 +179,7 @@ class Capacity:
         """Write the balances down, and pause the runs whose budget is spent."""
         for run_id, budget in self.budgets.items():
             if budget.is_spent and budget.pending:
-                pause = Paused(PauseCause.BUDGET, budget.words())
+                pause = Paused(PauseCause.BUDGET, budget.spent_message)
                 await connection.execute(update(runs).where(runs.c.id == run_id).values(pausing(pause)))
         await raise_highest(connection, {run_id: self.budgets[run_id].highest for run_id in self.raised})
         await _save(connection, {who: self.limits[who] for who in sorted(self.debited)})
@@ -187,7 +187,7 @@ class Capacity:
 
 def is_ahead(until: int, now: int) -> bool:
     """Tell whether a cooldown goes on; one that would go on for too long was set by a clock that was ahead."""
-    return now < until <= now + FARTHEST_MS
+    return now < until <= now + MAX_AHEAD_MS
 
 
 async def load_capacity(

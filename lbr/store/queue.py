@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import bindparam, case, delete, func, insert, literal_column, select, update
 
-from lbr.core.retry import FARTHEST_MS
+from lbr.core.retry import MAX_AHEAD_MS
 from lbr.core.types import Claim, JobId, JobState, Millis, RunId, RunState, WorkerId
 from lbr.store import counters
 from lbr.store.arrays import Inserting, any_of
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import ColumnElement
 
-    from lbr.core.budget import CallBound
+    from lbr.core.limits import CallBound
     from lbr.store.connection import Connection
     from lbr.store.database import Database
     from lbr.store.schema import AnyRow
@@ -250,7 +250,7 @@ class Queue:
                 suspects |= (await connection.scalar(DUE_SUSPECT, bound)) is not None
                 later = select(func.min(jobs.c.available_at)).where(PENDING, jobs.c.run_id == run_id)
                 first: int | None = await connection.scalar(later.where(jobs.c.available_at > now))
-                stranded |= first is not None and first > now + FARTHEST_MS
+                stranded |= first is not None and first > now + MAX_AHEAD_MS
                 times.append(first)
             lease_end: int | None = await connection.scalar(
                 select(func.min(jobs.c.lease_until)).where(INFLIGHT)
@@ -267,7 +267,7 @@ class Queue:
 
         async def work(connection: Connection) -> None:
             now = await self._database.now(connection)
-            stranded = (PENDING, any_of(jobs.c.run_id, "runs"), jobs.c.available_at > now + FARTHEST_MS)
+            stranded = (PENDING, any_of(jobs.c.run_id, "runs"), jobs.c.available_at > now + MAX_AHEAD_MS)
             query = update(jobs).where(*stranded).values(available_at=now)
             await connection.execute(query, {"runs": list(run_ids)})
 

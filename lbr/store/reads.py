@@ -10,7 +10,7 @@ import orjson
 from sqlalchemy import bindparam, func, or_, select
 
 from lbr.core.errors import CUT_OFF, DatabaseError, UsageError
-from lbr.core.tokens import output_limit
+from lbr.core.pricing import output_limit
 from lbr.core.types import JobId, JobState, Millis, Part, Prompt, Row, Run, RunId, Shape
 from lbr.store import counters, runs
 from lbr.store.arrays import any_of

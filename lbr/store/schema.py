@@ -252,7 +252,7 @@ limits = Table(
     Column("answered", Id),
 )
 
-# Models that all workers wait, or waited, for; see `lbr.core.outage.ModelState`.
+# Models that all workers wait, or waited, for; see `lbr.core.outages.ModelState`.
 outages = Table(
     "outages",
     metadata,

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import bindparam, literal_column, null, select, update
 
-from lbr.core.budget import unknown_words
 from lbr.core.errors import NO_USAGE, DatabaseError, Family, Usage
-from lbr.core.retry import FARTHEST_MS, is_overload
+from lbr.core.retry import MAX_AHEAD_MS, is_overload
 from lbr.core.types import JobId, JobState, Millis, PauseCause, Paused, RunId, RunState, Settlement
 from lbr.store import counters
 from lbr.store.arrays import BulkStatement, Inserting, PreparedQuery, Rows, any_of
 from lbr.store.budgets import forget_estimates, raise_highest
 from lbr.store.fence import FENCE, JobStatus, is_doubtful, is_mine, is_plain, is_repeated
-from lbr.store.judge import judge_failures, pause_wrong_set_ups
 from lbr.store.limiting import Feedback, learn
+from lbr.store.outages import judge_failures, pause_wrong_set_ups
 from lbr.store.runs import hold_states, pausing, resting_state
 from lbr.store.schema import attempts, jobs, limits, results, runs
 
@@ -154,6 +153,7 @@ async def settle_within(connection: Connection, database: Database, batch: Seque
     judged = await judge_failures(
         connection, mine, {one.job_id: one.answerer for one in standing.values()}, now
     )
+    mine = judged.settlements
     pauses = _pauses(mine, stale, standing) | judged.pauses
     highest = _highest([*mine, *stale], standing)
     states = await _run_states(connection, mine, standing, pausing=bool(pauses or highest))
@@ -355,7 +355,7 @@ async def _cool_down(
     ]
     if rows:
         # What a clock that was ahead has set holds nobody back, and would be taken for the longer wait.
-        far = {"answerers": [row["who"] for row in rows], "farthest": now + FARTHEST_MS}
+        far = {"answerers": [row["who"] for row in rows], "farthest": now + MAX_AHEAD_MS}
         await connection.execute(_FORGET_FAR, far)
     await _COOL_DOWN.run(connection, rows)
 
@@ -402,9 +402,19 @@ def _pauses(
         if job.job_id in limited and s.outcome.is_unpriced:
             usage = s.outcome.usage
             counted = usage.input_tokens is not None and usage.output_tokens is not None
-            words = unknown_words(job.answerer, counted=counted)
-            pauses[s.claim.run_id] = Paused(PauseCause.UNPRICED, words)
+            pauses[s.claim.run_id] = Paused(
+                PauseCause.UNPRICED, _unpriced_message(job.answerer, counted=counted)
+            )
     return pauses | {s.claim.run_id: s.pause for s in mine if s.pause is not None}
+
+
+def _unpriced_message(model: str, *, counted: bool) -> str:
+    if counted:
+        return f"its calls report no cost and no price is known for {model}; repeat the enqueue with --price in=…,out=…"
+    return (
+        f"its calls report no cost, because {model} does not count their tokens; "
+        f"if they are free, repeat the enqueue with --price in=0,out=0"
+    )
 
 
 def _highest(ended: list[Settlement], standing: dict[int, JobStatus]) -> dict[RunId, int]:

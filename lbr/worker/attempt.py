@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from lbr.core import open_files
 from lbr.core.errors import CUT_OFF, NO_USAGE, BadAnswer, CallError, Family, Permanent
+from lbr.core.pricing import output_limit
 from lbr.core.retry import failure_of, storable, storable_usage
-from lbr.core.tokens import output_limit
 from lbr.core.types import Failure, Outcome, Reply
 from lbr.models.base import Kind, kind_of
 from lbr.worker.deadlines import DeadlineError

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 
 from lbr.core.errors import CUT_OFF, CallError, DatabaseError
 from lbr.core.open_files import exhausted_message
-from lbr.core.outage import Suspicion
-from lbr.core.pricing import table_problem
+from lbr.core.outages import Suspicion
+from lbr.core.pricing import output_limit, table_problem
 from lbr.core.retry import RetryPolicy, decide, failure_of
-from lbr.core.tokens import output_limit
 from lbr.core.types import Claim, JobId, JobState, Outcome, RunId, Settlement, WorkerId
 from lbr.models.base import Request
 from lbr.store.schema import SUSPECT_CRASHES
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
     from random import Random
 
-    from lbr.core.outage import Evidence
+    from lbr.core.outages import Evidence
     from lbr.core.types import Paused
     from lbr.store.settle import Settled
     from lbr.worker.runs import ServedRun

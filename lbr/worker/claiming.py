@@ -16,7 +16,7 @@ from lbr.store.turns import settle_and_claim
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 
-    from lbr.core.budget import CallBound
+    from lbr.core.limits import CallBound
     from lbr.core.types import Claim, Settlement
     from lbr.store.database import Database
     from lbr.store.queue import Queue

@@ -6,10 +6,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lbr.core import open_files
-from lbr.core.budget import UNBOUNDED, CallBound
 from lbr.core.errors import UsageError
-from lbr.core.pricing import table_price, table_problem
-from lbr.core.tokens import ASSUMED_OUTPUT_TOKENS, most_output_tokens, task_characters, tokens_of
+from lbr.core.limits import UNBOUNDED, CallBound
+from lbr.core.pricing import (
+    ASSUMED_OUTPUT_TOKENS,
+    max_output_tokens,
+    table_price,
+    table_problem,
+    task_characters,
+    tokens_of,
+)
 from lbr.core.types import RunState
 from lbr.models.base import Kind, kind_of, tells_cost
 from lbr.models.build import build_model, build_validator, unsent
@@ -47,7 +53,7 @@ class ServedRun:
     @property
     def bound(self) -> CallBound | None:
         """What a call may cost at most besides its prompt; None if no price is known or nothing bounds the answer."""
-        price, most = self.price or self.table_price, most_output_tokens(self.run.task.settings)
+        price, most = self.price or self.table_price, max_output_tokens(self.run.task.settings)
         if price is None or most is None:
             return None
         return CallBound(price, self.extra_tokens - most, most)
@@ -213,5 +219,5 @@ def check_tells_cost(run: Run) -> None:
 
 
 def _extra_tokens(task: Task) -> int:
-    most = most_output_tokens(task.settings)
+    most = max_output_tokens(task.settings)
     return tokens_of(task_characters(task)) + (ASSUMED_OUTPUT_TOKENS if most is None else most)

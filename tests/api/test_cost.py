@@ -19,8 +19,17 @@ from lbr.api.estimate import Counted, Pace, answer_length, count, estimate_of, r
 from lbr.api.task import authorize
 from lbr.core.config import WorkOptions
 from lbr.core.errors import DatabaseError, Family, InputError, Usage, UsageError
-from lbr.core.pricing import Price, dollars, read_price, table_price
-from lbr.core.tokens import characters_of, estimate_tokens, most_output_tokens, task_characters, tokens_of
+from lbr.core.pricing import (
+    Price,
+    characters_of,
+    dollars,
+    estimate_tokens,
+    max_output_tokens,
+    read_price,
+    table_price,
+    task_characters,
+    tokens_of,
+)
 from lbr.core.types import Failure, Item, KeyMaker, Outcome, Prompt, Reply, Task
 from lbr.models.identity import identify
 from lbr.store import reads, runs, transfer
@@ -222,18 +231,18 @@ class TestTokens:
     @pytest.mark.parametrize("rubbish", [0, -1, 1.5, "10", True])
     def test_rubbish_max_tokens_is_refused(self, rubbish: Any) -> None:
         """Only a whole number bounds an answer."""
-        assert most_output_tokens({}) is None
-        assert most_output_tokens({"max_tokens": 7}) == 7
+        assert max_output_tokens({}) is None
+        assert max_output_tokens({"max_tokens": 7}) == 7
         with pytest.raises(UsageError, match="expected max_tokens"):
-            most_output_tokens({"max_tokens": rubbish})
+            max_output_tokens({"max_tokens": rubbish})
 
     @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
     def test_a_limit_in_the_body_is_one(self, name: str) -> None:
         """Under either name, above the setting; what means no limit to a server is none."""
-        assert most_output_tokens({"extra_body": {name: 100}}) == 100
-        assert most_output_tokens({"extra_body": {name: 100}, "max_tokens": 7}) == 100
-        assert most_output_tokens({"extra_body": {name: -1}}) is None
-        assert most_output_tokens({"extra_body": "x", "max_tokens": 7}) == 7
+        assert max_output_tokens({"extra_body": {name: 100}}) == 100
+        assert max_output_tokens({"extra_body": {name: 100}, "max_tokens": 7}) == 100
+        assert max_output_tokens({"extra_body": {name: -1}}) is None
+        assert max_output_tokens({"extra_body": "x", "max_tokens": 7}) == 7
 
 
 class TestArithmetic:

@@ -64,10 +64,7 @@ class TestPause:
         await settle(database, [took(first, Usage(1, 1, 1000))])
         one, two = await claim(database, worker, run)
         settled = await settle(database, [took(one, Usage(40, 40, None))])
-        words = (
-            "its calls tell no cost: expected a price for offline:echo, got: none; give it with --price in=…,out=… at the "
-            "enqueue, which may be repeated"
-        )
+        words = "its calls report no cost and no price is known for offline:echo; repeat the enqueue with --price in=…,out=…"
         assert settled.paused == {"r": Paused(PauseCause.UNPRICED, words)}
         assert await claim(database, worker, run) == []
         assert (await settle(database, [took(two, Usage(40, 40, None))])).paused == {}
@@ -87,7 +84,7 @@ class TestPause:
         (first,) = await claim(database, worker, run)
         (reason,) = (await settle(database, [answered(first)])).paused.values()
         assert reason.message.startswith(
-            "its calls tell no cost: expected offline:echo to count their tokens, got: none"
+            "its calls report no cost, because offline:echo does not count their tokens"
         )
 
     @pytest.mark.parametrize(
@@ -208,7 +205,7 @@ class TestBrokenTable:
         assert (done.returncode, bench.calls) == (3, 1)
         assert done.stderr.count("expected the price table, the package genai-prices, got: OSError") == 1
         assert (
-            f"its calls tell no cost: expected a price for {RELAYED}, got: none; give it with --price"
+            f"its calls report no cost and no price is known for {RELAYED}; repeat the enqueue with --price"
             in done.stderr
         )
         assert "then `lbr resume in`; or lift the limit with `lbr resume in --max-cost inf`" in done.stderr
@@ -247,7 +244,7 @@ class TestBrokenTable:
         bench.cli("resume", "in", "--max-cost", "1")
         _, said = worker.communicate(timeout=60)
         assert worker.returncode == 3, said
-        assert "run in is paused now: its calls tell no cost" in said
+        assert "run in is paused now: its calls report no cost" in said
         bench.cli.stop_all()
         assert bench.cli.status("in")["done"] == bench.calls < 20_000
 

@@ -124,7 +124,7 @@ async def test_a_run_is_removed_from_python(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize(
-    "reason", ["it may cost too much", "moving to a new laptop", "its calls tell no cost"]
+    "reason", ["it may cost too much", "moving to a new laptop", "its calls report no cost"]
 )
 def test_a_reason_is_only_words(cli: Cli, reason: str) -> None:
     """Whatever a user gives as the reason of a pause, the advice is that of a user's pause."""

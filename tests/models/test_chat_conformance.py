@@ -891,12 +891,12 @@ CHECKED: list[Task] = [
 
 def test_a_task_is_refused_the_same() -> None:
     """Names, settings and schemas are refused before any call in the words of pydantic-ai's adapter."""
-    from lbr.core.tokens import most_output_tokens
+    from lbr.core.pricing import max_output_tokens
     from lbr.models.pydantic_ai import check_model
 
     def as_ever(task: Task) -> None:
         check_model(task.model or "", task.settings, schema=task.schema)
-        most_output_tokens(task.settings)
+        max_output_tokens(task.settings)
 
     for task in CHECKED:
         said: list[str | None] = []

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import lbr
-from lbr.core.budget import CallBound
 from lbr.core.errors import Family, Usage, UsageError
+from lbr.core.limits import CallBound
 from lbr.core.pricing import Price
 from lbr.core.retry import RetryPolicy, decide
 from lbr.core.types import Failure, Item, KeyMaker, Outcome, PauseCause, Paused, Prompt, Reply, Task

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from lbr.core.errors import Family, Symptom, Usage
-from lbr.core.outage import (
+from lbr.core.outages import (
     FIRST_WAIT_MS,
     MAX_WAIT_MS,
     REFUSALS,
@@ -15,8 +15,6 @@ from lbr.core.outage import (
     Evidence,
     ModelState,
     Suspicion,
-    Verdict,
-    consider,
     judge,
 )
 from lbr.core.types import (
@@ -70,6 +68,16 @@ def refused(job: int, latency_ms: int = 10) -> tuple[JobId, Outcome]:
     return JobId(job), Outcome(None, failure(Symptom.UNREACHABLE), latency_ms)
 
 
+def verdict(settlement: Settlement, state: ModelState, backlog: Backlog) -> str:
+    """Return what a judgement comes to for the job, the worker or all of them."""
+    one = judge(settlement, "m", state, backlog, NOW)
+    if one.pause is not None or one.alone:
+        return "alone" if one.alone else "paused"
+    if one.state.since is not None:
+        return "outage"
+    return "charged" if one.settlement.charge else "uncharged"
+
+
 class TestSuspicion:
     """What one worker counts."""
 
@@ -117,13 +125,12 @@ class TestJudge:
     @pytest.mark.parametrize("symptom", [Symptom.UNREACHABLE, Symptom.SERVER_ERROR])
     def test_a_refusal_without_evidence_is_charged(self, symptom: Symptom) -> None:
         """A single refusal is the job's own."""
-        assert judge(ended(symptom), ModelState(), MANY, NOW) is Verdict.JOB
+        assert verdict(ended(symptom), ModelState(), MANY) == "charged"
 
     @pytest.mark.parametrize("symptom", [Symptom.UNREACHABLE, Symptom.SERVER_ERROR, Symptom.DENIED])
     def test_evidence_makes_all_wait(self, symptom: Symptom) -> None:
         """Five refusals of three jobs are an outage, or a key that nobody gets in with: no job is charged."""
-        one = consider(ended(symptom, evidence=MINE), "m", ModelState(), MANY, NOW)
-        assert one.verdict is Verdict.WAIT
+        one = judge(ended(symptom, evidence=MINE), "m", ModelState(), MANY, NOW)
         assert (one.settlement.state, one.settlement.charge) == (JobState.PENDING, 0)
         assert (one.state.since, one.state.probe_at) == (NOW, NOW + FIRST_WAIT_MS)
         assert one.notice is not None
@@ -132,41 +139,40 @@ class TestJudge:
         """One prompt that is refused five times is no outage while others wait."""
         evidence = replace(MINE, jobs=1)
         settlement = ended(Symptom.SERVER_ERROR, evidence=evidence)
-        assert judge(settlement, ModelState(), MANY, NOW) is Verdict.JOB
+        assert verdict(settlement, ModelState(), MANY) == "charged"
 
     def test_a_refusal_while_all_wait_is_not_charged(self) -> None:
         """A call that was under way when the outage was recognised, by whichever worker, costs its job nothing."""
         state = ModelState(since=NOW - 500, worker=2)
-        assert judge(ended(Symptom.UNREACHABLE), state, MANY, NOW) is Verdict.WAIT
+        assert verdict(ended(Symptom.UNREACHABLE), state, MANY) == "outage"
 
     @pytest.mark.parametrize(
-        ("symptom", "verdict"),
+        ("symptom", "expected"),
         [
-            (Symptom.SERVER_ERROR, Verdict.JOB),
-            (Symptom.UNREACHABLE, Verdict.UNKNOWN),
+            (Symptom.SERVER_ERROR, "charged"),
+            (Symptom.UNREACHABLE, "uncharged"),
         ],
     )
-    def test_the_last_two_jobs_of_a_model_that_answered(self, symptom: Symptom, verdict: Verdict) -> None:
+    def test_the_last_two_jobs_of_a_model_that_answered(self, symptom: Symptom, expected: str) -> None:
         """With fewer than three jobs left, a 5xx is the job's own; a refused connection never is."""
-        assert judge(ended(symptom), ModelState(), FEW, NOW) is verdict
+        assert verdict(ended(symptom), ModelState(), FEW) == expected
 
     def test_a_prompt_that_a_firewall_refuses_is_the_last(self) -> None:
         """Put back by hand, it fails again: the run has answers, so that the key is good."""
-        assert judge(ended(Symptom.FORBIDDEN), ModelState(), FEW, NOW) is Verdict.JOB
+        assert verdict(ended(Symptom.FORBIDDEN), ModelState(), FEW) == "charged"
 
     def test_a_single_job_with_a_wrong_key_is_not_charged(self) -> None:
         """A run of one prompt is paused for a wrong key too: nothing has succeeded with it."""
         alone = Backlog(open=1, done=0)
-        first = judge(ended(Symptom.DENIED), ModelState(), alone, NOW)
-        later = judge(ended(Symptom.DENIED, evidence=replace(MINE, jobs=1)), ModelState(), alone, NOW)
-        assert (first, later) == (Verdict.UNKNOWN, Verdict.WAIT)
+        first = verdict(ended(Symptom.DENIED), ModelState(), alone)
+        later = verdict(ended(Symptom.DENIED, evidence=replace(MINE, jobs=1)), ModelState(), alone)
+        assert (first, later) == ("uncharged", "outage")
 
     def test_a_probe_that_is_denied_pauses(self) -> None:
         """A key that lets no call in, of any worker, pauses the model's runs with the provider's words."""
         state = ModelState(since=NOW - 500, worker=2)
-        one = consider(ended(Symptom.DENIED, probe=True), "m", state, MANY, NOW)
-        assert (one.verdict, one.pause, one.state.since) == (
-            Verdict.ACCOUNT,
+        one = judge(ended(Symptom.DENIED, probe=True), "m", state, MANY, NOW)
+        assert (one.pause, one.state.since) == (
             Paused(PauseCause.ACCOUNT, "SomeError: it failed"),
             None,
         )
@@ -175,40 +181,40 @@ class TestJudge:
     def test_a_probe_that_is_denied_while_others_have_calls_in_flight_decides_nothing(self) -> None:
         """A worker with the right key may be busy with long calls: its probe comes, and no run is paused."""
         state = ModelState(since=NOW - 500, worker=2, wait_ms=1_000, patience_ms=10_000)
-        one = consider(ended(Symptom.DENIED, probe=True), "m", state, replace(MANY, others=1), NOW)
-        assert (one.verdict, one.pause, one.state.wait_ms) == (Verdict.WAIT, None, 2_000)
-        succeeded = consider(ended(Symptom.DENIED, probe=True), "m", state, replace(MANY, done=4), NOW)
-        assert (succeeded.verdict, succeeded.state.done) == (Verdict.WAIT, 4)
+        one = judge(ended(Symptom.DENIED, probe=True), "m", state, replace(MANY, others=1), NOW)
+        assert (one.pause, one.settlement.charge, one.state.wait_ms) == (None, 0, 2_000)
+        succeeded = judge(ended(Symptom.DENIED, probe=True), "m", state, replace(MANY, done=4), NOW)
+        assert (succeeded.pause, succeeded.state.done) == (None, 4)
 
     def test_evidence_from_before_the_end_of_an_outage_is_none(self) -> None:
         """One stray 5xx after an outage is charged to its job, though the worker counted refusals before."""
         state = ModelState(recognised_by=1, recovered_by=2, recovered_at=NOW - 400)
-        assert judge(ended(Symptom.SERVER_ERROR, evidence=MINE), state, MANY, NOW) is Verdict.JOB
+        assert verdict(ended(Symptom.SERVER_ERROR, evidence=MINE), state, MANY) == "charged"
 
     def test_five_refused_connections_of_one_job_are_evidence(self) -> None:
         """No prompt has its connection refused, so that they need not be of three jobs."""
         evidence = replace(MINE, jobs=1)
-        assert judge(ended(Symptom.UNREACHABLE, evidence=evidence), ModelState(), MANY, NOW) is Verdict.WAIT
+        assert verdict(ended(Symptom.UNREACHABLE, evidence=evidence), ModelState(), MANY) == "outage"
 
     def test_a_refused_connection_fails_no_job(self) -> None:
         """At the last attempt of a job, before there is evidence, it is tried again uncharged."""
         last = replace(ended(Symptom.UNREACHABLE), state=JobState.FAILED)
-        assert judge(last, ModelState(), MANY, NOW) is Verdict.UNKNOWN
+        assert verdict(last, ModelState(), MANY) == "uncharged"
 
     def test_an_expired_key_fails_no_last_job(self) -> None:
         """What succeeded by another key, earlier, says nothing about this worker's."""
         settlement = ended(Symptom.DENIED, evidence=replace(MINE, jobs=2))
-        assert judge(settlement, ModelState(), FEW, NOW) is Verdict.WAIT
+        assert verdict(settlement, ModelState(), FEW) == "outage"
         early = ended(Symptom.DENIED, evidence=replace(MINE, refusals=1, jobs=1))
-        assert judge(early, ModelState(), FEW, NOW) is Verdict.UNKNOWN
+        assert verdict(early, ModelState(), FEW) == "uncharged"
 
     def test_this_worker_alone(self) -> None:
         """A worker that sees a second outage, after another's probe succeeded, is wrong itself."""
         state = ModelState(recognised_by=1, recovered_by=2, recovered_at=NOW - 1_000)
         settlement = ended(Symptom.UNREACHABLE, evidence=MINE)
-        assert judge(settlement, state, MANY, NOW) is Verdict.WORKER
+        assert verdict(settlement, state, MANY) == "alone"
         since_then = replace(MINE, unsuccessful_ms=500)
-        assert judge(replace(settlement, evidence=since_then), state, MANY, NOW) is Verdict.WAIT
+        assert verdict(replace(settlement, evidence=since_then), state, MANY) == "outage"
 
 
 class TestProbe:
@@ -216,7 +222,7 @@ class TestProbe:
 
     def test_waits_double_to_a_minute_and_patience_counts_them(self) -> None:
         """After each failed probe all wait twice as long; when the waits exceed patience, the runs pause."""
-        state = consider(
+        state = judge(
             ended(Symptom.UNREACHABLE, evidence=replace(MINE, patience_ms=200_000)),
             "m",
             ModelState(),
@@ -225,7 +231,7 @@ class TestProbe:
         ).state
         waits = []
         while True:
-            one = consider(ended(Symptom.UNREACHABLE, probe=True), "m", state, MANY, 0)
+            one = judge(ended(Symptom.UNREACHABLE, probe=True), "m", state, MANY, 0)
             assert one.settlement.charge == 0
             state = one.state
             if one.pause is not None:
@@ -241,7 +247,7 @@ class TestProbe:
         state = ModelState(since=NOW - 60_000, worker=2)
         claim = Claim(JobId(1), RunId(1), 1, 0, 0, Prompt("a"), b"", probe=True)
         done = Settlement(claim, JobState.DONE, Outcome(Reply("b"), None, 5), charge=1)
-        one = consider(done, "m", state, MANY, NOW)
+        one = judge(done, "m", state, MANY, NOW)
         assert one.settlement is done
         assert one.state == replace(state, since=None, recovered_by=2, recovered_at=NOW)
         assert one.notice == "m answers again, after 1 min 00 s"
@@ -249,11 +255,11 @@ class TestProbe:
     def test_a_probe_that_times_out_is_not_charged(self) -> None:
         """A server that falls silent is still away."""
         state = ModelState(since=NOW - 500, wait_ms=1_000, patience_ms=10_000)
-        one = consider(ended(None, probe=True), "m", state, MANY, NOW)
-        assert (one.verdict, one.settlement.charge, one.state.wait_ms) == (Verdict.WAIT, 0, 2_000)
+        one = judge(ended(None, probe=True), "m", state, MANY, NOW)
+        assert (one.settlement.charge, one.state.wait_ms) == (0, 2_000)
 
     def test_a_probe_that_is_refused_for_its_prompt_ends_it(self) -> None:
         """A 400 comes from a server that is there."""
         state = ModelState(since=NOW - 500, worker=2)
-        one = consider(ended(Symptom.SET_UP, probe=True, family=Family.PERMANENT), "m", state, MANY, NOW)
-        assert (one.verdict, one.state.since, one.settlement.charge) == (Verdict.JOB, None, 1)
+        one = judge(ended(Symptom.SET_UP, probe=True, family=Family.PERMANENT), "m", state, MANY, NOW)
+        assert (one.state.since, one.settlement.charge) == (None, 1)

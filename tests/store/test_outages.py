@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lbr.core.errors import Family, Symptom
-from lbr.core.outage import FIRST_WAIT_MS, TURN_MS, Evidence
+from lbr.core.outages import FIRST_WAIT_MS, TURN_MS, Evidence
 from lbr.core.retry import RetryPolicy, decide
 from lbr.core.types import Failure, JobState, Outcome, PauseCause, Paused, RunState, Task
 from lbr.store import reads, runs
