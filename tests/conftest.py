@@ -42,6 +42,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         postgres.close_session()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every proof as slow."""
+    for item in items:
+        if item.path.is_relative_to(ROOT / "tests" / "proofs"):
+            item.add_marker("slow")
+
+
 @pytest.fixture(autouse=True)
 def _quiet_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Keep the machine's own settings and keys out of every test."""

@@ -206,7 +206,7 @@ async def test_kept_answers_are_found(
     assert [one.found for one in by_check(await lbr.doctor(db_url=db_url))["kept answers"]] == [other.found]
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_counters_are_fixed_while_workers_go_on(cli: Cli, tmp_path: Path) -> None:
     """Counters that another program changed are found and fixed while workers go on, and the run finishes."""
     (tmp_path / "in.txt").write_text("".join(f"p{n}\n" for n in range(400)))

@@ -353,7 +353,7 @@ async def test_a_dead_workers_lease_is_not_waited_for(urls: tuple[str, str]) -> 
     await database.close()
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize("urls", DIRECTIONS[:2], indirect=True)
 async def test_a_move_after_an_outage_pays_for_no_answer_twice(urls: tuple[str, str], tmp_path: Path) -> None:
     """What a worker could not write is written by the move, whose copy calls only for what is left."""
@@ -506,7 +506,7 @@ async def test_a_call_that_comes_during_a_move_wakes_no_copy(tmp_path: Path) -> 
         assert (await reads.find_run(database, "r")).state == "paused"
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_killed_move_goes_on(tmp_path: Path, new_database: Callable[[], str]) -> None:
     """A move that is killed while it copies goes on with the same command, and shows no password."""
     target = new_database()

@@ -193,7 +193,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
         yield Bench(Cli(tmp_path), url)
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 class TestBrokenTable:
     """Commands whose price table cannot be imported."""
 

@@ -98,6 +98,7 @@ WITH_PROCESSES = 3
 """So many of them are tried with real workers, which take their time to start."""
 
 
+@pytest.mark.slow
 def test_settings_written_into_the_database_move_no_call(queued: Cli, own: Any, attacker: Any) -> None:
     """A worker refuses a run whose stored settings say where calls go, names them, and calls nobody."""
     for settings in attacks(attacker.url)[:WITH_PROCESSES]:
@@ -116,6 +117,7 @@ def test_settings_written_into_the_database_move_no_call(queued: Cli, own: Any, 
     assert (len(own.asked), attacker.asked) == (1, [])
 
 
+@pytest.mark.slow
 def test_settings_of_one_job_move_no_call(queued: Cli, attacker: Any) -> None:
     """Settings that somebody stored beside a prompt reach no other server either, and no key leaves."""
     for settings in attacks(attacker.url)[:WITH_PROCESSES]:

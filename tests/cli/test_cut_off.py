@@ -28,6 +28,7 @@ def show(cli: Cli) -> Any:
     return json.loads(cli("show", "in", "0", "--json").stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["", '{"name": "Os'])
 @pytest.mark.parametrize("limit", [True, False])
 def test_an_answer_cut_off_is_asked_for_once(cli: Cli, content: str, limit: bool) -> None:

@@ -189,7 +189,7 @@ def test_readme_example_runs(tmp_path: Path) -> None:
     assert done.stdout == blocks[place + 1].text
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if any(b.words[:1] == ("console",) for b in blocks_of(p))], ids=name_of
 )

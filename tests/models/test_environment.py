@@ -178,17 +178,20 @@ def test_who_knows_the_newer_name_of_max_tokens(url: str, newer: Any) -> None:
     assert takes_max_completion_tokens(url) is newer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("variable", "name", "problem"),
+    ("model", "variable", "name", "problem"),
     [
-        ("SSL_CERT_FILE", "gone.pem", "does not exist"),
-        ("SSL_CERT_FILE", "empty.pem", "holds no certificates"),
-        ("SSL_CERT_FILE", ".", "cannot be read: Is a directory"),
-        ("SSL_CERT_DIR", "gone", "does not exist"),
-        ("SSL_CERT_DIR", ".", "holds no certificates by their hashes"),
+        ("openai-chat:m", "SSL_CERT_FILE", "gone.pem", "does not exist"),
+        ("openai-chat:m", "SSL_CERT_FILE", "empty.pem", "holds no certificates"),
+        ("openai-chat:m", "SSL_CERT_FILE", ".", "cannot be read: Is a directory"),
+        ("openai-chat:m", "SSL_CERT_DIR", "gone", "does not exist"),
+        ("openai-chat:m", "SSL_CERT_DIR", ".", "holds no certificates by their hashes"),
+        ("openai-responses:m", "SSL_CERT_FILE", "gone.pem", "does not exist"),
+        ("openrouter:a/b", "SSL_CERT_FILE", "gone.pem", "does not exist"),
+        ("anthropic:m", "SSL_CERT_DIR", "gone", "does not exist"),
     ],
 )
-@pytest.mark.parametrize("model", ["openai-chat:m", "openai-responses:m", "openrouter:a/b", "anthropic:m"])
 def test_certificates_that_are_not_there_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, variable: str, name: str, problem: str
 ) -> None:

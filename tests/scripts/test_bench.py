@@ -70,7 +70,7 @@ def test_a_benchmark_of_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.M
         measure(tmp_path, Sizes(20, 20, 20), ["naps"], log=lambda _: None)
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_client_cpu_is_measured_for_each_way(tmp_path: Path) -> None:
     """The script prints the CPU of a call with aiohttp alone, by lbr and by an agent, and keeps lbr to its target."""
     done = script(tmp_path, "bench_calls.py", "--calls", "250")

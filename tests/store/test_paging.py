@@ -69,6 +69,7 @@ async def test_rows_of_every_size_come_in_order(
     assert mirrored == [row.to_dict() for row in rows]
 
 
+@pytest.mark.slow
 def test_large_answers_take_little_memory(
     db_url: str, tmp_path: Path, new_database: Callable[[], str]
 ) -> None:

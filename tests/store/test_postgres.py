@@ -113,7 +113,8 @@ async def fill(database: Database, *, statistics: str) -> int:
     if statistics == "of finished jobs":
         await rows("done", 1, 100_000)
         await database.filled()
-    await rows("pending", 1_000_001, 2_000_000)
+    for first in range(1_000_001, 2_000_001, 200_000):  # a statement may take 30 s
+        await rows("pending", first, first + 199_999)
     await rows("inflight", 3_000_001, 3_000_000 + HELD, "1, n")
     if statistics == "fresh":
         await database.filled()
@@ -121,6 +122,7 @@ async def fill(database: Database, *, statistics: str) -> int:
     return int((await database.read(lambda c: c.scalar(query))) or 0)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("statistics", ["fresh", "missing", "of finished jobs"])
 async def test_plans_hold_at_a_million_jobs(live: Database, statistics: str) -> None:
@@ -323,7 +325,7 @@ async def test_lost_lock_of_the_sole_worker(
     live: Database, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A lock that was lost with its connection is taken again; where another was quicker, its holder ends."""
-    monkeypatch.setattr(sole, "AGAIN_SECONDS", 0.02)
+    monkeypatch.setattr(sole, "RETRY_SECONDS", 0.02)
     # Of this database alone: other tests use the same server at the same time.
     locks = (
         "FROM pg_locks JOIN pg_database ON pg_database.oid = pg_locks.database "
@@ -389,7 +391,7 @@ async def test_teardown_drops_the_queue_of_its_sole_user(url: str, capfd: pytest
     assert "stays: it holds other runs, or another process uses it" in capfd.readouterr().err
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_passwords_of_any_kind_work_and_are_never_shown(own_server: postgres.Server, tmp_path: Path) -> None:
     """A password with every awkward character lets a user in, raw or encoded, and is in no output, not even of `ps`."""
     password = "p@ss:w/o?r#d %1&x=y'"

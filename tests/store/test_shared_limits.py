@@ -198,7 +198,7 @@ def called(cli: Cli) -> Sequence[float]:
     return sorted(map(float, file.read_text().split())) if file.exists() else []
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_four_workers_under_one_limit(cli: Cli) -> None:
     """Four processes make the requests of a minute together, within 5 %, and not more in any stretch of it."""
     (cli.folder / "stamps.py").write_text(textwrap.dedent(FUNCTION))
@@ -427,7 +427,7 @@ def finished(started: Sequence[subprocess.Popen[str]]) -> list[str]:
     return [worker.communicate(timeout=120)[1] for worker in started]
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_no_refusal_from_a_server_whose_limit_is_kept(cli: Cli) -> None:
     """Four workers that keep the server's own limit together are refused nothing."""
     with serve("--rpm", "600") as url:
@@ -440,7 +440,7 @@ def test_no_refusal_from_a_server_whose_limit_is_kept(cli: Cli) -> None:
     assert cli.status("in")["done"] == 50
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_refusals_cool_every_worker_down(cli: Cli) -> None:
     """Nobody calls before the wait that the server asked one of them for is over, and no attempt is charged."""
     with serve("--rpm", "120") as url:
@@ -459,7 +459,7 @@ def test_refusals_cool_every_worker_down(cli: Cli) -> None:
     assert cli.query(f"SELECT count(*) FROM jobs WHERE attempts != 1 + ({tries})") == [(0,)]
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_budget_stops_every_worker(cli: Cli) -> None:
     """Three workers together spend what the run may cost and not more; more money lets it go on."""
     with serve() as url:
@@ -478,7 +478,7 @@ def test_budget_stops_every_worker(cli: Cli) -> None:
         assert verdict(url)["calls"] == 300
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_the_way_out_of_a_spent_budget_leads_out(cli: Cli) -> None:
     """`lbr run` says how to go on, and doing so ends the run; what was learned is told without a worker too."""
     with serve() as url:
@@ -528,7 +528,7 @@ async def held(prompt: str) -> str:
     return prompt
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_cost_that_nobody_knows_cannot_be_limited(cli: Cli) -> None:
     """A budget without a price is refused before a call, and nothing is set; with a price it holds."""
     with serve() as url:
@@ -568,7 +568,7 @@ def counted_limits(cli: Cli) -> tuple[Any, ...]:
     return tuple(found)
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_few_refusals_at_random_cut_nothing(cli: Cli) -> None:
     """Of 400 calls 3 % are refused: two workers keep all their slots, wait for no other's refusal, and obey each wait."""
     with serve("--error-rate", "429=0.03", "--latency-ms", "100") as url:
@@ -586,7 +586,7 @@ def test_a_few_refusals_at_random_cut_nothing(cli: Cli) -> None:
     assert cooldown_until == 0
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_four_workers_learn_a_quota(cli: Cli) -> None:
     """A server that takes few requests a minute is waited for by all: it refuses little, and each wait is obeyed."""
     with serve("--rpm", "60") as url:
@@ -602,7 +602,7 @@ def test_four_workers_learn_a_quota(cli: Cli) -> None:
     assert slots < 32
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_workers_use_the_tokens_of_a_minute(cli: Cli) -> None:
     """Four workers use at least nine tenths of the tokens, though each call is debited five times what it takes."""
     with serve("--latency-ms", "100") as url:
@@ -624,7 +624,7 @@ def test_workers_use_the_tokens_of_a_minute(cli: Cli) -> None:
     assert int(tokens) <= allowed + 200 + 300
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_four_workers_pass_a_budget_by_one_call_at_most(cli: Cli) -> None:
     """Dear calls after cheap ones: with max_tokens set, what is in flight is covered by what is left."""
     with serve("--latency-ms", "50") as url:
@@ -643,7 +643,7 @@ def test_four_workers_pass_a_budget_by_one_call_at_most(cli: Cli) -> None:
     assert "nothing bounds" not in "".join(told)
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_killed_worker_leaves_an_estimate(cli: Cli) -> None:
     """What its calls probably cost counts, and `status` and `show` report it as an estimate."""
     (cli.folder / "in.txt").write_text("".join(f"prompt {n}\n" for n in range(12)))
@@ -667,7 +667,7 @@ def test_a_killed_worker_leaves_an_estimate(cli: Cli) -> None:
     assert ", estimated" in cli("show", "in", str(idx)).stdout
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_wait_of_hours_is_reported_at_once(cli: Cli) -> None:
     """One line says for how long and until when, however many calls are refused."""
     with Scripted(429, '{"error": {"message": "quota"}}', {"Retry-After": "7200"}) as server:

@@ -534,6 +534,7 @@ async def test_many_processes_may_create_at_once(tmp_path: Path) -> None:
     await database.close()
 
 
+@pytest.mark.slow
 async def test_foreign_lock_is_ridden_out(tmp_path: Path) -> None:
     """Another program that holds the write lock for longer than the busy timeout delays us, and no more."""
     path = tmp_path / "q.db"

@@ -56,7 +56,7 @@ class Failing:
         return self.does(*arguments, **more)
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_without_a_price_table_every_answer_is_kept(tmp_path: Path) -> None:
     """A worker that cannot import the table makes each call once and knows its tokens, but not its cost."""
     broken = tmp_path / "broken" / "genai_prices"
