@@ -32,8 +32,8 @@ from lbr.io import writers
 from lbr.io.sources import Source
 from lbr.store import reads, redo, results_db, runs
 from lbr.store.engines import file_of, opened, remove_queue, shown
-from lbr.store.paging import PAGE
 from lbr.store.runs import RunSpec
+from lbr.store.sql import PAGE
 from lbr.worker.worker import Worker
 
 if TYPE_CHECKING:

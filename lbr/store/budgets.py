@@ -9,9 +9,9 @@ from sqlalchemy import func, literal_column, select, update
 
 from lbr.core.limits import Budget
 from lbr.core.types import JobState, RunId, RunState
-from lbr.store.arrays import any_of
 from lbr.store.counters import ANSWERED, COST_NANOS, ESTIMATED_NANOS, REUSED, UNPRICED, estimated, of_runs
 from lbr.store.schema import attempts, counters, runs
+from lbr.store.sql import any_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

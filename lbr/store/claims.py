@@ -13,9 +13,9 @@ from lbr.core.errors import UNREAD, DatabaseError, Family
 from lbr.core.limits import fitting
 from lbr.core.pricing import characters_of, max_output_tokens, tokens_of
 from lbr.core.types import NO_HISTORY, BadTry, Claim, History, JobId, Millis, Prompt, RunId
-from lbr.store.arrays import PreparedQuery, any_of
 from lbr.store.outages import note_probes
 from lbr.store.schema import PENDING, SUSPECT_CRASHES, attempts, jobs, prompts
+from lbr.store.sql import PreparedQuery, any_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

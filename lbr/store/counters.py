@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from sqlalchemy import case, func, literal_column, null, select, union_all
 
 from lbr.core.types import JobState, PauseCause, RunId
-from lbr.store.arrays import SHARD, BulkStatement, Rows, option
 from lbr.store.schema import attempts, counters, jobs, results, runs
+from lbr.store.sql import SHARD, BulkStatement, Rows, option
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -13,10 +13,10 @@ from lbr.core.errors import RunChangedError, UsageError
 from lbr.core.types import JobState, RunState, canonical_json
 from lbr.core.values import value
 from lbr.store import counters
-from lbr.store.arrays import BulkStatement, Inserting, Rows, any_of
 from lbr.store.runs import check_not_moving, run_of
 from lbr.store.schema import items as items_table
 from lbr.store.schema import jobs, prompts, results, runs
+from lbr.store.sql import BulkStatement, Inserting, Rows, any_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

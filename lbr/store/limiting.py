@@ -17,12 +17,12 @@ from lbr.core.errors import DatabaseError
 from lbr.core.limits import Limit
 from lbr.core.retry import MAX_AHEAD_MS
 from lbr.core.types import JobState, PauseCause, Paused, RunState
-from lbr.store.arrays import BulkStatement, PreparedQuery, Rows, any_of
 from lbr.store.budgets import budgets_of, raise_highest
 from lbr.store.counters import ANSWERED
 from lbr.store.outages import waiting
 from lbr.store.runs import pausing
 from lbr.store.schema import SILENT_MS, counters, limits, outages, runs, workers
+from lbr.store.sql import BulkStatement, PreparedQuery, Rows, any_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

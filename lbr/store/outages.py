@@ -17,10 +17,10 @@ from lbr.core.errors import Symptom
 from lbr.core.outages import MAX_WAIT_MS, TURN_MS, Backlog, ModelState, judge
 from lbr.core.text import pluralize
 from lbr.core.types import JobId, JobState, PauseCause, Paused, RunId, RunState
-from lbr.store.arrays import BulkStatement, PreparedQuery, Rows, any_of
 from lbr.store.counters import of_runs
 from lbr.store.runs import hold_states, move_page, run_of
 from lbr.store.schema import INFLIGHT, SILENT_MS, attempts, counters, jobs, outages, runs, workers
+from lbr.store.sql import BulkStatement, PreparedQuery, Rows, any_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -21,11 +21,11 @@ from lbr.core.errors import DatabaseError, UsageError
 from lbr.core.types import Millis
 from lbr.store import files, schema
 from lbr.store.addresses import Address, address_of
-from lbr.store.arrays import SHARD
 from lbr.store.database import Database, to_its_end
 from lbr.store.listener import Listener
 from lbr.store.presence import Presence
 from lbr.store.server_errors import READ_ONLY, PassingError, is_passing, reason_of, sqlstate_of
+from lbr.store.sql import SHARD
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence

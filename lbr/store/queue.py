@@ -15,12 +15,12 @@ from sqlalchemy import bindparam, case, delete, func, insert, literal_column, se
 from lbr.core.retry import MAX_AHEAD_MS
 from lbr.core.types import Claim, JobId, JobState, Millis, RunId, RunState, WorkerId
 from lbr.store import counters
-from lbr.store.arrays import Inserting, any_of
 from lbr.store.budgets import forget_estimates, likely_costs
 from lbr.store.claims import DUE, DUE_SUSPECT, ClaimRequest, take
 from lbr.store.limiting import give_back, load_capacity
 from lbr.store.runs import hold_states, resting_state
 from lbr.store.schema import INFLIGHT, PENDING, attempts, jobs, runs, workers
+from lbr.store.sql import Inserting, any_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence

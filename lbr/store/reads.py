@@ -13,12 +13,11 @@ from lbr.core.errors import CUT_OFF, DatabaseError, UsageError
 from lbr.core.pricing import output_limit
 from lbr.core.types import JobId, JobState, Millis, Part, Prompt, Row, Run, RunId, Shape
 from lbr.store import counters, runs
-from lbr.store.arrays import any_of
 from lbr.store.limiting import LimitSeen, all_limits, is_ahead
-from lbr.store.paging import if_small, pages
 from lbr.store.schema import INFLIGHT, attempts, items, jobs, limits, outages, prompts, results, workers
 from lbr.store.schema import counters as counters_table
 from lbr.store.schema import runs as runs_table
+from lbr.store.sql import any_of, if_small, pages
 
 if TYPE_CHECKING:
     from collections import Counter

@@ -18,9 +18,9 @@ from lbr.core.errors import UNREAD, Family, UsageError
 from lbr.core.retry import failure_of
 from lbr.core.types import JobState, Json, Millis, RunState
 from lbr.store import counters, runs
-from lbr.store.arrays import BulkStatement, Rows, any_of
 from lbr.store.schema import attempts, jobs, prompts, results
 from lbr.store.settle import ADD_RESULTS
+from lbr.store.sql import BulkStatement, Rows, any_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -28,7 +28,7 @@ from lbr.store import files
 from lbr.store.addresses import is_postgresql
 from lbr.store.file_connections import SCHEMA_ROWS, FileConnections, foreign_code
 from lbr.store.file_errors import database_errors
-from lbr.store.paging import if_small, pages
+from lbr.store.sql import if_small, pages
 from lbr.store.sqlite import sqlite_path
 from lbr.store.trips import BEGIN_WRITING
 

@@ -24,9 +24,9 @@ from lbr.core.types import (
     differences,
 )
 from lbr.store import counters
-from lbr.store.arrays import BulkStatement, Rows, any_of
 from lbr.store.schema import attempts, items, jobs, outages, prompts, results, runs
 from lbr.store.schema import counters as counters_table
+from lbr.store.sql import BulkStatement, Rows, any_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -12,13 +12,13 @@ from lbr.core.errors import NO_USAGE, DatabaseError, Family, Usage
 from lbr.core.retry import MAX_AHEAD_MS, is_overload
 from lbr.core.types import JobId, JobState, Millis, PauseCause, Paused, RunId, RunState, Settlement
 from lbr.store import counters
-from lbr.store.arrays import BulkStatement, Inserting, PreparedQuery, Rows, any_of
 from lbr.store.budgets import forget_estimates, raise_highest
 from lbr.store.fence import FENCE, JobStatus, is_doubtful, is_mine, is_plain, is_repeated
 from lbr.store.limiting import Feedback, learn
 from lbr.store.outages import judge_failures, pause_wrong_set_ups
 from lbr.store.runs import hold_states, pausing, resting_state
 from lbr.store.schema import attempts, jobs, limits, results, runs
+from lbr.store.sql import BulkStatement, Inserting, PreparedQuery, Rows, any_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -19,11 +19,9 @@ from lbr.core.errors import DatabaseError, RunNotFoundError, UsageError
 from lbr.core.text import pluralize
 from lbr.core.types import JobState, Move, PauseCause, Paused, Run, RunState
 from lbr.store import counters, enqueue, runs
-from lbr.store.arrays import Inserting, any_of
-from lbr.store.locks import lock_table
-from lbr.store.paging import PAGE, byte_length
 from lbr.store.schema import attempts, items, jobs, prompts, results
 from lbr.store.schema import runs as runs_table
+from lbr.store.sql import PAGE, Inserting, any_of, byte_length, lock_table
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator, Sequence

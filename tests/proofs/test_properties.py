@@ -18,7 +18,7 @@ from lbr.core.errors import DatabaseError
 from lbr.core.types import JobState
 from lbr.store import queue
 from lbr.store import settle as settling
-from lbr.store.arrays import BulkStatement
+from lbr.store.sql import BulkStatement
 from tests.proofs.queue_machine import QueueMachine, World
 from tests.support import is_postgresql
 

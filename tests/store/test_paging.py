@@ -10,7 +10,7 @@ import pytest
 
 import lbr
 from lbr.core.types import Part, Shape
-from lbr.store import paging, reads, results_db
+from lbr.store import reads, results_db, sql
 from lbr.store.engines import opened
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ async def test_rows_of_every_size_come_in_order(
     db_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: Shape
 ) -> None:
     """Prompts, answers and metadata of any size, at any place, are all there, in pages of a bounded size."""
-    monkeypatch.setattr(paging, "PAGE_BYTES", 20_000)
+    monkeypatch.setattr(sql, "PAGE_BYTES", 20_000)
     sizes = [1] * 300 + [900] * 100 + [50_000] * 3 + [1, 19_999, 1, 20_000, 20_001] + [1] * 200 + [50_000, 1]
 
     async def answer(prompt: str) -> str:

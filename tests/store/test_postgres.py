@@ -21,11 +21,11 @@ from lbr.api.work import exclusive
 from lbr.core.errors import AlreadyRunningError, DatabaseError, Family, Usage, UsageError
 from lbr.core.types import Failure, Outcome, Reply, Task
 from lbr.store import budgets, claims, enqueue, limiting, listener, reads, runs, schema, settle, sole
-from lbr.store.arrays import BulkStatement, PreparedQuery
 from lbr.store.claims import CLAIM, CLAIM_CHOSEN, CLAIM_SUSPECT, DUE, DUE_SIZED, DUE_SUSPECT
 from lbr.store.engines import open_database
 from lbr.store.postgres import SHARDS, SOLE_LOCK, PostgresDatabase
 from lbr.store.queue import EXPIRED, RECLAIM, RENEW, Queue
+from lbr.store.sql import BulkStatement, PreparedQuery
 from tests.support import ECHO, Cli, answered, assert_counted, eventually, failed, postgres, put, states
 
 if TYPE_CHECKING:

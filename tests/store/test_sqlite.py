@@ -22,11 +22,11 @@ import lbr
 from lbr.core.errors import DatabaseBusyError, DatabaseError, MisfitError, UsageError
 from lbr.core.types import Item, KeyMaker, Prompt
 from lbr.store import enqueue, file_connections, files, runs, schema, sqlite, trips
-from lbr.store.arrays import PreparedQuery
 from lbr.store.claims import _PROMPTS, CLAIM, CLAIM_CHOSEN, DUE, DUE_SIZED, DUE_SUSPECT
 from lbr.store.engines import open_database
 from lbr.store.queue import EXPIRED, RENEW, Queue
 from lbr.store.settle import _STANDING, SETTLE, settle
+from lbr.store.sql import PreparedQuery
 from lbr.store.sqlite import SQLiteDatabase, sqlite_path
 from tests.support import ECHO, answered, assert_counted, locked_by_another, put
 from tests.support.hearing import Hearing

@@ -1,0 +1,334 @@
+"""SQL that both databases understand in their own form: lists, many rows in one statement, pages, a lock on a table.
+
+On SQLite a list is a JSON array (keys: one string of bytes), and many rows are an executemany of plain tuples; on
+PostgreSQL they are `= ANY(array)` and `unnest`. So the text of a statement is the same for every length.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import orjson
+from sqlalchemy import (
+    ARRAY,
+    Executable,
+    Integer,
+    bindparam,
+    case,
+    column,
+    func,
+    insert,
+    select,
+)
+from sqlalchemy.exc import StatementError
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.expression import ClauseElement
+from sqlalchemy.sql.functions import FunctionElement, GenericFunction
+from sqlalchemy.types import Boolean, LargeBinary, Text, TypeDecorator
+
+from lbr.core.types import KEY_BYTES
+from lbr.store.trips import FileConnection
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+
+    from sqlalchemy import ColumnElement, Dialect, Table
+    from sqlalchemy.sql.compiler import SQLCompiler
+    from sqlalchemy.types import TypeEngine
+
+    from lbr.store.connection import Connection
+
+SHARD = "lbr_shard"
+"""Execution option of a connection: which shard of the counters it adds to, the first if it is not set."""
+PAGE = 1_000
+FIRST_PAGE = 500
+PAGE_BYTES = 8_000_000
+_ANY_SIZE = 2**31 - 1
+
+
+class _List(TypeDecorator[Any]):
+    """A list of values of one type, for SQLite: keys, which have one length, behind each other, others as JSON."""
+
+    impl = Text
+    cache_ok = True
+
+    def __init__(self, *, keys: bool) -> None:
+        super().__init__()
+        self.keys = keys
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        """Return the type of the whole."""
+        return dialect.type_descriptor(LargeBinary() if self.keys else Text())
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> str | bytes:
+        """Write the list."""
+        return b"".join(value) if self.keys else orjson.dumps(value).decode()
+
+
+class any_of(FunctionElement[bool]):  # noqa: N801 - reads as an operator
+    """Whether a column is one of a list that is given by its name when the statement is run."""
+
+    inherit_cache = True
+    type = Boolean()
+
+    def __init__(self, column: ColumnElement[Any], name: str) -> None:
+        super().__init__(column, bindparam(name, type_=_List(keys=isinstance(column.type, LargeBinary))))
+
+    def self_group(self, against: Any = None) -> any_of:
+        """Stay as it is: a comparison, not a column of booleans, which SQLite would have compared with 1."""
+        return self
+
+
+_KEYS = f"""\
+WITH RECURSIVE places(place) AS (
+  SELECT 1 UNION ALL SELECT place + {KEY_BYTES} FROM places WHERE place + {KEY_BYTES} <= length(%s)
+) SELECT substr(%s, place, {KEY_BYTES}) FROM places"""
+
+
+@compiles(any_of)
+def _in_list(element: any_of, compiler: SQLCompiler, **options: Any) -> str:
+    what, given = element.clauses
+    text = compiler.process(given, **options)
+    chosen = (
+        _KEYS % (text, text) if isinstance(what.type, LargeBinary) else f"SELECT value FROM json_each({text})"
+    )
+    return f"{compiler.process(what, **options)} IN ({chosen})"
+
+
+@compiles(any_of, "postgresql")
+def _in_array(element: any_of, compiler: SQLCompiler, **options: Any) -> str:
+    what, given = element.clauses
+    array = bindparam(given.key, type_=ARRAY(what.type, dimensions=1))
+    return compiler.process(what == func.any(array), **options)
+
+
+class Rows:
+    """The rows of a bulk statement: `rows["name"]` is a field of each of them.
+
+    For SQLite's form, a field that goes into a VALUES clause must not have its column's name.
+    """
+
+    def __init__(
+        self, fields: Mapping[str, ColumnElement[Any]], insert: Callable[..., Any], *, arrays: bool
+    ) -> None:
+        self._fields = fields
+        self._insert = insert
+        self._arrays = arrays
+
+    def __getitem__(self, name: str) -> ColumnElement[Any]:
+        return self._fields[name]
+
+    def insert_into(
+        self, table: Table, values: Mapping[str, ColumnElement[Any]], *, where: Sequence[Any] = ()
+    ) -> Any:
+        """Return the INSERT of one row of `values` for each row, joined as `where` says."""
+        if not self._arrays and not where:
+            return self._insert(table).values(dict(values))
+        chosen = select(*values.values()).where(*where)
+        return self._insert(table).from_select(list(values), chosen, include_defaults=False)
+
+
+class BulkStatement:
+    """One statement for many rows, whose fields have these types; `build` makes it of a `Rows`."""
+
+    def __init__(self, types: Mapping[str, TypeEngine[Any]], build: Callable[[Rows], Any]) -> None:
+        self._types = types
+        self._build = build
+
+    @cached_property
+    def each(self) -> Any:
+        """The statement for one row at a time."""
+        from sqlalchemy.dialects.sqlite import insert as sqlite_insert  # noqa: PLC0415 - load only the dialect in use
+
+        fields = {name: bindparam(name, type_=type_) for name, type_ in self._types.items()}
+        return self._build(Rows(fields, sqlite_insert, arrays=False))
+
+    @cached_property
+    def _direct(self) -> tuple[str, Callable[[tuple[Any, ...]], tuple[Any, ...]] | None]:
+        """The text for one row at a time, and what puts its values into the text's order, None if they have it.
+
+        sqlite3 gets both as they are, because SQLAlchemy takes as long for a row as SQLite takes to write it.
+        """
+        from sqlalchemy.dialects.sqlite import dialect  # noqa: PLC0415 - see `each`
+
+        names = list(self._types)
+        compiled = self.each.compile(dialect=dialect(paramstyle="qmark"), column_keys=names)
+        wanted = compiled.positiontup or []
+        if not set(wanted) <= set(names):
+            raise TypeError(f"expected a statement over {names} alone, got: one over {wanted}")
+        places = [names.index(name) for name in wanted]
+        return str(compiled), None if places == list(range(len(names))) else itemgetter(*places)
+
+    @cached_property
+    def whole(self) -> Any:
+        """The statement for arrays, one for each field."""
+        from sqlalchemy.dialects.postgresql import insert as postgresql_insert  # noqa: PLC0415 - see `each`
+
+        arrays = [bindparam(name, type_=ARRAY(type_, dimensions=1)) for name, type_ in self._types.items()]
+        columns = [column(name, type_) for name, type_ in self._types.items()]
+        rows = func.unnest(*arrays).table_valued(*columns, name="given").render_derived()
+        return self._build(Rows(dict(rows.c.items()), postgresql_insert, arrays=True))
+
+    async def run(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> int:
+        """Run the statement for all of the rows; return how many rows it changed."""
+        fields = list(self._types)
+        return await self.run_plain(connection, [tuple([row[name] for name in fields]) for row in rows])
+
+    async def run_plain(self, connection: Connection, rows: list[tuple[Any, ...]]) -> int:
+        """Do the same for tuples of values in the order of the fields."""
+        if not rows:
+            return 0
+        if not isinstance(connection, FileConnection):
+            columns = dict(zip(self._types, map(list, zip(*rows, strict=True)), strict=True))
+            return (await connection.execute(self.whole, columns)).rowcount
+        text, ordered = self._direct
+        return await connection.change(text, rows if ordered is None else [ordered(row) for row in rows])
+
+
+class Inserting(BulkStatement):
+    """The bulk INSERT of these columns of a table; its fields have their names."""
+
+    def __init__(self, table: Table, *names: str) -> None:
+        types = {name: table.c[name].type for name in names}
+        super().__init__(types, lambda rows: rows.insert_into(table, {name: rows[name] for name in names}))
+        self._table = table
+
+    @cached_property
+    def each(self) -> Any:
+        """The statement for one row at a time."""
+        return insert(self._table)
+
+
+class PreparedQuery:
+    """A statement that is run for every batch of jobs, with values by name; it returns rows.
+
+    On SQLite the driver gets its text, made once, because SQLAlchemy takes about as long as SQLite itself.
+    """
+
+    def __init__(self, statement: Any) -> None:
+        self.statement = statement
+
+    @cached_property
+    def _direct(self) -> tuple[str, list[tuple[Any, Callable[[Any], Any] | None]]]:
+        """The text, and for each of its places the parameter and what converts its value."""
+        from sqlalchemy.dialects.sqlite import dialect  # noqa: PLC0415 - see `BulkStatement.each`
+
+        sqlite = dialect(paramstyle="qmark")
+        compiled = self.statement.compile(dialect=sqlite)
+        if compiled.literal_execute_params or compiled.post_compile_params:
+            raise TypeError(
+                "expected a statement whose text never changes, got: one that depends on its values"
+            )
+        bound = [compiled.binds[name] for name in compiled.positiontup or []]
+        return str(compiled), [(one, one.type.bind_processor(sqlite)) for one in bound]
+
+    async def all(self, connection: Connection, values: Mapping[str, Any]) -> Sequence[tuple[Any, ...]]:
+        """Run it and return the rows, as tuples."""
+        if not isinstance(connection, FileConnection):
+            return (await connection.execute(self.statement, values)).all()
+        text, places = self._direct
+        sent = []
+        for bound, convert in places:
+            value = values[bound.key] if bound.required else values.get(bound.key, bound.value)
+            sent.append(value if convert is None else _converted(convert, value))
+        return await connection.fetch(text, sent)
+
+
+def _converted(convert: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return convert(value)
+    except (TypeError, ValueError) as error:
+        # A row had a value of another type; SQLAlchemy raises this, too.
+        raise StatementError(str(error), None, None, error, hide_parameters=True) from error
+
+
+def option(connection: Connection, name: str) -> Any:
+    """Return an execution option of a connection, None if it is not set."""
+    beneath = connection.sync_connection
+    return None if beneath is None else beneath.get_execution_options().get(name)
+
+
+class byte_length(GenericFunction[int]):  # noqa: N801 - a function of SQL
+    """The bytes of a text. SQLite knows them without reading it, unlike its characters."""
+
+    type = Integer()
+    inherit_cache = True
+
+
+@compiles(byte_length)
+def _octet_length(element: byte_length, compiler: SQLCompiler, **options: Any) -> str:
+    return f"octet_length({compiler.process(element.clauses, **options)})"
+
+
+@compiles(byte_length, "sqlite")
+def _length_of_blob(element: byte_length, compiler: SQLCompiler, **options: Any) -> str:
+    return f"length(CAST({compiler.process(element.clauses, **options)} AS BLOB))"
+
+
+class Placed(Protocol):
+    """A row with its place."""
+
+    @property
+    def idx(self) -> int:
+        """Its place."""
+        ...
+
+
+R = TypeVar("R", bound=Placed)
+
+
+def if_small(marker: ColumnElement[Any], *others: ColumnElement[Any]) -> dict[str, ColumnElement[Any]]:
+    """Return columns by name that are null if they have more than `:cap` bytes; the marker, if all have together."""
+    sizes: list[Any] = [byte_length(column) for column in others]
+    whole: Any = sum((func.coalesce(size, 0) for size in sizes), byte_length(marker))
+    return {
+        column.name: case((size <= bindparam("cap"), column)).label(column.name)
+        for column, size in zip((marker, *others), [whole, *sizes], strict=True)
+    }
+
+
+async def pages(
+    read: Callable[[dict[str, int]], Awaitable[tuple[int, Sequence[R]]]],
+) -> AsyncIterator[Sequence[R]]:
+    """Yield pages of rows in the order of their places: at most 1,000 rows and some megabytes at a time.
+
+    `read` gets the values of `after`, `limit` and `cap`, and returns how many rows there were, and those before
+    the first that `if_small` left out.
+    """
+    after, limit = -1, FIRST_PAGE
+    while True:
+        cap = PAGE_BYTES // limit if limit > 1 else _ANY_SIZE
+        count, whole = await read({"after": after, "limit": limit, "cap": cap})
+        if whole:
+            yield whole
+            after = whole[-1].idx
+        if len(whole) < count:
+            limit = len(whole) or limit // 8 or 1
+        elif count < limit:
+            return
+        else:
+            limit = min(PAGE, limit * 2)
+
+
+class lock_table(Executable, ClauseElement):  # noqa: N801 - reads as a statement
+    """Wait until every transaction that has read the table is over, and block others until this one ends.
+
+    A write to an SQLite file has the only write lock already.
+    """
+
+    inherit_cache = False
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+
+
+@compiles(lock_table)
+def _nothing(_: lock_table, __: SQLCompiler, **___: Any) -> str:
+    return "SELECT 1"
+
+
+@compiles(lock_table, "postgresql")
+def _lock(element: lock_table, compiler: SQLCompiler, **_: Any) -> str:
+    return f"LOCK TABLE {compiler.preparer.format_table(element.table)} IN ACCESS EXCLUSIVE MODE"
