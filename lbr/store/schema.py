@@ -1,4 +1,4 @@
-"""The tables, and the ordered steps that bring an older database up to them."""
+"""The tables, and the ordered steps that upgrade an older database to them."""
 
 from __future__ import annotations
 
@@ -38,9 +38,8 @@ if TYPE_CHECKING:
 
 AnyRow: TypeAlias = "Row[*tuple[Any, ...]]"
 
-# A job is rewritten three times in its life, a counter always. Pages keep room for the new version beside the old
-# one; a counter's then touches no index, a job's still does, for its state decides which indexes have it. Dead rows
-# are cleared away before they slow a claim down.
+# A job is rewritten three times in its life, a counter always: pages keep room for the new version beside the old one,
+# and dead rows are removed before they slow claims down.
 HOT = {
     "fillfactor": 70,
     "autovacuum_vacuum_scale_factor": 0.02,
@@ -51,7 +50,7 @@ HOT = {
 
 metadata = MetaData()
 
-# SQLite only treats INTEGER as the row's own id; PostgreSQL wants 64 bits said aloud.
+# SQLite treats only INTEGER as the row's own id; PostgreSQL needs the 64 bits named.
 Id = BigInteger().with_variant(Integer, "sqlite")
 Millis = BigInteger().with_variant(Integer, "sqlite")
 
@@ -79,23 +78,23 @@ runs = Table(
     Column("pause_message", Text),
     Column("max_attempts", Integer, nullable=False),
     Column("created_at", Millis, nullable=False),
-    # When its newest chunk was enqueued; sealed_at is null until an enqueue came to its end.
+    # When its newest chunk was enqueued; sealed_at is null until an enqueue has finished.
     Column("enqueued_at", Millis, nullable=False),
     Column("sealed_at", Millis),
-    # Prices per million tokens as JSON, where the price table is not to be asked; what the run may cost.
+    # Prices per million tokens as JSON, if they are the user's own; what the run may cost.
     Column("price", Text),
     Column("budget_nanos", Id),
     # The highest cost of a call seen so far, or that a claimed call may reach.
     Column("highest_nanos", Id),
     # The columns of its input as JSON, in order; see `lbr.core.types.Item`.
     Column("input_columns", Text),
-    # As JSON, after `lbr move` took the run away: the other database, and what the run was before.
+    # As JSON, after `lbr move`: the other database, and the state that the run had before.
     Column("move", Text),
     CheckConstraint("state IN ('active', 'paused', 'cancelled')", name="runs_state"),
     sqlite_autoincrement=True,
 )
 
-# Narrow on purpose: every claim, renewal and settlement rewrites this row and no payload.
+# Narrow, because every claim, renewal and settlement rewrites this row and no payload.
 jobs = Table(
     "jobs",
     metadata,
@@ -106,48 +105,37 @@ jobs = Table(
     Column("claim_seq", Id, nullable=False),
     Column("attempts", Integer, nullable=False),
     Column("crashes", Integer, nullable=False),
-    # The claim_seq at which somebody last put the job back by hand: older tries do not count any more.
+    # The claim_seq at which the user last retried the job: older tries no longer count.
     Column("retry_seq", Id, nullable=False),
     Column("worker_id", Id),
     Column("lease_until", Millis),
     Column("finished_at", Millis),
     CheckConstraint(f"state IN {STATES}", name="jobs_state"),
-    # Ids are never given out twice, so that a stale claim cannot meet another job.
+    # An id is never used twice, so that a stale claim cannot meet another job.
     sqlite_autoincrement=True,
 )
-_pending = Index(
-    "jobs_pending",
-    jobs.c.run_id,
-    jobs.c.available_at,
-    jobs.c.id,
-    sqlite_where=text("state = 'pending'"),
-)
+_ORDER = (jobs.c.run_id, jobs.c.available_at, jobs.c.id)
+_pending = Index("jobs_pending", *_ORDER, sqlite_where=text("state = 'pending'"))
 SILENT_MS = 15_000
-"""A worker that has not reported for so long is not counted as working."""
+"""A worker that has not reported for this time is not counted as working."""
 
 LIVE_MS = 60_000
-"""A worker that has not reported for so long, which is the usual lease, does not keep a queue from being migrated."""
+"""A worker that has not reported for this time, the usual lease, does not prevent a migration."""
 
 SUSPECT_CRASHES = 2
-"""From this many crashes on a job runs alone in its worker, so that it cannot take others along."""
+"""From this many crashes on, a job runs alone in its worker, so that no other job crashes with it."""
 
+# Nearly always empty. Without it, a claim would read every pending job to find that there is no suspect.
 _SUSPECT = text(f"state = 'pending' AND crashes >= {SUSPECT_CRASHES}")
-# Nearly always empty. Without it, to see that there is no suspect means to look at every pending job.
-_suspects = Index(
-    "jobs_suspects",
-    jobs.c.run_id,
-    jobs.c.available_at,
-    jobs.c.id,
-    sqlite_where=_SUSPECT,
-)
+_suspects = Index("jobs_suspects", *_ORDER, sqlite_where=_SUSPECT)
 _leases = Index("jobs_lease", jobs.c.lease_until, sqlite_where=text("state = 'inflight'"))
 
 # Literals, so that the partial indexes serve the statements that name them.
 PENDING: ColumnElement[bool] = literal_column("jobs.state = 'pending'")
 INFLIGHT: ColumnElement[bool] = literal_column("jobs.state = 'inflight'")
 
-# What a job is for ever. The key is here, for every index of jobs costs PostgreSQL an entry at each claim and each
-# settlement.
+# What never changes of a job. The key is here, because every index of jobs costs PostgreSQL an entry at each claim
+# and each settlement.
 prompts = Table(
     "prompts",
     metadata,
@@ -156,10 +144,10 @@ prompts = Table(
     Column("key", LargeBinary, nullable=False),
     Column("chat", SmallInteger, nullable=False),
     Column("body", Text, nullable=False),
-    # Settings of this job alone, as JSON, that a retry by hand put over the task's.
+    # Settings of this job alone, as JSON, which a retry put over the task's.
     Column("settings", Text),
 )
-# The key first: an answer is looked for in all runs.
+# The key first, because an answer is searched for in all runs.
 Index("prompts_key", prompts.c.key, prompts.c.run_id, unique=True)
 
 results = Table(
@@ -173,8 +161,8 @@ results = Table(
     Column("output_tokens", Id),
     Column("cost_nanos", Id),
     Column("latency_ms", Id, nullable=False),
-    # The job of another run whose answer this is, 0 where that one stayed in a database from which the run was
-    # moved; null for an answer that was called for.
+    # The job of another run whose answer this is, 0 if it is in the database that the run was moved from; null for
+    # the answer of a call.
     Column("reused_from", Id),
 )
 
@@ -195,7 +183,7 @@ attempts = Table(
     Column("cost_nanos", Id),
     Column("latency_ms", Id),
     Column("at", Millis, nullable=False),
-    # Why its answer ended, if there was one and its provider said so.
+    # Why its answer ended, if it is known.
     Column("finish_reason", Text),
     CheckConstraint("what IN ('retried', 'failed', 'stale', 'crashed')", name="attempts_what"),
 )
@@ -227,15 +215,15 @@ counters = Table(
     sqlite_with_rowid=False,
 )
 
-# What all workers share about one answerer; null where nothing was set or seen.
+# What all workers share about one model; null if nothing was set or seen.
 limits = Table(
     "limits",
     metadata,
     Column("answerer", Text, primary_key=True),
-    # Until when nobody should call it, and why.
+    # Until when no worker should call it, and why.
     Column("cooldown_until", Millis, nullable=False),
     Column("reason", Text, nullable=False),
-    # Set by hand: requests and tokens a minute, calls at a time.
+    # Set by the user: requests and tokens a minute, calls at a time.
     Column("rpm", Integer),
     Column("tpm", Integer),
     Column("concurrency", Integer),
@@ -243,7 +231,7 @@ limits = Table(
     Column("slots", Double),
     Column("threshold", Double),
     Column("cut_at", Millis),
-    # What is left of the minute's requests and tokens, below 0 where more was taken, and when that was so.
+    # What is left of the minute's requests and tokens, below 0 if more was taken, and at what time.
     Column("requests", Double),
     Column("tokens", Double),
     Column("balanced_at", Millis),
@@ -252,7 +240,7 @@ limits = Table(
     Column("answered", Id),
 )
 
-# Models that all workers wait, or waited, for; see `lbr.core.outages.ModelState`.
+# Models that all workers wait for, or waited for; see `lbr.core.outages.ModelState`.
 outages = Table(
     "outages",
     metadata,
@@ -268,7 +256,7 @@ outages = Table(
     Column("done", Id, nullable=False),
     Column("recovered_by", Id),
     Column("recovered_at", Millis),
-    # The claim that is the probe: while it is in flight, no other begins.
+    # The claim that is the probe: while it is in flight, no other starts.
     Column("probe_job", Id),
     Column("probe_seq", Id),
 )
@@ -289,39 +277,41 @@ workers = Table(
 )
 
 
-def _for_postgresql() -> None:
-    """Say what is PostgreSQL's own of a table or an index: its dialect is not imported for a file."""
-    for table, options in (
-        (jobs, HOT),
-        (counters, HOT | {"fillfactor": 25, "autovacuum_vacuum_threshold": 200}),
-    ):
-        table.dialect_kwargs["postgresql_with"] = options
+def _set_postgresql_options() -> None:
+    """Set what only PostgreSQL knows of tables and indexes: its dialect is not imported for a file."""
+    jobs.dialect_kwargs["postgresql_with"] = HOT
+    counters.dialect_kwargs["postgresql_with"] = HOT | {"fillfactor": 25, "autovacuum_vacuum_threshold": 200}
     for index in (_pending, _suspects, _leases):
         index.dialect_kwargs["postgresql_where"] = index.dialect_kwargs["sqlite_where"]
 
 
-def _create_tables(connection: Connection) -> None:
-    metadata.create_all(connection, checkfirst=True)
+def _schema_of(connection: Connection) -> str | None:
+    name: str | None = connection.get_execution_options().get("schema_translate_map", {}).get(None)
+    return name
+
+
+def _columns(connection: Connection, table: str) -> set[str]:
+    return {one["name"] for one in inspect(connection).get_columns(table, schema=_schema_of(connection))}
+
+
+def _alter(connection: Connection, table: Table, change: str) -> None:
+    schema = _schema_of(connection)
+    name = table.name if schema is None else f"{schema}.{table.name}"
+    connection.execute(text(f"ALTER TABLE {name} {change}"))
+
+
+def _create_missing(connection: Connection) -> None:
+    metadata.create_all(connection)
 
 
 def _index_suspects(connection: Connection) -> None:
-    # Made last even where the tables were just made with all of their indexes, in whatever order: of two that would
-    # do, SQLite takes the younger.
+    # The youngest of all indexes, even in a new database: of two that would do, SQLite takes that.
     _suspects.drop(connection, checkfirst=True)
     _suspects.create(connection)
 
 
-def _alter(connection: Connection, table: Table, change: str) -> None:
-    where = _schema_of(connection)
-    name = table.name if where is None else f"{where}.{table.name}"
-    connection.execute(text(f"ALTER TABLE {name} {change}"))
-
-
 def _move_keys(connection: Connection) -> None:
-    columns = {
-        column["name"] for column in inspect(connection).get_columns("jobs", schema=_schema_of(connection))
-    }
-    if "key" not in columns:
+    if "key" not in _columns(connection, "jobs"):
         return
     old = Table("prompts_before", MetaData(), *(Column(name) for name in ("job_id", "chat", "body")))
     keyed = Table("jobs", MetaData(), *(Column(name) for name in ("id", "run_id", "key")))
@@ -336,143 +326,97 @@ def _move_keys(connection: Connection) -> None:
     _alter(connection, jobs, "DROP COLUMN key")
 
 
-def _add_columns(connection: Connection) -> None:
-    _add_missing(connection, limits, runs, prompts)
-
-
-def _keep_finish_reasons(connection: Connection) -> None:
-    _add_missing(connection, attempts)
-
-
 def _add_missing(connection: Connection, *tables: Table) -> None:
     for table in tables:
-        there = {
-            column["name"]
-            for column in inspect(connection).get_columns(table.name, schema=_schema_of(connection))
-        }
+        there = _columns(connection, table.name)
         for column in table.columns:
             if column.name not in there:
-                _alter(
-                    connection, table, f"ADD COLUMN {column.name} {column.type.compile(connection.dialect)}"
-                )
+                kind = column.type.compile(connection.dialect)
+                _alter(connection, table, f"ADD COLUMN {column.name} {kind}")
 
 
-def _add_shares_and_costs(connection: Connection) -> None:
-    _add_named(connection, (limits, ("refused", "answered")), (runs, ("highest_nanos",)))
+def _adding_to(*tables: Table) -> Callable[[Connection], None]:
+    """Return the step that adds the columns that older versions of these tables do not have."""
+    return lambda connection: _add_missing(connection, *tables)
 
 
-def _add_input_columns(connection: Connection) -> None:
-    _add_named(connection, (runs, ("input_columns",)), (items, ("id_is_number",)))
-
-
-def _add_named(connection: Connection, *wanted: tuple[Table, tuple[str, ...]]) -> None:
-    for table, names in wanted:
-        columns = inspect(connection).get_columns(table.name, schema=_schema_of(connection))
-        for name in set(names) - {column["name"] for column in columns}:
-            kind = table.c[name].type.compile(connection.dialect)
-            _alter(connection, table, f"ADD COLUMN {name} {kind}")
-
-
-def _add_outages(connection: Connection) -> None:
-    outages.create(connection, checkfirst=True)
-
-
-_BEFORE = " (was "
+# Before version 9, the text of a pause was all that told its cause.
 _CAUSES = {
-    PauseCause.BUDGET: re.compile(r"it may cost \$.* spent there is no room for a call"),
-    PauseCause.UNPRICED: re.compile(r"its calls tell no cost: expected .*"),
-    PauseCause.OUTAGE: re.compile(r".+ could not be reached in .+ of waits: .*", re.DOTALL),
-    PauseCause.SET_UP: re.compile(r"all \d+ jobs? that were called failed alike: .*", re.DOTALL),
-    # The class of the error, or the provider's code.
-    PauseCause.ACCOUNT: re.compile(r"[\w.]+: .*", re.DOTALL),
+    PauseCause.BUDGET: r"it may cost \$[^\n]* spent there is no room for a call",
+    PauseCause.UNPRICED: r"its calls tell no cost: expected [^\n]*",
+    PauseCause.OUTAGE: r"[^\n]+ could not be reached in [^\n]+ of waits: .*",
+    PauseCause.SET_UP: r"all \d+ jobs? that were called failed alike: .*",
+    PauseCause.ACCOUNT: r"[\w.]+: .*",  # the class of the error, or the provider's code
 }
-
-
-def _cause_of(reason: str) -> Paused:
-    """Read a reason of a version that kept the cause of a pause in its words."""
-    for cause, words in _CAUSES.items():
-        if words.fullmatch(reason):
-            return Paused(cause, reason)
-    return Paused(PauseCause.USER, reason)
-
-
+_MOVED = r"(moving to|moved to|moving from) (.*?)(?: \(was (?:paused: )?(.*)\))?"
 _MOVING_TO = "moving_to"
 
 
-def _read_reason(state: str, reason: str) -> tuple[str, str, Move | None]:
-    """Read such a reason, also one of `lbr move`; return cause and message."""
-    if state == RunState.CANCELLED:
-        return PauseCause.REMOVING, reason, None
-    for cause in (_MOVING_TO, PauseCause.MOVED_TO, PauseCause.MOVING_FROM):
-        start = f"{cause.replace('_', ' ')} "
-        if reason.startswith(start):
-            message, _, before = reason.partition(_BEFORE)
-            place, before = message.removeprefix(start), before.removesuffix(")")
-            if before == RunState.CANCELLED:
-                return cause, message, Move(place, RunState.CANCELLED)
-            if before:
-                was = _cause_of(before.removeprefix("paused: "))
-                return cause, message, Move(place, RunState.PAUSED, was.cause, was.message)
-            return cause, message, Move(place)
-    pause = _cause_of(reason)
-    return pause.cause, pause.message, None
+def _cause_of(reason: str) -> PauseCause:
+    causes = (cause for cause, words in _CAUSES.items() if re.fullmatch(words, reason, re.DOTALL))
+    return next(causes, PauseCause.USER)
+
+
+def _pause_of(state: str, reason: str) -> dict[str, str | None]:
+    """Return the columns of a run that was paused for this reason."""
+    moved = re.fullmatch(_MOVED, reason, re.DOTALL)
+    if state == RunState.CANCELLED or moved is None:
+        cause = PauseCause.REMOVING if state == RunState.CANCELLED else _cause_of(reason)
+        return {"pause_cause": cause, "pause_message": reason}
+    way, place, before = moved.groups()
+    move = Move(place)
+    if before is not None:
+        cancelled = before == RunState.CANCELLED
+        move = (
+            Move(place, RunState.CANCELLED)
+            if cancelled
+            else Move(place, RunState.PAUSED, _cause_of(before), before)
+        )
+    return {
+        "pause_cause": way.replace(" ", "_"),
+        "pause_message": f"{way} {place}",
+        "move": move.to_json(),
+    }
 
 
 def _name_causes(connection: Connection) -> None:
-    columns = {
-        column["name"] for column in inspect(connection).get_columns("runs", schema=_schema_of(connection))
-    }
-    if "pause_reason" not in columns:
+    if "pause_reason" not in _columns(connection, "runs"):
         return
     _add_missing(connection, runs)
     old = Table("runs", MetaData(), *(Column(name) for name in ("id", "state", "pause_reason")))
     for row in connection.execute(select(old).where(old.c.pause_reason.is_not(None))).all():
-        cause, message, move = _read_reason(row.state, row.pause_reason)
-        values = {
-            "pause_cause": cause,
-            "pause_message": message,
-            "move": None if move is None else move.to_json(),
-        }
-        connection.execute(update(runs).where(runs.c.id == row.id).values(values))
+        pause = _pause_of(row.state, row.pause_reason)
+        connection.execute(update(runs).where(runs.c.id == row.id).values(pause))
     _alter(connection, runs, "DROP COLUMN pause_reason")
 
 
 def _end_moves(connection: Connection) -> None:
-    """Let runs that were being moved away rest here, as they were before, or paused: the same `lbr move` goes on."""
+    """Let runs that were being moved away rest here, as they were before, or paused: the same `lbr move` continues."""
     leaving = select(runs.c.id, runs.c.pause_message, runs.c.move).where(runs.c.pause_cause == _MOVING_TO)
     for row in connection.execute(leaving).all():
         state, pause = Move(**orjson.loads(row.move)).before
         if state is RunState.ACTIVE:
             state, pause = RunState.PAUSED, Paused(PauseCause.USER, row.pause_message)
-        values = {
-            "state": state,
-            "pause_cause": None if pause is None else pause.cause,
-            "pause_message": None if pause is None else pause.message,
-            "move": None,
-        }
+        cause, message = (None, None) if pause is None else (pause.cause, pause.message)
+        values = {"state": state, "pause_cause": cause, "pause_message": message, "move": None}
         connection.execute(update(runs).where(runs.c.id == row.id).values(values))
 
 
 MIGRATIONS: tuple[tuple[str, Callable[[Connection], None]], ...] = (
-    ("create the tables", _create_tables),
+    ("create the tables", _create_missing),
     ("index the suspects", _index_suspects),
     ("keep keys beside prompts", _move_keys),
-    ("share limits, price runs, set jobs apart", _add_columns),
-    ("keep why answers of failed tries ended", _keep_finish_reasons),
-    ("add the share of refused calls and the highest cost of a call", _add_shares_and_costs),
-    ("note outages of models", _add_outages),
-    ("keep the order of columns, and which ids are numbers", _add_input_columns),
+    ("share limits, price runs, set jobs apart", _adding_to(limits, runs, prompts)),
+    ("keep why answers of failed tries ended", _adding_to(attempts)),
+    ("add the share of refused calls and the highest cost of a call", _adding_to(limits, runs)),
+    ("note outages of models", _create_missing),
+    ("keep the order of columns, and which ids are numbers", _adding_to(runs, items)),
     ("keep the cause of a pause apart from its message", _name_causes),
     ("let runs rest that were being moved away", _end_moves),
 )
 """Ordered and append-only: a database's version is the number of them that it has seen."""
 
 LATEST = len(MIGRATIONS)
-
-
-def _schema_of(connection: Connection) -> str | None:
-    where: str | None = connection.get_execution_options().get("schema_translate_map", {}).get(None)
-    return where
 
 
 def applied_version(connection: Connection) -> int:
@@ -486,20 +430,23 @@ def applied_version(connection: Connection) -> int:
 def migrate(
     connection: Connection, now: int, dead_workers: Callable[[Iterable[WorkerId]], list[WorkerId]]
 ) -> None:
-    """Apply what is missing, with its record, in the caller's transaction. Safe to repeat.
+    """Apply what is missing and record it, in the caller's transaction. Safe to repeat.
 
-    Raises DatabaseError, and changes nothing, while workers of an older version report; `dead` returns those of them
-    that have certainly ended.
+    Raises DatabaseError, and changes nothing, while workers of an older version report; `dead_workers` returns those
+    of them that have ended.
     """
     if connection.dialect.name == "postgresql":
-        _for_postgresql()
+        _set_postgresql_options()
     applied = applied_version(connection)
-    if 0 < applied < LATEST:
+    if applied >= LATEST:
+        return
+    if applied:
         _check_no_workers(connection, now, dead_workers)
-    for version, (name, step) in enumerate(MIGRATIONS, start=1):
-        if version > applied:
-            step(connection)
-            connection.execute(insert(schema_version).values(version=version, name=name, applied_at=now))
+    for _, step in MIGRATIONS[applied:]:
+        step(connection)
+    steps = enumerate(MIGRATIONS[applied:], start=applied + 1)
+    rows = [{"version": version, "name": name, "applied_at": now} for version, (name, _) in steps]
+    connection.execute(insert(schema_version), rows)
 
 
 def _check_no_workers(
@@ -515,6 +462,6 @@ def _check_no_workers(
     shown = ", ".join(f"{row.host}:{row.pid}" for row in live[:5])
     more = f" and {len(live) - 5} more" if len(live) > 5 else ""
     raise DatabaseError(
-        f"workers of an older version are running on this queue ({shown}{more}), and this version must change its tables; "
-        f"stop them first. If they were killed, run the same command again in {-(-wait // 1000)} s"
+        f"workers of an older version are running on this queue ({shown}{more}), and this version must change its "
+        f"tables; stop them first. If they were killed, run the same command again in {-(-wait // 1000)} s"
     )
