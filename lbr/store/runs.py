@@ -1,28 +1,17 @@
-"""Runs: made once, found by name, paused, resumed, cancelled and put back for another try."""
+"""Runs: created once, found by name, paused, resumed, cancelled and removed."""
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import orjson
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, select, true, update
 
 from lbr.core.errors import DatabaseError, RunMismatchError, RunNotFoundError, UsageError
 from lbr.core.pricing import Price
-from lbr.core.types import (
-    JobState,
-    Millis,
-    Move,
-    PauseCause,
-    Paused,
-    Run,
-    RunId,
-    RunState,
-    Task,
-    differences,
-)
+from lbr.core.types import JobState, Move, PauseCause, Paused, Run, RunId, RunState, Task, differences
 from lbr.store import counters
 from lbr.store.schema import attempts, items, jobs, outages, prompts, results, runs
 from lbr.store.schema import counters as counters_table
@@ -30,6 +19,8 @@ from lbr.store.sql import BulkStatement, Rows, any_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    from sqlalchemy import ColumnElement
 
     from lbr.store.connection import Connection
     from lbr.store.database import Database
@@ -41,35 +32,28 @@ REASON_LENGTH = 1_000
 
 BEING_REMOVED = {"pause_cause": PauseCause.REMOVING, "pause_message": "being removed"}
 NOT_PAUSED = {"pause_cause": None, "pause_message": None, "move": None}
+FULL_TRIES = {"attempts": 0, "crashes": 0, "retry_seq": jobs.c.claim_seq, "worker_id": None}
+
+_STATES = select(runs.c.id, runs.c.state).where(any_of(runs.c.id, "ids")).order_by(runs.c.id)
+_NEW = (
+    *("name", "task", "answerer", "fingerprint", "state"),
+    *("max_attempts", "created_at", "enqueued_at", "price"),
+)
 
 
-def _making(given: Rows) -> Any:
-    """Insert a run whose name is new; of two that come at once, the second finds the first one's."""
-    names = {f"new_{name}": name for name in _NEW}
-    adding = given.insert_into(runs, {column: given[field] for field, column in names.items()})
+def _making(rows: Rows) -> Any:
+    adding = rows.insert_into(runs, {name: rows[f"new_{name}"] for name in _NEW})
     return adding.on_conflict_do_nothing(index_elements=["name"])
 
 
-_NEW = (
-    "name",
-    "task",
-    "answerer",
-    "fingerprint",
-    "state",
-    "max_attempts",
-    "created_at",
-    "enqueued_at",
-    "price",
-)
 _MAKE = BulkStatement({f"new_{name}": runs.c[name].type for name in _NEW}, _making)
-_STATES = select(runs.c.id, runs.c.state).where(any_of(runs.c.id, "ids")).order_by(runs.c.id)
 
 
 @dataclass(frozen=True, slots=True)
 class RunSpec:
     """What an enqueue asks for. `fingerprint` is a function's, None for a model. Raises UsageError for a bad name.
 
-    `price` is what calls cost from then on; None leaves it as it is. It is no part of the task.
+    `price` is the price of calls from now on, None to leave it as it is; it is not part of the task.
     `refusal` is why the run must not be new, None if it may be.
     """
 
@@ -98,92 +82,75 @@ def check_reason(reason: str) -> None:
 
 
 def run_of(row: AnyRow) -> Run:
-    """Read a row of `runs`. DatabaseError names the run whose row is none."""
+    """Read a row of `runs`. DatabaseError names the run if the row is invalid."""
+    fields = {name: getattr(row, name) for name in Run.__slots__ if name != "pause"}
+    paused = row.pause_cause is not None
     try:
-        return _run_of(row)
+        fields |= {
+            "task": Task.from_json(row.task),
+            "state": RunState(row.state),
+            "price": None if row.price is None else Price.from_json(row.price),
+            "move": None if row.move is None else Move(**orjson.loads(row.move)),
+        }
+        pause = Paused(PauseCause(row.pause_cause), row.pause_message or "") if paused else None
     except (DatabaseError, ValueError, TypeError) as error:
         raise DatabaseError(f"cannot read run {row.name!r}: {error}") from error
-
-
-def _run_of(row: AnyRow) -> Run:
-    return Run(
-        id=RunId(row.id),
-        name=row.name,
-        task=Task.from_json(row.task),
-        state=RunState(row.state),
-        pause=None
-        if row.pause_cause is None
-        else Paused(PauseCause(row.pause_cause), row.pause_message or ""),
-        max_attempts=row.max_attempts,
-        fingerprint=row.fingerprint,
-        created_at=row.created_at,
-        enqueued_at=row.enqueued_at,
-        sealed_at=row.sealed_at,
-        price=None if row.price is None else Price.from_json(row.price),
-        budget_nanos=row.budget_nanos,
-        input_columns=row.input_columns,
-        move=None if row.move is None else Move(**orjson.loads(row.move)),
-    )
+    return Run(**fields, pause=pause)
 
 
 async def find(connection: Connection, name: str) -> Run:
-    """Return the run of that name; RunNotFoundError names those that there are."""
-    if name.isprintable():  # nothing else is ever stored, and some of it could not even be asked for
+    """Return the run of that name. Raises RunNotFoundError, which names the runs that there are."""
+    if name.isprintable():  # no other name is stored, and some could not be sent to the database
         row = (await connection.execute(select(runs).where(runs.c.name == name))).one_or_none()
         if row is not None:
             return run_of(row)
-    names = (
-        (await connection.execute(select(runs.c.name).order_by(runs.c.id.desc()).limit(8))).scalars().all()
-    )
+    newest = select(runs.c.name).order_by(runs.c.id.desc()).limit(8)
+    names = (await connection.execute(newest)).scalars().all()
     known = f"the newest runs here are {', '.join(names)}" if names else "there are no runs here yet"
     raise RunNotFoundError(f"expected the name of a run, got: {name!r}; {known}")
 
 
-async def all_runs(connection: Connection) -> list[Run]:
-    """Return every run, oldest first."""
-    return [run_of(row) for row in (await connection.execute(select(runs).order_by(runs.c.id))).all()]
-
-
-async def prices(connection: Connection, run_ids: Iterable[RunId]) -> dict[RunId, Price | None]:
-    """Return what the calls of these runs cost by their users' word, None where there is none."""
-    query = select(runs.c.id, runs.c.price).where(any_of(runs.c.id, "ids"))
-    rows = (await connection.execute(query, {"ids": list(run_ids)})).all()
-    return {RunId(row.id): None if row.price is None else Price.from_json(row.price) for row in rows}
+async def all_runs(connection: Connection, where: ColumnElement[bool] | None = None) -> list[Run]:
+    """Return every run, or those that a condition selects, oldest first."""
+    query = select(runs).where(true() if where is None else where).order_by(runs.c.id)
+    return [run_of(row) for row in (await connection.execute(query)).all()]
 
 
 async def open_run(database: Database, spec: RunSpec) -> Run:
-    """Return the run of that name, made if it is new, with the price and the order of fields that the spec names.
+    """Return the run of that name, created if it is new, with the price and the order of fields in the spec.
 
-    A known run takes over the order of the spec's schema and settings, which is no part of the task.
+    A known run takes over the order of the spec's schema and settings, which is not part of the task.
 
-    Raises RunMismatchError where the name is taken by another task, UsageError where the run was cancelled or
-    is being moved.
+    Raises RunMismatchError if the name is that of another task, UsageError if the run was cancelled or is being
+    moved.
     """
 
     async def work(connection: Connection) -> Run:
         run, _ = await ensure(database, connection, spec)
-        if run.state is RunState.CANCELLED:
-            raise UsageError(f"run {spec.name!r} was cancelled; `lbr retry {spec.name}` takes it up again")
+        check_not_cancelled(run)
         check_not_moving(run)
-        values = {}
+        values: dict[str, Any] = {}
         if spec.price not in {None, run.price}:
             values["price"] = _price_text(spec.price)
         if run.task.to_json() != spec.task.to_json():
             values["task"] = spec.task.to_json()
-        if not values:
-            return run
-        await connection.execute(update(runs).where(runs.c.id == run.id).values(**values))
-        return await find(connection, spec.name)
+        return await _change(connection, run, values) if values else run
 
     return await database.write(work)
 
 
 async def ensure(database: Database, connection: Connection, spec: RunSpec) -> tuple[Run, bool]:
-    """Return the run of that name, made if it is new, and whether it was.
+    """Return the run of that name, created if it is new, and whether it was.
 
-    Raises RunMismatchError for another task's, UsageError for a new one that the spec refuses.
+    Raises RunMismatchError if it has another task, UsageError for a new one that the spec refuses.
     """
-    made = await _make(database, connection, spec)
+    made = 0
+    if await connection.scalar(select(runs.c.id).where(runs.c.name == spec.name)) is None:
+        now, task = await database.now(connection), spec.task
+        row = (spec.name, task.to_json(), task.answerer, spec.fingerprint, RunState.ACTIVE)
+        made = await _MAKE.run_plain(
+            connection, [(*row, spec.max_attempts, now, now, _price_text(spec.price))]
+        )
     run = await find(connection, spec.name)
     differs = run.task.canonical() != spec.task.canonical()
     if spec.refusal is not None and (made or differs):
@@ -193,58 +160,47 @@ async def ensure(database: Database, connection: Connection, spec: RunSpec) -> t
             f"expected run {spec.name!r} to be free or to ask for the same, got: another task "
             f"({'; '.join(differences(run.task, spec.task))}); choose another name with --run"
         )
-    return run, made
-
-
-async def _make(database: Database, connection: Connection, spec: RunSpec) -> bool:
-    """Insert the run where its name is free; tell whether it was. For one that is known, nothing is written."""
-    if await connection.scalar(select(runs.c.id).where(runs.c.name == spec.name)) is not None:
-        return False
-    now = await database.now(connection)
-    row = {
-        "new_name": spec.name,
-        "new_task": spec.task.to_json(),
-        "new_answerer": spec.task.answerer,
-        "new_fingerprint": spec.fingerprint,
-        "new_state": RunState.ACTIVE,
-        "new_max_attempts": spec.max_attempts,
-        "new_created_at": now,
-        "new_enqueued_at": now,
-        "new_price": _price_text(spec.price),
-    }
-    return await _MAKE.run(connection, [row]) == 1
+    return run, bool(made)
 
 
 def _price_text(price: Price | None) -> str | None:
     return None if price is None else price.to_json()
 
 
+async def _change(connection: Connection, run: Run, values: dict[str, Any]) -> Run:
+    await connection.execute(update(runs).where(runs.c.id == run.id).values(**values))
+    return await find(connection, run.name)
+
+
 def pausing(pause: Paused) -> dict[str, Any]:
-    """Return the columns of a run that is paused so."""
+    """Return the columns of a run with this pause."""
     return {"state": RunState.PAUSED, "pause_cause": pause.cause, "pause_message": pause.message}
+
+
+def check_not_cancelled(run: Run) -> None:
+    """Raise UsageError for a cancelled run."""
+    if run.state is RunState.CANCELLED:
+        raise UsageError(f"run {run.name!r} was cancelled; `lbr retry {run.name}` takes it up again")
 
 
 def check_not_moving(run: Run) -> None:
     """Raise UsageError if a run takes no changes, because it is being or was moved."""
-    pause = run.pause
-    if pause is not None and pause.cause is PauseCause.MOVED_TO:
+    if run.pause is not None and run.pause.cause is PauseCause.MOVED_TO:
         raise UsageError(
-            f"run {run.name!r} was {pause.message} and goes on there; name that database with --db"
+            f"run {run.name!r} was {run.pause.message} and goes on there; name that database with --db"
         )
     _check_whole(run)
 
 
 def _check_whole(run: Run) -> None:
-    """Raise UsageError where only a part of a run may be here yet, so that no worker may work on it."""
-    pause = run.pause
-    if pause is not None and pause.cause is PauseCause.MOVING_FROM:
+    if run.pause is not None and run.pause.cause is PauseCause.MOVING_FROM:
         raise UsageError(
-            f"run {run.name!r} is still {pause.message}; finish that with the same `lbr move` first"
+            f"run {run.name!r} is still {run.pause.message}; finish that with the same `lbr move` first"
         )
 
 
 def check_not_removing(run: Run) -> None:
-    """Raise UsageError for a run of which a part is gone, because its removal was interrupted."""
+    """Raise UsageError for a run that is partly gone, because its removal was interrupted."""
     if run.is_paused_by(PauseCause.REMOVING):
         raise UsageError(f"run {run.name!r} is being removed; `lbr rm {run.name}` finishes that")
 
@@ -254,21 +210,27 @@ async def hold_states(
 ) -> dict[RunId, RunState]:
     """Return the states of runs, which stay as they are until this transaction ends.
 
-    Whoever puts a job back to rest must look so: a cancel that goes on at the same time would pass it by.
-    With `to_change` this transaction may change them itself.
+    Call it before you make a job pending: a cancel that runs at the same time would miss that job.
+    With `to_change` this transaction may change the states itself.
     """
     query = _STATES.with_for_update(read=not to_change)
     rows = (await connection.execute(query, {"ids": list(run_ids)})).all()
     return {RunId(row.id): RunState(row.state) for row in rows}
 
 
+async def hold(connection: Connection, run: Run) -> Run:
+    """Return the run as it is now and until this transaction, which may change it, ends."""
+    await hold_states(connection, [run.id], to_change=True)
+    return await find(connection, run.name)
+
+
 def resting_state(run_state: RunState) -> JobState:
-    """Return where a job goes that is given back: a cancelled run takes no job up again."""
+    """Return the state of a job that is released: a cancelled run takes no job back."""
     return JobState.CANCELLED if run_state is RunState.CANCELLED else JobState.PENDING
 
 
 async def seal(database: Database, run: Run) -> None:
-    """Record that an enqueue has come to its end."""
+    """Record that an enqueue has finished."""
 
     async def work(connection: Connection) -> None:
         now = await database.now(connection)
@@ -302,12 +264,10 @@ async def pause(database: Database, run: Run, reason: str, *, cause: PauseCause 
 
 
 async def resume(database: Database, run: Run, *, moved: bool = True, **budget: int | None) -> Run:
-    """Let a paused run's jobs be claimed again, also those of a copy that a move has left behind. Safe to repeat.
+    """Let a paused run's jobs be claimed again, also those of the copy that a move has left. Safe to repeat.
 
-    UsageError for a cancelled run, where only a part of it may be here, and without `moved` for one that is being or
-    was moved.
-
-    `budget_nanos` is what it may cost from now on, None for any amount; left out, that stays as it is.
+    `budget_nanos` is what the run may cost from now on, None for any amount; without it, that stays as it is.
+    UsageError for a cancelled run, for one that is only partly here, and without `moved` for one that was moved.
     """
     check = _check_whole if moved else check_not_moving
     return await _set_state(database, run, {"state": RunState.ACTIVE} | NOT_PAUSED | budget, check)
@@ -317,63 +277,99 @@ async def _set_state(
     database: Database, run: Run, values: dict[str, Any], check: Callable[[Run], None]
 ) -> Run:
     async def work(connection: Connection) -> Run:
-        await hold_states(connection, [run.id], to_change=True)
-        current = await find(connection, run.name)
-        if current.state is RunState.CANCELLED:
-            raise UsageError(f"run {run.name!r} was cancelled; `lbr retry {run.name}` takes it up again")
+        current = await hold(connection, run)
+        check_not_cancelled(current)
         check(current)
-        await connection.execute(update(runs).where(runs.c.id == run.id).values(**values))
         if values["state"] is RunState.ACTIVE:
             # Calls are made again, whatever was known of an outage.
             await connection.execute(delete(outages).where(outages.c.answerer == run.task.answerer))
         await database.wake(connection)
-        return await find(connection, run.name)
+        return await _change(connection, run, values)
 
     return await database.write(work)
 
 
+async def revive(database: Database, run: Run) -> None:
+    """Make a cancelled run active again. UsageError if it is being or was moved or removed. Safe to repeat."""
+
+    async def work(connection: Connection) -> None:
+        current = await hold(connection, run)
+        check_not_removing(current)
+        check_not_moving(current)
+        if current.state is RunState.CANCELLED:
+            await _change(connection, run, {"state": RunState.ACTIVE})
+
+    await database.write(work)
+
+
 async def cancel(database: Database, run: Run) -> int:
-    """Cancel a run and its pending jobs; return how many jobs. Answers on their way are still kept.
+    """Cancel a run and its pending jobs; return how many jobs. Answers of calls in flight are still kept.
 
     UsageError for a run that is being or was moved.
     """
 
     async def mark(connection: Connection) -> None:
-        await hold_states(connection, [run.id], to_change=True)
-        now = await find(connection, run.name)
-        check_not_moving(now)
-        values = {"state": RunState.CANCELLED} | ({} if now.is_paused_by(PauseCause.REMOVING) else NOT_PAUSED)
-        await connection.execute(update(runs).where(runs.c.id == run.id).values(**values))
+        current = await hold(connection, run)
+        check_not_moving(current)
+        kept = {} if current.is_paused_by(PauseCause.REMOVING) else NOT_PAUSED
+        await _change(connection, run, {"state": RunState.CANCELLED} | kept)
 
     await database.write(mark)
-    return await _cancel_pending(database, run)
+    moved, after = 0, 0
+    while True:
+        page = await database.write(partial(_cancel_page, database, run, after))
+        moved += len(page)
+        if len(page) < BATCH:
+            return moved
+        after = page[-1][0]
+
+
+async def _cancel_page(
+    database: Database, run: Run, after: int, connection: Connection
+) -> list[tuple[int, str]]:
+    if (await hold_states(connection, [run.id]))[run.id] is not RunState.CANCELLED:
+        return []  # a retry made it active meanwhile, and puts the jobs back
+    query = (
+        select(jobs.c.id, jobs.c.state)
+        .where(jobs.c.id > after, jobs.c.run_id == run.id, jobs.c.state == JobState.PENDING)
+        .order_by(jobs.c.id)
+        .limit(BATCH)
+        .with_for_update()
+    )
+    page = [(row.id, row.state) for row in (await connection.execute(query)).all()]
+    await move_page(database, connection, run, page, JobState.CANCELLED)
+    return page
+
+
+async def move_page(
+    database: Database, connection: Connection, run: Run, page: list[tuple[int, str]], target: JobState
+) -> None:
+    """Move jobs, each given with its state, to another resting state. Pending jobs have all their tries again."""
+    now = await database.now(connection)
+    values: dict[str, Any] = {"state": target, "finished_at": now}
+    if target is JobState.PENDING:
+        values |= {"finished_at": None, "available_at": now} | FULL_TRIES
+    query = update(jobs).where(any_of(jobs.c.id, "ids")).values(**values)
+    await connection.execute(query, {"ids": [job_id for job_id, _ in page]})
+    await counters.add(connection, counters.moved((run.id, state, target) for _, state in page))
+    if target is JobState.PENDING:
+        await database.wake(connection)
 
 
 async def remove(database: Database, run: Run) -> int:
-    """Remove a cancelled run none of whose jobs is in flight, with all that it holds; return how many jobs.
+    """Remove a cancelled run with all that it holds, none of whose jobs is in flight; return how many jobs.
 
     Safe to repeat after a crash: the run itself goes last.
     """
     removed = 0
-    while page := await database.write(lambda connection: _remove_page(connection, run)):
+    while page := await database.write(partial(_remove_jobs, run)):
         removed += page
-
-    async def end(connection: Connection) -> int:
-        some = select(items.c.idx).where(items.c.run_id == run.id).limit(BATCH)
-        gone = (
-            await connection.execute(delete(items).where(items.c.run_id == run.id, items.c.idx.in_(some)))
-        ).rowcount
-        if not gone:
-            await connection.execute(delete(counters_table).where(counters_table.c.run_id == run.id))
-            await connection.execute(delete(runs).where(runs.c.id == run.id))
-        return gone
-
-    while await database.write(end):
+    while await database.write(partial(_remove_items, run)):
         pass
     return removed
 
 
-async def _remove_page(connection: Connection, run: Run) -> int:
+async def _remove_jobs(run: Run, connection: Connection) -> int:
     if (await hold_states(connection, [run.id], to_change=True)).get(run.id) is not RunState.CANCELLED:
         raise UsageError(f"run {run.name!r} was taken up again meanwhile, so that it stays")
     await connection.execute(update(runs).where(runs.c.id == run.id).values(BEING_REMOVED))
@@ -384,72 +380,12 @@ async def _remove_page(connection: Connection, run: Run) -> int:
     return len(ids)
 
 
-async def revive(database: Database, run: Run) -> None:
-    """Make a cancelled run active again. UsageError where it is being or was moved. Safe to repeat."""
-
-    async def work(connection: Connection) -> None:
-        await hold_states(connection, [run.id], to_change=True)
-        now = await find(connection, run.name)
-        check_not_removing(now)
-        check_not_moving(now)
-        values = {"state": RunState.ACTIVE}
-        where = (runs.c.id == run.id) & (runs.c.state == RunState.CANCELLED)
-        await connection.execute(update(runs).where(where).values(**values))
-
-    await database.write(work)
-
-
-async def _cancel_pending(database: Database, run: Run) -> int:
-    """Cancel a run's pending jobs, in short transactions of one page each; return how many.
-
-    It ends early where the run has meanwhile been taken up again, by somebody who then moves them back.
-    """
-    moved, last = 0, 0
-    while True:
-
-        async def work(connection: Connection, after: int = last) -> list[tuple[int, str]]:
-            if (await hold_states(connection, [run.id]))[run.id] is not RunState.CANCELLED:
-                return []
-            query = (
-                select(jobs.c.id, jobs.c.state)
-                .where(jobs.c.id > after, jobs.c.run_id == run.id, jobs.c.state == JobState.PENDING)
-                .order_by(jobs.c.id)
-                .limit(BATCH)
-                .with_for_update()
-            )
-            page = [(row.id, row.state) for row in (await connection.execute(query)).all()]
-            await move_page(database, connection, run, page, JobState.CANCELLED)
-            return page
-
-        page = await database.write(work)
-        moved += len(page)
-        if len(page) < BATCH:
-            return moved
-        last = page[-1][0]
-
-
-async def move_page(
-    database: Database, connection: Connection, run: Run, page: list[tuple[int, str]], target: JobState
-) -> None:
-    """Move jobs, each named with the state that it has, to another resting state. Pending, they have all their tries."""
-    now = await database.now(connection)
-    values: dict[str, Any] = {"state": target, "finished_at": Millis(now)}
-    if target is JobState.PENDING:
-        values = {
-            "state": target,
-            "finished_at": None,
-            "available_at": now,
-            "attempts": 0,
-            "crashes": 0,
-            "retry_seq": jobs.c.claim_seq,
-            "worker_id": None,
-        }
-    query = update(jobs).where(any_of(jobs.c.id, "ids")).values(**values)
-    await connection.execute(query, {"ids": [job_id for job_id, _ in page]})
-    deltas: counters.Deltas = Counter()
-    for _, state in page:
-        deltas[run.id, state] -= 1
-        deltas[run.id, target] += 1
-    await counters.add(connection, deltas)
-    if target is JobState.PENDING:
-        await database.wake(connection)
+async def _remove_items(run: Run, connection: Connection) -> int:
+    """Remove a page of items, or, if there is none, the run; return how many items."""
+    some = select(items.c.idx).where(items.c.run_id == run.id).limit(BATCH)
+    removing = delete(items).where(items.c.run_id == run.id, items.c.idx.in_(some))
+    gone = (await connection.execute(removing)).rowcount
+    if not gone:
+        await connection.execute(delete(counters_table).where(counters_table.c.run_id == run.id))
+        await connection.execute(delete(runs).where(runs.c.id == run.id))
+    return gone
