@@ -191,9 +191,7 @@ def echo(data: str | bytes) -> None:
     help="The queue: a SQLite file, made by the first enqueue.",
 )
 @click.option(
-    "--allow-network-fs",
-    is_flag=True,
-    help="Use a SQLite file on a network file system, at your own risk.",
+    "--allow-network-fs", is_flag=True, help="Use a SQLite file on a network file system, at your own risk."
 )
 @click.version_option(package_name="lbr", prog_name="lbr", allow_from_autoenv=False)
 @click.pass_context

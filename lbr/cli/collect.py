@@ -106,12 +106,7 @@ def _reasons(collected: api.Collected) -> str:
 @click.pass_obj
 @click.pass_context
 def collect(
-    context: click.Context,
-    db: dict[str, Any],
-    /,
-    run: str,
-    output: str | None,
-    **flags: Any,
+    context: click.Context, db: dict[str, Any], /, run: str, output: str | None, **flags: Any
 ) -> None:
     """Write a run's answers in input order, finished or not.
 

@@ -18,14 +18,7 @@ from lbr.cli.app import EXIT_UNFINISHED, database_option, log
 from lbr.cli.collect import csv_options, describe, exit_code
 from lbr.cli.enqueue import counting_kept, enqueue_inputs, task_options
 from lbr.cli.enqueue import describe as describe_enqueue
-from lbr.cli.work import (
-    leave_stuck,
-    processes_option,
-    serve,
-    work_flags,
-    work_in_processes,
-    work_options,
-)
+from lbr.cli.work import leave_stuck, processes_option, serve, work_flags, work_in_processes, work_options
 from lbr.core.config import MAX_PROCESSES, at_least_one
 from lbr.core.errors import UsageError
 from lbr.core.text import duration, harmless

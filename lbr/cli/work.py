@@ -88,18 +88,8 @@ def serving_options(command: F) -> F:
         click.option(
             "--run", metavar="NAME", multiple=True, help="A run to serve; all that it can if unset."
         ),
-        click.option(
-            "--function",
-            metavar="MODULE:NAME",
-            multiple=True,
-            help="A function that it may call.",
-        ),
-        click.option(
-            "--result-type",
-            metavar="MODULE:CLASS",
-            multiple=True,
-            help="Checks answers with it.",
-        ),
+        click.option("--function", metavar="MODULE:NAME", multiple=True, help="A function that it may call."),
+        click.option("--result-type", metavar="MODULE:CLASS", multiple=True, help="Checks answers with it."),
     ]
     until = click.option(
         "--until",

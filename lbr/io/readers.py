@@ -1,8 +1,4 @@
-"""Lazy readers: files and streams of prompts become items, one line or record in memory at a time.
-
-What is wrong with a request is a UsageError, raised before the first item where it can be known by then;
-what is wrong with a line is an InputError that names file and line.
-"""
+"""Read prompts from text, JSONL, CSV and TSV files and streams, one line or record in memory at a time."""
 
 from __future__ import annotations
 
@@ -16,6 +12,7 @@ import re
 import stat
 import sys
 from contextlib import contextmanager, suppress
+from decimal import Decimal
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -24,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import orjson
 
 from lbr.core.digits import LONG
-from lbr.core.errors import InputError, OutputError, UsageError
+from lbr.core.errors import InputError, UsageError
 from lbr.core.text import pluralize
 from lbr.io.records import (
     EmptyPromptError,
@@ -37,7 +34,7 @@ from lbr.io.records import (
     shown,
 )
 from lbr.io.tables import MAX_LINE, Table
-from lbr.io.writers import atomic_path
+from lbr.io.writers import atomic_path, named_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,18 +42,17 @@ if TYPE_CHECKING:
 
     from lbr.core.types import Item
     from lbr.io.records import Fields
-    from lbr.io.tables import Records
 
 STDIN = "-"
-HOLDS_DIGITS = frozenset({str, int, bool, type(None)})
-"""The types of values whose digits are all there; most records have no others."""
+EXACT_TYPES = frozenset({str, int, bool, type(None)})
+"""Types that keep all digits of a number; most records have no other values."""
 BOM = "\ufeff"
-DELIMITER_WORDS = {"\\t": "\t", "tab": "\t"}
+DELIMITER_NAMES = {"\\t": "\t", "tab": "\t"}
 SHOWN_BAD = 5
 
 
 class InputFormat(StrEnum):
-    """How a source spells its prompts."""
+    """How an input holds its prompts."""
 
     TEXT = "text"
     JSONL = "jsonl"
@@ -65,9 +61,8 @@ class InputFormat(StrEnum):
 
 
 DELIMITER_OF = {InputFormat.CSV: None, InputFormat.TSV: "\t"}
-TABLES = DELIMITER_OF.keys()
 FORMAT_OF_ENDING = {f".{format_}": format_ for format_ in InputFormat} | {".ndjson": InputFormat.JSONL}
-WAY_OUT_OF_ENDING = {
+INSTEAD_OF = {
     ".json": "write it as JSONL, one object per line (jq -c '.[]' does that), and name it .jsonl",
     ".parquet": "write it as JSONL or CSV",
     ".xlsx": "save it as CSV",
@@ -103,7 +98,7 @@ class BadRows:
                 raise self._refused()
 
     def through(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Yield the items; after the last one, publish the file, or raise InputError for the rows that were bad."""
+        """Yield the items; after the last one, publish the file, or raise InputError for the bad rows."""
         if self._path is None:
             yield from items
         else:
@@ -116,17 +111,14 @@ class BadRows:
         # Bytes that cannot be decoded are written as escapes.
         readable = text.rstrip("\r\n").encode(errors="surrogateescape").decode(errors="backslashreplace")
         row = {"source": error.source, "line": error.line, "reason": error.message, "text": readable}
-        try:
+        with named_errors(str(self._path)):
             file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
             file.flush()
-        except OSError as problem:
-            raise OutputError(f"cannot write {self._path}: {_reason(problem)}") from problem
 
     def _refused(self) -> InputError:
         first, *rest = self._first
-        it, more = (
-            ("it", "") if self.count == 1 else ("them", f" (and {pluralize(self.count - 1, 'more bad row')})")
-        )
+        it = "it" if self.count == 1 else "them"
+        more = "" if self.count == 1 else f" (and {pluralize(self.count - 1, 'more bad row')})"
         lines = [first.message + more, *map(str, rest)]
         if all(isinstance(error, EmptyPromptError) for error in self._first):
             lines.append(f"Use --skip-empty, or fill {it} in")
@@ -139,7 +131,7 @@ class BadRows:
 def read_items(
     sources: Sequence[str],
     *,
-    format: InputFormat | None = None,  # noqa: A002 - the word of the command line
+    format: InputFormat | None = None,  # noqa: A002 - the name of the flag
     template: str | None = None,
     prompt_column: str | None = None,
     delimiter: str | None = None,
@@ -148,60 +140,57 @@ def read_items(
 ) -> Iterator[Item]:
     """Return the items of all sources, in order; `-` is stdin.
 
-    `format` None goes by the ending of each name, `delimiter` None by the beginning of each CSV file, `encoding`
-    None by its BOM. `template` is Jinja, rendered over the fields of each record; it and `prompt_column` exclude
-    each other. Raises UsageError at once for sources, flags or a template that cannot be used; UsageError for
-    columns that are not there while reading, and InputError for the rows that `bad` refuses at the end.
+    `format` None goes by the ending of each name, `delimiter` None by the first lines of each CSV file, `encoding`
+    None by its BOM. `template` is Jinja, rendered with the fields of each record. Raises UsageError at once for
+    sources, flags or a template that cannot be used; while reading, UsageError for columns that are not there, and
+    at the end InputError for the rows that `bad` refuses.
     """
     if template is not None and prompt_column is not None:
-        raise UsageError("expected --template or --prompt-column, got: both; name the column in the template")
+        raise UsageError("--template and --prompt-column exclude each other; name the column in the template")
     check_sources(sources)
     formats = [format or _format_of(source) for source in sources]
     if prompt_column is not None and InputFormat.TEXT in formats:
         source = sources[formats.index(InputFormat.TEXT)]
-        raise UsageError(f"expected --prompt-column with columns, got: {source} as text; set --format")
-    if delimiter is not None and TABLES.isdisjoint(formats):
+        raise UsageError(f"--prompt-column needs columns, and {source} is read as text; set --format")
+    if delimiter is not None and DELIMITER_OF.keys().isdisjoint(formats):
         raise UsageError(
-            f"expected --delimiter with CSV, got: {sources[0]} as {formats[0]}; set --format csv"
+            f"--delimiter is for CSV, and {sources[0]} is read as {formats[0]}; set --format csv"
         )
-    if bad is None:
-        bad = BadRows()
-    read = partial(
-        _read,
-        template=None if template is None else Template(template),
-        column=prompt_column,
-        delimiter=_one_character(delimiter),
-        encoding=_known_encoding(encoding),
-        bad=bad,
-    )
-    return bad.through(itertools.chain.from_iterable(map(read, sources, formats)))
-
-
-def _one_character(delimiter: str | None) -> str | None:
-    character = DELIMITER_WORDS.get(delimiter or "", delimiter)
+    character = DELIMITER_NAMES.get(delimiter or "", delimiter)
     if character is not None and (len(character) != 1 or character in '"\r\n\x00'):
         raise UsageError(f"expected --delimiter to be one character, or tab, got: {shown(delimiter)}")
-    return character
-
-
-def _known_encoding(name: str | None) -> str | None:
     try:
-        "a".encode(name or "utf-8")
+        "a".encode(encoding or "utf-8")
     except (LookupError, ValueError) as error:
-        msg = f"expected --encoding to be a text encoding, such as cp1252, got: {shown(name)}"
+        msg = f"expected --encoding to be a text encoding, for example cp1252, got: {shown(encoding)}"
         raise UsageError(f"{msg} ({error})") from error
-    return name
+    bad = BadRows() if bad is None else bad
+    compiled = None if template is None else Template(template)
+    read = partial(
+        _read, template=compiled, column=prompt_column, delimiter=character, encoding=encoding, bad=bad
+    )
+    return bad.through(itertools.chain.from_iterable(map(read, sources, formats)))
 
 
 def check_sources(sources: Sequence[str]) -> None:
     """Raise UsageError for the first source that cannot be read; nothing is taken from a stream."""
     if not sources:
-        raise UsageError("expected at least one input, got: none; name a file, or - for stdin")
+        raise UsageError("no input given; name a file, or - for stdin")
     if sources.count(STDIN) > 1:
-        raise UsageError("expected - (stdin) once, got: it twice; it can be read only once")
+        raise UsageError("- (stdin) can be read only once, and is named twice")
     for source in sources:
-        if source != STDIN:
-            _check_file(source)
+        if source == STDIN:
+            continue
+        try:
+            mode = Path(source).stat().st_mode
+            if stat.S_ISDIR(mode):
+                raise UsageError(f"{source} is a folder; name the files in it")
+            if stat.S_ISREG(mode):
+                Path(source).open("rb").close()
+            elif not os.access(source, os.R_OK):
+                raise PermissionError(None, "Permission denied")
+        except (OSError, ValueError) as error:
+            raise _unreadable(source, error) from error
 
 
 def is_stream(source: str) -> bool:
@@ -210,10 +199,10 @@ def is_stream(source: str) -> bool:
 
 
 def load_text(text_or_at_file: str, what: str) -> str:
-    """Return the argument itself, or what is in the UTF-8 file that `@path` names; `what` is its name in messages.
+    """Return the argument itself, or the text of the UTF-8 file that `@path` names, without its last line break.
 
-    The line break that ends a file is no part of it: editors put it there.
-    A template that starts with the sign itself is written `{{ '@' }}`. Raises UsageError.
+    `what` is the name of the text in messages. A template that starts with the sign is written `{{ '@' }}`.
+    Raises UsageError.
     """
     if not text_or_at_file.startswith("@"):
         return text_or_at_file
@@ -221,48 +210,32 @@ def load_text(text_or_at_file: str, what: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8-sig").removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise UsageError(f"expected {path} to be UTF-8, got: {_bad_byte(error)}; convert it") from error
+        byte = f"0x{error.object[error.start]:02x} as byte {error.start + 1}"
+        raise UsageError(f"{path} is not UTF-8: it has {byte}; convert it") from error
     except (OSError, ValueError) as error:
-        raise UsageError(f"expected {what} at {path!r}, got: {_reason(error)}; check the path") from error
+        raise UsageError(f"cannot read {what} from {path!r}: {_reason(error)}; check the path") from error
 
 
 def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
 
 
-def _bad_byte(error: UnicodeDecodeError) -> str:
-    return f"0x{error.object[error.start]:02x} as byte {error.start + 1}"
+def _unreadable(source: str, error: Exception) -> UsageError:
+    return UsageError(f"cannot read {source!r}: {_reason(error)}; check the path and its permissions")
 
 
 def _format_of(source: str) -> InputFormat:
     ending = Path(source).suffix.lower()
-    if way_out := WAY_OUT_OF_ENDING.get(ending):
-        raise UsageError(f"expected text, JSONL, CSV or TSV, got: {source}; {way_out}")
+    if instead := INSTEAD_OF.get(ending):
+        raise UsageError(f"lbr reads text, JSONL, CSV and TSV, not {source}; {instead}")
     return FORMAT_OF_ENDING.get(ending, InputFormat.TEXT)
-
-
-def _check_file(source: str) -> None:
-    try:
-        mode = Path(source).stat().st_mode
-        if stat.S_ISDIR(mode):
-            raise UsageError(f"expected an input file, got: the folder {source}; name the files in it")
-        if stat.S_ISREG(mode):
-            Path(source).open("rb").close()
-        elif not os.access(source, os.R_OK):
-            raise PermissionError(None, "Permission denied")
-    except (OSError, ValueError) as error:
-        raise _unreadable(source, error) from error
-
-
-def _unreadable(source: str, error: Exception) -> UsageError:
-    return UsageError(f"expected a readable file, got: {source!r}: {_reason(error)}; check path and mode")
 
 
 @contextmanager
 def _opened(source: str, encoding: str | None, *, is_table: bool) -> Iterator[TextIO]:
     """Open a source as text; bytes that cannot be decoded become surrogates, as in PEP 383. A BOM decides."""
-    if source == STDIN and sys.stdin is None:  # it is where the process was started with stdin closed
-        raise UsageError("expected prompts on stdin, got: a closed stdin; pipe them in or name a file")
+    if source == STDIN and sys.stdin is None:  # the process was started with stdin closed
+        raise UsageError("stdin is closed; pipe the prompts in, or name a file")
     try:
         handle = sys.stdin.buffer if source == STDIN else Path(source).open("rb")  # noqa: SIM115
         if not isinstance(handle, io.BufferedReader):  # a test's or a notebook's stdin
@@ -300,22 +273,20 @@ def _read(
     name = "stdin" if source == STDIN else source
     if column is None and kind is not InputFormat.JSONL:
         column = "prompt"
-    with _opened(source, encoding, is_table=kind in TABLES) as text:
+    with _opened(source, encoding, is_table=kind in DELIMITER_OF) as text:
         lines = _lines(text, name)
-        records: Records = (
-            (Place(name, number), line, line)
-            for number, line in enumerate(lines, start=1)
-            if not line.isspace()
-        )
         fields_of: Callable[[Any, Place], Fields] = _json_fields
-        if kind is InputFormat.TEXT:
-            fields_of = _text_fields
-            if template is not None:
-                template.check_columns(["prompt"], name)
-        elif kind in TABLES:
+        if kind in DELIMITER_OF:
             check = partial(_check_text, encoding=text.encoding)
             table = Table(lines, name, delimiter or DELIMITER_OF[kind], template, column, check)
             records, fields_of = table.records, table.fields
+        else:
+            numbered = enumerate(lines, start=1)
+            records = ((Place(name, at), line, line) for at, line in numbered if not line.isspace())
+            if kind is InputFormat.TEXT:
+                fields_of = _text_fields
+                if template is not None:
+                    template.check_columns(["prompt"], name)
         for place, line, record in records:
             try:
                 if not line.isascii() or "\x00" in line:
@@ -333,7 +304,7 @@ def _lines(text: TextIO, name: str) -> Iterator[str]:
         try:
             line = text.readline(MAX_LINE + 1)
         except (OSError, UnicodeError) as error:
-            raise Place(name, number).error(f"expected to read on, got: {_reason(error)}") from error
+            raise Place(name, number).error(f"cannot be read: {_reason(error)}") from error
         if number == 1:
             line = line.removeprefix(BOM)
         if not line:
@@ -347,13 +318,15 @@ def _lines(text: TextIO, name: str) -> Iterator[str]:
 def _check_text(text: str, place: Place, encoding: str) -> None:
     """Raise InputError for bytes that could not be decoded, and for NUL characters."""
     if "\x00" in text:
-        raise place.error("expected text, got: a NUL character; remove it, or set --encoding (utf-16-le?)")
+        raise place.error("the line has a NUL character; remove it, or set --encoding (utf-16-le?)")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        before = text[: error.start].encode(encoding, "surrogateescape")
-        msg = f"expected {encoding.upper()}, got: 0x{ord(text[error.start]) & 0xFF:02x} as byte {len(before) + 1}"
-        raise place.error(f"{msg}; name the file's encoding, for example --encoding cp1252") from error
+        at = len(text[: error.start].encode(encoding, "surrogateescape")) + 1
+        raise place.error(
+            f"the line is not {encoding.upper()}: it has 0x{ord(text[error.start]) & 0xFF:02x} as byte {at}; name the "
+            f"file's encoding, for example --encoding cp1252"
+        ) from error
 
 
 def _text_fields(line: str, _: Place) -> Fields:
@@ -368,36 +341,22 @@ def _json_fields(line: str, place: Place) -> Fields:
     if not isinstance(fields, dict):
         raise place.error(f'expected a JSON object, got: {shown(fields)}; write {{"prompt": …}}')
     check_storable(fields, place)
-    if not HOLDS_DIGITS.issuperset(map(type, fields.values())) and LONG.search(line):
-        _check_whole_numbers(line, place)
+    # orjson makes floats of whole numbers with more than 64 bits.
+    if not EXACT_TYPES.issuperset(map(type, fields.values())) and LONG.search(line):
+        for name, leaf in leaves(json.loads(line, parse_int=Decimal)):
+            if isinstance(leaf, Decimal) and not -(2**63) <= leaf < 2**64:
+                raise place.error(
+                    f"the number in {shown(name)} has more than 64 bits: {shortened(str(leaf))}; put it in quotes"
+                )
     return fields
 
 
 def _json_problem(line: str, error: orjson.JSONDecodeError) -> str:
-    """Return what is wrong with a line: Python's json writes NaN and half surrogate pairs, which JSON does not have."""
+    """Return what is wrong with a line; Python's json writes NaN and half surrogate pairs, which JSON does not have."""
     with suppress(ValueError, RecursionError):
         for name, leaf in leaves(json.loads(line)):
             if isinstance(leaf, float) and not math.isfinite(leaf):
-                got = json.dumps(leaf)
-                return (
-                    f"expected {shown(name)} to be a JSON value, got: {got}; write null for what is missing"
-                )
-            if isinstance(leaf, str) and any("\ud800" <= character <= "\udfff" for character in leaf):
-                return f"expected {shown(name)} to be Unicode, got: half a surrogate pair; remove it"
-    return f"expected one whole JSON object, got: {error.msg} (character {error.colno}); fix the line"
-
-
-class _Digits(str):
-    """A whole number as it stands in the file."""
-
-    __slots__ = ()
-
-
-def _check_whole_numbers(line: str, place: Place) -> None:
-    """Raise InputError for the first whole number of a record that has more than 64 bits."""
-    for name, leaf in leaves(json.loads(line, parse_int=_Digits)):
-        if isinstance(leaf, _Digits) and not -(2**63) <= int(leaf) < 2**64:
-            raise place.error(
-                f"expected {shown(name)} to be a whole number of at most 64 bits, got: {shortened(leaf)}; "
-                f"put it in quotes"
-            )
+                return f"{shown(name)} is {json.dumps(leaf)}, which JSON does not have; write null instead"
+            if isinstance(leaf, str) and re.search("[\ud800-\udfff]", leaf):
+                return f"{shown(name)} has half a surrogate pair, which is not Unicode; remove it"
+    return f"the line is not a JSON object: {error.msg} (character {error.colno}); fix it"

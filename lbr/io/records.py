@@ -1,4 +1,4 @@
-"""From a record, wherever it was read, to an item: prompts checked, templates rendered, the rest kept as metadata."""
+"""Records become items: prompts are checked, templates rendered, the other fields kept as metadata."""
 
 from __future__ import annotations
 
@@ -7,27 +7,30 @@ import math
 from dataclasses import fields as dataclass_fields
 from dataclasses import is_dataclass
 from enum import Enum
-from functools import lru_cache
+from functools import lru_cache, wraps
 from inspect import isroutine
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lbr.core.errors import InputError, UsageError
 from lbr.core.messages import check_messages
 from lbr.core.types import Item, Json, Part, Prompt, canonical_json
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
-
-    from jinja2 import nodes
+    from collections.abc import Callable, Collection, Iterator
 
 Fields = dict[str, Json]
 
 ID_FIELDS = ("id", "custom_id")
+ROW = "row"
+"""The template variable that holds all columns of a record; a column of that name comes first."""
 SHOWN_CHARACTERS = 80
+TEXT_FILTERS = """capitalize center e escape indent lower replace string striptags title trim truncate upper urlencode
+urlize wordwrap""".split()  # noqa: SIM905 - one word a line would be a page
+"""The filters that turn any value into text, null into "None"."""
 
 
 class EmptyPromptError(InputError):
-    """A record has no prompt: the field, or everything that the template fills in, is empty."""
+    """A record has no prompt: the field, or everything that the template shows, is empty."""
 
 
 class Place(NamedTuple):
@@ -42,38 +45,44 @@ class Place(NamedTuple):
 
 
 class Template:
-    """A compiled Jinja template. It cannot reach Python's insides, nor change the record it is given."""
+    """A compiled Jinja template; it cannot reach Python's internals, nor change the record. Raises UsageError."""
 
     def __init__(self, text: str) -> None:
-        # Jinja takes a tenth of a second to import: only those who use a template pay for it.
+        # Jinja takes a tenth of a second to import.
         from jinja2 import StrictUndefined, TemplateSyntaxError, meta, nodes  # noqa: PLC0415
         from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415
 
-        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-        environment.filters[_NOTING] = self._note
+        self._filled = self._blank = self._null = False
+        environment = ImmutableSandboxedEnvironment(
+            undefined=StrictUndefined, keep_trailing_newline=True, finalize=self._note
+        )
+        environment.filters |= {name: self._noting(environment.filters[name]) for name in TEXT_FILTERS}
         try:
             tree = environment.parse(text)
-            # A column named as one of Jinja's globals comes before it.
-            shadowed = {name.name for name in tree.find_all(nodes.Name)} & environment.globals.keys()
+            for concat in tree.find_all(nodes.Concat):
+                concat.nodes = [nodes.Filter(one, "string", [], [], None, None) for one in concat.nodes]
             self._fields = meta.find_undeclared_variables(tree)
-            self._names = self._fields | shadowed
-            self._of_row = _columns_of_row(tree)
-            self._template = environment.from_string(_noting(tree))
+            self._of_row = {
+                item.arg.value
+                for item in tree.find_all(nodes.Getitem)
+                if isinstance(item.node, nodes.Name)
+                and item.node.name == ROW
+                and isinstance(item.arg, nodes.Const)
+            }
+            # A column named like one of Jinja's globals comes before it.
+            globals_ = {name.name for name in tree.find_all(nodes.Name)} & environment.globals.keys()
+            self._template = environment.from_string(tree)
         except TemplateSyntaxError as error:
-            msg = f"expected a Jinja template, got: {error.message} (line {error.lineno}); fix the template"
-            raise UsageError(f"{msg}. {_row_words('Column Name')}") from error
+            msg = f"the template is not valid Jinja: {error.message} (line {error.lineno})"
+            raise UsageError(f"{msg}. {_row_hint('Column Name')}") from error
         except Exception as error:  # constants are folded, and expressions nested, while it compiles
-            msg = f"expected a Jinja template, got one that does not compile: {type(error).__name__}: {error}"
-            raise UsageError(f"{msg}; fix the template") from error
-
-        self._filled, self._null = False, ""
-        self._empty: set[str] = set()
-        self._constant = UsageError(
-            f"expected a template that names a field, such as {{{{ prompt }}}}, got: {shown(text)}; "
-            f"every prompt would be the same. A template in a file is @FILE"
-        )
+            raise UsageError(f"the template does not compile: {type(error).__name__}: {error}") from error
+        self._names = self._fields | self._of_row | globals_
         if not self._names:
-            raise self._constant
+            raise UsageError(
+                f"the template names no field, so that every prompt would be the same: {shown(text)}. Write fields like "
+                f"{{{{ prompt }}}}; a template in a file is @FILE"
+            )
 
     @property
     def columns(self) -> set[str]:
@@ -81,120 +90,70 @@ class Template:
         return (self._fields - {ROW}) | self._of_row
 
     def check_columns(self, columns: Collection[str], source: str, hint: str = "") -> None:
-        """Raise UsageError if the template asks for a column that no record of the source will have."""
+        """Raise UsageError if the template names a column that the source does not have."""
         if missing := sorted((self._fields if ROW in columns else self.columns) - set(columns)):
-            msg = f"{source}: expected the columns that the template names, got no {names(missing)}"
             odd = next((column for column in columns if not column.isidentifier()), None)
-            how = "" if odd is None else f". {_row_words(odd)}"
-            raise UsageError(f"{msg}; there are: {names(columns)}{hint}{how}")
+            way_out = "" if odd is None else f". {_row_hint(odd)}"
+            raise UsageError(
+                f"{source}: the template names columns that are not there: {names(missing)}; there are: "
+                f"{names(columns)}{hint}{way_out}"
+            )
 
     def render(self, fields: Fields, place: Place) -> str:
         """Return the prompt of one record; InputError for whatever the template's expressions raise.
 
-        EmptyPromptError if all that the record fills in is empty or null.
+        EmptyPromptError if all that the template shows is empty or null; InputError if something is null.
         """
-        if not self._fields and self._names.isdisjoint(fields):
-            raise self._constant
-        self._filled, self._empty, self._null = False, set(), ""
+        self._filled = self._blank = self._null = False
         try:
             prompt = self._template.render({ROW: fields} | fields if ROW in self._fields else fields)
         except Exception as error:  # whatever a template's expression may raise
-            msg = f"expected the template to render, got: {type(error).__name__}: {error}"
+            msg = f"the template cannot be rendered: {type(error).__name__}: {error}"
             raise place.error(f"{msg}; the fields are: {names(fields)}") from error
-        if self._empty and not self._filled:
-            msg = f"every field that the template shows is empty: {names(sorted(self._empty))}"
+        if self._filled and not self._null:
+            return prompt
+        used = {name: value for name, value in fields.items() if name in self._names} or fields
+        if (self._blank or self._null) and not self._filled:
+            msg = f"every field that the template shows is empty: {names(used)}"
             raise EmptyPromptError(msg, source=place.source, line=place.line)
         if self._null:
-            example = self._null if self._null in fields and self._null.isidentifier() else "…"
+            empty = names([name for name, leaf in leaves(used) if leaf is None] or used)
             raise place.error(
-                f"expected {shown(self._null)} to have a value for the template, got: null; fill it in, "
-                f"or say in the template what stands for it, as {{{{ {example} or 'none' }}}} does"
+                f"the template shows a field that is null: {empty}. Fill it in, or write what to use instead, for "
+                f"example {{{{ topic or 'anything' }}}}"
             )
         return prompt
 
-    def _note(self, value: object, name: str) -> object:
-        """Note whether an expression has a value; null, which Jinja would write as None, becomes empty."""
-        if isroutine(value):
-            raise TypeError(f'{name} is a method; name a field of that name in brackets, as in row["values"]')
+    def _note(self, value: object) -> object:
+        """Note whether a value that is written into the prompt is empty; Jinja would write null as None."""
         if value is None:
-            self._null = self._null or name
-            value = ""
+            self._null = True
+            return ""
+        if isroutine(value) or isinstance(value, type):
+            name = getattr(value, "__name__", "this")
+            raise TypeError(f'{name} is a method or a function; write a field of that name as row["{name}"]')
         if isinstance(value, str) and (not value or value.isspace()):
-            self._empty.add(name)
+            self._blank = True
         else:
             self._filled = True
         return value
 
+    def _noting(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a filter that makes text of values, to note a null before that."""
+        at = int(hasattr(function, "jinja_pass_arg"))  # the first argument is Jinja's environment then
 
-ROW = "row"
-"""The name of a template's variable that holds all columns of a record; a column of that name comes first."""
-_NOTING = "value of"
-"""A filter of this name notes empty values; no template can call it, because the name has a space."""
-_WORDING = frozenset(
-    {"capitalize", "center", "e", "escape", "indent", "lower", "replace", "string", "striptags"}
-    | {"title", "trim", "truncate", "upper", "urlencode", "urlize", "wordwrap"}
-)
-"""The filters that make text of what they are given, of a null "None"."""
+        @wraps(function)
+        def noting(*args: Any, **options: Any) -> Any:
+            if args[at] is None:
+                self._null = True
+                args = (*args[:at], "", *args[at + 1 :])
+            return function(*args, **options)
+
+        return noting
 
 
-def _row_words(column: str) -> str:
+def _row_hint(column: str) -> str:
     return f'Write {{{{ row["{column}"] }}}} for a column whose name is not one plain word'
-
-
-def _columns_of_row(tree: nodes.Template) -> set[str]:
-    """Return the names that a template takes from `row["…"]`."""
-    from jinja2 import nodes  # noqa: PLC0415 - see Template
-
-    found = set()
-    for item in tree.find_all(nodes.Getitem):
-        match item:
-            case nodes.Getitem(node=nodes.Name(name="row"), arg=nodes.Const(value=str(name))):
-                found.add(name)
-    return found
-
-
-def _noting(tree: nodes.Template) -> nodes.Template:
-    """Have every expression of a parsed template pass its value through the filter that notes empty ones."""
-    from jinja2 import nodes  # noqa: PLC0415 - see Template
-
-    def noting(part: nodes.Expr) -> nodes.Expr:
-        # What a condition, `or` or `default` decides is decided before: only what is written in the end is looked at.
-        match part:
-            case nodes.TemplateData() | nodes.Const():
-                return part
-            case nodes.Concat():
-                part.nodes = [noting(one) for one in part.nodes]
-                return part
-            case nodes.Filter(name=name, node=nodes.Expr() as node) if name in _WORDING:
-                part.node = noting(node)
-                return part
-        return nodes.Filter(part, _NOTING, [nodes.Const(_words_of(part))], [], None, None, lineno=part.lineno)
-
-    for output in tree.find_all(nodes.Output):
-        output.nodes = [noting(one) for one in output.nodes]
-    return tree
-
-
-def _words_of(expression: nodes.Expr) -> str:
-    """Return an expression as its author may have written it, what is longer than a path shortened."""
-    from jinja2 import nodes  # noqa: PLC0415 - see Template
-
-    match expression:
-        case nodes.Name(name=name):
-            return str(name)
-        case nodes.Getattr(node=node, attr=attr):
-            return f"{_words_of(node)}.{attr}"
-        case nodes.Getitem(node=nodes.Name(name="row"), arg=nodes.Const(value=str(name))):
-            return name
-        case nodes.Getitem(node=node, arg=nodes.Const(value=str(name))):
-            return f"{_words_of(node)}.{name}"
-        case nodes.Getitem(node=node, arg=nodes.Const(value=place)):
-            return f"{_words_of(node)}[{place}]"
-        case nodes.Call(node=node):
-            return f"{_words_of(node)}(…)"
-        case nodes.Filter(node=nodes.Expr() as node):
-            return _words_of(node)
-    return ", ".join(dict.fromkeys(one.name for one in expression.find_all(nodes.Name))) or "…"
 
 
 def item_of(fields: Fields, place: Place, template: Template | None, column: str | None) -> Item:
@@ -204,7 +163,7 @@ def item_of(fields: Fields, place: Place, template: Template | None, column: str
         prompt = _text_prompt(template.render(fields, place), "the rendered template", place)
     elif column is not None:
         if column not in fields:
-            raise place.error(f"expected a field {shown(column)}, got: {names(fields)}; add it")
+            raise place.error(f"there is no field {shown(column)}; there are: {names(fields)}")
         prompt = _text_prompt(fields.pop(column), f"column {column}", place)
     else:
         column = "messages" if "messages" in fields else "prompt"
@@ -234,34 +193,33 @@ def _named_prompt(fields: Fields, place: Place) -> Prompt:
 
 
 def is_plain(text: str) -> bool:
-    """Tell whether a text is a prompt without a doubt, as nearly all are; `item_of` knows what to say of others."""
+    """Return whether a text needs no further check to be a prompt, as nearly all texts do not."""
     return text != "" and text.isascii() and not text.isspace() and "\x00" not in text
 
 
 def _text_prompt(value: Json, what: str, place: Place) -> Prompt:
-    """Make a prompt of a text; InputError, in which it is called `what`, for what says nothing or is no text."""
     if value is None or value == "" or (isinstance(value, str) and value.isspace()):
         raise EmptyPromptError(f"{what} is empty", source=place.source, line=place.line)
     if not isinstance(value, str):
         raise place.error(f"expected {what} to be a string, got: {shown(value)}; put it in quotes")
     if "\x00" in value:
-        raise place.error(f"expected {what} to be text, got: a NUL character; remove it")
+        raise place.error(f"{what} has a NUL character; remove it")
     try:
         if not value.isascii():
             value.encode()
     except UnicodeEncodeError as error:
-        raise place.error(f"expected {what} to be Unicode, got: half a surrogate pair; remove it") from error
+        raise place.error(f"{what} has half a surrogate pair; remove it") from error
     return Prompt(value)
 
 
 def _pop_id(fields: Fields, place: Place) -> str | int | None:
     given = [fields.pop(name) for name in ID_FIELDS if name in fields]
     if len(given) > 1:
-        raise place.error("expected one of the fields id and custom_id, got: both; rename one")
+        raise place.error("both id and custom_id are set; remove or rename one")
     value = given[0] if given else None
     if value is None or value == "":
         return None
-    if isinstance(value, float) and value.is_integer():  # as pandas has a column of numbers with a gap
+    if isinstance(value, float) and value.is_integer():  # pandas makes floats of whole numbers with a gap
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise place.error(f"expected the id to be a string or a whole number, got: {shown(value)}")
@@ -269,38 +227,31 @@ def _pop_id(fields: Fields, place: Place) -> str | int | None:
 
 
 def check_storable(fields: Fields, place: Place) -> None:
-    """Raise InputError for what Python or JSON can say but a database or a collected row cannot hold."""
+    """Raise InputError for what Python or JSON can express, but a database or a collected row cannot hold."""
     try:
         text = canonical_json([[fields]])  # a row nests metadata deeper than its line did
     except TypeError as error:
-        if "ecursion" in str(error):
-            raise place.error(
-                "expected at most 250 levels of nesting, got: more; flatten the object"
-            ) from error
-        raise place.error(
-            f"expected fields that JSON can hold, got: {error}; convert or remove it"
-        ) from error
+        raise not_json(error, place) from error
     if b"\\u0000" in text.replace(rb"\\", b""):
-        raise place.error("expected text, got: a NUL character (\\u0000); remove it")
+        raise place.error("a field has a NUL character (\\u0000); remove it")
 
 
-def check_finite(fields: Fields, place: Place) -> None:
-    """Raise InputError for NaN and infinity, which Python has and JSON has not: null would stand for them."""
-    for name, value in not_finite(fields):
-        raise place.error(
-            f"expected {shown(name)} to be a JSON value, got: {value}; put None for what is missing"
-        )
+def not_json(error: TypeError, place: Place) -> InputError:
+    """Return the error for fields that orjson refused."""
+    if "ecursion" in str(error):
+        return place.error("the fields are nested more than 250 levels deep; flatten them")
+    return place.error(f"a field cannot be written as JSON: {error.__cause__ or error}; convert or remove it")
 
 
 def not_finite(value: object) -> Iterator[tuple[str, float]]:
-    """Yield the path and the value of each float within that JSON has not; of what JSON can hold as it is."""
+    """Yield path and value of each NaN or infinity within a value; JSON has neither."""
     for name, leaf in leaves(value):
         if isinstance(leaf, float) and not math.isfinite(leaf):
             yield name, leaf
 
 
 def leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
-    """Yield the path and the value of everything within that has no parts of its own."""
+    """Yield path and value of everything within that has no parts of its own."""
     if isinstance(value, dict):
         for key, one in value.items():
             yield from leaves(one, f"{name}.{key}" if name else key)

@@ -14,7 +14,7 @@ from lbr.core.text import pluralize
 from lbr.io.records import Place, names, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
     from typing import Any
 
     from lbr.io.records import Fields, Template
@@ -27,7 +27,7 @@ MAX_LINE = 2**28
 SAMPLE_CHARACTERS = 2**16
 DELIMITERS = ",;\t|"
 AGREEING = {False: 0.9, True: 0.5}
-"""The share of rows that must have as many cells as the header; a header with the wanted columns needs less proof."""
+"""The share of rows with as many cells as the header; a header with the wanted columns needs less evidence."""
 
 
 class Table:
@@ -53,24 +53,19 @@ class Table:
         self.records = _records(itertools.chain(sample, lines), name, self._delimiter, spaced=spaced)
         first = next(self.records, None)
         if first is None:
-            raise InputError(
-                "expected a header row, got: an empty file; name the columns in line 1", source=name
-            )
+            raise InputError("the file is empty; the first line must name the columns", source=name)
         place, text, header = first
         check_text(text, place)
         self._line = place.line
-        self._header = _names_of(_cells(header, place), place)
-        self._named = _named(header)
-        self._check(name, template, column)
-
-    def _check(self, name: str, template: Template | None, column: str | None) -> None:
+        self._header = _column_names(_cells(header, place), place)
+        self._named = _count_named(header)
         hint = f" (delimiter {shown(self._delimiter)})"
         if len(self._header) == 1:
             hint += "; set --delimiter if these are several columns"
         if template is not None:
             template.check_columns(self._header, name, hint)
         elif column not in self._header:
-            msg = f"{name}: expected a column {shown(column)}, got: {names(self._header)}{hint}"
+            msg = f"{name}: there is no column {shown(column)}; there are: {names(self._header)}{hint}"
             raise UsageError(f"{msg}; set --prompt-column or --template")
 
     def fields(self, row: list[str] | csv.Error, place: Place) -> Fields:
@@ -90,16 +85,15 @@ class Table:
 
 def _cells(row: list[str] | csv.Error, place: Place) -> list[str]:
     if isinstance(row, csv.Error):
-        msg = f"expected a well-formed record, got: {row}"
         way_out = "close every quote, double those within a cell, and put cells with line breaks in quotes"
-        raise place.error(f"{msg}; {way_out}") from row
+        raise place.error(f"the row is not valid CSV: {row}; {way_out}") from row
     return row
 
 
 def _records(lines: Iterator[str], name: str, delimiter: str, *, spaced: bool) -> Records:
     """Yield each row, or its csv.Error; skip blank lines.
 
-    After an error, reading goes on with the next line: a quote that is not closed takes in all that follows.
+    After an error, reading continues with the next line: an unclosed quote swallows everything after it.
     """
     held: list[str] = []
     again: list[str] = []
@@ -146,7 +140,7 @@ def _sample(lines: Iterator[str]) -> tuple[list[str], bool]:
     return sample, True
 
 
-def _rows_of(lines: Iterable[str], delimiter: str, *, spaced: bool = False) -> Iterator[list[str]]:
+def _rows_of(lines: list[str], delimiter: str, *, spaced: bool = False) -> Iterator[list[str]]:
     """Yield the rows of a sample, up to the first that cannot be read."""
     with suppress(csv.Error):
         for row in csv.reader(lines, delimiter=delimiter, skipinitialspace=spaced):
@@ -157,8 +151,8 @@ def _rows_of(lines: Iterable[str], delimiter: str, *, spaced: bool = False) -> I
 def _likely_delimiter(lines: list[str], wanted: set[str | None] | set[str], *, whole: bool) -> str:
     """Return the delimiter of a CSV file, judged by its first lines.
 
-    It is a comma if that gives the wanted columns, or else the first one that makes several columns and gives nearly
-    all rows the same number of cells. One that gives the wanted columns is preferred. Without any, it is a comma.
+    A comma if that gives the wanted columns; else the first one that makes several columns and gives nearly all rows
+    the same number of cells, preferably with the wanted columns; else a comma.
     """
     fitting = []
     for delimiter in DELIMITERS:
@@ -166,7 +160,7 @@ def _likely_delimiter(lines: list[str], wanted: set[str | None] | set[str], *, w
         if not whole and len(rows) > 1:
             rows.pop()  # it may be half a row
         header = rows[0] if rows else []
-        named = _named(header)
+        named = _count_named(header)
         has_wanted = bool(wanted) and wanted <= {name.strip() for name in header}
         if delimiter == "," and has_wanted:
             return delimiter
@@ -177,25 +171,25 @@ def _likely_delimiter(lines: list[str], wanted: set[str | None] | set[str], *, w
 
 
 def _has_spaces_after(delimiter: str, sample: list[str]) -> bool:
-    """Return True if spaces after delimiters belong to no cell: all of the header have one, or a quote comes after it."""
+    """Return whether spaces after delimiters belong to no cell: all header names have one, or a quote follows one."""
     header = next(_rows_of(sample, delimiter), [])
     if len(header) > 1 and all(name.startswith(" ") for name in header[1:]):
         return True
-    # The end of a quoted cell, and a quote within one, are before a delimiter, a line's end or another quote.
+    # A quote that ends a cell, or is part of one, is followed by a delimiter, the end of the line or another quote.
     begin = re.compile(rf'{re.escape(delimiter)} +"[^"\r\n{re.escape(delimiter)}]')
     return any(map(begin.search, sample))
 
 
-def _named(header: list[str]) -> int:
+def _count_named(header: list[str]) -> int:
     """Return the number of columns up to the last one that has a name."""
     return max((place for place, name in enumerate(header, start=1) if name.strip()), default=0)
 
 
-def _names_of(header: list[str], place: Place) -> list[str]:
+def _column_names(header: list[str], place: Place) -> list[str]:
     """Return the names of the columns, `column_1` for an unnamed one. Raises InputError for duplicate names."""
     taken = set(header)
     if twice := [name for name, count in Counter(header).items() if count > 1 and name.strip()]:
-        raise place.error(f"expected different column names, got twice: {names(twice)}; rename one")
+        raise place.error(f"several columns have the same name: {names(twice)}; rename them")
     found = []
     for number, given in enumerate(header, start=1):
         name = given if given.strip() else f"column_{number}"

@@ -58,19 +58,17 @@ async def test_a_table_is_no_list_of_prompts(given: Any) -> None:
 
 async def test_an_array_without_a_dimension_is_no_list_of_prompts() -> None:
     """It says that it can be iterated, and cannot."""
-    with pytest.raises(UsageError, match="^expected a list of prompts or a Path, got: ndarray"):
+    with pytest.raises(UsageError, match="^expected a list of prompts or a Path, got: a ndarray"):
         await lbr.prompt_map(np.array("a"), up)
 
 
 async def test_the_way_out_fits_the_table() -> None:
     """What is named instead is there: a column of it, or its rows as records."""
     frame = pl.DataFrame({"prompt": ["a", "b"], "topic": ["x", "y"]})
-    with pytest.raises(UsageError, match=r'df\["prompt"\]\.to_list\(\), or df\.to_dicts\(\) for records$'):
-        await lbr.prompt_map(frame, up)  # type: ignore[arg-type]
-    with pytest.raises(
-        UsageError, match=r'df\["prompt"\]\.tolist\(\), or df\.to_dict\("records"\) for records$'
-    ):
-        await lbr.prompt_map(DataFrame(), up)
+    words = r'df\["prompt"\]\.to_list\(\), or for records df\.to_dict\("records"\) in pandas, df\.to_dicts\(\) in polars$'
+    for given in (frame, DataFrame()):
+        with pytest.raises(UsageError, match=words):
+            await lbr.prompt_map(given, up)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"a list with the dict in it for one record$"):
         await lbr.prompt_map({"prompt": "a"}, up)
     assert await lbr.prompt_map(frame["prompt"], up, return_dtype="list[str]") == ["A", "B"]
@@ -290,7 +288,7 @@ async def test_errors_name_parameters(tmp_path: Path) -> None:
         (partial(lbr.enqueue, ["a"], model="offline:echo"), "set run=…", "--run"),
         (partial(lbr.enqueue, ["a"], run="x"), r"a function \(function=…\), a model \(model=…\)", "--model"),
         (partial(lbr.prompt_map, ["a"]), r"a function \(worker=…\), a model \(model_name=…\)", "--model"),
-        (partial(lbr.collect, "r", out="-", bom=True), "bom is for CSV alone", "--bom"),
+        (partial(lbr.collect, "r", out="-", bom=True), "bom is for CSV only", "--bom"),
     ):
         with pytest.raises(lbr.LbrError, match=words) as caught:
             await asking()

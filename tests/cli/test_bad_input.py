@@ -142,14 +142,14 @@ def mortal() -> tuple[str, ...]:
 @pytest.mark.parametrize(
     "wrong",
     [
-        case("enqueue none.txt", "readable file", "'none.txt'", "No such file", "check path"),
-        case("enqueue d", "input file", "the folder d", "name the files", files={"d/a.txt": "a\n"}),
+        case("enqueue none.txt", "cannot read 'none.txt'", "No such file", "check the path"),
+        case("enqueue d", "d is a folder; name the files", files={"d/a.txt": "a\n"}),
         case(
             "enqueue p.jsonl",
             "p.jsonl, line 17",
-            "JSON object",
+            "not a JSON object",
             "(character 12)",
-            "fix the line",
+            "fix it",
             code=1,
             files={"p.jsonl": GOOD_LINES + '{"prompt": oops}\n'},
             name="line 17 not JSON",
@@ -195,8 +195,7 @@ def mortal() -> tuple[str, ...]:
         case(
             "enqueue p.txt",
             "p.txt",
-            "at least one input",
-            "none",
+            "there is no input",
             code=1,
             files={"p.txt": ""},
             name="empty input",
@@ -219,13 +218,17 @@ def mortal() -> tuple[str, ...]:
             files={"p.csv": "prompt,b\na,1\n" + ",2\n" * 7},
             name="several bad rows",
         ),
-        case("enqueue p.csv --skip-bad p.csv", "another file for the bad rows", "p.csv", files=CSV),
+        case(
+            "enqueue p.csv --skip-bad p.csv",
+            "p.csv is the input; name a new file for the bad rows",
+            files=CSV,
+        ),
         case("enqueue p.csv --encoding utf-9", "--encoding", "'utf-9'", "cp1252", files=CSV),
         case("estimate p.csv --delimiter ::", "--delimiter", "one character", "'::'", files=CSV),
         case("enqueue p.csv --model offline:echo --skip-bad runs.db", "than the queue", files=CSV),
         case("run p.csv -o o.csv --skip-bad o.csv", "another file", "bad rows", "o.csv", files=CSV),
-        case("enqueue p.csv", "p.csv", "a column 'prompt'", "'city', 'state'", "--template", files=CSV),
-        case("enqueue - --run r", "at least one input", "none", code=1, name="stdin empty"),
+        case("enqueue p.csv", "p.csv", "no column 'prompt'", "'city', 'state'", "--template", files=CSV),
+        case("enqueue - --run r", "there is no input", code=1, name="stdin empty"),
         case(
             "enqueue - --run r --format jsonl",
             "stdin, line 1",
@@ -234,8 +237,8 @@ def mortal() -> tuple[str, ...]:
             stdin=b"oops\n",
             name="stdin bad from its start",
         ),
-        case("enqueue - - --run r", "- (stdin) once", "twice"),
-        case("enqueue -", "a name for the run", "--run", stdin=b"a\n"),
+        case("enqueue - - --run r", "- (stdin) can be read only once"),
+        case("enqueue -", "the run needs a name; set --run", stdin=b"a\n"),
     ],
 )
 def test_bad_inputs_are_refused_with_file_and_line(wrong: Case, tmp_path: Path) -> None:
@@ -280,12 +283,16 @@ def test_bad_and_empty_rows_are_left_out_on_request(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        case("enqueue p.csv --template {{town}}", "p.csv", "no 'town'", "there are: 'city', 'state'"),
-        case("enqueue p.csv --template {{city", "Jinja template", "(line 1)", "fix the template"),
+        case("enqueue p.csv --template {{town}}", "p.csv", "'town'; there are: 'city', 'state'"),
+        case("enqueue p.csv --template {{city", "not valid Jinja", "(line 1)"),
         case("enqueue p.csv --template {{city}}{{1/0}}", "p.csv, line 2", "ZeroDivisionError", code=1),
         case("enqueue p.csv --template {{city.__class__}}", "p.csv, line 2", "SecurityError", code=1),
-        case(f"enqueue p.csv --template {DEEP_TEMPLATE}", "Jinja template", "RecursionError", name="deep"),
-        case("enqueue p.csv --template @none.j2", "a template at 'none.j2'", "No such file"),
+        case(
+            f"enqueue p.csv --template {DEEP_TEMPLATE}",
+            "the template does not compile: RecursionError",
+            name="deep",
+        ),
+        case("enqueue p.csv --template @none.j2", "cannot read a template from 'none.j2'", "No such file"),
     ],
 )
 def test_bad_templates_are_refused(wrong: Case, tmp_path: Path) -> None:
@@ -377,16 +384,20 @@ def test_numbers_and_names_out_of_range_are_refused(wrong: Case, tmp_path: Path)
         case("show p 99", "an input of run 'p'", "got: 99", "0 to 2"),
         case("show p -- -1", "IDX", "-1 is not in the range"),
         case(f"show p {'9' * 30}", "IDX", "is not in the range"),
-        case("collect p -o ./runs.db --format csv", "output file", "runs.db", "other tables", "name another"),
+        case(
+            "collect p -o ./runs.db --format csv",
+            "runs.db is a database with other tables than answers",
+            "name another",
+        ),
         case(
             "run p.jsonl -o ./p.jsonl", "another file", "the input", "p.jsonl", files={"p.jsonl": GOOD_LINES}
         ),
-        case("collect p -o o.txt", ".jsonl", ".csv", "got: o.txt", "rename"),
-        case("collect p -o no/o.jsonl", "no to be a folder", "nothing there", "create it"),
-        case("collect p -o d.jsonl", "the folder d.jsonl", files={"d.jsonl/a": ""}),
-        case("collect p -o ''", "the folder .", "add a file name"),
-        case("collect p -o /dev/stdout", "/dev/stdout, which a program has open", "-o -`"),
-        case("run p.jsonl -o /dev/null", "device or pipe /dev/null", "-o -`"),
+        case("collect p -o o.txt", "lbr cannot write o.txt", ".jsonl", ".csv"),
+        case("collect p -o no/o.jsonl", "there is no folder ", "create it"),
+        case("collect p -o d.jsonl", "the output d.jsonl is a folder", files={"d.jsonl/a": ""}),
+        case("collect p -o ''", "the output . is a folder; add a file name"),
+        case("collect p -o /dev/stdout", "/dev/stdout is a device or a pipe", "-o -`"),
+        case("run p.jsonl -o /dev/null", "/dev/null is a device or a pipe", "-o -`"),
     ],
 )
 def test_a_known_run_and_older_outputs_stay_as_they_are(wrong: Case, held: Path) -> None:
@@ -511,7 +522,7 @@ def test_database_urls_that_name_no_file_are_refused(url: str, says: tuple[str, 
 @pytest.mark.parametrize(
     ("locked", "mode", "command", "code", "says"),
     [
-        ("p.txt", 0o000, "enqueue p.txt", 2, ("readable file", "'p.txt'", "Permission denied")),
+        ("p.txt", 0o000, "enqueue p.txt", 2, ("cannot read 'p.txt'", "Permission denied")),
         ("runs.db", 0o400, "enqueue p.txt", 1, ("runs.db", "read and written", "permission denied", "mode")),
         ("runs.db", 0o000, "status", 1, ("runs.db", "read", "permission denied", "mode")),
         ("out", 0o500, "collect p -o out/o.jsonl", 1, ("out/o.jsonl", "Permission denied", "-o")),

@@ -84,7 +84,7 @@ def test_flags_of_csv(cli: Cli) -> None:
             cli("collect", "in", flag, check=False),
         ):
             assert refused.returncode == 2
-            assert f"lbr: {flag} is for CSV alone, got: jsonl" in refused.stderr
+            assert f"lbr: {flag} is for CSV only, got: jsonl" in refused.stderr
     cli("run", "in.txt", "-o", "out.csv", "--model", "offline:echo", "--bom", "--spreadsheet-safe")
     assert (cli.folder / "out.csv").read_bytes().startswith(b"\xef\xbb\xbfprompt,idx,")
     assert pd.read_csv(cli.folder / "out.csv")["result"].tolist() == ["'- first"]

@@ -104,14 +104,10 @@ class TestFormat:
         [
             (
                 "a.json",
-                "expected an output that ends in one of .jsonl, .ndjson, .csv, .db, .sqlite, .sqlite3, got: a.json",
+                "lbr cannot write a.json; use a name that ends in .jsonl, .ndjson, .csv, .db, .sqlite, .sqlite3",
             ),
-            ("a", "expected an output that ends in one of .jsonl,"),
-            ("jsonl/", "expected an output that ends in one of .jsonl,"),
-            (
-                "a.parquet",
-                "expected an output that lbr writes, got: a.parquet; Parquet is not supported, use .jsonl",
-            ),
+            ("a", "lbr cannot write a; use a name that ends in .jsonl,"),
+            ("jsonl/", "lbr cannot write jsonl/; use a name that ends in .jsonl,"),
         ],
     )
     def test_other_endings_are_refused(self, path: str, message: str) -> None:
@@ -136,24 +132,32 @@ class TestCheckOutput:
         """There is nothing to check about stdout."""
         check_output(None)
 
-    @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/{}", "/proc/self/fd/{}", "link.csv"])
-    def test_what_a_program_has_open_is_refused(self, tmp_path: Path, name: str) -> None:
+    @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "link.csv", "there.csv"])
+    @pytest.mark.processes
+    def test_the_file_of_stdout_is_refused(self, tmp_path: Path, name: str) -> None:
         """The file that stdout goes to is not replaced behind its back."""
+        (tmp_path / "link.csv").symlink_to("/dev/stdout")
+        code = "import sys; from lbr.io.writers import check_output; check_output(sys.argv[1])"
         with (tmp_path / "there.csv").open("w") as there:
-            (tmp_path / "link.csv").symlink_to(f"/dev/fd/{there.fileno()}")
-            path = tmp_path / name.format(there.fileno())
-            with pytest.raises(UsageError, match=r"which a program has open; name a file, or .* -o -`"):
-                check_output(str(path))
+            ended = subprocess.run(
+                [sys.executable, "-c", code, name],
+                cwd=tmp_path,
+                stdout=there,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+            )
+        assert re.search(r"is open as stdout; name a file, or .* -o -`", ended.stderr)
 
     @pytest.mark.parametrize(
         ("name", "message"),
         [
-            ("none/a.csv", "expected .*none to be a folder, got: nothing there; create it first"),
-            ("file/a.csv", "expected .*file to be a folder, got: a file; create it first"),
-            ("folder.csv", "expected an output file, got: the folder .*folder.csv; add a file name"),
+            ("none/a.csv", "there is no folder .*none; create it first"),
+            ("file/a.csv", "there is no folder .*file; create it first"),
+            ("folder.csv", "the output .*folder.csv is a folder; add a file name"),
             (
                 "pipe.csv",
-                "expected an output file, got: the device or pipe .*pipe.csv; name a file, or .* -o -`",
+                "the output .*pipe.csv is a device or a pipe; name a file, or .* -o -`",
             ),
             ("a\0b.csv", r"expected the output to be a name that a file can have, got: '.*a\\x00b.csv'"),
             ("\ud800.csv", r"expected the output to be a name that a file can have, got: '.*\\ud800.csv'"),
@@ -173,7 +177,7 @@ class TestCheckOutput:
     )
     def test_a_refused_file_is_told_with_the_reason(self, path: str, reason: str) -> None:
         """What the file system refuses, to root too, is an error with its reason."""
-        with pytest.raises(OutputError, match=f"^expected to write {path}, got: {reason}; "):
+        with pytest.raises(OutputError, match=f"^cannot write {path}: {reason}; "):
             check_output(path)
 
     def test_a_read_only_folder_is_refused(self, mortal_folder: Path) -> None:
@@ -261,7 +265,7 @@ class TestAtomicPath:
     def test_a_missing_folder_is_an_output_error(self, tmp_path: Path) -> None:
         """Without a check before, a missing folder is still told with its reason."""
         with (
-            pytest.raises(OutputError, match="got: No such file or directory"),
+            pytest.raises(OutputError, match=": No such file or directory"),
             atomic_path(tmp_path / "a" / "b"),
         ):
             pass
@@ -269,7 +273,7 @@ class TestAtomicPath:
     def test_a_folder_that_came_in_between_is_an_output_error(self, tmp_path: Path) -> None:
         """What only comes to light at the end is told with its reason, and cleaned up."""
         path = tmp_path / "out.csv"
-        with pytest.raises(OutputError, match="got: Is a directory"), atomic_path(path):
+        with pytest.raises(OutputError, match=": Is a directory"), atomic_path(path):
             path.mkdir()
         assert names(tmp_path) == ["out.csv"]
 
@@ -292,27 +296,23 @@ class TestAtomicPath:
         assert path.read_text() == "new"
 
     def test_what_dead_processes_left_is_removed(self, tmp_path: Path) -> None:
-        """A temporary file of a process that is gone goes an hour after it was written, with SQLite's beside it."""
-        ended = subprocess.Popen([sys.executable, "-c", ""])
-        ended.wait()
+        """A temporary file goes a day after it was written, with SQLite's beside it."""
         tails = ("0" * 12 + ".tmp", "0" * 12 + ".tmp-journal")
-        left = [tmp_path / f".out.csv.{ended.pid}.{tail}" for tail in tails]
-        living = tmp_path / f".out.csv.{os.getpid()}.{'1' * 12}.tmp"
+        left = [tmp_path / f".out.csv.7.{tail}" for tail in tails]
         others = [
-            tmp_path / f".out.csv.{ended.pid}.{tail}"
-            for tail in ("0.tmp", "0" * 12 + ".tmp.csv", "z" * 12 + ".tmp")
+            tmp_path / f".out.csv.7.{tail}" for tail in ("0.tmp", "0" * 12 + ".tmp.csv", "z" * 12 + ".tmp")
         ]
-        others += [tmp_path / f".not.csv.{ended.pid}.{tails[0]}", tmp_path / f".out.csv.me.{tails[0]}"]
-        young = tmp_path / f".out.csv.{ended.pid}.{'2' * 12}.tmp"
-        link = tmp_path / f".out.csv.{ended.pid}.{'3' * 12}.tmp"
-        for path in (*left, living, *others, young):
+        others += [tmp_path / f".not.csv.7.{tails[0]}", tmp_path / f".out.csv.me.{tails[0]}"]
+        young = tmp_path / f".out.csv.7.{'2' * 12}.tmp"
+        link = tmp_path / f".out.csv.7.{'3' * 12}.tmp"
+        for path in (*left, *others, young):
             path.touch()
-        for path in (*left, living, *others):
-            os.utime(path, (time.time() - 3700,) * 2)
+        for path in (*left, *others):
+            os.utime(path, (time.time() - 90_000,) * 2)
         link.symlink_to(young)
         with atomic_path(tmp_path / "out.csv") as temporary:
             temporary.write_text("new")
-        assert set(tmp_path.iterdir()) == {living, *others, young, link, tmp_path / "out.csv"}
+        assert set(tmp_path.iterdir()) == {*others, young, link, tmp_path / "out.csv"}
 
 
 class TestLock:
@@ -330,7 +330,7 @@ class TestLock:
         """A lock folder that somebody else laid out is not trusted."""
         folder = Path(tempfile.gettempdir()) / f"lbr-{os.getuid()}"
         folder.symlink_to(tmp_path)
-        with pytest.raises(OutputError, match="to be your own folder, got: another's"):
+        with pytest.raises(OutputError, match="is not your own folder; set TMPDIR"):
             async with output_lock(tmp_path / "a"):
                 pass
 
@@ -343,7 +343,9 @@ class TestLock:
             raise FileNotFoundError(2, "No usable temporary directory found in ['/nonexistent']")
 
         monkeypatch.setattr(tempfile, "gettempdir", none)
-        with pytest.raises(OutputError, match="got: none that can be written; set TMPDIR to one"):
+        with pytest.raises(
+            OutputError, match="No usable temporary directory found.*; set TMPDIR to a folder of yours"
+        ):
             check_output(str(tmp_path / "out.csv"))
         assert list(tmp_path.iterdir()) == []
 
@@ -516,7 +518,7 @@ class TestCsv:
     @pytest.mark.parametrize("kind", [OutputFormat.JSONL, OutputFormat.DB])
     def test_other_formats_have_no_style(self, kind: OutputFormat) -> None:
         """Flags of CSV are refused for other formats."""
-        with pytest.raises(UsageError, match=f"--bom is for CSV alone, got: {kind}"):
+        with pytest.raises(UsageError, match=f"--bom is for CSV only, got: {kind}"):
             CsvStyle(bom=True).check(kind)
 
 
@@ -544,8 +546,8 @@ class TestFailures:
                 command, stdout=full, stderr=subprocess.PIPE, text=True, check=True, timeout=60
             )
         assert ended.stderr == (
-            "OutputError expected to write stdout, got: No space left on device; "
-            "make room or choose another file with -o\n"
+            "OutputError cannot write stdout: No space left on device; "
+            "make room, or choose another file with -o\n"
         )
 
     @pytest.mark.parametrize("format_", [OutputFormat.JSONL, OutputFormat.CSV])
@@ -572,8 +574,7 @@ class TestFailures:
             command, env=environment, capture_output=True, text=True, check=True, timeout=60
         )
         assert ended.stdout == (
-            f"OutputError expected to write {path}, got: File too large; "
-            "make room or choose another file with -o\n"
+            f"OutputError cannot write {path}: File too large; make room, or choose another file with -o\n"
         )
         assert (names(tmp_path), path.read_text(), ended.stderr) == (["out"], "old", "")
 
@@ -597,18 +598,11 @@ class TestFailures:
             writer.write(rows())
         assert names(tmp_path) == []
 
-    @pytest.mark.parametrize("format_", [OutputFormat.DB])
-    def test_a_database_is_not_written_row_by_row(self, tmp_path: Path, format_: OutputFormat) -> None:
-        """The format that needs more than lines is refused."""
-        with (
-            pytest.raises(UsageError, match="expected an output of lines, got: a database"),
-            open_writer(str(tmp_path / "a.db"), format_),
-        ):
-            pass
-        assert names(tmp_path) == []
-
     def test_a_closed_stdout_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A process that was started without stdout is told so."""
         monkeypatch.setattr(sys, "stdout", None)
-        with pytest.raises(LbrError, match="expected an open stdout"), open_writer(None, OutputFormat.JSONL):
+        with (
+            pytest.raises(LbrError, match="stdout is closed; name a file"),
+            open_writer(None, OutputFormat.JSONL),
+        ):
             pass
