@@ -1,4 +1,4 @@
-"""A model without key, network and price, for trying things out: it echoes, and fails as often as it is told to."""
+"""The offline model, for trying lbr out without a key, a network or costs: it echoes, and fails on request."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
@@ -24,11 +24,8 @@ if TYPE_CHECKING:
 
 ECHO = OFFLINE + "echo"
 
-DEEP = 4
-"""How far into a schema optional parts are still filled; below, only what is required."""
-
-DEEPEST = 40
-"""Where a schema that requires itself without end is given up."""
+MAX_OPTIONAL_DEPTH = 4  # below, only the required parts of a schema are filled
+MAX_DEPTH = 40  # where a schema that requires itself is cut off
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,28 +47,28 @@ def check_name(name: str) -> None:
 
 
 def check_settings(settings: Mapping[str, Json]) -> Behaviour:
-    """Read the settings of a task; UsageError for an unknown name or a value out of its range."""
+    """Read the settings of a task. Raises UsageError for an unknown name or a value out of range."""
     known = Behaviour.__slots__
     for name, value in settings.items():
         if name not in known:
             raise UsageError(f"expected a setting of {ECHO}, one of {', '.join(known)}, got: {name!r}")
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        is_number = type(value) in {int, float} and math.isfinite(value)
         if name == "seed":
-            fits, expected = is_number and isinstance(value, int), "a whole number"
+            fits, expected = type(value) is int, "a whole number"
         elif name.endswith("_rate"):
             fits, expected = is_number and 0 <= value <= 1, "a number from 0 to 1"
         else:
             fits, expected = is_number and value >= 0, "a number of seconds, 0 or more"
         if not fits:
             raise UsageError(f"expected the setting {name} of {ECHO} to be {expected}, got: {value!r}")
-    return replace(Behaviour(), **settings)
+    return Behaviour(**settings)
 
 
 class OfflineModel:
     """Answers with the prompt's text, or with an instance of the task's schema made from it.
 
-    Whether a call fails, is limited or hangs is drawn from the seed, the prompt and `request.seq` alone, so every
-    process draws the same.
+    Whether a call fails, is rate-limited or hangs depends on the seed, the prompt and `request.seq` only, so that
+    every process draws the same.
     """
 
     def __init__(self, name: str, settings: Mapping[str, Json]) -> None:
@@ -79,7 +76,7 @@ class OfflineModel:
         self._behaviour = check_settings(settings)
 
     async def answer(self, request: Request) -> Reply:
-        """Answer after the latency; CallError as often as the settings say."""
+        """Answer after the latency. Raises CallError as often as the settings ask for."""
         behaviour = self._behaviour
         if request.settings is not None:
             behaviour = check_settings({**request.task.settings, **request.settings})
@@ -90,16 +87,11 @@ class OfflineModel:
         if behaviour.latency > 0:
             await asyncio.sleep(behaviour.latency)
         if limited < behaviour.rate_limit_rate:
-            raise CallError(
-                "too many requests, by the setting rate_limit_rate",
-                family=Family.RATE_LIMITED,
-                retry_after=behaviour.retry_after,
-                kind="OfflineRateLimit",
-            )
+            message, wait = "too many requests, by the setting rate_limit_rate", behaviour.retry_after
+            raise CallError(message, family=Family.RATE_LIMITED, retry_after=wait, kind="OfflineRateLimit")
         if fails < behaviour.failure_rate:
-            raise CallError(
-                "failed, by the setting failure_rate", family=Family.TRANSIENT, kind="OfflineFailure"
-            )
+            message = "failed, by the setting failure_rate"
+            raise CallError(message, family=Family.TRANSIENT, kind="OfflineFailure")
         return _reply(request)
 
     async def aclose(self) -> None:
@@ -107,15 +99,14 @@ class OfflineModel:
 
 
 def _reply(request: Request) -> Reply:
-    heard = _last_words(request.prompt)
-    schema = request.task.schema
-    text = heard if schema is None else orjson.dumps(fill(schema, heard)).decode()
-    usage = Usage(input_tokens=len(heard.split()), output_tokens=len(text.split()), cost_nanos=0)
+    prompt, schema = _last_words(request.prompt), request.task.schema
+    text = prompt if schema is None else orjson.dumps(fill(schema, prompt)).decode()
+    usage = Usage(input_tokens=len(prompt.split()), output_tokens=len(text.split()), cost_nanos=0)
     return Reply(text=text, usage=usage, model=ECHO, finish_reason="stop")
 
 
 def _last_words(prompt: Prompt) -> str:
-    """Return the text of a prompt, of a chat that of its last user message."""
+    """Return the text of a prompt, or of the last user message of a chat."""
     if prompt.messages is None:
         return prompt.text or ""
     content: Json = next((m.get("content") for m in reversed(prompt.messages) if m.get("role") == "user"), "")
@@ -127,190 +118,13 @@ def _last_words(prompt: Prompt) -> str:
 
 # --- filling a schema -------------------------------------------------------------------------------------------------
 
-
-def fill(schema: dict[str, Json], text: str) -> Json:
-    """Make an instance of a JSON schema, always the same one for the same text.
-
-    Knows local references, combinations and limits; `pattern` and `not` are beyond it.
-    """
-    return _Filler(schema, text).fill(schema, "$", 0)
-
-
-class _Filler:
-    def __init__(self, root: dict[str, Json], text: str) -> None:
-        self._root = root
-        self._text = text
-
-    def fill(self, schema: Json, path: str, depth: int) -> Json:
-        """Make an instance of one part of the schema; `path` makes its numbers differ from its neighbours'."""
-        if not isinstance(schema, dict) or depth > DEEPEST:
-            return None if schema is False or depth > DEEPEST else self._text
-        schema = self._flatten(schema, depth)
-        if "const" in schema:
-            return schema["const"]
-        if schema.get("enum"):
-            return schema["enum"][self._number(path) % len(schema["enum"])]
-        match _type_of(schema):
-            case "object":
-                return self._object(schema, path, depth)
-            case "array":
-                return self._array(schema, path, depth)
-            case "integer":
-                return self._integer(schema, path)
-            case "number":
-                return self._real(schema, path)
-            case "boolean":
-                return self._number(path) % 2 == 0
-            case "null":
-                return None
-        return self._string(schema, path)
-
-    def _flatten(self, schema: dict[str, Json], depth: int) -> dict[str, Json]:
-        """Merge what a schema refers to and combines into one without `$ref`, `allOf`, `anyOf` and `oneOf`."""
-        for _ in range(DEEPEST):
-            rest = {
-                word: value
-                for word, value in schema.items()
-                if word not in {"$ref", "allOf", "anyOf", "oneOf"}
-            }
-            parts = [self._resolve(schema["$ref"])] if "$ref" in schema else []
-            parts += schema.get("allOf", [])
-            parts += [_choose(schema[word], depth) for word in ("anyOf", "oneOf") if schema.get(word)]
-            if not parts:
-                return schema
-            schema = rest
-            for part in parts:
-                schema = _merge(schema, part if isinstance(part, dict) else {})
-        return rest
-
-    def _resolve(self, reference: str) -> Json:
-        found: Json = self._root
-        if not reference.startswith("#"):
-            return {}
-        for step in unquote(reference[1:]).split("/")[1:]:
-            name = step.replace("~1", "/").replace("~0", "~")
-            found = found.get(name, {}) if isinstance(found, dict) else {}
-        return found
-
-    def _object(self, schema: dict[str, Json], path: str, depth: int) -> dict[str, Json]:
-        properties = schema.get("properties", {})
-        required = schema.get("required", [])
-        names = [name for name in properties if name in required or depth < DEEP]
-        names += [name for name in required if name not in properties]
-        others = schema.get("additionalProperties", True)
-        return {name: self.fill(properties.get(name, others), f"{path}.{name}", depth + 1) for name in names}
-
-    def _array(self, schema: dict[str, Json], path: str, depth: int) -> list[Json]:
-        least = schema.get("minItems", 0)
-        first = schema.get("prefixItems", [])
-        count = least if depth >= DEEP else max(least, len(first), 1)
-        count = min(count, schema.get("maxItems", count))
-        rest = schema.get("items", True)
-        parts = [first[i] if i < len(first) else rest for i in range(count)]
-        if rest is False:
-            parts = parts[: len(first)]
-        items = [self.fill(part, f"{path}[{i}]", depth + 1) for i, part in enumerate(parts)]
-        return _distinct(items) if schema.get("uniqueItems") else items
-
-    def _string(self, schema: dict[str, Json], path: str) -> str:
-        form = _FORMATS.get(schema.get("format", ""))
-        if form is not None:
-            return form(self._number(path))
-        text = self._text.ljust(schema.get("minLength", 0), ".")
-        return text[: schema.get("maxLength")]
-
-    def _integer(self, schema: dict[str, Json], path: str) -> int:
-        least, most = _limits(schema, step=1)
-        low, high = math.ceil(least), math.floor(most)
-        unit = schema.get("multipleOf", 1)
-        if not isinstance(unit, int):
-            unit = 1
-        first = -(-low // unit)
-        choices = max(high // unit - first + 1, 1)
-        return (first + self._number(path) % choices) * unit
-
-    def _real(self, schema: dict[str, Json], path: str) -> float:
-        unit = schema.get("multipleOf")
-        if unit:
-            return self._integer({**schema, "multipleOf": unit}, path) if isinstance(unit, int) else 0.0
-        least, most = _limits(schema, step=0)
-        return float(least + (most - least) * (1 + self._number(path) % 98) / 100)
-
-    def _number(self, path: str) -> int:
-        data = f"{path}\0{self._text}".encode("utf-8", "surrogatepass")
-        return int.from_bytes(hashlib.blake2b(data, digest_size=6).digest(), "big")
-
-
-def _choose(options: list[Json], depth: int) -> Json:
-    """Take the first option; deep down one that ends there, if there is one."""
-    if depth >= DEEP:
-        ends = (
-            option for option in options if isinstance(option, dict) and option.get("type") not in _NESTING
-        )
-        return next((option for option in ends if "$ref" not in option), options[0])
-    return options[0]
-
-
-def _merge(left: dict[str, Json], right: dict[str, Json]) -> dict[str, Json]:
-    merged = {**right, **left}
-    for word in ("properties", "$defs"):
-        if word in left and word in right:
-            merged[word] = {**right[word], **left[word]}
-    if "required" in left and "required" in right:
-        merged["required"] = [*left["required"], *(n for n in right["required"] if n not in left["required"])]
-    for word in ("allOf", "anyOf", "oneOf"):
-        if word in left and word in right:
-            merged[word] = [*left[word], *right[word]] if word == "allOf" else left[word]
-    return merged
-
-
-def _type_of(schema: dict[str, Json]) -> str:
-    """Return the type of a schema, guessed from its words where it does not say."""
-    named = schema.get("type")
-    if isinstance(named, list):
-        return str(next((name for name in named if name != "null"), "null"))
-    if isinstance(named, str):
-        return named
-    return next((type_ for word, type_ in _HINTS.items() if word in schema), "string")
-
-
-def _limits(schema: dict[str, Json], *, step: float) -> tuple[float, float]:
-    """Return the range to draw from, both ends allowed; `step` is how far an exclusive limit lies outside."""
-    least: Any = max(
-        (schema[w] + s for w, s in (("minimum", 0), ("exclusiveMinimum", step)) if w in schema), default=None
-    )
-    most: Any = min(
-        (schema[w] - s for w, s in (("maximum", 0), ("exclusiveMaximum", step)) if w in schema), default=None
-    )
-    if least is None:
-        least = 0 if most is None or most >= 0 else most - 1000
-    if most is None:
-        most = least + 1000
-    return least, most
-
-
-def _distinct(items: list[Json]) -> list[Json]:
-    """Make strings differ by a number at their end, and leave the rest as it is."""
-    return [
-        f"{item} {i}" if i and isinstance(item, str) and item in items[:i] else item
-        for i, item in enumerate(items)
-    ]
-
-
-_NESTING = ("object", "array")
+_COMBINING = frozenset({"$ref", "allOf", "anyOf", "oneOf"})
+_NESTING = frozenset({"object", "array"})
 
 _HINTS = {
-    "properties": "object",
-    "required": "object",
-    "additionalProperties": "object",
-    "items": "array",
-    "prefixItems": "array",
-    "minItems": "array",
-    "minimum": "number",
-    "maximum": "number",
-    "exclusiveMinimum": "number",
-    "exclusiveMaximum": "number",
-    "multipleOf": "number",
+    "object": {"properties", "required", "additionalProperties"},
+    "array": {"items", "prefixItems", "minItems"},
+    "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
 }
 
 _FORMATS = {
@@ -325,3 +139,131 @@ _FORMATS = {
     "ipv4": lambda n: f"192.0.2.{n % 256}",
     "ipv6": lambda n: f"2001:db8::{n % 65536:x}",
 }
+
+
+def fill(schema: dict[str, Json], text: str) -> Json:
+    """Make an instance of a JSON schema, always the same one for the same text.
+
+    Supports local references, combinations and limits, but neither `pattern` nor `not`.
+    """
+    return _Filler(schema, text).fill(schema, "$", 0)
+
+
+class _Filler:
+    def __init__(self, root: dict[str, Json], text: str) -> None:
+        self._root = root
+        self._text = text
+
+    def fill(self, schema: Json, path: str, depth: int) -> Json:
+        """Make an instance of a part of the schema; numbers differ by `path`."""
+        if not isinstance(schema, dict) or depth > MAX_DEPTH:
+            return None if schema is False or depth > MAX_DEPTH else self._text
+        schema = self._flatten(schema, depth)
+        if "const" in schema:
+            return schema["const"]
+        if schema.get("enum"):
+            return schema["enum"][self._number(path) % len(schema["enum"])]
+        match _type_of(schema):
+            case "object":
+                return self._object(schema, path, depth)
+            case "array":
+                return self._array(schema, path, depth)
+            case "integer" | "number" as kind:
+                return self._numeric(schema, path, whole=kind == "integer")
+            case "boolean":
+                return self._number(path) % 2 == 0
+            case "null":
+                return None
+        if make := _FORMATS.get(schema.get("format", "")):
+            return make(self._number(path))
+        return self._text.ljust(schema.get("minLength", 0), ".")[: schema.get("maxLength")]
+
+    def _flatten(self, schema: dict[str, Json], depth: int) -> dict[str, Json]:
+        """Merge what a schema refers to and combines into one without `$ref`, `allOf`, `anyOf` and `oneOf`."""
+        for _ in range(MAX_DEPTH):
+            parts = [self._resolve(schema["$ref"])] if "$ref" in schema else []
+            parts += schema.get("allOf", [])
+            parts += [_choose(schema[word], depth) for word in ("anyOf", "oneOf") if schema.get(word)]
+            if not parts:
+                break
+            schema = {word: value for word, value in schema.items() if word not in _COMBINING}
+            for part in parts:
+                schema = _merge(schema, part if isinstance(part, dict) else {})
+        return schema
+
+    def _resolve(self, reference: str) -> Json:
+        found: Json = self._root
+        for step in unquote(reference.removeprefix("#")).split("/")[1:]:
+            found = (
+                found.get(step.replace("~1", "/").replace("~0", "~"), {}) if isinstance(found, dict) else {}
+            )
+        return found
+
+    def _object(self, schema: dict[str, Json], path: str, depth: int) -> dict[str, Json]:
+        properties, required = schema.get("properties", {}), schema.get("required", [])
+        names = [name for name in properties if name in required or depth < MAX_OPTIONAL_DEPTH]
+        names += [name for name in required if name not in properties]
+        others = schema.get("additionalProperties", True)
+        return {name: self.fill(properties.get(name, others), f"{path}.{name}", depth + 1) for name in names}
+
+    def _array(self, schema: dict[str, Json], path: str, depth: int) -> list[Json]:
+        first, rest = schema.get("prefixItems", []), schema.get("items", True)
+        count = schema.get("minItems", 0)
+        if depth < MAX_OPTIONAL_DEPTH:
+            count = max(count, len(first), 1)
+        parts = [*first, *[rest] * count][: min(count, schema.get("maxItems", count))]
+        items = [self.fill(part, f"{path}[{i}]", depth + 1) for i, part in enumerate(parts)]
+        if schema.get("uniqueItems"):
+            return [f"{item} {i}" if i and isinstance(item, str) else item for i, item in enumerate(items)]
+        return items
+
+    def _numeric(self, schema: dict[str, Json], path: str, *, whole: bool) -> Json:
+        low, high = _range_of(schema, 1 if whole else 0)
+        unit = schema.get("multipleOf", 1 if whole else None)
+        if unit is None:
+            return float(low + (high - low) * (1 + self._number(path) % 98) / 100)
+        first, last = math.ceil(low / unit), math.floor(high / unit)
+        return (first + self._number(path) % max(last - first + 1, 1)) * unit
+
+    def _number(self, path: str) -> int:
+        data = f"{path}\0{self._text}".encode("utf-8", "surrogatepass")
+        return int.from_bytes(hashlib.blake2b(data, digest_size=6).digest(), "big")
+
+
+def _choose(options: list[Json], depth: int) -> Json:
+    """Return the first option, or below the optional depth the first that nests no further."""
+    if depth < MAX_OPTIONAL_DEPTH:
+        return options[0]
+    ends = (o for o in options if isinstance(o, dict) and "$ref" not in o and o.get("type") not in _NESTING)
+    return next(ends, options[0])
+
+
+def _merge(left: dict[str, Json], right: dict[str, Json]) -> dict[str, Json]:
+    merged = {**right, **left}
+    for word in left.keys() & right.keys():
+        if word in {"properties", "$defs"}:
+            merged[word] = {**right[word], **left[word]}
+        elif word == "required":
+            merged[word] = list(dict.fromkeys(left[word] + right[word]))
+        elif word == "allOf":
+            merged[word] = left[word] + right[word]
+    return merged
+
+
+def _type_of(schema: dict[str, Json]) -> str:
+    """Return the type of a schema, inferred from its keywords if it names none."""
+    named = schema.get("type")
+    if isinstance(named, list):
+        return str(next((name for name in named if name != "null"), "null"))
+    if isinstance(named, str):
+        return named
+    return next((type_ for type_, words in _HINTS.items() if words & schema.keys()), "string")
+
+
+def _range_of(schema: dict[str, Json], step: float) -> tuple[float, float]:
+    """Return the range to draw from, both ends included; `step` is the distance to an exclusive limit."""
+    lows = [schema[w] + s for w, s in (("minimum", 0), ("exclusiveMinimum", step)) if w in schema]
+    highs = [schema[w] - s for w, s in (("maximum", 0), ("exclusiveMaximum", step)) if w in schema]
+    high: Any = min(highs, default=None)
+    low = max(lows, default=0 if high is None or high >= 0 else high - 1000)
+    return low, low + 1000 if high is None else high
