@@ -16,12 +16,14 @@ from lbr.models.base import Kind, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from types import ModuleType
 
     from lbr.core.schema import Validator
     from lbr.core.types import Task
     from lbr.models.base import Model
     from lbr.models.http import Connections
     from lbr.models.identity import Identity, NamedFunction
+    from lbr.models.pydantic_ai import PydanticAIModel
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,7 @@ def unsent(task: Task) -> list[str]:
     name = task.model or ""
     if chat.serves(name) and chat.knows(name, task.settings):
         return []
-    from lbr.models import pydantic_ai  # noqa: PLC0415
-
-    return checking.not_kept(task.settings) + pydantic_ai.unsent(name, task.settings, task.schema)
+    return checking.not_kept(task.settings) or _pydantic_ai(name).unsent(name, task.settings, task.schema)
 
 
 def build_model(
@@ -135,9 +135,18 @@ def _check_provider(task: Task) -> None:
         if task.schema is not None:
             checking.check_schema(task.schema)
         return
-    from lbr.models import pydantic_ai  # noqa: PLC0415
+    _pydantic_ai(task.model or "").check_model(task.model or "", task.settings, schema=task.schema)
 
-    pydantic_ai.check_model(task.model or "", task.settings, schema=task.schema)
+
+def _pydantic_ai(name: str) -> ModuleType:
+    """Import pydantic-ai's adapter; UsageError if it, or what it needs, cannot be imported."""
+    try:
+        from lbr.models import pydantic_ai  # noqa: PLC0415
+    except Exception as error:
+        raise UsageError(
+            f"cannot use model {name!r}: importing pydantic-ai failed with {type(error).__name__}: {error}; reinstall it"
+        ) from error
+    return pydantic_ai
 
 
 def _provider_model(task: Task, authority: Authority, connections: Connections | None) -> Model:
@@ -146,15 +155,15 @@ def _provider_model(task: Task, authority: Authority, connections: Connections |
 
     key, name, settings = authority.openrouter_api_key, task.model or "", task.settings
     endpoint = chat.endpoint_of(name, key)
-    ready = None
+    ready: PydanticAIModel | None = None
     if endpoint is None or task.schema is not None or chat.words_of(endpoint, settings) is None:
         # It is needed anyway, so it is built before any call waits for it; it also checks what chat does not know.
-        from lbr.models.pydantic_ai import PydanticAIModel  # noqa: PLC0415
-
-        ready = PydanticAIModel(name, task_settings=settings, api_key=key, connections=connections)
+        ready = _pydantic_ai(name).PydanticAIModel(
+            name, task_settings=settings, api_key=key, connections=connections
+        )
         if endpoint is None:
             return ready
-    from lbr.models.pydantic_ai import Reference  # noqa: PLC0415
+    from lbr.models.reference import Reference  # noqa: PLC0415
 
     reference = Reference(name, task_settings=settings, api_key=key, ready=ready, connections=connections)
     return chat.ChatModel(

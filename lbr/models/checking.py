@@ -58,13 +58,13 @@ def _names(value: Json, path: str = "") -> Iterator[str]:
 def not_kept(settings: Mapping[str, Json]) -> list[str]:
     """Return a message for each setting that asks for something that lbr would drop from the answer."""
     body = settings.get("extra_body")
-    asked = [*settings.items(), *(body.items() if isinstance(body, dict) else ())]
+    asked = {**settings, **(body if isinstance(body, dict) else {})}
     problems = [
         f"the setting {name} cannot be set: lbr does not keep log probabilities yet"
-        for name, value in asked
+        for name, value in asked.items()
         if name.endswith("logprobs") and value
     ]
-    number = body.get("n") if isinstance(body, dict) else None
+    number = asked.get("n")
     if isinstance(number, int) and number > 1:
         problems.append(
             "the setting n cannot be set: lbr keeps one answer of a call, and all would be paid for"

@@ -388,7 +388,7 @@ def test_a_validator_refuses_a_schema_that_is_none() -> None:
 def test_importing_costs_nothing() -> None:
     """The front ends import these modules without pydantic-ai, pydantic and jsonschema_rs."""
     code = (
-        "import sys, lbr.models.build, lbr.models.function, lbr.models.offline, lbr.models.pydantic_ai, lbr.core.schema\n"
+        "import sys, lbr.models.build, lbr.models.function, lbr.models.offline, lbr.core.schema\n"
         "heavy = {'pydantic_ai', 'pydantic', 'jsonschema_rs', 'openai', 'httpx2'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )

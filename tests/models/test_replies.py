@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from lbr.core.errors import CallError, Family, Usage
 from lbr.core.types import JobId, Prompt, Task
 from lbr.models.base import Request
-from lbr.models.pydantic_ai import PydanticAIModel, Reference
+from lbr.models.pydantic_ai import PydanticAIModel
+from lbr.models.reference import Reference
 from tests.models.test_chat_answers import ENVELOPES, USAGES, event
 from tests.models.test_chat_conformance import SPOILT, WHOLE, completion, places_in, spoilt
 from tests.support.scripted_server import Scripted

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from lbr.core.errors import CallError, UsageError
 from lbr.models.chat import ChatModel, endpoint_of
-from lbr.models.pydantic_ai import PydanticAIModel, Reference
+from lbr.models.pydantic_ai import PydanticAIModel
+from lbr.models.reference import Reference
 
 if TYPE_CHECKING:
     import ssl

@@ -15,7 +15,8 @@ from lbr.core.errors import Usage
 from lbr.models import loading
 from lbr.models.chat import endpoint_of
 from lbr.models.chat.costs import Costs
-from lbr.models.pydantic_ai import PydanticAIModel, reference
+from lbr.models.pydantic_ai import PydanticAIModel
+from lbr.models.reference import Reference
 from lbr.worker.attempt import attempt
 from lbr.worker.deadlines import Deadlines, Lateness
 from tests.models.test_chat_conformance import asking, completion
@@ -122,9 +123,9 @@ async def test_what_could_not_be_built_is_built_for_a_later_call(
 ) -> None:
     """A call that only pydantic-ai can make fails while that cannot be built, and no longer."""
     monkeypatch.setattr(loading, "AGAIN_SECONDS", 0.0)
-    monkeypatch.setattr(reference, "PydanticAIModel", Failing(PydanticAIModel, 1))
+    monkeypatch.setattr("lbr.models.pydantic_ai.PydanticAIModel", Failing(PydanticAIModel, 1))
     wire.script = http(200, json.dumps(completion()))
-    asked = reference.Reference(NAME, task_settings={})
+    asked = Reference(NAME, task_settings={})
     with pytest.raises(OSError, match="Too many open files"):
         await asked.answer(asking())
     assert (await asked.answer(asking())).text == "fine"

@@ -1,11 +1,9 @@
-"""Every provider that pydantic-ai speaks to, one plain call at a time.
+"""Every provider that pydantic-ai supports, one plain call at a time.
 
-pydantic-ai takes a second to import, so that happens in the functions that need it; this package costs nothing.
+Importing pydantic-ai takes seconds, so `lbr.models.build` imports this package when it needs it.
 """
 
-from lbr.models.pydantic_ai.checks import check_model, output_mode, unsent
-from lbr.models.pydantic_ai.families import call_error, family_of
-from lbr.models.pydantic_ai.model import PydanticAIModel
-from lbr.models.pydantic_ai.reference import Reference
+from lbr.models.pydantic_ai.model import PydanticAIModel, Transport
+from lbr.models.pydantic_ai.settings import check_model, unsent
 
-__all__ = ["PydanticAIModel", "Reference", "call_error", "check_model", "family_of", "output_mode", "unsent"]
+__all__ = ["PydanticAIModel", "Transport", "check_model", "unsent"]

@@ -1,51 +1,79 @@
-"""The model: built once per task, called once per request."""
+"""One provider's model, called over aiohttp; answers in OpenAI's format are read as `lbr.models.chat` reads them."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import io
+import json
 import os
 import re
 import warnings
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from contextvars import ContextVar
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, Literal
 
-from lbr.core.errors import CallError, Permanent, UsageError
-from lbr.models.checking import check_authority
-from lbr.models.environment import check_environment, check_trust, takes_max_completion_tokens
-from lbr.models.pydantic_ai.checks import (
-    check_known,
-    missing_package,
-    output_mode,
-    provider_class_of,
-    require,
+import httpx2
+import orjson
+from aiohttp import ClientError, ClientTimeout, ConnectionTimeoutError
+from pydantic_ai import messages as pm
+from pydantic_ai.direct import model_request
+from pydantic_ai.exceptions import UsageExtractionFailedWarning, UserError
+from pydantic_ai.models import (
+    ModelRequestParameters,
+    create_async_httpx2_client,
+    infer_model,
 )
-from lbr.models.pydantic_ai.completions import Completions
-from lbr.models.pydantic_ai.families import call_error
-from lbr.models.pydantic_ai.history import history_of
-from lbr.models.pydantic_ai.replies import ANSWER_TOOL, FREE, reply_of
-from lbr.models.pydantic_ai.transport import client_for
+from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.models.openrouter import OpenRouterModel
+from pydantic_ai.output import OutputObjectDefinition
+from pydantic_ai.providers import infer_provider_class
+from pydantic_ai.providers.gateway import gateway_provider
+from pydantic_ai.providers.openrouter import OpenRouterProvider
+from pydantic_ai.tools import ToolDefinition
+
+from lbr.core.errors import CallError, Permanent, Usage, UsageError
+from lbr.core.types import Reply
+from lbr.models.chat.answers import Reader
+from lbr.models.chat.costs import Costs
+from lbr.models.chat.endpoints import Endpoint
+from lbr.models.checking import check_authority
+from lbr.models.endings import check_answer, ending_of, filter_words
+from lbr.models.environment import check_environment, check_trust, takes_max_completion_tokens
+from lbr.models.families import call_error
+from lbr.models.http import Connections, check_size, is_unreachable, lost_words, unsupported_proxy
+from lbr.models.prompt import Image, turns_of
+from lbr.models.refusals import ProviderError
+from lbr.models.refusals import call_error as refused
 from lbr.models.wording import clean
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
+    from types import ModuleType
 
-    from pydantic_ai.models import Model, ModelRequestParameters
+    from pydantic_ai.models import Model
     from pydantic_ai.profiles import ModelProfile
     from pydantic_ai.providers import Provider
-    from pydantic_ai.settings import ModelSettings
 
-    from lbr.core.types import Json, Reply
+    from lbr.core.types import Json
     from lbr.models.base import Request
-    from lbr.models.http import Connections
+    from lbr.models.prompt import Turn
 
+ANSWER_TOOL = "answer"
+TABLE_SECONDS = 10.0
+"""The longest wait for the price table after an answer."""
+
+_PACKING = frozenset({b"content-encoding", b"content-length", b"transfer-encoding"})
 _ENVIRONMENT_NAME = re.compile(r"`([A-Z][A-Z0-9_]{3,})`")
+_answers: ContextVar[list[httpx2.Response]] = ContextVar("answers")
 
 
 class PydanticAIModel:
-    """One provider's model with one HTTP client, built once; the provider's SDK does not retry.
+    """One provider's model with one HTTP client; the provider's SDK does not retry.
 
-    That client calls over `connections`, None for some of its own, or over `transport`; if the provider takes none, over
-    what its SDK opens.
-    Construction raises UsageError when the key is missing, with the environment variable to set, and for settings
-    that no database may bring.
+    The client calls over `connections`, None for its own, or over `transport`. Raises UsageError if the key is missing,
+    with the environment variable to set, and for settings that no database may contain.
     """
 
     def __init__(
@@ -57,58 +85,76 @@ class PydanticAIModel:
         connections: Connections | None = None,
         transport: Any = None,
     ) -> None:
-        require(name)
-        from pydantic_ai.direct import model_request  # noqa: PLC0415
-        from pydantic_ai.exceptions import UsageExtractionFailedWarning  # noqa: PLC0415
-
-        # A user must not see lines of pydantic-ai's code because a server's answer is odd.
+        # Users must not see lines of pydantic-ai's code because of an odd answer.
         warnings.filterwarnings("ignore", category=UsageExtractionFailedWarning)
         warnings.filterwarnings("ignore", message="Unexpected non-string value for")
-        self._api_key = api_key
-        self._name = name
-        check_authority(task_settings)  # again, for whoever wrote to the database need not have been lbr
+        check_authority(task_settings)  # again: a program other than lbr may have written the database
         check_environment(name, api_key)
         check_trust()
-        self._client = client_for(provider_class_of(name), connections, transport)
-        self._model = _build(name, api_key, self._client)
-        check_known(name, task_settings, self._model)
-        self._fixed = {} if "max_retries" in self._model.unsupported_settings else {"max_retries": 0}
-        self._puts_limit_in_body = _puts_limit_in_body(name, self._model)
-        self._settings: Any = {**task_settings, **self._fixed}
-        self._call = model_request
+        self._api_key = api_key
+        self._settings = dict(task_settings)
+        self._client: httpx2.AsyncClient | None = None
+        provider_class = provider_class_of(name)
+        with refusing(name, api_key):
+            if http_package(provider_class) is httpx2:
+                if transport is None and not unsupported_proxy():
+                    transport = Transport(connections)
+                self._client = create_async_httpx2_client(transport=transport)
+                self._client.event_hooks = {"response": [_keep_answer]}
+            self._model = _build(name, provider_class, api_key, self._client)
+        own = name.partition(":")[0] in {"openai-chat", "ollama", "vllm", "litellm"}
+        self._puts_limit_in_body = own and not takes_max_completion_tokens(str(self._model.base_url))
+        self._reading: tuple[Reader, Costs] | None = None
+        if isinstance(self._model, OpenAIChatModel) and self._client is not None:
+            tags = self._model.profile.get("thinking_tags", ("<think>", "</think>"))
+            url = str(self._model.base_url)
+            endpoint = Endpoint(self._model.system, self._model.model_name, url, "", {}, tags)
+            costs = Costs(endpoint)
+            self._reading = Reader(endpoint, costs, api_key), costs
 
     async def answer(self, request: Request) -> Reply:
-        """Make one call; CallError with the family of whatever goes wrong."""
-        schema = request.task.schema
-        history = history_of(request)
-        settings: ModelSettings = self._settings
-        if request.settings is not None:
-            settings = self._settings | self._checked(request.settings) | self._fixed
-        if request.timeout is not None and "timeout" not in settings:
-            # Else the client gives up after ten minutes, however long the caller is willing to wait.
-            settings = {**settings, "timeout": request.timeout}
-        if self._puts_limit_in_body:
-            settings = _limit_in_body(settings)
+        """Make one call. Raises CallError with the family of the failure."""
+        history, schema = history_of(request), request.task.schema
+        parameters = None if schema is None else parameters_of(schema, self._model.profile)
+        settings: Any = self._settings_of(request)
+        failure: Exception | None = None
+        answers: list[httpx2.Response] = []
+        token = _answers.set(answers)
         try:
-            response = await self._call(
-                self._model,
-                history,
-                model_settings=settings,
-                model_request_parameters=None if schema is None else _parameters(schema, self._model.profile),
+            response = await model_request(
+                self._model, history, model_settings=settings, model_request_parameters=parameters
             )
-        except CallError:
-            raise
-        except Exception as error:
-            raise call_error(error, api_key=self._api_key) from error
+        except Exception as error:  # noqa: BLE001 - raised below, unless its answer can be read
+            failure = error
+        finally:
+            _answers.reset(token)
+        if self._reading is not None and answers and answers[-1].is_success:
+            # pydantic-ai rejects answers with an unusual envelope, and reports an error with status 200 as missing fields.
+            return await _read(*self._reading, answers[-1])
+        if failure is not None:
+            raise _failed(failure, self._api_key) from failure
+        if answers and answers[-1].is_error:  # Azure's content filter, of which pydantic-ai makes an answer
+            reason = filter_words(response.provider_details) or "content filter"
+            raise Permanent(
+                f"the provider refused the prompt; {reason} (HTTP 400)", kind="ContentFilterError"
+            )
         return reply_of(response)
 
-    def _checked(self, settings: Mapping[str, Json]) -> Mapping[str, Json]:
-        try:
-            check_authority(settings)
-            check_known(self._name, settings, self._model)
-        except UsageError as error:
-            raise Permanent(str(error), kind="UsageError") from error
-        return settings
+    def _settings_of(self, request: Request) -> dict[str, Json]:
+        settings = self._settings
+        if request.settings is not None:
+            try:
+                check_authority(request.settings)
+            except UsageError as error:
+                raise Permanent(str(error), kind="UsageError") from error
+            settings = settings | dict(request.settings)
+        if request.timeout is not None:  # else the client gives up after ten minutes
+            settings = {"timeout": request.timeout, **settings}
+        if self._puts_limit_in_body and "max_tokens" in settings:
+            # pydantic-ai sends it as max_completion_tokens, which servers of the user's own may not know.
+            body = {"max_tokens": settings["max_tokens"], **(settings.get("extra_body") or {})}
+            settings = {n: v for n, v in settings.items() if n != "max_tokens"} | {"extra_body": body}
+        return settings | no_retries(self._model)
 
     async def aclose(self) -> None:
         """Close the HTTP client."""
@@ -118,115 +164,251 @@ class PydanticAIModel:
             await self._client.aclose()
 
 
-def _build(name: str, api_key: str | None, client: Any) -> Model:
-    from pydantic_ai.exceptions import UserError  # noqa: PLC0415
+def _failed(error: Exception, api_key: str | None) -> CallError:
+    """Return the error of the connection beneath a client's error, else one made from pydantic-ai's."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, CallError):
+            return cause
+        cause = cause.__cause__
+    return call_error(error, api_key=api_key)
 
-    try:
-        found = _infer(name, provider_class_of(name), api_key, client)
-    except ImportError as error:
-        raise missing_package(name, error) from error
-    except UserError as error:
-        variable = _ENVIRONMENT_NAME.search(str(error))
-        if variable is None:
-            raise UsageError(f"cannot use model {name!r}: {clean(str(error), api_key)}") from error
-        raise UsageError(f"model {name!r} needs a key: set the environment variable {variable[1]}") from error
-    except Exception as error:
-        cause = f"{type(error).__name__}: {clean(str(error), api_key)}"
-        raise UsageError(f"cannot use model {name!r}: {cause}") from error
-    _read_leniently(found, api_key)
-    _tell_free_answers(found)
+
+def no_retries(model: Model) -> dict[str, Json]:
+    """Return the setting with which a provider's SDK does not retry."""
+    return {} if "max_retries" in model.unsupported_settings else {"max_retries": 0}
+
+
+# --- the connection ---------------------------------------------------------------------------------------------------
+
+
+async def _keep_answer(response: httpx2.Response) -> None:
+    await response.aread()
+    _answers.get().append(response)
+
+
+class Transport(httpx2.AsyncBaseTransport):
+    """aiohttp's connections under a provider's SDK: httpx's own pool gets slow with hundreds of them.
+
+    Raises CallError if no whole answer came.
+    """
+
+    def __init__(self, connections: Connections | None) -> None:
+        self._connections = connections or Connections()
+        self._is_owned = connections is None
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        """Make a call, and read its answer."""
+        url, content = str(request.url.copy_with(username=None, password=None)), await request.aread()
+        timeouts, chunks = request.extensions.get("timeout", {}), []
+        raw = ((name, value) for name, value in request.headers.raw if name.lower() != b"accept-encoding")
+        try:
+            async with await self._connections.request(
+                request.method,
+                url,
+                headers=[(name.decode("latin-1"), value.decode()) for name, value in raw],
+                data=io.BytesIO(content) if content else None,
+                timeout=ClientTimeout(
+                    total=None, connect=timeouts.get("connect"), sock_read=timeouts.get("read")
+                ),
+                skip_auto_headers=("Accept", "Content-Type", "User-Agent"),
+            ) as answer:
+                while chunk := await answer.content.readany():
+                    chunks.append(chunk)
+                    check_size(sum(map(len, chunks)))
+        except (ClientError, OSError, ValueError) as error:
+            raise _lost(error, url) from error
+        headers = [(name, value) for name, value in answer.raw_headers if name.lower() not in _PACKING]
+        return httpx2.Response(answer.status, headers=headers, content=b"".join(chunks), request=request)
+
+    async def aclose(self) -> None:
+        """Close the connections, unless they are shared."""
+        if self._is_owned:
+            await self._connections.aclose()
+
+
+def _lost(error: Exception, url: str) -> CallError:
+    late, connecting = isinstance(error, TimeoutError), isinstance(error, ConnectionTimeoutError)
+    kind = "ModelTimeoutError" if late else "ModelConnectionError"
+    return refused(
+        ProviderError(
+            kind=kind,
+            categories=frozenset({kind, "ModelConnectionError"}),
+            words="Request timed out." if late and not connecting else lost_words(error, url),
+            connecting=connecting,
+            unreachable=is_unreachable(error),
+        )
+    )
+
+
+def http_package(provider: type[Provider[Any]]) -> ModuleType | None:
+    """Return the package whose clients a provider calls with: httpx2, or httpx; None if it takes no client."""
+    parameter = inspect.signature(provider).parameters.get("http_client")
+    wanted = "" if parameter is None else str(parameter.annotation)
+    if "HTTPClient" in wanted or "httpx2." in wanted:
+        return httpx2
+    return importlib.import_module("httpx") if "httpx." in wanted else None
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+def provider_class_of(name: str) -> type[Provider[Any]]:
+    """Return the class of a model's provider. Raises UsageError for none, and if its package is not installed."""
+    provider, _, model = name.partition(":")
+    with refusing(name):
+        try:
+            found = infer_provider_class(provider)
+            found.model_profile(model)
+        except ValueError:
+            infer_model(name)  # raises, and may suggest a name
+            raise
     return found
 
 
-def _infer(name: str, provider_class: type[Provider[Any]], api_key: str | None, client: Any) -> Model:
-    from pydantic_ai.models import infer_model, parse_model_id  # noqa: PLC0415
+@contextmanager
+def refusing(name: str, api_key: str | None = None) -> Iterator[None]:
+    """Raise UsageError for what keeps a model from being built."""
+    try:
+        yield
+    except UserError as error:
+        variable = _ENVIRONMENT_NAME.search(str(error))
+        if variable is not None:
+            raise UsageError(
+                f"model {name!r} needs a key: set the environment variable {variable[1]}"
+            ) from error
+        raise UsageError(f"cannot use model {name!r}: {clean(str(error), api_key)}") from error
+    except Exception as error:
+        cause = f"{type(error).__name__}: {clean(str(error), api_key)}"
+        raise UsageError(f"cannot use model {name!r}: {cause}") from error
 
-    provider, model = parse_model_id(name)
+
+def _build(name: str, provider_class: type[Provider[Any]], api_key: str | None, client: Any) -> Model:
+    provider, _, model = name.partition(":")
     options = {} if client is None else {"http_client": client}
-    if provider is not None and provider.startswith("gateway/"):
-        from pydantic_ai.providers.gateway import gateway_provider  # noqa: PLC0415
-
-        return infer_model(name, lambda _: gateway_provider(provider.removeprefix("gateway/"), **options))
+    if provider.startswith("gateway/"):
+        upstream = provider.removeprefix("gateway/")
+        return infer_model(name, lambda _: gateway_provider(upstream, **options))
     if provider == "openrouter":
-        # Without a key of its own it looks into the environment, and says what to set if there is none.
         options |= {"api_key": api_key} if api_key else {}
         if base_url := os.environ.get("OPENROUTER_BASE_URL"):
-            return _relayed_openrouter(model, base_url, options)
+            relay = type("RelayProvider", (OpenRouterProvider,), {"base_url": base_url})
+            return OpenRouterModel(model, provider=relay(**options))
     return infer_model(name, lambda _: provider_class(**options))
 
 
-def _relayed_openrouter(model: str, url: str, options: dict[str, Any]) -> Model:
-    """Build an OpenRouter model at another URL: a relay, or a server that merely speaks the same language.
-
-    pydantic-ai reads no variable for the URL, and insists on a field of OpenRouter's own that others leave out.
-    """
-    from pydantic_ai.models.openrouter import OpenRouterModel  # noqa: PLC0415
-    from pydantic_ai.providers.openrouter import OpenRouterProvider  # noqa: PLC0415
-
-    class RelayProvider(OpenRouterProvider):
-        base_url = url
-
-    class RelayModel(OpenRouterModel):
-        def _validate_completion(self, response: Any) -> Any:
-            if getattr(response, "provider", None) is None:
-                response = response.model_copy(update={"provider": "unknown"})
-            return super()._validate_completion(response)
-
-    return RelayModel(model, provider=RelayProvider(**options))
+# --- what is sent -----------------------------------------------------------------------------------------------------
 
 
-def _puts_limit_in_body(name: str, model: Model) -> bool:
-    """Return whether max_tokens goes to a server of the user's own, which may not know OpenAI's newer name for it."""
-    own = name.partition(":")[0] in {"openai-chat", "ollama", "vllm", "litellm"}
-    return own and not takes_max_completion_tokens(str(model.base_url))
+def output_mode(profile: ModelProfile) -> Literal["native", "tool", "prompted"]:
+    """Choose how to ask for JSON: with the provider's schema support, else as a tool call, else in the prompt."""
+    if profile.get("supports_json_schema_output", False):
+        return "native"
+    return "tool" if profile.get("supports_tools", True) else "prompted"
 
 
-def _limit_in_body(settings: Any) -> Any:
-    """Return settings that send max_tokens under its own name: pydantic-ai would choose the other one."""
-    body = settings.get("extra_body") or {}
-    if "max_tokens" not in settings or not isinstance(body, dict):
-        return settings
-    rest = {name: value for name, value in settings.items() if name != "max_tokens"}
-    return {**rest, "extra_body": {"max_tokens": settings["max_tokens"], **body}}
-
-
-def _read_leniently(model: Any, api_key: str | None) -> None:
-    """Let only the text of a chat completion be required, and let an error with status 200 keep its code and words."""
-    from pydantic_ai.models.openai import OpenAIChatModel  # noqa: PLC0415
-
-    if isinstance(model, OpenAIChatModel):
-        completions = Completions(model, api_key)
-        # The two places that see a whole answer.
-        model._completions_create = completions.create  # type: ignore[assignment]  # noqa: SLF001
-        model._process_response = completions.read  # type: ignore[method-assign]  # noqa: SLF001
-
-
-def _tell_free_answers(model: Any) -> None:
-    """Keep OpenRouter's word that an answer was free: pydantic-ai leaves a cost of 0 out, as if none had been told."""
-    if model.system != "openrouter":
-        return
-    process = model._process_provider_details  # noqa: SLF001 - the one place that sees the cost
-
-    def processed(response: Any) -> dict[str, Any] | None:
-        details: dict[str, Any] | None = process(response)
-        free = getattr(response.usage, "cost", None) == 0
-        return {**(details or {}), FREE: True} if free else details
-
-    model._process_provider_details = processed  # noqa: SLF001
-
-
-def _parameters(schema: dict[str, Json], profile: ModelProfile) -> ModelRequestParameters:
-    from pydantic_ai.models import ModelRequestParameters  # noqa: PLC0415
-    from pydantic_ai.output import OutputObjectDefinition  # noqa: PLC0415
-    from pydantic_ai.tools import ToolDefinition  # noqa: PLC0415
-
-    mode = output_mode(profile)
-    shape = schema if "$ref" in schema else {"type": "object", **schema}
-    if mode == "tool":
-        tool = ToolDefinition(
-            name=ANSWER_TOOL, parameters_json_schema=shape, description="The answer.", kind="output"
-        )
-        return ModelRequestParameters(output_mode="tool", output_tools=[tool], allow_text_output=False)
-    return ModelRequestParameters(
-        output_mode=mode, output_object=OutputObjectDefinition(json_schema=shape, name=ANSWER_TOOL)
+def parameters_of(schema: dict[str, Json], profile: ModelProfile) -> ModelRequestParameters:
+    """Return what makes a model answer by a schema."""
+    mode, shape = output_mode(profile), schema if "$ref" in schema else {"type": "object", **schema}
+    if mode != "tool":
+        output = OutputObjectDefinition(json_schema=shape, name=ANSWER_TOOL)
+        return ModelRequestParameters(output_mode=mode, output_object=output)
+    tool = ToolDefinition(
+        name=ANSWER_TOOL, parameters_json_schema=shape, description="The answer.", kind="output"
     )
+    return ModelRequestParameters(output_mode="tool", output_tools=[tool], allow_text_output=False)
+
+
+def history_of(request: Request) -> list[pm.ModelMessage]:
+    """Return a request as messages, the last request among them with the instructions.
+
+    Raises Permanent for messages of which a part would not be sent.
+    """
+    history: list[pm.ModelMessage] = []
+    for turn in turns_of(request):
+        if turn.role == "assistant":
+            calls = [pm.ToolCallPart(call.name, call.arguments, call.id) for call in turn.calls]
+            texts = [] if calls and not turn.content else [pm.TextPart(str(turn.content))]
+            history.append(pm.ModelResponse(parts=[*texts, *calls]))
+        elif history and isinstance(history[-1], pm.ModelRequest):
+            history[-1].parts = [*history[-1].parts, _part(turn)]
+        else:
+            history.append(pm.ModelRequest(parts=[_part(turn)]))
+    requests = [message for message in history if isinstance(message, pm.ModelRequest)]
+    requests[-1].instructions = request.task.instructions
+    return history
+
+
+def _part(turn: Turn) -> pm.ModelRequestPart:
+    if turn.role == "tool":
+        return pm.ToolReturnPart(turn.calls[0].name, str(turn.content), turn.calls[0].id)
+    if turn.role == "system":
+        return pm.SystemPromptPart(str(turn.content))
+    if isinstance(turn.content, str):
+        return pm.UserPromptPart(turn.content)
+    return pm.UserPromptPart([_image(part) if isinstance(part, Image) else part for part in turn.content])
+
+
+def _image(image: Image) -> pm.UserContent:
+    metadata = None if image.detail is None else {"detail": image.detail}
+    if not image.url.startswith("data:"):
+        return pm.ImageUrl(image.url, vendor_metadata=metadata)
+    found = pm.BinaryContent.from_data_uri(image.url)
+    found.vendor_metadata = metadata
+    return found
+
+
+# --- what comes back --------------------------------------------------------------------------------------------------
+
+
+async def _read(reader: Reader, costs: Costs, answer: httpx2.Response) -> Reply:
+    costs.begin()
+    await costs.ready(TABLE_SECONDS)
+    return reader.read(_with_tool_text(answer.content), answer.charset_encoding or "")
+
+
+def _with_tool_text(content: bytes) -> bytes:
+    """Return a chat completion with the arguments of the answer tool, if it was called, as its text."""
+    try:
+        body = json.loads(content)
+        message = body["choices"][0]["message"]
+        calls = [call["function"] for call in message["tool_calls"]]
+        arguments = next(call["arguments"] for call in calls if call["name"] == ANSWER_TOOL)
+        message["content"] = arguments if isinstance(arguments, str) else json.dumps(arguments)
+    except (ValueError, LookupError, TypeError, RecursionError, StopIteration):
+        return content
+    return json.dumps(body).encode()
+
+
+def reply_of(response: pm.ModelResponse) -> Reply:
+    """Read a response. Raises CallError if it holds no answer."""
+    text, details = _text_of(response), response.provider_details or {}
+    usage, cost = response.usage, _cost_nanos(response)
+    counted = Usage(cost_nanos=cost)
+    if not usage.unmeasured_requests:
+        counted = Usage(usage.input_tokens, usage.output_tokens, cost)
+    named = details.get("finish_reason")
+    ending = ending_of(response.finish_reason or named)
+    reasons = (named if named not in {None, ending} else None, filter_words(details))
+    raw = None
+    if not text.strip():
+        raw = pm.ModelMessagesTypeAdapter.dump_json([response], fallback=str).decode(errors="replace")
+    why = "; ".join(filter(None, reasons)) or None
+    check_answer(text, ending, counted, raw=raw, refusal=details.get("refusal"), why=why)
+    return Reply(text=text, usage=counted, model=response.model_name, finish_reason=ending)
+
+
+def _text_of(response: pm.ModelResponse) -> str:
+    for part in response.parts:
+        if isinstance(part, pm.ToolCallPart) and part.tool_name == ANSWER_TOOL:
+            return part.args if isinstance(part.args, str) else orjson.dumps(part.args or {}).decode()
+    return "".join(part.content for part in response.parts if isinstance(part, pm.TextPart))
+
+
+def _cost_nanos(response: pm.ModelResponse) -> int | None:
+    reported = (response.provider_details or {}).get("cost")
+    try:
+        price = response.cost().total_price if reported is None else Decimal(str(reported))
+        return round(price * 10**9)
+    except Exception:  # noqa: BLE001 - an unknown price must not lose an answer that is paid for
+        return None

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from lbr.core.errors import CallError
 from lbr.models.loading import Loading
-from lbr.models.pydantic_ai.model import PydanticAIModel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from lbr.core.types import Json, Reply
     from lbr.models.base import Request
     from lbr.models.http import Connections
+    from lbr.models.pydantic_ai import PydanticAIModel
 
 
 @dataclass
@@ -83,11 +83,15 @@ class Reference:
     def _build(self) -> PydanticAIModel:
         if self._ready is not None:
             return self._ready
+        from lbr.models.pydantic_ai import PydanticAIModel  # noqa: PLC0415
+
         return PydanticAIModel(
             self._name, task_settings=self._settings, api_key=self._api_key, connections=self._connections
         )
 
     def _build_replaying(self) -> PydanticAIModel:
+        from lbr.models.pydantic_ai import PydanticAIModel  # noqa: PLC0415
+
         return PydanticAIModel(
             self._name, task_settings=self._settings, api_key=self._api_key, transport=_replay()
         )
