@@ -19,7 +19,7 @@ from lbr.store import counters, health
 from lbr.store.engines import opened
 from lbr.store.files import NETWORK_WAYS, is_network
 from lbr.store.schema import LATEST, SILENT_MS
-from lbr.worker import spool
+from lbr.worker import kept_answers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -351,11 +351,7 @@ async def _keys(run: Run, authority: Authority) -> Finding:
 
 
 def _kept(facts: Health) -> Iterator[Finding]:
-    for one in spool.waiting(facts.spool_places):
-        if one.left:
-            found = f"{one.path} has answers to jobs that are not in this database"
-            yield Finding("kept answers", WARNING, found, "remove the file if you do not need it")
-            continue
-        answers = "unreadable answers" if one.answers is None else pluralize(one.answers, "finished answer")
-        found = f"{answers} in {one.path} are not in the database yet"
+    for path, count in kept_answers.kept_files(facts.spool_places).items():
+        answers = "unreadable answers" if count is None else pluralize(count, "finished answer")
+        found = f"{answers} in {path} are not in the database yet"
         yield Finding("kept answers", WARNING, found, "start `lbr worker` on this machine: it writes them")

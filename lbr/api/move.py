@@ -12,7 +12,7 @@ from lbr.core.types import JobState
 from lbr.store import enqueue, reads, runs, transfer
 from lbr.store.engines import opened, shown
 from lbr.store.queue import Queue
-from lbr.worker.spool import reclaim, waiting
+from lbr.worker.kept_answers import kept_files, reclaim
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -91,7 +91,7 @@ async def _prepare(
     if not left:
         await reclaim(source, Queue(source), notify, starting=True)
     run, counts = await transfer.prepare(source, name, aim)
-    kept = [str(one.path) for one in waiting(source.spool_places) if not one.left]
+    kept = [str(path) for path in kept_files(source.spool_places)]
     if kept and not left:
         raise UsageError(
             f"finished answers are still kept in {', '.join(kept)} and cannot be written to {source.name}; fix what "

@@ -22,7 +22,7 @@ from lbr.core import open_files
 from lbr.core.config import MAX_PROCESSES, WorkOptions, at_least_one
 from lbr.core.text import pluralize
 from lbr.core.types import Until
-from lbr.worker.processes import hearing, run_processes
+from lbr.worker.processes import handled_signals, run_processes
 
 if TYPE_CHECKING:
     import signal
@@ -142,7 +142,7 @@ async def serve(
             worker.drain()
             log("lbr: the process that started this one is gone: finishing the calls in flight")
 
-        until_the_end.enter_context(hearing(stop))
+        until_the_end.enter_context(handled_signals(stop))
         if parent is not None:
             loop.add_reader(parent, end_with_parent, parent)
             until_the_end.callback(loop.remove_reader, parent)

@@ -1,4 +1,4 @@
-"""When a worker has come to its end by itself: nothing is left to do, and what it says of what stays."""
+"""Whether a worker has nothing left to do, and what it then reports of its runs."""
 
 from __future__ import annotations
 
@@ -6,102 +6,68 @@ from typing import TYPE_CHECKING
 
 from lbr.core.errors import NothingToServeError
 from lbr.core.text import pluralize
-from lbr.core.types import JobState, PauseCause, RunState, Until
-from lbr.store import reads
+from lbr.core.types import JobState, PauseCause, RunState
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Callable, Sequence
 
-    from lbr.core.types import Millis, Paused, Run
-    from lbr.store.database import Database
-    from lbr.store.queue import DueWork
+    from lbr.core.types import Millis, Paused
+    from lbr.store.reads import RunCounts
     from lbr.worker.runs import ServableRuns
 
 ABANDONED_MS = 30_000
-"""An enqueue that added nothing for so long, and did not come to its end, is taken for interrupted."""
+"""An unfinished enqueue that has added nothing for this long counts as interrupted."""
 
 
-class Ending:
-    """Looks whether one worker is through; `named` tells that it was given the names of its runs.
+class Completion:
+    """Judges whether the runs of one worker are done; with `named`, the user named them.
 
-    `look` tells what there is to claim and to reclaim for it.
-
-    Afterwards `paused` maps runs to what stopped them, `interrupted` names runs whose enqueue did not come
-    to its end. A pause that was there before this worker is nothing to tell, unless the run was named; nor is a move,
-    for what left goes on elsewhere.
+    Afterwards `interrupted` names the runs whose enqueue did not finish.
     """
 
-    def __init__(
-        self,
-        database: Database,
-        look: Callable[[], Awaitable[DueWork]],
-        servings: ServableRuns,
-        until: Until,
-        *,
-        named: bool,
-        notify: Callable[[str], None],
-    ) -> None:
-        self._database = database
-        self._look = look
-        self._servings = servings
-        self._until = until
+    def __init__(self, runs: ServableRuns, *, named: bool, notify: Callable[[str], None]) -> None:
+        self._runs = runs
         self._named = named
         self._notify = notify
-        self._told_held = False
-        self.paused: dict[str, Paused] = {}
+        self._warned = False
         self.interrupted: list[str] = []
 
-    async def is_done(self, wanted: Sequence[Run]) -> bool:
-        """Tell whether nothing is left of the runs that are wanted.
-
-        Raises NothingToServeError where there was work, and none of it for this process.
-        """
-        if self._until is Until.EMPTY:
-            outlook = await self._look()
-            if outlook.due or outlook.suspects or outlook.expired:
-                return False
-        view = await reads.counts(self._database, [run.id for run in wanted])
-        if self._until is Until.DONE and not self._all_done(view, await reads.now(self._database)):
-            return False
-        self._check_served(view)
-        self._note_pauses(view)
-        return True
-
-    def _all_done(self, view: list[reads.RunCounts], now: Millis) -> bool:
-        interrupted = []
-        for one in view:
-            if one.run.id not in self._servings.served or one.run.state is not RunState.ACTIVE:
+    def all_done(self, found: Sequence[RunCounts], now: Millis) -> bool:
+        """Return whether no active run that this worker serves has an unfinished job or enqueue."""
+        self.interrupted = []
+        for one in found:
+            if one.run.id not in self._runs.served or one.run.state is not RunState.ACTIVE:
                 continue
             if one.open:
-                self._tell_held(one)
+                self._report_waiting(one)
                 return False
             if one.run.sealed_at is None:
                 if now - one.run.enqueued_at < ABANDONED_MS:
                     return False
-                interrupted.append(one.run.name)
-        self.interrupted = interrupted
+                self.interrupted.append(one.run.name)
         return True
 
-    def _tell_held(self, one: reads.RunCounts) -> None:
-        """Say once what an idle worker waits for."""
+    def _report_waiting(self, one: RunCounts) -> None:
         held = one.of(JobState.INFLIGHT)
-        if held and not one.of(JobState.PENDING) and not self._told_held:
-            self._told_held = True
+        if held and not one.of(JobState.PENDING) and not self._warned:
+            self._warned = True
             self._notify(
-                f"run {one.run.name}: waiting for {pluralize(held, 'job')} that other workers hold; a dead worker's are taken back, "
-                f"at the latest when their leases run out"
+                f"run {one.run.name}: waiting for {pluralize(held, 'job')} that other workers hold; a dead worker's are "
+                f"reclaimed when their leases run out, or before"
             )
 
-    def _check_served(self, view: list[reads.RunCounts]) -> None:
-        refused = self._servings.refused
-        waiting = [one for one in view if one.run.id in refused and one.open]
-        if waiting and not self._servings.served:
+    def check_served(self, found: Sequence[RunCounts]) -> None:
+        """Raise NothingToServeError if there is work, and none that this worker can do."""
+        refused = self._runs.refused
+        waiting = [one for one in found if one.run.id in refused and one.open]
+        if waiting and not self._runs.served:
             reasons = "; ".join(f"{one.run.name}: {refused[one.run.id]}" for one in waiting)
             raise NothingToServeError(f"expected a run that this worker can serve, got: none. {reasons}")
 
-    def _note_pauses(self, view: list[reads.RunCounts]) -> None:
-        self.paused = {}
-        for one in view:
+    def pauses(self, found: Sequence[RunCounts]) -> dict[str, Paused]:
+        """Return what paused the runs that the user named or that this worker served, by name; report moved ones."""
+        paused = {}
+        for one in found:
             run, pause = one.run, one.run.pause
             if run.state is not RunState.PAUSED or pause is None:
                 continue
@@ -110,5 +76,6 @@ class Ending:
                     self._notify(
                         f"run {run.name} was {pause.message} and goes on there; name that database with --db"
                     )
-            elif one.open and (self._named or (run.id in self._servings.served and not pause.cause.is_move)):
-                self.paused[run.name] = pause
+            elif one.open and (self._named or (run.id in self._runs.served and not pause.cause.is_move)):
+                paused[run.name] = pause
+        return paused

@@ -16,11 +16,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
-def hearing(on_progress: Callable[[signal.Signals], None]) -> Iterator[None]:
-    """Have the running event loop call `hear` with each signal that stops; afterwards they do what they did before.
+def handled_signals(on_signal: Callable[[signal.Signals], None]) -> Iterator[None]:
+    """Let the running event loop call `on_signal` for each of SIGNALS; afterwards restore the handlers.
 
-    SIGHUP is left alone if it is ignored, as under nohup. A second one is the same closed terminal: the shell and the
-    kernel both send it.
+    An ignored SIGHUP stays ignored, as under nohup. A second one in a row is the same closed terminal, which the shell
+    and the kernel both report.
     """
     loop = asyncio.get_running_loop()
     before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -31,7 +31,7 @@ def hearing(on_progress: Callable[[signal.Signals], None]) -> Iterator[None]:
     def note(number: signal.Signals) -> None:
         nonlocal last
         if number is not signal.SIGHUP or last is not number:
-            on_progress(number)
+            on_signal(number)
         last = number
 
     for number in before:
@@ -54,57 +54,48 @@ async def run_processes(
 ) -> list[int]:
     """Run `lbr` with these arguments in `count` processes until all have ended; return their exit codes.
 
-    `environment` is added to this process's own. Each gets `--parent` with the end of a pipe that nobody writes to:
-    when this process is gone, however that came, the pipe is at its end.
-
-    A negative code is the signal that killed a process; its jobs are reclaimed by the others. Each process
-    has a group of its own, so that a Ctrl-C reaches it once, through us.
+    `environment` is added to this process's own. A negative code is the signal that killed a process. Each process gets
+    `--parent` with a pipe that closes when this process ends, and has its own group, so that a Ctrl-C reaches it once,
+    through this process.
     """
     children: list[asyncio.subprocess.Process] = []
-    told = False
+    stopping = False
 
-    def pass_on(_: signal.Signals) -> None:
-        nonlocal told
-        told = True
-        _stop(children)
+    def stop(_: signal.Signals) -> None:
+        nonlocal stopping
+        stopping = True
+        _terminate(children)
 
-    ours, theirs = os.pipe()[::-1]
+    async def wait_for(child: asyncio.subprocess.Process) -> int:
+        code = await child.wait()
+        if code == -signal.SIGTERM and stopping:
+            return 0  # our own signal, before the child listened to signals and so before it held a job
+        if code < 0:
+            name = signal.Signals(-code).name
+            notify(f"worker process {child.pid} was killed by {name}; its jobs will be reclaimed")
+        return code
+
+    theirs, ours = os.pipe()
     # -P: a queue.py or a folder lbr in the working directory must not be imported instead of the real one.
     command = [sys.executable, "-P", "-m", "lbr", *arguments, "--parent", str(theirs)]
-    # Before the first child: a signal that comes while they start must find them all.
-    with hearing(pass_on):
+    with handled_signals(stop):  # before the first child starts, so that a signal reaches them all
         try:
-            while len(children) < count and not told:
-                children.append(
-                    await asyncio.create_subprocess_exec(
-                        *command, process_group=0, env=os.environ | environment, pass_fds=(theirs,)
-                    )
+            while len(children) < count and not stopping:
+                child = await asyncio.create_subprocess_exec(
+                    *command, process_group=0, env=os.environ | environment, pass_fds=(theirs,)
                 )
-            if told:
-                _stop(children[-1:])
-            codes = await asyncio.gather(*(_watch(child, lambda: told, notify) for child in children))
-            return list(codes)
+                children.append(child)
+            if stopping:
+                _terminate(children[-1:])
+            return list(await asyncio.gather(*map(wait_for, children)))
         finally:
-            _stop(children)
+            _terminate(children)
             os.close(ours)
             os.close(theirs)
 
 
-async def _watch(
-    child: asyncio.subprocess.Process, told: Callable[[], bool], notify: Callable[[str], None]
-) -> int:
-    code = await child.wait()
-    if code == -signal.SIGTERM and told():
-        return 0  # by our own signal, which came before it listened, so before it held anything
-    if code < 0:
-        notify(
-            f"worker process {child.pid} was killed by {signal.Signals(-code).name}; its jobs will be reclaimed"
-        )
-    return code
-
-
-def _stop(children: Sequence[asyncio.subprocess.Process]) -> None:
-    # Whatever we heard: of a Ctrl-C that comes before a child listens, Python would print where it was.
+def _terminate(children: Sequence[asyncio.subprocess.Process]) -> None:
+    # Never SIGINT: a child that does not listen yet would print a traceback.
     for child in children:
         if child.returncode is None:
             child.terminate()

@@ -1,4 +1,4 @@
-"""Which runs this process can serve, and with whom."""
+"""The runs that a worker can serve, with their models, and the limits that it was started with."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lbr.core import open_files
+from lbr.core.config import nanos_of
 from lbr.core.errors import UsageError
 from lbr.core.limits import UNBOUNDED, CallBound
 from lbr.core.pricing import (
@@ -21,25 +22,27 @@ from lbr.models.base import Kind, kind_of, tells_cost
 from lbr.models.build import build_model, build_validator, unsent
 from lbr.models.http import Connections
 from lbr.models.identity import has_other_code
-from lbr.worker.deadlines import Lateness
+from lbr.store import budgets, limiting
+from lbr.worker.attempt import LateCalls
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from lbr.core.config import WorkOptions
     from lbr.core.pricing import Price
     from lbr.core.schema import Validator
     from lbr.core.types import Run, RunId, Task
     from lbr.models.base import Model
     from lbr.models.build import Authority
+    from lbr.store.database import Database
 
 
 @dataclass(slots=True)
 class ServedRun:
-    """A run with the one who answers it and, for structured output, who checks the answers.
+    """A run with its model and, for structured output, its validator.
 
-    `price` is what its calls cost now by its user's word, None where the answerer's own word counts.
-    `extra_tokens` is what a call probably takes besides its prompt: what always goes with it, and the answer.
-    `table_price` is what the price table knows, for a run whose cost is limited.
+    `price` is the user's, None to use what the provider reports. `extra_tokens` is what a call probably takes besides
+    its prompt: instructions, schema and answer. `table_price` is set for a run whose cost is limited.
     """
 
     run: Run
@@ -47,28 +50,28 @@ class ServedRun:
     validator: Validator | None
     price: Price | None
     extra_tokens: int
-    lateness: Lateness = field(default_factory=Lateness)
+    late_calls: LateCalls = field(default_factory=LateCalls)
     table_price: Price | None = None
 
     @property
     def bound(self) -> CallBound | None:
-        """What a call may cost at most besides its prompt; None if no price is known or nothing bounds the answer."""
+        """The most that a call may cost besides its prompt; None without a price or a limit of the answer."""
         price, most = self.price or self.table_price, max_output_tokens(self.run.task.settings)
         if price is None or most is None:
             return None
         return CallBound(price, self.extra_tokens - most, most)
 
     @property
-    def slow_start(self) -> bool:
-        """Whether a provider answers, who may not be able to take all calls at once."""
+    def is_provider(self) -> bool:
+        """Whether a provider answers, which needs a connection for each call and may not take all calls at once."""
         return kind_of(self.run.task) is Kind.PROVIDER
 
 
 class ServableRuns:
-    """Builds each run's answerer once; runs that ask for the same task share it, and all share their connections.
+    """Builds the model of each run once; runs with the same task share it, and all share their connections.
 
-    With `limits_cost`, and for a run that may cost so much only, one of whose calls nobody will know the cost is not
-    served. `room` is how many calls to providers can run at a time by the limit of open files.
+    A run whose cost is limited, by its budget or by `limits_cost`, is not served if the cost of its calls will not be
+    known. `room` is how many calls to providers the limit of open files allows at a time.
     """
 
     def __init__(self, authority: Authority, *, concurrency: int, room: int, limits_cost: bool) -> None:
@@ -84,39 +87,62 @@ class ServableRuns:
         self.served: dict[RunId, ServedRun] = {}
         self.refused: dict[RunId, UsageError] = {}
         self.withdrawn: set[RunId] = set()
-        """Runs that were served until their model was found to answer other workers alone."""
+        """Runs that were served until their model could be reached from other workers only."""
         self._bounded: set[RunId] = set()
-        # What a run cost when it was refused, and what it might: with another price or limit it may be served.
+        # A refused run may be served with a different price or budget than these.
         self._refused_at: dict[RunId, tuple[Price | None, int | None]] = {}
 
-    def learn(self, runs: Iterable[Run]) -> list[str]:
-        """Take note of runs; return what a user should hear about those that are new."""
+    def update(self, runs: Iterable[Run]) -> list[str]:
+        """Serve the new runs that can be served; return notices for the user."""
         notices = []
-        runs = list(runs)
         for run in runs:
             self.reprice({run.id: run.price})
+            if run.state is RunState.ACTIVE and not self._is_served(run) and not self._is_refused(run):
+                notices += self._try_to_serve(run)
             notices += self._bound_calls(run)
-            if run.state is not RunState.ACTIVE or self._is_served(run) or self._is_refused(run):
-                continue
-            try:
-                self.served[run.id] = self._serve(run)
-                self._bounded.discard(run.id)
-            except (UsageError, OSError) as error:
-                notices += self._note_not_served(run, error)
-                continue
-            notices += [f"run {run.name} goes on, but {problem}" for problem in unsent(run.task)]
-            for notes in (self._refused_at, self.refused):
-                notes.pop(run.id, None)
-            notices += self._bound_calls(run)
-            if self._function_changed(run):
-                notices.append(
-                    f"run {run.name}: the code of {run.task.function} has changed since its jobs were enqueued; "
-                    f"its answers are kept, new calls use the new code"
-                )
         return notices + self._count_slots()
 
-    def _note_not_served(self, run: Run, error: UsageError | OSError) -> list[str]:
-        """Refuse a run, for now if no file handle was left; return what to log."""
+    def _is_served(self, run: Run) -> bool:
+        # Another enqueue may have changed the order of the schema.
+        served = self.served.get(run.id)
+        return served is not None and served.run.task.to_json() == run.task.to_json()
+
+    def _is_refused(self, run: Run) -> bool:
+        return self._refused_at.get(run.id) == (run.price, run.budget_nanos)
+
+    def _try_to_serve(self, run: Run) -> list[str]:
+        try:
+            self.served[run.id] = self._serve(run)
+        except (UsageError, OSError) as error:
+            return self._refuse(run, error)
+        self._bounded.discard(run.id)
+        self._refused_at.pop(run.id, None)
+        self.refused.pop(run.id, None)
+        notices = [f"run {run.name} goes on, but {problem}" for problem in unsent(run.task)]
+        function = self._authority.function_for(run.task)
+        if function is not None and has_other_code(function.identity.fingerprint, run.fingerprint):
+            notices.append(
+                f"run {run.name}: the code of {run.task.function} has changed since its jobs were enqueued; its answers "
+                f"are kept, new calls use the new code"
+            )
+        return notices
+
+    def _serve(self, run: Run) -> ServedRun:
+        if self._is_limited(run):
+            check_tells_cost(run)
+        identity = run.task.to_json()
+        validator = build_validator(run.task, self._authority)
+        if identity not in self._models:
+            self._models[identity] = build_model(
+                run.task, self._authority, concurrency=self._concurrency, connections=self._connections
+            )
+        return ServedRun(run, self._models[identity], validator, run.price, _extra_tokens(run.task))
+
+    def _is_limited(self, run: Run) -> bool:
+        return self._limits_cost or run.budget_nanos is not None
+
+    def _refuse(self, run: Run, error: UsageError | OSError) -> list[str]:
+        """Refuse a run, for now if no file handle was left; return a notice the first time."""
         warned = False
         if open_files.are_exhausted(error):
             warned = run.id in self.refused
@@ -128,73 +154,45 @@ class ServableRuns:
         self.refused[run.id] = error
         return [] if warned else [f"run {run.name}: not served: {error}"]
 
-    def refuse(self, answerer: str, error: UsageError) -> bool:
-        """Serve the runs of a model no longer; return whether any was served."""
-        found = [one.run for one in self.served.values() if one.run.task.answerer == answerer]
+    def withdraw(self, model: str, error: UsageError) -> bool:
+        """Stop serving the runs of a model; return whether any was served."""
+        found = [one.run for one in self.served.values() if one.run.task.answerer == model]
         for run in found:
             del self.served[run.id]
             self.withdrawn.add(run.id)
-            self.refused[run.id] = error
-            self._refused_at[run.id] = run.price, run.budget_nanos
+            self._refuse(run, error)
         return bool(found)
 
-    def _is_served(self, run: Run) -> bool:
-        """Return whether a run is served as it is stored now: an enqueue may have changed the order of its schema."""
-        served = self.served.get(run.id)
-        return served is not None and served.run.task.to_json() == run.task.to_json()
-
-    def _is_refused(self, run: Run) -> bool:
-        return self._refused_at.get(run.id) == (run.price, run.budget_nanos)
-
-    def _count_slots(self) -> list[str]:
-        """Cap the slots while a provider is served; return a warning the first time. Functions may need no connection."""
-        connects = any(one.slow_start for one in self.served.values())
-        self.slots = min(self._concurrency, self._room) if connects else self._concurrency
-        if self._warned_room or self.slots == self._concurrency:
-            return []
-        self._warned_room = True
-        notice = (
-            f"the limit of open files ({open_files.limit()}) allows {self.slots} calls at a time, not "
-            f"{self._concurrency}; raise it with `ulimit -n`, or start more workers"
-        )
-        return [notice]
-
-    def _serve(self, run: Run) -> ServedRun:
-        if self._limits_cost or run.budget_nanos is not None:
-            check_tells_cost(run)
-        identity = run.task.to_json()
-        validator = build_validator(run.task, self._authority)
-        if identity not in self._models:
-            self._models[identity] = build_model(
-                run.task, self._authority, concurrency=self._concurrency, connections=self._connections
-            )
-        return ServedRun(run, self._models[identity], validator, run.price, _extra_tokens(run.task))
-
     def _bound_calls(self, run: Run) -> list[str]:
-        """Look up what a call may cost if the run's cost is limited; return what a user should hear if it is not known."""
+        """Look up the price of a run whose cost is limited; return a notice if its calls have no bound."""
         served = self.served.get(run.id)
-        if (
-            served is None
-            or run.id in self._bounded
-            or not (self._limits_cost or run.budget_nanos is not None)
-        ):
+        if served is None or run.id in self._bounded or not self._is_limited(run):
             return []
         self._bounded.add(run.id)
         served.table_price = table_price(run.task.answerer)
         return [] if served.bound is not None else [f"run {run.name}: {UNBOUNDED}"]
 
+    def _count_slots(self) -> list[str]:
+        """Cap the slots while a provider is served; return a warning the first time."""
+        connects = any(one.is_provider for one in self.served.values())
+        self.slots = min(self._concurrency, self._room) if connects else self._concurrency
+        if self._warned_room or self.slots == self._concurrency:
+            return []
+        self._warned_room = True
+        warning = (
+            f"the limit of open files ({open_files.limit()}) allows {self.slots} calls at a time, not "
+            f"{self._concurrency}; raise it with `ulimit -n`, or start more workers"
+        )
+        return [warning]
+
     def reprice(self, prices: Mapping[RunId, Price | None]) -> None:
-        """Take note of what the calls of runs cost from now on, those in flight among them."""
+        """Set what the calls of runs cost from now on, those in flight included."""
         for run_id, price in prices.items():
             if run_id in self.served:
                 self.served[run_id].price = price
 
-    def _function_changed(self, run: Run) -> bool:
-        function = self._authority.function_for(run.task)
-        return function is not None and has_other_code(function.identity.fingerprint, run.fingerprint)
-
     async def aclose(self) -> None:
-        """Close every answerer, and the connections."""
+        """Close every model, and the connections."""
         for model in self._models.values():
             await model.aclose()
         self._models.clear()
@@ -202,7 +200,7 @@ class ServableRuns:
 
 
 def check_tells_cost(run: Run) -> None:
-    """Raise UsageError where what a run costs cannot be limited, for nobody will know what its calls cost."""
+    """Raise UsageError if the cost of a run cannot be limited, because the cost of its calls will not be known."""
     if run.task.function is not None:
         raise UsageError(
             f"expected a run of a model to limit the cost of, got: run {run.name!r} of {run.task.answerer}, whose calls "
@@ -210,10 +208,13 @@ def check_tells_cost(run: Run) -> None:
         )
     if not tells_cost(run.task, run.price):
         problem = table_problem()
-        why = ", which the price table does not have"
-        why = why if problem is None else f", and the price table cannot be loaded ({problem})"
+        why = (
+            "which the price table does not have"
+            if problem is None
+            else f"and the price table cannot be loaded ({problem})"
+        )
         raise UsageError(
-            f"expected a known price to limit the cost of run {run.name!r} by, got: none for {run.task.answerer}{why}; "
+            f"expected a known price to limit the cost of run {run.name!r} by, got: none for {run.task.answerer}, {why}; "
             f"give it with --price in=…,out=… at the enqueue, which may be repeated"
         )
 
@@ -221,3 +222,36 @@ def check_tells_cost(run: Run) -> None:
 def _extra_tokens(task: Task) -> int:
     most = max_output_tokens(task.settings)
     return tokens_of(task_characters(task)) + (ASSUMED_OUTPUT_TOKENS if most is None else most)
+
+
+class StartLimits:
+    """Sets the limits that a worker was started with, once for each run and model: later changes of the user stay."""
+
+    def __init__(self, database: Database, options: WorkOptions) -> None:
+        self._database = database
+        self._budget = None if options.max_cost is None else nanos_of("max_cost", options.max_cost)
+        wanted = {"rpm": options.rpm, "tpm": options.tpm}
+        self._limits = {name: value for name, value in wanted.items() if value is not None}
+        self._models: set[str] = set()
+        self._runs: set[RunId] = set()
+        self._first_budgets: dict[RunId, int | None] = {}
+
+    async def apply(self, served: Iterable[ServedRun], found: Iterable[Run]) -> None:
+        """Set them for the runs and models that are new to this worker, and start slowly with new providers.
+
+        `found` are all runs that have work: a budget that was changed since a run was first found stays.
+        """
+        for run in found:
+            self._first_budgets.setdefault(run.id, run.budget_nanos)
+        new_runs = [one for one in served if one.run.id not in self._runs]
+        new = {one.run.task.answerer: one for one in new_runs if one.run.task.answerer not in self._models}
+        if self._limits:
+            for model in sorted(new):
+                await limiting.change(self._database, model, self._limits)
+        slow = sorted(model for model, one in new.items() if one.is_provider)
+        await limiting.begin_slowly(self._database, slow)
+        for one in new_runs:
+            if self._budget is not None and one.run.budget_nanos == self._first_budgets[one.run.id]:
+                await budgets.set_budget(self._database, one.run.id, self._budget)
+        self._models |= set(new)
+        self._runs |= {one.run.id for one in new_runs}

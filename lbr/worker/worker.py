@@ -1,7 +1,7 @@
-"""One worker process's loop: claim what slots are free for, call, settle, until there is no more to do.
+"""One worker process's loop: claim jobs for free slots, call, settle, until nothing is left to do.
 
-A slot is taken from the claim until its settlement is committed, so a killed worker costs at most as many
-calls as it has slots. The loop itself is never cancelled half way through a transaction: it is told to stop.
+A slot is taken from the claim until its settlement is committed, so a killed worker costs at most one call for each of
+its slots. The loop is never cancelled in the middle of a transaction; it is asked to stop.
 """
 
 from __future__ import annotations
@@ -10,26 +10,34 @@ import asyncio
 import os
 import socket
 import time
-from contextlib import suppress
+from collections import deque
+from contextlib import asynccontextmanager, suppress
 from random import Random
 from typing import TYPE_CHECKING
 
 from lbr.core import open_files
-from lbr.core.errors import DatabaseError, NothingToServeError, RunNotFoundError, UsageError
+from lbr.core.errors import (
+    DatabaseBusyError,
+    DatabaseError,
+    NothingToServeError,
+    RunNotFoundError,
+    UsageError,
+)
 from lbr.core.retry import RetryPolicy
-from lbr.core.types import Until, WorkerId
+from lbr.core.types import RunId, Until, WorkerId
 from lbr.store import reads
+from lbr.store.claims import ClaimRequest
 from lbr.store.database import local_clock
 from lbr.store.queue import MAX_SKEW_MS, Queue
+from lbr.store.settle import settle
+from lbr.store.turns import settle_and_claim
 from lbr.worker.calls import Calls, WorkReport
-from lbr.worker.claiming import Claiming
-from lbr.worker.completion import Ending
-from lbr.worker.pacing import Pacing
-from lbr.worker.runs import ServableRuns
-from lbr.worker.spool import kept, reclaim
+from lbr.worker.completion import Completion
+from lbr.worker.kept_answers import keep_unwritten, reclaim
+from lbr.worker.runs import ServableRuns, StartLimits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 
     from lbr.core.config import WorkOptions
     from lbr.core.types import Claim, Millis, Run, Settlement
@@ -37,6 +45,7 @@ if TYPE_CHECKING:
     from lbr.store.database import Database
     from lbr.store.queue import DueWork
     from lbr.store.settle import Settled
+    from lbr.worker.runs import ServedRun
 
 POLL_SECONDS = 0.1
 TICK_SECONDS = 5.0
@@ -44,14 +53,127 @@ CHECK_SECONDS = 1.0
 STANDSTILL_SECONDS = 1.0
 JITTER_SECONDS = 1.0
 CLOCK_SECONDS = 2 * TICK_SECONDS
-"""How long to wait for the next report of a worker that lives and whose latest one is far from our time."""
+"""How long to wait for the next report of a living worker whose latest one is far from our time."""
+
+
+class Claimer:
+    """Claims for one worker, one claim at a time, so that no slot is claimed for twice.
+
+    `more` is True if the last claim filled all its slots, so that another will probably find jobs.
+    """
+
+    def __init__(
+        self, database: Database, queue: Queue, served: Mapping[RunId, ServedRun], *, lease: float
+    ) -> None:
+        self._database = database
+        self._queue = queue
+        self._served = served
+        self._lease = lease
+        self._order: deque[RunId] = deque()
+        self._turn = asyncio.Lock()
+        self._wanted = False
+        self._slot_freed = False
+        self._throttled = False
+        self._claimed: list[Claim] = []
+        self._claimed_for_freed = False
+        self.worker = WorkerId(0)
+        self.more = True
+
+    @property
+    def order(self) -> list[RunId]:
+        """The runs to claim jobs of, in the order of the next claim."""
+        return list(self._order)
+
+    def serve(self, run_ids: Iterable[RunId]) -> None:
+        """Claim jobs of these runs from now on; runs that were served before keep their order."""
+        served = list(run_ids)
+        known = [run_id for run_id in self._order if run_id in served]
+        self._order = deque(known + [run_id for run_id in served if run_id not in known])
+
+    def is_likely(self) -> bool:
+        """Return whether a claim will probably find something, without asking the database."""
+        # If a model is throttled to fewer calls than there are slots, each call that ends makes room for another.
+        freed, self._slot_freed = self._slot_freed, False
+        return self.more or (freed and self._throttled)
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """Keep settlements from claiming meanwhile; wait for one that does."""
+        self._wanted = True
+        try:
+            async with self._turn:
+                yield
+        finally:
+            self._wanted = False
+
+    async def claim(self, most: int, *, suspects: bool = False) -> list[Claim]:
+        """Claim up to `most` jobs, `alone`; with `suspects`, such as crashed their workers and must run alone."""
+        if not suspects:
+            self._order.rotate(-1)
+        request = self._request(most, suspects=suspects)
+        claims = await self._queue.claim(
+            request.worker,
+            request.run_ids,
+            most,
+            lease=self._lease,
+            suspects=suspects,
+            extra=request.extra,
+            bounds=request.bounds,
+        )
+        return claims if suspects else self._noted(claims, most)
+
+    async def settle(self, batch: Sequence[Settlement], free: int) -> Settled:
+        """Settle a batch and, if the database has one writer, claim for the slots that will be `free`.
+
+        `take_claimed` returns those claims. Raises like `lbr.store.settle.settle`.
+        """
+        likely = free > 0 and (self.more or self._throttled)
+        # It never waits for its turn, because `free` may change meanwhile.
+        if not likely or self._wanted or not self._database.one_writer:
+            return await settle(self._database, batch)
+        async with self._turn:
+            self._order.rotate(-1)
+            request = self._request(free, suspects=False)
+            try:
+                settled, claims = await settle_and_claim(
+                    self._database, self._queue, batch, request, lease=self._lease
+                )
+            except DatabaseBusyError:
+                raise
+            except DatabaseError:
+                # A row that cannot be claimed must not keep paid answers out; the next claim reports it.
+                return await settle(self._database, batch)
+            self._claimed += self._noted(claims, free)
+            self._claimed_for_freed = True
+        return settled
+
+    def take_claimed(self) -> list[Claim]:
+        """Return what settlements have claimed since the last call."""
+        claimed, self._claimed = self._claimed, []
+        return claimed
+
+    def note_freed(self) -> None:
+        """Note that slots became free, for which nothing may have been claimed yet."""
+        self._slot_freed |= not self._claimed_for_freed
+        self._claimed_for_freed = False
+
+    def _request(self, most: int, *, suspects: bool) -> ClaimRequest:
+        served = {run_id: self._served[run_id] for run_id in self._order}
+        extra = {run_id: one.extra_tokens for run_id, one in served.items()}
+        bounds = {run_id: bound for run_id, one in served.items() if (bound := one.bound) is not None}
+        return ClaimRequest(self.worker, self.order, most, suspects, extra, bounds)
+
+    def _noted(self, claims: list[Claim], most: int) -> list[Claim]:
+        self.more = len(claims) == most
+        self._throttled = any(claim.throttled for claim in claims) or (self._throttled and not claims)
+        return claims
 
 
 class Worker:
-    """Serves runs until told to stop or until nothing is left, by `options.until`.
+    """Serves runs until asked to stop or until nothing is left, by `options.until`.
 
-    `run_names` restricts it to those runs, None means all that it can serve. `notify` gets what a person
-    should know, one line at a time.
+    `run_names` restricts it to those runs, None means all that it can serve. `notify` gets one line at a time for the
+    user.
     """
 
     def __init__(
@@ -70,24 +192,17 @@ class Worker:
         self._options = options
         self._run_names = run_names
         self._notify = notify
-        self._pacing = Pacing(database, options)
-        self._servings = ServableRuns(
+        self._rng = rng or Random()  # noqa: S311 - jitter
+        self._start_limits = StartLimits(database, options)
+        self._runs = ServableRuns(
             authority,
             concurrency=options.concurrency,
             room=open_files.room(),
             limits_cost=options.max_cost is not None,
         )
-        self._ending = Ending(
-            database,
-            self._outlook,
-            self._servings,
-            options.until,
-            named=run_names is not None,
-            notify=notify,
-        )
+        self._completion = Completion(self._runs, named=run_names is not None, notify=notify)
         self.report = WorkReport()
-        self._rng = rng or Random()  # noqa: S311 - jitter
-        self._claiming = Claiming(database, self._queue, self._servings.served, lease=options.lease)
+        self._claimer = Claimer(database, self._queue, self._runs.served, lease=options.lease)
         self._calls = Calls(
             self.report,
             settle=self._settle,
@@ -95,7 +210,7 @@ class Worker:
             timeout=options.timeout,
             rng=self._rng,
             changed=self._calls_changed,
-            unreachable=self._refuse,
+            unreachable=self._withdraw,
             outage_patience=options.outage_patience,
             notify=notify,
         )
@@ -105,7 +220,7 @@ class Worker:
         self._wake = asyncio.Event()
         self._stopping = False
         self._aborting = False
-        self._next_look = 0.0
+        self._next_poll = 0.0
         self._next_due = 0.0
         self._next_check = 0.0
         self._id = WorkerId(0)
@@ -115,7 +230,7 @@ class Worker:
         self._comparing = asyncio.Lock()
 
     def drain(self) -> None:
-        """Claim no more, finish what is held within the grace, then release the rest and return."""
+        """Claim no more, finish the calls in flight within the grace, then release the rest and return."""
         self.report.drained = True
         self._stop()
 
@@ -128,43 +243,42 @@ class Worker:
         self._stopping = True
         self._wake.set()
 
-    def _stop_asked(self) -> bool:
+    def _is_stopping(self) -> bool:
         return self._stopping
 
     def _calls_changed(self) -> None:
         if self._calls.error is not None:
             self._fail(self._calls.error)
-        self._claiming.ended()
-        if not self._stop_asked():
-            self._start(self._claiming.brought())
+        self._claimer.note_freed()
+        if not self._is_stopping():
+            self._start(self._claimer.take_claimed())
         self._wake.set()
 
-    def _refuse(self, model: str, reason: str) -> None:
-        """Serve a model no longer that other workers reach; with none left, end."""
+    def _withdraw(self, model: str, reason: str) -> None:
+        """Stop serving a model that only other workers can reach; end if none is left."""
         error = UsageError(
             f"{model} does not answer this worker ({reason}), but it answers others: look at this machine's network, "
             f"proxy and key"
         )
-        if self._servings.refuse(model, error):
-            if self._servings.served:  # else it is what the worker ends with
-                self._notify(str(error))
-            self._claiming.serve(
-                [run_id for run_id in self._claiming.order if run_id in self._servings.served]
-            )
-            if not self._servings.served:
-                self._refusal = NothingToServeError(str(error))
-                self._stop()
+        if not self._runs.withdraw(model, error):
+            return
+        self._claimer.serve([run_id for run_id in self._claimer.order if run_id in self._runs.served])
+        if self._runs.served:
+            self._notify(str(error))
+        else:
+            self._refusal = NothingToServeError(str(error))
+            self._stop()
 
     def _start(self, claims: Sequence[Claim]) -> None:
         for claim in claims:
-            served = self._servings.served.get(claim.run_id)
-            if served is None:  # since the claim its model was found to answer others alone
+            served = self._runs.served.get(claim.run_id)
+            if served is None:  # its model was withdrawn after the claim
                 self._unserved.append(claim)
             else:
                 self._calls.start(claim, served)
 
     def _fail(self, error: BaseException) -> None:
-        """Come to an end. Where the database is the trouble, calls in flight may end: they are paid for."""
+        """End the worker. If the database has failed, calls in flight may end, because they are paid for."""
         self._calls.error = self._calls.error or error
         self._aborting |= not isinstance(error, DatabaseError)
         if isinstance(error, DatabaseError):
@@ -172,18 +286,17 @@ class Worker:
         self._stop()
 
     async def run(self) -> WorkReport:
-        """Work. A cancelled caller gets its cancellation after everything held has been given back.
+        """Work. If the caller is cancelled, everything held is released first.
 
-        Raises NothingToServeError where there are jobs but none that this process may answer, DatabaseError
-        when the database stays away; the answers that it did not take are kept for the next worker.
+        Raises NothingToServeError if there are jobs, but none that this process may answer; DatabaseError if the
+        database stays away, after keeping the unwritten answers for the next worker.
         """
         work = asyncio.ensure_future(self._run())
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
             self.abort()
-            while not work.done():
-                # Whoever is impatient and cancels again must not stop the giving back half way.
+            while not work.done():  # another cancellation must not interrupt the release
                 with suppress(asyncio.CancelledError):
                     await asyncio.wait([work])
             if not work.cancelled():
@@ -192,99 +305,92 @@ class Worker:
 
     async def _run(self) -> WorkReport:
         try:
-            await self._check_clock(wait=True)
+            await self._check_clock(starting=True)
             await self._reclaim(starting=True)
-            await self._learn()
-            host, slots = socket.gethostname(), self._servings.slots
+            await self._update_runs()
+            host, slots = socket.gethostname(), self._runs.slots
             self._id = await self._queue.register(host=host, pid=os.getpid(), concurrency=slots)
-            self._claiming.worker = self._calls.worker = self._id
+            self._claimer.worker = self._calls.worker = self._id
             self._calls.open()
             ticking = asyncio.create_task(self._tick())
-            ticking.add_done_callback(self._tick_ended)
             try:
-                try:
-                    # Again, for one that began at the same moment was not there to see.
-                    await self._check_clock(wait=True)
-                    await self._loop()
-                except DatabaseError as error:
-                    self._fail(error)
-                await self._finish_calls()
+                await self._work()
             finally:
-                self._stop()  # whatever went wrong: a settlement must claim no more
+                self._stop()  # in any case: a settlement must claim no more
                 ticking.cancel()
                 await self._wind_up()
                 await asyncio.gather(ticking, return_exceptions=True)
         finally:
             self._queue.leave(self._id)
-            await self._servings.aclose()
+            await self._runs.aclose()
         if self._refusal is not None:
             raise self._refusal
         return self.report
 
-    def _tick_ended(self, ticking: asyncio.Task[None]) -> None:
-        if not ticking.cancelled() and (error := ticking.exception()) is not None:
+    async def _work(self) -> None:
+        try:
+            await self._check_clock(starting=True)  # again, to see a worker that started at the same moment
+            while not self._is_stopping():
+                claims = await self._claim()
+                if self._is_stopping():
+                    await self._give_back(claims)
+                    break
+                self._start(claims)
+                if self._unserved:
+                    await self._give_back([])
+                if not claims and not self._claimer.more and await self._is_finished():
+                    break
+                await self._wait()
+        except DatabaseError as error:
             self._fail(error)
+        await self._finish_calls()
 
     async def _wind_up(self) -> None:
-        """Give back what is held, write what has ended, and raise what went wrong on the way."""
+        """Release what is held, write what has ended, and raise what went wrong on the way."""
         try:
             self.report.released += await self._queue.release(self._id, await self._calls.cancel())
         except DatabaseError as error:
             self._calls.error = self._calls.error or error
         await self._calls.close()
-        await self._give_back(self._claiming.brought())
+        await self._give_back(self._claimer.take_claimed())
         if not isinstance(self._calls.error, DatabaseError):
             await self._queue.unregister(self._id)
         if self._calls.error is not None:
-            raise kept(self._database, self._calls.error, self._calls.unwritten)
+            raise keep_unwritten(self._database, self._calls.error, self._calls.unwritten)
 
     async def _give_back(self, claims: Sequence[Claim]) -> None:
-        """Release what was claimed and never called for."""
+        """Release claims that were never called for."""
         unserved, self._unserved = self._unserved, []
         try:
             self.report.released += await self._queue.release(self._id, [*claims, *unserved], unused=True)
         except DatabaseError as error:
             self._fail(error)
 
-    async def _loop(self) -> None:
-        while not self._stop_asked():
-            claims = await self._claim()
-            if self._stop_asked():
-                await self._give_back(claims)
-                return
-            self._start(claims)
-            if self._unserved:
-                await self._give_back([])
-            if not claims and not self._claiming.more and await self._finished():
-                return
-            await self._wait()
-
     async def _wait(self) -> None:
-        """Sleep until a slot is free, or, with nothing to claim, until it is time to look again."""
+        """Sleep until a slot is free or, with nothing to claim, until the next poll."""
         free = self._free() > 0
-        if self._claiming.more and free:
+        if self._claimer.more and free:
             return
         self._wake.clear()
-        if self._stop_asked():
+        if self._is_stopping():
             return
         with suppress(TimeoutError):
             async with asyncio.timeout(POLL_SECONDS if free else None):
                 await self._wake.wait()
 
-    async def _learn(self) -> None:
-        """Take note of the runs that have work; UsageError for a named one that we cannot serve."""
-        found = await self._wanted()
-        notices = self._servings.learn(found)
+    async def _update_runs(self) -> None:
+        """Find the runs that have work. Raises UsageError for a named one that this worker cannot serve."""
+        found = await self._find_runs()
+        notices = self._runs.update(found)
         for run in found if self._run_names is not None else ():
-            if run.id in self._servings.refused and run.id not in self._servings.withdrawn:
-                raise self._servings.refused[run.id]
+            if run.id in self._runs.refused and run.id not in self._runs.withdrawn:
+                raise self._runs.refused[run.id]
         for notice in notices:
             self._notify(notice)
-        served = [run.id for run in found if run.id in self._servings.served]
-        self._claiming.serve(served)
-        await self._pacing.begin(self._servings.served.values(), found)
+        self._claimer.serve(run.id for run in found if run.id in self._runs.served)
+        await self._start_limits.apply(self._runs.served.values(), found)
 
-    async def _wanted(self) -> list[Run]:
+    async def _find_runs(self) -> list[Run]:
         if self._run_names is None:
             return await reads.open_runs(self._database)
         found, gone = [], None
@@ -299,66 +405,64 @@ class Worker:
         return found
 
     def _free(self) -> int:
-        """Return how many slots may be claimed for."""
-        return 0 if self._calls.alone else self._servings.slots - len(self._calls)
+        return 0 if self._calls.alone else self._runs.slots - len(self._calls)
 
     async def _claim(self) -> list[Claim]:
         if self._clock_jumped():
             await self._check_clock()
-        async with self._claiming.alone():
+        async with self._claimer.alone():
             free = self._free()
-            if free <= 0 or not (self._claiming.worth_it() or await self._look()):
+            if free <= 0 or not (self._claimer.is_likely() or await self._is_due()):
                 return []
-            return await self._claiming.claim(free)
+            return await self._claimer.claim(free)
 
     async def _settle(self, batch: Sequence[Settlement]) -> Settled:
-        rests = self._stop_asked() or self._calls.alone or self._clock_jumped()
+        rests = self._is_stopping() or self._calls.alone or self._clock_jumped()
         free = 0 if rests else self._free() + self._calls.freed_by(batch)
-        return await self._claiming.settle(batch, free)
+        return await self._claimer.settle(batch, free)
 
-    async def _look(self) -> bool:
-        """Look whether anything came up since the last claim found too little; True if a claim is worth it.
+    async def _is_due(self) -> bool:
+        """Return whether a claim is worth it, after a claim that found too little.
 
-        A look is due when somebody committed, or when a wait that an earlier look saw is over.
+        The database is asked after a commit of another process, or when a wait that it reported before is over.
         """
         now = time.monotonic()
-        if now < self._next_look:
+        if now < self._next_poll:
             return False
-        self._next_look = now + POLL_SECONDS
+        self._next_poll = now + POLL_SECONDS
         if await self._database.changed():
             self._next_check = 0.0
-            await self._learn()
+            await self._update_runs()
         elif now < self._next_due:
             return False
-        outlook = await self._outlook()
-        self._note_outages(outlook.outages)
-        if outlook.stranded:
-            await self._queue.bring_forward(self._claiming.order)
-        if outlook.expired:
-            # Ours first: after a standstill they may have run out, but we are alive.
-            await self._renew()
+        work = await self._due_work()
+        self._report_outages(work.outages)
+        if work.stranded:
+            await self._queue.bring_forward(self._claimer.order)
+        if work.expired:
+            await self._renew()  # before others': our own may have run out in a standstill
             await self._reclaim()
-        if outlook.stranded or outlook.expired:
-            outlook = await self._outlook()
-        if outlook.suspects and not outlook.due and not self._calls:
-            self._start(await self._claiming.claim_suspect())
-        busy = outlook.due or outlook.suspects or outlook.expired
-        wait = (outlook.next_ms or 1000 * TICK_SECONDS) / 1000
-        # Not all workers come back at the same moment.
+        if work.stranded or work.expired:
+            work = await self._due_work()
+        if work.suspects and not work.due and not self._calls:
+            self._start(await self._claimer.claim(1, suspects=True))
+        busy = work.due or work.suspects or work.expired
+        wait = (work.next_ms or 1000 * TICK_SECONDS) / 1000
+        # With jitter, so that not all workers ask at the same moment.
         self._next_due = now + (0 if busy else wait + self._rng.random() * min(wait / 10, JITTER_SECONDS))
-        return outlook.due and not self._calls.alone
+        return work.due and not self._calls.alone
 
-    async def _outlook(self) -> DueWork:
-        return await self._queue.look(self._claiming.order, worker=self._id)
+    async def _due_work(self) -> DueWork:
+        return await self._queue.look(self._claimer.order, worker=self._id)
 
-    def _note_outages(self, outages: Mapping[str, str]) -> None:
-        """Log an outage that another worker recognised, and its end; of our own the settlement tells."""
+    def _report_outages(self, outages: Mapping[str, str]) -> None:
+        """Report outages that other workers recognised, and the end of each; settlements report our own."""
         for model in outages.keys() - self._outages:
             if not self._calls.sees_outage(model):
-                self._notify(f"{model}: waiting, as all workers do: {outages[model]}")
+                self._notify(f"{model}: waiting, like all workers: {outages[model]}")
         for model in self._outages - outages.keys():
-            served = (one.run for one in self._servings.served.values())
-            if self._calls.sees_outage(model) and any(run.task.answerer == model for run in served):
+            is_served = any(one.run.task.answerer == model for one in self._runs.served.values())
+            if is_served and self._calls.sees_outage(model):
                 self._notify(f"{model}: waiting no longer")
         self._outages = set(outages)
 
@@ -367,64 +471,77 @@ class Worker:
         self.report.reclaimed += reclaimed
         self.report.failed += failed
 
-    async def _finished(self) -> bool:
-        now = time.monotonic()
-        if self._calls or self._options.until is Until.FOREVER or now < self._next_check:
+    async def _is_finished(self) -> bool:
+        """Return whether nothing is left to do; at most once a second, because that reads every run."""
+        now, until = time.monotonic(), self._options.until
+        if self._calls or until is Until.FOREVER or now < self._next_check:
             return False
         self._next_check = now + CHECK_SECONDS
-        if not await self._ending.is_done(await self._wanted()):
+        wanted = await self._find_runs()
+        if until is Until.EMPTY:
+            work = await self._due_work()
+            if work.due or work.suspects or work.expired:
+                return False
+        found = await reads.counts(self._database, [run.id for run in wanted])
+        if until is Until.DONE and not self._completion.all_done(found, await reads.now(self._database)):
             return False
-        self.report.paused, self.report.interrupted = self._ending.paused, self._ending.interrupted
+        self._completion.check_served(found)
+        self.report.paused = self._completion.pauses(found)
+        self.report.interrupted = self._completion.interrupted
         return True
 
     async def _tick(self) -> None:
-        """Renew the leases, say that we live, and take back what the dead have left."""
+        """Renew the leases and report that this worker lives, until cancelled."""
         interval = min(self._options.lease / 3, TICK_SECONDS)
-        while True:
-            before = time.monotonic()
-            await asyncio.sleep(interval)
-            late = time.monotonic() - before - interval
-            if late > max(interval, STANDSTILL_SECONDS):
-                self._notify(
-                    f"everything stood still for {late:.1f} s, so leases may run out: does an async function block? "
-                    f"Make it a plain function, which runs in a thread, or raise --lease"
-                )
-            await self._renew()
-            # While there is more to claim, nobody looks at the runs themselves.
-            self._servings.reprice(await reads.prices(self._database, self._servings.served))
-            if self._claiming.more and not self._stop_asked():
-                await self._reclaim()
+        try:
+            while True:
+                before = time.monotonic()
+                await asyncio.sleep(interval)
+                late = time.monotonic() - before - interval
+                if late > max(interval, STANDSTILL_SECONDS):
+                    self._notify(
+                        f"everything stood still for {late:.1f} s, so leases may run out: does an async function block? "
+                        f"Make it a plain function, which runs in a thread, or raise --lease"
+                    )
+                await self._renew()
+                # The loop does neither while there is more to claim.
+                self._runs.reprice(await reads.prices(self._database, self._runs.served))
+                if self._claimer.more and not self._is_stopping():
+                    await self._reclaim()
+        except Exception as error:  # noqa: BLE001 - without renewals the worker must end
+            self._fail(error)
 
     def _clock_jumped(self) -> bool:
         return abs(_lead_ms() - self._lead) > MAX_SKEW_MS
 
-    async def _check_clock(self, *, wait: bool = False) -> None:
-        """Raise DatabaseError if another worker of the file goes by a clock that is far from ours.
+    async def _check_clock(self, *, starting: bool = False) -> None:
+        """Raise DatabaseError if another worker of the file uses a clock that is far from ours.
 
-        A report alone says little: its worker may stand still, or the clock of the whole machine was set. One that comes
-        while we look does, so at the start, and after our own clock has jumped, that is waited for.
+        An old report does not count: its worker may stand still, or the machine's clock was set. A new one does, so at
+        the start and after our clock has jumped this waits for one.
         """
-        if not self._database.one_writer:  # a server, whose clock all go by
+        if not self._database.one_writer:  # a server has one clock for all
             self._lead = _lead_ms()
             return
         async with self._comparing:
             clocks = await self._queue.clocks(self._id)
             known = self._far_off
             if self._clock_jumped():
-                wait, known, self._far_off, self._lead = True, {}, {}, _lead_ms()
-            wait = wait and self._database.presence.tells and bool(clocks.reports.keys() - known.keys())
-            if wait:
+                starting, known, self._far_off, self._lead = True, {}, {}, _lead_ms()
+            waits = starting and self._database.presence.tells and bool(clocks.reports.keys() - known.keys())
+            if waits:
                 others = ", ".join(map(str, clocks.reports))
                 self._notify(
-                    f"comparing clocks with worker {others}, which may take {CLOCK_SECONDS:.0f} s: it has not reported lately"
+                    f"comparing clocks with worker {others}, which has not reported lately; this may take "
+                    f"{CLOCK_SECONDS:.0f} s"
                 )
-            deadline = time.monotonic() + CLOCK_SECONDS * wait
+            deadline = time.monotonic() + CLOCK_SECONDS * waits
             while True:
                 for worker, seen_at in clocks.reports.items():
                     if self._far_off.get(worker, seen_at) != seen_at:
-                        raise DatabaseError(_clock_words(clocks.now, worker, seen_at, self._database.name))
+                        raise _clock_error(clocks.now, worker, seen_at, self._database.name)
                 self._far_off = clocks.reports
-                if not clocks.reports or time.monotonic() >= deadline or self._stop_asked():
+                if not clocks.reports or time.monotonic() >= deadline or self._is_stopping():
                     return
                 await asyncio.sleep(POLL_SECONDS)
                 clocks = await self._queue.clocks(self._id)
@@ -441,11 +558,11 @@ class Worker:
                 self._calls.lose(claim)
 
     async def _finish_calls(self) -> None:
-        """Let the calls in flight end, for as long as the grace lasts."""
+        """Wait for the calls in flight, within the grace."""
         deadline = time.monotonic() + self._options.grace
         while self._calls.unfinished and not self._aborting:
             self._wake.clear()
-            await self._give_back(self._claiming.brought())
+            await self._give_back(self._claimer.take_claimed())
             left = deadline - time.monotonic()
             if left <= 0:
                 return
@@ -458,9 +575,9 @@ def _lead_ms() -> float:
     return local_clock() - time.monotonic() * 1000
 
 
-def _clock_words(now: Millis, worker: WorkerId, seen_at: Millis, database: str) -> str:
+def _clock_error(now: Millis, worker: WorkerId, seen_at: Millis, database: str) -> DatabaseError:
     ours, theirs = (time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(at / 1000)) for at in (now, seen_at))
-    return (
+    return DatabaseError(
         f"the clock of this process says {ours} UTC, but worker {worker}, which works on {database} too, has just written "
         f"{theirs} UTC: leases need one clock. Set the wrong one right, then start this worker again"
     )

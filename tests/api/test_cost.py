@@ -509,7 +509,7 @@ class TestWorkers:
         await eventually(lambda: gate.calls)
         dearer = Price(3, 0)
         await runs.open_run(live, runs.RunSpec("r", run.task, 8, run.fingerprint, dearer))
-        await eventually(lambda: worker._servings.served[run.id].price == dearer)
+        await eventually(lambda: worker._runs.served[run.id].price == dearer)
         gate.open = True
         await working
         counts = (await reads.overview(live, "r")).runs[0].counts

@@ -22,7 +22,7 @@ from lbr.store.engines import open_database, opened, shown
 from lbr.store.queue import Queue
 from lbr.store.schema import results
 from lbr.store.settle import settle
-from lbr.worker.spool import keep
+from lbr.worker.kept_answers import keep
 from tests.proofs.test_outages import FUNCTION, calls, check, enqueue_lines, far_driver
 from tests.support import (
     ECHO,

@@ -33,8 +33,7 @@ from lbr.store.engines import open_database
 from lbr.store.file_connections import READER_PRAGMAS, FileConnections
 from lbr.store.file_errors import database_errors
 from lbr.worker import runs as serving
-from lbr.worker.attempt import OutOfFilesError, attempt
-from lbr.worker.deadlines import Deadlines, Lateness
+from lbr.worker.attempt import Deadlines, LateCalls, OutOfFilesError, attempt
 from lbr.worker.runs import ServableRuns
 from tests.support import ECHO, Cli, put
 
@@ -169,15 +168,15 @@ async def test_slots_are_held_back_while_a_provider_is_served(
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-this-test")
     database = await open_database(f"sqlite+aiosqlite:///{tmp_path / 'queue.db'}", create=True)
     await put(database, ["a"], name="1", task=ECHO)
-    servings = ServableRuns(authorize(), concurrency=50, room=7, limits_cost=False)
-    assert servings.learn(await reads.all_runs(database)) == []
-    assert servings.slots == 50
+    servable = ServableRuns(authorize(), concurrency=50, room=7, limits_cost=False)
+    assert servable.update(await reads.all_runs(database)) == []
+    assert servable.slots == 50
     for name in ("2", "3"):
         await put(database, ["a"], name=name, task=Task(model=MODEL), reuse=False)
-        told = servings.learn(await reads.all_runs(database))
+        told = servable.update(await reads.all_runs(database))
         assert [("allows 7 calls" in one) for one in told] == ([True] if name == "2" else [])
-        assert servings.slots == 7
-    await servings.aclose()
+        assert servable.slots == 7
+    await servable.aclose()
     await database.close()
 
 
@@ -190,7 +189,7 @@ async def database(tmp_path: Path) -> AsyncIterator[Database]:
 
 
 @pytest.fixture
-async def servings(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ServableRuns]:
+async def servable(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ServableRuns]:
     """Return those of a process with a key and more open files than slots."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-this-test")
     made = ServableRuns(authorize(), concurrency=50, room=1_000, limits_cost=False)
@@ -243,7 +242,7 @@ async def test_a_look_for_changes_waits_for_a_handle(tmp_path: Path) -> None:
 
 
 async def test_a_run_that_finds_no_handle_is_tried_again(
-    database: Database, servings: ServableRuns, monkeypatch: pytest.MonkeyPatch
+    database: Database, servable: ServableRuns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is refused with one line for now, and served when the worker next learns of it."""
     run = await put(database, ["a"], name="mine", task=Task(model=MODEL))
@@ -254,12 +253,12 @@ async def test_a_run_that_finds_no_handle_is_tried_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(serving, "build_model", fails)
-        (notice,) = servings.learn(found)
-        assert servings.learn(found) == []
+        (notice,) = servable.update(found)
+        assert servable.update(found) == []
     assert notice.startswith("run mine: not served: out of file handles (limit ")
-    assert list(servings.refused) == [run.id]
-    assert servings.learn(found) == []
-    assert (list(servings.served), servings.refused) == ([run.id], {})
+    assert list(servable.refused) == [run.id]
+    assert servable.update(found) == []
+    assert (list(servable.served), servable.refused) == ([run.id], {})
 
 
 async def test_models_of_pydantic_ai_share_connections_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +313,7 @@ async def test_which_calls_were_not_made_without_a_handle(
 ) -> None:
     """Not those that are paid for, nor those of functions, nor what failed for another reason."""
     request = Request(Prompt(text="p"), task, JobId(1), 1)
-    trying = attempt(_Failing(error, cause), None, request, Deadlines(5), Lateness())
+    trying = attempt(_Failing(error, cause), None, request, Deadlines(5), LateCalls())
     if made:
         assert (await trying).failure is not None
     else:

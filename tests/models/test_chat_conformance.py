@@ -21,8 +21,7 @@ from lbr.models.build import Authority, build_model, check_task
 from lbr.models.chat import ChatModel, serves
 from lbr.models.chat.asking import messages_of
 from lbr.models.pydantic_ai import PydanticAIModel
-from lbr.worker.attempt import attempt
-from lbr.worker.deadlines import Deadlines, Lateness
+from lbr.worker.attempt import Deadlines, LateCalls, attempt
 from tests.support.chat_wire import (
     KEY,
     MODELS,
@@ -496,7 +495,7 @@ async def test_a_timeout_is_the_same(wire: Wire, provider: str, script: Script, 
         return
     failures = []
     for model in (reference_model(name, None), chat_model(name, None, alone=True)):
-        ended = await attempt(model, None, asking(timeout=0.3), Deadlines(0.3), Lateness())
+        ended = await attempt(model, None, asking(timeout=0.3), Deadlines(0.3), LateCalls())
         await model.aclose()
         assert ended.failure is not None
         failures.append(ended.failure)

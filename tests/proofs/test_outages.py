@@ -22,7 +22,7 @@ from lbr.store.engines import open_database
 from lbr.store.queue import Queue
 from lbr.store.schema import workers as workers_table
 from lbr.store.settle import settle
-from lbr.worker import spool
+from lbr.worker import kept_answers
 from tests.store.test_store import TRANSIENT
 from tests.support import (
     ECHO,
@@ -425,7 +425,7 @@ def test_answers_outlive_an_event_loop_that_ends(tmp_path: Path) -> None:
 
 async def test_kept_answers_of_another_database_are_left_alone(db_url: str, tmp_path: Path) -> None:
     """A kept answer whose job is another one here, or a file that is none of ours, is reported and stays."""
-    from lbr.worker.spool import keep, settle_kept
+    from lbr.worker.kept_answers import keep, settle_kept
 
     database = await open_database(db_url, create=True)
     database.spool_places = [tmp_path / "kept" / "queue"]
@@ -457,7 +457,7 @@ async def test_kept_answers_of_another_database_are_left_alone(db_url: str, tmp_
 @pytest.mark.parametrize("state", ["failed", "pending"])
 async def test_a_kept_answer_ends_its_job(db_url: str, tmp_path: Path, state: str) -> None:
     """A line that keeps an answer and has its job tried again was changed by hand, and is taken for rubbish."""
-    from lbr.worker.spool import keep, settle_kept
+    from lbr.worker.kept_answers import keep, settle_kept
 
     database = await open_database(db_url, create=True)
     database.spool_places = [tmp_path / "kept" / "queue"]
@@ -486,7 +486,7 @@ async def test_kept_answers_are_taken_by_a_database_that_was_made_anew(
     worker = await queue.register(host="h", pid=1, concurrency=3)
     await queue.release(worker, await queue.claim(worker, [run.id], 3, lease=60))
     one, two, three = await queue.claim(worker, [run.id], 3, lease=60)
-    spool.keep(database, [answered(one, "paid for"), answered(two, "late"), failed(three, TRANSIENT)])
+    kept_answers.keep(database, [answered(one, "paid for"), answered(two, "late"), failed(three, TRANSIENT)])
     await database.close()
 
     anew = new_database() if is_postgresql(db_url) else f"sqlite+aiosqlite:///{tmp_path / 'anew.db'}"
@@ -499,7 +499,7 @@ async def test_kept_answers_are_taken_by_a_database_that_was_made_anew(
     held = await queue.claim(worker, [run.id], 1, lease=60)
     assert [claim.prompt.text for claim in held] == ["a"]
     lines: list[str] = []
-    await spool.settle_kept(database, lines.append)
+    await kept_answers.settle_kept(database, lines.append)
     assert (await reads.story(database, run, 1)).row.result == "late"
     assert await states(database, run) == {"inflight": 1, "done": 1, "pending": 1}
     await settle(database, [answered(held[0], "mine")])
@@ -517,7 +517,9 @@ async def test_half_written_files_are_in_nobodys_way(db_url: str, tmp_path: Path
     queue = Queue(database)
     worker = await queue.register(host="h", pid=1, concurrency=2)
     one, two = await queue.claim(worker, [run.id], 2, lease=60)
-    path = spool.keep(database, [answered(one), answered(one.__class__(**_fields(two) | {"key": b"x"}))])
+    path = kept_answers.keep(
+        database, [answered(one), answered(one.__class__(**_fields(two) | {"key": b"x"}))]
+    )
     left = path.name.replace(".spool.", ".left.")
     path.with_name(".queue.1-2.spool.jsonl.0123abcd.part").write_text("half of an ans")
     living, new = path.with_name(".queue.3-4.spool.jsonl.part"), path.with_name(".queue.5-6.spool.jsonl.part")
@@ -526,7 +528,7 @@ async def test_half_written_files_are_in_nobodys_way(db_url: str, tmp_path: Path
         files.lock_open(file.fileno())
         file.write("half of an ans")
         file.flush()
-        await spool.settle_kept(database, lambda _: None)
+        await kept_answers.settle_kept(database, lambda _: None)
     assert {part.name for part in path.parent.iterdir()} == {left, living.name, new.name}
     assert await states(database, run) == {"done": 1, "inflight": 1}
     await database.close()

@@ -12,7 +12,7 @@ import pytest
 
 from lbr.core.types import Claim, JobId, KeyMaker, Prompt, RunId, Task
 from lbr.store.engines import open_database
-from lbr.worker import spool
+from lbr.worker import kept_answers
 from tests.support import Cli, answered, is_postgresql
 
 if TYPE_CHECKING:
@@ -95,10 +95,10 @@ def plant(database: Database, folder: Path) -> list[Path]:
         place.parent.mkdir(exist_ok=True)
         for number, prompt in enumerate(map(Prompt, PROMPTS), 1):
             claim = Claim(JobId(number), RunId(1), 9, 0, 0, prompt, maker.key(prompt))
-            path = spool.keep(database, [answered(claim, "forged")])
-            forged = place.with_name(f"{place.name}.{number}-0000000f{spool.ENDING}")
+            path = kept_answers.keep(database, [answered(claim, "forged")])
+            forged = place.with_name(f"{place.name}.{number}-0000000f{kept_answers.ENDING}")
             planted.append(by_mallory(path.rename(forged), 0o644))
-        pipe = place.with_name(f"{place.name}.4-0000000f{spool.ENDING}")
+        pipe = place.with_name(f"{place.name}.4-0000000f{kept_answers.ENDING}")
         os.mkfifo(pipe)
         links = [
             place.with_name(f"{place.name}.{name}")

@@ -19,7 +19,7 @@ from lbr.store import files, reads
 from lbr.store.engines import open_database
 from lbr.store.presence import FilePresence
 from lbr.store.queue import RECLAIM_PAGE, Queue
-from lbr.worker.spool import keep, reclaim
+from lbr.worker.kept_answers import keep, reclaim
 from tests.support import answered, assert_counted, put, states
 
 if TYPE_CHECKING:

@@ -17,8 +17,7 @@ from lbr.core.errors import DatabaseError, UsageError
 from lbr.store import limiting, runs, turns
 from lbr.store.engines import open_database
 from lbr.store.queue import Queue
-from lbr.worker import claiming
-from lbr.worker.claiming import Claiming
+from lbr.worker import worker as loop
 from lbr.worker.worker import Worker
 from tests.support import answered, assert_counted, eventually, put, states
 from tests.worker.test_worker import asks, worker_for
@@ -82,7 +81,7 @@ async def test_what_a_settlement_brings_to_a_worker_that_stops_is_given_back(
         told_to_stop.set()
         return settled, claims
 
-    monkeypatch.setattr(claiming, "settle_and_claim", turn)
+    monkeypatch.setattr(loop, "settle_and_claim", turn)
     run = await put(live, ["slow", *map(str, range(9))], task=asks(one_is_slow))
     worker = worker_for(live, one_is_slow, concurrency=3, grace=60)
     working = asyncio.create_task(worker.run())
@@ -140,11 +139,11 @@ async def test_a_settlement_never_queues_for_its_turn(
         await go_on.wait()
         return await whole(*given, **options)
 
-    monkeypatch.setattr(claiming, "settle_and_claim", turn)
+    monkeypatch.setattr(loop, "settle_and_claim", turn)
     run = await put(live, [str(n) for n in range(8)])
     queue = Queue(live)
     served: Any = {run.id: SimpleNamespace(extra_tokens=0, bound=None)}
-    claims = Claiming(live, queue, served, lease=60)
+    claims = loop.Claimer(live, queue, served, lease=60)
     claims.worker = await queue.register(host="a", pid=1, concurrency=2)
     claims.serve([run.id])
     first, second = await claims.claim(2)
@@ -163,7 +162,7 @@ async def test_a_settlement_never_queues_for_its_turn(
     await asyncio.sleep(0)
     go_on.set()
     await settling
-    assert len(claims.brought()) == turns_made == 1
+    assert len(claims.take_claimed()) == turns_made == 1
     assert len(await looping) == 1
     assert await states(live, run) == {"done": 2, "inflight": 2, "pending": 4}
 

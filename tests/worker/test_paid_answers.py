@@ -17,8 +17,7 @@ from lbr.models.chat import endpoint_of
 from lbr.models.chat.costs import Costs
 from lbr.models.pydantic_ai import PydanticAIModel
 from lbr.models.reference import Reference
-from lbr.worker.attempt import attempt
-from lbr.worker.deadlines import Deadlines, Lateness
+from lbr.worker.attempt import Deadlines, LateCalls, attempt
 from tests.models.test_chat_conformance import asking, completion
 from tests.support import Cli
 from tests.support.chat_wire import MODELS, Wire, chat_model, environment, http
@@ -109,7 +108,7 @@ async def test_a_price_table_that_takes_long_lets_no_call_be_late(
     wire.script = http(200, json.dumps(completion()))
     asked = chat_model(NAME)
     try:
-        outcome = await attempt(asked, None, asking(timeout=2), Deadlines(2), Lateness())
+        outcome = await attempt(asked, None, asking(timeout=2), Deadlines(2), LateCalls())
     finally:
         ended.set()
         await asked.aclose()
@@ -122,7 +121,7 @@ async def test_what_could_not_be_built_is_built_for_a_later_call(
     wire: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A call that only pydantic-ai can make fails while that cannot be built, and no longer."""
-    monkeypatch.setattr(loading, "AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(loading, "RETRY_SECONDS", 0.0)
     monkeypatch.setattr("lbr.models.pydantic_ai.PydanticAIModel", Failing(PydanticAIModel, 1))
     wire.script = http(200, json.dumps(completion()))
     asked = Reference(NAME, task_settings={})

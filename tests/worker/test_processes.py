@@ -23,7 +23,7 @@ import psutil
 import pytest
 
 from lbr.store.enqueue import CHUNK
-from lbr.worker.processes import SIGNALS, hearing
+from lbr.worker.processes import SIGNALS, handled_signals
 from tests.support import PATIENCE_SECONDS, Cli, eventually, is_postgresql
 
 if TYPE_CHECKING:
@@ -512,7 +512,7 @@ async def test_signals_do_afterwards_what_they_did_before() -> None:
     signal.signal(signal.SIGTERM, lambda number, _: heard.append(-number))
     ours = signal.getsignal(signal.SIGTERM)
     try:
-        with hearing(heard.append):
+        with handled_signals(heard.append):
             signal.raise_signal(signal.SIGTERM)
             await eventually(lambda: heard)
         assert heard == [signal.SIGTERM]

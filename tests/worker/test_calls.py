@@ -11,7 +11,7 @@ import pytest
 from lbr.core.errors import DatabaseError
 from lbr.core.types import Claim, JobId, Prompt, RunId
 from lbr.store.settle import Settled
-from lbr.worker.settler import Commit, Settler, linger_seconds, most_rows, usual_of
+from lbr.worker.calls import Commit, Settler, batch_size, linger_seconds, usual_commit
 from tests.support import answered
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ async def test_who_hurries_waits_for_no_part() -> None:
 )
 def test_every_other_commit_tells_and_a_single_one_does_not(seconds: list[float], usual: float) -> None:
     """One commit that was hindered is no reason to gather; half of them are."""
-    assert usual_of([Commit(one, 1) for one in seconds]) == Commit(usual, 1)
+    assert usual_commit([Commit(one, 1) for one in seconds]) == Commit(usual, 1)
 
 
 @pytest.mark.parametrize(
@@ -199,4 +199,4 @@ def test_linger_follows_what_hinders_commits_and_how_long_calls_are(
 )
 def test_batches_are_small_where_calls_take_longer(commit: Commit, call: float, rows: int) -> None:
     """A slow commit is worth more rows, and calls that take no time have all of them."""
-    assert most_rows(commit, call) == rows
+    assert batch_size(commit, call) == rows

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from lbr.worker.deadlines import DeadlineError, Deadlines, Lateness
+from lbr.worker.attempt import DeadlineError, Deadlines, LateCalls
 
 
 async def test_each_gets_its_own_time() -> None:
@@ -89,9 +89,9 @@ async def test_an_answer_in_spite_of_the_deadline_counts() -> None:
 
 def test_one_late_call_is_no_overload() -> None:
     """A late call now and then says nothing; as soon as many are late, each says that there are too many."""
-    lateness = Lateness()
-    now_and_then = [lateness.note(late=n % 10 == 0) for n in range(1000)]
+    late_calls = LateCalls()
+    now_and_then = [late_calls.note(late=n % 10 == 0) for n in range(1000)]
     assert not any(now_and_then)
-    assert [lateness.note(late=True) for _ in range(5)] == [False, True, True, True, True]
-    assert not any(lateness.note(late=False) for _ in range(50))
-    assert not lateness.note(late=True)
+    assert [late_calls.note(late=True) for _ in range(5)] == [False, True, True, True, True]
+    assert not any(late_calls.note(late=False) for _ in range(50))
+    assert not late_calls.note(late=True)
