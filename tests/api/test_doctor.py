@@ -275,8 +275,10 @@ async def test_a_fix_keeps_what_is_counted_meanwhile(database: Database, db_url:
     await doctor.close()
 
 
-def test_missing_database_is_found(cli: Cli) -> None:
+def test_missing_database_is_found(cli: Cli, new_database: Callable[[], str]) -> None:
     """A missing queue is a finding with the command that creates it, and nothing is created."""
+    if is_postgresql(cli.outside_url):
+        cli = Cli(cli.folder, db_url=new_database())
     done = cli("doctor", check=False)
     assert done.returncode == GRAVE
     assert "`lbr enqueue`" in done.stdout

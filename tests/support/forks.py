@@ -1,7 +1,7 @@
-"""`lbr` commands as processes of their own that import nothing anew: each is a fork of one that has imported it all.
+"""`lbr` commands as separate processes without the time that imports take: each is a fork of one that has imported all.
 
-Most of what a short command takes is the import of its modules. A fork has its own number, folder, environment and
-standard files, is told its arguments as `python -m lbr` is, and comes to its end as any Python does.
+A fork has its own number, folder, environment and standard files, gets its arguments as `python -m lbr` does, and
+ends as any Python does.
 """
 
 from __future__ import annotations
@@ -26,8 +26,17 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 AT_ONCE = 65_536
-AT_START = ("PYTHON", "LC_", "LANG", "LD_", "MALLOC_")
-"""What Python and the loader read when a process starts, and a fork no more."""
+AT_START = ("PYTHON", "LC_", "LANG", "LD_", "MALLOC_", "SSL_CERT_")
+"""What Python, the loader and aiohttp read at the start of a process or an import, and a fork does not."""
+IMPORTED = ("lbr.cli", "lbr.store.postgres", "lbr.models.http", "lbr.models.chat", "lbr.models.pydantic_ai")
+LIBRARIES = (
+    "genai_prices",
+    "jinja2",
+    "pydantic_ai.models.openai",
+    "rich.progress",
+    "sqlalchemy.dialects.postgresql.asyncpg",
+)
+"""Commands import these when they need them; most of the second that this takes would be the time of most tests."""
 
 _lock = threading.Lock()
 _sources: list[_Source] = []
@@ -192,6 +201,7 @@ def become(command: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    importlib.import_module("lbr.cli")
+    for name in (*IMPORTED, *LIBRARIES):
+        importlib.import_module(name)
     if (asked := serve(socket.socket(fileno=int(sys.argv[1])))) is not None:
         become(asked)
