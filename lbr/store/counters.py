@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import case, func, literal_column, null, select, union_all
 
@@ -14,7 +14,6 @@ from lbr.store.sql import SHARD, BulkStatement, Rows, option
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from typing import Any
 
     from sqlalchemy import ColumnElement, Select
 
@@ -26,24 +25,24 @@ INPUT_TOKENS = "input_tokens"
 OUTPUT_TOKENS = "output_tokens"
 COST_NANOS = "cost_nanos"
 WASTED_NANOS = "wasted_nanos"
-"""The part of the cost that went to tries that were no answers, or to answers that came too late."""
+"""The part of the cost of failed tries, and of answers that came too late."""
 ESTIMATED_NANOS = "estimated_nanos"
-"""The part of the cost that is estimated, of calls that died with their worker: they were probably paid for."""
+"""The part of the cost that is estimated, for calls that died with their worker and were probably paid for."""
 ANSWERED = "answered"
-"""Calls that were answered, well or not, at whatever time: what was spent is divided by them."""
+"""Calls that were answered, well or not: the divisor of what was spent."""
 UNPRICED = "unpriced"
-"""Those of them of which nobody knows what they cost; a function's are not counted."""
+"""Those of them whose cost is unknown; a function's are not counted."""
 REUSED = "reused"
 STALE = "stale"
 CRASHED = "crashed"
 TRY = "try:"
-"""Prefix of a family's count of tries that were no plain success, `try:transient` for one."""
+"""Prefix of a family's count of tries that were no plain success, for example `try:transient`."""
 
 Deltas = Counter[tuple[RunId, str]]
 
 
 def moved(moves: Iterable[tuple[RunId, str, str]]) -> Deltas:
-    """Return what jobs change in the counts by going, in a run each, from one state to another."""
+    """Return the changes to the counts when jobs of these runs go from one state to another."""
     deltas: Deltas = Counter()
     for (run_id, source, target), count in Counter(moves).items():
         deltas[run_id, source] -= count
@@ -52,44 +51,31 @@ def moved(moves: Iterable[tuple[RunId, str, str]]) -> Deltas:
 
 
 def estimated(run_id: RunId, nanos: int) -> Deltas:
-    """Return what a call that died with its worker changes in the counts of its run, if it cost so much."""
+    """Return the changes to a run's counts for a call that died with its worker, at this estimated cost."""
     return Counter({(run_id, name): nanos for name in (COST_NANOS, WASTED_NANOS, ESTIMATED_NANOS)})
 
 
-def _adding(given: Rows) -> Any:
-    row = {"run_id": given["run"], "name": given["counter"], "shard": given["in_shard"], "value": given["by"]}
-    adding = given.insert_into(counters, row)
-    return adding.on_conflict_do_update(
-        index_elements=["run_id", "name", "shard"], set_={"value": counters.c.value + adding.excluded.value}
-    )
+def _adding(rows: Rows) -> Any:
+    row = {"run_id": rows["run"], "name": rows["counter"], "shard": rows["in_shard"], "value": rows["by"]}
+    adding = rows.insert_into(counters, row)
+    value = counters.c.value + adding.excluded.value
+    return adding.on_conflict_do_update(index_elements=["run_id", "name", "shard"], set_={"value": value})
 
 
-_ADD = BulkStatement(
-    {
-        "run": counters.c.run_id.type,
-        "counter": counters.c.name.type,
-        "in_shard": counters.c.shard.type,
-        "by": counters.c.value.type,
-    },
-    _adding,
-)
+_FIELDS = {"run": "run_id", "counter": "name", "in_shard": "shard", "by": "value"}
+_ADD = BulkStatement({field: counters.c[name].type for field, name in _FIELDS.items()}, _adding)
 
 
 async def add(connection: Connection, deltas: Deltas) -> None:
     """Add to the counts; the rows that they count must change in the same transaction."""
     shard = option(connection, SHARD) or 0
-    rows = [
-        {"run": run_id, "counter": str(name), "in_shard": shard, "by": value}
-        for (run_id, name), value in sorted(
-            deltas.items()
-        )  # in one order, so that two never wait for each other
-        if value
-    ]
-    await _ADD.run(connection, rows)
+    # Sorted, so that two transactions never wait for each other.
+    rows = [(run_id, str(name), shard, value) for (run_id, name), value in sorted(deltas.items()) if value]
+    await _ADD.run_plain(connection, rows)
 
 
 async def of_runs(connection: Connection, run_ids: Iterable[RunId]) -> dict[RunId, Counter[str]]:
-    """Return every count of the named runs; what was never counted is 0."""
+    """Return every count of these runs; what was never counted is 0."""
     ids = list(run_ids)
     query = (
         select(counters.c.run_id, counters.c.name, func.sum(counters.c.value))
@@ -121,23 +107,16 @@ FIXING = RunId(0)
 _USAGE = (INPUT_TOKENS, OUTPUT_TOKENS, COST_NANOS)
 _NOT_IN_ROWS = frozenset({ANSWERED, UNPRICED})
 """Which attempts were paid for is known when they are settled; their rows do not show it."""
-
 _NULL: ColumnElement[Any] = null()
 _ZERO: ColumnElement[Any] = literal_column("0")
 
 
-def _rows(
-    usage: Callable[[str], ColumnElement[Any]],
-    *,
-    state: ColumnElement[Any] = _NULL,
-    what: ColumnElement[Any] = _NULL,
-    family: ColumnElement[Any] = _NULL,
-    reused: ColumnElement[Any] = _ZERO,
-) -> Select[Any]:
-    labelled = {"state": state, "what": what, "family": family, "total": func.count(), "reused": reused}
-    labelled |= {name: usage(name) for name in _USAGE}
-    groups = [column for column in (jobs.c.run_id, state, what, family) if column is not _NULL]
-    return select(jobs.c.run_id, *(column.label(name) for name, column in labelled.items())).group_by(*groups)
+def _rows(usage: Callable[[str], ColumnElement[Any]], **facts: ColumnElement[Any]) -> Select[Any]:
+    named = dict.fromkeys(("state", "what", "family"), _NULL) | {"total": func.count(), "reused": _ZERO}
+    named |= facts | {name: usage(name) for name in _USAGE}
+    groups = [column for name, column in facts.items() if name != "reused"]
+    columns = (column.label(name) for name, column in named.items())
+    return select(jobs.c.run_id, *columns).group_by(jobs.c.run_id, *groups)
 
 
 _COUNTED = union_all(

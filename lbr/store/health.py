@@ -1,7 +1,4 @@
-"""The facts that the doctor judges: the file or the server, the schema, the tables. Nothing here writes.
-
-A queue may be in use, damaged, of another version or missing: what cannot be read is a problem among the facts.
-"""
+"""The facts that the doctor judges, about a queue in use, damaged, of another version or missing. Nothing here writes."""
 
 from __future__ import annotations
 
@@ -46,10 +43,10 @@ _SETTINGS = text(
 
 @dataclass(frozen=True, slots=True)
 class FileFacts:
-    """The file of an SQLite queue from outside.
+    """The file of an SQLite queue from outside; `file_system` is None if the system does not report it.
 
-    `modes` are the permissions of the database and SQLite's files beside it, by path; `unwritable` are the files, locks
-    and the folder that this user may not write. `file_system` is None if the system does not report it.
+    `modes` are the permissions of the database and SQLite's files beside it; `unwritable` are those files, locks and the
+    folder that this user may not write.
     """
 
     path: Path
@@ -63,10 +60,7 @@ class FileFacts:
 
 @dataclass(frozen=True, slots=True)
 class ServerFacts:
-    """A PostgreSQL server: the settings of a session, with "standby", which is true or false.
-
-    `clock_ms`: by how much this machine's clock is surely ahead of the server's, negative if it is behind.
-    """
+    """A PostgreSQL server: the settings of a session, with "standby", and by how much this machine's clock is ahead."""
 
     settings: dict[str, str]
     clock_ms: int
@@ -76,9 +70,9 @@ class ServerFacts:
 class Health:
     """Everything that was found out about a queue; None for what could not be read or does not apply.
 
-    `refused`: the file was not opened, because it is on a network file system. `version`: the schema's, 0 for an empty
-    database. `damages`: what SQLite's own check found. `expired`: the number of leases that ran out, and for how many
-    milliseconds the oldest.
+    `refused`: the file is on a network file system and was not opened. `version`: the schema's, 0 for an empty database.
+    `damages`: what SQLite's own check found. `expired`: the number of expired leases, and the age of the oldest in ms.
+    `problems`: what could not be read, each with its check and the error.
     """
 
     name: str
@@ -126,7 +120,7 @@ async def _examine_file(path: Path, allow_network_fs: bool, clock: Callable[[], 
         return health
     if health.refused:
         return health
-    database = _UnchangedDatabase(path, clock=clock, patience=PATIENCE)
+    database = _UnchangedDatabase(path, clock)
     try:
         health.version = await health.look(OPENING, database.read(database.version))
         if health.version is not None:
@@ -176,8 +170,8 @@ async def _examine_tables(database: Database, health: Health) -> None:
 class _UnchangedDatabase(SQLiteDatabase):
     """A queue whose file and WAL stay as they are."""
 
-    def __init__(self, path: Path, *, clock: Callable[[], Millis], patience: float) -> None:
-        super().__init__(path, clock=clock, patience=patience)
+    def __init__(self, path: Path, clock: Callable[[], Millis]) -> None:
+        super().__init__(path, clock=clock, patience=PATIENCE)
         options = None  # the last connection to close removes the files that SQLite shares
         if self._wal.exists():
             options = {"mode": "ro"}  # takes no checkpoint when it closes
@@ -187,7 +181,6 @@ class _UnchangedDatabase(SQLiteDatabase):
 
 
 async def _damages(connection: Connection) -> list[str]:
-    """Return what SQLite finds wrong in the file. It reads all of it."""
     found = await connection.exec_driver_sql(f"PRAGMA integrity_check({MAX_DAMAGES})")
     lines = [" ".join(str(line).split()) for line in found.scalars().all()]
     return [] if lines == ["ok"] else lines

@@ -134,7 +134,7 @@ async def open_run(database: Database, spec: RunSpec) -> Run:
             values["price"] = _price_text(spec.price)
         if run.task.to_json() != spec.task.to_json():
             values["task"] = spec.task.to_json()
-        return await _change(connection, run, values) if values else run
+        return await change(connection, run, values) if values else run
 
     return await database.write(work)
 
@@ -167,7 +167,8 @@ def _price_text(price: Price | None) -> str | None:
     return None if price is None else price.to_json()
 
 
-async def _change(connection: Connection, run: Run, values: dict[str, Any]) -> Run:
+async def change(connection: Connection, run: Run, values: dict[str, Any]) -> Run:
+    """Set columns of a run; return the run as it is then."""
     await connection.execute(update(runs).where(runs.c.id == run.id).values(**values))
     return await find(connection, run.name)
 
@@ -284,7 +285,7 @@ async def _set_state(
             # Calls are made again, whatever was known of an outage.
             await connection.execute(delete(outages).where(outages.c.answerer == run.task.answerer))
         await database.wake(connection)
-        return await _change(connection, run, values)
+        return await change(connection, run, values)
 
     return await database.write(work)
 
@@ -297,7 +298,7 @@ async def revive(database: Database, run: Run) -> None:
         check_not_removing(current)
         check_not_moving(current)
         if current.state is RunState.CANCELLED:
-            await _change(connection, run, {"state": RunState.ACTIVE})
+            await change(connection, run, {"state": RunState.ACTIVE})
 
     await database.write(work)
 
@@ -312,7 +313,7 @@ async def cancel(database: Database, run: Run) -> int:
         current = await hold(connection, run)
         check_not_moving(current)
         kept = {} if current.is_paused_by(PauseCause.REMOVING) else NOT_PAUSED
-        await _change(connection, run, {"state": RunState.CANCELLED} | kept)
+        await change(connection, run, {"state": RunState.CANCELLED} | kept)
 
     await database.write(mark)
     moved, after = 0, 0

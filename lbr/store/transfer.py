@@ -1,7 +1,7 @@
 """Copies a run into another database, page by page, and hands it over.
 
 The run is at rest in the one database and its copy is paused in the other, so no worker claims a job in either. A page
-is one short transaction, written behind what the copy holds, so an interrupted copy goes on where it stopped.
+is one short transaction, written behind what the copy holds, so an interrupted copy continues where it stopped.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import orjson
-from sqlalchemy import bindparam, case, func, select, update
+from sqlalchemy import bindparam, case, func, select
 
 from lbr.core.errors import DatabaseError, RunNotFoundError, UsageError
 from lbr.core.text import pluralize
@@ -26,6 +26,8 @@ from lbr.store.sql import PAGE, Inserting, any_of, byte_length, lock_table
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator, Sequence
 
+    from sqlalchemy import Table
+
     from lbr.store.connection import Connection
     from lbr.store.database import Database
     from lbr.store.schema import AnyRow
@@ -34,25 +36,19 @@ FIRST_LIMIT = 64
 REUSED_ELSEWHERE = 0
 """The `reused_from` of an answer that came from a job of the database that the run has left."""
 
-RUN = ("task", "fingerprint", "max_attempts", "enqueued_at", "sealed_at", "input_columns")
-MONEY = ("price", "budget_nanos", "highest_nanos")
-ITEM = ("idx", "first", "custom_id", "metadata", "id_is_number")
-JOB = ("state", "available_at", "claim_seq", "attempts", "crashes", "retry_seq", "finished_at")
-PROMPT = ("key", "chat", "body", "settings")
-USAGE = ("input_tokens", "output_tokens", "cost_nanos")
-RESULT = ("text", "model", "finish_reason", *USAGE, "latency_ms")
-ATTEMPT = (
-    "claim_seq",
-    "what",
-    "family",
-    "error",
-    "message",
-    "text",
-    "finish_reason",
-    *USAGE,
-    "latency_ms",
-    "at",
+
+def _others(table: Table, *left_out: str) -> list[str]:
+    """Return the columns that a copy takes over: all but those that a database sets for itself."""
+    return [name for name in table.c.keys() if name not in left_out]  # noqa: SIM118 - the names of the columns
+
+
+_OWN = ("id", "name", "answerer", "state", "created_at", "pause_cause", "pause_message", "move")
+_RUN, _ITEM = _others(runs_table, *_OWN), _others(items, "run_id", "job_id")
+_JOB, _PROMPT = (
+    _others(jobs, "id", "run_id", "worker_id", "lease_until"),
+    _others(prompts, "job_id", "run_id"),
 )
+_RESULT, _ATTEMPT = _others(results, "job_id", "reused_from"), _others(attempts, "id", "job_id")
 
 
 def _bytes(column: Any) -> Any:
@@ -63,35 +59,34 @@ _ATTEMPT_BYTES = select(func.sum(_bytes(attempts.c.text))).where(attempts.c.job_
 _JOB_BYTES = (
     _bytes(prompts.c.body) + _bytes(results.c.text) + func.coalesce(_ATTEMPT_BYTES.scalar_subquery(), 0)
 )
+_BYTES = case((items.c.first == 1, _JOB_BYTES), else_=0) + _bytes(items.c.metadata)
 _ITEMS = (
-    select(
-        items.c.job_id,
-        (case((items.c.first == 1, _JOB_BYTES), else_=0) + _bytes(items.c.metadata)).label("bytes"),
-    )
-    .add_columns(prompts.c.key, *(items.c[name] for name in ITEM))
+    select(items.c.job_id, _BYTES.label("bytes"), prompts.c.key, *(items.c[name] for name in _ITEM))
     .join_from(items, prompts, prompts.c.job_id == items.c.job_id, isouter=True)
     .outerjoin(results, results.c.job_id == items.c.job_id)
     .where(items.c.run_id == bindparam("run"), items.c.idx >= bindparam("start"))
     .order_by(items.c.idx)
     .limit(bindparam("limit"))
 )
+
+
+def _part(job_id: Any, names: Sequence[str], *more: Any) -> Any:
+    return select(job_id, *(job_id.table.c[name] for name in names), *more).where(any_of(job_id, "ids"))
+
+
 _REUSED = case((results.c.reused_from.is_not(None), REUSED_ELSEWHERE)).label("reused_from")
 _PARTS = (
-    select(jobs.c.id, *(jobs.c[name] for name in JOB)).where(any_of(jobs.c.id, "ids")),
-    select(prompts.c.job_id, *(prompts.c[name] for name in PROMPT)).where(any_of(prompts.c.job_id, "ids")),
-    select(results.c.job_id, *(results.c[name] for name in RESULT), _REUSED).where(
-        any_of(results.c.job_id, "ids")
-    ),
-    select(attempts.c.job_id, *(attempts.c[name] for name in ATTEMPT))
-    .where(any_of(attempts.c.job_id, "ids"))
-    .order_by(attempts.c.id),
+    _part(jobs.c.id, _JOB),
+    _part(prompts.c.job_id, _PROMPT),
+    _part(results.c.job_id, _RESULT, _REUSED),
+    _part(attempts.c.job_id, _ATTEMPT).order_by(attempts.c.id),
 )
 """What belongs to a job, its id first."""
 _ADD_PARTS = (
     enqueue.ADD_JOBS,
-    Inserting(prompts, "job_id", "run_id", *PROMPT),
-    Inserting(results, "job_id", *RESULT, "reused_from"),
-    Inserting(attempts, "job_id", *ATTEMPT),
+    Inserting(prompts, "job_id", "run_id", *_PROMPT),
+    Inserting(results, "job_id", *_RESULT, "reused_from"),
+    Inserting(attempts, "job_id", *_ATTEMPT),
 )
 
 
@@ -175,19 +170,15 @@ async def open_copy(target: Database, run: Run, origin: str) -> Run:
             return await runs.find(connection, run.name)
         except RunNotFoundError:
             copy, made = await runs.ensure(target, connection, spec)
-        if made:
-            row = update(runs_table).where(runs_table.c.id == copy.id)
-            await connection.execute(row.values(created_at=run.created_at, **values))
-        return await runs.find(connection, run.name)
+        return await runs.change(connection, copy, values | {"created_at": run.created_at}) if made else copy
 
     return await target.write(work)
 
 
 async def _check_half_done(connection: Connection, copy: Run) -> None:
     """Keep the copy as it is until the transaction ends. UsageError if another process has finished or removed it."""
-    await runs.hold_states(connection, [copy.id], to_change=True)
-    now = await runs.find(connection, copy.name)
-    if now.id != copy.id or not now.is_paused_by(PauseCause.MOVING_FROM):
+    current = await runs.hold(connection, copy)
+    if current.id != copy.id or not current.is_paused_by(PauseCause.MOVING_FROM):
         raise UsageError(
             f"another process finished or removed the copy of run {copy.name!r}; run the same command again"
         )
@@ -198,8 +189,7 @@ async def clear(target: Database, copy: Run) -> None:
 
     async def mark(connection: Connection) -> None:
         await _check_half_done(connection, copy)
-        values = runs.BEING_REMOVED | {"state": RunState.CANCELLED}
-        await connection.execute(update(runs_table).where(runs_table.c.id == copy.id).values(**values))
+        await runs.change(connection, copy, runs.BEING_REMOVED | {"state": RunState.CANCELLED})
 
     await target.write(mark)
     await runs.remove(target, copy)
@@ -221,16 +211,16 @@ async def _read_page(database: Database, run: Run, start: int, limit: int) -> Pa
         fitting = sum(size <= enqueue.CHUNK_CHARACTERS for size in accumulate(row.bytes for row in rows))
         rows = rows[: max(1, fitting)]
         ids = [row.job_id for row in rows if row.first]
-        page = Page(start, rows, [(await connection.execute(part, {"ids": ids})).all() for part in _PARTS])
-        whole = {row.id for row in page.parts[0]}
-        if lost := next((r for r in rows if r.key is None or (r.first and r.job_id not in whole)), None):
-            raise DatabaseError(
-                f"input {lost.idx} of run {run.name!r} in {database.name} has no job or no prompt: another program "
-                f"changed the database; restore a copy"
-            )
-        return page
+        return Page(start, rows, [(await connection.execute(part, {"ids": ids})).all() for part in _PARTS])
 
-    return await database.read(work)
+    page = await database.read(work)
+    whole = {row.id for row in page.parts[0]}
+    if lost := next((r for r in page.items if r.key is None or (r.first and r.job_id not in whole)), None):
+        raise DatabaseError(
+            f"input {lost.idx} of run {run.name!r} in {database.name} has no job or no prompt: another program "
+            f"changed the database; restore a copy"
+        )
+    return page
 
 
 async def add_page(target: Database, copy: Run, page: Page) -> None:
@@ -262,8 +252,7 @@ async def _add_jobs(target: Database, connection: Connection, copy: Run, page: P
     found = (await connection.execute(enqueue.BY_KEY, {"run": copy.id, "keys": keys})).all()
     ids: dict[bytes, int] = {row.key: row.job_id for row in found}
     new = {row.job_id: row.key for row in page.items if row.first}
-    reserved = await target.reserve_job_ids(connection, len(new))
-    ids |= zip(new.values(), reserved, strict=True)
+    ids |= zip(new.values(), await target.reserve_job_ids(connection, len(new)), strict=True)
     for adding, part in zip(_ADD_PARTS, page.parts, strict=True):
         rows = []
         for row in part:
@@ -293,9 +282,9 @@ async def depart(source: Database, run: Run, counts: Counter[str], aim: str) -> 
     async def work(connection: Connection) -> dict[str, Any]:
         # A claim that saw the run active must be visible before the counts are read.
         await connection.execute(lock_table(runs_table))
-        now = await runs.find(connection, run.name)
-        if not has_left(now, aim):
-            if (now, (await counters.of_runs(connection, [run.id]))[run.id]) != (run, counts):
+        current = await runs.find(connection, run.name)
+        if not has_left(current, aim):
+            if (current, (await counters.of_runs(connection, [run.id]))[run.id]) != (run, counts):
                 raise DatabaseError(
                     f"run {run.name!r} in {source.name} changed while it was copied, and stays there; run the same "
                     f"command again"
@@ -303,19 +292,13 @@ async def depart(source: Database, run: Run, counts: Counter[str], aim: str) -> 
             pause = (None, None) if run.pause is None else (run.pause.cause, run.pause.message)
             values = runs.pausing(Paused(PauseCause.MOVED_TO, f"moved to {aim}"))
             values["move"] = Move(aim, run.state, *pause).to_json()
-            await connection.execute(update(runs_table).where(runs_table.c.id == run.id).values(**values))
-            now = await runs.find(connection, run.name)
-        columns = (runs_table.c[name] for name in (*RUN, *MONEY))
-        row = (await connection.execute(select(*columns).where(runs_table.c.id == run.id))).one()
-        return row._asdict() | _before(now)
+            current = await runs.change(connection, run, values)
+        columns = select(*(runs_table.c[name] for name in _RUN)).where(runs_table.c.id == run.id)
+        state, before = (RunState.ACTIVE, None) if current.move is None else current.move.before
+        pausing = runs.NOT_PAUSED if before is None else runs.NOT_PAUSED | runs.pausing(before)
+        return (await connection.execute(columns)).one()._asdict() | pausing | {"state": state}
 
     return await source.write(work)
-
-
-def _before(left: Run) -> dict[str, Any]:
-    """Return the state and the pause that a run had before it left."""
-    state, pause = (RunState.ACTIVE, None) if left.move is None else left.move.before
-    return runs.NOT_PAUSED | ({} if pause is None else runs.pausing(pause)) | {"state": state}
 
 
 async def arrive(target: Database, copy: Run, values: dict[str, Any], counts: Counter[str]) -> None:
@@ -323,12 +306,12 @@ async def arrive(target: Database, copy: Run, values: dict[str, Any], counts: Co
 
     Raises UsageError if another process finished or removed the copy.
     """
-    others = {name: count for name, count in counts.items() if name not in set(JobState)}
+    others = {(copy.id, name): count for name, count in counts.items() if name not in set(JobState)}
 
     async def work(connection: Connection) -> None:
         await _check_half_done(connection, copy)
-        await counters.add(connection, Counter({(copy.id, name): count for name, count in others.items()}))
-        await connection.execute(update(runs_table).where(runs_table.c.id == copy.id).values(**values))
+        await counters.add(connection, Counter(others))
+        await runs.change(connection, copy, values)
         await target.wake(connection)
 
     await target.write(work)

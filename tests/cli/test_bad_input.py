@@ -420,8 +420,8 @@ def test_a_known_run_and_older_outputs_stay_as_they_are(wrong: Case, held: Path)
         case(f"retry p --where error~{LATIN}", "UTF-8", "LC_ALL", name="condition not UTF-8"),
         case(
             "retry p --where status=cancelled --where finish_reason=length",
-            "conditions that one job can meet",
-            "got: status=cancelled and finish_reason=length",
+            "no job can meet all of these conditions",
+            "conditions: status=cancelled and finish_reason=length",
         ),
         case("retry p --set seed", "--set NAME=VALUE", "got: 'seed'"),
         case("retry p --where status=done --set max_tokens=5", "a setting of offline:echo", "'max_tokens'"),

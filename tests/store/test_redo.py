@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -174,7 +175,7 @@ async def test_a_redone_answer_is_kept(database: Database) -> None:
     assert (story.row.status, story.row.result, story.attempts, story.crashes) == ("pending", None, 0, 0)
     (kept,) = story.tries
     assert (kept.what, kept.family, kept.error, kept.text) == ("retried", None, "Redone", "answer to length")
-    assert "asked for again by hand" in kept.message
+    assert "redone on request" in kept.message
     row = (await database.read(lambda connection: connection.execute(select(attempts)))).one()
     assert (row.input_tokens, row.output_tokens, row.cost_nanos, row.latency_ms) == (10, 5, 700, 5)
     (again,) = await queue.claim(worker, [run.id], 5, lease=60)
@@ -365,7 +366,7 @@ def test_an_unknown_condition_is_refused(texts: list[str]) -> None:
 )
 def test_conditions_that_exclude_each_other_are_refused(texts: list[str]) -> None:
     """Nothing could ever meet them, so somebody means something else."""
-    with pytest.raises(UsageError, match="expected conditions that one job can meet, got: "):
+    with pytest.raises(UsageError, match="no job can meet all of these conditions: "):
         redo.read_conditions(texts)
 
 
@@ -607,12 +608,13 @@ async def test_reparse_killed_between_pages(database: Database, monkeypatch: pyt
 async def test_what_changed_since_the_look_is_left(database: Database) -> None:
     """Between look and page somebody else may have put a job back: it is not answered, nor put back twice."""
     run, _ = await settled(database, ["bad 1", "bad 2", "stop"], task=replace(ECHO, schema=SHAPE))
-    _, seen, bad = await database.read(lambda connection: redo._bad_answers(connection, run, 0))
-    fitting = {one.job_id: redo._result(run, one, "{}") for one in bad}
+    ((seen, tries),) = [page async for page in redo._ended(database, run, frozenset({JobState.FAILED}), 10)]
+    texts = await database.read(partial(redo._kept_texts, [one.id for one in tries.values()]))
+    fitting = {one.job_id: redo._result(run, one, "{}") for one in texts}
     assert len(fitting) == 2
     await redo.retry(database, run)
-    assert await database.write(lambda c: redo._take(database, c, run, seen, fitting)) == 0
-    assert await database.write(lambda c: redo._put_back(database, c, run, seen, None)) == 0
+    assert await database.write(partial(redo._take, database, run, list(seen), fitting)) == 0
+    assert await database.write(partial(redo._put_back, database, run, list(seen), None)) == 0
     assert await states(database, run) == {"pending": 2, "done": 1}
     await assert_all_counted(database, run)
 
