@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import bench_lbr
 
 from lbr.core.types import RunId
-from lbr.store.engines import open_database
+from lbr.store.database import open_database
 from lbr.store.queue import Queue
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import make_url
 
-from lbr.store.engines import open_database
+from lbr.store.database import open_database
 from tests.support import ROOT, Cli, Clock, is_postgresql, postgres
 from tests.support.proxy import Proxy
 

@@ -16,7 +16,7 @@ from lbr.core.errors import UsageError
 from lbr.core.types import JobState, Shape
 from lbr.io import writers
 from lbr.store import reads, runs
-from lbr.store.engines import opened
+from lbr.store.database import opened
 
 if TYPE_CHECKING:
     from lbr.core.types import Json, PathOrUrl, Run

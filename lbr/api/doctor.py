@@ -16,7 +16,7 @@ from lbr.core.types import PauseCause, RunState
 from lbr.models.base import Kind, kind_of
 from lbr.models.build import Authority, build_model
 from lbr.store import counters, health
-from lbr.store.engines import opened
+from lbr.store.database import opened
 from lbr.store.files import NETWORK_WAYS, is_network
 from lbr.store.schema import LATEST, SILENT_MS
 from lbr.worker import kept_answers

@@ -22,7 +22,7 @@ from lbr.io.sources import Source, chunks
 from lbr.models.identity import has_other_code
 from lbr.store import enqueue as queueing
 from lbr.store import runs
-from lbr.store.engines import file_of, opened
+from lbr.store.database import file_of, opened
 from lbr.store.runs import RunSpec
 
 if TYPE_CHECKING:

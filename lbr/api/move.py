@@ -10,7 +10,7 @@ from lbr.core.config import DB_URL_DEFAULT
 from lbr.core.errors import DatabaseError, UsageError
 from lbr.core.types import JobState
 from lbr.store import enqueue, reads, runs, transfer
-from lbr.store.engines import opened, shown
+from lbr.store.database import opened, shown
 from lbr.store.queue import Queue
 from lbr.worker.kept_answers import kept_files, reclaim
 

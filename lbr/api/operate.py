@@ -17,7 +17,7 @@ from lbr.core.types import JobState
 from lbr.models.base import model_string
 from lbr.store import limiting, reads, redo, runs
 from lbr.store.budgets import budget_of
-from lbr.store.engines import opened
+from lbr.store.database import opened
 from lbr.store.queue import Queue
 from lbr.worker.runs import check_tells_cost
 

@@ -31,7 +31,7 @@ from lbr.core.types import JobState, Run, RunState, Shape, canonical_json
 from lbr.io import writers
 from lbr.io.sources import Source
 from lbr.store import reads, redo, results_db, runs
-from lbr.store.engines import file_of, opened, remove_queue, shown
+from lbr.store.database import file_of, opened, remove_queue, shown
 from lbr.store.runs import RunSpec
 from lbr.store.sql import PAGE
 from lbr.worker.worker import Worker

@@ -18,7 +18,7 @@ from lbr.core.config import (
 )
 from lbr.core.types import Until
 from lbr.store import reads
-from lbr.store.engines import opened, sole_worker
+from lbr.store.database import opened, sole_worker
 from lbr.worker.worker import Worker
 
 if TYPE_CHECKING:

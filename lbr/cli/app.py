@@ -54,7 +54,7 @@ class Group(click.Group):
         except KeyboardInterrupt as error:
             raise StoppedError("interrupted") from error
         except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, MisfitError) as error:
-            from lbr.store.engines import misfit  # noqa: PLC0415 - only where something failed
+            from lbr.store.database import misfit  # noqa: PLC0415 - only where something failed
 
             if ctx.obj is None or (found := misfit(ctx.obj["db_url"])) is None:
                 raise

@@ -24,7 +24,7 @@ from lbr.core.errors import UsageError
 from lbr.core.text import duration, harmless
 from lbr.core.types import Shape
 from lbr.io import writers
-from lbr.store.engines import file_of
+from lbr.store.database import file_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

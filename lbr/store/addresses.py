@@ -1,15 +1,19 @@
-"""PostgreSQL URLs as people paste them: read, checked, and shown without their password."""
+"""Where a queue is: paths, SQLite URLs, and PostgreSQL URLs as people paste them, which are shown without password."""
 
 from __future__ import annotations
 
 import os
 import re
 from dataclasses import dataclass, field
-from os import fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
+
+from lbr.core import ownership
+from lbr.core.config import a_name
 from lbr.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
 _SCHEME = re.compile(r"(postgres|postgresql)(\+\w+)?://", re.IGNORECASE)
 _HOST = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^:@/?#\[\]]*)(:(\d{1,5})?)?")
 _PAIRS = re.compile(r"[\w.]+=[^&]*(&[\w.]+=[^&]*)*")
+_ALMOST_POSTGRESQL = re.compile(r"postgres(ql)?\b.*@", re.IGNORECASE)
 
 PASSED = frozenset(
     {"host", "port", "dbname", "user", "password", "passfile", "service", "sslmode", "sslcert", "sslkey"}
@@ -27,14 +32,12 @@ PASSED = frozenset(
     | {"ssl_max_protocol_version", "target_session_attrs", "gsslib", "options", "application_name"}
 )
 """Options that the driver understands as libpq does."""
-
 IGNORED = frozenset(
     {"channel_binding", "gssencmode", "connect_timeout", "keepalives", "keepalives_idle", "client_encoding"}
     | {"keepalives_interval", "keepalives_count", "tcp_user_timeout", "fallback_application_name", "schema"}
     | {"sslcompression", "connection_limit", "pool_timeout", "uselibpqcompat"}
 )
-"""What other clients put into a URL and what changes nothing here."""
-
+"""Options that other clients put into a URL and that change nothing here."""
 OTHER_NAMES = {"ssl": "sslmode", "database": "dbname"}
 
 
@@ -42,7 +45,7 @@ OTHER_NAMES = {"ssl": "sslmode", "database": "dbname"}
 class Address:
     """Where a PostgreSQL server is. `dsn` has the password, `shown` has not.
 
-    `pooled` tells that a transaction pooler stands before the server: nothing may be kept between transactions.
+    `pooled`: a transaction pooler is in front of the server, so that nothing may be kept between transactions.
     """
 
     dsn: str = field(repr=False)
@@ -51,27 +54,27 @@ class Address:
 
     @property
     def server(self) -> str:
-        """Host, port and database, without the user: the same for everybody who works there."""
+        """Host, port and database, without the user: the same for all who use the queue."""
         return self.shown.removeprefix("postgresql://").rpartition("@")[2]
 
 
 def is_postgresql(url: PathOrUrl) -> bool:
-    """Tell whether a URL names a PostgreSQL server."""
-    return _SCHEME.match(fspath(url)) is not None
+    """Return whether a URL names a PostgreSQL server."""
+    return _SCHEME.match(os.fspath(url)) is not None
 
 
 def address_of(url: PathOrUrl) -> Address:
     """Read a PostgreSQL URL; UsageError, which shows no password, for one that cannot be read.
 
-    A password may have characters that a URL would have percent-encoded.
+    SQLAlchemy's `make_url` reads neither several hosts nor passwords with characters that should be percent-encoded.
     """
-    url = fspath(url)
+    url = os.fspath(url)
     scheme = _SCHEME.match(url)
     if scheme is None:
         raise UsageError(
             "expected a PostgreSQL URL, got: another kind; write postgresql://user@host/database"
         )
-    if not _is_text(unquote(url)):
+    if "\0" in unquote(url) or any("\ud800" <= one <= "\udfff" for one in unquote(url)):
         raise UsageError(
             "expected a PostgreSQL URL, got: one with a NUL character or half a surrogate pair; remove it"
         )
@@ -94,13 +97,8 @@ def address_of(url: PathOrUrl) -> Address:
     )
 
 
-def _is_text(text: str) -> bool:
-    """Tell whether a text can be sent to a server."""
-    return "\0" not in text and not any("\ud800" <= one <= "\udfff" for one in text)
-
-
 def _is_host(text: str) -> bool:
-    """Tell whether a text may be a host with or without its port; empty is the one that is set elsewhere."""
+    """Return whether a text may be a host with or without its port; an empty one is set elsewhere."""
     found = _HOST.fullmatch(text)
     if found is None or int(found[3] or 0) > 65_535:
         return False
@@ -126,8 +124,10 @@ def _split(body: str) -> tuple[str, str, str, str]:
 def _options(query: str) -> dict[str, str]:
     given = {OTHER_NAMES.get(name, name): value for name, value in parse_qsl(query, keep_blank_values=True)}
     if unknown := sorted(set(given) - PASSED - IGNORED - {"pgbouncer"}):
+        # What is beside a password may be a part of it.
+        names = "others" if "password" in query or "@" in query else ", ".join(unknown)
         raise UsageError(
-            f"expected options of a PostgreSQL URL that lbr knows, got: {_safely(unknown, query)}; "
+            f"expected options of a PostgreSQL URL that lbr knows, got: {names}; "
             f"there are: {', '.join(sorted(PASSED | {'pgbouncer'}))}"
         )
     _check_files(given)
@@ -135,7 +135,7 @@ def _options(query: str) -> dict[str, str]:
 
 
 def _check_files(options: Mapping[str, str]) -> None:
-    """Raise UsageError for a file that the driver could not read: it would try again and again."""
+    """Raise UsageError for a file that the driver could not read: it would try without end."""
     if (options.get("sslmode") or os.environ.get("PGSSLMODE")) == "disable":
         return
     import ssl  # noqa: PLC0415 - only with a URL of PostgreSQL
@@ -158,13 +158,65 @@ def _check_files(options: Mapping[str, str]) -> None:
             raise UsageError(f"cannot use {name}={path} of {place}: {reason}; {way_out}") from error
 
 
-def _safely(names: list[str], query: str) -> str:
-    """Return names as a message may show them: what stands beside a password may be a part of it."""
-    return "others" if "password" in query or "@" in query else ", ".join(names)
-
-
 def _shown(user: str, hosts: str, database: str, options: Mapping[str, str]) -> str:
     user, hosts = user or options.get("user", ""), hosts or options.get("host", "")
     database = unquote(database) or options.get("dbname", "")
     port = f":{options['port']}" if "port" in options and not hosts.startswith("/") else ""
     return f"postgresql://{user}{'@' if user else ''}{hosts}{port}/{database}"
+
+
+def sqlite_path(url: PathOrUrl, *, name: str = "--db") -> Path:
+    """Return the file that a path or SQLite URL names; UsageError for anything else. Passwords are not shown.
+
+    `name` is what messages call the option.
+    """
+    url = os.fspath(url)
+    if _ALMOST_POSTGRESQL.match(url):  # and perhaps with a password in it
+        raise UsageError(
+            f"expected {name} to be a path or a database URL, got: something that is nearly a PostgreSQL URL; "
+            "write postgresql://user@host/database"
+        )
+    path = _path_in(url, name) if "://" in url else url
+    if not path.strip() or path == ":memory:":
+        raise UsageError(
+            f"expected {name} to name a file, got: {path!r}; processes share the queue through it"
+        )
+    try:
+        found = Path(a_name(name, path)).expanduser().absolute()
+    except RuntimeError as error:
+        raise UsageError(
+            f"expected {name} to name a file, got: {path!r}, in the home of an unknown user; "
+            f"write ./{path} for a file of that name"
+        ) from error
+    if not found.name:
+        raise UsageError(f"expected {name} to name a file, got: the folder {path}")
+    ownership.refuse_foreign_link(str(found))
+    # SQLite keeps the WAL beside the file, not beside a link to it; so must we, and our locks.
+    return Path(os.path.realpath(found)) if os.path.islink(found) else found
+
+
+def _path_in(url: str, name: str) -> str:
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):  # a port that is no number is the second; its words show the URL
+        raise UsageError(
+            f"expected {name} to be a path or a database URL, got: something unreadable; write sqlite:///runs.db"
+        ) from None
+    if parsed.get_backend_name() != "sqlite":
+        raise UsageError(
+            f"expected {name} to be a path, an sqlite or a postgresql URL, got: a {parsed.drivername} URL"
+        )
+    unknown = sorted(set(parsed.query) - {"synchronous"})
+    if parsed.host or unknown:
+        more = "a host" if parsed.host else f"the options {', '.join(unknown)}"
+        raise UsageError(f"expected an sqlite URL with a path alone, got: {more}; write sqlite:///runs.db")
+    return parsed.database or ""
+
+
+def synchronous_in(url: PathOrUrl) -> str:
+    """Return the durability in a path or URL: FULL, or NORMAL, which may lose the last commits to a power cut."""
+    url = os.fspath(url)
+    asked = make_url(url).query.get("synchronous", "FULL") if "://" in url else "FULL"
+    if asked not in {"FULL", "NORMAL"}:
+        raise UsageError(f"expected synchronous to be FULL or NORMAL, got: {asked!r}")
+    return str(asked)

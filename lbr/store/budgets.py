@@ -16,9 +16,8 @@ from lbr.store.sql import any_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from lbr.store.connection import Connection
     from lbr.store.counters import Deltas
-    from lbr.store.database import Database
+    from lbr.store.database import Connection, Database
 
 _BUDGETS = (
     select(runs.c.id, runs.c.budget_nanos, runs.c.highest_nanos)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from lbr.core.limits import CallBound
     from lbr.core.types import Json, WorkerId
-    from lbr.store.connection import Connection
+    from lbr.store.database import Connection
     from lbr.store.limiting import Capacity
     from lbr.store.schema import AnyRow
 

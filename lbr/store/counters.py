@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import ColumnElement, Select
 
-    from lbr.store.connection import Connection
-    from lbr.store.database import Database
+    from lbr.store.database import Connection, Database
     from lbr.store.schema import AnyRow
 
 INPUT_TOKENS = "input_tokens"

@@ -1,35 +1,42 @@
-"""What the store asks of a database, whichever it is: short transactions that are run again when they must be.
+"""An open queue in either kind of database: how to open it, and its short transactions, which are retried.
 
-A `Database` offers two verbs. `write` runs one short transaction, and runs it again where the database was busy
-or away for a while; `read` runs one short transaction that cannot write and sees one moment. Neither is ever
-open across a model call.
+`write` runs one short transaction, and runs it again if the database was busy or away; `read` runs one that cannot write
+and sees one moment. Neither is ever open across a model call.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 import time
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, TypeVar
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import stamina
 from stamina.instrumentation import get_on_retry_hooks
 
+from lbr.core.config import PATIENCE
 from lbr.core.types import Millis
+from lbr.store import files, sqlite_connection
+from lbr.store.addresses import address_of, is_postgresql, sqlite_path
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
-    from contextlib import AbstractContextManager
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager, AbstractContextManager
     from pathlib import Path
 
-    from lbr.core.types import RunId
-    from lbr.store.connection import Connection
+    import sqlalchemy
+    from sqlalchemy import CursorResult, Executable
+
+    from lbr.core.types import PathOrUrl, RunId
     from lbr.store.presence import Presence
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
-# A retry is not news. Without a handler Python would print it for a program that set up no logging.
+# Without a handler, Python would print each retry for a program that set up no logging.
 logging.getLogger("stamina").addHandler(logging.NullHandler())
 
 
@@ -39,7 +46,7 @@ def local_clock() -> Millis:
 
 
 async def to_its_end(work: Awaitable[T]) -> T:
-    """Await `work` to its end even if the caller is cancelled, once or again; only then is the cancellation raised."""
+    """Await `work` to its end even if the caller is cancelled; only then is the cancellation raised."""
     task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)
@@ -54,12 +61,45 @@ async def to_its_end(work: Awaitable[T]) -> T:
         raise
 
 
+class Connection(Protocol):
+    """A connection within a transaction: SQLAlchemy's AsyncConnection on PostgreSQL, a `FileConnection` on SQLite."""
+
+    @property
+    def sync_connection(self) -> sqlalchemy.Connection | None:
+        """SQLAlchemy's connection beneath, for its options; nothing may be run on it."""
+        ...
+
+    async def execute(
+        self,
+        statement: Executable,
+        parameters: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        /,
+    ) -> CursorResult[*tuple[Any, ...]]:
+        """Run a statement, once or for each of the parameters; its rows are all there when it returns."""
+        ...
+
+    async def scalar(self, statement: Executable, parameters: Mapping[str, Any] | None = None, /) -> Any:
+        """Run a statement and return the first column of its first row, None without one."""
+        ...
+
+    async def exec_driver_sql(
+        self, statement: str, parameters: Any = None, /
+    ) -> CursorResult[*tuple[Any, ...]]:
+        """Run text as the driver takes it, with its kind of parameters: a tuple, or a list of tuples."""
+        ...
+
+    async def run_sync(
+        self, fn: Callable[Concatenate[sqlalchemy.Connection, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Call a function with the connection beneath, on which it may run statements."""
+        ...
+
+
 class Database(ABC):
     """An open queue. `name` is how messages call it, never with a password; `patience` is in seconds.
 
     `spool_places` are beginnings of paths, the best first, for files with answers that it does not take. `presence`
-    knows which workers have ended. `one_writer` tells whether all who write take turns, so that what can be done in
-    one transaction should be.
+    knows which workers have ended. `one_writer`: all writers take turns, so do in one transaction what you can.
     """
 
     one_writer = False
@@ -67,7 +107,7 @@ class Database(ABC):
     def __init__(
         self, name: str, *, patience: float, spool_places: Sequence[Path], presence: Presence
     ) -> None:
-        # What a retry loads, it loads now: it may be for want of the descriptor that an import takes.
+        # What a retry imports, it imports now: later there may be no file handle left for it.
         get_on_retry_hooks()
         self.name = name
         self.presence = presence
@@ -76,18 +116,18 @@ class Database(ABC):
         self._given_up = False
 
     def give_up(self) -> None:
-        """Try nothing again from now on: it has been tried for long enough."""
+        """Try nothing again from now on."""
         self._given_up = True
 
     @abstractmethod
     async def write(self, work: Callable[[Connection], Awaitable[T]], *, beside: bool = False) -> T:
-        """Run one transaction; whole again after a failure that passes, so `work` must not change anything else.
+        """Run one transaction, all of it again after a failure that passes, so `work` must not change anything else.
 
-        Transactions of one process take turns. One that is to run `beside` takes turns with others of its kind
-        only, where the database can write two at once: it must not wait for rows that the others may hold.
+        Transactions of one process take turns. On a server, one that runs `beside` takes turns with others of its kind
+        only: it must not wait for rows that the others may hold.
 
-        A cancelled caller is told so only when the transaction has ended, one way or the other; it is not run again
-        then. Raises DatabaseError when the database stays busy or away for longer than `patience`.
+        A cancelled caller is cancelled only when the transaction has ended; it is not run again then. Raises
+        DatabaseError when the database stays busy or away for longer than `patience`.
         """
 
     async def read(self, work: Callable[[Connection], Awaitable[T]]) -> T:
@@ -96,7 +136,7 @@ class Database(ABC):
 
     async def _retried(self, once: Callable[[], Awaitable[T]]) -> T:
         with self._errors():
-            # Most succeed at once, and are spared what it costs to set up the trying again.
+            # Most succeed at once, without the cost of setting up retries.
             try:
                 return await once()
             except Exception as error:
@@ -123,7 +163,7 @@ class Database(ABC):
 
     @abstractmethod
     def _passes(self, error: Exception) -> bool:
-        """Tell whether the same transaction may well succeed when it is run again."""
+        """Return whether the same transaction may well succeed when it is run again."""
 
     @abstractmethod
     def _errors(self) -> AbstractContextManager[None]:
@@ -131,23 +171,23 @@ class Database(ABC):
 
     @abstractmethod
     async def at_one_moment(self, connection: Connection, work: Callable[[Connection], Awaitable[T]]) -> T:
-        """Run what only reads while this writing transaction is open, so that all its statements see one moment."""
+        """Run what only reads within this writing transaction, so that all its statements see one moment."""
 
     @abstractmethod
     async def now(self, connection: Connection) -> Millis:
-        """Return the time that leases are compared with: one clock for all workers of the queue."""
+        """Return the time of the one clock of all workers of the queue."""
 
     @abstractmethod
     async def changed(self) -> bool:
-        """Tell whether it is worth looking for work that others left since the last call; it costs next to nothing."""
+        """Return whether other processes may have changed something since the last call; it costs next to nothing."""
 
     @abstractmethod
     async def wake(self, connection: Connection) -> None:
-        """Have this transaction's commit wake idle workers, where that takes saying."""
+        """Let this transaction's commit wake idle workers."""
 
     @abstractmethod
     async def take_turns(self, connection: Connection, run_id: RunId) -> None:
-        """Let enqueues of one run follow each other until this transaction ends; workers do not wait for it."""
+        """Block other enqueues of a run until this transaction ends; workers do not wait for it."""
 
     @abstractmethod
     async def reserve_job_ids(self, connection: Connection, count: int) -> Sequence[int]:
@@ -155,12 +195,100 @@ class Database(ABC):
 
     @abstractmethod
     async def filled(self) -> None:
-        """Hear that an enqueue has come to its end: many rows may be new."""
+        """Note that an enqueue has finished: many rows may be new."""
 
     @abstractmethod
     async def prepare(self, *, create: bool) -> None:
-        """Make sure the tables are there and current: older ones are upgraded, missing ones created only with `create`."""
+        """Upgrade older tables; create missing ones only with `create`."""
 
     @abstractmethod
     async def close(self) -> None:
         """Close every connection."""
+
+
+async def open_database(
+    url: PathOrUrl,
+    *,
+    create: bool = False,
+    allow_network_fs: bool = False,
+    clock: Callable[[], Millis] | None = None,
+    patience: float = PATIENCE,
+) -> Database:
+    """Open the queue at a path or URL and upgrade it if it is older; with `create`, create it first if it is missing.
+
+    `clock` None is this machine's for a file, the server's for PostgreSQL. `patience` is for how many seconds a
+    transaction is tried again while the database is busy or away.
+
+    Raises UsageError for a URL or path that cannot be one, DatabaseError for what is no lbr database, is damaged, does
+    not answer, or was written by a newer version. Nothing is created on an error or without `create`.
+    """
+    if is_postgresql(url):
+        from lbr.store import postgres  # noqa: PLC0415 - its driver is an extra
+
+        database: Database = postgres.open_postgres(url, clock=clock, patience=patience)
+    else:
+        from lbr.store import sqlite  # noqa: PLC0415 - it imports this module
+
+        database = sqlite.open_sqlite(
+            url, create=create, allow_network_fs=allow_network_fs, clock=clock, patience=patience
+        )
+    try:
+        await database.prepare(create=create)
+    except BaseException:
+        await database.close()
+        raise
+    return database
+
+
+@asynccontextmanager
+async def opened(
+    url: PathOrUrl, *, create: bool = False, allow_network_fs: bool = False, patience: float = PATIENCE
+) -> AsyncIterator[Database]:
+    """Open a queue for a while; see `open_database`."""
+    database = await open_database(url, create=create, allow_network_fs=allow_network_fs, patience=patience)
+    try:
+        yield database
+    finally:
+        # A cancelled caller must not interrupt the closing: SQLAlchemy would print a traceback.
+        await to_its_end(database.close())
+
+
+def file_of(url: PathOrUrl) -> Path | None:
+    """Return the file that holds the queue, None if it is on a server. Raises UsageError as `open_database`."""
+    return None if is_postgresql(url) else sqlite_path(url)
+
+
+def misfit(url: PathOrUrl) -> str | None:
+    """Return which column of a file has a value of a type that lbr never writes; None if all fit or cannot be read."""
+    path = file_of(url)
+    if path is None or not path.is_file():
+        return None
+    try:
+        return sqlite_connection.misfit(path)
+    except sqlite3.Error:
+        return None
+
+
+def shown(url: PathOrUrl) -> str:
+    """Return how messages call the database at a URL: without its password. Raises UsageError as `open_database`."""
+    return address_of(url).shown if is_postgresql(url) else str(sqlite_path(url))
+
+
+def sole_worker(url: PathOrUrl) -> AbstractAsyncContextManager[None]:
+    """Hold the lock of the queue's exclusive worker; a killed holder frees it. Raises AlreadyRunningError."""
+    if is_postgresql(url):
+        from lbr.store import postgres  # noqa: PLC0415 - as above
+
+        return postgres.sole_worker(url)
+    from lbr.store import sqlite  # noqa: PLC0415 - as above
+
+    return sqlite.sole_worker(url)
+
+
+async def remove_queue(url: PathOrUrl, *, run: str) -> bool:
+    """Remove a queue that no process uses and that holds one run only; else return False and change nothing."""
+    if is_postgresql(url):
+        from lbr.store import postgres  # noqa: PLC0415 - as above
+
+        return await postgres.remove_queue(url, run=run)
+    return await files.remove_unused(sqlite_path(url), run=run, query="SELECT name FROM runs")

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lbr.core.types import Item, Millis, Part, Run
-    from lbr.store.connection import Connection
-    from lbr.store.database import Database
+    from lbr.store.database import Connection, Database
 
 CHUNK = 5_000
 CHUNK_CHARACTERS = 8_000_000

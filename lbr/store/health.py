@@ -14,19 +14,18 @@ from sqlalchemy import func, select, text
 
 from lbr.core.errors import LbrError
 from lbr.store import counters, files, reads, schema
-from lbr.store.addresses import is_postgresql
+from lbr.store.addresses import is_postgresql, sqlite_path
 from lbr.store.database import local_clock
-from lbr.store.file_connections import READER_PRAGMAS, FileConnections
 from lbr.store.schema import INFLIGHT, jobs
-from lbr.store.sqlite import SQLiteDatabase, sqlite_path
+from lbr.store.sqlite import SQLiteDatabase
+from lbr.store.sqlite_connection import READER_PRAGMAS, FileConnections
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from lbr.core.types import Millis, PathOrUrl
-    from lbr.store.connection import Connection
     from lbr.store.counters import Drift
-    from lbr.store.database import Database
+    from lbr.store.database import Connection, Database
     from lbr.store.reads import Overview
 
 T = TypeVar("T")

@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 
     from lbr.core.limits import Budget
     from lbr.core.types import Claim, Millis, RunId, WorkerId
-    from lbr.store.connection import Connection
-    from lbr.store.database import Database
+    from lbr.store.database import Connection, Database
     from lbr.store.outages import Waiting
 
 _LEARNED = ("slots", "threshold", "cut_at", "requests", "tokens", "balanced_at", "refused", "answered")

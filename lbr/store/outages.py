@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from lbr.core.types import Claim, Failure, Millis, Settlement, WorkerId
-    from lbr.store.connection import Connection
-    from lbr.store.database import Database
+    from lbr.store.database import Connection, Database
     from lbr.store.schema import AnyRow
 
 SAME_FAILURES = 20

@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
 
     from lbr.core.limits import CallBound
-    from lbr.store.connection import Connection
-    from lbr.store.database import Database
+    from lbr.store.database import Connection, Database
     from lbr.store.schema import AnyRow
 
 MAX_CRASHES = 3

@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
     from lbr.core.pricing import Price
     from lbr.core.types import Json
-    from lbr.store.connection import Connection
-    from lbr.store.database import Database
+    from lbr.store.database import Connection, Database
     from lbr.store.schema import AnyRow
 
 _COLLECTED = (

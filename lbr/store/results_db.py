@@ -25,12 +25,15 @@ from sqlalchemy.types import UserDefinedType
 from lbr.core import ownership
 from lbr.core.errors import DatabaseError, OutputError, UsageError
 from lbr.store import files
-from lbr.store.addresses import is_postgresql
-from lbr.store.file_connections import SCHEMA_ROWS, FileConnections, foreign_code
-from lbr.store.file_errors import database_errors
+from lbr.store.addresses import is_postgresql, sqlite_path
 from lbr.store.sql import if_small, pages
-from lbr.store.sqlite import sqlite_path
-from lbr.store.trips import BEGIN_WRITING
+from lbr.store.sqlite_connection import (
+    BEGIN_WRITING,
+    SCHEMA_ROWS,
+    FileConnections,
+    database_errors,
+    foreign_code,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
     from sqlalchemy import RowMapping
 
     from lbr.core.types import PathOrUrl, Row
-    from lbr.store.connection import Connection
+    from lbr.store.database import Connection
 
 # The default journal, not a WAL: the file stays one file, which can be copied or sent.
 PRAGMAS = ("PRAGMA busy_timeout = 30000", "PRAGMA synchronous = FULL")

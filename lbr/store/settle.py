@@ -23,8 +23,7 @@ from lbr.store.sql import BulkStatement, Inserting, PreparedQuery, Rows, any_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lbr.store.connection import Connection
-    from lbr.store.database import Database
+    from lbr.store.database import Connection, Database
 
 _STANDING = PreparedQuery(
     select(

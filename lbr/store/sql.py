@@ -29,7 +29,7 @@ from sqlalchemy.sql.functions import FunctionElement, GenericFunction
 from sqlalchemy.types import Boolean, LargeBinary, Text, TypeDecorator
 
 from lbr.core.types import KEY_BYTES
-from lbr.store.trips import FileConnection
+from lbr.store.sqlite_connection import FileConnection
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.compiler import SQLCompiler
     from sqlalchemy.types import TypeEngine
 
-    from lbr.store.connection import Connection
+    from lbr.store.database import Connection
 
 SHARD = "lbr_shard"
 """Execution option of a connection: which shard of the counters it adds to, the first if it is not set."""

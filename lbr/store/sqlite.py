@@ -1,110 +1,51 @@
-"""The SQLite queue: one file in WAL mode, its errors, and checkpoints in our own hands."""
+"""The SQLite queue: one file in WAL mode, with one writer at a time and checkpoints under a lock of our own."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import re
 import time
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from filelock import Timeout
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import DBAPIError
 
 from lbr.core import ownership
-from lbr.core.config import PATIENCE, a_name
+from lbr.core.config import PATIENCE
 from lbr.core.errors import AlreadyRunningError, DatabaseError, UsageError
 from lbr.store import files, schema
+from lbr.store.addresses import sqlite_path, synchronous_in
 from lbr.store.database import Database, local_clock, to_its_end
-from lbr.store.file_connections import (
+from lbr.store.presence import FilePresence, Presence
+from lbr.store.sqlite_connection import (
+    BEGIN_WRITING,
     BUSY_TIMEOUT_MS,
     READER_PRAGMAS,
     SCHEMA_ROWS,
     FileConnections,
+    database_errors,
     foreign_code,
+    is_busy,
     writer_pragmas,
 )
-from lbr.store.file_errors import database_errors, is_busy
-from lbr.store.presence import FilePresence, Presence
-from lbr.store.trips import BEGIN_WRITING
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from contextlib import AbstractContextManager
 
     from lbr.core.types import Millis, PathOrUrl, RunId
-    from lbr.store.connection import Connection
+    from lbr.store.database import Connection
 
 T = TypeVar("T")
 
 WAL_LIMIT_BYTES = 16 * 1024 * 1024
 LARGE_WAL_BYTES = 4 * WAL_LIMIT_BYTES
-"""From here on a checkpoint that a reader was in the way of is tried again sooner, and waits longer for it."""
+"""From this size on, a checkpoint that a reader prevented is tried again sooner, and waits longer for the reader."""
 CHECKPOINT_PAUSE_SECONDS, HASTY_PAUSE_SECONDS = 5.0, 1.0
 READER_MS, HASTY_READER_MS = 100, 500
 """How long every writer waits, at a checkpoint, for a long reader."""
-
-_ALMOST_POSTGRESQL = re.compile(r"postgres(ql)?\b.*@", re.IGNORECASE)
-
-
-def sqlite_path(url: PathOrUrl, *, name: str = "--db") -> Path:
-    """Return the file that a path or SQLite URL names; UsageError for anything else. Passwords are not shown.
-
-    `name` is what messages call the option.
-    """
-    url = os.fspath(url)
-    if _ALMOST_POSTGRESQL.match(url):  # and perhaps with a password in it
-        raise UsageError(
-            f"expected {name} to be a path or a database URL, got: something that is nearly a PostgreSQL URL; "
-            "write postgresql://user@host/database"
-        )
-    path = _path_in(url, name) if "://" in url else url
-    if not path.strip() or path == ":memory:":
-        raise UsageError(
-            f"expected {name} to name a file, got: {path!r}; processes share the queue through it"
-        )
-    try:
-        found = Path(a_name(name, path)).expanduser().absolute()
-    except RuntimeError as error:
-        raise UsageError(
-            f"expected {name} to name a file, got: {path!r}, in the home of a user who is not known here; "
-            f"write ./{path} for a file of that name"
-        ) from error
-    if not found.name:
-        raise UsageError(f"expected {name} to name a file, got: the folder {path}")
-    ownership.refuse_foreign_link(str(found))
-    # SQLite keeps the WAL beside the file, not beside a link to it; so must we, and our locks.
-    return Path(os.path.realpath(found)) if os.path.islink(found) else found
-
-
-def _path_in(url: str, name: str) -> str:
-    try:
-        parsed = make_url(url)
-    except (ArgumentError, ValueError):  # a port that is no number is the second; its words show the URL
-        raise UsageError(
-            f"expected {name} to be a path or a database URL, got: something unreadable; write sqlite:///runs.db"
-        ) from None
-    if parsed.get_backend_name() != "sqlite":
-        raise UsageError(
-            f"expected {name} to be a path, an sqlite or a postgresql URL, got: a {parsed.drivername} URL"
-        )
-    unknown = sorted(set(parsed.query) - {"synchronous"})
-    if parsed.host or unknown:
-        more = "a host" if parsed.host else f"the options {', '.join(unknown)}"
-        raise UsageError(f"expected an sqlite URL with a path alone, got: {more}; write sqlite:///runs.db")
-    return parsed.database or ""
-
-
-def _synchronous_in(url: PathOrUrl) -> str:
-    """Return the durability that a URL asks for: FULL, or NORMAL, which may lose the last commits to a power cut."""
-    url = os.fspath(url)
-    asked = make_url(url).query.get("synchronous", "FULL") if "://" in url else "FULL"
-    if asked not in {"FULL", "NORMAL"}:
-        raise UsageError(f"expected synchronous to be FULL or NORMAL, got: {asked!r}")
-    return str(asked)
 
 
 class SQLiteDatabase(Database):
@@ -121,7 +62,8 @@ class SQLiteDatabase(Database):
         patience: float = PATIENCE,
         presence: Presence | None = None,
     ) -> None:
-        places = [path, *_elsewhere(path)]
+        folder = files.state_folder()  # for answers, if the database's own folder is full or gone
+        places = [path] if folder is None else [path, folder / files.telling_name(str(path))]
         presence = presence or FilePresence(path)
         super().__init__(str(path), patience=patience, spool_places=places, presence=presence)
         self.path = path
@@ -141,11 +83,11 @@ class SQLiteDatabase(Database):
         self._unfinished_checkpoint = float("-inf")
 
     async def now(self, connection: Connection) -> Millis:
-        """Return the time that leases are compared with: SQLite's users share one machine and its clock."""
+        """Return this machine's time, which all users of a file share."""
         return self._clock()
 
     def check_file(self) -> None:
-        """Raise DatabaseError where the file that we have open is no longer the one at its path."""
+        """Raise DatabaseError if the file that we have open is no longer the one at its path."""
         identity = self._found()
         if self._identity is None:
             self._identity = identity
@@ -169,8 +111,8 @@ class SQLiteDatabase(Database):
     def _log_bytes(self) -> int:
         """Return the size of the log that we have just written to.
 
-        Raises DatabaseError where it is not the one beside the file any more, for then nobody else can read what we
-        commit. A file that went away with its log is for `check_file` to tell: it has everything.
+        Raises DatabaseError if it is no longer the one beside the file, because then no other process can read what we
+        commit. `check_file` reports a file that went away with its log.
         """
         log: os.stat_result | None = None
         with suppress(FileNotFoundError):
@@ -187,7 +129,7 @@ class SQLiteDatabase(Database):
         return 0 if log is None else log.st_size
 
     async def write(self, work: Callable[[Connection], Awaitable[T]], *, beside: bool = False) -> T:
-        """Run one transaction, `_retried`, when its turn has come; each try `to_its_end`."""
+        """Run one transaction when its turn has come, again after a failure that passes."""
         del beside  # a file takes one writer at a time
 
         async def once() -> T:
@@ -209,12 +151,12 @@ class SQLiteDatabase(Database):
         return database_errors(self.path)
 
     async def at_one_moment(self, connection: Connection, work: Callable[[Connection], Awaitable[T]]) -> T:
-        """Run it in the transaction itself, whose lock lets nobody else write."""
+        """Run it in the transaction itself, whose lock lets no other process write."""
         return await work(connection)
 
     async def changed(self) -> bool:
-        """Tell whether anybody committed since the last call; it costs microseconds and takes no lock."""
-        # Always by the same connection, whose own view is what it counts for.
+        """Return whether another connection committed since the last call; it takes microseconds and no lock."""
+        # Always on the same connection, because the number is compared with its earlier one.
         found = await self._retried(
             lambda: self._watch.transact(lambda watch: watch.exec_driver_sql("PRAGMA data_version"))
         )
@@ -225,7 +167,7 @@ class SQLiteDatabase(Database):
 
     async def reserve_job_ids(self, connection: Connection, count: int) -> Sequence[int]:
         """Return `count` ids that no job has or had; the write lock keeps them ours."""
-        # SQLite keeps the highest id that there was, where another program can write anything.
+        # SQLite keeps the highest id that there was, but another program may have changed that.
         seq = "SELECT CAST(seq AS INTEGER) FROM sqlite_sequence WHERE name = 'jobs'"
         kept = (await connection.exec_driver_sql(seq)).scalar() or 0
         there = (await connection.exec_driver_sql("SELECT max(id) FROM jobs")).scalar() or 0
@@ -233,10 +175,10 @@ class SQLiteDatabase(Database):
         return range(first, first + count)
 
     async def wake(self, connection: Connection) -> None:
-        """Do nothing: every commit is seen by those who poll."""
+        """Do nothing: workers that poll see every commit."""
 
     async def take_turns(self, connection: Connection, run_id: RunId) -> None:
-        """Do nothing: whoever writes holds the lock of the whole file."""
+        """Do nothing: a writer holds the lock of the whole file."""
 
     async def filled(self) -> None:
         """Do nothing: the plans do not depend on statistics."""
@@ -245,9 +187,8 @@ class SQLiteDatabase(Database):
         """Move the WAL into the file, in one process at a time and in a mode that holds the write lock.
 
         SQLite before 3.51.3 can corrupt a database when a commit falls between two checkpoints that follow each
-        other closely; with its own checkpoints off, and ours under a lock, that cannot happen.
-
-        The transaction before is committed, and its caller must hear so: what keeps a checkpoint back, the doctor tells.
+        other closely; with its own checkpoints off, and ours under a lock, that cannot happen. A checkpoint that fails
+        is no error, because the transaction before it is committed.
         """
         hasty = size >= LARGE_WAL_BYTES
         pause = HASTY_PAUSE_SECONDS if hasty else CHECKPOINT_PAUSE_SECONDS
@@ -257,7 +198,7 @@ class SQLiteDatabase(Database):
         try:
             ownership.check_ours(files.lock_path(self.path, "checkpoint"), self.path)
             self._checkpoint_lock.acquire()
-        except OSError:  # somebody holds it, which is a Timeout, or it is a file that this user may not open
+        except OSError:  # another process holds it (a Timeout), or this user may not open the file
             return
         try:
             complete = await self._checkpoint(HASTY_READER_MS if hasty else READER_MS)
@@ -271,9 +212,9 @@ class SQLiteDatabase(Database):
             await connection.exec_driver_sql(f"PRAGMA busy_timeout = {reader_ms}")
             try:
                 return not (await connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")).one()[0]
-            except DBAPIError:
-                # Locked, or no room for what is to be moved. The transaction before is committed all the same, and
-                # its caller must hear so; what does not pass by itself the next one tells.
+            except (
+                DBAPIError
+            ):  # locked, or the disk is full; what does not pass, the next transaction reports
                 return False
             finally:
                 await connection.exec_driver_sql(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
@@ -281,7 +222,7 @@ class SQLiteDatabase(Database):
         return await self._writer.transact(work, begin="")
 
     async def prepare(self, *, create: bool) -> None:
-        """Make sure the tables are there and current: older ones are upgraded, missing ones created only with `create`."""
+        """Upgrade older tables; create missing ones only with `create`."""
         with self._errors():
             version = await self.read(self.version) if self.path.exists() else 0
             if version > schema.LATEST:
@@ -306,7 +247,7 @@ class SQLiteDatabase(Database):
                 )
 
     async def _use_wal(self) -> None:
-        """Let readers and the writer work side by side. It is kept in the file, so this is nearly always a look."""
+        """Let readers and the writer work side by side; the file keeps the mode."""
         mode = await self._reader.transact(
             lambda connection: connection.exec_driver_sql("PRAGMA journal_mode"), begin=""
         )
@@ -337,12 +278,6 @@ class SQLiteDatabase(Database):
             await kind.close()
 
 
-def _elsewhere(path: Path) -> list[Path]:
-    """Return where to keep answers when the database's own folder is full or gone."""
-    folder = files.state_folder()
-    return [] if folder is None else [folder / files.telling_name(str(path))]
-
-
 def open_sqlite(
     url: PathOrUrl,
     *,
@@ -351,9 +286,9 @@ def open_sqlite(
     clock: Callable[[], Millis] | None,
     patience: float,
 ) -> SQLiteDatabase:
-    """Open the queue in a file; see `lbr.store.engines.open_database`."""
+    """Return the queue in a file, not yet connected; see `lbr.store.database.open_database`."""
     path = sqlite_path(url)
-    synchronous = _synchronous_in(url)
+    synchronous = synchronous_in(url)
     files.check_location(path, create=create)
     files.check_file(path)
     presence: Presence | None = None
@@ -371,7 +306,7 @@ def open_sqlite(
 async def sole_worker(url: PathOrUrl) -> AsyncIterator[None]:
     """Hold the lock of the queue's exclusive worker, which the kernel frees.
 
-    Raises AlreadyRunningError where another one holds it, DatabaseError where it cannot be had.
+    Raises AlreadyRunningError if another process holds it, DatabaseError if it cannot be opened.
     """
     path = sqlite_path(url)
     files.check_location(path, create=False)

@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Table
 
-    from lbr.store.connection import Connection
-    from lbr.store.database import Database
+    from lbr.store.database import Connection, Database
     from lbr.store.schema import AnyRow
 
 FIRST_LIMIT = 64

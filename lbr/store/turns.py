@@ -11,8 +11,7 @@ if TYPE_CHECKING:
 
     from lbr.core.types import Claim, Settlement
     from lbr.store.claims import ClaimRequest
-    from lbr.store.connection import Connection
-    from lbr.store.database import Database
+    from lbr.store.database import Connection, Database
     from lbr.store.queue import Queue
     from lbr.store.settle import Settled
 

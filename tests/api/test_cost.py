@@ -33,7 +33,7 @@ from lbr.core.pricing import (
 from lbr.core.types import Failure, Item, KeyMaker, Outcome, Prompt, Reply, Task
 from lbr.models.identity import identify
 from lbr.store import reads, runs, transfer
-from lbr.store.engines import open_database, shown
+from lbr.store.database import open_database, shown
 from lbr.store.queue import Queue
 from lbr.store.settle import settle
 from lbr.worker.attempt import priced

@@ -23,7 +23,7 @@ from lbr.api.doctor import Finding, Gravity, findings, has_wal_reset_bug
 from lbr.core.errors import UsageError
 from lbr.core.types import PauseCause
 from lbr.store import counters, files, health, runs, schema
-from lbr.store.engines import open_database
+from lbr.store.database import open_database
 from lbr.store.queue import Queue
 from lbr.store.settle import settle
 from lbr.worker import kept_answers
@@ -492,7 +492,7 @@ def crash(path: Path) -> None:
     """Make a queue of a run of two jobs in a process that is killed: its WAL stays."""
     program = (
         "import asyncio, os, sys\n"
-        "from lbr.store.engines import open_database\n"
+        "from lbr.store.database import open_database\n"
         "from tests.support import put\n"
         "async def main():\n"
         "    await put(await open_database(sys.argv[1], create=True), ['a', 'b'], name='left')\n"

@@ -18,7 +18,7 @@ from lbr.api.status import describe, unfinished_words
 from lbr.core.errors import DatabaseError, UsageError
 from lbr.core.types import Item, KeyMaker, PauseCause, Paused, Prompt, Shape
 from lbr.store import enqueue, reads, runs, transfer
-from lbr.store.engines import open_database, opened, shown
+from lbr.store.database import open_database, opened, shown
 from lbr.store.queue import Queue
 from lbr.store.schema import results
 from lbr.store.settle import settle

@@ -29,9 +29,8 @@ from lbr.models.base import Request
 from lbr.models.http import Connections
 from lbr.models.pydantic_ai import PydanticAIModel
 from lbr.store import reads
-from lbr.store.engines import open_database
-from lbr.store.file_connections import READER_PRAGMAS, FileConnections
-from lbr.store.file_errors import database_errors
+from lbr.store.database import open_database
+from lbr.store.sqlite_connection import READER_PRAGMAS, FileConnections, database_errors
 from lbr.worker import runs as serving
 from lbr.worker.attempt import Deadlines, LateCalls, OutOfFilesError, attempt
 from lbr.worker.runs import ServableRuns

@@ -16,7 +16,7 @@ from lbr.core.types import Task
 from lbr.models.identity import SCHEME, identify
 from lbr.store import enqueue as queueing
 from lbr.store import reads, runs, schema
-from lbr.store.engines import opened
+from lbr.store.database import opened
 from tests.support.callables import shout
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from lbr.core.retry import RetryPolicy, decide
 from lbr.core.types import Failure, Item, Outcome, Prompt, Reply
 from lbr.store import reads, redo, runs
 from lbr.store.claims import ClaimRequest
-from lbr.store.engines import open_database
+from lbr.store.database import open_database
 from lbr.store.queue import Queue
 from lbr.store.runs import RunSpec
 from lbr.store.settle import settle

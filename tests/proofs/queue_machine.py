@@ -31,7 +31,7 @@ from lbr.core.types import (
 )
 from lbr.store import enqueue, limiting, redo, runs, schema
 from lbr.store import settle as settling
-from lbr.store.engines import open_database
+from lbr.store.database import open_database
 from lbr.store.queue import Queue
 from tests.proofs.model_of_queue import Job, Key, Model, RefusedError, broken_promises
 from tests.proofs.queue_seen import Seen, outside
@@ -41,8 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from lbr.core.types import Run
-    from lbr.store.connection import Connection
-    from lbr.store.database import Database
+    from lbr.store.database import Connection, Database
 
 LEASE = 60.0
 TASKS = {"a": ECHO, "b": ECHO, "other": Task(model="offline:other")}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lbr.store.engines import open_database
+from lbr.store.database import open_database
 from tests.proofs.kill_points import LATER, OPERATIONS, Fuse, enqueue
 from tests.proofs.test_kill_points import BEFORE_AND_AFTER, FEWEST, finish, named, set_limits
 from tests.support import assert_counted, postgres, real_clock, states

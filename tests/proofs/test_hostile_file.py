@@ -16,7 +16,7 @@ import pytest
 
 from lbr.core.errors import DatabaseError
 from lbr.store import results_db
-from lbr.store.engines import open_database
+from lbr.store.database import open_database
 from tests.proofs import hostile
 from tests.support import Cli
 

@@ -9,7 +9,7 @@ from sqlalchemy import func, select
 
 from lbr.core.types import Shape
 from lbr.store import limiting, reads, redo, runs
-from lbr.store.engines import open_database
+from lbr.store.database import open_database
 from lbr.store.queue import Queue
 from lbr.store.schema import results
 from lbr.store.settle import settle

@@ -18,7 +18,7 @@ from sqlalchemy import select
 
 from lbr.core.types import Item, KeyMaker, Prompt
 from lbr.store import enqueue, files, reads
-from lbr.store.engines import open_database
+from lbr.store.database import open_database
 from lbr.store.queue import Queue
 from lbr.store.schema import workers as workers_table
 from lbr.store.settle import settle
@@ -46,10 +46,10 @@ if TYPE_CHECKING:
 
 ANSWERS = """
 import asyncio, os, time
-from lbr.store import file_connections, postgres
+from lbr.store import sqlite_connection, postgres
 
 if "STALL" in os.environ:
-    file_connections.BUSY_TIMEOUT_MS = 500
+    sqlite_connection.BUSY_TIMEOUT_MS = 500
     postgres.STALL_SECONDS = float(os.environ["STALL"])
 
 async def echo(prompt):
@@ -381,9 +381,9 @@ def test_answers_outlive_an_event_loop_that_ends(tmp_path: Path) -> None:
     """It cancels every task in it, and finished answers of a file that is locked are kept for the next call."""
     program = """
         import asyncio, sqlite3, lbr
-        from lbr.store import file_connections
+        from lbr.store import sqlite_connection
 
-        file_connections.BUSY_TIMEOUT_MS = 200
+        sqlite_connection.BUSY_TIMEOUT_MS = 200
         prompts, answered, locked = [f"p{n}" for n in range(64)], [], asyncio.Event()
 
         async def ask(prompt):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lbr.core.types import Claim, JobId, KeyMaker, Prompt, RunId, Task
-from lbr.store.engines import open_database
+from lbr.store.database import open_database
 from lbr.worker import kept_answers
 from tests.support import Cli, answered, is_postgresql
 

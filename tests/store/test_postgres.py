@@ -20,10 +20,10 @@ from lbr.api.enqueue import enqueue as put_prompts
 from lbr.api.work import exclusive
 from lbr.core.errors import AlreadyRunningError, DatabaseError, Family, Usage, UsageError
 from lbr.core.types import Failure, Outcome, Reply, Task
-from lbr.store import budgets, claims, enqueue, limiting, listener, reads, runs, schema, settle, sole
+from lbr.store import budgets, claims, enqueue, limiting, reads, runs, schema, settle
 from lbr.store.claims import CLAIM, CLAIM_CHOSEN, CLAIM_SUSPECT, DUE, DUE_SIZED, DUE_SUSPECT
-from lbr.store.engines import open_database
-from lbr.store.postgres import SHARDS, SOLE_LOCK, PostgresDatabase
+from lbr.store.database import open_database
+from lbr.store.postgres import SHARDS, SOLE_LOCK, Listener, PostgresDatabase
 from lbr.store.queue import EXPIRED, RECLAIM, RENEW, Queue
 from lbr.store.sql import BulkStatement, PreparedQuery
 from tests.support import ECHO, Cli, answered, assert_counted, eventually, failed, postgres, put, states
@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
-    from lbr.store.connection import Connection
-    from lbr.store.database import Database
+    from lbr.store.database import Connection, Database
 
 FAR = 10**15
 HELD = 500
@@ -256,7 +255,7 @@ async def test_counters_are_in_shards(url: str) -> None:
 
 async def test_enqueue_wakes_idle_workers(live: Database, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One call for an enqueue, however many its rows, reaches those who listen, and polling is not what did it."""
-    monkeypatch.setattr(listener, "POLL_SECONDS", 3_600.0)
+    monkeypatch.setattr("lbr.store.postgres.POLL_SECONDS", 3_600.0)
     idle = await open_database(url)
     assert isinstance(idle, PostgresDatabase)
     await idle.changed()
@@ -283,8 +282,8 @@ async def test_enqueue_wakes_idle_workers(live: Database, url: str, monkeypatch:
 
 async def test_polling_stands_behind(live: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nobody can be heard, as behind a transaction pooler, a worker looks all the same, now and then."""
-    monkeypatch.setattr(listener, "POLL_SECONDS", 0.05)
-    deaf = listener.Listener({}, "lbr", listen=False)
+    monkeypatch.setattr("lbr.store.postgres.POLL_SECONDS", 0.05)
+    deaf = Listener({}, "lbr", listen=False)
     assert deaf.heard()
     assert not deaf.heard()
     await eventually(deaf.heard)
@@ -292,8 +291,8 @@ async def test_polling_stands_behind(live: Database, monkeypatch: pytest.MonkeyP
 
 async def test_lost_listener_comes_back(live: Database, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A listening connection that the server ended is made anew, and what may have been missed is looked for."""
-    monkeypatch.setattr(listener, "RECONNECT_SECONDS", 0.05)
-    monkeypatch.setattr(listener, "POLL_SECONDS", 3_600.0)
+    monkeypatch.setattr("lbr.store.postgres.RECONNECT_SECONDS", 0.05)
+    monkeypatch.setattr("lbr.store.postgres.POLL_SECONDS", 3_600.0)
     assert isinstance(live, PostgresDatabase)
     await live.changed()
     await eventually(live._listener._alive)
@@ -325,7 +324,7 @@ async def test_lost_lock_of_the_sole_worker(
     live: Database, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A lock that was lost with its connection is taken again; where another was quicker, its holder ends."""
-    monkeypatch.setattr(sole, "RETRY_SECONDS", 0.02)
+    monkeypatch.setattr("lbr.store.postgres.SOLE_RETRY_SECONDS", 0.02)
     # Of this database alone: other tests use the same server at the same time.
     locks = (
         "FROM pg_locks JOIN pg_database ON pg_database.oid = pg_locks.database "

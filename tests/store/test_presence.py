@@ -16,7 +16,7 @@ import pytest
 
 from lbr.core.types import RunId, WorkerId
 from lbr.store import files, reads
-from lbr.store.engines import open_database
+from lbr.store.database import open_database
 from lbr.store.presence import FilePresence
 from lbr.store.queue import RECLAIM_PAGE, Queue
 from lbr.worker.kept_answers import keep, reclaim
@@ -135,7 +135,7 @@ def dead_worker(db_url: str, jobs: int) -> WorkerId:
     script = f"""
     import asyncio, os, signal
     from lbr.core.types import RunId
-    from lbr.store.engines import open_database
+    from lbr.store.database import open_database
     from lbr.store.queue import Queue
 
     async def main():

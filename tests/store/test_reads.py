@@ -11,7 +11,7 @@ import pytest
 import lbr
 from lbr.core.types import Part, Shape
 from lbr.store import reads, results_db, sql
-from lbr.store.engines import opened
+from lbr.store.database import opened
 
 if TYPE_CHECKING:
     from collections.abc import Callable

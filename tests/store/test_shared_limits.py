@@ -17,7 +17,7 @@ from lbr.core.pricing import Price
 from lbr.core.retry import RetryPolicy, decide
 from lbr.core.types import Failure, Item, KeyMaker, Outcome, PauseCause, Paused, Prompt, Reply, Task
 from lbr.store import budgets, enqueue, limiting, reads, redo, runs
-from lbr.store.engines import open_database
+from lbr.store.database import open_database
 from lbr.store.queue import Queue
 from lbr.store.settle import settle
 from tests.support import Clock, answered, assert_counted, failed, put

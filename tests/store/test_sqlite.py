@@ -21,19 +21,19 @@ from sqlalchemy.exc import IntegrityError
 import lbr
 from lbr.core.errors import DatabaseBusyError, DatabaseError, MisfitError, UsageError
 from lbr.core.types import Item, KeyMaker, Prompt
-from lbr.store import enqueue, file_connections, files, runs, schema, sqlite, trips
+from lbr.store import enqueue, files, runs, schema, sqlite, sqlite_connection
+from lbr.store.addresses import sqlite_path
 from lbr.store.claims import _PROMPTS, CLAIM, CLAIM_CHOSEN, DUE, DUE_SIZED, DUE_SUSPECT
-from lbr.store.engines import open_database
+from lbr.store.database import open_database
 from lbr.store.queue import EXPIRED, RENEW, Queue
 from lbr.store.settle import _STANDING, SETTLE, settle
 from lbr.store.sql import PreparedQuery
-from lbr.store.sqlite import SQLiteDatabase, sqlite_path
+from lbr.store.sqlite import SQLiteDatabase
 from tests.support import ECHO, answered, assert_counted, locked_by_another, put
 from tests.support.hearing import Hearing
 
 if TYPE_CHECKING:
-    from lbr.store.connection import Connection
-    from lbr.store.database import Database
+    from lbr.store.database import Connection, Database
 
 RUNS = "SELECT name FROM runs"
 
@@ -80,9 +80,9 @@ async def test_file_is_private(tmp_path: Path) -> None:
 async def test_a_transaction_is_one_trip(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """From its beginning to its commit the file is locked, and nobody waits for two threads to take turns."""
     taken: list[str] = []
-    run, complete = trips.FileThread.run, trips._complete
+    run, complete = sqlite_connection.FileThread.run, sqlite_connection._complete
 
-    async def trip(thread: trips.FileThread, function: Any) -> Any:
+    async def trip(thread: sqlite_connection.FileThread, function: Any) -> Any:
         taken.append("trip")
         return await run(thread, function)
 
@@ -94,8 +94,8 @@ async def test_a_transaction_is_one_trip(database: Database, monkeypatch: pytest
         await connection.execute(text("SELECT 1"))
         return list((await connection.execute(text(RUNS))).scalars())
 
-    monkeypatch.setattr(trips.FileThread, "run", trip)
-    monkeypatch.setattr(trips, "_complete", transaction)
+    monkeypatch.setattr(sqlite_connection.FileThread, "run", trip)
+    monkeypatch.setattr(sqlite_connection, "_complete", transaction)
     for verb in (database.write, database.read):
         assert await verb(names) == []
         assert taken == ["trip", "transaction"]
@@ -192,7 +192,7 @@ async def test_a_commit_that_fails_leaves_no_transaction_open(
 
     with monkeypatch.context() as patch:
         for name in failing:
-            patch.setattr(trips.WholeConnection, name, fail, raising=False)
+            patch.setattr(sqlite_connection.WholeConnection, name, fail, raising=False)
         with pytest.raises(DatabaseError, match="no room"):
             await database.write(lambda c: c.execute(text("UPDATE runs SET name = 'never'")))
     with closing(sqlite3.connect(path, isolation_level=None, timeout=0)) as other:
@@ -209,7 +209,7 @@ async def test_a_commit_that_fails_at_the_end_of_a_long_transaction_frees_the_fi
     """One of many trips is undone as well, and the connection that it had is fit for the next."""
     path = tmp_path / "q.db"
     pragmas = ("PRAGMA foreign_keys = ON",)
-    connections = file_connections.FileConnections(path, begin="BEGIN IMMEDIATE", most=1, pragmas=pragmas)
+    connections = sqlite_connection.FileConnections(path, begin="BEGIN IMMEDIATE", most=1, pragmas=pragmas)
     async with connections.transaction() as connection:
         await connection.execute(text("CREATE TABLE a (id INTEGER PRIMARY KEY)"))
         owner = "REFERENCES a DEFERRABLE INITIALLY DEFERRED"
@@ -520,7 +520,7 @@ async def test_many_processes_may_create_at_once(tmp_path: Path) -> None:
     """Processes that all want to create the database end up with one, whole."""
     program = (
         "import asyncio, sys\n"
-        "from lbr.store.engines import open_database\n"
+        "from lbr.store.database import open_database\n"
         "async def main():\n"
         "    await (await open_database(sys.argv[1], create=True)).close()\n"
         "asyncio.run(main())\n"
@@ -557,7 +557,7 @@ async def test_foreign_lock_is_ridden_out(tmp_path: Path) -> None:
 
 async def test_endless_foreign_lock_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A database that stays locked ends in words with the way out, after a bounded time."""
-    monkeypatch.setattr(file_connections, "BUSY_TIMEOUT_MS", 50)
+    monkeypatch.setattr(sqlite_connection, "BUSY_TIMEOUT_MS", 50)
     path = tmp_path / "q.db"
     database = await open_database(str(path), create=True)
     await database.close()

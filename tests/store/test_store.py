@@ -39,14 +39,13 @@ from lbr.core.types import (
     differences,
 )
 from lbr.store import enqueue, limiting, reads, redo, runs, schema
-from lbr.store.engines import open_database
+from lbr.store.database import open_database
 from lbr.store.queue import Queue
 from lbr.store.settle import settle
 from tests.support import ECHO, Clock, answered, assert_counted, failed, is_postgresql, job_row, put, states
 
 if TYPE_CHECKING:
-    from lbr.store.connection import Connection
-    from lbr.store.database import Database
+    from lbr.store.database import Connection, Database
 
 TRANSIENT = Failure(Family.TRANSIENT, "ServerError", "503")
 PERMANENT = Failure(Family.PERMANENT, "BadRequest", "400: no")

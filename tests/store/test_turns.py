@@ -15,7 +15,7 @@ from lbr.api.task import authorize
 from lbr.core.config import WorkOptions
 from lbr.core.errors import DatabaseError, UsageError
 from lbr.store import limiting, runs, turns
-from lbr.store.engines import open_database
+from lbr.store.database import open_database
 from lbr.store.queue import Queue
 from lbr.worker import worker as loop
 from lbr.worker.worker import Worker

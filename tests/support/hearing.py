@@ -8,7 +8,7 @@ from unittest import mock
 
 from sqlalchemy import Engine, event
 
-from lbr.store.trips import FileConnection
+from lbr.store.sqlite_connection import FileConnection
 
 if TYPE_CHECKING:
     from collections.abc import Callable

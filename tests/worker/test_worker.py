@@ -27,7 +27,7 @@ from lbr.core.retry import RetryPolicy
 from lbr.core.types import Claim, Item, KeyMaker, PauseCause, Paused, Prompt, Shape, Task, Until
 from lbr.models.identity import identify
 from lbr.store import enqueue, reads, runs, schema
-from lbr.store.engines import open_database
+from lbr.store.database import open_database
 from lbr.store.presence import Presence
 from lbr.store.queue import Queue
 from lbr.worker.worker import Worker
