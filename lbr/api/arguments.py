@@ -1,87 +1,61 @@
-"""What the public functions take: the types of arguments are checked before anything else, and errors name parameters.
-
-A value that is only out of range is refused where it is used, as from the command line. Checked here is what would
-otherwise be an AttributeError or a TypeError from the inside, perhaps after a call was paid for.
-"""
+"""The arguments of the public functions: their types are checked first, and errors name parameters, not flags."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import re
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
-from os import PathLike, fspath
+from collections.abc import Callable, Coroutine, Mapping
+from os import PathLike
 from typing import Any, ParamSpec, TypeVar
 
 from lbr.core.errors import LbrError, UsageError
 from lbr.io.records import shown
-from lbr.io.sources import can_be_iterated
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+TYPES: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
+    (r"str \| Sequence", "a string or a list of them", (str, list, tuple)),
+    (r"str\b", "a string", (str,)),
+    (r"bool", "True or False", (bool,)),
+    (r"int\b", "a whole number", (int,)),
+    (r"dict|Mapping", "a dict", (Mapping,)),
+    (r"Sequence", "a list", (list, tuple)),
+    (r"Callable\[\[\w+\], None\]", "a function", (Callable,)),
+    (r"PathOrUrl|PathLike\[str\] \| str", "a string or a path", (str, PathLike)),
+)
+"""The start of an annotation, its name in messages, and its types. Other arguments are checked where they are used."""
 
-def _is_path(value: object) -> bool:
-    return isinstance(value, str) or (isinstance(value, PathLike) and isinstance(fspath(value), str))
+SECRET = re.compile(r".*(_key|_url)|out")
+"""Arguments that may hold a password: errors show only their type."""
 
-
-def _is_list(value: object) -> bool:
-    return (
-        isinstance(value, Collection)
-        and not isinstance(value, str | bytes | Mapping | type)
-        and can_be_iterated(value)
-    )
-
-
-def _is_text_or_list(value: object) -> bool:
-    return isinstance(value, str) or (_is_list(value) and all(isinstance(one, str) for one in value))  # type: ignore[attr-defined]
-
-
-TYPES: Sequence[tuple[tuple[str, ...], str, Callable[[Any], bool]]] = [
-    (("str | Sequence",), "a string or a list of them", _is_text_or_list),
-    (("str",), "a string", lambda value: isinstance(value, str)),
-    (("bool",), "True or False", lambda value: isinstance(value, bool)),
-    (("int",), "a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
-    (("dict", "Mapping"), "a dict", lambda value: isinstance(value, Mapping)),
-    (("Sequence",), "a list", _is_list),
-    (("Callable[[str], None", "Callable[[int], None", "Callable[[Worker], None"), "a function", callable),
-    (("PathOrUrl", "PathLike[str] | str"), "a string or a path", _is_path),
-]
-"""How an annotation begins, what it means in words, and what fits; arguments of other types are checked where used."""
-
-PRIVATE = re.compile(r".*(_key|_url)|out")
-"""Arguments whose value may hold a password, so that errors show its type alone."""
-
-OTHER_NAMES: Mapping[str, Sequence[str]] = {
-    "db": ["db_url"],
-    "format": ["input_format"],
-    "function": ["worker", "functions"],
-    "model": ["model_name"],
-    "result-type": ["result_types"],
-    "set": ["settings"],
+PARAMETERS = {
+    "db": ("db_url",),
+    "format": ("format", "input_format"),
+    "function": ("function", "worker", "functions"),
+    "model": ("model", "model_name"),
+    "result_type": ("result_type", "result_types"),
+    "set": ("settings",),
 }
-"""What parameters are called that do not have the name of their flag."""
+"""The parameters of flags that have a different name."""
 
 _FLAG = re.compile(r"`[^`]*`|--([a-z][a-z-]*)(?: (in=…,out=…|[\w.-]+:[\w.-]*\w|[A-Z]{2,}|csv|cp1252|tab))?")
-_annotations: dict[str, str] = {}
-"""Of all parameters by name, for messages that name a flag of another command."""
 
 
-def checked(
-    function: Callable[P, Coroutine[Any, Any, R]],
-) -> Callable[P, Coroutine[Any, Any, R]]:
-    """Let a coroutine function raise UsageError for arguments of another type than it is annotated with.
+def checked(function: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coroutine[Any, Any, R]]:
+    """Check the types of a coroutine function's arguments against its annotations, and name parameters in errors.
 
-    Its errors name parameters, and keep the message that names flags.
+    The message with flags stays in the error's `in_flags`, for the command line.
     """
     signature = inspect.signature(function)
     annotations = {name: str(one.annotation) for name, one in signature.parameters.items()}
-    _annotations.update(annotations)
 
     @functools.wraps(function)
     async def checking(*args: P.args, **kwargs: P.kwargs) -> R:
         for name, value in signature.bind(*args, **kwargs).arguments.items():
-            _check(name, value, annotations[name])
+            if value is not None or not annotations[name].endswith("| None"):
+                _check(name, value, annotations[name])
         try:
             return await function(*args, **kwargs)
         except LbrError as error:
@@ -93,32 +67,28 @@ def checked(
     return checking
 
 
-def _check(name: str, value: object, annotation: str) -> None:
-    if value is None and annotation.endswith("| None"):
-        return
-    for begins, words, fits in TYPES:
-        if annotation.startswith(begins):
-            if fits(value):
-                return
-            got = type(value).__name__ if PRIVATE.fullmatch(name) else shown(value)
-            raise UsageError(f"expected {name} to be {words}, got: {got}")
+def _check(name: str, value: Any, annotation: str) -> None:
+    for start, expected, types in TYPES:
+        if re.match(start, annotation):
+            texts = value if isinstance(value, list | tuple) and str in types else ()
+            if not isinstance(value, types) or not all(isinstance(one, str) for one in texts):
+                got = type(value).__name__ if SECRET.fullmatch(name) else shown(value)
+                raise UsageError(f"expected {name} to be {expected}, got: {got}")
+            return
 
 
 def _with_parameters(message: str, annotations: Mapping[str, str]) -> str:
-    """Return a message with the names of parameters instead of flags; commands in backticks stay."""
+    """Return a message with parameters in place of flags; commands in backticks stay."""
 
     def parameter(found: re.Match[str]) -> str:
-        flag = found[1] or ""
-        names = (flag.replace("-", "_"), *OTHER_NAMES.get(flag, ()))
-        name = next((one for known in (annotations, _annotations) for one in names if one in known), None)
-        if name is None:
-            return found[0]
+        if found[1] is None:
+            return str(found[0])
+        flag: str = found[1].replace("-", "_")
+        names = PARAMETERS.get(flag, (flag,))
+        name = next((one for one in names if one in annotations), names[0])
         if found.start() < message.find(", got:"):  # what is expected, not what to set
             return name
-        annotation, given = annotations.get(name) or _annotations[name], repr(found[2]) if found[2] else "…"
-        value = (
-            "True" if annotation == "bool" else f"[{given}]" if annotation.startswith("Sequence") else given
-        )
+        value = repr(found[2]) if found[2] else "True" if annotations.get(name) == "bool" else "…"
         return f"{name}={value}"
 
     return _FLAG.sub(parameter, message)

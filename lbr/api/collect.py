@@ -1,39 +1,28 @@
-"""Collect a run's answers in input order: counted as they pass, and written whole."""
+"""Collect a run's answers in input order: return them, or write them to a file."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from os import fspath
 from typing import TYPE_CHECKING
 
 from lbr.api.arguments import checked
-from lbr.core.config import (
-    DB_URL_DEFAULT,
-    one_of,
-)
+from lbr.core.config import DB_URL_DEFAULT, one_of
 from lbr.core.errors import UsageError
 from lbr.core.types import JobState, Shape
 from lbr.io import writers
-from lbr.store import reads, runs
+from lbr.store import reads, results_db, runs
 from lbr.store.database import opened
 
 if TYPE_CHECKING:
-    from lbr.core.types import Json, PathOrUrl, Run
+    from collections.abc import AsyncIterator
+
+    from lbr.core.types import Json, PathOrUrl, Row, Run
     from lbr.store.database import Database
-
-import os
-from collections import Counter
-from typing import TYPE_CHECKING
-
-from lbr.store import results_db
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, AsyncIterator
-
-    from lbr.core.types import Json, Row, Run
-    from lbr.store.database import Database
-
 
 WAIT_SECONDS = 0.2
 MAX_REASONS = 1_000
@@ -43,10 +32,9 @@ MAX_REASONS = 1_000
 class Collected:
     """What a collect wrote.
 
-    `rows` holds the answers as dicts where no output was named, else None. `by_status` counts the rows
-    written, `cut_off` those whose answer reached its token limit, whether they are done or failed because of it;
-    `limited` is True if the run's settings set that limit. `sealed` tells whether all inputs are in. `reasons` counts the rows that
-    failed by what their last attempt said.
+    `by_status` counts the rows. `sealed`: whether the run's enqueue has finished. `rows`: the answers as dicts, None if
+    they were written to an output. `cut_off` counts the answers that reached their token limit, done or failed;
+    `limited` is True if the run's settings set that limit. `reasons` counts the failed rows by their last error.
     """
 
     run: str
@@ -59,17 +47,17 @@ class Collected:
 
     @property
     def total(self) -> int:
-        """How many rows there are."""
+        """The number of rows."""
         return sum(self.by_status.values())
 
     @property
     def unfinished(self) -> int:
-        """How many rows wait for an answer that may still come."""
+        """The number of rows whose answer may still come."""
         return self.by_status.get(JobState.PENDING, 0) + self.by_status.get(JobState.INFLIGHT, 0)
 
     @property
     def failed(self) -> int:
-        """How many rows have no answer and get none."""
+        """The number of rows that get no answer."""
         return self.by_status.get(JobState.FAILED, 0) + self.by_status.get(JobState.CANCELLED, 0)
 
 
@@ -86,21 +74,24 @@ async def collect(
     db_url: PathOrUrl = DB_URL_DEFAULT,
     allow_network_fs: bool = False,
 ) -> Collected:
-    """Write a run's answers in input order, or return them as `rows` where `out` is None; "-" is stdout.
+    """Return a run's answers in input order as `rows`, or write them to `out`; "-" is stdout.
 
-    A file appears whole or not at all; a results database keeps the rows of other runs. With `wait`, only once every job has come to its end; else whatever
-    there is now. In CSV, `spreadsheet_safe` puts an apostrophe before a text that a spreadsheet would run as a
-    formula, and `bom` begins with a byte order mark, by which Excel knows UTF-8. Raises RunNotFoundError, UsageError, OutputError or DatabaseError.
+    A file is written completely or not at all; a results database keeps the rows of other runs. `format` (jsonl, csv or
+    db) None goes by the file's name. `shape`: "original", a row per input, or "unique", a row per distinct input.
+    `wait`: first wait until every job has finished. For CSV, `spreadsheet_safe` puts an apostrophe before text that a
+    spreadsheet would run as a formula, and `bom` adds a byte order mark, by which Excel recognizes UTF-8.
+
+    Raises RunNotFoundError, UsageError, OutputError or DatabaseError.
     """
     target = None if out is None or fspath(out) == "-" else fspath(out)
     if out is not None:
         writers.check_output(target)
+    formats = tuple(writers.OutputFormat)
     kind = (
-        writers.OutputFormat(one_of("format", format, tuple(writers.OutputFormat)))
-        if format is not None
-        else None
+        writers.format_of(target)
+        if format is None
+        else writers.OutputFormat(one_of("format", format, formats))
     )
-    kind = kind or writers.format_of(target)
     style = writers.CsvStyle(spreadsheet_safe, bom)
     style.check(kind)
     chosen = Shape(one_of("shape", shape, tuple(Shape)))
@@ -110,26 +101,22 @@ async def collect(
         found = await reads.find_run(database, run)
         runs.check_not_removing(found)
         if wait:
-            await until_finished(database, found)
-        pages = Tally(reads.rows(database, found, chosen))
-        rows = None
+            await _until_finished(database, found)
+        tally, rows = Tally(), None
+        pages = tally.counted(reads.rows(database, found, chosen))
         if out is None:
             rows = [row.to_dict() async for page in pages for row in page]
         else:
-            await write_pages(database, found, pages, target, kind, style)
-        found = await reads.find_run(database, run)
-        limited = bool(pages.cut_off) and await reads.limits_answers(database, found)
-        sealed = found.sealed_at is not None
-        return Collected(
-            run, dict(pages.by_status), sealed, rows, pages.cut_off, limited, dict(pages.reasons)
-        )
+            async with nullcontext() if target is None else writers.output_lock(target):
+                await _write(database, found, pages, target, kind, style)
+        sealed = (await reads.find_run(database, run)).sealed_at is not None
+        limited = bool(tally.cut_off) and await reads.limits_answers(database, found)
+        by_status, reasons = dict(tally.by_status), dict(tally.reasons)
+        return Collected(run, by_status, sealed, rows, tally.cut_off, limited, reasons)
 
 
-async def until_finished(database: Database, run: Run) -> None:
-    """Wait until every job of a run has come to its end and all its inputs are in.
-
-    Returns as well where the run is paused or cancelled: nothing more would come.
-    """
+async def _until_finished(database: Database, run: Run) -> None:
+    """Wait until every job of a run has finished and all inputs are in, or the run is paused or cancelled."""
     while True:
         (counts,) = await reads.counts(database, [run.id])
         if counts.finished or (counts.run.state != "active" and not counts.of(JobState.INFLIGHT)):
@@ -138,58 +125,39 @@ async def until_finished(database: Database, run: Run) -> None:
 
 
 class Tally:
-    """Passes pages of rows on and counts them by status, and those that were cut off."""
+    """Counts rows by status and by error, and those that were cut off."""
 
-    def __init__(self, pages: AsyncIterator[list[Row]]) -> None:
-        self._pages = pages
+    def __init__(self) -> None:
         self.by_status: Counter[str] = Counter()
         self.cut_off = 0
         self.reasons: Counter[str] = Counter()
 
-    async def __aiter__(self) -> AsyncIterator[list[Row]]:
-        async for page in self._pages:
+    async def counted(self, pages: AsyncIterator[list[Row]]) -> AsyncIterator[list[Row]]:
+        """Yield the pages and count their rows."""
+        async for page in pages:
             self.by_status.update([row.status for row in page])
             self.cut_off += sum([row.cut_off for row in page])
-            for row in page:
-                if row.status == JobState.FAILED and (
-                    len(self.reasons) < MAX_REASONS or row.error in self.reasons
-                ):
-                    self.reasons[row.error or "it said nothing"] += 1
+            for reason in [row.error or "no reason given" for row in page if row.status == JobState.FAILED]:
+                if len(self.reasons) < MAX_REASONS or reason in self.reasons:
+                    self.reasons[reason] += 1
             yield page
 
 
-async def write_pages(
+async def _write(
     database: Database,
     run: Run,
-    pages: AsyncIterable[list[Row]],
+    pages: AsyncIterator[list[Row]],
     target: str | None,
     kind: writers.OutputFormat,
     style: writers.CsvStyle,
 ) -> None:
-    """Write a run's pages to a file, or as lines to stdout where `target` is None."""
-    if target is None:
-        await _write_lines(database, run, pages, None, kind, style)
-        return
-    async with writers.output_lock(target):
-        if kind is not writers.OutputFormat.DB:
-            await _write_lines(database, run, pages, target, kind, style)
-        elif os.path.lexists(target):  # noqa: ASYNC240 - one stat
-            # The rows of other runs stay; that it is one transaction makes it whole.
-            await results_db.write_run(target, run.name, pages)
-        else:
-            with writers.atomic_path(target) as temporary:
-                await results_db.write_run(str(temporary), run.name, pages)
-
-
-async def _write_lines(
-    database: Database,
-    run: Run,
-    pages: AsyncIterable[list[Row]],
-    target: str | None,
-    kind: writers.OutputFormat,
-    style: writers.CsvStyle,
-) -> None:
-    columns = await reads.columns(database, run) if kind is writers.OutputFormat.CSV else []
-    with writers.open_writer(target, kind, columns=columns, style=style) as writer:
-        async for page in pages:
-            writer.write(page)
+    if kind is not writers.OutputFormat.DB or target is None:
+        columns = await reads.columns(database, run) if kind is writers.OutputFormat.CSV else []
+        with writers.open_writer(target, kind, columns=columns, style=style) as writer:
+            async for page in pages:
+                writer.write(page)
+    elif os.path.lexists(target):  # noqa: ASYNC240 - one stat
+        await results_db.write_run(target, run.name, pages)  # one transaction; the rows of other runs stay
+    else:
+        with writers.atomic_path(target) as temporary:
+            await results_db.write_run(str(temporary), run.name, pages)

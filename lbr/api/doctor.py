@@ -1,4 +1,4 @@
-"""`lbr.doctor`: what is wrong with a queue, how grave it is, and what to do. Each check turns facts into findings."""
+"""`lbr.doctor`: what is wrong with a queue, how grave it is, and what to do."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from lbr.api.status import way_on
 from lbr.core.config import DB_URL_DEFAULT, load_environment
 from lbr.core.errors import DatabaseError, LbrError, UsageError
 from lbr.core.text import duration, pluralize
-from lbr.core.types import PauseCause, RunState
+from lbr.core.types import PauseCause, Paused, RunState
 from lbr.models.base import Kind, kind_of
 from lbr.models.build import Authority, build_model
-from lbr.store import counters, health
+from lbr.store import counters, health, schema
 from lbr.store.database import opened
 from lbr.store.files import NETWORK_WAYS, is_network
-from lbr.store.schema import LATEST, SILENT_MS
 from lbr.worker import kept_answers
 
 if TYPE_CHECKING:
@@ -55,6 +54,9 @@ class Gravity(StrEnum):
     ERROR = "error"
 
 
+OK, NOTE, WARNING, ERROR = Gravity
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """The result of one check: `found` is what is there, `do` what to do, None for nothing."""
@@ -67,14 +69,11 @@ class Finding:
     @property
     def is_grave(self) -> bool:
         """Whether you should do something."""
-        return self.gravity in {Gravity.WARNING, Gravity.ERROR}
+        return self.gravity in {WARNING, ERROR}
 
     def to_dict(self) -> dict[str, Json]:
         """Return the finding as JSON."""
         return asdict(self)
-
-
-OK, NOTE, WARNING, ERROR = Gravity
 
 
 @checked
@@ -95,11 +94,13 @@ async def doctor(
         except LbrError as error:
             facts.problems.append(("fix", str(error)))
     authority = Authority(openrouter_api_key=env.get("OPENROUTER_API_KEY") or None)
-    return [
-        *findings(facts, fixed),
-        *[await _keys(run, authority) for run in _open_runs(facts.view)],
-        *_kept(facts),
+    runs = [] if facts.view is None else facts.view.runs
+    keys = [
+        await _keys(one.run, authority)
+        for one in runs
+        if one.run.state is not RunState.CANCELLED and not one.finished
     ]
+    return [*findings(facts, fixed), *keys, *_kept(facts)]
 
 
 async def _fix(facts: Health, db_url: PathOrUrl, *, allow_network_fs: bool) -> list[Drift]:
@@ -113,28 +114,22 @@ async def _fix(facts: Health, db_url: PathOrUrl, *, allow_network_fs: bool) -> l
 
 def findings(facts: Health, fixed: Sequence[Drift] = ()) -> list[Finding]:
     """Return what the checks find in these facts; `fixed` are the counters that were just fixed."""
-    found: list[Finding | None] = [
-        _problem(facts, *one) for one in facts.problems if one[0] == health.OPENING
-    ]
+    found: list[Finding | None] = [_problem(facts, *one) for one in facts.problems]
     if facts.file is not None:
         found += [_sqlite(facts.file), _file_system(facts.file, refused=facts.refused)]
         if facts.file.modes and (facts.version is not None or facts.refused):  # else it may be any program's
             found += [check(facts.file) for check in (_mode, _writable, _disk, _wal)]
     if facts.server is not None:
         found += [check(facts.server) for check in (_server, _settings, _server_clock)]
-    found += [_schema(facts.version), _integrity(facts)]
-    found += [_problem(facts, *one) for one in facts.problems if one[0] != health.OPENING]
-    found += [_leases(facts), _counters(facts.drifts, fixed)]
+    found += [_schema(facts.version), _integrity(facts), _leases(facts), _counters(facts.drifts, fixed)]
     if facts.view is not None:
         found += _runs(facts.view)
     return [one for one in found if one is not None]
 
 
-def _problem(facts: Health, check: str, words: str) -> Finding:
-    found, _, do = words.partition("; ")
-    if check not in {health.OPENING, "fix"}:
-        found = f"cannot be read: {found}"
-    return Finding(check, ERROR, found, do or f"see the other findings about {facts.name}, or restore a copy")
+def _problem(facts: Health, check: str, problem: str) -> Finding:
+    found = problem if check in {health.OPENING, "fix"} else f"cannot be read: {problem}"
+    return Finding(check, ERROR, found, f"see the other findings about {facts.name}, or restore a copy")
 
 
 def has_wal_reset_bug(version: str) -> bool:
@@ -154,31 +149,29 @@ def _sqlite(file: FileFacts) -> Finding:
 
 def _file_system(file: FileFacts, *, refused: bool) -> Finding:
     kind = file.file_system
-    if is_network(kind):
-        found = f"a network file system ({kind}), whose locks can fail and corrupt the database"
-        if not refused:
-            return Finding("file system", WARNING, found, NETWORK_WAYS)
-        found += "; the database was not opened"
-        return Finding(
-            "file system", ERROR, found, f"{NETWORK_WAYS}; --allow-network-fs examines it all the same"
-        )
-    return Finding("file system", OK, kind or "not reported by the system; assumed to be local")
+    if not is_network(kind):
+        return Finding("file system", OK, kind or "not reported by the system; assumed to be local")
+    found = f"a network file system ({kind}), whose locks can fail and corrupt the database"
+    if not refused:
+        return Finding("file system", WARNING, found, NETWORK_WAYS)
+    do = f"{NETWORK_WAYS}; --allow-network-fs examines it all the same"
+    return Finding("file system", ERROR, f"{found}; the database was not opened", do)
 
 
 def _mode(file: FileFacts) -> Finding:
-    open_to_others = {path: mode for path, mode in file.modes.items() if mode & 0o077}
-    if not open_to_others:
+    exposed = {path: mode for path, mode in file.modes.items() if mode & 0o077}
+    if not exposed:
         return Finding("mode", OK, "only its owner can read it")
-    shown = ", ".join(f"{path.name} {mode:04o}" for path, mode in open_to_others.items())
-    found = f"others can read or write prompts and answers: {shown}"
-    return Finding("mode", WARNING, found, f"chmod 600 {' '.join(map(str, open_to_others))}")
+    modes = ", ".join(f"{path.name} {mode:04o}" for path, mode in exposed.items())
+    found = f"others can read or write prompts and answers: {modes}"
+    return Finding("mode", WARNING, found, f"chmod 600 {' '.join(map(str, exposed))}")
 
 
 def _writable(file: FileFacts) -> Finding | None:
     if not file.unwritable:
         return None
     paths = " ".join(map(str, file.unwritable))
-    found = f"you may not write {paths}: workers of yours cannot use the database, or leave its WAL to grow"
+    found = f"you may not write {paths}: your workers cannot use the database, or leave its WAL to grow"
     do = f"make it writable with `chmod u+w`, or give it to the database's owner with `chown`: `ls -ld {paths}`"
     return Finding("writable", WARNING, found, do)
 
@@ -187,9 +180,8 @@ def _disk(file: FileFacts) -> Finding:
     free = f"{file.free_bytes / MIB:,.0f} MiB are free"
     if file.free_bytes >= MIN_FREE_BYTES:
         return Finding("disk", OK, free)
-    return Finding(
-        "disk", WARNING, f"{free}: workers stop when the disk is full", "make room for answers and the WAL"
-    )
+    found = f"{free}: workers stop when the disk is full"
+    return Finding("disk", WARNING, found, "make room for answers and the WAL")
 
 
 def _wal(file: FileFacts) -> Finding:
@@ -204,8 +196,8 @@ def _wal(file: FileFacts) -> Finding:
 def _server(server: ServerFacts) -> Finding:
     name = f"PostgreSQL {server.settings['server_version']}"
     if int(server.settings["server_version_num"]) < MIN_SERVER * 10_000:
-        found = f"{name}, which is older than {MIN_SERVER}"
-        return Finding("server", ERROR, found, f"use a server of version {MIN_SERVER} or newer")
+        do = f"use a server of version {MIN_SERVER} or newer"
+        return Finding("server", ERROR, f"{name}, which is older than {MIN_SERVER}", do)
     if server.settings["standby"] == "true":
         return Finding("server", ERROR, f"{name}, a standby: nothing can be written", "name the primary")
     return Finding("server", OK, name)
@@ -217,9 +209,8 @@ def _settings(server: ServerFacts) -> Finding:
         return Finding("settings", OK, "commits reach the server's disk, and autovacuum is on")
     found = "; ".join(f"{name} = {server.settings[name]}: {SERVER_RISKS[name]}" for name in risky)
     values = ", ".join(f"{name} = {'20s' if server.settings[name] == '0' else 'on'}" for name in risky)
-    return Finding(
-        "settings", WARNING, found, f"set {values}, for the server or the role (ALTER ROLE … SET …)"
-    )
+    do = f"set {values}, for the server or the role (ALTER ROLE … SET …)"
+    return Finding("settings", WARNING, found, do)
 
 
 def _server_clock(server: ServerFacts) -> Finding:
@@ -228,25 +219,24 @@ def _server_clock(server: ServerFacts) -> Finding:
         return Finding("machine's clock", OK, "agrees with the server's")
     way = "ahead of" if server.clock_ms > 0 else "behind"
     found = f"this machine's clock is {duration(off / 1000)} {way} the server's, which leases and waits go by"
-    return Finding(
-        "machine's clock", NOTE if off < CLOCK_WARNING_MS else WARNING, found, "set both by a time server"
-    )
+    gravity = NOTE if off < CLOCK_WARNING_MS else WARNING
+    return Finding("machine's clock", gravity, found, "set both by a time server")
 
 
 def _schema(version: int | None) -> Finding | None:
-    if version is None:
-        return None
-    if version == 0:
-        return Finding("schema", WARNING, "no lbr queue here yet", "`lbr enqueue` creates it")
-    if version > LATEST:
-        found = f"version {version}, of a newer lbr; this one knows {LATEST}"
+    match version:
+        case None:
+            return None
+        case 0:
+            return Finding("schema", WARNING, "no lbr queue here yet", "`lbr enqueue` creates it")
+        case schema.LATEST:
+            return Finding("schema", OK, f"version {version}")
+    if version > schema.LATEST:
+        found = f"version {version}, of a newer lbr; this one knows {schema.LATEST}"
         return Finding("schema", ERROR, found, "use the lbr that wrote it")
-    if version < LATEST:
-        found = f"version {version}, of an older lbr; this one reads {LATEST}"
-        return Finding(
-            "schema", NOTE, found, "run any other command, for example `lbr status`: it upgrades the queue"
-        )
-    return Finding("schema", OK, f"version {version}")
+    found = f"version {version}, of an older lbr; this one reads {schema.LATEST}"
+    do = "run any other command, for example `lbr status`: it upgrades the queue"
+    return Finding("schema", NOTE, found, do)
 
 
 def _integrity(facts: Health) -> Finding | None:
@@ -254,11 +244,11 @@ def _integrity(facts: Health) -> Finding | None:
         return None
     if not facts.damages:
         return Finding("integrity", OK, "SQLite finds no damage")
-    found = f"the file is damaged: {'; '.join(facts.damages)}"
-    rest = f"then restore a copy, or let `sqlite3 {facts.name} .recover` make a new file"
-    return Finding(
-        "integrity", ERROR, found, f"stop all workers, keep a copy of all files, collect what you can; {rest}"
+    do = (
+        f"stop all workers, keep a copy of all files, collect what you can; then restore a copy, or let "
+        f"`sqlite3 {facts.name} .recover` make a new file"
     )
+    return Finding("integrity", ERROR, f"the file is damaged: {'; '.join(facts.damages)}", do)
 
 
 def _leases(facts: Health) -> Finding | None:
@@ -268,7 +258,7 @@ def _leases(facts: Health) -> Finding | None:
     if not expired:
         return Finding("leases", OK, "none has expired")
     workers = facts.view.workers
-    live = sum(abs(facts.view.now - one.seen_at) < SILENT_MS for one in workers)
+    live = sum(abs(facts.view.now - one.seen_at) < schema.SILENT_MS for one in workers)
     found = (
         f"{pluralize(expired, 'lease')} expired, the oldest {duration(oldest_ms / 1000)} ago; "
         f"{live} of {pluralize(len(workers), 'worker')} reported recently"
@@ -277,9 +267,8 @@ def _leases(facts: Health) -> Finding | None:
         return Finding("leases", WARNING, found, "start `lbr worker`: it takes the jobs over")
     if oldest_ms < LONG_EXPIRED_MS:
         return Finding("leases", NOTE, found, "nothing: the workers take such jobs over")
-    return Finding(
-        "leases", WARNING, found, "check with `lbr status` that the workers make progress, or start another"
-    )
+    do = "check with `lbr status` that the workers make progress, or start another"
+    return Finding("leases", WARNING, found, do)
 
 
 def _counters(drifts: Sequence[Drift] | None, fixed: Sequence[Drift]) -> Finding | None:
@@ -309,9 +298,8 @@ def _runs(view: Overview) -> list[Finding]:
 
 def _unsealed(run: Run, now: int) -> Finding:
     since = max(0, now - run.enqueued_at)
-    found = (
-        f"run {run.name}: its enqueue has not finished; the latest inputs came {duration(since / 1000)} ago"
-    )
+    ago = duration(since / 1000)
+    found = f"run {run.name}: its enqueue has not finished; the latest inputs came {ago} ago"
     if since < LIVE_ENQUEUE_MS:
         return Finding("runs", NOTE, found)
     do = "run the same enqueue again: it adds what is missing; with --append, check first what is there"
@@ -319,35 +307,25 @@ def _unsealed(run: Run, now: int) -> Finding:
 
 
 def _paused(run: Run, left: int) -> Finding:
-    cause = PauseCause.USER if run.pause is None else run.pause.cause
-    reason = "no reason is stored" if run.pause is None else run.pause.message
-    found = f"run {run.name}: paused with {pluralize(left, 'job')} to do: {reason}"
-    if cause is PauseCause.MOVED_TO or not (left or cause.is_move):
+    pause = run.pause or Paused(PauseCause.USER, "no reason is stored")
+    found = f"run {run.name}: paused with {pluralize(left, 'job')} to do: {pause.message}"
+    if pause.cause is PauseCause.MOVED_TO or not (left or pause.cause.is_move):
         return Finding("runs", OK, found)
-    return Finding("runs", NOTE if cause is PauseCause.USER else WARNING, found, way_on(run.name, cause))
-
-
-def _open_runs(view: Overview | None) -> list[Run]:
-    runs = [] if view is None else view.runs
-    return [one.run for one in runs if one.run.state is not RunState.CANCELLED and not one.finished]
+    gravity = NOTE if pause.cause is PauseCause.USER else WARNING
+    return Finding("runs", gravity, found, way_on(run.name, pause.cause))
 
 
 async def _keys(run: Run, authority: Authority) -> Finding:
-    """Build the run's model as a worker does first; neither the key nor the network is tried."""
-    answerer = run.task.answerer
+    """Build the run's model as a worker does; neither the key nor the network is tried."""
     if kind_of(run.task) is Kind.FUNCTION:
         own = "the program that defines it" if run.task.fingerprint else f"--function {run.task.function}"
         return Finding("keys", OK, f"run {run.name} needs no key, and a worker with {own}")
     try:
-        model = build_model(run.task, authority, concurrency=1)
+        await build_model(run.task, authority, concurrency=1).aclose()
     except UsageError as error:
-        words, _, do = str(error).partition("; ")
-        found = f"run {run.name}: a worker started here cannot serve it: {words}"
-        return Finding(
-            "keys", WARNING, found, do or "set it where the workers run, in the environment or .env"
-        )
-    await model.aclose()
-    return Finding("keys", OK, f"run {run.name}: what calls of {answerer} need is set here")
+        found = f"run {run.name}: a worker started here cannot serve it: {error}"
+        return Finding("keys", WARNING, found, "fix it where the workers run, in the environment or .env")
+    return Finding("keys", OK, f"run {run.name}: what calls of {run.task.answerer} need is set here")
 
 
 def _kept(facts: Health) -> Iterator[Finding]:

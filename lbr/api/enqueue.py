@@ -7,13 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lbr.api.arguments import checked
-from lbr.api.task import ask, check_servable
-from lbr.core.config import (
-    DB_URL_DEFAULT,
-    MAX_ATTEMPTS,
-    at_least_one,
-    load_environment,
-)
+from lbr.api.task import check_servable, resolve_task
+from lbr.core.config import DB_URL_DEFAULT, MAX_ATTEMPTS, at_least_one, load_environment
 from lbr.core.errors import UsageError
 from lbr.core.pricing import read_price
 from lbr.core.text import pluralize
@@ -29,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from os import PathLike
 
+    from lbr.api.task import ResolvedTask
     from lbr.core.types import Item, Json, PathOrUrl, Run
     from lbr.store.database import Database
     from lbr.store.enqueue import EnqueueCounts
@@ -36,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EnqueueReport:
-    """What an enqueue did: the run, its counts, and what its caller should hear."""
+    """What an enqueue did: the run, its counts, warnings for the user, and the numbers of rows left out."""
 
     run: str
     counts: EnqueueCounts
@@ -73,23 +69,28 @@ async def enqueue(
     allow_network_fs: bool = False,
     on_kept: Callable[[int], None] = lambda _: None,
 ) -> EnqueueReport:
-    """Put inputs into a run as deduplicated jobs; safe to repeat, and to be repeated after a crash.
+    """Put inputs into a run as deduplicated jobs. The same call again adds only what is missing, also after a crash.
 
-    `inputs` are files (a `Path`, or several; `Path("-")` is stdin) or prompts: strings, or dicts like the
-    lines of a JSONL file. `run` may be left out for files: the first one's stem. With `append` they go
-    behind what the run holds, else they must begin with it. `fresh` refuses answers of other runs. With
-    `servable`, nothing is written where this process could not serve the run, for want of a key say.
-    `price`, like "in=0.15,out=0.60" in US dollars for a million tokens, is what calls cost from now on; None
-    leaves it as it is. `on_kept` gets how many of the inputs are in the run whenever some more are; cancelled, those
-    stay there.
+    `inputs`: files (a `Path` or several; `Path("-")` is stdin), or prompts: strings, or dicts like lines of JSONL.
+    `run`: the run's name; None is the first file's stem.
+    `model`: for example "openai-chat:gpt-4o-mini"; None is MODEL in the environment or `.env`.
+    `function`: answers instead of a model, as an object or "pkg.mod:name"; `version` distinguishes it from earlier ones.
+    `instructions`: the system prompt. `template`: a Jinja template of the prompt, filled from the fields of each input.
+    `schema`, or `result_type`, a pydantic class: what answers must match. `settings`: for example {"temperature": 0}.
+    `prompt_column`: the column of the prompt. `input_format`: text, jsonl, csv or tsv; None goes by the file's name.
+    `delimiter`, `encoding`: of the files; None finds them.
+    `skip_bad`: a file for the rows that cannot be used, which are left out. `skip_empty`: leave out empty prompts.
+    `max_attempts`: calls per job. `price`: for example "in=0.15,out=0.60", in US dollars per million tokens, from now on;
+    None leaves it as it is.
+    `append`: put the inputs behind those of the run, which they otherwise must begin with.
+    `fresh`: do not reuse answers of other runs.
+    `servable`: write nothing if this process could not serve the run, for example because a key is missing.
+    `on_kept`: called with the number of inputs in the run whenever it grows; if you cancel, they stay there.
 
-    `delimiter` and `encoding` say how files are written if lbr cannot know it. `skip_bad` is a file for the rows that
-    cannot be used, which are left out; `skip_empty` leaves out those whose prompt is empty.
-
-    Raises UsageError, InputError (with file and line; files are checked whole before anything is written),
+    Raises UsageError, InputError (with file and line; files are checked completely before anything is written),
     RunMismatchError, RunChangedError or DatabaseError.
     """
-    asked = ask(
+    resolved = resolve_task(
         model=model,
         function=function,
         version=version,
@@ -110,35 +111,26 @@ async def enqueue(
         skip_bad=skip_bad,
         skip_empty=skip_empty,
     )
-    spec = RunSpec(
-        source.run_name() if run is None else run,
-        asked.task,
-        at_least_one("max_attempts", max_attempts),
-        asked.fingerprint,
-        None if price is None else read_price(price),
-        asked.refusal,
-    )
-    check_may_be_new(spec, db_url)
-    if skip_bad is not None:
-        _check_apart(skip_bad, file_of(db_url))
+    spec = run_spec(source.run_name() if run is None else run, resolved, max_attempts, price)
+    _check_apart(skip_bad, file_of(db_url))
     await source.check()
     if servable:
-        await check_servable(asked)
+        await check_servable(resolved)
     async with opened(db_url, create=True, allow_network_fs=allow_network_fs) as database:
         report = await put(database, spec, source, append=append, fresh=fresh, on_kept=on_kept)
     return replace(report, skipped_bad=source.bad.count, skipped_empty=source.bad.empty)
 
 
-def _check_apart(skip_bad: PathLike[str] | str, queue: Path | None) -> None:
-    if queue is not None and Path(skip_bad).resolve() == queue.resolve():
+def _check_apart(skip_bad: PathLike[str] | str | None, queue: Path | None) -> None:
+    if queue is not None and skip_bad is not None and Path(skip_bad).resolve() == queue.resolve():
         raise UsageError(f"expected another file for the bad rows than the queue, got: {queue}")
 
 
-def check_may_be_new(spec: RunSpec, db_url: PathOrUrl) -> None:
-    """Raise UsageError for a run that must not be new where there is no queue yet, so that none is made for it."""
-    path = file_of(db_url)
-    if spec.refusal is not None and path is not None and not path.exists():
-        raise UsageError(spec.refusal)
+def run_spec(name: str, resolved: ResolvedTask, max_attempts: int, price: str | None) -> RunSpec:
+    """Check the arguments of a run; UsageError for one out of range."""
+    attempts = at_least_one("max_attempts", max_attempts)
+    known_price = None if price is None else read_price(price)
+    return RunSpec(name, resolved.task, attempts, resolved.fingerprint, known_price)
 
 
 async def put(
@@ -153,14 +145,12 @@ async def put(
     """Put items into a run of an open database; see `enqueue`."""
     run = await runs.open_run(database, spec)
     changed = await _note_change(database, run, spec)
-    notices = [*changed]
+    notices = list(changed)
     if spec.max_attempts not in {run.max_attempts, MAX_ATTEMPTS}:
         notices.append(
-            f"run {run.name} was made with {pluralize(run.max_attempts, 'attempt')} for a job; that stays so"
+            f"run {run.name} was created with {pluralize(run.max_attempts, 'attempt')} per job, and keeps them"
         )
-    maker = KeyMaker(spec.task)
-    place = 0
-    counts = queueing.EnqueueCounts()
+    maker, place, counts = KeyMaker(spec.task), 0, queueing.EnqueueCounts()
     for chunk in chunks(iter(items), queueing.CHUNK, characters=queueing.CHUNK_CHARACTERS):
         keys = [maker.key(item.prompt) for item in chunk]
         where = None if append else place
@@ -183,41 +173,38 @@ async def put(
 
 
 async def _note_change(database: Database, run: Run, spec: RunSpec) -> list[str]:
-    """Return a notice if the run may have answers of other code than the function has now."""
+    """Return a notice if the run may have answers of older code of its function."""
     if spec.fingerprint is None or run.fingerprint == spec.fingerprint:
         return []
     changed = has_other_code(spec.fingerprint, run.fingerprint)
     if await runs.adopt_fingerprint(database, run, spec.fingerprint, changed=changed):
         return []
     notice = (
-        f"the code of {run.task.function} has changed since run {run.name} was made; its answers are kept. To redo "
+        f"the code of {run.task.function} has changed since run {run.name} was created; its answers are kept. To redo "
         f"them, give the function another `version` and the run another name"
     )
     return [notice]
 
 
 async def _note_reuse(database: Database, run: Run, spec: RunSpec, counts: EnqueueCounts) -> list[str]:
-    """Return a notice if the run reuses answers of other code, or cannot reuse those of an earlier lbr or Python."""
+    """Return a notice if the run reuses answers of older code, or cannot match those of another lbr or Python."""
     if spec.fingerprint is None:
         return []
-    if spec.task.fingerprint is not None:  # the code is part of the task
-        return await _note_asked_again(database, run, spec.fingerprint) if counts.new > counts.reused else []
-    lender = await queueing.lender_with_other_code(database, run, spec.fingerprint)
-    if lender is None:
+    if spec.task.fingerprint is None:  # the code is not part of the task
+        lender = await queueing.lender_with_other_code(database, run, spec.fingerprint)
+        if lender is None:
+            return []
+        notice = (
+            f"the code of {run.task.function} has changed since run {lender} was created, whose answers run {run.name} "
+            f"reuses. To redo them, use `--fresh` (fresh=True) or give the function another `version`, and the run another "
+            f"name"
+        )
+        return [notice]
+    other = await queueing.run_of_other_scheme(database, run, spec.fingerprint)
+    if other is None or counts.new <= counts.reused:
         return []
     notice = (
-        f"the code of {run.task.function} has changed since run {lender} was made, whose answers run {run.name} reuses. "
-        f"To redo them, use `--fresh` (fresh=True) or give the function another `version`, and the run another name"
-    )
-    return [notice]
-
-
-async def _note_asked_again(database: Database, run: Run, fingerprint: str) -> list[str]:
-    other = await queueing.run_of_other_scheme(database, run, fingerprint)
-    if other is None:
-        return []
-    notice = (
-        f"run {other} was made with {run.task.function} by an earlier version of lbr or another version of Python, whose "
+        f"run {other} was created with {run.task.function} by an earlier version of lbr or another version of Python, whose "
         f"answers lbr cannot match with the function any more; the new prompts of run {run.name} are answered again"
     )
     return [notice]

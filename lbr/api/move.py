@@ -1,4 +1,4 @@
-"""Moving a run to another database: copied page by page, compared, and handed over."""
+"""Move a run to another database: copy it page by page, compare, hand over."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What was moved, now or, if `known`, before. `hash` covers everything that both databases hold of the run."""
+    """What was moved, now or, if `known`, earlier. `hash` covers everything that both databases hold of the run."""
 
     run: str
     target: str
@@ -49,14 +49,13 @@ async def move(
     allow_network_fs: bool = False,
     notify: Callable[[str], None] = lambda _: None,
 ) -> Moved:
-    """Copy a run with its answers into another database, compare the two, and let it go on there, in the state it has.
+    """Copy a run with its answers into another database, compare the two, and let it go on there in its current state.
 
-    It must be paused, finished or cancelled, and no worker may hold a job of it. It stays here as a paused copy.
-    Interrupted, the same call goes on where it stopped; with `restart`, it copies everything again.
+    It must be paused, finished or cancelled, and no worker may hold a job of it. Here it stays as a paused copy. The same
+    call again continues after an interruption; with `restart`, it copies everything again.
 
-    Raises RunNotFoundError; UsageError if the run is not at rest or not whole, the name is taken there, both databases
-    are the same, or kept answers cannot be written; DatabaseError if the two differ in the end: the copy there then
-    stays paused.
+    Raises RunNotFoundError; UsageError if the run is not at rest or incomplete, the name is taken there, both databases
+    are the same, or kept answers cannot be written; DatabaseError if the two differ in the end: the copy then stays paused.
     """
     origin, aim = shown(db_url), shown(to_url)
     if origin == aim:
@@ -70,11 +69,15 @@ async def move(
                 await transfer.clear(target, copy)
                 copy = await transfer.open_copy(target, found, origin)
             if known := not transfer.is_half_done(copy, found):
-                _check_was_moved(found, copy, aim)
+                runs.check_not_removing(copy)
+                if not transfer.is_copy(copy, found) or not transfer.has_left(found, aim):
+                    raise UsageError(
+                        f"{aim} already has a different run named {run!r}; name another database"
+                    )
                 inputs, digest = await transfer.digest(source, found)
             else:
                 inputs, digest = await _copy(source, found, target, copy)
-                # First there is no way back here, then the run begins there: never two of it at once.
+                # First it ends here, then it begins there: it never runs in both.
                 columns = await transfer.depart(source, found, counts, aim)
                 await transfer.arrive(target, copy, columns, counts)
             return Moved(run, aim, inputs, jobs, answers, digest, known)
@@ -83,7 +86,7 @@ async def move(
 async def _prepare(
     source: Database, name: str, aim: str, notify: Callable[[str], None]
 ) -> tuple[Run, Counter[str]]:
-    """Return the run, at rest, with its counts, after taking back what dead workers left of it.
+    """Return the run, at rest, with its counts, after reclaiming what dead workers left.
 
     Raises UsageError if kept answers stay outside of the database: they are paid for, and would be left behind.
     """
@@ -100,15 +103,8 @@ async def _prepare(
     return run, counts
 
 
-def _check_was_moved(run: Run, copy: Run, aim: str) -> None:
-    """Raise UsageError if the name is that of a different run."""
-    runs.check_not_removing(copy)
-    if not transfer.is_copy(copy, run) or not transfer.has_left(run, aim):
-        raise UsageError(f"{aim} already has a different run named {run.name!r}; name another database")
-
-
 async def _copy(source: Database, run: Run, target: Database, copy: Run) -> tuple[int, str]:
-    """Copy what is missing, and compare; return how many inputs there are, and the hash of everything."""
+    """Copy what is missing, and compare; return the number of inputs and the hash of everything."""
     async for page in transfer.pages(source, run, await enqueue.next_idx(target, copy)):
         await transfer.add_page(target, copy, page)
     here, there = await transfer.digest(source, run), await transfer.digest(target, copy)

@@ -1,4 +1,4 @@
-"""Looking after runs that are there: how they stand, and what a person may change of them."""
+"""Show and change runs that exist."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from lbr.api.arguments import checked
 from lbr.api.status import RunStatus, Status, limit_fields, status_of
-from lbr.api.task import check_settings, checker
+from lbr.api.task import answer_validator, check_settings
 from lbr.core.config import DB_URL_DEFAULT, a_minute, at_least_one, nanos_of, one_of
 from lbr.core.errors import UsageError
 from lbr.core.text import pluralize
 from lbr.core.types import JobState
 from lbr.models.base import model_string
-from lbr.store import limiting, reads, redo, runs
-from lbr.store.budgets import budget_of
+from lbr.store import budgets, limiting, reads, redo, runs
 from lbr.store.database import opened
 from lbr.store.queue import Queue
 from lbr.worker.runs import check_tells_cost
@@ -24,8 +23,7 @@ from lbr.worker.runs import check_tells_cost
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
-    from lbr.core.types import Json, PathOrUrl, Paused, Run
-    from lbr.store.database import Database
+    from lbr.core.types import Json, PathOrUrl, Paused
     from lbr.store.reads import JobDetail
     from lbr.store.redo import Reparsed
 
@@ -38,7 +36,7 @@ WAIT_SECONDS = 0.2
 async def status(
     run: str | None = None, *, db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_fs: bool = False
 ) -> Status:
-    """Return how one run stands, or all of them, with the workers that report."""
+    """Return the state of one run, or of all, with the workers that report."""
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         return status_of(await reads.overview(database, run))
 
@@ -46,7 +44,7 @@ async def status(
 async def follow(
     run: str, *, seconds: float, db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_fs: bool = False
 ) -> AsyncIterator[RunStatus]:
-    """Yield a run's status now and every so often, until it has finished."""
+    """Yield a run's status now and then every `seconds`, until it has finished."""
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         while True:
             (now,) = status_of(await reads.overview(database, run)).runs
@@ -65,12 +63,12 @@ async def retry(
     db_url: PathOrUrl = DB_URL_DEFAULT,
     allow_network_fs: bool = False,
 ) -> int:
-    """Put a run's failed and cancelled jobs back to pending, or those that meet all of `where`; return how many.
+    """Put a run's failed and cancelled jobs back to pending, or those that match all of `where`; return how many.
 
-    A condition is `family=…`, `error~TEXT`, `finish_reason=WORD` or `status=…`. An answer that is redone is kept among
-    its job's tries. `settings` go over the task's for these jobs alone, also at later retries that name none.
+    A condition is `family=…`, `error~TEXT`, `finish_reason=WORD` or `status=…`. An answer that is redone stays in the
+    job's history. `settings` override the task's for these jobs only, also at later retries without any.
 
-    Raises UsageError, and changes nothing, for other conditions and for settings that no call could be made with.
+    Raises UsageError, and changes nothing, for other conditions and for settings that no call can have.
     """
     conditions = redo.read_conditions([where] if isinstance(where, str) else where)
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
@@ -88,19 +86,19 @@ async def reparse(
     db_url: PathOrUrl = DB_URL_DEFAULT,
     allow_network_fs: bool = False,
 ) -> Reparsed:
-    """Validate the bad answers that a run's jobs failed with again, without a call; those that fit are taken.
+    """Validate the bad answers of a run's failed jobs again, without a call, and accept those that fit.
 
-    `result_types`, as objects or `pkg.mod:name`, are what the run's schema may be checked by. Raises UsageError for a
-    run without a schema.
+    `result_types`, as objects or `pkg.mod:name`, may hold the class of the run's schema, to validate with it. Raises
+    UsageError for a run without a schema.
     """
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         found = await reads.find_run(database, run)
-        return await redo.reparse(database, found, checker(run, found.task, result_types).check)
+        return await redo.reparse(database, found, answer_validator(run, found.task, result_types).check)
 
 
 @checked
 async def cancel(run: str, *, db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_fs: bool = False) -> int:
-    """Cancel a run's pending jobs; return how many. Calls in flight end and their answers are kept."""
+    """Cancel a run and its pending jobs; return how many. Calls in flight finish, and their answers are kept."""
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         return await runs.cancel(database, await reads.find_run(database, run))
 
@@ -113,23 +111,22 @@ async def remove(
     allow_network_fs: bool = False,
     notify: Callable[[str], None] = lambda _: None,
 ) -> int:
-    """Remove a run with its inputs and answers, once its calls in flight have ended; return how many jobs it had.
+    """Remove a run with its inputs and answers; return how many jobs it had.
 
-    It is cancelled first, so that no job is claimed any more. Safe to repeat if it was interrupted. Raises UsageError
+    It is cancelled first, and calls in flight are waited for. Safe to repeat after an interruption. Raises UsageError
     for a run that is being or was moved.
     """
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         found = await reads.find_run(database, run)
         await runs.cancel(database, found)
-        queue, told = Queue(database), False
-        while (held := (await reads.counts(database, [found.id]))[0].of(JobState.INFLIGHT)) > 0:
-            if not told:
-                told = True
+        queue, warned = Queue(database), False
+        while inflight := (await reads.counts(database, [found.id]))[0].of(JobState.INFLIGHT):
+            if not warned:
                 notify(
-                    f"run {run}: waiting for {pluralize(held, 'call')} in flight; no job is claimed any more"
+                    f"run {run}: waiting for {pluralize(inflight, 'call')} in flight; no more jobs are claimed"
                 )
-            # The jobs of dead workers, which no other may be there to take back.
-            await queue.reclaim(await queue.dead_workers())
+            warned = True
+            await queue.reclaim(await queue.dead_workers())  # perhaps no other worker is left to do it
             await asyncio.sleep(WAIT_SECONDS)
         return await runs.remove(database, found)
 
@@ -138,7 +135,7 @@ async def remove(
 async def pause(
     run: str, *, reason: str = "by hand", db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_fs: bool = False
 ) -> None:
-    """Stop the claiming of a run's jobs until `resume`.
+    """Stop claiming a run's jobs until `resume`; calls in flight go on.
 
     Raises UsageError for a reason that is not printable, and for a run that is cancelled, or being or was moved.
     """
@@ -155,30 +152,27 @@ async def resume(
     db_url: PathOrUrl = DB_URL_DEFAULT,
     allow_network_fs: bool = False,
 ) -> Paused | None:
-    """Let a paused run's jobs be claimed again; return why it was paused, None where it was not.
+    """Let a paused run's jobs be claimed again; return why it was paused, None if it was not.
 
-    `max_cost` is what the run may cost from now on, in US dollars, all that it has cost included; inf lifts what
-    is set, None leaves it. Raises UsageError where that leaves no room for a call.
+    `max_cost` limits the run's total cost in US dollars, past calls included; inf removes the limit, None leaves it.
+    Raises UsageError if that leaves no room for a call.
     """
     nanos = None if max_cost is None or max_cost == math.inf else nanos_of("max_cost", max_cost)
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         found = await reads.find_run(database, run)
         if nanos is not None:
             check_tells_cost(found)
-        budget: dict[str, Any] = {} if max_cost is None else {"budget_nanos": nanos}
-        await _check_room(database, found, budget.get("budget_nanos", found.budget_nanos))
-        await runs.resume(database, found, **budget)
+        new_limit = found.budget_nanos if max_cost is None else nanos
+        if new_limit is not None:
+            (seen,) = (await reads.overview(database, run)).runs
+            budget = budgets.budget_of(new_limit, seen.counts)
+            if seen.open and budget.is_spent:
+                raise UsageError(f"run {run}: {budget.spent_message}; give it more with --max-cost")
+        if max_cost is None:
+            await runs.resume(database, found)
+        else:
+            await runs.resume(database, found, budget_nanos=nanos)
         return found.pause
-
-
-async def _check_room(database: Database, run: Run, limit: int | None) -> None:
-    """Raise UsageError where a run has jobs left, and no room for a call in so many billionths of a US dollar."""
-    if limit is None:
-        return
-    (seen,) = (await reads.overview(database, run.name)).runs
-    budget = budget_of(limit, seen.counts)
-    if seen.open and budget.is_spent:
-        raise UsageError(f"run {run.name}: {budget.spent_message}; give it more with --max-cost")
 
 
 @checked
@@ -189,12 +183,11 @@ async def limit(
     db_url: PathOrUrl = DB_URL_DEFAULT,
     allow_network_fs: bool = False,
 ) -> list[dict[str, Json]]:
-    """Set the limits of one answerer for all workers, and return them; with no `scope`, return those of all.
+    """Set the limits of one model or function for all workers, and return them; without a `scope`, return all.
 
-    `scope` is the name of a model or function as `status` tells it. `values` may have `rpm` and `tpm`, requests
-    and tokens a minute, and `concurrency`, calls at a time; None lifts what is set, and what has no name in it
-    stays. Each has beside its limits, in `runs`, how many runs of the queue are answered so. Raises UsageError for a
-    name or a number out of range.
+    `scope` is its name as in `status`. `values` may have `rpm` and `tpm`, requests and tokens a minute, and `concurrency`,
+    calls at a time; None removes a limit, and those not named stay. `runs` in the result is the number of its runs in the
+    queue. Raises UsageError for a name or a number out of range.
     """
     changes = dict(values or {})
     for name, value in changes.items():
@@ -212,20 +205,20 @@ async def limit(
 
 
 def _answerer(scope: str) -> str:
-    """Return the answerer that a scope names; UsageError for what can be the name of none."""
-    named = scope.removeprefix(FUNCTION)
-    if not named or named != named.strip() or not scope.isprintable() or len(scope) > MAX_SCOPE:
+    """Return the model or function that a scope names; UsageError for what cannot be a name."""
+    name = scope.removeprefix(FUNCTION)
+    if not name or name != name.strip() or not scope.isprintable() or len(scope) > MAX_SCOPE:
         raise UsageError(
-            f"expected a scope as `lbr status` names it, openai-chat:gpt-4o-mini or function:module:name say, got: "
+            f"expected a name as in `lbr status`, for example openai-chat:gpt-4o-mini or function:module:name, got: "
             f"{scope[:100]!r}"
         )
-    return scope if named != scope else model_string(scope)
+    return scope if name != scope else model_string(scope)
 
 
 @checked
 async def show(
     run: str, idx: int, *, db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_fs: bool = False
 ) -> JobDetail:
-    """Return everything about one input: its job, its answer and every try that was no plain success."""
+    """Return everything about one input: its job, its answer, and every attempt that failed or came too late."""
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         return await reads.story(database, await reads.find_run(database, run), idx)

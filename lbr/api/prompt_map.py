@@ -1,4 +1,4 @@
-"""`prompt_map`: enqueue, work and collect as one awaitable call, and the export of what it left behind."""
+"""`prompt_map`: enqueue, work and collect in one awaitable call; and `export_jsonl`."""
 
 from __future__ import annotations
 
@@ -14,25 +14,22 @@ import orjson
 
 from lbr.api import status
 from lbr.api.arguments import checked
-from lbr.api.enqueue import check_may_be_new, put
-from lbr.api.task import ask, changed_by_use, check_servable
+from lbr.api.enqueue import put, run_spec
+from lbr.api.task import change_warnings, check_servable, resolve_task
 from lbr.core.config import (
     CALL_TIMEOUT,
     DB_URL_DEFAULT,
     MAX_ATTEMPTS,
     WorkOptions,
-    at_least_one,
     load_environment,
     one_of,
 )
 from lbr.core.errors import DatabaseBusyError, LbrError, UsageError
-from lbr.core.pricing import read_price
 from lbr.core.types import JobState, Run, RunState, Shape, canonical_json
 from lbr.io import writers
 from lbr.io.sources import Source
 from lbr.store import reads, redo, results_db, runs
 from lbr.store.database import file_of, opened, remove_queue, shown
-from lbr.store.runs import RunSpec
 from lbr.store.sql import PAGE
 from lbr.worker.worker import Worker
 
@@ -45,6 +42,7 @@ if TYPE_CHECKING:
 
 RETURN_DTYPES = ("list[dict]", "list[str]", "list[tuple[str,str]]", "polars")
 RESULTS_BESIDE = "runs.db"
+REPORT_SECONDS = 0.2
 COLUMNS = ("idx", "id", "key", "prompt", "status", "result", "error", "metadata")
 
 
@@ -75,37 +73,42 @@ async def prompt_map(
     teardown: bool = False,
     run: str | None = None,
 ) -> Any:
-    """Answer every prompt, keep every answer, and return them; the same call again resumes.
+    """Answer every prompt, keep every answer, and return them. The same call again resumes.
 
-    Who answers: `worker`, an async (or plain) function from str to str, dict or BaseModel; else `model_name`
-    (with `openrouter_api_key` where it is OpenRouter's); else MODEL and OPENROUTER_API_KEY from the
-    environment or `.env`. `result_type` is a pydantic class: results are JSON strings that fit it.
+    `prompts`: strings, or dicts with `prompt` or `messages` and other fields, as lines of JSONL. None of them: no rows.
+    `worker`: an async or plain function from str to str, dict or BaseModel that answers. Without it, `model_name` does,
+    for example "openai-chat:gpt-4o-mini" ("openai/gpt-4o-mini" with `openrouter_api_key`); without both, MODEL and
+    OPENROUTER_API_KEY from the environment or `.env`.
+    `result_type`: a pydantic class; each result is JSON that matches it.
+    `instructions`: the system prompt. `template`: a Jinja template of the prompt. `settings`: of the model, for example
+    {"temperature": 0}. `version`: distinguishes a function from earlier ones.
+    `concurrency`: calls at a time. `max_attempts`: calls per job. `timeout`: seconds that a call may take. `lease`:
+    seconds before the jobs of a silent process are taken over.
+    `price`: for example "in=0.15,out=0.60", in US dollars per million tokens, from now on; None leaves it as it is.
+    `db_url`: the queue, a path or URL. `results_db_url`: the database of results, None for `runs-results.db` beside
+    `runs.db`.
+    `output_shape`: "unique", a row per distinct prompt in order of first occurrence, or "original", a row per prompt.
+    Rows are idx, key, prompt, status ("done" or "missing"), result (None unless done), error, and id and metadata if the
+    prompt had them.
+    `return_dtype`: "list[dict]"; "list[str]", the results, "" if missing; "list[tuple[str,str]]", prompt and result; or
+    "polars", a DataFrame of the rows, always with id and metadata, which is JSON.
+    `progress_every`: print a line to stderr after this number of finished jobs, None for never.
+    `retry_failed`: try again what failed in an earlier call. `fresh`: do not reuse answers of other runs.
+    `teardown`: remove the queue and the results when everything is done, unless other runs or processes use them.
+    `run`: its name; None for a name from the task and the prompts. If it holds more prompts, they are answered as well,
+    but only the rows of `prompts` are returned.
 
-    `output_shape`: "unique", a row per distinct prompt in order of first occurrence, or "original", a row per
-    prompt. Rows are idx, key, prompt, status ("done" or "missing"), result (None unless done), error, and id and
-    metadata where the prompt had them. `return_dtype`: "list[dict]"; "list[str]", the results, "" where missing;
-    "list[tuple[str,str]]", prompt and result; "polars", a DataFrame of the rows, always with id and metadata, which
-    is JSON.
-
-    The answers are mirrored to `results_db_url`, `runs-results.db` beside `runs.db` if unset. `run` names the
-    run; unset, equal tasks and prompts are one run. No prompts are no rows, and nothing is written. Where that run holds more inputs, they are answered and
-    mirrored too, and the rows of `prompts` alone are returned. `retry_failed` tries again what failed in an earlier call,
-    `fresh` refuses answers of other runs. `progress_every` prints a line to stderr for so many ended jobs,
-    None never. `price`, like "in=0.15,out=0.60" in US dollars for a million tokens, is what calls cost from now
-    on; None leaves it as it is. `teardown` removes queue and results files when everything is done, and only then: never while
-    another process uses them, nor when they hold other runs.
-
-    Raises UsageError, InputError, OutputError or DatabaseError; for what is wrong with the arguments, before any call.
-    Cancelled or interrupted, everything answered stays.
+    Raises UsageError, InputError, OutputError or DatabaseError; before any call if an argument is wrong. If you cancel or
+    interrupt it, every answer is kept.
     """
-    shape, every = Shape(one_of("output_shape", output_shape, tuple(Shape))), progress_every or 0
+    shape = Shape(one_of("output_shape", output_shape, tuple(Shape)))
+    every = progress_every or 0
     if every < 0:
         raise UsageError(f"expected progress_every to be a whole number of at least 0, or None, got: {every}")
     if one_of("return_dtype", return_dtype, RETURN_DTYPES) == "polars":
         _polars()  # before any call is paid for
     options = WorkOptions(concurrency=concurrency, lease=lease, timeout=timeout)
-    said = None if price is None else read_price(price)
-    asked = ask(
+    resolved = resolve_task(
         model=model_name,
         function=worker,
         version=version,
@@ -121,23 +124,21 @@ async def prompt_map(
         return _shaped([], return_dtype)
     results_url = results_db_url or results_url_of(db_url)
     await source.check()
-    await _check_results(results_url, db_url)
-    await check_servable(asked)
-    name = _run_name(asked, source) if run is None else run
-    tries = at_least_one("max_attempts", max_attempts)
-    spec = RunSpec(name, asked.task, tries, asked.fingerprint, said, asked.refusal)
-    check_may_be_new(spec, db_url)
+    with suppress(DatabaseBusyError):  # it may be free when the answers are there
+        await results_db.check(results_url, name="results_db_url", queue=file_of(db_url))
+    await check_servable(resolved)
+    name = _run_name(resolved, source) if run is None else run
+    spec = run_spec(name, resolved, max_attempts, price)
     async with opened(db_url, create=True) as database:
         report = await put(database, spec, source, fresh=fresh)
         for notice in report.notices:
-            _say(notice)
+            _log(notice)
         found = await reads.find_run(database, name)
         if retry_failed:
             await redo.retry(database, found)
-        if found.state is RunState.PAUSED:
-            # Whoever calls again has mended what paused it, or will be told once more.
+        if found.state is RunState.PAUSED:  # if its cause is still there, it is paused again
             await runs.resume(database, found, moved=False)
-        await _work(database, asked, options, found, every)
+        await _work(database, resolved, options, found, every)
         rows = [row async for page in _answers(database, found, shape) for row in page]
     mirrored = await _mirror(results_url, name, rows)
     # The run may hold more, from a longer list; it begins with these, so the first of equal ones are among them.
@@ -147,81 +148,9 @@ async def prompt_map(
     return answer
 
 
-async def _check_results(results_url: PathOrUrl, db_url: PathOrUrl) -> None:
-    """Raise what `store.mirror.check` does, before any call is paid for."""
-    # Whoever has it locked now may have let go of it when the answers are there.
-    with suppress(DatabaseBusyError):
-        await results_db.check(results_url, name="results_db_url", queue=file_of(db_url))
-
-
-async def _mirror(results_url: PathOrUrl, run: str, rows: list[Row]) -> bool:
-    """Write the rows to the results database; one that cannot be written must not cost the caller the answers."""
-    try:
-        await results_db.write_run(results_url, run, _pages(rows))
-    except LbrError as error:
-        _say(f"the results database was not written: {error}")
-        return False
-    return True
-
-
-@checked
-async def export_jsonl(
-    db_url: PathOrUrl = DB_URL_DEFAULT,
-    *,
-    out: PathOrUrl,
-    run: str | None = None,
-    output_shape: str = Shape.ORIGINAL,
-) -> int:
-    """Write a run's rows as JSONL and return how many; where `run` is None, those of the run created last.
-
-    `db_url` is a queue, or a results database, whose rows have the shape they were written with. The file
-    appears whole or not at all.
-    """
-    shape = Shape(one_of("output_shape", output_shape, tuple(Shape)))
-    writers.check_output(fspath(out))
-    names = await results_db.runs_in(db_url) if file_of(db_url) is not None else []
-    if names:
-        return await _export_results(db_url, run or names[-1], fspath(out))
-    async with opened(db_url) as database:
-        found = await reads.find_run(database, run) if run else await _newest(database)
-        count = 0
-        async with writers.output_lock(fspath(out)):
-            with writers.open_writer(fspath(out), writers.OutputFormat.JSONL) as writer:
-                async for page in _answers(database, found, shape):
-                    writer.write(page)
-                    count += len(page)
-        return count
-
-
-async def _export_results(db_url: PathOrUrl, run: str, out: str) -> int:
-    count = 0
-    async with writers.output_lock(out):
-        with writers.atomic_path(out) as temporary:
-            with temporary.open("wb") as handle:
-                async for page in results_db.read_run(db_url, run):
-                    handle.writelines(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in page)
-                    count += len(page)
-            if not count:
-                raise UsageError(f"expected a run of the results database, got: {run!r}")
-    return count
-
-
-async def _newest(database: Database) -> Run:
-    found = await reads.all_runs(database)
-    if not found:
-        raise UsageError(f"expected a run in {database.name}, got: none")
-    return found[-1]
-
-
-def results_url_of(db_url: PathOrUrl) -> str:
-    """Return where the results of a queue go: `runs-results.db` beside `runs.db`, or here if that is on a server."""
-    path = file_of(db_url) or Path(RESULTS_BESIDE)
-    return f"sqlite+aiosqlite:///{path.with_name(f'{path.stem}-results{path.suffix}')}"
-
-
-def _run_name(asked: ResolvedTask, source: Source) -> str:
-    """Name a run by what it asks and of what, so that the same call finds it again."""
-    digest = hashlib.blake2b(asked.task.canonical(), digest_size=8)
+def _run_name(resolved: ResolvedTask, source: Source) -> str:
+    """Return a name made of the task and the prompts, so that the same call finds its run again."""
+    digest = hashlib.blake2b(resolved.task.canonical(), digest_size=8)
     for item in source:
         metadata = "None" if item.metadata is None else canonical_json(item.metadata).decode()
         own_id = "" if item.custom_id is None else str(item.custom_id)
@@ -231,50 +160,66 @@ def _run_name(asked: ResolvedTask, source: Source) -> str:
     return f"map-{digest.hexdigest()}"
 
 
-async def _work(database: Database, asked: ResolvedTask, options: WorkOptions, run: Run, every: int) -> None:
-    worker = Worker(database, asked.authority, options, run_names=[run.name], notify=_say)
-    working = asyncio.create_task(worker.run())
-    watching = asyncio.create_task(_report(database, run, every)) if every else None
+async def _work(
+    database: Database, resolved: ResolvedTask, options: WorkOptions, run: Run, every: int
+) -> None:
+    worker = Worker(database, resolved.authority, options, run_names=[run.name], notify=_log)
+    reporting = asyncio.create_task(_report(database, run, every))
     try:
-        await asyncio.shield(working)
-    except asyncio.CancelledError:
-        working.cancel()
-        await asyncio.gather(working, return_exceptions=True)
-        raise
+        await worker.run()
     finally:
-        if watching is not None:
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
-        for notice in changed_by_use(asked.authority):
-            _say(notice)
+        reporting.cancel()
+        await asyncio.gather(reporting, return_exceptions=True)
+        for notice in change_warnings(resolved.authority):
+            _log(notice)
 
 
 async def _report(database: Database, run: Run, every: int) -> None:
-    """Print a line whenever another `every` jobs have come to their end."""
-    told, started = 0, asyncio.get_running_loop().time()
-    (first,) = status.status_of(await reads.overview(database, run.name)).runs
-    before = first.done + first.failed
-    told = before // every
-    while True:
-        await asyncio.sleep(0.2)
-        (now,) = status.status_of(await reads.overview(database, run.name)).runs
+    """Print a line whenever another `every` jobs have finished; never if that is 0."""
+    started = asyncio.get_running_loop().time()
+    first = now = await _status(database, run)
+    before = last = first.done + first.failed
+    while every:
+        await asyncio.sleep(REPORT_SECONDS)
+        now = await _status(database, run)
         ended = now.done + now.failed
-        if ended // every > told:
-            told = ended // every
+        if ended // every > last // every:
             elapsed = asyncio.get_running_loop().time() - started
             rate = (ended - before) / elapsed if now.done > first.done else 0.0
-            _say(status.one_line(now, rate=rate))
+            _log(status.one_line(now, rate=rate))
+        last = ended
+
+
+async def _status(database: Database, run: Run) -> status.RunStatus:
+    (found,) = status.status_of(await reads.overview(database, run.name)).runs
+    return found
 
 
 async def _answers(database: Database, run: Run, shape: Shape) -> AsyncIterator[list[Row]]:
-    """Yield a run's rows with two words for their status: done or missing."""
+    """Yield a run's rows with one of two statuses: done or missing."""
     async for page in reads.rows(database, run, shape):
         yield [row if row.status == JobState.DONE else row.missing() for row in page]
 
 
-async def _pages(rows: list[Row]) -> AsyncIterator[list[Row]]:
-    for start in range(0, len(rows), PAGE):
-        yield rows[start : start + PAGE]
+async def _mirror(results_url: PathOrUrl, run: str, rows: list[Row]) -> bool:
+    """Write the rows to the results database; an error must not cost the caller the answers."""
+
+    async def pages() -> AsyncIterator[list[Row]]:
+        for start in range(0, len(rows), PAGE):
+            yield rows[start : start + PAGE]
+
+    try:
+        await results_db.write_run(results_url, run, pages())
+    except LbrError as error:
+        _log(f"the results database was not written: {error}")
+        return False
+    return True
+
+
+def results_url_of(db_url: PathOrUrl) -> str:
+    """Return the URL of the results: `runs-results.db` beside `runs.db`, or in this folder for a queue on a server."""
+    path = file_of(db_url) or Path(RESULTS_BESIDE)
+    return f"sqlite+aiosqlite:///{path.with_name(f'{path.stem}-results{path.suffix}')}"
 
 
 def _shaped(rows: list[Row], return_dtype: str) -> Any:
@@ -290,33 +235,27 @@ def _shaped(rows: list[Row], return_dtype: str) -> Any:
 
 def _polars() -> Any:
     try:
-        import polars as pl  # noqa: PLC0415 - heavy, and only for those who ask for it
+        import polars as pl  # noqa: PLC0415 - slow, and rarely used
     except ImportError:
-        raise UsageError(
-            "expected polars to be installed, got: no such package; `pip install polars`"
-        ) from None
+        raise UsageError("polars is not installed: `pip install polars`") from None
     return pl
 
 
 def _frame(rows: list[Row]) -> Any:
-    """Return the rows with the same columns for every call, id and metadata too, as the results database has them.
-
-    Ids are text, unless all of them are numbers.
-    """
+    """Return a DataFrame with the columns of the results database. Ids are text, unless all of them are numbers."""
     pl = _polars()
+    ids = [row.custom_id for row in rows if row.custom_id is not None]
+    numbers = bool(ids) and all(isinstance(one, int) for one in ids)
     types = dict.fromkeys(COLUMNS, pl.String) | {"idx": pl.Int64}
-    texts = [row.to_dict() | {"prompt": row.prompt.body(), "metadata": _json_or_none(row)} for row in rows]
-    with_id = [row for row in texts if "id" in row]
-    if with_id and all(isinstance(row["id"], int) for row in with_id):
-        types["id"] = pl.Series([row["id"] for row in with_id]).dtype
-    else:
-        for row in with_id:
-            row["id"] = str(row["id"])
-    return pl.DataFrame([{name: row.get(name) for name in COLUMNS} for row in texts], schema=types)
-
-
-def _json_or_none(row: Row) -> str | None:
-    return None if row.metadata is None else orjson.dumps(row.metadata).decode()
+    if numbers:
+        types["id"] = pl.Series(ids).dtype
+    texts = [row.to_dict() for row in rows]
+    for row, fields in zip(rows, texts, strict=True):
+        fields["prompt"] = row.prompt.body()
+        fields["metadata"] = None if row.metadata is None else orjson.dumps(row.metadata).decode()
+        if row.custom_id is not None and not numbers:
+            fields["id"] = str(row.custom_id)
+    return pl.DataFrame([{name: one.get(name) for name in COLUMNS} for one in texts], schema=types)
 
 
 async def _tear_down(db_url: PathOrUrl, results_url: PathOrUrl, run: str) -> None:
@@ -325,14 +264,55 @@ async def _tear_down(db_url: PathOrUrl, results_url: PathOrUrl, run: str) -> Non
         (shown(results_url), results_db.remove(results_url, run=run)),
     ):
         try:
-            removed = await removing
+            if not await removing:
+                _log(f"teardown: {name} stays: it holds other runs, or another process uses it")
         except LbrError as error:
-            _say(f"teardown: {error}")
-            continue
-        if not removed:
-            _say(f"teardown: {name} stays: it holds other runs, or another process uses it")
+            _log(f"teardown: {error}")
 
 
-def _say(line: str) -> None:
-    with suppress(OSError):  # nobody listens any more
+def _log(line: str) -> None:
+    with suppress(OSError):  # stderr may be closed
         print(f"lbr: {line}", file=sys.stderr)
+
+
+@checked
+async def export_jsonl(
+    db_url: PathOrUrl = DB_URL_DEFAULT,
+    *,
+    out: PathOrUrl,
+    run: str | None = None,
+    output_shape: str = Shape.ORIGINAL,
+) -> int:
+    """Write a run's rows as JSONL to the file `out` and return their number.
+
+    `db_url` is a queue, or a results database, whose rows keep the shape they were written with. `run` None is the
+    newest. The file is written completely or not at all.
+    """
+    shape = Shape(one_of("output_shape", output_shape, tuple(Shape)))
+    writers.check_output(fspath(out))
+    names = await results_db.runs_in(db_url) if file_of(db_url) is not None else []
+    if names:
+        return await _export_results(db_url, run or names[-1], fspath(out))
+    async with opened(db_url) as database, writers.output_lock(fspath(out)):
+        if run is None and not (found := await reads.all_runs(database)):
+            raise UsageError(f"there are no runs in {database.name}")
+        exported = found[-1] if run is None else await reads.find_run(database, run)
+        count = 0
+        with writers.open_writer(fspath(out), writers.OutputFormat.JSONL) as writer:
+            async for page in _answers(database, exported, shape):
+                writer.write(page)
+                count += len(page)
+        return count
+
+
+async def _export_results(db_url: PathOrUrl, run: str, out: str) -> int:
+    count = 0
+    async with writers.output_lock(out):
+        with writers.atomic_path(out) as temporary:
+            with temporary.open("wb") as handle:
+                async for page in results_db.read_run(db_url, run):
+                    handle.writelines(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in page)
+                    count += len(page)
+            if not count:
+                raise UsageError(f"no run named {run!r} in the results database {shown(db_url)}")
+    return count

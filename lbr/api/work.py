@@ -1,4 +1,4 @@
-"""Work off a queue: one worker in this process, or several processes."""
+"""Be a worker of a queue."""
 
 from __future__ import annotations
 
@@ -7,15 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lbr.api.arguments import checked
-from lbr.api.task import authorize, changed_by_use
-from lbr.core.config import (
-    DB_URL_DEFAULT,
-    OUTAGE_PATIENCE,
-    PATIENCE,
-    WorkOptions,
-    load_environment,
-    one_of,
-)
+from lbr.api.task import authorize, change_warnings
+from lbr.core.config import DB_URL_DEFAULT, OUTAGE_PATIENCE, PATIENCE, WorkOptions, load_environment, one_of
 from lbr.core.types import Until
 from lbr.store import reads
 from lbr.store.database import opened, sole_worker
@@ -51,28 +44,24 @@ async def work(
     notify: Callable[[str], None] = lambda _: None,
     on_start: Callable[[Worker], None] = lambda _: None,
 ) -> WorkReport:
-    """Be one worker of the queue, until `done`, `empty` or `forever`.
+    """Be one worker of the queue: claim jobs and answer them. Times are in seconds.
 
-    `run` names the runs to serve, None all that this process can. `functions` and `result_types`, as objects
-    or `pkg.mod:name`, are what it may use beside models. Times are in seconds. `rpm` and `tpm` set the
-    requests and tokens a minute of all workers together, for whatever this one serves, `max_cost` what each run
-    that it serves may cost, in US dollars. `outage_patience` is how much waiting for a model that no call reaches it
-    takes until its runs are paused. `notify` gets a line for
-    whatever a person should know; `on_start` gets the worker, which can be told to `drain` or `abort`.
+    `run`: the runs to serve, None for all that this process can serve.
+    `functions`, `result_types`: what it may use besides models, as objects or "pkg.mod:name".
+    `concurrency`: calls at a time. `timeout`: the longest that a call may take.
+    `lease`: seconds before a silent worker's jobs are taken over.
+    `until`: "done", when every job has finished; "empty", when nothing can be claimed; or "forever".
+    `grace`: how long a drain waits for calls in flight. `patience`: how long a busy or unreachable database is waited for.
+    `rpm`, `tpm`: requests and tokens a minute of all workers together, for each model or function that this one serves.
+    `max_cost`: the most that each run that it serves may cost, in US dollars. None leaves the limits as they are.
+    `outage_patience`: how long to wait for an unreachable model before its runs are paused.
+    `notify`: called with each message for the user. `on_start`: called with the worker, which you can `drain` or `abort`.
 
     Raises UsageError, NothingToServeError or DatabaseError. Cancelled, it gives its jobs back first.
     """
+    end = Until(one_of("until", until, tuple(Until)))
     options = WorkOptions(
-        concurrency,
-        lease,
-        Until(one_of("until", until, tuple(Until))),
-        grace,
-        timeout,
-        patience,
-        rpm,
-        tpm,
-        max_cost,
-        outage_patience,
+        concurrency, lease, end, grace, timeout, patience, rpm, tpm, max_cost, outage_patience
     )
     env = load_environment(Path.cwd())
     key = openrouter_api_key or env.get("OPENROUTER_API_KEY") or None
@@ -84,19 +73,19 @@ async def work(
         try:
             return await worker.run()
         finally:
-            for notice in changed_by_use(authority):
+            for notice in change_warnings(authority):
                 notify(notice)
 
 
 async def check_queue(
     db_url: PathOrUrl, names: Sequence[str], *, allow_network_fs: bool, patience: float
 ) -> None:
-    """Raise what a worker would that cannot open its queue, or has a run named that is not there."""
+    """Raise LbrError if a worker could not open its queue, or a named run does not exist."""
     async with opened(db_url, allow_network_fs=allow_network_fs, patience=patience) as database:
         for name in names:
             await reads.find_run(database, name)
 
 
 def exclusive(db_url: PathOrUrl, *, wanted: bool = True) -> AbstractAsyncContextManager[None]:
-    """Be the only exclusive worker of a queue; AlreadyRunningError where another one is. A killed one frees it."""
+    """Be the only exclusive worker of a queue, or raise AlreadyRunningError; if not `wanted`, do nothing."""
     return sole_worker(db_url) if wanted else nullcontext()

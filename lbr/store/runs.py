@@ -53,7 +53,6 @@ class RunSpec:
     """What an enqueue asks for. `fingerprint` is a function's, None for a model. Raises UsageError for a bad name.
 
     `price` is the price of calls from now on, None to leave it as it is; it is not part of the task.
-    `refusal` is why the run must not be new, None if it may be.
     """
 
     name: str
@@ -61,7 +60,6 @@ class RunSpec:
     max_attempts: int
     fingerprint: str | None = None
     price: Price | None = None
-    refusal: str | None = None
 
     def __post_init__(self) -> None:
         """Check what no database should see."""
@@ -105,8 +103,8 @@ async def find(connection: Connection, name: str) -> Run:
             return run_of(row)
     newest = select(runs.c.name).order_by(runs.c.id.desc()).limit(8)
     names = (await connection.execute(newest)).scalars().all()
-    known = f"the newest runs here are {', '.join(names)}" if names else "there are no runs here yet"
-    raise RunNotFoundError(f"expected the name of a run, got: {name!r}; {known}")
+    known = f"runs here: {', '.join(names)}" if names else "there are no runs here yet"
+    raise RunNotFoundError(f"no run named {name!r}; {known}")
 
 
 async def all_runs(connection: Connection, where: ColumnElement[bool] | None = None) -> list[Run]:
@@ -141,7 +139,7 @@ async def open_run(database: Database, spec: RunSpec) -> Run:
 async def ensure(database: Database, connection: Connection, spec: RunSpec) -> tuple[Run, bool]:
     """Return the run of that name, created if it is new, and whether it was.
 
-    Raises RunMismatchError if it has another task, UsageError for a new one that the spec refuses.
+    Raises RunMismatchError if it has another task.
     """
     made = 0
     if await connection.scalar(select(runs.c.id).where(runs.c.name == spec.name)) is None:
@@ -151,13 +149,10 @@ async def ensure(database: Database, connection: Connection, spec: RunSpec) -> t
             connection, [(*row, spec.max_attempts, now, now, _price_text(spec.price))]
         )
     run = await find(connection, spec.name)
-    differs = run.task.canonical() != spec.task.canonical()
-    if spec.refusal is not None and (made or differs):
-        raise UsageError(spec.refusal)
-    if differs:
+    if run.task.canonical() != spec.task.canonical():
         raise RunMismatchError(
-            f"expected run {spec.name!r} to be free or to ask for the same, got: another task "
-            f"({'; '.join(differences(run.task, spec.task))}); choose another name with --run"
+            f"run {spec.name!r} already exists with a different task ({'; '.join(differences(run.task, spec.task))}). "
+            f"Use another name (--run), or `lbr rm {spec.name}`"
         )
     return run, bool(made)
 

@@ -286,7 +286,7 @@ def test_missing_database_is_found(cli: Cli, new_database: Callable[[], str]) ->
     assert done.returncode == GRAVE
     if not is_postgresql(cli.outside_url):
         assert list(cli.folder.glob("queue.db*")) == []
-        assert told(done)["database"][0]["found"].endswith("got: no such file")
+        assert told(done)["database"][0]["found"].endswith("got: no such file; `lbr enqueue` creates it")
     else:
         assert told(done)["schema"][0]["found"] == "no lbr queue here yet"
 

@@ -95,6 +95,12 @@ async def test_unique_rows_by_first_occurrence() -> None:
     assert Path("runs.db").exists()
 
 
+async def test_a_price_is_that_of_the_run() -> None:
+    """What a million tokens cost, as for `enqueue`."""
+    await prompt_map(["a b"], model_name="offline:echo", price="in=1,out=2")
+    assert (await lbr.status()).runs[0].cost_usd == 6_000 / 1e9
+
+
 async def test_original_rows_in_order() -> None:
     """The original shape has a row for every prompt; equal ones share their answer and key."""
     rows = await prompt_map(CITIES, shout, output_shape="original")
@@ -368,7 +374,7 @@ async def test_openrouter(way: str, llmock: str, monkeypatch: pytest.MonkeyPatch
 
 async def test_nobody_to_answer_is_one_clear_error() -> None:
     """Without a worker, a model or MODEL, the error names the three ways."""
-    with pytest.raises(LbrError, match=r"worker=.*model_name=.*MODEL and OPENROUTER_API_KEY"):
+    with pytest.raises(LbrError, match=r"no model given.*model_name=.*worker=.*MODEL and OPENROUTER_API_KEY"):
         await prompt_map(["a"])
     with pytest.raises(LbrError, match="OPENROUTER_API_KEY"):
         await prompt_map(["a"], model_name="google/gemini-flash")
@@ -383,6 +389,7 @@ async def test_nobody_to_answer_is_one_clear_error() -> None:
         ({"output_shape": "odd"}, "output_shape to be one of original, unique, got: 'odd'"),
         ({"return_dtype": "dict"}, "return_dtype"),
         ({"max_attempts": 0}, "max_attempts"),
+        ({"price": "cheap"}, "expected a price"),
         ({"run": ""}, "run name"),
         ({"run": " x"}, "run name"),
         ({"result_type": 3}, "3"),

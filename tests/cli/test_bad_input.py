@@ -306,9 +306,13 @@ def test_bad_templates_are_refused(wrong: Case, tmp_path: Path) -> None:
     [
         case("enqueue p.txt --model nobody:x", "nobody:x"),
         case("enqueue p.txt --model gpt-9", "'openai-chat:gpt-4o-mini'", "got: 'gpt-9'", "provider"),
-        case("enqueue p.txt --model openrouter:a/b", "a key", "none", "OPENROUTER_API_KEY"),
+        case("enqueue p.txt --model openrouter:a/b", "no key for openrouter:a/b", "set OPENROUTER_API_KEY"),
         case(
-            "enqueue p.txt", "a key for openrouter:a/b", "MODEL", environment={"MODEL": "a/b"}, name="MODEL"
+            "enqueue p.txt",
+            "no key for openrouter:a/b",
+            "--model",
+            environment={"MODEL": "a/b"},
+            name="MODEL",
         ),
         case("enqueue p.txt --function none.mod:fn", "'none.mod:fn'", "No module named 'none'"),
         case("enqueue p.txt --function os:name", "'os:name' to be a function", "got: str"),
@@ -368,8 +372,8 @@ def test_numbers_and_names_out_of_range_are_refused(wrong: Case, tmp_path: Path)
 @pytest.mark.parametrize(
     "wrong",
     [
-        case("collect none", "name of a run", "got: 'none'", "the newest runs here are p"),
-        case("worker --run none", "name of a run", "got: 'none'", "the newest runs here are p"),
+        case("collect none", "no run named 'none'", "runs here: p"),
+        case("worker --run none", "no run named 'none'", "runs here: p"),
         case(
             "enqueue p.txt",
             "p.txt, line 2",
@@ -380,7 +384,13 @@ def test_numbers_and_names_out_of_range_are_refused(wrong: Case, tmp_path: Path)
             files={"p.txt": "one\nTWO\nthree\n"},
             name="changed line",
         ),
-        case("enqueue p.txt --instructions x", "another task", 'instructions: none there, "x" here', "--run"),
+        case(
+            "enqueue p.txt --instructions x",
+            "already exists with a different task",
+            'instructions: none there, "x" here',
+            "--run",
+            "`lbr rm p`",
+        ),
         case("show p 99", "an input of run 'p'", "got: 99", "0 to 2"),
         case("show p -- -1", "IDX", "-1 is not in the range"),
         case(f"show p {'9' * 30}", "IDX", "is not in the range"),
@@ -409,7 +419,7 @@ def test_a_known_run_and_older_outputs_stay_as_they_are(wrong: Case, held: Path)
 @pytest.mark.parametrize(
     "wrong",
     [
-        case("retry nobody --where status=done", "the name of a run", "'nobody'", "are p"),
+        case("retry nobody --where status=done", "no run named 'nobody'", "runs here: p"),
         case(
             "retry p --where length", "family=transient|", "error~TEXT", "finish_reason=WORD", "got: 'length'"
         ),
@@ -633,7 +643,7 @@ def test_a_full_or_closed_stdout_is_told_of(held: Path) -> None:
 @pytest.mark.parametrize("command", ["enqueue p.txt", "run p.txt -o out.jsonl", "estimate p.txt"])
 def test_nobody_answers_by_accident(tmp_path: Path, command: str) -> None:
     """Where neither a flag nor the environment says who answers, a cron line must not end well with echoes."""
-    says = ("expected somebody to answer, got: nobody", "offline:echo")
+    says = ("no model given. Use --model",)
     refuse(tmp_path, Case(tuple(command.split()), says, 2, {"p.txt": "a\n"}, environment={"MODEL": ""}))
 
 

@@ -30,7 +30,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, PrivateAttr
 from pydantic_ai import Agent as TalkingAgent
 
-from lbr.api.task import ask, authorize
+from lbr.api.task import authorize, resolve_task
 from lbr.core.errors import Family, UsageError
 from lbr.models import identity as identities
 from lbr.models.identity import has_changed, has_other_code, identify, import_function, name_function
@@ -511,7 +511,7 @@ def test_what_a_dataclass_does_not_compare_is_no_part_of_it() -> None:
     voice.ask("x")
     assert (identify(voice.ask), identify(nested(voice))) == before
     assert identify(Counting("rude").ask) != before[0]
-    assert ask(function=voice.ask).task.version is None
+    assert resolve_task(function=voice.ask).task.version is None
 
 
 PACKAGE = """
@@ -678,8 +678,8 @@ TOLD = [
 def test_an_object_known_by_its_class_alone_needs_a_version(function: Any) -> None:
     """Two functions with different objects of one class would share their answers, so lbr asks for a version."""
     with pytest.raises(UsageError, match=r"depends on an object of the class \w+, .* Pass `version=`"):
-        ask(function=function)
-    asked = [ask(function=function, version=version) for version in ("polite", "rude")]
+        resolve_task(function=function)
+    asked = [resolve_task(function=function, version=version) for version in ("polite", "rude")]
     assert asked[0].task != asked[1].task
     assert asked[0].authority.functions[0].call is function
 
@@ -687,13 +687,13 @@ def test_an_object_known_by_its_class_alone_needs_a_version(function: Any) -> No
 @pytest.mark.parametrize("function", TOLD)
 def test_what_name_and_fingerprint_identify_needs_no_version(function: Any) -> None:
     """Named functions, values, methods of values and objects without a state are taken as they are."""
-    assert ask(function=function).task.version is None
+    assert resolve_task(function=function).task.version is None
 
 
 def test_the_refusal_names_the_class_and_the_way_out() -> None:
     """The message names the function, the object's class and what to do."""
     with pytest.raises(UsageError) as caught:
-        ask(function=Agent("x").ask)
+        resolve_task(function=Agent("x").ask)
     assert str(caught.value) == (
         f"{__name__}:Agent.ask depends on an object of the class Agent, and lbr cannot compare such objects between "
         "runs. Pass `version=`, a different one for each object that gives other answers, or keep what decides the "
@@ -705,7 +705,7 @@ def test_a_version_of_its_own_is_enough() -> None:
     """An object may say its version itself."""
     agent = Agent("polite")
     agent.version = "polite"  # type: ignore[attr-defined]
-    assert ask(function=agent).task.version == "polite"
+    assert resolve_task(function=agent).task.version == "polite"
 
 
 def test_methods_of_two_objects_are_not_served_at_once() -> None:
@@ -769,7 +769,7 @@ agent, polite, rude = Agent("x"), Agent("polite").ask, Agent("rude").ask
 part, made, alias = functools.partial(Agent("x").ask), make("x"), f
 """,
     )
-    asked = ask(function=f"fn_objects:{spec}")
+    asked = resolve_task(function=f"fn_objects:{spec}")
     assert (asked.task.function, asked.task.fingerprint, asked.task.version) == (name, None, None)
     assert [one.identity.name for one in authorize([f"fn_objects:{spec}"]).functions] == [name]
 

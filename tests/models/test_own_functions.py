@@ -423,7 +423,7 @@ async def test_a_function_that_an_earlier_lbr_identified_is_answered_again(db_ur
         await runs.open_run(database, runs.RunSpec("old", earlier, 8, earlier.fingerprint))
     for inputs, added in (["a"], True), (["a"], False), (["a", "b"], True):
         notices = (await lbr.enqueue(inputs, run="new", function=answer, db_url=db_url)).notices
-        assert [notice.startswith("run old was made with") for notice in notices] == [True] * added
+        assert [notice.startswith("run old was created with") for notice in notices] == [True] * added
     assert (await lbr.enqueue(["c"], run="other", function=str.lower, db_url=db_url)).notices == []
 
 

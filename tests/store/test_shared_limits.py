@@ -386,7 +386,7 @@ async def test_a_refused_resume_sets_no_budget(db_url: str) -> None:
 )
 async def test_a_scope_that_nobody_can_have_is_refused(db_url: str, scope: str) -> None:
     """What no answerer is called gets no row."""
-    with pytest.raises(UsageError, match="expected a scope as"):
+    with pytest.raises(UsageError, match="expected a name as in `lbr status`"):
         await lbr.limit(scope, {"rpm": 5}, db_url=db_url)
 
 

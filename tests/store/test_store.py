@@ -196,16 +196,6 @@ async def test_a_number_of_another_kind_is_another_task(database: Database) -> N
         await runs.open_run(database, runs.RunSpec("r", other, 8))
 
 
-async def test_a_refused_task_is_for_known_runs_only(database: Database) -> None:
-    """What a new run is refused for does not stop a run that has it already; nothing is left of a new one."""
-    refused = runs.RunSpec("r", JUDGED, 8, refusal="the setting x is not sent")
-    with pytest.raises(UsageError, match="the setting x is not sent"):
-        await runs.open_run(database, refused)
-    assert await database.read(runs.all_runs) == []
-    run = await put(database, ["a"], task=JUDGED)
-    assert (await runs.open_run(database, refused)).id == run.id
-
-
 LONG = "You are a helpful assistant. " * 5
 
 
@@ -243,7 +233,7 @@ def test_of_long_texts_the_place_is_shown_where_they_differ(there: Any, here: An
 async def test_unknown_run_names_the_known(database: Database) -> None:
     """Whoever mistypes a run's name is told the names there are."""
     await put(database, ["a"], name="cities")
-    with pytest.raises(RunNotFoundError, match="got: 'citis'; the newest runs here are cities"):
+    with pytest.raises(RunNotFoundError, match="no run named 'citis'; runs here: cities"):
         await reads.find_run(database, "citis")
 
 

@@ -500,7 +500,7 @@ def test_a_run_keeps_the_attempts_that_it_was_made_with(cli: Cli) -> None:
     write(cli.folder, ["a"])
     told = cli(*first[:-1], "2").stderr.splitlines()
     assert told == [
-        "lbr: run in was made with 3 attempts for a job; that stays so",
+        "lbr: run in was created with 3 attempts per job, and keeps them",
         "lbr: run in holds 2 inputs, this input has 1; the others stay in it",
     ]
 
