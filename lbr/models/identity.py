@@ -32,16 +32,14 @@ from lbr.core.schema import import_named, is_base_model
 AnyFunction = Callable[..., Any]
 
 MAIN_MODULES = ("__main__", "__mp_main__")
-MAX_VALUES = 1_000_000
-"""The most values that a function may hold: they are digested in a few seconds."""
 SCHEME = f"py{sys.version_info.major}.{sys.version_info.minor}:"
-"""Begins every fingerprint: other versions of Python compile the same code to other bytes."""
+"""The beginning of every fingerprint: each version of Python compiles the same code to different bytes."""
 
 
 def import_function(spec: str) -> AnyFunction:
     """Import `pkg.mod:fn` (or `pkg.mod:object.method`), with the working directory importable.
 
-    Raises UsageError that says which step failed, also for whatever the module raises when it is imported.
+    Raises UsageError with the step that failed, also for whatever the module raises when it is imported.
     """
     found = import_named(spec, example="pkg.module:function")
     if isinstance(found, type):
@@ -98,11 +96,11 @@ def name_function(function: AnyFunction | str, *, version: str | None = None) ->
 
 
 def identify(function: AnyFunction, *, version: str | None = None) -> Identity:
-    """Return a function's identity; `version` overrides the function's own. UsageError if it holds too many values."""
+    """Return a function's identity; `version` overrides the function's own. UsageError for values nested too deeply."""
     inner = _inner(function)
     module = _module_of(inner)
     fingerprint, opaque = _fingerprint(function)
-    anonymous = module in MAIN_MODULES or not _is_found(function, _find(inner), fingerprint)
+    anonymous = module in MAIN_MODULES or not _is_found(function)
     if version is None:
         version = own_version(function)
     return Identity(f"{module}:{_qualname_of(inner)}", version, fingerprint, anonymous, opaque)
@@ -124,10 +122,8 @@ def has_other_code(fingerprint: str, stored: str | None) -> bool:
 
 def has_changed(named: NamedFunction) -> bool:
     """Return whether an anonymous function is a different one now, because a value that it holds changed."""
-    if not named.identity.anonymous:
-        return False
     try:
-        return _fingerprint(named.call)[0] != named.identity.fingerprint
+        return named.identity.anonymous and _fingerprint(named.call)[0] != named.identity.fingerprint
     except Exception:  # noqa: BLE001 - its calls are made by now, so that nothing may fail any more
         return True
 
@@ -146,22 +142,13 @@ def _inner(function: Any) -> Any:
             return function
 
 
-def _find(function: Any) -> Any:
-    """Return what the module that defines a function has under its name; None if it has nothing there."""
+def _is_found(function: Any) -> bool:
+    """Return whether the module that defines a function has it under its name."""
     found: Any = sys.modules.get(_home_of(function))
     for name in _qualname_of(function).split("."):
         found = _attribute(found, name)
-    return found
-
-
-def _is_found(function: Any, found: Any, fingerprint: str) -> bool:
-    """Return whether a function is the one that was found, or has the same code, as after a reload of its module."""
-    if found is None or found is function:
-        return found is not None
-    try:
-        return _fingerprint(found) == (fingerprint, None)
-    except UsageError:
-        return False
+    # Each access to a class method creates a new object.
+    return found is function or (type(found) is types.MethodType and found == function)
 
 
 def _qualname_of(value: Any) -> str:
@@ -170,21 +157,17 @@ def _qualname_of(value: Any) -> str:
 
 
 def _home_of(value: Any) -> str:
-    """Return the name in `sys.modules` of the module that defines a function or a class."""
-    owner = value if _attribute(value, "__module__") else _attribute(value, "__objclass__") or type(value)
-    return str(owner.__module__)
+    return str(_attribute(value, "__module__") or type(value).__module__)
 
 
 def _module_of(value: Any) -> str:
-    """Return the name by which other programs import that module, also if it is the script that runs."""
+    """Return the name by which other programs import the module of a function or class, also if it is the script."""
     home = _home_of(value)
     if home not in MAIN_MODULES:
         return home
     main = sys.modules.get(home) or sys.modules["__main__"]
     spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
-    if spec is not None:
-        return str(spec.name)
-    return Path(file).stem if file else home
+    return str(spec.name) if spec is not None else Path(file).stem if file else home
 
 
 def _class_name(class_: type) -> str:
@@ -192,10 +175,10 @@ def _class_name(class_: type) -> str:
 
 
 def _attribute(value: Any, name: str) -> Any:
-    """Return an attribute; None if there is none, or if asking for it fails, as it may with an object of the user."""
+    """Return an attribute; None if there is none, or if the user's object fails."""
     try:
         return getattr(value, name, None)
-    except Exception:  # noqa: BLE001 - it is the user's code
+    except Exception:  # noqa: BLE001 - it runs the user's code
         return None
 
 
@@ -205,11 +188,11 @@ def _attribute(value: Any, name: str) -> Any:
 def _reduced(value: Any) -> Iterable[Any]:
     """Return what pickle would store of a value besides its class."""
     reduced = value.__reduce_ex__(4)
-    return (_attribute(value, "__module__"), reduced) if isinstance(reduced, str) else reduced[1:3]
+    return (value.__module__, reduced) if isinstance(reduced, str) else reduced[1:3]
 
 
 def _variables(function: types.FunctionType) -> list[Any]:
-    """Return what a function closes over; for a variable that is not set yet, its cell without contents."""
+    """Return the values that a function closes over, NotImplemented for a variable that is not set yet."""
     cells = function.__closure__ or ()
     return [cell.cell_contents if cell != types.CellType() else NotImplemented for cell in cells]
 
@@ -218,15 +201,12 @@ PLAIN = (type(None), bool, int, float, complex, str, bytes, types.EllipsisType, 
 CONTAINERS = (list, tuple, dict, set, frozenset)
 UNNUMBERED = (tuple, frozenset, type, types.ModuleType, types.CodeType)
 """A program may hold one such value, or several equal ones, depending on how Python compiled it."""
-PICKLED = (
-    *(
-        types.BuiltinFunctionType,
-        types.MethodDescriptorType,
-        types.MethodWrapperType,
-        types.WrapperDescriptorType,
-    ),
-    *(PurePath, date, time, timedelta, tzinfo, Decimal, UUID, range, slice, bytearray),
-    *(types.SimpleNamespace, Namespace),
+PICKLED: tuple[type, ...] = (PurePath, date, time, timedelta, tzinfo, Decimal, UUID, range, slice, bytearray)
+PICKLED += (types.BuiltinFunctionType, types.MethodDescriptorType, types.MethodWrapperType)
+PICKLED += (types.WrapperDescriptorType, types.SimpleNamespace, Namespace)
+CODE = (
+    *("co_code", "co_exceptiontable", "co_consts", "co_names"),
+    *("co_argcount", "co_posonlyargcount", "co_kwonlyargcount", "co_flags"),
 )
 
 PARTS: dict[type, Callable[[Any], Iterable[Any]]] = {
@@ -238,10 +218,7 @@ PARTS: dict[type, Callable[[Any], Iterable[Any]]] = {
     Enum: attrgetter("name", "value"),
     re.Pattern: attrgetter("pattern", "flags"),
     types.FunctionType: lambda it: [it.__code__, it.__defaults__, it.__kwdefaults__, *_variables(it)],
-    types.CodeType: attrgetter(
-        *("co_code", "co_exceptiontable", "co_consts", "co_names"),
-        *("co_argcount", "co_posonlyargcount", "co_kwonlyargcount", "co_flags"),
-    ),
+    types.CodeType: attrgetter(*CODE),
     types.MethodType: attrgetter("__func__", "__self__"),
     functools.partial: attrgetter("func", "args", "keywords"),
     type(functools.cache(len)): lambda it: [it.__wrapped__],
@@ -255,7 +232,7 @@ def _fingerprint(function: Any) -> tuple[str, str | None]:
     call = inspect.getattr_static(type(function), "__call__", None)  # the code of an object that is called
     try:
         digest = walk.digest((function, call if type(call) is types.FunctionType else None), {})
-    except RuntimeError as error:  # too many, nested too deeply, or another thread changes them meanwhile
+    except RuntimeError as error:  # nested too deeply, or another thread changes them meanwhile
         raise UsageError(
             f"the function holds values that lbr cannot compare: {error}. Let it read them from a global, and give it a "
             f"`version` that says which they are"
@@ -268,13 +245,9 @@ class _Walk:
 
     def __init__(self) -> None:
         self.opaque: str | None = None
-        self._left = MAX_VALUES
 
     def digest(self, value: Any, met: dict[int, tuple[int, Any]]) -> bytes:
         """Return a digest of a value; `met` numbers the objects before it, because objects may hold each other."""
-        self._left -= 1
-        if self._left < 0:
-            raise RuntimeError(f"more than {MAX_VALUES:,}")
         class_ = type(value)
         if class_ in PLAIN:
             return _hash(class_.__name__, hex(value) if class_ is int else repr(value))
@@ -288,7 +261,7 @@ class _Walk:
         if issubclass(class_, set | frozenset):  # they have no order in which they could be numbered
             return _hash(_class_name(class_), *sorted(self.digest(part, {}) for part in parts))
         digests = [self.digest(part, met) for part in parts]
-        if class_ is types.FunctionType and _find(value) is value:
+        if class_ is types.FunctionType and _is_found(value):
             self.opaque = opaque  # its name says what is in it
         return _hash(_class_name(class_), *digests)
 
@@ -302,7 +275,7 @@ def _parts_of(value: Any) -> Iterable[Any] | None:
         return None if has_more else take(value)
     options = getattr(class_, "__dataclass_params__", None)
     if options is None and not is_base_model(value):
-        return () if _is_stateless(value) else None
+        return None
     is_frozen = options.frozen if options else getattr(class_, "model_config", {}).get("frozen")
     if not is_frozen and _is_installed(class_):
         return None
@@ -322,18 +295,6 @@ def _is_installed(class_: type) -> bool:
     """Return whether a class is from an installed package: its objects, such as agents, may change as they are used."""
     file = _attribute(sys.modules.get(class_.__module__), "__file__") or ""
     return not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
-
-
-def _is_stateless(value: Any) -> bool:
-    """Return whether pickle would need only an object's class to make an equal one."""
-    class_: Any = type(value)
-    if class_.__reduce__ is not object.__reduce__:
-        return False
-    try:
-        stored: Any = object.__reduce_ex__(value, 4)
-    except Exception:  # noqa: BLE001 - there is more than pickle can store, or the user's code fails
-        return False
-    return len(stored[1]) == 1 and not stored[2]
 
 
 def _hash(*parts: str | bytes) -> bytes:
