@@ -1,16 +1,17 @@
-"""A user's function as the one who answers."""
+"""A user's function as the model."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import functools
 import inspect
 import os
 import queue
+import reprlib
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lbr.core import digits
@@ -23,15 +24,14 @@ if TYPE_CHECKING:
 
 AnyFunction = Callable[..., Any]
 
-FORKED = 70
-"""How a process ends that a function left behind by a fork; EX_SOFTWARE of sysexits.h."""
+FORK_EXIT_CODE = 70
+"""The exit code of a process that a function left behind by a fork; EX_SOFTWARE of sysexits.h."""
 
 
 class FunctionModel:
     """Answers by calling a function with the prompt's text, or with the list of messages of a chat prompt.
 
-    Async functions run in the event loop, plain ones in daemon threads, of which up to `concurrency` are kept for the
-    next calls.
+    Async functions run in the event loop, others in daemon threads, of which up to `concurrency` are reused.
     """
 
     def __init__(self, function: AnyFunction, *, concurrency: int) -> None:
@@ -42,145 +42,85 @@ class FunctionModel:
         self._threads = _Threads(keep=concurrency)
 
     async def answer(self, request: Request) -> Reply:
-        """Call the function once; what it raises passes through."""
+        """Call the function once; its exceptions pass through."""
         prompt = request.prompt
         argument = prompt.text if prompt.messages is None else list(prompt.messages)
         try:
-            result = await self._call(argument)
-        except SystemExit as error:
-            # Left alone it would end the worker and all that runs beside this call.
+            return Reply(text=_text_of(await self._call(argument)))
+        except SystemExit as error:  # it must not end the worker and its other calls
             raise CallError(f"the function called exit: {error}", kind="SystemExit") from error
-        return Reply(text=_text_of(result))
 
     async def _call(self, argument: Any) -> Any:
         if self._is_async:
-            ours = os.getpid()
+            parent = os.getpid()
             try:
                 return await self._function(argument)
             finally:
-                _end_copy_of(ours)
+                _exit_fork(parent)
         result = await self._threads.run(self._function, argument)
         return await result if inspect.isawaitable(result) else result
 
     async def aclose(self) -> None:
-        """Let idle threads end; one that still runs is left to itself and keeps no process alive."""
+        """End idle threads; one that still runs keeps no process alive."""
         self._threads.close()
 
 
 def _text_of(result: Any) -> str:
-    """Return what a function gave as an answer's text; Permanent for anything that is no answer."""
-    if not isinstance(result, str) and (isinstance(result, dict | list) or is_base_model(result)):
+    if isinstance(result, str):
         try:
-            # By alias, for that is how the schema of a result type names the fields.
-            dumped = (
-                digits.dumps(result).decode()
-                if isinstance(result, dict | list)
-                else result.model_dump_json(by_alias=True)
-            )
-        except (TypeError, ValueError) as error:
+            if not result.isascii():
+                result.encode()
+        except UnicodeEncodeError as error:
             raise Permanent(
-                f"expected the function's {type(result).__name__} to be JSON, got: {error}"
+                f"expected the function to return text, got: {error.reason} at character {error.start}"
             ) from error
-        return str(dumped)
-    if not isinstance(result, str):
-        raise Permanent(f"expected the function to return str, dict or BaseModel, got: {_describe(result)}")
+        return str(result)
     try:
-        if not result.isascii():
-            result.encode()
-    except UnicodeEncodeError as error:
-        raise Permanent(
-            f"expected the function to return text, got: {error.reason} at character {error.start}"
-        ) from error
-    return str(result)
+        if isinstance(result, dict | list):
+            return digits.dumps(result).decode()
+        if is_base_model(result):
+            return str(
+                result.model_dump_json(by_alias=True)
+            )  # as the schema of a result type names the fields
+    except (TypeError, ValueError) as error:
+        name = type(result).__name__
+        raise Permanent(f"expected the function's {name} to be JSON, got: {error}") from error
+    shown = "None" if result is None else f"{type(result).__name__} {reprlib.repr(result)}"
+    raise Permanent(f"expected the function to return str, dict or BaseModel, got: {shown}")
 
 
-def _describe(value: Any) -> str:
-    if value is None:
-        return "None"
-    shown = repr(value)
-    return f"{type(value).__name__} {shown if len(shown) <= 80 else shown[:79] + '…'}"
-
-
-def _end_copy_of(ours: int) -> None:
-    """End this process if a function forked it off and did not end it itself: two must not settle one claim."""
-    if os.getpid() != ours:
-        os._exit(FORKED)
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A call on its way to a thread, and the future that waits for it."""
-
-    call: Callable[[], Any]
-    loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[Any]
-
-    def run(self) -> None:
-        """Call, and hand the outcome to the loop, if that is still there."""
-        result: Any = None
-        error: BaseException | None = None
-        ours = os.getpid()
-        try:
-            if self.future.done():  # cancelled meanwhile: its job is another's by now
-                return
-            try:
-                result = self.call()
-            finally:
-                _end_copy_of(ours)
-        except StopIteration as caught:  # a future refuses this one
-            error = RuntimeError(f"the function raised {caught!r}")
-            error.__cause__ = caught
-        except (GeneratorExit, KeyboardInterrupt) as caught:
-            # Python takes the one for the end of a coroutine, and a Ctrl-C never comes in a thread.
-            error = CallError(f"the function raised {caught!r}", kind=type(caught).__name__)
-        except BaseException as caught:  # noqa: BLE001 - passes through to whoever awaits the answer
-            error = caught
-        try:
-            self.loop.call_soon_threadsafe(self._deliver, result, error)
-        except RuntimeError:  # the loop is closed: nobody waits any more
-            _discard(result)
-
-    def _deliver(self, result: Any, error: BaseException | None) -> None:
-        if self.future.done():
-            _discard(result)
-        elif error is not None:
-            self.future.set_exception(error)
-        else:
-            self.future.set_result(result)
-
-
-def _discard(result: Any) -> None:
-    """Close a coroutine that nobody will await, or Python warns about it."""
-    if inspect.iscoroutine(result):
-        result.close()
+def _exit_fork(parent: int) -> None:
+    """End this process if a function forked it and did not end it: two must not settle one claim."""
+    if os.getpid() != parent:
+        os._exit(FORK_EXIT_CODE)
 
 
 class _Threads:
-    """Daemon threads that run one call at a time and wait for the next; asyncio's own would hold up the exit."""
+    """Daemon threads that run one call at a time and wait for the next; asyncio's own would delay the exit."""
 
     def __init__(self, *, keep: int) -> None:
         self._keep = keep
         self._idle = 0
         self._closed = False
         self._lock = threading.Lock()
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]] | None] = (
+            queue.SimpleQueue()
+        )
 
     async def run(self, function: AnyFunction, argument: Any) -> Any:
         """Call the function in a thread, with the caller's context variables."""
-        loop = asyncio.get_running_loop()
         call = functools.partial(contextvars.copy_context().run, function, argument)
-        job = _Job(call, loop, loop.create_future())
+        future = asyncio.get_running_loop().create_future()
         with self._lock:
             start = self._idle == 0
             self._idle -= not start
-        if start:
-            # Before the job is queued: where no thread can be had, the call has failed and nobody may make it later.
+        if start:  # before the call is queued: if no thread can be started, the call must not be made later
             threading.Thread(target=self._work, name="lbr-function", daemon=True).start()
-        self._jobs.put(job)
-        return await job.future
+        self._jobs.put((call, future))
+        return await future
 
     def close(self) -> None:
-        """Send the idle threads home."""
+        """End the idle threads."""
         with self._lock:
             self._closed = True
             for _ in range(self._idle):
@@ -189,9 +129,44 @@ class _Threads:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            job.run()
-            del job  # an idle thread holds nobody's prompt or answer
+            _run(*job)
+            del job  # an idle thread must not hold a prompt or an answer
             with self._lock:
                 if self._closed or self._idle >= self._keep:
                     return
                 self._idle += 1
+
+
+def _run(call: Callable[[], Any], future: asyncio.Future[Any]) -> None:
+    """Make a call, and hand its outcome to the future's loop if that still runs."""
+    result, parent = None, os.getpid()
+    error: BaseException | None = None
+    if future.done():  # cancelled: the job may be another worker's by now
+        return
+    try:
+        try:
+            result = call()
+        finally:
+            _exit_fork(parent)
+    except (StopIteration, GeneratorExit, KeyboardInterrupt) as caught:  # asyncio gives them another meaning
+        error = CallError(f"the function raised {caught!r}", kind=type(caught).__name__)
+    except BaseException as caught:  # noqa: BLE001 - passes through to the caller of `run`
+        error = caught
+    with contextlib.suppress(RuntimeError):  # the loop is closed
+        future.get_loop().call_soon_threadsafe(_deliver, future, result, error)
+        return
+    _discard(result)
+
+
+def _deliver(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    if future.done():
+        _discard(result)
+    elif error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
+
+
+def _discard(result: Any) -> None:
+    if inspect.iscoroutine(result):
+        result.close()  # else Python warns that it was never awaited

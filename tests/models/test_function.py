@@ -154,7 +154,7 @@ async def test_a_function_cannot_end_the_worker(is_async: Any) -> None:
 
 async def test_stop_iteration_is_an_error_like_others() -> None:
     """A plain function that runs out of an iterator fails its call; it does not hang."""
-    with pytest.raises(RuntimeError, match=r"the function raised StopIteration\(\)"):
+    with pytest.raises(CallError, match=r"the function raised StopIteration\(\)"):
         await answer(lambda _: next(iter(())))
 
 
