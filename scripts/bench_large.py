@@ -25,7 +25,7 @@ import bench_lbr
 
 from lbr.core.types import RunId
 from lbr.store.database import open_database
-from lbr.store.queue import Queue
+from lbr.store.leases import Queue
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

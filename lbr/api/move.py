@@ -11,7 +11,7 @@ from lbr.core.errors import DatabaseError, UsageError
 from lbr.core.types import JobState
 from lbr.store import enqueue, reads, runs, transfer
 from lbr.store.database import opened, shown
-from lbr.store.queue import Queue
+from lbr.store.leases import Queue
 from lbr.worker.kept_answers import kept_files, reclaim
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from lbr.core.errors import UsageError
 from lbr.core.text import pluralize
 from lbr.core.types import JobState
 from lbr.models.base import model_string
-from lbr.store import budgets, limiting, reads, redo, runs
+from lbr.store import limits, reads, redo, runs
 from lbr.store.database import opened
-from lbr.store.queue import Queue
+from lbr.store.leases import Queue
 from lbr.worker.runs import check_tells_cost
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ async def resume(
         new_limit = found.budget_nanos if max_cost is None else nanos
         if new_limit is not None:
             (seen,) = (await reads.overview(database, run)).runs
-            budget = budgets.budget_of(new_limit, seen.counts)
+            budget = limits.budget_of(new_limit, seen.counts)
             if seen.open and budget.is_spent:
                 raise UsageError(f"run {run}: {budget.spent_message}; give it more with --max-cost")
         if max_cost is None:
@@ -197,7 +197,7 @@ async def limit(
     answerer = None if scope is None else _answerer(scope)
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         if changes and answerer is not None:
-            await limiting.change(database, answerer, changes)
+            await limits.set_limits(database, answerer, changes)
         view = await reads.overview(database)
         answered = Counter(one.run.task.answerer for one in view.runs)
         found = [limit_fields(one) | {"runs": answered[one.answerer]} for one in view.limits]

@@ -14,7 +14,7 @@ from lbr.store.schema import SILENT_MS
 
 if TYPE_CHECKING:
     from lbr.core.types import Json
-    from lbr.store.limiting import LimitSeen
+    from lbr.store.limits import LimitStatus
     from lbr.store.reads import Overview, RunCounts, WorkerSeen
 
 
@@ -170,7 +170,7 @@ def _worker(worker: WorkerSeen, now: int) -> dict[str, Json]:
     }
 
 
-def limit_fields(seen: LimitSeen) -> dict[str, Json]:
+def limit_fields(seen: LimitStatus) -> dict[str, Json]:
     """Return the limits of a model or function, the calls at a time that it now gets, and the slots of all workers.
 
     None is unlimited. The learned number of calls at a time stays when no worker is left.

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sqlalchemy import CursorResult, Executable
 
     from lbr.core.types import PathOrUrl, RunId
-    from lbr.store.presence import Presence
+    from lbr.store.leases import Presence
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -24,7 +24,7 @@ from lbr.core.types import Millis
 from lbr.store import files, schema
 from lbr.store.addresses import Address, address_of
 from lbr.store.database import Database, to_its_end
-from lbr.store.presence import Presence
+from lbr.store.leases import Presence
 from lbr.store.sql import SHARD
 
 if TYPE_CHECKING:

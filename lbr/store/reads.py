@@ -13,7 +13,7 @@ from lbr.core.errors import CUT_OFF, DatabaseError, UsageError
 from lbr.core.pricing import output_limit
 from lbr.core.types import JobId, JobState, Millis, Part, Prompt, Row, Run, RunId, Shape
 from lbr.store import counters, runs
-from lbr.store.limiting import LimitSeen, all_limits, is_ahead
+from lbr.store.limits import LimitStatus, all_limits, is_ahead
 from lbr.store.schema import INFLIGHT, attempts, items, jobs, limits, outages, prompts, results, workers
 from lbr.store.schema import counters as counters_table
 from lbr.store.schema import runs as runs_table
@@ -153,7 +153,7 @@ class Overview:
     workers: list[WorkerSeen]
     cooldowns: list[Cooldown]
     outages: list[OutageSeen]
-    limits: list[LimitSeen]
+    limits: list[LimitStatus]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Writing down how calls ended: many claims in one transaction, each under its fence."""
+"""Settlement: how calls ended, many claims in one transaction, each under its fence."""
 
 from __future__ import annotations
 
@@ -6,26 +6,27 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import bindparam, literal_column, null, select, update
+from sqlalchemy import literal_column, null, select, update
 
-from lbr.core.errors import NO_USAGE, DatabaseError, Family, Usage
-from lbr.core.retry import MAX_AHEAD_MS, is_overload
+from lbr.core.errors import NO_USAGE, DatabaseError, Family
+from lbr.core.retry import is_overload
 from lbr.core.types import JobId, JobState, Millis, PauseCause, Paused, RunId, RunState, Settlement
+from lbr.core.values import value
 from lbr.store import counters
-from lbr.store.budgets import forget_estimates, raise_highest
-from lbr.store.fence import FENCE, JobStatus, is_doubtful, is_mine, is_plain, is_repeated
-from lbr.store.limiting import Feedback, learn
+from lbr.store.limits import Feedback, apply_feedback, cool_down, forget_estimates, raise_highest
 from lbr.store.outages import judge_failures, pause_wrong_set_ups
 from lbr.store.runs import hold_states, pausing, resting_state
-from lbr.store.schema import attempts, jobs, limits, results, runs
+from lbr.store.schema import attempts, jobs, results, runs
 from lbr.store.sql import BulkStatement, Inserting, PreparedQuery, Rows, any_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from sqlalchemy import ColumnElement
+
     from lbr.store.database import Connection, Database
 
-_STANDING = PreparedQuery(
+STATUS = PreparedQuery(
     select(
         jobs.c.id,
         jobs.c.run_id,
@@ -42,16 +43,18 @@ _STANDING = PreparedQuery(
     .order_by(jobs.c.id)
     .with_for_update(of=jobs)
 )
-# What is on record of these claims: what is written already must be neither charged nor counted again.
-_TOLD = select(attempts.c.job_id, attempts.c.claim_seq).where(
+# Claims whose settlement is already recorded must be neither charged nor counted again.
+_RECORDED = select(attempts.c.job_id, attempts.c.claim_seq).where(
     any_of(attempts.c.job_id, "ids"), literal_column("attempts.what IN ('retried', 'failed', 'stale')")
 )
 
 
 def _settling(given: Rows) -> Any:
+    # Pending too: a late answer to a job that was reclaimed but not claimed again is paid for.
+    fence: ColumnElement[bool] = literal_column("jobs.state IN ('inflight', 'pending')")
     return (
         update(jobs)
-        .where(FENCE, jobs.c.id == given["job"], jobs.c.claim_seq == given["seq"])
+        .where(fence, jobs.c.id == given["job"], jobs.c.claim_seq == given["seq"])
         .values(
             state=given["to"],
             available_at=given["available"],
@@ -74,31 +77,9 @@ SETTLE = BulkStatement(
     },
     _settling,
 )
-
-
-def _cooling(given: Rows) -> Any:
-    row = {"answerer": given["who"], "cooldown_until": given["until"], "reason": given["why"]}
-    adding = given.insert_into(limits, row)
-    return adding.on_conflict_do_update(
-        index_elements=["answerer"],
-        set_={"cooldown_until": adding.excluded.cooldown_until, "reason": adding.excluded.reason},
-        where=adding.excluded.cooldown_until > limits.c.cooldown_until,
-    )
-
-
-_COOL_DOWN = BulkStatement(
-    {"who": limits.c.answerer.type, "until": limits.c.cooldown_until.type, "why": limits.c.reason.type},
-    _cooling,
-)
-_FORGET_FAR = (
-    update(limits)
-    .where(any_of(limits.c.answerer, "answerers"), limits.c.cooldown_until > bindparam("farthest"))
-    .values(cooldown_until=0)
-)
 _USAGE = ("input_tokens", "output_tokens", "cost_nanos")
 ADD_RESULTS = Inserting(results, "job_id", "text", "model", "finish_reason", "latency_ms", *_USAGE)
-_ADD_ATTEMPTS = Inserting(
-    attempts,
+_ATTEMPT = (
     "job_id",
     "claim_seq",
     "what",
@@ -109,17 +90,37 @@ _ADD_ATTEMPTS = Inserting(
     "finish_reason",
     "latency_ms",
     "at",
-    *_USAGE,
 )
+_ADD_ATTEMPTS = Inserting(attempts, *_ATTEMPT, *_USAGE)
+
+
+@value(frozen=True, slots=True)
+class JobStatus:
+    """How a job and its run stand when an outcome comes; states are words as stored."""
+
+    job_id: int
+    run_id: int
+    state: str
+    claim_seq: int
+    retry_seq: int
+    run_state: str
+    answerer: str
+    budget_nanos: int | None = None
+    highest_nanos: int | None = None
+
+    @property
+    def was_put_back(self) -> bool:
+        """Whether the user put the job back, and no worker has claimed it since."""
+        return self.state == JobState.PENDING and self.retry_seq == self.claim_seq
 
 
 @dataclass(frozen=True, slots=True)
 class Settled:
     """What became of a batch: the jobs whose outcome was taken, those refused as stale, the runs paused.
 
-    `given_back` are jobs of those taken that went back uncharged.
-    `reached` are models that a worker has reached since this one's first refusal; `unreachable` has the models that other workers reach and this one does not, with the reason; `notices` are lines
-    for the worker's log.
+    `given_back` are taken jobs that went back uncharged. `unreachable` are the models that other workers reach and this
+    one does not, with the reason; `reached` those that a worker has reached since this one's first refusal. `notices`
+    are lines for the worker's log.
     """
 
     taken: frozenset[JobId]
@@ -132,10 +133,9 @@ class Settled:
 
 
 async def settle(database: Database, batch: Sequence[Settlement]) -> Settled:
-    """Write a batch of outcomes in one transaction.
+    """Write a batch of outcomes in one transaction. Safe to repeat.
 
-    An outcome whose job was claimed again since, or has come to its end, changes nothing but is recorded as
-    stale. Safe to repeat.
+    An outcome whose job has been claimed again, or has finished, changes nothing but is recorded as stale.
     """
     return await database.write(lambda connection: settle_within(connection, database, batch))
 
@@ -143,30 +143,32 @@ async def settle(database: Database, batch: Sequence[Settlement]) -> Settled:
 async def settle_within(connection: Connection, database: Database, batch: Sequence[Settlement]) -> Settled:
     """Write a batch of outcomes in the caller's transaction; see `settle`."""
     now = await database.now(connection)
-    ids = [s.claim.job_id for s in batch]
-    found = await _STANDING.all(connection, {"ids": ids})
-    standing = {row[0]: JobStatus(*row) for row in found}
-    if len(standing) != len(set(ids)):
-        batch = await _of_runs_that_are_there(connection, batch, standing)
-    mine, stale = await _sorted_by_fence(connection, batch, standing)
+    found = await STATUS.all(connection, {"ids": [s.claim.job_id for s in batch]})
+    statuses = {row[0]: JobStatus(*row) for row in found}
+    if len(statuses) != len({s.claim.job_id for s in batch}):
+        batch = await _without_removed_runs(connection, batch, statuses)
+    mine, stale = await _sort_by_fence(connection, batch, statuses)
     judged = await judge_failures(
-        connection, mine, {one.job_id: one.answerer for one in standing.values()}, now
+        connection, mine, {one.job_id: one.answerer for one in statuses.values()}, now
     )
     mine = judged.settlements
-    pauses = _pauses(mine, stale, standing) | judged.pauses
-    highest = _highest([*mine, *stale], standing)
-    states = await _run_states(connection, mine, standing, pausing=bool(pauses or highest))
-    targets = [_target(s, states) for s in mine]
+    both = [*mine, *stale] if stale else mine
+    pauses = _pauses(mine, both, statuses) | judged.pauses
+    highest = _highest(both, statuses)
+    targets = await _targets(connection, mine, statuses, to_change=bool(pauses or highest))
     await _update_jobs(connection, mine, targets, now)
     await _insert_results(connection, mine)
     await _insert_attempts(connection, mine, stale, now)
     paused = await _pause(connection, pauses)
     await raise_highest(connection, highest)
-    # First what locks all answerers in the order of their names; those that cool down are among them.
-    refusing = await learn(connection, _lessons([*mine, *stale], standing, now), now)
-    await _cool_down(connection, mine, standing, now, refusing)
-    deltas = _deltas(mine, targets, stale, standing)
-    deltas.update(await _not_lost([*mine, *stale], standing, connection))
+    # This locks all models in the order of their names; those that cool down are among them.
+    refusing = await apply_feedback(connection, _feedback(both, statuses, now), now)
+    await cool_down(connection, _cooldowns(mine, statuses, now, refusing))
+    deltas = _deltas(mine, targets, stale, statuses)
+    # The estimated cost of calls that ended after their jobs were reclaimed: now it is known.
+    late = [s.claim for s in both if not _is_held(s, statuses)]
+    claims = {(claim.job_id, claim.claim_seq): claim.run_id for claim in late}
+    deltas.update(await forget_estimates(connection, claims))
     await counters.add(connection, deltas)
     wrong, given_back = await pause_wrong_set_ups(connection, database, mine)
     paused |= await _pause(connection, wrong)
@@ -181,59 +183,69 @@ async def settle_within(connection: Connection, database: Database, batch: Seque
     )
 
 
-async def _of_runs_that_are_there(
-    connection: Connection, batch: Sequence[Settlement], standing: dict[int, JobStatus]
+async def _without_removed_runs(
+    connection: Connection, batch: Sequence[Settlement], statuses: dict[int, JobStatus]
 ) -> list[Settlement]:
-    """Leave out calls of runs that were removed; DatabaseError if a run is there without a job that was claimed."""
-    missing = {s.claim.run_id for s in batch if s.claim.job_id not in standing}
-    found = await connection.execute(
-        select(runs.c.id).where(any_of(runs.c.id, "ids")), {"ids": list(missing)}
-    )
-    if found.first() is not None:
-        raise DatabaseError(
-            "expected the jobs of every call to exist, got: some removed; the database was replaced"
-        )
-    return [s for s in batch if s.claim.job_id in standing]
+    """Leave out calls of removed runs. Raises DatabaseError if a run is there without a job that was claimed."""
+    missing = {s.claim.run_id for s in batch if s.claim.job_id not in statuses}
+    query = select(runs.c.id).where(any_of(runs.c.id, "ids"))
+    if (await connection.execute(query, {"ids": list(missing)})).first() is not None:
+        raise DatabaseError("some jobs that were called are gone: the database was replaced meanwhile")
+    return [s for s in batch if s.claim.job_id in statuses]
 
 
-async def _sorted_by_fence(
-    connection: Connection, batch: Sequence[Settlement], standing: dict[int, JobStatus]
+def _is_held(settlement: Settlement, statuses: dict[int, JobStatus]) -> bool:
+    """Return whether the claim still holds its job."""
+    job = statuses[settlement.claim.job_id]
+    return job.state == JobState.INFLIGHT and job.claim_seq == settlement.claim.claim_seq
+
+
+def is_mine(settlement: Settlement, job: JobStatus) -> bool:
+    """Return whether the fence lets a settlement through: no worker has claimed the job again."""
+    if job.claim_seq != settlement.claim.claim_seq:
+        return False
+    if job.was_put_back:  # a late answer is welcome, a late failure is outdated
+        return settlement.outcome.failure is None
+    return job.state in {JobState.INFLIGHT, JobState.PENDING}
+
+
+def is_repeated(settlement: Settlement, job: JobStatus, recorded: set[tuple[int, int]]) -> bool:
+    """Return whether this very settlement is in the database already.
+
+    `recorded` are the claims, by job and claim_seq, whose failure, late answer or redone answer is recorded.
+    """
+    claim = settlement.claim
+    if (claim.job_id, claim.claim_seq) in recorded:
+        return True
+    done = job.state == JobState.DONE and job.claim_seq == claim.claim_seq
+    return done and settlement.outcome.failure is None
+
+
+async def _sort_by_fence(
+    connection: Connection, batch: Sequence[Settlement], statuses: dict[int, JobStatus]
 ) -> tuple[list[Settlement], list[Settlement]]:
-    """Return what is to be taken, and what came too late; what is on record already is neither."""
-    seen = [(s, standing[s.claim.job_id]) for s in batch]
-    mine = [s for s, job in seen if is_plain(s, job)]
-    if len(mine) == len(seen):
+    """Return what to take, and what came too late; what is recorded already is neither."""
+    mine = [s for s in batch if s.outcome.failure is None and _is_held(s, statuses)]
+    if len(mine) == len(batch):
         return mine, []
-    fits = [(s, job, is_mine(s, job)) for s, job in seen if not is_plain(s, job)]
-    told = await _told(connection, [s for s, job, fit in fits if is_doubtful(s, job, fits=fit)])
-    new = [(s, fit) for s, job, fit in fits if not is_repeated(s, job, told)]
-    return mine + [s for s, fit in new if fit], [s for s, fit in new if not fit]
+    plain = {id(s) for s in mine}
+    rest = [(s, statuses[s.claim.job_id]) for s in batch if id(s) not in plain]
+    found = await connection.execute(_RECORDED, {"ids": [s.claim.job_id for s, _ in rest]})
+    recorded = {(row.job_id, row.claim_seq) for row in found.all()}
+    new = [(s, is_mine(s, job)) for s, job in rest if not is_repeated(s, job, recorded)]
+    return mine + [s for s, fits in new if fits], [s for s, fits in new if not fits]
 
 
-async def _told(connection: Connection, doubtful: list[Settlement]) -> set[tuple[int, int]]:
-    if not doubtful:
-        return set()
-    bound = {"ids": [s.claim.job_id for s in doubtful]}
-    return {(row.job_id, row.claim_seq) for row in (await connection.execute(_TOLD, bound)).all()}
-
-
-async def _run_states(
-    connection: Connection, mine: list[Settlement], standing: dict[int, JobStatus], *, pausing: bool
-) -> dict[RunId, RunState]:
-    """Return the states of the runs of these jobs, held where a job goes back to rest."""
+async def _targets(
+    connection: Connection, mine: list[Settlement], statuses: dict[int, JobStatus], *, to_change: bool
+) -> list[JobState]:
+    """Return the states to write. The runs of jobs that go back are held until the transaction ends."""
     back = {s.claim.run_id for s in mine if s.state is JobState.PENDING}
-    found = {(row.run_id, row.run_state) for row in standing.values()}
-    states = {RunId(run_id): RunState(state) for run_id, state in found}
-    if back:
-        states |= await hold_states(connection, back, to_change=pausing)
-    return states
-
-
-def _target(settlement: Settlement, states: dict[RunId, RunState]) -> JobState:
-    """Return the state to write."""
-    if settlement.state is JobState.PENDING:
-        return resting_state(states[settlement.claim.run_id])
-    return settlement.state
+    if not back:
+        return [s.state for s in mine]
+    states = {RunId(job.run_id): RunState(job.run_state) for job in statuses.values()}
+    states |= await hold_states(connection, back, to_change=to_change)
+    return [resting_state(states[s.claim.run_id]) if s.state is JobState.PENDING else s.state for s in mine]
 
 
 async def _update_jobs(
@@ -243,7 +255,7 @@ async def _update_jobs(
     for s, to in zip(mine, targets, strict=True):
         claim = s.claim
         finished = None if to is JobState.PENDING else now
-        # A plain str: sqlite3 asks a value of any other class how it wants to be written.
+        # A plain str, because sqlite3 is slow with a subclass.
         rows.append((str(to), now + s.wait_ms, s.charge, finished, claim.job_id, claim.claim_seq))
     done = await SETTLE.run_plain(connection, rows)
     if done != len(rows):
@@ -262,28 +274,17 @@ async def _insert_results(connection: Connection, mine: list[Settlement]) -> Non
     await ADD_RESULTS.run_plain(connection, rows)
 
 
-def _usage(usage: Usage) -> dict[str, int | None]:
-    return {
-        "input_tokens": usage.input_tokens,
-        "output_tokens": usage.output_tokens,
-        "cost_nanos": usage.cost_nanos,
-    }
-
-
 async def _insert_attempts(
     connection: Connection, mine: list[Settlement], stale: list[Settlement], now: Millis
 ) -> None:
-    rows = [
-        _attempt(s, "retried" if s.state is JobState.PENDING else "failed", now)
-        for s in mine
-        if s.outcome.failure is not None
-    ]
+    failed = [s for s in mine if s.outcome.failure is not None]
+    rows = [_attempt(s, "retried" if s.state is JobState.PENDING else "failed", now) for s in failed]
     rows += [_attempt(s, "stale", now) for s in stale]
     await _ADD_ATTEMPTS.run(connection, rows)
 
 
 def _attempt(settlement: Settlement, what: str, now: Millis) -> dict[str, Any]:
-    failure, reply = settlement.outcome.failure, settlement.outcome.reply
+    failure, reply, usage = settlement.outcome.failure, settlement.outcome.reply, settlement.outcome.usage
     answer = reply.text if reply is not None else None
     return {
         "job_id": settlement.claim.job_id,
@@ -296,89 +297,70 @@ def _attempt(settlement: Settlement, what: str, now: Millis) -> dict[str, Any]:
         "finish_reason": settlement.outcome.finish_reason,
         "latency_ms": settlement.outcome.latency_ms,
         "at": now,
-        **_usage(settlement.outcome.usage),
+        **{name: getattr(usage, name) for name in _USAGE},
     }
 
 
 def _deltas(
-    mine: list[Settlement],
-    targets: list[JobState],
-    stale: list[Settlement],
-    standing: dict[int, JobStatus],
+    mine: list[Settlement], targets: list[JobState], stale: list[Settlement], statuses: dict[int, JobStatus]
 ) -> counters.Deltas:
     ended = zip(mine, targets, strict=True)
-    deltas = counters.moved([(s.claim.run_id, standing[s.claim.job_id].state, to) for s, to in ended])
+    deltas = counters.moved([(s.claim.run_id, statuses[s.claim.job_id].state, to) for s, to in ended])
+    for s in stale:
+        deltas[s.claim.run_id, counters.STALE] += 1
+        deltas[s.claim.run_id, counters.WASTED_NANOS] += s.outcome.usage.cost_nanos or 0
     both = [*mine, *stale] if stale else mine
     paid = [s.claim.run_id for s in both if s.outcome.failure is None or s.outcome.is_paid]
     for run_id, count in Counter(paid).items():
         deltas[run_id, counters.ANSWERED] += count
-    answerers = {job.run_id: job.answerer for job in standing.values()}
-    functions = {run_id for run_id, answerer in answerers.items() if answerer.startswith("function:")}
+    functions = {RunId(job.run_id) for job in statuses.values() if job.answerer.startswith("function:")}
     for s in both:
-        if s.claim.run_id not in functions and s.outcome.is_unpriced:
-            deltas[s.claim.run_id, counters.UNPRICED] += 1
-    for s in stale:
-        deltas[s.claim.run_id, counters.STALE] += 1
-    for s in [*stale, *(s for s in mine if s.outcome.failure is not None)]:
-        deltas[s.claim.run_id, counters.WASTED_NANOS] += s.outcome.usage.cost_nanos or 0
-    for s in both:
-        usage, failure = s.outcome.usage, s.outcome.failure
+        run_id, usage, failure = s.claim.run_id, s.outcome.usage, s.outcome.failure
+        if run_id not in functions and s.outcome.is_unpriced:
+            deltas[run_id, counters.UNPRICED] += 1
         if usage is not NO_USAGE:
-            deltas[s.claim.run_id, counters.INPUT_TOKENS] += usage.input_tokens or 0
-            deltas[s.claim.run_id, counters.OUTPUT_TOKENS] += usage.output_tokens or 0
-            deltas[s.claim.run_id, counters.COST_NANOS] += usage.cost_nanos or 0
+            deltas[run_id, counters.INPUT_TOKENS] += usage.input_tokens or 0
+            deltas[run_id, counters.OUTPUT_TOKENS] += usage.output_tokens or 0
+            deltas[run_id, counters.COST_NANOS] += usage.cost_nanos or 0
         if failure is not None:
-            deltas[s.claim.run_id, counters.TRY + failure.family] += 1
+            deltas[run_id, counters.TRY + failure.family] += 1
+    for s in mine:
+        if s.outcome.failure is not None:
+            deltas[s.claim.run_id, counters.WASTED_NANOS] += s.outcome.usage.cost_nanos or 0
     return deltas
 
 
-async def _cool_down(
-    connection: Connection,
-    mine: list[Settlement],
-    standing: dict[int, JobStatus],
-    now: Millis,
-    refusing: set[str],
-) -> None:
-    """Make every worker wait for the answerers that refuse too many calls, until their provider's wait is over."""
-    longest: dict[str, Settlement] = {}
+def _cooldowns(
+    mine: list[Settlement], statuses: dict[int, JobStatus], now: Millis, refusing: set[str]
+) -> dict[str, tuple[int, str]]:
+    """Return until when all workers wait for the models that refuse too many calls, and why."""
+    longest: dict[str, tuple[int, str]] = {}
     for s in sorted((s for s in mine if s.cool_down), key=lambda s: s.wait_ms):
-        if standing[s.claim.job_id].answerer in refusing:
-            longest[standing[s.claim.job_id].answerer] = s
-    rows = [
-        {
-            "who": answerer,
-            "until": now + s.wait_ms,
-            "why": s.outcome.failure.message if s.outcome.failure else "",
-        }
-        for answerer, s in sorted(longest.items())
-    ]
-    if rows:
-        # What a clock that was ahead has set holds nobody back, and would be taken for the longer wait.
-        far = {"answerers": [row["who"] for row in rows], "farthest": now + MAX_AHEAD_MS}
-        await connection.execute(_FORGET_FAR, far)
-    await _COOL_DOWN.run(connection, rows)
+        model, failure = statuses[s.claim.job_id].answerer, s.outcome.failure
+        if model in refusing:
+            longest[model] = (now + s.wait_ms, failure.message if failure else "")
+    return longest
 
 
-def _lessons(ended: list[Settlement], standing: dict[int, JobStatus], now: Millis) -> dict[str, Feedback]:
-    """Return what these calls say about their answerers' limits."""
-    lessons: dict[str, Feedback] = {}
+def _feedback(ended: list[Settlement], statuses: dict[int, JobStatus], now: Millis) -> dict[str, Feedback]:
+    """Return what these calls show about their models' limits."""
+    feedback: dict[str, Feedback] = {}
     for s in ended:
         claim, failure = s.claim, s.outcome.failure
-        too_much = failure is not None and is_overload(failure)
-        lesson = lessons.setdefault(standing[claim.job_id].answerer, Feedback())
-        lesson.answered += failure is None or s.outcome.is_paid
+        one = feedback.setdefault(statuses[claim.job_id].answerer, Feedback())
+        one.answered += failure is None or s.outcome.is_paid
         if claim.tokens:
-            lesson.tokens += claim.tokens - _tokens_used(s)
+            one.tokens += claim.tokens - _tokens_used(s)
         if failure is None and claim.throttled:
-            lesson.successes += 1
-        if too_much:
-            lesson.too_much = max(lesson.too_much or 0, now - s.outcome.latency_ms)
-            lesson.refusals += 1
-    return lessons
+            one.successes += 1
+        if failure is not None and is_overload(failure):
+            one.too_much = max(one.too_much or 0, now - s.outcome.latency_ms)
+            one.refusals += 1
+    return feedback
 
 
 def _tokens_used(settlement: Settlement) -> int:
-    """Return what a call took of its answerer's tokens: as much as was debited where nobody said."""
+    """Return what a call took of its model's tokens: what was debited if the provider did not say."""
     usage, failure = settlement.outcome.usage, settlement.outcome.failure
     if failure is not None and failure.family is Family.RATE_LIMITED:
         return 0
@@ -388,22 +370,17 @@ def _tokens_used(settlement: Settlement) -> int:
 
 
 def _pauses(
-    mine: list[Settlement], stale: list[Settlement], standing: dict[int, JobStatus]
+    mine: list[Settlement], both: list[Settlement], statuses: dict[int, JobStatus]
 ) -> dict[RunId, Paused]:
-    """Return the runs that are to be paused, each with its pause.
-
-    Those whose account does not work, and those that may cost so much only, but of whose calls nobody knows the cost.
-    """
+    """Return the runs to pause: those whose account does not work, or whose cost is limited but not known."""
     pauses: dict[RunId, Paused] = {}
-    limited = {job.job_id for job in standing.values() if job.budget_nanos is not None}
-    for s in [*mine, *stale] if limited else ():
-        job = standing[s.claim.job_id]
-        if job.job_id in limited and s.outcome.is_unpriced:
+    limited = {job.job_id: job.answerer for job in statuses.values() if job.budget_nanos is not None}
+    for s in both if limited else ():
+        if s.claim.job_id in limited and s.outcome.is_unpriced:
             usage = s.outcome.usage
             counted = usage.input_tokens is not None and usage.output_tokens is not None
-            pauses[s.claim.run_id] = Paused(
-                PauseCause.UNPRICED, _unpriced_message(job.answerer, counted=counted)
-            )
+            message = _unpriced_message(limited[s.claim.job_id], counted=counted)
+            pauses[s.claim.run_id] = Paused(PauseCause.UNPRICED, message)
     return pauses | {s.claim.run_id: s.pause for s in mine if s.pause is not None}
 
 
@@ -416,26 +393,14 @@ def _unpriced_message(model: str, *, counted: bool) -> str:
     )
 
 
-def _highest(ended: list[Settlement], standing: dict[int, JobStatus]) -> dict[RunId, int]:
-    """Return the runs of which a call cost more than any before, with what it cost."""
+def _highest(both: list[Settlement], statuses: dict[int, JobStatus]) -> dict[RunId, int]:
+    """Return the runs of which a call cost more than any before, with its cost."""
     found: dict[RunId, int] = {}
-    for s in ended:
+    for s in both:
         cost = s.outcome.usage.cost_nanos
-        if cost and cost > max(standing[s.claim.job_id].highest_nanos or 0, found.get(s.claim.run_id, 0)):
+        if cost and cost > max(statuses[s.claim.job_id].highest_nanos or 0, found.get(s.claim.run_id, 0)):
             found[s.claim.run_id] = cost
     return found
-
-
-async def _not_lost(
-    ended: list[Settlement], standing: dict[int, JobStatus], connection: Connection
-) -> counters.Deltas:
-    """Forget the estimated cost of calls that ended after their jobs were taken back: now it is known."""
-    late = [
-        s.claim
-        for s in ended
-        if (job := standing[s.claim.job_id]).state != JobState.INFLIGHT or job.claim_seq != s.claim.claim_seq
-    ]
-    return await forget_estimates(connection, {c.job_id: (c.run_id, c.claim_seq) for c in late})
 
 
 async def _pause(connection: Connection, pauses: dict[RunId, Paused]) -> dict[str, Paused]:

@@ -17,7 +17,7 @@ from lbr.core.errors import AlreadyRunningError, DatabaseError, UsageError
 from lbr.store import files, schema
 from lbr.store.addresses import sqlite_path, synchronous_in
 from lbr.store.database import Database, local_clock, to_its_end
-from lbr.store.presence import FilePresence, Presence
+from lbr.store.leases import Presence
 from lbr.store.sqlite_connection import (
     BEGIN_WRITING,
     BUSY_TIMEOUT_MS,
@@ -64,7 +64,7 @@ class SQLiteDatabase(Database):
     ) -> None:
         folder = files.state_folder()  # for answers, if the database's own folder is full or gone
         places = [path] if folder is None else [path, folder / files.telling_name(str(path))]
-        presence = presence or FilePresence(path)
+        presence = presence or Presence(path)
         super().__init__(str(path), patience=patience, spool_places=places, presence=presence)
         self.path = path
         self._clock = clock

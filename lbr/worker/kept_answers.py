@@ -22,14 +22,14 @@ from lbr.core.retry import storable_usage
 from lbr.core.text import pluralize
 from lbr.core.types import KEY_BYTES, Claim, JobId, JobState, Outcome, Prompt, RunId, Settlement
 from lbr.store import files, reads
-from lbr.store.queue import RECLAIM_PAGE
+from lbr.store.leases import RECLAIM_PAGE
 from lbr.store.settle import settle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from lbr.store.database import Database
-    from lbr.store.queue import Queue, Reclaimed
+    from lbr.store.leases import Queue, Reclaimed
 
 ENDING = ".spool.jsonl"
 LEFT = ".left.jsonl"

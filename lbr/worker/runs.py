@@ -22,7 +22,7 @@ from lbr.models.base import Kind, kind_of, tells_cost
 from lbr.models.build import build_model, build_validator, unsent
 from lbr.models.http import Connections
 from lbr.models.identity import has_other_code
-from lbr.store import budgets, limiting
+from lbr.store import limits
 from lbr.worker.attempt import LateCalls
 
 if TYPE_CHECKING:
@@ -247,11 +247,11 @@ class StartLimits:
         new = {one.run.task.answerer: one for one in new_runs if one.run.task.answerer not in self._models}
         if self._limits:
             for model in sorted(new):
-                await limiting.change(self._database, model, self._limits)
+                await limits.set_limits(self._database, model, self._limits)
         slow = sorted(model for model, one in new.items() if one.is_provider)
-        await limiting.begin_slowly(self._database, slow)
+        await limits.slow_start(self._database, slow)
         for one in new_runs:
             if self._budget is not None and one.run.budget_nanos == self._first_budgets[one.run.id]:
-                await budgets.set_budget(self._database, one.run.id, self._budget)
+                await limits.set_budget(self._database, one.run.id, self._budget)
         self._models |= set(new)
         self._runs |= {one.run.id for one in new_runs}

@@ -26,11 +26,10 @@ from lbr.core.errors import (
 from lbr.core.retry import RetryPolicy
 from lbr.core.types import RunId, Until, WorkerId
 from lbr.store import reads
-from lbr.store.claims import ClaimRequest
+from lbr.store.claim import ClaimRequest, settle_and_claim
 from lbr.store.database import local_clock
-from lbr.store.queue import MAX_SKEW_MS, Queue
+from lbr.store.leases import MAX_SKEW_MS, Queue
 from lbr.store.settle import settle
-from lbr.store.turns import settle_and_claim
 from lbr.worker.calls import Calls, WorkReport
 from lbr.worker.completion import Completion
 from lbr.worker.kept_answers import keep_unwritten, reclaim
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
     from lbr.core.types import Claim, Millis, Run, Settlement
     from lbr.models.build import Authority
     from lbr.store.database import Database
-    from lbr.store.queue import DueWork
+    from lbr.store.leases import DueWork
     from lbr.store.settle import Settled
     from lbr.worker.runs import ServedRun
 
@@ -135,9 +134,7 @@ class Claimer:
             self._order.rotate(-1)
             request = self._request(free, suspects=False)
             try:
-                settled, claims = await settle_and_claim(
-                    self._database, self._queue, batch, request, lease=self._lease
-                )
+                settled, claims = await settle_and_claim(self._database, batch, request)
             except DatabaseBusyError:
                 raise
             except DatabaseError:
@@ -161,7 +158,7 @@ class Claimer:
         served = {run_id: self._served[run_id] for run_id in self._order}
         extra = {run_id: one.extra_tokens for run_id, one in served.items()}
         bounds = {run_id: bound for run_id, one in served.items() if (bound := one.bound) is not None}
-        return ClaimRequest(self.worker, self.order, most, suspects, extra, bounds)
+        return ClaimRequest(self.worker, self.order, most, self._lease, suspects, extra, bounds)
 
     def _noted(self, claims: list[Claim], most: int) -> list[Claim]:
         self.more = len(claims) == most
@@ -453,7 +450,7 @@ class Worker:
         return work.due and not self._calls.alone
 
     async def _due_work(self) -> DueWork:
-        return await self._queue.look(self._claimer.order, worker=self._id)
+        return await self._queue.check_due(self._claimer.order, worker=self._id)
 
     def _report_outages(self, outages: Mapping[str, str]) -> None:
         """Report outages that other workers recognised, and the end of each; settlements report our own."""
@@ -528,7 +525,7 @@ class Worker:
             known = self._far_off
             if self._clock_jumped():
                 starting, known, self._far_off, self._lead = True, {}, {}, _lead_ms()
-            waits = starting and self._database.presence.tells and bool(clocks.reports.keys() - known.keys())
+            waits = starting and self._database.presence.knows and bool(clocks.reports.keys() - known.keys())
             if waits:
                 others = ", ".join(map(str, clocks.reports))
                 self._notify(

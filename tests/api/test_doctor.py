@@ -24,7 +24,7 @@ from lbr.core.errors import UsageError
 from lbr.core.types import PauseCause
 from lbr.store import counters, files, health, runs, schema
 from lbr.store.database import open_database
-from lbr.store.queue import Queue
+from lbr.store.leases import Queue
 from lbr.store.settle import settle
 from lbr.worker import kept_answers
 from tests.support import ROOT, Cli, answered, assert_counted, is_postgresql, postgres, put

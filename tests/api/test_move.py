@@ -19,7 +19,7 @@ from lbr.core.errors import DatabaseError, UsageError
 from lbr.core.types import Item, KeyMaker, PauseCause, Paused, Prompt, Shape
 from lbr.store import enqueue, reads, runs, transfer
 from lbr.store.database import open_database, opened, shown
-from lbr.store.queue import Queue
+from lbr.store.leases import Queue
 from lbr.store.schema import results
 from lbr.store.settle import settle
 from lbr.worker.kept_answers import keep

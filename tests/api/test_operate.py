@@ -21,9 +21,9 @@ from lbr.core.errors import Family, Usage, UsageError
 from lbr.core.pricing import Price, dollars
 from lbr.core.types import Failure, KeyMaker, Outcome, PauseCause, Paused, Prompt, Reply, Task
 from lbr.models.identity import identify
-from lbr.store import budgets, reads, runs, transfer
+from lbr.store import limits, reads, runs, transfer
 from lbr.store.database import open_database, shown
-from lbr.store.queue import Queue
+from lbr.store.leases import Queue
 from lbr.store.settle import settle
 from lbr.worker.worker import Worker
 from tests.support import ECHO, Cli, answered, assert_counted, eventually, failed, put, states
@@ -280,7 +280,7 @@ class TestPause:
     ) -> None:
         """So are those that are in flight; then nothing is claimed until somebody resumes."""
         run, worker = await put(database, [f"p{n}" for n in range(20)]), await worker_of(database)
-        await budgets.set_budget(database, run.id, 10**9)
+        await limits.set_budget(database, run.id, 10**9)
         (first,) = await claim(database, worker, run)
         await settle(database, [took(first, Usage(1, 1, 1000))])
         one, two = await claim(database, worker, run)
@@ -301,7 +301,7 @@ class TestPause:
     ) -> None:
         """The words say so, for a price would not help."""
         run, worker = await put(database, ["a", "b"]), await worker_of(database)
-        await budgets.set_budget(database, run.id, 10**9)
+        await limits.set_budget(database, run.id, 10**9)
         (first,) = await claim(database, worker, run)
         (reason,) = (await settle(database, [answered(first)])).paused.values()
         assert reason.message.startswith(
@@ -322,7 +322,7 @@ class TestPause:
     ) -> None:
         """An answer that nobody could read counts like one; a call that ended without a word does not."""
         run, worker = await put(database, ["a", "b"]), await worker_of(database)
-        await budgets.set_budget(database, run.id, 10**9)
+        await limits.set_budget(database, run.id, 10**9)
         (first,) = await claim(database, worker, run)
         assert bool((await settle(database, [failed(first, failure)])).paused) is pauses
         clock.forward(3600)
@@ -333,7 +333,7 @@ class TestPause:
     async def test_an_answer_that_came_too_late_is_paid_for(self, database: Database, clock: Clock) -> None:
         """It is nobody's answer, but it took tokens."""
         run, worker = await put(database, ["a"]), await worker_of(database)
-        await budgets.set_budget(database, run.id, 10**9)
+        await limits.set_budget(database, run.id, 10**9)
         (first,) = await claim(database, worker, run)
         clock.forward(120)
         await Queue(database).reclaim()
@@ -365,7 +365,7 @@ class TestPause:
         run, worker = await put(database, [f"p{n}" for n in range(200)]), await worker_of(database)
         claims = await claim(database, worker, run, 60)
         assert (await settle(database, [took(c, Usage(40, 40, None)) for c in claims])).paused == {}
-        await budgets.set_budget(database, run.id, 100_000)
+        await limits.set_budget(database, run.id, 100_000)
         flights = []
         while claims := await claim(database, worker, run):
             flights.append(len(claims))

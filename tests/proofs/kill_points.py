@@ -14,12 +14,11 @@ from lbr.core.errors import Family
 from lbr.core.retry import RetryPolicy, decide
 from lbr.core.types import Failure, Item, Outcome, Prompt, Reply
 from lbr.store import reads, redo, runs
-from lbr.store.claims import ClaimRequest
+from lbr.store.claim import ClaimRequest, settle_and_claim
 from lbr.store.database import open_database
-from lbr.store.queue import Queue
+from lbr.store.leases import Queue
 from lbr.store.runs import RunSpec
 from lbr.store.settle import settle
-from lbr.store.turns import settle_and_claim
 from tests.support import ECHO, answered, real_clock
 from tests.support.hearing import Hearing
 
@@ -115,11 +114,11 @@ async def _settle(database: Database, name: str) -> Callable[[Database], Awaitab
 async def _turn(database: Database, name: str) -> Callable[[Database], Awaitable[object]]:
     worker, claims = await _claimed(database, name, TURN)
     run = await reads.find_run(database, name)
-    batch, wish = (
+    batch, request = (
         [answered(claim, claim.prompt.text or "") for claim in claims],
-        ClaimRequest(worker, [run.id], TURN, False, {}),
+        ClaimRequest(worker, [run.id], TURN, LEASE),
     )
-    return lambda database: settle_and_claim(database, Queue(database), batch, wish, lease=LEASE)
+    return lambda database: settle_and_claim(database, batch, request)
 
 
 async def _renew(database: Database, name: str) -> Callable[[Database], Awaitable[object]]:

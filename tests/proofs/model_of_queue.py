@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lbr.core.errors import Family
 from lbr.core.types import JobState, RunState, Settlement
-from lbr.store.queue import MAX_CRASHES
+from lbr.store.leases import MAX_CRASHES
 from lbr.store.schema import SUSPECT_CRASHES
 
 if TYPE_CHECKING:

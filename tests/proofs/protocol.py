@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lbr.store.fence import is_mine
+from lbr.store.settle import is_mine
 from tests.proofs.protocol_rules import (
     AT_END,
     DONE,

@@ -2,8 +2,8 @@
 
 Workers claim jobs, call, settle, renew and release; they die, are started anew, or stop and wake up late; leases
 run out and are reclaimed; a person cancels and retries. Each step is one transaction of the store, or something that
-happens between two. What the store decides in plain functions is decided by these here too: `fence.is_mine`, the
-fence, `fence.is_repeated`, `retry.decide` and `runs.resting_state`. What it decides in SQL is said here once more,
+happens between two. What the store decides in plain functions is decided by these here too: `settle.is_mine`, the
+fence, `settle.is_repeated`, `retry.decide` and `runs.resting_state`. What it decides in SQL is said here once more,
 and `tests/proofs/test_protocol.py` compares each step of a worker with the statements, row by row.
 """
 
@@ -27,10 +27,10 @@ from lbr.core.types import (
     RunState,
     Settlement,
 )
-from lbr.store.fence import is_repeated
-from lbr.store.queue import MAX_CRASHES
+from lbr.store.leases import MAX_CRASHES
 from lbr.store.runs import resting_state
 from lbr.store.schema import SUSPECT_CRASHES
+from lbr.store.settle import is_repeated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -29,10 +29,10 @@ from lbr.core.types import (
     Settlement,
     Task,
 )
-from lbr.store import enqueue, limiting, redo, runs, schema
+from lbr.store import enqueue, limits, redo, runs, schema
 from lbr.store import settle as settling
 from lbr.store.database import open_database
-from lbr.store.queue import Queue
+from lbr.store.leases import Queue
 from tests.proofs.model_of_queue import Job, Key, Model, RefusedError, broken_promises
 from tests.proofs.queue_seen import Seen, outside
 from tests.support import ECHO, Clock
@@ -138,7 +138,7 @@ class World:
         for name, task in TASKS.items():
             self.runs[name] = await runs.open_run(self.databases[0], runs.RunSpec(name, task, 8))
             # Fixed by hand, and wide: what is learned of an answerer has tests of its own.
-            await limiting.change(self.databases[0], task.answerer, {"concurrency": 1_000})
+            await limits.set_limits(self.databases[0], task.answerer, {"concurrency": 1_000})
 
     def reset(self) -> None:
         """Empty the queue and set its clock back."""

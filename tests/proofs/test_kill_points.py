@@ -8,9 +8,9 @@ import pytest
 from sqlalchemy import func, select
 
 from lbr.core.types import Shape
-from lbr.store import limiting, reads, redo, runs
+from lbr.store import limits, reads, redo, runs
 from lbr.store.database import open_database
-from lbr.store.queue import Queue
+from lbr.store.leases import Queue
 from lbr.store.schema import results
 from lbr.store.settle import settle
 from tests.proofs.kill_points import LATER, OPERATIONS, PROMPTS, die, enqueue
@@ -47,7 +47,7 @@ async def named(database: Database, name: str) -> Run | None:
 
 async def set_limits(database: Database) -> None:
     """Set limits that hold nothing back, so that what keeps them is done as well."""
-    await limiting.change(
+    await limits.set_limits(
         database, ECHO.answerer, {"rpm": 2_000_000, "tpm": 200_000_000, "concurrency": 1_000}
     )
 

@@ -19,7 +19,7 @@ from sqlalchemy import select
 from lbr.core.types import Item, KeyMaker, Prompt
 from lbr.store import enqueue, files, reads
 from lbr.store.database import open_database
-from lbr.store.queue import Queue
+from lbr.store.leases import Queue
 from lbr.store.schema import workers as workers_table
 from lbr.store.settle import settle
 from lbr.worker import kept_answers

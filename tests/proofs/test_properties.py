@@ -16,7 +16,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from lbr.core.errors import DatabaseError
 from lbr.core.types import JobState
-from lbr.store import queue
+from lbr.store import claim
 from lbr.store import settle as settling
 from lbr.store.sql import BulkStatement
 from tests.proofs.queue_machine import QueueMachine, World
@@ -97,7 +97,7 @@ BUGS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "a settle without the claim's number": lambda patch: _let_in(patch, _unfinished, "claim_seq"),
     "a settle without the fence": lambda patch: _let_in(patch, _anything, "claim_seq", "jobs.state"),
     "a settle that knows no repetition": lambda patch: patch.setattr(settling, "is_repeated", _nothing),
-    "a claim that is not counted": lambda patch: patch.setattr(queue, "_moved", lambda *_: Counter()),
+    "a claim that is not counted": lambda patch: patch.setattr(claim, "_deltas", lambda *_: Counter()),
 }
 
 

@@ -10,10 +10,9 @@ from sqlalchemy import insert, select, update
 
 from lbr.core.types import Claim, JobId, JobState, Prompt, RunState, WorkerId
 from lbr.store import schema
-from lbr.store.fence import is_mine
-from lbr.store.queue import MAX_CRASHES, Queue
+from lbr.store.leases import MAX_CRASHES, Queue
 from lbr.store.schema import SUSPECT_CRASHES
-from lbr.store.settle import SETTLE
+from lbr.store.settle import SETTLE, is_mine
 from tests.proofs import protocol
 from tests.proofs import protocol_rules as rules
 from tests.proofs.protocol import search

@@ -12,7 +12,7 @@ from lbr.core.outages import FIRST_WAIT_MS, TURN_MS, Evidence
 from lbr.core.retry import RetryPolicy, decide
 from lbr.core.types import Failure, JobState, Outcome, PauseCause, Paused, RunState, Task
 from lbr.store import reads, runs
-from lbr.store.queue import Queue
+from lbr.store.leases import Queue
 from lbr.store.settle import settle
 from tests.support import answered, assert_counted, job_row, put, states
 
@@ -75,9 +75,9 @@ async def test_all_wait_and_one_probes(database: Database, clock: Clock) -> None
         row = await job_row(database, claim.job_id)
         assert (row.state, row.attempts) == ("pending", 0)
     assert await queue.claim(other, [run.id], 4, lease=60) == []
-    assert not (await queue.look([run.id], worker=other)).due
+    assert not (await queue.check_due([run.id], worker=other)).due
     clock.forward(FIRST_WAIT_MS / 1000 + 0.001)
-    assert (await queue.look([run.id], worker=other)).due
+    assert (await queue.check_due([run.id], worker=other)).due
     (probe,) = await queue.claim(other, [run.id], 4, lease=60)
     assert probe.probe
     assert await queue.claim(one, [run.id], 4, lease=60) == []

@@ -20,11 +20,11 @@ from lbr.api.enqueue import enqueue as put_prompts
 from lbr.api.work import exclusive
 from lbr.core.errors import AlreadyRunningError, DatabaseError, Family, Usage, UsageError
 from lbr.core.types import Failure, Outcome, Reply, Task
-from lbr.store import budgets, claims, enqueue, limiting, reads, runs, schema, settle
-from lbr.store.claims import CLAIM, CLAIM_CHOSEN, CLAIM_SUSPECT, DUE, DUE_SIZED, DUE_SUSPECT
+from lbr.store import claim, enqueue, limits, reads, runs, schema, settle
+from lbr.store.claim import CLAIM, CLAIM_CHOSEN, CLAIM_SUSPECT, DUE, DUE_SIZED, DUE_SUSPECT
 from lbr.store.database import open_database
+from lbr.store.leases import EXPIRED, RECLAIM, RENEW, Queue
 from lbr.store.postgres import SHARDS, SOLE_LOCK, Listener, PostgresDatabase
-from lbr.store.queue import EXPIRED, RECLAIM, RENEW, Queue
 from lbr.store.sql import BulkStatement, PreparedQuery
 from tests.support import ECHO, Cli, answered, assert_counted, eventually, failed, postgres, put, states
 
@@ -142,12 +142,12 @@ async def test_plans_hold_at_a_million_jobs(live: Database, statistics: str) -> 
         (EXPIRED, "jobs_lease"),
         (RECLAIM, "jobs_"),
         (RENEW, "jobs_"),
-        (settle._STANDING, "jobs_pkey"),
+        (settle.STATUS, "jobs_pkey"),
         (settle.SETTLE, "jobs_pkey"),
         (enqueue.BY_KEY, "prompts_key"),
         (enqueue._KEYS_OF_EQUALS, "prompts_key"),
         (enqueue._DONE, "jobs_pkey"),
-        (claims._PROMPTS, "prompts"),
+        (claim.PROMPTS, "prompts"),
     ):
         steps = await plan(live, statement, bound | (settling if statement is settle.SETTLE else {}))
         assert index in steps, steps
@@ -495,8 +495,8 @@ async def test_what_a_claim_waited_for_it_obeys(live: Database, url: str, change
     queue = Queue(live)
     worker = await queue.register(host="h", pid=1, concurrency=40)
     run, free = await put(live, ["a", "b"], name="a"), await put(live, ["c"], name="b", task=REVERSED)
-    await budgets.set_budget(live, run.id, 10**9)
-    await limiting.change(live, run.task.answerer, {"rpm": 6000})
+    await limits.set_budget(live, run.id, 10**9)
+    await limits.set_limits(live, run.task.answerer, {"rpm": 6000})
     with postgres.connect(url, autocommit=False) as other:
         assert other.execute(f"UPDATE lbr.{change}").rowcount == 1
         claiming = asyncio.create_task(queue.claim(worker, [run.id, free.id], 40, lease=60))
@@ -511,7 +511,7 @@ async def test_cooling_and_learning_lock_in_one_order(live: Database, url: str) 
     worker = await queue.register(host="h", pid=1, concurrency=40)
     runs_ = [await put(live, ["a"], name=task.model or "", task=task) for task in (ECHO, REVERSED)]
     for run in runs_:
-        await limiting.change(live, run.task.answerer, {"tpm": 60_000})
+        await limits.set_limits(live, run.task.answerer, {"tpm": 60_000})
     first, second = await queue.claim(worker, [run.id for run in runs_], 2, lease=60)
     limited = Failure(Family.RATE_LIMITED, "RateLimit", "429", retry_after=1.0)
     told = replace(answered(first), outcome=Outcome(Reply("answer", Usage(1, 1, 1)), None, 5))

@@ -18,7 +18,7 @@ from lbr.core.errors import Family, Usage, UsageError
 from lbr.core.types import Failure, JobState, Outcome, Reply, Run, Settlement, Shape
 from lbr.store import counters, reads, redo, runs
 from lbr.store.database import open_database
-from lbr.store.queue import Queue
+from lbr.store.leases import Queue
 from lbr.store.schema import attempts, jobs, prompts, results
 from lbr.store.settle import settle
 from tests.models.test_pydantic_ai import completion

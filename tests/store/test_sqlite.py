@@ -23,10 +23,10 @@ from lbr.core.errors import DatabaseBusyError, DatabaseError, MisfitError, Usage
 from lbr.core.types import Item, KeyMaker, Prompt
 from lbr.store import enqueue, files, runs, schema, sqlite, sqlite_connection
 from lbr.store.addresses import sqlite_path
-from lbr.store.claims import _PROMPTS, CLAIM, CLAIM_CHOSEN, DUE, DUE_SIZED, DUE_SUSPECT
+from lbr.store.claim import CLAIM, CLAIM_CHOSEN, DUE, DUE_SIZED, DUE_SUSPECT, PROMPTS
 from lbr.store.database import open_database
-from lbr.store.queue import EXPIRED, RENEW, Queue
-from lbr.store.settle import _STANDING, SETTLE, settle
+from lbr.store.leases import EXPIRED, RENEW, Queue
+from lbr.store.settle import SETTLE, STATUS, settle
 from lbr.store.sql import PreparedQuery
 from lbr.store.sqlite import SQLiteDatabase
 from tests.support import ECHO, answered, assert_counted, locked_by_another, put
@@ -234,7 +234,7 @@ async def test_a_query_says_what_is_wrong_as_any_statement(database: Database) -
     with pytest.raises(TypeError, match="whose text never changes"):
         await database.read(lambda connection: growing.all(connection, {}))
     with pytest.raises(MisfitError, match="a value of another type than lbr writes"):
-        await database.read(lambda connection: _PROMPTS.all(connection, {"ids": [b"x"]}))
+        await database.read(lambda connection: PROMPTS.all(connection, {"ids": [b"x"]}))
     gone = PreparedQuery(select(column("secret")).select_from(table("nowhere")))
     with pytest.raises(DatabaseError, match="its tables are not those that lbr makes") as told:
         await database.read(lambda connection: gone.all(connection, {}))
@@ -299,8 +299,8 @@ async def test_plans_use_the_partial_indexes(database: Database) -> None:
         (EXPIRED, "INDEX jobs_lease (lease_until<?)"),
         (RENEW, "INTEGER PRIMARY KEY"),
         (SETTLE.each, "INTEGER PRIMARY KEY"),
-        (_STANDING, "INTEGER PRIMARY KEY"),
-        (_PROMPTS, "INTEGER PRIMARY KEY"),
+        (STATUS, "INTEGER PRIMARY KEY"),
+        (PROMPTS, "INTEGER PRIMARY KEY"),
         (enqueue.BY_KEY, "INDEX prompts_key (key=? AND run_id=?)"),
         (enqueue._KEYS_OF_EQUALS, "INDEX prompts_key (key=?)"),
         (enqueue._DONE, "INTEGER PRIMARY KEY"),
@@ -583,7 +583,7 @@ async def test_wal_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for start in range(0, 10_000, 1_000):
         items = [Item(Prompt(text=f"prompt {n} " + "x" * 300)) for n in range(start, start + 1_000)]
         keys = [maker.key(item.prompt) for item in items]
-        reading = asyncio.create_task(queue.look([run.id]))
+        reading = asyncio.create_task(queue.check_due([run.id]))
         await enqueue.add_chunk(database, run, start, items, keys, reuse=True)
         claims = await queue.claim(worker, [run.id], 1_000, lease=60)
         await settle(database, [answered(claim, "y" * 300) for claim in claims])

@@ -38,9 +38,9 @@ from lbr.core.types import (
     WorkerId,
     differences,
 )
-from lbr.store import enqueue, limiting, reads, redo, runs, schema
+from lbr.store import enqueue, limits, reads, redo, runs, schema
 from lbr.store.database import open_database
-from lbr.store.queue import Queue
+from lbr.store.leases import Queue
 from lbr.store.settle import settle
 from tests.support import ECHO, Clock, answered, assert_counted, failed, is_postgresql, job_row, put, states
 
@@ -393,7 +393,7 @@ async def test_a_worker_that_ends_with_jobs_is_not_forgotten(database: Database)
     await queue.unregister(worker)
     queue.leave(worker)
     assert [one.pid for one in (await reads.overview(database)).workers] == [1]
-    if database.presence.tells:
+    if database.presence.knows:
         taken = await queue.reclaim(await queue.dead_workers())
         assert [(one.job_id, one.died) for one in taken] == [(claims[1].job_id, True)]
     else:
@@ -436,7 +436,7 @@ async def test_third_crash_fails_the_job(database: Database, clock: Clock) -> No
         clock.forward(61)
         await queue.reclaim()
     innocent = await put(database, ["innocent"], name="innocent")
-    outlook = await queue.look([run.id])
+    outlook = await queue.check_due([run.id])
     assert (outlook.due, outlook.suspects) == (False, True)
     beside = await queue.claim(worker, [run.id, innocent.id], 5, lease=60)
     assert [claim.prompt.text for claim in beside] == ["innocent"]
@@ -460,10 +460,10 @@ async def test_transient_failure_waits_in_the_database(database: Database, clock
     settlement = failed(claim, TRANSIENT)
     await settle(database, [settlement])
     assert await queue.claim(worker, [run.id], 1, lease=60) == []
-    outlook = await queue.look([run.id])
+    outlook = await queue.check_due([run.id])
     assert (outlook.due, outlook.next_ms) == (False, settlement.wait_ms)
     clock.forward(settlement.wait_ms / 1000)
-    assert (await queue.look([run.id])).due
+    assert (await queue.check_due([run.id])).due
     (again,) = await queue.claim(worker, [run.id], 1, lease=60)
     assert (again.attempts, again.claim_seq) == (1, 2)
     await assert_counted(database, run)
@@ -478,7 +478,7 @@ async def test_rate_limit_cools_every_run_of_the_answerer(database: Database, cl
         await put(database, ["d"], name="3", task=other),
     )
     queue, worker, second = await two_workers(database)
-    await limiting.change(database, "offline:echo", {"concurrency": 9})
+    await limits.set_limits(database, "offline:echo", {"concurrency": 9})
     refused = [failed(claim, LIMITED) for claim in await queue.claim(worker, [run.id], 3, lease=60)]
     settlement = refused[0]
     await settle(database, refused)

@@ -14,9 +14,9 @@ from sqlalchemy import Engine, event
 from lbr.api.task import authorize
 from lbr.core.config import WorkOptions
 from lbr.core.errors import DatabaseError, UsageError
-from lbr.store import limiting, runs, turns
+from lbr.store import claim, limits, runs
 from lbr.store.database import open_database
-from lbr.store.queue import Queue
+from lbr.store.leases import Queue
 from lbr.worker import worker as loop
 from lbr.worker.worker import Worker
 from tests.support import answered, assert_counted, eventually, put, states
@@ -71,7 +71,7 @@ async def test_what_a_settlement_brings_to_a_worker_that_stops_is_given_back(
             await going.wait()
         return prompt
 
-    whole = turns.settle_and_claim
+    whole = claim.settle_and_claim
     told_to_stop = asyncio.Event()
 
     async def turn(*given: Any, **options: Any) -> Any:
@@ -130,7 +130,7 @@ async def test_a_settlement_never_queues_for_its_turn(
     """While the worker's loop waits to claim, a settlement claims nothing: the slots that it counted may be gone."""
     turns_made = 0
     begun, go_on = asyncio.Event(), asyncio.Event()
-    whole = turns.settle_and_claim
+    whole = claim.settle_and_claim
 
     async def turn(*given: Any, **options: Any) -> Any:
         nonlocal turns_made
@@ -183,7 +183,7 @@ async def test_a_worker_that_fails_claims_no_more(live: Database) -> None:
     theirs = await put(live, ["x"], name="theirs", task=asks(other))
     await runs.pause(live, theirs, "for now")
     # Fewer calls at a time than slots, so that the loop looks around while settlements bring new claims.
-    await limiting.begin_slowly(live, [asks(slow).answerer])
+    await limits.slow_start(live, [asks(slow).answerer])
     await live.write(lambda c: c.exec_driver_sql("UPDATE limits SET slots = 16, threshold = 1"))
     worker = Worker(live, authorize([slow]), WorkOptions(concurrency=64), run_names=["mine", "theirs"])
     working = asyncio.create_task(worker.run())
@@ -222,7 +222,7 @@ async def test_what_was_claimed_beside_a_failure_is_given_back(
     later = await put(live, ["1", "2", "3"], name="later", task=asks(waits))
     with closing(sqlite3.connect(tmp_path / "queue.db")) as connection, connection:
         connection.execute("DELETE FROM jobs WHERE id = 1")
-    with pytest.raises(DatabaseError, match="some removed"):
+    with pytest.raises(DatabaseError, match="are gone: the database was replaced"):
         await working
     assert await states(live, later) == {"pending": 3}
 

@@ -28,8 +28,7 @@ from lbr.core.types import Claim, Item, KeyMaker, PauseCause, Paused, Prompt, Sh
 from lbr.models.identity import identify
 from lbr.store import enqueue, reads, runs, schema
 from lbr.store.database import open_database
-from lbr.store.presence import Presence
-from lbr.store.queue import Queue
+from lbr.store.leases import Presence, Queue
 from lbr.worker.worker import Worker
 from tests.support import ECHO, assert_counted, eventually, locked_by_another, put, real_clock, states
 from tests.support.scripted_server import Scripted
@@ -728,7 +727,7 @@ async def test_a_report_by_another_clock_stops_a_worker_before_it_claims(live: D
 
     reporting = asyncio.create_task(report())
     try:
-        if live.presence.tells:
+        if live.presence.knows:
             with pytest.raises(
                 DatabaseError, match=f"but worker {other}, which works on .* leases need one clock"
             ):
@@ -738,4 +737,4 @@ async def test_a_report_by_another_clock_stops_a_worker_before_it_claims(live: D
     finally:
         reporting.cancel()
         await asyncio.gather(reporting, return_exceptions=True)
-    assert await states(live, run) == ({"pending": 2} if live.presence.tells else {"done": 2})
+    assert await states(live, run) == ({"pending": 2} if live.presence.knows else {"done": 2})

@@ -17,8 +17,7 @@ import pytest
 from lbr.core.types import RunId, WorkerId
 from lbr.store import files, reads
 from lbr.store.database import open_database
-from lbr.store.presence import FilePresence
-from lbr.store.queue import RECLAIM_PAGE, Queue
+from lbr.store.leases import RECLAIM_PAGE, Presence, Queue
 from lbr.worker.kept_answers import keep, reclaim
 from tests.support import answered, assert_counted, put, states
 
@@ -136,7 +135,7 @@ def dead_worker(db_url: str, jobs: int) -> WorkerId:
     import asyncio, os, signal
     from lbr.core.types import RunId
     from lbr.store.database import open_database
-    from lbr.store.queue import Queue
+    from lbr.store.leases import Queue
 
     async def main():
         queue = Queue(await open_database({db_url!r}))
@@ -162,14 +161,14 @@ async def test_each_job_of_the_dead_is_charged_one_crash(db_url: str) -> None:
     dead_workers = await asyncio.to_thread(dead_worker, db_url, count)
     other = await open_database(db_url)
     assert database.presence.dead_workers([dead_workers]) == [dead_workers]
-    outlook = await Queue(database).look([RunId(1)])
+    outlook = await Queue(database).check_due([RunId(1)])
     assert outlook.expired
     taken = [await reclaim_once(one) for one in (database, other)]
     assert sum(reclaimed for reclaimed, _ in taken) == count
     await assert_counted(database, run)
     claims = await Queue(database).claim(WorkerId(99), [RunId(1)], count, lease=HOUR)
     assert {claim.crashes for claim in claims} == {1}
-    assert not (await Queue(database).look([RunId(1)])).expired
+    assert not (await Queue(database).check_due([RunId(1)])).expired
     assert list(Path(database.name).parent.glob("*.worker-*.lock")) == []
     await other.close()
     await database.close()
@@ -209,7 +208,7 @@ async def test_kept_answers_that_are_not_taken_hold_nothing_back(
     else:
         path.mkdir()
     assert await reclaim_once(other) == (2, 0)
-    assert not (await Queue(other).look([RunId(1)])).expired
+    assert not (await Queue(other).check_due([RunId(1)])).expired
     if what == "rubbish":
         path.write_text(words)
         assert await reclaim(other, Queue(other), lambda _: None, starting=True) == (0, 0)
@@ -220,7 +219,7 @@ async def test_kept_answers_that_are_not_taken_hold_nothing_back(
 async def test_only_a_free_lock_says_that_a_worker_is_dead(tmp_path: Path) -> None:
     """No file, an empty one, a link and a held one say nothing; nor does another worker of the same process."""
     database = tmp_path / "queue.db"
-    ours, theirs = FilePresence(database), FilePresence(database)
+    ours, theirs = Presence(database), Presence(database)
     ours.appear(WorkerId(1))
     path = files.lock_path(database, "worker-1")
     assert path.stat().st_mode & 0o777 == 0o600
@@ -240,12 +239,12 @@ async def test_a_lock_left_from_another_database_is_taken_over(tmp_path: Path) -
     """Where an older copy was put back, numbers of workers come again, and with them their files."""
     database = tmp_path / "queue.db"
     files.lock_path(database, "worker-1").write_text("4711\n")
-    ours, theirs = FilePresence(database), FilePresence(database)
+    ours, theirs = Presence(database), Presence(database)
     assert theirs.dead_workers([WorkerId(1)]) == [1]
     ours.appear(WorkerId(1))
     assert theirs.dead_workers([WorkerId(1)]) == []
     # One that somebody else holds says nothing about us.
-    third = FilePresence(database)
+    third = Presence(database)
     third.appear(WorkerId(1))
     ours.leave(WorkerId(1))
     assert theirs.dead_workers([WorkerId(1)]) == []
@@ -262,7 +261,7 @@ async def test_locks_of_a_network_file_system_are_not_believed(
     worker = await queue.register(host="h", pid=1, concurrency=1)
     await queue.claim(worker, [RunId(1)], 1, lease=HOUR)
     queue.leave(worker)
-    assert not database.presence.tells
+    assert not database.presence.knows
     assert await queue.reclaim() == []
     assert list(tmp_path.glob("*.worker-*.lock")) == []
     await database.close()

@@ -16,9 +16,9 @@ from lbr.core.limits import CallBound
 from lbr.core.pricing import Price
 from lbr.core.retry import RetryPolicy, decide
 from lbr.core.types import Failure, Item, KeyMaker, Outcome, PauseCause, Paused, Prompt, Reply, Task
-from lbr.store import budgets, enqueue, limiting, reads, redo, runs
+from lbr.store import enqueue, limits, reads, redo, runs
 from lbr.store.database import open_database
-from lbr.store.queue import Queue
+from lbr.store.leases import Queue
 from lbr.store.settle import settle
 from tests.support import Clock, answered, assert_counted, failed, put
 from tests.support.llmock_server import serve
@@ -69,17 +69,17 @@ async def test_workers_share_the_requests_of_a_minute(database: Database, clock:
         await put(database, ["b"], name="2"),
     )
     (queue, one), (_, two) = await workers(database, 500, 500)
-    await limiting.change(database, WHO, {"rpm": 600})
+    await limits.set_limits(database, WHO, {"rpm": 600})
     assert len(await claim(database, one, run)) == 10
     assert await claim(database, two, same) == []
-    outlook = await queue.look([run.id, same.id])
+    outlook = await queue.check_due([run.id, same.id])
     assert (outlook.due, outlook.next_ms) == (False, 100)
     clock.forward(0.3)
     assert len(await claim(database, two, same)) == 1
     assert len(await claim(database, one, run)) == 2
     clock.forward(3600)
     assert len(await claim(database, one, run)) == 10
-    await limiting.change(database, WHO, {"rpm": None})
+    await limits.set_limits(database, WHO, {"rpm": None})
     assert len(await claim(database, one, run)) == 68
     await assert_counted(database, run)
 
@@ -88,7 +88,7 @@ async def test_tokens_are_debited_by_estimate_and_settled_by_use(database: Datab
     """A claim takes what its prompt and its answer will probably need; the rest, or all of it, is given back."""
     run = await put(database, ["x" * 400 + str(n) for n in range(20)])
     ((_, one),) = await workers(database, 500)
-    await limiting.change(database, WHO, {"tpm": 60_000})
+    await limits.set_limits(database, WHO, {"tpm": 60_000})
     claims = await claim(database, one, run, extra=299)
     assert [c.tokens for c in claims] == [400, 400, 400]
     assert (await limit_of(database)).tokens == -200
@@ -105,7 +105,7 @@ async def test_an_image_is_no_text(database: Database, clock: Clock) -> None:
     prompt = Prompt(messages=({"role": "user", "content": [{"type": "text", "text": "x" * 40}, image]},))
     await enqueue.add_chunk(database, run, 0, [Item(prompt)], [KeyMaker(run.task).key(prompt)], reuse=True)
     ((_, one),) = await workers(database, 5)
-    await limiting.change(database, WHO, {"tpm": 60_000})
+    await limits.set_limits(database, WHO, {"tpm": 60_000})
     (taken,) = await claim(database, one, run, extra=5)
     assert taken.tokens == 15
 
@@ -114,7 +114,7 @@ async def test_what_is_released_without_a_call_is_given_back(database: Database,
     """A worker that stops between claim and call has used nothing; one that gives up a call has."""
     run = await put(database, [f"{n:0400}" for n in range(40)])
     ((queue, one),) = await workers(database, 500)
-    await limiting.change(database, WHO, {"rpm": 600, "tpm": 60_000})
+    await limits.set_limits(database, WHO, {"rpm": 600, "tpm": 60_000})
     claims = await claim(database, one, run, 4)
     limit = await limit_of(database)
     assert (limit.requests, limit.tokens) == (6, 600)
@@ -129,7 +129,7 @@ async def test_calls_at_a_time_are_counted_over_all_workers(db_url: str) -> None
     databases = [await open_database(db_url, create=True) for _ in range(4)]
     run = await put(databases[0], [f"p{n}" for n in range(60)])
     ids = [(await workers(database, 20))[0][1] for database in databases]
-    await limiting.change(databases[0], WHO, {"concurrency": 7})
+    await limits.set_limits(databases[0], WHO, {"concurrency": 7})
     done = 0
     while done < 60:
         found = await asyncio.gather(*(claim(d, w, run) for d, w in zip(databases, ids, strict=True)))
@@ -174,7 +174,7 @@ async def test_unknown_provider_is_begun_slowly(database: Database, clock: Clock
     run = await put(database, [f"p{n}" for n in range(900)])
     (_, one), _ = await workers(database, 125, 125)
     for _ in range(2):
-        await limiting.begin_slowly(database, [WHO])
+        await limits.slow_start(database, [WHO])
     for expected in (100, 200, 250):
         claims = await claim(database, one, run, 250)
         assert len(claims) == expected
@@ -229,7 +229,7 @@ async def test_budget_holds_for_all_workers_together(database: Database, clock: 
     """The first call goes alone, then as many as what is left will pay for; then the run is paused and says so."""
     run = await put(database, [f"p{n}" for n in range(300)])
     (queue, one), (_, two) = await workers(database, 100, 100)
-    await budgets.set_budget(database, run.id, 1_000_000)
+    await limits.set_budget(database, run.id, 1_000_000)
     spent, calls, flights = 0, 0, []
     while True:
         claims = [*await claim(database, one, run, 60), *await claim(database, two, run, 60)]
@@ -244,10 +244,10 @@ async def test_budget_holds_for_all_workers_together(database: Database, clock: 
     assert found.state == "paused"
     words = "it may cost $0.001, with $0.001 spent there is no room for a call"
     assert found.pause == Paused(PauseCause.BUDGET, words)
-    await budgets.set_budget(database, run.id, 1_050_000)
+    await limits.set_budget(database, run.id, 1_050_000)
     await runs.resume(database, found)
     assert len(await claim(database, one, run, 60)) == 5
-    assert not (await queue.look([run.id])).due
+    assert not (await queue.check_due([run.id])).due
     await assert_counted(database, run)
 
 
@@ -255,7 +255,7 @@ async def test_dear_calls_after_cheap_ones(database: Database, clock: Clock) -> 
     """Four workers of 16 slots pass the limit by one call at most, if it is known what a call may cost at most."""
     run = await put(database, [f"p{n}" for n in range(400)])
     crew = await workers(database, 16, 16, 16, 16)
-    await budgets.set_budget(database, run.id, 1_000_000)
+    await limits.set_budget(database, run.id, 1_000_000)
     bound = {run.id: CallBound(Price(0, 1), input_tokens=0, output_tokens=100)}
     spent, calls, most = 0, 0, 0
     while True:
@@ -327,7 +327,7 @@ async def test_free_calls_need_no_budget(database: Database, clock: Clock) -> No
     """A run whose calls cost nothing is held to few at a time only until that is known."""
     run = await put(database, [f"p{n}" for n in range(300)])
     ((_, one),) = await workers(database, 100)
-    await budgets.set_budget(database, run.id, 1)
+    await limits.set_budget(database, run.id, 1)
     for expected in (1, 2, 6, 18, 54, 100):
         claims = await claim(database, one, run, 100)
         assert len(claims) == expected
@@ -338,7 +338,7 @@ async def test_what_is_done_is_not_paused(database: Database, clock: Clock) -> N
     """A run that has come to its end with its last cent is finished, whatever else its worker does."""
     run, other = await put(database, ["a"], name="a"), await put(database, ["b"], name="b", reuse=False)
     ((queue, one),) = await workers(database, 5)
-    await budgets.set_budget(database, run.id, 10)
+    await limits.set_budget(database, run.id, 10)
     await settle(database, [cost(c, 10) for c in await claim(database, one, run)])
     assert len(await queue.claim(one, [run.id, other.id], 5, lease=60)) == 1  # type: ignore[arg-type]
     assert (await reads.find_run(database, "a")).state == "active"
@@ -399,7 +399,7 @@ async def test_a_budget_knows_what_calls_cost_that_are_no_answers_now(
     refused = Failure(Family.PERMANENT, "ContentFilter", "no", usage=Usage(1, 1, 10_000))
     first, *_ = await claim(database, one, run, 1)
     await settle(database, [failed(first, refused)])
-    await budgets.set_budget(database, run.id, 1_000_000)
+    await limits.set_budget(database, run.id, 1_000_000)
     for expected in (2, 6, 18, 33):
         claims = await claim(database, one, run, 100)
         assert len(claims) == expected

@@ -1,0 +1,507 @@
+"""Rate limits and budgets: what a claim may take now, what ended calls teach, what runs may cost.
+
+One row of `limits` for each model. A claim locks the rows that hold anything back, in the order of their names, and
+debits them in its own transaction; other rows are only read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import bindparam, func, literal_column, select, update
+
+from lbr.core import limits as arithmetic
+from lbr.core.errors import DatabaseError
+from lbr.core.limits import Budget, Limit
+from lbr.core.retry import MAX_AHEAD_MS
+from lbr.core.types import JobState, PauseCause, Paused, RunId, RunState
+from lbr.store.counters import ANSWERED, COST_NANOS, ESTIMATED_NANOS, REUSED, UNPRICED, estimated, of_runs
+from lbr.store.outages import waiting
+from lbr.store.runs import pausing
+from lbr.store.schema import SILENT_MS, attempts, counters, limits, outages, runs, workers
+from lbr.store.sql import BulkStatement, PreparedQuery, Rows, any_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from sqlalchemy import ColumnElement
+
+    from lbr.core.types import Claim, JobId, Millis, WorkerId
+    from lbr.store.counters import Deltas
+    from lbr.store.database import Connection, Database
+
+_LEARNED = ("slots", "threshold", "cut_at", "requests", "tokens", "balanced_at", "refused", "answered")
+_COLUMNS = [limits.c[one.name] for one in fields(Limit)]
+_NO_LIMIT = Limit()
+_OPEN = PreparedQuery(
+    select(
+        runs.c.id, runs.c.budget_nanos, runs.c.answerer, outages.c.since, limits.c.cooldown_until, *_COLUMNS
+    )
+    .join_from(runs, limits, runs.c.answerer == limits.c.answerer, isouter=True)
+    .join(outages, runs.c.answerer == outages.c.answerer, isouter=True)
+    .where(any_of(runs.c.id, "ids"), runs.c.state == RunState.ACTIVE)
+)
+_LOCKED = PreparedQuery(
+    select(limits.c.answerer, limits.c.cooldown_until, *_COLUMNS)
+    .where(any_of(limits.c.answerer, "answerers"))
+    .order_by(limits.c.answerer)
+    .with_for_update()
+)
+_ALL = select(limits.c.answerer, *_COLUMNS).order_by(limits.c.answerer)
+_CEILING = PreparedQuery(
+    select(func.sum(workers.c.concurrency)).where(workers.c.seen_at > bindparam("since"))
+)
+_BUDGETS = (
+    select(runs.c.id, runs.c.budget_nanos, runs.c.highest_nanos)
+    .where(any_of(runs.c.id, "ids"), runs.c.state == RunState.ACTIVE)
+    .order_by(runs.c.id)
+)
+_ESTIMATES = select(attempts.c.id, attempts.c.job_id, attempts.c.claim_seq, attempts.c.cost_nanos).where(
+    any_of(attempts.c.job_id, "ids"),
+    literal_column("attempts.what = 'crashed'"),
+    attempts.c.cost_nanos.is_not(None),
+)
+
+
+def _totals(counter: str) -> PreparedQuery:
+    return PreparedQuery(
+        select(runs.c.answerer, func.sum(counters.c.value))
+        .join_from(runs, counters, runs.c.id == counters.c.run_id)
+        .where(any_of(runs.c.answerer, "answerers"), counters.c.name == counter)
+        .group_by(runs.c.answerer)
+    )
+
+
+_INFLIGHT, _ANSWERED = _totals(str(JobState.INFLIGHT)), _totals(ANSWERED)
+
+
+def _saving(given: Rows) -> Any:
+    learned = {name: given[f"new_{name}"] for name in _LEARNED}
+    return update(limits).where(limits.c.answerer == given["who"]).values(learned)
+
+
+def _making(given: Rows) -> Any:
+    row = {"answerer": given["who"], "cooldown_until": given["until"], "reason": given["why"]}
+    return given.insert_into(limits, row).on_conflict_do_nothing(index_elements=["answerer"])
+
+
+_AHEAD: ColumnElement[int] = literal_column(str(MAX_AHEAD_MS))
+
+
+def _cooling(given: Rows) -> Any:
+    row = {"answerer": given["who"], "cooldown_until": given["until"], "reason": given["why"]}
+    adding = given.insert_into(limits, row)
+    return adding.on_conflict_do_update(
+        index_elements=["answerer"],
+        set_={"cooldown_until": adding.excluded.cooldown_until, "reason": adding.excluded.reason},
+        # A cooldown that is too far ahead was set by a wrong clock.
+        where=(adding.excluded.cooldown_until > limits.c.cooldown_until)
+        | (limits.c.cooldown_until > adding.excluded.cooldown_until + _AHEAD),
+    )
+
+
+_COOLDOWN = {
+    "who": limits.c.answerer.type,
+    "until": limits.c.cooldown_until.type,
+    "why": limits.c.reason.type,
+}
+_MAKE, _COOL_DOWN = BulkStatement(_COOLDOWN, _making), BulkStatement(_COOLDOWN, _cooling)
+_SAVE = BulkStatement(
+    {"who": limits.c.answerer.type, **{f"new_{name}": limits.c[name].type for name in _LEARNED}}, _saving
+)
+
+
+@dataclass(slots=True)
+class Capacity:
+    """What may be claimed now, of which run.
+
+    `answerers` are the models of the runs that are active and do not cool down, `limits` those of them that hold
+    anything back, refilled, and `budgets` those of the runs that have one. `ceiling` is how many slots all workers
+    have; `waits` are the times when cooldowns end. `debited` are the models, and `raised` the runs whose highest cost,
+    to be saved. Of a model in `probes` one job may be claimed, noted in `probed`; `outages` are the models that all
+    workers wait for, with the cause.
+    """
+
+    now: Millis
+    ceiling: int = 0
+    answerers: dict[RunId, str] = field(default_factory=dict)
+    limits: dict[str, Limit] = field(default_factory=dict)
+    inflight: dict[str, int] = field(default_factory=dict)
+    budgets: dict[RunId, Budget] = field(default_factory=dict)
+    waits: list[int] = field(default_factory=list)
+    debited: set[str] = field(default_factory=set)
+    raised: set[RunId] = field(default_factory=set)
+    probes: set[str] = field(default_factory=set)
+    outages: dict[str, str] = field(default_factory=dict)
+    probed: dict[str, RunId] = field(default_factory=dict)
+
+    def pass_over(self, until: Mapping[str, int]) -> None:
+        """Claim nothing of these models until their times."""
+        self.waits += until.values()
+        self.answerers = {run_id: who for run_id, who in self.answerers.items() if who not in until}
+
+    def limit(self, run_id: RunId) -> Limit | None:
+        """Return what holds a run's jobs back, None for nothing."""
+        return self.limits.get(self.answerers[run_id])
+
+    def room(self, run_id: RunId, most: int, *, bounded: bool) -> int:
+        """Return how many of a run's jobs may be claimed, up to `most`; `bounded` if their maximum cost is known."""
+        who, limit = self.answerers[run_id], self.limit(run_id)
+        rooms: list[int | None] = [most]
+        if limit is not None:
+            rooms.append(arithmetic.room(limit, self.inflight.get(who, 0)))
+        if run_id in self.budgets:
+            self.budgets[run_id] = replace(self.budgets[run_id], bounded=bounded)
+            rooms.append(self.budgets[run_id].room)
+        if who in self.probes:
+            rooms.append(int(who not in self.probed))
+        return min(room for room in rooms if room is not None)
+
+    def wait_ms(self, run_id: RunId) -> int:
+        """Return after how long a run's job may perhaps be claimed, 0 for now or if the run must be paused."""
+        limit, budget = self.limit(run_id), self.budgets.get(run_id)
+        if budget is not None and budget.room == 0:
+            return 0 if budget.is_spent else arithmetic.RETRY_MS
+        return 0 if limit is None else arithmetic.wait_ms(limit, self.inflight.get(self.answerers[run_id], 0))
+
+    def is_throttled(self, run_id: RunId) -> bool:
+        """Return whether successful calls should raise what is learned of the model."""
+        limit = self.limit(run_id)
+        if limit is None or limit.slots is None or limit.concurrency is not None:
+            return False
+        return limit.slots < self.ceiling
+
+    def take(self, run_id: RunId, calls: int, tokens: int = 0, highest: int = 0) -> None:
+        """Debit what was claimed; `highest` is what the most expensive of these calls may cost, 0 if not known."""
+        who, limit = self.answerers[run_id], self.limit(run_id)
+        if limit is not None and calls:
+            self.debited.add(who)
+            self.limits[who] = arithmetic.debited(limit, calls, tokens)
+            self.inflight[who] = self.inflight.get(who, 0) + calls
+        if calls and who in self.probes:
+            self.probed[who] = run_id
+        budget = self.budgets.get(run_id)
+        if budget is not None:
+            inflight, most = budget.inflight + calls, max(budget.highest, highest)
+            self.budgets[run_id] = replace(budget, inflight=inflight, highest=most)
+            if highest > budget.highest:
+                self.raised.add(run_id)
+
+    async def save(self, connection: Connection) -> None:
+        """Write the balances, and pause the runs whose budget is spent."""
+        for run_id, budget in self.budgets.items():
+            if budget.is_spent and budget.pending:
+                pause = Paused(PauseCause.BUDGET, budget.spent_message)
+                await connection.execute(update(runs).where(runs.c.id == run_id).values(pausing(pause)))
+        await raise_highest(connection, {run_id: self.budgets[run_id].highest for run_id in self.raised})
+        await _save(connection, {who: self.limits[who] for who in sorted(self.debited)})
+
+
+def is_ahead(until: int, now: int) -> bool:
+    """Return whether a cooldown goes on; one that is too far ahead was set by a wrong clock."""
+    return now < until <= now + MAX_AHEAD_MS
+
+
+async def load_capacity(
+    connection: Connection, run_ids: Sequence[RunId], now: Millis, worker: WorkerId, *, lock: bool
+) -> Capacity:
+    """Return what may be claimed of these runs; with `lock` it stays so until the transaction ends."""
+    capacity = Capacity(now)
+    known: dict[str, Limit] = {}
+    limited: list[RunId] = []
+    away: set[str] = set()
+    rows = await _OPEN.all(connection, {"ids": list(run_ids)})
+    for run_id, budget, who, since, cooldown_until, *values in rows:
+        if cooldown_until is not None and is_ahead(cooldown_until, now):
+            capacity.waits.append(cooldown_until)
+            continue
+        capacity.answerers[run_id] = who
+        known[who] = _limit_of(who, values)
+        if since is not None:
+            away.add(who)
+        if budget is not None:
+            limited.append(run_id)
+    # Runs before models, as a settlement does.
+    capacity.budgets, active = await _budgets_of(connection, limited, lock=lock)
+    for run_id in set(limited) - active:
+        # Paused while we waited for the lock, perhaps for this very budget.
+        del capacity.answerers[run_id]
+    if away:
+        found = await waiting(connection, away, worker, now, lock=lock)
+        capacity.probes, capacity.outages = found.probes, found.reasons
+        capacity.pass_over(found.until)
+    if any(limit != _NO_LIMIT for limit in known.values()):
+        await _load_limits(connection, capacity, known, lock=lock)
+    return capacity
+
+
+async def _load_limits(
+    connection: Connection, capacity: Capacity, known: dict[str, Limit], *, lock: bool
+) -> None:
+    now = capacity.now
+    capacity.ceiling = max(1, await _slots_reported(connection, now))
+    binding = {who: limit for who, limit in known.items() if limit.binds(capacity.ceiling)}
+    if binding and lock:
+        rows = await _LOCKED.all(connection, {"answerers": list(binding)})
+        binding = {who: _limit_of(who, values) for who, _, *values in rows}
+        # The last holder of the lock may have let the model cool down.
+        capacity.pass_over({who: until for who, until, *_ in rows if is_ahead(until, now)})
+    capacity.limits = {who: arithmetic.refilled(limit, now) for who, limit in binding.items()}
+    counted = [who for who, limit in binding.items() if limit.at_a_time is not None]
+    capacity.inflight = await _counted(_INFLIGHT, connection, counted)
+
+
+def _limit_of(answerer: str, values: Sequence[Any]) -> Limit:
+    """Return the limit that is stored in `_COLUMNS`."""
+    found = Limit(*values)
+    if any(value is not None and value < 1 for value in (found.rpm, found.tpm, found.concurrency)):
+        raise DatabaseError(f"expected stored limits of at least 1 for {answerer!r}, got: {found}")
+    learned = (found.slots, found.threshold, found.requests, found.tokens, found.refused)
+    if any(math.isinf(value or 0) for value in learned):
+        raise DatabaseError(f"expected stored limits of finite numbers for {answerer!r}, got: {found}")
+    return found
+
+
+async def _slots_reported(connection: Connection, now: Millis) -> int:
+    [(slots,)] = await _CEILING.all(connection, {"since": now - SILENT_MS})
+    return int(slots or 0)
+
+
+async def _counted(query: PreparedQuery, connection: Connection, answerers: list[str]) -> dict[str, int]:
+    if not answerers:
+        return {}
+    return {who: int(calls) for who, calls in await query.all(connection, {"answerers": answerers})}
+
+
+async def _save(connection: Connection, changed: Mapping[str, Limit]) -> None:
+    rows = [
+        {"who": who, **{f"new_{name}": getattr(limit, name) for name in _LEARNED}}
+        for who, limit in changed.items()
+    ]
+    await _SAVE.run(connection, rows)
+
+
+@dataclass(slots=True)
+class Feedback:
+    """What a batch of ended calls shows about their model.
+
+    `tokens` and `calls` were debited and not used, `successes` may raise what is learned; `too_much` is when the latest
+    call began that the provider refused as one too many, None if it refused none. `refusals` counts the calls refused
+    so, `answered` those that were answered.
+    """
+
+    tokens: int = 0
+    calls: int = 0
+    successes: int = 0
+    too_much: int | None = None
+    refusals: int = 0
+    answered: int = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing follows from it."""
+        return not (self.tokens or self.calls or self.successes) and self.too_much is None
+
+
+async def apply_feedback(connection: Connection, feedback: Mapping[str, Feedback], now: Millis) -> set[str]:
+    """Update limits by what ended calls show, model by model in the order of their names.
+
+    Return the models that refuse so many calls that all workers should wait.
+    """
+    feedback = {who: one for who, one in feedback.items() if not one.is_empty}
+    if not feedback:
+        return set()
+    refused = {who for who, one in feedback.items() if one.too_much is not None}
+    await _make(connection, sorted(refused))
+    rows = await _LOCKED.all(connection, {"answerers": sorted(feedback)})
+    slots = max(1, await _slots_reported(connection, now))
+    before = {who: _limit_of(who, values) for who, _, *values in rows}
+    # A model that never refused a call has no share to update.
+    shared = [who for who, limit in before.items() if who in refused or limit.refused is not None]
+    inflight = await _counted(_INFLIGHT, connection, shared)
+    answered = await _counted(_ANSWERED, connection, shared)
+    changed: dict[str, Limit] = {}
+    for who, limit in before.items():
+        one, calls = feedback[who], inflight.get(who, 0)
+        after = arithmetic.debited(arithmetic.refilled(limit, now), -one.calls, -one.tokens)
+        if who in shared:
+            total = answered.get(who, 0) + one.answered
+            after = arithmetic.observed(after, refusals=one.refusals, answered=total, inflight=calls)
+        if one.successes:
+            after = arithmetic.grown(after, one.successes, slots)
+        if one.too_much is not None:
+            after = arithmetic.cut(after, began=one.too_much, now=now, inflight=calls, ceiling=slots)
+        if replace(after, balanced_at=limit.balanced_at) != limit:
+            changed[who] = after
+    await _save(connection, changed)
+    return {who for who in refused if who in changed and changed[who].refuses_much}
+
+
+async def cool_down(connection: Connection, until: Mapping[str, tuple[int, str]]) -> None:
+    """Make all workers wait for these models until the given times, with the reason; never shorter than before."""
+    rows = [{"who": who, "until": end, "why": why} for who, (end, why) in sorted(until.items())]
+    await _COOL_DOWN.run(connection, rows)
+
+
+async def give_back(connection: Connection, claims: Sequence[Claim], now: Millis) -> None:
+    """Credit the models with what was debited for claims that were released without a call."""
+    query = select(runs.c.id, runs.c.answerer).where(any_of(runs.c.id, "ids"))
+    found = (await connection.execute(query, {"ids": list({claim.run_id for claim in claims})})).all()
+    answerers = {row.id: row.answerer for row in found}
+    feedback: dict[str, Feedback] = {}
+    for claim in claims:
+        one = feedback.setdefault(answerers[claim.run_id], Feedback())
+        one.calls += 1
+        one.tokens += claim.tokens
+    await apply_feedback(connection, feedback, now)
+
+
+async def _make(connection: Connection, answerers: Iterable[str]) -> None:
+    await _MAKE.run(connection, [{"who": who, "until": 0, "why": ""} for who in answerers])
+
+
+async def slow_start(database: Database, answerers: Iterable[str]) -> None:
+    """Begin with few calls at a time if nothing has been learned of a model yet. Safe to repeat."""
+    wanted = sorted(set(answerers))
+
+    async def lacking(connection: Connection) -> bool:
+        named = any_of(limits.c.answerer, "answerers")
+        query = select(func.count()).where(named, limits.c.slots.is_not(None))
+        return int(await connection.scalar(query, {"answerers": wanted})) < len(wanted)
+
+    async def work(connection: Connection) -> None:
+        await _make(connection, wanted)
+        unknown = any_of(limits.c.answerer, "answerers") & limits.c.slots.is_(None)
+        query = update(limits).where(unknown).values(slots=arithmetic.FIRST_SLOTS)
+        await connection.execute(query, {"answerers": wanted})
+
+    if wanted:
+        is_new = await database.read(lacking)
+        if is_new:
+            await database.write(work)
+
+
+@dataclass(frozen=True, slots=True)
+class LimitStatus:
+    """What is set for and learned of a model, refilled, with its calls in flight and the slots of all workers.
+
+    `ceiling`, the slots, is 0 if no worker reports.
+    """
+
+    answerer: str
+    limit: Limit
+    inflight: int
+    ceiling: int
+
+
+async def all_limits(connection: Connection, now: Millis) -> list[LimitStatus]:
+    """Return every model for which anything is set or learned, by name."""
+    rows = (await connection.execute(_ALL)).all()
+    known = {who: _limit_of(who, values) for who, *values in rows}
+    held = {who: limit for who, limit in known.items() if limit != _NO_LIMIT}
+    if not held:
+        return []
+    slots, inflight = (
+        await _slots_reported(connection, now),
+        await _counted(_INFLIGHT, connection, list(held)),
+    )
+    return [
+        LimitStatus(who, arithmetic.refilled(limit, now), inflight.get(who, 0), slots)
+        for who, limit in held.items()
+    ]
+
+
+async def set_limits(database: Database, answerer: str, values: Mapping[str, int | None]) -> Limit:
+    """Set `rpm`, `tpm` or `concurrency` of a model, None to lift them, for all workers from now on."""
+    buckets = {"rpm": "requests", "tpm": "tokens"}
+
+    async def work(connection: Connection) -> Limit:
+        await _make(connection, [answerer])
+        [(_, _, *stored)] = await _LOCKED.all(connection, {"answerers": [answerer]})
+        before = _limit_of(answerer, stored)
+        changed = {name: value for name, value in values.items() if getattr(before, name) != value}
+        if changed:
+            # A bucket of another size begins full: what was left of the old one means nothing.
+            full: dict[str, Any] = {buckets[name]: None for name in changed if name in buckets}
+            query = update(limits).where(limits.c.answerer == answerer).values(**changed, **full)
+            await connection.execute(query)
+            await database.wake(connection)
+        return replace(before, **changed)
+
+    return await database.write(work)
+
+
+async def _budgets_of(
+    connection: Connection, run_ids: list[RunId], *, lock: bool
+) -> tuple[dict[RunId, Budget], set[RunId]]:
+    """Return the budgets of these runs, and which of them are still active."""
+    if not run_ids:
+        return {}, set()
+    query = _BUDGETS.with_for_update() if lock else _BUDGETS
+    rows = (await connection.execute(query, {"ids": run_ids})).all()
+    counts = await of_runs(connection, [RunId(row.id) for row in rows])
+    budgets = {
+        RunId(row.id): budget_of(row.budget_nanos, counts[RunId(row.id)], row.highest_nanos)
+        for row in rows
+        if row.budget_nanos is not None
+    }
+    return budgets, set(counts)
+
+
+def budget_of(limit: int, counts: Counter[str], highest: int | None = None) -> Budget:
+    """Return the budget of a run with these counts and a limit in nanos.
+
+    `highest` is the highest cost of a call, None if that is not known.
+    """
+    # At least those whose answers are there: a run of an earlier version has no count of answered calls.
+    answered = max(counts[ANSWERED], counts[JobState.DONE] - counts[REUSED])
+    return Budget(
+        limit=limit,
+        spent=counts[COST_NANOS],
+        calls=max(0, answered - counts[UNPRICED]),
+        inflight=counts[JobState.INFLIGHT],
+        pending=counts[JobState.PENDING],
+        highest=highest or 0,
+        estimated=counts[ESTIMATED_NANOS],
+    )
+
+
+async def likely_costs(connection: Connection, run_ids: Iterable[RunId]) -> dict[RunId, int]:
+    """Return what a call of each run that died with its worker probably cost; nothing for runs of unknown cost."""
+    query = select(runs.c.id, runs.c.highest_nanos).where(any_of(runs.c.id, "ids"))
+    rows = (await connection.execute(query, {"ids": list(run_ids)})).all()
+    highest = {RunId(row.id): row.highest_nanos for row in rows}
+    counts = await of_runs(connection, highest)
+    found = {run_id: budget_of(0, counts[run_id], highest[run_id]).likely for run_id in highest}
+    return {run_id: nanos for run_id, nanos in found.items() if nanos is not None}
+
+
+async def forget_estimates(connection: Connection, claims: Mapping[tuple[JobId, int], RunId]) -> Deltas:
+    """Remove the estimated costs of calls that were thought dead and are not; return what that changes.
+
+    `claims` maps their jobs and claim_seqs to the run.
+    """
+    deltas: Deltas = Counter()
+    ids = [job_id for job_id, _ in claims]
+    for row in (await connection.execute(_ESTIMATES, {"ids": ids})).all() if ids else ():
+        run_id = claims.get((row.job_id, row.claim_seq))
+        if run_id is not None:
+            deltas.update(estimated(run_id, -row.cost_nanos))
+            await connection.execute(update(attempts).where(attempts.c.id == row.id).values(cost_nanos=None))
+    return deltas
+
+
+async def raise_highest(connection: Connection, costs: Mapping[RunId, int]) -> None:
+    """Store what the most expensive call of these runs costs, or may cost, if it is more than before."""
+    for run_id, nanos in sorted(costs.items()):  # in one order, so that two never wait for each other
+        lower = runs.c.highest_nanos.is_(None) | (runs.c.highest_nanos < nanos)
+        await connection.execute(update(runs).where(runs.c.id == run_id, lower).values(highest_nanos=nanos))
+
+
+async def set_budget(database: Database, run_id: RunId, nanos: int | None) -> None:
+    """Set what a run may cost, including all that it has cost; None lifts it."""
+    query = update(runs).where(runs.c.id == run_id).values(budget_nanos=nanos)
+    await database.write(lambda connection: connection.execute(query))
