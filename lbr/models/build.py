@@ -150,24 +150,33 @@ def _pydantic_ai(name: str) -> ModuleType:
 
 
 def _provider_model(task: Task, authority: Authority, connections: Connections | None) -> Model:
-    """Build the chat adapter where it can serve the task, with pydantic-ai's behind it, else pydantic-ai's."""
+    """Build the chat adapter if it can serve the task, else pydantic-ai's."""
     from lbr.models import chat  # noqa: PLC0415
 
     key, name, settings = authority.openrouter_api_key, task.model or "", task.settings
-    endpoint = chat.endpoint_of(name, key)
-    ready: PydanticAIModel | None = None
-    if endpoint is None or task.schema is not None or chat.words_of(endpoint, settings) is None:
-        # It is needed anyway, so it is built before any call waits for it; it also checks what chat does not know.
-        ready = _pydantic_ai(name).PydanticAIModel(
-            name, task_settings=settings, api_key=key, connections=connections
-        )
-        if endpoint is None:
-            return ready
-    from lbr.models.reference import Reference  # noqa: PLC0415
 
-    reference = Reference(name, task_settings=settings, api_key=key, ready=ready, connections=connections)
+    def build_other() -> PydanticAIModel:
+        adapter = _pydantic_ai(name).PydanticAIModel
+        model: PydanticAIModel = adapter(name, task_settings=settings, api_key=key, connections=connections)
+        return model
+
+    endpoint = chat.endpoint_of(name, key)
+    if endpoint is None or chat.fields_of(endpoint, settings) is None:
+        return build_other()
+    response_format, build = None, build_other
+    if task.schema is not None:
+        other = build_other()
+        response_format = other.response_format(task.schema)
+        if response_format is None:
+            return other
+        build = lambda: other  # noqa: E731
     return chat.ChatModel(
-        endpoint, task_settings=settings, reference=reference, api_key=key, connections=connections
+        endpoint,
+        task_settings=settings,
+        build_other=build,
+        response_format=response_format,
+        api_key=key,
+        connections=connections,
     )
 
 

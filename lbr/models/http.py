@@ -1,6 +1,6 @@
 """HTTP for model calls: one pool of aiohttp's connections, with the proxies and the trust store of the environment.
 
-aiohttp costs a tenth of a second to import, so that happens in the functions that need it.
+aiohttp takes a tenth of a second to import, so the functions that need it import it.
 """
 
 from __future__ import annotations
@@ -10,16 +10,20 @@ import functools
 import os
 import ssl
 from typing import TYPE_CHECKING, Any
+from urllib.request import getproxies, proxy_bypass
+
+from lbr.models.failures import call_error
 
 if TYPE_CHECKING:
     from aiohttp import ClientResponse, ClientSession, ClientTimeout
     from yarl import URL
 
+    from lbr.core.errors import CallError
+
 KEEPALIVE_SECONDS = 15.0
 MAX_LINE_BYTES = 65_536
 MAX_HEADERS = 1_000
 """Of an answer. aiohttp would refuse a header of 8 KB, and some gateways send longer ones."""
-
 MAX_ANSWER_BYTES = 64 * 2**20
 """Of the body of an answer, unpacked: a larger one fails the call."""
 
@@ -29,14 +33,10 @@ _UNKNOWN_ISSUER = frozenset({18, 19, 20, 21})
 
 def environment_proxies() -> dict[str, str]:
     """Return the proxies by `http`, `https` and `all`: HTTP_PROXY and the like, or the system's settings."""
-    from urllib.request import getproxies  # noqa: PLC0415
-
-    found = getproxies()
-    return {
-        scheme: url if "://" in url else f"http://{url}"
-        for scheme in ("http", "https", "all")
-        if (url := found.get(scheme))
+    named = {
+        scheme: url for scheme, url in getproxies().items() if scheme in {"http", "https", "all"} and url
     }
+    return {scheme: url if "://" in url else f"http://{url}" for scheme, url in named.items()}
 
 
 def unsupported_proxy() -> bool:
@@ -60,31 +60,31 @@ class Connections:
 
     def __init__(self) -> None:
         self._session: ClientSession | None = None
-        self._proxies: dict[tuple[str, str | None], str | None] = {}
+        self._routes: dict[str, tuple[URL, str | None, Any]] = {}
 
     @functools.cached_property
     def _trust(self) -> ssl.SSLContext:
-        """The certificates of SSL_CERT_FILE, else SSL_CERT_DIR, else the system's. It takes 20 ms to read them."""
+        """The certificates of SSL_CERT_FILE, else SSL_CERT_DIR, else the system's. Reading them takes 20 ms."""
         from httpx2 import create_ssl_context  # noqa: PLC0415
 
         found = create_ssl_context()
         found.set_alpn_protocols(["http/1.1"])
         return found
 
-    def _proxy_of(self, url: URL) -> str | None:
-        place = url.scheme, url.raw_host
-        if place not in self._proxies:
-            from urllib.request import proxy_bypass  # noqa: PLC0415
+    def _route(self, url: str) -> tuple[URL, str | None, Any]:
+        """Return a URL as aiohttp takes it, its proxy, None for none, and its trust store."""
+        target = _encoded(url)
+        proxies = environment_proxies()
+        proxy = proxies.get(target.scheme) or proxies.get("all")
+        if proxy is not None and proxy_bypass(target.raw_host or ""):
+            proxy = None
+        is_encrypted = target.scheme == "https" or (proxy or "").startswith("https:")
+        return target, proxy, self._trust if is_encrypted else True
 
-            found = environment_proxies()
-            proxy = found.get(url.scheme) or found.get("all")
-            self._proxies[place] = None if proxy is None or proxy_bypass(url.raw_host or "") else proxy
-        return self._proxies[place]
-
-    def _opened(self) -> ClientSession:
+    def _open(self) -> ClientSession:
         from aiohttp import ClientSession, ClientTimeout, DummyCookieJar, TCPConnector  # noqa: PLC0415
 
-        self._session = ClientSession(
+        return ClientSession(
             connector=TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS),
             cookie_jar=DummyCookieJar(loop=asyncio.get_running_loop()),
             timeout=ClientTimeout(total=None),
@@ -93,27 +93,37 @@ class Connections:
             max_field_size=MAX_LINE_BYTES,
             max_headers=MAX_HEADERS,
         )
-        return self._session
 
-    async def request(
+    async def fetch(
         self, method: str, url: str, *, timeout: ClientTimeout, **options: Any
-    ) -> ClientResponse:
-        """Make one call, as `aiohttp.ClientSession.request` does, and return its answer, to be read and closed.
+    ) -> tuple[ClientResponse, bytes]:
+        """Make one call, as `aiohttp.ClientSession.request` does, and return its answer and the whole body.
 
-        Raises aiohttp's errors. The URL is taken as already encoded.
+        The URL is taken as already encoded. Raises CallError if no whole answer comes, with what came of a success.
         """
-        target = _encoded(url)
-        proxy = self._proxy_of(target)
-        encrypted = target.scheme == "https" or (proxy is not None and proxy.startswith("https:"))
-        return await (self._session or self._opened()).request(
-            method,
-            target,
-            timeout=timeout,
-            proxy=proxy,
-            ssl=self._trust if encrypted else True,
-            allow_redirects=False,
-            **options,
-        )
+        chunks: list[bytes] = []
+        size, status = 0, 0
+        try:
+            if (route := self._routes.get(url)) is None:
+                route = self._routes[url] = self._route(url)
+            session = self._session = self._session or self._open()
+            target, proxy, trust = route
+            async with session.request(
+                method, target, timeout=timeout, proxy=proxy, ssl=trust, allow_redirects=False, **options
+            ) as response:
+                status = response.status
+                while chunk := await response.content.readany():
+                    chunks.append(chunk)
+                    size += len(chunk)
+                    if size > MAX_ANSWER_BYTES:
+                        words = f"the answer from {_place(url)} is larger than {MAX_ANSWER_BYTES // 2**20} MB"
+                        raise call_error(f"{words}; it was not kept", kind="ModelConnectionError")
+                return response, chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        except _errors() as error:
+            lost = _lost(error, url)
+            if 200 <= status < 300 and chunks:
+                lost.text = b"".join(chunks).decode(errors="replace")
+            raise lost from error
 
     async def aclose(self) -> None:
         """Close all connections; a call that still runs fails."""
@@ -122,23 +132,11 @@ class Connections:
             await session.close()
 
 
-class AnswerTooLarge(ValueError):  # noqa: N818 - as CallError's
-    """The body of an answer is larger than lbr reads."""
+@functools.cache
+def _errors() -> tuple[type[Exception], ...]:
+    from aiohttp import ClientError  # noqa: PLC0415
 
-
-def check_size(size: int) -> None:
-    """Raise AnswerTooLarge for a body of which more bytes have been unpacked than lbr reads."""
-    if size > MAX_ANSWER_BYTES:
-        raise AnswerTooLarge(f"larger than {MAX_ANSWER_BYTES // 2**20} MB")
-
-
-def is_unreachable(error: BaseException) -> bool:
-    """Return whether an error of aiohttp or the system means that no connection was made, or that it was reset."""
-    import aiohttp  # noqa: PLC0415
-
-    if isinstance(error, TimeoutError):
-        return isinstance(error, aiohttp.ConnectionTimeoutError)
-    return isinstance(error, OSError | aiohttp.ServerDisconnectedError)
+    return ClientError, OSError, ValueError  # a timeout is an OSError
 
 
 def shown_url(url: str) -> str:
@@ -146,40 +144,58 @@ def shown_url(url: str) -> str:
     return str(_encoded(url).with_user(None).with_query(None))
 
 
-def lost_words(error: BaseException | None, url: str) -> str:
-    """Say that no answer came from a URL, or not all of it, and why: of the URL host and port alone, for it may hold a key.
+def _place(url: str) -> str:
+    """Return host and port alone of a URL, because the rest may hold a key; empty without a host."""
+    found = _encoded(url)
+    return f"[{found.host}]:{found.port}" if ":" in (found.host or "") else f"{found.host or ''}:{found.port}"
 
-    `error` is aiohttp's or the system's, None where it is not known.
-    """
+
+def _lost(error: Exception, url: str) -> CallError:
+    """Return the error for a call whose connection failed."""
+    import aiohttp  # noqa: PLC0415
+
+    is_late, is_connecting = (
+        isinstance(error, TimeoutError),
+        isinstance(error, aiohttp.ConnectionTimeoutError),
+    )
+    words = "Request timed out." if is_late and not is_connecting else lost_words(error, url)
+    return call_error(
+        words,
+        kind="ModelTimeoutError" if is_late else "ModelConnectionError",
+        connecting=is_connecting,
+        unreachable=is_connecting
+        if is_late
+        else isinstance(error, OSError | aiohttp.ServerDisconnectedError),
+    )
+
+
+def lost_words(error: Exception, url: str) -> str:
+    """Return a message for an error of aiohttp or the system in a call to a URL."""
     from aiohttp import ClientConnectorError  # noqa: PLC0415
 
-    place = _encoded(url)
-    host, port = place.host, place.port
-    if isinstance(error, ClientConnectorError):  # perhaps the proxy's
-        host, port = error.host, error.port
-    if host is None:
+    if not _encoded(url).host:
         return "expected a URL with a host, got: one without; see how the provider's base URL is set"
-    where = f"[{host}]:{port}" if host and ":" in host else f"{host}:{port}"
-    if isinstance(error, AnswerTooLarge):
-        return f"the answer from {where} is {error}; it was not kept"
+    place = _place(url)
+    if isinstance(error, ClientConnectorError):  # perhaps the proxy's
+        place = f"[{error.host}]:{error.port}" if ":" in error.host else f"{error.host}:{error.port}"
     cause = _cause_of(error)
-    return f"the connection to {where} failed: {cause}" if cause else f"no whole answer came from {where}"
+    return f"the connection to {place} failed: {cause}" if cause else f"no whole answer came from {place}"
 
 
 def _cause_of(error: Any) -> str | None:
     import aiohttp  # noqa: PLC0415
 
-    # aiohttp's own words name a Python object beside the system's.
+    # aiohttp's own message names a Python object beside the system's.
     match getattr(error, "certificate_error", None) or getattr(error, "os_error", None) or error:
         case ssl.SSLCertVerificationError() as found:
-            way = "; SSL_CERT_FILE can name a file with its issuer" * (found.verify_code in _UNKNOWN_ISSUER)
-            return f"its certificate is not trusted: {found.verify_message}{way}"
+            hint = "; SSL_CERT_FILE can name a file with its issuer" * (found.verify_code in _UNKNOWN_ISSUER)
+            return f"its certificate is not trusted: {found.verify_message}{hint}"
         case ssl.SSLError(reason=str(reason)):
             return f"TLS: {reason.replace('_', ' ').lower()}"
         case aiohttp.ConnectionTimeoutError():
             return "it was not made in time"
         case aiohttp.ClientHttpProxyError() as found:
-            return f"the proxy answered {found.status}"  # in its own words there may be what it was sent
+            return f"the proxy answered {found.status}"  # its message may have what it was sent
         case aiohttp.InvalidURL():  # ours is one
             return "the proxy that the environment names is no URL"
         case aiohttp.ServerDisconnectedError():

@@ -6,16 +6,13 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from aiohttp import ClientError, ClientTimeout
 
 import lbr
 from lbr.core.errors import UsageError
 from lbr.core.types import Task
 from lbr.models.build import Authority, build_model
 from lbr.models.environment import check_environment, check_trust, takes_max_completion_tokens
-from lbr.models.http import Connections, lost_words
 from tests.support import Cli
-from tests.support.raw_server import answer, answering, certificate, serving
 from tests.support.scripted_server import Scripted
 
 if TYPE_CHECKING:
@@ -238,22 +235,6 @@ def test_a_folder_that_takes_an_exported_key_elsewhere_is_reported(
     assert said.count(f" sends {exported}, which is set outside this file, to 'http://") == warned
     assert said.count(".env: ") == warned
     assert "pw@" not in said
-
-
-async def test_a_certificate_of_no_known_issuer_names_the_variable(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """The way out is SSL_CERT_FILE, also for who has set REQUESTS_CA_BUNDLE, which lbr does not read."""
-    file, tls = certificate(tmp_path)
-    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(file))
-    async with serving(answering(answer(b"{}")), tls) as server:
-        http = Connections()
-        with pytest.raises(ClientError) as raised:
-            await http.request("GET", server.url, timeout=ClientTimeout(5))
-        await http.aclose()
-    said = lost_words(raised.value, server.url)
-    assert "not trusted: self" in said
-    assert said.endswith("; SSL_CERT_FILE can name a file with its issuer")
 
 
 def test_one_folder_of_certificates_is_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from lbr.core.errors import CallError, Family, UsageError
 from lbr.core.types import BadTry, JobId, Prompt, Task
 from lbr.models.base import Request
 from lbr.models.build import Authority, build_model, check_task, unsent
-from lbr.models.families import call_error, family_of
+from lbr.models.failures import from_exception
 from lbr.models.pydantic_ai import PydanticAIModel, check_model
 from lbr.models.pydantic_ai.model import output_mode
 from tests.support.llmock_server import free_port, serve
@@ -281,7 +281,7 @@ async def test_the_message_is_the_providers_short_and_without_keys(
 
 def test_a_key_that_was_given_is_hidden_too() -> None:
     """A key that is not in the environment does not get into a message either."""
-    error = call_error(ValueError("no: sk-or-given-key and sk-or-given"), api_key="sk-or-given-key")
+    error = from_exception(ValueError("no: sk-or-given-key and sk-or-given"), api_key="sk-or-given-key")
     assert (str(error), error.kind, error.family) == (
         "no: *** and sk-or-given",
         "ValueError",
@@ -291,7 +291,7 @@ def test_a_key_that_was_given_is_hidden_too() -> None:
 
 def test_an_error_without_words_is_named() -> None:
     """An error that says nothing is told by its class."""
-    assert str(call_error(TimeoutError())) == "TimeoutError"
+    assert str(from_exception(TimeoutError())) == "TimeoutError"
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_errors_without_a_status_have_a_family_too(name: Any, arguments: Any, fa
     from pydantic_ai import exceptions
 
     error = getattr(exceptions, name)(*arguments)
-    assert (family_of(error), call_error(error).kind) == (family, name)
+    assert (from_exception(error).family, from_exception(error).kind) == (family, name)
 
 
 def test_a_moderated_prompt_does_not_pause_the_run() -> None:
@@ -322,7 +322,7 @@ def test_a_moderated_prompt_does_not_pause_the_run() -> None:
     from pydantic_ai.exceptions import ModelHTTPError, ModelRequestRejectedError
 
     moderated = ModelHTTPError.for_category(ModelRequestRejectedError, status_code=403, model_name="m")
-    assert family_of(moderated) is Family.PERMANENT
+    assert from_exception(moderated).family is Family.PERMANENT
 
 
 # --- replies ----------------------------------------------------------------------------------------------------------

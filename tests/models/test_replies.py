@@ -6,6 +6,7 @@ import json
 import os
 from typing import Any
 
+import httpx2
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,6 @@ from lbr.core.errors import CallError, Family, Usage
 from lbr.core.types import JobId, Prompt, Task
 from lbr.models.base import Request
 from lbr.models.pydantic_ai import PydanticAIModel
-from lbr.models.reference import Reference
 from tests.models.test_chat_answers import ENVELOPES, USAGES, event
 from tests.models.test_chat_conformance import SPOILT, WHOLE, completion, places_in, spoilt
 from tests.support.scripted_server import Scripted
@@ -169,12 +169,14 @@ async def test_nothing_in_a_body_can_break_the_reader(data: st.DataObject) -> No
     """Whatever stands at any place, or is missing there, is an answer or a failure that keeps what came."""
     place = data.draw(st.sampled_from(places_in(WHOLE)))
     body = spoilt(WHOLE, place, data.draw(SPOILT), gone=data.draw(st.booleans()))
-    model = Reference("openai-chat:m", task_settings={})
+    model = PydanticAIModel(
+        "openai-chat:m",
+        task_settings={},
+        transport=httpx2.MockTransport(lambda _: httpx2.Response(200, json=body)),
+    )
     request = Request(Prompt(text="hello"), Task(model="openai-chat:m"), JobId(1), 1, timeout=30)
     try:
-        kept: Any = await model.read(
-            request, 200, {"content-type": "application/json"}, json.dumps(body).encode()
-        )
+        kept: Any = await model.answer(request)
     except CallError as error:
         kept = error
     finally:

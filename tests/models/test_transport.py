@@ -6,22 +6,16 @@ import asyncio
 import gzip
 import json
 import os
-import subprocess
-import sys
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 import httpx2
 import pytest
-from aiohttp import ClientHttpProxyError, ClientTimeout, InvalidURL, RequestInfo
-from multidict import CIMultiDict, CIMultiDictProxy
-from yarl import URL
 
 from lbr.core.errors import CallError, Family, Symptom, UsageError
 from lbr.core.types import JobId, Prompt, Task
 from lbr.models.base import Request
-from lbr.models.http import Connections, lost_words
 from lbr.models.pydantic_ai import PydanticAIModel, Transport
 from lbr.models.pydantic_ai.model import http_package
 from tests.support.faulty_server import answer as completion
@@ -218,62 +212,6 @@ async def test_a_proxy_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
             await client.get("https://example.com")
 
 
-@pytest.mark.parametrize(
-    ("environment", "url", "proxy"),
-    [
-        ({"HTTP_PROXY": "http://p:1"}, "http://example.com/", "http://p:1"),
-        ({"HTTP_PROXY": "http://p:1"}, "https://example.com/", None),
-        ({"https_proxy": "p:2", "ALL_PROXY": "http://p:3"}, "https://example.com/", "http://p:2"),
-        ({"HTTPS_PROXY": "p:2", "ALL_PROXY": "http://p:3"}, "http://example.com/", "http://p:3"),
-        ({"ALL_PROXY": "http://p:3", "NO_PROXY": "*"}, "http://example.com/", None),
-        ({"ALL_PROXY": "http://p:3", "NO_PROXY": "a, Example.com"}, "http://example.com/", None),
-        ({"ALL_PROXY": "http://p:3", "NO_PROXY": "example.com"}, "http://api.example.com/", None),
-        ({"ALL_PROXY": "http://p:3", "NO_PROXY": ".example.com"}, "http://api.example.com/", None),
-        ({"ALL_PROXY": "http://p:3", "NO_PROXY": "example.com"}, "http://notexample.com/", "http://p:3"),
-        ({"ALL_PROXY": "http://p:3", "NO_PROXY": "127.0.0.1,::1"}, "http://127.0.0.1:8/", None),
-        ({"ALL_PROXY": "http://p:3", "NO_PROXY": "127.0.0.1,::1"}, "http://[::1]:8/", None),
-    ],
-)
-def test_which_proxy_a_call_takes(
-    environment: dict[str, str], url: str, proxy: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Proxies and exceptions are those that Python's own urllib reads."""
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert Connections()._proxy_of(URL(url)) == proxy
-
-
-async def test_calls_have_no_password_of_netrc_and_no_cookie(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What this machine holds for other programs, and what a server left, does not go with calls."""
-    netrc = tmp_path / "netrc"
-    netrc.write_text("machine 127.0.0.1 login somebody password secret\n")
-    monkeypatch.setenv("NETRC", str(netrc))
-    asked: list[ResolvedTask] = []
-    http = Connections()
-    async with serving(answering(answer(b"{}", "set-cookie: a=b"), asked)) as server:
-        for _ in range(2):
-            async with await http.request("POST", server.url, timeout=ClientTimeout(total=30)) as answered:
-                assert await answered.json(content_type=None) == {}
-        await http.aclose()
-        await server.all_ended()
-    assert not any({"authorization", "cookie"} & one.headers.keys() for one in asked)
-
-
-@pytest.mark.parametrize("url", ["http://api.example.com/v1", "https://api.example.com/v1"])
-async def test_a_proxy_that_is_none_fails_calls_and_nothing_else(
-    monkeypatch: pytest.MonkeyPatch, url: str
-) -> None:
-    """A worker serves other runs, too: what is wrong with the environment of one is told by its calls."""
-    for name in ("HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.setenv(name, "http://user:pa[ss@127.0.0.1:1")
-    http = Connections()
-    with pytest.raises(InvalidURL):
-        await http.request("GET", url, timeout=ClientTimeout())
-    await http.aclose()
-
-
 async def test_a_proxy_that_aiohttp_cannot_speak_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """SOCKS is for httpx's own pool, which providers keep then."""
     monkeypatch.setenv("ALL_PROXY", "socks5://user:secret@127.0.0.1:1080")
@@ -391,23 +329,3 @@ async def test_a_connection_that_is_not_made_in_time_is_told(monkeypatch: pytest
     await model.aclose()
     assert str(raised.value) == "the connection to 127.0.0.1:9 failed: it was not made in time"
     assert raised.value.kind == "ModelTimeoutError"
-
-
-def test_nobody_imports_aiohttp_before_a_call() -> None:
-    """`lbr --help` and the modules of models stay as fast as they were."""
-    code = "import sys, lbr.cli, lbr.models.http, lbr.models.build; sys.exit('aiohttp' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_what_a_proxy_says_is_not_repeated() -> None:
-    """Some say what they were sent, a password among it."""
-    asked = RequestInfo(URL("http://api.example"), "CONNECT", CIMultiDictProxy(CIMultiDict()), URL())
-    refused = ClientHttpProxyError(asked, (), status=407, message="Basic bWU6c2VjcmV0 is nobody's")
-    words = lost_words(refused, "https://api.example/v1?key=secret")
-    assert words == "the connection to api.example:443 failed: the proxy answered 407"
-
-
-@pytest.mark.parametrize("url", ["http:///v1", "https:", "v1"])
-def test_a_url_without_a_host_is_told_as_that(url: str) -> None:
-    """Nothing was tried, and no proxy is to blame."""
-    assert lost_words(InvalidURL(url), url).startswith("expected a URL with a host, got: one without; ")

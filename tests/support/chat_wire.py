@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lbr.core.errors import CallError, UsageError
+from lbr.core.types import Task
+from lbr.models.build import Authority, build_model
 from lbr.models.chat import ChatModel, endpoint_of
 from lbr.models.pydantic_ai import PydanticAIModel
-from lbr.models.reference import Reference
 
 if TYPE_CHECKING:
     import ssl
     from collections.abc import AsyncIterator, Mapping
 
-    from lbr.core.types import Reply
     from lbr.models.base import Model, Request
 
 MODELS = {
@@ -91,31 +91,22 @@ def environment(url: str) -> dict[str, str]:
     return bases | {f"{name}_API_KEY": KEY for name in ("OPENAI", "OPENROUTER", "OLLAMA")}
 
 
-class Unused:
-    """Stands for pydantic-ai where it must not be needed."""
-
-    async def answer(self, request: Request) -> Reply:
-        """Fail."""
-        raise AssertionError("handed over a request")
-
-    async def body(self, request: Request) -> bytes:
-        """Fail."""
-        raise AssertionError("asked how to word a request")
-
-    async def read(self, request: Request, status: int, headers: Mapping[str, str], content: bytes) -> Reply:
-        """Fail."""
-        raise AssertionError(f"handed over an answer: {status} {content[:200]!r}")
-
-    async def aclose(self) -> None:
-        """Do nothing."""
+def unused() -> PydanticAIModel:
+    """Stand for pydantic-ai's adapter if it must not be needed."""
+    raise AssertionError("handed over a request")
 
 
-def chat_model(name: str, settings: Mapping[str, Any] | None = None, *, alone: bool = False) -> ChatModel:
-    """Build the chat adapter; `alone`, it fails where it would hand over."""
+def chat_model(
+    name: str, settings: Mapping[str, Any] | None = None, schema: Any = None, *, alone: bool = False
+) -> Model:
+    """Build what a worker would; `alone`, it is the chat adapter, which fails if it would hand over."""
+    if not alone:
+        return build_model(
+            Task(model=name, settings=dict(settings or {}), schema=schema), Authority(), concurrency=1
+        )
     endpoint = endpoint_of(name)
     assert endpoint is not None
-    reference = Unused() if alone else Reference(name, task_settings=settings or {})
-    return ChatModel(endpoint, task_settings=settings or {}, reference=reference)
+    return ChatModel(endpoint, task_settings=settings or {}, build_other=unused)
 
 
 def reference_model(name: str, settings: Mapping[str, Any] | None = None) -> PydanticAIModel:

@@ -12,15 +12,12 @@ from bench_chat import chat_server
 from genai_prices import data_snapshot
 
 from lbr.core.errors import Usage
-from lbr.models import loading
-from lbr.models.chat import endpoint_of
-from lbr.models.chat.costs import Costs
-from lbr.models.pydantic_ai import PydanticAIModel
-from lbr.models.reference import Reference
+from lbr.models.chat import ChatModel, endpoint_of
+from lbr.models.chat.costs import RETRY_SECONDS, Costs
 from lbr.worker.attempt import Deadlines, LateCalls, attempt
 from tests.models.test_chat_conformance import asking, completion
 from tests.support import Cli
-from tests.support.chat_wire import MODELS, Wire, chat_model, environment, http
+from tests.support.chat_wire import MODELS, Wire, chat_model, environment, http, reference_model
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -92,7 +89,7 @@ async def test_a_price_table_is_tried_again_but_not_for_each_call(
         await costs.ready(60)
         assert costs.usage(body) == Usage(10, 5, None)
     assert snapshot.asked == 1
-    now += loading.RETRY_SECONDS
+    now += RETRY_SECONDS
     costs.begin()
     await costs.ready(60)
     assert costs.usage(body) == Usage(10, 5, 4_500)
@@ -117,15 +114,14 @@ async def test_a_price_table_that_takes_long_lets_no_call_be_late(
     assert (outcome.reply.text, outcome.reply.usage) == ("fine", Usage(10, 5, None))
 
 
-async def test_what_could_not_be_built_is_built_for_a_later_call(
-    wire: Wire, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_what_could_not_be_built_is_built_for_a_later_call(wire: Wire) -> None:
     """A call that only pydantic-ai can make fails while that cannot be built, and no longer."""
-    monkeypatch.setattr(loading, "RETRY_SECONDS", 0.0)
-    monkeypatch.setattr("lbr.models.pydantic_ai.PydanticAIModel", Failing(PydanticAIModel, 1))
     wire.script = http(200, json.dumps(completion()))
-    asked = Reference(NAME, task_settings={})
+    endpoint = endpoint_of(NAME)
+    assert endpoint is not None
+    build_other = Failing(lambda: reference_model(NAME), 1)
+    model = ChatModel(endpoint, task_settings={}, build_other=build_other)
     with pytest.raises(OSError, match="Too many open files"):
-        await asked.answer(asking())
-    assert (await asked.answer(asking())).text == "fine"
-    await asked.aclose()
+        await model.answer(asking("<|x|>"))
+    assert (await model.answer(asking("<|x|>"))).text == "fine"
+    await model.aclose()

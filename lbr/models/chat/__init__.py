@@ -1,9 +1,6 @@
-"""Endpoints that speak OpenAI's chat completions, called with aiohttp and orjson.
+"""Endpoints that speak OpenAI's chat completions, called with aiohttp and orjson; pydantic-ai serves all others."""
 
-What is out of the ordinary is left to `lbr.models.pydantic_ai`, which serves every provider.
-"""
-
-from lbr.models.chat.endpoints import endpoint_of, knows, serves, words_of
 from lbr.models.chat.model import ChatModel
+from lbr.models.chat.request import endpoint_of, fields_of, knows, serves
 
-__all__ = ["ChatModel", "endpoint_of", "knows", "serves", "words_of"]
+__all__ = ["ChatModel", "endpoint_of", "fields_of", "knows", "serves"]

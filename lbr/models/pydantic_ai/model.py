@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import httpx2
 import orjson
-from aiohttp import ClientError, ClientTimeout, ConnectionTimeoutError
+from aiohttp import ClientTimeout
 from pydantic_ai import messages as pm
 from pydantic_ai.direct import model_request
 from pydantic_ai.exceptions import UsageExtractionFailedWarning, UserError
@@ -37,16 +37,13 @@ from lbr.core.errors import CallError, Permanent, Usage, UsageError
 from lbr.core.types import Reply
 from lbr.models.chat.answers import Reader
 from lbr.models.chat.costs import Costs
-from lbr.models.chat.endpoints import Endpoint
+from lbr.models.chat.request import Endpoint
 from lbr.models.checking import check_authority
-from lbr.models.endings import check_answer, ending_of, filter_words
+from lbr.models.endings import check_answer, ending_of
 from lbr.models.environment import check_environment, check_trust, takes_max_completion_tokens
-from lbr.models.families import call_error
-from lbr.models.http import Connections, check_size, is_unreachable, lost_words, unsupported_proxy
+from lbr.models.failures import clean, filter_words, from_exception
+from lbr.models.http import Connections, unsupported_proxy
 from lbr.models.prompt import Image, turns_of
-from lbr.models.refusals import ProviderError
-from lbr.models.refusals import call_error as refused
-from lbr.models.wording import clean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -156,6 +153,20 @@ class PydanticAIModel:
             settings = {n: v for n, v in settings.items() if n != "max_tokens"} | {"extra_body": body}
         return settings | no_retries(self._model)
 
+    def response_format(self, schema: dict[str, Json]) -> dict[str, Json] | None:
+        """Return what a chat completions request has for a schema; None if the model is asked in another way."""
+        if output_mode(self._model.profile) != "native":
+            return None
+        settings: Any = self._settings
+        _, prepared = self._model.prepare_request(settings, parameters_of(schema, self._model.profile))
+        if prepared.output_object is None:
+            return None
+        found: dict[str, Json] = {"name": ANSWER_TOOL, "schema": prepared.output_object.json_schema}
+        profile: Mapping[str, Any] = self._model.profile
+        if profile.get("openai_supports_strict_tool_definition", True):
+            found["strict"] = prepared.output_object.strict
+        return {"type": "json_schema", "json_schema": found}
+
     async def aclose(self) -> None:
         """Close the HTTP client."""
         async with self._model:  # which closes a client that the provider opened
@@ -171,7 +182,7 @@ def _failed(error: Exception, api_key: str | None) -> CallError:
         if isinstance(cause, CallError):
             return cause
         cause = cause.__cause__
-    return call_error(error, api_key=api_key)
+    return from_exception(error, api_key=api_key)
 
 
 def no_retries(model: Model) -> dict[str, Json]:
@@ -200,45 +211,25 @@ class Transport(httpx2.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """Make a call, and read its answer."""
         url, content = str(request.url.copy_with(username=None, password=None)), await request.aread()
-        timeouts, chunks = request.extensions.get("timeout", {}), []
+        timeouts = request.extensions.get("timeout", {})
         raw = ((name, value) for name, value in request.headers.raw if name.lower() != b"accept-encoding")
-        try:
-            async with await self._connections.request(
-                request.method,
-                url,
-                headers=[(name.decode("latin-1"), value.decode()) for name, value in raw],
-                data=io.BytesIO(content) if content else None,
-                timeout=ClientTimeout(
-                    total=None, connect=timeouts.get("connect"), sock_read=timeouts.get("read")
-                ),
-                skip_auto_headers=("Accept", "Content-Type", "User-Agent"),
-            ) as answer:
-                while chunk := await answer.content.readany():
-                    chunks.append(chunk)
-                    check_size(sum(map(len, chunks)))
-        except (ClientError, OSError, ValueError) as error:
-            raise _lost(error, url) from error
+        answer, body = await self._connections.fetch(
+            request.method,
+            url,
+            headers=[(name.decode("latin-1"), value.decode()) for name, value in raw],
+            data=io.BytesIO(content) if content else None,
+            timeout=ClientTimeout(
+                total=None, connect=timeouts.get("connect"), sock_read=timeouts.get("read")
+            ),
+            skip_auto_headers=("Accept", "Content-Type", "User-Agent"),
+        )
         headers = [(name, value) for name, value in answer.raw_headers if name.lower() not in _PACKING]
-        return httpx2.Response(answer.status, headers=headers, content=b"".join(chunks), request=request)
+        return httpx2.Response(answer.status, headers=headers, content=body, request=request)
 
     async def aclose(self) -> None:
         """Close the connections, unless they are shared."""
         if self._is_owned:
             await self._connections.aclose()
-
-
-def _lost(error: Exception, url: str) -> CallError:
-    late, connecting = isinstance(error, TimeoutError), isinstance(error, ConnectionTimeoutError)
-    kind = "ModelTimeoutError" if late else "ModelConnectionError"
-    return refused(
-        ProviderError(
-            kind=kind,
-            categories=frozenset({kind, "ModelConnectionError"}),
-            words="Request timed out." if late and not connecting else lost_words(error, url),
-            connecting=connecting,
-            unreachable=is_unreachable(error),
-        )
-    )
 
 
 def http_package(provider: type[Provider[Any]]) -> ModuleType | None:

@@ -1,0 +1,387 @@
+"""Failed calls: one table from HTTP status, error code and kind to family, wait and message; no other module decides.
+
+Kinds have the names of pydantic-ai's exceptions, whichever adapter made the call.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import os
+import re
+import time
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any
+
+from lbr.core.errors import CallError, Family, Symptom
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+# --- kinds ------------------------------------------------------------------------------------------------------------
+
+_KINDS: dict[str, tuple[Family, Symptom | None]] = {
+    "ModelQuotaExceededError": (Family.ACCOUNT, None),
+    "ModelRateLimitError": (Family.RATE_LIMITED, None),
+    "ModelOverloadedError": (Family.RATE_LIMITED, Symptom.SERVER_ERROR),
+    "ModelUnavailableError": (Family.RATE_LIMITED, Symptom.SERVER_ERROR),
+    "ModelServerError": (Family.TRANSIENT, Symptom.SERVER_ERROR),
+    "ModelTimeoutError": (Family.TRANSIENT, None),
+    "ModelConnectionError": (Family.TRANSIENT, None),
+    # One job alone fails; if all calls are denied, or all are refused alike, the run is paused instead.
+    "ModelAuthenticationError": (Family.PERMANENT, Symptom.DENIED),
+    "ModelRequestRejectedError": (Family.PERMANENT, Symptom.SET_UP),
+    "ModelNotFoundError": (Family.PERMANENT, Symptom.SET_UP),
+    "ModelContextWindowExceededError": (Family.PERMANENT, None),
+    "ContentFilterError": (Family.PERMANENT, None),
+    "OutputTokenLimitExceeded": (Family.PERMANENT, None),
+    "UserError": (Family.PERMANENT, None),
+}
+
+_STATUSES = {
+    400: "ModelRequestRejectedError",
+    401: "ModelAuthenticationError",
+    402: "ModelQuotaExceededError",
+    403: "ModelAuthenticationError",
+    404: "ModelNotFoundError",
+    422: "ModelRequestRejectedError",
+    429: "ModelRateLimitError",
+    503: "ModelUnavailableError",
+    529: "ModelOverloadedError",
+}
+_TRANSIENT_STATUSES = frozenset({408, 409, 425, 499})
+_OVERLOAD_STATUSES = frozenset({408, 504, 524})
+
+_CODES = {
+    "insufficient_quota": "ModelQuotaExceededError",
+    "billing_hard_limit_reached": "ModelQuotaExceededError",
+    "credit_balance_exhausted": "ModelQuotaExceededError",
+    "organization_spend_limit_exceeded": "ModelQuotaExceededError",
+    "project_spend_limit_exceeded": "ModelQuotaExceededError",
+    "organization_usage_limit_exceeded": "ModelQuotaExceededError",
+    "context_length_exceeded": "ModelContextWindowExceededError",
+    "exceed_context_size_error": "ModelContextWindowExceededError",
+    "overloaded": "ModelOverloadedError",
+    "overloaded_error": "ModelOverloadedError",
+    "server_is_overloaded": "ModelOverloadedError",
+    "model_not_found": "ModelNotFoundError",
+    "invalid_api_key": "ModelAuthenticationError",
+}
+"""Kinds by what an error has as its `code` or `type`."""
+
+_TEXTS = {
+    # Anthropic: of type invalid_request_error. Only the beginning is its own text; the prompt may be quoted after it.
+    r"your credit balance|you have reached your specified (?:\w+ )?api usage limits": (
+        {400},
+        "ModelQuotaExceededError",
+    ),
+    # OpenAI: the code is rate_limit_exceeded, but no wait is long enough.
+    r"request too large": ({429}, "ModelRequestRejectedError"),
+    # xAI, OpenRouter's free models, and relays that drop OpenAI's code. Google words every limit so, but names a wait.
+    r".*(?:insufficient[ _](?:quota|balance|credit|fund)|plan and billing|billing[ _]hard[ _]limit|spending limit)": (
+        {401, 403, 429},
+        "ModelQuotaExceededError",
+    ),
+    r".*(?:credit balance|used all available credits|free-models-per-day)": (
+        {401, 403, 429},
+        "ModelQuotaExceededError",
+    ),
+    # vLLM and OpenRouter: the code is the status.
+    r".*(?:maximum context length|reduce the length of the messages)": (
+        {400, 413, 422},
+        "ModelContextWindowExceededError",
+    ),
+}
+"""Kinds by status and message, of the few providers whose errors have no code of their own."""
+
+
+def kind_of(status: int, body: object, known: str | None = None, *, waits: bool = False) -> str:
+    """Name a failure by its status and body. `known` is what the client calls it; `waits` if the provider names a wait."""
+    for part in _parts(body):
+        for code in (part.get("code"), part.get("type")):
+            if isinstance(code, str) and code in _CODES:
+                return _CODES[code]
+        metadata = part.get("metadata")
+        if status == 403 and isinstance(metadata, dict) and {"flagged_input", "reasons"} & metadata.keys():
+            return "ModelRequestRejectedError"  # OpenRouter's moderation refuses the prompt, not the key
+    message = message_in(body) or ""
+    for pattern, (statuses, kind) in _TEXTS.items():
+        is_limit = waits and kind == "ModelQuotaExceededError"
+        if status in statuses and not is_limit and re.match(pattern, message, re.IGNORECASE | re.DOTALL):
+            return kind
+    if known is not None and (status != 429 or known == "ModelQuotaExceededError"):
+        return known
+    return _STATUSES.get(status) or ("ModelServerError" if 500 <= status < 600 else "ModelHTTPError")
+
+
+def call_error(
+    words: str,
+    *,
+    status: int = 0,
+    body: object = None,
+    headers: Mapping[str, object] | None = None,
+    kind: str | None = None,
+    suggestion: str | None = None,
+    url: str | None = None,
+    connecting: bool = False,
+    unreachable: bool = False,
+    api_key: str | None = None,
+    now: float | None = None,
+) -> CallError:
+    """Return the error for a call that failed; no key gets into its message.
+
+    `words` are the message if the body has none. `status` is 0 and `body` None if no answer came. `kind` is what the
+    client calls it, `connecting` means that no connection was made in time, `unreachable` that it was refused, reset or
+    never made. `now`, seconds since 1970, is what resets are compared with; None for the clock.
+    """
+    now = time.time() if now is None else now
+    all_headers = _all_headers(headers or {}, body)
+    wait = _asked_wait(all_headers, now)
+    kind = kind_of(status, body, kind, waits=wait is not None)
+    is_final = 300 <= status < 500 and status not in _TRANSIENT_STATUSES
+    other = (Family.PERMANENT, Symptom.SET_UP) if is_final else (Family.TRANSIENT, None)
+    family, symptom = _KINDS.get(kind, other)
+    if kind == "ModelAuthenticationError" and status == 403:
+        symptom = Symptom.FORBIDDEN
+    elif (symptom is Symptom.SET_UP and not status) or status == 413:
+        symptom = None
+    if status >= 500:
+        symptom = Symptom.SERVER_ERROR
+    found = filter_words(body) if family is Family.PERMANENT else None
+    if found:
+        kind, symptom = "ContentFilterError", None
+    if wait is None and family is Family.RATE_LIMITED:
+        # Resets come with every answer, and do not say when a broken server will recover.
+        wait = _reset_wait(all_headers, now)
+    return CallError(
+        _message(words, status, body, found, suggestion, url, api_key) or kind,
+        family=family,
+        retry_after=wait,
+        kind=kind,
+        overloaded=family is Family.TRANSIENT and (connecting or status in _OVERLOAD_STATUSES),
+        symptom=Symptom.UNREACHABLE if unreachable else symptom,
+    )
+
+
+def from_exception(error: Exception, *, api_key: str | None = None) -> CallError:
+    """Return the error for an exception of pydantic-ai or of a provider's client."""
+    names = [one.__name__ for one in type(error).__mro__]
+    status = getattr(error, "status_code", None)
+    connecting = getattr(error, "phase", None) == "connect"
+    return call_error(
+        str(error),
+        status=status if isinstance(status, int) else 0,
+        body=getattr(error, "body", None),
+        headers=getattr(error, "headers", None),
+        kind=next((name for name in names if name in _KINDS), names[0]),
+        suggestion=getattr(error, "suggested_model_id", None),
+        url=_url_of(error.__cause__),
+        connecting=connecting and "ModelTimeoutError" in names,
+        unreachable=connecting,
+        api_key=api_key,
+    )
+
+
+def _url_of(error: Any) -> str | None:
+    """Return where a client's call went, without user, password and query, which may be secret; None if unknown."""
+    try:
+        return str(error.request.url.copy_with(username=None, password=None, query=None))
+    except (AttributeError, RuntimeError):  # httpx's errors raise RuntimeError if they have no request
+        return None
+
+
+# --- waits ------------------------------------------------------------------------------------------------------------
+
+_UNIT_SECONDS = {"d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0, "ms": 0.001, "us": 1e-6, "µs": 1e-6}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|us|µs|[dhms])")
+_RESET = re.compile(r"(?:(?:x-)?ratelimit-reset(?:-[\w-]+)?|anthropic-(?:[\w-]+-)?ratelimit-[\w-]+-reset)\Z")
+_EPOCH_SECONDS_FROM, _EPOCH_MILLIS_FROM = 1e9, 1e11
+"""A smaller number is a wait in seconds; from the second on it cannot be seconds since 1970."""
+
+
+def _all_headers(headers: Mapping[str, object], body: object) -> dict[str, str]:
+    """Return headers by lower-case names, with those that OpenRouter and Google put into the body."""
+    found = dict(headers)
+    for part in _parts(body):
+        match part:
+            case {"metadata": {"headers": dict(inner)}}:
+                found |= inner
+            case {"details": [*details]}:
+                for detail in details:
+                    if isinstance(detail, dict) and "retryDelay" in detail:
+                        found.setdefault("retry-after", detail["retryDelay"])
+    return {str(name).lower(): str(value).strip() for name, value in found.items()}
+
+
+def _asked_wait(headers: Mapping[str, str], now: float) -> float | None:
+    """Return the seconds that the answer asks to wait; None if it does not, for nonsense, and for the past."""
+    millis = _number(headers.get("retry-after-ms", ""))
+    return millis / 1000 if millis and millis > 0 else _seconds(headers.get("retry-after", ""), now)
+
+
+def _reset_wait(headers: Mapping[str, str], now: float) -> float | None:
+    """Return the seconds until the last reset of a used-up limit (`…-remaining` is 0), else until the last of all."""
+    resets = [
+        (wait, _number(headers.get(name.replace("reset", "remaining"), "")))
+        for name, value in headers.items()
+        if _RESET.match(name) and (wait := _seconds(value, now)) is not None
+    ]
+    used_up = [wait for wait, remaining in resets if remaining is not None and remaining <= 0]
+    return max(used_up or [wait for wait, _ in resets], default=None)
+
+
+def _seconds(text: str, now: float) -> float | None:
+    """Read seconds (`7`), a duration (`6m0s`), a date or a point in time since 1970; None for nonsense and the past."""
+    wait = _number(text)
+    if wait is None:
+        parts = _DURATION.findall(text)
+        if parts and "".join(number + unit for number, unit in parts) == text:
+            wait = sum(float(number) * _UNIT_SECONDS[unit] for number, unit in parts)
+        else:
+            wait = _until(text, now)
+    elif wait >= _EPOCH_SECONDS_FROM:
+        wait = (wait / 1000 if wait >= _EPOCH_MILLIS_FROM else wait) - now
+    return wait if wait is not None and wait > 0 else None
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _until(text: str, now: float) -> float | None:
+    """Read an ISO date (Anthropic) or one of HTTP; a date without a zone is in UTC."""
+    for read in (datetime.fromisoformat, parsedate_to_datetime):
+        try:
+            then = read(text)
+            return (then if then.tzinfo else then.replace(tzinfo=UTC)).timestamp() - now
+        except (ValueError, OverflowError):
+            continue
+    return None
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+MAX_MESSAGE_CHARS = 500
+_MAX_PAGE_CHARS = 200
+_MIN_SECRET_CHARS = 6
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_SECRET_NAME = re.compile(r"(?:KEY|TOKEN|SECRET|PASSWORD)S?\Z", re.IGNORECASE)
+_PAGE = re.compile(r"\s*<(?:!doctype|!--|html|head|body|title|\?xml)\b", re.IGNORECASE)
+_TITLE = re.compile(r"<title[^>]*>([^<]*)</title", re.IGNORECASE)
+_MARKUP = re.compile(r"<(script|style|head)\b.*?</\1\s*>|<!--.*?-->|<[^>]*>", re.IGNORECASE | re.DOTALL)
+
+
+def clean(text: str, api_key: str | None = None, *, most: int = MAX_MESSAGE_CHARS) -> str:
+    """Return one line of at most `most` characters, without the keys of this process and without control characters."""
+    secrets = [value for name, value in os.environ.items() if _SECRET_NAME.search(name)]
+    for secret in sorted([*secrets, api_key or ""], key=len, reverse=True):
+        if len(secret) >= _MIN_SECRET_CHARS:
+            text = text.replace(secret, "***")
+    line = " ".join(_CONTROL.sub(" ", text).split())
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def page_words(text: str) -> str | None:
+    """Return the title of an HTML page, else the beginning of its text; None if the text is no HTML page."""
+    if _PAGE.match(text) is None:
+        return None
+    text = text[:20_000]
+    title = _TITLE.search(text)
+    words = " ".join(html.unescape(title[1] if title else _MARKUP.sub(" ", text)).split())
+    return clean(words, most=_MAX_PAGE_CHARS) or "an HTML page without text"
+
+
+def message_in(body: object) -> str | None:
+    """Return the provider's message in an error's body, with that of the provider behind OpenRouter; None without one."""
+    match body:
+        case str() if body.strip():
+            return body
+        case {"message": str(message), "metadata": {"raw": str(raw)}}:
+            return f"{message}: {raw}"
+        case {"message": str(message)} | {"detail": str(message)}:
+            return message
+        case {"error": inner} | [{"error": inner}, *_]:  # Google sends a list to OpenAI's clients
+            return message_in(inner)
+    return None
+
+
+def _message(
+    words: str,
+    status: int,
+    body: object,
+    found: str | None,
+    suggestion: str | None,
+    url: str | None,
+    api_key: str | None,
+) -> str:
+    """Return the provider's message, cut so that what a filter found and the status stay visible after it."""
+    text = message_in(body)
+    ending = f"; {found}" if found else ""
+    if text is None:
+        return clean(words + ending, api_key)
+    where = f" from {url}" if url and status in {404, 405} else ""
+    ending += f" (HTTP {status}{where})" if status else ""
+    ending += f"; did you mean {suggestion!r}?" if suggestion else ""
+    ending = clean(ending, api_key, most=MAX_MESSAGE_CHARS // 2)
+    gap = "" if ending.startswith(";") or not ending else " "
+    return clean(page_words(text) or text, api_key, most=MAX_MESSAGE_CHARS - len(gap + ending)) + gap + ending
+
+
+def status_in(error: object) -> int | None:
+    """Return the HTTP status that an error has as its code; None if it has another code, or none."""
+    code = error.get("code") if isinstance(error, dict) else None
+    if isinstance(code, str) and re.fullmatch(r"[45]\d\d", code, re.ASCII):
+        return int(code)
+    return code if isinstance(code, int) and 400 <= code < 600 else None
+
+
+def _parts(body: object) -> Iterator[dict[Any, Any]]:
+    """Yield an error's body and what is in it, or in its first element, as `error`."""
+    if isinstance(body, list) and body:
+        yield from _parts(body[0])
+    elif isinstance(body, dict):
+        yield body
+        yield from _parts(body.get("error"))
+
+
+# --- content filters ---------------------------------------------------------------------------------------------------
+
+
+def filter_words(body: object) -> str | None:
+    """Return what a content filter of Azure, Google or OpenRouter found, with its severity; None if nothing."""
+    found = list(dict.fromkeys(_findings(body)))
+    return f"content filter: {', '.join(found)}" if found else None
+
+
+def _findings(part: object, depth: int = 0) -> Iterator[str]:
+    inner = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ()
+    for name, value in inner if depth < 8 else ():
+        match name, value:
+            case "content_filter_result" | "content_filter_results", dict():
+                for category, result in value.items():
+                    if isinstance(result, dict) and result.get("filtered") is True:
+                        severity = result.get("severity")
+                        yield f"{category} ({severity})" if isinstance(severity, str) else str(category)
+            case "safetyRatings" | "safety_ratings", list():
+                for rating in value:
+                    yield from _rated(rating)
+            case "blockReason" | "block_reason", str():
+                yield value
+            case "metadata", {"reasons": [*reasons]}:
+                yield from (one for one in reasons if isinstance(one, str))
+            case _:
+                yield from _findings(value, depth + 1)
+
+
+def _rated(rating: object) -> Iterator[str]:
+    """Yield a category of Google's that blocked the text, or probably did; Google's SDK has enums there."""
+    if isinstance(rating, dict):
+        category, probability = (getattr(v, "value", v) for v in map(rating.get, ("category", "probability")))
+        if rating.get("blocked") or probability in {"MEDIUM", "HIGH"}:
+            yield f"{category} ({str(probability or 'blocked').lower()})"
