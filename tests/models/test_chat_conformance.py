@@ -261,9 +261,7 @@ async def test_settings_arrive_the_same(
     await asked_by_both(wire, MODELS[provider], asking(settings=settings if of_job else None), task)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"temprature": 1}, {"base_url": "http://x"}, {"max_tokens": "7"}, {"seed": 1.5}]
-)
+@pytest.mark.parametrize("settings", [{"base_url": "http://x"}, {"extra_body": {"api_base": "http://x"}}])
 async def test_settings_of_a_job_are_refused_the_same(wire: Wire, provider: str, settings: Any) -> None:
     """What no job may set fails it in the same words, and nothing is sent."""
     theirs, ours = await both(wire, MODELS[provider], asking(settings=settings))
@@ -492,8 +490,7 @@ async def test_a_timeout_is_the_same(wire: Wire, provider: str, script: Script, 
     name = MODELS[provider]
     if setting:
         theirs, ours = await both(wire, name, asking(timeout=20), settings={"timeout": 0.3}, alone=True)
-        # What had come by then is kept by the adapter that sees it.
-        assert ours | {"text": None} == theirs
+        assert ours == theirs
         assert ours["kind"] == "ModelTimeoutError"
         return
     failures = []
