@@ -12,7 +12,7 @@ import sqlite3
 import time
 from abc import ABC, abstractmethod
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import stamina
 from stamina.instrumentation import get_on_retry_hooks
@@ -23,18 +23,20 @@ from lbr.store import files, sqlite_connection
 from lbr.store.addresses import address_of, is_postgresql, sqlite_path
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
     from pathlib import Path
 
-    import sqlalchemy
-    from sqlalchemy import CursorResult, Executable
+    from sqlalchemy.ext.asyncio import AsyncConnection
 
     from lbr.core.types import PathOrUrl, RunId
     from lbr.store.leases import Presence
+    from lbr.store.sqlite_connection import FileConnection
 
-P = ParamSpec("P")
 T = TypeVar("T")
+
+Connection: TypeAlias = "AsyncConnection | FileConnection"
+"""A connection within a transaction."""
 
 # Without a handler, Python would print each retry for a program that set up no logging.
 logging.getLogger("stamina").addHandler(logging.NullHandler())
@@ -59,40 +61,6 @@ async def to_its_end(work: Awaitable[T]) -> T:
         if not task.cancelled():
             task.exception()
         raise
-
-
-class Connection(Protocol):
-    """A connection within a transaction: SQLAlchemy's AsyncConnection on PostgreSQL, a `FileConnection` on SQLite."""
-
-    @property
-    def sync_connection(self) -> sqlalchemy.Connection | None:
-        """SQLAlchemy's connection beneath, for its options; nothing may be run on it."""
-        ...
-
-    async def execute(
-        self,
-        statement: Executable,
-        parameters: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
-        /,
-    ) -> CursorResult[*tuple[Any, ...]]:
-        """Run a statement, once or for each of the parameters; its rows are all there when it returns."""
-        ...
-
-    async def scalar(self, statement: Executable, parameters: Mapping[str, Any] | None = None, /) -> Any:
-        """Run a statement and return the first column of its first row, None without one."""
-        ...
-
-    async def exec_driver_sql(
-        self, statement: str, parameters: Any = None, /
-    ) -> CursorResult[*tuple[Any, ...]]:
-        """Run text as the driver takes it, with its kind of parameters: a tuple, or a list of tuples."""
-        ...
-
-    async def run_sync(
-        self, fn: Callable[Concatenate[sqlalchemy.Connection, P], T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
-        """Call a function with the connection beneath, on which it may run statements."""
-        ...
 
 
 class Database(ABC):

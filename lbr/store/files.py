@@ -24,47 +24,21 @@ except ImportError:  # a system without flock(2)
     fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
+    from collections.abc import AsyncIterator, Iterable, Iterator
 
 NETWORK_FILE_SYSTEMS = frozenset(
-    {
-        "nfs",
-        "nfs3",
-        "nfs4",
-        "cifs",
-        "smb2",
-        "smb3",
-        "smbfs",
-        "9p",
-        "afs",
-        "coda",
-        "ncpfs",
-        "davfs",
-        "ceph",
-        "lustre",
-    }
-    | {"glusterfs", "beegfs", "fhgfs", "gpfs", "panfs", "pvfs2", "orangefs", "sshfs", "ceph-fuse", "s3fs"}
-    | {"goofys", "mount-s3", "mountpoint-s3", "gcsfuse", "blobfuse", "blobfuse2", "rclone", "curlftpfs"}
-    | {
-        "smbnetfs",
-        "davfs2",
-        "juicefs",
-        "mfs",
-        "moosefs",
-        "lizardfs",
-        "saunafs",
-        "seaweedfs",
-        "fuse_dfs",
-        "dfuse",
-    }
-    | {"gvfsd-fuse", "kio-fuse", "google-drive-ocamlfuse"}
-    # Folders of the host that a virtual machine shares: the host knows nothing of its locks.
-    | {"vboxsf", "vmhgfs", "vmhgfs-fuse", "prl_fs", "osxfs", "grpcfuse"}
+    (  # noqa: SIM905 - a line for each name is no clearer
+        "nfs nfs3 nfs4 cifs smb2 smb3 smbfs 9p afs coda ncpfs davfs ceph lustre glusterfs beegfs fhgfs gpfs panfs pvfs2 "
+        "orangefs sshfs ceph-fuse s3fs goofys mount-s3 mountpoint-s3 gcsfuse blobfuse blobfuse2 rclone curlftpfs smbnetfs "
+        "davfs2 juicefs mfs moosefs lizardfs saunafs seaweedfs fuse_dfs dfuse gvfsd-fuse kio-fuse google-drive-ocamlfuse "
+        # Folders of the host that a virtual machine shares: the host knows nothing of its locks.
+        "vboxsf vmhgfs vmhgfs-fuse prl_fs osxfs grpcfuse"
+    ).split()
 )
-"""As /proc/self/mountinfo calls them, those in user space without the `fuse.` before their name."""
+"""As /proc/self/mountinfo names them, those in user space without the `fuse.` before their name."""
 SUFFIXES = ("", *ownership.COMPANIONS)
 PART = ".part"
-"""Ends the names of files that are being written."""
+"""The end of the name of a file that is being written."""
 HAS_LOCKS = fcntl is not None
 LOOKS = 100
 MOUNTS = Path("/proc/self/mountinfo")
@@ -78,7 +52,7 @@ def lock_path(database: Path, purpose: str) -> Path:
 
 
 def locks_of(database: Path) -> list[Path]:
-    """Return the lock files that are there, of whatever purpose."""
+    """Return the lock files beside a database, of any purpose."""
     return sorted(database.parent.glob(f"{glob.escape(database.name)}.*.lock"))
 
 
@@ -88,19 +62,18 @@ def file_lock(path: Path, *, timeout: float) -> FileLock:
 
 
 def lock_open(descriptor: int) -> None:
-    """Lock an open file until it is closed. Whoever looks whether it is free holds it for a moment. Raises OSError."""
-    for _ in range(LOOKS):
-        try:
+    """Lock an open file until it is closed. Raises OSError."""
+    for _ in range(LOOKS):  # a process that checks whether it is free holds it for a moment
+        with suppress(BlockingIOError):
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.001)
+        time.sleep(0.001)
     return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def is_free(path: Path, beside: Path | None = None) -> bool:
     """Return whether a file was locked by a process that has ended; an empty one may be about to be locked.
 
-    `beside` is the database that it is about, whose owner may own it too.
+    It may also belong to the owner of the database that it is `beside`.
     """
     try:
         descriptor = ownership.open_ours(path, os.O_RDWR, beside)
@@ -109,38 +82,38 @@ def is_free(path: Path, beside: Path | None = None) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.fstat(descriptor).st_size > 0
-    except OSError:  # somebody holds it
+    except OSError:  # another process holds it
         return False
     finally:
         os.close(descriptor)
 
 
 def file_system_of(path: Path, mounts: str, device: str = "") -> str | None:
-    """Return the type of the file system that holds a path, from the text of /proc/self/mountinfo.
+    """Return the type of the file system that holds a path, from the text of /proc/self/mountinfo; None if none does.
 
-    `device` is the major:minor of what is at the path: a mount point may lie hidden under a later mount. None where
-    no mount matches. The format is in proc(5): the device is the third field, the mount point the fifth, the type
-    is the first field after a lone hyphen.
+    `device` is the major:minor of the file at the path: a mount point may be hidden under a later mount.
     """
-    best: tuple[bool, int, str] | None = None
-    for line in mounts.splitlines():
+    holding = [
+        (of == device, len(str(point)), kind)
+        for point, of, kind in _mounts(mounts)
+        if kind and path.is_relative_to(point)
+    ]
+    # Of equal ones, the last.
+    return max(reversed(holding), key=lambda one: one[:2])[2] if holding else None
+
+
+def _mounts(text: str) -> Iterator[tuple[Path, str, str]]:
+    """Yield mount point, device and type, by proc(5): the fifth and third field, and the first one after a lone hyphen."""
+    for line in text.splitlines():
         fields, _, tail = line.partition(" - ")
         parts = fields.split(" ")
-        if len(parts) < 5 or not tail:
-            continue
-        point = _unescaped(parts[4])
-        rank = (parts[2] == device, len(point), tail.split(" ")[0])
-        if path.is_relative_to(point) and (best is None or rank[:2] >= best[:2]):
-            best = rank
-    return best[2] if best else None
-
-
-def _unescaped(point: str) -> str:
-    return _ESCAPED.sub(lambda found: chr(int(found[1], 8)), point)
+        if len(parts) > 4:
+            point = _ESCAPED.sub(lambda found: chr(int(found[1], 8)), parts[4])
+            yield Path(point), parts[2], tail.split(" ")[0]
 
 
 def file_system(path: Path) -> str | None:
-    """Return the type of the file system that a file is on, or will be; None where this system does not tell."""
+    """Return the type of the file system that a file is on, or will be; None if this system does not report it."""
     try:
         real = Path(os.path.realpath(path))
         return file_system_of(real, MOUNTS.read_text(encoding="utf-8", errors="replace"), device_of(real))
@@ -149,14 +122,13 @@ def file_system(path: Path) -> str | None:
 
 
 def check_file(path: Path) -> None:
-    """Raise UsageError if a queue's file has a second name, or what is beside it may be another user's.
+    """Raise UsageError if a queue's file has a second name, or a file beside it may be another user's.
 
-    What SQLite keeps beside the file goes by its name: who comes by another one does not see what was written there,
-    and answers are lost.
+    SQLite's files beside it have its name: a process that uses another name does not see the WAL, and answers are lost.
     """
     names = path.stat().st_nlink if path.exists() else 1
     mounts = ""
-    with suppress(OSError):  # a system that does not tell
+    with suppress(OSError):  # this system does not report mounts
         mounts = MOUNTS.read_text(encoding="utf-8", errors="surrogateescape")
     if is_mount_point(path, mounts):
         raise UsageError(
@@ -173,15 +145,10 @@ def check_file(path: Path) -> None:
 
 
 def is_mount_point(path: Path, mounts: str) -> bool:
-    """Return whether something is mounted at a path itself, from the text of /proc/self/mountinfo.
-
-    A later mount at a folder above it hides that.
-    """
+    """Return whether the path itself is a mount point, not hidden by a later mount, from /proc/self/mountinfo's text."""
     real = Path(os.path.realpath(path))
-    points = [
-        Path(_unescaped(fields[4])) for line in mounts.splitlines() if len(fields := line.split(" ")) > 4
-    ]
-    return next((point for point in reversed(points) if real.is_relative_to(point)), None) == real
+    points = [point for point, *_ in _mounts(mounts) if real.is_relative_to(point)]
+    return points[-1:] == [real]
 
 
 def device_of(path: Path) -> str:
@@ -191,12 +158,12 @@ def device_of(path: Path) -> str:
 
 
 def is_network(kind: str | None) -> bool:
-    """Tell whether a type of file system is known to be on other machines; one that is not known may be local."""
+    """Return whether a type of file system is known to be on other machines; an unknown one may be local."""
     return kind is not None and kind.removeprefix("fuse.") in NETWORK_FILE_SYSTEMS
 
 
 def refuse_network_file_system(path: Path) -> None:
-    """Raise UsageError where SQLite's locks cannot be trusted."""
+    """Raise UsageError if SQLite's locks cannot be trusted."""
     kind = file_system(path)
     if is_network(kind):
         raise UsageError(
@@ -206,10 +173,9 @@ def refuse_network_file_system(path: Path) -> None:
 
 
 def check_location(path: Path, *, create: bool, name: str = "--db") -> None:
-    """Raise UsageError where the path cannot hold a database; with `create` false, also where none is there.
+    """Raise UsageError if the path cannot hold a database, or without `create` holds none.
 
-    DatabaseError where one is there that this user may not read, or with `create` write. `name` is what messages call
-    the option.
+    DatabaseError for a file that this user may not read, or with `create` write. `name` is the option in messages.
     """
     try:
         if path.is_dir():
@@ -240,10 +206,7 @@ def create_private(path: Path) -> None:
 
 
 def state_folder() -> Path | None:
-    """Return the folder for what a program keeps between its runs, by the XDG base directory specification.
-
-    None for a user who has no home.
-    """
+    """Return lbr's folder by the XDG base directory specification; None for a user who has no home."""
     try:
         return Path(os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()) / "lbr"
     except RuntimeError:
@@ -251,7 +214,7 @@ def state_folder() -> Path | None:
 
 
 def telling_name(database: str) -> str:
-    """Return a file name for what belongs to a database: readable, and another one for each database."""
+    """Return a readable file name that is different for each database."""
     digest = hashlib.blake2b(database.encode(), digest_size=6).hexdigest()
     return f"{re.sub(r'[^A-Za-z0-9.-]+', '-', database)[-60:].strip('-')}.{digest}"
 
@@ -268,7 +231,7 @@ def write_private(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-            # Under the lock: whoever finds a part that nobody holds removes it.
+            # Under the lock, because other processes remove a part that none holds.
             temporary.rename(path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -281,9 +244,9 @@ def write_private(path: Path, data: bytes) -> None:
 
 
 def remove_parts(parts: Iterable[Path]) -> None:
-    """Remove of these files those that killed processes were writing; whoever still writes one holds its lock."""
+    """Remove those of these files that killed processes were writing; a process that still writes one holds its lock."""
     for part in parts:
-        # Other machines hold locks that are not seen here.
+        # The locks of other machines are not visible here.
         if HAS_LOCKS and is_free(part) and not is_network(file_system(part)):
             with suppress(OSError):
                 part.unlink()
@@ -291,7 +254,7 @@ def remove_parts(parts: Iterable[Path]) -> None:
 
 @asynccontextmanager
 async def creation_lock(path: Path) -> AsyncIterator[None]:
-    """Hold the lock of creation, migration and removal; DatabaseError when the folder does not let us."""
+    """Hold the lock of creation, migration and removal. Raises DatabaseError."""
     file = lock_path(path, "create")
     lock = AsyncFileLock(file, timeout=60, mode=0o600, fallback_to_soft=False)
     try:
@@ -312,22 +275,21 @@ async def creation_lock(path: Path) -> AsyncIterator[None]:
 
 
 async def remove_unused(path: Path, *, run: str, query: str) -> bool:
-    """Remove a database file that nobody else has open and that holds one run only.
+    """Remove a database file that no process has open and that holds one run only; else return False.
 
-    `query` selects the names of its runs. Returns False, and changes nothing, where it is used or holds more.
-    No connection of this process may be open: closing the file would drop its locks.
+    `query` selects the names of its runs. No connection of this process may be open: closing the file would drop its locks.
     """
     async with creation_lock(path):
         removed = _remove_if_sole(path, run, query)
         if removed:
-            # Whoever waits for one of these locks notices that it is gone, and makes it anew.
+            # A process that waits for one of these locks notices that it is gone, and makes a new one.
             for lock in locks_of(path):
                 lock.unlink(missing_ok=True)
     return removed
 
 
 def _remove_if_sole(path: Path, run: str, query: str) -> bool:
-    """Remove the file as its sole user. SQLite lets only a sole connection leave WAL mode, so that is what we ask."""
+    """Remove the file if this is its only connection, which SQLite checks when it leaves WAL mode."""
     if not path.exists():
         return True
     connection = sqlite3.connect(path, timeout=0, isolation_level=None)

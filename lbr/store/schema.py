@@ -56,6 +56,15 @@ Millis = BigInteger().with_variant(Integer, "sqlite")
 
 STATES = "('pending', 'inflight', 'done', 'failed', 'cancelled')"
 
+
+def _columns(kind: Any, names: str, *, nullable: bool = False) -> list[Column[Any]]:
+    return [Column(name, kind, nullable=nullable) for name in names.split()]
+
+
+def _id(name: str = "id") -> Column[Any]:
+    return Column(name, Id, primary_key=True, autoincrement=True)
+
+
 schema_version = Table(
     "schema_version",
     metadata,
@@ -67,25 +76,21 @@ schema_version = Table(
 runs = Table(
     "runs",
     metadata,
-    Column("id", Id, primary_key=True, autoincrement=True),
+    _id(),
     Column("name", Text, nullable=False, unique=True),
-    Column("task", Text, nullable=False),
-    Column("answerer", Text, nullable=False),
+    *_columns(Text, "task answerer"),
     Column("fingerprint", Text),
     Column("state", Text, nullable=False),
     # A PauseCause, and the text that people read.
-    Column("pause_cause", Text),
-    Column("pause_message", Text),
+    *_columns(Text, "pause_cause pause_message", nullable=True),
     Column("max_attempts", Integer, nullable=False),
-    Column("created_at", Millis, nullable=False),
-    # When its newest chunk was enqueued; sealed_at is null until an enqueue has finished.
-    Column("enqueued_at", Millis, nullable=False),
+    # enqueued_at: when its newest chunk was enqueued; sealed_at: when its latest enqueue finished, null until then.
+    *_columns(Millis, "created_at enqueued_at"),
     Column("sealed_at", Millis),
-    # Prices per million tokens as JSON, if they are the user's own; what the run may cost.
+    # Prices per million tokens as JSON, if they are the user's own.
     Column("price", Text),
-    Column("budget_nanos", Id),
-    # The highest cost of a call seen so far, or that a claimed call may reach.
-    Column("highest_nanos", Id),
+    # What the run may cost; the highest cost of a call seen so far, or that a claimed call may reach.
+    *_columns(Id, "budget_nanos highest_nanos", nullable=True),
     # The columns of its input as JSON, in order; see `lbr.core.types.Item`.
     Column("input_columns", Text),
     # As JSON, after `lbr move`: the other database, and the state that the run had before.
@@ -98,33 +103,29 @@ runs = Table(
 jobs = Table(
     "jobs",
     metadata,
-    Column("id", Id, primary_key=True, autoincrement=True),
+    _id(),
     Column("run_id", Id, nullable=False),
     Column("state", Text, nullable=False),
     Column("available_at", Millis, nullable=False),
     Column("claim_seq", Id, nullable=False),
-    Column("attempts", Integer, nullable=False),
-    Column("crashes", Integer, nullable=False),
+    *_columns(Integer, "attempts crashes"),
     # The claim_seq at which the user last retried the job: older tries no longer count.
     Column("retry_seq", Id, nullable=False),
     Column("worker_id", Id),
-    Column("lease_until", Millis),
-    Column("finished_at", Millis),
+    *_columns(Millis, "lease_until finished_at", nullable=True),
     CheckConstraint(f"state IN {STATES}", name="jobs_state"),
     # An id is never used twice, so that a stale claim cannot meet another job.
     sqlite_autoincrement=True,
 )
-_ORDER = (jobs.c.run_id, jobs.c.available_at, jobs.c.id)
-_pending = Index("jobs_pending", *_ORDER, sqlite_where=text("state = 'pending'"))
 SILENT_MS = 15_000
 """A worker that has not reported for this time is not counted as working."""
-
 LIVE_MS = 60_000
 """A worker that has not reported for this time, the usual lease, does not prevent a migration."""
-
 SUSPECT_CRASHES = 2
 """From this many crashes on, a job runs alone in its worker, so that no other job crashes with it."""
 
+_ORDER = (jobs.c.run_id, jobs.c.available_at, jobs.c.id)
+_pending = Index("jobs_pending", *_ORDER, sqlite_where=text("state = 'pending'"))
 # Nearly always empty. Without it, a claim would read every pending job to find that there is no suspect.
 _SUSPECT = text(f"state = 'pending' AND crashes >= {SUSPECT_CRASHES}")
 _suspects = Index("jobs_suspects", *_ORDER, sqlite_where=_SUSPECT)
@@ -155,11 +156,8 @@ results = Table(
     metadata,
     Column("job_id", Id, primary_key=True, autoincrement=False),
     Column("text", Text, nullable=False),
-    Column("model", Text),
-    Column("finish_reason", Text),
-    Column("input_tokens", Id),
-    Column("output_tokens", Id),
-    Column("cost_nanos", Id),
+    *_columns(Text, "model finish_reason", nullable=True),
+    *_columns(Id, "input_tokens output_tokens cost_nanos", nullable=True),
     Column("latency_ms", Id, nullable=False),
     # The job of another run whose answer this is, 0 if it is in the database that the run was moved from; null for
     # the answer of a call.
@@ -170,18 +168,13 @@ results = Table(
 attempts = Table(
     "attempts",
     metadata,
-    Column("id", Id, primary_key=True, autoincrement=True),
-    Column("job_id", Id, nullable=False),
-    Column("claim_seq", Id, nullable=False),
+    _id(),
+    *_columns(Id, "job_id claim_seq"),
     Column("what", Text, nullable=False),
     Column("family", Text),
-    Column("error", Text, nullable=False),
-    Column("message", Text, nullable=False),
+    *_columns(Text, "error message"),
     Column("text", Text),
-    Column("input_tokens", Id),
-    Column("output_tokens", Id),
-    Column("cost_nanos", Id),
-    Column("latency_ms", Id),
+    *_columns(Id, "input_tokens output_tokens cost_nanos latency_ms", nullable=True),
     Column("at", Millis, nullable=False),
     # Why its answer ended, if it is known.
     Column("finish_reason", Text),
@@ -195,11 +188,10 @@ items = Table(
     Column("run_id", Id, primary_key=True),
     Column("idx", Id, primary_key=True),
     Column("job_id", Id, nullable=False),
-    # 1 where this input is the first of its job: the order of distinct inputs.
+    # 1 if this input is the first of its job: the order of distinct inputs.
     Column("first", SmallInteger, nullable=False),
-    Column("custom_id", Text),
-    Column("metadata", Text),
-    # 1 where the input's id is a number.
+    *_columns(Text, "custom_id metadata", nullable=True),
+    # 1 if the input's id is a number.
     Column("id_is_number", SmallInteger),
     sqlite_with_rowid=False,
 )
@@ -224,16 +216,12 @@ limits = Table(
     Column("cooldown_until", Millis, nullable=False),
     Column("reason", Text, nullable=False),
     # Set by the user: requests and tokens a minute, calls at a time.
-    Column("rpm", Integer),
-    Column("tpm", Integer),
-    Column("concurrency", Integer),
+    *_columns(Integer, "rpm tpm concurrency", nullable=True),
     # Learned: calls at a time, up to where they double, when they were last cut.
-    Column("slots", Double),
-    Column("threshold", Double),
+    *_columns(Double, "slots threshold", nullable=True),
     Column("cut_at", Millis),
     # What is left of the minute's requests and tokens, below 0 if more was taken, and at what time.
-    Column("requests", Double),
-    Column("tokens", Double),
+    *_columns(Double, "requests tokens", nullable=True),
     Column("balanced_at", Millis),
     # The share of calls refused of late, and how many had been answered when it was updated.
     Column("refused", Double),
@@ -247,32 +235,24 @@ outages = Table(
     Column("answerer", Text, primary_key=True),
     Column("since", Millis),
     Column("reason", Text, nullable=False),
-    Column("worker", Id),
-    Column("recognised_by", Id),
+    *_columns(Id, "worker recognised_by", nullable=True),
     Column("probe_at", Millis, nullable=False),
-    Column("wait_ms", Id, nullable=False),
-    Column("waited_ms", Id, nullable=False),
-    Column("patience_ms", Id, nullable=False),
-    Column("done", Id, nullable=False),
+    *_columns(Id, "wait_ms waited_ms patience_ms done"),
     Column("recovered_by", Id),
     Column("recovered_at", Millis),
     # The claim that is the probe: while it is in flight, no other starts.
-    Column("probe_job", Id),
-    Column("probe_seq", Id),
+    *_columns(Id, "probe_job probe_seq", nullable=True),
 )
 
 workers = Table(
     "workers",
     metadata,
-    Column("id", Id, primary_key=True, autoincrement=True),
+    _id(),
     Column("host", Text, nullable=False),
-    Column("pid", Integer, nullable=False),
-    Column("concurrency", Integer, nullable=False),
-    Column("started_at", Millis, nullable=False),
-    Column("seen_at", Millis, nullable=False),
-    Column("settled", Id, nullable=False),
-    # Jobs settled per 1,000 seconds, over the worker's latest half minute.
-    Column("rate_milli", Id, nullable=False),
+    *_columns(Integer, "pid concurrency"),
+    *_columns(Millis, "started_at seen_at"),
+    # rate_milli: jobs settled per 1,000 seconds, over the worker's latest half minute.
+    *_columns(Id, "settled rate_milli"),
     sqlite_autoincrement=True,
 )
 
@@ -290,7 +270,7 @@ def _schema_of(connection: Connection) -> str | None:
     return name
 
 
-def _columns(connection: Connection, table: str) -> set[str]:
+def _names(connection: Connection, table: str) -> set[str]:
     return {one["name"] for one in inspect(connection).get_columns(table, schema=_schema_of(connection))}
 
 
@@ -311,7 +291,7 @@ def _index_suspects(connection: Connection) -> None:
 
 
 def _move_keys(connection: Connection) -> None:
-    if "key" not in _columns(connection, "jobs"):
+    if "key" not in _names(connection, "jobs"):
         return
     old = Table("prompts_before", MetaData(), *(Column(name) for name in ("job_id", "chat", "body")))
     keyed = Table("jobs", MetaData(), *(Column(name) for name in ("id", "run_id", "key")))
@@ -328,7 +308,7 @@ def _move_keys(connection: Connection) -> None:
 
 def _add_missing(connection: Connection, *tables: Table) -> None:
     for table in tables:
-        there = _columns(connection, table.name)
+        there = _names(connection, table.name)
         for column in table.columns:
             if column.name not in there:
                 kind = column.type.compile(connection.dialect)
@@ -380,7 +360,7 @@ def _pause_of(state: str, reason: str) -> dict[str, str | None]:
 
 
 def _name_causes(connection: Connection) -> None:
-    if "pause_reason" not in _columns(connection, "runs"):
+    if "pause_reason" not in _names(connection, "runs"):
         return
     _add_missing(connection, runs)
     old = Table("runs", MetaData(), *(Column(name) for name in ("id", "state", "pause_reason")))
