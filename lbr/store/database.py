@@ -18,9 +18,11 @@ import stamina
 from stamina.instrumentation import get_on_retry_hooks
 
 from lbr.core.config import PATIENCE
+from lbr.core.errors import DatabaseError, UsageError
 from lbr.core.types import Millis
 from lbr.store import files, sqlite_connection
 from lbr.store.addresses import address_of, is_postgresql, sqlite_path
+from lbr.store.schema import LATEST
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -164,6 +166,16 @@ class Database(ABC):
     @abstractmethod
     async def filled(self) -> None:
         """Note that an enqueue has finished: many rows may be new."""
+
+    def check_version(self, version: int, *, create: bool) -> None:
+        """Raise DatabaseError for the schema of a newer version, UsageError for a missing one without `create`."""
+        if version > LATEST:
+            raise DatabaseError(
+                f"expected {self.name} at schema version {LATEST} or older, got: {version}; a newer lbr wrote it: use "
+                f"that one"
+            )
+        if version == 0 and not create:
+            raise UsageError(f"there is no lbr queue in {self.name} yet; `lbr enqueue` creates it")
 
     @abstractmethod
     async def prepare(self, *, create: bool) -> None:

@@ -205,15 +205,7 @@ class PostgresDatabase(Database):
         """Upgrade older tables; create missing ones only with `create`."""
         patience, self.patience = self.patience, min(self.patience, OPEN_PATIENCE_SECONDS)
         version = await self.read(lambda connection: connection.run_sync(schema.applied_version))
-        if version > schema.LATEST:
-            raise DatabaseError(
-                f"expected {self.name} at schema version {schema.LATEST} or older, got: {version}; a newer lbr "
-                f"wrote it: use that one"
-            )
-        if version == 0 and not create:
-            raise UsageError(
-                f"expected an lbr queue in {self.name}, got: none there; `lbr enqueue` creates it"
-            )
+        self.check_version(version, create=create)
         if version < schema.LATEST:
             await self._retried(self._create)
         self.patience = patience

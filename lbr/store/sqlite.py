@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError
 
 from lbr.core import ownership
 from lbr.core.config import PATIENCE
-from lbr.core.errors import AlreadyRunningError, DatabaseError, UsageError
+from lbr.core.errors import AlreadyRunningError, DatabaseError
 from lbr.store import files, schema
 from lbr.store.addresses import sqlite_path, synchronous_in
 from lbr.store.database import Database, local_clock, to_its_end
@@ -225,18 +225,10 @@ class SQLiteDatabase(Database):
         """Upgrade older tables; create missing ones only with `create`."""
         with self._errors():
             version = await self.read(self.version) if self.path.exists() else 0
-            if version > schema.LATEST:
-                raise DatabaseError(
-                    f"expected {self.path} at schema version {schema.LATEST} or older, got: {version}; a newer lbr "
-                    f"wrote it: use that one"
-                )
+            self.check_version(version, create=create)
             if version == schema.LATEST:
                 await self._use_wal()
                 return
-            if not create and version == 0:
-                raise UsageError(
-                    f"expected an lbr database at {self.path}, got: an empty one; `lbr enqueue` fills it"
-                )
             async with files.creation_lock(self.path):
                 files.create_private(self.path)
                 await self._use_wal()

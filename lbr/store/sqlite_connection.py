@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from functools import partial
 from itertools import islice
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 from urllib.parse import urlencode
 
 from sqlalchemy import Integer, LargeBinary, StaticPool, create_engine, event
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from lbr.store.database import Connection
     from lbr.store.schema import AnyRow
 
+AnyResult: TypeAlias = "CursorResult[*tuple[Any, ...]]"
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -276,22 +277,15 @@ class FileConnection:
             return function(*args, **options)
         return await self._thread.run(partial(function, *args, **options))
 
-    async def execute(
-        self,
-        statement: Executable,
-        parameters: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
-        /,
-    ) -> CursorResult[*tuple[Any, ...]]:
+    async def execute(self, statement: Executable, parameters: Any = None, /) -> AnyResult:
         """Run a statement, once or for each of the parameters."""
         return await self._call(self.sync_connection.execute, statement, parameters)
 
-    async def scalar(self, statement: Executable, parameters: Mapping[str, Any] | None = None, /) -> Any:
+    async def scalar(self, statement: Executable, parameters: Any = None, /) -> Any:
         """Run a statement and return the first column of its first row, None without one."""
         return await self._call(self.sync_connection.scalar, statement, parameters)
 
-    async def exec_driver_sql(
-        self, statement: str, parameters: Any = None, /
-    ) -> CursorResult[*tuple[Any, ...]]:
+    async def exec_driver_sql(self, statement: str, parameters: Any = None, /) -> AnyResult:
         """Run text as sqlite3 takes it, with a tuple of parameters or a list of tuples."""
         return await self._call(self.sync_connection.exec_driver_sql, statement, parameters)
 

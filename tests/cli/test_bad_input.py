@@ -481,7 +481,12 @@ def _damaged(path: Path, queue: bytes) -> None:
             1,
             ("runs.db", "not a SQLite"),
         ),
-        (lambda path, _: path.write_text(""), "status", 2, ("runs.db", "an empty one", "lbr enqueue")),
+        (
+            lambda path, _: path.write_text(""),
+            "status",
+            2,
+            ("runs.db", "there is no lbr queue in", "lbr enqueue"),
+        ),
         (lambda *_: None, "worker", 2, ("runs.db", "no such file", "lbr enqueue")),
         (_another_program, "enqueue p.txt", 1, ("another program", "accounts", "name another path")),
         (_newer_version, "enqueue p.txt", 1, (f"schema version {LATEST}", "99", "use that one")),

@@ -216,7 +216,7 @@ def test_a_schema_of_another_program(queue: Queue, name: str) -> None:
     ("kind", "says"),
     [
         ("no database", "is not a SQLite database"),
-        ("empty", "an empty one"),
+        ("empty", "there is no lbr queue in"),
         ("zeros", "is not a SQLite database"),
         ("only a header", "the file is damaged"),
         ("a half", "the file is damaged"),

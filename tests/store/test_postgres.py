@@ -192,7 +192,7 @@ async def test_hot_tables_keep_room_for_their_updates(live: Database, url: str) 
 
 async def test_missing_queue_is_told(url: str) -> None:
     """A database without a queue is an error for all but an enqueue, and stays as it is."""
-    with pytest.raises(UsageError, match="expected an lbr queue in postgresql://.*got: none there"):
+    with pytest.raises(UsageError, match="there is no lbr queue in postgresql://"):
         await open_database(url)
     with postgres.connect(url) as connection:
         assert connection.execute("SELECT to_regnamespace('lbr')").fetchone() == (None,)

@@ -509,7 +509,7 @@ async def test_interrupted_creation_is_completed(tmp_path: Path) -> None:
     """A file that a creator left empty when it was killed becomes a database on the next enqueue."""
     path = tmp_path / "q.db"
     path.touch(mode=0o600)
-    with pytest.raises(UsageError, match="got: an empty one"):
+    with pytest.raises(UsageError, match="there is no lbr queue in"):
         await open_database(str(path))
     database = await open_database(str(path), create=True)
     await put(database, ["a"])
