@@ -158,7 +158,7 @@ def test_planted_outputs_are_refused(alice: Cli, shared: Path) -> None:
     by_mallory(shared / f"lbr-{ALICE}", 0o777)
     alice.environment["TMPDIR"] = str(shared)
     refused = alice("run", "in.txt", "--run", "more", "-o", "new.jsonl", *FUNCTION, check=False)
-    assert (refused.returncode, "to be your own folder" in refused.stderr) == (1, True)
+    assert (refused.returncode, "is not your own folder" in refused.stderr) == (1, True)
     assert sorted((shared / "called.txt").read_text().split()) == sorted(PROMPTS)
     alice.environment["TMPDIR"] = str(shared.parent / "alice")
     (shared / "mine.jsonl").symlink_to("precious.txt")
