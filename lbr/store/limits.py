@@ -370,7 +370,7 @@ async def slow_start(database: Database, answerers: Iterable[str]) -> None:
     async def lacking(connection: Connection) -> bool:
         named = any_of(limits.c.answerer, "answerers")
         query = select(func.count()).where(named, limits.c.slots.is_not(None))
-        return int(await connection.scalar(query, {"answerers": wanted})) < len(wanted)
+        return (await connection.execute(query, {"answerers": wanted})).scalar_one() < len(wanted)
 
     async def work(connection: Connection) -> None:
         await _make(connection, wanted)
