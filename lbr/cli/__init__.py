@@ -1,34 +1,16 @@
-"""The command line: flags in, words and exit codes out. Everything it does is a call of `lbr.api` or `lbr.api.operate`."""
+"""The command line: flags in, words and exit codes out. Everything it does is a call of `lbr.api`."""
 
 from __future__ import annotations
 
+from lbr.cli import admin, operate, work
 from lbr.cli.app import lbr, main
 from lbr.cli.collect import collect
 from lbr.cli.enqueue import enqueue
-from lbr.cli.estimating import estimate
-from lbr.cli.limiting import limit
-from lbr.cli.moving import move
-from lbr.cli.operate import cancel, doctor, pause, resume, retry, rm, show, status
-from lbr.cli.running import run
-from lbr.cli.work import worker, worker_process
 
 for command in (
-    enqueue,
-    worker,
-    worker_process,
-    collect,
-    run,
-    estimate,
-    status,
-    show,
-    retry,
-    cancel,
-    rm,
-    pause,
-    resume,
-    limit,
-    move,
-    doctor,
+    *(enqueue, work.worker, work.worker_process, collect, work.run, admin.estimate),
+    *(operate.status, operate.show, operate.retry, operate.cancel, operate.rm, operate.pause, operate.resume),
+    *(admin.limit, admin.move, admin.doctor),
 ):
     lbr.add_command(command)
 

@@ -1,19 +1,17 @@
-"""`lbr enqueue`, and the flags that say what is asked of the inputs."""
+"""`lbr enqueue`, and the flags that describe the inputs and the task."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
-import orjson
 
 from lbr.api import enqueue as api
-from lbr.cli.app import database_option, echo, log, read_setting, with_options
+from lbr.cli.app import database_option, echo, echo_json, log, options, read_settings
 from lbr.core.config import MAX_ATTEMPTS
 from lbr.core.errors import StoppedError
 from lbr.core.schema import load_schema
@@ -21,77 +19,73 @@ from lbr.core.text import pluralize
 from lbr.io.readers import InputFormat, is_stream, load_text
 from lbr.models.offline import ECHO
 
-F = TypeVar("F", bound=Callable[..., Any])
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
-ATTEMPTS_LIMIT = 1_000_000
+input_options = options(
+    click.option("--instructions", metavar="TEXT|@FILE", help="The system prompt of every call."),
+    click.option("--template", metavar="JINJA|@FILE", help="Make each prompt from a row's fields."),
+    click.option("--prompt-column", metavar="NAME", help="The field or column that holds the prompt."),
+    click.option("--schema", metavar="FILE", help="A JSON schema that every answer must fit."),
+    click.option(
+        "--result-type", metavar="MODULE:CLASS", help="A pydantic class that every answer must fit."
+    ),
+    click.option(
+        "--set",
+        metavar="NAME=VALUE",
+        multiple=True,
+        help="A model setting, for example temperature=0.2 or max_tokens=200; may be repeated.",
+    ),
+    click.option(
+        "--format",
+        type=click.Choice([str(one) for one in InputFormat]),
+        help="The input's format; by default what the file name ends with.",
+    ),
+    click.option("--delimiter", metavar="CHAR", help="What separates CSV cells; detected by default."),
+    click.option(
+        "--encoding", metavar="NAME", help="For example cp1252; by default UTF-8, or what the BOM says."
+    ),
+    click.option(
+        "--skip-bad", metavar="FILE", help="Leave out rows that cannot be used, and write them to FILE."
+    ),
+    click.option("--skip-empty", is_flag=True, help="Leave out rows whose prompt is empty."),
+    click.option(
+        "--price",
+        metavar="in=USD,out=USD",
+        help="US dollars per million tokens; by default what the provider or the price table says.",
+    ),
+)
 
-
-def input_options(command: F) -> F:
-    """Add the flags that say how the inputs are written and what is asked of them, and what that costs."""
-    options = [
-        click.option("--instructions", metavar="TEXT|@FILE", help="The system prompt of every call."),
-        click.option("--template", metavar="JINJA|@FILE", help="Makes each prompt from a row's fields."),
-        click.option("--prompt-column", metavar="NAME", help="The field or column that holds the prompt."),
-        click.option("--schema", metavar="FILE", help="A JSON schema that every answer must fit."),
-        click.option(
-            "--result-type", metavar="MODULE:CLASS", help="A pydantic class that every answer must fit."
-        ),
-        click.option(
-            "--set",
-            metavar="NAME=VALUE",
-            multiple=True,
-            help="A model setting, such as temperature=0.2 or max_tokens=200; may be repeated.",
-        ),
-        click.option(
-            "--format",
-            type=click.Choice([str(one) for one in InputFormat]),
-            help="How the input is written; by its file ending if unset.",
-        ),
-        click.option("--delimiter", metavar="CHAR", help="What separates CSV cells; found out if unset."),
-        click.option("--encoding", metavar="NAME", help="Such as cp1252; UTF-8, or by the BOM, if unset."),
-        click.option(
-            "--skip-bad", metavar="FILE", help="Leave out rows that are bad, and write them to FILE."
-        ),
-        click.option("--skip-empty", is_flag=True, help="Leave out rows whose prompt is empty."),
-        click.option(
-            "--price",
-            metavar="in=USD,out=USD",
-            help="Dollars for a million tokens; as the provider or the price table says if unset.",
-        ),
-    ]
-    return with_options(command, options)
-
-
-def task_options(command: F) -> F:
-    """Add the flags that make a task and choose its inputs."""
-    keeping = [
-        click.option(
-            "--max-attempts",
-            type=click.IntRange(1, ATTEMPTS_LIMIT),
-            default=MAX_ATTEMPTS,
-            help="Charged tries of a job before it fails.",
-        ),
-        click.option("--append", is_flag=True, help="Add the inputs behind those the run holds."),
-        click.option("--fresh", is_flag=True, help="Call again for what other runs have already answered."),
-    ]
-    naming = [
-        click.option("--run", metavar="NAME", help="The run's name; the input file's stem if unset."),
-        click.option(
-            "--model", metavar="NAME", help=f"Who answers: openai-chat:gpt-4o-mini, openrouter:…, {ECHO}, …"
-        ),
-        click.option(
-            "--function", metavar="MODULE:NAME", help="A Python function that answers instead of a model."
-        ),
-        click.option(
-            "--version", "version", metavar="TEXT", help="The function's version: another one is other work."
-        ),
-    ]
-    return with_options(input_options(with_options(command, keeping)), naming)
+task_options = options(
+    click.option(
+        "--run", metavar="NAME", help="The run's name; by default the input file's name without ending."
+    ),
+    click.option(
+        "--model", metavar="NAME", help=f"The model: openai-chat:gpt-4o-mini, openrouter:…, {ECHO}, …"
+    ),
+    click.option(
+        "--function", metavar="MODULE:NAME", help="A Python function that answers instead of a model."
+    ),
+    click.option(
+        "--version",
+        metavar="TEXT",
+        help="The function's version; with a new one, prompts are answered again.",
+    ),
+    input_options,
+    click.option(
+        "--max-attempts",
+        type=click.IntRange(1, 1_000_000),
+        default=MAX_ATTEMPTS,
+        help="Attempts per job before it fails.",
+    ),
+    click.option("--append", is_flag=True, help="Add the inputs to the end of the run."),
+    click.option("--fresh", is_flag=True, help="Do not reuse answers of other runs."),
+)
 
 
 @contextmanager
 def interruptible(inputs: tuple[str, ...]) -> Iterator[None]:
-    """Let Ctrl-C end a read that waits for a stream: asyncio cancels a task, of which a read hears nothing."""
+    """Let Ctrl-C end a read that waits for a stream: asyncio would only cancel the task, which the read ignores."""
     if not any(map(is_stream, inputs)):
         yield
         return
@@ -104,7 +98,7 @@ def interruptible(inputs: tuple[str, ...]) -> Iterator[None]:
 
 @contextmanager
 def counting_kept(inputs: tuple[str, ...], *, append: bool) -> Iterator[Callable[[int], None]]:
-    """Yield what wants to hear how many inputs are in the run; a Ctrl-C becomes a StoppedError that tells it."""
+    """Yield a callback for the number of inputs in the run; a Ctrl-C becomes a StoppedError that reports it."""
     kept = 0
 
     def on_progress(count: int) -> None:
@@ -118,23 +112,15 @@ def counting_kept(inputs: tuple[str, ...], *, append: bool) -> Iterator[Callable
 
 
 def _interrupted_words(inputs: tuple[str, ...], kept: int, *, append: bool) -> str:
-    """Return what to do after an interrupted enqueue. More than `kept` may be in: what is being written still gets there."""
+    """Return what to do after an interrupted enqueue. More than `kept` may be in: a write in progress still completes."""
     if append:
         return (
-            "interrupted; `lbr status` tells how many inputs the run holds by now. The same command would add those "
-            "again: enqueue the rest alone"
+            "interrupted; `lbr status` shows how many inputs the run has now. The same command would add those again: "
+            "enqueue only the rest"
         )
-    begun = (
-        f"interrupted with the first {pluralize(kept, 'input')} in the run"
-        if kept
-        else "interrupted at the beginning"
-    )
-    same = (
-        "the same command again with the same input"
-        if any(map(is_stream, inputs))
-        else "the same command again"
-    )
-    return f"{begun}; run {same} to go on"
+    how_far = f"with the first {pluralize(kept, 'input')} in the run" if kept else "at the beginning"
+    stream = " with the same input" if any(map(is_stream, inputs)) else ""
+    return f"interrupted {how_far}; run the same command again{stream} to continue"
 
 
 def describe(report: api.EnqueueReport) -> str:
@@ -151,24 +137,27 @@ def describe(report: api.EnqueueReport) -> str:
     )
 
 
+def input_arguments(flags: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that `input_options` stand for; the others of `flags` stay as they are."""
+    loaded = {
+        name: None if flags[name] is None else load(flags[name])
+        for name, load in (
+            ("instructions", lambda text: load_text(text, "instructions")),
+            ("template", lambda text: load_text(text, "a template")),
+            ("schema", load_schema),
+        )
+    }
+    rest = {name: value for name, value in flags.items() if name not in {"set", "format"}}
+    return rest | loaded | {"settings": read_settings(flags["set"]), "input_format": flags["format"]}
+
+
 async def enqueue_inputs(
     db: dict[str, Any], inputs: tuple[str, ...], on_progress: Callable[[int], None], **flags: Any
 ) -> api.EnqueueReport:
-    """Turn flags into a call of `api.enqueue` and tell what it did; `hear` is told how many inputs are kept."""
-    template, schema, instructions = flags.pop("template"), flags.pop("schema"), flags.pop("instructions")
-    settings = dict(read_setting(one) for one in flags.pop("set"))
+    """Call `api.enqueue` with flags, and print its notices; `on_progress` gets the number of inputs in the run."""
     with interruptible(inputs):
-        report = await api.enqueue(
-            [Path(name) for name in inputs],
-            instructions=None if instructions is None else load_text(instructions, "instructions"),
-            template=None if template is None else load_text(template, "a template"),
-            schema=None if schema is None else load_schema(schema),
-            settings=settings,
-            input_format=flags.pop("format"),
-            on_kept=on_progress,
-            **flags,
-            **db,
-        )
+        arguments = input_arguments(flags)
+        report = await api.enqueue(list(map(Path, inputs)), on_kept=on_progress, **arguments, **db)
     for notice in report.notices:
         log(f"lbr: {notice}")
     return report
@@ -181,16 +170,16 @@ async def enqueue_inputs(
 @database_option
 @click.pass_obj
 def enqueue(db: dict[str, Any], /, inputs: tuple[str, ...], json: bool, **flags: Any) -> None:
-    """Put prompts into a run, each distinct one once.
+    """Add prompts to a run, each distinct prompt once.
 
-    INPUTS are text files (a prompt a line), JSONL, CSV or TSV, or - for stdin. Running the same command again adds
-    nothing; after a crash it completes what is missing.
+    INPUTS are text files (one prompt per line), JSONL, CSV or TSV files, or - for stdin. Running the same command
+    again adds nothing; after a crash it adds what is missing.
     """
     with counting_kept(inputs, append=flags["append"]) as on_progress:
         report = asyncio.run(enqueue_inputs(db, inputs, on_progress, **flags))
     if json:
-        fields = {name: getattr(report.counts, name) for name in report.counts.__slots__}
-        fields |= {"skipped_bad": report.skipped_bad, "skipped_empty": report.skipped_empty}
-        echo(orjson.dumps({"run": report.run} | fields))
-        return
-    echo(describe(report))
+        counts = {name: getattr(report.counts, name) for name in report.counts.__slots__}
+        skipped = {"skipped_bad": report.skipped_bad, "skipped_empty": report.skipped_empty}
+        echo_json({"run": report.run} | counts | skipped)
+    else:
+        echo(describe(report))

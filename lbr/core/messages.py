@@ -1,4 +1,4 @@
-"""Chat messages in OpenAI's form: which ones every adapter sends whole. The others are refused, never cut."""
+"""Chat messages in OpenAI's form: only those that every adapter sends whole; others are refused, never cut."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_messages(messages: Json) -> None:
     for number, message in enumerate(messages, start=1):
         _check_message(message, f"message {number}", called)
     if all(message["role"] == "assistant" for message in messages):
-        raise InputError("expected at least one message of the user, got: none")
+        raise InputError("no message is of the user; add one")
 
 
 def _check_message(message: Json, where: str, called: dict[str, str]) -> None:
@@ -43,12 +43,11 @@ def _check_message(message: Json, where: str, called: dict[str, str]) -> None:
         raise InputError(f"expected {where} to have the role {' or '.join(ROLES)}, got: {_shown(role)}")
     _check_fields(message, _FIELDS.get(role, {"role", "content"}), where)
     if calls := message.get("tool_calls"):
-        listed: list[Json] = calls if isinstance(calls, list) else [str(calls)]
-        for call in listed:
+        for call in calls if isinstance(calls, list) else [calls]:
             _check_call(call, where)
             called[call["id"]] = call["function"]["name"]
     if role == TOOL_ROLE:
-        _check_answers_call(message, where, called)
+        _check_tool(message.get("tool_call_id"), message.get("name"), where, called)
     if isinstance(content, str) or (content is None and calls):
         return
     if not isinstance(content, list):
@@ -59,13 +58,18 @@ def _check_message(message: Json, where: str, called: dict[str, str]) -> None:
         _check_part(part, where, images=role == "user")
 
 
+def _check_tool(call: Json, name: Json, where: str, called: Mapping[str, str]) -> None:
+    if not isinstance(call, str) or call not in called:
+        raise InputError(f"the tool_call_id of {where} is not of an earlier tool call: {_shown(call)}")
+    if name is not None and name != called[call]:
+        raise InputError(f"{where} has the name {_shown(name)}, but the tool called is {called[call]!r}")
+
+
 def _check_fields(given: Mapping[str, Json], known: Iterable[str], where: str) -> None:
     """Refuse fields that no adapter sends, unless they are empty, as in a reply that was dumped whole."""
-    if unknown := sorted(
-        name for name, value in given.items() if value not in (None, [], {}) and name not in known
-    ):
+    if unknown := sorted(n for n, value in given.items() if value not in (None, [], {}) and n not in known):
         raise InputError(
-            f"expected {where} to have fields that lbr sends, got: {', '.join(map(repr, unknown))}; remove it"
+            f"lbr does not send these fields of {where}: {', '.join(map(repr, unknown))}; remove them"
         )
 
 
@@ -89,18 +93,6 @@ def _check_call(call: Json, where: str) -> None:
         )
 
 
-def _check_answers_call(message: Mapping[str, Json], where: str, called: Mapping[str, str]) -> None:
-    call, name = message.get("tool_call_id"), message.get("name")
-    if not isinstance(call, str) or call not in called:
-        raise InputError(
-            f"expected the tool_call_id of {where} to be that of a tool call in an earlier message, got: {_shown(call)}"
-        )
-    if name is not None and name != called[call]:
-        raise InputError(
-            f"expected {where} to have the name of the tool called, {called[call]!r}, got: {_shown(name)}"
-        )
-
-
 def _check_part(part: Json, where: str, *, images: bool) -> None:
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if kind not in ("text", "image_url"):
@@ -112,9 +104,7 @@ def _check_part(part: Json, where: str, *, images: bool) -> None:
     elif images:
         _check_image(part.get("image_url"), where)
     else:
-        raise InputError(
-            f"expected {where} to hold text only, got: 'image_url'; only the user's may hold images"
-        )
+        raise InputError(f"{where} has an image; only messages of the user may have images")
 
 
 def _check_image(image: Json, where: str) -> None:
@@ -139,12 +129,12 @@ def _check_image(image: Json, where: str) -> None:
 
 
 def _check_data_url(url: str) -> None:
-    """Raise ValueError for a data: URL whose image is damaged: decoders leave out what they do not know."""
+    """Raise ValueError for a damaged data: URL; decoders leave out the characters that they do not know."""
     _, marker, data = url.partition(";base64,")
     if not marker:
         raise ValueError('Data URI must be base64-encoded (expected ";base64," marker)')
     base64.b64decode(unquote_to_bytes(data))
-    if not base64.b64decode("".join(url.partition(",")[2].split()), validate=True):
+    if not base64.b64decode("".join(data.split()), validate=True):
         raise ValueError("no data")
 
 

@@ -1,16 +1,15 @@
-"""Answers with a shape: where their JSON schema comes from, and whether an answer fits it.
+"""Answers with a schema: where the JSON schema comes from, and whether an answer fits it.
 
-jsonschema_rs and pydantic are imported where they are used, for `lbr status` must not pay for them.
+jsonschema_rs and pydantic are imported where they are used, because `lbr status` must not pay for them.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
-import math
 import os
 import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import orjson
@@ -20,11 +19,9 @@ from lbr.core.errors import BadAnswer, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from pathlib import Path
 
     from jsonschema_rs import Draft202012Validator
     from jsonschema_rs import ValidationError as Misfit
-    from pydantic import ValidationError
 
     from lbr.core.types import Json
 
@@ -33,29 +30,35 @@ if TYPE_CHECKING:
 MAX_PROBLEMS = 5
 MAX_PROBLEM_CHARS = 200
 SCHEMA_EXAMPLE = '{"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}'
-
 MAX_BACKTRACKS = 100_000
 """Steps back that a pattern with look-arounds or back-references may take on one text: a few milliseconds."""
 
-_WORDS = frozenset(
+_KEYWORDS = frozenset(
     """$dynamicRef $ref additionalProperties allOf anyOf const contains dependentRequired dependentSchemas enum
     exclusiveMaximum exclusiveMinimum format if items maxItems maxLength maxProperties maximum minItems minLength
     minProperties minimum multipleOf not oneOf pattern patternProperties prefixItems properties propertyNames required
     type unevaluatedItems unevaluatedProperties uniqueItems""".split()  # noqa: SIM905 - one word a line would be a page
 )
-"""Of which a schema must have one to say something."""
-
+"""A schema without any of these allows everything."""
 _PLAIN_STEP = re.compile(r"[A-Za-z_]\w*")
 _FENCE = re.compile(r"\A```(?:json)?[ \t]*\r?\n?(.*?)\s*```\Z", re.DOTALL | re.IGNORECASE)
 
 
 def load_schema(path: str | Path) -> dict[str, Json]:
-    """Read a file with a JSON schema; UsageError with the path, and the line for bad JSON, when it has none."""
-    value = _read_json(path)
-    if not isinstance(value, dict):
+    """Read a file with a JSON schema; UsageError, with the path and the line, if it has none."""
+    try:
+        value = digits.loads(Path(path).read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise UsageError(f"cannot read the schema {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        byte = f"{error.object[error.start]:#04x} at {error.start}"
+        raise UsageError(f"{path} is not UTF-8: it has the byte {byte}") from None
+    except orjson.JSONDecodeError as error:
         raise UsageError(
-            f"{path}: expected a JSON schema, an object such as {SCHEMA_EXAMPLE}, got: {_kind_of_json(value)}"
-        )
+            f"{path}, line {error.lineno}: not valid JSON: {error.msg} at column {error.colno}"
+        ) from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: expected a JSON schema, an object such as {SCHEMA_EXAMPLE}")
     try:
         _build_validator(value)
     except UsageError as error:
@@ -63,66 +66,17 @@ def load_schema(path: str | Path) -> dict[str, Json]:
     return value
 
 
-def _read_json(path: str | Path) -> Json:
-    try:
-        with open(path, "rb") as file:
-            text = file.read().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise UsageError(f"{path}: expected a file with a JSON schema, but there is no such file") from None
-    except IsADirectoryError:
-        raise UsageError(f"{path}: expected a file with a JSON schema, got a directory") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{path}: expected UTF-8 text, got: byte {error.object[error.start]:#04x} at {error.start}"
-        ) from None
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
-        return json.loads(text, parse_constant=_no_constant, parse_float=_finite)
-    except json.JSONDecodeError as error:
-        raise UsageError(
-            f"{path}, line {error.lineno}: expected JSON, got: {error.msg} at column {error.colno}"
-        ) from None
-    except RecursionError:
-        raise UsageError(
-            f"{path}: expected a JSON schema, got JSON that is nested too deeply to read"
-        ) from None
-    except ValueError as error:  # NaN, or a number of thousands of digits
-        raise UsageError(f"{path}: expected JSON, got: {error}") from error
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name}, which is no JSON number")
-
-
-def _finite(digits: str) -> float:
-    number = float(digits)
-    if math.isinf(number):
-        raise ValueError(f"{digits[:40]}, which is larger than any number here")
-    return number
-
-
-def _kind_of_json(value: Json) -> str:
-    names = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
 def schema_of(result_type: Any) -> dict[str, Json]:
     """Return the JSON schema of a pydantic model class, or of anything else that pydantic reads types from."""
     from pydantic import TypeAdapter  # noqa: PLC0415
 
-    name = getattr(result_type, "__qualname__", repr(result_type))
+    wrong = f"expected a pydantic BaseModel class as result type, got: {getattr(result_type, '__qualname__', repr(result_type))}"
     try:
         schema = TypeAdapter(result_type).json_schema()
     except Exception as error:
-        raise UsageError(
-            f"expected a pydantic BaseModel class as result type, got: {name}, "
-            f"which has no JSON schema: {_first_line(error)}"
-        ) from error
-    if not schema.keys() & _WORDS:
-        raise UsageError(
-            f"expected a pydantic BaseModel class as result type, got: {name}, whose JSON schema says nothing"
-        )
+        raise UsageError(f"{wrong}, which has no JSON schema: {_first_line(error)}") from error
+    if not schema.keys() & _KEYWORDS:
+        raise UsageError(f"{wrong}, whose JSON schema allows everything")
     return schema
 
 
@@ -132,9 +86,8 @@ def import_type(spec: str) -> type:
 
     found = import_named(spec, example="pkg.module:Class")
     if not isinstance(found, type) or not issubclass(found, BaseModel):
-        raise UsageError(
-            f"expected {spec!r} to be a pydantic BaseModel class, got: {type(found).__name__} {_short(repr(found))}"
-        )
+        got = f"{type(found).__name__} {_short(repr(found))}"
+        raise UsageError(f"expected {spec!r} to be a pydantic BaseModel class, got: {got}")
     return found
 
 
@@ -149,7 +102,16 @@ def import_named(spec: str, *, example: str) -> Any:
     if module_name.endswith(".py"):
         module = module_name.removesuffix(".py").replace(os.sep, ".")
         raise UsageError(f"expected a module, got: the file in {spec!r}; write {module}:{attributes}")
-    found: Any = _import_module(module_name, spec)
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        # Last: a queue.py here must not be imported instead of Python's own.
+        sys.path.append(here)
+    importlib.invalidate_caches()
+    try:
+        found: Any = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        cause = f"{type(error).__name__}: {_first_line(error)}"
+        raise UsageError(f"cannot import {spec!r}: module {module_name!r} failed with {cause}") from error
     for name in attributes.split("."):
         try:
             found = getattr(found, name)
@@ -159,21 +121,6 @@ def import_named(spec: str, *, example: str) -> Any:
                 f"cannot import {spec!r}: {where!r} has no attribute {name!r}{_shadowed(module_name)}"
             ) from None
     return found
-
-
-def _import_module(name: str, spec: str) -> Any:
-    here = os.getcwd()
-    if here not in sys.path and "" not in sys.path:
-        # Last: a queue.py here must not be imported instead of Python's own.
-        sys.path.append(here)
-    importlib.invalidate_caches()
-    try:
-        return importlib.import_module(name)
-    except (Exception, SystemExit) as error:
-        cause = _first_line(error)
-        raise UsageError(
-            f"cannot import {spec!r}: module {name!r} failed with {type(error).__name__}: {cause}"
-        ) from error
 
 
 def _shadowed(name: str) -> str:
@@ -186,32 +133,29 @@ def _shadowed(name: str) -> str:
 
 
 def is_base_model(value: Any) -> bool:
-    """Tell whether a value is an instance of a pydantic model class."""
-    pydantic = sys.modules.get("pydantic")  # nobody has one of a package that was never imported
+    """Return whether a value is an instance of a pydantic model class."""
+    pydantic = sys.modules.get("pydantic")  # if it was never imported, no value is
     return pydantic is not None and isinstance(value, pydantic.BaseModel)
 
 
 class Validator:
-    """Checks answers against one schema; with `result_type` pydantic does it, and so coerces what it can.
+    """Checks answers against one schema; with `result_type` pydantic does it, and so converts what it can.
 
-    Construction raises UsageError for a schema that is none, or that points at another one elsewhere: nothing is ever
-    fetched.
+    Construction raises UsageError for a schema that is not valid, or that refers to another document: nothing is
+    ever fetched.
     """
 
     def __init__(self, schema: dict[str, Json], result_type: Any = None) -> None:
-        if result_type is None:
-            self._check = _schema_check(schema)
-        else:
-            self._check = _type_check(result_type)
+        self._check = _schema_check(schema) if result_type is None else _type_check(result_type)
 
     def check(self, text: str) -> str:
-        """Return the answer as compact JSON; BadAnswer, with up to five problems and the raw text, when it does not fit.
+        """Return the answer as compact JSON; BadAnswer, with up to five problems and the raw text, if it does not fit.
 
-        White space and one Markdown fence around the JSON are forgiven.
+        White space and one Markdown fence around the JSON are ignored.
         """
         bare = text.strip()
-        fenced = _FENCE.match(bare)
-        bare = fenced.group(1) if fenced else bare
+        if fenced := _FENCE.match(bare):
+            bare = fenced.group(1)
         try:
             answer, problems = self._check(bare, digits.loads(bare))
         except orjson.JSONDecodeError as error:
@@ -219,15 +163,10 @@ class Validator:
         except (RecursionError, TypeError):  # of json and orjson, whose limits differ
             raise BadAnswer("$: is nested too deeply to check", text=text) from None
         if problems:
-            raise BadAnswer(_list_problems(problems), text=text)
+            shown = [_short(problem) for problem in problems[:MAX_PROBLEMS]]
+            more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
+            raise BadAnswer("; ".join(shown + more), text=text)
         return answer
-
-
-def _list_problems(problems: list[str]) -> str:
-    shown = [_short(problem) for problem in problems[:MAX_PROBLEMS]]
-    if len(problems) > MAX_PROBLEMS:
-        shown.append(f"and {len(problems) - MAX_PROBLEMS} more")
-    return "; ".join(shown)
 
 
 def _type_check(result_type: Any) -> Check:
@@ -238,21 +177,15 @@ def _type_check(result_type: Any) -> Check:
     def check(text: str, _: Json) -> tuple[str, list[str]]:
         try:
             value = adapter.validate_json(text)
-            # By alias, so that the answer fits the schema that was asked for and can be read back by the type.
+            # By alias, so that the answer fits the schema that was asked for and the type can read it back.
             return adapter.dump_json(value, by_alias=True).decode(), []
         except ValidationError as error:
-            return "", _pydantic_problems(error)
-        except Exception as error:  # noqa: BLE001 - a validator of the user's own may raise anything, here for this answer
+            found = error.errors(include_url=False, include_input=False, include_context=False)
+            return "", [f"{_json_path(one['loc'])}: {one['msg']}" for one in found]
+        except Exception as error:  # noqa: BLE001 - a user's validator may raise anything, here for this answer
             return "", [f"$: the result type failed with {type(error).__name__}: {_first_line(error)}"]
 
     return check
-
-
-def _pydantic_problems(error: ValidationError) -> list[str]:
-    return [
-        f"{_json_path(problem['loc'])}: {problem['msg']}"
-        for problem in error.errors(include_url=False, include_input=False, include_context=False)
-    ]
 
 
 def _json_path(steps: Iterable[str | int]) -> str:
@@ -266,25 +199,22 @@ def _schema_check(schema: dict[str, Json]) -> Check:
     validator = _build_validator(schema)
 
     def check(_: str, value: Json) -> tuple[str, list[str]]:
-        return digits.dumps(value).decode(), list(_schema_problems(validator, value))
+        answer = digits.dumps(value).decode()
+        try:
+            errors = list(validator.iter_errors(value))
+        except ValueError as error:  # it has a recursion limit of its own
+            return answer, [f"$: is nested too deeply to check: {error}"]
+        errors.sort(key=lambda error: ([str(step) for step in error.instance_path], error.message))
+        return answer, [f"{_json_path(error.instance_path)}: {_words_of(error)}" for error in errors]
 
     return check
-
-
-def _schema_problems(validator: Draft202012Validator, value: Json) -> list[str]:
-    try:
-        errors = list(validator.iter_errors(value))
-    except ValueError as error:  # it has a recursion limit of its own
-        return [f"$: is nested too deeply to check: {error}"]
-    errors.sort(key=lambda error: ([str(step) for step in error.instance_path], error.message))
-    return [f"{_json_path(error.instance_path)}: {_words_of(error)}" for error in errors]
 
 
 def _words_of(error: Misfit) -> str:
     from jsonschema_rs import ValidationErrorKind  # noqa: PLC0415
 
     match error.kind:
-        case ValidationErrorKind.Enum(options=options):  # its own words name two of them
+        case ValidationErrorKind.Enum(options=options):  # its own message names two of them
             return f"{digits.dumps(error.instance).decode()} is not one of {digits.dumps(options).decode()}"
         case ValidationErrorKind.BacktrackLimitExceeded() | ValidationErrorKind.RegexEngineFailure():
             return "the schema's pattern takes too many steps on this text"
@@ -294,12 +224,12 @@ def _words_of(error: Misfit) -> str:
 def _build_validator(schema: dict[str, Json]) -> Draft202012Validator:
     from jsonschema_rs import Draft202012Validator, FancyRegexOptions, RegexOptions, ValidationError  # noqa: PLC0415
 
-    if not schema.keys() & _WORDS:
+    if not schema.keys() & _KEYWORDS:
         keys = ", ".join(sorted(schema)) or "none"
         raise UsageError(
-            f"expected a JSON schema such as {SCHEMA_EXAMPLE}, got an object without any of its words; its keys: {keys}"
+            f"expected a JSON schema such as {SCHEMA_EXAMPLE}, got an object without any of its keywords; its keys: {keys}"
         )
-    # The first engine is linear, but knows no look-arounds.
+    # The first engine is linear, but has no look-arounds.
     for options in (RegexOptions(), FancyRegexOptions(backtrack_limit=MAX_BACKTRACKS)):
         try:
             return Draft202012Validator(
@@ -308,20 +238,20 @@ def _build_validator(schema: dict[str, Json]) -> Draft202012Validator:
         except ValidationError as error:
             problem = error
         except ValueError as error:
-            raise UsageError("expected a JSON schema, got one that is nested too deeply to check") from error
+            raise UsageError("the JSON schema is nested too deeply to check") from error
     place = _json_path(problem.instance_path)
     match problem.kind.name:
         case "$ref":
+            target = problem.message.partition(" is not ")[0]
             raise UsageError(
-                f"expected every $ref of the schema to point into the schema itself, got: "
-                f"{problem.message.partition(' is not ')[0]}; copy what it stands for under '$defs'"
+                f"a $ref of the schema does not point into the schema itself: {target}; copy its target to '$defs'"
             )
         case "format":
-            shown = _short(repr(problem.instance))
+            pattern = _short(repr(problem.instance))
             raise UsageError(
-                f"expected the pattern at {place} to be a regular expression, got: {shown}, which is wrong or too large"
+                f"the pattern at {place} is not a regular expression, or is too large: {pattern}"
             )
-    raise UsageError(f"expected a JSON schema, but at {place}: {_short(problem.message)}")
+    raise UsageError(f"the JSON schema is not valid at {place}: {_short(problem.message)}")
 
 
 def _refuse(uri: str) -> NoReturn:

@@ -175,7 +175,7 @@ def test_json_and_words_tell_the_same(tmp_path: Path) -> None:
         "given",
     )
     assert (found["seconds"], found["bound_by"]) == (60.0, "tpm")
-    assert "money: about $0.000043 at in=1,out=2 a million tokens\n" in cli(*flags).stdout
+    assert "cost: about $0.000043 at in=1,out=2 per million tokens\n" in cli(*flags).stdout
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
 
 

@@ -226,7 +226,7 @@ def mortal() -> tuple[str, ...]:
         case("enqueue p.csv --encoding utf-9", "--encoding", "'utf-9'", "cp1252", files=CSV),
         case("estimate p.csv --delimiter ::", "--delimiter", "one character", "'::'", files=CSV),
         case("enqueue p.csv --model offline:echo --skip-bad runs.db", "than the queue", files=CSV),
-        case("run p.csv -o o.csv --skip-bad o.csv", "another file", "bad rows", "o.csv", files=CSV),
+        case("run p.csv -o o.csv --skip-bad o.csv", "o.csv is an input, or the file for bad rows", files=CSV),
         case("enqueue p.csv", "p.csv", "no column 'prompt'", "'city', 'state'", "--template", files=CSV),
         case("enqueue - --run r", "there is no input", code=1, name="stdin empty"),
         case(
@@ -359,7 +359,7 @@ def test_bad_tasks_are_refused(wrong: Case, tmp_path: Path) -> None:
         case("worker --lease nan", "lease", "got: nan"),
         case("worker --processes 0", "processes", "from 1 to", "got: 0"),
         case("run p.txt -o a.jsonl --lease -1", "lease", "above 0", "got: -1"),
-        case("run p.txt -o runs.db", "another file", "the queue", "got: runs.db"),
+        case("run p.txt -o runs.db", "runs.db is the queue; name a new file"),
         case("status --interval nan", "interval", "above 0", "got: nan"),
     ],
 )
@@ -399,9 +399,7 @@ def test_numbers_and_names_out_of_range_are_refused(wrong: Case, tmp_path: Path)
             "runs.db is a database with other tables than answers",
             "name another",
         ),
-        case(
-            "run p.jsonl -o ./p.jsonl", "another file", "the input", "p.jsonl", files={"p.jsonl": GOOD_LINES}
-        ),
+        case("run p.jsonl -o ./p.jsonl", "p.jsonl is an input, or the file", files={"p.jsonl": GOOD_LINES}),
         case("collect p -o o.txt", "lbr cannot write o.txt", ".jsonl", ".csv"),
         case("collect p -o no/o.jsonl", "there is no folder ", "create it"),
         case("collect p -o d.jsonl", "the output d.jsonl is a folder", files={"d.jsonl/a": ""}),
@@ -437,9 +435,15 @@ def test_a_known_run_and_older_outputs_stay_as_they_are(wrong: Case, held: Path)
         case("retry p --where status=done --set max_tokens=5", "a setting of offline:echo", "'max_tokens'"),
         case("retry p --set failure_rate=2", "failure_rate", "a number from 0 to 1", "got: 2"),
         case("retry p --reparse", "a run with an output schema", "run 'p'", "free text"),
-        case("retry p --reparse --where status=failed", "--reparse alone", "--where or --set"),
-        case("retry p --reparse --set seed=1", "--reparse alone", "--where or --set"),
-        case("retry p --result-type fns:fn", "beside --reparse", "lbr worker"),
+        case(
+            "retry p --reparse --where status=failed",
+            "--reparse checks all bad answers",
+            "without --where and --set",
+        ),
+        case(
+            "retry p --reparse --set seed=1", "--reparse checks all bad answers", "without --where and --set"
+        ),
+        case("retry p --result-type fns:fn", "--result-type needs --reparse", "lbr worker"),
         case("retry p --reparse --result-type none:T", "'none:T'", "No module named 'none'"),
         case("retry p --reparse --result-type fns:fn", "'fns:fn'", "pydantic BaseModel", files=FUNCTIONS),
     ],
@@ -678,6 +682,6 @@ def test_a_read_that_waits_for_stdin_can_be_interrupted(
         error = waiting.stderr.read()
     told = "interrupted"
     if command.startswith("enqueue"):
-        told += " at the beginning; run the same command again with the same input to go on"
+        told += " at the beginning; run the same command again with the same input to continue"
     assert (code, error) == (130, f"lbr: {told}\n")
     assert not list(tmp_path.iterdir())

@@ -298,7 +298,7 @@ def test_a_variable_that_names_no_flag_is_told(tmp_path: Path) -> None:
     )
     (tmp_path / "some.toml").write_text("")
     told = [
-        "lbr: LBR_CONCURENCY in the environment is ignored, for it names no flag; did you mean LBR_RUN_CONCURRENCY?",
+        "lbr: the variable LBR_CONCURENCY is ignored because no flag has that name; did you mean LBR_RUN_CONCURRENCY?",
     ]
     (tmp_path / "in.txt").write_text("a\n")
     assert cli("enqueue", "in.txt", "--model", "offline:echo").stderr.splitlines() == told

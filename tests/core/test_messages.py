@@ -29,7 +29,7 @@ class TestMessages:
             ('{"role":"user","content":["a"]}', "expected the parts of message 2 to be text or image_url"),
             (
                 '{"role":"user","content":"a","name":"bob"}',
-                "expected message 2 to have fields .*, got: 'name'",
+                "lbr does not send these fields of message 2: 'name'",
             ),
             ('{"role":"user","content":[{"type":"file","file":{}}]}', "expected the parts .*, got: 'file'"),
             (
@@ -38,7 +38,7 @@ class TestMessages:
             ),
             (
                 '{"role":"user","content":[{"type":"text","text":"a","cache_control":{"type":"x"}}]}',
-                "expected the text part of message 2 to have fields that lbr sends, got: 'cache_control'",
+                "lbr does not send these fields of the text part of message 2: 'cache_control'",
             ),
             (
                 '{"role":"user","content":[{"type":"image_url","image_url":{"url":"pic.png"}}]}',
@@ -54,11 +54,11 @@ class TestMessages:
             ),
             (
                 '{"role":"system","content":[{"type":"image_url","image_url":"https://x"}]}',
-                "expected message 2 to hold text only",
+                "message 2 has an image; only messages of the user",
             ),
             (
                 '{"role":"tool","content":"a","tool_call_id":"x"}',
-                "expected the tool_call_id of message 2 to be that of a tool call in an earlier message, got: 'x'",
+                "the tool_call_id of message 2 is not of an earlier tool call: 'x'",
             ),
             (
                 '{"role":"assistant","tool_calls":{"id":"x"}}',

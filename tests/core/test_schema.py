@@ -62,29 +62,29 @@ def test_load_schema_reads_a_schema(tmp_path: Path) -> None:
     [
         (
             b'{"type":\n  "object"\n"x"}',
-            "{path}, line 3: expected JSON, got: Expecting ',' delimiter",
+            "{path}, line 3: not valid JSON: ",
         ),
-        (b'{"type": "integer", "minimum": NaN}', "{path}: expected JSON, got: NaN, which is no JSON number"),
-        (b'{"type": "number", "maximum": 1e999}', "{path}: expected JSON, got: 1e999, which is larger than"),
-        (b"", "{path}, line 1: expected JSON, got: Expecting value at column 1"),
-        (b"\xff", "{path}: expected UTF-8 text, got: byte 0xff at 0"),
+        (b'{"type": "integer", "minimum": NaN}', "{path}, line 1: not valid JSON: "),
+        (b'{"type": "number", "maximum": 1e999}', "{path}, line 1: not valid JSON: "),
+        (b"", "{path}, line 1: not valid JSON: "),
+        (b"\xff", "{path} is not UTF-8: it has the byte 0xff at 0"),
         (b"[1]", "{path}: expected a JSON schema, an object such as"),
         (b"null", "{path}: expected a JSON schema, an object such as"),
         (b"{}", "{path}: expected a JSON schema such as"),
         (b'{"foo": 1}', "{path}: expected a JSON schema such as"),
         (
             b'{"type": "strnig"}',
-            '{path}: expected a JSON schema, but at $.type: "strnig" is not valid under any',
+            '{path}: the JSON schema is not valid at $.type: "strnig" is not valid under any',
         ),
         (
             b'{"properties": {"a": {"type": 3}}}',
-            "{path}: expected a JSON schema, but at $.properties.a.type: 3",
+            "{path}: the JSON schema is not valid at $.properties.a.type: 3",
         ),
         (
             b'{"required": "a"}',
-            '{path}: expected a JSON schema, but at $.required: "a" is not of type "array"',
+            '{path}: the JSON schema is not valid at $.required: "a" is not of type "array"',
         ),
-        (b"[" * 100_000, "{path}: expected a JSON schema, got JSON that is nested too deeply to read"),
+        (b"[" * 100_000, "{path}, line 1: not valid JSON: "),
     ],
 )
 def test_load_schema_refuses_what_is_none(tmp_path: Path, content: Any, message: Any) -> None:
@@ -100,17 +100,17 @@ def test_load_schema_names_the_words_it_does_not_know(tmp_path: Path) -> None:
     """An object without schema words is answered with its keys and an example."""
     path = tmp_path / "schema.json"
     path.write_text('{"name": "x", "fields": []}')
-    with pytest.raises(UsageError, match=r"got an object without any of its words; its keys: fields, name"):
+    with pytest.raises(
+        UsageError, match=r"got an object without any of its keywords; its keys: fields, name"
+    ):
         load_schema(path)
 
 
 def test_load_schema_refuses_a_missing_file_and_a_directory(tmp_path: Path) -> None:
     """What is no file is refused with its path."""
-    with pytest.raises(
-        UsageError, match=r"nowhere\.json: expected a file with a JSON schema, but there is no such"
-    ):
+    with pytest.raises(UsageError, match=r"cannot read the schema .*nowhere\.json: No such file"):
         load_schema(tmp_path / "nowhere.json")
-    with pytest.raises(UsageError, match="expected a file with a JSON schema, got a directory"):
+    with pytest.raises(UsageError, match=": Is a directory"):
         load_schema(tmp_path)
 
 
@@ -272,9 +272,7 @@ def test_references_elsewhere_are_refused(reference: Any, place: Any) -> None:
         "property": {"type": "object", "properties": {"a": inner}},
         "combined": {"anyOf": [{"type": "null"}, {"items": inner}]},
     }[place]
-    with pytest.raises(
-        UsageError, match=r"expected every \$ref of the schema to point into the schema itself, got: "
-    ):
+    with pytest.raises(UsageError, match=r"a \$ref of the schema does not point into the schema itself: "):
         Validator(schema)
 
 
@@ -284,7 +282,7 @@ def test_nothing_is_fetched(word: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0)
         url = f"http://127.0.0.1:{server.getsockname()[1]}/x.json"
-        with pytest.raises(UsageError, match=r"to point into the schema itself, got: Resource 'http://127"):
+        with pytest.raises(UsageError, match=r"does not point into the schema itself: Resource 'http://127"):
             Validator({"type": "object", "properties": {"a": {word: url}}})
         with pytest.raises(BlockingIOError):
             server.accept()
@@ -316,7 +314,7 @@ def test_patterns_of_ecma_262_are_known(pattern: str) -> None:
 def test_a_pattern_that_does_not_compile_is_refused(schema: Any) -> None:
     """A pattern that is wrong, or that would take too much memory, is refused with its place."""
     with pytest.raises(
-        UsageError, match=r"expected the pattern at \$\.pattern.* to be a regular expression, got: '"
+        UsageError, match=r"the pattern at \$\.pattern.* is not a regular expression, or is too large: '"
     ):
         Validator(schema)
 
@@ -361,9 +359,7 @@ def test_a_deeply_nested_answer_or_schema_is_refused(depth: int) -> None:
     schema: dict[str, Any] = {"type": "integer"}
     for _ in range(depth):
         schema = {"items": schema}
-    with pytest.raises(
-        UsageError, match="expected a JSON schema, got one that is nested too deeply to check"
-    ):
+    with pytest.raises(UsageError, match="the JSON schema is nested too deeply to check"):
         Validator(schema)
 
 
@@ -381,7 +377,7 @@ def test_the_standard_metaschema_may_be_referred_to() -> None:
 
 def test_a_validator_refuses_a_schema_that_is_none() -> None:
     """A stored schema that is broken is a usage error, not a bad answer."""
-    with pytest.raises(UsageError, match=r"expected a JSON schema, but at \$.type"):
+    with pytest.raises(UsageError, match=r"the JSON schema is not valid at \$.type"):
         Validator({"type": "strnig"})
 
 

@@ -365,7 +365,7 @@ def test_functions_take_no_settings() -> None:
 
 def test_a_schema_that_is_none_is_refused_for_everyone() -> None:
     """A broken schema is refused when it is enqueued."""
-    with pytest.raises(UsageError, match="expected a JSON schema, but at"):
+    with pytest.raises(UsageError, match="the JSON schema is not valid at"):
         check_task(Task(function="m:f", schema={"type": "strnig"}))
 
 

@@ -484,10 +484,10 @@ async def test_instructions_go_with_chat_messages(monkeypatch: pytest.MonkeyPatc
     ("messages", "message"),
     [
         ([], "expected messages to be a list of at least one, got: "),
-        ([{"role": "assistant", "content": "a"}], "expected at least one message of the user, got: none"),
+        ([{"role": "assistant", "content": "a"}], "no message is of the user; add one"),
         (
             [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}],
-            "expected the tool_call_id of message 2 to be that of a tool call in an earlier message, got: None",
+            "the tool_call_id of message 2 is not of an earlier tool call: None",
         ),
         (
             [{"content": "a"}],
@@ -530,11 +530,11 @@ async def test_instructions_go_with_chat_messages(monkeypatch: pytest.MonkeyPatc
         ),
         (
             [{"role": "system", "content": [{"type": "image_url", "image_url": "https://example.com"}]}],
-            "expected message 1 to hold text only",
+            "message 1 has an image; only messages of the user",
         ),
         (
             [{"role": "user", "content": "a", "name": "bob"}],
-            "expected message 1 to have fields that lbr sends, got: 'name'; remove it",
+            "lbr does not send these fields of message 1: 'name'; remove them",
         ),
     ],
 )

@@ -516,7 +516,7 @@ def test_a_limit_of_an_answerer_that_no_run_has_is_told_to_be_one(cli: Cli) -> N
     (cli.folder / "in.txt").write_text("one\n", encoding="utf-8")
     cli("enqueue", "in.txt", "--model", "offline:echo")
     missed = cli("limit", "offline:ecko", "--rpm", "100", "--json")
-    assert "no run of this queue is answered by offline:ecko: that holds for those to come" in missed.stderr
+    assert "no run of this queue uses offline:ecko; the limit is kept for later runs" in missed.stderr
     met = cli("limit", "offline:echo", "--rpm", "100", "--json")
     assert met.stderr == ""
     assert [json.loads(done.stdout)["runs"] for done in (missed, met)] == [0, 1]

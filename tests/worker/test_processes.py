@@ -188,7 +188,7 @@ def test_enqueue_killed_in_the_middle_is_completed(cli: Cli) -> None:
     assert 0 < held < len(lines)
     done = cli("collect", "in", "-o", "early.jsonl", check=False)
     assert done.returncode == 3
-    assert "enqueue of run in has not come to its end" in done.stderr
+    assert "enqueue of run in has not finished" in done.stderr
     report = json.loads(cli(*enqueue, "--json").stdout)
     assert (report["inputs"], report["known"]) == (len(lines), held)
     rows = cli.collect("in", code=3)
