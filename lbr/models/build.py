@@ -95,7 +95,7 @@ def check_task(task: Task) -> None:
 def unsent(task: Task) -> list[str]:
     """Return a message for each setting of the task that would not be sent, or whose result would not be kept.
 
-    A run with such settings is refused when it is new, and goes on if it was enqueued before they were refused.
+    The enqueue refuses such settings; workers go on with a run of an older version that has them.
     """
     if kind_of(task) is not Kind.PROVIDER:
         return []

@@ -1,4 +1,4 @@
-"""The doctor finds what is wrong with a queue, says what to do, and changes nothing without --fix."""
+"""The doctor finds what is wrong with a queue and what to do about it, and changes nothing without --fix."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def by_check(found: Sequence[Finding]) -> dict[str, list[Finding]]:
     return grouped
 
 
-def told(done: subprocess.CompletedProcess[str]) -> dict[str, list[dict[str, Any]]]:
+def printed(done: subprocess.CompletedProcess[str]) -> dict[str, list[dict[str, Any]]]:
     """Return the findings that `lbr doctor --json` printed, by their check."""
     grouped: dict[str, list[dict[str, Any]]] = {}
     for line in done.stdout.splitlines():
@@ -94,6 +94,16 @@ async def make(path: Path, prompts: int = 3, **options: Any) -> None:
     await database.close()
 
 
+def overwrite_page(path: Path, table: str) -> bytes:
+    """Damage the first page of a table, and return the file's bytes."""
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable=1", uri=True)) as file:
+        (page,) = file.execute(f"SELECT rootpage FROM sqlite_master WHERE name = '{table}'").fetchone()
+    data = bytearray(path.read_bytes())
+    data[(page - 1) * 4096 : page * 4096] = b"\xff" * 4096
+    path.write_bytes(data)
+    return bytes(data)
+
+
 async def test_nothing_is_wrong_with_a_sound_queue(database: Database, db_url: str, clock: Clock) -> None:
     """A queue in use has no finding above a note, except for the tests' own server."""
     run = await put(database, ["a", "b"])
@@ -110,6 +120,8 @@ async def test_nothing_is_wrong_with_a_sound_queue(database: Database, db_url: s
         else {"sqlite", "file system", "mode", "disk", "wal", "integrity"}
     )
     assert checks <= set(found)
+    if not is_postgresql(db_url):
+        assert sqlite3.sqlite_version in found["sqlite"][0].found
 
 
 async def test_expired_leases_are_found(database: Database, db_url: str, clock: Clock) -> None:
@@ -137,7 +149,7 @@ async def test_expired_leases_are_found(database: Database, db_url: str, clock: 
 async def test_paused_and_unsealed_runs_are_found(database: Database, db_url: str, clock: Clock) -> None:
     """Runs that wait for the user are named, each with the command that lets it go on."""
     by_hand, broke, spent = [await put(database, ["a"], name=name) for name in ("hand", "broke", "spent")]
-    await runs.pause(database, by_hand, "by hand")
+    await runs.pause(database, by_hand, "manually")
     await runs.pause(database, broke, "Pause: the licence has expired", cause=PauseCause.ACCOUNT)
     await runs.pause(database, spent, "it may cost $1", cause=PauseCause.BUDGET)
     change(db_url, "UPDATE runs SET sealed_at = NULL WHERE name = 'hand'")
@@ -178,7 +190,7 @@ async def test_keys_are_looked_for_and_never_shown(
     assert "secret" not in str(found)
     monkeypatch.setattr(os, "environ", {n: v for n, v in os.environ.items() if n != "OPENAI_API_KEY"})
     cli = Cli(tmp_path, db_url=db_url)
-    assert told(cli("doctor", "--json", check=False))["keys"][0]["gravity"] == "warning"
+    assert printed(cli("doctor", "--json", check=False))["keys"][0]["gravity"] == "warning"
     (tmp_path / ".env").write_text("OPENAI_API_KEY=sk-very-secret\n")
     done = cli("doctor", check=False)
     assert "what calls of openai-chat:gpt-4o-mini need is set here" in done.stdout
@@ -218,11 +230,11 @@ def test_counters_are_fixed_while_workers_go_on(cli: Cli, tmp_path: Path) -> Non
     )
     looked = cli("doctor", "--json", check=False)
     assert looked.returncode == GRAVE
-    (counters,) = told(looked)["counters"]
+    (counters,) = printed(looked)["counters"]
     assert counters["gravity"] == "error"
     assert counters["do"] == "`lbr doctor --fix` fixes them, while workers go on"
     fixed, sound = [
-        told(cli("doctor", *flags, "--json", check=False))["counters"] for flags in (["--fix"], [])
+        printed(cli("doctor", *flags, "--json", check=False))["counters"] for flags in (["--fix"], [])
     ]
     assert [one["gravity"] for one in fixed] == ["note"]
     assert fixed[0]["found"].startswith("differed and are fixed: run r: input_tokens")
@@ -232,7 +244,7 @@ def test_counters_are_fixed_while_workers_go_on(cli: Cli, tmp_path: Path) -> Non
     )
     assert [worker.wait(120) for worker in workers] == [0, 0]
     assert [row["result"] for row in cli.collect("r")] == [f"p{n}" for n in range(400)]
-    assert told(cli("doctor", "--json", check=False))["counters"][0]["gravity"] == "ok"
+    assert printed(cli("doctor", "--json", check=False))["counters"][0]["gravity"] == "ok"
     status = cli.status("r")
     assert (status["done"], status["pending"], status["input_tokens"]) == (400, 0, 400)
 
@@ -286,9 +298,9 @@ def test_missing_database_is_found(cli: Cli, new_database: Callable[[], str]) ->
     assert done.returncode == GRAVE
     if not is_postgresql(cli.outside_url):
         assert list(cli.folder.glob("queue.db*")) == []
-        assert told(done)["database"][0]["found"].endswith("got: no such file; `lbr enqueue` creates it")
+        assert printed(done)["database"][0]["found"].endswith("got: no such file; `lbr enqueue` creates it")
     else:
-        assert told(done)["schema"][0]["found"] == "no lbr queue here yet"
+        assert printed(done)["schema"][0]["found"] == "no lbr queue here yet"
 
 
 async def test_newer_and_older_schemas_are_found(database: Database, db_url: str, clock: Clock) -> None:
@@ -366,15 +378,6 @@ def test_versions_with_the_wal_reset_bug_are_known(version: str, has: bool) -> N
     assert has_wal_reset_bug(version) == has
 
 
-async def test_sqlite_and_file_system_are_shown(tmp_path: Path) -> None:
-    """The version of SQLite and the type of the file system are among the findings."""
-    await make(tmp_path / "q.db")
-    found = await examined(str(tmp_path / "q.db"))
-    assert sqlite3.sqlite_version in found["sqlite"][0].found
-    kind = files.file_system(tmp_path / "q.db")
-    assert found["file system"][0].found.startswith(kind or "not reported by the system")
-
-
 async def test_open_files_are_found(tmp_path: Path) -> None:
     """A database that others may read is a warning, and so are SQLite's files beside it."""
     path = tmp_path / "q.db"
@@ -428,11 +431,7 @@ async def test_damaged_pages_are_found(tmp_path: Path) -> None:
     """An overwritten page is found; the parts that can be read are reported, the others are errors of their own."""
     path = tmp_path / "q.db"
     await make(path, 500)
-    data = bytearray(path.read_bytes())
-    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable=1", uri=True)) as file:
-        (page,) = file.execute("SELECT rootpage FROM sqlite_master WHERE name = 'jobs'").fetchone()
-    data[(page - 1) * 4096 : page * 4096] = b"\xff" * 4096
-    path.write_bytes(data)
+    overwrite_page(path, "jobs")
     found = await examined(str(path))
     (one,) = found["integrity"]
     assert one.gravity is Gravity.ERROR
@@ -533,6 +532,12 @@ async def test_read_only_files_are_found(mortal_folder: Path, monkeypatch: pytes
     monkeypatch.chdir(mortal_folder)
     path = mortal_folder / "q.db"
     await make(path)
+    assert "writable" not in await examined(str(path))
+    lock = path.with_name("q.db.checkpoint.lock")  # as an `lbr` under `sudo` leaves it
+    lock.touch()
+    lock.chmod(0o000)
+    assert f"you may not write {lock}:" in (await examined(str(path)))["writable"][0].found
+    lock.unlink()
     path.chmod(0o400)
     mortal_folder.chmod(0o500)
     found = await examined(str(path))
@@ -548,18 +553,6 @@ async def test_read_only_files_are_found(mortal_folder: Path, monkeypatch: pytes
     path.chmod(0o000)
     (one,) = (await examined(str(path)))["database"]
     assert "permission" in f"{one.found} {one.do}"
-
-
-async def test_locks_of_another_user_are_found(mortal_folder: Path) -> None:
-    """A lock file that this user may not open is found, as an `lbr` under `sudo` leaves it."""
-    path = mortal_folder / "q.db"
-    await make(path)
-    assert "writable" not in await examined(str(path))
-    lock = path.with_name("q.db.checkpoint.lock")
-    lock.touch()
-    lock.chmod(0o000)
-    (one,) = (await examined(str(path)))["writable"]
-    assert (one.gravity, f"you may not write {lock}:" in one.found) == (Gravity.WARNING, True)
 
 
 async def test_network_file_systems_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -586,18 +579,14 @@ async def test_a_damaged_file_is_not_fixed(tmp_path: Path) -> None:
     path = tmp_path / "q.db"
     await make(path, 100)
     change(f"sqlite:///{path}", "UPDATE counters SET value = 9 WHERE name = 'pending'")
-    with closing(sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True)) as file:
-        (page,) = file.execute("SELECT rootpage FROM sqlite_master WHERE name = 'items'").fetchone()
-    data = bytearray(path.read_bytes())
-    data[(page - 1) * 4096 : page * 4096] = b"\xff" * 4096
-    path.write_bytes(data)
+    data = overwrite_page(path, "items")
     found = by_check(await lbr.doctor(fix=True, db_url=str(path)))
     assert found["counters"][0].gravity is Gravity.ERROR
     assert "in a damaged file are not fixed" in found["fix"][0].found
     assert path.read_bytes() == data
 
 
-@pytest.mark.parametrize("name", ["a b.db", "what?mode=rw#x.db", "100%25.db", "ü.db"])
+@pytest.mark.parametrize("name", ["what?mode=rw#x.db", "100%25.db"])
 async def test_files_with_odd_names_are_examined(tmp_path: Path, name: str) -> None:
     """Characters with a meaning in a URI have none in a file's name."""
     await make(tmp_path / name)

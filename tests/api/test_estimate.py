@@ -134,7 +134,7 @@ async def test_bad_input_is_told_with_file_and_line(in_folder: Path) -> None:
     (in_folder / "in.jsonl").write_text('{"prompt": "a"}\n{"promt": "b"}\n')
     with pytest.raises(InputError, match=r"in\.jsonl, line 2"):
         await lbr.estimate(Path("in.jsonl"), model=MODEL)
-    with pytest.raises(InputError, match="at least one input"):
+    with pytest.raises(InputError, match="there is no input"):
         await lbr.estimate([], model=MODEL)
 
 

@@ -332,7 +332,7 @@ def test_bad_templates_are_refused(wrong: Case, tmp_path: Path) -> None:
         case("enqueue p.txt --set temperature=1", "latency, failure_rate", "got: 'temperature'"),
         case(
             "enqueue p.txt --model openai-chat:gpt-4o-mini --set temprature=1",
-            "got: 'temprature'",
+            "the setting temprature is not sent",
             "did you mean 'temperature'",
         ),
     ],
