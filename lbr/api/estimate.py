@@ -23,7 +23,7 @@ from lbr.core.types import KeyMaker
 from lbr.io.sources import Source
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from os import PathLike
 
     from lbr.core.types import Item, Json, Task
@@ -116,7 +116,7 @@ async def estimate(
         raise source.nothing()
     output = prompts * per_call
     known = given_price or table_price(task.answerer)
-    seconds, bound_by = time_at_limits(prompts, input_tokens + output, **limits)
+    seconds, bound_by = time_at_limits(prompts, input_tokens + output, limits)
     return Estimate(
         model=task.answerer,
         inputs=count,
@@ -169,19 +169,12 @@ def answer_length(task: Task, given: int | None) -> tuple[int, str]:
     return given, "given"
 
 
-def time_at_limits(
-    calls: int,
-    tokens: int,
-    *,
-    rpm: float | None,
-    tpm: float | None,
-    concurrency: int,
-    seconds_per_call: float,
-) -> tuple[float, str]:
+def time_at_limits(calls: int, tokens: int, limits: Mapping[str, Any]) -> tuple[float, str]:
     """Return the least seconds that these calls take, and the limit that causes them."""
+    rpm, tpm = limits["rpm"], limits["tpm"]
     times = {
         # However many slots there are, no call is faster than one call.
-        "concurrency": max(calls / concurrency, min(calls, 1)) * seconds_per_call,
+        "concurrency": max(calls / limits["concurrency"], min(calls, 1)) * limits["seconds_per_call"],
         "rpm": 0.0 if rpm is None else 60 * calls / rpm,
         "tpm": 0.0 if tpm is None else 60 * tokens / tpm,
     }

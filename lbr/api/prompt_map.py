@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from lbr.store.database import Database
 
 RETURN_DTYPES = ("list[dict]", "list[str]", "list[tuple[str,str]]", "polars")
-RESULTS_BESIDE = "runs.db"
+RESULTS_BESIDE = "runs.db"  # if the queue is on a server
 REPORT_SECONDS = 0.2
 COLUMNS = ("idx", "id", "key", "prompt", "status", "result", "error", "metadata")
 
@@ -122,7 +122,8 @@ async def prompt_map(
     source = Source.of(prompts, template=template)
     if source.is_empty:
         return _shaped([], return_dtype)
-    results_url = results_db_url or results_url_of(db_url)
+    beside = file_of(db_url) or Path(RESULTS_BESIDE)
+    results_url = results_db_url or beside.with_name(f"{beside.stem}-results{beside.suffix}")
     await source.check()
     with suppress(DatabaseBusyError):  # it may be free when the answers are there
         await results_db.check(results_url, name="results_db_url", queue=file_of(db_url))
@@ -214,12 +215,6 @@ async def _mirror(results_url: PathOrUrl, run: str, rows: list[Row]) -> bool:
         _log(f"the results database was not written: {error}")
         return False
     return True
-
-
-def results_url_of(db_url: PathOrUrl) -> str:
-    """Return the URL of the results: `runs-results.db` beside `runs.db`, or in this folder for a queue on a server."""
-    path = file_of(db_url) or Path(RESULTS_BESIDE)
-    return f"sqlite+aiosqlite:///{path.with_name(f'{path.stem}-results{path.suffix}')}"
 
 
 def _shaped(rows: list[Row], return_dtype: str) -> Any:

@@ -58,7 +58,14 @@ def resolve_task(
     env = env or {}
     key = openrouter_api_key or env.get("OPENROUTER_API_KEY") or None
     named = None if function is None else _find_function(function, version)
-    task = _model_task(model, key, env, common) if named is None else _function_task(named, common)
+    if named is None:
+        name = _model_name(model, env, WAYS)
+        if name.startswith(OPENROUTER) and not key:
+            use = "set OPENROUTER_API_KEY in the environment or .env, or use a different model"
+            raise UsageError(f"no key for {name}: {use}. {WITHOUT_KEY}")
+        task = Task(model=name, **common)
+    else:
+        task = _function_task(named, common)
     _check_storable(task)
     check_task(task)
     for problem in unsent(task):
@@ -116,14 +123,6 @@ def _model_name(model: str | None, env: Mapping[str, str], ways: str) -> str:
     if name is None:
         raise UsageError(f"no model given. {ways}")
     return model_string(name)
-
-
-def _model_task(model: str | None, key: str | None, env: Mapping[str, str], common: dict[str, Any]) -> Task:
-    name = _model_name(model, env, WAYS)
-    if name.startswith(OPENROUTER) and not key:
-        use = "set OPENROUTER_API_KEY in the environment or .env, or use a different model"
-        raise UsageError(f"no key for {name}: {use}. {WITHOUT_KEY}")
-    return Task(model=name, **common)
 
 
 def _find_function(function: Callable[..., Any] | str, version: str | None) -> NamedFunction:

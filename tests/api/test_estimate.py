@@ -58,8 +58,8 @@ def test_time_is_the_longest_of_the_limits(
     rpm: float | None, tpm: float | None, concurrency: int, seconds: float, bound_by: str
 ) -> None:
     """100 calls of 5,000 tokens in all; no batch is faster than one call."""
-    found = time_at_limits(100, 5_000, rpm=rpm, tpm=tpm, concurrency=concurrency, seconds_per_call=2)
-    assert found == (seconds, bound_by)
+    limits = {"rpm": rpm, "tpm": tpm, "concurrency": concurrency, "seconds_per_call": 2}
+    assert time_at_limits(100, 5_000, limits) == (seconds, bound_by)
 
 
 @pytest.mark.parametrize(
