@@ -53,7 +53,7 @@ class Group(click.Group):
         except KeyboardInterrupt as error:
             raise StoppedError("interrupted") from error
         except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, MisfitError) as error:
-            from lbr.store.database import misfit  # noqa: PLC0415 - only after a failure
+            from lbr.store.health import misfit  # noqa: PLC0415 - only after a failure
 
             if ctx.obj is None or (found := misfit(ctx.obj["db_url"])) is None:
                 raise

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sqlite3
 import time
 from abc import ABC, abstractmethod
 from contextlib import asynccontextmanager
@@ -20,7 +19,7 @@ from stamina.instrumentation import get_on_retry_hooks
 from lbr.core.config import PATIENCE
 from lbr.core.errors import DatabaseError, UsageError
 from lbr.core.types import Millis
-from lbr.store import files, sqlite_connection
+from lbr.store import files
 from lbr.store.addresses import address_of, is_postgresql, sqlite_path
 from lbr.store.schema import LATEST
 
@@ -236,17 +235,6 @@ async def opened(
 def file_of(url: PathOrUrl) -> Path | None:
     """Return the file that holds the queue, None if it is on a server. Raises UsageError as `open_database`."""
     return None if is_postgresql(url) else sqlite_path(url)
-
-
-def misfit(url: PathOrUrl) -> str | None:
-    """Return which column of a file has a value of a type that lbr never writes; None if all fit or cannot be read."""
-    path = file_of(url)
-    if path is None or not path.is_file():
-        return None
-    try:
-        return sqlite_connection.misfit(path)
-    except sqlite3.Error:
-        return None
 
 
 def shown(url: PathOrUrl) -> str:

@@ -6,11 +6,13 @@ import os
 import shutil
 import sqlite3
 import stat
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import func, select, text
+from sqlalchemy import Integer, LargeBinary, func, select, text
+from sqlalchemy.types import Float
 
 from lbr.core.errors import LbrError
 from lbr.store import counters, files, reads, schema
@@ -18,10 +20,12 @@ from lbr.store.addresses import is_postgresql, sqlite_path
 from lbr.store.database import local_clock
 from lbr.store.schema import INFLIGHT, jobs
 from lbr.store.sqlite import SQLiteDatabase
-from lbr.store.sqlite_connection import READER_PRAGMAS, FileConnections
+from lbr.store.sqlite_connection import HARMLESS, READER_PRAGMAS, FileConnections
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
+
+    from sqlalchemy import Column
 
     from lbr.core.types import Millis, PathOrUrl
     from lbr.store.counters import Drift
@@ -202,3 +206,36 @@ def _file_facts(path: Path) -> FileFacts:
 
 def _may_write(path: Path) -> bool:
     return os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
+def misfit(url: PathOrUrl) -> str | None:
+    """Return which column of a file has a value of a type that lbr never writes; None if all fit or cannot be read.
+
+    SQLite stores any value anywhere. It reads all rows, to explain an error that such a value may have caused.
+    """
+    if is_postgresql(url) or not (path := sqlite_path(url)).is_file():
+        return None
+    try:
+        return _misfit(path)
+    except sqlite3.Error:
+        return None
+
+
+def _misfit(path: Path) -> str | None:
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
+        connection.execute(HARMLESS)
+        for column in (column for table in schema.metadata.sorted_tables for column in table.columns):
+            fitting = _fitting_types(column)
+            typed = f'SELECT typeof("{column.name}") AS found FROM "{column.table.name}"'  # noqa: S608 - our own names
+            query = (
+                f"SELECT found FROM ({typed}) WHERE found NOT IN ({', '.join('?' * len(fitting))}) LIMIT 1"  # noqa: S608
+            )
+            if (found := connection.execute(query, fitting).fetchone()) is not None:
+                return f"expected {column.name} of {column.table.name} to be {fitting[0]}, got: {found[0]}"
+    return None
+
+
+def _fitting_types(column: Column[Any]) -> list[str]:
+    kinds = ((Integer, ["integer"]), (Float, ["real", "integer"]), (LargeBinary, ["blob"]))
+    fitting = next((names for kind, names in kinds if isinstance(column.type, kind)), ["text"])
+    return [*fitting, "null"] if column.nullable else fitting

@@ -11,20 +11,18 @@ import asyncio
 import re
 import sqlite3
 import threading
-from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from itertools import islice
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 from urllib.parse import urlencode
 
-from sqlalchemy import Integer, LargeBinary, StaticPool, create_engine, event
+from sqlalchemy import StaticPool, create_engine, event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
-from sqlalchemy.types import Float
 
 from lbr.core import open_files
 from lbr.core.errors import DatabaseBusyError, DatabaseError, MisfitError
-from lbr.store import schema
 
 if TYPE_CHECKING:
     from collections.abc import (
@@ -40,7 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import sqlalchemy
-    from sqlalchemy import Column, CursorResult, Executable
+    from sqlalchemy import CursorResult, Executable
 
     from lbr.store.database import Connection
     from lbr.store.schema import AnyRow
@@ -483,27 +481,3 @@ def database_errors(path: Path) -> Iterator[None]:
         raise MisfitError(
             f"cannot use the database {path}: a number in it is so large that a sum with it is too large to write; {REPAIR}"
         ) from error
-
-
-def misfit(path: Path) -> str | None:
-    """Return which column of a file has a value of another type, None if all fit: SQLite stores any value anywhere.
-
-    It reads all rows, to explain an error that such a value may have caused. Raises sqlite3.Error.
-    """
-    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
-        connection.execute(HARMLESS)
-        for column in (column for table in schema.metadata.sorted_tables for column in table.columns):
-            fitting = _fitting_types(column)
-            typed = f'SELECT typeof("{column.name}") AS found FROM "{column.table.name}"'  # noqa: S608 - our own names
-            query = (
-                f"SELECT found FROM ({typed}) WHERE found NOT IN ({', '.join('?' * len(fitting))}) LIMIT 1"  # noqa: S608
-            )
-            if (found := connection.execute(query, fitting).fetchone()) is not None:
-                return f"expected {column.name} of {column.table.name} to be {fitting[0]}, got: {found[0]}"
-    return None
-
-
-def _fitting_types(column: Column[Any]) -> list[str]:
-    kinds = ((Integer, ["integer"]), (Float, ["real", "integer"]), (LargeBinary, ["blob"]))
-    fitting = next((names for kind, names in kinds if isinstance(column.type, kind)), ["text"])
-    return [*fitting, "null"] if column.nullable else fitting
