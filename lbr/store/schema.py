@@ -320,7 +320,7 @@ def _adding_to(*tables: Table) -> Callable[[Connection], None]:
     return lambda connection: _add_missing(connection, *tables)
 
 
-# Before version 9, the text of a pause was all that told its cause.
+# Before version 9, only the text of a pause showed its cause.
 _CAUSES = {
     PauseCause.BUDGET: r"it may cost \$[^\n]* spent there is no room for a call",
     PauseCause.UNPRICED: r"its calls tell no cost: expected [^\n]*",

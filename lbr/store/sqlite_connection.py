@@ -252,15 +252,15 @@ class FileThread:
 
 
 def _call(function: Callable[[], T], ended: _Ended[T], loop: asyncio.AbstractEventLoop) -> None:
-    tell: Callable[[Any], None]
+    finish: Callable[[Any], None]
     result: Any
     try:
-        tell, result = ended.set_result, function()
+        finish, result = ended.set_result, function()
     except BaseException as error:  # noqa: BLE001 - raised where it is awaited
-        tell, result = ended.set_exception, error
+        finish, result = ended.set_exception, error
     with suppress(RuntimeError):  # the loop was closed, so nothing waits any more
-        loop.call_soon_threadsafe(tell, result)
-    del tell, result, function, ended  # the traceback of an error would keep them
+        loop.call_soon_threadsafe(finish, result)
+    del finish, result, function, ended  # the traceback of an error would keep them
 
 
 class FileConnection:
