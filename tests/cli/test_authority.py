@@ -19,7 +19,7 @@ from lbr.core.types import JobId, Prompt, Task
 from lbr.models.base import Request
 from lbr.models.pydantic_ai import PydanticAIModel, check_model
 from tests.support import Cli, is_postgresql, postgres
-from tests.support.scripted_server import Scripted
+from tests.support.http_server import Scripted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.models.test_chat_conformance import completion
-from tests.support.scripted_server import Scripted
+from tests.support.http_server import Scripted
 
 if TYPE_CHECKING:
     from tests.support import Cli

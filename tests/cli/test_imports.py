@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.faulty_server import answer
-from tests.support.scripted_server import Scripted
+from tests.support.http_server import Scripted, completion
 
 HEAVY = (
     *("pydantic_ai", "pydantic", "openai", "aiohttp", "httpx2", "genai_prices"),
@@ -58,7 +57,7 @@ def test_a_chat_endpoint_is_called_without_pydantic_ai(
     """A plain task for a chat endpoint is enqueued and answered without the second that pydantic-ai takes."""
     monkeypatch.chdir(tmp_path)
     check = f"{CHAT_JOB}\nimport sys\nprint(sorted({{'pydantic_ai', 'openai'}} & set(sys.modules)))"
-    with Scripted(200, json.dumps(answer("fine"))) as server:
+    with Scripted(200, completion("fine")) as server:
         environment = {"OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": "sk-test"}
         done = subprocess.run(
             [sys.executable, "-c", check],

@@ -10,7 +10,7 @@ import zlib
 
 import pytest
 
-from tests.support.raw_server import read, serving
+from tests.support.http_server import read, serving
 
 MEGABYTES = 500
 CALLER = """

@@ -13,7 +13,7 @@ from lbr.core.types import Task
 from lbr.models.build import Authority, build_model
 from lbr.models.environment import check_environment, check_trust, takes_max_completion_tokens
 from tests.support import Cli
-from tests.support.scripted_server import Scripted
+from tests.support.http_server import Scripted
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,7 +17,7 @@ from lbr.core.types import JobId, Prompt, Task
 from lbr.models.base import Request
 from lbr.models.failures import call_error
 from lbr.models.pydantic_ai import PydanticAIModel
-from tests.support.scripted_server import Scripted
+from tests.support.http_server import Scripted
 
 OPENAI = "openai-chat:gpt-4o-mini"
 RESPONSES = "openai:gpt-4o-mini"

@@ -18,8 +18,8 @@ from lbr.models.build import Authority, build_model, check_task, unsent
 from lbr.models.failures import from_exception
 from lbr.models.pydantic_ai import PydanticAIModel, check_model
 from lbr.models.pydantic_ai.model import output_mode
+from tests.support.http_server import Scripted
 from tests.support.llmock_server import free_port, serve
-from tests.support.scripted_server import Scripted
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator

@@ -17,7 +17,7 @@ from lbr.models.base import Request
 from lbr.models.pydantic_ai import PydanticAIModel
 from tests.models.test_chat_answers import ENVELOPES, USAGES, event
 from tests.models.test_chat_conformance import SPOILT, WHOLE, completion, places_in, spoilt
-from tests.support.scripted_server import Scripted
+from tests.support.http_server import Scripted
 
 VLLM, AZURE, ANTHROPIC = "vllm:m", "azure:gpt-4o", "anthropic:claude-of-this-test"
 SCHEMA: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "integer"}}}

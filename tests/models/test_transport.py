@@ -18,18 +18,20 @@ from lbr.core.types import JobId, Prompt, Task
 from lbr.models.base import Request
 from lbr.models.pydantic_ai import PydanticAIModel, Transport
 from lbr.models.pydantic_ai.model import http_package
-from tests.support.faulty_server import answer as completion
-from tests.support.llmock_server import free_port
-from tests.support.raw_server import (
-    ResolvedTask,
+from tests.support.http_server import (
+    Request as HttpRequest,
+)
+from tests.support.http_server import (
     answer,
     answering,
     certificate,
+    completion,
     proxying,
     read,
     reset,
     serving,
 )
+from tests.support.llmock_server import free_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -44,7 +46,7 @@ KEYS = {
     "DEEPSEEK_API_KEY": "k-deepseek",
     "PYDANTIC_AI_GATEWAY_API_KEY": "k-gateway",
 }
-COMPLETION = answer(json.dumps(completion("hello")).encode(), "content-type: application/json")
+COMPLETION = answer(completion("hello").encode(), "content-type: application/json")
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +68,7 @@ async def opened() -> AsyncIterator[httpx2.AsyncClient]:
 
 async def test_an_answer_comes_as_it_was_sent() -> None:
     """Status, repeated headers and the body are the server's; a connection serves many calls."""
-    asked: list[ResolvedTask] = []
+    asked: list[HttpRequest] = []
     sent = answer(b"{}", "x-a: 1", "X-A: 2", "x-long: " + "l" * 20_000, status="418 Teapot")
     async with serving(answering(sent, asked)) as server, opened() as client:
         for _ in range(3):
@@ -82,7 +84,7 @@ async def test_an_answer_comes_as_it_was_sent() -> None:
 
 async def test_a_password_in_a_url_is_sent_as_a_header() -> None:
     """Aiohttp refuses both at once."""
-    asked: list[ResolvedTask] = []
+    asked: list[HttpRequest] = []
     async with serving(answering(answer(b"{}"), asked)) as server, opened() as client:
         await client.get(server.url.replace("//", "//user:word@"))
     assert asked[0].headers["authorization"].startswith("Basic ")
@@ -180,7 +182,7 @@ async def test_a_proxy_of_the_environment(tmp_path: Path, monkeypatch: pytest.Mo
     """HTTP_PROXY takes calls in the clear, with the user it names; HTTPS_PROXY a tunnel; NO_PROXY excepts hosts."""
     file, tls = certificate(tmp_path)
     monkeypatch.setenv("SSL_CERT_FILE", str(file))
-    asked: list[ResolvedTask] = []
+    asked: list[HttpRequest] = []
     async with (
         serving(proxying(asked)) as proxy,
         serving(answering(answer(b"{}"))) as plain,
@@ -272,7 +274,7 @@ def test_which_package_a_provider_calls_with() -> None:
 
 async def test_what_pydantic_ai_sets_on_its_client_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its user agent and its timeouts are the same over aiohttp."""
-    asked: list[ResolvedTask] = []
+    asked: list[HttpRequest] = []
     async with serving(answering(COMPLETION, asked)) as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
         model = PydanticAIModel(MODEL, task_settings={})

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
-import socket
-import threading
 from collections import Counter
-from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support import Cli, aimock_server
-from tests.support.faulty_server import BAD_ANSWER, GOOD, LIMITED, REFUSED, Faulty, answer, story_of
-from tests.support.scripted_server import Scripted
+from tests.support import Cli
+from tests.support.http_server import (
+    BAD_ANSWER,
+    GOOD,
+    LIMITED,
+    REFUSED,
+    Faulty,
+    Prompted,
+    Script,
+    Scripted,
+    completion,
+    reply,
+    story_of,
+)
 from tests.worker.test_processes import recount, write
 
 if TYPE_CHECKING:
@@ -47,48 +55,39 @@ def show(cli: Cli, idx: int) -> dict[str, Any]:
     return found
 
 
-# --- against aimock ---------------------------------------------------------------------------------------------------
-
-
-def fixture(prompt: str, response: dict[str, Any], **match: Any) -> dict[str, Any]:
-    """Return what aimock answers to a prompt."""
-    return {"match": {"userMessage": prompt, **match}, "response": response}
-
-
-def error(status: int, message: str, **more: Any) -> dict[str, Any]:
-    """Return an error of aimock."""
-    return {"error": {"message": message, "type": "error"}, "status": status, **more}
+# --- one fault at a time ----------------------------------------------------------------------------------------------
 
 
 def test_malformed_bodies_are_transient_and_pass(local: Cli) -> None:
-    """As long as every body is broken, jobs fail as transient at their last try; afterwards a retry finishes them."""
+    """While every body is broken, jobs fail as transient at their last try; afterwards a retry finishes them."""
     lines = ["one", "two", "three"]
-    fixtures = [fixture(line, {"content": line.upper()}) for line in lines]
-    with aimock_server.serve(local.folder, *fixtures) as server:
-        server.chaos(malformedRate=1)
+    broken = [True]
+    with Prompted(
+        lambda prompt, _: reply(200, '{"id": "c1", "choi' if broken else completion(prompt.upper()))
+    ) as server:
         enqueue(local, server.url, lines, "--max-attempts", "2")
         assert local("worker", check=False).returncode == 4
         rows = local.collect("in", code=4)
         assert [row["status"] for row in rows] == ["failed"] * 3
         assert all(row["error"] for row in rows)
-        assert Counter(server.asked()) == dict.fromkeys(lines, 2)
+        assert server.requests == dict.fromkeys(lines, 2)
         assert {one["family"] for one in show(local, 0)["tries"]} == {"transient"}
-        server.chaos(malformedRate=0)
+        broken.clear()
         local("retry", "in")
         local("worker")
         assert [row["result"] for row in local.collect("in")] == ["ONE", "TWO", "THREE"]
-        assert Counter(server.asked()) == dict.fromkeys(lines, 3)
+        assert server.requests == dict.fromkeys(lines, 3)
+
+
+def error(status: int, message: str, headers: dict[str, str] | None = None) -> Script:
+    """Return an error as providers word it."""
+    return reply(status, json.dumps({"error": {"message": message, "type": "error"}}), headers)
 
 
 def test_a_429_is_waited_for_and_not_charged(local: Cli) -> None:
-    """A scripted 429 with Retry-After, then an answer: no try is charged, and the wait was kept."""
-    limit = error(429, "slow down", retryAfter=1)
-    with aimock_server.serve(
-        local.folder,
-        fixture("hello", limit, sequenceIndex=0),
-        fixture("hello", limit, sequenceIndex=1),
-        fixture("hello", {"content": "at last"}),
-    ) as server:
+    """A 429 with Retry-After twice, then an answer: no try is charged, and the wait was kept."""
+    limit = error(429, "slow down", {"retry-after": "1"})
+    with Prompted(lambda _, number: limit if number < 3 else reply(200, completion("at last"))) as server:
         enqueue(local, server.url, ["hello"])
         local("worker")
         story = show(local, 0)
@@ -97,17 +96,13 @@ def test_a_429_is_waited_for_and_not_charged(local: Cli) -> None:
         first, second = (one["at"] for one in story["tries"])
         assert second - first >= 1000
         assert story["finished_at"] - second >= 1000
-        assert server.asked() == ["hello"] * 3
+        assert server.requests == {"hello": 3}
 
 
 def test_server_errors_are_tried_again_and_charged(local: Cli) -> None:
-    """Scripted 500 and 503, then an answer: the first is charged, and the second waited for."""
-    with aimock_server.serve(
-        local.folder,
-        fixture("hello", error(500, "broke"), sequenceIndex=0),
-        fixture("hello", error(503, "busy"), sequenceIndex=1),
-        fixture("hello", {"content": "well again"}),
-    ) as server:
+    """A 500 and a 503, then an answer: the first is charged, and the second waited for."""
+    answers = [error(500, "broke"), error(503, "busy"), reply(200, completion("well again"))]
+    with Prompted(lambda _, number: answers[number - 1]) as server:
         enqueue(local, server.url, ["hello"])
         local("worker")
         story = show(local, 0)
@@ -117,10 +112,10 @@ def test_server_errors_are_tried_again_and_charged(local: Cli) -> None:
 
 def test_an_answer_cut_off_says_so(local: Cli) -> None:
     """The finish reason `length` is kept with the answer, counted by collect with the way out, and shown."""
-    with aimock_server.serve(
-        local.folder,
-        fixture("hello", {"content": "I was about to", "finishReason": "length"}),
-        fixture("bye", {"content": "bye"}),
+    with Prompted(
+        lambda prompt, _: reply(
+            200, completion("I was about to", "length") if prompt == "hello" else completion("bye")
+        )
     ) as server:
         enqueue(local, server.url, ["hello", "bye", "hello"])
         local("worker")
@@ -216,53 +211,20 @@ def _families(stories: Any) -> dict[str, int]:
 # --- servers that hang ------------------------------------------------------------------------------------------------
 
 
-def hold(client: socket.socket, asked: list[str], ended: threading.Event, *, trickles: bool) -> None:
-    """Read one request, and never answer it to the end."""
-    with closing(client), client.makefile("rb") as lines:
-        size = 0
-        while line := lines.readline().strip().lower():
-            if line.startswith(b"content-length:"):
-                size = int(line.split(b":")[1])
-        asked.append(json.loads(lines.read(size))["messages"][-1]["content"])
-        with suppress(OSError):  # the client has had enough
-            if trickles:
-                client.sendall(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n")
-            while not ended.wait(0.1):
-                client.sendall(b" " * trickles)
+TRICKLING = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n"
 
 
-@contextmanager
-def hanging(*, trickles: bool) -> Iterator[tuple[str, list[str]]]:
-    """Accept every connection and never answer to the end; yields the URL, and what was asked."""
-    ended = threading.Event()
-    asked: list[str] = []
-
-    def accept() -> None:
-        with suppress(OSError):  # the listener is closed
-            while True:
-                client, _ = listener.accept()
-                threading.Thread(
-                    target=hold, args=(client, asked, ended), kwargs={"trickles": trickles}, daemon=True
-                ).start()
-
-    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
-        threading.Thread(target=accept, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1", asked
-        finally:
-            ended.set()
-            listener.shutdown(socket.SHUT_RDWR)
-
-
-@pytest.mark.parametrize("trickles", [False, True], ids=["silent", "trickling"])
-def test_a_server_that_hangs_holds_no_slot_longer_than_the_timeout(local: Cli, trickles: bool) -> None:
+@pytest.mark.parametrize(
+    "script", [Script(then="hang"), Script(TRICKLING, "trickle")], ids=["silent", "trickling"]
+)
+def test_a_server_that_hangs_holds_no_slot_longer_than_the_timeout(local: Cli, script: Script) -> None:
     """Each call ends at --timeout, frees its slot, is tried again, and fails as transient; the worker exits."""
     lines = ["one", "two", "three"]
-    with hanging(trickles=trickles) as (url, asked):
-        enqueue(local, url, lines, "--max-attempts", "2")
+    with Prompted(lambda _, __: script) as server:
+        enqueue(local, server.url, lines, "--max-attempts", "2")
         # One slot: the second prompt is asked only when the first has been given up.
         assert local("worker", "--concurrency", "1", "--timeout", "1", check=False).returncode == 4
-        assert Counter(asked) == dict.fromkeys(lines, 2)
+        assert server.requests == dict.fromkeys(lines, 2)
     rows = local.collect("in", code=4)
     assert [(row["status"], row["error"]) for row in rows] == [("failed", "no answer within 1 s")] * 3
     story = show(local, 0)
@@ -277,7 +239,7 @@ def test_the_providers_library_waits_as_long_as_the_worker(local: Cli, flags: An
     local.environment["OPENAI_CUSTOM_HEADERS"] = (
         "X-Of: this-test"  # read by the library alone, so that it makes the call
     )
-    with Scripted(200, json.dumps(answer("fine"))) as server:
+    with Scripted(200, completion("fine")) as server:
         enqueue(local, server.url, ["hello"])
         local("worker", *flags)
     ((_, headers),) = server.headers_seen

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support import ROOT, Cli
+from tests.support import Cli
+from tests.support.http_server import Request, Script, Server, completion, prompt_of, reply
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,60 +24,64 @@ QUIET_SECONDS = 4.0
 """From then on every worker knows of an outage: calls that were under way have ended."""
 
 
-class Provider:
-    """The moody server as a process that can be ended and started again on its port."""
+SECONDS = 0.1
+"""What an answer takes."""
+SLOW_SECONDS = 5.0
+"""What an answer takes to a prompt that begins with `slow`."""
+KEY = "sk-good"
+
+
+class Provider(Server):
+    """A provider that goes away and comes back, and notes each request that it answered.
+
+    Its moods are `up`, `broken` (500 to every call) and `silent` (no call is answered); a file in the folder has it too.
+    """
 
     def __init__(self, folder: Path) -> None:
+        super().__init__(self._respond)
         self._folder = folder
-        with socket.create_server(("127.0.0.1", 0)) as one:
-            self._port = one.getsockname()[1]
-        self._process: subprocess.Popen[bytes] | None = None
-        self.url = f"http://127.0.0.1:{self._port}/v1"
+        self._open: dict[int, dict[str, Any]] = {}
+        self.requests: list[dict[str, Any]] = []
         self.feel("up")
 
     def feel(self, mood: str) -> float:
         """Change the mood; return when."""
+        self._mood = mood
         (self._folder / "mood.new").write_text(mood)
         (self._folder / "mood.new").rename(self._folder / "mood")
         return time.time()
 
-    def start(self) -> None:
-        """Listen."""
-        command = [sys.executable, "-m", "tests.support.moody_server", str(self._folder), str(self._port)]
-        self._process = subprocess.Popen(command, cwd=ROOT)
-        deadline = time.monotonic() + 60
-        with socket.socket() as one:
-            while one.connect_ex(("127.0.0.1", self._port)):
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-
     def stop(self) -> float:
         """Refuse every connection from now on; return when."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+        self._open.clear()
+        super().stop()
         return time.time()
 
-    def requests(self) -> list[dict[str, Any]]:
-        """Return what came in and ended."""
-        lines = (self._folder / "requests.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines if line.endswith("}")]
+    def ended(self, request: Request) -> None:
+        """Note what was answered before the provider went away."""
+        if seen := self._open.pop(id(request), None):
+            self.requests.append(seen)
 
-
-@contextmanager
-def provider(folder: Path) -> Iterator[Provider]:
-    """Run a provider for the length of a block."""
-    one = Provider(folder)
-    one.start()
-    try:
-        yield one
-    finally:
-        one.stop()
+    def _respond(self, request: Request) -> Script:
+        prompt, mood = prompt_of(request), self._mood
+        seen = {"at": time.time(), "prompt": prompt, "mood": mood, "open": len(self._open) + 1, "status": 200}
+        self._open[id(request)] = seen
+        seconds = SLOW_SECONDS if prompt.startswith("slow") else SECONDS
+        if mood == "silent":
+            return Script(wait_seconds=3600)
+        if mood == "broken":
+            seen["status"], body = 500, {"error": {"message": "internal trouble"}}
+        elif request.headers["authorization"] != f"Bearer {KEY}":
+            wrong = {"message": "Incorrect API key provided", "code": "invalid_api_key"}
+            seen["status"], body = 401, {"error": wrong}
+        else:
+            return reply(200, completion(f"answer to {prompt}"), seconds=seconds)
+        return reply(int(str(seen["status"])), json.dumps(body), seconds=seconds)
 
 
 def enqueue(cli: Cli, url: str, prompts: list[str]) -> None:
     """Enqueue prompts into the run `in`."""
-    cli.environment |= {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": "sk-good"}
+    cli.environment |= {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": KEY}
     (cli.folder / "in.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
     cli("enqueue", "in.txt", "--model", "openai-chat:moody")
 
@@ -99,7 +100,7 @@ def test_a_provider_that_goes_away_and_comes_back(cli: Cli, tmp_path: Path) -> N
     """Refused connections, 500s and silence, with a worker killed in each: all is answered, and no job fails."""
     prompts = [f"prompt {n}" for n in range(PROMPTS)]
     spans = []
-    with provider(tmp_path) as server:
+    with Provider(tmp_path) as server:
         enqueue(cli, server.url, prompts)
         workers = [cli.start(*WORKER) for _ in range(4)]
         for number, mood in enumerate(("refused", "broken", "silent")):
@@ -118,7 +119,7 @@ def test_a_provider_that_goes_away_and_comes_back(cli: Cli, tmp_path: Path) -> N
             _, stderr = worker.communicate(timeout=180)
             assert worker.returncode == 0, stderr
             said += stderr
-        requests = server.requests()
+        requests = server.requests
     assert any(words in said for words in ("so all workers wait", "as all workers do", "answers again"))
     rows = cli.collect("in")
     assert [row["result"] for row in rows] == [f"answer to {prompt}" for prompt in prompts]
@@ -152,7 +153,7 @@ def test_a_name_that_does_not_resolve_for_a_while(cli: Cli, tmp_path: Path) -> N
     """DNS that fails for all workers, one of which is killed meanwhile, fails no job."""
     (tmp_path / "sitecustomize.py").write_text(NO_NAMES)
     cli.environment["PYTHONPATH"] = str(tmp_path)
-    with provider(tmp_path) as server:
+    with Provider(tmp_path) as server:
         enqueue(cli, server.url.replace("127.0.0.1", "localhost"), [f"prompt {n}" for n in range(PROMPTS)])
         workers = [cli.start(*WORKER) for _ in range(4)]
         cli.wait_for("in", "done", 60)
@@ -180,7 +181,7 @@ def test_a_name_that_does_not_resolve_for_a_while(cli: Cli, tmp_path: Path) -> N
 def test_one_worker_that_cannot_reach_the_model_stops_alone(cli: Cli, tmp_path: Path, fault: str) -> None:
     """A worker with a dead network or a wrong key beside a good one ends, and says why; no job fails."""
     prompts = [f"prompt {n}" for n in range(PROMPTS)]
-    with provider(tmp_path) as server:
+    with Provider(tmp_path) as server:
         enqueue(cli, server.url, prompts)
         good = dict(cli.environment)
         cli.environment |= (
@@ -205,7 +206,7 @@ def test_one_worker_that_cannot_reach_the_model_stops_alone(cli: Cli, tmp_path: 
 @pytest.mark.processes
 def test_a_wrong_key_beside_a_worker_that_is_busy_pauses_nothing(cli: Cli, tmp_path: Path) -> None:
     """While a worker with the right key has no slot free to probe, the other's denied probes decide nothing."""
-    with provider(tmp_path) as server:
+    with Provider(tmp_path) as server:
         enqueue(cli, server.url, [f"slow {n}" for n in range(16)])
         good = cli.start("worker", "--concurrency", "4")
         cli.wait_for("in", "inflight", 4)
@@ -223,7 +224,7 @@ def test_a_wrong_key_beside_a_worker_that_is_busy_pauses_nothing(cli: Cli, tmp_p
 @pytest.mark.processes
 def test_a_set_up_that_is_wrong_is_no_failure_of_jobs(cli: Cli, tmp_path: Path) -> None:
     """The worker counts and reports none as failed, and ends with 3 like for any paused run."""
-    with provider(tmp_path) as server:
+    with Provider(tmp_path) as server:
         enqueue(cli, server.url.removesuffix("/v1"), [f"prompt {n}" for n in range(50)])
         done = cli("worker", check=False)
     assert (done.returncode, "0 done, 0 failed" in done.stderr) == (3, True), done.stderr
@@ -234,7 +235,7 @@ def test_a_set_up_that_is_wrong_is_no_failure_of_jobs(cli: Cli, tmp_path: Path) 
 @pytest.mark.processes
 def test_a_removed_run_costs_a_sleeping_worker_no_other_answer(cli: Cli, tmp_path: Path) -> None:
     """A worker that was stopped while a run of its was removed goes on with the others when it wakes up."""
-    with provider(tmp_path) as server:
+    with Provider(tmp_path) as server:
         enqueue(cli, server.url, [f"slow {n}" for n in range(4)])
         (cli.folder / "keep.txt").write_text("".join(f"slow keep {n}\n" for n in range(8)))
         cli("enqueue", "keep.txt", "--model", "openai-chat:moody")
@@ -252,7 +253,7 @@ def test_a_removed_run_costs_a_sleeping_worker_no_other_answer(cli: Cli, tmp_pat
 @pytest.mark.processes
 def test_a_wrong_key_pauses_the_run(cli: Cli, tmp_path: Path) -> None:
     """With no worker that gets in, the run is paused with the provider's words, and no job is charged."""
-    with provider(tmp_path) as server:
+    with Provider(tmp_path) as server:
         enqueue(cli, server.url, [f"prompt {n}" for n in range(50)])
         cli.environment["OPENAI_API_KEY"] = "sk-wrong"
         done = cli(*WORKER, check=False)

@@ -21,8 +21,8 @@ from lbr.store.database import open_database
 from lbr.store.leases import Queue
 from lbr.store.settle import settle
 from tests.support import Clock, answered, assert_counted, failed, put
+from tests.support.http_server import Scripted
 from tests.support.llmock_server import serve
-from tests.support.scripted_server import Scripted
 
 if TYPE_CHECKING:
     import subprocess

@@ -23,7 +23,7 @@ from lbr.store.schema import attempts, jobs, prompts, results
 from lbr.store.settle import settle
 from tests.models.test_pydantic_ai import completion
 from tests.support import ECHO, Cli, Clock, assert_counted, failed, job_row, put, states
-from tests.support.scripted_server import Scripted
+from tests.support.http_server import Scripted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,11 +1,8 @@
-"""A server that sends what it is told to, byte by byte, and keeps what it was asked; and both adapters side by side."""
+"""A server of chat completions that keeps what it was asked, and both adapters side by side."""
 
 from __future__ import annotations
 
-import asyncio
-import json
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lbr.core.errors import CallError, UsageError
@@ -13,12 +10,16 @@ from lbr.core.types import Task
 from lbr.models.build import Authority, build_model
 from lbr.models.chat import ChatModel, endpoint_of
 from lbr.models.pydantic_ai import PydanticAIModel
+from tests.support.http_server import Script, http, scripted, serving
 
 if TYPE_CHECKING:
     import ssl
     from collections.abc import AsyncIterator, Mapping
 
     from lbr.models.base import Model, Request
+    from tests.support.http_server import Request as HttpRequest
+
+__all__ = ["MODELS", "Script", "Wire", "chat_model", "environment", "http", "outcome", "reference_model"]
 
 MODELS = {
     "openai": "openai-chat:gpt-4o-mini",
@@ -28,61 +29,22 @@ MODELS = {
 KEY = "sk-of-this-test"
 
 
-@dataclass(frozen=True)
-class Script:
-    """What the server does with a request: sends these bytes, then closes, resets or hangs."""
-
-    sent: bytes = b""
-    then: str = "close"
-    wait_seconds: float = 0.0
-
-
-def http(status: int, body: str | bytes, headers: Mapping[str, str] | None = None) -> Script:
-    """Return an answer."""
-    data = body.encode() if isinstance(body, str) else body
-    named = {"content-type": "application/json", "content-length": str(len(data)), **(headers or {})}
-    head = "".join(f"{name}: {value}\r\n" for name, value in named.items())
-    return Script(f"HTTP/1.1 {status} Whatever\r\n{head}connection: close\r\n\r\n".encode() + data)
-
-
 class Wire:
     """The server; `script` is what it does next."""
 
     def __init__(self) -> None:
         self.script = Script()
         self.asked: list[tuple[dict[str, str], Any]] = []
-        self._ended = asyncio.Event()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-            named = (line.partition(":") for line in head[1:] if line)
-            headers = {name.lower(): value.strip() for name, _, value in named}
-            headers["path"] = head[0].split()[1]
-            body = await reader.readexactly(int(headers["content-length"]))
-            self.asked.append((headers, json.loads(body)))
-            await asyncio.sleep(self.script.wait_seconds)
-            writer.write(self.script.sent)
-            await writer.drain()
-            if self.script.then == "hang":
-                await self._ended.wait()
-            if self.script.then == "reset":
-                writer.transport.abort()
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass
-        finally:
-            writer.close()
+    def _respond(self, request: HttpRequest) -> Script:
+        self.asked.append((request.headers | {"path": request.path}, request.json()))
+        return self.script
 
     @asynccontextmanager
     async def open(self, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
         """Serve for the length of the block, at the URL that it gives."""
-        server = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=10_000_000, ssl=tls)
-        place = f"127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
-        try:
-            yield f"http://{place}" if tls is None else f"https://{place.replace('127.0.0.1', 'localhost')}"
-        finally:
-            self._ended.set()
-            server.close()
+        async with serving(scripted(self._respond), tls) as served:
+            yield served.url if tls is None else served.url.replace("127.0.0.1", "localhost")
 
 
 def environment(url: str) -> dict[str, str]:

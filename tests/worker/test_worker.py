@@ -31,7 +31,7 @@ from lbr.store.database import open_database
 from lbr.store.leases import Presence, Queue
 from lbr.worker.worker import Worker
 from tests.support import ECHO, assert_counted, eventually, locked_by_another, put, real_clock, states
-from tests.support.scripted_server import Scripted
+from tests.support.http_server import Scripted
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
