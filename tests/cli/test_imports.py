@@ -71,7 +71,7 @@ def test_a_chat_endpoint_is_called_without_pydantic_ai(
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["script", "module"])
 def test_files_of_the_working_directory_replace_no_module(tmp_path: Path, command: str) -> None:
     """A queue.py, json.py or lbr/ beside answers.py is not imported, by a worker or by its processes; answers.py is."""

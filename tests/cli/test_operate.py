@@ -157,6 +157,7 @@ def shown_on_a_terminal(cli: Cli, *arguments: str) -> str:
     return told.decode().replace("\r\n", "\n")
 
 
+@pytest.mark.slow
 def test_answers_do_not_steer_a_terminal(cli: Cli) -> None:
     """Escape and bidi characters of an answer are spelled out on a terminal, and stay as they are in a pipe or a file."""
     (cli.folder / "in.jsonl").write_text(json.dumps({"prompt": f"tab\t{STEERING}"}) + "\n")

@@ -45,6 +45,7 @@ def endless(*, packed: bool) -> tuple[bytes, bytes]:
     return b"content-encoding: gzip\r\n\r\n" + start, packer.compress(piece) + packer.flush(zlib.Z_FULL_FLUSH)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["chat", "pydantic-ai"])
 @pytest.mark.parametrize(("packed", "status"), [(False, "200 OK"), (True, "200 OK"), (False, "500 Oops")])
 async def test_an_endless_answer_fails_its_call(adapter: str, packed: bool, status: str) -> None:

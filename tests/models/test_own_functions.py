@@ -288,6 +288,7 @@ def test_one_worker_serves_what_came_of_one_definition(cli: Cli, folder: Path) -
     assert answers == ["polite: hello", "rude: hello", "kind! hello", "harsh! hello"]
 
 
+@pytest.mark.slow
 def test_values_tell_their_methods_apart(cli: Cli, folder: Path) -> None:
     """Methods of dataclasses, and what closes over a value, have answers of their own without a version."""
     asked = """
@@ -363,6 +364,7 @@ def answer_all(cli: Cli, run: str) -> str:
     return str(json.loads(cli("collect", run).stdout)["result"])
 
 
+@pytest.mark.slow
 def test_changed_code_is_told_each_time(cli: Cli) -> None:
     """As long as a run has answers that other code may have given, its own or reused ones, every enqueue says so."""
     write_code(cli, "first")
@@ -396,6 +398,7 @@ def test_code_that_gave_no_answer_yet_is_no_matter(cli: Cli) -> None:
     assert KEPT.format("a") in enqueue(cli, "a")
 
 
+@pytest.mark.slow
 def test_prompt_map_tells_it_each_time(cli: Cli, folder: Path) -> None:
     """A call says that it returns answers of other code, also where it found them in another run."""
     asked = "import answering; call(answering.answer); call(answering.answer, run='b'); call(answering.answer, run='c', fresh=True)"

@@ -63,6 +63,8 @@ class Provider(Server):
             self.requests.append(seen)
 
     def _respond(self, request: Request) -> Script:
+        if request.path != "/v1/chat/completions":
+            return reply(404, "404: Not Found", {"content-type": "text/plain"})
         prompt, mood = prompt_of(request), self._mood
         seen = {"at": time.time(), "prompt": prompt, "mood": mood, "open": len(self._open) + 1, "status": 200}
         self._open[id(request)] = seen
@@ -106,10 +108,12 @@ def test_a_provider_that_goes_away_and_comes_back(cli: Cli, tmp_path: Path) -> N
         for number, mood in enumerate(("refused", "broken", "silent")):
             cli.wait_for("in", "done", 60 + 120 * number)
             began = server.stop() if mood == "refused" else server.feel(mood)
-            time.sleep(6)
+            time.sleep(5)
             workers.pop(0).send_signal(signal.SIGKILL)
-            time.sleep(3)
+            time.sleep(1)
             workers.append(cli.start(*WORKER))
+            while mood == "broken" and server.requests[-1]["at"] < began + QUIET_SECONDS:
+                time.sleep(0.05)
             spans.append((mood, began, time.time()))
             server.feel("up")
             if mood == "refused":

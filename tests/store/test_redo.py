@@ -250,7 +250,7 @@ async def test_killed_between_pages(database: Database, monkeypatch: pytest.Monk
     await assert_all_counted(database, run)
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_killed_retry_has_done_whole_pages(cli: Cli) -> None:
     """Every job is either answered or pending with its answer in the history, and running it again does the rest."""
     (cli.folder / "in.txt").write_text("".join(f"p{n}\n" for n in range(4_000)))
