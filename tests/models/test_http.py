@@ -14,7 +14,7 @@ from yarl import URL
 
 from lbr.core.errors import CallError
 from lbr.models.http import Connections, lost_words
-from tests.support.raw_server import ResolvedTask, answer, answering, certificate, serving
+from tests.support.http_server import Request, answer, answering, certificate, serving
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,7 +60,7 @@ async def test_calls_have_no_password_of_netrc_and_no_cookie(
     netrc = tmp_path / "netrc"
     netrc.write_text("machine 127.0.0.1 login somebody password secret\n")
     monkeypatch.setenv("NETRC", str(netrc))
-    asked: list[ResolvedTask] = []
+    asked: list[Request] = []
     http = Connections()
     async with serving(answering(answer(b"{}", "set-cookie: a=b"), asked)) as server:
         for _ in range(2):
