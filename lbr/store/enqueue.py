@@ -1,17 +1,16 @@
-"""Putting inputs into a run: in chunks, each one transaction, each safe to repeat."""
+"""Enqueue: inputs into a run, in chunks of one transaction each, safe to repeat."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 from sqlalchemy import bindparam, func, literal_column, select, update
 
 from lbr.core.errors import RunChangedError, UsageError
 from lbr.core.types import JobState, RunState, canonical_json
-from lbr.core.values import value
 from lbr.store import counters
 from lbr.store.runs import check_not_moving, run_of
 from lbr.store.schema import items as items_table
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 CHUNK = 5_000
 CHUNK_CHARACTERS = 8_000_000
-"""A transaction holds no more than about this: it must get through a slow line in time, and fit into memory."""
+"""About what a transaction holds at most, so that it fits into memory and gets through a slow line in time."""
 
 Held = tuple[bytes, "str | None", "str | None"]
 """What a run holds at one place: key, custom id as text, and metadata."""
@@ -43,8 +42,8 @@ _KNOWN = (
 BY_KEY = select(prompts.c.key, prompts.c.job_id).where(
     prompts.c.run_id == bindparam("run"), any_of(prompts.c.key, "keys")
 )
-# Two looks, for joined a planner may begin with all jobs that are done. A job with settings of its own answers
-# another question than its key says.
+# Two queries, because in a join a planner may begin with all jobs that are done. A job with its own settings does not
+# answer what its key says.
 _KEYS_OF_EQUALS = select(prompts.c.job_id, prompts.c.key).where(
     any_of(prompts.c.key, "keys"), prompts.c.settings.is_(None)
 )
@@ -82,9 +81,8 @@ ADD_ITEMS = Inserting(
     items_table, "run_id", "idx", "job_id", "first", "custom_id", "metadata", "id_is_number"
 )
 
-# From the few runs of the function with other code to the run's answers: where there is no such run, none is looked at.
-_OTHER = runs.alias("other")
-_SOURCES = jobs.alias("sources")
+_OTHER, _SOURCES = runs.alias("other"), jobs.alias("sources")
+# From the few runs of the function with other code to the run's answers: without such a run, no answer is read.
 _FROM_OTHER_CODE = (
     select(_OTHER.c.name)
     .where(
@@ -101,8 +99,6 @@ _FROM_OTHER_CODE = (
     .order_by(_OTHER.c.id)
     .limit(1)
 )
-
-
 _FROM_OTHER_SCHEME = (
     select(runs.c.name)
     .where(runs.c.answerer == bindparam("answerer"), runs.c.fingerprint.not_like(bindparam("scheme")))
@@ -115,8 +111,8 @@ _FROM_OTHER_SCHEME = (
 class EnqueueCounts:
     """What an enqueue did with its inputs.
 
-    `known` were there already, `new` became jobs, `duplicate` share the job of an equal input, `reused` of the
-    new ones were answered at once from another run.
+    `known` were there already, `new` became jobs, `duplicate` share the job of an equal input, and `reused` of the new
+    ones were answered at once from another run.
     """
 
     inputs: int = 0
@@ -130,9 +126,8 @@ class EnqueueCounts:
         return EnqueueCounts(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
 
 
-@value(frozen=True, slots=True)
-class _Entry:
-    """One input that the run does not hold yet, with its job."""
+class _Entry(NamedTuple):
+    """An input that the run does not hold yet, with its job."""
 
     idx: int
     item: Item
@@ -142,35 +137,35 @@ class _Entry:
 
 
 async def next_idx(database: Database, run: Run) -> int:
-    """Return the place behind the run's last input."""
+    """Return the index after the run's last input."""
     return await database.read(lambda connection: place_behind(connection, run))
 
 
 async def place_behind(connection: Connection, run: Run) -> int:
-    """Return the same as `next_idx`, within a transaction."""
+    """Return the index after the run's last input, within a transaction."""
     last = await connection.scalar(select(func.max(items_table.c.idx)).where(items_table.c.run_id == run.id))
     return 0 if last is None else int(last) + 1
 
 
 async def lender_with_other_code(database: Database, run: Run, fingerprint: str) -> str | None:
-    """Return the name of a run from which this one has an answer that another fingerprint gave; None without one."""
+    """Return the name of a run from which this one reuses an answer of other code; None without one."""
     bound = {
         "answerer": run.task.answerer,
         "code": fingerprint,
         "run": run.id,
-        "scheme": _scheme_of(fingerprint),
+        "scheme": _scheme(fingerprint),
     }
     return await database.read(lambda connection: connection.scalar(_FROM_OTHER_CODE, bound))
 
 
 async def run_of_other_scheme(database: Database, run: Run, fingerprint: str) -> str | None:
     """Return the name of a run of the same function whose fingerprint cannot be compared with this one, or None."""
-    bound = {"answerer": run.task.answerer, "scheme": _scheme_of(fingerprint)}
+    bound = {"answerer": run.task.answerer, "scheme": _scheme(fingerprint)}
     return await database.read(lambda connection: connection.scalar(_FROM_OTHER_SCHEME, bound))
 
 
-def _scheme_of(fingerprint: str) -> str:
-    """Return a pattern for the fingerprints that can be compared with this one: they begin alike, up to a colon."""
+def _scheme(fingerprint: str) -> str:
+    """Return a pattern for comparable fingerprints, which are alike up to their first colon."""
     return f"{fingerprint.partition(':')[0]}:%"
 
 
@@ -183,11 +178,10 @@ async def add_chunk(
     *,
     reuse: bool,
 ) -> EnqueueCounts:
-    """Make sure that the run holds these inputs at `place` and behind it; what is there already stays as it is.
+    """Make sure that the run holds these inputs from index `place` on; what is there already stays as it is.
 
-    With `place` None they go behind all that the run holds, whoever else is adding to it. `keys` are the
-    items' content keys. Raises RunChangedError, and changes nothing, where the run holds another input at one
-    of these places.
+    With `place` None they go after all that the run holds. `keys` are the items' content keys. Raises RunChangedError,
+    and changes nothing, if the run holds a different input at one of these indexes.
     """
 
     async def work(connection: Connection) -> EnqueueCounts:
@@ -220,16 +214,13 @@ async def add_chunk(
 def _check_unchanged(
     run: Run, start: int, items: Sequence[Item], keys: Sequence[bytes], known: dict[int, Held]
 ) -> None:
-    if not known:
-        return
-    for n, (item, key) in enumerate(zip(items, keys, strict=True)):
+    for n, (item, key) in enumerate(zip(items, keys, strict=True) if known else ()):
         ours = (key, _id_text(item), _metadata_json(item))
         held = known.get(start + n, ours)
         if held != ours and (held[:2] != ours[:2] or _canonical(held[2]) != _canonical(ours[2])):
             raise RunChangedError(
-                f"expected input {start + n} of run {run.name!r} to be what the run holds, got: a changed one; "
-                f"give the changed inputs a run of their own with --run, or add them behind those that it holds with "
-                f"--append",
+                f"run {run.name!r} holds a different input {start + n}; use another run with --run, or add the changed "
+                f"inputs after those that it holds with --append",
                 source=item.source,
                 line=item.line,
             )
@@ -240,7 +231,7 @@ def _metadata_json(item: Item) -> str | None:
 
 
 def _canonical(metadata: str | None) -> bytes | str | None:
-    """Return stored metadata without their order: it is no part of an input, and older versions sorted them."""
+    """Return stored metadata without their order, which is not part of an input and which older versions sorted."""
     try:
         return None if metadata is None else canonical_json(orjson.loads(metadata))
     except (orjson.JSONDecodeError, TypeError):  # another program wrote it
@@ -252,21 +243,18 @@ def _id_text(item: Item) -> str | None:
 
 
 async def _touch_run(connection: Connection, run: Run, now: Millis, columns: dict[str, Part] | None) -> None:
-    """Note that inputs are arriving, so that no worker takes the run for complete, and the columns of the first one.
+    """Note that inputs are arriving, so that no worker takes the run for complete, and the first one's columns.
 
-    Last of all, for it locks the run's row, which others wait for. UsageError, and nothing is changed, where
-    the run was cancelled or is being moved.
+    Done last, because it locks the run's row. Raises UsageError if the run was cancelled or is being moved.
     """
-    where = (runs.c.id == run.id) & (runs.c.state != RunState.CANCELLED)
     values: dict[str, Any] = {"enqueued_at": now, "sealed_at": None}
     if columns is not None:
         values["input_columns"] = orjson.dumps(columns).decode()
-    touching = update(runs).where(where).values(**values)
-    touched = (await connection.execute(touching.returning(runs))).one_or_none()
-    if touched is not None:
-        check_not_moving(run_of(touched))
-    else:
+    query = update(runs).where(runs.c.id == run.id, runs.c.state != RunState.CANCELLED).values(**values)
+    touched = (await connection.execute(query.returning(runs))).one_or_none()
+    if touched is None:
         raise UsageError(f"run {run.name!r} was cancelled; `lbr retry {run.name}` takes it up again")
+    check_not_moving(run_of(touched))
 
 
 async def _assign_jobs(

@@ -26,18 +26,9 @@ if TYPE_CHECKING:
 
     from lbr.store.database import Connection, Database
 
+_OF_RUN = (runs.c.state.label("run_state"), runs.c.answerer, runs.c.budget_nanos, runs.c.highest_nanos)
 STATUS = PreparedQuery(
-    select(
-        jobs.c.id,
-        jobs.c.run_id,
-        jobs.c.state,
-        jobs.c.claim_seq,
-        jobs.c.retry_seq,
-        runs.c.state.label("run_state"),
-        runs.c.answerer,
-        runs.c.budget_nanos,
-        runs.c.highest_nanos,
-    )
+    select(jobs.c.id, jobs.c.run_id, jobs.c.state, jobs.c.claim_seq, jobs.c.retry_seq, *_OF_RUN)
     .join_from(jobs, runs, jobs.c.run_id == runs.c.id)
     .where(any_of(jobs.c.id, "ids"))
     .order_by(jobs.c.id)
@@ -79,19 +70,22 @@ SETTLE = BulkStatement(
 )
 _USAGE = ("input_tokens", "output_tokens", "cost_nanos")
 ADD_RESULTS = Inserting(results, "job_id", "text", "model", "finish_reason", "latency_ms", *_USAGE)
-_ATTEMPT = (
-    "job_id",
-    "claim_seq",
-    "what",
-    "family",
-    "error",
-    "message",
-    "text",
-    "finish_reason",
-    "latency_ms",
-    "at",
+_ADD_ATTEMPTS = Inserting(
+    attempts,
+    *(
+        "job_id",
+        "claim_seq",
+        "what",
+        "family",
+        "error",
+        "message",
+        "text",
+        "finish_reason",
+        "latency_ms",
+        "at",
+    ),
+    *_USAGE,
 )
-_ADD_ATTEMPTS = Inserting(attempts, *_ATTEMPT, *_USAGE)
 
 
 @value(frozen=True, slots=True)
@@ -107,11 +101,6 @@ class JobStatus:
     answerer: str
     budget_nanos: int | None = None
     highest_nanos: int | None = None
-
-    @property
-    def was_put_back(self) -> bool:
-        """Whether the user put the job back, and no worker has claimed it since."""
-        return self.state == JobState.PENDING and self.retry_seq == self.claim_seq
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +193,8 @@ def is_mine(settlement: Settlement, job: JobStatus) -> bool:
     """Return whether the fence lets a settlement through: no worker has claimed the job again."""
     if job.claim_seq != settlement.claim.claim_seq:
         return False
-    if job.was_put_back:  # a late answer is welcome, a late failure is outdated
+    if job.state == JobState.PENDING and job.retry_seq == job.claim_seq:
+        # The user has put the job back since: a late answer is welcome, a late failure is outdated.
         return settlement.outcome.failure is None
     return job.state in {JobState.INFLIGHT, JobState.PENDING}
 
@@ -279,26 +269,20 @@ async def _insert_attempts(
 ) -> None:
     failed = [s for s in mine if s.outcome.failure is not None]
     rows = [_attempt(s, "retried" if s.state is JobState.PENDING else "failed", now) for s in failed]
-    rows += [_attempt(s, "stale", now) for s in stale]
-    await _ADD_ATTEMPTS.run(connection, rows)
+    await _ADD_ATTEMPTS.run_plain(connection, rows + [_attempt(s, "stale", now) for s in stale])
 
 
-def _attempt(settlement: Settlement, what: str, now: Millis) -> dict[str, Any]:
-    failure, reply, usage = settlement.outcome.failure, settlement.outcome.reply, settlement.outcome.usage
-    answer = reply.text if reply is not None else None
-    return {
-        "job_id": settlement.claim.job_id,
-        "claim_seq": settlement.claim.claim_seq,
-        "what": what,
-        "family": failure.family if failure else None,
-        "error": failure.error if failure else "Stale",
-        "message": failure.message if failure else "the answer came after another worker had taken the job",
-        "text": failure.text if failure else answer,
-        "finish_reason": settlement.outcome.finish_reason,
-        "latency_ms": settlement.outcome.latency_ms,
-        "at": now,
-        **{name: getattr(usage, name) for name in _USAGE},
-    }
+def _attempt(settlement: Settlement, what: str, now: Millis) -> tuple[Any, ...]:
+    claim, outcome, usage = settlement.claim, settlement.outcome, settlement.outcome.usage
+    if outcome.failure is not None:
+        failure = outcome.failure
+        why: tuple[str | None, ...] = (str(failure.family), failure.error, failure.message, failure.text)
+    else:
+        answer = None if outcome.reply is None else outcome.reply.text
+        why = (None, "Stale", "the answer came after another worker had taken the job", answer)
+    ended = (outcome.finish_reason, outcome.latency_ms, now)
+    counted = (usage.input_tokens, usage.output_tokens, usage.cost_nanos)
+    return (claim.job_id, claim.claim_seq, what, *why, *ended, *counted)
 
 
 def _deltas(

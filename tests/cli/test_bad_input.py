@@ -377,7 +377,7 @@ def test_numbers_and_names_out_of_range_are_refused(wrong: Case, tmp_path: Path)
         case(
             "enqueue p.txt",
             "p.txt, line 2",
-            "a changed one",
+            "holds a different input 1",
             "--run",
             "--append",
             code=1,
