@@ -1,4 +1,4 @@
-"""The seam to whoever answers: one protocol, and the reading of names."""
+"""The protocol of models, and their names."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ OPENROUTER = "openrouter:"
 
 @value(frozen=True, slots=True)
 class Request:
-    """One call. `seq` counts the job's claims, so a seeded model can tell tries apart.
+    """One call. `seq` counts the job's claims, so that a seeded model answers each attempt differently.
 
-    `last_bad` is the job's previous answer that did not validate, None where there was none; a model that can
-    shows it to the provider together with the validator's words. `settings` are this job's own and go over the
-    task's, None where it has none. `timeout` is after how many seconds nobody waits for the answer any more, None
-    where there is no such bound; a client of its own must not give up before.
+    `last_bad`: the job's previous answer that did not validate, to be shown to the provider with the validator's
+    message. `settings`: the job's own, which override the task's. `timeout`: seconds until the caller gives up; a
+    client must not give up before. None for no such value.
     """
 
     prompt: Prompt
@@ -39,7 +38,7 @@ class Request:
 
 
 class Model(Protocol):
-    """Something that answers prompts. It makes one plain call per `answer` and never retries by itself."""
+    """Answers prompts. It makes one plain call per `answer`, and never retries."""
 
     async def answer(self, request: Request) -> Reply:
         """Answer one request.
@@ -54,7 +53,7 @@ class Model(Protocol):
 
 
 class Kind(StrEnum):
-    """Who serves a task: a user's function, the offline model, or a provider by whichever adapter fits."""
+    """What serves a task: a user's function, the offline model, or a provider."""
 
     FUNCTION = "function"
     OFFLINE = "offline"
@@ -62,28 +61,28 @@ class Kind(StrEnum):
 
 
 def kind_of(task: Task) -> Kind:
-    """Tell which kind of answerer a task names."""
+    """Return what serves a task."""
     if task.function is not None:
         return Kind.FUNCTION
     return Kind.OFFLINE if (task.model or "").startswith(OFFLINE) else Kind.PROVIDER
 
 
 def tells_cost(task: Task, price: Price | None) -> bool:
-    """Tell whether it will be known what a call costs: by a price of its run, the answerer's word, or the price table."""
+    """Return whether the cost of a call will be known: from its run's price, the provider, or the price table."""
     match kind_of(task):
         case Kind.FUNCTION:
-            return False  # of its calls not even the tokens are known
+            return False  # not even its tokens are known
         case Kind.OFFLINE:
             return True
-    named = task.answerer.startswith(OPENROUTER) or price is not None
-    return named or table_price(task.answerer) is not None
+    is_known = price is not None or task.answerer.startswith(OPENROUTER)
+    return is_known or table_price(task.answerer) is not None
 
 
 def model_string(name: str) -> str:
-    """Read a model's name as users write it and return the full string, `provider:model`.
+    """Return the full name, `provider:model`, of a model as users write it.
 
-    A name with a provider before its first colon stays as it is; anything else (`google/gemini-flash`,
-    `meta-llama/llama-3:free`) is OpenRouter's. Raises UsageError for an empty name.
+    A name without a provider but with a slash (`google/gemini-flash`, `meta-llama/llama-3:free`) is OpenRouter's.
+    Raises UsageError for any other name without a provider.
     """
     name = name.strip()
     provider, colon, rest = name.partition(":")

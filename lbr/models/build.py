@@ -1,7 +1,7 @@
-"""From a task to who answers it, by what this process was told it may use.
+"""From a task to its model, with what this process may use.
 
-A database is data, not authority: a function is called only when this process named it, and a key comes only from its
-own flags and environment; the run has to match.
+A database gives no authority: a function is called only if the user of this process named it, and keys come only from
+its own flags and environment.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Authority:
-    """What this process was told it may use.
+    """What this process may use.
 
-    `result_types` are by the canonical JSON of their schema. The OpenRouter key goes before the environment's.
+    `result_types` are by the canonical JSON of their schema. The OpenRouter key overrides the environment's.
+    `runs_are_named`: the user named the runs to serve, and thereby vouches for their functions.
     """
 
     functions: tuple[NamedFunction, ...] = ()
     result_types: Mapping[str, type] = field(default_factory=dict)
     openrouter_api_key: str | None = field(default=None, repr=False)
     runs_are_named: bool = True
-    """Whether the runs to serve were named, so that a caller's word is behind each function."""
 
     def function_for(self, task: Task) -> NamedFunction | None:
-        """Return the function that a task asks for, else another of that name, None without one."""
+        """Return the function that a task asks for, else another one with its name; None if there is none."""
         found = [one for one in self.functions if one.identity.name == task.function]
         fitting = [one for one in found if self.mismatch(task, one.identity) is None]
         versioned = [one for one in fitting if one.identity.version == task.version]
@@ -49,7 +49,7 @@ class Authority:
     def mismatch(self, task: Task, identity: Identity) -> str | None:
         """Return how a function differs from the one that a task asks for; None if it does not.
 
-        The version may have been given to the enqueue only, so a function without one fits any version, unless other
+        A function without a version fits any, because the version may have been given to the enqueue only, unless other
         functions may have the same identity.
         """
         asked = "no version" if task.version is None else f"version {task.version}"
@@ -72,16 +72,14 @@ class Authority:
 
 
 def check_task(task: Task) -> None:
-    """Raise UsageError for what no worker could ever serve; needs neither a key nor the network."""
+    """Raise UsageError for a task that no worker could serve; needs neither a key nor a network."""
     if task.schema is not None:
         build_validator(task, Authority())
     match kind_of(task):
         case Kind.FUNCTION:
             if task.settings:
                 names = ", ".join(sorted(task.settings))
-                raise UsageError(
-                    f"expected no settings beside a function, got: {names}; settings are for models"
-                )
+                raise UsageError(f"settings are for models, and a function takes none; remove {names}")
         case Kind.OFFLINE:
             from lbr.models import offline  # noqa: PLC0415
 
@@ -89,11 +87,11 @@ def check_task(task: Task) -> None:
             offline.check_settings(task.settings)
         case Kind.PROVIDER:
             _check_provider(task)
-            max_output_tokens(task.settings)  # raises for what it cannot read, and so does every worker
+            max_output_tokens(task.settings)  # raises for what no worker can read
 
 
 def unsent(task: Task) -> list[str]:
-    """Return a message for each setting of the task that would not be sent, or whose result would not be kept.
+    """Return a message for each setting that would not be sent, or whose result would not be kept.
 
     The enqueue refuses such settings; workers go on with a run of an older version that has them.
     """
@@ -110,9 +108,9 @@ def unsent(task: Task) -> list[str]:
 def build_model(
     task: Task, authority: Authority, *, concurrency: int, connections: Connections | None = None
 ) -> Model:
-    """Build the one who answers the task; UsageError with the way out when this process may not or cannot.
+    """Build the model of a task. Raises UsageError, with what to do, if this process may not or cannot.
 
-    Calls to a provider go over `connections`, which whoever opened them closes; None for some of its own.
+    Calls to a provider use `connections`, which the caller closes; None for connections of its own.
     """
     match kind_of(task):
         case Kind.FUNCTION:
@@ -128,7 +126,6 @@ def build_model(
 
 
 def _check_provider(task: Task) -> None:
-    """Raise UsageError for what no provider could be asked; without pydantic-ai where the chat adapter knows enough."""
     from lbr.models import chat, checking  # noqa: PLC0415
 
     if chat.serves(task.model or "") and chat.knows(task.model or "", task.settings):
@@ -181,7 +178,7 @@ def _provider_model(task: Task, authority: Authority, connections: Connections |
 
 
 def build_validator(task: Task, authority: Authority) -> Validator | None:
-    """Build what checks the task's answers; None for free text."""
+    """Build the validator of the task's answers; None for free text."""
     if task.schema is None:
         return None
     from lbr.core.schema import Validator  # noqa: PLC0415
@@ -193,12 +190,10 @@ def _allowed_function(task: Task, authority: Authority) -> Callable[..., Any]:
     name = task.function or ""
     named = authority.function_for(task)
     if named is None:
-        way_out = (
-            "only the program that defines it can serve it: start that again"
-            if task.fingerprint is not None
-            else f"start the worker with --function {name}"
-        )
-        raise UsageError(f"the run asks for function {name}; {way_out}")
+        fix = f"start the worker with --function {name}"
+        if task.fingerprint is not None:
+            fix = "only the program that defines it can serve it: start that again"
+        raise UsageError(f"the run asks for function {name}; {fix}")
     mismatch = authority.mismatch(task, named.identity)
     if mismatch is not None:
         raise UsageError(f"the run asks for function {name} with {mismatch}")

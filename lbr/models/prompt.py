@@ -1,4 +1,4 @@
-"""What is asked, turn by turn, in no provider's own words: the one reading of a prompt that all adapters share."""
+"""A request as a list of turns, in no provider's format; all adapters send these."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """An image by its URL, which may be a `data:` one whose base64 has been checked; `detail` is None for unset."""
+    """An image by its URL, which may be a `data:` URL whose base64 has been checked."""
 
     url: str
     detail: Json = None
 
 
 class ToolCall(NamedTuple):
-    """A call of a tool that the assistant made: its id, the tool's name and the arguments as JSON."""
+    """The assistant's call of a tool, with its arguments as JSON."""
 
     id: str
     name: str
@@ -33,9 +33,9 @@ class ToolCall(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one side said. Only a user's content is ever a list of parts.
+    """One side's message. Only a user's content may be a list of parts.
 
-    `calls` are the tool calls of an assistant's turn, or the one call that a tool's turn answers.
+    `calls`: the tool calls of an assistant's turn, or the one call that a tool's turn answers.
     """
 
     role: Literal["system", "user", "assistant", "tool"]
@@ -44,7 +44,7 @@ class Turn:
 
 
 def turns_of(request: Request) -> list[Turn]:
-    """Read a request's prompt, and its answer that did not validate, if it has one; without the instructions.
+    """Return a request's prompt, and its answer that did not validate if there is one; without the instructions.
 
     Raises Permanent for messages of which a part would not be sent.
     """
@@ -61,7 +61,7 @@ def _turns(prompt: Prompt) -> Iterator[Turn]:
     if prompt.messages is None:
         yield Turn("user", prompt.text or "")
         return
-    try:  # again, because an older version may have put them into the queue
+    try:  # again: an older version may have enqueued them
         check_messages(prompt.messages)
     except InputError as error:
         raise Permanent(str(error)) from error
