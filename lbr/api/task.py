@@ -12,7 +12,7 @@ from lbr.core.types import Task, canonical_json
 from lbr.io.records import not_finite
 from lbr.models.base import OPENROUTER, Kind, kind_of, model_string
 from lbr.models.build import Authority, build_model, build_validator, check_task, unsent
-from lbr.models.environment import check_environment
+from lbr.models.checks import check_environment
 from lbr.models.identity import has_changed, name_function, own_version
 
 if TYPE_CHECKING:

@@ -97,12 +97,12 @@ def unsent(task: Task) -> list[str]:
     """
     if kind_of(task) is not Kind.PROVIDER:
         return []
-    from lbr.models import chat, checking  # noqa: PLC0415
+    from lbr.models import chat, checks  # noqa: PLC0415
 
     name = task.model or ""
     if chat.serves(name) and chat.knows(name, task.settings):
         return []
-    return checking.not_kept(task.settings) or _pydantic_ai(name).unsent(name, task.settings, task.schema)
+    return checks.not_kept(task.settings) or _pydantic_ai(name).unsent(name, task.settings, task.schema)
 
 
 def build_model(
@@ -126,11 +126,11 @@ def build_model(
 
 
 def _check_provider(task: Task) -> None:
-    from lbr.models import chat, checking  # noqa: PLC0415
+    from lbr.models import chat, checks  # noqa: PLC0415
 
     if chat.serves(task.model or "") and chat.knows(task.model or "", task.settings):
         if task.schema is not None:
-            checking.check_schema(task.schema)
+            checks.check_schema(task.schema)
         return
     _pydantic_ai(task.model or "").check_model(task.model or "", task.settings, schema=task.schema)
 

@@ -359,7 +359,9 @@ def test_a_version_given_beside_the_function_does_not_shut_workers_out() -> None
 def test_functions_take_no_settings() -> None:
     """Settings beside a function are refused when they are enqueued."""
     check_task(Task(function="m:f"))
-    with pytest.raises(UsageError, match=r"settings are for models, and a function takes none; remove seed, temperature"):
+    with pytest.raises(
+        UsageError, match=r"settings are for models, and a function takes none; remove seed, temperature"
+    ):
         check_task(Task(function="m:f", settings={"temperature": 1, "seed": 2}))
 
 

@@ -14,8 +14,7 @@ from lbr.core.config import hide_user
 from lbr.models.chat.answers import Reader, decoded
 from lbr.models.chat.costs import Costs
 from lbr.models.chat.request import fields_of, messages_of
-from lbr.models.checking import check_authority
-from lbr.models.environment import check_trust
+from lbr.models.checks import check_authority, check_trust
 from lbr.models.failures import call_error
 from lbr.models.http import Connections, shown_url
 

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lbr.models.environment import takes_max_completion_tokens
+from lbr.models.checks import takes_max_completion_tokens
 from lbr.models.http import unsupported_proxy
 from lbr.models.prompt import Image, turns_of
 

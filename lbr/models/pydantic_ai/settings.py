@@ -22,7 +22,7 @@ from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.settings import ModelSettings
 
 from lbr.core.errors import UsageError
-from lbr.models.checking import check_authority, check_schema
+from lbr.models.checks import check_authority, check_schema
 from lbr.models.pydantic_ai.model import http_package, no_retries, parameters_of, provider_class_of, refusing
 
 if TYPE_CHECKING:

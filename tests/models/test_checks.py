@@ -11,7 +11,7 @@ import lbr
 from lbr.core.errors import UsageError
 from lbr.core.types import Task
 from lbr.models.build import Authority, build_model
-from lbr.models.environment import check_environment, check_trust, takes_max_completion_tokens
+from lbr.models.checks import check_environment, check_trust, takes_max_completion_tokens
 from tests.support import Cli
 from tests.support.http_server import Scripted
 
