@@ -152,7 +152,7 @@ async def test_bad_input_is_told_with_file_and_line(in_folder: Path) -> None:
 )
 async def test_rubbish_is_refused(in_folder: Path, bad: dict[str, Any]) -> None:
     """Before an input is read."""
-    with pytest.raises(UsageError, match="expected|no model given"):
+    with pytest.raises(UsageError, match="expected|no model given|the JSON schema is not valid"):
         await lbr.estimate(Path("none.txt") if "price" in bad else ["a"], **{"model": MODEL} | bad)
 
 
