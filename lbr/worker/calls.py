@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from lbr.core.errors import CUT_OFF, CallError, DatabaseError
 from lbr.core.open_files import exhausted_message
@@ -20,12 +19,13 @@ from lbr.core.types import Claim, JobId, JobState, Outcome, Settlement, WorkerId
 from lbr.models.base import Request
 from lbr.store.schema import SUSPECT_CRASHES
 from lbr.worker.attempt import Deadlines, OutOfFilesError, attempt, priced
+from lbr.worker.turns import Settler
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
     from random import Random
 
-    from lbr.core.outages import Evidence
+    from lbr.core.config import WorkOptions
     from lbr.core.types import Paused
     from lbr.store.settle import Settled
     from lbr.worker.runs import ServedRun
@@ -39,15 +39,6 @@ MAX_FAILED = 1_000
 """How many failed jobs a worker remembers: a wrong set-up, whose jobs are given back, fails its first ones."""
 OUT_OF_FILES_SECONDS = 0.5
 """How long a call that found no file handle waits at least."""
-MAX_ROWS = 500
-MIN_ROWS = 25
-LATEST_COMMITS = 4
-MAX_LINGER_SECONDS = 0.05
-MIN_LINGER_SECONDS = 0.002
-"""The event loop rounds waits up to a millisecond."""
-COMMIT_SECONDS = 0.003
-ROW_SECONDS = 0.000025
-"""The most that an undisturbed commit takes, and each of its rows, on a common machine."""
 
 
 @dataclass(slots=True)
@@ -74,132 +65,6 @@ class WorkReport:
     interrupted: list[str] = field(default_factory=list)
 
 
-class Commit(NamedTuple):
-    """How long a commit took, and how many rows it had."""
-
-    seconds: float
-    rows: int
-
-    @property
-    def hindered_seconds(self) -> float:
-        """How much longer it took than its rows: on a slow disk, or because others write."""
-        return max(0.0, self.seconds - COMMIT_SECONDS - self.rows * ROW_SECONDS)
-
-
-def usual_commit(latest: Sequence[Commit]) -> Commit:
-    """Return the commit to expect next: the median by how much they were hindered.
-
-    One slow commit may be due to our own calls in the interpreter. But if calls compute in threads, every other commit
-    waits for them with the database locked, and then many rows at once are better.
-    """
-    return sorted(latest, key=lambda commit: commit.hindered_seconds)[len(latest) // 2]
-
-
-def linger_seconds(usual: Commit, call_seconds: float) -> float:
-    """Return how long to gather rows, given the usual commit and how long a call takes: at most 50 ms.
-
-    Three times as long as commits are hindered, so that other writers get their turns; else a fiftieth of a call, so
-    that calls that end one by one share a commit; nothing for calls that are too quick for the event loop's clock.
-    """
-    part = call_seconds / 50
-    return min(
-        MAX_LINGER_SECONDS, max(3 * usual.hindered_seconds, part if part >= MIN_LINGER_SECONDS else 0.0)
-    )
-
-
-def batch_size(usual: Commit, call_seconds: float) -> int:
-    """Return how many rows to write at once, given the usual commit and how long a call takes.
-
-    Calls that begin together end together, and would stay in step: either all call or all are written. Small batches
-    prevent that if a call takes longer than a commit. The more a commit is hindered, the more rows it is worth.
-    """
-    if call_seconds <= usual.seconds:
-        return MAX_ROWS
-    return min(MAX_ROWS, MIN_ROWS + round(usual.hindered_seconds / ROW_SECONDS))
-
-
-class Settler:
-    """Group commit: takes settlements one by one and writes them in batches, in order, from one task."""
-
-    def __init__(
-        self,
-        write: Callable[[Sequence[Settlement]], Awaitable[Settled]],
-        written: Callable[[Sequence[Settlement], Settled], None],
-    ) -> None:
-        self._write = write
-        self._written = written
-        self._waiting: list[Settlement] = []
-        self._some = asyncio.Event()
-        self._enough = asyncio.Event()
-        self._most = MAX_ROWS
-        self._hurried = False
-        self._closing = False
-        self._commits = deque([Commit(0.0, 0)], maxlen=LATEST_COMMITS)
-
-    @property
-    def unwritten(self) -> list[Settlement]:
-        """What was put and is not durable, once `run` has ended."""
-        return self._waiting
-
-    def put(self, settlement: Settlement) -> None:
-        """Take one settlement; it is durable only when `written` gets it."""
-        self._waiting.append(settlement)
-        self._some.set()
-        if len(self._waiting) >= self._most:
-            self._enough.set()
-
-    def hurry(self) -> None:
-        """Write all that was put, now, because no more will come for a while."""
-        self._hurried = bool(self._waiting)
-        self._enough.set()
-
-    def close(self) -> None:
-        """Make `run` return once everything is written."""
-        self._closing = True
-        self._some.set()
-        self._enough.set()
-
-    async def run(self) -> None:
-        """Write batches until closed. Raises DatabaseError, with nothing of the batch written."""
-        while True:
-            await self._some.wait()
-            if not self._waiting:
-                return
-            await self._gather(usual_commit(self._commits))
-            batch, self._waiting = self._waiting[: self._most], self._waiting[self._most :]
-            if not self._waiting:
-                self._hurried = False
-                if not self._closing:
-                    self._some.clear()
-            started = time.perf_counter()
-            try:
-                settled = await self._write(batch)
-            except BaseException:
-                self._waiting = [*batch, *self._waiting]
-                raise
-            self._commits.append(Commit(time.perf_counter() - started, len(batch)))
-            self._written(batch, settled)
-
-    async def _gather(self, usual: Commit) -> None:
-        """Wait for as many rows as are worth a commit, at least for those of the same turn of the event loop."""
-        call_seconds = self._call_seconds()
-        self._most = batch_size(usual, call_seconds)
-        if self._closing or self._hurried or len(self._waiting) >= self._most:
-            return
-        if linger := linger_seconds(usual, call_seconds):
-            self._enough.clear()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(linger):
-                    await self._enough.wait()
-        else:
-            await asyncio.sleep(0)
-        self._most = batch_size(usual, self._call_seconds())
-
-    def _call_seconds(self) -> float:
-        # The quickest call: others may have waited for the processor.
-        return min(settlement.outcome.latency_ms for settlement in self._waiting) / 1000
-
-
 @dataclass(slots=True, eq=False)
 class _Held:
     """A claim in a slot; `task` is None once its call has ended and its settlement waits to be committed."""
@@ -221,31 +86,30 @@ class Calls:
     """Runs calls, and has `settle` write how they ended.
 
     `changed` is called when a slot may have become free or the worker must end; `unreachable` with a model that only
-    this worker cannot reach, and the reason. `outage_patience` is in seconds.
+    this worker cannot reach, and the reason.
     """
 
     def __init__(
         self,
         report: WorkReport,
+        options: WorkOptions,
         *,
         settle: Callable[[Sequence[Settlement]], Awaitable[Settled]],
         policy: RetryPolicy,
-        timeout: float,
         rng: Random,
         changed: Callable[[], None],
         unreachable: Callable[[str, str], None],
-        outage_patience: float,
         notify: Callable[[str], None],
     ) -> None:
         self._report = report
         self._policy = policy
-        self._deadlines = Deadlines(timeout)
+        self._deadlines = Deadlines(options.timeout)
         self._rng = rng
         self._changed = changed
         self._unreachable = unreachable
-        self._outage_patience = outage_patience
+        self._outage_patience = options.outage_patience
         self._notify = notify
-        self._settler = Settler(settle, self._written)
+        self.settler = Settler(settle, self._written)
         self._settling: asyncio.Task[None] | None = None
         self._held: dict[JobId, _Held] = {}
         self._suspicions: dict[str, Suspicion] = {}
@@ -269,11 +133,6 @@ class Calls:
         return self._calling if self.error is not None else len(self._held)
 
     @property
-    def unwritten(self) -> list[Settlement]:
-        """Outcomes that the database did not take, after `close`."""
-        return self._settler.unwritten
-
-    @property
     def claims(self) -> list[Claim]:
         """The claims held now, called or waiting to be settled."""
         return [held.claim for held in self._held.values()]
@@ -290,7 +149,7 @@ class Calls:
 
     def open(self) -> None:
         """Begin to settle; `close` ends it."""
-        self._settling = asyncio.create_task(self._settler.run())
+        self._settling = asyncio.create_task(self.settler.run())
         self._settling.add_done_callback(self._note_error)
 
     def start(self, claim: Claim, served: ServedRun) -> None:
@@ -353,23 +212,19 @@ class Calls:
     def _settle(self, held: _Held, outcome: Outcome) -> None:
         held.task = None
         held.settled = True
-        policy = replace(self._policy, max_attempts=held.served.run.max_attempts)
-        self._settler.put(decide(held.claim, outcome, policy, self._rng, self._evidence(held, outcome)))
-
-    def _evidence(self, held: _Held, outcome: Outcome) -> Evidence | None:
-        """Return what this worker has seen of a model, None unless its failures are more than an accident."""
-        now, model = time.monotonic(), held.served.run.task.answerer
-        suspicion = self._suspicions.setdefault(model, Suspicion(self._started))
-        if not suspicion.note(held.claim.job_id, outcome, now):
-            return None
-        return suspicion.evidence(self.worker, now, patience=self._outage_patience)
+        run, now, evidence = held.served.run, time.monotonic(), None
+        suspicion = self._suspicions.setdefault(run.task.answerer, Suspicion(self._started))
+        if suspicion.note(held.claim.job_id, outcome, now):
+            evidence = suspicion.evidence(self.worker, now, patience=self._outage_patience)
+        policy = replace(self._policy, max_attempts=run.max_attempts)
+        self.settler.put(decide(held.claim, outcome, policy, self._rng, evidence))
 
     def _call_ended(self, held: _Held, task: asyncio.Task[None]) -> None:
         self._calling -= 1
         if task.cancelled() and held.task is task:  # by the function, which runs in this task
             self._settle(held, Outcome(None, failure_of(CallError("the call cancelled itself")), 0))
         if self._calling == 0:
-            self._settler.hurry()
+            self.settler.hurry()
         self._note_error(task)
 
     def _note_error(self, task: asyncio.Task[None]) -> None:
@@ -476,9 +331,11 @@ class Calls:
 
     async def close(self) -> None:
         """Write what has ended; afterwards `error` is set if that failed."""
-        self._settler.close()
+        self.settler.close()
         if self._settling is None:
             return
         await asyncio.wait([self._settling])
-        if self._settling.cancelled() and self.unwritten:  # by an event loop that ends, with all its tasks
+        if (
+            self._settling.cancelled() and self.settler.unwritten
+        ):  # by an event loop that ends, with all its tasks
             self.error = self.error or DatabaseError("the event loop ended before all answers were written")

@@ -62,7 +62,7 @@ class Completion:
         waiting = [one for one in found if one.run.id in refused and one.open]
         if waiting and not self._runs.served:
             reasons = "; ".join(f"{one.run.name}: {refused[one.run.id]}" for one in waiting)
-            raise NothingToServeError(f"expected a run that this worker can serve, got: none. {reasons}")
+            raise NothingToServeError(f"no run that this worker can serve: {reasons}")
 
     def pauses(self, found: Sequence[RunCounts]) -> dict[str, Paused]:
         """Return what paused the runs that the user named or that this worker served, by name; report moved ones."""

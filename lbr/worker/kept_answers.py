@@ -137,7 +137,7 @@ async def _settle_file(database: Database, path: Path, place: Path, notify: Call
     try:
         kept = [_from_line(orjson.loads(line)) for line in _read(path, place).splitlines()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DatabaseError(f"something else is in the file ({error}); look at it and remove it") from error
+        raise DatabaseError(f"the file holds something else ({error}); check it, then remove it") from error
     jobs = await reads.jobs_of_keys(database, [s.claim.key for s in kept if len(s.claim.key) == KEY_BYTES])
     known = [_with_known_claim(s, jobs.get(s.claim.key, [])) for s in kept]
     ours = list({s.claim.job_id: s for s in reversed(known) if s is not None}.values())
@@ -152,7 +152,7 @@ async def _settle_file(database: Database, path: Path, place: Path, notify: Call
         left = path.with_name(path.name.removesuffix(ENDING) + LEFT)
         os.rename(path, left)
         notify(
-            f"{len(kept) - len(ours)} of {len(kept)} kept answers are of another database; they are in {left}: remove "
+            f"{len(kept) - len(ours)} of {len(kept)} kept answers belong to another database; they are in {left}: remove "
             f"it when you do not need it"
         )
     else:
@@ -160,7 +160,7 @@ async def _settle_file(database: Database, path: Path, place: Path, notify: Call
     if ours:
         late = f", {stale} came too late" * bool(stale)
         notify(
-            f"took up {pluralize(taken, 'answer')} that {'was' if taken == 1 else 'were'} kept in {path}{late}"
+            f"wrote {pluralize(taken, 'answer')} that {'was' if taken == 1 else 'were'} kept in {path}{late}"
         )
 
 

@@ -71,7 +71,8 @@ class ServableRuns:
     """Builds the model of each run once; runs with the same task share it, and all share their connections.
 
     A run whose cost is limited, by its budget or by `limits_cost`, is not served if the cost of its calls will not be
-    known. `room` is how many calls to providers the limit of open files allows at a time.
+    known. `room` is how many calls to providers the limit of open files allows at a time. `withdrawn` are the runs that
+    were served until only other workers could reach their model.
     """
 
     def __init__(self, authority: Authority, *, concurrency: int, room: int, limits_cost: bool) -> None:
@@ -81,13 +82,10 @@ class ServableRuns:
         self._room = room
         self._warned_room = False
         self._connections = Connections()
-        self.slots = concurrency
-        """How many calls may run at a time."""
         self._models: dict[str, Model] = {}
         self.served: dict[RunId, ServedRun] = {}
         self.refused: dict[RunId, UsageError] = {}
         self.withdrawn: set[RunId] = set()
-        """Runs that were served until their model could be reached from other workers only."""
         self._bounded: set[RunId] = set()
         # A refused run may be served with a different price or budget than these.
         self._refused_at: dict[RunId, tuple[Price | None, int | None]] = {}
@@ -100,7 +98,19 @@ class ServableRuns:
             if run.state is RunState.ACTIVE and not self._is_served(run) and not self._is_refused(run):
                 notices += self._try_to_serve(run)
             notices += self._bound_calls(run)
-        return notices + self._count_slots()
+        if self.slots < self._concurrency and not self._warned_room:
+            self._warned_room = True
+            notices.append(
+                f"the limit of open files ({open_files.limit()}) allows {self.slots} calls at a time, not "
+                f"{self._concurrency}; raise it with `ulimit -n`, or start more workers"
+            )
+        return notices
+
+    @property
+    def slots(self) -> int:
+        """How many calls may run at a time."""
+        connects = any(one.is_provider for one in self.served.values())
+        return min(self._concurrency, self._room) if connects else self._concurrency
 
     def _is_served(self, run: Run) -> bool:
         # Another enqueue may have changed the order of the schema.
@@ -172,19 +182,6 @@ class ServableRuns:
         served.table_price = table_price(run.task.answerer)
         return [] if served.bound is not None else [f"run {run.name}: {UNBOUNDED}"]
 
-    def _count_slots(self) -> list[str]:
-        """Cap the slots while a provider is served; return a warning the first time."""
-        connects = any(one.is_provider for one in self.served.values())
-        self.slots = min(self._concurrency, self._room) if connects else self._concurrency
-        if self._warned_room or self.slots == self._concurrency:
-            return []
-        self._warned_room = True
-        warning = (
-            f"the limit of open files ({open_files.limit()}) allows {self.slots} calls at a time, not "
-            f"{self._concurrency}; raise it with `ulimit -n`, or start more workers"
-        )
-        return [warning]
-
     def reprice(self, prices: Mapping[RunId, Price | None]) -> None:
         """Set what the calls of runs cost from now on, those in flight included."""
         for run_id, price in prices.items():
@@ -203,19 +200,19 @@ def check_tells_cost(run: Run) -> None:
     """Raise UsageError if the cost of a run cannot be limited, because the cost of its calls will not be known."""
     if run.task.function is not None:
         raise UsageError(
-            f"expected a run of a model to limit the cost of, got: run {run.name!r} of {run.task.answerer}, whose calls "
-            f"tell no cost; serve it without --max-cost"
+            f"cannot limit the cost of run {run.name!r}: calls of {run.task.answerer} report no cost; serve it without "
+            f"--max-cost"
         )
     if not tells_cost(run.task, run.price):
         problem = table_problem()
         why = (
-            "which the price table does not have"
-            if problem is None
-            else f"and the price table cannot be loaded ({problem})"
+            f"and the price table cannot be loaded ({problem})"
+            if problem
+            else "which the price table does not have"
         )
         raise UsageError(
-            f"expected a known price to limit the cost of run {run.name!r} by, got: none for {run.task.answerer}, {why}; "
-            f"give it with --price in=…,out=… at the enqueue, which may be repeated"
+            f"cannot limit the cost of run {run.name!r}: no price is known for {run.task.answerer}, {why}; repeat the "
+            f"enqueue with --price in=…,out=…"
         )
 
 
@@ -237,7 +234,7 @@ class StartLimits:
         self._first_budgets: dict[RunId, int | None] = {}
 
     async def apply(self, served: Iterable[ServedRun], found: Iterable[Run]) -> None:
-        """Set them for the runs and models that are new to this worker, and start slowly with new providers.
+        """Set them for new runs and models, and start slowly with new providers.
 
         `found` are all runs that have work: a budget that was changed since a run was first found stays.
         """
@@ -245,13 +242,11 @@ class StartLimits:
             self._first_budgets.setdefault(run.id, run.budget_nanos)
         new_runs = [one for one in served if one.run.id not in self._runs]
         new = {one.run.task.answerer: one for one in new_runs if one.run.task.answerer not in self._models}
-        if self._limits:
-            for model in sorted(new):
-                await limits.set_limits(self._database, model, self._limits)
-        slow = sorted(model for model, one in new.items() if one.is_provider)
-        await limits.slow_start(self._database, slow)
-        for one in new_runs:
-            if self._budget is not None and one.run.budget_nanos == self._first_budgets[one.run.id]:
-                await limits.set_budget(self._database, one.run.id, self._budget)
-        self._models |= set(new)
+        for model in sorted(new) if self._limits else ():
+            await limits.set_limits(self._database, model, self._limits)
+        await limits.slow_start(self._database, sorted(m for m, one in new.items() if one.is_provider))
+        for run in (one.run for one in new_runs):
+            if self._budget is not None and run.budget_nanos == self._first_budgets[run.id]:
+                await limits.set_budget(self._database, run.id, self._budget)
+        self._models |= new.keys()
         self._runs |= {one.run.id for one in new_runs}

@@ -10,33 +10,30 @@ import asyncio
 import os
 import socket
 import time
-from collections import deque
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from random import Random
 from typing import TYPE_CHECKING
 
 from lbr.core import open_files
 from lbr.core.errors import (
-    DatabaseBusyError,
     DatabaseError,
     NothingToServeError,
     RunNotFoundError,
     UsageError,
 )
 from lbr.core.retry import RetryPolicy
-from lbr.core.types import RunId, Until, WorkerId
+from lbr.core.types import Until, WorkerId
 from lbr.store import reads
-from lbr.store.claim import ClaimRequest, settle_and_claim
 from lbr.store.database import local_clock
 from lbr.store.leases import MAX_SKEW_MS, Queue
-from lbr.store.settle import settle
 from lbr.worker.calls import Calls, WorkReport
 from lbr.worker.completion import Completion
 from lbr.worker.kept_answers import keep_unwritten, reclaim
 from lbr.worker.runs import ServableRuns, StartLimits
+from lbr.worker.turns import Claimer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from lbr.core.config import WorkOptions
     from lbr.core.types import Claim, Millis, Run, Settlement
@@ -44,7 +41,6 @@ if TYPE_CHECKING:
     from lbr.store.database import Database
     from lbr.store.leases import DueWork
     from lbr.store.settle import Settled
-    from lbr.worker.runs import ServedRun
 
 POLL_SECONDS = 0.1
 TICK_SECONDS = 5.0
@@ -53,117 +49,6 @@ STANDSTILL_SECONDS = 1.0
 JITTER_SECONDS = 1.0
 CLOCK_SECONDS = 2 * TICK_SECONDS
 """How long to wait for the next report of a living worker whose latest one is far from our time."""
-
-
-class Claimer:
-    """Claims for one worker, one claim at a time, so that no slot is claimed for twice.
-
-    `more` is True if the last claim filled all its slots, so that another will probably find jobs.
-    """
-
-    def __init__(
-        self, database: Database, queue: Queue, served: Mapping[RunId, ServedRun], *, lease: float
-    ) -> None:
-        self._database = database
-        self._queue = queue
-        self._served = served
-        self._lease = lease
-        self._order: deque[RunId] = deque()
-        self._turn = asyncio.Lock()
-        self._wanted = False
-        self._slot_freed = False
-        self._throttled = False
-        self._claimed: list[Claim] = []
-        self._claimed_for_freed = False
-        self.worker = WorkerId(0)
-        self.more = True
-
-    @property
-    def order(self) -> list[RunId]:
-        """The runs to claim jobs of, in the order of the next claim."""
-        return list(self._order)
-
-    def serve(self, run_ids: Iterable[RunId]) -> None:
-        """Claim jobs of these runs from now on; runs that were served before keep their order."""
-        served = list(run_ids)
-        known = [run_id for run_id in self._order if run_id in served]
-        self._order = deque(known + [run_id for run_id in served if run_id not in known])
-
-    def is_likely(self) -> bool:
-        """Return whether a claim will probably find something, without asking the database."""
-        # If a model is throttled to fewer calls than there are slots, each call that ends makes room for another.
-        freed, self._slot_freed = self._slot_freed, False
-        return self.more or (freed and self._throttled)
-
-    @asynccontextmanager
-    async def alone(self) -> AsyncIterator[None]:
-        """Keep settlements from claiming meanwhile; wait for one that does."""
-        self._wanted = True
-        try:
-            async with self._turn:
-                yield
-        finally:
-            self._wanted = False
-
-    async def claim(self, most: int, *, suspects: bool = False) -> list[Claim]:
-        """Claim up to `most` jobs, `alone`; with `suspects`, such as crashed their workers and must run alone."""
-        if not suspects:
-            self._order.rotate(-1)
-        request = self._request(most, suspects=suspects)
-        claims = await self._queue.claim(
-            request.worker,
-            request.run_ids,
-            most,
-            lease=self._lease,
-            suspects=suspects,
-            extra=request.extra,
-            bounds=request.bounds,
-        )
-        return claims if suspects else self._noted(claims, most)
-
-    async def settle(self, batch: Sequence[Settlement], free: int) -> Settled:
-        """Settle a batch and, if the database has one writer, claim for the slots that will be `free`.
-
-        `take_claimed` returns those claims. Raises like `lbr.store.settle.settle`.
-        """
-        likely = free > 0 and (self.more or self._throttled)
-        # It never waits for its turn, because `free` may change meanwhile.
-        if not likely or self._wanted or not self._database.one_writer:
-            return await settle(self._database, batch)
-        async with self._turn:
-            self._order.rotate(-1)
-            request = self._request(free, suspects=False)
-            try:
-                settled, claims = await settle_and_claim(self._database, batch, request)
-            except DatabaseBusyError:
-                raise
-            except DatabaseError:
-                # A row that cannot be claimed must not keep paid answers out; the next claim reports it.
-                return await settle(self._database, batch)
-            self._claimed += self._noted(claims, free)
-            self._claimed_for_freed = True
-        return settled
-
-    def take_claimed(self) -> list[Claim]:
-        """Return what settlements have claimed since the last call."""
-        claimed, self._claimed = self._claimed, []
-        return claimed
-
-    def note_freed(self) -> None:
-        """Note that slots became free, for which nothing may have been claimed yet."""
-        self._slot_freed |= not self._claimed_for_freed
-        self._claimed_for_freed = False
-
-    def _request(self, most: int, *, suspects: bool) -> ClaimRequest:
-        served = {run_id: self._served[run_id] for run_id in self._order}
-        extra = {run_id: one.extra_tokens for run_id, one in served.items()}
-        bounds = {run_id: bound for run_id, one in served.items() if (bound := one.bound) is not None}
-        return ClaimRequest(self.worker, self.order, most, self._lease, suspects, extra, bounds)
-
-    def _noted(self, claims: list[Claim], most: int) -> list[Claim]:
-        self.more = len(claims) == most
-        self._throttled = any(claim.throttled for claim in claims) or (self._throttled and not claims)
-        return claims
 
 
 class Worker:
@@ -191,24 +76,21 @@ class Worker:
         self._notify = notify
         self._rng = rng or Random()  # noqa: S311 - jitter
         self._start_limits = StartLimits(database, options)
+        limits_cost, room = options.max_cost is not None, open_files.room()
         self._runs = ServableRuns(
-            authority,
-            concurrency=options.concurrency,
-            room=open_files.room(),
-            limits_cost=options.max_cost is not None,
+            authority, concurrency=options.concurrency, room=room, limits_cost=limits_cost
         )
         self._completion = Completion(self._runs, named=run_names is not None, notify=notify)
         self.report = WorkReport()
-        self._claimer = Claimer(database, self._queue, self._runs.served, lease=options.lease)
+        self._claimer = Claimer(database, self._runs.served, lease=options.lease)
         self._calls = Calls(
             self.report,
+            options,
             settle=self._settle,
             policy=policy or RetryPolicy(),
-            timeout=options.timeout,
             rng=self._rng,
             changed=self._calls_changed,
             unreachable=self._withdraw,
-            outage_patience=options.outage_patience,
             notify=notify,
         )
         self._unserved: list[Claim] = []
@@ -246,7 +128,7 @@ class Worker:
     def _calls_changed(self) -> None:
         if self._calls.error is not None:
             self._fail(self._calls.error)
-        self._claimer.note_freed()
+        self._claimer.freed = True
         if not self._is_stopping():
             self._start(self._claimer.take_claimed())
         self._wake.set()
@@ -254,7 +136,7 @@ class Worker:
     def _withdraw(self, model: str, reason: str) -> None:
         """Stop serving a model that only other workers can reach; end if none is left."""
         error = UsageError(
-            f"{model} does not answer this worker ({reason}), but it answers others: look at this machine's network, "
+            f"{model} does not answer this worker ({reason}), but it answers others: check this machine's network, "
             f"proxy and key"
         )
         if not self._runs.withdraw(model, error):
@@ -333,8 +215,7 @@ class Worker:
                     await self._give_back(claims)
                     break
                 self._start(claims)
-                if self._unserved:
-                    await self._give_back([])
+                await self._give_back([])
                 if not claims and not self._claimer.more and await self._is_finished():
                     break
                 await self._wait()
@@ -353,13 +234,13 @@ class Worker:
         if not isinstance(self._calls.error, DatabaseError):
             await self._queue.unregister(self._id)
         if self._calls.error is not None:
-            raise keep_unwritten(self._database, self._calls.error, self._calls.unwritten)
+            raise keep_unwritten(self._database, self._calls.error, self._calls.settler.unwritten)
 
     async def _give_back(self, claims: Sequence[Claim]) -> None:
         """Release claims that were never called for."""
-        unserved, self._unserved = self._unserved, []
+        claims, self._unserved = [*claims, *self._unserved], []
         try:
-            self.report.released += await self._queue.release(self._id, [*claims, *unserved], unused=True)
+            self.report.released += await self._queue.release(self._id, claims, unused=True)
         except DatabaseError as error:
             self._fail(error)
 
@@ -522,17 +403,14 @@ class Worker:
             return
         async with self._comparing:
             clocks = await self._queue.clocks(self._id)
-            known = self._far_off
             if self._clock_jumped():
-                starting, known, self._far_off, self._lead = True, {}, {}, _lead_ms()
-            waits = starting and self._database.presence.knows and bool(clocks.reports.keys() - known.keys())
-            if waits:
+                starting, self._far_off, self._lead = True, {}, _lead_ms()
+            deadline = 0.0
+            if starting and self._database.presence.knows and clocks.reports.keys() - self._far_off.keys():
+                deadline = time.monotonic() + CLOCK_SECONDS
                 others = ", ".join(map(str, clocks.reports))
-                self._notify(
-                    f"comparing clocks with worker {others}, which has not reported lately; this may take "
-                    f"{CLOCK_SECONDS:.0f} s"
-                )
-            deadline = time.monotonic() + CLOCK_SECONDS * waits
+                wait = f"this may take {CLOCK_SECONDS:.0f} s"
+                self._notify(f"comparing clocks with worker {others}, which has not reported lately; {wait}")
             while True:
                 for worker, seen_at in clocks.reports.items():
                     if self._far_off.get(worker, seen_at) != seen_at:
@@ -546,10 +424,8 @@ class Worker:
     async def _renew(self) -> None:
         await self._check_clock()
         claims = self._calls.claims
-        settled, rate = self.report.done + self.report.failed, self._calls.rate()
-        lost = await self._queue.renew(
-            self._id, claims, lease=self._options.lease, settled=settled, rate=rate
-        )
+        settled, rate, lease = self.report.done + self.report.failed, self._calls.rate(), self._options.lease
+        lost = await self._queue.renew(self._id, claims, lease=lease, settled=settled, rate=rate)
         for claim in claims:
             if claim.job_id in lost:
                 self._calls.lose(claim)

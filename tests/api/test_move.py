@@ -307,7 +307,7 @@ async def test_kept_answers_come_along(
     told: list[str] = []
     moved = await pause_and_move(source, target, notify=told.append)
     assert moved.answers == 2
-    assert [line for line in told if "took up 2 answers" in line], told
+    assert [line for line in told if "wrote 2 answers" in line], told
     assert not path.exists()
     await lbr.resume("r", db_url=target)
     assert (await lbr.work(db_url=target)).done == 1
@@ -367,7 +367,7 @@ async def test_a_move_after_an_outage_pays_for_no_answer_twice(urls: tuple[str, 
         assert "4 finished answers are kept in" in told
         await asyncio.to_thread(here, "pause", "in")
         moved = await asyncio.to_thread(here, "move", *urls, "in")
-        assert "took up 4 answers" in moved.stderr
+        assert "wrote 4 answers" in moved.stderr
         assert ", 4 answers moved to" in moved.stdout
         await asyncio.to_thread(there, "resume", "in")
         await asyncio.to_thread(there, "worker", *FUNCTION)

@@ -62,7 +62,7 @@ def work_on(cli: Cli, lines: list[str], before: dict[int, str]) -> None:
     """Finish the run: what was not committed was kept, no call is made again, answers of before stay as they were."""
     kept = sum(calls(cli).values()) - len(before)
     told = cli("worker", *LONG, "--run", "in").stderr
-    assert re.findall(r"took up (\d+) answers?", told) == [str(kept)] * bool(kept), told
+    assert re.findall(r"wrote (\d+) answers?", told) == [str(kept)] * bool(kept), told
     rows = cli.collect("in")
     assert [row["result"].split(" x")[0] for row in rows] == lines
     assert before.items() <= done(rows).items()

@@ -288,7 +288,7 @@ def test_answers_survive_a_server_that_stays_away(own_server: postgres.Server, t
         }
         own_server.start()
         again = cli("worker", *FUNCTION, "--concurrency", "50")
-        assert "took up 10 answers that were kept in" in again.stderr
+        assert "wrote 10 answers that were kept in" in again.stderr
         assert list((tmp_path / "state" / "lbr").iterdir()) == []
         check(cli, lines)
         assert calls(tmp_path) == Counter(dict.fromkeys(lines, 1))
@@ -310,7 +310,7 @@ async def test_answers_survive_a_database_that_stays_locked(db_url: str, tmp_pat
         assert worker.returncode == 1, told
         assert "4 finished answers are kept in" in told
         again = await asyncio.to_thread(cli, "worker", *FUNCTION)
-        assert "took up 4 answers" in again.stderr
+        assert "wrote 4 answers" in again.stderr
         assert calls(tmp_path) == Counter(dict.fromkeys(lines, 1))
         await asyncio.to_thread(check, cli, lines)
     finally:
@@ -420,7 +420,7 @@ def test_answers_outlive_an_event_loop_that_ends(tmp_path: Path) -> None:
         check=True,
     )
     assert done.stdout == "64\n", done.stderr
-    assert "took up 16 answers that were kept" in done.stderr
+    assert "wrote 16 answers that were kept" in done.stderr
 
 
 async def test_kept_answers_of_another_database_are_left_alone(db_url: str, tmp_path: Path) -> None:
@@ -440,7 +440,7 @@ async def test_kept_answers_of_another_database_are_left_alone(db_url: str, tmp_
     rubbish.write_text('{"job": 1}\n')
     lines: list[str] = []
     await settle_kept(database, lines.append)
-    assert any("1 of 2 kept answers are of another database" in line for line in lines)
+    assert any("1 of 2 kept answers belong to another database" in line for line in lines)
     assert any("something else" in line for line in lines)
     assert not path.exists()
     (left,) = path.parent.glob("*.left.jsonl")

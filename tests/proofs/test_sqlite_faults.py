@@ -206,7 +206,7 @@ def test_a_file_that_is_put_back_has_lost_nothing(local: Cli) -> None:
         file.rename(local.folder / file.name)
     done = local.status("in")["done"]
     again = local("worker", "--function", "answers:echo").stderr
-    assert f"took up {pluralize(kept, 'answer')}" in again
+    assert f"wrote {pluralize(kept, 'answer')}" in again
     check(local.collect("in"), lines)
     assert done >= 60
     assert calls(local) == Counter(dict.fromkeys(lines, 1))
@@ -273,7 +273,7 @@ def test_a_file_that_is_damaged_under_a_worker_is_told_of(local: Cli) -> None:
                 file.seek(start)
                 file.write(whole[start : start + PAGE])
     again = local("worker", "--function", "answers:echo", "--lease", "2").stderr
-    assert re.findall(r"took up (\d+) answers?", again) == [str(kept)] * bool(kept), again
+    assert re.findall(r"wrote (\d+) answers?", again) == [str(kept)] * bool(kept), again
     check(local.collect("in"), lines)
     assert calls(local) == Counter(dict.fromkeys(lines, 1))
     recount(local)

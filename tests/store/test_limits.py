@@ -542,7 +542,10 @@ def test_a_cost_that_nobody_knows_cannot_be_limited(cli: Cli) -> None:
         ]
         assert [done.returncode for done in refused] == [1, 2, 2]
         for done in refused:
-            assert "none for openai-chat:house-model, which the price table does not have" in done.stderr
+            assert (
+                "no price is known for openai-chat:house-model, which the price table does not have"
+                in done.stderr
+            )
             assert "--price in=…,out=…" in done.stderr
         found = json.loads(cli("status", "in", "--json").stdout)["runs"][0]
         assert (found["pending"], found["max_cost_usd"]) == (3, None)
@@ -557,7 +560,7 @@ def test_a_cost_that_nobody_knows_cannot_be_limited(cli: Cli) -> None:
 async def test_a_function_tells_no_cost(db_url: str) -> None:
     """A function's run is not served under a budget, for nothing would ever hold it back."""
     await lbr.enqueue(["one"], run="f", function=held, db_url=db_url)
-    with pytest.raises(UsageError, match="whose calls tell no cost; serve it without max_cost=…"):
+    with pytest.raises(UsageError, match="report no cost; serve it without max_cost=…"):
         await lbr.work(run="f", functions=[held], max_cost=1, db_url=db_url)
     assert (await lbr.work(run="f", functions=[held], db_url=db_url)).done == 1
 

@@ -17,7 +17,7 @@ from lbr.core.errors import DatabaseError, UsageError
 from lbr.store import claim, limits, runs
 from lbr.store.database import open_database
 from lbr.store.leases import Queue
-from lbr.worker import worker as loop
+from lbr.worker import turns as worker_turns
 from lbr.worker.worker import Worker
 from tests.support import answered, assert_counted, eventually, put, states
 from tests.worker.test_worker import asks, worker_for
@@ -81,7 +81,7 @@ async def test_what_a_settlement_brings_to_a_worker_that_stops_is_given_back(
         told_to_stop.set()
         return settled, claims
 
-    monkeypatch.setattr(loop, "settle_and_claim", turn)
+    monkeypatch.setattr(worker_turns, "settle_and_claim", turn)
     run = await put(live, ["slow", *map(str, range(9))], task=asks(one_is_slow))
     worker = worker_for(live, one_is_slow, concurrency=3, grace=60)
     working = asyncio.create_task(worker.run())
@@ -139,11 +139,11 @@ async def test_a_settlement_never_queues_for_its_turn(
         await go_on.wait()
         return await whole(*given, **options)
 
-    monkeypatch.setattr(loop, "settle_and_claim", turn)
+    monkeypatch.setattr(worker_turns, "settle_and_claim", turn)
     run = await put(live, [str(n) for n in range(8)])
     queue = Queue(live)
     served: Any = {run.id: SimpleNamespace(extra_tokens=0, bound=None)}
-    claims = loop.Claimer(live, queue, served, lease=60)
+    claims = worker_turns.Claimer(live, served, lease=60)
     claims.worker = await queue.register(host="a", pid=1, concurrency=2)
     claims.serve([run.id])
     first, second = await claims.claim(2)
@@ -201,20 +201,20 @@ async def test_what_was_claimed_beside_a_failure_is_given_back(
 ) -> None:
     """A settlement that fails ends the worker; what its loop had just claimed was never called, and costs nothing."""
     calling = asyncio.Event()
-    whole = Queue.claim
+    whole = claim.claim
 
     async def waits(prompt: str) -> str:
         calling.set()
         await asyncio.sleep(0.3)
         return prompt
 
-    async def claim(queue: Queue, *given: Any, **options: Any) -> list[Claim]:
-        found = await whole(queue, *given, **options)
+    async def claim_late(database: Database, request: claim.ClaimRequest) -> list[Claim]:
+        found = await whole(database, request)
         if found and calling.is_set():
             await eventually(lambda: worker._calls.error is not None)
         return found
 
-    monkeypatch.setattr(Queue, "claim", claim)
+    monkeypatch.setattr(worker_turns, "claim", claim_late)
     await put(live, ["gone"], task=asks(waits))
     worker = worker_for(live, waits, concurrency=4, grace=1)
     working = asyncio.create_task(worker.run())

@@ -11,7 +11,7 @@ import pytest
 from lbr.core.errors import DatabaseError
 from lbr.core.types import Claim, JobId, Prompt, RunId
 from lbr.store.settle import Settled
-from lbr.worker.calls import Commit, Settler, batch_size, linger_seconds, usual_commit
+from lbr.worker.turns import Commit, Settler, batch_size, linger_seconds, usual_commit
 from tests.support import answered
 
 if TYPE_CHECKING:
