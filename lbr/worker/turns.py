@@ -204,7 +204,7 @@ class Claimer:
             self._wanted = False
 
     async def claim(self, most: int, *, suspects: bool = False) -> list[Claim]:
-        """Claim up to `most` jobs, `alone`; with `suspects`, such as crashed their workers and must run alone."""
+        """Claim up to `most` jobs, `alone`; with `suspects`, jobs that crashed their workers and must run alone."""
         if not suspects:
             self._order.rotate(-1)
         claims = await claim(self._database, self._request(most, suspects=suspects))

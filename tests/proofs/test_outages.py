@@ -11,18 +11,17 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy import select
 
 from lbr.core.types import Item, KeyMaker, Prompt
-from lbr.store import enqueue, files, reads
+from lbr.store import enqueue, reads
 from lbr.store.database import open_database
 from lbr.store.leases import Queue
 from lbr.store.schema import workers as workers_table
 from lbr.store.settle import settle
-from lbr.worker import kept_answers
 from tests.store.test_store import TRANSIENT
 from tests.support import (
     ECHO,
@@ -30,7 +29,6 @@ from tests.support import (
     answered,
     assert_counted,
     failed,
-    is_postgresql,
     locked_by_another,
     postgres,
     put,
@@ -421,118 +419,3 @@ def test_answers_outlive_an_event_loop_that_ends(tmp_path: Path) -> None:
     )
     assert done.stdout == "64\n", done.stderr
     assert "wrote 16 answers that were kept" in done.stderr
-
-
-async def test_kept_answers_of_another_database_are_left_alone(db_url: str, tmp_path: Path) -> None:
-    """A kept answer whose job is another one here, or a file that is none of ours, is reported and stays."""
-    from lbr.worker.kept_answers import keep, settle_kept
-
-    database = await open_database(db_url, create=True)
-    database.spool_places = [tmp_path / "kept" / "queue"]
-    run = await put(database, ["a", "b"])
-    queue = Queue(database)
-    worker = await queue.register(host="h", pid=1, concurrency=2)
-    one, two = await queue.claim(worker, [run.id], 2, lease=60)
-    path = keep(
-        database, [answered(one, "ours\x85"), answered(one.__class__(**_fields(two) | {"key": b"x"}))]
-    )
-    rubbish = path.with_name("queue.1-2.spool.jsonl")
-    rubbish.write_text('{"job": 1}\n')
-    lines: list[str] = []
-    await settle_kept(database, lines.append)
-    assert any("1 of 2 kept answers belong to another database" in line for line in lines)
-    assert any("something else" in line for line in lines)
-    assert not path.exists()
-    (left,) = path.parent.glob("*.left.jsonl")
-    assert left.read_text().count("\n") == 2
-    assert rubbish.exists()
-    lines.clear()
-    await settle_kept(database, lines.append)
-    assert len(lines) == 1
-    assert await states(database, run) == {"done": 1, "inflight": 1}
-    assert (await reads.story(database, run, 0)).row.result == "ours\x85"
-    await database.close()
-
-
-@pytest.mark.parametrize("state", ["failed", "pending"])
-async def test_a_kept_answer_ends_its_job(db_url: str, tmp_path: Path, state: str) -> None:
-    """A line that keeps an answer and has its job tried again was changed by hand, and is taken for rubbish."""
-    from lbr.worker.kept_answers import keep, settle_kept
-
-    database = await open_database(db_url, create=True)
-    database.spool_places = [tmp_path / "kept" / "queue"]
-    run = await put(database, ["a"])
-    queue = Queue(database)
-    worker = await queue.register(host="h", pid=1, concurrency=2)
-    path = keep(database, [answered(one) for one in await queue.claim(worker, [run.id], 1, lease=60)])
-    path.write_text(path.read_text().replace('"state":"done"', f'"state":"{state}"'))
-    lines: list[str] = []
-    await settle_kept(database, lines.append)
-    assert [f"no such call ends {state}" in line for line in lines] == [True]
-    assert await states(database, run) == {"inflight": 1}
-    await database.close()
-
-
-@pytest.mark.parametrize("before", [[], ["x", "y"]], ids=["same-ids", "other-ids"])
-async def test_kept_answers_are_taken_by_a_database_that_was_made_anew(
-    db_url: str, tmp_path: Path, new_database: Callable[[], str], before: list[str]
-) -> None:
-    """The same prompts, enqueued again, have their answers; a failure is none, and a call in flight goes on."""
-    prompts = ["a", "b", "c"]
-    database = await open_database(db_url, create=True)
-    database.spool_places = [tmp_path / "kept" / "queue"]
-    run = await put(database, prompts)
-    queue = Queue(database)
-    worker = await queue.register(host="h", pid=1, concurrency=3)
-    await queue.release(worker, await queue.claim(worker, [run.id], 3, lease=60))
-    one, two, three = await queue.claim(worker, [run.id], 3, lease=60)
-    kept_answers.keep(database, [answered(one, "paid for"), answered(two, "late"), failed(three, TRANSIENT)])
-    await database.close()
-
-    anew = new_database() if is_postgresql(db_url) else f"sqlite+aiosqlite:///{tmp_path / 'anew.db'}"
-    database = await open_database(anew, create=True)
-    database.spool_places = [tmp_path / "kept" / "queue"]
-    other = await put(database, before)
-    run = await put(database, prompts, name="again")
-    queue = Queue(database)
-    worker = await queue.register(host="h", pid=2, concurrency=1)
-    held = await queue.claim(worker, [run.id], 1, lease=60)
-    assert [claim.prompt.text for claim in held] == ["a"]
-    lines: list[str] = []
-    await kept_answers.settle_kept(database, lines.append)
-    assert (await reads.story(database, run, 1)).row.result == "late"
-    assert await states(database, run) == {"inflight": 1, "done": 1, "pending": 1}
-    await settle(database, [answered(held[0], "mine")])
-    assert (await reads.story(database, run, 0)).row.result == "mine"
-    await assert_counted(database, run)
-    await assert_counted(database, other)
-    await database.close()
-
-
-async def test_half_written_files_are_in_nobodys_way(db_url: str, tmp_path: Path) -> None:
-    """What a killed process was writing keeps no answers out, and is removed; what is being written stays."""
-    database = await open_database(db_url, create=True)
-    database.spool_places = [tmp_path / "kept" / "queue"]
-    run = await put(database, ["a", "b"])
-    queue = Queue(database)
-    worker = await queue.register(host="h", pid=1, concurrency=2)
-    one, two = await queue.claim(worker, [run.id], 2, lease=60)
-    path = kept_answers.keep(
-        database, [answered(one), answered(one.__class__(**_fields(two) | {"key": b"x"}))]
-    )
-    left = path.name.replace(".spool.", ".left.")
-    path.with_name(".queue.1-2.spool.jsonl.0123abcd.part").write_text("half of an ans")
-    living, new = path.with_name(".queue.3-4.spool.jsonl.part"), path.with_name(".queue.5-6.spool.jsonl.part")
-    new.touch()
-    with living.open("w") as file:
-        files.lock_open(file.fileno())
-        file.write("half of an ans")
-        file.flush()
-        await kept_answers.settle_kept(database, lambda _: None)
-    assert {part.name for part in path.parent.iterdir()} == {left, living.name, new.name}
-    assert await states(database, run) == {"done": 1, "inflight": 1}
-    await database.close()
-
-
-def _fields(claim: Any) -> dict[str, Any]:
-    return {name: getattr(claim, name) for name in claim.__slots__}
