@@ -161,9 +161,7 @@ class Claimer:
     has become free since.
     """
 
-    def __init__(
-        self, database: Database, served: Mapping[RunId, ServedRun], *, lease: float
-    ) -> None:
+    def __init__(self, database: Database, served: Mapping[RunId, ServedRun], *, lease: float) -> None:
         self._database = database
         self._served = served
         self._lease = lease

@@ -10,7 +10,7 @@ import pytest
 
 from lbr.store import files, reads
 from lbr.store.database import open_database
-from lbr.store.queue import Queue
+from lbr.store.leases import Queue
 from lbr.store.settle import settle
 from lbr.worker.kept_answers import keep, settle_kept
 from tests.store.test_store import TRANSIENT
