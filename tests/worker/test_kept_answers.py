@@ -7,10 +7,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+from sqlalchemy import func, select
 
 from lbr.store import files, reads
 from lbr.store.database import open_database
 from lbr.store.leases import Queue
+from lbr.store.schema import jobs
 from lbr.store.settle import settle
 from lbr.worker.kept_answers import keep, settle_kept
 from tests.store.test_store import TRANSIENT
@@ -58,9 +60,7 @@ async def test_workers_that_start_together_settle_each_answer_once(
     assert not [line for line in lines if "are not written" in line]
     assert not path.exists()
     assert await states(queue, run) == {"done": 249, "pending": 1}
-    charged = await queue.read(
-        lambda connection: connection.exec_driver_sql("SELECT sum(attempts) FROM jobs")
-    )
+    charged = await queue.read(lambda connection: connection.execute(select(func.sum(jobs.c.attempts))))
     assert charged.scalar_one() == 250
     await assert_counted(queue, run)
     await second.close()
