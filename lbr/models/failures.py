@@ -216,8 +216,10 @@ def _all_headers(headers: Mapping[str, object], body: object) -> dict[str, str]:
 
 def _asked_wait(headers: Mapping[str, str], now: float) -> float | None:
     """Return the seconds that the answer asks to wait; None if it does not, for nonsense, and for the past."""
-    millis = _number(headers.get("retry-after-ms", ""))
-    return millis / 1000 if millis and millis > 0 else _seconds(headers.get("retry-after", ""), now)
+    millis, seconds = (_number(headers.get(name, "")) for name in ("retry-after-ms", "retry-after"))
+    if millis is not None and millis >= 0:
+        return millis / 1000
+    return 0.0 if seconds == 0 else _seconds(headers.get("retry-after", ""), now)
 
 
 def _reset_wait(headers: Mapping[str, str], now: float) -> float | None:

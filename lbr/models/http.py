@@ -101,6 +101,8 @@ class Connections:
 
         The URL is taken as already encoded. Raises CallError if no whole answer comes, with what came of a success.
         """
+        from aiohttp import ClientError  # noqa: PLC0415
+
         chunks: list[bytes] = []
         size, status = 0, 0
         try:
@@ -116,10 +118,12 @@ class Connections:
                     chunks.append(chunk)
                     size += len(chunk)
                     if size > MAX_ANSWER_BYTES:
-                        words = f"the answer from {_place(url)} is larger than {MAX_ANSWER_BYTES // 2**20} MB"
-                        raise call_error(f"{words}; it was not kept", kind="ModelConnectionError")
+                        words = f"is larger than {MAX_ANSWER_BYTES // 2**20} MB; it was not kept"
+                        raise call_error(
+                            f"the answer from {_place(target)} {words}", kind="ModelConnectionError"
+                        )
                 return response, chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        except _errors() as error:
+        except (ClientError, OSError, ValueError) as error:  # a timeout is an OSError
             lost = _lost(error, url)
             if 200 <= status < 300 and chunks:
                 lost.text = b"".join(chunks).decode(errors="replace")
@@ -132,41 +136,26 @@ class Connections:
             await session.close()
 
 
-@functools.cache
-def _errors() -> tuple[type[Exception], ...]:
-    from aiohttp import ClientError  # noqa: PLC0415
-
-    return ClientError, OSError, ValueError  # a timeout is an OSError
-
-
 def shown_url(url: str) -> str:
     """Return a URL without user, password and query, which may be secret."""
     return str(_encoded(url).with_user(None).with_query(None))
 
 
-def _place(url: str) -> str:
-    """Return host and port alone of a URL, because the rest may hold a key; empty without a host."""
-    found = _encoded(url)
-    return f"[{found.host}]:{found.port}" if ":" in (found.host or "") else f"{found.host or ''}:{found.port}"
+def _place(source: Any) -> str:
+    """Return host and port alone of a URL, because the rest may hold a key, or of an error of aiohttp."""
+    return f"[{source.host}]:{source.port}" if ":" in source.host else f"{source.host}:{source.port}"
 
 
 def _lost(error: Exception, url: str) -> CallError:
     """Return the error for a call whose connection failed."""
     import aiohttp  # noqa: PLC0415
 
-    is_late, is_connecting = (
-        isinstance(error, TimeoutError),
-        isinstance(error, aiohttp.ConnectionTimeoutError),
-    )
-    words = "Request timed out." if is_late and not is_connecting else lost_words(error, url)
-    return call_error(
-        words,
-        kind="ModelTimeoutError" if is_late else "ModelConnectionError",
-        connecting=is_connecting,
-        unreachable=is_connecting
-        if is_late
-        else isinstance(error, OSError | aiohttp.ServerDisconnectedError),
-    )
+    connecting = isinstance(error, aiohttp.ConnectionTimeoutError)
+    if isinstance(error, TimeoutError):
+        words = lost_words(error, url) if connecting else "Request timed out."
+        return call_error(words, kind="ModelTimeoutError", connecting=connecting, unreachable=connecting)
+    unreachable = isinstance(error, OSError | aiohttp.ServerDisconnectedError)
+    return call_error(lost_words(error, url), kind="ModelConnectionError", unreachable=unreachable)
 
 
 def lost_words(error: Exception, url: str) -> str:
@@ -175,10 +164,11 @@ def lost_words(error: Exception, url: str) -> str:
 
     if not _encoded(url).host:
         return "expected a URL with a host, got: one without; see how the provider's base URL is set"
-    place = _place(url)
-    if isinstance(error, ClientConnectorError):  # perhaps the proxy's
-        place = f"[{error.host}]:{error.port}" if ":" in error.host else f"{error.host}:{error.port}"
-    cause = _cause_of(error)
+    # A connector's error is of the proxy, if there is one.
+    place, cause = (
+        _place(error if isinstance(error, ClientConnectorError) else _encoded(url)),
+        _cause_of(error),
+    )
     return f"the connection to {place} failed: {cause}" if cause else f"no whole answer came from {place}"
 
 

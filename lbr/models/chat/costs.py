@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from lbr.models.chat.request import Endpoint
 
 RETRY_SECONDS = 5.0
-_MAX_MODELS = 256
 _LINEAR = ("input_mtok", "cache_read_mtok", "cache_write_mtok", "output_mtok")
 
 
@@ -59,14 +58,6 @@ class _Rates:
         ) / 1_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class _Table:
-    """The price table, and where the usage objects of one endpoint have which count."""
-
-    snapshot: Any
-    counts: tuple[tuple[tuple[str, ...], str], ...]
-
-
 class Costs:
     """Reads usage for one endpoint. Call `begin` before a call, and wait for `ready` before `usage`.
 
@@ -79,7 +70,8 @@ class Costs:
         self._reports_cost = endpoint.provider == "openrouter"
         self._places = ((None, endpoint.base_url), (endpoint.provider, None))
         self._clock = clock
-        self._table: _Table | None = None
+        self._table: Any = None
+        self._counts: list[tuple[tuple[str, ...], str]] = []
         self._loading: asyncio.Task[None] | None = None
         self._retry_at = math.inf
         self._rates: dict[tuple[str, str | None], _Rates | None] = {}
@@ -101,8 +93,9 @@ class Costs:
             with loading_table():
                 from genai_prices.data_snapshot import get_snapshot  # noqa: PLC0415
 
-                snapshot = get_snapshot()
-                self._table = _Table(snapshot, _paths(snapshot, (*self._places, ("openai", None))))
+                table = get_snapshot()
+                self._counts = _counts_in(table, (*self._places, ("openai", None)))
+                self._table = table
         except Exception:  # noqa: BLE001 - `loading_table` keeps it for the log
             self._retry_at = self._clock() + RETRY_SECONDS
 
@@ -116,7 +109,7 @@ class Costs:
         reported = Decimal(str(cost)) if type(cost) in {int, float} and 0 <= cost < math.inf else None
         if prompt is not None and completion is not None and self._table is not None:
             counts = {"input_tokens": prompt, "output_tokens": completion}
-            for path, name in self._table.counts:
+            for path, name in self._counts:
                 value: Any = told
                 for step in path:
                     value = value.get(step) if type(value) is dict else None
@@ -137,7 +130,7 @@ class Costs:
             tier if isinstance(tier, str) else None,
         )
         minute = int(time.time()) // 60
-        if minute != self._minute or len(self._rates) > _MAX_MODELS:  # prices may change with the time of day
+        if minute != self._minute:  # prices may change with the time of day
             self._rates.clear()
             self._minute = minute
         try:
@@ -149,39 +142,32 @@ class Costs:
             return None
 
     def _found_rates(self, name: str, tier: str | None) -> _Rates | None:
-        if self._table is None:
-            return None
         for place in self._places:
-            try:
-                provider, model = self._table.snapshot.find_provider_model(name, None, *place)
-            except LookupError:
-                continue
-            # A tier is that of the model's own provider.
-            own = tier and any(one is model for one in provider.models)
-            found = model.get_prices(datetime.now(UTC), {"service_tier": tier} if own else None)
-            prices = {field: price for field, price in vars(found).items() if price is not None}
-            others = {field.replace("_mtok", "_tokens") for field in prices.keys() - set(_LINEAR)}
-            known = [prices.get(field) for field in _LINEAR]
-            is_linear = "requests_kcount" not in prices and {*map(type, known)} <= {Decimal, type(None)}
-            return _Rates(found, frozenset(others), is_linear, *known)
+            with suppress(LookupError):
+                provider, model = self._table.find_provider_model(name, None, *place)
+                own = tier and any(
+                    one is model for one in provider.models
+                )  # a tier is the model's own provider's
+                found = model.get_prices(datetime.now(UTC), {"service_tier": tier} if own else None)
+                prices = {field: price for field, price in vars(found).items() if price is not None}
+                others = {field.replace("_mtok", "_tokens") for field in prices.keys() - set(_LINEAR)}
+                known = [prices.get(field) for field in _LINEAR]
+                is_linear = "requests_kcount" not in prices and {*map(type, known)} <= {Decimal, type(None)}
+                return _Rates(found, frozenset(others), is_linear, *known)
         return None
 
 
-def _paths(snapshot: Any, places: Any) -> tuple[tuple[tuple[str, ...], str], ...]:
+def _counts_in(table: Any, places: Any) -> list[tuple[tuple[str, ...], str]]:
     """Return where usage objects have which count beside the two totals, by the first place that the table knows."""
-    writes = ("prompt_tokens_details", "cache_write_tokens")
+    totals = {(("prompt_tokens",), "input_tokens"), (("completion_tokens",), "output_tokens")}
+    found = {(("prompt_tokens_details", "cache_write_tokens"), "cache_write_tokens")}
     for provider, url in places:
         with suppress(LookupError, StopIteration, TypeError):
-            extractors = snapshot.find_provider(None, provider, url).extractors
-            found = next(one for one in extractors if one.api_flavor == "chat").mappings
-            paths = {
-                ((one.path,) if isinstance(one.path, str) else tuple(one.path), one.dest) for one in found
-            }
-            return tuple(
-                paths - {(("prompt_tokens",), "input_tokens"), (("completion_tokens",), "output_tokens")}
-                | {(writes, writes[-1])}
-            )
-    return ()
+            extractors = table.find_provider(None, provider, url).extractors
+            for one in next(one for one in extractors if one.api_flavor == "chat").mappings:
+                found.add(((one.path,) if isinstance(one.path, str) else tuple(one.path), one.dest))
+            break
+    return list(found - totals)
 
 
 def tokens_in(told: Mapping[str, Any]) -> tuple[int | None, int | None]:
