@@ -668,10 +668,11 @@ def test_known_models_pass_without_a_key(monkeypatch: pytest.MonkeyPatch, name: 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("openai-chta:gpt-4o", "Unknown model: openai-chta:gpt-4o. Did you mean '"),
-        ("nobody:x", "Unknown model: nobody:x"),
-        ("gpt-4o", "expected a model like 'openai-chat:gpt-4o-mini', got: 'gpt-4o'"),
-        ("openai-chat:", "expected a model like 'openai-chat:gpt-4o-mini', got: 'openai-chat:'"),
+        (
+            "openai-chta:gpt-4o",
+            "cannot use model 'openai-chta:gpt-4o': Unknown model: openai-chta:gpt-4o. Did you mean '",
+        ),
+        ("nobody:x", "cannot use model 'nobody:x': Unknown model: nobody:x"),
         (
             "openrouter:x",
             "cannot use model 'openrouter:x': OpenRouter model names must be prefixed with the upstream",
@@ -704,9 +705,8 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(
     monkeypatch.delitem(sys.modules, f"pydantic_ai.providers.{provider}", raising=False)
     with pytest.raises(UsageError) as caught:
         check_model(f"{provider}:x", {})
-    assert str(caught.value) == (
-        f"model '{provider}:x' needs a package that is not installed: pip install '{extra}'"
-    )
+    assert str(caught.value).startswith(f"cannot use model '{provider}:x': ImportError: Please install")
+    assert f'pip install "{extra}"' in str(caught.value)
 
 
 @pytest.mark.parametrize(
