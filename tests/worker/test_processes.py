@@ -286,6 +286,7 @@ def test_under_nohup_a_closed_terminal_is_nothing(cli: Cli) -> None:
     assert cli.status("in")["done"] < 300
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["worker", "run"])
 def test_function_that_will_not_stop_does_not_keep_the_worker(cli: Cli, command: str) -> None:
     """A function that swallows its cancellation cannot keep a stopped worker alive; its job is released."""
@@ -437,6 +438,7 @@ def test_children_end_with_their_parent_also_where_nobody_listens(cli: Cli) -> N
     assert now["pending"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_worker_drains_also_where_nobody_listens(cli: Cli, number: signal.Signals) -> None:
     """What reads its words may have ended by the same Ctrl-C."""
@@ -453,6 +455,7 @@ def test_a_worker_drains_also_where_nobody_listens(cli: Cli, number: signal.Sign
     assert now["pending"]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_its_terminal_was_closed(cli: Cli) -> None:
     """The bar that nobody sees any more is no reason to end: the output is written."""
     write(cli.folder, [f"p{n}" for n in range(30)])
@@ -476,6 +479,7 @@ def test_a_run_goes_on_where_its_terminal_was_closed(cli: Cli) -> None:
     assert len((cli.folder / "out.jsonl").read_text().splitlines()) == 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_processes_that_are_stopped_before_they_listen_end_well(cli: Cli, number: signal.Signals) -> None:
     """Children that have only just been started end by the signal itself; nothing was in their hands."""
@@ -542,6 +546,7 @@ def test_a_bar_shows_a_name_as_it_is(tmp_path: Path) -> None:
     assert "[/x][red]q" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", told.decode()), told
 
 
+@pytest.mark.slow
 def test_exclusive_worker_for_cron(cli: Cli) -> None:
     """A second exclusive worker exits with 0 at once and says so; a killed one frees the lock."""
     write(cli.folder, ["a"])
@@ -622,6 +627,7 @@ def test_run_resumes(cli: Cli) -> None:
     check([json.loads(line) for line in (cli.folder / "out.jsonl").read_text().splitlines()], lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "told"),
     [
