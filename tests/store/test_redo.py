@@ -461,7 +461,7 @@ async def test_settings_reach_the_provider(db_url: str, monkeypatch: pytest.Monk
         ("openai-chat:gpt-4o-mini", {"max_token": 5}, "did you mean 'max_tokens'"),
         ("openai-chat:gpt-4o-mini", {"top_k": 5}, "the setting top_k is not sent"),
         ("openai-chat:gpt-4o-mini", {"max_retries": 5}, "lbr retries by itself"),
-        ("openai-chat:gpt-4o-mini", {"temperature": "warm"}, "another value of the setting temperature"),
+        ("openai-chat:gpt-4o-mini", {"temperature": "warm"}, "the setting temperature cannot be 'warm'"),
         ("openai-chat:gpt-4o-mini", {"max_tokens": -1}, "a whole number of at least 1, got: -1"),
         (None, {"temperature": 1}, "settings are for models, and a function takes none"),
         ("offline:echo", {"seed": 2**70}, "that JSON can hold"),
