@@ -687,7 +687,8 @@ async def test_locked_results_database_does_not_cost_the_answers(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Rows are returned though somebody keeps the results database locked; the caller is told."""
-    monkeypatch.setattr(results_db, "PATIENCE_MS", 50)
+    pragmas = ("PRAGMA busy_timeout = 50", "PRAGMA synchronous = FULL")
+    monkeypatch.setattr(results_db, "PRAGMAS", pragmas)
     await prompt_map(["a"], shout)
     holder = sqlite3.connect("runs-results.db", isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
