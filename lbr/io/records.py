@@ -126,14 +126,17 @@ class Template:
 
     def _note(self, value: object) -> object:
         """Note whether a value that is written into the prompt is empty; Jinja would write null as None."""
-        if value is None:
+        if isinstance(value, str):
+            if value and not value.isspace():
+                self._filled = True
+            else:
+                self._blank = True
+        elif value is None:
             self._null = True
             return ""
-        if isroutine(value) or isinstance(value, type):
+        elif isroutine(value) or isinstance(value, type):
             name = getattr(value, "__name__", "this")
             raise TypeError(f'{name} is a method or a function; write a field of that name as row["{name}"]')
-        if isinstance(value, str) and (not value or value.isspace()):
-            self._blank = True
         else:
             self._filled = True
         return value
