@@ -133,7 +133,11 @@ async def remove(
 
 @checked
 async def pause(
-    run: str, *, reason: str = "by the user", db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_fs: bool = False
+    run: str,
+    *,
+    reason: str = "by the user",
+    db_url: PathOrUrl = DB_URL_DEFAULT,
+    allow_network_fs: bool = False,
 ) -> None:
     """Stop claiming a run's jobs until `resume`; calls in flight go on.
 
