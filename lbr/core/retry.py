@@ -127,6 +127,8 @@ def decide(
     `evidence` is what this worker's other calls show about the model; the store judges by it, see `lbr.core.outages`.
     """
     failure, history = outcome.failure, claim.history
+    if failure is None:
+        return Settlement(claim, JobState.DONE, outcome, charge=1, evidence=evidence)
     # A bad answer is charged too, but has its own budget.
     tries = max(1, claim.attempts + 1 - history.bad_answers)
 
@@ -136,8 +138,6 @@ def decide(
             claim, state, outcome, charge, wait_ms=wait_ms, cool_down=cool_down, evidence=evidence
         )
 
-    if failure is None:
-        return settle(JobState.DONE)
     if failure.symptom in {Symptom.DENIED, Symptom.FORBIDDEN} and not history.denied_tries:
         # Among calls that succeed, a stray 401 or 403 may pass: one more attempt, then it is about this job.
         return settle(JobState.PENDING, wait=wait_seconds(failure, 1, policy, rng))
