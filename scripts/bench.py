@@ -62,13 +62,9 @@ def read_options(arguments: Sequence[str] | None = None) -> Options:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--jobs", type=_positive, default=20_000, help="jobs of each measurement")
     parser.add_argument("--workers", type=_numbers, default=[1, 2, 4, 8], help="processes, such as 1,2,4,8")
-    parser.add_argument(
-        "--databases", type=_names(DATABASES), default=list(DATABASES), help="of lbr, or none"
-    )
+    parser.add_argument("--databases", type=_names(DATABASES), default=list(DATABASES), help="of lbr, or none")
     parser.add_argument("--rivals", type=_names(RIVALS), default=list(RIVALS), help="other queues, or none")
-    parser.add_argument(
-        "--concurrency", type=_positive, default=1_500, help="calls at a time of an lbr worker"
-    )
+    parser.add_argument("--concurrency", type=_positive, default=1_500, help="calls at a time of an lbr worker")
     parser.add_argument("--repeat", type=_positive, default=1, help="measure so often, and take medians")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement to a file as well")
     return Options(**vars(parser.parse_args(arguments)))
@@ -88,9 +84,7 @@ def _names(known: Sequence[str]) -> Any:
     def read(text: str) -> list[str]:
         names = [] if text in {"", "none"} else text.split(",")
         if unknown := sorted(set(names) - set(known)):
-            raise argparse.ArgumentTypeError(
-                f"expected some of {', '.join(known)}, got: {', '.join(unknown)}"
-            )
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}, got: {', '.join(unknown)}")
         return names
 
     return read

@@ -154,9 +154,7 @@ class Bench:
             Measured(
                 "claim and settle",
                 distinct,
-                least=timed(
-                    lambda: expect("the answers of plain sqlite3", distinct, bench_plain.drain(plain, 1))
-                ),
+                least=timed(lambda: expect("the answers of plain sqlite3", distinct, bench_plain.drain(plain, 1))),
                 lbr=timed(lambda: expect("the answers", distinct, _work(ours, ECHO, SLOTS))),
                 by="plain sqlite3",
                 target=0.4,
@@ -191,9 +189,7 @@ class Bench:
 
         with chat.chat_server(CHAT_SECONDS) as url, chat.on_one_core():
             least = timed(
-                lambda: expect(
-                    "the gather's answers", prompts, asyncio.run(chat.gather(url, prompts, CHAT_SLOTS))
-                )
+                lambda: expect("the gather's answers", prompts, asyncio.run(chat.gather(url, prompts, CHAT_SLOTS)))
             )
             with chat.environment(OPENAI_BASE_URL=url, OPENAI_API_KEY=chat.KEY):
                 took = timed(lambda: end_to_end(path, out, prompts, CHAT_SLOTS))
@@ -201,9 +197,7 @@ class Bench:
         return [Measured("chat calls of 50 ms", len(prompts), took, least, "a bare aiohttp gather", 0.5)]
 
 
-def _enqueue(
-    path: Path, prompts: Sequence[str], *, function: str | None = None, model: str | None = None
-) -> None:
+def _enqueue(path: Path, prompts: Sequence[str], *, function: str | None = None, model: str | None = None) -> None:
     asyncio.run(lbr.enqueue(prompts, run=RUN, function=function, model=model, db_url=str(path)))
 
 
@@ -254,13 +248,9 @@ def _middle(rows: Sequence[Measured]) -> Measured:
     first = rows[0]
 
     def took(of: Callable[[Measured], Took]) -> Took:
-        return Took(
-            statistics.median(of(row).seconds for row in rows), statistics.median(of(row).cpu for row in rows)
-        )
+        return Took(statistics.median(of(row).seconds for row in rows), statistics.median(of(row).cpu for row in rows))
 
-    return Measured(
-        first.name, first.jobs, took(lambda r: r.lbr), took(lambda r: r.least), first.by, first.target
-    )
+    return Measured(first.name, first.jobs, took(lambda r: r.lbr), took(lambda r: r.least), first.by, first.target)
 
 
 def conditions() -> dict[str, str]:

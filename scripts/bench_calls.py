@@ -106,10 +106,7 @@ def main() -> None:
     late = False
     for name, way in WAYS.items():
         calls = given.calls // FEWER if way is by_agent else given.calls
-        found = [
-            statistics.median(measured(name, slots, calls) for _ in range(given.repeat))
-            for slots in AT_A_TIME
-        ]
+        found = [statistics.median(measured(name, slots, calls) for _ in range(given.repeat)) for slots in AT_A_TIME]
         print(name.ljust(28) + "".join(f"{one:16.3f}" for one in found), flush=True)
         late |= way is by_lbr and max(found) > MAX_MS
     print(f"lbr at most {MAX_MS:g} ms: {'no' if late else 'yes'}")

@@ -66,9 +66,7 @@ def command(folder: Path, *arguments: str) -> list[str]:
 def run(folder: Path, *arguments: str) -> tuple[float, int]:
     """Run `lbr` to its end; return its seconds and its largest resident size in bytes."""
     started = time.perf_counter()
-    process = subprocess.Popen(
-        command(folder, *arguments), cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    process = subprocess.Popen(command(folder, *arguments), cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     said = process.stderr.read().decode() if process.stderr is not None else ""
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -105,9 +103,7 @@ def memory(folder: Path, count: int) -> list[Target]:
         ("collect", ("collect", "in", "-o", str(folder / "out.jsonl"))),
     ):
         seconds, peak = run(folder, *arguments)
-        print(
-            f"{count} prompts, {name}: {seconds:.1f} s, {count / seconds:,.0f}/s, {peak / 10**6:.0f} MB at its peak"
-        )
+        print(f"{count} prompts, {name}: {seconds:.1f} s, {count / seconds:,.0f}/s, {peak / 10**6:.0f} MB at its peak")
         found.append(Target(f"peak memory of {name}", peak / 10**6, ROOM / 10**6, " MB"))
     check(folder / "out.jsonl", count)
     return found
@@ -188,17 +184,13 @@ def resuming(many: Path, few: Path) -> list[Target]:
     served = f"UPDATE runs SET task = '{task}', answerer = 'function:{NOTE}'"  # noqa: S608 - our own words
     done = "UPDATE jobs SET state = 'done', finished_at = 1, lease_until = NULL, worker_id = NULL WHERE id % 100 != 0"
     _alter(many, served, done, *_recounted())
-    _alter(
-        few, served, "UPDATE jobs SET state = 'pending', lease_until = NULL, worker_id = NULL", *_recounted()
-    )
+    _alter(few, served, "UPDATE jobs SET state = 'pending', lease_until = NULL, worker_id = NULL", *_recounted())
     slow, fast = [], []
     for _ in range(5):
         slow.append(_first_call_seconds(many))
         fast.append(_first_call_seconds(few))
     late, soon = statistics.median(slow), statistics.median(fast)
-    print(
-        f"first call of a worker: after {late:.2f} s where nearly all is done, {soon:.2f} s where nothing is"
-    )
+    print(f"first call of a worker: after {late:.2f} s where nearly all is done, {soon:.2f} s where nothing is")
     return [Target("first call where 99 of 100 are done, later by", late - soon, 0.5, " s")]
 
 
@@ -215,15 +207,11 @@ def processes(folder: Path, count: int) -> list[Target]:
     rates = {n: _rate(folder, NOOP, count, n, 500) for n in (1, 2, 4, 8)}
     print("jobs/s of 1, 2, 4, 8 workers: " + ", ".join(f"{rate:,.0f}" for rate in rates.values()))
     burnt = {n: _rate(folder, BURN, BURNT_JOBS, n, 32) for n in (1, 2)}
-    print(
-        "jobs/s of 1, 2 workers, function of 2 ms of CPU: " + ", ".join(f"{r:,.0f}" for r in burnt.values())
-    )
+    print("jobs/s of 1, 2 workers, function of 2 ms of CPU: " + ", ".join(f"{r:,.0f}" for r in burnt.values()))
     slowest = min(rates[n] for n in (2, 4, 8)) / rates[1]
     return [
         Target("the slowest of 2, 4 and 8 workers, times one", slowest, 1.0, "", at_least=True),
-        Target(
-            "2 workers of a function that computes, times one", burnt[2] / burnt[1], 1.7, "", at_least=True
-        ),
+        Target("2 workers of a function that computes, times one", burnt[2] / burnt[1], 1.7, "", at_least=True),
     ]
 
 
@@ -246,8 +234,7 @@ def starting(folder: Path) -> list[Target]:
     least = statistics.median(took["base"])
     print(f"importing click and sqlalchemy.ext.asyncio: {1000 * least:.0f} ms of CPU")
     return [
-        Target(f"lbr {name}, times these imports", statistics.median(took[name]) / least, 1.5, "")
-        for name in kinds
+        Target(f"lbr {name}, times these imports", statistics.median(took[name]) / least, 1.5, "") for name in kinds
     ]
 
 

@@ -82,9 +82,7 @@ async def measure_postgres(
     return Measured("lbr", "postgresql", workers, len(prompts), enqueue, drain, cpu)
 
 
-async def _enqueue(
-    folder: Path, db_url: str, prompts: Sequence[str], workers: int, function: str = FUNCTION
-) -> float:
+async def _enqueue(folder: Path, db_url: str, prompts: Sequence[str], workers: int, function: str = FUNCTION) -> float:
     """Put both runs in, the large one paused, and return the seconds that the large one took.
 
     In this process, for the other queues are filled from it too: the start of an interpreter is not measured.

@@ -88,9 +88,7 @@ def read_options(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--calls", type=int, default=Sizes().calls, help="calls of the chat server")
     parser.add_argument("--naps", type=int, default=Sizes().naps, help="jobs of 5 ms")
     parser.add_argument("--repeat", type=int, default=1, help="measure so often, and take medians")
-    parser.add_argument(
-        "--folder", type=Path, default=Path(), help="put what is kept, and removed, on this disk"
-    )
+    parser.add_argument("--folder", type=Path, default=Path(), help="put what is kept, and removed, on this disk")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement to a file as well")
     given = parser.parse_args(arguments)
     if min(given.calls, given.naps, given.repeat) < 1:
@@ -131,9 +129,7 @@ def name_of(system: Rival | None) -> str:
 
 def attempt(found: Found, part: str, system: Rival | None, options: Options) -> None:
     """Measure one system once in a folder of its own, or note why it could not be done."""
-    with tempfile.TemporaryDirectory(
-        prefix="lbr-rivals-", dir=options.folder, ignore_cleanup_errors=True
-    ) as folder:
+    with tempfile.TemporaryDirectory(prefix="lbr-rivals-", dir=options.folder, ignore_cleanup_errors=True) as folder:
         try:
             _measure(found, part, system, options.sizes, Path(folder).absolute())
         except (NotMeasuredError, BenchError) as error:
@@ -215,7 +211,9 @@ def _times(found: Found, part: str, system: str, target: float) -> str:
     if ours is None or other is None:
         return ""
     ratio = other.seconds / ours.seconds
-    return f"{TITLES[part].partition(',')[0]}, at least {target:g} times {system}: {_met(ratio >= target)} ({ratio:.2f})"
+    return (
+        f"{TITLES[part].partition(',')[0]}, at least {target:g} times {system}: {_met(ratio >= target)} ({ratio:.2f})"
+    )
 
 
 def _met(yes: bool) -> str:
@@ -252,12 +250,9 @@ def written(found: Found, options: Options, about: dict[str, str]) -> dict[str, 
             for (part, system), turns in found.speeds.items()
         ],
         "crashes": [
-            {"system": system, "turns": [asdict(one) for one in turns]}
-            for system, turns in found.crashes.items()
+            {"system": system, "turns": [asdict(one) for one in turns]} for system, turns in found.crashes.items()
         ],
-        "not measured": [
-            {"part": part, "system": system, "why": why} for (part, system), why in found.missing.items()
-        ],
+        "not measured": [{"part": part, "system": system, "why": why} for (part, system), why in found.missing.items()],
         "targets": targets(found, options.rivals),
     }
 

@@ -77,9 +77,7 @@ def postgres() -> Iterator[Postgres]:
         yield Postgres(given)
         return
     # What its packages warn of at their start is not about the benchmark.
-    owner = subprocess.Popen(
-        [sys.executable, "-W", "ignore", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    owner = subprocess.Popen([sys.executable, "-W", "ignore", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         yield Postgres(_first_line(owner))
     finally:

@@ -62,13 +62,9 @@ def report(url: str, jobs: int, folder: Path) -> None:
     wal = meter.number(WAL) - wal
     full, transactions = meter.sizes(), meter.number(TRANSACTIONS) - transactions
     print(f"enqueue {enqueue:.1f} s, worker {worker:.1f} s: {jobs / worker:,.0f} jobs a second")
-    print(
-        f"worker: {transactions} transactions, {wal / jobs:,.0f} bytes of WAL a job, {meter.number(HOT)} HOT updates"
-    )
+    print(f"worker: {transactions} transactions, {wal / jobs:,.0f} bytes of WAL a job, {meter.number(HOT)} HOT updates")
     for table in TABLES:
-        print(
-            f"{table:8} {empty[table] / jobs:6.0f} enqueued {full[table] / jobs:6.0f} answered, bytes a job"
-        )
+        print(f"{table:8} {empty[table] / jobs:6.0f} enqueued {full[table] / jobs:6.0f} answered, bytes a job")
     print(f"all      {sum(empty.values()) / jobs:6.0f} enqueued {sum(full.values()) / jobs:6.0f} answered")
 
 

@@ -61,19 +61,14 @@ def check(table: Path) -> None:
     problems = [
         f"row {n}: expected {want!r} of {row['iata']}, got: {got}"
         for n, (row, want, got) in enumerate(zip(asked, expected, answered, strict=False))
-        if got["result"] != want
-        or got["iata"] != row["iata"]
-        or got["idx"] != str(n)
-        or got["status"] != "done"
+        if got["result"] != want or got["iata"] != row["iata"] or got["idx"] != str(n) or got["status"] != "done"
     ]
     if len(answered) != len(asked):
         problems.append(f"expected {len(asked)} rows, got: {len(answered)}")
     if problems:
         sys.exit("\n".join(problems[:10]))
     distinct = len(set(expected))
-    print(
-        f"checked: {len(answered)} rows, {distinct} distinct prompts: every row present, in order, none lost"
-    )
+    print(f"checked: {len(answered)} rows, {distinct} distinct prompts: every row present, in order, none lost")
 
 
 def main() -> None:
@@ -93,9 +88,7 @@ def main() -> None:
     now = wait_for(half, deadline)
     os.kill(workers[0].pid, signal.SIGKILL)
     workers[0].wait()
-    print(
-        f"\n{now['done']} of {now['jobs']} jobs done: killed worker {workers[0].pid} with SIGKILL", flush=True
-    )
+    print(f"\n{now['done']} of {now['jobs']} jobs done: killed worker {workers[0].pid} with SIGKILL", flush=True)
     for one in workers[1:]:
         if one.wait(timeout=max(1.0, deadline - time.monotonic())) != 0:
             sys.exit(f"expected worker {one.pid} to end with 0, got: {one.returncode}")

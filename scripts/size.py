@@ -41,9 +41,7 @@ def main() -> int:
     print(f"packages {len(tops)}, layers {_layers(tops, arrows)}, imports between them {len(arrows)}")
     print(f"module lines: median {statistics.median(by_length):.0f}, max {by_length[-1]}")
     p90 = sizes[int(len(sizes) * 0.9)]
-    print(
-        f"function bodies: {len(sizes)}, median {statistics.median(sizes):.0f}, p90 {p90}, max {bodies[-1][0]}"
-    )
+    print(f"function bodies: {len(sizes)}, median {statistics.median(sizes):.0f}, p90 {p90}, max {bodies[-1][0]}")
     too_long = [f"{name}: a body of {size} lines" for size, name in bodies if size > MAX_BODY]
     too_long += [f"{name}: {size} lines" for name, size in lines.items() if size > MAX_MODULE]
     print("".join(f"too long: {one}\n" for one in too_long), end="")

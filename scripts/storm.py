@@ -89,8 +89,7 @@ class Storm:
             collecting = group.create_task(self._collect())
             await asyncio.to_thread(self._wait_for_jobs)
             working = [
-                group.create_task(self._keep("worker", self._begun[0], self._worker()))
-                for _ in range(self._workers)
+                group.create_task(self._keep("worker", self._begun[0], self._worker())) for _ in range(self._workers)
             ]
             await self._strike()
             await asyncio.gather(*enqueues)
@@ -197,18 +196,12 @@ async def rage(queue: Queue, options: argparse.Namespace, folder: Path) -> bool:
     jobs = options.jobs or options.kills * JOBS_PER_KILL
     started = time.monotonic()
     async with witness(folder, LATENCY) as calls:
-        storm = Storm(
-            queue, folder, jobs=jobs, workers=options.workers, kills=options.kills, seed=options.seed
-        )
+        storm = Storm(queue, folder, jobs=jobs, workers=options.workers, kills=options.kills, seed=options.seed)
         await storm.run()
     print(storm.judge(calls()))
     for problem in storm.tally.problems:
         print(f"PROBLEM: {problem}")
-    verdict = (
-        "something is wrong"
-        if storm.tally.problems
-        else "every input answered once, in order, counters right"
-    )
+    verdict = "something is wrong" if storm.tally.problems else "every input answered once, in order, counters right"
     print(f"{queue.kind}: {verdict}, {time.monotonic() - started:.0f} s")
     return not storm.tally.problems
 
@@ -220,9 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, help=f"{JOBS_PER_KILL} for each kill if unset")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument(
-        "--soak", type=float, metavar="MINUTES", help="kill nobody; watch memory, WAL and pace"
-    )
+    parser.add_argument("--soak", type=float, metavar="MINUTES", help="kill nobody; watch memory, WAL and pace")
     parser.add_argument("--postgres", action="store_true", help="on a PostgreSQL of its own, else on SQLite")
     parser.add_argument("--db", metavar="URL", help="on this empty PostgreSQL database")
     parser.add_argument("--folder", type=Path, default=Path("build/storm"), help="removed first")

@@ -62,9 +62,7 @@ class Soak:
         """Let the workers run under load for so long, end them with SIGTERM, and finish what is left."""
         await self._feed_once(0)
         flags = ("--function", "storm_calls:ask", "--concurrency", str(CONCURRENCY))
-        workers = [
-            await self.queue.start("worker", *flags, "--until", "forever") for _ in range(self._workers)
-        ]
+        workers = [await self.queue.start("worker", *flags, "--until", "forever") for _ in range(self._workers)]
         tasks = [asyncio.create_task(one) for one in (self._feed(), self._use(), self._watch(workers))]
         ended, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
         for task in tasks:
@@ -139,9 +137,7 @@ class Soak:
         watched = self.watched
         if repeated:
             watched.problems.append(f"{repeated} calls were repeated though nobody was killed")
-        lines = [
-            f"{len(self.inputs)} enqueues of {BATCH:,} inputs; commands meanwhile: {dict(watched.commands)}"
-        ]
+        lines = [f"{len(self.inputs)} enqueues of {BATCH:,} inputs; commands meanwhile: {dict(watched.commands)}"]
         for pid, sizes in watched.memory.items():
             tenth = max(1, len(sizes) // 10)
             # The first minute fills caches; a soak of a minute or two looks at its first tenth instead.
@@ -186,10 +182,6 @@ async def soak(queue: Queue, options: argparse.Namespace, folder: Path) -> bool:
         print(line)
     for problem in one.watched.problems:
         print(f"PROBLEM: {problem}")
-    verdict = (
-        "something is wrong"
-        if one.watched.problems
-        else "memory flat, pace steady, every input answered once"
-    )
+    verdict = "something is wrong" if one.watched.problems else "memory flat, pace steady, every input answered once"
     print(f"{queue.kind}: {len(made):,} calls in {options.soak:g} minutes: {verdict}")
     return not one.watched.problems

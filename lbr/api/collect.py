@@ -87,11 +87,7 @@ async def collect(
     if out is not None:
         writers.check_output(target)
     formats = tuple(writers.OutputFormat)
-    kind = (
-        writers.format_of(target)
-        if format is None
-        else writers.OutputFormat(one_of("format", format, formats))
-    )
+    kind = writers.format_of(target) if format is None else writers.OutputFormat(one_of("format", format, formats))
     style = writers.CsvStyle(spreadsheet_safe, bom)
     style.check(kind)
     chosen = Shape(one_of("shape", shape, tuple(Shape)))

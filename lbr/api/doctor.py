@@ -96,9 +96,7 @@ async def doctor(
     authority = Authority(openrouter_api_key=env.get("OPENROUTER_API_KEY") or None)
     runs = [] if facts.view is None else facts.view.runs
     keys = [
-        await _keys(one.run, authority)
-        for one in runs
-        if one.run.state is not RunState.CANCELLED and not one.finished
+        await _keys(one.run, authority) for one in runs if one.run.state is not RunState.CANCELLED and not one.finished
     ]
     return [*findings(facts, fixed), *keys, *_kept(facts)]
 

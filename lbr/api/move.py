@@ -71,9 +71,7 @@ async def move(
             if known := not transfer.is_half_done(copy, found):
                 runs.check_not_removing(copy)
                 if not transfer.is_copy(copy, found) or not transfer.has_left(found, aim):
-                    raise UsageError(
-                        f"{aim} already has a different run named {run!r}; name another database"
-                    )
+                    raise UsageError(f"{aim} already has a different run named {run!r}; name another database")
                 inputs, digest = await transfer.digest(source, found)
             else:
                 inputs, digest = await _copy(source, found, target, copy)
@@ -83,9 +81,7 @@ async def move(
             return Moved(run, aim, inputs, jobs, answers, digest, known)
 
 
-async def _prepare(
-    source: Database, name: str, aim: str, notify: Callable[[str], None]
-) -> tuple[Run, Counter[str]]:
+async def _prepare(source: Database, name: str, aim: str, notify: Callable[[str], None]) -> tuple[Run, Counter[str]]:
     """Return the run, at rest, with its counts, after reclaiming what dead workers left.
 
     Raises UsageError if kept answers stay outside of the database: they are paid for, and would be left behind.

@@ -122,9 +122,7 @@ async def remove(
         queue, warned = Queue(database), False
         while inflight := (await reads.counts(database, [found.id]))[0].of(JobState.INFLIGHT):
             if not warned:
-                notify(
-                    f"run {run}: waiting for {pluralize(inflight, 'call')} in flight; no more jobs are claimed"
-                )
+                notify(f"run {run}: waiting for {pluralize(inflight, 'call')} in flight; no more jobs are claimed")
             warned = True
             await queue.reclaim(await queue.dead_workers())  # perhaps no other worker is left to do it
             await asyncio.sleep(WAIT_SECONDS)
@@ -220,9 +218,7 @@ def _answerer(scope: str) -> str:
 
 
 @checked
-async def show(
-    run: str, idx: int, *, db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_fs: bool = False
-) -> JobDetail:
+async def show(run: str, idx: int, *, db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_fs: bool = False) -> JobDetail:
     """Return everything about one input: its job, its answer, and every attempt that failed or came too late."""
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         return await reads.story(database, await reads.find_run(database, run), idx)

@@ -161,9 +161,7 @@ def _run_name(resolved: ResolvedTask, source: Source) -> str:
     return f"map-{digest.hexdigest()}"
 
 
-async def _work(
-    database: Database, resolved: ResolvedTask, options: WorkOptions, run: Run, every: int
-) -> None:
+async def _work(database: Database, resolved: ResolvedTask, options: WorkOptions, run: Run, every: int) -> None:
     worker = Worker(database, resolved.authority, options, run_names=[run.name], notify=_log)
     reporting = asyncio.create_task(_report(database, run, every))
     try:

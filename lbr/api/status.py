@@ -316,9 +316,7 @@ def _describe_cost(run: RunStatus) -> list[str]:
     if run.wasted_usd:
         cost += f", {_dollars(run.wasted_usd)} of it for failed attempts"
     if run.estimated_usd:
-        cost += (
-            f", about {_dollars(run.estimated_usd)} of it estimated, for calls that died with their worker"
-        )
+        cost += f", about {_dollars(run.estimated_usd)} of it estimated, for calls that died with their worker"
     if run.unpriced and (cost or run.price is not None):
         cost += f", and {pluralize(run.unpriced, 'call')} of unknown cost"
     lines = []

@@ -182,9 +182,7 @@ def answer_validator(run: str, task: Task, result_types: Iterable[Any] = ()) -> 
     authority = authorize(result_types=result_types)
     validator = build_validator(task, authority)
     if validator is None:
-        raise UsageError(
-            f"expected a run with an output schema, got: run {run!r}, whose answers are free text"
-        )
+        raise UsageError(f"expected a run with an output schema, got: run {run!r}, whose answers are free text")
     others = authority.result_types.keys() - {canonical_json(task.schema).decode()}
     if others:
         classes = [authority.result_types[schema] for schema in others]

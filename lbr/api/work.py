@@ -60,9 +60,7 @@ async def work(
     Raises UsageError, NothingToServeError or DatabaseError. Cancelled, it gives its jobs back first.
     """
     end = Until(one_of("until", until, tuple(Until)))
-    options = WorkOptions(
-        concurrency, lease, end, grace, timeout, patience, rpm, tpm, max_cost, outage_patience
-    )
+    options = WorkOptions(concurrency, lease, end, grace, timeout, patience, rpm, tpm, max_cost, outage_patience)
     env = load_environment(Path.cwd())
     key = openrouter_api_key or env.get("OPENROUTER_API_KEY") or None
     names = [run] if isinstance(run, str) else run
@@ -77,9 +75,7 @@ async def work(
                 notify(notice)
 
 
-async def check_queue(
-    db_url: PathOrUrl, names: Sequence[str], *, allow_network_fs: bool, patience: float
-) -> None:
+async def check_queue(db_url: PathOrUrl, names: Sequence[str], *, allow_network_fs: bool, patience: float) -> None:
     """Raise LbrError if a worker could not open its queue, or a named run does not exist."""
     async with opened(db_url, allow_network_fs=allow_network_fs, patience=patience) as database:
         for name in names:

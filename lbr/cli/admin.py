@@ -131,9 +131,7 @@ def _limit_value(name: str, text: str | None, unset: str) -> dict[str, int | Non
 @click.argument("scope", required=False)
 @click.option("--rpm", metavar="N|none", help="Requests per minute, all workers together.")
 @click.option("--tpm", metavar="N|none", help="Tokens per minute, all workers together, input and output.")
-@click.option(
-    "--concurrency", metavar="N|auto", help="Calls at a time, all workers together; auto learns it."
-)
+@click.option("--concurrency", metavar="N|auto", help="Calls at a time, all workers together; auto learns it.")
 @click.option("--json", is_flag=True, help="Print one JSON object per model.")
 @database_option
 @click.pass_obj
@@ -162,9 +160,7 @@ def limit(db: dict[str, Any], /, scope: str | None, json: bool, **flags: str | N
 @click.argument("from_url", metavar="FROM_URL")
 @click.argument("to_url", metavar="TO_URL")
 @click.argument("run")
-@click.option(
-    "--restart", is_flag=True, help="Copy everything again, instead of continuing an interrupted copy."
-)
+@click.option("--restart", is_flag=True, help="Copy everything again, instead of continuing an interrupted copy.")
 @click.option("--json", is_flag=True, help="Print one JSON object.")
 @click.pass_obj
 def move(db: dict[str, Any], /, from_url: str, to_url: str, run: str, restart: bool, json: bool) -> None:

@@ -109,8 +109,7 @@ def unknown_variables(group: click.Group) -> list[str]:
         # Without the common prefix, which would make short names alike.
         close = get_close_matches(name[4:], [one[4:] for one in sorted(known)], n=1, cutoff=0.8)
         warnings += [
-            f"the variable {name} is ignored because no flag has that name; did you mean LBR_{one}?"
-            for one in close
+            f"the variable {name} is ignored because no flag has that name; did you mean LBR_{one}?" for one in close
         ]
     return warnings
 
@@ -122,9 +121,7 @@ def flag_defaults(command: click.Command, found: Any, where: str) -> dict[str, A
     """
     if not isinstance(found, dict):
         raise UsageError(f"expected {where} to be a table of flags, got: {found!r}; write [{command.name}]")
-    flags = {
-        flag.lstrip("-"): one for one in command.params if isinstance(one, click.Option) for flag in one.opts
-    }
+    flags = {flag.lstrip("-"): one for one in command.params if isinstance(one, click.Option) for flag in one.opts}
     commands = command.commands if isinstance(command, click.Group) else {}
     defaults: dict[str, Any] = {}
     for name, value in found.items():

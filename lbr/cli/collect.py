@@ -82,9 +82,7 @@ def _reasons(collected: api.Collected) -> str:
 
 @click.command()
 @click.argument("run")
-@click.option(
-    "-o", "--output", metavar="FILE", help="A .jsonl, .csv or .db file; JSONL to stdout by default."
-)
+@click.option("-o", "--output", metavar="FILE", help="A .jsonl, .csv or .db file; JSONL to stdout by default.")
 @click.option(
     "--format",
     type=click.Choice([str(one) for one in OutputFormat]),
@@ -95,9 +93,7 @@ def _reasons(collected: api.Collected) -> str:
 @database_option
 @click.pass_obj
 @click.pass_context
-def collect(
-    context: click.Context, db: dict[str, Any], /, run: str, output: str | None, **flags: Any
-) -> None:
+def collect(context: click.Context, db: dict[str, Any], /, run: str, output: str | None, **flags: Any) -> None:
     """Write a run's answers in input order, finished or not.
 
     A file appears whole or not at all. Exits with 3 if jobs are not finished, with 4 if some failed.

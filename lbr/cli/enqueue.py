@@ -27,9 +27,7 @@ input_options = options(
     click.option("--template", metavar="JINJA|@FILE", help="Make each prompt from a row's fields."),
     click.option("--prompt-column", metavar="NAME", help="The field or column that holds the prompt."),
     click.option("--schema", metavar="FILE", help="A JSON schema that every answer must fit."),
-    click.option(
-        "--result-type", metavar="MODULE:CLASS", help="A pydantic class that every answer must fit."
-    ),
+    click.option("--result-type", metavar="MODULE:CLASS", help="A pydantic class that every answer must fit."),
     click.option(
         "--set",
         metavar="NAME=VALUE",
@@ -42,12 +40,8 @@ input_options = options(
         help="The input's format; by default what the file name ends with.",
     ),
     click.option("--delimiter", metavar="CHAR", help="What separates CSV cells; detected by default."),
-    click.option(
-        "--encoding", metavar="NAME", help="For example cp1252; by default UTF-8, or what the BOM says."
-    ),
-    click.option(
-        "--skip-bad", metavar="FILE", help="Leave out rows that cannot be used, and write them to FILE."
-    ),
+    click.option("--encoding", metavar="NAME", help="For example cp1252; by default UTF-8, or what the BOM says."),
+    click.option("--skip-bad", metavar="FILE", help="Leave out rows that cannot be used, and write them to FILE."),
     click.option("--skip-empty", is_flag=True, help="Leave out rows whose prompt is empty."),
     click.option(
         "--price",
@@ -57,15 +51,9 @@ input_options = options(
 )
 
 task_options = options(
-    click.option(
-        "--run", metavar="NAME", help="The run's name; by default the input file's name without ending."
-    ),
-    click.option(
-        "--model", metavar="NAME", help=f"The model: openai-chat:gpt-4o-mini, openrouter:…, {ECHO}, …"
-    ),
-    click.option(
-        "--function", metavar="MODULE:NAME", help="A Python function that answers instead of a model."
-    ),
+    click.option("--run", metavar="NAME", help="The run's name; by default the input file's name without ending."),
+    click.option("--model", metavar="NAME", help=f"The model: openai-chat:gpt-4o-mini, openrouter:…, {ECHO}, …"),
+    click.option("--function", metavar="MODULE:NAME", help="A Python function that answers instead of a model."),
     click.option(
         "--version",
         metavar="TEXT",

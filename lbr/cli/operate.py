@@ -75,9 +75,7 @@ def _describe_job(detail: JobDetail) -> str:
         lines += _usage_lines(detail)
     for one in detail.tries:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.at / 1000))
-        lines.append(
-            f"{when} claim {one.claim_seq} {one.what}: {one.family or '-'} {one.error}: {one.message}"
-        )
+        lines.append(f"{when} claim {one.claim_seq} {one.what}: {one.family or '-'} {one.error}: {one.message}")
         if one.text:
             ending = _ending(one, " (")
             lines.append(f"  raw answer{ending}{')' * bool(ending)}: {one.text}")
@@ -147,12 +145,8 @@ def retry(
     if where or flags["set"]:
         raise UsageError("--reparse checks all bad answers again; use it without --where and --set")
     found = asyncio.run(operate.reparse(run, result_types=result_type, **db))
-    accepted = (
-        "1 kept answer fits now and is" if found.taken == 1 else f"{found.taken} kept answers fit now and are"
-    )
-    words = (
-        f"run {run}: {accepted} accepted, {found.left} still {'does' if found.left == 1 else 'do'} not fit"
-    )
+    accepted = "1 kept answer fits now and is" if found.taken == 1 else f"{found.taken} kept answers fit now and are"
+    words = f"run {run}: {accepted} accepted, {found.left} still {'does' if found.left == 1 else 'do'} not fit"
     echo(words if found.problem is None else f"{words}; the first: {found.problem}")
 
 

@@ -53,17 +53,13 @@ def _seconds(flag: str, meaning: str) -> Any:
 
 
 work_options = options(
-    click.option(
-        "--concurrency", type=int, default=DEFAULTS.concurrency, help="Calls at a time, per process."
-    ),
+    click.option("--concurrency", type=int, default=DEFAULTS.concurrency, help="Calls at a time, per process."),
     _seconds("--lease", "Seconds before a silent worker's jobs are taken over."),
     _seconds("--timeout", "Seconds that one call may take."),
     _seconds("--grace", "Seconds to wait for calls in flight when the worker is stopped."),
     _seconds("--patience", "Seconds to wait for a database that is busy or unreachable."),
     _seconds("--outage-patience", "Seconds to wait for an unreachable model before its runs are paused."),
-    click.option(
-        "--rpm", type=int, help="Requests per minute, all workers together; `lbr limit` removes the limit."
-    ),
+    click.option("--rpm", type=int, help="Requests per minute, all workers together; `lbr limit` removes the limit."),
     click.option("--tpm", type=int, help="Tokens per minute, all workers together, input and output."),
     click.option(
         "--max-cost",
@@ -72,17 +68,11 @@ work_options = options(
         help="What each run may cost in total; then the run is paused.",
     ),
 )
-processes_option = click.option(
-    "--processes", type=int, default=1, help="Number of worker processes to start."
-)
+processes_option = click.option("--processes", type=int, default=1, help="Number of worker processes to start.")
 serving_options = options(
-    click.option(
-        "--run", metavar="NAME", multiple=True, help="A run to work on; by default all that it can."
-    ),
+    click.option("--run", metavar="NAME", multiple=True, help="A run to work on; by default all that it can."),
     click.option("--function", metavar="MODULE:NAME", multiple=True, help="A function that it may call."),
-    click.option(
-        "--result-type", metavar="MODULE:CLASS", multiple=True, help="A class to check answers with."
-    ),
+    click.option("--result-type", metavar="MODULE:CLASS", multiple=True, help="A class to check answers with."),
     work_options,
     click.option(
         "--until",
@@ -201,24 +191,18 @@ async def work_in_processes(db: dict[str, Any], count: int, **flags: Any) -> int
     for flag, value in flags.items():
         for one in value if isinstance(value, tuple) else () if value is None else (value,):
             arguments += [f"--{flag.replace('_', '-')}", str(one)]
-    codes = await run_processes(
-        arguments, count, environment=environment, notify=lambda line: log(f"lbr: {line}")
-    )
+    codes = await run_processes(arguments, count, environment=environment, notify=lambda line: log(f"lbr: {line}"))
     return max((code for code in codes if code >= 0), default=1)
 
 
 @click.command()
 @serving_options
 @processes_option
-@click.option(
-    "--exclusive", is_flag=True, help="Exit at once, with 0, if another exclusive worker is running."
-)
+@click.option("--exclusive", is_flag=True, help="Exit at once, with 0, if another exclusive worker is running.")
 @database_option
 @click.pass_obj
 @click.pass_context
-def worker(
-    context: click.Context, db: dict[str, Any], /, processes: int, exclusive: bool, **flags: Any
-) -> None:
+def worker(context: click.Context, db: dict[str, Any], /, processes: int, exclusive: bool, **flags: Any) -> None:
     """Process jobs; start as many workers as you like, in any number of terminals.
 
     Ctrl-C, SIGTERM or a closed terminal (SIGHUP, unless under nohup) makes the worker finish its calls in flight and
@@ -260,9 +244,7 @@ def worker_process(context: click.Context, db: dict[str, Any], /, **flags: Any) 
 @database_option
 @click.pass_obj
 @click.pass_context
-def run(
-    context: click.Context, db: dict[str, Any], /, inputs: tuple[str, ...], output: str, **flags: Any
-) -> None:
+def run(context: click.Context, db: dict[str, Any], /, inputs: tuple[str, ...], output: str, **flags: Any) -> None:
     """Enqueue, work and collect in one command; run it again to resume.
 
     Other workers may help. The output is written when every job is finished.

@@ -52,9 +52,7 @@ def load_environment(folder: Path) -> Mapping[str, str]:
                 if value is not None:  # providers read their keys from the environment themselves
                     os.environ.setdefault(name, value)
         except (OSError, ValueError) as error:
-            raise UsageError(
-                f"expected {path} to be a readable UTF-8 file of NAME=value lines: {error}"
-            ) from error
+            raise UsageError(f"expected {path} to be a readable UTF-8 file of NAME=value lines: {error}") from error
     return os.environ
 
 

@@ -268,9 +268,7 @@ class Budget:
     @property
     def spent_message(self) -> str:
         """Why a run with a spent budget is paused."""
-        return (
-            f"it may cost {dollars(self.limit)}, with {dollars(self.spent)} spent there is no room for a call"
-        )
+        return f"it may cost {dollars(self.limit)}, with {dollars(self.spent)} spent there is no room for a call"
 
 
 UNBOUNDED = (

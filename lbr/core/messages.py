@@ -51,9 +51,7 @@ def _check_message(message: Json, where: str, called: dict[str, str]) -> None:
     if isinstance(content, str) or (content is None and calls):
         return
     if not isinstance(content, list):
-        raise InputError(
-            f"expected the content of {where} to be text or a list of parts, got: {_shown(content)}"
-        )
+        raise InputError(f"expected the content of {where} to be text or a list of parts, got: {_shown(content)}")
     for part in content:
         _check_part(part, where, images=role == "user")
 
@@ -68,9 +66,7 @@ def _check_tool(call: Json, name: Json, where: str, called: Mapping[str, str]) -
 def _check_fields(given: Mapping[str, Json], known: Iterable[str], where: str) -> None:
     """Refuse fields that no adapter sends, unless they are empty, as in a reply that was dumped whole."""
     if unknown := sorted(n for n, value in given.items() if value not in (None, [], {}) and n not in known):
-        raise InputError(
-            f"lbr does not send these fields of {where}: {', '.join(map(repr, unknown))}; remove them"
-        )
+        raise InputError(f"lbr does not send these fields of {where}: {', '.join(map(repr, unknown))}; remove them")
 
 
 def _check_call(call: Json, where: str) -> None:
@@ -88,9 +84,7 @@ def _check_call(call: Json, where: str) -> None:
     except orjson.JSONDecodeError:
         fits = False
     if not fits:
-        raise InputError(
-            f"expected the arguments of {where} to be a JSON object in a string, got: {_shown(arguments)}"
-        )
+        raise InputError(f"expected the arguments of {where} to be a JSON object in a string, got: {_shown(arguments)}")
 
 
 def _check_part(part: Json, where: str, *, images: bool) -> None:

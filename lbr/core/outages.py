@@ -256,9 +256,7 @@ def _others_succeed(state: ModelState, evidence: Evidence, now: int) -> bool:
     )
 
 
-def _recognised(
-    evidence: Evidence, reason: str, before: ModelState, backlog: Backlog, now: int
-) -> ModelState:
+def _recognised(evidence: Evidence, reason: str, before: ModelState, backlog: Backlog, now: int) -> ModelState:
     return replace(
         before,
         since=now,
@@ -277,6 +275,4 @@ def _uncharged(settlement: Settlement, failure: Failure, wait_ms: int = 0) -> Se
     """Return a settlement that gives its job back as if it had not been called, behind all that are due."""
     family = Family.ACCOUNT if _is_denied(failure) else Family.OUTAGE
     outcome = replace(settlement.outcome, failure=replace(failure, family=family))
-    return replace(
-        settlement, outcome=outcome, state=JobState.PENDING, charge=0, wait_ms=wait_ms, cool_down=False
-    )
+    return replace(settlement, outcome=outcome, state=JobState.PENDING, charge=0, wait_ms=wait_ms, cool_down=False)

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 MAX_LINKS = 40
 COMPANIONS = ("-wal", "-shm", "-journal")
 """The endings of files that SQLite keeps beside a database."""
-FOREIGN = (
-    "it is not a regular file of yours alone: see `ls -l`; `chmod go-w` it if it is yours, else remove it"
-)
+FOREIGN = "it is not a regular file of yours alone: see `ls -l`; `chmod go-w` it if it is yours, else remove it"
 
 
 def is_ours(found: os.stat_result, beside: Path | None = None) -> bool:
@@ -68,9 +66,7 @@ def check_database(database: Path) -> None:
         with suppress(FileNotFoundError):
             found = os.lstat(path)
             if not is_ours(found, database) or found.st_nlink > 1:
-                raise UsageError(
-                    f"expected {path} to be what SQLite keeps beside {database.name}, but {FOREIGN}"
-                )
+                raise UsageError(f"expected {path} to be what SQLite keeps beside {database.name}, but {FOREIGN}")
 
 
 def _is_planted(folder: os.stat_result, owner: int) -> bool:

@@ -38,9 +38,7 @@ class Price:
     def cost_nanos(self, input_tokens: int, output_tokens: int) -> int:
         """Return what this many tokens cost."""
         # A dollar per million tokens is a thousand nanos per token.
-        return round(
-            input_tokens * self.input_per_million * 1000 + output_tokens * self.output_per_million * 1000
-        )
+        return round(input_tokens * self.input_per_million * 1000 + output_tokens * self.output_per_million * 1000)
 
     def apply(self, usage: Usage) -> Usage:
         """Return the usage of a call with its cost at this price; unchanged if its tokens are not known."""

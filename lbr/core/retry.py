@@ -134,9 +134,7 @@ def decide(
 
     def settle(state: JobState, charge: int = 1, wait: float = 0.0, *, cool_down: bool = False) -> Settlement:
         wait_ms = round(wait * 1000)
-        return Settlement(
-            claim, state, outcome, charge, wait_ms=wait_ms, cool_down=cool_down, evidence=evidence
-        )
+        return Settlement(claim, state, outcome, charge, wait_ms=wait_ms, cool_down=cool_down, evidence=evidence)
 
     if failure.symptom in {Symptom.DENIED, Symptom.FORBIDDEN} and not history.denied_tries:
         # Among calls that succeed, a stray 401 or 403 may pass: one more attempt, then it is about this job.
@@ -151,9 +149,7 @@ def decide(
             wait = wait_seconds(failure, history.limited_tries + 1, policy, rng)
             impatient = history.limited_ms > policy.limited_patience * 1000
             spent = impatient and tries >= policy.max_attempts
-            return settle(
-                JobState.FAILED if spent else JobState.PENDING, int(impatient), wait, cool_down=True
-            )
+            return settle(JobState.FAILED if spent else JobState.PENDING, int(impatient), wait, cool_down=True)
         case Family.BAD_ANSWER:
             spent = history.bad_answers >= policy.bad_answer_retries
             return settle(JobState.FAILED if spent else JobState.PENDING)

@@ -54,9 +54,7 @@ def load_schema(path: str | Path) -> dict[str, Json]:
         byte = f"{error.object[error.start]:#04x} at {error.start}"
         raise UsageError(f"{path} is not UTF-8: it has the byte {byte}") from None
     except orjson.JSONDecodeError as error:
-        raise UsageError(
-            f"{path}, line {error.lineno}: not valid JSON: {error.msg} at column {error.colno}"
-        ) from None
+        raise UsageError(f"{path}, line {error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
     if not isinstance(value, dict):
         raise UsageError(f"{path}: expected a JSON schema, an object such as {SCHEMA_EXAMPLE}")
     try:
@@ -190,8 +188,7 @@ def _type_check(result_type: Any) -> Check:
 
 def _json_path(steps: Iterable[str | int]) -> str:
     return "$" + "".join(
-        f".{step}" if isinstance(step, str) and _PLAIN_STEP.fullmatch(step) else f"[{step!r}]"
-        for step in steps
+        f".{step}" if isinstance(step, str) and _PLAIN_STEP.fullmatch(step) else f"[{step!r}]" for step in steps
     )
 
 
@@ -232,9 +229,7 @@ def _build_validator(schema: dict[str, Json]) -> Draft202012Validator:
     # The first engine is linear, but has no look-arounds.
     for options in (RegexOptions(), FancyRegexOptions(backtrack_limit=MAX_BACKTRACKS)):
         try:
-            return Draft202012Validator(
-                schema, retriever=_refuse, pattern_options=options, validate_formats=False
-            )
+            return Draft202012Validator(schema, retriever=_refuse, pattern_options=options, validate_formats=False)
         except ValidationError as error:
             problem = error
         except ValueError as error:
@@ -248,9 +243,7 @@ def _build_validator(schema: dict[str, Json]) -> Draft202012Validator:
             )
         case "format":
             pattern = _short(repr(problem.instance))
-            raise UsageError(
-                f"the pattern at {place} is not a regular expression, or is too large: {pattern}"
-            )
+            raise UsageError(f"the pattern at {place} is not a regular expression, or is too large: {pattern}")
     raise UsageError(f"the JSON schema is not valid at {place}: {_short(problem.message)}")
 
 

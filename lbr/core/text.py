@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 
 # Control characters other than tab and newline, and characters that change the direction of writing.
-_UNSAFE = re.compile(
-    r"[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]|\r(?!\n)"
-)
+_UNSAFE = re.compile(r"[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]|\r(?!\n)")
 
 
 def pluralize(count: int, noun: str) -> str:

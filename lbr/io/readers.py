@@ -73,9 +73,7 @@ INSTEAD_OF = {
 class BadRows:
     """Rows that cannot be used: refused in one message, or left out, counted and written to a file."""
 
-    def __init__(
-        self, *, skip_bad: str | None = None, skip_empty: bool = False, at_once: bool = False
-    ) -> None:
+    def __init__(self, *, skip_bad: str | None = None, skip_empty: bool = False, at_once: bool = False) -> None:
         self.count = 0
         self.empty = 0
         self._path = skip_bad
@@ -153,9 +151,7 @@ def read_items(
         source = sources[formats.index(InputFormat.TEXT)]
         raise UsageError(f"--prompt-column needs columns, and {source} is read as text; set --format")
     if delimiter is not None and DELIMITER_OF.keys().isdisjoint(formats):
-        raise UsageError(
-            f"--delimiter is for CSV, and {sources[0]} is read as {formats[0]}; set --format csv"
-        )
+        raise UsageError(f"--delimiter is for CSV, and {sources[0]} is read as {formats[0]}; set --format csv")
     character = DELIMITER_NAMES.get(delimiter or "", delimiter)
     if character is not None and (len(character) != 1 or character in '"\r\n\x00'):
         raise UsageError(f"expected --delimiter to be one character, or tab, got: {shown(delimiter)}")
@@ -166,9 +162,7 @@ def read_items(
         raise UsageError(f"{msg} ({error})") from error
     bad = BadRows() if bad is None else bad
     compiled = None if template is None else Template(template)
-    read = partial(
-        _read, template=compiled, column=prompt_column, delimiter=character, encoding=encoding, bad=bad
-    )
+    read = partial(_read, template=compiled, column=prompt_column, delimiter=character, encoding=encoding, bad=bad)
     return bad.through(itertools.chain.from_iterable(map(read, sources, formats)))
 
 

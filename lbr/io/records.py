@@ -65,9 +65,7 @@ class Template:
             self._of_row = {
                 item.arg.value
                 for item in tree.find_all(nodes.Getitem)
-                if isinstance(item.node, nodes.Name)
-                and item.node.name == ROW
-                and isinstance(item.arg, nodes.Const)
+                if isinstance(item.node, nodes.Name) and item.node.name == ROW and isinstance(item.arg, nodes.Const)
             }
             # A column named like one of Jinja's globals comes before it.
             globals_ = {name.name for name in tree.find_all(nodes.Name)} & environment.globals.keys()

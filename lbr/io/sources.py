@@ -100,9 +100,7 @@ def _instead_of_table(given: object) -> str | None:
     if isinstance(given, Mapping):
         return "its texts as a list, or a list with the dict in it for one record"
     if hasattr(type(given), "columns"):  # no library of frames is imported here
-        return (
-            'df["prompt"].to_list(), or for records df.to_dict("records") in pandas, df.to_dicts() in polars'
-        )
+        return 'df["prompt"].to_list(), or for records df.to_dict("records") in pandas, df.to_dicts() in polars'
     return None
 
 

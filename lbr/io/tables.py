@@ -72,9 +72,7 @@ class Table:
         """Return the cells of a row by column name, without empty ones in unnamed columns at its end. Raises InputError."""
         cells = _cells(row, place)
         if not self._named <= len(cells) <= len(self._header):
-            msg = (
-                f"expected {pluralize(len(self._header), 'cell')} as in line {self._line}, got: {len(cells)}"
-            )
+            msg = f"expected {pluralize(len(self._header), 'cell')} as in line {self._line}, got: {len(cells)}"
             other = "tab (this file has one column)" if len(self._header) == 1 else "to a different one"
             way_out = f"put cells that hold the delimiter {shown(self._delimiter)} in quotes"
             raise place.error(f"{msg}; {way_out}, or set --delimiter {other}")

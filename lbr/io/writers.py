@@ -115,9 +115,7 @@ def _refuse_other_database(target: Path, path: str) -> None:
             raise UsageError(f"{path} cannot be the output: {error}; name another file") from error
     if others := sorted({name for (name,) in found} - {"results"}):
         tables = ", ".join(others[:5])
-        raise UsageError(
-            f"{path} is a database with other tables than answers ({tables}); name another output file"
-        )
+        raise UsageError(f"{path} is a database with other tables than answers ({tables}); name another output file")
 
 
 @contextmanager
@@ -225,9 +223,7 @@ class CsvWriter(JsonlWriter):
 
     def _encode(self, row: Row) -> bytes:
         fields, metadata = row.to_dict(), row.metadata or {}
-        given = [
-            metadata.get(name) if part is Part.METADATA else fields.get(part) for part, name in self._columns
-        ]
+        given = [metadata.get(name) if part is Part.METADATA else fields.get(part) for part, name in self._columns]
         return self._line(given + [fields[name] for name in self._own])
 
     def _line(self, cells: Iterable[Json]) -> bytes:
@@ -306,9 +302,7 @@ def named_errors(path: str | Path) -> Iterator[None]:
         raise
     except OSError as error:
         reason = error.strerror or str(error) or type(error).__name__
-        raise OutputError(
-            f"cannot write {path}: {reason}; make room, or choose another file with -o"
-        ) from error
+        raise OutputError(f"cannot write {path}: {reason}; make room, or choose another file with -o") from error
 
 
 def _target(path: str | Path) -> Path:

@@ -105,9 +105,7 @@ def unsent(task: Task) -> list[str]:
     return checks.not_kept(task.settings) or _pydantic_ai(name).unsent(name, task.settings, task.schema)
 
 
-def build_model(
-    task: Task, authority: Authority, *, concurrency: int, connections: Connections | None = None
-) -> Model:
+def build_model(task: Task, authority: Authority, *, concurrency: int, connections: Connections | None = None) -> Model:
     """Build the model of a task. Raises UsageError, with what to do, if this process may not or cannot.
 
     Calls to a provider use `connections`, which the caller closes; None for connections of its own.

@@ -73,9 +73,7 @@ def not_kept(settings: Mapping[str, Json]) -> list[str]:
     ]
     number = wanted.get("n")
     if isinstance(number, int) and number > 1:
-        problems.append(
-            "the setting n cannot be set: lbr keeps one answer per call, and you would pay for all"
-        )
+        problems.append("the setting n cannot be set: lbr keeps one answer per call, and you would pay for all")
     return problems
 
 
@@ -116,9 +114,7 @@ _MORE_KEYS = {"google": ("GEMINI_API_KEY",), "huggingface": ("HF_TOKEN",)}
 _MORE_URLS = {"google": ("GOOGLE_GEMINI_BASE_URL",), "azure": ("AZURE_OPENAI_ENDPOINT",)}
 _EMPTY_IS_UNSET = {"OPENROUTER_BASE_URL", "GOOGLE_GEMINI_BASE_URL"}
 
-_OPENAI_HOST = re.compile(
-    r"(?:.*\.)?(?:api\.openai\.com|openai\.azure\.(?:com|us|cn)|cognitiveservices\.azure\.com)\Z"
-)
+_OPENAI_HOST = re.compile(r"(?:.*\.)?(?:api\.openai\.com|openai\.azure\.(?:com|us|cn)|cognitiveservices\.azure\.com)\Z")
 _VISIBLE = re.compile(r"[!-~]+\Z")
 
 
@@ -153,9 +149,7 @@ def _check_url(variable: str, url: str | None) -> None:
     else:
         problem = _place_problem(url)
     if problem:
-        raise UsageError(
-            f"{variable} {problem}: expected a URL such as {URL_EXAMPLE}, got: {hide_user(url)!r}"
-        )
+        raise UsageError(f"{variable} {problem}: expected a URL such as {URL_EXAMPLE}, got: {hide_user(url)!r}")
 
 
 def _place_problem(url: str) -> str:

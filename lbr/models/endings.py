@@ -61,9 +61,5 @@ def check_answer(
     if has_text:
         return
     family = Family.CUT_OFF if ending == CUT_OFF else Family.BAD_ANSWER
-    words = (
-        "it has no text"
-        if ending == CUT_OFF
-        else f"the answer has no text, finish reason {ending or 'not given'}"
-    )
+    words = "it has no text" if ending == CUT_OFF else f"the answer has no text, finish reason {ending or 'not given'}"
     raise CallError(words, family=family, kind="EmptyAnswer", **kept)

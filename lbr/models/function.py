@@ -79,9 +79,7 @@ def _text_of(result: Any) -> str:
         if isinstance(result, dict | list):
             return digits.dumps(result).decode()
         if is_base_model(result):
-            return str(
-                result.model_dump_json(by_alias=True)
-            )  # as the schema of a result type names the fields
+            return str(result.model_dump_json(by_alias=True))  # as the schema of a result type names the fields
     except (TypeError, ValueError) as error:
         name = type(result).__name__
         raise Permanent(f"expected the function's {name} to be JSON, got: {error}") from error
@@ -103,9 +101,7 @@ class _Threads:
         self._idle = 0
         self._closed = False
         self._lock = threading.Lock()
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]] | None] = (
-            queue.SimpleQueue()
-        )
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]] | None] = queue.SimpleQueue()
 
     async def run(self, function: AnyFunction, argument: Any) -> Any:
         """Call the function in a thread, with the caller's context variables."""

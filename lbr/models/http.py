@@ -33,9 +33,7 @@ _UNKNOWN_ISSUER = frozenset({18, 19, 20, 21})
 
 def environment_proxies() -> dict[str, str]:
     """Return the proxies by `http`, `https` and `all`: HTTP_PROXY and the like, or the system's settings."""
-    named = {
-        scheme: url for scheme, url in getproxies().items() if scheme in {"http", "https", "all"} and url
-    }
+    named = {scheme: url for scheme, url in getproxies().items() if scheme in {"http", "https", "all"} and url}
     return {scheme: url if "://" in url else f"http://{url}" for scheme, url in named.items()}
 
 
@@ -119,9 +117,7 @@ class Connections:
                     size += len(chunk)
                     if size > MAX_ANSWER_BYTES:
                         words = f"is larger than {MAX_ANSWER_BYTES // 2**20} MB; it was not kept"
-                        raise call_error(
-                            f"the answer from {_place(target)} {words}", kind="ModelConnectionError"
-                        )
+                        raise call_error(f"the answer from {_place(target)} {words}", kind="ModelConnectionError")
                 return response, chunks[0] if len(chunks) == 1 else b"".join(chunks)
         except (ClientError, OSError, ValueError) as error:  # a timeout is an OSError
             lost = _lost(error, url)

@@ -194,9 +194,7 @@ class _Filler:
     def _resolve(self, reference: str) -> Json:
         found: Json = self._root
         for step in unquote(reference.removeprefix("#")).split("/")[1:]:
-            found = (
-                found.get(step.replace("~1", "/").replace("~0", "~"), {}) if isinstance(found, dict) else {}
-            )
+            found = found.get(step.replace("~1", "/").replace("~0", "~"), {}) if isinstance(found, dict) else {}
         return found
 
     def _object(self, schema: dict[str, Json], path: str, depth: int) -> dict[str, Json]:

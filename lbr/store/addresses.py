@@ -71,13 +71,9 @@ def address_of(url: PathOrUrl) -> Address:
     url = os.fspath(url)
     scheme = _SCHEME.match(url)
     if scheme is None:
-        raise UsageError(
-            "expected a PostgreSQL URL, got: another kind; write postgresql://user@host/database"
-        )
+        raise UsageError("expected a PostgreSQL URL, got: another kind; write postgresql://user@host/database")
     if "\0" in unquote(url) or any("\ud800" <= one <= "\udfff" for one in unquote(url)):
-        raise UsageError(
-            "expected a PostgreSQL URL, got: one with a NUL character or half a surrogate pair; remove it"
-        )
+        raise UsageError("expected a PostgreSQL URL, got: one with a NUL character or half a surrogate pair; remove it")
     user, password, rest, query = _split(url[scheme.end() :])
     hosts, _, database = rest.partition("/")
     if not all(map(_is_host, hosts.split(","))) or (hosts and "" in hosts.split(",")) or "/" in database:
@@ -178,9 +174,7 @@ def sqlite_path(url: PathOrUrl, *, name: str = "--db") -> Path:
         )
     path = _path_in(url, name) if "://" in url else url
     if not path.strip() or path == ":memory:":
-        raise UsageError(
-            f"expected {name} to name a file, got: {path!r}; processes share the queue through it"
-        )
+        raise UsageError(f"expected {name} to name a file, got: {path!r}; processes share the queue through it")
     try:
         found = Path(a_name(name, path)).expanduser().absolute()
     except RuntimeError as error:
@@ -203,9 +197,7 @@ def _path_in(url: str, name: str) -> str:
             f"expected {name} to be a path or a database URL, got: something unreadable; write sqlite:///runs.db"
         ) from None
     if parsed.get_backend_name() != "sqlite":
-        raise UsageError(
-            f"expected {name} to be a path, an sqlite or a postgresql URL, got: a {parsed.drivername} URL"
-        )
+        raise UsageError(f"expected {name} to be a path, an sqlite or a postgresql URL, got: a {parsed.drivername} URL")
     unknown = sorted(set(parsed.query) - {"synchronous"})
     if parsed.host or unknown:
         more = "a host" if parsed.host else f"the options {', '.join(unknown)}"

@@ -34,9 +34,7 @@ if TYPE_CHECKING:
 
 def _due(*, suspects: bool) -> Select[tuple[int]]:
     """Select the ids of a run's jobs that may be claimed now, the longest due first."""
-    crashes: ColumnElement[bool] = literal_column(
-        f"jobs.crashes {'>=' if suspects else '<'} {SUSPECT_CRASHES}"
-    )
+    crashes: ColumnElement[bool] = literal_column(f"jobs.crashes {'>=' if suspects else '<'} {SUSPECT_CRASHES}")
     return (
         select(jobs.c.id)
         .where(PENDING, jobs.c.run_id == bindparam("run"), jobs.c.available_at <= bindparam("now"), crashes)
@@ -151,12 +149,8 @@ async def claim_within(connection: Connection, database: Database, request: Clai
     rows, tokens = await _take(connection, capacity, request)
     claims = await _with_prompts(connection, rows, tokens, now)
     if capacity.probed:
-        claims = [
-            replace(one, probe=True) if one.run_id in capacity.probed.values() else one for one in claims
-        ]
-        probes = {
-            who: one for who, run_id in capacity.probed.items() for one in claims if one.run_id == run_id
-        }
+        claims = [replace(one, probe=True) if one.run_id in capacity.probed.values() else one for one in claims]
+        probes = {who: one for who, run_id in capacity.probed.items() for one in claims if one.run_id == run_id}
         await note_probes(connection, probes, request.worker)
     throttled = {run_id for run_id in capacity.answerers if capacity.is_throttled(run_id)}
     if throttled:

@@ -122,9 +122,9 @@ _COUNTED = union_all(
     _rows(lambda name: func.sum(attempts.c[name]), what=attempts.c.what, family=attempts.c.family).join_from(
         attempts, jobs, attempts.c.job_id == jobs.c.id
     ),
-    _rows(
-        lambda name: func.sum(own_usage(results.c[name])), reused=func.count(results.c.reused_from)
-    ).join_from(results, jobs, results.c.job_id == jobs.c.id),
+    _rows(lambda name: func.sum(own_usage(results.c[name])), reused=func.count(results.c.reused_from)).join_from(
+        results, jobs, results.c.job_id == jobs.c.id
+    ),
     _rows(lambda _: _ZERO, state=jobs.c.state),
 )
 

@@ -73,9 +73,7 @@ class Database(ABC):
 
     one_writer = False
 
-    def __init__(
-        self, name: str, *, patience: float, spool_places: Sequence[Path], presence: Presence
-    ) -> None:
+    def __init__(self, name: str, *, patience: float, spool_places: Sequence[Path], presence: Presence) -> None:
         # What a retry imports, it imports now: later there may be no file handle left for it.
         get_on_retry_hooks()
         self.name = name

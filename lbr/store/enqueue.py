@@ -77,9 +77,7 @@ ADD_JOBS = Inserting(
     "finished_at",
 )
 _ADD_PROMPTS = Inserting(prompts, "job_id", "run_id", "key", "chat", "body")
-ADD_ITEMS = Inserting(
-    items_table, "run_id", "idx", "job_id", "first", "custom_id", "metadata", "id_is_number"
-)
+ADD_ITEMS = Inserting(items_table, "run_id", "idx", "job_id", "first", "custom_id", "metadata", "id_is_number")
 
 _OTHER, _SOURCES = runs.alias("other"), jobs.alias("sources")
 # From the few runs of the function with other code to the run's answers: without such a run, no answer is read.
@@ -310,8 +308,7 @@ async def _insert_jobs(
     await ADD_JOBS.run_plain(connection, rows)
     prompts_of = [(e.job_id, e.key, e.item.prompt) for e in entries if e.first]
     bodies = [
-        (job_id, run.id, key, int(prompt.messages is not None), prompt.body())
-        for job_id, key, prompt in prompts_of
+        (job_id, run.id, key, int(prompt.messages is not None), prompt.body()) for job_id, key, prompt in prompts_of
     ]
     await _ADD_PROMPTS.run_plain(connection, bodies)
     await _COPY_RESULTS.run(connection, [{"job": j, "source": s} for j, s in answered.items()])

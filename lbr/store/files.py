@@ -181,9 +181,7 @@ def check_location(path: Path, *, create: bool, name: str = "--db") -> None:
         if path.is_dir():
             raise UsageError(f"expected {name} to name a file, got a directory: {path}; name a file in it")
         if not path.parent.is_dir():
-            raise UsageError(
-                f"expected a folder for the database at {path.parent}, got: none; create it first"
-            )
+            raise UsageError(f"expected a folder for the database at {path.parent}, got: none; create it first")
         if not create and not path.exists():
             raise UsageError(f"expected a database at {path}, got: no such file; `lbr enqueue` creates it")
         if path.exists() and not os.access(path, os.R_OK | os.W_OK if create else os.R_OK):
@@ -261,9 +259,7 @@ async def creation_lock(path: Path) -> AsyncIterator[None]:
         ownership.check_ours(file, path)
         await lock.acquire()
     except Timeout as error:
-        raise DatabaseBusyError(
-            f"another process has been creating or removing {path} for a minute"
-        ) from error
+        raise DatabaseBusyError(f"another process has been creating or removing {path} for a minute") from error
     except OSError as error:
         raise DatabaseError(
             f"cannot create or upgrade the database {path} with the lock {file}: {error.strerror or error}"

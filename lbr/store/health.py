@@ -227,9 +227,7 @@ def _misfit(path: Path) -> str | None:
         for column in (column for table in schema.metadata.sorted_tables for column in table.columns):
             fitting = _fitting_types(column)
             typed = f'SELECT typeof("{column.name}") AS found FROM "{column.table.name}"'  # noqa: S608 - our own names
-            query = (
-                f"SELECT found FROM ({typed}) WHERE found NOT IN ({', '.join('?' * len(fitting))}) LIMIT 1"  # noqa: S608
-            )
+            query = f"SELECT found FROM ({typed}) WHERE found NOT IN ({', '.join('?' * len(fitting))}) LIMIT 1"  # noqa: S608
             if (found := connection.execute(query, fitting).fetchone()) is not None:
                 return f"expected {column.name} of {column.table.name} to be {fitting[0]}, got: {found[0]}"
     return None

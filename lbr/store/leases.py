@@ -43,10 +43,7 @@ NO_WORKER = WorkerId(0)
 
 _OURS = any_of(jobs.c.id, "ids") & (jobs.c.worker_id == bindparam("worker"))
 RENEW = (
-    update(jobs)
-    .where(INFLIGHT, _OURS)
-    .values(lease_until=bindparam("until"))
-    .returning(jobs.c.id, jobs.c.claim_seq)
+    update(jobs).where(INFLIGHT, _OURS).values(lease_until=bindparam("until")).returning(jobs.c.id, jobs.c.claim_seq)
 )
 _HELD = select(jobs.c.id, jobs.c.claim_seq, jobs.c.run_id).where(_OURS).order_by(jobs.c.id).with_for_update()
 RETAKE = (
@@ -222,9 +219,7 @@ class Queue:
                 first: int | None = await connection.scalar(later.where(jobs.c.available_at > now))
                 stranded |= first is not None and first > now + MAX_AHEAD_MS
                 times.append(first)
-            lease_end: int | None = await connection.scalar(
-                select(func.min(jobs.c.lease_until)).where(INFLIGHT)
-            )
+            lease_end: int | None = await connection.scalar(select(func.min(jobs.c.lease_until)).where(INFLIGHT))
             times.append(lease_end)
             expired = (lease_end is not None and lease_end < now) or bool(await self._dead(connection))
             waits = [time - now for time in times if time is not None and time > now]
@@ -333,9 +328,7 @@ async def _remove(connection: Connection, ended: list[WorkerId]) -> None:
         await connection.execute(delete(workers).where(any_of(workers.c.id, "ids")), {"ids": ended})
 
 
-async def _reclaim(
-    connection: Connection, finding: Any, reclaiming: Any, bound: dict[str, Any]
-) -> list[Reclaimed]:
+async def _reclaim(connection: Connection, finding: Any, reclaiming: Any, bound: dict[str, Any]) -> list[Reclaimed]:
     found = (await connection.execute(finding, bound)).all()
     if not found:
         return []
@@ -375,9 +368,7 @@ async def _retake(connection: Connection, held: dict[JobId, int], bound: dict[st
     if ours:
         await connection.execute(RETAKE, bound | {"ids": [row.id for row in ours]})
         deltas = counters.moved((row.run_id, JobState.PENDING, JobState.INFLIGHT) for row in ours)
-        deltas.update(
-            await forget_estimates(connection, {(row.id, row.claim_seq): row.run_id for row in ours})
-        )
+        deltas.update(await forget_estimates(connection, {(row.id, row.claim_seq): row.run_id for row in ours}))
         await counters.add(connection, deltas)
     return {JobId(row.id) for row in ours}
 

@@ -37,9 +37,7 @@ _LEARNED = ("slots", "threshold", "cut_at", "requests", "tokens", "balanced_at",
 _COLUMNS = [limits.c[one.name] for one in fields(Limit)]
 _NO_LIMIT = Limit()
 _OPEN = PreparedQuery(
-    select(
-        runs.c.id, runs.c.budget_nanos, runs.c.answerer, outages.c.since, limits.c.cooldown_until, *_COLUMNS
-    )
+    select(runs.c.id, runs.c.budget_nanos, runs.c.answerer, outages.c.since, limits.c.cooldown_until, *_COLUMNS)
     .join_from(runs, limits, runs.c.answerer == limits.c.answerer, isouter=True)
     .join(outages, runs.c.answerer == outages.c.answerer, isouter=True)
     .where(any_of(runs.c.id, "ids"), runs.c.state == RunState.ACTIVE)
@@ -51,9 +49,7 @@ _LOCKED = PreparedQuery(
     .with_for_update()
 )
 _ALL = select(limits.c.answerer, *_COLUMNS).order_by(limits.c.answerer)
-_CEILING = PreparedQuery(
-    select(func.sum(workers.c.concurrency)).where(workers.c.seen_at > bindparam("since"))
-)
+_CEILING = PreparedQuery(select(func.sum(workers.c.concurrency)).where(workers.c.seen_at > bindparam("since")))
 _BUDGETS = (
     select(runs.c.id, runs.c.budget_nanos, runs.c.highest_nanos)
     .where(any_of(runs.c.id, "ids"), runs.c.state == RunState.ACTIVE)
@@ -238,9 +234,7 @@ async def load_capacity(
     return capacity
 
 
-async def _load_limits(
-    connection: Connection, capacity: Capacity, known: dict[str, Limit], *, lock: bool
-) -> None:
+async def _load_limits(connection: Connection, capacity: Capacity, known: dict[str, Limit], *, lock: bool) -> None:
     now = capacity.now
     capacity.ceiling = max(1, await _slots_reported(connection, now))
     binding = {who: limit for who, limit in known.items() if limit.binds(capacity.ceiling)}
@@ -278,8 +272,7 @@ async def _counted(query: PreparedQuery, connection: Connection, answerers: list
 
 async def _save(connection: Connection, changed: Mapping[str, Limit]) -> None:
     rows = [
-        {"who": who, **{f"new_{name}": getattr(limit, name) for name in _LEARNED}}
-        for who, limit in changed.items()
+        {"who": who, **{f"new_{name}": getattr(limit, name) for name in _LEARNED}} for who, limit in changed.items()
     ]
     await _SAVE.run(connection, rows)
 
@@ -409,8 +402,7 @@ async def all_limits(connection: Connection, now: Millis) -> list[LimitStatus]:
         await _counted(_INFLIGHT, connection, list(held)),
     )
     return [
-        LimitStatus(who, arithmetic.refilled(limit, now), inflight.get(who, 0), slots)
-        for who, limit in held.items()
+        LimitStatus(who, arithmetic.refilled(limit, now), inflight.get(who, 0), slots) for who, limit in held.items()
     ]
 
 

@@ -62,13 +62,9 @@ _CALLS_OF_OTHERS = (
     select(func.count())
     .join_from(jobs, runs, jobs.c.run_id == runs.c.id)
     .where(INFLIGHT, runs.c.answerer == bindparam("answerer"))
-    .where(
-        jobs.c.worker_id != select(jobs.c.worker_id).where(jobs.c.id == bindparam("job")).scalar_subquery()
-    )
+    .where(jobs.c.worker_id != select(jobs.c.worker_id).where(jobs.c.id == bindparam("job")).scalar_subquery())
 )
-_OTHERS = select(func.count()).where(
-    workers.c.id != bindparam("worker"), workers.c.seen_at > bindparam("since")
-)
+_OTHERS = select(func.count()).where(workers.c.id != bindparam("worker"), workers.c.seen_at > bindparam("since"))
 _FAILED_LATELY = (
     select(attempts.c.job_id, attempts.c.error, attempts.c.message)
     .join_from(attempts, jobs, (jobs.c.id == attempts.c.job_id) & (jobs.c.claim_seq == attempts.c.claim_seq))
@@ -114,9 +110,7 @@ async def judge_failures(
 ) -> Judged:
     """Judge the failed calls of a batch by what all workers saw of their models; most batches need no statement."""
     judged = Judged(list(settlements))
-    models = {
-        place: answerers[one.claim.job_id] for place, one in enumerate(settlements) if _needs_judging(one)
-    }
+    models = {place: answerers[one.claim.job_id] for place, one in enumerate(settlements) if _needs_judging(one)}
     if not models:
         return judged
     before = await _lock(connection, settlements, models)
@@ -139,9 +133,7 @@ async def judge_failures(
         if one.reached:
             judged.reached.add(model)
         judged.notices += [] if one.notice is None else [one.notice]
-    await _SAVE.run(
-        connection, [_fields(model, state) for model, state in states.items() if state != before[model]]
-    )
+    await _SAVE.run(connection, [_fields(model, state) for model, state in states.items() if state != before[model]])
     return judged
 
 
@@ -168,9 +160,7 @@ def _fields(model: str, state: ModelState) -> dict[str, Any]:
     return {"who": model, **{f"new_{name}": getattr(state, name) for name in _STATE}}
 
 
-async def _backlogs(
-    connection: Connection, models: list[str]
-) -> tuple[dict[str, Backlog], dict[str, set[RunId]]]:
+async def _backlogs(connection: Connection, models: list[str]) -> tuple[dict[str, Backlog], dict[str, set[RunId]]]:
     """Return what is left of the models' active runs, and which of these have unfinished jobs."""
     open_, done = Counter[str](), Counter[str]()
     unfinished: dict[str, set[RunId]] = {model: set() for model in models}

@@ -75,9 +75,7 @@ _LAST = text(
     f"INSERT INTO {SCHEMA}.writers (id, seq, at) VALUES (:writer, -1, {_CLOCK}) "
     f"ON CONFLICT (id) DO UPDATE SET at = writers.at RETURNING seq"
 )
-_FORGET = text(
-    f"DELETE FROM {SCHEMA}.writers WHERE id IN (:one, :other) OR at < {_CLOCK} - {24 * 3600 * 1000}"
-)
+_FORGET = text(f"DELETE FROM {SCHEMA}.writers WHERE id IN (:one, :other) OR at < {_CLOCK} - {24 * 3600 * 1000}")
 _TAKE_TURNS = text("SELECT pg_advisory_xact_lock(:kind, :run)")
 _CREATING = text("SELECT pg_advisory_xact_lock(:kind, 0)")
 _IDS = text("SELECT nextval(pg_get_serial_sequence(:table, 'id')) FROM generate_series(1, :count) ORDER BY 1")
@@ -122,9 +120,7 @@ class PostgresDatabase(Database):
         super().__init__(address.shown, patience=patience, spool_places=places, presence=Presence())
         self._clock = clock
         options = {"schema_translate_map": {None: SCHEMA}}
-        self._writer = make_engine(
-            address, "READ COMMITTED", pool_size=2, options=options, settings=WRITER_SETTINGS
-        )
+        self._writer = make_engine(address, "READ COMMITTED", pool_size=2, options=options, settings=WRITER_SETTINGS)
         # Workers, and the two lanes of one worker, use different shards, so that they do not queue for one row.
         shard = SystemRandom().randrange(SHARDS)
         self._lane = _Lane(self._writer, shard)

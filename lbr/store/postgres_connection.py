@@ -34,9 +34,7 @@ SERVER_SETTINGS = {
 }
 # Every statement of a writer finds its rows by an index and in its order. Before a table is analysed, PostgreSQL 14
 # would sort all pending jobs each time.
-WRITER_SETTINGS = SERVER_SETTINGS | dict.fromkeys(
-    ("enable_seqscan", "enable_bitmapscan", "enable_sort"), "off"
-)
+WRITER_SETTINGS = SERVER_SETTINGS | dict.fromkeys(("enable_seqscan", "enable_bitmapscan", "enable_sort"), "off")
 
 # SQLSTATE codes, from PostgreSQL's manual, appendix A.
 PASSING_CLASSES = frozenset({"08", "57"})
@@ -189,9 +187,7 @@ def is_passing(error: Exception) -> bool:
 
 def _is_cut_off(error: DBAPIError) -> bool:
     words = str(error.orig)
-    return "connection" in words and any(
-        word in words for word in ("closed", "lost", "reset", "in the middle")
-    )
+    return "connection" in words and any(word in words for word in ("closed", "lost", "reset", "in the middle"))
 
 
 def reason_of(error: BaseException, patience: float) -> str:

@@ -363,9 +363,7 @@ async def columns(database: Database, run: Run) -> list[tuple[Part, str]]:
     """
 
     async def read(bound: dict[str, int]) -> tuple[int, list[Any]]:
-        found = await database.read(
-            lambda connection: connection.execute(_METADATA, {"run": run.id, **bound})
-        )
+        found = await database.read(lambda connection: connection.execute(_METADATA, {"run": run.id, **bound}))
         rows = found.all()
         return len(rows), list(takewhile(lambda row: row.metadata is not None, rows))
 

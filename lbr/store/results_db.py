@@ -89,9 +89,7 @@ async def check(url: PathOrUrl, *, name: str, queue: Path | None) -> None:
     `name` is what messages call the URL's option, `queue` the file of the queue, None if it is on a server.
     """
     if is_postgresql(url):
-        raise UsageError(
-            f"expected {name} to name a file, got: a PostgreSQL URL; leave it out, or name a file"
-        )
+        raise UsageError(f"expected {name} to name a file, got: a PostgreSQL URL; leave it out, or name a file")
     path = sqlite_path(url, name=name)
     files.check_location(path, create=True, name=name)
     if path == queue:
@@ -180,9 +178,7 @@ def _check_table(connection: sqlalchemy.Connection) -> None:
 
 
 def _the_queue() -> UsageError:
-    return UsageError(
-        "expected a results database of its own, got: the queue; name another file for the results"
-    )
+    return UsageError("expected a results database of its own, got: the queue; name another file for the results")
 
 
 def _to_columns(run: str, row: Row) -> dict[str, Any]:

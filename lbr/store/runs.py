@@ -145,9 +145,7 @@ async def ensure(database: Database, connection: Connection, spec: RunSpec) -> t
     if await connection.scalar(select(runs.c.id).where(runs.c.name == spec.name)) is None:
         now, task = await database.now(connection), spec.task
         row = (spec.name, task.to_json(), task.answerer, spec.fingerprint, RunState.ACTIVE)
-        made = await _MAKE.run_plain(
-            connection, [(*row, spec.max_attempts, now, now, _price_text(spec.price))]
-        )
+        made = await _MAKE.run_plain(connection, [(*row, spec.max_attempts, now, now, _price_text(spec.price))])
     run = await find(connection, spec.name)
     if run.task.canonical() != spec.task.canonical():
         raise RunMismatchError(
@@ -181,17 +179,13 @@ def check_not_cancelled(run: Run) -> None:
 def check_not_moving(run: Run) -> None:
     """Raise UsageError if a run takes no changes, because it is being or was moved."""
     if run.pause is not None and run.pause.cause is PauseCause.MOVED_TO:
-        raise UsageError(
-            f"run {run.name!r} was {run.pause.message} and goes on there; name that database with --db"
-        )
+        raise UsageError(f"run {run.name!r} was {run.pause.message} and goes on there; name that database with --db")
     _check_whole(run)
 
 
 def _check_whole(run: Run) -> None:
     if run.pause is not None and run.pause.cause is PauseCause.MOVING_FROM:
-        raise UsageError(
-            f"run {run.name!r} is still {run.pause.message}; finish that with the same `lbr move` first"
-        )
+        raise UsageError(f"run {run.name!r} is still {run.pause.message}; finish that with the same `lbr move` first")
 
 
 def check_not_removing(run: Run) -> None:
@@ -268,9 +262,7 @@ async def resume(database: Database, run: Run, *, moved: bool = True, **budget: 
     return await _set_state(database, run, {"state": RunState.ACTIVE} | NOT_PAUSED | budget, check)
 
 
-async def _set_state(
-    database: Database, run: Run, values: dict[str, Any], check: Callable[[Run], None]
-) -> Run:
+async def _set_state(database: Database, run: Run, values: dict[str, Any], check: Callable[[Run], None]) -> Run:
     async def work(connection: Connection) -> Run:
         current = await hold(connection, run)
         check_not_cancelled(current)
@@ -319,9 +311,7 @@ async def cancel(database: Database, run: Run) -> int:
         after = page[-1][0]
 
 
-async def _cancel_page(
-    database: Database, run: Run, after: int, connection: Connection
-) -> list[tuple[int, str]]:
+async def _cancel_page(database: Database, run: Run, after: int, connection: Connection) -> list[tuple[int, str]]:
     if (await hold_states(connection, [run.id]))[run.id] is not RunState.CANCELLED:
         return []  # a retry made it active meanwhile, and puts the jobs back
     query = (

@@ -347,11 +347,7 @@ def _pause_of(state: str, reason: str) -> dict[str, str | None]:
     move = Move(place)
     if before is not None:
         cancelled = before == RunState.CANCELLED
-        move = (
-            Move(place, RunState.CANCELLED)
-            if cancelled
-            else Move(place, RunState.PAUSED, _cause_of(before), before)
-        )
+        move = Move(place, RunState.CANCELLED) if cancelled else Move(place, RunState.PAUSED, _cause_of(before), before)
     return {
         "pause_cause": way.replace(" ", "_"),
         "pause_message": f"{way} {place}",
@@ -407,9 +403,7 @@ def applied_version(connection: Connection) -> int:
     return max(versions, default=0)
 
 
-def migrate(
-    connection: Connection, now: int, dead_workers: Callable[[Iterable[WorkerId]], list[WorkerId]]
-) -> None:
+def migrate(connection: Connection, now: int, dead_workers: Callable[[Iterable[WorkerId]], list[WorkerId]]) -> None:
     """Apply what is missing and record it, in the caller's transaction. Safe to repeat.
 
     Raises DatabaseError, and changes nothing, while workers of an older version report; `dead_workers` returns those

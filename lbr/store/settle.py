@@ -137,9 +137,7 @@ async def settle_within(connection: Connection, database: Database, batch: Seque
     if len(statuses) != len({s.claim.job_id for s in batch}):
         batch = await _without_removed_runs(connection, batch, statuses)
     mine, stale = await _sort_by_fence(connection, batch, statuses)
-    judged = await judge_failures(
-        connection, mine, {one.job_id: one.answerer for one in statuses.values()}, now
-    )
+    judged = await judge_failures(connection, mine, {one.job_id: one.answerer for one in statuses.values()}, now)
     mine = judged.settlements
     both = [*mine, *stale] if stale else mine
     pauses = _pauses(mine, both, statuses) | judged.pauses
@@ -238,9 +236,7 @@ async def _targets(
     return [resting_state(states[s.claim.run_id]) if s.state is JobState.PENDING else s.state for s in mine]
 
 
-async def _update_jobs(
-    connection: Connection, mine: list[Settlement], targets: list[JobState], now: Millis
-) -> None:
+async def _update_jobs(connection: Connection, mine: list[Settlement], targets: list[JobState], now: Millis) -> None:
     rows = []
     for s, to in zip(mine, targets, strict=True):
         claim = s.claim
@@ -353,9 +349,7 @@ def _tokens_used(settlement: Settlement) -> int:
     return (usage.input_tokens or 0) + (usage.output_tokens or 0)
 
 
-def _pauses(
-    mine: list[Settlement], both: list[Settlement], statuses: dict[int, JobStatus]
-) -> dict[RunId, Paused]:
+def _pauses(mine: list[Settlement], both: list[Settlement], statuses: dict[int, JobStatus]) -> dict[RunId, Paused]:
     """Return the runs to pause: those whose account does not work, or whose cost is limited but not known."""
     pauses: dict[RunId, Paused] = {}
     limited = {job.job_id: job.answerer for job in statuses.values() if job.budget_nanos is not None}

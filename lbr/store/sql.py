@@ -91,9 +91,7 @@ WITH RECURSIVE places(place) AS (
 def _in_list(element: any_of, compiler: SQLCompiler, **options: Any) -> str:
     what, given = element.clauses
     text = compiler.process(given, **options)
-    chosen = (
-        _KEYS % (text, text) if isinstance(what.type, LargeBinary) else f"SELECT value FROM json_each({text})"
-    )
+    chosen = _KEYS % (text, text) if isinstance(what.type, LargeBinary) else f"SELECT value FROM json_each({text})"
     return f"{compiler.process(what, **options)} IN ({chosen})"
 
 
@@ -110,9 +108,7 @@ class Rows:
     For SQLite's form, a field that goes into a VALUES clause must not have its column's name.
     """
 
-    def __init__(
-        self, fields: Mapping[str, ColumnElement[Any]], insert: Callable[..., Any], *, arrays: bool
-    ) -> None:
+    def __init__(self, fields: Mapping[str, ColumnElement[Any]], insert: Callable[..., Any], *, arrays: bool) -> None:
         self._fields = fields
         self._insert = insert
         self._arrays = arrays
@@ -120,9 +116,7 @@ class Rows:
     def __getitem__(self, name: str) -> ColumnElement[Any]:
         return self._fields[name]
 
-    def insert_into(
-        self, table: Table, values: Mapping[str, ColumnElement[Any]], *, where: Sequence[Any] = ()
-    ) -> Any:
+    def insert_into(self, table: Table, values: Mapping[str, ColumnElement[Any]], *, where: Sequence[Any] = ()) -> Any:
         """Return the INSERT of one row of `values` for each row, joined as `where` says."""
         if not self._arrays and not where:
             return self._insert(table).values(dict(values))
@@ -218,9 +212,7 @@ class PreparedQuery:
         sqlite = dialect(paramstyle="qmark")
         compiled = self.statement.compile(dialect=sqlite)
         if compiled.literal_execute_params or compiled.post_compile_params:
-            raise TypeError(
-                "expected a statement whose text never changes, got: one that depends on its values"
-            )
+            raise TypeError("expected a statement whose text never changes, got: one that depends on its values")
         bound = [compiled.binds[name] for name in compiled.positiontup or []]
         return str(compiled), [(one, one.type.bind_processor(sqlite)) for one in bound]
 

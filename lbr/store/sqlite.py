@@ -212,9 +212,7 @@ class SQLiteDatabase(Database):
             await connection.exec_driver_sql(f"PRAGMA busy_timeout = {reader_ms}")
             try:
                 return not (await connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")).one()[0]
-            except (
-                DBAPIError
-            ):  # locked, or the disk is full; what does not pass, the next transaction reports
+            except DBAPIError:  # locked, or the disk is full; what does not pass, the next transaction reports
                 return False
             finally:
                 await connection.exec_driver_sql(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
@@ -233,9 +231,7 @@ class SQLiteDatabase(Database):
                 files.create_private(self.path)
                 await self._use_wal()
                 await self.write(
-                    lambda connection: connection.run_sync(
-                        schema.migrate, self._clock(), self.presence.dead_workers
-                    )
+                    lambda connection: connection.run_sync(schema.migrate, self._clock(), self.presence.dead_workers)
                 )
 
     async def _use_wal(self) -> None:
@@ -308,9 +304,7 @@ async def sole_worker(url: PathOrUrl) -> AsyncIterator[None]:
         ownership.check_ours(file, path)
         lock.acquire()
     except Timeout:
-        raise AlreadyRunningError(
-            f"an exclusive worker of {path} is running already; nothing to do"
-        ) from None
+        raise AlreadyRunningError(f"an exclusive worker of {path} is running already; nothing to do") from None
     except OSError as error:
         raise DatabaseError(
             f"expected a lock for the exclusive worker at {lock.lock_file}, got: {error.strerror or error}; make the "

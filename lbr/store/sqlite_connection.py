@@ -474,9 +474,7 @@ def database_errors(path: Path) -> Iterator[None]:
     except SQLAlchemyError as error:
         raise DatabaseError(f"cannot use the database {path}: {error}") from error
     except UnicodeDecodeError as error:  # sqlite3's own words about a schema whose names are no text
-        raise DatabaseError(
-            f"cannot use the database {path}: its schema is damaged; restore a copy"
-        ) from error
+        raise DatabaseError(f"cannot use the database {path}: its schema is damaged; restore a copy") from error
     except OverflowError as error:  # lbr's own numbers are far from it
         raise MisfitError(
             f"cannot use the database {path}: a number in it is so large that a sum with it is too large to write; {REPAIR}"

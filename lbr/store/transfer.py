@@ -55,9 +55,7 @@ def _bytes(column: Any) -> Any:
 
 
 _ATTEMPT_BYTES = select(func.sum(_bytes(attempts.c.text))).where(attempts.c.job_id == prompts.c.job_id)
-_JOB_BYTES = (
-    _bytes(prompts.c.body) + _bytes(results.c.text) + func.coalesce(_ATTEMPT_BYTES.scalar_subquery(), 0)
-)
+_JOB_BYTES = _bytes(prompts.c.body) + _bytes(results.c.text) + func.coalesce(_ATTEMPT_BYTES.scalar_subquery(), 0)
 _BYTES = case((items.c.first == 1, _JOB_BYTES), else_=0) + _bytes(items.c.metadata)
 _ITEMS = (
     select(items.c.job_id, _BYTES.label("bytes"), prompts.c.key, *(items.c[name] for name in _ITEM))

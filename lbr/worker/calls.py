@@ -178,9 +178,7 @@ class Calls:
         )
         while True:
             try:
-                outcome = await attempt(
-                    served.model, served.validator, request, self._deadlines, served.late_calls
-                )
+                outcome = await attempt(served.model, served.validator, request, self._deadlines, served.late_calls)
                 break
             except OutOfFilesError:
                 self._warn_once("out of files", f"{exhausted_message()}; calls wait until one is free")
@@ -335,7 +333,5 @@ class Calls:
         if self._settling is None:
             return
         await asyncio.wait([self._settling])
-        if (
-            self._settling.cancelled() and self.settler.unwritten
-        ):  # by an event loop that ends, with all its tasks
+        if self._settling.cancelled() and self.settler.unwritten:  # by an event loop that ends, with all its tasks
             self.error = self.error or DatabaseError("the event loop ended before all answers were written")

@@ -73,9 +73,7 @@ class Completion:
                 continue
             if pause.cause is PauseCause.MOVED_TO:
                 if self._named:
-                    self._notify(
-                        f"run {run.name} was {pause.message} and goes on there; name that database with --db"
-                    )
+                    self._notify(f"run {run.name} was {pause.message} and goes on there; name that database with --db")
             elif one.open and (self._named or (run.id in self._runs.served and not pause.cause.is_move)):
                 paused[run.name] = pause
         return paused

@@ -159,9 +159,7 @@ async def _settle_file(database: Database, path: Path, place: Path, notify: Call
         os.unlink(path)
     if ours:
         late = f", {stale} came too late" * bool(stale)
-        notify(
-            f"wrote {pluralize(taken, 'answer')} that {'was' if taken == 1 else 'were'} kept in {path}{late}"
-        )
+        notify(f"wrote {pluralize(taken, 'answer')} that {'was' if taken == 1 else 'were'} kept in {path}{late}")
 
 
 def _with_known_claim(settlement: Settlement, jobs: Sequence[reads.JobStanding]) -> Settlement | None:

@@ -205,11 +205,7 @@ def check_tells_cost(run: Run) -> None:
         )
     if not tells_cost(run.task, run.price):
         problem = table_problem()
-        why = (
-            f"and the price table cannot be loaded ({problem})"
-            if problem
-            else "which the price table does not have"
-        )
+        why = f"and the price table cannot be loaded ({problem})" if problem else "which the price table does not have"
         raise UsageError(
             f"cannot limit the cost of run {run.name!r}: no price is known for {run.task.answerer}, {why}; repeat the "
             f"enqueue with --price in=…,out=…"

@@ -60,9 +60,7 @@ def linger_seconds(usual: Commit, call_seconds: float) -> float:
     that calls that end one by one share a commit; nothing for calls that are too quick for the event loop's clock.
     """
     part = call_seconds / 50
-    return min(
-        MAX_LINGER_SECONDS, max(3 * usual.hindered_seconds, part if part >= MIN_LINGER_SECONDS else 0.0)
-    )
+    return min(MAX_LINGER_SECONDS, max(3 * usual.hindered_seconds, part if part >= MIN_LINGER_SECONDS else 0.0))
 
 
 def batch_size(usual: Commit, call_seconds: float) -> int:

@@ -77,9 +77,7 @@ class Worker:
         self._rng = rng or Random()  # noqa: S311 - jitter
         self._start_limits = StartLimits(database, options)
         limits_cost, room = options.max_cost is not None, open_files.room()
-        self._runs = ServableRuns(
-            authority, concurrency=options.concurrency, room=room, limits_cost=limits_cost
-        )
+        self._runs = ServableRuns(authority, concurrency=options.concurrency, room=room, limits_cost=limits_cost)
         self._completion = Completion(self._runs, named=run_names is not None, notify=notify)
         self.report = WorkReport()
         self._claimer = Claimer(database, self._runs.served, lease=options.lease)

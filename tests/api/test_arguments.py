@@ -65,7 +65,9 @@ async def test_an_array_without_a_dimension_is_no_list_of_prompts() -> None:
 async def test_the_way_out_fits_the_table() -> None:
     """What is named instead is there: a column of it, or its rows as records."""
     frame = pl.DataFrame({"prompt": ["a", "b"], "topic": ["x", "y"]})
-    words = r'df\["prompt"\]\.to_list\(\), or for records df\.to_dict\("records"\) in pandas, df\.to_dicts\(\) in polars$'
+    words = (
+        r'df\["prompt"\]\.to_list\(\), or for records df\.to_dict\("records"\) in pandas, df\.to_dicts\(\) in polars$'
+    )
     for given in (frame, DataFrame()):
         with pytest.raises(UsageError, match=words):
             await lbr.prompt_map(given, up)  # type: ignore[arg-type]
@@ -226,9 +228,7 @@ async def test_every_argument_of_every_function_is_looked_at() -> None:
         if not inspect.iscoroutinefunction(function):
             continue
         parameters = inspect.signature(function).parameters
-        known = {
-            one: needed[one] for one, parameter in parameters.items() if parameter.default is parameter.empty
-        }
+        known = {one: needed[one] for one, parameter in parameters.items() if parameter.default is parameter.empty}
         if name in {"prompt_map", "enqueue"}:
             known |= {"worker" if name == "prompt_map" else "function": up, "run": "r"}
         if name == "estimate":

@@ -52,9 +52,7 @@ def change(db_url: str, *statements: str) -> None:
             file.execute(statement)
 
 
-async def examined(
-    db_url: str, clock: Callable[[], Millis] | None = None, **options: Any
-) -> dict[str, list[Finding]]:
+async def examined(db_url: str, clock: Callable[[], Millis] | None = None, **options: Any) -> dict[str, list[Finding]]:
     """Return the findings by their check."""
     return by_check(findings(await health.examine(db_url, clock=clock, **options)))
 
@@ -233,15 +231,11 @@ def test_counters_are_fixed_while_workers_go_on(cli: Cli, tmp_path: Path) -> Non
     (counters,) = printed(looked)["counters"]
     assert counters["gravity"] == "error"
     assert counters["do"] == "`lbr doctor --fix` fixes them, while workers go on"
-    fixed, sound = [
-        printed(cli("doctor", *flags, "--json", check=False))["counters"] for flags in (["--fix"], [])
-    ]
+    fixed, sound = [printed(cli("doctor", *flags, "--json", check=False))["counters"] for flags in (["--fix"], [])]
     assert [one["gravity"] for one in fixed] == ["note"]
     assert fixed[0]["found"].startswith("differed and are fixed: run r: input_tokens")
     assert [one["gravity"] for one in sound] == ["ok"]
-    assert cli.query("SELECT count(*) FROM jobs WHERE state = 'done'")[0][0] < 400, (
-        "the workers were done too soon"
-    )
+    assert cli.query("SELECT count(*) FROM jobs WHERE state = 'done'")[0][0] < 400, "the workers were done too soon"
     assert [worker.wait(120) for worker in workers] == [0, 0]
     assert [row["result"] for row in cli.collect("r")] == [f"p{n}" for n in range(400)]
     assert printed(cli("doctor", "--json", check=False))["counters"][0]["gravity"] == "ok"
@@ -318,9 +312,7 @@ async def test_newer_and_older_schemas_are_found(database: Database, db_url: str
     assert (await health.examine(db_url)).version == schema.LATEST - 1
 
 
-async def test_a_bad_task_does_not_hide_other_findings(
-    database: Database, db_url: str, tmp_path: Path
-) -> None:
+async def test_a_bad_task_does_not_hide_other_findings(database: Database, db_url: str, tmp_path: Path) -> None:
     """A stored task that cannot be read is an error among the other findings."""
     await put(database, ["a"])
     character = "chr" if is_postgresql(db_url) else "char"
@@ -341,8 +333,7 @@ def test_words_of_the_command(cli: Cli, tmp_path: Path) -> None:
     done = cli("doctor", check=False)
     assert done.returncode == GRAVE
     assert (
-        "warning  runs: run r: paused with 1 job to do: the moon\n         fix it, then `lbr resume r`\n"
-        in done.stdout
+        "warning  runs: run r: paused with 1 job to do: the moon\n         fix it, then `lbr resume r`\n" in done.stdout
     )
     assert "warning" in done.stderr
     assert json.loads(cli("doctor", "--json", check=False).stdout.splitlines()[0])["check"]
@@ -465,9 +456,7 @@ async def test_other_files_are_found(tmp_path: Path, what: str, words: str) -> N
     path.unlink()
     match what:
         case "text":
-            path.write_text(
-                "some text that is longer than the header of a database, which has a hundred bytes " * 9
-            )
+            path.write_text("some text that is longer than the header of a database, which has a hundred bytes " * 9)
         case "first page":
             path.write_bytes(data[:100] + b"\xff" * 3_996 + data[4_096:])
         case "cut":
@@ -631,9 +620,7 @@ async def test_settings_of_the_server_are_found(own_server: postgres.Server) -> 
     database = await open_database(url, create=True)
     await put(database, ["a"])
     found = await examined(url)
-    assert found["settings"][0].found.startswith(
-        "fsync = off: a crash of the server can damage the database; full_"
-    )
+    assert found["settings"][0].found.startswith("fsync = off: a crash of the server can damage the database; full_")
     for name, value in (("fsync", "on"), ("full_page_writes", "on"), ("autovacuum", "off")):
         postgres.execute(url, f"ALTER SYSTEM SET {name} = {value}")
     postgres.execute(url, "ALTER ROLE postgres SET synchronous_commit = off")

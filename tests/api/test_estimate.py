@@ -62,9 +62,7 @@ def test_time_is_the_longest_of_the_limits(
     assert time_at_limits(100, 5_000, limits) == (seconds, bound_by)
 
 
-@pytest.mark.parametrize(
-    ("nanos", "few"), [(0, 0), (123, 123), (123_456, 123_500), (98_765_432_100, 98_770_000_000)]
-)
+@pytest.mark.parametrize(("nanos", "few"), [(0, 0), (123, 123), (123_456, 123_500), (98_765_432_100, 98_770_000_000)])
 def test_an_estimate_has_four_digits(nanos: int, few: int) -> None:
     """More would look like knowledge."""
     assert rounded(nanos) == few

@@ -272,9 +272,7 @@ async def test_a_held_job_keeps_a_run(urls: tuple[str, str], monkeypatch: pytest
     monkeypatch.setattr(transfer, "depart", claimed)
     with pytest.raises(DatabaseError, match="changed while it was copied"):
         await lbr.move("r", db_url=source, to_url=target)
-    with pytest.raises(
-        UsageError, match=r"is paused, with 0 jobs to do and 1 held by workers; wait until no"
-    ):
+    with pytest.raises(UsageError, match=r"is paused, with 0 jobs to do and 1 held by workers; wait until no"):
         await lbr.move("r", db_url=source, to_url=target)
     await database.close()
 
@@ -283,9 +281,7 @@ async def test_active_runs_are_refused(urls: tuple[str, str], tmp_path: Path) ->
     """A run with jobs to do is paused first; one that is finished may go as it is."""
     source, target = urls
     await lbr.enqueue(["a"], run="r", model="offline:echo", db_url=source)
-    with pytest.raises(
-        UsageError, match=r"'r' is active, with 1 job to do and 0 held by workers; `lbr pause r`, wait"
-    ):
+    with pytest.raises(UsageError, match=r"'r' is active, with 1 job to do and 0 held by workers; `lbr pause r`, wait"):
         await lbr.move("r", db_url=source, to_url=target)
     assert not (tmp_path / "target.db").exists()
     await lbr.work(db_url=source)
@@ -293,9 +289,7 @@ async def test_active_runs_are_refused(urls: tuple[str, str], tmp_path: Path) ->
     assert (await lbr.status("r", db_url=target)).runs[0].state == "active"
 
 
-async def test_kept_answers_come_along(
-    urls: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_kept_answers_come_along(urls: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers that wait in a file are taken up before the run leaves, and not called for again where it goes on."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     source, target = urls
@@ -387,10 +381,7 @@ async def test_states_come_along(urls: tuple[str, str]) -> None:
     await lbr.cancel("cancelled", db_url=source)
     for name in ("paused", "cancelled"):
         await lbr.move(name, db_url=source, to_url=target)
-    found = {
-        run.run: (run.state, run.pause_cause, run.pause_message)
-        for run in (await lbr.status(db_url=target)).runs
-    }
+    found = {run.run: (run.state, run.pause_cause, run.pause_message) for run in (await lbr.status(db_url=target)).runs}
     assert found == {"paused": ("paused", "user", "no credit"), "cancelled": ("cancelled", None, None)}
 
 
@@ -425,9 +416,7 @@ async def test_a_copy_that_rests_keeps_its_mark(urls: tuple[str, str]) -> None:
     assert (await lbr.move("r", db_url=source, to_url=target)).known
 
 
-async def test_a_half_done_copy_takes_no_changes(
-    urls: tuple[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_half_done_copy_takes_no_changes(urls: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A half-done copy is not paused, resumed or cancelled; the run may go on where it is."""
     source, target = urls
     await lbr.enqueue(["a"], run="r", model="offline:echo", db_url=source)
@@ -525,10 +514,7 @@ def test_killed_move_goes_on(tmp_path: Path, new_database: Callable[[], str]) ->
     done = json.loads(cli("move", "runs.db", target, "in", "--json").stdout)
     assert (done["inputs"], done["jobs"], done["answers"]) == (10_000, 9_000, 9_000)
     assert "was moved before to" in cli("move", "runs.db", target, "in").stdout
-    assert (
-        "and goes on there: calls that workers make for it here are paid for again"
-        in cli("resume", "in").stderr
-    )
+    assert "and goes on there: calls that workers make for it here are paid for again" in cli("resume", "in").stderr
     assert cli("resume", "in").stderr == ""
     assert there.collect("in") == cli.collect("in")
     with postgres.connect(target) as connection:

@@ -68,9 +68,7 @@ async def live(db_url: str) -> AsyncIterator[Database]:
     await opened.close()
 
 
-async def enqueue_for(
-    database: Database, function: Callable[..., Any], prompts: list[str], price: Price
-) -> Run:
+async def enqueue_for(database: Database, function: Callable[..., Any], prompts: list[str], price: Price) -> Run:
     """Put prompts into a run `r` that a test's function answers at a price."""
     identity = identify(function)
     task = Task(function=identity.name, version=identity.version, fingerprint=identity.fingerprint)
@@ -125,9 +123,7 @@ class TestRuns:
             await runs.open_run(database, runs.RunSpec("r", ECHO, 8, price=PRICE))
         assert (await reads.find_run(database, "r")).price is None
 
-    async def test_the_part_of_the_cost_without_answers_is_counted(
-        self, database: Database, clock: Clock
-    ) -> None:
+    async def test_the_part_of_the_cost_without_answers_is_counted(self, database: Database, clock: Clock) -> None:
         """Failed tries and late answers count as wasted, answers do not; the counts are those of the rows."""
         run = await put(database, ["a", "b"])
         queue = Queue(database)
@@ -218,7 +214,9 @@ class TestWorkers:
         assert f"cost {dollars(cost)}\n  price of calls in=0.15,out=0.6," in words
         story = json.loads(cli("show", "r", "0", "--json").stdout)
         assert story["cost_nanos"] == story["input_tokens"] * 150 + story["output_tokens"] * 600
-        line = f"  tokens {story['input_tokens']} in, {story['output_tokens']} out, cost {dollars(story['cost_nanos'])}\n"
+        line = (
+            f"  tokens {story['input_tokens']} in, {story['output_tokens']} out, cost {dollars(story['cost_nanos'])}\n"
+        )
         assert line in cli("show", "r", "0").stdout
 
     @pytest.mark.processes
@@ -275,9 +273,7 @@ class TestWorkers:
 class TestPause:
     """A run that may cost so much only is paused when nobody knows what a call cost."""
 
-    async def test_an_answer_without_a_cost_pauses_the_run_and_is_kept(
-        self, database: Database, clock: Clock
-    ) -> None:
+    async def test_an_answer_without_a_cost_pauses_the_run_and_is_kept(self, database: Database, clock: Clock) -> None:
         """So are those that are in flight; then nothing is claimed until somebody resumes."""
         run, worker = await put(database, [f"p{n}" for n in range(20)]), await worker_of(database)
         await limits.set_budget(database, run.id, 10**9)
@@ -304,9 +300,7 @@ class TestPause:
         await limits.set_budget(database, run.id, 10**9)
         (first,) = await claim(database, worker, run)
         (reason,) = (await settle(database, [answered(first)])).paused.values()
-        assert reason.message.startswith(
-            "its calls report no cost, because offline:echo does not count their tokens"
-        )
+        assert reason.message.startswith("its calls report no cost, because offline:echo does not count their tokens")
 
     @pytest.mark.parametrize(
         ("failure", "pauses"),
@@ -469,13 +463,9 @@ class TestBrokenTable:
         limited = bench.cli("worker", "--run", "opena", "--max-cost", "1", check=False)
         resumed = bench.cli("resume", "opena", "--max-cost", "1", check=False)
         served = bench.cli("worker", "--run", "anthr", check=False)
-        added = bench.cli(
-            "enqueue", "in.txt", "--run", "x", "--model", "anthropic:claude-sonnet-4-5", check=False
-        )
+        added = bench.cli("enqueue", "in.txt", "--run", "x", "--model", "anthropic:claude-sonnet-4-5", check=False)
         for done in (limited, resumed, served, added):
             assert (done.returncode, told in done.stderr) == (2, True), done.stderr
         estimated = bench.cli("estimate", "in.txt", "--model", MINI)
-        assert (
-            f"price unknown, for the price table cannot be loaded ({told}): give --price" in estimated.stdout
-        )
+        assert f"price unknown, for the price table cannot be loaded ({told}): give --price" in estimated.stdout
         assert bench.calls == 0

@@ -66,9 +66,7 @@ def llmock() -> Iterator[str]:
         yield url
 
 
-def rows_of(
-    path: str, query: str = "SELECT idx, prompt, status, result FROM results ORDER BY idx"
-) -> list[Any]:
+def rows_of(path: str, query: str = "SELECT idx, prompt, status, result FROM results ORDER BY idx") -> list[Any]:
     """Read a results database as anybody would."""
     connection = sqlite3.connect(path)
     try:
@@ -146,9 +144,7 @@ async def test_frame_has_what_the_rows_have() -> None:
         "c",
     ]
     frame = await prompt_map(records, model_name="offline:echo", return_dtype="polars", run="three")
-    plain = await prompt_map(
-        [{"prompt": "c", "id": "x"}, *records], model_name="offline:echo", return_dtype="polars"
-    )
+    plain = await prompt_map([{"prompt": "c", "id": "x"}, *records], model_name="offline:echo", return_dtype="polars")
     assert plain.schema == dict.fromkeys(frame.columns, pl.String) | {"idx": pl.Int64}
     assert frame.schema == dict(plain.schema) | {"id": pl.Int64}
     assert frame["id"].to_list() == [7, None, None]
@@ -156,9 +152,7 @@ async def test_frame_has_what_the_rows_have() -> None:
     found = [None if text is None else json.loads(text) for text in frame["metadata"]]
     assert found == [{"topic": "x", "score": 1.5}, {"tags": [None, "ä"]}, None]
     rows = await prompt_map(records, model_name="offline:echo")
-    assert [(row.get("id"), row.get("metadata")) for row in rows] == list(
-        zip(frame["id"], found, strict=True)
-    )
+    assert [(row.get("id"), row.get("metadata")) for row in rows] == list(zip(frame["id"], found, strict=True))
     names = ", ".join(frame.columns)
     assert frame.rows() == rows_of(
         "runs-results.db",
@@ -209,9 +203,7 @@ async def test_more_prompts_reuse_earlier_answers(calls: Calls, db_url: str) -> 
 
 
 @pytest.mark.parametrize("shape", ["unique", "original"])
-async def test_fewer_prompts_get_their_rows_alone(
-    shape: str, db_url: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+async def test_fewer_prompts_get_their_rows_alone(shape: str, db_url: str, capfd: pytest.CaptureFixture[str]) -> None:
     """A run that holds more than this call asks gives back what was asked; the results database keeps all of it."""
     given: dict[str, Any] = {"run": "my", "db_url": db_url, "results_db_url": "answers.db"}
     await prompt_map(["a", "b", "a", "c"], shout, output_shape=shape, **given)
@@ -222,10 +214,7 @@ async def test_fewer_prompts_get_their_rows_alone(
         "list[str]": expected,
         "list[tuple[str,str]]": [(one.lower(), one) for one in expected],
     }.items():
-        assert (
-            await prompt_map(["a", "b", "a"], shout, output_shape=shape, return_dtype=dtype, **given)
-            == answer
-        )
+        assert await prompt_map(["a", "b", "a"], shout, output_shape=shape, return_dtype=dtype, **given) == answer
     rows = await prompt_map(["a", "b", "a"], shout, output_shape=shape, **given)
     assert [(row["idx"], row["result"]) for row in rows] == list(enumerate(expected))
     frame = await prompt_map(["a", "b", "a"], shout, output_shape=shape, return_dtype="polars", **given)
@@ -449,9 +438,7 @@ async def test_numbers_that_json_has_not(record: dict[str, Any], field: str, got
         with pytest.raises(InputError, match=f"^prompts, line 2: {re.escape(words)}$"):
             await asking()
     for settings in ({"temperature": math.nan}, {"extra_body": {"x": [math.inf]}}):
-        with pytest.raises(
-            UsageError, match=r"expected settings\.(temperature|extra_body\.x\[0\]) to be a JSON"
-        ):
+        with pytest.raises(UsageError, match=r"expected settings\.(temperature|extra_body\.x\[0\]) to be a JSON"):
             await prompt_map(["a"], model_name="offline:echo", settings=settings)
     assert not Path("runs.db").exists()
     rows = await prompt_map([{"prompt": "a", "score": None, "least": 5e-324, "most": 1.7e308}], shout)
@@ -461,9 +448,7 @@ async def test_numbers_that_json_has_not(record: dict[str, Any], field: str, got
 async def test_a_record_without_a_value_for_the_template() -> None:
     """None is not written into a prompt that is paid for; a condition in the template says what stands for it."""
     records: list[Any] = [{"topic": "rivers"}, {"topic": None}]
-    with pytest.raises(
-        InputError, match="^prompts, line 2: every field that the template shows is empty: 'topic'"
-    ):
+    with pytest.raises(InputError, match="^prompts, line 2: every field that the template shows is empty: 'topic'"):
         await prompt_map(records, shout, template="About {{ topic }}")
     assert not Path("runs.db").exists()
     rows = await prompt_map(records, shout, template="About {{ topic or 'lakes' }}", return_dtype="list[str]")
@@ -572,13 +557,9 @@ async def test_teardown_spares_what_is_not_done_or_not_ours(capfd: pytest.Captur
     assert Path("other.db").exists()
     assert "holds other runs" in capfd.readouterr().err
     await prompt_map(["a"], shout, db_url="used.db")
-    program = (
-        "import sqlite3, sys; c = sqlite3.connect('used.db'); c.execute('SELECT 1 FROM jobs').fetchone(); "
-    )
+    program = "import sqlite3, sys; c = sqlite3.connect('used.db'); c.execute('SELECT 1 FROM jobs').fetchone(); "
     program += "print('open', flush=True); sys.stdin.read()"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    holder = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "open\n"
     await prompt_map(["a"], shout, db_url="used.db", teardown=True)

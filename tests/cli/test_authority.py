@@ -34,9 +34,7 @@ ANSWER = json.dumps(
         "object": "chat.completion",
         "created": 1_700_000_000,
         "model": "gpt-4o-mini",
-        "choices": [
-            {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "fine"}}
-        ],
+        "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "fine"}}],
         "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
     }
 )
@@ -137,9 +135,7 @@ async def test_a_job_with_such_settings_fails_at_once(
     monkeypatch.setenv("OPENAI_BASE_URL", own.url)
     settings = attacks(attacker.url)[number]
     model = PydanticAIModel(MODEL, task_settings={})
-    asked = Request(
-        prompt=Prompt(text="x"), task=Task(model=MODEL), job_id=JobId(1), seq=1, settings=settings
-    )
+    asked = Request(prompt=Prompt(text="x"), task=Task(model=MODEL), job_id=JobId(1), seq=1, settings=settings)
     with pytest.raises(Permanent) as caught:
         await model.answer(asked)
     assert caught.value.family is Family.PERMANENT
@@ -249,9 +245,7 @@ def test_stored_messages_of_other_types_are_none(body: str) -> None:
         ("prompts", "body", "x'ff00'", "expected body of prompts to be text, got: blob"),
     ],
 )
-def test_a_file_of_wrong_types_is_an_error(
-    tmp_path: Path, table: str, column: str, value: str, says: str
-) -> None:
+def test_a_file_of_wrong_types_is_an_error(tmp_path: Path, table: str, column: str, value: str, says: str) -> None:
     """Whatever another program wrote into the file, a worker tells what and where, and does not break down or wait."""
     cli = Cli(tmp_path)
     (tmp_path / "in.txt").write_text("one\ntwo\n")
@@ -261,8 +255,7 @@ def test_a_file_of_wrong_types_is_an_error(
         connection.execute(f"UPDATE {table} SET {column} = {value}")
         connection.commit()
     told = [
-        cli(*command, check=False)
-        for command in (("worker", "--until", "empty"), ("collect", "in", "-o", "o.csv"))
+        cli(*command, check=False) for command in (("worker", "--until", "empty"), ("collect", "in", "-o", "o.csv"))
     ]
     failed = [done for done in told if done.returncode == 1]
     assert failed, told

@@ -102,9 +102,7 @@ def refuse(folder: Path, wrong: Case, prefix: tuple[str, ...] = ()) -> None:
     """Check that a command is refused as it should be, and that everything in the folder is as it was."""
     write(folder, wrong.files)
     before = contents(folder)
-    code, out, error = lbr(
-        folder, *wrong.arguments, stdin=wrong.stdin, environment=wrong.environment, prefix=prefix
-    )
+    code, out, error = lbr(folder, *wrong.arguments, stdin=wrong.stdin, environment=wrong.environment, prefix=prefix)
     assert (code, out) == (wrong.code, ""), error
     missing = [words for words in wrong.says if words not in error]
     assert not missing, (missing, error)
@@ -418,9 +416,7 @@ def test_a_known_run_and_older_outputs_stay_as_they_are(wrong: Case, held: Path)
     "wrong",
     [
         case("retry nobody --where status=done", "no run named 'nobody'", "runs here: p"),
-        case(
-            "retry p --where length", "family=transient|", "error~TEXT", "finish_reason=WORD", "got: 'length'"
-        ),
+        case("retry p --where length", "family=transient|", "error~TEXT", "finish_reason=WORD", "got: 'length'"),
         case("retry p --where family=bad", "bad_answer", "got: 'family=bad'"),
         case("retry p --where status=pending", "status=failed|cancelled|done", "got: 'status=pending'"),
         case("retry p --where error~", "error~TEXT", "got: 'error~'"),
@@ -440,9 +436,7 @@ def test_a_known_run_and_older_outputs_stay_as_they_are(wrong: Case, held: Path)
             "--reparse checks all bad answers",
             "without --where and --set",
         ),
-        case(
-            "retry p --reparse --set seed=1", "--reparse checks all bad answers", "without --where and --set"
-        ),
+        case("retry p --reparse --set seed=1", "--reparse checks all bad answers", "without --where and --set"),
         case("retry p --result-type fns:fn", "--result-type needs --reparse", "lbr worker"),
         case("retry p --reparse --result-type none:T", "'none:T'", "No module named 'none'"),
         case("retry p --reparse --result-type fns:fn", "'fns:fn'", "pydantic BaseModel", files=FUNCTIONS),
@@ -575,9 +569,7 @@ def test_permissions_are_told_of(
         case("status", ".env", "UTF-8", files={".env": b"A=\xff\n"}, name=".env not UTF-8"),
         case("status", ".env", "null byte", files={".env": b"A=a\x00b\n"}, name=".env with NUL"),
         case("status", "lbr.toml", "TOML", files={"lbr.toml": "db = ["}, name="not TOML"),
-        case(
-            "status", "worker in lbr.toml", "a table", "3", files={"lbr.toml": "worker = 3"}, name="no table"
-        ),
+        case("status", "worker in lbr.toml", "a table", "3", files={"lbr.toml": "worker = 3"}, name="no table"),
         case(
             "worker",
             "worker in lbr.toml",
@@ -599,9 +591,7 @@ def test_permissions_are_told_of(
             files={"lbr.toml": "[worker]\nexclusive = 'yes'"},
             name="a switch in words",
         ),
-        case(
-            "status", "none.toml", "No such file", environment={"LBR_CONFIG": "none.toml"}, name="no settings"
-        ),
+        case("status", "none.toml", "No such file", environment={"LBR_CONFIG": "none.toml"}, name="no settings"),
         case("status", "expected . to be TOML", environment={"LBR_CONFIG": "."}, name="settings in a folder"),
         case("status", "UTF-8", "LC_ALL", environment={"LBR_DB": LATIN}, name="twin not UTF-8"),
     ],
@@ -658,9 +648,7 @@ def test_nobody_answers_by_accident(tmp_path: Path, command: str) -> None:
 
 @pytest.mark.parametrize("command", ["enqueue - --run r", "estimate -"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_read_that_waits_for_stdin_can_be_interrupted(
-    number: signal.Signals, command: str, tmp_path: Path
-) -> None:
+def test_a_read_that_waits_for_stdin_can_be_interrupted(number: signal.Signals, command: str, tmp_path: Path) -> None:
     """Ctrl-C ends a command that waits for its first line, quietly and without a trace."""
     with subprocess.Popen(
         [sys.executable, "-m", "lbr", *command.split()],

@@ -214,20 +214,14 @@ def documented_signatures() -> dict[str, inspect.Signature]:
     shown: dict[str, Any] = dict(vars(lbr))
     for block in blocks_of(ROOT / "docs/reference/python.md"):
         exec(compile(block.text, "python.md", "exec"), shown)  # noqa: S102 - our own page
-    return {
-        name: inspect.signature(shown[name])
-        for name in lbr.__all__
-        if inspect.iscoroutinefunction(shown[name])
-    }
+    return {name: inspect.signature(shown[name]) for name in lbr.__all__ if inspect.iscoroutinefunction(shown[name])}
 
 
 @pytest.mark.parametrize("name", [n for n in lbr.__all__ if inspect.iscoroutinefunction(getattr(lbr, n))])
 def test_signature_is_documented(name: str) -> None:
     """The Python page shows each public function with its real parameters and defaults."""
     real, shown = inspect.signature(getattr(lbr, name)), documented_signatures()[name]
-    assert [(p.name, p.kind) for p in shown.parameters.values()] == [
-        (p.name, p.kind) for p in real.parameters.values()
-    ]
+    assert [(p.name, p.kind) for p in shown.parameters.values()] == [(p.name, p.kind) for p in real.parameters.values()]
     for parameter in real.parameters.values():
         default = shown.parameters[parameter.name].default
         assert default == parameter.default or (default is ... and callable(parameter.default))
@@ -276,9 +270,7 @@ def test_a_twin_is_used(tmp_path: Path) -> None:
     environment = os.environ | {"LBR_ENQUEUE_RUN": "twin", "LBR_ENQUEUE_SET": "latency=0 seed=1"}
     command = [sys.executable, "-m", "lbr", "enqueue", "in.txt", "--model", "offline:echo"]
     done = [
-        subprocess.run(
-            [*command, *flags], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-        )
+        subprocess.run([*command, *flags], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
         for flags in ([], ["--run", "flag"])
     ]
     assert [one.stdout.split(":")[0] for one in done] == ["run twin", "run flag"]
@@ -311,6 +303,4 @@ def test_extras_are_documented() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
     page = (ROOT / "docs/how-to/real-models.md").read_text(encoding="utf-8")
-    assert [
-        extra for extra in extras if extra not in {"polars", "postgres"} and f"[{extra}]" not in page
-    ] == []
+    assert [extra for extra in extras if extra not in {"polars", "postgres"} and f"[{extra}]" not in page] == []

@@ -51,9 +51,7 @@ lbr(["worker"], standalone_mode=False)
 """
 
 
-def test_a_chat_endpoint_is_called_without_pydantic_ai(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_chat_endpoint_is_called_without_pydantic_ai(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A plain task for a chat endpoint is enqueued and answered without the second that pydantic-ai takes."""
     monkeypatch.chdir(tmp_path)
     check = f"{CHAT_JOB}\nimport sys\nprint(sorted({{'pydantic_ai', 'openai'}} & set(sys.modules)))"

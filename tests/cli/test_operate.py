@@ -123,9 +123,7 @@ async def test_a_run_is_removed_from_python(cli: Cli) -> None:
     assert await lbr.remove("first", db_url=cli.outside_url) == 2
 
 
-@pytest.mark.parametrize(
-    "reason", ["it may cost too much", "moving to a new laptop", "its calls report no cost"]
-)
+@pytest.mark.parametrize("reason", ["it may cost too much", "moving to a new laptop", "its calls report no cost"])
 def test_a_reason_is_only_words(cli: Cli, reason: str) -> None:
     """Whatever a user gives as the reason of a pause, the advice is that of a user's pause."""
     enqueue(cli, "r", ["a"])

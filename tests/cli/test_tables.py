@@ -94,9 +94,7 @@ def test_flags_of_csv(cli: Cli) -> None:
 
 def test_numbers_of_jsonl_stay_numbers(cli: Cli) -> None:
     """Metadata have their order and numbers all their digits, and an id is a number where it was one."""
-    metadata = (
-        '{"z":18446744073709551615,"b":-9223372036854775808,"f":0.1,"deep":{"y":1e+300,"x":2.0},"a":"7"}'
-    )
+    metadata = '{"z":18446744073709551615,"b":-9223372036854775808,"f":0.1,"deep":{"y":1e+300,"x":2.0},"a":"7"}'
     fields = metadata[1:-1].split(",", 1)
     lines = [f'{{{fields[0]},"id":7,"prompt":"a",{fields[1]}}}', '{"prompt":"b","id":"7"}']
     (cli.folder / "in.jsonl").write_text("\n".join(lines))

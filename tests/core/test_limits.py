@@ -141,9 +141,7 @@ def test_the_share_refused_follows_the_calls_in_flight() -> None:
     limit = observed(Limit(), refusals=1, answered=500, inflight=50)
     assert limit.answered == 500
     assert limit.refused == pytest.approx(0.02)
-    assert observed(limit, refusals=0, answered=550, inflight=50).refused == pytest.approx(
-        0.02 / math.e, rel=0.05
-    )
+    assert observed(limit, refusals=0, answered=550, inflight=50).refused == pytest.approx(0.02 / math.e, rel=0.05)
     assert observed(limit, refusals=1, answered=5_000, inflight=50).refused == pytest.approx(0.02)
     assert observed(limit, refusals=0, answered=20, inflight=50).refused == limit.refused  # a run was removed
     assert not observed(Limit(), refusals=2, answered=0, inflight=1).refuses_much
@@ -213,9 +211,7 @@ def spent(limit: int, costs: list[int], slots: int, *, bounds: list[int] | None 
         taken = todo[:free]
         if bounds is not None:
             taken = taken[: budget.fitting([bounds[n] for n in taken])]
-        highest = max(
-            [budget.highest, *(bounds[n] for n in taken)] if bounds is not None else [budget.highest]
-        )
+        highest = max([budget.highest, *(bounds[n] for n in taken)] if bounds is not None else [budget.highest])
         del todo[: len(taken)]
         flying += taken
         if not flying:

@@ -147,11 +147,7 @@ def test_the_soft_limit_becomes_the_hard_limit(hard: int) -> None:
 def test_functions_have_all_their_slots(tmp_path: Path) -> None:
     """What makes no connections is not held back: these calls end only when all of them run."""
     (tmp_path / "fn.py").write_text(
-        "import asyncio\n"
-        "meet = asyncio.Barrier(200)\n"
-        "async def f(prompt):\n"
-        "    await meet.wait()\n"
-        "    return prompt\n"
+        "import asyncio\nmeet = asyncio.Barrier(200)\nasync def f(prompt):\n    await meet.wait()\n    return prompt\n"
     )
     (tmp_path / "in.txt").write_text("".join(f"p{n}\n" for n in range(200)))
     cli = limited(tmp_path, "-n 120")
@@ -160,9 +156,7 @@ def test_functions_have_all_their_slots(tmp_path: Path) -> None:
     assert said == "lbr: worker: 200 done, 0 failed\n"
 
 
-async def test_slots_are_held_back_while_a_provider_is_served(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_slots_are_held_back_while_a_provider_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The number is that of the runs that are served, and it is told once."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-this-test")
     database = await open_database(f"sqlite+aiosqlite:///{tmp_path / 'queue.db'}", create=True)

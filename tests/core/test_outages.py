@@ -106,9 +106,7 @@ class TestSuspicion:
     def test_failures_of_a_job_alone_count_for_nothing(self, symptom: Symptom | None) -> None:
         """A read timeout, an exception of a function or a wrong request is no sign of an outage."""
         seen = Suspicion(started=0.0)
-        assert not any(
-            seen.note(JobId(job), Outcome(None, failure(symptom), 10), now=1.0) for job in range(20)
-        )
+        assert not any(seen.note(JobId(job), Outcome(None, failure(symptom), 10), now=1.0) for job in range(20))
 
     def test_a_bad_answer_that_was_paid_for_is_a_success(self) -> None:
         """The model was there, whatever it said."""

@@ -66,9 +66,7 @@ class TestPrices:
         assert read_price(price.words()) == price
         assert Price.from_json(price.to_json()) == price
 
-    @pytest.mark.parametrize(
-        "text", ["", "[]", "{}", '{"in": 1}', '{"in": -1, "out": 2}', '{"in": "x", "out": 2}']
-    )
+    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"in": 1}', '{"in": -1, "out": 2}', '{"in": "x", "out": 2}'])
     def test_a_stored_price_that_is_none_is_a_database_error(self, text: str) -> None:
         """What another program has written there is not taken for a price."""
         with pytest.raises(DatabaseError, match="expected a stored price"):
@@ -97,13 +95,9 @@ class TestPrices:
         reply = Outcome(Reply("a", Usage(1, 1), "m"), None, 5)
         failure = Outcome(None, Failure(Family.BAD_ANSWER, "BadAnswer", "no", usage=Usage(2, 1)), 5)
         assert priced(reply, MINI) == Outcome(Reply("a", Usage(1, 1, 750), "m"), None, 5)
-        assert priced(failure, MINI).failure == Failure(
-            Family.BAD_ANSWER, "BadAnswer", "no", usage=Usage(2, 1, 900)
-        )
+        assert priced(failure, MINI).failure == Failure(Family.BAD_ANSWER, "BadAnswer", "no", usage=Usage(2, 1, 900))
 
-    @pytest.mark.parametrize(
-        "model", [MODEL, "openrouter:google/gemini-2.5-flash", "anthropic:claude-sonnet-4-5"]
-    )
+    @pytest.mark.parametrize("model", [MODEL, "openrouter:google/gemini-2.5-flash", "anthropic:claude-sonnet-4-5"])
     def test_the_table_knows_models_by_our_names(self, model: str) -> None:
         """A well-known model of each kind of name has a price, output above input."""
         found = table_price(model)
@@ -114,9 +108,7 @@ class TestPrices:
         """A model whose price is known for certain has that price."""
         assert table_price(MODEL) == MINI
 
-    @pytest.mark.parametrize(
-        "model", ["offline:echo", "function:m:f", f"{MODEL}-nobodys", "nobody:x", "x", ""]
-    )
+    @pytest.mark.parametrize("model", ["offline:echo", "function:m:f", f"{MODEL}-nobodys", "nobody:x", "x", ""])
     def test_what_the_table_does_not_know_has_no_price(self, model: str) -> None:
         """Offline models, functions and strangers have none."""
         assert table_price(model) is None

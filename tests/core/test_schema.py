@@ -100,9 +100,7 @@ def test_load_schema_names_the_words_it_does_not_know(tmp_path: Path) -> None:
     """An object without schema words is answered with its keys and an example."""
     path = tmp_path / "schema.json"
     path.write_text('{"name": "x", "fields": []}')
-    with pytest.raises(
-        UsageError, match=r"got an object without any of its keywords; its keys: fields, name"
-    ):
+    with pytest.raises(UsageError, match=r"got an object without any of its keywords; its keys: fields, name"):
         load_schema(path)
 
 
@@ -193,9 +191,7 @@ def test_a_fitting_answer_becomes_compact_json(text: Any, result_type: Any) -> N
 @pytest.mark.parametrize("number", [2**64 - 1, 2**64, -(2**63) - 1, 10**200])
 def test_whole_numbers_keep_their_digits(result_type: Any, number: Any) -> None:
     """An answer may hold more than 64 bits in a number: an id, say."""
-    answer = Validator({"items": {"type": ["integer", "number"]}}, result_type).check(
-        f"[{number}, 1e30, 0.5]"
-    )
+    answer = Validator({"items": {"type": ["integer", "number"]}}, result_type).check(f"[{number}, 1e30, 0.5]")
     assert (json.loads(answer), str(number) in answer) == ([number, 1e30, 0.5], True)
 
 
@@ -220,9 +216,7 @@ def test_an_answer_that_does_not_fit_says_where(result_type: Any, text: Any, mes
     assert (str(caught.value), caught.value.text, caught.value.family) == (message, text, Family.BAD_ANSWER)
 
 
-@pytest.mark.parametrize(
-    "text", ["certainly!", "", "```json\n```", '{"name": NaN}', "\ud800", "[" * 5000, "{} {}"]
-)
+@pytest.mark.parametrize("text", ["certainly!", "", "```json\n```", '{"name": NaN}', "\ud800", "[" * 5000, "{} {}"])
 @pytest.mark.parametrize("result_type", [None, Person])
 def test_text_that_is_no_json_is_a_bad_answer(result_type: Any, text: Any) -> None:
     """Whatever is no JSON is a bad answer that says so."""
@@ -300,17 +294,13 @@ def test_a_pattern_cannot_hang_a_worker(pattern: str) -> None:
     assert "does not match" in words or "the schema's pattern takes too many steps on this text" in words
 
 
-@pytest.mark.parametrize(
-    "pattern", ["^(?!x).*$", "^\\p{L}+$", "^[\\s\\S]{1,10000}$", "^\\d{4}-\\d\\d$|^a", "(a)\\1|a"]
-)
+@pytest.mark.parametrize("pattern", ["^(?!x).*$", "^\\p{L}+$", "^[\\s\\S]{1,10000}$", "^\\d{4}-\\d\\d$|^a", "(a)\\1|a"])
 def test_patterns_of_ecma_262_are_known(pattern: str) -> None:
     """Look-arounds, back-references, Unicode classes and long repeats work."""
     assert Validator({"type": "string", "pattern": pattern}).check('"aa"') == '"aa"'
 
 
-@pytest.mark.parametrize(
-    "schema", [{"pattern": "["}, {"patternProperties": {"[": {}}}, {"pattern": "(a{999}){9999}"}]
-)
+@pytest.mark.parametrize("schema", [{"pattern": "["}, {"patternProperties": {"[": {}}}, {"pattern": "(a{999}){9999}"}])
 def test_a_pattern_that_does_not_compile_is_refused(schema: Any) -> None:
     """A pattern that is wrong, or that would take too much memory, is refused with its place."""
     with pytest.raises(

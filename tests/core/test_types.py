@@ -30,9 +30,7 @@ def reordered(value: Any) -> Any:
     return {name: reordered(value[name]) for name in reversed(value)}
 
 
-@pytest.mark.parametrize(
-    "task", [TASK, replace(TASK, settings=reordered(TASK.settings), schema=reordered(SCHEMA))]
-)
+@pytest.mark.parametrize("task", [TASK, replace(TASK, settings=reordered(TASK.settings), schema=reordered(SCHEMA))])
 def test_keys_stay_what_they_were(task: Task) -> None:
     """Answers of earlier versions are found by these keys, whatever the order of the schema and the settings."""
     maker = KeyMaker(task)

@@ -67,9 +67,7 @@ class TestText:
         ("name", "content"),
         [("in.txt", b"ok\nna\xefve\n"), ("in.jsonl", b'{"prompt":"a"}\n{"prompt":"\xe9"}\n')],
     )
-    def test_a_wrong_byte_is_named_with_its_line(
-        self, tmp_path: Path, name: str, content: str | bytes
-    ) -> None:
+    def test_a_wrong_byte_is_named_with_its_line(self, tmp_path: Path, name: str, content: str | bytes) -> None:
         """Bytes that are not UTF-8 are an error that names the flag for the encoding."""
         refused(
             write(tmp_path, name, content),
@@ -206,9 +204,7 @@ class TestJsonl:
 class TestBadRows:
     """Rows that make no prompt."""
 
-    ROWS = 'id,prompt\n1,a\n2,\n3\n4,b\n5, \n6,\n7,\n8,na\xefve\n9,"c"d\n10,e\n11,"f\n12,g\n'.encode(
-        "latin-1"
-    )
+    ROWS = 'id,prompt\n1,a\n2,\n3\n4,b\n5, \n6,\n7,\n8,na\xefve\n9,"c"d\n10,e\n11,"f\n12,g\n'.encode("latin-1")
 
     def test_all_are_counted_and_the_first_shown(self, tmp_path: Path) -> None:
         """One message has the number of bad rows, and the first five with their lines."""
@@ -232,9 +228,7 @@ class TestBadRows:
             rows = [json.loads(line) for line in file.read_text().splitlines()]
             assert [(row["source"], row["line"]) for row in rows] == [(path, line) for line in lines]
             assert [row["text"] for row in rows[-3:]] == ["8,na\\xefve", '9,"c"d', '11,"f']
-            assert rows[0]["reason"].startswith(
-                "expected 2 cells" if skip_empty else "column prompt is empty"
-            )
+            assert rows[0]["reason"].startswith("expected 2 cells" if skip_empty else "column prompt is empty")
         assert sorted(one.name for one in tmp_path.iterdir()) == ["bad.jsonl", "in.csv"]
 
     def test_a_reader_that_is_left_publishes_nothing(self, tmp_path: Path) -> None:
@@ -340,9 +334,7 @@ class TestSources:
             ("nul\0", "cannot read .*null"),
         ],
     )
-    def test_all_sources_are_checked_before_anything_is_read(
-        self, tmp_path: Path, name: str, message: str
-    ) -> None:
+    def test_all_sources_are_checked_before_anything_is_read(self, tmp_path: Path, name: str, message: str) -> None:
         """A source that cannot be read is refused at once, by read_items too."""
         good = write(tmp_path, "a.txt", "a\n")
         sources = [good, str(tmp_path / name)]
@@ -382,9 +374,7 @@ class TestSources:
     def test_formats_that_are_not_read_are_refused(self, tmp_path: Path, name: str, way_out: str) -> None:
         """An ending that lbr cannot read is refused with a way out instead of being taken for text."""
         path = write(tmp_path, name, "[]")
-        with pytest.raises(
-            UsageError, match=rf"lbr reads text, JSONL, CSV and TSV, not .*{name}; .*{way_out}"
-        ):
+        with pytest.raises(UsageError, match=rf"lbr reads text, JSONL, CSV and TSV, not .*{name}; .*{way_out}"):
             read_items([path])
 
     @pytest.mark.parametrize(
@@ -448,9 +438,7 @@ class TestLoadText:
         ("held", "meant"),
         [("a", "a"), ("a\n", "a"), ("a\r\n", "a"), ("a\n\n", "a\n"), ("\na ", "\na "), ("\n", "")],
     )
-    def test_the_line_break_that_ends_a_file_is_not_meant(
-        self, tmp_path: Path, held: str, meant: str
-    ) -> None:
+    def test_the_line_break_that_ends_a_file_is_not_meant(self, tmp_path: Path, held: str, meant: str) -> None:
         """An editor puts one there; whoever means one writes another."""
         path = write(tmp_path, "t.txt", held.encode())
         assert load_text(f"@{path}", "instructions") == meant

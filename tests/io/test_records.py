@@ -39,9 +39,7 @@ class TestTemplate:
 
     def test_the_id_is_a_variable(self, tmp_path: Path) -> None:
         """The id can be named in a template, and is the item's id all the same."""
-        (item,) = read(
-            write(tmp_path, "in.jsonl", '{"id":7,"x":{"y":[1]}}'), template="{{ id }} {{ x.y[0] }}"
-        )
+        (item,) = read(write(tmp_path, "in.jsonl", '{"id":7,"x":{"y":[1]}}'), template="{{ id }} {{ x.y[0] }}")
         assert item.prompt.text == "7 1"
         assert item.custom_id == 7
         assert item.metadata == {"x": {"y": [1]}}
@@ -59,9 +57,7 @@ class TestTemplate:
             ("{% include 'x' %}{{ n }}", "TypeError"),
         ],
     )
-    def test_a_template_that_cannot_be_rendered_is_refused(
-        self, tmp_path: Path, template: str, message: str
-    ) -> None:
+    def test_a_template_that_cannot_be_rendered_is_refused(self, tmp_path: Path, template: str, message: str) -> None:
         """Whatever goes wrong in a template is an error of the record at hand."""
         path = write(tmp_path, "in.jsonl", '{"n":1,"items":[]}\n')
         refused(path, 1, f"the template cannot be rendered: {message}", template=template)
@@ -98,9 +94,7 @@ class TestTemplate:
     def test_a_null_is_not_written_into_a_prompt(self, tmp_path: Path, template: str, field: str) -> None:
         """A placeholder without a value would make a prompt that says None; the field and the record are named."""
         record = '{"topic":null,"n":3,"user":{"name":null},"xs":["a",null]}'
-        path = write(
-            tmp_path, "in.jsonl", f'{{"topic":"x","n":1,"user":{{"name":"y"}},"xs":["a","b"]}}\n{record}'
-        )
+        path = write(tmp_path, "in.jsonl", f'{{"topic":"x","n":1,"user":{{"name":"y"}},"xs":["a","b"]}}\n{record}')
         message = f"the template shows a field that is null: '{field}'. Fill it in"
         refused(path, 2, re.escape(message), template=f"{template}{{{{ n }}}}")
 
@@ -118,9 +112,7 @@ class TestTemplate:
             ("{{ n }}{{ zero }}{{ no }}", "30False"),
         ],
     )
-    def test_a_template_may_say_what_stands_for_null(
-        self, tmp_path: Path, template: str, prompt: str
-    ) -> None:
+    def test_a_template_may_say_what_stands_for_null(self, tmp_path: Path, template: str, prompt: str) -> None:
         """A condition of the template's own, and JSON, go on to take a null for what it is."""
         record = '{"topic":null,"n":3,"zero":0,"no":false,"user":{"name":null},"xs":["a",null]}'
         (item,) = read(write(tmp_path, "in.jsonl", record), template=template)
@@ -158,15 +150,11 @@ class TestTemplate:
     def test_a_method_is_no_prompt(self, tmp_path: Path) -> None:
         """A field that has the name of a method is written in brackets."""
         path = write(tmp_path, "in.jsonl", b'{"values": "x"}\n')
-        with pytest.raises(
-            InputError, match=r"values is a method or a function; write a field of that name as row"
-        ):
+        with pytest.raises(InputError, match=r"values is a method or a function; write a field of that name as row"):
             read(path, template="{{ row.values }}")
         assert texts(path, template='{{ row["values"] }}') == ["x"]
 
-    @pytest.mark.parametrize(
-        "template", ["{{ Review Text }}", "{{ 2nd }}", "{{ Review_Text }}", "{{ row['x'] }}"]
-    )
+    @pytest.mark.parametrize("template", ["{{ Review Text }}", "{{ 2nd }}", "{{ Review_Text }}", "{{ row['x'] }}"])
     def test_an_error_names_the_way_to_a_column_of_any_name(self, tmp_path: Path, template: str) -> None:
         """The error for a name that is not one word shows how to write it."""
         path = write(tmp_path, "in.csv", "Review Text,2nd\na,b\n")
@@ -199,9 +187,7 @@ class TestTemplate:
             next(read_items([path], template="{% for i in range(2) %}{{ city }}{% endfor %}"))
 
     @pytest.mark.parametrize(("template", "line"), [("{{ a", 1), ("x\n{{ a | nope }}", 2), ("{% if %}", 1)])
-    def test_a_template_that_is_none_is_refused_at_once(
-        self, tmp_path: Path, template: str, line: int
-    ) -> None:
+    def test_a_template_that_is_none_is_refused_at_once(self, tmp_path: Path, template: str, line: int) -> None:
         """A template is compiled before anything is read."""
         path = write(tmp_path, "in.txt", "a\n")
         with pytest.raises(UsageError, match=rf"the template is not valid Jinja: .* \(line {line}\)"):

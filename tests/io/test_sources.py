@@ -29,9 +29,7 @@ class TestSource:
         path.write_bytes(self.ROWS)
         with pytest.raises(InputError, match="and 7 more bad rows"):
             await Source.of(path).check()
-        with pytest.raises(
-            InputError, match=r"line 3: column prompt is empty\. Use --skip-empty, or fill it in$"
-        ):
+        with pytest.raises(InputError, match=r"line 3: column prompt is empty\. Use --skip-empty, or fill it in$"):
             list(Source.of(path))
 
     @pytest.mark.parametrize(
@@ -42,9 +40,7 @@ class TestSource:
             ("", "is a folder"),
         ],
     )
-    def test_the_file_must_be_one_that_may_be_written(
-        self, tmp_path: Path, skip_bad: str, message: str
-    ) -> None:
+    def test_the_file_must_be_one_that_may_be_written(self, tmp_path: Path, skip_bad: str, message: str) -> None:
         """The input is never overwritten, and what cannot be written is refused at once."""
         write(tmp_path, "in.csv", self.ROWS)
         with pytest.raises(UsageError, match=message):
@@ -60,9 +56,7 @@ class TestSource:
             Source.of(["a"], **options)
 
 
-async def test_a_check_of_many_inputs_can_be_cancelled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_check_of_many_inputs_can_be_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in a long check is heard before the file's end."""
     path = tmp_path / "in.txt"
     path.write_text("a\n")

@@ -102,7 +102,9 @@ class TestCsv:
     def test_a_missing_column_is_refused(self, tmp_path: Path, column: str | None) -> None:
         """Without the prompt's column the error names those there are, and both flags."""
         path = write(tmp_path, "in.csv", "q,city\na,b\n")
-        message = f"there is no column '{column or 'prompt'}'; there are: 'q', 'city' (delimiter ','); set --prompt-column"
+        message = (
+            f"there is no column '{column or 'prompt'}'; there are: 'q', 'city' (delimiter ','); set --prompt-column"
+        )
         with pytest.raises(UsageError, match=re.escape(f"{path}: {message}")):
             read(path, prompt_column=column)
 
@@ -113,9 +115,7 @@ class TestCsvOfEveryDay:
     @pytest.mark.parametrize("delimiter", list(",;\t|"))
     @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
     @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
-    def test_every_dialect_gives_the_same_cells(
-        self, tmp_path: Path, delimiter: str, end: str, encoding: str
-    ) -> None:
+    def test_every_dialect_gives_the_same_cells(self, tmp_path: Path, delimiter: str, end: str, encoding: str) -> None:
         """What csv.writer has written is read back cell by cell, whatever the cells begin with or hold."""
         cells = [f"{mark}x{mark}" for mark in string.punctuation + " \t\n\r"]
         cells += [
@@ -129,18 +129,13 @@ class TestCsvOfEveryDay:
             "\u2028",
             "0012",
         ]
-        rows = [
-            {"column_1": str(n), "id": f"i{n}", "prompt": f"{one}p", "note": one}
-            for n, one in enumerate(cells)
-        ]
+        rows = [{"column_1": str(n), "id": f"i{n}", "prompt": f"{one}p", "note": one} for n, one in enumerate(cells)]
         file = io.StringIO()
         writer = csv.writer(file, delimiter=delimiter, lineterminator=end, quoting=csv.QUOTE_ALL)
         writer.writerows([["", "id", "prompt", "note"], *(row.values() for row in rows)])
         content = codecs.BOM_UTF16_BE if encoding == "utf-16-be" else b""
         items = read(write(tmp_path, "in.csv", content + file.getvalue().encode(encoding)))
-        assert [
-            {"id": item.custom_id, "prompt": item.prompt.text, **(item.metadata or {})} for item in items
-        ] == rows
+        assert [{"id": item.custom_id, "prompt": item.prompt.text, **(item.metadata or {})} for item in items] == rows
 
     @pytest.mark.parametrize(
         "rows",
@@ -232,8 +227,7 @@ class TestCsvOfEveryDay:
 
     @pytest.mark.parametrize(
         "options",
-        [{"encoding": one} for one in ("utf-9", "base64", "rot13", "a\0b")]
-        + [{"delimiter": '"'}, {"delimiter": "::"}],
+        [{"encoding": one} for one in ("utf-9", "base64", "rot13", "a\0b")] + [{"delimiter": '"'}, {"delimiter": "::"}],
     )
     def test_flags_without_a_meaning_are_refused(self, tmp_path: Path, options: dict[str, Any]) -> None:
         """Unknown encodings, encodings that are not for text, and impossible delimiters are usage errors."""
@@ -251,9 +245,7 @@ class TestCsvOfEveryDay:
         assert time.process_time() - started < 20
 
     @pytest.mark.parametrize("name", ["in.txt", "in.jsonl", "in.csv"])
-    def test_a_line_that_is_too_long(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-    ) -> None:
+    def test_a_line_that_is_too_long(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         """A line above the limit is refused before it is read whole."""
         monkeypatch.setattr(readers, "MAX_LINE", 2**20)
         path = write(tmp_path, name, "prompt\n" + "x" * 30_000_000)

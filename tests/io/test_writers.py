@@ -49,9 +49,7 @@ FULL = Row(
 
 
 @pytest.fixture(autouse=True)
-def private_temporary_folder(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def private_temporary_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the locks of tests out of the machine's temporary folder."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("tmp")))
 
@@ -299,9 +297,7 @@ class TestAtomicPath:
         """A temporary file goes a day after it was written, with SQLite's beside it."""
         tails = ("0" * 12 + ".tmp", "0" * 12 + ".tmp-journal")
         left = [tmp_path / f".out.csv.7.{tail}" for tail in tails]
-        others = [
-            tmp_path / f".out.csv.7.{tail}" for tail in ("0.tmp", "0" * 12 + ".tmp.csv", "z" * 12 + ".tmp")
-        ]
+        others = [tmp_path / f".out.csv.7.{tail}" for tail in ("0.tmp", "0" * 12 + ".tmp.csv", "z" * 12 + ".tmp")]
         others += [tmp_path / f".not.csv.7.{tails[0]}", tmp_path / f".out.csv.me.{tails[0]}"]
         young = tmp_path / f".out.csv.7.{'2' * 12}.tmp"
         link = tmp_path / f".out.csv.7.{'3' * 12}.tmp"
@@ -343,9 +339,7 @@ class TestLock:
             raise FileNotFoundError(2, "No usable temporary directory found in ['/nonexistent']")
 
         monkeypatch.setattr(tempfile, "gettempdir", none)
-        with pytest.raises(
-            OutputError, match="No usable temporary directory found.*; set TMPDIR to a folder of yours"
-        ):
+        with pytest.raises(OutputError, match="No usable temporary directory found.*; set TMPDIR to a folder of yours"):
             check_output(str(tmp_path / "out.csv"))
         assert list(tmp_path.iterdir()) == []
 
@@ -395,9 +389,7 @@ class TestJsonl:
         writer = JsonlWriter(handle)
         writer.write(iter([PLAIN]))
         writer.write([FULL])
-        assert (
-            handle.getvalue() == orjson.dumps(PLAIN.to_dict()) + b"\n" + orjson.dumps(FULL.to_dict()) + b"\n"
-        )
+        assert handle.getvalue() == orjson.dumps(PLAIN.to_dict()) + b"\n" + orjson.dumps(FULL.to_dict()) + b"\n"
 
     def test_to_a_file(self, tmp_path: Path) -> None:
         """Rows reach the file whole when the block ends."""
@@ -434,9 +426,7 @@ class TestCsv:
         handle = io.BytesIO()
         names = ["city", "n", "deep", "none", "nowhere"]
         columns = [(Part.METADATA, name) for name in names]
-        writer = CsvWriter(
-            handle, [(Part.ID, "custom_id"), *columns[:1], (Part.PROMPT, "text"), *columns[1:]]
-        )
+        writer = CsvWriter(handle, [(Part.ID, "custom_id"), *columns[:1], (Part.PROMPT, "text"), *columns[1:]])
         writer.write([replace(PLAIN, custom_id=7, result="")])
         writer.write([FULL])
         assert handle.getvalue().decode() == (
@@ -542,12 +532,9 @@ class TestFailures:
         )
         command = [sys.executable, "-c", code, format_, str(count)]
         with Path("/dev/full").open("wb") as full:
-            ended = subprocess.run(
-                command, stdout=full, stderr=subprocess.PIPE, text=True, check=True, timeout=60
-            )
+            ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=True, timeout=60)
         assert ended.stderr == (
-            "OutputError cannot write stdout: No space left on device; "
-            "make room, or choose another file with -o\n"
+            "OutputError cannot write stdout: No space left on device; make room, or choose another file with -o\n"
         )
 
     @pytest.mark.parametrize("format_", [OutputFormat.JSONL, OutputFormat.CSV])
@@ -570,9 +557,7 @@ class TestFailures:
         path.write_text("old")
         command = [sys.executable, "-c", code, str(path), format_, str(count)]
         environment = os.environ | {"TMPDIR": tempfile.gettempdir()}
-        ended = subprocess.run(
-            command, env=environment, capture_output=True, text=True, check=True, timeout=60
-        )
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
         assert ended.stdout == (
             f"OutputError cannot write {path}: File too large; make room, or choose another file with -o\n"
         )

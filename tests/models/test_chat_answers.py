@@ -280,6 +280,4 @@ def test_only_line_breaks_end_the_line_of_an_event(character: str) -> None:
     """Other separators may stand unescaped in the text of an answer."""
     chunk = {"choices": [{"delta": {"content": f"a{character}b"}, "finish_reason": "stop"}]}
     for end in ("\n", "\r\n", "\r"):
-        assert (
-            read(f"data: {json.dumps(chunk, ensure_ascii=False)}{end * 2}".encode()).text == f"a{character}b"
-        )
+        assert read(f"data: {json.dumps(chunk, ensure_ascii=False)}{end * 2}".encode()).text == f"a{character}b"

@@ -133,9 +133,7 @@ ASKED: dict[str, Request] = {
     ),
     "a talk": asking(messages=[USER, {"role": "assistant", "content": "a"}, USER, USER], instructions="i"),
     "assistant last": asking(messages=[USER, {"role": "assistant", "content": ""}]),
-    "assistants": asking(
-        messages=[USER, {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}]
-    ),
+    "assistants": asking(messages=[USER, {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}]),
     "parts": asking(
         messages=[
             {
@@ -177,9 +175,7 @@ ASKED: dict[str, Request] = {
         messages=[
             {
                 "role": "user",
-                "content": [
-                    {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBO Rw0KGgo="}}
-                ],
+                "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBO Rw0KGgo="}}],
             }
         ]
     ),
@@ -196,9 +192,7 @@ ASKED: dict[str, Request] = {
     "a bad try": asking("p", last_bad=BadTry(text="x", message="not a number"), instructions="i"),
     "an empty bad try": asking("p", last_bad=BadTry(text=" ", message="not a number")),
     "a schema": asking("p", schema=SCHEMA),
-    "a schema, a bad try": asking(
-        "p", schema=SCHEMA, last_bad=BadTry(text="{}", message="no"), instructions="i"
-    ),
+    "a schema, a bad try": asking("p", schema=SCHEMA, last_bad=BadTry(text="{}", message="no"), instructions="i"),
     "a schema without type": asking("p", schema={"properties": {"a": {"minLength": 3, "type": "string"}}}),
     "a schema by reference": asking(
         "p", schema={"$ref": "#/$defs/n", "$defs": {"n": {"type": "object", "properties": {}}}}
@@ -253,9 +247,7 @@ async def test_the_same_is_asked(wire: Wire, provider: str, case: str) -> None:
 
 @pytest.mark.parametrize("settings", SETTINGS, ids="-".join)
 @pytest.mark.parametrize("of_job", [False, True], ids=["task", "job"])
-async def test_settings_arrive_the_same(
-    wire: Wire, provider: str, settings: dict[str, Any], of_job: bool
-) -> None:
+async def test_settings_arrive_the_same(wire: Wire, provider: str, settings: dict[str, Any], of_job: bool) -> None:
     """Settings of a task and those of one job, which go over them, arrive in the same words."""
     task = {"temperature": 1.0, "max_tokens": 3} if of_job else settings
     await asked_by_both(wire, MODELS[provider], asking(settings=settings if of_job else None), task)
@@ -351,14 +343,10 @@ ODD: dict[str, Any] = {
     "two choices": completion(choices=completion()["choices"] * 2),
     "no provider": {k: v for k, v in completion().items() if k != "provider"},
     "a null error": completion(error=None),
-    "texts for numbers": completion(
-        usage={"prompt_tokens": "10", "completion_tokens": 5, "total_tokens": 15}
-    ),
+    "texts for numbers": completion(usage={"prompt_tokens": "10", "completion_tokens": 5, "total_tokens": 15}),
     "usage is a list": completion(usage=[]),
     "usage is empty": completion(usage={}),
-    "cache writes": completion(
-        usage={**DETAILS, "prompt_tokens_details": {"cache_write_tokens": 9}}, model="gpt-4o"
-    ),
+    "cache writes": completion(usage={**DETAILS, "prompt_tokens_details": {"cache_write_tokens": 9}}, model="gpt-4o"),
     "created is null": completion(created=None),
     "created is a float": completion(created=1.5),
     "no id": {k: v for k, v in completion().items() if k != "id"},
@@ -437,9 +425,7 @@ async def test_odd_bytes_end_the_same(wire: Wire, provider: str, case: str) -> N
         assert os.environ["OPENAI_BASE_URL"].removeprefix("http://").removesuffix("/v1") in ours["words"]
 
 
-async def test_a_server_that_is_not_there(
-    monkeypatch: pytest.MonkeyPatch, provider: str, unused_tcp_port: int
-) -> None:
+async def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch, provider: str, unused_tcp_port: int) -> None:
     """A refused connection is the same failure, told by where it went and why."""
     for name, value in environment(f"http://127.0.0.1:{unused_tcp_port}/v1").items():
         monkeypatch.setenv(name, value)
@@ -773,9 +759,7 @@ async def test_certificates_are_verified_the_same(
     assert ("text" in ours and "kind" not in ours) is trusted
     if not trusted:
         place = url.removeprefix("https://").removesuffix("/v1")
-        assert ours["words"].startswith(
-            f"the connection to {place} failed: its certificate is not trusted: self"
-        )
+        assert ours["words"].startswith(f"the connection to {place} failed: its certificate is not trusted: self")
 
 
 # --- who serves what --------------------------------------------------------------------------------------------------

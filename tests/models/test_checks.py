@@ -195,9 +195,7 @@ def test_certificates_that_are_not_there_are_named(
     """`lbr run` and `lbr worker` name the variable and the path before a call, and `lbr run` enqueues nothing."""
     for one in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
         monkeypatch.delenv(one, raising=False)
-    cli = Cli(
-        tmp_path, **{f"{model.split('-', maxsplit=1)[0].split(':', maxsplit=1)[0].upper()}_API_KEY": "k"}
-    )
+    cli = Cli(tmp_path, **{f"{model.split('-', maxsplit=1)[0].split(':', maxsplit=1)[0].upper()}_API_KEY": "k"})
     (tmp_path / "empty.pem").write_text("none\n")
     (tmp_path / "in.txt").write_text("a\n")
     words = f"{variable} names {name}, which {problem}"

@@ -271,9 +271,7 @@ NO_CHOICES = chat("x", "stop") | {"choices": []}
 def candidate(reason: str, *texts: str) -> dict[str, Any]:
     """Return an answer of Google."""
     parts = [{"text": text} for text in texts]
-    return {
-        "candidates": [{"content": {"role": "model", "parts": parts}, "finishReason": reason, "index": 0}]
-    }
+    return {"candidates": [{"content": {"role": "model", "parts": parts}, "finishReason": reason, "index": 0}]}
 
 
 def message(reason: str, *texts: str) -> dict[str, Any]:
@@ -441,9 +439,7 @@ async def test_a_content_filter_gives_its_reason(
         ("x" * 2000, "x" * 488 + "… (HTTP 502)"),
     ],
 )  # fmt: skip
-async def test_a_page_does_not_hide_the_status(
-    monkeypatch: pytest.MonkeyPatch, page: str, words: str
-) -> None:
+async def test_a_page_does_not_hide_the_status(monkeypatch: pytest.MonkeyPatch, page: str, words: str) -> None:
     """Of an HTML page the title or the text is in the message, and the status is seen behind however much."""
     with Scripted(502, page) as server:
         error = await fail(monkeypatch, OPENAI, server)
@@ -462,9 +458,7 @@ LENIENT: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("case", LENIENT)
-async def test_only_the_text_of_a_chat_completion_is_required(
-    monkeypatch: pytest.MonkeyPatch, case: str
-) -> None:
+async def test_only_the_text_of_a_chat_completion_is_required(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     """pydantic-ai's adapter too reads an answer whose envelope is odd."""
     with Scripted(200, json.dumps(LENIENT[case])) as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
@@ -481,9 +475,7 @@ async def test_a_chat_completion_that_cannot_be_read_is_kept(monkeypatch: pytest
     with Scripted(200, json.dumps(chat(5, "stop"))) as server:
         error = await fail(monkeypatch, OPENAI, server)
     assert (error.family, error.kind) == (BAD, "EmptyAnswer")
-    assert json.loads(error.text or "") == chat(5, "stop") | {
-        "choices": json.loads(error.text or "")["choices"]
-    }
+    assert json.loads(error.text or "") == chat(5, "stop") | {"choices": json.loads(error.text or "")["choices"]}
     assert (error.usage.input_tokens, error.usage.output_tokens) == (3, 2)
 
 
@@ -655,9 +647,7 @@ def test_what_is_used_up_decides(headers: Any, wait: Any) -> None:
 
 @given(
     st.dictionaries(
-        st.sampled_from(
-            ["retry-after", "retry-after-ms", "x-ratelimit-reset", "anthropic-ratelimit-tokens-reset"]
-        ),
+        st.sampled_from(["retry-after", "retry-after-ms", "x-ratelimit-reset", "anthropic-ratelimit-tokens-reset"]),
         st.one_of(
             st.text("0123456789.:-+TZmshd eE", max_size=30),
             st.floats().map(str),

@@ -316,9 +316,7 @@ def test_a_function_that_was_not_named_is_refused() -> None:
     """A database alone makes nobody import a function; the message says how to allow it."""
     with pytest.raises(UsageError) as caught:
         build_model(Task(function="os:system"), authority(shout), concurrency=1)
-    assert str(caught.value) == (
-        "the run asks for function os:system; start the worker with --function os:system"
-    )
+    assert str(caught.value) == ("the run asks for function os:system; start the worker with --function os:system")
 
 
 def test_a_lambda_of_another_program_cannot_be_named() -> None:
@@ -342,17 +340,13 @@ def test_another_version_or_fingerprint_is_refused() -> None:
         build_model(Task(function=name, version="1"), allowed, concurrency=1)
     with pytest.raises(UsageError, match=r"with no version, but here it has version 2"):
         build_model(Task(function=name), allowed, concurrency=1)
-    with pytest.raises(
-        UsageError, match=rf"with fingerprint ab, but here it has {fingerprint}: its code or a value"
-    ):
+    with pytest.raises(UsageError, match=rf"with fingerprint ab, but here it has {fingerprint}: its code or a value"):
         build_model(Task(function=name, version="2", fingerprint="ab"), allowed, concurrency=1)
 
 
 def test_a_version_given_beside_the_function_does_not_shut_workers_out() -> None:
     """A function that says no version serves a run whose version was given when it was enqueued."""
-    model = build_model(
-        Task(function=f"{shout.__module__}:shout", version="1"), authority(shout), concurrency=1
-    )
+    model = build_model(Task(function=f"{shout.__module__}:shout", version="1"), authority(shout), concurrency=1)
     assert isinstance(model, FunctionModel)
 
 

@@ -53,9 +53,7 @@ def test_which_proxy_a_call_takes(
     assert Connections()._route(url)[1] == proxy
 
 
-async def test_calls_have_no_password_of_netrc_and_no_cookie(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_calls_have_no_password_of_netrc_and_no_cookie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What this machine holds for other programs, and what a server left, does not go with calls."""
     netrc = tmp_path / "netrc"
     netrc.write_text("machine 127.0.0.1 login somebody password secret\n")
@@ -71,9 +69,7 @@ async def test_calls_have_no_password_of_netrc_and_no_cookie(
 
 
 @pytest.mark.parametrize("url", ["http://api.example.com/v1", "https://api.example.com/v1"])
-async def test_a_proxy_that_is_none_fails_calls_and_nothing_else(
-    monkeypatch: pytest.MonkeyPatch, url: str
-) -> None:
+async def test_a_proxy_that_is_none_fails_calls_and_nothing_else(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     """A worker serves other runs, too: what is wrong with the environment of one is told by its calls."""
     for name in ("HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://user:pa[ss@127.0.0.1:1")
@@ -91,9 +87,7 @@ async def test_a_certificate_of_no_known_issuer_names_the_variable(
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(file))
     async with serving(answering(answer(b"{}")), tls) as server:
         http = Connections()
-        with pytest.raises(
-            CallError, match="not trusted: self.*; SSL_CERT_FILE can name a file with its issuer$"
-        ):
+        with pytest.raises(CallError, match="not trusted: self.*; SSL_CERT_FILE can name a file with its issuer$"):
             await http.fetch("GET", server.url, timeout=ClientTimeout(5))
         await http.aclose()
 

@@ -90,9 +90,7 @@ def test_a_function_is_found_in_the_working_directory(module: Any, tmp_path: Pat
         ("..fn_good:f", "cannot import '..fn_good:f': module '..fn_good' failed with TypeError: "),
     ],
 )
-def test_what_cannot_be_had_is_refused_with_the_step_that_failed(
-    module: Any, spec: Any, message: Any
-) -> None:
+def test_what_cannot_be_had_is_refused_with_the_step_that_failed(module: Any, spec: Any, message: Any) -> None:
     """Every way in which a function cannot be had is a usage error that names the cause."""
     module("fn_good", "def f(t): return t\nnumber = 3\nclass Class: ...\n")
     module("fn_needs", "import x_y_z")
@@ -383,9 +381,7 @@ def test_values_nested_too_deeply_are_refused() -> None:
     deep: list[Any] = []
     for _ in range(3_000):
         deep = [deep]
-    with pytest.raises(
-        UsageError, match=r"cannot compare: maximum recursion depth .* read them from a global"
-    ):
+    with pytest.raises(UsageError, match=r"cannot compare: maximum recursion depth .* read them from a global"):
         identify(nested(deep))
 
 
@@ -529,9 +525,7 @@ class Frozen(Model, frozen=True): pass
 """
 
 
-def test_of_a_package_only_frozen_objects_are_looked_into(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_a_package_only_frozen_objects_are_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An installed class may change its objects as they are used, and a change would ask everything again."""
     folder = tmp_path / "site-packages"
     (folder / "fn_installed").mkdir(parents=True)
@@ -839,9 +833,7 @@ def run_program(tmp_path: Path, *, seed: Any, padding: Any = "", how: Any = "fil
         "import": ["-c", "import prog"],
     }[how]
     env = {**os.environ, "PYTHONHASHSEED": str(seed), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
     return [line.split() for line in done.stdout.splitlines()]
 
 

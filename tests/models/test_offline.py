@@ -148,9 +148,7 @@ def test_draws_depend_on_seed_prompt_and_try_alone() -> None:
 def test_other_offline_models_do_not_exist(name: Any) -> None:
     """A name that is not offline:echo is refused, when it is enqueued and when it is served."""
     for refuse in (check_task, lambda task: build_model(task, Authority(), concurrency=1)):
-        with pytest.raises(
-            UsageError, match=f"expected 'offline:echo', the only offline model, got: '{name}'"
-        ):
+        with pytest.raises(UsageError, match=f"expected 'offline:echo', the only offline model, got: '{name}'"):
             refuse(Task(model=name))
 
 
@@ -229,9 +227,7 @@ class Tree(BaseModel):
 
 RECURSIVE: dict[str, Any] = {
     "$ref": "#/$defs/node",
-    "$defs": {
-        "node": {"type": "object", "properties": {"next": {"$ref": "#/$defs/node"}, "v": {"type": "integer"}}}
-    },
+    "$defs": {"node": {"type": "object", "properties": {"next": {"$ref": "#/$defs/node"}, "v": {"type": "integer"}}}},
 }
 
 SCHEMAS: list[dict[str, Any]] = [
@@ -353,9 +349,7 @@ def test_an_earlier_bad_answer_changes_nothing() -> None:
 
 async def test_resolve_builds_it() -> None:
     """A task names the offline model and its settings."""
-    model = build_model(
-        Task(model="offline:echo", settings={"rate_limit_rate": 1}), Authority(), concurrency=1
-    )
+    model = build_model(Task(model="offline:echo", settings={"rate_limit_rate": 1}), Authority(), concurrency=1)
     with pytest.raises(CallError, match="too many requests, by the setting rate_limit_rate"):
         await model.answer(request())
     await model.aclose()

@@ -204,9 +204,7 @@ def test_a_function_that_changes_as_it_is_called_is_told(cli: Cli, folder: Path)
     """
     done = python(cli, asked)
     assert done.stdout.split() == ["Hi", "Ho", "Ho", "hello", "Hi"]
-    told = [
-        line for line in done.stderr.splitlines() if "has become another function while it was called" in line
-    ]
+    told = [line for line in done.stderr.splitlines() if "has become another function while it was called" in line]
     assert [line.split()[1] for line in told] == [
         "program:main.<locals>.ask",
         "program:main.<locals>.note",
@@ -230,8 +228,7 @@ def test_an_object_answers_no_run_of_another(cli: Cli, folder: Path) -> None:
     told, *done = python(cli, asked).stdout.splitlines()
     assert told.startswith("no run that this worker can serve: p: the run asks for function obj:Agent")
     assert (
-        "here it has none, and lbr knows the Agent in it only by its class; name the function's runs with run=…"
-        in told
+        "here it has none, and lbr knows the Agent in it only by its class; name the function's runs with run=…" in told
     )
     assert done == ["1", "1"]
     answers = [json.loads(cli("collect", name).stdout)["result"] for name in ("p", "r")]
@@ -259,9 +256,7 @@ def test_closures_over_objects_answer_no_run_of_another(cli: Cli, folder: Path) 
             print(asyncio.run(lbr.work(run=name, functions=[function], db_url=URL)).done)
     """
     both, one, *done = python(cli, asked).stdout.splitlines()
-    assert both.startswith(
-        "program:hold.<locals>.answer is given twice, with different objects of the class Agent"
-    )
+    assert both.startswith("program:hold.<locals>.answer is given twice, with different objects of the class Agent")
     assert "name the function's runs with run=…" in one
     assert done == ["1", "1"]
     answers = [json.loads(cli("collect", name).stdout)["result"] for name in ("p", "r")]

@@ -98,9 +98,7 @@ async def ask(
 
 
 @pytest.mark.parametrize("name", [MODEL, "openai:gpt-4o-mini"])
-async def test_an_answer_comes_with_tokens_and_cost(
-    echo_url: str, monkeypatch: pytest.MonkeyPatch, name: Any
-) -> None:
+async def test_an_answer_comes_with_tokens_and_cost(echo_url: str, monkeypatch: pytest.MonkeyPatch, name: Any) -> None:
     """Text, usage, cost, the provider's model and its finish reason arrive."""
     reply = await ask(echo_url, monkeypatch, request("say it"), name=name)
     assert (reply.text, reply.model, reply.finish_reason) == (
@@ -115,17 +113,13 @@ async def test_an_answer_comes_with_tokens_and_cost(
 
 
 @pytest.mark.parametrize("schema", [SCHEMA, {"$ref": "#/$defs/s", "$defs": {"s": SCHEMA}}])
-async def test_native_structured_output_is_filled(
-    echo_url: str, monkeypatch: pytest.MonkeyPatch, schema: Any
-) -> None:
+async def test_native_structured_output_is_filled(echo_url: str, monkeypatch: pytest.MonkeyPatch, schema: Any) -> None:
     """A model that takes a JSON schema is given it, and answers in JSON."""
     reply = await ask(echo_url, monkeypatch, request(schema=schema))
     assert sorted(json.loads(reply.text)) == ["a", "b"]
 
 
-async def test_openrouter_answers_by_tool_from_its_own_base_url(
-    echo_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_openrouter_answers_by_tool_from_its_own_base_url(echo_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """OPENROUTER_BASE_URL moves OpenRouter; a model without schema support answers by calling a tool."""
     monkeypatch.setenv("OPENROUTER_BASE_URL", echo_url)
     async with opened("openrouter:some/model", api_key="sk-or-key") as model:
@@ -384,9 +378,7 @@ async def test_a_key_that_was_given_goes_before_the_environments(monkeypatch: py
         (completion(None, refusal="not that"), Family.PERMANENT, "the provider refused to answer: not that"),
     ],
 )
-async def test_an_empty_answer_is_none(
-    monkeypatch: pytest.MonkeyPatch, body: Any, family: Any, message: Any
-) -> None:
+async def test_an_empty_answer_is_none(monkeypatch: pytest.MonkeyPatch, body: Any, family: Any, message: Any) -> None:
     """An answer without text fails: for good if it was filtered or cut off, else for now."""
     with Scripted(200, body) as server, pytest.raises(CallError) as caught:
         await ask(server.url, monkeypatch)
@@ -513,9 +505,7 @@ async def test_instructions_go_with_chat_messages(monkeypatch: pytest.MonkeyPatc
             [
                 {
                     "role": "user",
-                    "content": [
-                        {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBO@w0K"}}
-                    ],
+                    "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBO@w0K"}}],
                 }
             ],
             "expected a base64 data: URL in message 1, got: ",

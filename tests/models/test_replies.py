@@ -46,9 +46,7 @@ async def ask(
         monkeypatch.setenv("ANTHROPIC_BASE_URL", server.url.removesuffix("/v1"))
         built = PydanticAIModel(model, task_settings={})
         try:
-            return await built.answer(
-                Request(Prompt(text="hello"), Task(model=model), JobId(1), 1, timeout=30)
-            )
+            return await built.answer(Request(Prompt(text="hello"), Task(model=model), JobId(1), 1, timeout=30))
         except CallError as error:
             return error
         finally:
@@ -68,9 +66,7 @@ async def test_only_the_text_is_required(monkeypatch: pytest.MonkeyPatch, case: 
 
 
 @pytest.mark.parametrize(("usage", "counted"), USAGES)
-async def test_usage_is_counted_as_far_as_it_goes(
-    monkeypatch: pytest.MonkeyPatch, usage: Any, counted: Usage
-) -> None:
+async def test_usage_is_counted_as_far_as_it_goes(monkeypatch: pytest.MonkeyPatch, usage: Any, counted: Usage) -> None:
     """Floats, texts, negative counts, other names and half a usage are read as the chat adapter reads them."""
     reply = await ask(monkeypatch, completion(usage=usage))
     assert (reply.text, reply.usage) == ("fine", counted)
@@ -79,9 +75,7 @@ async def test_usage_is_counted_as_far_as_it_goes(
 @pytest.mark.parametrize(
     "error", [{"message": "died", "code": "500"}, {"message": "died", "code": None}, "died"], ids=str
 )
-async def test_an_error_beside_half_an_answer_breaks_it_off(
-    monkeypatch: pytest.MonkeyPatch, error: Any
-) -> None:
+async def test_an_error_beside_half_an_answer_breaks_it_off(monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
     """Without a finish reason the text is not whole; text and tokens are kept."""
     found = await ask(monkeypatch, completion("The half of", None, error=error))
     assert (found.family, found.text, found.usage) == (Family.TRANSIENT, "The half of", COUNTED)
@@ -89,9 +83,7 @@ async def test_an_error_beside_half_an_answer_breaks_it_off(
 
 
 @pytest.mark.parametrize("type_", ["text/event-stream", "application/json"])
-async def test_events_that_were_not_requested_are_put_together(
-    monkeypatch: pytest.MonkeyPatch, type_: str
-) -> None:
+async def test_events_that_were_not_requested_are_put_together(monkeypatch: pytest.MonkeyPatch, type_: str) -> None:
     """Server-sent events add up to one answer, whatever content type they have; half of them do not."""
     usage = completion()["usage"]
     stream = event("fi") + event("ne\u2028", "stop") + event(usage=usage) + "data: [DONE]\n\n"
@@ -119,9 +111,7 @@ CALL = {"id": "c", "type": "function", "function": {"name": "get", "arguments": 
     [{"reasoning_content": "hm"}, {"tool_calls": [CALL]}, {}],
     ids=lambda message: str(list(message)),
 )
-async def test_an_answer_without_text_keeps_what_came(
-    monkeypatch: pytest.MonkeyPatch, message: dict[str, Any]
-) -> None:
+async def test_an_answer_without_text_keeps_what_came(monkeypatch: pytest.MonkeyPatch, message: dict[str, Any]) -> None:
     """Reasoning or another tool's call alone is no answer; the body and the tokens are kept."""
     found = await ask(monkeypatch, completion(None, message=message))
     assert (found.family, found.kind, found.usage) == (Family.BAD_ANSWER, "EmptyAnswer", COUNTED)

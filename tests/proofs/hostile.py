@@ -227,10 +227,7 @@ def columns_of(data: bytes) -> list[tuple[str, str]]:
     """Return every column of every table in a file, as the file itself has them."""
     with closing(sqlite3.connect(":memory:")) as file:
         file.deserialize(data)
-        tables = [
-            name
-            for (name,) in file.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")
-        ]
+        tables = [name for (name,) in file.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
         return [
             (table, column)
             for table in tables
@@ -326,9 +323,7 @@ def _formulas(path: Path) -> list[str]:
     with path.open(encoding="utf-8", newline="") as file:
         cells = [cell for row in csv.reader(file) for cell in row]
     # A number may begin with its sign: of the values here only minus infinity begins otherwise.
-    return [
-        f"has the cell {cell[:50]!r}" for cell in cells if cell.startswith(("=", "+", "@", "\t", "\r", "-i"))
-    ]
+    return [f"has the cell {cell[:50]!r}" for cell in cells if cell.startswith(("=", "+", "@", "\t", "\r", "-i"))]
 
 
 def lock_folder() -> str:

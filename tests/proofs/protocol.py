@@ -70,9 +70,7 @@ class Found:
     trace: tuple[str, ...] = ()
 
 
-def search(
-    budget: Budget, *, fence: Fence = is_mine, jobs: int = 2, workers: int = 2, promise: str = ""
-) -> Found:
+def search(budget: Budget, *, fence: Fence = is_mine, jobs: int = 2, workers: int = 2, promise: str = "") -> Found:
     """Go through every state that can be reached, the nearest first, until a promise is broken.
 
     With `promise`, only those count in whose words it is.

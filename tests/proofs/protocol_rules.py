@@ -281,17 +281,13 @@ def _time(world: World) -> Iterator[Step]:
     renewing = {one.id for one in world.workers if one.mode == "awake"}
     for j, job in enumerate(world.jobs):
         if job.state is INFLIGHT and not job.lapsed and job.worker not in renewing:
-            yield Step(
-                "lapse", f"the lease of job {j} runs out", _set(world, j, job._replace(lapsed=True)), j
-            )
+            yield Step("lapse", f"the lease of job {j} runs out", _set(world, j, job._replace(lapsed=True)), j)
 
 
 def _person(world: World) -> Iterator[Step]:
     """Yield what is done by hand to the run, and to the jobs that have come to their end."""
     if world.budget.cancels and world.run is RunState.ACTIVE:
-        jobs = tuple(
-            job._replace(state=JobState.CANCELLED) if job.state is PENDING else job for job in world.jobs
-        )
+        jobs = tuple(job._replace(state=JobState.CANCELLED) if job.state is PENDING else job for job in world.jobs)
         there = world._replace(jobs=jobs, run=RunState.CANCELLED)
         yield Step("cancel", "the run is cancelled", _spend(there, "cancels"))
     for j, job in enumerate(world.jobs):

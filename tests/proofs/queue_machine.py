@@ -95,11 +95,7 @@ KINDS: dict[str, tuple[int, tuple[st.SearchStrategy[Any], ...]]] = {
     "resume": (3, (names,)),
 }
 a_step = st.one_of(
-    *(
-        st.tuples(st.just(kind), *arguments)
-        for kind, (weight, arguments) in KINDS.items()
-        for _ in range(weight)
-    )
+    *(st.tuples(st.just(kind), *arguments) for kind, (weight, arguments) in KINDS.items() for _ in range(weight))
 )
 
 
@@ -205,9 +201,7 @@ class QueueMachine(RuleBasedStateMachine):
         for name, inputs in seen.items.items():
             assert {Key(name, text) for text in inputs} == {key for key in seen.jobs if key.run == name}
         assert seen.counters == seen.recount, f"counters: {seen.counters}, recount: {seen.recount}"
-        assert list(seen.jobs.items()) == list(self.model.jobs.items()), _differences(
-            seen.jobs, self.model.jobs
-        )
+        assert list(seen.jobs.items()) == list(self.model.jobs.items()), _differences(seen.jobs, self.model.jobs)
         runs_ = self.model.runs.items()
         assert seen.items == {name: run.items for name, run in runs_}
         assert seen.run_states == {name: run.state for name, run in runs_}
@@ -253,9 +247,7 @@ class QueueMachine(RuleBasedStateMachine):
     def _claim(self, worker: int, order: list[str], most: int, suspects: bool) -> None:
         """Claim what is due of all runs."""
         ids = [self.world.runs[name].id for name in order]
-        work = self._queue(worker).claim(
-            self.world.workers[worker], ids, most, lease=LEASE, suspects=suspects
-        )
+        work = self._queue(worker).claim(self.world.workers[worker], ids, most, lease=LEASE, suspects=suspects)
         claims = self.world.do(work)
         expected = self.model.claim(
             self.clock.now, worker, order, most, suspects=suspects, lease_ms=round(LEASE * 1000)
@@ -294,9 +286,7 @@ class QueueMachine(RuleBasedStateMachine):
         """Renew a worker's claims, of whatever age."""
         if not (held := self._held_by(worker, chosen, again)):
             return
-        work = self._queue(worker).renew(
-            self.world.workers[worker], held.values(), lease=LEASE, settled=0, rate=0.0
-        )
+        work = self._queue(worker).renew(self.world.workers[worker], held.values(), lease=LEASE, settled=0, rate=0.0)
         lost = self.world.do(work)
         seqs = {key: claim.claim_seq for key, claim in held.items()}
         expected = self.model.renew(self.clock.now, worker, seqs, lease_ms=round(LEASE * 1000))
@@ -379,9 +369,7 @@ class QueueMachine(RuleBasedStateMachine):
 
         Those whose call has not ended, or with `again` any that there ever was: a settlement may be repeated.
         """
-        there = [
-            one for one in self.calls if (again or one.settlement is None) and worker in {None, one.worker}
-        ]
+        there = [one for one in self.calls if (again or one.settlement is None) and worker in {None, one.worker}]
         held = [there[-1 - n % len(there)] for n in numbers if there]
         return list({id(one): one for one in held}.values())
 

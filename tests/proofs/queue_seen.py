@@ -52,9 +52,7 @@ class Seen:
         for row in sorted(tables["jobs"], key=lambda row: row.id):
             key, result, mine = self.keys[row.id], results.pop(row.id, None), tries.get(row.id, [])
             assert key not in self.jobs, f"{key} has two jobs"
-            ended = row.state in {"done", "failed"} or (
-                row.state == "cancelled" and row.finished_at is not None
-            )
+            ended = row.state in {"done", "failed"} or (row.state == "cancelled" and row.finished_at is not None)
             assert (row.finished_at is not None) == ended, key
             self.jobs[key] = self._job(row, prompts[row.id], result, mine, workers)
             self.recount[key.run].update(_counted(row, result, mine))

@@ -113,9 +113,7 @@ def test_server_errors_are_tried_again_and_charged(local: Cli) -> None:
 def test_an_answer_cut_off_says_so(local: Cli) -> None:
     """The finish reason `length` is kept with the answer, counted by collect with the way out, and shown."""
     with Prompted(
-        lambda prompt, _: reply(
-            200, completion("I was about to", "length") if prompt == "hello" else completion("bye")
-        )
+        lambda prompt, _: reply(200, completion("I was about to", "length") if prompt == "hello" else completion("bye"))
     ) as server:
         enqueue(local, server.url, ["hello", "bye", "hello"])
         local("worker")
@@ -162,9 +160,7 @@ def test_a_billing_error_half_way_pauses_and_loses_nothing(cli: Cli) -> None:
 def test_every_fault_at_once_ends_exactly(cli: Cli) -> None:
     """A fifth of all calls fails in one of six ways: every job ends for the right reason, after exactly its calls."""
     rate, max_attempts = 0.2, 3
-    lines = (
-        [f"p{n}" for n in range(150)] + [f"never {n}" for n in range(2)] + [f"refuse {n}" for n in range(4)]
-    )
+    lines = [f"p{n}" for n in range(150)] + [f"never {n}" for n in range(2)] + [f"refuse {n}" for n in range(4)]
     stories = {line: story_of(line, rate=rate, max_attempts=max_attempts) for line in lines}
     (cli.folder / "schema.json").write_text(json.dumps(SCHEMA))
     with Faulty(rate=rate) as server:
@@ -174,9 +170,9 @@ def test_every_fault_at_once_ends_exactly(cli: Cli) -> None:
         told = [worker.communicate(timeout=150)[1] for worker in workers]
         assert {worker.returncode for worker in workers} <= {0, 4}, told
         assert server.requests == {line: len(story) for line, story in stories.items()}
-    assert server.answered == {
-        line: story.count(GOOD) for line, story in stories.items() if story[-1] == GOOD
-    } | {line: 0 for line, story in stories.items() if story[-1] != GOOD}
+    assert server.answered == {line: story.count(GOOD) for line, story in stories.items() if story[-1] == GOOD} | {
+        line: 0 for line, story in stories.items() if story[-1] != GOOD
+    }
     rows = cli.collect("in", code=4)
     assert [row["prompt"] for row in rows] == lines
     for row in rows:
@@ -214,9 +210,7 @@ def _families(stories: Any) -> dict[str, int]:
 TRICKLING = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n"
 
 
-@pytest.mark.parametrize(
-    "script", [Script(then="hang"), Script(TRICKLING, "trickle")], ids=["silent", "trickling"]
-)
+@pytest.mark.parametrize("script", [Script(then="hang"), Script(TRICKLING, "trickle")], ids=["silent", "trickling"])
 def test_a_server_that_hangs_holds_no_slot_longer_than_the_timeout(local: Cli, script: Script) -> None:
     """Each call ends at --timeout, frees its slot, is tried again, and fails as transient; the worker exits."""
     lines = ["one", "two", "three"]

@@ -143,9 +143,7 @@ def test_every_column_may_hold_anything(queue: Queue) -> None:
         ("prompts", "body", "deep", "collect unique", "expected stored messages to be JSON"),
     ],
 )
-def test_what_such_a_value_does(
-    queue: Queue, table: str, column: str, value: str, command: str, says: str
-) -> None:
+def test_what_such_a_value_does(queue: Queue, table: str, column: str, value: str, command: str, says: str) -> None:
     """Each is told with its place, not with the statement or the value, however long, or does no harm."""
     told = ""
     for seed in range(8):  # one row or another

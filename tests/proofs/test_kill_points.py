@@ -47,9 +47,7 @@ async def named(database: Database, name: str) -> Run | None:
 
 async def set_limits(database: Database) -> None:
     """Set limits that hold nothing back, so that what keeps them is done as well."""
-    await limits.set_limits(
-        database, ECHO.answerer, {"rpm": 2_000_000, "tpm": 200_000_000, "concurrency": 1_000}
-    )
+    await limits.set_limits(database, ECHO.answerer, {"rpm": 2_000_000, "tpm": 200_000_000, "concurrency": 1_000})
 
 
 async def finish(later: Database, name: str) -> Run:
@@ -94,9 +92,7 @@ async def test_a_death_at_any_statement_leaves_all_or_nothing(db_url: str, opera
         length += 1
     assert length >= FEWEST
     assert len(seen) == len(BEFORE_AND_AFTER[operation])
-    count = await database.read(
-        lambda connection: connection.scalar(select(func.count()).select_from(results))
-    )
+    count = await database.read(lambda connection: connection.scalar(select(func.count()).select_from(results)))
     assert count == len(PROMPTS) * (length + 1)
     await later.close()
     await database.close()

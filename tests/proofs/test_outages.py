@@ -281,9 +281,7 @@ def test_answers_survive_a_server_that_stays_away(own_server: postgres.Server, t
         (spooled,) = (tmp_path / "state" / "lbr").glob("*.spool.jsonl")
         assert str(spooled) == kept[1]
         assert spooled.stat().st_mode & 0o777 == 0o600
-        assert "prompt" not in {
-            name for line in spooled.read_text().splitlines() for name in json.loads(line)
-        }
+        assert "prompt" not in {name for line in spooled.read_text().splitlines() for name in json.loads(line)}
         own_server.start()
         again = cli("worker", *FUNCTION, "--concurrency", "50")
         assert "wrote 10 answers that were kept in" in again.stderr

@@ -139,8 +139,7 @@ def test_a_clock_that_is_set_holds_nothing_up(local: Cli) -> None:
     write(local.folder, lines)
     local("enqueue", "in.txt", "--function", "answers:echo")
     workers = [
-        local.start("worker", "--function", "answers:echo", "--concurrency", "4", "--lease", "3")
-        for _ in range(2)
+        local.start("worker", "--function", "answers:echo", "--concurrency", "4", "--lease", "3") for _ in range(2)
     ]
 
     def set_clock(seconds: int) -> None:
@@ -160,9 +159,7 @@ def test_a_clock_that_is_set_holds_nothing_up(local: Cli) -> None:
     recount(local)
 
 
-def work_until(
-    cli: Cli, done: int, *, prompt: str = "prompt", lease: str = "2"
-) -> tuple[list[str], Popen[str]]:
+def work_until(cli: Cli, done: int, *, prompt: str = "prompt", lease: str = "2") -> tuple[list[str], Popen[str]]:
     """Enqueue that many prompts, and return them with a worker that has answered some of them."""
     lines = [f"{prompt} {n}" for n in range(400)]
     write(cli.folder, lines)

@@ -151,9 +151,7 @@ def test_deadly_job_fails_and_its_neighbours_finish(cli: Cli) -> None:
     cli("enqueue", "in.txt", "--function", "answers:deadly")
     died = 0
     # The last one is alive, and reports the job that its third crash has failed.
-    while (
-        code := cli("worker", "--function", "answers:deadly", "--lease", LEASE, check=False).returncode
-    ) != 4:
+    while (code := cli("worker", "--function", "answers:deadly", "--lease", LEASE, check=False).returncode) != 4:
         assert code == -signal.SIGKILL
         died += 1
         assert died <= 3

@@ -60,9 +60,7 @@ def test_pasted_urls_are_understood(url: str, password: str | None, shown: str) 
 
 def test_options_reach_the_driver_or_are_left_out() -> None:
     """The driver gets the options that it knows; those of other clients change nothing."""
-    address = address_of(
-        "postgres://u@h/d?sslmode=require&channel_binding=require&connect_timeout=5&ssl=require"
-    )
+    address = address_of("postgres://u@h/d?sslmode=require&channel_binding=require&connect_timeout=5&ssl=require")
     assert address.dsn == "postgresql://u@h/d?sslmode=require"
     assert not address.pooled
     assert address_of("postgres://u@h/d?pgbouncer=true").pooled
@@ -98,14 +96,10 @@ def test_what_cannot_be_read_is_refused_without_its_password(url: str, words: st
 
 
 @pytest.mark.parametrize("name", ["sslrootcert", "sslcert", "sslkey", "sslcrl"])
-def test_files_that_cannot_be_read_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_files_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A certificate that is not there is a wrong URL, not a server to wait for."""
     url = f"postgresql://me:hunter2@host/db?sslmode=verify-full&{name}="
-    with pytest.raises(
-        UsageError, match=f"{name}=/no/such.crt .*: No such file or directory; correct"
-    ) as caught:
+    with pytest.raises(UsageError, match=f"{name}=/no/such.crt .*: No such file or directory; correct") as caught:
         address_of(f"{url}/no/such.crt")
     assert "hunter2" not in str(caught.value)
     (tmp_path / "empty.crt").touch()

@@ -190,9 +190,7 @@ async def test_kept_answers_of_the_dead_are_not_called_for_again(database: Datab
 
 
 @pytest.mark.parametrize("what", ["unreadable", "rubbish"])
-async def test_kept_answers_that_are_not_taken_hold_nothing_back(
-    database: Database, db_url: str, what: str
-) -> None:
+async def test_kept_answers_that_are_not_taken_hold_nothing_back(database: Database, db_url: str, what: str) -> None:
     """Jobs of the dead come back also if a file of kept answers cannot be read; what is in it later is still taken."""
     await put(database, ["a", "b"])
     queue = Queue(database)
@@ -250,9 +248,7 @@ async def test_a_lock_left_from_another_database_is_taken_over(tmp_path: Path) -
     assert theirs.dead_workers([WorkerId(1)]) == []
 
 
-async def test_locks_of_a_network_file_system_are_not_believed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_locks_of_a_network_file_system_are_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Insisting on one leaves the leases to decide: another machine may see a held lock as free."""
     monkeypatch.setattr(files, "file_system", lambda _: "nfs4")
     database = await open_database(str(tmp_path / "q.db"), create=True, allow_network_fs=True)

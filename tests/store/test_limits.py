@@ -40,9 +40,7 @@ LIMITED = Failure(Family.RATE_LIMITED, "RateLimit", "429", retry_after=1.0)
 async def workers(database: Database, *slots: int) -> list[tuple[Queue, int]]:
     """Register workers with so many slots each."""
     queue = Queue(database)
-    return [
-        (queue, await queue.register(host="h", pid=n, concurrency=count)) for n, count in enumerate(slots)
-    ]
+    return [(queue, await queue.register(host="h", pid=n, concurrency=count)) for n, count in enumerate(slots)]
 
 
 async def limit_of(database: Database, who: str = WHO) -> Limit:
@@ -381,18 +379,14 @@ async def test_a_refused_resume_sets_no_budget(db_url: str) -> None:
     assert (await lbr.status("r", db_url=db_url)).runs[0].max_cost_usd is None
 
 
-@pytest.mark.parametrize(
-    "scope", ["function:", "function: f", "function:a\nb", "a:\x00", "a:" + "x" * 3_000, " "]
-)
+@pytest.mark.parametrize("scope", ["function:", "function: f", "function:a\nb", "a:\x00", "a:" + "x" * 3_000, " "])
 async def test_a_scope_that_nobody_can_have_is_refused(db_url: str, scope: str) -> None:
     """What no answerer is called gets no row."""
     with pytest.raises(UsageError, match="expected a name as in `lbr status`"):
         await lbr.limit(scope, {"rpm": 5}, db_url=db_url)
 
 
-async def test_a_budget_knows_what_calls_cost_that_are_no_answers_now(
-    database: Database, clock: Clock
-) -> None:
+async def test_a_budget_knows_what_calls_cost_that_are_no_answers_now(database: Database, clock: Clock) -> None:
     """Answers that are redone, and calls that failed but cost something, count among the calls that were paid."""
     run = await put(database, [f"p{n}" for n in range(60)])
     ((_, one),) = await workers(database, 100)
@@ -542,10 +536,7 @@ def test_a_cost_that_nobody_knows_cannot_be_limited(cli: Cli) -> None:
         ]
         assert [done.returncode for done in refused] == [1, 2, 2]
         for done in refused:
-            assert (
-                "no price is known for openai-chat:house-model, which the price table does not have"
-                in done.stderr
-            )
+            assert "no price is known for openai-chat:house-model, which the price table does not have" in done.stderr
             assert "--price in=…,out=…" in done.stderr
         found = json.loads(cli("status", "in", "--json").stdout)["runs"][0]
         assert (found["pending"], found["max_cost_usd"]) == (3, None)
@@ -612,9 +603,7 @@ def test_workers_use_the_tokens_of_a_minute(cli: Cli) -> None:
         provided(cli, url, 1)
         (cli.folder / "in.txt").write_text("".join(f"{n:0100}\n" for n in range(60)))
         cli("enqueue", "in.txt", "--run", "r", "--model", "openai-chat:gpt-4o-mini")
-        finished(
-            [cli.start("worker", "--run", "r", "--tpm", "12000", "--concurrency", "8") for _ in range(4)]
-        )
+        finished([cli.start("worker", "--run", "r", "--tpm", "12000", "--concurrency", "8") for _ in range(4)])
     ended = "FROM jobs JOIN results ON results.job_id = jobs.id WHERE run_id = 2"
     [(tokens, begun, first, last)] = cli.query(
         "SELECT sum(input_tokens + output_tokens), min(finished_at - latency_ms), min(finished_at), "

@@ -114,9 +114,7 @@ async def test_a_probe_whose_worker_died_is_made_again(database: Database, clock
     assert again.probe
 
 
-async def test_patience_pauses_all_runs_of_the_model_and_resume_forgets(
-    database: Database, clock: Clock
-) -> None:
+async def test_patience_pauses_all_runs_of_the_model_and_resume_forgets(database: Database, clock: Clock) -> None:
     """After so much waiting each run of the model is paused with the reason; resume begins from nothing."""
     run = await put(database, [f"p{n}" for n in range(10)], task=MODEL)
     second = await put(database, ["q"], name="second", task=MODEL)

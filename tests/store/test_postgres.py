@@ -201,9 +201,7 @@ async def test_missing_queue_is_told(url: str) -> None:
 async def test_newer_schema_is_refused(live: Database, url: str) -> None:
     """A queue of a newer lbr is left as it is."""
     postgres.execute(url, "INSERT INTO lbr.schema_version VALUES (99, 'future', 0)")
-    with pytest.raises(
-        DatabaseError, match=rf"schema version {schema.LATEST} or older, got: 99.*a newer lbr"
-    ):
+    with pytest.raises(DatabaseError, match=rf"schema version {schema.LATEST} or older, got: 99.*a newer lbr"):
         await open_database(url, create=True)
 
 
@@ -321,9 +319,7 @@ async def test_sole_worker_of_all_machines(live: Database, url: str) -> None:
             pass
 
 
-async def test_lost_lock_of_the_sole_worker(
-    live: Database, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_lost_lock_of_the_sole_worker(live: Database, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lock that was lost with its connection is taken again; where another was quicker, its holder ends."""
     monkeypatch.setattr("lbr.store.postgres.SOLE_RETRY_SECONDS", 0.02)
     # Of this database alone: other tests use the same server at the same time.
@@ -353,9 +349,7 @@ async def test_lost_lock_of_the_sole_worker(
     assert not task.done()
     waiting = text(f"SELECT count(*) {locks} AND NOT granted")
     with postgres.connect(url) as thief:
-        wait = asyncio.create_task(
-            asyncio.to_thread(thief.execute, "SELECT pg_advisory_lock(%s, 0)", (SOLE_LOCK,))
-        )
+        wait = asyncio.create_task(asyncio.to_thread(thief.execute, "SELECT pg_advisory_lock(%s, 0)", (SOLE_LOCK,)))
         while not (await live.read(lambda connection: connection.scalar(waiting))):
             assert time.monotonic() < deadline
         postgres.execute(url, f"SELECT pg_terminate_backend({await holder()})")

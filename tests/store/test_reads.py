@@ -55,8 +55,7 @@ async def test_rows_of_every_size_come_in_order(
     assert [row.result for row in rows] == [await answer(one["prompt"]) for one in inputs]
     for page in pages:
         size = sum(
-            len(row.prompt.text or "") + len((row.result or "").encode()) + len(str(row.metadata))
-            for row in page
+            len(row.prompt.text or "") + len((row.result or "").encode()) + len(str(row.metadata)) for row in page
         )
         assert len(page) == 1 or size < 2 * 20_000
 
@@ -70,13 +69,9 @@ async def test_rows_of_every_size_come_in_order(
 
 
 @pytest.mark.slow
-def test_large_answers_take_little_memory(
-    db_url: str, tmp_path: Path, new_database: Callable[[], str]
-) -> None:
+def test_large_answers_take_little_memory(db_url: str, tmp_path: Path, new_database: Callable[[], str]) -> None:
     """200 MB of answers, 2 MB each, are collected in each format and moved within a fraction of that."""
-    (tmp_path / "large.py").write_text(
-        "async def answer(prompt: str) -> str:\n    return prompt + 'x' * 2_000_000\n"
-    )
+    (tmp_path / "large.py").write_text("async def answer(prompt: str) -> str:\n    return prompt + 'x' * 2_000_000\n")
     (tmp_path / "in.txt").write_text("".join(f"p{n}\n" for n in range(100)))
 
     def run(*command: str) -> int:

@@ -39,9 +39,7 @@ FAILURES = {
     "refused": Failure(Family.PERMANENT, "BadRequest", "400: Überlänge", usage=USAGE),
     "bad": Failure(Family.BAD_ANSWER, "BadAnswer", "no field n", text='{"m": 1}', usage=USAGE),
     "cut": Failure(Family.CUT_OFF, "BadAnswer", "cut", text='{"m": 1}', usage=USAGE, finish_reason="length"),
-    "none": Failure(
-        Family.CUT_OFF, "EmptyAnswer", "cut", text='{"m": 1}', usage=USAGE, finish_reason="length"
-    ),
+    "none": Failure(Family.CUT_OFF, "EmptyAnswer", "cut", text='{"m": 1}', usage=USAGE, finish_reason="length"),
 }
 
 
@@ -90,9 +88,7 @@ async def settled(database: Database, names: Sequence[str], **more: Any) -> tupl
     for claim in claims:
         word = (claim.prompt.text or "").split()[0]
         failure = FAILURES.get(word)
-        one = (
-            ended(claim, word) if failure is None else replace(failed(claim, failure), state=JobState.FAILED)
-        )
+        one = ended(claim, word) if failure is None else replace(failed(claim, failure), state=JobState.FAILED)
         batch[claim.prompt.text or ""] = one
     await settle(database, list(batch.values()))
     return run, batch
@@ -189,9 +185,7 @@ async def test_a_redone_answer_is_kept(database: Database) -> None:
 
 
 @pytest.mark.parametrize("claimed", [False, True])
-async def test_a_repeated_settlement_of_a_redone_answer_is_not_counted(
-    database: Database, claimed: bool
-) -> None:
+async def test_a_repeated_settlement_of_a_redone_answer_is_not_counted(database: Database, claimed: bool) -> None:
     """A settlement that comes once more, from a kept file say, neither brings the old answer back nor costs again."""
     run, batch = await settled(database, ["length"])
     await choose(database, run, "status=done")
@@ -265,25 +259,19 @@ def test_a_killed_retry_has_done_whole_pages(cli: Cli) -> None:
     assert (by_state["pending"], by_state["done"]) == (kept, left) == (4_000 - left, 4_000 - kept)
     status = cli.status("in")
     assert (status["pending"], status["done"]) == (kept, left)
-    assert (
-        cli("retry", "in", "--where", "finish_reason=stop").stdout == f"run in: {left} jobs back to pending\n"
-    )
+    assert cli("retry", "in", "--where", "finish_reason=stop").stdout == f"run in: {left} jobs back to pending\n"
     cli("worker")
     rows = cli.collect("in")
     assert [row["result"] for row in rows] == [f"p{n}" for n in range(4_000)]
     assert cli.status("in")["input_tokens"] == 8_000
 
 
-async def test_two_at_once_redo_each_job_once(
-    database: Database, db_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_two_at_once_redo_each_job_once(database: Database, db_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two people who redo the same answers do the work of one, also while another run takes these answers."""
     monkeypatch.setattr(redo, "PAGE", 3)
     run, _ = await settled(database, [f"length {n}" for n in range(30)])
     other, third = await open_database(db_url), await open_database(db_url)
-    put_back = asyncio.gather(
-        choose(database, run, "finish_reason=length"), choose(other, run, "finish_reason=length")
-    )
+    put_back = asyncio.gather(choose(database, run, "finish_reason=length"), choose(other, run, "finish_reason=length"))
     copy = await put(third, [f"length {n}" for n in range(30)], name="copy")
     assert sum(await put_back) == 30
     assert await states(database, run) == {"pending": 30}
@@ -379,9 +367,7 @@ async def test_settings_are_the_jobs_own(database: Database) -> None:
     await choose(database, run, "finish_reason=length", settings={"seed": 3, "latency": 0})
     (claim,) = await _claim(database, run)
     assert (claim.prompt.text, claim.settings) == ("length", {"seed": 3, "latency": 0})
-    assert list(claim.settings or {}) == ["seed", "latency"], (
-        "they are sent in the order in which they were given"
-    )
+    assert list(claim.settings or {}) == ["seed", "latency"], "they are sent in the order in which they were given"
     await settle(database, [replace(failed(claim, FAILURES["refused"]), state=JobState.FAILED)])
     assert await redo.retry(database, run) == 1
     (claim,) = await _claim(database, run)
@@ -433,15 +419,10 @@ async def test_settings_reach_the_provider(db_url: str, monkeypatch: pytest.Monk
         settings = {"max_tokens": 5, "temperature": 0.5}
         await lbr.enqueue(["a"], run="r", model=model, settings=settings, db_url=db_url)
         assert (await lbr.work(db_url=db_url)).done == 1
-        assert (
-            await lbr.retry("r", where=["finish_reason=length"], settings={"max_tokens": 900}, db_url=db_url)
-            == 1
-        )
+        assert await lbr.retry("r", where=["finish_reason=length"], settings={"max_tokens": 900}, db_url=db_url) == 1
         await lbr.enqueue(["b"], run="r", model=model, settings=settings, append=True, db_url=db_url)
         assert (await lbr.work(db_url=db_url)).done == 2
-        asked = {
-            (one["messages"][-1]["content"], one["max_tokens"], one["temperature"]) for one in server.asked
-        }
+        asked = {(one["messages"][-1]["content"], one["max_tokens"], one["temperature"]) for one in server.asked}
         assert asked == {("a", 5, 0.5), ("a", 900, 0.5), ("b", 5, 0.5)}
         assert len(server.asked) == 3
     with Scripted(status=408) as server:

@@ -483,9 +483,7 @@ def test_other_urls_are_refused_without_their_password(url: str, words: str) -> 
 
 
 @pytest.mark.parametrize(("query", "level"), [("", 2), ("?synchronous=FULL", 2), ("?synchronous=NORMAL", 1)])
-async def test_durability_is_full_unless_the_url_says_otherwise(
-    tmp_path: Path, query: str, level: int
-) -> None:
+async def test_durability_is_full_unless_the_url_says_otherwise(tmp_path: Path, query: str, level: int) -> None:
     """Every commit reaches the disk by default; a URL may ask for less."""
     database = await open_database(f"sqlite:///{tmp_path / 'q.db'}{query}", create=True)
     assert (await database.write(lambda c: c.exec_driver_sql("PRAGMA synchronous"))).scalar() == level
@@ -499,9 +497,7 @@ async def test_newer_schema_is_refused(tmp_path: Path) -> None:
     with sqlite3.connect(path) as connection:
         connection.execute("INSERT INTO schema_version VALUES (99, 'future', 0)")
     connection.close()
-    with pytest.raises(
-        DatabaseError, match=rf"schema version {schema.LATEST} or older, got: 99.*a newer lbr"
-    ):
+    with pytest.raises(DatabaseError, match=rf"schema version {schema.LATEST} or older, got: 99.*a newer lbr"):
         await open_database(str(path), create=True)
 
 
@@ -640,9 +636,7 @@ async def test_an_exclusive_lock_that_may_not_be_opened_is_told(mortal_folder: P
     path = mortal_folder / "q.db"
     await (await open_database(str(path), create=True)).close()
     path.with_name("q.db.worker.lock").touch(0o000)
-    with pytest.raises(
-        DatabaseError, match=r"expected a lock .*q\.db\.worker\.lock, got: Permission denied; make"
-    ):
+    with pytest.raises(DatabaseError, match=r"expected a lock .*q\.db\.worker\.lock, got: Permission denied; make"):
         async with sqlite.sole_worker(str(path)):
             pass
 
@@ -741,9 +735,7 @@ def test_a_mount_point_is_the_path_itself(points: list[str], mounted: bool) -> N
 
 def test_a_mount_point_with_white_space_is_read() -> None:
     """Its name has octal escapes, as in proc(5)."""
-    assert files.is_mount_point(
-        Path("/my data/q\\.db"), "30 1 0:40 / /my\\040data/q\\134.db rw - ext4 x rw\n"
-    )
+    assert files.is_mount_point(Path("/my data/q\\.db"), "30 1 0:40 / /my\\040data/q\\134.db rw - ext4 x rw\n")
 
 
 @pytest.mark.processes

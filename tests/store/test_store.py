@@ -350,9 +350,7 @@ async def test_appends_at_once_lose_nothing(database: Database, db_url: str) -> 
     async def append(store: Database, word: str) -> None:
         for n in range(10):
             items = [Item(Prompt(text=f"{word} {n}"))]
-            await enqueue.add_chunk(
-                store, run, None, items, [KeyMaker(ECHO).key(items[0].prompt)], reuse=True
-            )
+            await enqueue.add_chunk(store, run, None, items, [KeyMaker(ECHO).key(items[0].prompt)], reuse=True)
 
     await asyncio.gather(append(database, "x"), append(other, "y"))
     await other.close()
@@ -364,9 +362,7 @@ async def test_appends_at_once_lose_nothing(database: Database, db_url: str) -> 
     await assert_counted(database, run)
 
 
-async def test_cancel_and_retry_do_not_mix(
-    database: Database, db_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_cancel_and_retry_do_not_mix(database: Database, db_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever of a cancel and a retry comes last has its way with every job."""
     monkeypatch.setattr(runs, "BATCH", 3)
     run = await put(database, [f"p{n}" for n in range(40)])
@@ -888,9 +884,7 @@ async def test_no_migration_under_workers_of_an_older_version(db_url: str, clock
     for statement in to_reasons(where):
         await database.write(partial(_run, statement))
     clock.forward(20)
-    with pytest.raises(
-        DatabaseError, match=r"workers of an older version .*\(h:17\).*stop them first.* in 40 s"
-    ):
+    with pytest.raises(DatabaseError, match=r"workers of an older version .*\(h:17\).*stop them first.* in 40 s"):
         await open_database(db_url, clock=clock)
     await database.read(lambda c: c.execute(text(f"SELECT pause_reason FROM {where}runs")))
     if is_postgresql(db_url):

@@ -45,9 +45,7 @@ async def test_no_more_is_held_than_there_are_slots(live: Database, tmp_path: Pa
     async def look(prompt: str) -> str:
         await asyncio.sleep(0.001 * (int(prompt) % 7))
         with closing(sqlite3.connect(tmp_path / "queue.db")) as connection:
-            held.append(
-                connection.execute("SELECT count(*) FROM jobs WHERE state = 'inflight'").fetchone()[0]
-            )
+            held.append(connection.execute("SELECT count(*) FROM jobs WHERE state = 'inflight'").fetchone()[0])
         return prompt
 
     run = await put(live, [str(n) for n in range(300)], task=asks(look))
@@ -124,9 +122,7 @@ async def test_a_job_that_cannot_be_claimed_keeps_no_answer_out(live: Database, 
     await assert_counted(live, run)
 
 
-async def test_a_settlement_never_queues_for_its_turn(
-    live: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_settlement_never_queues_for_its_turn(live: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the worker's loop waits to claim, a settlement claims nothing: the slots that it counted may be gone."""
     turns_made = 0
     begun, go_on = asyncio.Event(), asyncio.Event()

@@ -63,9 +63,7 @@ def chat_model(
 ) -> Model:
     """Build what a worker would; `alone`, it is the chat adapter, which fails if it would hand over."""
     if not alone:
-        return build_model(
-            Task(model=name, settings=dict(settings or {}), schema=schema), Authority(), concurrency=1
-        )
+        return build_model(Task(model=name, settings=dict(settings or {}), schema=schema), Authority(), concurrency=1)
     endpoint = endpoint_of(name)
     assert endpoint is not None
     return ChatModel(endpoint, task_settings=settings or {}, build_other=unused)

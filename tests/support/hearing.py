@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 class Hearing:
     """Tells of statements, each with its values, and of commits, from `begin` to `end`, in all connections."""
 
-    def __init__(
-        self, statement: Callable[[str, Any], object], commit: Callable[[], object] = lambda: None
-    ) -> None:
+    def __init__(self, statement: Callable[[str, Any], object], commit: Callable[[], object] = lambda: None) -> None:
         self._statement = statement
         self._commit = commit
         self._ways = ExitStack()

@@ -91,9 +91,7 @@ class Served:
 
 
 @asynccontextmanager
-async def serving(
-    handle: Handle, tls: ssl.SSLContext | None = None, *, port: int = 0
-) -> AsyncIterator[Served]:
+async def serving(handle: Handle, tls: ssl.SSLContext | None = None, *, port: int = 0) -> AsyncIterator[Served]:
     """Serve for the length of a block; `handle` has a connection to itself until it returns."""
     tasks: set[asyncio.Task[None]] = set()
     writers: set[asyncio.StreamWriter] = set()
@@ -403,9 +401,7 @@ def certificate(folder: Path) -> tuple[Path, ssl.SSLContext]:
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - dt.timedelta(days=1))
         .not_valid_after(now + dt.timedelta(days=1))
-        .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
-        )
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .sign(key, hashes.SHA256())
     )
@@ -413,9 +409,7 @@ def certificate(folder: Path) -> tuple[Path, ssl.SSLContext]:
     file.write_bytes(made.public_bytes(serialization.Encoding.PEM))
     secret = folder / "key.pem"
     secret.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(file, secret)

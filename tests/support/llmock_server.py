@@ -37,9 +37,7 @@ def serve(*flags: str, style: str = "echo") -> Iterator[str]:
         "warning",
         *flags,
     ]
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_until_ready(process, f"http://127.0.0.1:{port}/_llmock/verdict", name="llmock")
         yield f"http://127.0.0.1:{port}/v1"

@@ -73,9 +73,7 @@ def test_without_a_price_table_every_answer_is_kept(tmp_path: Path) -> None:
     assert cli.query("SELECT count(*) FROM results WHERE cost_nanos IS NOT NULL") == [(0,)]
 
 
-async def test_a_price_table_is_tried_again_but_not_for_each_call(
-    wire: Wire, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_price_table_is_tried_again_but_not_for_each_call(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
     """A load that failed stands for a while; the next one after that makes costs known again."""
     snapshot = Failing(data_snapshot.get_snapshot, 1)
     monkeypatch.setattr(data_snapshot, "get_snapshot", snapshot)
@@ -96,9 +94,7 @@ async def test_a_price_table_is_tried_again_but_not_for_each_call(
     assert snapshot.asked == 2
 
 
-async def test_a_price_table_that_takes_long_lets_no_call_be_late(
-    wire: Wire, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_price_table_that_takes_long_lets_no_call_be_late(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the table is not there in time, the answer is kept without its cost."""
     ended = threading.Event()
     monkeypatch.setattr(data_snapshot, "get_snapshot", lambda: ended.wait(60))

@@ -573,9 +573,7 @@ def test_a_pause_is_told_by_those_whom_it_concerns(cli: Cli) -> None:
         ("run", "in.txt", "-o", "out.jsonl", "--model", "offline:echo"),
     ):
         done = cli(*command, check=False)
-        assert (done.returncode, "no credit; `lbr resume in` lets it go on" in done.stderr) == (3, True), (
-            done.stderr
-        )
+        assert (done.returncode, "no credit; `lbr resume in` lets it go on" in done.stderr) == (3, True), done.stderr
 
 
 def test_failures_and_retry(cli: Cli) -> None:

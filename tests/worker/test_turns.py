@@ -181,9 +181,7 @@ def test_every_other_commit_tells_and_a_single_one_does_not(seconds: list[float]
         (Commit(0.003, 0), 60.0, 0.05),
     ],
 )
-def test_linger_follows_what_hinders_commits_and_how_long_calls_are(
-    commit: Commit, call: float, linger: float
-) -> None:
+def test_linger_follows_what_hinders_commits_and_how_long_calls_are(commit: Commit, call: float, linger: float) -> None:
     """Gathering lasts three times as long as a commit was hindered or a fiftieth of a call; rows are no hindrance."""
     assert linger_seconds(commit, call) == pytest.approx(linger)
 

@@ -459,14 +459,10 @@ async def test_an_earlier_run_with_a_setting_that_is_not_sent_goes_on(
         assert (await worker.run()).done == 2
     assert [one["temperature"] for one in server.asked] == [0.5, 0.5]
     (warning,) = [line for line in worker.lines if "top_k" in line]  # type: ignore[attr-defined]
-    assert warning.startswith(
-        f"run {run.name} goes on, but the setting top_k is not sent to model 'openai-chat:m'"
-    )
+    assert warning.startswith(f"run {run.name} goes on, but the setting top_k is not sent to model 'openai-chat:m'")
 
 
-async def test_a_worker_takes_over_the_order_of_a_schema(
-    live: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_worker_takes_over_the_order_of_a_schema(live: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """An enqueue while a worker serves the run changes the order in which its next calls send the schema."""
     schema: Any = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "integer"}}}
     turned = {**schema, "properties": dict(reversed(schema["properties"].items()))}
@@ -565,9 +561,7 @@ class PanicError(BaseException):
         (KeyboardInterrupt(), True),
     ],
 )
-async def test_whatever_a_function_raises_belongs_to_its_job(
-    live: Database, error: BaseException, plain: bool
-) -> None:
+async def test_whatever_a_function_raises_belongs_to_its_job(live: Database, error: BaseException, plain: bool) -> None:
     """No exception of a user's function takes the worker or the other jobs along."""
 
     def panics(prompt: str) -> str:
@@ -585,9 +579,7 @@ async def test_whatever_a_function_raises_belongs_to_its_job(
     assert {t.error for t in (await reads.story(live, run, 1)).tries} == {type(error).__name__}
 
 
-async def test_answers_that_no_database_holds_fail_alone(
-    live: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_answers_that_no_database_holds_fail_alone(live: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure's text is made storable, an answer without measure is refused; the others are kept."""
     monkeypatch.setattr("lbr.worker.attempt.ANSWER_LIMIT", 1_000)
 
@@ -689,9 +681,7 @@ async def test_a_machine_whose_clock_was_set_starts_workers(
 
 
 @pytest.mark.parametrize("db_url", ["sqlite:///runs.db"])
-async def test_without_locks_a_changed_report_stops_a_worker(
-    live: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_without_locks_a_changed_report_stops_a_worker(live: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a network file system no lock shows which workers live; a report that changes shows it too."""
     monkeypatch.setattr(live, "presence", Presence())
     monkeypatch.setattr("lbr.worker.worker.TICK_SECONDS", 0.2)
@@ -728,9 +718,7 @@ async def test_a_report_by_another_clock_stops_a_worker_before_it_claims(live: D
     reporting = asyncio.create_task(report())
     try:
         if live.presence.knows:
-            with pytest.raises(
-                DatabaseError, match=f"but worker {other}, which works on .* leases need one clock"
-            ):
+            with pytest.raises(DatabaseError, match=f"but worker {other}, which works on .* leases need one clock"):
                 await worker_for(live, upper).run()
         else:
             await worker_for(live, upper).run()

@@ -53,9 +53,7 @@ class _Rates:
                 price += count * rate
         if plain < 0:
             return None
-        return (
-            price + plain * (self.input or 0) + counts.get("output_tokens", 0) * (self.output or 0)
-        ) / 1_000_000
+        return (price + plain * (self.input or 0) + counts.get("output_tokens", 0) * (self.output or 0)) / 1_000_000
 
 
 class Costs:
@@ -145,9 +143,7 @@ class Costs:
         for place in self._places:
             with suppress(LookupError):
                 provider, model = self._table.find_provider_model(name, None, *place)
-                own = tier and any(
-                    one is model for one in provider.models
-                )  # a tier is the model's own provider's
+                own = tier and any(one is model for one in provider.models)  # a tier is the model's own provider's
                 found = model.get_prices(datetime.now(UTC), {"service_tier": tier} if own else None)
                 prices = {field: price for field, price in vars(found).items() if price is not None}
                 others = {field.replace("_mtok", "_tokens") for field in prices.keys() - set(_LINEAR)}
@@ -176,11 +172,7 @@ def tokens_in(told: Mapping[str, Any]) -> tuple[int | None, int | None]:
     If only the total is known, it stands for the prompt.
     """
     prompt, completion = told.get("prompt_tokens"), told.get("completion_tokens")
-    if (
-        type(prompt) is type(completion) is int
-        and 0 <= prompt <= MAX_TOKENS
-        and 0 <= completion <= MAX_TOKENS
-    ):
+    if type(prompt) is type(completion) is int and 0 <= prompt <= MAX_TOKENS and 0 <= completion <= MAX_TOKENS:
         return prompt, completion
     prompt = _whole(told.get("prompt_tokens", told.get("input_tokens")))
     completion = _whole(told.get("completion_tokens", told.get("output_tokens")))

@@ -122,9 +122,7 @@ class ChatModel:
         """Return the error for an answer with a status of 300 or more."""
         if status < 400:
             place = hide_user(headers.get("location", "another URL").partition("?")[0])
-            words = (
-                f"the server redirects to {place}, and lbr does not follow; correct the provider's base URL"
-            )
+            words = f"the server redirects to {place}, and lbr does not follow; correct the provider's base URL"
             return call_error(f"{words} (HTTP {status})", status=status, api_key=self._api_key)
         text = decoded(content, _charset(headers.get("content-type", ""))).strip()
         try:

@@ -95,9 +95,7 @@ def _place_of(provider: str, api_key: str | None) -> tuple[str | None, str | Non
     """Return base URL and key; None or empty for what is missing."""
     get = os.environ.get
     if provider == "openrouter":
-        return get("OPENROUTER_BASE_URL") or "https://openrouter.ai/api/v1", api_key or get(
-            "OPENROUTER_API_KEY"
-        )
+        return get("OPENROUTER_BASE_URL") or "https://openrouter.ai/api/v1", api_key or get("OPENROUTER_API_KEY")
     if provider == "ollama":
         return get("OLLAMA_BASE_URL"), get("OLLAMA_API_KEY") or PLACEHOLDER_KEY
     base_url, key = get("OPENAI_BASE_URL"), get("OPENAI_API_KEY")

@@ -131,9 +131,7 @@ class PydanticAIModel:
             raise _failed(failure, self._api_key) from failure
         if answers and answers[-1].is_error:  # Azure's content filter, of which pydantic-ai makes an answer
             reason = filter_words(response.provider_details) or "content filter"
-            raise Permanent(
-                f"the provider refused the prompt; {reason} (HTTP 400)", kind="ContentFilterError"
-            )
+            raise Permanent(f"the provider refused the prompt; {reason} (HTTP 400)", kind="ContentFilterError")
         return reply_of(response)
 
     def _settings_of(self, request: Request) -> dict[str, Json]:
@@ -217,9 +215,7 @@ class Transport(httpx2.AsyncBaseTransport):
             url,
             headers=[(name.decode("latin-1"), value.decode()) for name, value in raw],
             data=io.BytesIO(content) if content else None,
-            timeout=ClientTimeout(
-                total=None, connect=timeouts.get("connect"), sock_read=timeouts.get("read")
-            ),
+            timeout=ClientTimeout(total=None, connect=timeouts.get("connect"), sock_read=timeouts.get("read")),
             skip_auto_headers=("Accept", "Content-Type", "User-Agent"),
         )
         headers = [(name, value) for name, value in answer.raw_headers if name.lower() not in _PACKING]
@@ -264,9 +260,7 @@ def refusing(name: str, api_key: str | None = None) -> Iterator[None]:
     except UserError as error:
         variable = _ENVIRONMENT_NAME.search(str(error))
         if variable is not None:
-            raise UsageError(
-                f"model {name!r} needs a key: set the environment variable {variable[1]}"
-            ) from error
+            raise UsageError(f"model {name!r} needs a key: set the environment variable {variable[1]}") from error
         raise UsageError(f"cannot use model {name!r}: {clean(str(error), api_key)}") from error
     except Exception as error:
         cause = f"{type(error).__name__}: {clean(str(error), api_key)}"
@@ -303,9 +297,7 @@ def parameters_of(schema: dict[str, Json], profile: ModelProfile) -> ModelReques
     if mode != "tool":
         output = OutputObjectDefinition(json_schema=shape, name=ANSWER_TOOL)
         return ModelRequestParameters(output_mode=mode, output_object=output)
-    tool = ToolDefinition(
-        name=ANSWER_TOOL, parameters_json_schema=shape, description="The answer.", kind="output"
-    )
+    tool = ToolDefinition(name=ANSWER_TOOL, parameters_json_schema=shape, description="The answer.", kind="output")
     return ModelRequestParameters(output_mode="tool", output_tools=[tool], allow_text_output=False)
 
 

@@ -38,9 +38,7 @@ _OTHER_NAMES = {
     "max_output_tokens": "max_tokens",
     "max_new_tokens": "max_tokens",
 }
-_SAMPLING = frozenset(
-    {"temperature", "top_p", "top_k", "presence_penalty", "frequency_penalty", "logit_bias"}
-)
+_SAMPLING = frozenset({"temperature", "top_p", "top_k", "presence_penalty", "frequency_penalty", "logit_bias"})
 _STAND_INS = {
     "api_key": "none",
     "base_url": "http://localhost",
@@ -144,9 +142,7 @@ class _Recorder:
         ):  # the one of `_keep`, as the SDK raises it
             warnings.simplefilter("ignore")
             prompt = [ModelRequest.user_text_prompt("")]
-            await model_request(
-                self.model, prompt, model_settings=wanted, model_request_parameters=parameters
-            )
+            await model_request(self.model, prompt, model_settings=wanted, model_request_parameters=parameters)
         return self._request
 
 
@@ -166,11 +162,7 @@ def _hint(model: Model | None, setting: str, value: Json) -> str:
             return f"did you mean {meant!r}?"
     if not isinstance(model, OpenAIChatModel) or (setting in declared - _SAMPLING - {"thinking"}):
         return "leave it out"
-    body = (
-        {"chat_template_kwargs": {"enable_thinking": bool(value)}}
-        if setting == "thinking"
-        else {setting: value}
-    )
+    body = {"chat_template_kwargs": {"enable_thinking": bool(value)}} if setting == "thinking" else {setting: value}
     flag = f"--set {shlex.quote(f'extra_body={json.dumps(body, ensure_ascii=False)}')}"
     if setting == "thinking":
         return f"use openai_reasoning_effort, or what the server knows, for example {flag}"
