@@ -37,7 +37,7 @@ def main() -> int:
     sizes = [size for size, _ in bodies]
     by_length = sorted(lines.values())
     tops = {_top(name) for name in modules} - {NAME}
-    print(f"lines {sum(by_length)}, modules {len([n for n in by_length if n > 1])}")
+    print(f"lines {sum(by_length)}, modules {len(by_length)}")
     print(f"packages {len(tops)}, layers {_layers(tops, arrows)}, imports between them {len(arrows)}")
     print(f"module lines: median {statistics.median(by_length):.0f}, max {by_length[-1]}")
     p90 = sizes[int(len(sizes) * 0.9)]

@@ -14,10 +14,9 @@ from typing import Any, NoReturn, TypeVar
 import click
 import orjson
 
-from lbr.core import digits
 from lbr.core.config import CONFIG_FILE, load_environment, read_config_file
 from lbr.core.errors import DatabaseError, LbrError, MisfitError, OutputError, StoppedError, UsageError
-from lbr.core.text import harmless
+from lbr.core.text import harmless, parse_json
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -241,7 +240,7 @@ def read_settings(texts: tuple[str, ...]) -> dict[str, Any]:
         if not equals or not name.strip():
             raise UsageError(f"expected --set NAME=VALUE, got: {text!r}")
         try:
-            settings[name.strip()] = digits.loads(value)
+            settings[name.strip()] = parse_json(value)
         except orjson.JSONDecodeError:
             settings[name.strip()] = value
     return settings

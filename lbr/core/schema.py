@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import orjson
 
-from lbr.core import digits
 from lbr.core.errors import BadAnswer, UsageError
+from lbr.core.text import parse_json, to_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -47,7 +47,7 @@ _FENCE = re.compile(r"\A```(?:json)?[ \t]*\r?\n?(.*?)\s*```\Z", re.DOTALL | re.I
 def load_schema(path: str | Path) -> dict[str, Json]:
     """Read a file with a JSON schema; UsageError, with the path and the line, if it has none."""
     try:
-        value = digits.loads(Path(path).read_bytes().decode("utf-8-sig"))
+        value = parse_json(Path(path).read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise UsageError(f"cannot read the schema {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -155,7 +155,7 @@ class Validator:
         if fenced := _FENCE.match(bare):
             bare = fenced.group(1)
         try:
-            answer, problems = self._check(bare, digits.loads(bare))
+            answer, problems = self._check(bare, parse_json(bare))
         except orjson.JSONDecodeError as error:
             raise BadAnswer(f"$: expected JSON, got: {error}", text=text) from None
         except (RecursionError, TypeError):  # of json and orjson, whose limits differ
@@ -196,7 +196,7 @@ def _schema_check(schema: dict[str, Json]) -> Check:
     validator = _build_validator(schema)
 
     def check(_: str, value: Json) -> tuple[str, list[str]]:
-        answer = digits.dumps(value).decode()
+        answer = to_json(value).decode()
         try:
             errors = list(validator.iter_errors(value))
         except ValueError as error:  # it has a recursion limit of its own
@@ -212,7 +212,7 @@ def _words_of(error: Misfit) -> str:
 
     match error.kind:
         case ValidationErrorKind.Enum(options=options):  # its own message names two of them
-            return f"{digits.dumps(error.instance).decode()} is not one of {digits.dumps(options).decode()}"
+            return f"{to_json(error.instance).decode()} is not one of {to_json(options).decode()}"
         case ValidationErrorKind.BacktrackLimitExceeded() | ValidationErrorKind.RegexEngineFailure():
             return "the schema's pattern takes too many steps on this text"
     return error.message

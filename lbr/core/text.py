@@ -1,8 +1,12 @@
-"""Counts and time spans in words, and text that is safe to show in a terminal."""
+"""Counts and time spans in words, text that a terminal may show, and JSON whose long integers keep their digits."""
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
+
+import orjson
 
 # Control characters other than tab and newline, and characters that change the direction of writing.
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]|\r(?!\n)")
@@ -26,3 +30,34 @@ def duration(seconds: float) -> str:
 def harmless(text: str) -> str:
     r"""Return text without terminal control: such characters are written as in JSON, `\u001b`. JSON keeps its value."""
     return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+LONG = re.compile(r"\d{19}")
+"""Occurs in every JSON text that has an integer of more than 64 bits."""
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON; orjson alone reads integers of more than 64 bits as floats. Raises orjson.JSONDecodeError, RecursionError if it is nested too deeply."""
+    value = orjson.loads(text)  # the stricter of the two: json also reads NaN, and 1e999 as infinity
+    return json.loads(text) if LONG.search(text) else value
+
+
+def to_json(value: Any) -> bytes:
+    """Return a value as compact JSON. Raises TypeError or ValueError for what JSON cannot hold."""
+    try:
+        return orjson.dumps(value)
+    except TypeError as error:
+        try:
+            return orjson.dumps(_with_digits(value))
+        except RecursionError:
+            raise error from None
+
+
+def _with_digits(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_digits(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_digits(one) for one in value]
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        return orjson.Fragment(str(int(value)))
+    return value

@@ -20,9 +20,8 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 import orjson
 
-from lbr.core.digits import LONG
 from lbr.core.errors import InputError, UsageError
-from lbr.core.text import pluralize
+from lbr.core.text import LONG, pluralize
 from lbr.io.records import (
     EmptyPromptError,
     Place,

@@ -97,7 +97,8 @@ def unsent(task: Task) -> list[str]:
     """
     if kind_of(task) is not Kind.PROVIDER:
         return []
-    from lbr.models import chat, checks  # noqa: PLC0415
+    from lbr.models import checks  # noqa: PLC0415
+    from lbr.models.chat import model as chat  # noqa: PLC0415
 
     name = task.model or ""
     if chat.serves(name) and chat.knows(name, task.settings):
@@ -124,7 +125,8 @@ def build_model(task: Task, authority: Authority, *, concurrency: int, connectio
 
 
 def _check_provider(task: Task) -> None:
-    from lbr.models import chat, checks  # noqa: PLC0415
+    from lbr.models import checks  # noqa: PLC0415
+    from lbr.models.chat import model as chat  # noqa: PLC0415
 
     if chat.serves(task.model or "") and chat.knows(task.model or "", task.settings):
         if task.schema is not None:
@@ -146,7 +148,7 @@ def _pydantic_ai(name: str) -> ModuleType:
 
 def _provider_model(task: Task, authority: Authority, connections: Connections | None) -> Model:
     """Build the chat adapter if it can serve the task, else pydantic-ai's."""
-    from lbr.models import chat  # noqa: PLC0415
+    from lbr.models.chat import model as chat  # noqa: PLC0415
 
     key, name, settings = authority.openrouter_api_key, task.model or "", task.settings
 

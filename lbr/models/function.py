@@ -14,9 +14,9 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lbr.core import digits
 from lbr.core.errors import CallError, Permanent
 from lbr.core.schema import is_base_model
+from lbr.core.text import to_json
 from lbr.core.types import Reply
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _text_of(result: Any) -> str:
         return str(result)
     try:
         if isinstance(result, dict | list):
-            return digits.dumps(result).decode()
+            return to_json(result).decode()
         if is_base_model(result):
             return str(result.model_dump_json(by_alias=True))  # as the schema of a result type names the fields
     except (TypeError, ValueError) as error:

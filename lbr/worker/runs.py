@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lbr.core import open_files
 from lbr.core.config import nanos_of
-from lbr.core.errors import UsageError
+from lbr.core.errors import NothingToServeError, UsageError
 from lbr.core.limits import UNBOUNDED, CallBound
 from lbr.core.pricing import (
     ASSUMED_OUTPUT_TOKENS,
@@ -17,7 +17,8 @@ from lbr.core.pricing import (
     task_characters,
     tokens_of,
 )
-from lbr.core.types import RunState
+from lbr.core.text import pluralize
+from lbr.core.types import JobState, PauseCause, RunState
 from lbr.models.base import Kind, kind_of, tells_cost
 from lbr.models.build import build_model, build_validator, unsent
 from lbr.models.http import Connections
@@ -26,15 +27,17 @@ from lbr.store import limits
 from lbr.worker.attempt import LateCalls
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from lbr.core.config import WorkOptions
     from lbr.core.pricing import Price
     from lbr.core.schema import Validator
-    from lbr.core.types import Run, RunId, Task
+    from lbr.core.types import Millis, Paused, Run, RunId, Task
     from lbr.models.base import Model
     from lbr.models.build import Authority
     from lbr.store.database import Database
+    from lbr.store.reads import RunCounts
+    from lbr.worker.runs import ServableRuns
 
 
 @dataclass(slots=True)
@@ -246,3 +249,67 @@ class StartLimits:
                 await limits.set_budget(self._database, run.id, self._budget)
         self._models |= new.keys()
         self._runs |= {one.run.id for one in new_runs}
+
+
+ABANDONED_MS = 30_000
+"""An unfinished enqueue that has added nothing for this long counts as interrupted."""
+
+
+class Completion:
+    """Judges whether the runs of one worker are done; with `named`, the user named them.
+
+    Afterwards `interrupted` names the runs whose enqueue did not finish.
+    """
+
+    def __init__(self, runs: ServableRuns, *, named: bool, notify: Callable[[str], None]) -> None:
+        self._runs = runs
+        self._named = named
+        self._notify = notify
+        self._warned = False
+        self.interrupted: list[str] = []
+
+    def all_done(self, found: Sequence[RunCounts], now: Millis) -> bool:
+        """Return whether no active run that this worker serves has an unfinished job or enqueue."""
+        self.interrupted = []
+        for one in found:
+            if one.run.id not in self._runs.served or one.run.state is not RunState.ACTIVE:
+                continue
+            if one.open:
+                self._report_waiting(one)
+                return False
+            if one.run.sealed_at is None:
+                if now - one.run.enqueued_at < ABANDONED_MS:
+                    return False
+                self.interrupted.append(one.run.name)
+        return True
+
+    def _report_waiting(self, one: RunCounts) -> None:
+        held = one.of(JobState.INFLIGHT)
+        if held and not one.of(JobState.PENDING) and not self._warned:
+            self._warned = True
+            self._notify(
+                f"run {one.run.name}: waiting for {pluralize(held, 'job')} that other workers hold; a dead worker's are "
+                f"reclaimed when their leases run out, or before"
+            )
+
+    def check_served(self, found: Sequence[RunCounts]) -> None:
+        """Raise NothingToServeError if there is work, and none that this worker can do."""
+        refused = self._runs.refused
+        waiting = [one for one in found if one.run.id in refused and one.open]
+        if waiting and not self._runs.served:
+            reasons = "; ".join(f"{one.run.name}: {refused[one.run.id]}" for one in waiting)
+            raise NothingToServeError(f"no run that this worker can serve: {reasons}")
+
+    def pauses(self, found: Sequence[RunCounts]) -> dict[str, Paused]:
+        """Return what paused the runs that the user named or that this worker served, by name; report moved ones."""
+        paused = {}
+        for one in found:
+            run, pause = one.run, one.run.pause
+            if run.state is not RunState.PAUSED or pause is None:
+                continue
+            if pause.cause is PauseCause.MOVED_TO:
+                if self._named:
+                    self._notify(f"run {run.name} was {pause.message} and goes on there; name that database with --db")
+            elif one.open and (self._named or (run.id in self._runs.served and not pause.cause.is_move)):
+                paused[run.name] = pause
+        return paused

@@ -27,9 +27,8 @@ from lbr.store import reads
 from lbr.store.database import local_clock
 from lbr.store.leases import MAX_SKEW_MS, Queue
 from lbr.worker.calls import Calls, WorkReport
-from lbr.worker.completion import Completion
 from lbr.worker.kept_answers import keep_unwritten, reclaim
-from lbr.worker.runs import ServableRuns, StartLimits
+from lbr.worker.runs import Completion, ServableRuns, StartLimits
 from lbr.worker.turns import Claimer
 
 if TYPE_CHECKING:

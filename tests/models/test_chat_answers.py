@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from lbr.core.errors import CallError, Family, Usage
 from lbr.core.types import Reply
-from lbr.models.chat.answers import Reader
-from lbr.models.chat.costs import Costs
-from lbr.models.chat.request import Endpoint
+from lbr.models.chat.answers import Costs, Reader
+from lbr.models.chat.model import Endpoint
 from tests.models.test_chat_conformance import SPOILT, WHOLE, completion, places_in, spoilt
 
 COUNTED = Usage(10, 5, None)

@@ -18,8 +18,7 @@ from lbr.core.errors import CallError, Family, Symptom, UsageError
 from lbr.core.types import BadTry, JobId, Prompt, Task
 from lbr.models.base import Request
 from lbr.models.build import Authority, build_model, check_task
-from lbr.models.chat import ChatModel, serves
-from lbr.models.chat.request import messages_of
+from lbr.models.chat.model import ChatModel, messages_of, serves
 from lbr.models.pydantic_ai import PydanticAIModel
 from lbr.worker.attempt import Deadlines, LateCalls, attempt
 from tests.support.chat_wire import (

@@ -11,8 +11,8 @@ import pytest
 from genai_prices.data_snapshot import get_snapshot
 
 from lbr.core.errors import Usage
-from lbr.models.chat.costs import Costs
-from lbr.models.chat.request import Endpoint
+from lbr.models.chat.answers import Costs
+from lbr.models.chat.model import Endpoint
 
 WHERE = [
     ("openai", "https://api.openai.com/v1/"),

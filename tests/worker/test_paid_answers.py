@@ -12,8 +12,8 @@ from bench_chat import chat_server
 from genai_prices import data_snapshot
 
 from lbr.core.errors import Usage
-from lbr.models.chat import ChatModel, endpoint_of
-from lbr.models.chat.costs import RETRY_SECONDS, Costs
+from lbr.models.chat.answers import RETRY_SECONDS, Costs
+from lbr.models.chat.model import ChatModel, endpoint_of
 from lbr.worker.attempt import Deadlines, LateCalls, attempt
 from tests.models.test_chat_conformance import asking, completion
 from tests.support import Cli

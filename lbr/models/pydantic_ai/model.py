@@ -35,12 +35,10 @@ from pydantic_ai.tools import ToolDefinition
 
 from lbr.core.errors import CallError, Permanent, Usage, UsageError
 from lbr.core.types import Reply
-from lbr.models.chat.answers import Reader
-from lbr.models.chat.costs import Costs
-from lbr.models.chat.request import Endpoint
+from lbr.models.chat.answers import Costs, Reader
+from lbr.models.chat.model import Endpoint
 from lbr.models.checks import check_authority, check_environment, check_trust, takes_max_completion_tokens
-from lbr.models.endings import check_answer, ending_of
-from lbr.models.failures import clean, filter_words, from_exception
+from lbr.models.failures import check_answer, clean, ending_of, filter_words, from_exception
 from lbr.models.http import Connections, unsupported_proxy
 from lbr.models.prompt import Image, turns_of
 
