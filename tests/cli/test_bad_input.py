@@ -315,7 +315,7 @@ def test_bad_templates_are_refused(wrong: Case, tmp_path: Path) -> None:
         case("enqueue p.txt --function none.mod:fn", "'none.mod:fn'", "No module named 'none'"),
         case("enqueue p.txt --function os:name", "'os:name' to be a function", "got: str"),
         case("enqueue p.txt --function broken:fn", "'broken:fn'", "ZeroDivisionError"),
-        case("enqueue p.txt --function fns:fn --set a=1", "no settings beside a function", "got: a"),
+        case("enqueue p.txt --function fns:fn --set a=1", "a function takes none", "remove a"),
         case("enqueue p.txt --result-type fns:fn", "'fns:fn'", "pydantic BaseModel class", "function"),
         case("enqueue p.txt --schema s.json", "s.json, line 2", "JSON", files={"s.json": "{\n oops"}),
         case(

@@ -335,7 +335,7 @@ def test_a_function_of_a_script_is_served_by_its_name(cli: Cli, folder: Path) ->
 
 # --- code that changed ------------------------------------------------------------------------------------------------
 
-CHANGED = "the code of answering:answer has changed since run {} was made"
+CHANGED = "the code of answering:answer has changed since run {} was created"
 KEPT, REUSED = f"{CHANGED}; its answers are kept", f"{CHANGED}, whose answers run {{}} reuses"
 
 

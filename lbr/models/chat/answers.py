@@ -254,23 +254,25 @@ class Costs:
         """Start to load the price table, unless it is loaded, is being loaded, or just could not be."""
         if self._table is None and (self._loading is None or self._clock() >= self._retry_at):
             self._retry_at = math.inf
-            self._loading = asyncio.create_task(asyncio.to_thread(self._load))
+            self._loading = asyncio.create_task(self._load())
 
     async def ready(self, seconds: float) -> None:
         """Wait for the price table, at most this long: the answer that waits is paid for."""
         if self._table is None and self._loading is not None:
             await asyncio.wait([self._loading], timeout=seconds)
 
-    def _load(self) -> None:
+    async def _load(self) -> None:
         try:
             with loading_table():
-                from genai_prices.data_snapshot import get_snapshot  # noqa: PLC0415
-
-                table = get_snapshot()
-                self._counts = _counts_in(table, (*self._places, ("openai", None)))
-                self._table = table
+                self._counts, self._table = await asyncio.to_thread(self._read_table)
         except Exception:  # noqa: BLE001 - `loading_table` keeps it for the log
             self._retry_at = self._clock() + RETRY_SECONDS
+
+    def _read_table(self) -> tuple[list[tuple[tuple[str, ...], str]], Any]:
+        from genai_prices.data_snapshot import get_snapshot  # noqa: PLC0415
+
+        table = get_snapshot()
+        return _counts_in(table, (*self._places, ("openai", None))), table
 
     def usage(self, body: Mapping[str, Any]) -> Usage:
         """Return what an answer took, as far as its body says so."""
