@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from lbr.models.build import Authority
     from lbr.store.database import Database
     from lbr.store.reads import RunCounts
-    from lbr.worker.runs import ServableRuns
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ from lbr.store.database import open_database
 from lbr.store.leases import Queue
 from lbr.store.schema import workers as workers_table
 from lbr.store.settle import settle
-from tests.store.test_store import TRANSIENT
+from tests.store.test_settle import TRANSIENT
 from tests.support import (
     ECHO,
     Cli,

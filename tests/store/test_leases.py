@@ -14,12 +14,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lbr.core.types import RunId, WorkerId
+from lbr.core.types import (
+    JobState,
+    RunId,
+    WorkerId,
+)
 from lbr.store import files, reads
 from lbr.store.database import open_database
 from lbr.store.leases import RECLAIM_PAGE, Presence, Queue
+from lbr.store.settle import settle
 from lbr.worker.kept_answers import keep, reclaim
-from tests.support import answered, assert_counted, put, states
+from tests.support import Clock, answered, assert_counted, job_row, put, states
 
 if TYPE_CHECKING:
     from lbr.store.database import Database
@@ -261,3 +266,99 @@ async def test_locks_of_a_network_file_system_are_not_believed(tmp_path: Path, m
     assert await queue.reclaim() == []
     assert list(tmp_path.glob("*.worker-*.lock")) == []
     await database.close()
+
+
+async def two_workers(database: Database) -> tuple[Queue, WorkerId, WorkerId]:
+    """Return a queue and two registered workers."""
+    queue = Queue(database)
+    first = await queue.register(host="a", pid=1, concurrency=4)
+    return queue, first, await queue.register(host="b", pid=2, concurrency=4)
+
+
+async def test_renewed_lease_is_not_reclaimed(database: Database, clock: Clock) -> None:
+    """A lease holds as long as it is renewed; the holder of a lost one is told."""
+    run = await put(database, ["a", "b"])
+    queue, worker, other = await two_workers(database)
+    claims = await queue.claim(worker, [run.id], 2, lease=60)
+    clock.forward(50)
+    assert await queue.renew(worker, claims[:1], lease=60, settled=0, rate=0.0) == set()
+    clock.forward(20)
+    assert [one.job_id for one in await queue.reclaim()] == [claims[1].job_id]
+    (again,) = await queue.claim(other, [run.id], 5, lease=60)
+    assert again.job_id == claims[1].job_id
+    assert await queue.renew(worker, claims, lease=60, settled=0, rate=0.0) == {claims[1].job_id}
+
+
+async def test_lapsed_lease_is_taken_up_again_by_the_living(database: Database, clock: Clock) -> None:
+    """A job that was taken back, but not claimed since, stays with its worker when that proves to be alive."""
+    run = await put(database, ["a"])
+    queue, worker, _ = await two_workers(database)
+    (claim,) = await queue.claim(worker, [run.id], 1, lease=60)
+    clock.forward(61)
+    await queue.reclaim()
+    assert await queue.renew(worker, [claim], lease=60, settled=0, rate=0.0) == set()
+    row = await job_row(database, claim.job_id)
+    assert (row.state, row.crashes, row.claim_seq) == ("inflight", 0, 1)
+    await assert_counted(database, run)
+    assert (await settle(database, [answered(claim)])).taken == {claim.job_id}
+    await assert_counted(database, run)
+
+
+async def test_a_worker_that_ends_with_jobs_is_not_forgotten(database: Database) -> None:
+    """Whoever holds jobs as it ends stays on record, so that they are taken back by its lock and not by their leases."""
+    run = await put(database, ["a", "b"])
+    queue = Queue(database)
+    worker = await queue.register(host="h", pid=1, concurrency=2)
+    claims = await queue.claim(worker, [run.id], 2, lease=3600)
+    await queue.release(worker, claims[:1])
+    await queue.unregister(worker)
+    queue.leave(worker)
+    assert [one.pid for one in (await reads.overview(database)).workers] == [1]
+    if database.presence.knows:
+        taken = await queue.reclaim(await queue.dead_workers())
+        assert [(one.job_id, one.died) for one in taken] == [(claims[1].job_id, True)]
+    else:
+        await queue.release(worker, claims[1:])
+        await queue.unregister(worker)
+    assert (await reads.overview(database)).workers == []
+    assert await states(database, run) == {"pending": 2}
+
+
+async def test_release_charges_nothing(database: Database) -> None:
+    """A released job is pending at once, with its fence kept and nothing charged; others' jobs stay."""
+    run = await put(database, ["a", "b"])
+    queue, worker, other = await two_workers(database)
+    claims = await queue.claim(worker, [run.id], 1, lease=60)
+    (theirs,) = await queue.claim(other, [run.id], 1, lease=60)
+    assert await queue.release(worker, [*claims, theirs]) == 1
+    row = await job_row(database, claims[0].job_id)
+    assert (row.state, row.claim_seq, row.attempts, row.crashes) == ("pending", 1, 0, 0)
+    assert (await job_row(database, theirs.job_id)).state == "inflight"
+    assert await queue.release(worker, claims) == 0
+    await assert_counted(database, run)
+
+
+async def test_third_crash_fails_the_job(database: Database, clock: Clock) -> None:
+    """A job that kills its workers runs alone from the second crash on, and fails at the third."""
+    run = await put(database, ["poison"])
+    queue, worker, _ = await two_workers(database)
+    for crashes in (0, 1):
+        claims = await queue.claim(worker, [run.id], 1, lease=60)
+        assert [claim.crashes for claim in claims] == [crashes]
+        clock.forward(61)
+        await queue.reclaim()
+    innocent = await put(database, ["innocent"], name="innocent")
+    outlook = await queue.check_due([run.id])
+    assert (outlook.due, outlook.suspects) == (False, True)
+    beside = await queue.claim(worker, [run.id, innocent.id], 5, lease=60)
+    assert [claim.prompt.text for claim in beside] == ["innocent"]
+    (alone,) = await queue.claim(worker, [run.id], 5, lease=60, suspects=True)
+    assert (alone.prompt.text, alone.crashes) == ("poison", 2)
+    await settle(database, [answered(beside[0])])
+    clock.forward(61)
+    (dead_workers,) = await queue.reclaim()
+    assert dead_workers.state is JobState.FAILED
+    story = await reads.story(database, run, 0)
+    assert (story.row.status, story.row.error) == ("failed", "its worker died 3 times")
+    assert story.attempts == 0
+    await assert_counted(database, run)

@@ -11,11 +11,27 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import lbr
-from lbr.core.errors import Family, Usage, UsageError
+from lbr.core.errors import (
+    Family,
+    Usage,
+    UsageError,
+)
 from lbr.core.limits import CallBound
 from lbr.core.pricing import Price
 from lbr.core.retry import RetryPolicy, decide
-from lbr.core.types import Failure, Item, KeyMaker, Outcome, PauseCause, Paused, Prompt, Reply, Task
+from lbr.core.types import (
+    Failure,
+    Item,
+    JobState,
+    KeyMaker,
+    Outcome,
+    PauseCause,
+    Paused,
+    Prompt,
+    Reply,
+    Task,
+    WorkerId,
+)
 from lbr.store import enqueue, limits, reads, redo, runs
 from lbr.store.database import open_database
 from lbr.store.leases import Queue
@@ -672,3 +688,86 @@ def test_a_wait_of_hours_is_reported_at_once(cli: Cli) -> None:
     assert len(lines) == 1, told
     assert ", until 20" in lines[0]
     assert "tried again after 0:10:00" in lines[0]
+
+
+LIMITED = Failure(Family.RATE_LIMITED, "RateLimit", "429", retry_after=10.0)
+
+
+async def two_workers(database: Database) -> tuple[Queue, WorkerId, WorkerId]:
+    """Return a queue and two registered workers."""
+    queue = Queue(database)
+    first = await queue.register(host="a", pid=1, concurrency=4)
+    return queue, first, await queue.register(host="b", pid=2, concurrency=4)
+
+
+async def test_rate_limit_cools_every_run_of_the_answerer(database: Database, clock: Clock) -> None:
+    """After a 429 for most calls no job of that model is claimed until the wait is over, and no attempt is charged."""
+    other = Task(function="m:f")
+    run, same, free = (
+        await put(database, ["a", "a2", "a3", "b"], name="1"),
+        await put(database, ["c"], name="2"),
+        await put(database, ["d"], name="3", task=other),
+    )
+    queue, worker, second = await two_workers(database)
+    await limits.set_limits(database, "offline:echo", {"concurrency": 9})
+    refused = [failed(claim, LIMITED) for claim in await queue.claim(worker, [run.id], 3, lease=60)]
+    settlement = refused[0]
+    await settle(database, refused)
+    everything = [run.id, same.id, free.id]
+    assert [c.prompt.text for c in await queue.claim(second, everything, 9, lease=60)] == ["d"]
+    view = await reads.overview(database)
+    assert [(c.answerer, c.reason) for c in view.cooldowns] == [("offline:echo", "429")]
+    assert 10_000 <= settlement.wait_ms <= 11_000
+    clock.forward(settlement.wait_ms / 1000)
+    claims = await queue.claim(second, everything, 9, lease=60)
+    expected = [("a", 0), ("a2", 0), ("a3", 0), ("b", 0), ("c", 0)]
+    assert sorted((c.prompt.text or "", c.attempts) for c in claims) == expected
+
+
+async def test_a_scattered_refusal_makes_only_its_job_wait(database: Database, clock: Clock) -> None:
+    """One 429 among many answers stops no other call, and its job waits for as long as was asked."""
+    run = await put(database, [f"p{n}" for n in range(60)])
+    queue, worker, second = await two_workers(database)
+    claims = await queue.claim(worker, [run.id], 30, lease=60)
+    settlement = failed(claims[0], LIMITED)
+    await settle(database, [settlement, *(answered(claim) for claim in claims[1:])])
+    view = await reads.overview(database)
+    assert (view.cooldowns, view.limits[0].limit.slots) == ([], None)
+    assert len(await queue.claim(second, [run.id], 60, lease=60)) == 30
+    clock.forward(settlement.wait_ms / 1000)
+    (again,) = await queue.claim(second, [run.id], 60, lease=60)
+    assert (again.job_id, again.attempts) == (claims[0].job_id, 0)
+    await assert_counted(database, run)
+
+
+async def test_a_cooldown_of_a_clock_that_was_ahead_hides_no_other(database: Database, clock: Clock) -> None:
+    """Once the clock is right, what it had set far ahead holds nobody back, and gives way to the next wait."""
+    run = await put(database, ["a", "a2", "a3", "b"])
+    queue, worker, _ = await two_workers(database)
+    clock.forward(2 * 86_400)
+    refused = await queue.claim(worker, [run.id], 3, lease=60)
+    await settle(database, [failed(claim, LIMITED) for claim in refused])
+    clock.forward(-2 * 86_400)
+    assert (await reads.overview(database)).cooldowns == []
+    (claim,) = await queue.claim(worker, [run.id], 1, lease=60)
+    settlement = failed(claim, LIMITED)
+    await settle(database, [settlement])
+    (cooldown,) = (await reads.overview(database)).cooldowns
+    assert cooldown.until == clock() + settlement.wait_ms
+    assert await queue.claim(worker, [run.id], 1, lease=60) == []
+
+
+async def test_a_refusal_that_fails_its_job_cools_the_others(database: Database, clock: Clock) -> None:
+    """Where the patience with a job's refusals is over it fails, and still nobody calls before the wait is over."""
+    hasty = RetryPolicy(max_attempts=1, limited_patience=5)
+    run, same = await put(database, ["a", "a2", "a3"], name="1"), await put(database, ["b"], name="2")
+    queue, worker, second = await two_workers(database)
+    for _ in range(2):
+        refused = await queue.claim(worker, [run.id], 3, lease=60)
+        settlement, *others = [failed(claim, LIMITED, hasty) for claim in refused]
+        await settle(database, [settlement, *others])
+        assert await queue.claim(second, [same.id], 1, lease=60) == []
+        clock.forward(settlement.wait_ms / 1000)
+    assert (settlement.state, settlement.charge) == (JobState.FAILED, 1)
+    assert len(await queue.claim(second, [same.id], 1, lease=60)) == 1
+    await assert_counted(database, run)

@@ -14,15 +14,29 @@ from pydantic import BaseModel, field_validator
 from sqlalchemy import func, select
 
 import lbr
-from lbr.core.errors import Family, Usage, UsageError
-from lbr.core.types import Failure, JobState, Outcome, Reply, Run, Settlement, Shape
+from lbr.core.errors import (
+    Family,
+    Usage,
+    UsageError,
+)
+from lbr.core.types import (
+    Failure,
+    JobState,
+    Outcome,
+    Reply,
+    Run,
+    RunState,
+    Settlement,
+    Shape,
+    WorkerId,
+)
 from lbr.store import counters, reads, redo, runs
 from lbr.store.database import open_database
 from lbr.store.leases import Queue
 from lbr.store.schema import attempts, jobs, prompts, results
 from lbr.store.settle import settle
 from tests.models.test_pydantic_ai import completion
-from tests.support import ECHO, Cli, Clock, assert_counted, failed, job_row, put, states
+from tests.support import ECHO, Cli, Clock, answered, assert_counted, failed, job_row, put, states
 from tests.support.http_server import Scripted
 
 if TYPE_CHECKING:
@@ -612,3 +626,45 @@ async def test_reparse_needs_a_schema_and_its_class(db_url: str) -> None:
     await lbr.enqueue(["a"], run="shaped", model="offline:echo", result_type=Strict, db_url=db_url)
     with pytest.raises(UsageError, match=r"expected a result type with the schema .*got: .*Other"):
         await lbr.reparse("shaped", result_types=[Other], db_url=db_url)
+
+
+PERMANENT = Failure(Family.PERMANENT, "BadRequest", "400: no")
+
+
+async def two_workers(database: Database) -> tuple[Queue, WorkerId, WorkerId]:
+    """Return a queue and two registered workers."""
+    queue = Queue(database)
+    first = await queue.register(host="a", pid=1, concurrency=4)
+    return queue, first, await queue.register(host="b", pid=2, concurrency=4)
+
+
+async def test_cancel_and_retry_do_not_mix(database: Database, db_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of a cancel and a retry comes last has its way with every job."""
+    monkeypatch.setattr(runs, "BATCH", 3)
+    run = await put(database, [f"p{n}" for n in range(40)])
+    other = await open_database(db_url)
+    for _ in range(5):
+        await asyncio.gather(runs.cancel(database, run), redo.retry(other, run))
+        state = (await reads.find_run(database, "r")).state
+        expected = "cancelled" if state is RunState.CANCELLED else "pending"
+        if await states(database, run) != {expected: 40}:
+            # The one that came first may have ended on a page that the other had already passed.
+            await (runs.cancel if state is RunState.CANCELLED else redo.retry)(database, run)
+        assert await states(database, run) == {expected: 40}
+    await other.close()
+    await assert_counted(database, run)
+
+
+async def test_retry_gives_back_every_try(database: Database) -> None:
+    """Retry puts failed jobs back with all their budgets, keeps their history, and leaves answers alone."""
+    run = await put(database, ["a", "b"])
+    queue, worker, _ = await two_workers(database)
+    bad, good = await queue.claim(worker, [run.id], 2, lease=60)
+    await settle(database, [failed(bad, PERMANENT), answered(good)])
+    assert await redo.retry(database, run) == 1
+    assert await states(database, run) == {"pending": 1, "done": 1}
+    (again,) = await queue.claim(worker, [run.id], 2, lease=60)
+    assert (again.attempts, again.crashes, again.claim_seq, again.history.bad_answers) == (0, 0, 2, 0)
+    assert (await settle(database, [failed(bad, PERMANENT)])).taken == frozenset()
+    assert [t.what for t in (await reads.story(database, run, 0)).tries] == ["failed"]
+    await assert_counted(database, run)

@@ -15,7 +15,7 @@ from lbr.store.leases import Queue
 from lbr.store.schema import jobs
 from lbr.store.settle import settle
 from lbr.worker.kept_answers import keep, settle_kept
-from tests.store.test_store import TRANSIENT
+from tests.store.test_settle import TRANSIENT
 from tests.support import answered, assert_counted, failed, is_postgresql, put, states
 
 if TYPE_CHECKING:

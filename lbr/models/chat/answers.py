@@ -276,16 +276,16 @@ class Costs:
 
     def usage(self, body: Mapping[str, Any]) -> Usage:
         """Return what an answer took, as far as its body says so."""
-        told = body.get("usage")
-        if type(told) is not dict:
+        usage = body.get("usage")
+        if type(usage) is not dict:
             return NO_USAGE
-        prompt, completion = tokens_in(told)
-        cost: Any = told.get("cost") if self._reports_cost else None
+        prompt, completion = tokens_in(usage)
+        cost: Any = usage.get("cost") if self._reports_cost else None
         reported = Decimal(str(cost)) if type(cost) in {int, float} and 0 <= cost < math.inf else None
         if prompt is not None and completion is not None and self._table is not None:
             counts = {"input_tokens": prompt, "output_tokens": completion}
             for path, name in self._counts:
-                value: Any = told
+                value: Any = usage
                 for step in path:
                     value = value.get(step) if type(value) is dict else None
                 if type(value) is int and value > 0:
@@ -343,17 +343,17 @@ def _counts_in(table: Any, places: Any) -> list[tuple[tuple[str, ...], str]]:
     return list(found - totals)
 
 
-def tokens_in(told: Mapping[str, Any]) -> tuple[int | None, int | None]:
+def tokens_in(usage: Mapping[str, Any]) -> tuple[int | None, int | None]:
     """Return the tokens of prompt and completion; None for one that is neither reported nor follows from the total.
 
     If only the total is known, it stands for the prompt.
     """
-    prompt, completion = told.get("prompt_tokens"), told.get("completion_tokens")
+    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
     if type(prompt) is type(completion) is int and 0 <= prompt <= MAX_TOKENS and 0 <= completion <= MAX_TOKENS:
         return prompt, completion
-    prompt = _whole(told.get("prompt_tokens", told.get("input_tokens")))
-    completion = _whole(told.get("completion_tokens", told.get("output_tokens")))
-    total = _whole(told.get("total_tokens"))
+    prompt = _whole(usage.get("prompt_tokens", usage.get("input_tokens")))
+    completion = _whole(usage.get("completion_tokens", usage.get("output_tokens")))
+    total = _whole(usage.get("total_tokens"))
     if total is not None:
         if completion is None and prompt is not None and total >= prompt:
             completion = total - prompt

@@ -13,7 +13,7 @@ from tests.support.hearing import Hearing
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ECHO = "tests.store.test_statements:echo"
+ECHO = "tests.store.test_sql:echo"
 JOBS = 1_000
 VERBS = ("SELECT", "INSERT", "UPDATE", "WITH", "DELETE")
 

@@ -15,7 +15,7 @@ from lbr.core.errors import Usage
 from lbr.models.chat.answers import RETRY_SECONDS, Costs
 from lbr.models.chat.model import ChatModel, endpoint_of
 from lbr.worker.attempt import Deadlines, LateCalls, attempt
-from tests.models.test_chat_conformance import asking, completion
+from tests.models.chat.test_model import asking, completion
 from tests.support import Cli
 from tests.support.chat_wire import MODELS, Wire, chat_model, environment, http, reference_model
 
