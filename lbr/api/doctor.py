@@ -126,8 +126,10 @@ def findings(facts: Health, fixed: Sequence[Drift] = ()) -> list[Finding]:
 
 
 def _problem(facts: Health, check: str, problem: str) -> Finding:
-    found = problem if check in {health.OPENING, "fix"} else f"cannot be read: {problem}"
-    return Finding(check, ERROR, found, f"see the other findings about {facts.name}, or restore a copy")
+    if check not in {health.OPENING, "fix"}:
+        return Finding(check, ERROR, f"cannot be read: {problem}", f"restore a copy of {facts.name}")
+    found, _, do = problem.rpartition("; ")  # messages of `lbr.store` end with what to do
+    return Finding(check, ERROR, found or problem, do if found else f"restore a copy of {facts.name}")
 
 
 def has_wal_reset_bug(version: str) -> bool:
@@ -323,7 +325,7 @@ async def _keys(run: Run, authority: Authority) -> Finding:
     except UsageError as error:
         found = f"run {run.name}: a worker started here cannot serve it: {error}"
         return Finding("keys", WARNING, found, "fix it where the workers run, in the environment or .env")
-    return Finding("keys", OK, f"run {run.name}: what calls of {run.task.answerer} need is set here")
+    return Finding("keys", OK, f"run {run.name}: nothing is missing for {run.task.answerer}")
 
 
 def _kept(facts: Health) -> Iterator[Finding]:

@@ -56,6 +56,7 @@ async def prompt_map(
     result_type: Any = None,
     instructions: str | None = None,
     template: str | None = None,
+    prompt_column: str | None = None,
     settings: dict[str, Json] | None = None,
     version: str | None = None,
     concurrency: int = 32,
@@ -80,8 +81,9 @@ async def prompt_map(
     for example "openai-chat:gpt-4o-mini" ("openai/gpt-4o-mini" with `openrouter_api_key`); without both, MODEL and
     OPENROUTER_API_KEY from the environment or `.env`.
     `result_type`: a pydantic class; each result is JSON that matches it.
-    `instructions`: the system prompt. `template`: a Jinja template of the prompt. `settings`: of the model, for example
-    {"temperature": 0}. `version`: distinguishes a function from earlier ones.
+    `instructions`: the system prompt. `template`: a Jinja template of the prompt. `prompt_column`: the column of
+    the prompt in a file. `settings`: of the model, for example {"temperature": 0}. `version`: distinguishes a function
+    from earlier ones.
     `concurrency`: calls at a time. `max_attempts`: calls per job. `timeout`: seconds that a call may take. `lease`:
     seconds before the jobs of a silent process are taken over.
     `price`: for example "in=0.15,out=0.60", in US dollars per million tokens, from now on; None leaves it as it is.
@@ -119,7 +121,7 @@ async def prompt_map(
         openrouter_api_key=openrouter_api_key,
         env=load_environment(Path.cwd()),
     )
-    source = Source.of(prompts, template=template)
+    source = Source.of(prompts, template=template, prompt_column=prompt_column)
     if source.is_empty:
         return _shaped([], return_dtype)
     beside = file_of(db_url) or Path(RESULTS_BESIDE)

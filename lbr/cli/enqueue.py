@@ -41,7 +41,9 @@ input_options = options(
     ),
     click.option("--delimiter", metavar="CHAR", help="What separates CSV cells; detected by default."),
     click.option("--encoding", metavar="NAME", help="For example cp1252; by default UTF-8, or what the BOM says."),
-    click.option("--skip-bad", metavar="FILE", help="Leave out rows that cannot be used, and write them to FILE."),
+    click.option(
+        "--skip-bad", metavar="FILE", help="Leave out rows that cannot be used, and write them to FILE, as JSONL."
+    ),
     click.option("--skip-empty", is_flag=True, help="Leave out rows whose prompt is empty."),
     click.option(
         "--price",

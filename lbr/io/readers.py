@@ -220,7 +220,7 @@ def _unreadable(source: str, error: Exception) -> UsageError:
 def _format_of(source: str) -> InputFormat:
     ending = Path(source).suffix.lower()
     if instead := INSTEAD_OF.get(ending):
-        raise UsageError(f"lbr reads text, JSONL, CSV and TSV, not {source}; {instead}")
+        raise UsageError(f"cannot read {source}: lbr reads text, JSONL, CSV and TSV; {instead}")
     return FORMAT_OF_ENDING.get(ending, InputFormat.TEXT)
 
 

@@ -65,7 +65,7 @@ def format_of(path: str | None) -> OutputFormat:
         return OutputFormat.JSONL
     ending = Path(path).suffix.lower()
     if ending not in FORMAT_OF_ENDING:
-        raise UsageError(f"lbr cannot write {path}; use a name that ends in {', '.join(FORMAT_OF_ENDING)}")
+        raise UsageError(f"cannot write {path}; use a name that ends in {', '.join(FORMAT_OF_ENDING)}")
     return FORMAT_OF_ENDING[ending]
 
 

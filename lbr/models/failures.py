@@ -66,6 +66,9 @@ _CODES = {
     "exceed_context_size_error": "ModelContextWindowExceededError",
     "overloaded": "ModelOverloadedError",
     "overloaded_error": "ModelOverloadedError",
+    "engine_overloaded": "ModelOverloadedError",
+    "engine_overloaded_error": "ModelOverloadedError",
+    "over_capacity": "ModelOverloadedError",
     "server_is_overloaded": "ModelOverloadedError",
     "model_not_found": "ModelNotFoundError",
     "invalid_api_key": "ModelAuthenticationError",
@@ -109,7 +112,7 @@ def kind_of(status: int, body: object, known: str | None = None, *, waits: bool 
             return "ModelRequestRejectedError"  # OpenRouter's moderation refuses the prompt, not the key
     message = message_in(body) or ""
     for pattern, (statuses, kind) in _TEXTS.items():
-        is_limit = waits and kind == "ModelQuotaExceededError"
+        is_limit = waits and status == 429 and kind == "ModelQuotaExceededError"
         if status in statuses and not is_limit and re.match(pattern, message, re.IGNORECASE | re.DOTALL):
             return kind
     if known is not None and (status != 429 or known == "ModelQuotaExceededError"):
@@ -197,6 +200,7 @@ def _url_of(error: Any) -> str | None:
 
 _UNIT_SECONDS = {"d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0, "ms": 0.001, "us": 1e-6, "µs": 1e-6}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|us|µs|[dhms])")
+_NO_TIME = re.compile(r"0+(?:\.0+)?(?:ms|s)?")
 _RESET = re.compile(r"(?:(?:x-)?ratelimit-reset(?:-[\w-]+)?|anthropic-(?:[\w-]+-)?ratelimit-[\w-]+-reset)\Z")
 _EPOCH_SECONDS_FROM, _EPOCH_MILLIS_FROM = 1e9, 1e11
 """A smaller number is a wait in seconds; from the second on it cannot be seconds since 1970."""
@@ -218,10 +222,10 @@ def _all_headers(headers: Mapping[str, object], body: object) -> dict[str, str]:
 
 def _asked_wait(headers: Mapping[str, str], now: float) -> float | None:
     """Return the seconds that the answer asks to wait; None if it does not, for nonsense, and for the past."""
-    millis, seconds = (_number(headers.get(name, "")) for name in ("retry-after-ms", "retry-after"))
+    millis, text = _number(headers.get("retry-after-ms", "")), headers.get("retry-after", "")
     if millis is not None and millis >= 0:
         return millis / 1000
-    return 0.0 if seconds == 0 else _seconds(headers.get("retry-after", ""), now)
+    return 0.0 if _NO_TIME.fullmatch(text) else _seconds(text, now)
 
 
 def _reset_wait(headers: Mapping[str, str], now: float) -> float | None:

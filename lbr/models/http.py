@@ -74,7 +74,7 @@ class Connections:
         target = _encoded(url)
         proxies = environment_proxies()
         proxy = proxies.get(target.scheme) or proxies.get("all")
-        if proxy is not None and proxy_bypass(target.raw_host or ""):
+        if proxy is not None and proxy_bypass(f"{target.raw_host}:{target.port}"):
             proxy = None
         is_encrypted = target.scheme == "https" or (proxy or "").startswith("https:")
         return target, proxy, self._trust if is_encrypted else True

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import orjson
-from sqlalchemy import delete, select, true, update
+from sqlalchemy import delete, func, select, true, update
 
 from lbr.core.errors import DatabaseError, RunMismatchError, RunNotFoundError, UsageError
 from lbr.core.pricing import Price
@@ -103,7 +103,9 @@ async def find(connection: Connection, name: str) -> Run:
             return run_of(row)
     newest = select(runs.c.name).order_by(runs.c.id.desc()).limit(8)
     names = (await connection.execute(newest)).scalars().all()
-    known = f"runs here: {', '.join(names)}" if names else "there are no runs here yet"
+    total = await connection.scalar(select(func.count()).select_from(runs))
+    more = f" and {total - len(names)} more" if total and total > len(names) else ""
+    known = f"runs here: {', '.join(names)}{more}" if names else "there are no runs here yet"
     raise RunNotFoundError(f"no run named {name!r}; {known}")
 
 
@@ -148,6 +150,11 @@ async def ensure(database: Database, connection: Connection, spec: RunSpec) -> t
         made = await _MAKE.run_plain(connection, [(*row, spec.max_attempts, now, now, _price_text(spec.price))])
     run = await find(connection, spec.name)
     if run.task.canonical() != spec.task.canonical():
+        if replace(run.task, fingerprint=spec.task.fingerprint).canonical() == spec.task.canonical():
+            raise RunMismatchError(
+                f"run {spec.name!r} was created with different code of its function, or by another version of Python or "
+                f"lbr. Use another name (--run); `lbr collect {spec.name}` writes the answers that it has"
+            )
         raise RunMismatchError(
             f"run {spec.name!r} already exists with a different task ({'; '.join(differences(run.task, spec.task))}). "
             f"Use another name (--run), or `lbr rm {spec.name}`"

@@ -61,6 +61,8 @@ READER_PRAGMAS = (
 )
 
 # Primary result codes of SQLite, https://sqlite.org/rescode.html
+HANDLES_LEFT = "handles_left"
+"""The attribute of a sqlite3 error that could not open a file: how many handles were left then."""
 ERROR, BUSY, LOCKED, READONLY, IOERR, CORRUPT, FULL, CANTOPEN, NOTADB = 1, 5, 6, 8, 10, 11, 13, 14, 26
 REASONS = {
     READONLY: "it is read-only; make the file and its folder writable",
@@ -257,6 +259,8 @@ def _call(function: Callable[[], T], ended: _Ended[T], loop: asyncio.AbstractEve
     try:
         finish, result = ended.set_result, function()
     except BaseException as error:  # noqa: BLE001 - raised where it is awaited
+        if isinstance(error, DBAPIError) and _code(error) == CANTOPEN:
+            vars(error.orig)[HANDLES_LEFT] = open_files.left()  # calls may free some before the error is judged
         finish, result = ended.set_exception, error
     with suppress(RuntimeError):  # the loop was closed, so nothing waits any more
         loop.call_soon_threadsafe(finish, result)
@@ -435,7 +439,7 @@ def _code(error: DBAPIError) -> int | None:
 
 def _is_exhausted(error: DBAPIError) -> bool:
     """Return whether no file handle is left: SQLite has the same code for a file that it may not open."""
-    return _code(error) == CANTOPEN and open_files.left() < open_files.LOOK_UP
+    return _code(error) == CANTOPEN and vars(error.orig).get(HANDLES_LEFT, open_files.LOOK_UP) < open_files.LOOK_UP
 
 
 def is_busy(error: Exception) -> bool:

@@ -17,7 +17,7 @@ from uuid import uuid4
 import orjson
 
 from lbr.core import ownership
-from lbr.core.errors import DatabaseError, LbrError, Usage
+from lbr.core.errors import DatabaseBusyError, DatabaseError, LbrError, Usage
 from lbr.core.retry import storable_usage
 from lbr.core.text import pluralize
 from lbr.core.types import KEY_BYTES, Claim, JobId, JobState, Outcome, Prompt, RunId, Settlement
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 ENDING = ".spool.jsonl"
 LEFT = ".left.jsonl"
 PAGE = 100
+_reported: set[str] = set()
 
 
 def keep(database: Database, batch: Sequence[Settlement]) -> Path:
@@ -93,14 +94,14 @@ def _read(path: Path, place: Path) -> bytes:
 async def reclaim(
     database: Database, queue: Queue, notify: Callable[[str], None], *, starting: bool = False
 ) -> tuple[int, int]:
-    """Settle kept answers if a worker is `starting` or found dead, then reclaim the jobs of dead workers.
+    """Settle kept answers if a worker is `starting` or may have died, then reclaim the jobs of dead workers.
 
     Return how many jobs were reclaimed, and how many of them failed because it was their third crash. Safe to repeat.
     """
     # A worker keeps its answers before it ends, and they must be settled before its jobs are claimed again.
     dead_workers = await queue.dead_workers()
-    if dead_workers or starting:
-        await settle_kept(database, notify)
+    if (dead_workers or starting or not database.presence.knows) and not await settle_kept(database, notify):
+        dead_workers = {}  # their jobs wait for the end of their leases
     taken: list[Reclaimed] = []
     while page := await queue.reclaim(dead_workers):
         taken += page
@@ -115,11 +116,12 @@ async def reclaim(
     return len(taken), len(failed)
 
 
-async def settle_kept(database: Database, notify: Callable[[str], None]) -> None:
+async def settle_kept(database: Database, notify: Callable[[str], None]) -> bool:
     """Settle what workers on this machine could not write. Safe to repeat, and for many workers at once.
 
-    A file that cannot be read or settled is reported and stays.
+    A file that cannot be read or settled is reported once and stays. Return False if that may pass.
     """
+    passed = True
     for place in database.spool_places:
         files.remove_parts(_paths(place.with_name(f".{place.name}"), f"{ENDING}*{files.PART}"))
         for path in _paths(place, ENDING):
@@ -128,8 +130,12 @@ async def settle_kept(database: Database, notify: Callable[[str], None]) -> None
             except FileNotFoundError:  # another worker has settled it
                 continue
             except (OSError, LbrError) as error:
-                problem = getattr(error, "strerror", None) or error
-                notify(f"the answers kept in {path} are not written: {problem}")
+                passed &= not isinstance(error, OSError | DatabaseBusyError)
+                problem = f"the answers kept in {path} are not written: {getattr(error, 'strerror', None) or error}"
+                if problem not in _reported:
+                    _reported.add(problem)
+                    notify(problem)
+    return passed
 
 
 async def _settle_file(database: Database, path: Path, place: Path, notify: Callable[[str], None]) -> None:
@@ -140,7 +146,8 @@ async def _settle_file(database: Database, path: Path, place: Path, notify: Call
         raise DatabaseError(f"the file holds something else ({error}); check it, then remove it") from error
     jobs = await reads.jobs_of_keys(database, [s.claim.key for s in kept if len(s.claim.key) == KEY_BYTES])
     known = [_with_known_claim(s, jobs.get(s.claim.key, [])) for s in kept]
-    ours = list({s.claim.job_id: s for s in reversed(known) if s is not None}.values())
+    ours = list({(s.claim.job_id, s.claim.claim_seq): s for s in reversed(known) if s is not None}.values())
+    foreign = known.count(None)
     taken = stale = 0
     for start in range(0, len(ours), PAGE):
         settled = await settle(database, ours[start : start + PAGE])
@@ -148,11 +155,11 @@ async def _settle_file(database: Database, path: Path, place: Path, notify: Call
         stale += len(settled.stale)
         for name, pause in settled.paused.items():
             notify(f"run {name} is paused now: {pause.message}")
-    if len(ours) < len(kept):
+    if foreign:
         left = path.with_name(path.name.removesuffix(ENDING) + LEFT)
         os.rename(path, left)
         notify(
-            f"{len(kept) - len(ours)} of {len(kept)} kept answers belong to another database; they are in {left}: remove "
+            f"{foreign} of {len(kept)} kept answers belong to another database; they are in {left}: remove "
             f"it when you do not need it"
         )
     else:

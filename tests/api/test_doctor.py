@@ -191,7 +191,7 @@ async def test_keys_are_looked_for_and_never_shown(
     assert printed(cli("doctor", "--json", check=False))["keys"][0]["gravity"] == "warning"
     (tmp_path / ".env").write_text("OPENAI_API_KEY=sk-very-secret\n")
     done = cli("doctor", check=False)
-    assert "what calls of openai-chat:gpt-4o-mini need is set here" in done.stdout
+    assert "nothing is missing for openai-chat:gpt-4o-mini" in done.stdout
     assert "secret" not in done.stdout + done.stderr
 
 
@@ -292,7 +292,8 @@ def test_missing_database_is_found(cli: Cli, new_database: Callable[[], str]) ->
     assert done.returncode == GRAVE
     if not is_postgresql(cli.outside_url):
         assert list(cli.folder.glob("queue.db*")) == []
-        assert printed(done)["database"][0]["found"].endswith("got: no such file; `lbr enqueue` creates it")
+        (found,) = printed(done)["database"]
+        assert (found["found"].endswith("got: no such file"), found["do"]) == (True, "`lbr enqueue` creates it")
     else:
         assert printed(done)["schema"][0]["found"] == "no lbr queue here yet"
 

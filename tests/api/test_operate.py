@@ -467,5 +467,5 @@ class TestBrokenTable:
         for done in (limited, resumed, served, added):
             assert (done.returncode, told in done.stderr) == (2, True), done.stderr
         estimated = bench.cli("estimate", "in.txt", "--model", MINI)
-        assert f"price unknown, for the price table cannot be loaded ({told}): give --price" in estimated.stdout
+        assert f"because the price table cannot be loaded ({told}): set --price in=…,out=…" in estimated.stdout
         assert bench.calls == 0

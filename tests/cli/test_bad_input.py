@@ -398,7 +398,7 @@ def test_numbers_and_names_out_of_range_are_refused(wrong: Case, tmp_path: Path)
             "name another",
         ),
         case("run p.jsonl -o ./p.jsonl", "p.jsonl is an input, or the file", files={"p.jsonl": GOOD_LINES}),
-        case("collect p -o o.txt", "lbr cannot write o.txt", ".jsonl", ".csv"),
+        case("collect p -o o.txt", "cannot write o.txt", ".jsonl", ".csv"),
         case("collect p -o no/o.jsonl", "there is no folder ", "create it"),
         case("collect p -o d.jsonl", "the output d.jsonl is a folder", files={"d.jsonl/a": ""}),
         case("collect p -o ''", "the output . is a folder; add a file name"),

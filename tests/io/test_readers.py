@@ -374,7 +374,7 @@ class TestSources:
     def test_formats_that_are_not_read_are_refused(self, tmp_path: Path, name: str, way_out: str) -> None:
         """An ending that lbr cannot read is refused with a way out instead of being taken for text."""
         path = write(tmp_path, name, "[]")
-        with pytest.raises(UsageError, match=rf"lbr reads text, JSONL, CSV and TSV, not .*{name}; .*{way_out}"):
+        with pytest.raises(UsageError, match=rf"cannot read .*{name}: lbr reads text, JSONL, CSV and TSV; .*{way_out}"):
             read_items([path])
 
     @pytest.mark.parametrize(

@@ -102,10 +102,10 @@ class TestFormat:
         [
             (
                 "a.json",
-                "lbr cannot write a.json; use a name that ends in .jsonl, .ndjson, .csv, .db, .sqlite, .sqlite3",
+                "cannot write a.json; use a name that ends in .jsonl, .ndjson, .csv, .db, .sqlite, .sqlite3",
             ),
-            ("a", "lbr cannot write a; use a name that ends in .jsonl,"),
-            ("jsonl/", "lbr cannot write jsonl/; use a name that ends in .jsonl,"),
+            ("a", "cannot write a; use a name that ends in .jsonl,"),
+            ("jsonl/", "cannot write jsonl/; use a name that ends in .jsonl,"),
         ],
     )
     def test_other_endings_are_refused(self, path: str, message: str) -> None:

@@ -96,6 +96,7 @@ DAY = {
     "violations": [{"quotaId": "GenerateRequestsPerDayPerProjectPerModel-FreeTier"}],
 }
 DELAY = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "14s"}
+NO_DELAY = DELAY | {"retryDelay": "0s"}
 KEY_INVALID = {"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "API_KEY_INVALID"}
 TOO_LONG = "This model's maximum context length is 8192 tokens. However, you requested 9001 tokens."
 
@@ -120,6 +121,7 @@ REFUSALS = [
     (OPENAI, 429, openai(PLAN), ACCOUNT),
     (OPENAI, 500, openai("The server had an error", "server_error"), TRANSIENT),
     (OPENAI, 503, openai("The engine is currently overloaded", "server_error"), LIMITED),
+    (OPENAI, 500, openai("Overloaded", "engine_overloaded_error"), LIMITED),
     # Anthropic
     (
         ANTHROPIC,
@@ -154,6 +156,8 @@ REFUSALS = [
     (GOOGLE, 403, google(403, "PERMISSION_DENIED", "Your key was reported as leaked"), DENIED),
     (GOOGLE, 404, google(404, "NOT_FOUND", "models/x is not found for API version v1beta"), PERMANENT),
     (GOOGLE, 429, google(429, "RESOURCE_EXHAUSTED", PLAN, MINUTE, DELAY), LIMITED),
+    (GOOGLE, 429, google(429, "RESOURCE_EXHAUSTED", PLAN, MINUTE, NO_DELAY), LIMITED),
+    (OPENAI, 429, [google(429, "RESOURCE_EXHAUSTED", PLAN, MINUTE, NO_DELAY)], LIMITED),
     (GOOGLE, 429, google(429, "RESOURCE_EXHAUSTED", PLAN, DAY, DELAY), ACCOUNT),
     (OPENAI, 429, [google(429, "RESOURCE_EXHAUSTED", PLAN, MINUTE, DELAY)], LIMITED),
     (GOOGLE, 500, google(500, "INTERNAL", "An internal error has occurred"), TRANSIENT),

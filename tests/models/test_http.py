@@ -44,6 +44,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"ALL_PROXY": "http://p:3", "NO_PROXY": ".example.com"}, "http://api.example.com/", None),
         ({"ALL_PROXY": "http://p:3", "NO_PROXY": "example.com"}, "http://notexample.com/", "http://p:3"),
         ({"ALL_PROXY": "http://p:3", "NO_PROXY": "127.0.0.1,::1"}, "http://127.0.0.1:8/", None),
+        ({"ALL_PROXY": "http://p:3", "NO_PROXY": "127.0.0.1:8"}, "http://127.0.0.1:8/", None),
+        ({"ALL_PROXY": "http://p:3", "NO_PROXY": "127.0.0.1:8"}, "http://127.0.0.1:9/", "http://p:3"),
         ({"ALL_PROXY": "http://p:3", "NO_PROXY": "127.0.0.1,::1"}, "http://[::1]:8/", None),
     ],
 )

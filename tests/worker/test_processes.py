@@ -630,7 +630,7 @@ def test_run_resumes(cli: Cli) -> None:
     ("more", "told"),
     [
         ((), f"with the first {CHUNK} inputs in the run; run the same command again with the same input"),
-        (("--append",), "`lbr status` tells how many inputs the run holds by now"),
+        (("--append",), "`lbr status` shows how many inputs the run has now"),
     ],
 )
 def test_an_interrupted_enqueue_says_what_is_kept(cli: Cli, more: tuple[str, ...], told: str) -> None:

@@ -53,7 +53,8 @@ class ChatModel:
         connections: Connections | None = None,
     ) -> None:
         check_authority(task_settings)  # again, because others than lbr may write to the database
-        check_trust()
+        if endpoint.url.startswith("https:"):
+            check_trust()
         self._endpoint = endpoint
         self._settings = dict(task_settings)
         self._format = {} if response_format is None else {"response_format": response_format}
