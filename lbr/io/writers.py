@@ -164,7 +164,7 @@ class JsonlWriter:
 
     def write(self, rows: Iterable[Row]) -> None:
         """Write rows in the order they come. Raises OutputError."""
-        data = b"".join(map(self._encode, rows))
+        data = b"".join([self._encode(row) for row in rows])
         with named_errors(self._name):
             self._handle.write(data)
 

@@ -312,23 +312,20 @@ async def _to_rows(connection: Connection, found: Sequence[Sequence[Any]]) -> li
     last: dict[int, Any] = {}
     if open_ids:
         last = {row.id: row for row in (await connection.execute(_ERRORS, {"ids": open_ids})).all()}
-    rows = []
-    for idx, custom_id, metadata, id_is_number, job_id, key, state, chat, body, text, ending in found:
-        done = state == JobState.DONE
-        ended = ending if done else state == JobState.FAILED and last[job_id].ending
-        row = Row(
-            idx=idx,
-            key=key.hex(),
-            prompt=Prompt.from_body(body, chat=True) if chat else Prompt(body),
-            status=state,
-            result=text if done else None,
-            error=last[job_id].error if job_id in last else None,
-            custom_id=_number(custom_id) if id_is_number else custom_id,
-            metadata=None if metadata is None else _object(metadata, "metadata"),
-            cut_off=ended == CUT_OFF,
+    return [  # by position, in one expression: this runs for every row of a collect
+        Row(
+            idx,
+            key.hex(),
+            Prompt.from_body(body, chat=True) if chat else Prompt(body),
+            state,
+            text if state == JobState.DONE else None,
+            last[job_id].error if job_id in last else None,
+            _number(custom_id) if id_is_number else custom_id,
+            None if metadata is None else _object(metadata, "metadata"),
+            (ending if state == JobState.DONE else state == JobState.FAILED and last[job_id].ending) == CUT_OFF,
         )
-        rows.append(row)
-    return rows
+        for idx, custom_id, metadata, id_is_number, job_id, key, state, chat, body, text, ending in found
+    ]
 
 
 def _number(text: str) -> int:
