@@ -7,6 +7,7 @@ import compileall
 import concurrent.futures.thread  # noqa: F401 - loaded late otherwise, by a user who may not read root's Python
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -30,6 +31,7 @@ NOBODY = 65534
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let all processes of pytest-xdist share one PostgreSQL, and all that tests start the compiled modules."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, every command would ignore it too
     if not hasattr(config, "workerinput"):
         for package in ("lbr", "tests"):
             compileall.compile_dir(ROOT / package, quiet=2)
