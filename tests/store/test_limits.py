@@ -690,7 +690,7 @@ def test_a_wait_of_hours_is_reported_at_once(cli: Cli) -> None:
     assert "tried again after 0:10:00" in lines[0]
 
 
-LIMITED = Failure(Family.RATE_LIMITED, "RateLimit", "429", retry_after=10.0)
+LONG_LIMITED = Failure(Family.RATE_LIMITED, "RateLimit", "429", retry_after=10.0)
 
 
 async def two_workers(database: Database) -> tuple[Queue, WorkerId, WorkerId]:
@@ -710,7 +710,7 @@ async def test_rate_limit_cools_every_run_of_the_answerer(database: Database, cl
     )
     queue, worker, second = await two_workers(database)
     await limits.set_limits(database, "offline:echo", {"concurrency": 9})
-    refused = [failed(claim, LIMITED) for claim in await queue.claim(worker, [run.id], 3, lease=60)]
+    refused = [failed(claim, LONG_LIMITED) for claim in await queue.claim(worker, [run.id], 3, lease=60)]
     settlement = refused[0]
     await settle(database, refused)
     everything = [run.id, same.id, free.id]
@@ -729,7 +729,7 @@ async def test_a_scattered_refusal_makes_only_its_job_wait(database: Database, c
     run = await put(database, [f"p{n}" for n in range(60)])
     queue, worker, second = await two_workers(database)
     claims = await queue.claim(worker, [run.id], 30, lease=60)
-    settlement = failed(claims[0], LIMITED)
+    settlement = failed(claims[0], LONG_LIMITED)
     await settle(database, [settlement, *(answered(claim) for claim in claims[1:])])
     view = await reads.overview(database)
     assert (view.cooldowns, view.limits[0].limit.slots) == ([], None)
@@ -746,11 +746,11 @@ async def test_a_cooldown_of_a_clock_that_was_ahead_hides_no_other(database: Dat
     queue, worker, _ = await two_workers(database)
     clock.forward(2 * 86_400)
     refused = await queue.claim(worker, [run.id], 3, lease=60)
-    await settle(database, [failed(claim, LIMITED) for claim in refused])
+    await settle(database, [failed(claim, LONG_LIMITED) for claim in refused])
     clock.forward(-2 * 86_400)
     assert (await reads.overview(database)).cooldowns == []
     (claim,) = await queue.claim(worker, [run.id], 1, lease=60)
-    settlement = failed(claim, LIMITED)
+    settlement = failed(claim, LONG_LIMITED)
     await settle(database, [settlement])
     (cooldown,) = (await reads.overview(database)).cooldowns
     assert cooldown.until == clock() + settlement.wait_ms
@@ -764,7 +764,7 @@ async def test_a_refusal_that_fails_its_job_cools_the_others(database: Database,
     queue, worker, second = await two_workers(database)
     for _ in range(2):
         refused = await queue.claim(worker, [run.id], 3, lease=60)
-        settlement, *others = [failed(claim, LIMITED, hasty) for claim in refused]
+        settlement, *others = [failed(claim, LONG_LIMITED, hasty) for claim in refused]
         await settle(database, [settlement, *others])
         assert await queue.claim(second, [same.id], 1, lease=60) == []
         clock.forward(settlement.wait_ms / 1000)
