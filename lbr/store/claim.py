@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import orjson
 from sqlalchemy import bindparam, case, func, literal_column, select, update
 
 from lbr.core.errors import UNREAD, DatabaseError, Family
@@ -17,7 +16,7 @@ from lbr.store.limits import load_capacity
 from lbr.store.outages import note_probes
 from lbr.store.schema import PENDING, SUSPECT_CRASHES, attempts, jobs, prompts
 from lbr.store.settle import settle_within
-from lbr.store.sql import PreparedQuery, any_of
+from lbr.store.sql import PreparedQuery, any_of, json_object
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Select
 
     from lbr.core.limits import CallBound
-    from lbr.core.types import Json, Settlement, WorkerId
+    from lbr.core.types import Settlement, WorkerId
     from lbr.store.database import Connection, Database
     from lbr.store.limits import Capacity
     from lbr.store.schema import AnyRow
@@ -224,7 +223,7 @@ def _size(row: AnyRow, extra: int, bound: CallBound | None) -> _Size:
     tokens = tokens_of(row.characters if chat is None else characters_of(chat))
     if bound is None:
         return _Size(extra + tokens, 0)
-    own = {} if row.settings is None else _settings(row.settings)
+    own = {} if row.settings is None else json_object(row.settings, "settings of a job")
     return _Size(extra + tokens, bound.nanos(tokens, max_output_tokens(own)))
 
 
@@ -252,20 +251,10 @@ async def _with_prompts(
                 key,
                 histories.get(job_id, NO_HISTORY),
                 tokens=tokens.get(job_id, 0),
-                settings=None if settings is None else _settings(settings),
+                settings=None if settings is None else json_object(settings, "settings of a job"),
             )
         )
     return claims
-
-
-def _settings(text: str) -> dict[str, Json]:
-    try:
-        settings = orjson.loads(text)
-    except orjson.JSONDecodeError:
-        settings = None
-    if not isinstance(settings, dict):
-        raise DatabaseError(f"expected the stored settings of a job to be an object, got: {text[:200]!r}")
-    return settings
 
 
 async def _histories(connection: Connection, rows: list[_Claimed], now: Millis) -> dict[int, History]:

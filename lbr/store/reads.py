@@ -17,7 +17,7 @@ from lbr.store.limits import LimitStatus, all_limits, is_ahead
 from lbr.store.schema import INFLIGHT, attempts, items, jobs, limits, outages, prompts, results, workers
 from lbr.store.schema import counters as counters_table
 from lbr.store.schema import runs as runs_table
-from lbr.store.sql import any_of, if_small, pages
+from lbr.store.sql import any_of, if_small, json_object, pages
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Select
 
     from lbr.core.pricing import Price
-    from lbr.core.types import Json
     from lbr.store.database import Connection, Database
     from lbr.store.schema import AnyRow
 
@@ -321,7 +320,7 @@ async def _to_rows(connection: Connection, found: Sequence[Sequence[Any]]) -> li
             text if state == JobState.DONE else None,
             last[job_id].error if job_id in last else None,
             _number(custom_id) if id_is_number else custom_id,
-            None if metadata is None else _object(metadata, "metadata"),
+            None if metadata is None else json_object(metadata, "metadata"),
             (ending if state == JobState.DONE else state == JobState.FAILED and last[job_id].ending) == CUT_OFF,
         )
         for idx, custom_id, metadata, id_is_number, job_id, key, state, chat, body, text, ending in found
@@ -333,16 +332,6 @@ def _number(text: str) -> int:
         return int(text)
     except (TypeError, ValueError) as error:
         raise DatabaseError(f"expected a stored id to be a whole number, got: {str(text)[:200]!r}") from error
-
-
-def _object(text: str, what: str) -> dict[str, Json]:
-    try:
-        value = orjson.loads(text)
-    except orjson.JSONDecodeError:
-        value = None
-    if not isinstance(value, dict):
-        raise DatabaseError(f"expected stored {what} to be a JSON object, got: {text[:200]!r}")
-    return value
 
 
 async def limits_answers(database: Database, run: Run) -> bool:
@@ -368,7 +357,7 @@ async def columns(database: Database, run: Run) -> list[tuple[Part, str]]:
     names: dict[str, None] = {}
     async for page in pages(read):
         for row in page:
-            names |= dict.fromkeys(_object(row.metadata, "metadata"))
+            names |= dict.fromkeys(json_object(row.metadata, "metadata"))
     found = [(part, name) for name, part in known.items()]
     if Part.ID not in known.values() and await _has_id(database, run):
         found.insert(0, (Part.ID, "id"))
@@ -386,7 +375,7 @@ def _first_columns(run: Run) -> dict[str, Part]:
         return {"prompt": Part.PROMPT}
     what = f"columns of run {run.name!r}"
     try:
-        return {name: Part(part) for name, part in _object(run.input_columns, what).items()}
+        return {name: Part(part) for name, part in json_object(run.input_columns, what).items()}
     except ValueError as error:
         raise DatabaseError(f"cannot read the {what}: {error}") from error
 

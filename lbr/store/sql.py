@@ -28,6 +28,7 @@ from sqlalchemy.sql.expression import ClauseElement
 from sqlalchemy.sql.functions import FunctionElement, GenericFunction
 from sqlalchemy.types import Boolean, LargeBinary, Text, TypeDecorator
 
+from lbr.core.errors import DatabaseError
 from lbr.core.types import KEY_BYTES
 from lbr.store.sqlite_connection import FileConnection
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.compiler import SQLCompiler
     from sqlalchemy.types import TypeEngine
 
+    from lbr.core.types import Json
     from lbr.store.database import Connection
 
 SHARD = "lbr_shard"
@@ -302,6 +304,17 @@ async def pages(
             return
         else:
             limit = min(PAGE, limit * 2)
+
+
+def json_object(text: str, what: str) -> dict[str, Json]:
+    """Parse a stored JSON object. Raises DatabaseError, naming `what` it should be, because others may have written it."""
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise DatabaseError(f"expected stored {what} to be a JSON object, got: {text[:200]!r}")
+    return value
 
 
 class lock_table(Executable, ClauseElement):  # noqa: N801 - reads as a statement
