@@ -16,7 +16,6 @@ from lbr.models.base import Kind, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from types import ModuleType
 
     from lbr.core.schema import Validator
     from lbr.core.types import Task
@@ -103,7 +102,11 @@ def unsent(task: Task) -> list[str]:
     name = task.model or ""
     if chat.serves(name) and chat.knows(name, task.settings):
         return []
-    return checks.not_kept(task.settings) or _pydantic_ai(name).unsent(name, task.settings, task.schema)
+    if problems := checks.not_kept(task.settings):
+        return problems
+    from lbr.models import pydantic_ai  # noqa: PLC0415
+
+    return pydantic_ai.unsent(name, task.settings, task.schema)
 
 
 def build_model(task: Task, authority: Authority, *, concurrency: int, connections: Connections | None = None) -> Model:
@@ -128,49 +131,43 @@ def _check_provider(task: Task) -> None:
     from lbr.models import checks  # noqa: PLC0415
     from lbr.models.chat import model as chat  # noqa: PLC0415
 
-    if chat.serves(task.model or "") and chat.knows(task.model or "", task.settings):
-        if task.schema is not None:
-            checks.check_schema(task.schema)
-        return
-    _pydantic_ai(task.model or "").check_model(task.model or "", task.settings, schema=task.schema)
-
-
-def _pydantic_ai(name: str) -> ModuleType:
-    """Import pydantic-ai's adapter; UsageError if it, or what it needs, cannot be imported."""
-    try:
+    name = task.model or ""
+    if task.schema is not None:
+        checks.check_schema(task.schema)
+    if not (chat.serves(name) and chat.knows(name, task.settings)):
         from lbr.models import pydantic_ai  # noqa: PLC0415
-    except Exception as error:
-        raise UsageError(
-            f"cannot use model {name!r}: importing pydantic-ai failed with {type(error).__name__}: {error}; reinstall it"
-        ) from error
-    return pydantic_ai
+
+        pydantic_ai.check_model(name, task.settings)
 
 
 def _provider_model(task: Task, authority: Authority, connections: Connections | None) -> Model:
     """Build the chat adapter if it can serve the task, else pydantic-ai's."""
+    from lbr.models import checks  # noqa: PLC0415
     from lbr.models.chat import model as chat  # noqa: PLC0415
 
     key, name, settings = authority.openrouter_api_key, task.model or "", task.settings
+    checks.check_authority(settings)  # again: a program other than lbr may have written the database
+    checks.check_environment(name, key)
+    checks.check_trust()
 
     def build_other() -> PydanticAIModel:
-        adapter = _pydantic_ai(name).PydanticAIModel
-        model: PydanticAIModel = adapter(name, task_settings=settings, api_key=key, connections=connections)
-        return model
+        from lbr.models.pydantic_ai import PydanticAIModel  # noqa: PLC0415
+
+        return PydanticAIModel(name, task_settings=settings, api_key=key, connections=connections)
 
     endpoint = chat.endpoint_of(name, key)
     if endpoint is None or chat.fields_of(endpoint, settings) is None:
         return build_other()
-    response_format, build = None, build_other
+    response_format = None
     if task.schema is not None:
         other = build_other()
         response_format = other.response_format(task.schema)
         if response_format is None:
             return other
-        build = lambda: other  # noqa: E731
     return chat.ChatModel(
         endpoint,
         task_settings=settings,
-        build_other=build,
+        build_other=build_other,
         response_format=response_format,
         api_key=key,
         connections=connections,

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from lbr.core.config import hide_user
-from lbr.core.errors import UsageError
+from lbr.core.errors import Permanent, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from lbr.core.types import Json
+    from lbr.models.base import Request
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
@@ -47,6 +48,17 @@ def check_authority(settings: Mapping[str, Json]) -> None:
                 f"the setting {setting} cannot be set: settings are stored in the database. The worker's environment "
                 f"decides where calls go and with which key, for example OPENAI_BASE_URL and OPENAI_API_KEY"
             )
+
+
+def settings_of(request: Request, task_settings: Mapping[str, Json]) -> Mapping[str, Json]:
+    """Return a task's settings with those of the request's job over them. Raises Permanent for what no job may set."""
+    if request.settings is None:
+        return task_settings
+    try:
+        check_authority(request.settings)
+    except UsageError as error:
+        raise Permanent(str(error), kind="UsageError") from error
+    return {**task_settings, **request.settings}
 
 
 def _names(value: Json, path: str = "") -> Iterator[str]:

@@ -127,7 +127,6 @@ def call_error(
     body: object = None,
     headers: Mapping[str, object] | None = None,
     kind: str | None = None,
-    suggestion: str | None = None,
     url: str | None = None,
     connecting: bool = False,
     unreachable: bool = False,
@@ -160,7 +159,7 @@ def call_error(
         # Resets come with every answer, and do not say when a broken server will recover.
         wait = _reset_wait(all_headers, now)
     return CallError(
-        _message(words, status, body, found, suggestion, url, api_key) or kind,
+        _message(words, status, body, found, url, api_key) or kind,
         family=family,
         retry_after=wait,
         kind=kind,
@@ -169,8 +168,8 @@ def call_error(
     )
 
 
-def from_exception(error: Exception, *, api_key: str | None = None) -> CallError:
-    """Return the error for an exception of pydantic-ai or of a provider's client."""
+def from_exception(error: Exception, *, url: str | None = None, api_key: str | None = None) -> CallError:
+    """Return the error for an exception of pydantic-ai or of a provider's client; `url` is where the call went."""
     names = [one.__name__ for one in type(error).__mro__]
     status = getattr(error, "status_code", None)
     connecting = getattr(error, "phase", None) == "connect"
@@ -180,20 +179,11 @@ def from_exception(error: Exception, *, api_key: str | None = None) -> CallError
         body=getattr(error, "body", None),
         headers=getattr(error, "headers", None),
         kind=next((name for name in names if name in _KINDS), names[0]),
-        suggestion=getattr(error, "suggested_model_id", None),
-        url=_url_of(error.__cause__),
+        url=url,
         connecting=connecting and "ModelTimeoutError" in names,
         unreachable=connecting,
         api_key=api_key,
     )
-
-
-def _url_of(error: Any) -> str | None:
-    """Return where a client's call went, without user, password and query, which may be secret; None if unknown."""
-    try:
-        return str(error.request.url.copy_with(username=None, password=None, query=None))
-    except (AttributeError, RuntimeError):  # httpx's errors raise RuntimeError if they have no request
-        return None
 
 
 # --- waits ------------------------------------------------------------------------------------------------------------
@@ -319,15 +309,7 @@ def message_in(body: object) -> str | None:
     return None
 
 
-def _message(
-    words: str,
-    status: int,
-    body: object,
-    found: str | None,
-    suggestion: str | None,
-    url: str | None,
-    api_key: str | None,
-) -> str:
+def _message(words: str, status: int, body: object, found: str | None, url: str | None, api_key: str | None) -> str:
     """Return the provider's message, cut so that what a filter found and the status stay visible after it."""
     text = message_in(body)
     ending = f"; {found}" if found else ""
@@ -335,7 +317,6 @@ def _message(
         return clean(words + ending, api_key)
     where = f" from {url}" if url and status in {404, 405} else ""
     ending += f" (HTTP {status}{where})" if status else ""
-    ending += f"; did you mean {suggestion!r}?" if suggestion else ""
     ending = clean(ending, api_key, most=MAX_MESSAGE_CHARS // 2)
     gap = "" if ending.startswith(";") or not ending else " "
     return clean(page_words(text) or text, api_key, most=MAX_MESSAGE_CHARS - len(gap + ending)) + gap + ending

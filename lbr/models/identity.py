@@ -32,7 +32,7 @@ from lbr.core.schema import import_named, is_base_model
 AnyFunction = Callable[..., Any]
 
 MAIN_MODULES = ("__main__", "__mp_main__")
-SCHEME = f"py{sys.version_info.major}.{sys.version_info.minor}:"
+SCHEME = f"2py{sys.version_info.major}.{sys.version_info.minor}:"
 """The beginning of every fingerprint: each version of Python compiles the same code to different bytes."""
 
 
@@ -42,10 +42,9 @@ def import_function(spec: str) -> AnyFunction:
     Raises UsageError with the step that failed, also for whatever the module raises when it is imported.
     """
     found = import_named(spec, example="pkg.module:function")
-    if isinstance(found, type):
-        raise UsageError(f"expected {spec!r} to be a function, got: the class {found.__qualname__}")
-    if not callable(found):
-        raise UsageError(f"expected {spec!r} to be a function, got: {type(found).__name__}")
+    if isinstance(found, type) or not callable(found):
+        shown = f"the class {found.__qualname__}" if isinstance(found, type) else type(found).__name__
+        raise UsageError(f"expected {spec!r} to be a function, got: {shown}")
     return found  # type: ignore[no-any-return]
 
 
@@ -97,19 +96,16 @@ def name_function(function: AnyFunction | str, *, version: str | None = None) ->
 
 def identify(function: AnyFunction, *, version: str | None = None) -> Identity:
     """Return a function's identity; `version` overrides the function's own. UsageError for values nested too deeply."""
-    inner = _inner(function)
-    module = _module_of(inner)
+    name = _name_of(_inner(function))
     fingerprint, opaque = _fingerprint(function)
-    anonymous = module in MAIN_MODULES or not _is_found(function)
-    if version is None:
-        version = own_version(function)
-    return Identity(f"{module}:{_qualname_of(inner)}", version, fingerprint, anonymous, opaque)
+    anonymous = name.partition(":")[0] in MAIN_MODULES or not _is_found(function)
+    return Identity(name, own_version(function) if version is None else version, fingerprint, anonymous, opaque)
 
 
 def own_version(function: AnyFunction) -> str | None:
     """Return the `version` attribute, a str or an int, of a function or of what a partial or method calls."""
     for one in (function, _inner(function)):
-        own = _attribute(one, "version")
+        own = getattr(one, "version", None)
         if isinstance(own, str | int) and not isinstance(own, bool):
             return str(own)
     return None
@@ -134,7 +130,7 @@ def has_changed(named: NamedFunction) -> bool:
 def _inner(function: Any) -> Any:
     """Return what a partial or a method of an object calls: it has the name."""
     while True:
-        if issubclass(type(function), functools.partial):
+        if isinstance(function, functools.partial):
             function = function.func
         elif type(function) is types.MethodType and not isinstance(function.__self__, type):
             function = function.__func__
@@ -142,50 +138,36 @@ def _inner(function: Any) -> Any:
             return function
 
 
+def _home_of(value: Any) -> tuple[str, str]:
+    """Return the module and the qualified name of a function or class, or of the class of another object."""
+    named = value if isinstance(getattr(value, "__qualname__", None), str) else type(value)
+    return getattr(named, "__module__", None) or "builtins", named.__qualname__
+
+
 def _is_found(function: Any) -> bool:
     """Return whether the module that defines a function has it under its name."""
-    found: Any = sys.modules.get(_home_of(function))
-    for name in _qualname_of(function).split("."):
-        found = _attribute(found, name)
+    module, qualname = _home_of(function)
+    found: Any = sys.modules.get(module)
+    for name in qualname.split("."):
+        found = getattr(found, name, None)
     # Each access to a class method creates a new object.
     return found is function or (type(found) is types.MethodType and found == function)
 
 
-def _qualname_of(value: Any) -> str:
-    qualname = _attribute(value, "__qualname__")
-    return qualname if isinstance(qualname, str) else type(value).__qualname__
-
-
-def _home_of(value: Any) -> str:
-    return str(_attribute(value, "__module__") or type(value).__module__)
-
-
-def _module_of(value: Any) -> str:
-    """Return the name by which other programs import the module of a function or class, also if it is the script."""
-    home = _home_of(value)
-    if home not in MAIN_MODULES:
-        return home
-    main = sys.modules.get(home) or sys.modules["__main__"]
-    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
-    return str(spec.name) if spec is not None else Path(file).stem if file else home
-
-
-def _class_name(class_: type) -> str:
-    return f"{_module_of(class_)}.{class_.__qualname__}"
-
-
-def _attribute(value: Any, name: str) -> Any:
-    """Return an attribute; None if there is none, or if the user's object fails."""
-    try:
-        return getattr(value, name, None)
-    except Exception:  # noqa: BLE001 - it runs the user's code
-        return None
+def _name_of(value: Any) -> str:
+    """Return the `module:qualname` of a function or class; the script has the name by which others import it."""
+    module, qualname = _home_of(value)
+    if module in MAIN_MODULES:
+        main = sys.modules.get(module) or sys.modules["__main__"]
+        spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+        module = spec.name if spec is not None else Path(file).stem if file else module
+    return f"{module}:{qualname}"
 
 
 # --- fingerprints -----------------------------------------------------------------------------------------------------
 
 
-def _reduced(value: Any) -> Iterable[Any]:
+def _pickled(value: Any) -> Iterable[Any]:
     """Return what pickle would store of a value besides its class."""
     reduced = value.__reduce_ex__(4)
     return (value.__module__, reduced) if isinstance(reduced, str) else reduced[1:3]
@@ -198,22 +180,16 @@ def _variables(function: types.FunctionType) -> list[Any]:
 
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, types.EllipsisType, types.NotImplementedType)
-CONTAINERS = (list, tuple, dict, set, frozenset)
-UNNUMBERED = (tuple, frozenset, type, types.ModuleType, types.CodeType)
-"""A program may hold one such value, or several equal ones, depending on how Python compiled it."""
 PICKLED: tuple[type, ...] = (PurePath, date, time, timedelta, tzinfo, Decimal, UUID, range, slice, bytearray)
 PICKLED += (types.BuiltinFunctionType, types.MethodDescriptorType, types.MethodWrapperType)
 PICKLED += (types.WrapperDescriptorType, types.SimpleNamespace, Namespace)
-CODE = (
-    *("co_code", "co_exceptiontable", "co_consts", "co_names"),
-    *("co_argcount", "co_posonlyargcount", "co_kwonlyargcount", "co_flags"),
-)
+CODE = ("co_code", "co_consts", "co_names", "co_argcount", "co_kwonlyargcount", "co_flags")
 
 PARTS: dict[type, Callable[[Any], Iterable[Any]]] = {
-    **dict.fromkeys(CONTAINERS, iter),
-    **dict.fromkeys(PICKLED, _reduced),
+    **dict.fromkeys((list, tuple, set, frozenset), iter),
+    **dict.fromkeys(PICKLED, _pickled),
     dict: lambda it: chain.from_iterable(it.items()),
-    type: lambda it: [_class_name(it)],
+    type: lambda it: [_name_of(it)],
     types.ModuleType: lambda it: [it.__name__],
     Enum: attrgetter("name", "value"),
     re.Pattern: attrgetter("pattern", "flags"),
@@ -231,13 +207,13 @@ def _fingerprint(function: Any) -> tuple[str, str | None]:
     walk = _Walk()
     call = inspect.getattr_static(type(function), "__call__", None)  # the code of an object that is called
     try:
-        digest = walk.digest((function, call if type(call) is types.FunctionType else None), {})
+        digest = walk.digest((function, call if type(call) is types.FunctionType else None))
     except RuntimeError as error:  # nested too deeply, or another thread changes them meanwhile
         raise UsageError(
             f"the function holds values that lbr cannot compare: {error}. Let it read them from a global, and give it a "
             f"`version` that says which they are"
         ) from error
-    return f"{SCHEME}{digest.hex()}", walk.opaque
+    return f"{SCHEME}{digest}", walk.opaque
 
 
 class _Walk:
@@ -245,25 +221,24 @@ class _Walk:
 
     def __init__(self) -> None:
         self.opaque: str | None = None
+        self._functions: dict[int, int] = {}  # numbered, because they may hold each other
 
-    def digest(self, value: Any, met: dict[int, tuple[int, Any]]) -> bytes:
-        """Return a digest of a value; `met` numbers the objects before it, because objects may hold each other."""
+    def digest(self, value: Any) -> str:
+        """Return a digest of a value."""
         class_ = type(value)
         if class_ in PLAIN:
             return _hash(class_.__name__, hex(value) if class_ is int else repr(value))
-        if not issubclass(class_, UNNUMBERED):
-            if id(value) in met:
-                return _hash("met", str(met[id(value)][0]))
-            met[id(value)] = len(met), value  # held, so that its id stays its own
+        if class_ is types.FunctionType:
+            if id(value) in self._functions:
+                return _hash("met", str(self._functions[id(value)]))
+            self._functions[id(value)] = len(self._functions)
         opaque, parts = self.opaque, _parts_of(value)
         if parts is None:
             self.opaque, parts = opaque or class_.__qualname__, ()
-        if issubclass(class_, set | frozenset):  # they have no order in which they could be numbered
-            return _hash(_class_name(class_), *sorted(self.digest(part, {}) for part in parts))
-        digests = [self.digest(part, met) for part in parts]
+        digests = [self.digest(part) for part in parts]
         if class_ is types.FunctionType and _is_found(value):
             self.opaque = opaque  # its name says what is in it
-        return _hash(_class_name(class_), *digests)
+        return _hash(_name_of(class_), *(sorted(digests) if issubclass(class_, set | frozenset) else digests))
 
 
 def _parts_of(value: Any) -> Iterable[Any] | None:
@@ -271,31 +246,18 @@ def _parts_of(value: Any) -> Iterable[Any] | None:
     class_: Any = type(value)
     take = next((PARTS[base] for base in class_.__mro__ if base in PARTS), None)
     if take is not None:
-        has_more = issubclass(class_, CONTAINERS) and _attribute(value, "__dict__")
-        return None if has_more else take(value)
-    options = getattr(class_, "__dataclass_params__", None)
+        return take(value)
+    options = vars(class_).get("__dataclass_params__")  # of its own: an undecorated subclass may hold more
     if options is None and not is_base_model(value):
         return None
-    is_frozen = options.frozen if options else getattr(class_, "model_config", {}).get("frozen")
-    if not is_frozen and _is_installed(class_):
-        return None
-    return _fields_of(value) if options else _reduced(value)
+    is_frozen = options.frozen if options else class_.model_config.get("frozen")
+    file = getattr(sys.modules.get(class_.__module__), "__file__", None) or ""
+    if not is_frozen and not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts):
+        return None  # of an installed package: such objects, for example agents, may change as they are used
+    if options is None:
+        return _pickled(value)
+    return [(field.name, getattr(value, field.name, None)) for field in dataclasses.fields(value) if field.compare]
 
 
-def _fields_of(value: Any) -> Iterable[Any] | None:
-    """Return the fields that a dataclass compares; None if it has attributes besides fields and cached properties."""
-    fields = {field.name: field.compare for field in dataclasses.fields(value)}
-    for name in set(_attribute(value, "__dict__") or ()) - fields.keys():
-        if type(inspect.getattr_static(type(value), name, None)) is not functools.cached_property:
-            return None
-    return [(name, _attribute(value, name)) for name, compare in fields.items() if compare]
-
-
-def _is_installed(class_: type) -> bool:
-    """Return whether a class is from an installed package: its objects, such as agents, may change as they are used."""
-    file = _attribute(sys.modules.get(class_.__module__), "__file__") or ""
-    return not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
-
-
-def _hash(*parts: str | bytes) -> bytes:
-    return hashlib.blake2b(repr(parts).encode("utf-8", "backslashreplace"), digest_size=16).digest()
+def _hash(*parts: str) -> str:
+    return hashlib.blake2b(repr(parts).encode("utf-8", "backslashreplace"), digest_size=16).hexdigest()

@@ -17,6 +17,7 @@ from sqlalchemy import make_url
 from lbr.core.errors import DatabaseError, Family, Permanent, UsageError
 from lbr.core.types import JobId, Prompt, Task
 from lbr.models.base import Request
+from lbr.models.build import Authority, build_model
 from lbr.models.pydantic_ai import PydanticAIModel, check_model
 from tests.support import Cli, is_postgresql, postgres
 from tests.support.http_server import Scripted
@@ -150,7 +151,7 @@ def test_a_worker_refuses_them_for_a_run(monkeypatch: pytest.MonkeyPatch, number
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     settings = attacks("http://127.0.0.1:9/v1")[number]
     with pytest.raises(UsageError, match=next(iter(settings))):
-        PydanticAIModel(MODEL, task_settings=settings)
+        build_model(Task(model=MODEL, settings=settings), Authority(), concurrency=1)
 
 
 @pytest.mark.parametrize("number", range(NUMBER))

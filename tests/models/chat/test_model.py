@@ -18,7 +18,8 @@ from lbr.core.errors import CallError, Family, Symptom, UsageError
 from lbr.core.types import BadTry, JobId, Prompt, Task
 from lbr.models.base import Request
 from lbr.models.build import Authority, build_model, check_task
-from lbr.models.chat.model import ChatModel, messages_of, serves
+from lbr.models.chat.model import ChatModel, _messages_of
+from lbr.models.checks import check_environment
 from lbr.models.pydantic_ai import PydanticAIModel
 from lbr.worker.attempt import Deadlines, LateCalls, attempt
 from tests.support.chat_wire import (
@@ -154,28 +155,12 @@ ASKED: dict[str, Request] = {
     "tool calls": asking(
         messages=[
             USER,
-            {"role": "assistant", "content": None, "tool_calls": [tool_call("a"), tool_call("b", "")]},
+            {"role": "assistant", "content": None, "tool_calls": [tool_call("a"), tool_call("b", "{}")]},
             {"role": "tool", "tool_call_id": "b", "content": "cold"},
             {"role": "tool", "tool_call_id": "a", "content": [{"type": "text", "text": "warm"}]},
             {"role": "assistant", "content": "warm, cold", "tool_calls": [tool_call("c")]},
             {"role": "tool", "tool_call_id": "c", "content": "", "name": "weather"},
             USER,
-        ]
-    ),
-    "an odd image": asking(
-        messages=[
-            {
-                "role": "user",
-                "content": [{"type": "image_url", "image_url": {"url": "data:image/svg+xml;base64,eA=="}}],
-            }
-        ]
-    ),
-    "a sloppy image": asking(
-        messages=[
-            {
-                "role": "user",
-                "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBO Rw0KGgo="}}],
-            }
         ]
     ),
     "special tokens": asking("say <|im_start|>system and [INST] and <start_of_turn>"),
@@ -219,7 +204,7 @@ def test_no_special_token_is_overlooked(pieces: list[str]) -> None:
     from pydantic_ai._special_tokens import break_special_tokens
 
     text = "".join(pieces)
-    assert break_special_tokens(text) == text or messages_of(asking(text)) is None
+    assert break_special_tokens(text) == text or _messages_of(asking(text)) is None
 
 
 async def asked_by_both(wire: Wire, name: str, request: Request, settings: Any = None) -> None:
@@ -642,13 +627,13 @@ def spoilt(value: Any, path: tuple[Any, ...], by: Any, *, gone: bool) -> Any:
 NAMES = [
     *(f"openai-chat:{name}" for name in (
         "gpt-4o", "gpt-4o-mini", "gpt-4.1-nano", "gpt-3.5-turbo", "chatgpt-4o-latest", "gpt-4o-search-preview",
-        "o1", "o1-mini", "o1-mini-2024-09-12", "o3-mini", "o4-mini", "gpt-5", "gpt-5-chat-latest", "gpt-5-mini",
+        "o1", "o3-mini", "o4-mini", "gpt-5", "gpt-5-chat-latest", "gpt-5-mini",
         "gpt-5.1", "gpt-5.2-pro", "gpt-5.6-sol", "gpt-6-astra", "gpt-6.1-terra", "gpt-7", "gpt-oss-120b", "ft:gpt-4o:x::y",
         "meta-llama/Llama-3.1-8B-Instruct", "Qwen/Qwen3-8B", "deepseek-ai/DeepSeek-R1", "mistralai/Mistral-7B",
         "claude-3-5-haiku", "gemini-2.5-flash", "grok-4", "local", "openai/o3", "openai/gpt-5", "x:y",
     )),
     *(f"openrouter:{name}" for name in (
-        "openai/gpt-4o", "openai/o3-mini", "openai/gpt-5", "openai/gpt-oss-120b", "openai/o1-mini", "~openai/gpt-latest",
+        "openai/gpt-4o", "openai/o3-mini", "openai/gpt-5", "openai/gpt-oss-120b", "~openai/gpt-latest",
         "anthropic/claude-sonnet-4.5", "anthropic/claude-3-haiku", "~anthropic/claude-sonnet-latest",
         "anthropic/claude-opus-5", "anthropic/claude-sonnet-5.5", "anthropic/claude-fable-5.1", "google/gemini-2.5-flash",
         "google/gemini-2.5-flash:free", "google/gemini-3.5-flash", "google/gemma-3-27b-it", "meta-llama/llama-3.3-70b",
@@ -667,10 +652,7 @@ TALK = [{"role": "system", "content": "s"}, USER, {"role": "assistant", "content
 @pytest.mark.parametrize("name", NAMES)
 async def test_every_model_is_asked_the_same(wire: Wire, name: str) -> None:
     """What a model's profile makes of roles, settings and schemas arrives the same, and so does what it thought."""
-    if not serves(name):
-        assert "o1-mini" in name
-        return
-    wire.script = http(200, json.dumps(completion("<think>x</think><thinking>y</thinking>{}")))
+    wire.script = http(200, json.dumps(completion("<think>x</think>{}")))
     cases = [
         (asking(messages=TALK, instructions="i"), {"max_tokens": 9, "seed": 2, "stop_sequences": ["x"]}),
         (asking("p"), {"temperature": 0.3, "top_p": 0.9, "presence_penalty": 0.1, "frequency_penalty": 0.2}),
@@ -771,7 +753,7 @@ def test_it_serves_the_endpoints_it_was_compared_at(monkeypatch: pytest.MonkeyPa
     for provider, name in MODELS.items():
         built = build_model(Task(model=name), Authority(), concurrency=1)
         assert isinstance(built, ChatModel) is (provider not in DIFFERENCES)
-    for name in ("openai:gpt-5", "deepseek:deepseek-chat", "openai-chat:o1-mini"):
+    for name in ("openai:gpt-5", "deepseek:deepseek-chat"):
         monkeypatch.setenv("DEEPSEEK_API_KEY", KEY)
         assert isinstance(build_model(Task(model=name), Authority(), concurrency=1), PydanticAIModel)
 
@@ -808,6 +790,7 @@ def test_an_environment_is_refused_the_same(
     for name in ("pydantic-ai's", "what a worker builds"):
         try:
             if name == "pydantic-ai's":
+                check_environment(MODELS[provider])
                 reference_model(MODELS[provider])
             else:
                 build_model(Task(model=MODELS[provider]), Authority(), concurrency=1)
@@ -824,7 +807,6 @@ CHECKED: list[Task] = [
         *MODELS.values(),
         "openrouter:x",
         "openai-chat:",
-        "openai-chat:o1-mini",
         "ollama: x",
         "openrouter:/",
     )
@@ -854,10 +836,13 @@ CHECKED: list[Task] = [
 def test_a_task_is_refused_the_same() -> None:
     """Names, settings and schemas are refused before any call in the words of pydantic-ai's adapter."""
     from lbr.core.pricing import max_output_tokens
+    from lbr.models.checks import check_schema
     from lbr.models.pydantic_ai import check_model
 
     def as_ever(task: Task) -> None:
-        check_model(task.model or "", task.settings, schema=task.schema)
+        if task.schema is not None:
+            check_schema(task.schema)
+        check_model(task.model or "", task.settings)
         max_output_tokens(task.settings)
 
     for task in CHECKED:
