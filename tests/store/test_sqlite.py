@@ -29,7 +29,7 @@ from lbr.store.leases import EXPIRED, RENEW, Queue
 from lbr.store.settle import SETTLE, STATUS, settle
 from lbr.store.sql import PreparedQuery
 from lbr.store.sqlite import SQLiteDatabase
-from tests.support import ECHO, answered, assert_counted, locked_by_another, put
+from tests.support import ECHO, answered, assert_counted, eventually, locked_by_another, put
 from tests.support.hearing import Hearing
 
 if TYPE_CHECKING:
@@ -602,6 +602,68 @@ async def test_checkpoint_gives_way_to_a_reader(tmp_path: Path, monkeypatch: pyt
     run = await put(database, [f"p{n}" for n in range(500)])
     reader.close()
     await assert_counted(database, run)
+    await database.close()
+
+
+async def read_until(database: Database, reading: threading.Event, go_on: threading.Event) -> None:
+    """Read, and stay in that transaction from `reading` until `go_on`."""
+
+    def work(connection: Any) -> None:
+        connection.execute(text(RUNS)).all()
+        reading.set()
+        go_on.wait(30)
+        connection.execute(text(RUNS)).all()
+
+    await database.read(lambda connection: connection.run_sync(work))
+
+
+async def fill_wal(database: Database, path: Path) -> int:
+    """Write over a megabyte, and return the size that the log has then."""
+    for n in range(5):
+        await put(database, [f"prompt {n} {m} " + "x" * 300 for m in range(300)], name=f"more {n}")
+    return Path(f"{path}-wal").stat().st_size
+
+
+@pytest.mark.parametrize("moment", ["in their transaction", "anywhere"])
+async def test_cancelled_reads_keep_no_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """Reads, more at a time than there are connections, that are cancelled at any moment hold no checkpoint up later."""
+    monkeypatch.setattr(sqlite, "WAL_LIMIT_BYTES", 100_000)
+    monkeypatch.setattr(sqlite, "CHECKPOINT_PAUSE_SECONDS", 0.0)
+    path = tmp_path / "q.db"
+    database = await open_database(str(path), create=True)
+    await put(database, ["a"])
+    for n in range(20):
+        reading, go_on = threading.Event(), threading.Event()
+        reads = [asyncio.create_task(read_until(database, reading, go_on)) for _ in range(8)]
+        if moment == "anywhere":
+            for _ in range(n):
+                await asyncio.sleep(0)
+        else:
+            await eventually(reading.is_set)
+        for one in reads:
+            one.cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+        ended = await asyncio.gather(*reads, return_exceptions=True)
+        assert {type(one) for one in ended} == {asyncio.CancelledError}
+    assert await fill_wal(database, path) < 300_000
+    await database.close()
+
+
+async def test_a_cancelled_collect_keeps_no_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of a run that are read when a program cancels it do not hold up the checkpoints of what it does next."""
+    monkeypatch.setattr(sqlite, "WAL_LIMIT_BYTES", 100_000)
+    monkeypatch.setattr(sqlite, "CHECKPOINT_PAUSE_SECONDS", 0.0)
+    path = tmp_path / "q.db"
+    database = await open_database(str(path), create=True)
+    await put(database, [f"prompt {n}" for n in range(3_000)])
+    for n in range(40):
+        collecting = asyncio.create_task(lbr.collect("r", out=tmp_path / "out.jsonl", db_url=path))
+        await asyncio.sleep(n / 1_000)
+        collecting.cancel()
+        [ended] = await asyncio.gather(collecting, return_exceptions=True)
+        assert isinstance(ended, asyncio.CancelledError | lbr.Collected)
+    assert await fill_wal(database, path) < 300_000
     await database.close()
 
 
