@@ -3,7 +3,7 @@
 Everybody runs the same job, which does nothing, in the same number of worker processes, on the same machine and
 the same durable server, each on a fresh database. Workers are started and warmed up before the clock starts;
 it runs from the moment that the jobs are released until the last is recorded as done. Then every result is
-checked, so that a queue that loses jobs does not look fast.
+checked, so that a queue that loses jobs does not look fast. pgqueuer is compared at the batch size that is best for it.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ import tempfile
 import time
 from collections import defaultdict
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bench_lbr
 import bench_pgqueuer
 import bench_procrastinate
-from bench_crew import Measured
 from bench_server import Postgres, postgres
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from bench_crew import Measured
 
 DATABASES = ("postgresql", "sqlite")
 RIVALS = ("pgqueuer", "procrastinate")
@@ -53,6 +54,7 @@ class Options:
     databases: list[str]
     rivals: list[str]
     concurrency: int
+    batches: list[int]
     repeat: int
     json: Path | None
 
@@ -65,6 +67,12 @@ def read_options(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--databases", type=_names(DATABASES), default=list(DATABASES), help="of lbr, or none")
     parser.add_argument("--rivals", type=_names(RIVALS), default=list(RIVALS), help="other queues, or none")
     parser.add_argument("--concurrency", type=_positive, default=1_500, help="calls at a time of an lbr worker")
+    parser.add_argument(
+        "--batches",
+        type=_numbers,
+        default=list(bench_pgqueuer.BATCH_SIZES),
+        help="sizes of pgqueuer's batches, of which the best counts",
+    )
     parser.add_argument("--repeat", type=_positive, default=1, help="measure so often, and take medians")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement to a file as well")
     return Options(**vars(parser.parse_args(arguments)))
@@ -122,8 +130,8 @@ def fsync_seconds(times: int = 50) -> float:
         return (time.perf_counter() - started) / times
 
 
-async def measure(system: str, options: Options, server: Postgres | None, workers: int) -> Measured:
-    """Measure one system, `lbr on sqlite` say, with so many worker processes."""
+async def measure(system: str, options: Options, server: Postgres | None, workers: int, batch: int) -> Measured:
+    """Measure one system, for example `lbr on sqlite`, with a number of worker processes; `batch` is pgqueuer's."""
     share = PROCRASTINATE_SHARE if system == "procrastinate" else 1
     prompts = [f"Prompt {n}" for n in range(max(1, options.jobs // share))]
     # A server of root's gives its folders to another user, which must not matter to what is left behind.
@@ -136,7 +144,7 @@ async def measure(system: str, options: Options, server: Postgres | None, worker
         if system == "lbr on postgresql":
             return await bench_lbr.measure_postgres(folder, server, prompts, workers, options.concurrency)
         if system == "pgqueuer":
-            return await bench_pgqueuer.measure(folder, server, prompts, workers)
+            return await bench_pgqueuer.measure(folder, server, prompts, workers, batch)
         return await bench_procrastinate.measure(folder, server, prompts, workers)
 
 
@@ -146,30 +154,45 @@ def measure_all(options: Options, server: Postgres | None, systems: Sequence[str
     for turn in range(options.repeat):
         for workers in options.workers:
             for system in systems:
-                one = asyncio.run(measure(system, options, server, workers))
-                found.append(one)
-                print(
-                    f"{turn + 1}/{options.repeat} {system}, {workers} workers: {one.jobs / one.drain:,.0f} jobs/s",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                for batch in options.batches if system == "pgqueuer" else [0]:
+                    one = asyncio.run(measure(system, options, server, workers, batch))
+                    found.append(one)
+                    rate = f"{one.jobs / one.drain:,.0f} jobs/s"
+                    print(
+                        f"{turn + 1}/{options.repeat} {name_of(one)}, {workers} workers: {rate}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
     return found
 
 
+def name_of(row: Measured) -> str:
+    """Return a system with its database or the size of its batches."""
+    return f"{row.system}, batches of {row.batch}" if row.batch else f"{row.system} on {row.database}"
+
+
 def middle(found: Sequence[Measured]) -> list[Measured]:
-    """Return one row for each system and number of workers, with the medians of its measurements."""
-    groups: defaultdict[tuple[str, str, int, int], list[Measured]] = defaultdict(list)
+    """Return one row for each system and number of workers, with the medians of its measurements.
+
+    Of several sizes of a batch it is the one with the best median.
+    """
+    groups: defaultdict[tuple[str, str, int, int, int], list[Measured]] = defaultdict(list)
     for one in found:
-        groups[one.system, one.database, one.workers, one.jobs].append(one)
-    return [
-        Measured(
-            *key,
+        groups[one.system, one.database, one.workers, one.jobs, one.batch].append(one)
+    rows = [
+        replace(
+            group[0],
             enqueue=statistics.median(one.enqueue for one in group),
             drain=statistics.median(one.drain for one in group),
             cpu=statistics.median(one.cpu for one in group),
         )
-        for key, group in sorted(groups.items())
+        for _, group in sorted(groups.items())
     ]
+    best: dict[tuple[str, str, int], Measured] = {}
+    for row in rows:
+        key = row.system, row.database, row.workers
+        best[key] = min(row, best.get(key, row), key=lambda one: one.drain)
+    return list(best.values())
 
 
 def ratios(rows: Sequence[Measured], row: Measured) -> dict[str, float]:
@@ -186,7 +209,7 @@ def table(rows: Sequence[Measured]) -> str:
     for row in rows:
         compared = ratios(rows, row)
         cells.append(
-            [row.system, row.database, str(row.workers), str(row.jobs)]
+            [f"{row.system} ({row.batch})" if row.batch else row.system, row.database, str(row.workers), str(row.jobs)]
             + [
                 f"{row.jobs / row.enqueue:.0f}",
                 f"{row.jobs / row.drain:.0f}",
@@ -215,6 +238,9 @@ def report(options: Options, about: dict[str, str], found: Sequence[Measured]) -
     rows = middle(found)
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     print(table(rows))
+    if "pgqueuer" in {row.system for row in rows}:
+        sizes = ", ".join(map(str, options.batches))
+        print(f"pgqueuer (N) fetches N jobs at a time, which was best of {sizes}")
     if "procrastinate" in {row.system for row in rows}:
         print(f"procrastinate had 1 in {PROCRASTINATE_SHARE} of the jobs, for it takes them one by one")
     print("\n".join(targets(rows)))

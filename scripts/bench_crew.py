@@ -27,7 +27,10 @@ WARM_UP_JOBS = 50
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one measurement found. Times are in seconds, `cpu` is what all worker processes together used."""
+    """What one measurement found. Times are in seconds, `cpu` is what all worker processes together used.
+
+    `batch` is how many jobs a worker fetched at a time, 0 for a system that decides that itself.
+    """
 
     system: str
     database: str
@@ -36,6 +39,7 @@ class Measured:
     enqueue: float
     drain: float
     cpu: float
+    batch: int = 0
 
 
 def drain_patience(jobs: int) -> float:

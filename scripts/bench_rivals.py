@@ -1,9 +1,9 @@
 """lbr beside other packages that do the same work, and beside the loop that an author writes, in one run.
 
-Three parts: jobs of 5 ms that are kept, a batch of calls of a chat server end to end, and that batch killed in the
-middle and started again. The server runs on one core, whoever calls it on another. Every rival has an environment of
-its own under .venv-rivals, which is made when it is first needed; one that cannot be installed or fails is reported,
-and the others go on. Every answer is checked.
+Four parts: jobs of 5 ms that are kept, a batch of calls of a chat server in one process, that batch killed in the middle
+and started again, and the whole of larger batches, from the start of a command to the file of answers. The server runs
+on one core, the client on another. Every rival has an environment of its own under .venv-rivals, which is made when it
+is first needed; one that cannot be installed or fails is reported, and the others go on. Every answer is checked.
 """
 
 from __future__ import annotations
@@ -22,20 +22,26 @@ from typing import TYPE_CHECKING
 from bench_baselines import CHAT_SLOTS, BenchError, Sizes, Took, chat_prompts, conditions, nap_prompts
 from bench_baselines import measure as measure_lbr
 from rival_environments import RIVALS, NotMeasuredError, Rival
-from rival_runs import Crash, crashed_lbr, crashed_rival, measured
+from rival_runs import WHOLE, Crash, crashed_lbr, crashed_rival, measured, whole_lbr
 
 from lbr.cli.app import collect_garbage_rarely
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-PARTS = ("naps", "chat", "crash")
+PARTS = ("naps", "chat", "crash", WHOLE)
 TITLES = {
     "naps": "jobs of 5 ms, 100 at a time, kept",
     "chat": "chat calls of 50 ms, 200 at a time, end to end",
     "crash": "killed at 0.4 of those calls and started again",
+    WHOLE: "chat calls of 50 ms, 200 at a time, from the start of the command to the file of answers",
 }
 LBR = "lbr"
+THREE = "lbr, three commands"
+GATHER = "a bare aiohttp gather"
+WHOLE_CALLS = (3_000, 15_000)
+MAX_MS = 0.4
+"""The most that the client's processor is to take for a prompt of the largest batch."""
 FIRST_CALL_SECONDS = 1.5
 
 
@@ -87,6 +93,7 @@ def read_options(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--only", default=",".join(keys), help=f"some of {','.join(keys)}, or none")
     parser.add_argument("--calls", type=int, default=Sizes().calls, help="calls of the chat server")
     parser.add_argument("--naps", type=int, default=Sizes().naps, help="jobs of 5 ms")
+    parser.add_argument("--whole", type=_numbers, default=WHOLE_CALLS, help="calls of the wholes, such as 3000,15000")
     parser.add_argument("--repeat", type=int, default=1, help="measure so often, and take medians")
     parser.add_argument("--folder", type=Path, default=Path(), help="put what is kept, and removed, on this disk")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement to a file as well")
@@ -94,10 +101,19 @@ def read_options(arguments: Sequence[str] | None = None) -> Options:
     if min(given.calls, given.naps, given.repeat) < 1:
         parser.error("expected --calls, --naps and --repeat to be at least 1")
     parts = _some(parser, given.parts, PARTS)
+    if WHOLE in parts:
+        parts[-1:] = [f"{WHOLE}-{calls}" for calls in given.whole]
     chosen = _some(parser, given.only, keys)
     rivals = [one for one in RIVALS if one.key in chosen]
     sizes = Sizes(naps=given.naps, calls=given.calls)
     return Options(parts, rivals, sizes, given.repeat, given.folder, given.json)
+
+
+def _numbers(text: str) -> list[int]:
+    numbers = [int(one) if one.isdecimal() else 0 for one in text.split(",")]
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"expected numbers of at least 1, such as 3000,15000, got: {text!r}")
+    return sorted(numbers)
 
 
 def _some(parser: argparse.ArgumentParser, text: str, known: Sequence[str]) -> list[str]:
@@ -112,7 +128,7 @@ def measure(options: Options) -> Found:
     found = Found()
     for turn in range(options.repeat):
         for part in options.parts:
-            for system in (None, *(one for one in options.rivals if part in one.ways)):
+            for system in (None, *(one for one in options.rivals if kind_of(part) in one.ways)):
                 print(
                     f"measuring {part}, {turn + 1} of {options.repeat}: {name_of(system)}",
                     file=sys.stderr,
@@ -120,6 +136,17 @@ def measure(options: Options) -> Found:
                 )
                 attempt(found, part, system, options)
     return found
+
+
+def kind_of(part: str) -> str:
+    """Return a part's name without the number of its calls: `whole` for `whole-3000`."""
+    return part.partition("-")[0]
+
+
+def jobs_of(part: str, sizes: Sizes) -> int:
+    """Return the number of jobs of a part."""
+    calls = part.partition("-")[2]
+    return int(calls) if calls else sizes.naps if part == "naps" else sizes.calls
 
 
 def name_of(system: Rival | None) -> str:
@@ -138,23 +165,27 @@ def attempt(found: Found, part: str, system: Rival | None, options: Options) -> 
 
 def _measure(found: Found, part: str, system: Rival | None, sizes: Sizes, folder: Path) -> None:
     """Measure one system; raises NotMeasuredError or BenchError."""
-    prompts = nap_prompts(sizes.naps) if part == "naps" else chat_prompts(sizes.calls)
+    prompts = (nap_prompts if part == "naps" else chat_prompts)(jobs_of(part, sizes))
     if part == "crash":
         crash = crashed_lbr(prompts, folder) if system is None else crashed_rival(system, prompts, folder)
         found.crashes[name_of(system)].append(crash)
+    elif system is None and kind_of(part) == WHOLE:
+        for name, commands in ((LBR, ["run"]), (THREE, ["enqueue", "worker", "collect"])):
+            with tempfile.TemporaryDirectory(dir=folder) as own:
+                found.speeds[part, name].append(whole_lbr(prompts, Path(own), commands))
     elif system is None:
         [row] = measure_lbr(folder, sizes, [part], log=lambda _: None)
         found.speeds[part, LBR].append(row.lbr)
         found.speeds[part, row.by].append(row.least)
     else:
-        took, versions = measured(system, part, prompts, folder)
+        took, versions = measured(system, kind_of(part), prompts, folder)
         found.speeds[part, system.name].append(took)
         found.versions[system.name] = versions
 
 
 def speed_rows(found: Found, part: str, jobs: int) -> Iterator[list[str]]:
     """Yield the lines of a part: a system, how fast it was, and how many times faster lbr was."""
-    yield ["system", "jobs/s", "CPU ms/job", "lbr is"]
+    yield ["system", "seconds", "jobs/s", "CPU ms/job", "lbr is"]
     ours = found.took(part, LBR)
     for at, system in found.speeds:
         took = found.took(part, system)
@@ -162,7 +193,7 @@ def speed_rows(found: Found, part: str, jobs: int) -> Iterator[list[str]]:
             continue
         ratio = "-" if ours is None or system == LBR else f"{took.seconds / ours.seconds:.2f}x"
         cpu = f"{1000 * took.cpu / jobs:.3f}" if took.cpu else "-"
-        yield [system, f"{jobs / took.seconds:.0f}", cpu, ratio]
+        yield [system, f"{took.seconds:.2f}", f"{jobs / took.seconds:.0f}", cpu, ratio]
 
 
 def crash_rows(found: Found) -> Iterator[list[str]]:
@@ -189,9 +220,14 @@ def table(rows: Iterable[Sequence[str]]) -> str:
 def targets(found: Found, rivals: Sequence[Rival]) -> list[str]:
     """Return a line for each target of what was measured: whether lbr meets it, and by how much."""
     lines = [_times(found, "naps", one.name, 10) for one in rivals if one.keeps]
-    lines.append(_times(found, "chat", "a bare aiohttp gather", 0.5))
+    lines.append(_times(found, "chat", GATHER, 0.5))
     # The fastest keeps nothing; to be ahead of it is to be ahead of those that keep something as well.
-    lines += [_times(found, "chat", one.name, 1) for one in rivals if one.key == "deluge"]
+    deluge = [one.name for one in rivals if one.key == "deluge"]
+    lines += [_times(found, "chat", name, 1) for name in deluge]
+    wholes = [part for part, system in found.speeds if kind_of(part) == WHOLE and system == LBR]
+    for part in sorted(wholes, key=lambda part: jobs_of(part, Sizes()))[-1:]:
+        lines += [_times(found, part, GATHER, 0.6), *(_times(found, part, name, 1) for name in deluge)]
+        lines.append(_cpu(found, part))
     if (crash := found.crash(LBR)) is not None:
         lines += [
             (
@@ -206,14 +242,25 @@ def targets(found: Found, rivals: Sequence[Rival]) -> list[str]:
     return [line for line in lines if line]
 
 
+def _cpu(found: Found, part: str) -> str:
+    ours, jobs = found.took(part, LBR), jobs_of(part, Sizes())
+    took = 0.0 if ours is None else 1000 * ours.cpu / jobs
+    return f"{title_of(part)}, CPU of each at most {MAX_MS:g} ms: {_met(took <= MAX_MS)} ({took:.3f})"
+
+
 def _times(found: Found, part: str, system: str, target: float) -> str:
     ours, other = found.took(part, LBR), found.took(part, system)
     if ours is None or other is None:
         return ""
     ratio = other.seconds / ours.seconds
-    return (
-        f"{TITLES[part].partition(',')[0]}, at least {target:g} times {system}: {_met(ratio >= target)} ({ratio:.2f})"
-    )
+    return f"{title_of(part)}, at least {target:g} times {system}: {_met(ratio >= target)} ({ratio:.2f})"
+
+
+def title_of(part: str) -> str:
+    """Return a part's name in the targets."""
+    if kind_of(part) == WHOLE:
+        return f"{jobs_of(part, Sizes())} chat calls, command to file"
+    return TITLES[part].partition(",")[0]
 
 
 def _met(yes: bool) -> str:
@@ -227,8 +274,8 @@ def report(found: Found, options: Options) -> None:
         line = ", ".join(f"{name} {version}" for name, version in versions.items())
         print(f"{label}: {line}" if label and line else line, end="\n" if line else "")
     for part in options.parts:
-        jobs = options.sizes.naps if part == "naps" else options.sizes.calls
-        print(f"\n{TITLES[part]}; {jobs} jobs")
+        jobs = jobs_of(part, options.sizes)
+        print(f"\n{TITLES[kind_of(part)]}; {jobs} jobs")
         print(table(crash_rows(found) if part == "crash" else speed_rows(found, part, jobs)))
         for (at, system), why in found.missing.items():
             if at == part:

@@ -92,7 +92,14 @@ def surroundings(folder: Path) -> dict[str, str]:
 
 DELUGE = ("lm-deluge", "plyvel")
 RIVALS = (
-    Rival("deluge", "lm-deluge, nothing kept", "rival_deluge.py", {"chat": "plain"}, "lm-deluge", DELUGE),
+    Rival(
+        "deluge",
+        "lm-deluge, nothing kept",
+        "rival_deluge.py",
+        {"chat": "plain", "whole": "plain"},
+        "lm-deluge",
+        DELUGE,
+    ),
     Rival(
         "deluge-leveldb",
         "lm-deluge, LevelDB cache",
@@ -134,6 +141,7 @@ RIVALS = (
         "pydantic-ai",
         ("pydantic-ai-slim[openai]",),
     ),
+    Rival("aiohttp", "a bare aiohttp gather", "rival_aiohttp.py", {"whole": "gather"}, keeps=False),
     Rival("gather", "a bare gather, nothing kept", "rival_plain.py", {"naps": "nothing"}, keeps=False),
     Rival("plain", "plain loop, a commit each", "rival_plain.py", {"naps": "delete"}),
     Rival("plain-wal", "plain loop, a commit each, WAL", "rival_plain.py", {"naps": "wal"}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 SECONDS = 600
 """How long anybody may take for a part."""
 SHARE_AT_THE_KILL = 0.4
+WHOLE = "whole"
+"""The part that counts all that a user waits for, from the start of the command to the file of answers."""
 STEADY_SECONDS = 0.3
 LOOK_SECONDS = 0.01
 
@@ -44,22 +47,53 @@ class Crash:
 
 
 def measured(one: Rival, part: str, prompts: Sequence[str], folder: Path) -> tuple[Took, dict[str, str]]:
-    """Have a rival answer the prompts; return what it says it took and the versions of its packages.
+    """Have a rival answer the prompts; return what it took and the versions of its packages.
 
-    Raises NotMeasuredError.
+    What it took is what it reports itself, and for the whole what its process took. Raises NotMeasuredError.
     """
     (folder / rival.PROMPTS).write_text(json.dumps(prompts), encoding="utf-8")
     if part == "naps":
         command = one.command(part, "-", folder, NAP_SLOTS)
-        said = _run(command, surroundings(folder))
+        said, outside = _timed(command, surroundings(folder))
     else:
         with chat.chat_server(CHAT_SECONDS) as url, chat.on_one_core():
             command = one.command(part, url, folder, CHAT_SLOTS)
-            said = _run(command, surroundings(folder))
+            said, outside = _timed(command, surroundings(folder))
             _check_tally(url, prompts)
     check(folder / rival.ANSWERS, prompts)
     took = json.loads(last_line(said))
-    return Took(took["seconds"], took["cpu"]), took["versions"]
+    return outside if part == WHOLE else Took(took["seconds"], took["cpu"]), took["versions"]
+
+
+def whole_lbr(prompts: Sequence[str], folder: Path, commands: Sequence[str]) -> Took:
+    """Have lbr answer a file of prompts, with `run` alone or with `enqueue`, `worker` and `collect`.
+
+    Raises NotMeasuredError.
+    """
+    took = Took(0.0, 0.0)
+    with chat.chat_server(CHAT_SECONDS) as url, chat.on_one_core():
+        environment = os.environ | {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": chat.KEY}
+        arguments = lbr_arguments(prompts, folder)
+        for name in commands:
+            _, step = _timed([sys.executable, "-m", "lbr", name, *arguments[name]], environment)
+            took = Took(took.seconds + step.seconds, took.cpu + step.cpu)
+        _check_tally(url, prompts)
+    check(folder / rival.ANSWERS, prompts)
+    return took
+
+
+def lbr_arguments(prompts: Sequence[str], folder: Path) -> dict[str, list[str]]:
+    """Write the file of prompts and return what each command of lbr is given to answer it."""
+    file, answers = folder / "prompts.txt", str(folder / rival.ANSWERS)
+    file.write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
+    database = ["--db", str(folder / "lbr.db")]
+    model, slots = ["--model", f"openai-chat:{chat.MODEL}"], ["--concurrency", str(CHAT_SLOTS)]
+    return {
+        "run": [str(file), *model, *slots, "--output", answers, *database],
+        "enqueue": [str(file), *model, *database],
+        "worker": [*slots, *database],
+        "collect": [file.stem, "--output", answers, *database],
+    }
 
 
 def crashed(
@@ -100,14 +134,10 @@ def crashed_rival(one: Rival, prompts: Sequence[str], folder: Path) -> Crash:
 
 def crashed_lbr(prompts: Sequence[str], folder: Path) -> Crash:
     """Measure `lbr run`; raises NotMeasuredError."""
-    file, answers = folder / "prompts.txt", folder / rival.ANSWERS
-    file.write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
-    command = [sys.executable, "-m", "lbr", "--db", str(folder / "lbr.db"), "run", str(file)]
-    command += ["--model", f"openai-chat:{chat.MODEL}", "--concurrency", str(CHAT_SLOTS)]
-    command += ["--output", str(answers)]
+    command = [sys.executable, "-m", "lbr", "run", *lbr_arguments(prompts, folder)["run"]]
     with chat.chat_server(CHAT_SECONDS) as url:
         environment = os.environ | {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": chat.KEY}
-        return crashed(command, environment, url, prompts, answers)
+        return crashed(command, environment, url, prompts, folder / rival.ANSWERS)
 
 
 @contextmanager
@@ -146,6 +176,14 @@ def _run(command: Sequence[str], environment: Mapping[str, str]) -> str:
     if process.returncode != 0:
         raise NotMeasuredError(f"it failed: {last_line(complained)}")
     return said
+
+
+def _timed(command: Sequence[str], environment: Mapping[str, str]) -> tuple[str, Took]:
+    """Run a command to its end; return what it printed, and what its process took from its start to its end."""
+    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    said = _run(command, environment)
+    seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return said, Took(seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
 
 def tally(url: str) -> dict[str, Any]:

@@ -32,9 +32,11 @@ def test_lbr_is_measured_beside_a_loop(tmp_path: Path) -> None:
     done = bench(
         tmp_path,
         "--only",
-        "gather,plain-wal",
+        "aiohttp,gather,plain-wal",
         "--parts",
-        "naps,chat",
+        "naps,chat,whole",
+        "--whole",
+        "20,30",
         "--naps",
         "40",
         "--calls",
@@ -51,10 +53,15 @@ def test_lbr_is_measured_beside_a_loop(tmp_path: Path) -> None:
         ("naps", "plain loop, a commit each, WAL"),
         ("chat", "lbr"),
         ("chat", "a bare aiohttp gather"),
+        *(
+            (f"whole-{calls}", who)
+            for calls in (20, 30)
+            for who in ("lbr", "lbr, three commands", "a bare aiohttp gather")
+        ),
     }
     assert written["not measured"] == []
     assert all("met (" in line and line in done.stdout for line in written["targets"])
-    assert len(written["targets"]) == 2
+    assert len(written["targets"]) == 4
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -93,7 +100,9 @@ def test_the_server_tells_when_calls_came() -> None:
         assert client.get(url, params={"since": after + 1}).json()["first"] is None
 
 
-@pytest.mark.parametrize("arguments", [["--only", "nobody"], ["--parts", "sleep"], ["--calls", "0"]])
+@pytest.mark.parametrize(
+    "arguments", [["--only", "nobody"], ["--parts", "sleep"], ["--calls", "0"], ["--whole", "9,x"]]
+)
 def test_a_wrong_option(tmp_path: Path, arguments: list[str]) -> None:
     """An unknown name or a number below one is refused before anything is measured."""
     done = bench(tmp_path, *arguments)
