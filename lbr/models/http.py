@@ -1,11 +1,13 @@
 """HTTP for model calls: one pool of aiohttp's connections, with the proxies and the trust store of the environment.
 
-aiohttp takes a tenth of a second to import, so the functions that need it import it.
+The calls use aiohttp's connector and parser directly: its session takes more than half of the processor's time for a
+call. aiohttp takes a tenth of a second to import, so the functions that need it import it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import os
 import ssl
@@ -15,7 +17,12 @@ from urllib.request import getproxies, proxy_bypass
 from lbr.models.failures import call_error
 
 if TYPE_CHECKING:
-    from aiohttp import ClientResponse, ClientSession, ClientTimeout
+    from collections.abc import Iterable
+
+    from aiohttp import ClientRequest, ClientTimeout, TCPConnector
+    from aiohttp.client_proto import ResponseHandler
+    from aiohttp.http import RawResponseMessage
+    from aiohttp.streams import StreamReader
     from yarl import URL
 
     from lbr.core.errors import CallError
@@ -27,6 +34,7 @@ MAX_HEADERS = 1_000
 MAX_ANSWER_BYTES = 64 * 2**20
 """Of the body of an answer, unpacked: a larger one fails the call."""
 
+_OWN_HEADERS = frozenset({"host", "content-length", "transfer-encoding", "accept-encoding"})
 _UNKNOWN_ISSUER = frozenset({18, 19, 20, 21})
 """OpenSSL's codes for a certificate that no trusted one vouches for; others are a wrong host name, or its age."""
 
@@ -57,8 +65,8 @@ class Connections:
     """
 
     def __init__(self) -> None:
-        self._session: ClientSession | None = None
-        self._routes: dict[str, tuple[URL, str | None, Any]] = {}
+        self._connector: TCPConnector | None = None
+        self._routes: dict[str, ClientRequest] = {}
 
     @functools.cached_property
     def _trust(self) -> ssl.SSLContext:
@@ -79,57 +87,122 @@ class Connections:
         is_encrypted = target.scheme == "https" or (proxy or "").startswith("https:")
         return target, proxy, self._trust if is_encrypted else True
 
-    def _open(self) -> ClientSession:
-        from aiohttp import ClientSession, ClientTimeout, DummyCookieJar, TCPConnector  # noqa: PLC0415
+    def _request(self, url: str) -> ClientRequest:
+        """Return what aiohttp's connector needs to connect to a URL, through a proxy if the environment names one."""
+        from aiohttp import ClientRequest, InvalidURL, NonHttpUrlClientError  # noqa: PLC0415
+        from yarl import URL  # noqa: PLC0415
 
-        return ClientSession(
-            connector=TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS),
-            cookie_jar=DummyCookieJar(loop=asyncio.get_running_loop()),
-            timeout=ClientTimeout(total=None),
-            trust_env=False,  # it would put what netrc holds for a host on calls; proxies are given with each
-            max_line_size=MAX_LINE_BYTES,
-            max_field_size=MAX_LINE_BYTES,
-            max_headers=MAX_HEADERS,
-        )
+        target, proxy, trust = self._route(url)
+        if target.scheme not in {"http", "https"}:
+            raise NonHttpUrlClientError(target)
+        try:
+            proxy_url = None if proxy is None else URL(proxy)
+        except ValueError as error:
+            raise InvalidURL(proxy or "") from error
+        loop = asyncio.get_running_loop()
+        return ClientRequest("POST", target, loop=loop, proxy=proxy_url, ssl=trust)
 
     async def fetch(
-        self, method: str, url: str, *, timeout: ClientTimeout, **options: Any
-    ) -> tuple[ClientResponse, bytes]:
-        """Make one call, as `aiohttp.ClientSession.request` does, and return its answer and the whole body.
+        self,
+        method: str,
+        url: str,
+        *,
+        timeout: ClientTimeout,
+        headers: Iterable[tuple[str, str]] = (),
+        data: bytes = b"",
+    ) -> tuple[RawResponseMessage, bytes]:
+        """Make one call, and return the head of its answer and the whole body, unpacked.
 
-        The URL is taken as already encoded. Raises CallError if no whole answer comes, with what came of a success.
+        The URL is taken as already encoded; of the timeout, only those of the connection and of silence count. Raises
+        CallError if no whole answer comes, with what came of a success.
         """
-        from aiohttp import ClientError  # noqa: PLC0415
+        from aiohttp import ClientError, ConnectionTimeoutError, TCPConnector  # noqa: PLC0415
+        from aiohttp.http import HttpProcessingError  # noqa: PLC0415
 
         chunks: list[bytes] = []
-        size, status = 0, 0
+        head = None
         try:
-            if (route := self._routes.get(url)) is None:
-                route = self._routes[url] = self._route(url)
-            session = self._session = self._session or self._open()
-            target, proxy, trust = route
-            async with session.request(
-                method, target, timeout=timeout, proxy=proxy, ssl=trust, allow_redirects=False, **options
-            ) as response:
-                status = response.status
-                while chunk := await response.content.readany():
-                    chunks.append(chunk)
-                    size += len(chunk)
-                    if size > MAX_ANSWER_BYTES:
-                        words = f"is larger than {MAX_ANSWER_BYTES // 2**20} MB; it was not kept"
-                        raise call_error(f"the answer from {_place(target)} {words}", kind="ModelConnectionError")
-                return response, chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        except (ClientError, OSError, ValueError) as error:  # a timeout is an OSError
+            if (request := self._routes.get(url)) is None:
+                request = self._routes[url] = self._request(url)
+            if self._connector is None:
+                self._connector = TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS)
+            try:
+                connection = await self._connector.connect(request, [], timeout)
+            except TimeoutError as error:
+                raise ConnectionTimeoutError from error
+            try:
+                sent = _head(method, request, headers, len(data)) + data
+                head, payload = await _answer(connection.protocol, sent, timeout.sock_read, has_body=method != "HEAD")
+                await _read(payload, chunks, request.url)
+            except BaseException:
+                connection.close()
+                raise
+            connection.release()
+            return head, chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        except (ClientError, HttpProcessingError, OSError, ValueError) as error:  # a timeout is an OSError
             lost = _lost(error, url)
-            if 200 <= status < 300 and chunks:
+            if head is not None and head.code < 300 and chunks:
                 lost.text = b"".join(chunks).decode(errors="replace")
             raise lost from error
 
     async def aclose(self) -> None:
         """Close all connections; a call that still runs fails."""
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
+        connector, self._connector = self._connector, None
+        if connector is not None:
+            await connector.close()
+
+
+def _head(method: str, request: ClientRequest, headers: Iterable[tuple[str, str]], size: int) -> bytes:
+    """Return the head of a request. Raises ValueError for a line that would end before its end."""
+    url = request.url
+    through_proxy = request.proxy is not None and not request.is_ssl()
+    lines = [f"{method} {url if through_proxy else url.raw_path_qs} HTTP/1.1", f"Host: {url.host_port_subcomponent}"]
+    lines += [f"{name}: {value}" for name, value in headers if name.lower() not in _OWN_HEADERS]
+    lines.append(f"Accept-Encoding: {request.headers['Accept-Encoding']}")
+    if through_proxy and (login := request.headers.get("Proxy-Authorization")):
+        lines.append(f"Proxy-Authorization: {login}")
+    if size or method not in {"GET", "HEAD"}:
+        lines.append(f"Content-Length: {size}")
+    head = "\r\n".join(lines)
+    if head.count("\n") >= len(lines) or head.count("\r") >= len(lines) or "\0" in head:
+        raise ValueError("expected headers of one line each")
+    return f"{head}\r\n\r\n".encode()
+
+
+async def _answer(
+    protocol: ResponseHandler | None, sent: bytes, silence: float | None, *, has_body: bool
+) -> tuple[RawResponseMessage, StreamReader]:
+    """Send a request; return the head of its answer, and the body that begins to come.
+
+    `silence` is how many seconds may pass without a byte of the answer, None for any number.
+    """
+    if protocol is None or protocol.transport is None:
+        raise ConnectionResetError(errno.ECONNRESET, "the server closed it")
+    protocol.set_response_params(
+        skip_payload=not has_body,
+        read_until_eof=True,
+        read_timeout=silence,
+        max_line_size=MAX_LINE_BYTES,
+        max_field_size=MAX_LINE_BYTES,
+        max_headers=MAX_HEADERS,
+    )
+    protocol.transport.write(sent)
+    protocol.start_timeout()
+    while True:
+        head, payload = await protocol.read()
+        if not 100 <= head.code < 200 or head.code == 101:  # others announce the answer
+            return head, payload
+
+
+async def _read(payload: StreamReader, chunks: list[bytes], url: URL) -> None:
+    """Read a body into `chunks`, which has what came if the connection fails. Raises CallError for one that is too large."""
+    size = 0
+    while chunk := await payload.readany():
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > MAX_ANSWER_BYTES:
+            words = f"is larger than {MAX_ANSWER_BYTES // 2**20} MB; it was not kept"
+            raise call_error(f"the answer from {_place(url)} {words}", kind="ModelConnectionError")
 
 
 def shown_url(url: str) -> str:

@@ -73,6 +73,31 @@ async def test_calls_have_no_password_of_netrc_and_no_cookie(tmp_path: Path, mon
     assert not any({"authorization", "cookie"} & one.headers.keys() for one in asked)
 
 
+async def test_a_request_has_each_header_once() -> None:
+    """The connection's own headers replace the caller's, and a header of two lines is refused before it is sent."""
+    asked: list[Request] = []
+    http = Connections()
+    hints = b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n"
+    async with serving(answering(hints + answer(b"{}"), asked)) as server:
+        names = [("Host", "another"), ("Content-Length", "7"), ("Transfer-Encoding", "chunked"), ("X-Own", "a: b")]
+        head, body = await http.fetch("POST", f"{server.url}?a=%2F", timeout=ClientTimeout(), headers=names, data=b"[]")
+        assert (head.code, body) == (200, b"{}")
+        for wrong in ("a\r\nb: c", "a\nb: c", "a\0"):
+            with pytest.raises(CallError, match="no whole answer"):
+                await http.fetch("POST", server.url, timeout=ClientTimeout(), headers=[("X-Own", wrong)])
+        await http.aclose()
+        await server.all_ended()
+    [one] = asked
+    assert one.body == b"[]"
+    assert one.line.endswith("?a=%2F HTTP/1.1")
+    assert one.headers == {
+        "host": f"127.0.0.1:{server.port}",
+        "x-own": "a: b",
+        "accept-encoding": one.headers["accept-encoding"],
+        "content-length": "2",
+    }
+
+
 @pytest.mark.parametrize("url", ["http://api.example.com/v1", "https://api.example.com/v1"])
 async def test_a_proxy_that_is_none_fails_calls_and_nothing_else(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     """A worker serves other runs, too: what is wrong with the environment of one is told by its calls."""

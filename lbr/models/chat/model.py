@@ -73,15 +73,15 @@ class ChatModel:
             return await (await self._pydantic_ai()).answer(request)
         self._costs.begin()
         started = time.monotonic()
-        response, content = await self._connections.fetch(
+        head, content = await self._connections.fetch(
             "POST",
             self._endpoint.url,
             timeout=_timeout(settings.get("timeout"), request.timeout),
             data=b"".join((start, orjson.dumps(messages), b"}")),
-            headers=self._endpoint.headers,
+            headers=self._endpoint.headers.items(),
         )
-        if response.status >= 300:
-            raise self._failed(response.status, response.headers, content)
+        if head.code >= 300:
+            raise self._failed(head.code, head.headers, content)
         seconds = (request.timeout or MAX_SILENCE_SECONDS) - (time.monotonic() - started)
         await self._costs.ready(seconds / 2)
         return self._reader.read(content)

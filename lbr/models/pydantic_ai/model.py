@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import io
 import os
 import re
 import warnings
@@ -194,17 +193,15 @@ class Transport(httpx2.AsyncBaseTransport):
         """Make a call, and read its answer."""
         url, content = str(request.url.copy_with(username=None, password=None)), await request.aread()
         timeouts = request.extensions.get("timeout", {})
-        raw = ((name, value) for name, value in request.headers.raw if name.lower() != b"accept-encoding")
         answer, body = await self._connections.fetch(
             request.method,
             url,
-            headers=[(name.decode("latin-1"), value.decode()) for name, value in raw],
-            data=io.BytesIO(content) if content else None,
+            headers=[(name.decode("latin-1"), value.decode()) for name, value in request.headers.raw],
+            data=content,
             timeout=ClientTimeout(total=None, connect=timeouts.get("connect"), sock_read=timeouts.get("read")),
-            skip_auto_headers=("Accept", "Content-Type", "User-Agent"),
         )
         headers = [(name, value) for name, value in answer.raw_headers if name.lower() not in _PACKING]
-        return httpx2.Response(answer.status, headers=headers, content=body, request=request)
+        return httpx2.Response(answer.code, headers=headers, content=body, request=request)
 
     async def aclose(self) -> None:
         """Close the connections, unless they are shared."""
