@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING
 import bench_lbr
 
 from lbr.core.types import RunId
+from lbr.store import leases
+from lbr.store.claim import ClaimRequest, claim
 from lbr.store.database import open_database
-from lbr.store.leases import Queue
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -127,16 +128,15 @@ def _recounted() -> tuple[str, str]:
 async def _claim_seconds(folder: Path) -> float:
     """Return the median seconds of a claim of a full batch; what is claimed stays so."""
     database = await open_database(str(folder / "runs.db"))
-    queue = Queue(database)
-    worker = await queue.register(host="bench", pid=os.getpid(), concurrency=CLAIMED)
+    worker = await leases.register(database, host="bench", pid=os.getpid(), concurrency=CLAIMED)
     took = []
     for _ in range(TIMES):
         started = time.perf_counter()
-        claims = await queue.claim(worker, [RunId(1)], CLAIMED, lease=600)
+        claims = await database.write(claim, ClaimRequest(worker, [RunId(1)], CLAIMED, lease=600))
         took.append(time.perf_counter() - started)
         if len(claims) != CLAIMED:
             sys.exit(f"expected {CLAIMED} claims, got: {len(claims)}")
-    await queue.unregister(worker)
+    await leases.unregister(database, worker)
     await database.close()
     return statistics.median(took)
 

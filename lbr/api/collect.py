@@ -94,7 +94,7 @@ async def collect(
     if kind is writers.OutputFormat.DB and target is None:
         raise UsageError("expected -o FILE for a results database, got: stdout")
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
-        found = await reads.find_run(database, run)
+        found = await database.read(reads.find_run, run)
         runs.check_not_removing(found)
         if wait:
             await _until_finished(database, found)
@@ -105,8 +105,8 @@ async def collect(
         else:
             async with nullcontext() if target is None else writers.output_lock(target):
                 await _write(database, found, pages, target, kind, style)
-        sealed = (await reads.find_run(database, run)).sealed_at is not None
-        limited = bool(tally.cut_off) and await reads.limits_answers(database, found)
+        sealed = (await database.read(reads.find_run, run)).sealed_at is not None
+        limited = bool(tally.cut_off) and await database.read(reads.limits_answers, found)
         by_status, reasons = dict(tally.by_status), dict(tally.reasons)
         return Collected(run, by_status, sealed, rows, tally.cut_off, limited, reasons)
 
@@ -114,7 +114,7 @@ async def collect(
 async def _until_finished(database: Database, run: Run) -> None:
     """Wait until every job of a run has finished and all inputs are in, or the run is paused or cancelled."""
     while True:
-        (counts,) = await reads.counts(database, [run.id])
+        (counts,) = await database.read(reads.counts, [run.id])
         if counts.finished or (counts.run.state != "active" and not counts.of(JobState.INFLIGHT)):
             return
         await asyncio.sleep(WAIT_SECONDS)

@@ -105,8 +105,8 @@ async def _fix(facts: Health, db_url: PathOrUrl, *, allow_network_fs: bool) -> l
     if facts.file is not None and facts.damages != []:
         raise DatabaseError("counters in a damaged file are not fixed; see to the damage first")
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
-        fixed = await counters.fix(database)
-        facts.drifts = await counters.recount(database)
+        fixed = await database.write(counters.fix)
+        facts.drifts = await database.read(counters.recount)
     return fixed
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lbr.api.arguments import checked
 from lbr.api.task import check_servable, resolve_task
 from lbr.core.config import DB_URL_DEFAULT, MAX_ATTEMPTS, at_least_one, load_environment
-from lbr.core.errors import UsageError
+from lbr.core.errors import RunChangedError, UsageError
 from lbr.core.pricing import read_price
 from lbr.core.text import pluralize
 from lbr.core.types import KeyMaker
@@ -143,31 +143,38 @@ async def put(
     on_kept: Callable[[int], None] = lambda _: None,
 ) -> EnqueueReport:
     """Put items into a run of an open database; see `enqueue`."""
-    run = await runs.open_run(database, spec)
+    run = await database.write(runs.open_run, spec)
     changed = await _note_change(database, run, spec)
     notices = list(changed)
     if spec.max_attempts not in {run.max_attempts, MAX_ATTEMPTS}:
         notices.append(
             f"run {run.name} was created with {pluralize(run.max_attempts, 'attempt')} per job, and keeps them"
         )
-    maker, place, counts = KeyMaker(spec.task), 0, queueing.EnqueueCounts()
+    maker, added, counts = KeyMaker(spec.task), 0, queueing.EnqueueCounts()
+    start = await database.read(queueing.next_idx, run) if append else 0
     for chunk in chunks(iter(items), queueing.CHUNK, characters=queueing.CHUNK_CHARACTERS):
         keys = [maker.key(item.prompt) for item in chunk]
-        where = None if append else place
-        counts += await queueing.add_chunk(database, run, where, chunk, keys, reuse=not fresh)
-        if place == 0 and counts.new:
+        while True:
+            try:
+                counts += await database.write(queueing.add_chunk, run, start, chunk, keys, reuse=not fresh)
+                break
+            except RunChangedError:
+                if not append:
+                    raise
+                start = await database.read(queueing.next_idx, run)  # another process has appended meanwhile
+        if added == 0 and counts.new:
             await database.filled()
-        place += len(chunk)
-        on_kept(place)
-    await runs.seal(database, run)
+        start, added = start + len(chunk), added + len(chunk)
+        on_kept(added)
+    await database.write(runs.seal, run)
     if counts.new:
         await database.filled()
     if not changed:
         notices += await _note_reuse(database, run, spec, counts)
-    held = await queueing.next_idx(database, run)
-    if held > place and not append:
+    held = await database.read(queueing.next_idx, run)
+    if held > added and not append:
         notices.append(
-            f"run {run.name} holds {pluralize(held, 'input')}, this input has {place}; the others stay in it"
+            f"run {run.name} holds {pluralize(held, 'input')}, this input has {added}; the others stay in it"
         )
     return EnqueueReport(run.name, counts, notices)
 
@@ -177,7 +184,7 @@ async def _note_change(database: Database, run: Run, spec: RunSpec) -> list[str]
     if spec.fingerprint is None or run.fingerprint == spec.fingerprint:
         return []
     changed = has_other_code(spec.fingerprint, run.fingerprint)
-    if await runs.adopt_fingerprint(database, run, spec.fingerprint, changed=changed):
+    if await database.write(runs.adopt_fingerprint, run, spec.fingerprint, changed=changed):
         return []
     notice = (
         f"the code of {run.task.function} has changed since run {run.name} was created; its answers are kept. To redo "
@@ -191,7 +198,7 @@ async def _note_reuse(database: Database, run: Run, spec: RunSpec, counts: Enque
     if spec.fingerprint is None:
         return []
     if spec.task.fingerprint is None:  # the code is not part of the task
-        lender = await queueing.lender_with_other_code(database, run, spec.fingerprint)
+        lender = await database.read(queueing.lender_with_other_code, run, spec.fingerprint)
         if lender is None:
             return []
         notice = (
@@ -200,7 +207,7 @@ async def _note_reuse(database: Database, run: Run, spec: RunSpec, counts: Enque
             f"name"
         )
         return [notice]
-    other = await queueing.run_of_other_scheme(database, run, spec.fingerprint)
+    other = await database.read(queueing.run_of_other_scheme, run, spec.fingerprint)
     if other is None or counts.new <= counts.reused:
         return []
     notice = (

@@ -11,7 +11,6 @@ from lbr.core.errors import DatabaseError, UsageError
 from lbr.core.types import JobState
 from lbr.store import enqueue, reads, runs, transfer
 from lbr.store.database import opened, shown
-from lbr.store.leases import Queue
 from lbr.worker.kept_answers import kept_files, reclaim
 
 if TYPE_CHECKING:
@@ -64,10 +63,10 @@ async def move(
         found, counts = await _prepare(source, run, aim, notify)
         jobs, answers = sum(counts[state] for state in JobState), counts[JobState.DONE]
         async with opened(to_url, create=True, allow_network_fs=allow_network_fs) as target:
-            copy = await transfer.open_copy(target, found, origin)
+            copy = await target.write(transfer.open_copy, found, origin)
             if restart and transfer.is_half_done(copy, found):
                 await transfer.clear(target, copy)
-                copy = await transfer.open_copy(target, found, origin)
+                copy = await target.write(transfer.open_copy, found, origin)
             if known := not transfer.is_half_done(copy, found):
                 runs.check_not_removing(copy)
                 if not transfer.is_copy(copy, found) or not transfer.has_left(found, aim):
@@ -76,8 +75,9 @@ async def move(
             else:
                 inputs, digest = await _copy(source, found, target, copy)
                 # First it ends here, then it begins there: it never runs in both.
-                columns = await transfer.depart(source, found, counts, aim)
-                await transfer.arrive(target, copy, columns, counts)
+                columns = await source.write(transfer.depart, found, counts, aim, name=source.name)
+                await target.write(transfer.arrive, copy, columns, counts)
+                await target.filled()
             return Moved(run, aim, inputs, jobs, answers, digest, known)
 
 
@@ -86,10 +86,10 @@ async def _prepare(source: Database, name: str, aim: str, notify: Callable[[str]
 
     Raises UsageError if kept answers stay outside of the database: they are paid for, and would be left behind.
     """
-    left = transfer.has_left(await reads.find_run(source, name), aim)
+    left = transfer.has_left(await source.read(reads.find_run, name), aim)
     if not left:
-        await reclaim(source, Queue(source), notify, starting=True)
-    run, counts = await transfer.prepare(source, name, aim)
+        await reclaim(source, notify, starting=True)
+    run, counts = await source.read(transfer.prepare, name, aim)
     kept = [str(path) for path in kept_files(source.spool_places)]
     if kept and not left:
         raise UsageError(
@@ -101,8 +101,8 @@ async def _prepare(source: Database, name: str, aim: str, notify: Callable[[str]
 
 async def _copy(source: Database, run: Run, target: Database, copy: Run) -> tuple[int, str]:
     """Copy what is missing, and compare; return the number of inputs and the hash of everything."""
-    async for page in transfer.pages(source, run, await enqueue.next_idx(target, copy)):
-        await transfer.add_page(target, copy, page)
+    async for page in transfer.pages(source, run, await target.read(enqueue.next_idx, copy)):
+        await target.write(transfer.add_page, copy, page)
     here, there = await transfer.digest(source, run), await transfer.digest(target, copy)
     if here != there:
         raise DatabaseError(

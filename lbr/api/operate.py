@@ -15,9 +15,8 @@ from lbr.core.errors import UsageError
 from lbr.core.text import pluralize
 from lbr.core.types import JobState
 from lbr.models.base import model_string
-from lbr.store import limits, reads, redo, runs
+from lbr.store import leases, limits, reads, redo, runs
 from lbr.store.database import opened
-from lbr.store.leases import Queue
 from lbr.worker.runs import check_tells_cost
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ async def status(
 ) -> Status:
     """Return the state of one run, or of all, with the workers that report."""
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
-        return status_of(await reads.overview(database, run))
+        return status_of(await database.read(reads.overview, run))
 
 
 async def follow(
@@ -47,7 +46,7 @@ async def follow(
     """Yield a run's status now and then every `seconds`, until it has finished."""
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         while True:
-            (now,) = status_of(await reads.overview(database, run)).runs
+            (now,) = status_of(await database.read(reads.overview, run)).runs
             yield now
             if now.finished:
                 return
@@ -72,7 +71,7 @@ async def retry(
     """
     conditions = redo.read_conditions([where] if isinstance(where, str) else where)
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
-        found = await reads.find_run(database, run)
+        found = await database.read(reads.find_run, run)
         if settings:
             check_settings(found.task, settings)
         return await redo.retry(database, found, conditions, settings or None)
@@ -92,7 +91,7 @@ async def reparse(
     UsageError for a run without a schema.
     """
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
-        found = await reads.find_run(database, run)
+        found = await database.read(reads.find_run, run)
         return await redo.reparse(database, found, answer_validator(run, found.task, result_types).check)
 
 
@@ -100,7 +99,7 @@ async def reparse(
 async def cancel(run: str, *, db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_fs: bool = False) -> int:
     """Cancel a run and its pending jobs; return how many. Calls in flight finish, and their answers are kept."""
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
-        return await runs.cancel(database, await reads.find_run(database, run))
+        return await runs.cancel(database, await database.read(reads.find_run, run))
 
 
 @checked
@@ -117,14 +116,15 @@ async def remove(
     for a run that is being or was moved.
     """
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
-        found = await reads.find_run(database, run)
+        found = await database.read(reads.find_run, run)
         await runs.cancel(database, found)
-        queue, warned = Queue(database), False
-        while inflight := (await reads.counts(database, [found.id]))[0].of(JobState.INFLIGHT):
+        warned = False
+        while inflight := (await database.read(reads.counts, [found.id]))[0].of(JobState.INFLIGHT):
             if not warned:
                 notify(f"run {run}: waiting for {pluralize(inflight, 'call')} in flight; no more jobs are claimed")
             warned = True
-            await queue.reclaim(await queue.dead_workers())  # perhaps no other worker is left to do it
+            # Perhaps no other worker is left to do it.
+            await leases.reclaim(database, await database.read(leases.dead_workers, database.presence))
             await asyncio.sleep(WAIT_SECONDS)
         return await runs.remove(database, found)
 
@@ -143,7 +143,7 @@ async def pause(
     """
     runs.check_reason(reason)
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
-        await runs.pause(database, await reads.find_run(database, run), reason)
+        await database.write(runs.pause, await database.read(reads.find_run, run), reason)
 
 
 @checked
@@ -161,19 +161,19 @@ async def resume(
     """
     nanos = None if max_cost is None or max_cost == math.inf else nanos_of("max_cost", max_cost)
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
-        found = await reads.find_run(database, run)
+        found = await database.read(reads.find_run, run)
         if nanos is not None:
             check_tells_cost(found)
         new_limit = found.budget_nanos if max_cost is None else nanos
         if new_limit is not None:
-            (seen,) = (await reads.overview(database, run)).runs
+            (seen,) = (await database.read(reads.overview, run)).runs
             budget = limits.budget_of(new_limit, seen.counts)
             if seen.open and budget.is_spent:
                 raise UsageError(f"run {run}: {budget.spent_message}; give it more with --max-cost")
         if max_cost is None:
-            await runs.resume(database, found)
+            await database.write(runs.resume, found)
         else:
-            await runs.resume(database, found, budget_nanos=nanos)
+            await database.write(runs.resume, found, budget_nanos=nanos)
         return found.pause
 
 
@@ -199,8 +199,8 @@ async def limit(
     answerer = None if scope is None else _answerer(scope)
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         if changes and answerer is not None:
-            await limits.set_limits(database, answerer, changes)
-        view = await reads.overview(database)
+            await database.write(limits.set_limits, answerer, changes)
+        view = await database.read(reads.overview)
         answered = Counter(one.run.task.answerer for one in view.runs)
         found = [limit_fields(one) | {"runs": answered[one.answerer]} for one in view.limits]
         return [one for one in found if answerer in {None, one["answerer"]}]
@@ -221,4 +221,4 @@ def _answerer(scope: str) -> str:
 async def show(run: str, idx: int, *, db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_fs: bool = False) -> JobDetail:
     """Return everything about one input: its job, its answer, and every attempt that failed or came too late."""
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
-        return await reads.story(database, await reads.find_run(database, run), idx)
+        return await database.read(reads.story, await database.read(reads.find_run, run), idx)

@@ -136,11 +136,11 @@ async def prompt_map(
         report = await put(database, spec, source, fresh=fresh)
         for notice in report.notices:
             _log(notice)
-        found = await reads.find_run(database, name)
+        found = await database.read(reads.find_run, name)
         if retry_failed:
             await redo.retry(database, found)
         if found.state is RunState.PAUSED:  # if its cause is still there, it is paused again
-            await runs.resume(database, found, moved=False)
+            await database.write(runs.resume, found, moved=False)
         await _work(database, resolved, options, found, every)
         rows = [row async for page in _answers(database, found, shape) for row in page]
     mirrored = await _mirror(results_url, name, rows)
@@ -192,7 +192,7 @@ async def _report(database: Database, run: Run, every: int) -> None:
 
 
 async def _status(database: Database, run: Run) -> status.RunStatus:
-    (found,) = status.status_of(await reads.overview(database, run.name)).runs
+    (found,) = status.status_of(await database.read(reads.overview, run.name)).runs
     return found
 
 
@@ -289,9 +289,9 @@ async def export_jsonl(
     if names:
         return await _export_results(db_url, run or names[-1], fspath(out))
     async with opened(db_url) as database, writers.output_lock(fspath(out)):
-        if run is None and not (found := await reads.all_runs(database)):
+        if run is None and not (found := await database.read(reads.all_runs)):
             raise UsageError(f"there are no runs in {database.name}")
-        exported = found[-1] if run is None else await reads.find_run(database, run)
+        exported = found[-1] if run is None else await database.read(reads.find_run, run)
         count = 0
         with writers.open_writer(fspath(out), writers.OutputFormat.JSONL) as writer:
             async for page in _answers(database, exported, shape):

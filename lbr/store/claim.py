@@ -15,17 +15,16 @@ from lbr.store import counters
 from lbr.store.limits import load_capacity
 from lbr.store.outages import note_probes
 from lbr.store.schema import PENDING, SUSPECT_CRASHES, attempts, jobs, prompts
-from lbr.store.settle import settle_within
+from lbr.store.settle import settle
 from lbr.store.sql import PreparedQuery, any_of, json_object
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from sqlalchemy import ColumnElement, Select
+    from sqlalchemy import ColumnElement, Connection, Select
 
     from lbr.core.limits import CallBound
     from lbr.core.types import Settlement, WorkerId
-    from lbr.store.database import Connection, Database
     from lbr.store.limits import Capacity
     from lbr.store.schema import AnyRow
     from lbr.store.settle import Settled
@@ -120,53 +119,39 @@ class ClaimRequest:
     bounds: Mapping[RunId, CallBound] = field(default_factory=dict)
 
 
-async def claim(database: Database, request: ClaimRequest) -> list[Claim]:
+def claim(connection: Connection, now: Millis, request: ClaimRequest) -> list[Claim]:
     """Claim due jobs. Runs that are not active and models that cool down are passed over; other limits are kept."""
-    # It skips what is locked, so it need not wait for a settlement.
-    return await database.write(lambda connection: claim_within(connection, database, request), beside=True)
+    capacity = load_capacity(connection, request.run_ids, now, request.worker, lock=True)
+    rows, tokens = _take(connection, capacity, request)
+    claims = _with_prompts(connection, rows, tokens, now)
+    if capacity.probed:
+        claims = [replace(one, probe=True) if one.run_id in capacity.probed.values() else one for one in claims]
+        probes = {who: one for who, run_id in capacity.probed.items() for one in claims if one.run_id == run_id}
+        note_probes(connection, probes, request.worker)
+    throttled = {run_id for run_id in capacity.answerers if capacity.is_throttled(run_id)}
+    if throttled:
+        claims = [replace(one, throttled=True) if one.run_id in throttled else one for one in claims]
+    capacity.save(connection)
+    if claims:
+        counters.add(connection, _deltas(claims))
+    return claims
 
 
-async def settle_and_claim(
-    database: Database, batch: Sequence[Settlement], request: ClaimRequest
+def settle_and_claim(
+    connection: Connection, now: Millis, batch: Sequence[Settlement], request: ClaimRequest
 ) -> tuple[Settled, list[Claim]]:
     """Settle and claim in one transaction, so that a file is locked and written once.
 
     Only if one transaction writes at a time: a claim and a settlement lock rows in different orders.
     """
-
-    async def work(connection: Connection) -> tuple[Settled, list[Claim]]:
-        settled = await settle_within(connection, database, batch)
-        return settled, await claim_within(connection, database, request)
-
-    return await database.write(work)
-
-
-async def claim_within(connection: Connection, database: Database, request: ClaimRequest) -> list[Claim]:
-    """Claim in the caller's transaction; see `claim`."""
-    now = await database.now(connection)
-    capacity = await load_capacity(connection, request.run_ids, now, request.worker, lock=True)
-    rows, tokens = await _take(connection, capacity, request)
-    claims = await _with_prompts(connection, rows, tokens, now)
-    if capacity.probed:
-        claims = [replace(one, probe=True) if one.run_id in capacity.probed.values() else one for one in claims]
-        probes = {who: one for who, run_id in capacity.probed.items() for one in claims if one.run_id == run_id}
-        await note_probes(connection, probes, request.worker)
-    throttled = {run_id for run_id in capacity.answerers if capacity.is_throttled(run_id)}
-    if throttled:
-        claims = [replace(one, throttled=True) if one.run_id in throttled else one for one in claims]
-    await capacity.save(connection)
-    if claims:
-        await counters.add(connection, _deltas(claims))
-    return claims
+    return settle(connection, now, batch), claim(connection, now, request)
 
 
 def _deltas(claims: list[Claim]) -> counters.Deltas:
     return counters.moved((one.run_id, JobState.PENDING, JobState.INFLIGHT) for one in claims)
 
 
-async def _take(
-    connection: Connection, capacity: Capacity, request: ClaimRequest
-) -> tuple[list[_Claimed], dict[int, int]]:
+def _take(connection: Connection, capacity: Capacity, request: ClaimRequest) -> tuple[list[_Claimed], dict[int, int]]:
     """Claim what the capacity lets through and debit it; return the jobs, and the tokens of those that were counted."""
     rows: list[_Claimed] = []
     tokens: dict[int, int] = {}
@@ -176,13 +161,13 @@ async def _take(
         if room <= 0:
             continue
         bound = {"run": run_id, "most": room, "worker": request.worker, "now": capacity.now, "until": until}
-        sizes = await _fitting(connection, capacity, bound, request)
+        sizes = _fitting(connection, capacity, bound, request)
         if sizes is None:
-            found = await (CLAIM_SUSPECT if request.suspects else CLAIM).all(connection, bound)
+            found = (CLAIM_SUSPECT if request.suspects else CLAIM).all(connection, bound)
             capacity.take(run_id, len(found))
         else:
             chosen = {"ids": list(sizes), "worker": request.worker, "until": until}
-            found = await CLAIM_CHOSEN.all(connection, chosen)
+            found = CLAIM_CHOSEN.all(connection, chosen)
             taken = {job_id: size.tokens for job_id, size in sizes.items()}
             highest = max((size.nanos for size in sizes.values()), default=0)
             capacity.take(run_id, len(found), sum(taken.values()), highest)
@@ -198,7 +183,7 @@ class _Size(NamedTuple):
     nanos: int
 
 
-async def _fitting(
+def _fitting(
     connection: Connection, capacity: Capacity, bound: dict[str, Any], request: ClaimRequest
 ) -> dict[int, _Size] | None:
     """Return the jobs that limits of tokens and of money let through, with their sizes; None without such a limit."""
@@ -208,7 +193,7 @@ async def _fitting(
     if (limit is None or limit.tpm is None) and (budget is None or call_bound is None):
         return None
     query = DUE_SUSPECT_SIZED if request.suspects else DUE_SIZED
-    found = (await connection.execute(query, bound)).all()
+    found = connection.execute(query, bound).all()
     sizes = [_size(row, request.extra.get(run_id, 0), call_bound) for row in found]
     count = len(sizes)
     if limit is not None:
@@ -227,14 +212,12 @@ def _size(row: AnyRow, extra: int, bound: CallBound | None) -> _Size:
     return _Size(extra + tokens, bound.nanos(tokens, max_output_tokens(own)))
 
 
-async def _with_prompts(
-    connection: Connection, rows: list[_Claimed], tokens: Mapping[int, int], now: Millis
-) -> list[Claim]:
+def _with_prompts(connection: Connection, rows: list[_Claimed], tokens: Mapping[int, int], now: Millis) -> list[Claim]:
     """Read, in the claim's own transaction, what its worker needs to make the calls."""
     if not rows:
         return []
-    found = {row[0]: row for row in await PROMPTS.all(connection, {"ids": [row.id for row in rows]})}
-    histories = await _histories(connection, [row for row in rows if row.claim_seq > row.retry_seq + 1], now)
+    found = {row[0]: row for row in PROMPTS.all(connection, {"ids": [row.id for row in rows]})}
+    histories = _histories(connection, [row for row in rows if row.claim_seq > row.retry_seq + 1], now)
     claims = []
     for job_id, run_id, claim_seq, _, attempts_, crashes in sorted(rows):
         if job_id not in found:
@@ -257,12 +240,12 @@ async def _with_prompts(
     return claims
 
 
-async def _histories(connection: Connection, rows: list[_Claimed], now: Millis) -> dict[int, History]:
+def _histories(connection: Connection, rows: list[_Claimed], now: Millis) -> dict[int, History]:
     if not rows:
         return {}
     since = {row.id: row.retry_seq for row in rows}
     by_job: dict[int, list[AnyRow]] = {}
-    for one in (await connection.execute(_TRIES, {"ids": list(since)})).all():
+    for one in connection.execute(_TRIES, {"ids": list(since)}).all():
         if one.claim_seq > since[one.job_id]:
             by_job.setdefault(one.job_id, []).append(one)
     return {job_id: _history(tries, now) for job_id, tries in by_job.items()}

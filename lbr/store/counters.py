@@ -10,14 +10,14 @@ from sqlalchemy import case, func, literal_column, null, select, union_all
 
 from lbr.core.types import JobState, PauseCause, RunId
 from lbr.store.schema import attempts, counters, jobs, results, runs
-from lbr.store.sql import SHARD, BulkStatement, Rows, option
+from lbr.store.sql import BulkStatement, Rows, shard, take_turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from sqlalchemy import ColumnElement, Select
+    from sqlalchemy import ColumnElement, Connection, Select
 
-    from lbr.store.database import Connection, Database
+    from lbr.core.types import Millis
     from lbr.store.schema import AnyRow
 
 INPUT_TOKENS = "input_tokens"
@@ -65,15 +65,15 @@ _FIELDS = {"run": "run_id", "counter": "name", "in_shard": "shard", "by": "value
 _ADD = BulkStatement({field: counters.c[name].type for field, name in _FIELDS.items()}, _adding)
 
 
-async def add(connection: Connection, deltas: Deltas) -> None:
+def add(connection: Connection, deltas: Deltas) -> None:
     """Add to the counts; the rows that they count must change in the same transaction."""
-    shard = option(connection, SHARD) or 0
     # Sorted, so that two transactions never wait for each other.
-    rows = [(run_id, str(name), shard, value) for (run_id, name), value in sorted(deltas.items()) if value]
-    await _ADD.run_plain(connection, rows)
+    in_shard = shard(connection)
+    rows = [(run_id, str(name), in_shard, value) for (run_id, name), value in sorted(deltas.items()) if value]
+    _ADD.run_plain(connection, rows)
 
 
-async def of_runs(connection: Connection, run_ids: Iterable[RunId]) -> dict[RunId, Counter[str]]:
+def of_runs(connection: Connection, run_ids: Iterable[RunId]) -> dict[RunId, Counter[str]]:
     """Return every count of these runs; what was never counted is 0."""
     ids = list(run_ids)
     query = (
@@ -82,7 +82,7 @@ async def of_runs(connection: Connection, run_ids: Iterable[RunId]) -> dict[RunI
         .group_by(counters.c.run_id, counters.c.name)
     )
     counts: dict[RunId, Counter[str]] = {run_id: Counter() for run_id in ids}
-    for run_id, name, value in (await connection.execute(query)).all():
+    for run_id, name, value in connection.execute(query).all():
         counts[run_id][name] = int(value)
     return counts
 
@@ -110,14 +110,19 @@ _NULL: ColumnElement[Any] = null()
 _ZERO: ColumnElement[Any] = literal_column("0")
 
 
+_FACTS = dict.fromkeys(("state", "what", "family", "counter"), _NULL)
+
+
 def _rows(usage: Callable[[str], ColumnElement[Any]], **facts: ColumnElement[Any]) -> Select[Any]:
-    named = dict.fromkeys(("state", "what", "family"), _NULL) | {"total": func.count(), "reused": _ZERO}
+    named = _FACTS | {"total": func.count(), "reused": _ZERO}
     named |= facts | {name: usage(name) for name in _USAGE}
     groups = [column for name, column in facts.items() if name != "reused"]
     columns = (column.label(name) for name, column in named.items())
     return select(jobs.c.run_id, *columns).group_by(jobs.c.run_id, *groups)
 
 
+_KEPT = _FACTS | {"counter": counters.c.name, "total": func.sum(counters.c.value), "reused": _ZERO}
+_KEPT |= dict.fromkeys(_USAGE, _ZERO)
 _COUNTED = union_all(
     _rows(lambda name: func.sum(attempts.c[name]), what=attempts.c.what, family=attempts.c.family).join_from(
         attempts, jobs, attempts.c.job_id == jobs.c.id
@@ -126,7 +131,9 @@ _COUNTED = union_all(
         results, jobs, results.c.job_id == jobs.c.id
     ),
     _rows(lambda _: _ZERO, state=jobs.c.state),
+    select(counters.c.run_id, *_KEPT.values()).group_by(counters.c.run_id, counters.c.name),
 )
+"""The rows, counted, and the counters: in one statement, which sees one moment in a writing transaction too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,41 +147,34 @@ class Drift:
     counted: int
 
 
-async def recount(database: Database) -> list[Drift]:
+def recount(connection: Connection, _now: Millis) -> list[Drift]:
     """Return the counters that differ from their rows, by run and name. It reads every job, result and attempt."""
-    return await database.read(_drifts)
-
-
-async def fix(database: Database) -> list[Drift]:
-    """Set the counters to the recount in one transaction, and return those that differed.
-
-    It adds the difference, which stays the same while workers go on: they change rows and counters together.
-    """
-
-    async def work(connection: Connection) -> list[Drift]:
-        await database.take_turns(connection, FIXING)
-        found = await database.at_one_moment(connection, _drifts)
-        await add(connection, Counter({(one.run_id, one.counter): one.counted - one.kept for one in found}))
-        return found
-
-    return await database.write(work)
-
-
-async def _drifts(connection: Connection) -> list[Drift]:
-    query = select(runs.c.id, runs.c.name, runs.c.pause_cause).order_by(runs.c.id)
-    found = (await connection.execute(query)).all()
-    kept = await of_runs(connection, [run.id for run in found])
+    kept: defaultdict[RunId, Counter[str]] = defaultdict(Counter)
     counted: defaultdict[RunId, Counter[str]] = defaultdict(Counter)
-    for row in (await connection.execute(_COUNTED)).all():
-        counted[RunId(row.run_id)].update(_counts_of(row))
+    for row in connection.execute(_COUNTED).all():
+        if row.counter is not None:
+            kept[RunId(row.run_id)][row.counter] = int(row.total)
+        else:
+            counted[RunId(row.run_id)].update(_counts_of(row))
     return [
         Drift(RunId(run.id), run.name, name, kept[run.id][name], counted[run.id][name])
-        for run in found
+        for run in connection.execute(select(runs.c.id, runs.c.name, runs.c.pause_cause).order_by(runs.c.id)).all()
         for name in sorted({*kept[run.id], *counted[run.id]} - _NOT_IN_ROWS)
         if kept[run.id][name] != counted[run.id][name]
         # A run that is being copied here gets its other counts at the end.
         and (name in set(JobState) or run.pause_cause != PauseCause.MOVING_FROM)
     ]
+
+
+def fix(connection: Connection, now: Millis) -> list[Drift]:
+    """Set the counters to the recount, and return those that differed.
+
+    It adds the difference, which stays the same while workers go on: they change rows and counters together.
+    """
+    take_turns(connection, FIXING)
+    found = recount(connection, now)
+    add(connection, Counter({(one.run_id, one.counter): one.counted - one.kept for one in found}))
+    return found
 
 
 def _counts_of(row: AnyRow) -> Counter[str]:

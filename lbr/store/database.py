@@ -1,7 +1,8 @@
 """An open queue in either kind of database: how to open it, and its short transactions, which are retried.
 
 `write` runs one short transaction, and runs it again if the database was busy or away; `read` runs one that cannot write
-and sees one moment. Neither is ever open across a model call.
+and sees one moment. Both take a plain function of SQLAlchemy's connection and the time. Neither is ever open across a
+model call.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 import stamina
 from stamina.instrumentation import get_on_retry_hooks
@@ -28,16 +30,15 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
     from pathlib import Path
 
-    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy import Connection
 
-    from lbr.core.types import PathOrUrl, RunId
+    from lbr.core.types import PathOrUrl
     from lbr.store.leases import Presence
-    from lbr.store.sqlite_connection import FileConnection
 
+P = ParamSpec("P")
 T = TypeVar("T")
-
-Connection: TypeAlias = "AsyncConnection | FileConnection"
-"""A connection within a transaction."""
+Work: TypeAlias = "Callable[[Connection, Millis], T]"
+"""What runs within a transaction: it gets the connection, and the time at the transaction's beginning."""
 
 # Without a handler, Python would print each retry for a program that set up no logging.
 logging.getLogger("stamina").addHandler(logging.NullHandler())
@@ -86,26 +87,37 @@ class Database(ABC):
         """Try nothing again from now on."""
         self._given_up = True
 
-    @abstractmethod
-    async def write(self, work: Callable[[Connection], Awaitable[T]], *, beside: bool = False) -> T:
-        """Run one transaction, all of it again after a failure that passes, so `work` must not change anything else.
+    async def write(
+        self, work: Callable[Concatenate[Connection, Millis, P], T], *args: P.args, **options: P.kwargs
+    ) -> T:
+        """Run one transaction, all of it again after a failure that passes, so `work` must be safe to repeat.
 
-        Transactions of one process take turns. On a server, one that runs `beside` takes turns with others of its kind
-        only: it must not wait for rows that the others may hold.
-
-        A cancelled caller is cancelled only when the transaction has ended; it is not run again then. Raises
-        DatabaseError when the database stays busy or away for longer than `patience`.
+        It may be repeated even though it took place, if the reply to its commit was lost. A cancelled caller is
+        cancelled only when the transaction has ended; it is not run again then. Raises DatabaseError when the database
+        stays busy or away for longer than `patience`.
         """
+        return await self._retried(partial(self._write, _bound(work, *args, **options)))
 
-    async def read(self, work: Callable[[Connection], Awaitable[T]]) -> T:
-        """Run one short read-only transaction, again after a failure that passes. Raises as `write` does."""
-        return await self._retried(lambda: self._read(work))
+    async def read(
+        self, work: Callable[Concatenate[Connection, Millis, P], T], *args: P.args, **options: P.kwargs
+    ) -> T:
+        """Run one short read-only transaction, again after a failure that passes. Cancels and raises as `write` does.
 
-    async def _retried(self, once: Callable[[], Awaitable[T]]) -> T:
+        An open one would keep SQLite from taking a checkpoint.
+        """
+        return await self._retried(partial(self._read, _bound(work, *args, **options)))
+
+    async def poll(
+        self, work: Callable[Concatenate[Connection, Millis, P], T], *args: P.args, **options: P.kwargs
+    ) -> T:
+        """Do the same as `read`, for what a worker asks many times a second; it must be quick, because writes wait."""
+        return await self._retried(partial(self._poll, _bound(work, *args, **options)))
+
+    async def _retried(self, run: Callable[[], Awaitable[T]]) -> T:
         with self._errors():
             # Most succeed at once, without the cost of setting up retries.
             try:
-                return await once()
+                return await to_its_end(run())
             except Exception as error:
                 if self._given_up or not self._passes(error):
                     raise
@@ -121,12 +133,19 @@ class Database(ABC):
                 with attempt:
                     if attempt.num == 1:
                         raise first
-                    result = await once()
+                    result = await to_its_end(run())
         return result
 
     @abstractmethod
-    async def _read(self, work: Callable[[Connection], Awaitable[T]]) -> T:
+    async def _write(self, work: Work[T]) -> T:
+        """Run `work` once in a writing transaction."""
+
+    @abstractmethod
+    async def _read(self, work: Work[T]) -> T:
         """Run `work` once in a read-only transaction."""
+
+    async def _poll(self, work: Work[T]) -> T:
+        return await self._read(work)
 
     @abstractmethod
     def _passes(self, error: Exception) -> bool:
@@ -137,28 +156,8 @@ class Database(ABC):
         """Turn what the driver raises into `DatabaseError`, with the way out."""
 
     @abstractmethod
-    async def at_one_moment(self, connection: Connection, work: Callable[[Connection], Awaitable[T]]) -> T:
-        """Run what only reads within this writing transaction, so that all its statements see one moment."""
-
-    @abstractmethod
-    async def now(self, connection: Connection) -> Millis:
-        """Return the time of the one clock of all workers of the queue."""
-
-    @abstractmethod
     async def changed(self) -> bool:
         """Return whether other processes may have changed something since the last call; it costs next to nothing."""
-
-    @abstractmethod
-    async def wake(self, connection: Connection) -> None:
-        """Let this transaction's commit wake idle workers."""
-
-    @abstractmethod
-    async def take_turns(self, connection: Connection, run_id: RunId) -> None:
-        """Block other enqueues of a run until this transaction ends; workers do not wait for it."""
-
-    @abstractmethod
-    async def reserve_job_ids(self, connection: Connection, count: int) -> Sequence[int]:
-        """Return `count` ascending ids that no job has, had, or will have otherwise."""
 
     @abstractmethod
     async def filled(self) -> None:
@@ -181,6 +180,10 @@ class Database(ABC):
     @abstractmethod
     async def close(self) -> None:
         """Close every connection."""
+
+
+def _bound(work: Callable[Concatenate[Connection, Millis, P], T], *args: P.args, **options: P.kwargs) -> Work[T]:
+    return lambda connection, now: work(connection, now, *args, **options)
 
 
 async def open_database(

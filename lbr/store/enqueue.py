@@ -15,13 +15,14 @@ from lbr.store import counters
 from lbr.store.runs import check_not_moving, run_of
 from lbr.store.schema import items as items_table
 from lbr.store.schema import jobs, prompts, results, runs
-from lbr.store.sql import BulkStatement, Inserting, Rows, any_of
+from lbr.store.sql import BulkStatement, Inserting, Rows, any_of, reserve_job_ids, take_turns, wake_workers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from sqlalchemy import Connection
+
     from lbr.core.types import Item, Millis, Part, Run
-    from lbr.store.database import Connection, Database
 
 CHUNK = 5_000
 CHUNK_CHARACTERS = 8_000_000
@@ -134,32 +135,24 @@ class _Entry(NamedTuple):
     first: bool
 
 
-async def next_idx(database: Database, run: Run) -> int:
+def next_idx(connection: Connection, _now: Millis, run: Run) -> int:
     """Return the index after the run's last input."""
-    return await database.read(lambda connection: place_behind(connection, run))
-
-
-async def place_behind(connection: Connection, run: Run) -> int:
-    """Return the index after the run's last input, within a transaction."""
-    last = await connection.scalar(select(func.max(items_table.c.idx)).where(items_table.c.run_id == run.id))
+    last = connection.scalar(select(func.max(items_table.c.idx)).where(items_table.c.run_id == run.id))
     return 0 if last is None else int(last) + 1
 
 
-async def lender_with_other_code(database: Database, run: Run, fingerprint: str) -> str | None:
+def lender_with_other_code(connection: Connection, _now: Millis, run: Run, fingerprint: str) -> str | None:
     """Return the name of a run from which this one reuses an answer of other code; None without one."""
-    bound = {
-        "answerer": run.task.answerer,
-        "code": fingerprint,
-        "run": run.id,
-        "scheme": _scheme(fingerprint),
-    }
-    return await database.read(lambda connection: connection.scalar(_FROM_OTHER_CODE, bound))
+    bound = {"answerer": run.task.answerer, "code": fingerprint, "run": run.id, "scheme": _scheme(fingerprint)}
+    name: str | None = connection.scalar(_FROM_OTHER_CODE, bound)
+    return name
 
 
-async def run_of_other_scheme(database: Database, run: Run, fingerprint: str) -> str | None:
+def run_of_other_scheme(connection: Connection, _now: Millis, run: Run, fingerprint: str) -> str | None:
     """Return the name of a run of the same function whose fingerprint cannot be compared with this one, or None."""
     bound = {"answerer": run.task.answerer, "scheme": _scheme(fingerprint)}
-    return await database.read(lambda connection: connection.scalar(_FROM_OTHER_SCHEME, bound))
+    name: str | None = connection.scalar(_FROM_OTHER_SCHEME, bound)
+    return name
 
 
 def _scheme(fingerprint: str) -> str:
@@ -167,46 +160,41 @@ def _scheme(fingerprint: str) -> str:
     return f"{fingerprint.partition(':')[0]}:%"
 
 
-async def add_chunk(
-    database: Database,
+def add_chunk(
+    connection: Connection,
+    now: Millis,
     run: Run,
-    place: int | None,
+    start: int,
     items: Sequence[Item],
     keys: Sequence[bytes],
     *,
     reuse: bool,
 ) -> EnqueueCounts:
-    """Make sure that the run holds these inputs from index `place` on; what is there already stays as it is.
+    """Make sure that the run holds these inputs from index `start` on; what is there already stays as it is.
 
-    With `place` None they go after all that the run holds. `keys` are the items' content keys. Raises RunChangedError,
+    `keys` are the items' content keys. Raises RunChangedError,
     and changes nothing, if the run holds a different input at one of these indexes.
     """
-
-    async def work(connection: Connection) -> EnqueueCounts:
-        await database.take_turns(connection, run.id)
-        start = await place_behind(connection, run) if place is None else place
-        span = {"run": run.id, "start": start, "end": start + len(items)}
-        rows = (await connection.execute(_KNOWN, span)).all()
-        known = {row.idx: (row.key, row.custom_id, row.metadata) for row in rows}
-        _check_unchanged(run, start, items, keys, known)
-        fresh = [(start + n, item, keys[n]) for n, item in enumerate(items) if start + n not in known]
-        if not fresh:
-            return EnqueueCounts(inputs=len(items), known=len(items))
-        now = await database.now(connection)
-        entries, new = await _assign_jobs(database, connection, run, fresh)
-        answered = await _find_answers(connection, new) if reuse else {}
-        await _insert_jobs(connection, run, entries, new, answered, now)
-        await _insert_items(connection, run, entries)
-        await _touch_run(connection, run, now, items[0].columns if start == 0 else None)
-        if start == 0:
-            await database.wake(connection)
-        counts = Counter({(run.id, str(JobState.PENDING)): len(new) - len(answered)})
-        counts[run.id, str(JobState.DONE)] = counts[run.id, counters.REUSED] = len(answered)
-        await counters.add(connection, counts)
-        duplicates = len(entries) - len(new)
-        return EnqueueCounts(len(items), len(items) - len(entries), len(new), duplicates, len(answered))
-
-    return await database.write(work)
+    take_turns(connection, run.id)
+    span = {"run": run.id, "start": start, "end": start + len(items)}
+    rows = connection.execute(_KNOWN, span).all()
+    known = {row.idx: (row.key, row.custom_id, row.metadata) for row in rows}
+    _check_unchanged(run, start, items, keys, known)
+    fresh = [(start + n, item, keys[n]) for n, item in enumerate(items) if start + n not in known]
+    if not fresh:
+        return EnqueueCounts(inputs=len(items), known=len(items))
+    entries, new = _assign_jobs(connection, run, fresh)
+    answered = _find_answers(connection, new) if reuse else {}
+    _insert_jobs(connection, run, entries, new, answered, now)
+    _insert_items(connection, run, entries)
+    _touch_run(connection, run, now, items[0].columns if start == 0 else None)
+    if start == 0:
+        wake_workers(connection)
+    counts = Counter({(run.id, str(JobState.PENDING)): len(new) - len(answered)})
+    counts[run.id, str(JobState.DONE)] = counts[run.id, counters.REUSED] = len(answered)
+    counters.add(connection, counts)
+    duplicates = len(entries) - len(new)
+    return EnqueueCounts(len(items), len(items) - len(entries), len(new), duplicates, len(answered))
 
 
 def _check_unchanged(
@@ -240,7 +228,7 @@ def _id_text(item: Item) -> str | None:
     return None if item.custom_id is None else str(item.custom_id)
 
 
-async def _touch_run(connection: Connection, run: Run, now: Millis, columns: dict[str, Part] | None) -> None:
+def _touch_run(connection: Connection, run: Run, now: Millis, columns: dict[str, Part] | None) -> None:
     """Note that inputs are arriving, so that no worker takes the run for complete, and the first one's columns.
 
     Done last, because it locks the run's row. Raises UsageError if the run was cancelled or is being moved.
@@ -249,21 +237,21 @@ async def _touch_run(connection: Connection, run: Run, now: Millis, columns: dic
     if columns is not None:
         values["input_columns"] = orjson.dumps(columns).decode()
     query = update(runs).where(runs.c.id == run.id, runs.c.state != RunState.CANCELLED).values(**values)
-    touched = (await connection.execute(query.returning(runs))).one_or_none()
+    touched = connection.execute(query.returning(runs)).one_or_none()
     if touched is None:
         raise UsageError(f"run {run.name!r} was cancelled; `lbr retry {run.name}` takes it up again")
     check_not_moving(run_of(touched))
 
 
-async def _assign_jobs(
-    database: Database, connection: Connection, run: Run, fresh: list[tuple[int, Item, bytes]]
+def _assign_jobs(
+    connection: Connection, run: Run, fresh: list[tuple[int, Item, bytes]]
 ) -> tuple[list[_Entry], dict[bytes, int]]:
     """Give every new input its job; return them with the keys that are new to the run."""
     wanted = list(dict.fromkeys(key for _, _, key in fresh))
-    found = (await connection.execute(BY_KEY, {"run": run.id, "keys": wanted})).all()
+    found = connection.execute(BY_KEY, {"run": run.id, "keys": wanted}).all()
     jobs_by_key: dict[bytes, int] = {row.key: row.job_id for row in found}
     missing = [key for key in wanted if key not in jobs_by_key]
-    ids = await database.reserve_job_ids(connection, len(missing))
+    ids = reserve_job_ids(connection, len(missing))
     new = dict(zip(missing, ids, strict=True))
     jobs_by_key |= new
     unseen = set(new)
@@ -274,21 +262,21 @@ async def _assign_jobs(
     return entries, new
 
 
-async def _find_answers(connection: Connection, new: dict[bytes, int]) -> dict[int, int]:
+def _find_answers(connection: Connection, new: dict[bytes, int]) -> dict[int, int]:
     """Map new jobs to done jobs of other runs with the same key, whose answers stay until they are copied."""
     if not new:
         return {}
-    equals = dict((await connection.execute(_KEYS_OF_EQUALS, {"keys": list(new)})).all())
+    equals = dict(connection.execute(_KEYS_OF_EQUALS, {"keys": list(new)}).all())
     if not equals:
         return {}
-    done = (await connection.execute(_DONE, {"ids": list(equals)})).scalars()
+    done = connection.execute(_DONE, {"ids": list(equals)}).scalars()
     # The oldest of several.
     sources = {equals[job_id]: job_id for job_id in sorted(done, reverse=True)}
-    held = (await connection.execute(_HELD_ANSWERS, {"ids": sorted(sources.values())})).scalars()
+    held = connection.execute(_HELD_ANSWERS, {"ids": sorted(sources.values())}).scalars()
     return {new[equals[source]]: source for source in held}
 
 
-async def _insert_jobs(
+def _insert_jobs(
     connection: Connection,
     run: Run,
     entries: list[_Entry],
@@ -305,16 +293,16 @@ async def _insert_jobs(
         else (job_id, run.id, JobState.PENDING, now, *fixed, None)
         for job_id in new.values()
     ]
-    await ADD_JOBS.run_plain(connection, rows)
+    ADD_JOBS.run_plain(connection, rows)
     prompts_of = [(e.job_id, e.key, e.item.prompt) for e in entries if e.first]
     bodies = [
         (job_id, run.id, key, int(prompt.messages is not None), prompt.body()) for job_id, key, prompt in prompts_of
     ]
-    await _ADD_PROMPTS.run_plain(connection, bodies)
-    await _COPY_RESULTS.run(connection, [{"job": j, "source": s} for j, s in answered.items()])
+    _ADD_PROMPTS.run_plain(connection, bodies)
+    _COPY_RESULTS.run(connection, [{"job": j, "source": s} for j, s in answered.items()])
 
 
-async def _insert_items(connection: Connection, run: Run, entries: list[_Entry]) -> None:
+def _insert_items(connection: Connection, run: Run, entries: list[_Entry]) -> None:
     run_id = run.id
     rows = [
         (
@@ -328,4 +316,4 @@ async def _insert_items(connection: Connection, run: Run, entries: list[_Entry])
         )
         for e in entries
     ]
-    await ADD_ITEMS.run_plain(connection, rows)
+    ADD_ITEMS.run_plain(connection, rows)

@@ -20,16 +20,16 @@ from lbr.store.addresses import is_postgresql, sqlite_path
 from lbr.store.database import local_clock
 from lbr.store.schema import INFLIGHT, jobs
 from lbr.store.sqlite import SQLiteDatabase
-from lbr.store.sqlite_connection import HARMLESS, READER_PRAGMAS, FileConnections
+from lbr.store.sqlite_connection import HARMLESS, reading_engine
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    from sqlalchemy import Column
+    from sqlalchemy import Column, Connection
 
     from lbr.core.types import Millis, PathOrUrl
     from lbr.store.counters import Drift
-    from lbr.store.database import Connection, Database
+    from lbr.store.database import Database
     from lbr.store.reads import Overview
 
 T = TypeVar("T")
@@ -140,34 +140,33 @@ async def _examine_server(url: PathOrUrl, clock: Callable[[], Millis] | None) ->
     database = postgres.open_postgres(url, clock=clock, patience=PATIENCE)
     health = Health(database.name, database.spool_places)
 
-    async def server_facts(connection: Connection) -> ServerFacts:
-        settings = {row.name: row.value for row in await connection.execute(_SETTINGS)}
-        before, theirs, after = local_clock(), await database.now(connection), local_clock()
-        ahead = max(0, before - theirs) or min(0, after - theirs)
-        return ServerFacts(settings, ahead)
-
     try:
-        version = database.read(lambda connection: connection.run_sync(schema.applied_version))
+        version = database.read(lambda connection, _: schema.applied_version(connection))
         health.version = await health.look(OPENING, version)
         if health.version is not None:
-            health.server = await health.look("server", database.read(server_facts))
+            health.server = await health.look("server", database.read(_server_facts, local_clock()))
         await _examine_tables(database, health)
     finally:
         await database.close()
     return health
 
 
-async def _examine_tables(database: Database, health: Health) -> None:
-    async def expired(connection: Connection) -> tuple[int, int]:
-        now = await database.now(connection)
-        query = select(func.count(), func.min(jobs.c.lease_until)).where(INFLIGHT, jobs.c.lease_until < now)
-        count, oldest = (await connection.execute(query)).one()
-        return count, now - oldest if count else 0
+def _server_facts(connection: Connection, now: Millis, before: Millis) -> ServerFacts:
+    settings = {row.name: row.value for row in connection.execute(_SETTINGS)}
+    return ServerFacts(settings, max(0, before - now) or min(0, local_clock() - now))
 
+
+async def _examine_tables(database: Database, health: Health) -> None:
     if health.version == schema.LATEST:
-        health.view = await health.look("runs", reads.overview(database))
-        health.expired = await health.look("leases", database.read(expired))
-        health.drifts = await health.look("counters", counters.recount(database))
+        health.view = await health.look("runs", database.read(reads.overview))
+        health.expired = await health.look("leases", database.read(_expired))
+        health.drifts = await health.look("counters", database.read(counters.recount))
+
+
+def _expired(connection: Connection, now: Millis) -> tuple[int, int]:
+    query = select(func.count(), func.min(jobs.c.lease_until)).where(INFLIGHT, jobs.c.lease_until < now)
+    count, oldest = connection.execute(query).one()
+    return count, now - oldest if count else 0
 
 
 class _UnchangedDatabase(SQLiteDatabase):
@@ -180,11 +179,11 @@ class _UnchangedDatabase(SQLiteDatabase):
             options = {"mode": "ro"}  # takes no checkpoint when it closes
         elif not (_may_write(path) and _may_write(path.parent)):
             options = {"immutable": "1"}  # needs no file beside the database
-        self._reader = FileConnections(path, begin="BEGIN", most=1, pragmas=READER_PRAGMAS, options=options)
+        self._reader = reading_engine(path, options=options)
 
 
-async def _damages(connection: Connection) -> list[str]:
-    found = await connection.exec_driver_sql(f"PRAGMA integrity_check({MAX_DAMAGES})")
+def _damages(connection: Connection, _now: Millis) -> list[str]:
+    found = connection.exec_driver_sql(f"PRAGMA integrity_check({MAX_DAMAGES})")
     lines = [" ".join(str(line).split()) for line in found.scalars().all()]
     return [] if lines == ["ok"] else lines
 

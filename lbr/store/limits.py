@@ -22,16 +22,16 @@ from lbr.store.counters import ANSWERED, COST_NANOS, ESTIMATED_NANOS, REUSED, UN
 from lbr.store.outages import waiting
 from lbr.store.runs import pausing
 from lbr.store.schema import SILENT_MS, attempts, counters, limits, outages, runs, workers
-from lbr.store.sql import BulkStatement, PreparedQuery, Rows, any_of
+from lbr.store.sql import BulkStatement, PreparedQuery, Rows, any_of, wake_workers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from sqlalchemy import ColumnElement
+    from sqlalchemy import ColumnElement, Connection
 
     from lbr.core.types import Claim, JobId, Millis, WorkerId
     from lbr.store.counters import Deltas
-    from lbr.store.database import Connection, Database
+    from lbr.store.database import Database
 
 _LEARNED = ("slots", "threshold", "cut_at", "requests", "tokens", "balanced_at", "refused", "answered")
 _COLUMNS = [limits.c[one.name] for one in fields(Limit)]
@@ -186,14 +186,14 @@ class Capacity:
             if highest > budget.highest:
                 self.raised.add(run_id)
 
-    async def save(self, connection: Connection) -> None:
+    def save(self, connection: Connection) -> None:
         """Write the balances, and pause the runs whose budget is spent."""
         for run_id, budget in self.budgets.items():
             if budget.is_spent and budget.pending:
                 pause = Paused(PauseCause.BUDGET, budget.spent_message)
-                await connection.execute(update(runs).where(runs.c.id == run_id).values(pausing(pause)))
-        await raise_highest(connection, {run_id: self.budgets[run_id].highest for run_id in self.raised})
-        await _save(connection, {who: self.limits[who] for who in sorted(self.debited)})
+                connection.execute(update(runs).where(runs.c.id == run_id).values(pausing(pause)))
+        raise_highest(connection, {run_id: self.budgets[run_id].highest for run_id in self.raised})
+        _save(connection, {who: self.limits[who] for who in sorted(self.debited)})
 
 
 def is_ahead(until: int, now: int) -> bool:
@@ -201,7 +201,7 @@ def is_ahead(until: int, now: int) -> bool:
     return now < until <= now + MAX_AHEAD_MS
 
 
-async def load_capacity(
+def load_capacity(
     connection: Connection, run_ids: Sequence[RunId], now: Millis, worker: WorkerId, *, lock: bool
 ) -> Capacity:
     """Return what may be claimed of these runs; with `lock` it stays so until the transaction ends."""
@@ -209,7 +209,7 @@ async def load_capacity(
     known: dict[str, Limit] = {}
     limited: list[RunId] = []
     away: set[str] = set()
-    rows = await _OPEN.all(connection, {"ids": list(run_ids)})
+    rows = _OPEN.all(connection, {"ids": list(run_ids)})
     for run_id, budget, who, since, cooldown_until, *values in rows:
         if cooldown_until is not None and is_ahead(cooldown_until, now):
             capacity.waits.append(cooldown_until)
@@ -221,31 +221,31 @@ async def load_capacity(
         if budget is not None:
             limited.append(run_id)
     # Runs before models, as a settlement does.
-    capacity.budgets, active = await _budgets_of(connection, limited, lock=lock)
+    capacity.budgets, active = _budgets_of(connection, limited, lock=lock)
     for run_id in set(limited) - active:
         # Paused while we waited for the lock, perhaps for this very budget.
         del capacity.answerers[run_id]
     if away:
-        found = await waiting(connection, away, worker, now, lock=lock)
+        found = waiting(connection, away, worker, now, lock=lock)
         capacity.probes, capacity.outages = found.probes, found.reasons
         capacity.pass_over(found.until)
     if any(limit != _NO_LIMIT for limit in known.values()):
-        await _load_limits(connection, capacity, known, lock=lock)
+        _load_limits(connection, capacity, known, lock=lock)
     return capacity
 
 
-async def _load_limits(connection: Connection, capacity: Capacity, known: dict[str, Limit], *, lock: bool) -> None:
+def _load_limits(connection: Connection, capacity: Capacity, known: dict[str, Limit], *, lock: bool) -> None:
     now = capacity.now
-    capacity.ceiling = max(1, await _slots_reported(connection, now))
+    capacity.ceiling = max(1, _slots_reported(connection, now))
     binding = {who: limit for who, limit in known.items() if limit.binds(capacity.ceiling)}
     if binding and lock:
-        rows = await _LOCKED.all(connection, {"answerers": list(binding)})
+        rows = _LOCKED.all(connection, {"answerers": list(binding)})
         binding = {who: _limit_of(who, values) for who, _, *values in rows}
         # The last holder of the lock may have let the model cool down.
         capacity.pass_over({who: until for who, until, *_ in rows if is_ahead(until, now)})
     capacity.limits = {who: arithmetic.refilled(limit, now) for who, limit in binding.items()}
     counted = [who for who, limit in binding.items() if limit.at_a_time is not None]
-    capacity.inflight = await _counted(_INFLIGHT, connection, counted)
+    capacity.inflight = _counted(_INFLIGHT, connection, counted)
 
 
 def _limit_of(answerer: str, values: Sequence[Any]) -> Limit:
@@ -259,22 +259,22 @@ def _limit_of(answerer: str, values: Sequence[Any]) -> Limit:
     return found
 
 
-async def _slots_reported(connection: Connection, now: Millis) -> int:
-    [(slots,)] = await _CEILING.all(connection, {"since": now - SILENT_MS})
+def _slots_reported(connection: Connection, now: Millis) -> int:
+    [(slots,)] = _CEILING.all(connection, {"since": now - SILENT_MS})
     return int(slots or 0)
 
 
-async def _counted(query: PreparedQuery, connection: Connection, answerers: list[str]) -> dict[str, int]:
+def _counted(query: PreparedQuery, connection: Connection, answerers: list[str]) -> dict[str, int]:
     if not answerers:
         return {}
-    return {who: int(calls) for who, calls in await query.all(connection, {"answerers": answerers})}
+    return {who: int(calls) for who, calls in query.all(connection, {"answerers": answerers})}
 
 
-async def _save(connection: Connection, changed: Mapping[str, Limit]) -> None:
+def _save(connection: Connection, changed: Mapping[str, Limit]) -> None:
     rows = [
         {"who": who, **{f"new_{name}": getattr(limit, name) for name in _LEARNED}} for who, limit in changed.items()
     ]
-    await _SAVE.run(connection, rows)
+    _SAVE.run(connection, rows)
 
 
 @dataclass(slots=True)
@@ -299,7 +299,7 @@ class Feedback:
         return not (self.tokens or self.calls or self.successes) and self.too_much is None
 
 
-async def apply_feedback(connection: Connection, feedback: Mapping[str, Feedback], now: Millis) -> set[str]:
+def apply_feedback(connection: Connection, feedback: Mapping[str, Feedback], now: Millis) -> set[str]:
     """Update limits by what ended calls show, model by model in the order of their names.
 
     Return the models that refuse so many calls that all workers should wait.
@@ -308,14 +308,14 @@ async def apply_feedback(connection: Connection, feedback: Mapping[str, Feedback
     if not feedback:
         return set()
     refused = {who for who, one in feedback.items() if one.too_much is not None}
-    await _make(connection, sorted(refused))
-    rows = await _LOCKED.all(connection, {"answerers": sorted(feedback)})
-    slots = max(1, await _slots_reported(connection, now))
+    _make(connection, sorted(refused))
+    rows = _LOCKED.all(connection, {"answerers": sorted(feedback)})
+    slots = max(1, _slots_reported(connection, now))
     before = {who: _limit_of(who, values) for who, _, *values in rows}
     # A model that never refused a call has no share to update.
     shared = [who for who, limit in before.items() if who in refused or limit.refused is not None]
-    inflight = await _counted(_INFLIGHT, connection, shared)
-    answered = await _counted(_ANSWERED, connection, shared)
+    inflight = _counted(_INFLIGHT, connection, shared)
+    answered = _counted(_ANSWERED, connection, shared)
     changed: dict[str, Limit] = {}
     for who, limit in before.items():
         one, calls = feedback[who], inflight.get(who, 0)
@@ -329,52 +329,49 @@ async def apply_feedback(connection: Connection, feedback: Mapping[str, Feedback
             after = arithmetic.cut(after, began=one.too_much, now=now, inflight=calls, ceiling=slots)
         if replace(after, balanced_at=limit.balanced_at) != limit:
             changed[who] = after
-    await _save(connection, changed)
+    _save(connection, changed)
     return {who for who in refused if who in changed and changed[who].refuses_much}
 
 
-async def cool_down(connection: Connection, until: Mapping[str, tuple[int, str]]) -> None:
+def cool_down(connection: Connection, until: Mapping[str, tuple[int, str]]) -> None:
     """Make all workers wait for these models until the given times, with the reason; never shorter than before."""
     rows = [{"who": who, "until": end, "why": why} for who, (end, why) in sorted(until.items())]
-    await _COOL_DOWN.run(connection, rows)
+    _COOL_DOWN.run(connection, rows)
 
 
-async def give_back(connection: Connection, claims: Sequence[Claim], now: Millis) -> None:
+def give_back(connection: Connection, claims: Sequence[Claim], now: Millis) -> None:
     """Credit the models with what was debited for claims that were released without a call."""
     query = select(runs.c.id, runs.c.answerer).where(any_of(runs.c.id, "ids"))
-    found = (await connection.execute(query, {"ids": list({claim.run_id for claim in claims})})).all()
+    found = connection.execute(query, {"ids": list({claim.run_id for claim in claims})}).all()
     answerers = {row.id: row.answerer for row in found}
     feedback: dict[str, Feedback] = {}
     for claim in claims:
         one = feedback.setdefault(answerers[claim.run_id], Feedback())
         one.calls += 1
         one.tokens += claim.tokens
-    await apply_feedback(connection, feedback, now)
+    apply_feedback(connection, feedback, now)
 
 
-async def _make(connection: Connection, answerers: Iterable[str]) -> None:
-    await _MAKE.run(connection, [{"who": who, "until": 0, "why": ""} for who in answerers])
+def _make(connection: Connection, answerers: Iterable[str]) -> None:
+    _MAKE.run(connection, [{"who": who, "until": 0, "why": ""} for who in answerers])
 
 
 async def slow_start(database: Database, answerers: Iterable[str]) -> None:
     """Begin with few calls at a time if nothing has been learned of a model yet. Safe to repeat."""
     wanted = sorted(set(answerers))
+    if wanted and await database.poll(_count_learned, wanted) < len(wanted):
+        await database.write(_set_first_slots, wanted)
 
-    async def lacking(connection: Connection) -> bool:
-        named = any_of(limits.c.answerer, "answerers")
-        query = select(func.count()).where(named, limits.c.slots.is_not(None))
-        return (await connection.execute(query, {"answerers": wanted})).scalar_one() < len(wanted)
 
-    async def work(connection: Connection) -> None:
-        await _make(connection, wanted)
-        unknown = any_of(limits.c.answerer, "answerers") & limits.c.slots.is_(None)
-        query = update(limits).where(unknown).values(slots=arithmetic.FIRST_SLOTS)
-        await connection.execute(query, {"answerers": wanted})
+def _count_learned(connection: Connection, _now: Millis, answerers: list[str]) -> int:
+    query = select(func.count()).where(any_of(limits.c.answerer, "answerers"), limits.c.slots.is_not(None))
+    return int(connection.execute(query, {"answerers": answerers}).scalar_one())
 
-    if wanted:
-        is_new = await database.read(lacking)
-        if is_new:
-            await database.write(work)
+
+def _set_first_slots(connection: Connection, _now: Millis, answerers: list[str]) -> None:
+    _make(connection, answerers)
+    unknown = any_of(limits.c.answerer, "answerers") & limits.c.slots.is_(None)
+    connection.execute(update(limits).where(unknown).values(slots=arithmetic.FIRST_SLOTS), {"answerers": answerers})
 
 
 @dataclass(frozen=True, slots=True)
@@ -390,51 +387,41 @@ class LimitStatus:
     ceiling: int
 
 
-async def all_limits(connection: Connection, now: Millis) -> list[LimitStatus]:
+def all_limits(connection: Connection, now: Millis) -> list[LimitStatus]:
     """Return every model for which anything is set or learned, by name."""
-    rows = (await connection.execute(_ALL)).all()
+    rows = connection.execute(_ALL).all()
     known = {who: _limit_of(who, values) for who, *values in rows}
     held = {who: limit for who, limit in known.items() if limit != _NO_LIMIT}
     if not held:
         return []
-    slots, inflight = (
-        await _slots_reported(connection, now),
-        await _counted(_INFLIGHT, connection, list(held)),
-    )
+    slots, inflight = _slots_reported(connection, now), _counted(_INFLIGHT, connection, list(held))
     return [
         LimitStatus(who, arithmetic.refilled(limit, now), inflight.get(who, 0), slots) for who, limit in held.items()
     ]
 
 
-async def set_limits(database: Database, answerer: str, values: Mapping[str, int | None]) -> Limit:
+def set_limits(connection: Connection, _now: Millis, answerer: str, values: Mapping[str, int | None]) -> Limit:
     """Set `rpm`, `tpm` or `concurrency` of a model, None to lift them, for all workers from now on."""
     buckets = {"rpm": "requests", "tpm": "tokens"}
-
-    async def work(connection: Connection) -> Limit:
-        await _make(connection, [answerer])
-        [(_, _, *stored)] = await _LOCKED.all(connection, {"answerers": [answerer]})
-        before = _limit_of(answerer, stored)
-        changed = {name: value for name, value in values.items() if getattr(before, name) != value}
-        if changed:
-            # A bucket of another size begins full: what was left of the old one means nothing.
-            full: dict[str, Any] = {buckets[name]: None for name in changed if name in buckets}
-            query = update(limits).where(limits.c.answerer == answerer).values(**changed, **full)
-            await connection.execute(query)
-            await database.wake(connection)
-        return replace(before, **changed)
-
-    return await database.write(work)
+    _make(connection, [answerer])
+    [(_, _, *stored)] = _LOCKED.all(connection, {"answerers": [answerer]})
+    before = _limit_of(answerer, stored)
+    changed = {name: value for name, value in values.items() if getattr(before, name) != value}
+    if changed:
+        # A bucket of another size begins full: what was left of the old one means nothing.
+        full: dict[str, Any] = {buckets[name]: None for name in changed if name in buckets}
+        connection.execute(update(limits).where(limits.c.answerer == answerer).values(**changed, **full))
+        wake_workers(connection)
+    return replace(before, **changed)
 
 
-async def _budgets_of(
-    connection: Connection, run_ids: list[RunId], *, lock: bool
-) -> tuple[dict[RunId, Budget], set[RunId]]:
+def _budgets_of(connection: Connection, run_ids: list[RunId], *, lock: bool) -> tuple[dict[RunId, Budget], set[RunId]]:
     """Return the budgets of these runs, and which of them are still active."""
     if not run_ids:
         return {}, set()
     query = _BUDGETS.with_for_update() if lock else _BUDGETS
-    rows = (await connection.execute(query, {"ids": run_ids})).all()
-    counts = await of_runs(connection, [RunId(row.id) for row in rows])
+    rows = connection.execute(query, {"ids": run_ids}).all()
+    counts = of_runs(connection, [RunId(row.id) for row in rows])
     budgets = {
         RunId(row.id): budget_of(row.budget_nanos, counts[RunId(row.id)], row.highest_nanos)
         for row in rows
@@ -461,39 +448,38 @@ def budget_of(limit: int, counts: Counter[str], highest: int | None = None) -> B
     )
 
 
-async def likely_costs(connection: Connection, run_ids: Iterable[RunId]) -> dict[RunId, int]:
+def likely_costs(connection: Connection, run_ids: Iterable[RunId]) -> dict[RunId, int]:
     """Return what a call of each run that died with its worker probably cost; nothing for runs of unknown cost."""
     query = select(runs.c.id, runs.c.highest_nanos).where(any_of(runs.c.id, "ids"))
-    rows = (await connection.execute(query, {"ids": list(run_ids)})).all()
+    rows = connection.execute(query, {"ids": list(run_ids)}).all()
     highest = {RunId(row.id): row.highest_nanos for row in rows}
-    counts = await of_runs(connection, highest)
+    counts = of_runs(connection, highest)
     found = {run_id: budget_of(0, counts[run_id], highest[run_id]).likely for run_id in highest}
     return {run_id: nanos for run_id, nanos in found.items() if nanos is not None}
 
 
-async def forget_estimates(connection: Connection, claims: Mapping[tuple[JobId, int], RunId]) -> Deltas:
+def forget_estimates(connection: Connection, claims: Mapping[tuple[JobId, int], RunId]) -> Deltas:
     """Remove the estimated costs of calls that were thought dead and are not; return what that changes.
 
     `claims` maps their jobs and claim_seqs to the run.
     """
     deltas: Deltas = Counter()
     ids = [job_id for job_id, _ in claims]
-    for row in (await connection.execute(_ESTIMATES, {"ids": ids})).all() if ids else ():
+    for row in connection.execute(_ESTIMATES, {"ids": ids}).all() if ids else ():
         run_id = claims.get((row.job_id, row.claim_seq))
         if run_id is not None:
             deltas.update(estimated(run_id, -row.cost_nanos))
-            await connection.execute(update(attempts).where(attempts.c.id == row.id).values(cost_nanos=None))
+            connection.execute(update(attempts).where(attempts.c.id == row.id).values(cost_nanos=None))
     return deltas
 
 
-async def raise_highest(connection: Connection, costs: Mapping[RunId, int]) -> None:
+def raise_highest(connection: Connection, costs: Mapping[RunId, int]) -> None:
     """Store what the most expensive call of these runs costs, or may cost, if it is more than before."""
     for run_id, nanos in sorted(costs.items()):  # in one order, so that two never wait for each other
         lower = runs.c.highest_nanos.is_(None) | (runs.c.highest_nanos < nanos)
-        await connection.execute(update(runs).where(runs.c.id == run_id, lower).values(highest_nanos=nanos))
+        connection.execute(update(runs).where(runs.c.id == run_id, lower).values(highest_nanos=nanos))
 
 
-async def set_budget(database: Database, run_id: RunId, nanos: int | None) -> None:
+def set_budget(connection: Connection, _now: Millis, run_id: RunId, nanos: int | None) -> None:
     """Set what a run may cost, including all that it has cost; None lifts it."""
-    query = update(runs).where(runs.c.id == run_id).values(budget_nanos=nanos)
-    await database.write(lambda connection: connection.execute(query))
+    connection.execute(update(runs).where(runs.c.id == run_id).values(budget_nanos=nanos))

@@ -25,8 +25,9 @@ from lbr.store.sql import BulkStatement, PreparedQuery, Rows, any_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from sqlalchemy import Connection
+
     from lbr.core.types import Claim, Failure, Millis, Settlement, WorkerId
-    from lbr.store.database import Connection, Database
     from lbr.store.schema import AnyRow
 
 SAME_FAILURES = 20
@@ -105,7 +106,7 @@ class Judged:
     given_back: set[JobId] = field(default_factory=set)
 
 
-async def judge_failures(
+def judge_failures(
     connection: Connection, settlements: list[Settlement], answerers: Mapping[int, str], now: Millis
 ) -> Judged:
     """Judge the failed calls of a batch by what all workers saw of their models; most batches need no statement."""
@@ -113,14 +114,14 @@ async def judge_failures(
     models = {place: answerers[one.claim.job_id] for place, one in enumerate(settlements) if _needs_judging(one)}
     if not models:
         return judged
-    before = await _lock(connection, settlements, models)
+    before = _lock(connection, settlements, models)
     states = dict(before)
-    backlogs, unfinished = await _backlogs(connection, list(states))
+    backlogs, unfinished = _backlogs(connection, list(states))
     for place, model in models.items():
         settlement, backlog = settlements[place], backlogs[model]
         if settlement.claim.probe:
             bound = {"answerer": model, "job": settlement.claim.job_id}
-            backlog = replace(backlog, others=await connection.scalar(_CALLS_OF_OTHERS, bound) or 0)
+            backlog = replace(backlog, others=connection.scalar(_CALLS_OF_OTHERS, bound) or 0)
         one = judge(settlement, model, states[model], backlog, now)
         states[model] = one.state
         judged.settlements[place] = one.settlement
@@ -133,7 +134,7 @@ async def judge_failures(
         if one.reached:
             judged.reached.add(model)
         judged.notices += [] if one.notice is None else [one.notice]
-    await _SAVE.run(connection, [_fields(model, state) for model, state in states.items() if state != before[model]])
+    _SAVE.run(connection, [_fields(model, state) for model, state in states.items() if state != before[model]])
     return judged
 
 
@@ -142,17 +143,15 @@ def _needs_judging(settlement: Settlement) -> bool:
     return settlement.claim.probe or (failure is not None and failure.symptom is not None)
 
 
-async def _lock(
-    connection: Connection, settlements: list[Settlement], models: Mapping[int, str]
-) -> dict[str, ModelState]:
+def _lock(connection: Connection, settlements: list[Settlement], models: Mapping[int, str]) -> dict[str, ModelState]:
     """Return the models' states, locked until the transaction ends like their runs; those with evidence get a row."""
     names = sorted(set(models.values()))
     # All runs at once and before outages, as a claim does, so that two transactions never wait for each other.
-    active = set((await connection.execute(_ACTIVE, {"answerers": names})).scalars())
-    await hold_states(connection, sorted(active | {one.claim.run_id for one in settlements}), to_change=True)
+    active = set(connection.execute(_ACTIVE, {"answerers": names}).scalars())
+    hold_states(connection, sorted(active | {one.claim.run_id for one in settlements}), to_change=True)
     suspected = sorted({models[n] for n in models if settlements[n].evidence is not None})
-    await _MAKE.run(connection, [_fields(model, ModelState()) for model in suspected])
-    rows = await _LOCKED.all(connection, {"answerers": names})
+    _MAKE.run(connection, [_fields(model, ModelState()) for model in suspected])
+    rows = _LOCKED.all(connection, {"answerers": names})
     return dict.fromkeys(names, ModelState()) | {model: ModelState(*values) for model, *values in rows}
 
 
@@ -160,11 +159,11 @@ def _fields(model: str, state: ModelState) -> dict[str, Any]:
     return {"who": model, **{f"new_{name}": getattr(state, name) for name in _STATE}}
 
 
-async def _backlogs(connection: Connection, models: list[str]) -> tuple[dict[str, Backlog], dict[str, set[RunId]]]:
+def _backlogs(connection: Connection, models: list[str]) -> tuple[dict[str, Backlog], dict[str, set[RunId]]]:
     """Return what is left of the models' active runs, and which of these have unfinished jobs."""
     open_, done = Counter[str](), Counter[str]()
     unfinished: dict[str, set[RunId]] = {model: set() for model in models}
-    for model, run_id, name, value in (await connection.execute(_COUNTS, {"answerers": models})).all():
+    for model, run_id, name, value in connection.execute(_COUNTS, {"answerers": models}).all():
         (done if name == JobState.DONE else open_)[model] += int(value)
         if value and name != JobState.DONE:
             unfinished[model].add(RunId(run_id))
@@ -180,21 +179,19 @@ class Waiting:
     reasons: dict[str, str] = field(default_factory=dict)
 
 
-async def waiting(
-    connection: Connection, names: Iterable[str], worker: WorkerId, now: Millis, *, lock: bool
-) -> Waiting:
+def waiting(connection: Connection, names: Iterable[str], worker: WorkerId, now: Millis, *, lock: bool) -> Waiting:
     """Return what the outages of these models let this worker claim; with `lock` until the transaction ends."""
     found = Waiting()
     query = _WAITED_FOR.with_for_update() if lock else _WAITED_FOR
-    rows = (await connection.execute(query, {"answerers": sorted(names)})).all()
+    rows = connection.execute(query, {"answerers": sorted(names)}).all()
     probes = [one.probe_job for one in rows if one.probe_job is not None]
-    inflight = (await connection.execute(_PROBED, {"ids": probes})).all() if probes else []
+    inflight = connection.execute(_PROBED, {"ids": probes}).all() if probes else []
     probed = {tuple(one) for one in inflight}
     for model, probe_job, probe_seq, *values in rows:
         state = ModelState(*values)
         found.reasons[model] = state.reason
         bound = {"worker": worker, "since": now - SILENT_MS}
-        last = state.worker == worker and await connection.scalar(_OTHERS, bound)
+        last = state.worker == worker and connection.scalar(_OTHERS, bound)
         # A clock that was ahead must not set a time that no worker waits for.
         probe_at = min(state.probe_at, now + MAX_WAIT_MS) + (TURN_MS if last else 0)
         if (probe_job, probe_seq) in probed:
@@ -206,15 +203,15 @@ async def waiting(
     return found
 
 
-async def note_probes(connection: Connection, probes: Mapping[str, Claim], worker: WorkerId) -> None:
+def note_probes(connection: Connection, probes: Mapping[str, Claim], worker: WorkerId) -> None:
     """Store which claims are probes, so that no other begins before they end."""
     for model, claim in sorted(probes.items()):
         values = {"probe_job": claim.job_id, "probe_seq": claim.claim_seq, "worker": worker}
-        await connection.execute(update(outages).where(outages.c.answerer == model).values(values))
+        connection.execute(update(outages).where(outages.c.answerer == model).values(values))
 
 
-async def pause_wrong_set_ups(
-    connection: Connection, database: Database, settlements: Sequence[Settlement]
+def pause_wrong_set_ups(
+    connection: Connection, settlements: Sequence[Settlement], now: Millis
 ) -> tuple[dict[RunId, Paused], set[JobId]]:
     """Give back, uncharged, the jobs of runs whose calls all failed alike; after the batch's counters were changed.
 
@@ -225,14 +222,14 @@ async def pause_wrong_set_ups(
     failures = ((s.claim.run_id, s.outcome.failure) for s in settlements if s.state is JobState.FAILED)
     failed = {run_id: one for run_id, one in failures if one is not None and one.symptom is Symptom.SET_UP}
     for run_id, failure in sorted(failed.items()):
-        row = (await connection.execute(select(runs).where(runs.c.id == run_id))).one()
-        needed = await _alike_needed(connection, row)
+        row = connection.execute(select(runs).where(runs.c.id == run_id)).one()
+        needed = _alike_needed(connection, row)
         if needed is None:
             continue
-        rows = (await connection.execute(_FAILED_LATELY, {"run": run_id})).all()
+        rows = connection.execute(_FAILED_LATELY, {"run": run_id}).all()
         alike = [(int(one.job_id), str(JobState.FAILED)) for one in rows if _sign(one) == _sign(failure)]
         if len(alike) >= needed:
-            await move_page(database, connection, run_of(row), alike, JobState.PENDING)
+            move_page(connection, run_of(row), alike, JobState.PENDING, now)
             given_back |= {JobId(job_id) for job_id, _ in alike}
             words = (
                 f"all {pluralize(len(alike), 'job')} that were called failed alike: {failure.message} "
@@ -242,9 +239,9 @@ async def pause_wrong_set_ups(
     return pauses, given_back
 
 
-async def _alike_needed(connection: Connection, run: AnyRow) -> int | None:
+def _alike_needed(connection: Connection, run: AnyRow) -> int | None:
     """Return how many jobs must have failed alike for the run to be paused; None if no number is enough."""
-    counts = (await of_runs(connection, [RunId(run.id)]))[RunId(run.id)]
+    counts = of_runs(connection, [RunId(run.id)])[RunId(run.id)]
     if counts[JobState.DONE]:
         return None
     if run.state == RunState.PAUSED:  # by this very failure: these calls were under way

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from collections import Counter
     from collections.abc import AsyncIterator, Iterable, Sequence
 
-    from sqlalchemy import ColumnElement, Select
+    from sqlalchemy import ColumnElement, Connection, Select
 
     from lbr.core.pricing import Price
-    from lbr.store.database import Connection, Database
+    from lbr.store.database import Database
     from lbr.store.schema import AnyRow
 
 _COLLECTED = (
@@ -204,75 +204,61 @@ class JobStanding(NamedTuple):
     common: bool
 
 
-async def find_run(database: Database, name: str) -> Run:
+def find_run(connection: Connection, _now: Millis, name: str) -> Run:
     """Return the run of that name. Raises RunNotFoundError, which names the runs that there are."""
-    return await database.read(lambda connection: runs.find(connection, name))
+    return runs.find(connection, name)
 
 
-async def all_runs(database: Database) -> list[Run]:
+def all_runs(connection: Connection, _now: Millis) -> list[Run]:
     """Return every run, oldest first."""
-    return await database.read(runs.all_runs)
+    return runs.all_runs(connection)
 
 
-async def open_runs(database: Database) -> list[Run]:
+def open_runs(connection: Connection, _now: Millis) -> list[Run]:
     """Return the runs that still have jobs to do or inputs to come, oldest first."""
-    where = or_(runs_table.c.sealed_at.is_(None), runs_table.c.id.in_(_OPEN))
-    return await database.read(lambda connection: runs.all_runs(connection, where))
+    return runs.all_runs(connection, or_(runs_table.c.sealed_at.is_(None), runs_table.c.id.in_(_OPEN)))
 
 
-async def counts(database: Database, run_ids: Iterable[RunId]) -> list[RunCounts]:
+def counts(connection: Connection, _now: Millis, run_ids: Iterable[RunId]) -> list[RunCounts]:
     """Return the runs of these ids with their counts, in the order of their ids."""
-    where = runs_table.c.id.in_(list(run_ids))
-
-    async def work(connection: Connection) -> list[RunCounts]:
-        return await _counts(connection, await runs.all_runs(connection, where))
-
-    return await database.read(work)
+    return _counts(connection, runs.all_runs(connection, runs_table.c.id.in_(list(run_ids))))
 
 
-async def prices(database: Database, run_ids: Iterable[RunId]) -> dict[RunId, Price | None]:
+def prices(connection: Connection, _now: Millis, run_ids: Iterable[RunId]) -> dict[RunId, Price | None]:
     """Return the prices that the user set for these runs, None for a run without one."""
-    where = runs_table.c.id.in_(list(run_ids))
-    found = await database.read(lambda connection: runs.all_runs(connection, where))
-    return {run.id: run.price for run in found}
+    return {run.id: run.price for run in runs.all_runs(connection, runs_table.c.id.in_(list(run_ids)))}
 
 
-async def now(database: Database) -> Millis:
+def time(_connection: Connection, now: Millis) -> Millis:
     """Return the time of the database's clock."""
-    return await database.read(database.now)
+    return now
 
 
-async def jobs_of_keys(database: Database, keys: Sequence[bytes]) -> dict[bytes, list[JobStanding]]:
+def jobs_of_keys(connection: Connection, _now: Millis, keys: Sequence[bytes]) -> dict[bytes, list[JobStanding]]:
     """Return the jobs of all runs that ask for the content of these keys, by key."""
     columns = (prompts.c.key, jobs.c.id, jobs.c.run_id, jobs.c.state, jobs.c.claim_seq, prompts.c.settings)
     query = select(*columns).join(jobs, jobs.c.id == prompts.c.job_id).where(any_of(prompts.c.key, "keys"))
-    found = await database.read(lambda connection: connection.execute(query, {"keys": list(keys)}))
     by_key: dict[bytes, list[JobStanding]] = {key: [] for key in keys}
-    for key, job_id, run_id, state, claim_seq, settings in found.all():
+    for key, job_id, run_id, state, claim_seq, settings in connection.execute(query, {"keys": list(keys)}).all():
         by_key[key].append(JobStanding(job_id, run_id, JobState(state), claim_seq, settings is None))
     return by_key
 
 
-async def overview(database: Database, name: str | None = None) -> Overview:
+def overview(connection: Connection, now: Millis, name: str | None = None) -> Overview:
     """Return one run, or all of them, with their counts, and the workers, cooldowns and limits of the database."""
-
-    async def work(connection: Connection) -> Overview:
-        found = await runs.all_runs(connection) if name is None else [await runs.find(connection, name)]
-        now = await database.now(connection)
-        seen = (await connection.execute(select(workers).order_by(workers.c.id))).all()
-        held = (await connection.execute(_HELD)).all()
-        cooling = (await connection.execute(_COOLDOWNS.where(limits.c.cooldown_until > now))).all()
-        away = _OUTAGES.where(outages.c.since.is_not(None)).order_by(outages.c.answerer)
-        return Overview(
-            now=now,
-            runs=await _counts(connection, found),
-            workers=[_worker(row, held) for row in seen],
-            cooldowns=[Cooldown(*row) for row in cooling if is_ahead(row.cooldown_until, now)],
-            outages=[OutageSeen(*row) for row in (await connection.execute(away)).all()],
-            limits=await all_limits(connection, now),
-        )
-
-    return await database.read(work)
+    found = runs.all_runs(connection) if name is None else [runs.find(connection, name)]
+    seen = connection.execute(select(workers).order_by(workers.c.id)).all()
+    held = connection.execute(_HELD).all()
+    cooling = connection.execute(_COOLDOWNS.where(limits.c.cooldown_until > now)).all()
+    away = _OUTAGES.where(outages.c.since.is_not(None)).order_by(outages.c.answerer)
+    return Overview(
+        now=now,
+        runs=_counts(connection, found),
+        workers=[_worker(row, held) for row in seen],
+        cooldowns=[Cooldown(*row) for row in cooling if is_ahead(row.cooldown_until, now)],
+        outages=[OutageSeen(*row) for row in connection.execute(away).all()],
+        limits=all_limits(connection, now),
+    )
 
 
 def _worker(row: AnyRow, held: Sequence[AnyRow]) -> WorkerSeen:
@@ -281,36 +267,33 @@ def _worker(row: AnyRow, held: Sequence[AnyRow]) -> WorkerSeen:
     return WorkerSeen(row.host, row.pid, row.concurrency, *times, row.settled, row.rate_milli / 1000, own)
 
 
-async def _counts(connection: Connection, found: list[Run]) -> list[RunCounts]:
+def _counts(connection: Connection, found: list[Run]) -> list[RunCounts]:
     ids = [run.id for run in found]
-    by_run = await counters.of_runs(connection, ids)
+    by_run = counters.of_runs(connection, ids)
     last = select(items.c.run_id, func.max(items.c.idx)).where(items.c.run_id.in_(ids))
-    rows = (await connection.execute(last.group_by(items.c.run_id))).all()
+    rows = connection.execute(last.group_by(items.c.run_id)).all()
     inputs = {run_id: idx + 1 for run_id, idx in rows}
     return [RunCounts(run, inputs.get(run.id, 0), by_run[run.id]) for run in found]
 
 
 async def rows(database: Database, run: Run, shape: Shape) -> AsyncIterator[list[Row]]:
     """Yield a run's rows in input order, page by page; each page is a short transaction of its own."""
-
-    async def read(bound: dict[str, int]) -> tuple[int, list[Row]]:
-        async def work(connection: Connection) -> tuple[int, list[Row]]:
-            found = (await connection.execute(_ROWS_OF[shape], {"run": run.id, **bound})).all()
-            whole = list(takewhile(lambda row: row[_BODY] is not None, found))
-            return len(found), await _to_rows(connection, whole)
-
-        return await database.read(work)
-
-    async for page in pages(read):
+    async for page in pages(lambda bound: database.read(_page, run, shape, bound)):
         yield list(page)
 
 
-async def _to_rows(connection: Connection, found: Sequence[Sequence[Any]]) -> list[Row]:
+def _page(connection: Connection, _now: Millis, run: Run, shape: Shape, bound: dict[str, int]) -> tuple[int, list[Row]]:
+    found = connection.execute(_ROWS_OF[shape], {"run": run.id, **bound}).all()
+    whole = list(takewhile(lambda row: row[_BODY] is not None, found))
+    return len(found), _to_rows(connection, whole)
+
+
+def _to_rows(connection: Connection, found: Sequence[Sequence[Any]]) -> list[Row]:
     """Turn database rows into collected ones; a job that is not done gets the message of its last failed try."""
     open_ids = list({job_id for _, _, _, _, job_id, _, state, *_ in found if state != JobState.DONE})
     last: dict[int, Any] = {}
     if open_ids:
-        last = {row.id: row for row in (await connection.execute(_ERRORS, {"ids": open_ids})).all()}
+        last = {row.id: row for row in connection.execute(_ERRORS, {"ids": open_ids}).all()}
     return [  # by position, in one expression: this runs for every row of a collect
         Row(
             idx,
@@ -334,11 +317,11 @@ def _number(text: str) -> int:
         raise DatabaseError(f"expected a stored id to be a whole number, got: {str(text)[:200]!r}") from error
 
 
-async def limits_answers(database: Database, run: Run) -> bool:
+def limits_answers(connection: Connection, _now: Millis, run: Run) -> bool:
     """Return whether the run's settings, or those of one of its jobs, limit the tokens of an answer."""
     query = select(prompts.c.settings).where(prompts.c.run_id == run.id, prompts.c.settings.is_not(None))
-    own = await database.read(lambda connection: connection.execute(query.distinct()))
-    settings = [run.task.settings, *(orjson.loads(text) for text in own.scalars())]
+    own = connection.execute(query.distinct()).scalars()
+    settings = [run.task.settings, *(orjson.loads(text) for text in own)]
     return any(output_limit(one) is not None for one in settings)
 
 
@@ -347,26 +330,25 @@ async def columns(database: Database, run: Run) -> list[tuple[Part, str]]:
 
     If the first input has no id but others have, the id comes first.
     """
-
-    async def read(bound: dict[str, int]) -> tuple[int, list[Any]]:
-        found = await database.read(lambda connection: connection.execute(_METADATA, {"run": run.id, **bound}))
-        rows = found.all()
-        return len(rows), list(takewhile(lambda row: row.metadata is not None, rows))
-
     known = _first_columns(run)
     names: dict[str, None] = {}
-    async for page in pages(read):
+    async for page in pages(lambda bound: database.read(_metadata_page, run, bound)):
         for row in page:
             names |= dict.fromkeys(json_object(row.metadata, "metadata"))
     found = [(part, name) for name, part in known.items()]
-    if Part.ID not in known.values() and await _has_id(database, run):
+    if Part.ID not in known.values() and await database.read(_has_id, run):
         found.insert(0, (Part.ID, "id"))
     return found + [(Part.METADATA, name) for name in names if known.get(name) is not Part.METADATA]
 
 
-async def _has_id(database: Database, run: Run) -> bool:
+def _metadata_page(connection: Connection, _now: Millis, run: Run, bound: dict[str, int]) -> tuple[int, list[AnyRow]]:
+    rows = connection.execute(_METADATA, {"run": run.id, **bound}).all()
+    return len(rows), list(takewhile(lambda row: row.metadata is not None, rows))
+
+
+def _has_id(connection: Connection, _now: Millis, run: Run) -> bool:
     query = select(items.c.idx).where(items.c.run_id == run.id, items.c.custom_id.is_not(None)).limit(1)
-    return await database.read(lambda connection: connection.scalar(query)) is not None
+    return connection.scalar(query) is not None
 
 
 def _first_columns(run: Run) -> dict[str, Part]:
@@ -380,24 +362,19 @@ def _first_columns(run: Run) -> dict[str, Part]:
         raise DatabaseError(f"cannot read the {what}: {error}") from error
 
 
-async def story(database: Database, run: Run, idx: int) -> JobDetail:
+def story(connection: Connection, _now: Millis, run: Run, idx: int) -> JobDetail:
     """Return everything about the input at a place; UsageError if there is none."""
-
-    async def work(connection: Connection) -> JobDetail:
-        bound = {"run": run.id, "idx": idx}
-        found = (await connection.execute(_DETAIL, bound)).one_or_none() if 0 <= idx < 2**63 else None
-        if found is None:
-            last = await connection.scalar(select(func.max(items.c.idx)).where(items.c.run_id == run.id))
-            there = "none" if last is None else f"0 to {last}"
-            raise UsageError(f"expected an input of run {run.name!r}, got: {idx}; there are {there}")
-        tried = select(attempts).where(attempts.c.job_id == found.id).order_by(attempts.c.id)
-        tries = [
-            Attempt(**{name: getattr(one, name) for name in Attempt.__slots__})
-            for one in (await connection.execute(tried)).all()
-        ]
-        (row,) = await _to_rows(connection, [found[: len(_COLLECTED)]])
-        stored = [name for name in JobDetail.__slots__ if name not in {"row", "reused", "tries"}]
-        fields = {name: getattr(found, name) for name in stored}
-        return JobDetail(row=row, reused=found.reused_from is not None, tries=tries, **fields)
-
-    return await database.read(work)
+    bound = {"run": run.id, "idx": idx}
+    found = connection.execute(_DETAIL, bound).one_or_none() if 0 <= idx < 2**63 else None
+    if found is None:
+        last = connection.scalar(select(func.max(items.c.idx)).where(items.c.run_id == run.id))
+        there = "none" if last is None else f"0 to {last}"
+        raise UsageError(f"expected an input of run {run.name!r}, got: {idx}; there are {there}")
+    tried = select(attempts).where(attempts.c.job_id == found.id).order_by(attempts.c.id)
+    tries = [
+        Attempt(**{name: getattr(one, name) for name in Attempt.__slots__}) for one in connection.execute(tried).all()
+    ]
+    (row,) = _to_rows(connection, [found[: len(_COLLECTED)]])
+    stored = [name for name in JobDetail.__slots__ if name not in {"row", "reused", "tries"}]
+    fields = {name: getattr(found, name) for name in stored}
+    return JobDetail(row=row, reused=found.reused_from is not None, tries=tries, **fields)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -26,8 +25,10 @@ from lbr.store.sql import any_of
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
-    from lbr.core.types import Run
-    from lbr.store.database import Connection, Database
+    from sqlalchemy import Connection
+
+    from lbr.core.types import Millis, Run
+    from lbr.store.database import Database
     from lbr.store.schema import AnyRow
 
 LOOK = 5_000
@@ -184,17 +185,17 @@ async def retry(
     becomes active again; if it is cancelled meanwhile, this ends early. UsageError for a run that is being moved.
     """
     runs.check_not_moving(run)
-    await runs.revive(database, run)
+    await database.write(runs.revive, run)
     states = _states_of(conditions)
-    counted = await database.read(lambda connection: counters.of_runs(connection, [run.id]))
-    if not any(counted[run.id][state] for state in states):
+    counted = await database.read(_counts, run)
+    if not any(counted[state] for state in states):
         return 0
     own = None if settings is None else orjson.dumps(dict(settings)).decode()
     moved = 0
     async for rows, tries in _ended(database, run, states, LOOK, with_tries=bool(conditions)):
         found = [row for row in rows if all(one.holds(row, tries.get(row.id)) for one in conditions)]
         for start in range(0, len(found), PAGE):
-            put = await database.write(partial(_put_back, database, run, found[start : start + PAGE], own))
+            put = await database.write(_put_back, run, found[start : start + PAGE], own)
             if put is None:
                 return moved
             moved += put
@@ -205,61 +206,73 @@ async def _ended(
     database: Database, run: Run, states: frozenset[JobState], limit: int, *, with_tries: bool = True
 ) -> AsyncIterator[tuple[Sequence[AnyRow], dict[int, AnyRow]]]:
     """Yield pages of the jobs in these states, with the latest tries, by job, of those that failed."""
-    bound: dict[str, Any] = {"run": run.id, "after": 0, "states": sorted(states), "limit": limit}
-
-    async def look(connection: Connection) -> tuple[Sequence[AnyRow], dict[int, AnyRow]]:
-        rows = (await connection.execute(_ENDED, bound)).all()
-        failed = [row.id for row in rows if row.state == JobState.FAILED]
-        if not (failed and with_tries):
-            return rows, {}
-        tries = (await connection.execute(_TRIES, {"ids": failed})).all()
-        return rows, {row.job_id: row for row in tries}
-
+    after = 0
     while True:
-        rows, tries = await database.read(look)
+        rows, tries = await database.read(_ended_page, run, states, after, limit, with_tries=with_tries)
         if rows:
             yield rows, tries
-            bound["after"] = rows[-1].id
+            after = rows[-1].id
         if len(rows) < limit:
             return
 
 
-async def _put_back(
-    database: Database, run: Run, page: list[AnyRow], own: str | None, connection: Connection
-) -> int | None:
+def _counts(connection: Connection, _now: Millis, run: Run) -> Counter[str]:
+    return counters.of_runs(connection, [run.id])[run.id]
+
+
+def _ended_page(
+    connection: Connection,
+    _now: Millis,
+    run: Run,
+    states: frozenset[JobState],
+    after: int,
+    limit: int,
+    *,
+    with_tries: bool,
+) -> tuple[Sequence[AnyRow], dict[int, AnyRow]]:
+    bound = {"run": run.id, "after": after, "states": sorted(states), "limit": limit}
+    rows = connection.execute(_ENDED, bound).all()
+    failed = [row.id for row in rows if row.state == JobState.FAILED]
+    if not (failed and with_tries):
+        return rows, {}
+    tries = connection.execute(_TRIES, {"ids": failed}).all()
+    return rows, {row.job_id: row for row in tries}
+
+
+def _put_back(connection: Connection, now: Millis, run: Run, page: list[AnyRow], own: str | None) -> int | None:
     """Put those of a page back that are as they were; return how many, None if the run was cancelled meanwhile."""
-    if (await _hold(connection, run)).state is RunState.CANCELLED:
+    if _hold(connection, run).state is RunState.CANCELLED:
         return None
-    unchanged = await _lock_unchanged(connection, page)
+    unchanged = _lock_unchanged(connection, page)
     if not unchanged:
         return 0
     ids = {"ids": [row.id for row in unchanged]}
-    answers = (await connection.execute(_ANSWERS, ids)).all()
+    answers = connection.execute(_ANSWERS, ids).all()
     if answers:
         answered = {"ids": [row.job_id for row in answers]}
-        await connection.execute(_KEEP_ANSWERS, answered | {"now": await database.now(connection)})
-        await connection.execute(_REMOVE_ANSWERS, answered)
+        connection.execute(_KEEP_ANSWERS, answered | {"now": now})
+        connection.execute(_REMOVE_ANSWERS, answered)
     if own is not None:
-        await connection.execute(_SET, ids | {"own": own})
+        connection.execute(_SET, ids | {"own": own})
     moving = [(row.id, row.state) for row in unchanged]
-    await runs.move_page(database, connection, run, moving, JobState.PENDING)
+    runs.move_page(connection, run, moving, JobState.PENDING, now)
     reused = sum(row.reused_from is not None for row in answers)
-    await counters.add(connection, Counter({(run.id, counters.REUSED): -reused}))
+    counters.add(connection, Counter({(run.id, counters.REUSED): -reused}))
     return len(unchanged)
 
 
-async def _hold(connection: Connection, run: Run) -> Run:
+def _hold(connection: Connection, run: Run) -> Run:
     """Return the run, which stays as it is until the transaction ends; UsageError if it is being moved."""
-    await runs.hold_states(connection, [run.id])
-    current = await runs.find(connection, run.name)
+    runs.hold_states(connection, [run.id])
+    current = runs.find(connection, run.name)
     runs.check_not_moving(current)
     return current
 
 
-async def _lock_unchanged(connection: Connection, seen: Sequence[AnyRow]) -> list[AnyRow]:
+def _lock_unchanged(connection: Connection, seen: Sequence[AnyRow]) -> list[AnyRow]:
     """Lock jobs and return those that are as they were seen; nothing else of them can have changed then."""
     before = {row.id: (row.state, row.claim_seq) for row in seen}
-    rows = (await connection.execute(_LOCKED, {"ids": list(before)})).all()
+    rows = connection.execute(_LOCKED, {"ids": list(before)}).all()
     return [row for row in rows if (row.state, row.claim_seq) == before[row.id]]
 
 
@@ -274,7 +287,7 @@ async def reparse(database: Database, run: Run, check: Callable[[str], str]) -> 
         ids = [one.id for one in tries.values() if one.family in {Family.BAD_ANSWER, Family.CUT_OFF}]
         if not ids:
             continue
-        found = await database.read(partial(_kept_texts, ids))
+        found = await database.read(_kept_texts, ids)
         fitting: dict[int, dict[str, Any]] = {}
         for one in found:
             # Outside of any transaction, because it may take long.
@@ -285,12 +298,12 @@ async def reparse(database: Database, run: Run, check: Callable[[str], str]) -> 
                 left += 1
         if fitting:
             seen = [row for row in rows if row.id in fitting]
-            taken += await database.write(partial(_take, database, run, seen, fitting))
+            taken += await database.write(_take, run, seen, fitting)
     return Reparsed(taken, left, problem)
 
 
-async def _kept_texts(ids: list[int], connection: Connection) -> Sequence[AnyRow]:
-    return (await connection.execute(_KEPT_TEXTS, {"ids": ids})).all()
+def _kept_texts(connection: Connection, _now: Millis, ids: list[int]) -> Sequence[AnyRow]:
+    return connection.execute(_KEPT_TEXTS, {"ids": ids}).all()
 
 
 def _result(run: Run, kept: AnyRow, text: str) -> dict[str, Any]:
@@ -300,17 +313,11 @@ def _result(run: Run, kept: AnyRow, text: str) -> dict[str, Any]:
     return fields | {"text": text, "model": run.task.model, "latency_ms": kept.latency_ms or 0}
 
 
-async def _take(
-    database: Database,
-    run: Run,
-    seen: list[AnyRow],
-    fitting: dict[int, dict[str, Any]],
-    connection: Connection,
-) -> int:
+def _take(connection: Connection, now: Millis, run: Run, seen: list[AnyRow], fitting: dict[int, dict[str, Any]]) -> int:
     """Write answers of jobs that are as they were seen; their usage was counted with their tries."""
-    await _hold(connection, run)
-    unchanged = await _lock_unchanged(connection, seen)
-    await ADD_RESULTS.run(connection, [fitting[row.id] for row in unchanged])
+    _hold(connection, run)
+    unchanged = _lock_unchanged(connection, seen)
+    ADD_RESULTS.run(connection, [fitting[row.id] for row in unchanged])
     moving = [(row.id, row.state) for row in unchanged]
-    await runs.move_page(database, connection, run, moving, JobState.DONE)
+    runs.move_page(connection, run, moving, JobState.DONE, now)
     return len(unchanged)

@@ -30,8 +30,8 @@ from lbr.store.sql import if_small, pages
 from lbr.store.sqlite_connection import (
     BEGIN_WRITING,
     SCHEMA_ROWS,
-    FileConnections,
     database_errors,
+    file_engine,
     foreign_code,
 )
 
@@ -39,11 +39,10 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator
     from pathlib import Path
 
-    import sqlalchemy
-    from sqlalchemy import RowMapping
+    from sqlalchemy import Connection, RowMapping
+    from sqlalchemy.ext.asyncio import AsyncConnection
 
     from lbr.core.types import PathOrUrl, Row
-    from lbr.store.database import Connection
 
 # The default journal, not a WAL: the file stays one file, which can be copied or sent.
 PRAGMAS = ("PRAGMA busy_timeout = 30000", "PRAGMA synchronous = FULL")
@@ -150,17 +149,17 @@ async def remove(url: PathOrUrl, *, run: str) -> bool:
 
 
 @asynccontextmanager
-async def _transaction(path: Path, *, begin: str = "BEGIN") -> AsyncIterator[Connection]:
-    connections = FileConnections(path, begin=begin, most=1, pragmas=PRAGMAS)
+async def _transaction(path: Path, *, begin: str = "BEGIN") -> AsyncIterator[AsyncConnection]:
+    engine = file_engine(path, begin=begin, pragmas=PRAGMAS)
     try:
         with database_errors(path):
-            async with connections.transaction() as connection:
+            async with engine.begin() as connection:
                 yield connection
     finally:
-        await connections.close()
+        await engine.dispose()
 
 
-def _check_table(connection: sqlalchemy.Connection) -> None:
+def _check_table(connection: Connection) -> None:
     if running := foreign_code(connection.exec_driver_sql(SCHEMA_ROWS).all(), metadata.tables):
         raise OutputError(
             f"expected a results database of lbr, got: one with {running}, which would run when answers are written; "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -15,14 +14,15 @@ from lbr.core.types import JobState, Move, PauseCause, Paused, Run, RunId, RunSt
 from lbr.store import counters
 from lbr.store.schema import attempts, items, jobs, outages, prompts, results, runs
 from lbr.store.schema import counters as counters_table
-from lbr.store.sql import BulkStatement, Rows, any_of
+from lbr.store.sql import BulkStatement, Rows, any_of, wake_workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from sqlalchemy import ColumnElement
+    from sqlalchemy import ColumnElement, Connection
 
-    from lbr.store.database import Connection, Database
+    from lbr.core.types import Millis
+    from lbr.store.database import Database
     from lbr.store.schema import AnyRow
 
 BATCH = 5_000
@@ -95,27 +95,27 @@ def run_of(row: AnyRow) -> Run:
     return Run(**fields, pause=pause)
 
 
-async def find(connection: Connection, name: str) -> Run:
+def find(connection: Connection, name: str) -> Run:
     """Return the run of that name. Raises RunNotFoundError, which names the runs that there are."""
     if name.isprintable():  # no other name is stored, and some could not be sent to the database
-        row = (await connection.execute(select(runs).where(runs.c.name == name))).one_or_none()
+        row = connection.execute(select(runs).where(runs.c.name == name)).one_or_none()
         if row is not None:
             return run_of(row)
     newest = select(runs.c.name).order_by(runs.c.id.desc()).limit(8)
-    names = (await connection.execute(newest)).scalars().all()
-    total = await connection.scalar(select(func.count()).select_from(runs))
+    names = connection.execute(newest).scalars().all()
+    total = connection.scalar(select(func.count()).select_from(runs))
     more = f" and {total - len(names)} more" if total and total > len(names) else ""
     known = f"runs here: {', '.join(names)}{more}" if names else "there are no runs here yet"
     raise RunNotFoundError(f"no run named {name!r}; {known}")
 
 
-async def all_runs(connection: Connection, where: ColumnElement[bool] | None = None) -> list[Run]:
+def all_runs(connection: Connection, where: ColumnElement[bool] | None = None) -> list[Run]:
     """Return every run, or those that a condition selects, oldest first."""
     query = select(runs).where(true() if where is None else where).order_by(runs.c.id)
-    return [run_of(row) for row in (await connection.execute(query)).all()]
+    return [run_of(row) for row in connection.execute(query).all()]
 
 
-async def open_run(database: Database, spec: RunSpec) -> Run:
+def open_run(connection: Connection, now: Millis, spec: RunSpec) -> Run:
     """Return the run of that name, created if it is new, with the price and the order of fields in the spec.
 
     A known run takes over the order of the spec's schema and settings, which is not part of the task.
@@ -123,32 +123,28 @@ async def open_run(database: Database, spec: RunSpec) -> Run:
     Raises RunMismatchError if the name is that of another task, UsageError if the run was cancelled or is being
     moved.
     """
-
-    async def work(connection: Connection) -> Run:
-        run, _ = await ensure(database, connection, spec)
-        check_not_cancelled(run)
-        check_not_moving(run)
-        values: dict[str, Any] = {}
-        if spec.price not in {None, run.price}:
-            values["price"] = _price_text(spec.price)
-        if run.task.to_json() != spec.task.to_json():
-            values["task"] = spec.task.to_json()
-        return await change(connection, run, values) if values else run
-
-    return await database.write(work)
+    run, _ = ensure(connection, spec, now)
+    check_not_cancelled(run)
+    check_not_moving(run)
+    values: dict[str, Any] = {}
+    if spec.price not in {None, run.price}:
+        values["price"] = _price_text(spec.price)
+    if run.task.to_json() != spec.task.to_json():
+        values["task"] = spec.task.to_json()
+    return change(connection, run, values) if values else run
 
 
-async def ensure(database: Database, connection: Connection, spec: RunSpec) -> tuple[Run, bool]:
+def ensure(connection: Connection, spec: RunSpec, now: Millis) -> tuple[Run, bool]:
     """Return the run of that name, created if it is new, and whether it was.
 
     Raises RunMismatchError if it has another task.
     """
     made = 0
-    if await connection.scalar(select(runs.c.id).where(runs.c.name == spec.name)) is None:
-        now, task = await database.now(connection), spec.task
+    if connection.scalar(select(runs.c.id).where(runs.c.name == spec.name)) is None:
+        task = spec.task
         row = (spec.name, task.to_json(), task.answerer, spec.fingerprint, RunState.ACTIVE)
-        made = await _MAKE.run_plain(connection, [(*row, spec.max_attempts, now, now, _price_text(spec.price))])
-    run = await find(connection, spec.name)
+        made = _MAKE.run_plain(connection, [(*row, spec.max_attempts, now, now, _price_text(spec.price))])
+    run = find(connection, spec.name)
     if run.task.canonical() != spec.task.canonical():
         if replace(run.task, fingerprint=spec.task.fingerprint).canonical() == spec.task.canonical():
             raise RunMismatchError(
@@ -166,10 +162,10 @@ def _price_text(price: Price | None) -> str | None:
     return None if price is None else price.to_json()
 
 
-async def change(connection: Connection, run: Run, values: dict[str, Any]) -> Run:
+def change(connection: Connection, run: Run, values: dict[str, Any]) -> Run:
     """Set columns of a run; return the run as it is then."""
-    await connection.execute(update(runs).where(runs.c.id == run.id).values(**values))
-    return await find(connection, run.name)
+    connection.execute(update(runs).where(runs.c.id == run.id).values(**values))
+    return find(connection, run.name)
 
 
 def pausing(pause: Paused) -> dict[str, Any]:
@@ -201,23 +197,21 @@ def check_not_removing(run: Run) -> None:
         raise UsageError(f"run {run.name!r} is being removed; `lbr rm {run.name}` finishes that")
 
 
-async def hold_states(
-    connection: Connection, run_ids: Iterable[RunId], *, to_change: bool = False
-) -> dict[RunId, RunState]:
+def hold_states(connection: Connection, run_ids: Iterable[RunId], *, to_change: bool = False) -> dict[RunId, RunState]:
     """Return the states of runs, which stay as they are until this transaction ends.
 
     Call it before you make a job pending: a cancel that runs at the same time would miss that job.
     With `to_change` this transaction may change the states itself.
     """
     query = _STATES.with_for_update(read=not to_change)
-    rows = (await connection.execute(query, {"ids": list(run_ids)})).all()
+    rows = connection.execute(query, {"ids": list(run_ids)}).all()
     return {RunId(row.id): RunState(row.state) for row in rows}
 
 
-async def hold(connection: Connection, run: Run) -> Run:
+def hold(connection: Connection, run: Run) -> Run:
     """Return the run as it is now and until this transaction, which may change it, ends."""
-    await hold_states(connection, [run.id], to_change=True)
-    return await find(connection, run.name)
+    hold_states(connection, [run.id], to_change=True)
+    return find(connection, run.name)
 
 
 def resting_state(run_state: RunState) -> JobState:
@@ -225,75 +219,59 @@ def resting_state(run_state: RunState) -> JobState:
     return JobState.CANCELLED if run_state is RunState.CANCELLED else JobState.PENDING
 
 
-async def seal(database: Database, run: Run) -> None:
+def seal(connection: Connection, now: Millis, run: Run) -> None:
     """Record that an enqueue has finished."""
-
-    async def work(connection: Connection) -> None:
-        now = await database.now(connection)
-        await connection.execute(update(runs).where(runs.c.id == run.id).values(sealed_at=now))
-
-    await database.write(work)
+    connection.execute(update(runs).where(runs.c.id == run.id).values(sealed_at=now))
 
 
-async def adopt_fingerprint(database: Database, run: Run, fingerprint: str, *, changed: bool) -> bool:
+def adopt_fingerprint(connection: Connection, _now: Millis, run: Run, fingerprint: str, *, changed: bool) -> bool:
     """Store the fingerprint that a named function has now, unless its code `changed` since the run's first answers.
 
     Returns whether it was stored.
     """
-
-    async def work(connection: Connection) -> bool:
-        counted = (await counters.of_runs(connection, [run.id]))[run.id]
-        if changed and (counted[JobState.DONE] or counted[JobState.INFLIGHT]):
-            return False
-        await connection.execute(update(runs).where(runs.c.id == run.id).values(fingerprint=fingerprint))
-        return True
-
-    return await database.write(work)
+    counted = counters.of_runs(connection, [run.id])[run.id]
+    if changed and (counted[JobState.DONE] or counted[JobState.INFLIGHT]):
+        return False
+    connection.execute(update(runs).where(runs.c.id == run.id).values(fingerprint=fingerprint))
+    return True
 
 
-async def pause(database: Database, run: Run, reason: str, *, cause: PauseCause = PauseCause.USER) -> Run:
+def pause(connection: Connection, _now: Millis, run: Run, reason: str, *, cause: PauseCause = PauseCause.USER) -> Run:
     """Stop the claiming of a run's jobs until `resume`; calls in flight go on. Safe to repeat.
 
     UsageError for a cancelled run, and for one that is being or was moved.
     """
-    return await _set_state(database, run, pausing(Paused(cause, reason)), check_not_moving)
+    return _set_state(connection, run, pausing(Paused(cause, reason)), check_not_moving)
 
 
-async def resume(database: Database, run: Run, *, moved: bool = True, **budget: int | None) -> Run:
+def resume(connection: Connection, _now: Millis, /, run: Run, *, moved: bool = True, **budget: int | None) -> Run:
     """Let a paused run's jobs be claimed again, also those of the copy that a move has left. Safe to repeat.
 
     `budget_nanos` is what the run may cost from now on, None for any amount; without it, that stays as it is.
     UsageError for a cancelled run, for one that is only partly here, and without `moved` for one that was moved.
     """
     check = _check_whole if moved else check_not_moving
-    return await _set_state(database, run, {"state": RunState.ACTIVE} | NOT_PAUSED | budget, check)
+    return _set_state(connection, run, {"state": RunState.ACTIVE} | NOT_PAUSED | budget, check)
 
 
-async def _set_state(database: Database, run: Run, values: dict[str, Any], check: Callable[[Run], None]) -> Run:
-    async def work(connection: Connection) -> Run:
-        current = await hold(connection, run)
-        check_not_cancelled(current)
-        check(current)
-        if values["state"] is RunState.ACTIVE:
-            # Calls are made again, whatever was known of an outage.
-            await connection.execute(delete(outages).where(outages.c.answerer == run.task.answerer))
-        await database.wake(connection)
-        return await change(connection, run, values)
-
-    return await database.write(work)
+def _set_state(connection: Connection, run: Run, values: dict[str, Any], check: Callable[[Run], None]) -> Run:
+    current = hold(connection, run)
+    check_not_cancelled(current)
+    check(current)
+    if values["state"] is RunState.ACTIVE:
+        # Calls are made again, whatever was known of an outage.
+        connection.execute(delete(outages).where(outages.c.answerer == run.task.answerer))
+    wake_workers(connection)
+    return change(connection, run, values)
 
 
-async def revive(database: Database, run: Run) -> None:
+def revive(connection: Connection, _now: Millis, run: Run) -> None:
     """Make a cancelled run active again. UsageError if it is being or was moved or removed. Safe to repeat."""
-
-    async def work(connection: Connection) -> None:
-        current = await hold(connection, run)
-        check_not_removing(current)
-        check_not_moving(current)
-        if current.state is RunState.CANCELLED:
-            await change(connection, run, {"state": RunState.ACTIVE})
-
-    await database.write(work)
+    current = hold(connection, run)
+    check_not_removing(current)
+    check_not_moving(current)
+    if current.state is RunState.CANCELLED:
+        change(connection, run, {"state": RunState.ACTIVE})
 
 
 async def cancel(database: Database, run: Run) -> int:
@@ -301,25 +279,25 @@ async def cancel(database: Database, run: Run) -> int:
 
     UsageError for a run that is being or was moved.
     """
-
-    async def mark(connection: Connection) -> None:
-        current = await hold(connection, run)
-        check_not_moving(current)
-        kept = {} if current.is_paused_by(PauseCause.REMOVING) else NOT_PAUSED
-        await change(connection, run, {"state": RunState.CANCELLED} | kept)
-
-    await database.write(mark)
+    await database.write(_mark_cancelled, run)
     moved, after = 0, 0
     while True:
-        page = await database.write(partial(_cancel_page, database, run, after))
+        page = await database.write(_cancel_page, run, after)
         moved += len(page)
         if len(page) < BATCH:
             return moved
         after = page[-1][0]
 
 
-async def _cancel_page(database: Database, run: Run, after: int, connection: Connection) -> list[tuple[int, str]]:
-    if (await hold_states(connection, [run.id]))[run.id] is not RunState.CANCELLED:
+def _mark_cancelled(connection: Connection, _now: Millis, run: Run) -> None:
+    current = hold(connection, run)
+    check_not_moving(current)
+    kept = {} if current.is_paused_by(PauseCause.REMOVING) else NOT_PAUSED
+    change(connection, run, {"state": RunState.CANCELLED} | kept)
+
+
+def _cancel_page(connection: Connection, now: Millis, run: Run, after: int) -> list[tuple[int, str]]:
+    if hold_states(connection, [run.id])[run.id] is not RunState.CANCELLED:
         return []  # a retry made it active meanwhile, and puts the jobs back
     query = (
         select(jobs.c.id, jobs.c.state)
@@ -328,24 +306,21 @@ async def _cancel_page(database: Database, run: Run, after: int, connection: Con
         .limit(BATCH)
         .with_for_update()
     )
-    page = [(row.id, row.state) for row in (await connection.execute(query)).all()]
-    await move_page(database, connection, run, page, JobState.CANCELLED)
+    page = [(row.id, row.state) for row in connection.execute(query).all()]
+    move_page(connection, run, page, JobState.CANCELLED, now)
     return page
 
 
-async def move_page(
-    database: Database, connection: Connection, run: Run, page: list[tuple[int, str]], target: JobState
-) -> None:
+def move_page(connection: Connection, run: Run, page: list[tuple[int, str]], target: JobState, now: Millis) -> None:
     """Move jobs, each given with its state, to another resting state. Pending jobs have all their tries again."""
-    now = await database.now(connection)
     values: dict[str, Any] = {"state": target, "finished_at": now}
     if target is JobState.PENDING:
         values |= {"finished_at": None, "available_at": now} | FULL_TRIES
     query = update(jobs).where(any_of(jobs.c.id, "ids")).values(**values)
-    await connection.execute(query, {"ids": [job_id for job_id, _ in page]})
-    await counters.add(connection, counters.moved((run.id, state, target) for _, state in page))
+    connection.execute(query, {"ids": [job_id for job_id, _ in page]})
+    counters.add(connection, counters.moved((run.id, state, target) for _, state in page))
     if target is JobState.PENDING:
-        await database.wake(connection)
+        wake_workers(connection)
 
 
 async def remove(database: Database, run: Run) -> int:
@@ -354,30 +329,30 @@ async def remove(database: Database, run: Run) -> int:
     Safe to repeat after a crash: the run itself goes last.
     """
     removed = 0
-    while page := await database.write(partial(_remove_jobs, run)):
+    while page := await database.write(_remove_jobs, run):
         removed += page
-    while await database.write(partial(_remove_items, run)):
+    while await database.write(_remove_items, run):
         pass
     return removed
 
 
-async def _remove_jobs(run: Run, connection: Connection) -> int:
-    if (await hold_states(connection, [run.id], to_change=True)).get(run.id) is not RunState.CANCELLED:
+def _remove_jobs(connection: Connection, _now: Millis, run: Run) -> int:
+    if hold_states(connection, [run.id], to_change=True).get(run.id) is not RunState.CANCELLED:
         raise UsageError(f"run {run.name!r} was taken up again meanwhile, so that it stays")
-    await connection.execute(update(runs).where(runs.c.id == run.id).values(BEING_REMOVED))
+    connection.execute(update(runs).where(runs.c.id == run.id).values(BEING_REMOVED))
     chosen = select(prompts.c.job_id).where(prompts.c.run_id == run.id).limit(BATCH)
-    ids = list((await connection.execute(chosen)).scalars())
+    ids = list(connection.execute(chosen).scalars())
     for column in (results.c.job_id, attempts.c.job_id, jobs.c.id, prompts.c.job_id):
-        await connection.execute(delete(column.table).where(any_of(column, "ids")), {"ids": ids})
+        connection.execute(delete(column.table).where(any_of(column, "ids")), {"ids": ids})
     return len(ids)
 
 
-async def _remove_items(run: Run, connection: Connection) -> int:
+def _remove_items(connection: Connection, _now: Millis, run: Run) -> int:
     """Remove a page of items, or, if there is none, the run; return how many items."""
     some = select(items.c.idx).where(items.c.run_id == run.id).limit(BATCH)
     removing = delete(items).where(items.c.run_id == run.id, items.c.idx.in_(some))
-    gone = (await connection.execute(removing)).rowcount
+    gone = connection.execute(removing).rowcount
     if not gone:
-        await connection.execute(delete(counters_table).where(counters_table.c.run_id == run.id))
-        await connection.execute(delete(runs).where(runs.c.id == run.id))
+        connection.execute(delete(counters_table).where(counters_table.c.run_id == run.id))
+        connection.execute(delete(runs).where(runs.c.id == run.id))
     return gone

@@ -378,6 +378,11 @@ def _end_moves(connection: Connection) -> None:
         connection.execute(update(runs).where(runs.c.id == row.id).values(values))
 
 
+def _drop_writers(connection: Connection) -> None:
+    if connection.dialect.name == "postgresql":
+        connection.execute(text(f"DROP TABLE IF EXISTS {_schema_of(connection)}.writers"))
+
+
 MIGRATIONS: tuple[tuple[str, Callable[[Connection], None]], ...] = (
     ("create the tables", _create_missing),
     ("index the suspects", _index_suspects),
@@ -389,6 +394,7 @@ MIGRATIONS: tuple[tuple[str, Callable[[Connection], None]], ...] = (
     ("keep the order of columns, and which ids are numbers", _adding_to(runs, items)),
     ("keep the cause of a pause apart from its message", _name_causes),
     ("let runs rest that were being moved away", _end_moves),
+    ("forget the numbers of transactions on a server", _drop_writers),
 )
 """Ordered and append-only: a database's version is the number of them that it has seen."""
 

@@ -20,11 +20,9 @@ from lbr.store.schema import attempts, jobs, results, runs
 from lbr.store.sql import BulkStatement, Inserting, PreparedQuery, Rows, any_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Container, Sequence
 
-    from sqlalchemy import ColumnElement
-
-    from lbr.store.database import Connection, Database
+    from sqlalchemy import ColumnElement, Connection
 
 _OF_RUN = (runs.c.state.label("run_state"), runs.c.answerer, runs.c.budget_nanos, runs.c.highest_nanos)
 STATUS = PreparedQuery(
@@ -35,7 +33,7 @@ STATUS = PreparedQuery(
     .with_for_update(of=jobs)
 )
 # Claims whose settlement is already recorded must be neither charged nor counted again.
-_RECORDED = select(attempts.c.job_id, attempts.c.claim_seq).where(
+_RECORDED = select(attempts.c.job_id, attempts.c.claim_seq, attempts.c.what).where(
     any_of(attempts.c.job_id, "ids"), literal_column("attempts.what IN ('retried', 'failed', 'stale')")
 )
 
@@ -107,6 +105,7 @@ class JobStatus:
 class Settled:
     """What became of a batch: the jobs whose outcome was taken, those refused as stale, the runs paused.
 
+    Outcomes that were settled before, because the reply to that was lost, are among them, as they were then.
     `given_back` are taken jobs that went back uncharged. `unreachable` are the models that other workers reach and this
     one does not, with the reason; `reached` those that a worker has reached since this one's first refusal. `notices`
     are lines for the worker's log.
@@ -121,62 +120,58 @@ class Settled:
     notices: list[str] = field(default_factory=list)
 
 
-async def settle(database: Database, batch: Sequence[Settlement]) -> Settled:
-    """Write a batch of outcomes in one transaction. Safe to repeat.
+def settle(connection: Connection, now: Millis, batch: Sequence[Settlement]) -> Settled:
+    """Write a batch of outcomes. Safe to repeat.
 
     An outcome whose job has been claimed again, or has finished, changes nothing but is recorded as stale.
     """
-    return await database.write(lambda connection: settle_within(connection, database, batch))
-
-
-async def settle_within(connection: Connection, database: Database, batch: Sequence[Settlement]) -> Settled:
-    """Write a batch of outcomes in the caller's transaction; see `settle`."""
-    now = await database.now(connection)
-    found = await STATUS.all(connection, {"ids": [s.claim.job_id for s in batch]})
+    found = STATUS.all(connection, {"ids": [s.claim.job_id for s in batch]})
     statuses = {row[0]: JobStatus(*row) for row in found}
     if len(statuses) != len({s.claim.job_id for s in batch}):
-        batch = await _without_removed_runs(connection, batch, statuses)
-    mine, stale = await _sort_by_fence(connection, batch, statuses)
-    judged = await judge_failures(connection, mine, {one.job_id: one.answerer for one in statuses.values()}, now)
+        batch = _without_removed_runs(connection, batch, statuses)
+    mine, stale, settled = _sort_by_fence(connection, batch, statuses)
+    judged = judge_failures(connection, mine, {one.job_id: one.answerer for one in statuses.values()}, now)
     mine = judged.settlements
     both = [*mine, *stale] if stale else mine
     pauses = _pauses(mine, both, statuses) | judged.pauses
     highest = _highest(both, statuses)
-    targets = await _targets(connection, mine, statuses, to_change=bool(pauses or highest))
-    await _update_jobs(connection, mine, targets, now)
-    await _insert_results(connection, mine)
-    await _insert_attempts(connection, mine, stale, now)
-    paused = await _pause(connection, pauses)
-    await raise_highest(connection, highest)
+    targets = _targets(connection, mine, statuses, to_change=bool(pauses or highest))
+    _update_jobs(connection, mine, targets, now)
+    _insert_results(connection, mine)
+    _insert_attempts(connection, mine, stale, now)
+    paused = _pause(connection, pauses)
+    raise_highest(connection, highest)
     # This locks all models in the order of their names; those that cool down are among them.
-    refusing = await apply_feedback(connection, _feedback(both, statuses, now), now)
-    await cool_down(connection, _cooldowns(mine, statuses, now, refusing))
+    refusing = apply_feedback(connection, _feedback(both, statuses, now), now)
+    cool_down(connection, _cooldowns(mine, statuses, now, refusing))
     deltas = _deltas(mine, targets, stale, statuses)
     # The estimated cost of calls that ended after their jobs were reclaimed: now it is known.
     late = [s.claim for s in both if not _is_held(s, statuses)]
     claims = {(claim.job_id, claim.claim_seq): claim.run_id for claim in late}
-    deltas.update(await forget_estimates(connection, claims))
-    await counters.add(connection, deltas)
-    wrong, given_back = await pause_wrong_set_ups(connection, database, mine)
-    paused |= await _pause(connection, wrong)
+    deltas.update(forget_estimates(connection, claims))
+    counters.add(connection, deltas)
+    wrong, given_back = pause_wrong_set_ups(connection, mine, now)
+    paused |= _pause(connection, wrong)
+    given_back |= judged.given_back
+    given_back |= {s.claim.job_id for s, what in settled if what == "retried" and s.state is JobState.FAILED}
     return Settled(
-        taken=frozenset(s.claim.job_id for s in mine),
-        stale=frozenset(s.claim.job_id for s in stale),
+        taken=frozenset([s.claim.job_id for s in mine] + [s.claim.job_id for s, what in settled if what != "stale"]),
+        stale=frozenset([s.claim.job_id for s in stale] + [s.claim.job_id for s, what in settled if what == "stale"]),
         paused=paused,
-        given_back=frozenset(judged.given_back | given_back),
+        given_back=frozenset(given_back),
         unreachable=judged.unreachable,
         reached=frozenset(judged.reached),
         notices=judged.notices,
     )
 
 
-async def _without_removed_runs(
+def _without_removed_runs(
     connection: Connection, batch: Sequence[Settlement], statuses: dict[int, JobStatus]
 ) -> list[Settlement]:
     """Leave out calls of removed runs. Raises DatabaseError if a run is there without a job that was claimed."""
     missing = {s.claim.run_id for s in batch if s.claim.job_id not in statuses}
     query = select(runs.c.id).where(any_of(runs.c.id, "ids"))
-    if (await connection.execute(query, {"ids": list(missing)})).first() is not None:
+    if connection.execute(query, {"ids": list(missing)}).first() is not None:
         raise DatabaseError("some jobs that were called are gone: the database was replaced meanwhile")
     return [s for s in batch if s.claim.job_id in statuses]
 
@@ -197,7 +192,7 @@ def is_mine(settlement: Settlement, job: JobStatus) -> bool:
     return job.state in {JobState.INFLIGHT, JobState.PENDING}
 
 
-def is_repeated(settlement: Settlement, job: JobStatus, recorded: set[tuple[int, int]]) -> bool:
+def is_repeated(settlement: Settlement, job: JobStatus, recorded: Container[tuple[int, int]]) -> bool:
     """Return whether this very settlement is in the database already.
 
     `recorded` are the claims, by job and claim_seq, whose failure, late answer or redone answer is recorded.
@@ -209,22 +204,28 @@ def is_repeated(settlement: Settlement, job: JobStatus, recorded: set[tuple[int,
     return done and settlement.outcome.failure is None
 
 
-async def _sort_by_fence(
+def _sort_by_fence(
     connection: Connection, batch: Sequence[Settlement], statuses: dict[int, JobStatus]
-) -> tuple[list[Settlement], list[Settlement]]:
-    """Return what to take, and what came too late; what is recorded already is neither."""
+) -> tuple[list[Settlement], list[Settlement], list[tuple[Settlement, str]]]:
+    """Return what to take, what came too late, and what was settled before, with what became of it then."""
     mine = [s for s in batch if s.outcome.failure is None and _is_held(s, statuses)]
     if len(mine) == len(batch):
-        return mine, []
+        return mine, [], []
     plain = {id(s) for s in mine}
     rest = [(s, statuses[s.claim.job_id]) for s in batch if id(s) not in plain]
-    found = await connection.execute(_RECORDED, {"ids": [s.claim.job_id for s, _ in rest]})
-    recorded = {(row.job_id, row.claim_seq) for row in found.all()}
-    new = [(s, is_mine(s, job)) for s, job in rest if not is_repeated(s, job, recorded)]
-    return mine + [s for s, fits in new if fits], [s for s, fits in new if not fits]
+    found = connection.execute(_RECORDED, {"ids": [s.claim.job_id for s, _ in rest]})
+    recorded: dict[tuple[int, int], str] = {(row.job_id, row.claim_seq): row.what for row in found.all()}
+    settled = [
+        (s, recorded.get((s.claim.job_id, s.claim.claim_seq), "done"))
+        for s, job in rest
+        if is_repeated(s, job, recorded)
+    ]
+    before = {id(s) for s, _ in settled}
+    new = [(s, is_mine(s, job)) for s, job in rest if id(s) not in before]
+    return mine + [s for s, fits in new if fits], [s for s, fits in new if not fits], settled
 
 
-async def _targets(
+def _targets(
     connection: Connection, mine: list[Settlement], statuses: dict[int, JobStatus], *, to_change: bool
 ) -> list[JobState]:
     """Return the states to write. The runs of jobs that go back are held until the transaction ends."""
@@ -232,23 +233,23 @@ async def _targets(
     if not back:
         return [s.state for s in mine]
     states = {RunId(job.run_id): RunState(job.run_state) for job in statuses.values()}
-    states |= await hold_states(connection, back, to_change=to_change)
+    states |= hold_states(connection, back, to_change=to_change)
     return [resting_state(states[s.claim.run_id]) if s.state is JobState.PENDING else s.state for s in mine]
 
 
-async def _update_jobs(connection: Connection, mine: list[Settlement], targets: list[JobState], now: Millis) -> None:
+def _update_jobs(connection: Connection, mine: list[Settlement], targets: list[JobState], now: Millis) -> None:
     rows = []
     for s, to in zip(mine, targets, strict=True):
         claim = s.claim
         finished = None if to is JobState.PENDING else now
         # A plain str, because sqlite3 is slow with a subclass.
         rows.append((str(to), now + s.wait_ms, s.charge, finished, claim.job_id, claim.claim_seq))
-    done = await SETTLE.run_plain(connection, rows)
+    done = SETTLE.run_plain(connection, rows)
     if done != len(rows):
         raise DatabaseError(f"expected {len(rows)} jobs to be settled, got: {done}; nothing was written")
 
 
-async def _insert_results(connection: Connection, mine: list[Settlement]) -> None:
+def _insert_results(connection: Connection, mine: list[Settlement]) -> None:
     rows = []
     for s in mine:
         reply = s.outcome.reply
@@ -257,15 +258,13 @@ async def _insert_results(connection: Connection, mine: list[Settlement]) -> Non
         usage, job_id, latency = reply.usage, s.claim.job_id, s.outcome.latency_ms
         counted = (usage.input_tokens, usage.output_tokens, usage.cost_nanos)
         rows.append((job_id, reply.text, reply.model, reply.finish_reason, latency, *counted))
-    await ADD_RESULTS.run_plain(connection, rows)
+    ADD_RESULTS.run_plain(connection, rows)
 
 
-async def _insert_attempts(
-    connection: Connection, mine: list[Settlement], stale: list[Settlement], now: Millis
-) -> None:
+def _insert_attempts(connection: Connection, mine: list[Settlement], stale: list[Settlement], now: Millis) -> None:
     failed = [s for s in mine if s.outcome.failure is not None]
     rows = [_attempt(s, "retried" if s.state is JobState.PENDING else "failed", now) for s in failed]
-    await _ADD_ATTEMPTS.run_plain(connection, rows + [_attempt(s, "stale", now) for s in stale])
+    _ADD_ATTEMPTS.run_plain(connection, rows + [_attempt(s, "stale", now) for s in stale])
 
 
 def _attempt(settlement: Settlement, what: str, now: Millis) -> tuple[Any, ...]:
@@ -381,7 +380,7 @@ def _highest(both: list[Settlement], statuses: dict[int, JobStatus]) -> dict[Run
     return found
 
 
-async def _pause(connection: Connection, pauses: dict[RunId, Paused]) -> dict[str, Paused]:
+def _pause(connection: Connection, pauses: dict[RunId, Paused]) -> dict[str, Paused]:
     """Pause runs; return the names of those that were active, each with its pause."""
     paused: dict[str, Paused] = {}
     for run_id, pause in sorted(pauses.items()):  # in one order, so that two never wait for each other
@@ -391,6 +390,6 @@ async def _pause(connection: Connection, pauses: dict[RunId, Paused]) -> dict[st
             .values(pausing(pause))
             .returning(runs.c.name)
         )
-        for name in (await connection.execute(query)).scalars():
+        for name in connection.execute(query).scalars():
             paused[name] = pause
     return paused

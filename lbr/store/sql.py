@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from operator import itemgetter
+from random import SystemRandom
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import orjson
@@ -21,6 +22,7 @@ from sqlalchemy import (
     func,
     insert,
     select,
+    text,
 )
 from sqlalchemy.exc import StatementError
 from sqlalchemy.ext.compiler import compiles
@@ -30,20 +32,21 @@ from sqlalchemy.types import Boolean, LargeBinary, Text, TypeDecorator
 
 from lbr.core.errors import DatabaseError
 from lbr.core.types import KEY_BYTES
-from lbr.store.sqlite_connection import FileConnection
+from lbr.store.sqlite_connection import change, driver_of, fetch
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
-    from sqlalchemy import ColumnElement, Dialect, Table
+    from sqlalchemy import ColumnElement, Connection, Dialect, Table
     from sqlalchemy.sql.compiler import SQLCompiler
     from sqlalchemy.types import TypeEngine
 
-    from lbr.core.types import Json
-    from lbr.store.database import Connection
+    from lbr.core.types import Json, RunId
 
-SHARD = "lbr_shard"
-"""Execution option of a connection: which shard of the counters it adds to, the first if it is not set."""
+SCHEMA = "lbr"
+CHANNEL = "lbr"
+TURNS_LOCK = 0x6C_62_72_02
+SHARDS = 32
 PAGE = 1_000
 FIRST_PAGE = 500
 PAGE_BYTES = 8_000_000
@@ -167,20 +170,21 @@ class BulkStatement:
         rows = func.unnest(*arrays).table_valued(*columns, name="given").render_derived()
         return self._build(Rows(dict(rows.c.items()), postgresql_insert, arrays=True))
 
-    async def run(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> int:
+    def run(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> int:
         """Run the statement for all of the rows; return how many rows it changed."""
         fields = list(self._types)
-        return await self.run_plain(connection, [tuple([row[name] for name in fields]) for row in rows])
+        return self.run_plain(connection, [tuple([row[name] for name in fields]) for row in rows])
 
-    async def run_plain(self, connection: Connection, rows: list[tuple[Any, ...]]) -> int:
+    def run_plain(self, connection: Connection, rows: list[tuple[Any, ...]]) -> int:
         """Do the same for tuples of values in the order of the fields."""
         if not rows:
             return 0
-        if not isinstance(connection, FileConnection):
+        driver = driver_of(connection)
+        if driver is None:
             columns = dict(zip(self._types, map(list, zip(*rows, strict=True)), strict=True))
-            return (await connection.execute(self.whole, columns)).rowcount
+            return connection.execute(self.whole, columns).rowcount
         text, ordered = self._direct
-        return await connection.change(text, rows if ordered is None else [ordered(row) for row in rows])
+        return change(driver, text, rows if ordered is None else [ordered(row) for row in rows])
 
 
 class Inserting(BulkStatement):
@@ -218,16 +222,17 @@ class PreparedQuery:
         bound = [compiled.binds[name] for name in compiled.positiontup or []]
         return str(compiled), [(one, one.type.bind_processor(sqlite)) for one in bound]
 
-    async def all(self, connection: Connection, values: Mapping[str, Any]) -> Sequence[tuple[Any, ...]]:
+    def all(self, connection: Connection, values: Mapping[str, Any]) -> Sequence[tuple[Any, ...]]:
         """Run it and return the rows, as tuples."""
-        if not isinstance(connection, FileConnection):
-            return (await connection.execute(self.statement, values)).all()
+        driver = driver_of(connection)
+        if driver is None:
+            return connection.execute(self.statement, values).all()
         text, places = self._direct
         sent = []
         for bound, convert in places:
             value = values[bound.key] if bound.required else values.get(bound.key, bound.value)
             sent.append(value if convert is None else _converted(convert, value))
-        return await connection.fetch(text, sent)
+        return fetch(driver, text, sent)
 
 
 def _converted(convert: Callable[[Any], Any], value: Any) -> Any:
@@ -238,10 +243,46 @@ def _converted(convert: Callable[[Any], Any], value: Any) -> Any:
         raise StatementError(str(error), None, None, error, hide_parameters=True) from error
 
 
-def option(connection: Connection, name: str) -> Any:
-    """Return an execution option of a connection, None if it is not set."""
-    beneath = connection.sync_connection
-    return None if beneath is None else beneath.get_execution_options().get(name)
+_NOTIFY = text(f"SELECT pg_notify('{CHANNEL}', '')")
+_TAKE_TURNS = text("SELECT pg_advisory_xact_lock(:kind, :run)")
+_IDS = text("SELECT nextval(pg_get_serial_sequence(:table, 'id')) FROM generate_series(1, :count) ORDER BY 1")
+# SQLite keeps the highest id that there was, but another program may have changed that.
+_LAST_ID = text(
+    "SELECT max(coalesce((SELECT CAST(seq AS INTEGER) FROM sqlite_sequence WHERE name = 'jobs'), 0), "
+    "coalesce((SELECT max(id) FROM jobs), 0))"
+)
+
+
+def is_server(connection: Connection) -> bool:
+    """Return whether many transactions may write at a time."""
+    return connection.dialect.name == "postgresql"
+
+
+def wake_workers(connection: Connection) -> None:
+    """Let this transaction's commit wake idle workers; those of a file see every commit."""
+    if is_server(connection):
+        connection.execute(_NOTIFY)
+
+
+def take_turns(connection: Connection, run_id: RunId) -> None:
+    """Block other enqueues of a run until this transaction ends; workers do not wait for it."""
+    if is_server(connection):
+        connection.execute(_TAKE_TURNS, {"kind": TURNS_LOCK, "run": run_id % 2**31})
+
+
+def reserve_job_ids(connection: Connection, count: int) -> Sequence[int]:
+    """Return `count` ascending ids that no job has, had, or will have otherwise."""
+    if is_server(connection):
+        return connection.execute(_IDS, {"table": f"{SCHEMA}.jobs", "count": count}).scalars().all() if count else []
+    first = connection.execute(_LAST_ID).scalar_one() + 1
+    return range(first, first + count)
+
+
+def shard(connection: Connection) -> int:
+    """Return which row of each count a transaction adds to, so that those of a server do not wait for one row."""
+    return (
+        int(connection.info.setdefault("lbr_shard", SystemRandom().randrange(SHARDS))) if is_server(connection) else 0
+    )
 
 
 class byte_length(GenericFunction[int]):  # noqa: N801 - a function of SQL

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import Timeout
 from sqlalchemy.exc import DBAPIError
@@ -23,20 +24,24 @@ from lbr.store.sqlite_connection import (
     BUSY_TIMEOUT_MS,
     READER_PRAGMAS,
     SCHEMA_ROWS,
-    FileConnections,
+    FileConnection,
     database_errors,
     foreign_code,
     is_busy,
+    note_handles,
+    reading_engine,
     writer_pragmas,
 )
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable
     from contextlib import AbstractContextManager
 
-    from lbr.core.types import Millis, PathOrUrl, RunId
-    from lbr.store.database import Connection
+    from sqlalchemy import Connection
+
+    from lbr.core.types import Millis, PathOrUrl
+    from lbr.store.database import Work
 
 T = TypeVar("T")
 
@@ -49,7 +54,7 @@ READER_MS, HASTY_READER_MS = 100, 500
 
 
 class SQLiteDatabase(Database):
-    """An open SQLite queue: one writing connection, and readers that cannot write."""
+    """An open SQLite queue: one connection that writes and one that polls, in a thread, and readers beside them."""
 
     one_writer = True
 
@@ -68,23 +73,18 @@ class SQLiteDatabase(Database):
         super().__init__(str(path), patience=patience, spool_places=places, presence=presence)
         self.path = path
         self._clock = clock
-        self._writer = FileConnections(
-            path, begin=BEGIN_WRITING, most=1, pragmas=writer_pragmas(synchronous, WAL_LIMIT_BYTES)
-        )
-        self._reader = FileConnections(path, begin="BEGIN", most=4, pragmas=READER_PRAGMAS)
-        self._watch = FileConnections(path, begin="", most=1, pragmas=READER_PRAGMAS)
+        # What a worker does all the time stays in one thread: the transactions that write, and the polls.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="lbr-sqlite")
+        self._writer = FileConnection(path, begin=BEGIN_WRITING, pragmas=writer_pragmas(synchronous, WAL_LIMIT_BYTES))
+        self._poller = FileConnection(path, begin="BEGIN", pragmas=READER_PRAGMAS)
+        self._reader = reading_engine(path)
         self._identity: tuple[int, int] | None = None
-        self._write_lock = asyncio.Lock()
         self._data_version = -1
         self._wal = Path(f"{path}-wal")
         self._log: tuple[int, int, int] | None = None
-        """The log that the connection which writes has open, with the `changes` that led to that."""
+        """The log that the connection which writes has open, with how often it had been opened then."""
         self._checkpoint_lock = files.file_lock(files.lock_path(path, "checkpoint"), timeout=0)
         self._unfinished_checkpoint = float("-inf")
-
-    async def now(self, connection: Connection) -> Millis:
-        """Return this machine's time, which all users of a file share."""
-        return self._clock()
 
     def check_file(self) -> None:
         """Raise DatabaseError if the file that we have open is no longer the one at its path."""
@@ -117,7 +117,7 @@ class SQLiteDatabase(Database):
         log: os.stat_result | None = None
         with suppress(FileNotFoundError):
             log = self._wal.stat()
-        writer = self._writer.changes
+        writer = self._writer.opened
         if self._log is None or self._log[0] != writer:
             self._log = None if log is None else (writer, log.st_dev, log.st_ino)
         elif (log is None or self._log[1:] != (log.st_dev, log.st_ino)) and self._found() == self._identity:
@@ -128,21 +128,34 @@ class SQLiteDatabase(Database):
             )
         return 0 if log is None else log.st_size
 
-    async def write(self, work: Callable[[Connection], Awaitable[T]], *, beside: bool = False) -> T:
-        """Run one transaction when its turn has come, again after a failure that passes."""
-        del beside  # a file takes one writer at a time
+    async def _write(self, work: Work[T]) -> T:
+        return await self._in_thread(self._write_in_thread, work)
 
-        async def once() -> T:
-            async with self._write_lock:
-                self.check_file()
-                result = await self._writer.transact(work)
-                await self._checkpoint_if_large(self._log_bytes())
-            return result
+    def _write_in_thread(self, work: Work[T]) -> T:
+        self.check_file()
+        result = self._writer.transact(work, self._clock)
+        self._checkpoint_if_large(self._log_bytes())
+        return result
 
-        return await self._retried(lambda: to_its_end(once()))
+    async def _poll(self, work: Work[T]) -> T:
+        return await self._in_thread(self._poller.transact, work, self._clock)
 
-    async def _read(self, work: Callable[[Connection], Awaitable[T]]) -> T:
-        return await self._reader.transact(work)
+    async def _in_thread(self, function: Callable[..., T], *args: Any) -> T:
+        try:
+            # The end of the loop cancels all tasks at once, those that wait for others, too.
+            return await to_its_end(asyncio.get_running_loop().run_in_executor(self._thread, function, *args))
+        except DBAPIError as error:
+            note_handles(error)
+            raise
+
+    async def _read(self, work: Work[T]) -> T:
+        self.check_file()
+        try:
+            async with self._reader.connect() as connection:
+                return await connection.run_sync(work, self._clock())
+        except DBAPIError as error:
+            note_handles(error)
+            raise
 
     def _passes(self, error: Exception) -> bool:
         return is_busy(error)
@@ -150,40 +163,17 @@ class SQLiteDatabase(Database):
     def _errors(self) -> AbstractContextManager[None]:
         return database_errors(self.path)
 
-    async def at_one_moment(self, connection: Connection, work: Callable[[Connection], Awaitable[T]]) -> T:
-        """Run it in the transaction itself, whose lock lets no other process write."""
-        return await work(connection)
-
     async def changed(self) -> bool:
         """Return whether another connection committed since the last call; it takes microseconds and no lock."""
         # Always on the same connection, because the number is compared with its earlier one.
-        found = await self._retried(
-            lambda: self._watch.transact(lambda watch: watch.exec_driver_sql("PRAGMA data_version"))
-        )
-        with self._errors():
-            version = found.scalar_one()
+        version = await self.poll(_data_version)
         before, self._data_version = self._data_version, version
-        return bool(before != version)
-
-    async def reserve_job_ids(self, connection: Connection, count: int) -> Sequence[int]:
-        """Return `count` ids that no job has or had; the write lock keeps them ours."""
-        # SQLite keeps the highest id that there was, but another program may have changed that.
-        seq = "SELECT CAST(seq AS INTEGER) FROM sqlite_sequence WHERE name = 'jobs'"
-        kept = (await connection.exec_driver_sql(seq)).scalar() or 0
-        there = (await connection.exec_driver_sql("SELECT max(id) FROM jobs")).scalar() or 0
-        first = max(kept, there) + 1
-        return range(first, first + count)
-
-    async def wake(self, connection: Connection) -> None:
-        """Do nothing: workers that poll see every commit."""
-
-    async def take_turns(self, connection: Connection, run_id: RunId) -> None:
-        """Do nothing: a writer holds the lock of the whole file."""
+        return before != version
 
     async def filled(self) -> None:
         """Do nothing: the plans do not depend on statistics."""
 
-    async def _checkpoint_if_large(self, size: int) -> None:
+    def _checkpoint_if_large(self, size: int) -> None:
         """Move the WAL into the file, in one process at a time and in a mode that holds the write lock.
 
         SQLite before 3.51.3 can corrupt a database when a commit falls between two checkpoints that follow each
@@ -201,23 +191,20 @@ class SQLiteDatabase(Database):
         except OSError:  # another process holds it (a Timeout), or this user may not open the file
             return
         try:
-            complete = await self._checkpoint(HASTY_READER_MS if hasty else READER_MS)
+            complete = self._checkpoint(HASTY_READER_MS if hasty else READER_MS)
         finally:
             self._checkpoint_lock.release()
         if complete:
             self._unfinished_checkpoint = float("-inf")
 
-    async def _checkpoint(self, reader_ms: int) -> bool:
-        async def work(connection: Connection) -> bool:
-            await connection.exec_driver_sql(f"PRAGMA busy_timeout = {reader_ms}")
-            try:
-                return not (await connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")).one()[0]
-            except DBAPIError:  # locked, or the disk is full; what does not pass, the next transaction reports
-                return False
-            finally:
-                await connection.exec_driver_sql(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
-
-        return await self._writer.transact(work, begin="")
+    def _checkpoint(self, reader_ms: int) -> bool:
+        try:
+            self._writer.pragma(f"busy_timeout = {reader_ms}")
+            return not self._writer.pragma("wal_checkpoint(TRUNCATE)")
+        except DBAPIError:  # locked, or the disk is full; what does not pass, the next transaction reports
+            return False
+        finally:
+            self._writer.pragma(f"busy_timeout = {BUSY_TIMEOUT_MS}")
 
     async def prepare(self, *, create: bool) -> None:
         """Upgrade older tables; create missing ones only with `create`."""
@@ -225,28 +212,21 @@ class SQLiteDatabase(Database):
             version = await self.read(self.version) if self.path.exists() else 0
             self.check_version(version, create=create)
             if version == schema.LATEST:
-                await self._use_wal()
+                await self._in_thread(self._use_wal)
                 return
             async with files.creation_lock(self.path):
                 files.create_private(self.path)
-                await self._use_wal()
-                await self.write(
-                    lambda connection: connection.run_sync(schema.migrate, self._clock(), self.presence.dead_workers)
-                )
+                await self._in_thread(self._use_wal)
+                await self.write(schema.migrate, self.presence.dead_workers)
 
-    async def _use_wal(self) -> None:
+    def _use_wal(self) -> None:
         """Let readers and the writer work side by side; the file keeps the mode."""
-        mode = await self._reader.transact(
-            lambda connection: connection.exec_driver_sql("PRAGMA journal_mode"), begin=""
-        )
-        if mode.scalar() != "wal":
-            await self._writer.transact(
-                lambda connection: connection.exec_driver_sql("PRAGMA journal_mode = WAL"), begin=""
-            )
+        if self._poller.pragma("journal_mode") != "wal":
+            self._writer.pragma("journal_mode = WAL")
 
-    async def version(self, connection: Connection) -> int:
+    def version(self, connection: Connection, _now: Millis) -> int:
         """Return the schema's version, 0 for an empty file; DatabaseError for another program's."""
-        found = (await connection.exec_driver_sql(SCHEMA_ROWS)).all()
+        found = connection.exec_driver_sql(SCHEMA_ROWS).all()
         tables = [row.name for row in found if row.type == "table"]
         if tables and "schema_version" not in tables:
             raise DatabaseError(
@@ -258,12 +238,18 @@ class SQLiteDatabase(Database):
                 f"expected an lbr database at {self.path}, got: one with {running}, which would run in lbr's "
                 f"transactions and which lbr never makes; drop what another program has added, or restore a copy"
             )
-        return await connection.run_sync(schema.applied_version)
+        return schema.applied_version(connection)
 
     async def close(self) -> None:
-        """Close every connection."""
-        for kind in (self._watch, self._reader, self._writer):
-            await kind.close()
+        """Close every connection, one that is in a transaction at the end of that."""
+        for connection in (self._poller, self._writer):
+            await self._in_thread(connection.close)
+        self._thread.shutdown()
+        await self._reader.dispose()
+
+
+def _data_version(connection: Connection, _now: Millis) -> int:
+    return int(connection.exec_driver_sql("PRAGMA data_version").scalar_one())
 
 
 def open_sqlite(

@@ -21,14 +21,15 @@ from lbr.core.types import JobState, Move, PauseCause, Paused, Run, RunState
 from lbr.store import counters, enqueue, runs
 from lbr.store.schema import attempts, items, jobs, prompts, results
 from lbr.store.schema import runs as runs_table
-from lbr.store.sql import PAGE, Inserting, any_of, byte_length, lock_table
+from lbr.store.sql import PAGE, Inserting, any_of, byte_length, lock_table, reserve_job_ids, take_turns, wake_workers
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator, Sequence
 
-    from sqlalchemy import Table
+    from sqlalchemy import Connection, Table
 
-    from lbr.store.database import Connection, Database
+    from lbr.core.types import Millis
+    from lbr.store.database import Database
     from lbr.store.schema import AnyRow
 
 FIRST_LIMIT = 64
@@ -128,17 +129,13 @@ def is_half_done(copy: Run, run: Run) -> bool:
     return copy.is_paused_by(PauseCause.MOVING_FROM) and is_copy(copy, run)
 
 
-async def prepare(source: Database, name: str, aim: str) -> tuple[Run, Counter[str]]:
+def prepare(connection: Connection, _now: Millis, name: str, aim: str) -> tuple[Run, Counter[str]]:
     """Return a run that may leave for `aim`, or has left, with its counts. UsageError says what must happen first."""
-
-    async def work(connection: Connection) -> tuple[Run, Counter[str]]:
-        run = await runs.find(connection, name)
-        counts = (await counters.of_runs(connection, [run.id]))[run.id]
-        if not has_left(run, aim):
-            _check_at_rest(run, counts)
-        return run, counts
-
-    return await source.read(work)
+    run = runs.find(connection, name)
+    counts = counters.of_runs(connection, [run.id])[run.id]
+    if not has_left(run, aim):
+        _check_at_rest(run, counts)
+    return run, counts
 
 
 def _check_at_rest(run: Run, counts: Counter[str]) -> None:
@@ -157,24 +154,19 @@ def _check_at_rest(run: Run, counts: Counter[str]) -> None:
         )
 
 
-async def open_copy(target: Database, run: Run, origin: str) -> Run:
+def open_copy(connection: Connection, now: Millis, run: Run, origin: str) -> Run:
     """Return the run that has this name, made as a paused copy if there is none. Safe to repeat."""
-    spec = runs.RunSpec(run.name, run.task, run.max_attempts)
+    try:
+        return runs.find(connection, run.name)
+    except RunNotFoundError:
+        copy, made = runs.ensure(connection, runs.RunSpec(run.name, run.task, run.max_attempts), now)
     values = runs.pausing(Paused(PauseCause.MOVING_FROM, f"moving from {origin}"))
-
-    async def work(connection: Connection) -> Run:
-        try:
-            return await runs.find(connection, run.name)
-        except RunNotFoundError:
-            copy, made = await runs.ensure(target, connection, spec)
-        return await runs.change(connection, copy, values | {"created_at": run.created_at}) if made else copy
-
-    return await target.write(work)
+    return runs.change(connection, copy, values | {"created_at": run.created_at}) if made else copy
 
 
-async def _check_half_done(connection: Connection, copy: Run) -> None:
+def _check_half_done(connection: Connection, copy: Run) -> None:
     """Keep the copy as it is until the transaction ends. UsageError if another process has finished or removed it."""
-    current = await runs.hold(connection, copy)
+    current = runs.hold(connection, copy)
     if current.id != copy.id or not current.is_paused_by(PauseCause.MOVING_FROM):
         raise UsageError(
             f"another process finished or removed the copy of run {copy.name!r}; run the same command again"
@@ -183,80 +175,75 @@ async def _check_half_done(connection: Connection, copy: Run) -> None:
 
 async def clear(target: Database, copy: Run) -> None:
     """Remove a half-done copy. Interrupted, `lbr rm` finishes it."""
-
-    async def mark(connection: Connection) -> None:
-        await _check_half_done(connection, copy)
-        await runs.change(connection, copy, runs.BEING_REMOVED | {"state": RunState.CANCELLED})
-
-    await target.write(mark)
+    await target.write(_mark_removed, copy)
     await runs.remove(target, copy)
+
+
+def _mark_removed(connection: Connection, _now: Millis, copy: Run) -> None:
+    _check_half_done(connection, copy)
+    runs.change(connection, copy, runs.BEING_REMOVED | {"state": RunState.CANCELLED})
 
 
 async def pages(database: Database, run: Run, start: int = 0) -> AsyncGenerator[Page]:
     """Yield a run's inputs from a place on, in pages of as many bytes as a transaction should hold."""
     limit = FIRST_LIMIT
-    while (page := await _read_page(database, run, start, limit)).items:
+    while (page := await database.read(_read_page, run, start, limit)).items:
+        _check_whole(page, run, database.name)
         yield page
         # More only while they are small, because each look reads texts.
         start, limit = page.end, min(PAGE, 2 * len(page.items))
 
 
-async def _read_page(database: Database, run: Run, start: int, limit: int) -> Page:
-    async def work(connection: Connection) -> Page:
-        bound = {"run": run.id, "start": start, "limit": limit}
-        rows = (await connection.execute(_ITEMS, bound)).all()
-        fitting = sum(size <= enqueue.CHUNK_CHARACTERS for size in accumulate(row.bytes for row in rows))
-        rows = rows[: max(1, fitting)]
-        ids = [row.job_id for row in rows if row.first]
-        return Page(start, rows, [(await connection.execute(part, {"ids": ids})).all() for part in _PARTS])
+def _read_page(connection: Connection, _now: Millis, run: Run, start: int, limit: int) -> Page:
+    rows = connection.execute(_ITEMS, {"run": run.id, "start": start, "limit": limit}).all()
+    fitting = sum(size <= enqueue.CHUNK_CHARACTERS for size in accumulate(row.bytes for row in rows))
+    rows = rows[: max(1, fitting)]
+    ids = [row.job_id for row in rows if row.first]
+    return Page(start, rows, [connection.execute(part, {"ids": ids}).all() for part in _PARTS])
 
-    page = await database.read(work)
+
+def _check_whole(page: Page, run: Run, name: str) -> None:
     whole = {row.id for row in page.parts[0]}
     if lost := next((r for r in page.items if r.key is None or (r.first and r.job_id not in whole)), None):
         raise DatabaseError(
-            f"input {lost.idx} of run {run.name!r} in {database.name} has no job or no prompt: another program "
+            f"input {lost.idx} of run {run.name!r} in {name} has no job or no prompt: another program "
             f"changed the database; restore a copy"
         )
-    return page
 
 
-async def add_page(target: Database, copy: Run, page: Page) -> None:
+def add_page(connection: Connection, now: Millis, copy: Run, page: Page) -> None:
     """Write a page behind what the copy holds. Safe to repeat. UsageError if another process changed the copy."""
-
-    async def work(connection: Connection) -> None:
-        await target.take_turns(connection, copy.id)
-        await _check_half_done(connection, copy)
-        place = await enqueue.place_behind(connection, copy)
-        if place == page.end:
-            return
-        if place != page.start:
-            raise UsageError(f"another process is copying run {copy.name!r}; wait until it ends")
-        ids = await _add_jobs(target, connection, copy, page)
-        if lost := next((row for row in page.items if row.key not in ids), None):
-            raise DatabaseError(
-                f"input {lost.idx} of run {copy.name!r} shares the job of an earlier input, but none has it: another "
-                f"program changed the database that the run is in; restore a copy"
-            )
-        rows = [row._asdict() | {"run_id": copy.id, "job_id": ids[row.key]} for row in page.items]
-        await enqueue.ADD_ITEMS.run(connection, rows)
-
-    await target.write(work)
+    take_turns(connection, copy.id)
+    _check_half_done(connection, copy)
+    place = enqueue.next_idx(connection, now, copy)
+    if place == page.end:
+        return
+    if place != page.start:
+        raise UsageError(f"another process is copying run {copy.name!r}; wait until it ends")
+    ids = _add_jobs(connection, copy, page)
+    if lost := next((row for row in page.items if row.key not in ids), None):
+        raise DatabaseError(
+            f"input {lost.idx} of run {copy.name!r} shares the job of an earlier input, but none has it: another "
+            f"program changed the database that the run is in; restore a copy"
+        )
+    rows = [row._asdict() | {"run_id": copy.id, "job_id": ids[row.key]} for row in page.items]
+    enqueue.ADD_ITEMS.run(connection, rows)
 
 
-async def _add_jobs(target: Database, connection: Connection, copy: Run, page: Page) -> dict[bytes, int]:
+def _add_jobs(connection: Connection, copy: Run, page: Page) -> dict[bytes, int]:
     """Write the page's jobs with everything that belongs to them; return the ids of all jobs that it names, by key."""
     keys = list(dict.fromkeys(row.key for row in page.items))
-    found = (await connection.execute(enqueue.BY_KEY, {"run": copy.id, "keys": keys})).all()
+    found = connection.execute(enqueue.BY_KEY, {"run": copy.id, "keys": keys}).all()
     ids: dict[bytes, int] = {row.key: row.job_id for row in found}
     new = {row.job_id: row.key for row in page.items if row.first}
-    ids |= zip(new.values(), await target.reserve_job_ids(connection, len(new)), strict=True)
+    ids |= zip(new.values(), reserve_job_ids(connection, len(new)), strict=True)
     for adding, part in zip(_ADD_PARTS, page.parts, strict=True):
         rows = []
         for row in part:
             job_id = ids[new[row[0]]]
             rows.append(row._asdict() | {"id": job_id, "job_id": job_id, "run_id": copy.id})
-        await adding.run(connection, rows)
-    await counters.add(connection, Counter((copy.id, row.state) for row in page.parts[0]))
+        adding.run(connection, rows)
+    counters.add(connection, Counter((copy.id, row.state) for row in page.parts[0]))
     return ids
 
 
@@ -270,46 +257,38 @@ async def digest(database: Database, run: Run) -> tuple[int, str]:
     return inputs, running.hexdigest()
 
 
-async def depart(source: Database, run: Run, counts: Counter[str], aim: str) -> dict[str, Any]:
+def depart(
+    connection: Connection, _now: Millis, run: Run, counts: Counter[str], aim: str, *, name: str
+) -> dict[str, Any]:
     """Record that the run has gone to `aim`; return the columns that the copy takes over. Safe to repeat.
 
-    Raises DatabaseError if the run has changed since it was prepared with these counts.
+    Raises DatabaseError, which calls the database `name`, if the run has changed since it was prepared with these counts.
     """
-
-    async def work(connection: Connection) -> dict[str, Any]:
-        # A claim that saw the run active must be visible before the counts are read.
-        await connection.execute(lock_table(runs_table))
-        current = await runs.find(connection, run.name)
-        if not has_left(current, aim):
-            if (current, (await counters.of_runs(connection, [run.id]))[run.id]) != (run, counts):
-                raise DatabaseError(
-                    f"run {run.name!r} in {source.name} changed while it was copied, and stays there; run the same "
-                    f"command again"
-                )
-            pause = (None, None) if run.pause is None else (run.pause.cause, run.pause.message)
-            values = runs.pausing(Paused(PauseCause.MOVED_TO, f"moved to {aim}"))
-            values["move"] = Move(aim, run.state, *pause).to_json()
-            current = await runs.change(connection, run, values)
-        columns = select(*(runs_table.c[name] for name in _RUN)).where(runs_table.c.id == run.id)
-        state, before = (RunState.ACTIVE, None) if current.move is None else current.move.before
-        pausing = runs.NOT_PAUSED if before is None else runs.NOT_PAUSED | runs.pausing(before)
-        return (await connection.execute(columns)).one()._asdict() | pausing | {"state": state}
-
-    return await source.write(work)
+    # A claim that saw the run active must be visible before the counts are read.
+    connection.execute(lock_table(runs_table))
+    current = runs.find(connection, run.name)
+    if not has_left(current, aim):
+        if (current, counters.of_runs(connection, [run.id])[run.id]) != (run, counts):
+            raise DatabaseError(
+                f"run {run.name!r} in {name} changed while it was copied, and stays there; run the same command again"
+            )
+        pause = (None, None) if run.pause is None else (run.pause.cause, run.pause.message)
+        values = runs.pausing(Paused(PauseCause.MOVED_TO, f"moved to {aim}"))
+        values["move"] = Move(aim, run.state, *pause).to_json()
+        current = runs.change(connection, run, values)
+    columns = select(*(runs_table.c[name] for name in _RUN)).where(runs_table.c.id == run.id)
+    state, before = (RunState.ACTIVE, None) if current.move is None else current.move.before
+    pausing = runs.NOT_PAUSED if before is None else runs.NOT_PAUSED | runs.pausing(before)
+    return connection.execute(columns).one()._asdict() | pausing | {"state": state}
 
 
-async def arrive(target: Database, copy: Run, values: dict[str, Any], counts: Counter[str]) -> None:
+def arrive(connection: Connection, _now: Millis, copy: Run, values: dict[str, Any], counts: Counter[str]) -> None:
     """Give the copy the columns and the other counts of the run: from now on it is the run.
 
     Raises UsageError if another process finished or removed the copy.
     """
+    _check_half_done(connection, copy)
     others = {(copy.id, name): count for name, count in counts.items() if name not in set(JobState)}
-
-    async def work(connection: Connection) -> None:
-        await _check_half_done(connection, copy)
-        await counters.add(connection, Counter(others))
-        await runs.change(connection, copy, values)
-        await target.wake(connection)
-
-    await target.write(work)
-    await target.filled()
+    counters.add(connection, Counter(others))
+    runs.change(connection, copy, values)
+    wake_workers(connection)

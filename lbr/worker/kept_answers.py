@@ -21,7 +21,7 @@ from lbr.core.errors import DatabaseBusyError, DatabaseError, LbrError, Usage
 from lbr.core.retry import storable_usage
 from lbr.core.text import pluralize
 from lbr.core.types import KEY_BYTES, Claim, JobId, JobState, Outcome, Prompt, RunId, Settlement
-from lbr.store import files, reads
+from lbr.store import files, leases, reads
 from lbr.store.leases import RECLAIM_PAGE
 from lbr.store.settle import settle
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from lbr.store.database import Database
-    from lbr.store.leases import Queue, Reclaimed
+    from lbr.store.leases import Reclaimed
 
 ENDING = ".spool.jsonl"
 LEFT = ".left.jsonl"
@@ -91,19 +91,17 @@ def _read(path: Path, place: Path) -> bytes:
         return file.read()
 
 
-async def reclaim(
-    database: Database, queue: Queue, notify: Callable[[str], None], *, starting: bool = False
-) -> tuple[int, int]:
+async def reclaim(database: Database, notify: Callable[[str], None], *, starting: bool = False) -> tuple[int, int]:
     """Settle kept answers if a worker is `starting` or may have died, then reclaim the jobs of dead workers.
 
     Return how many jobs were reclaimed, and how many of them failed because it was their third crash. Safe to repeat.
     """
     # A worker keeps its answers before it ends, and they must be settled before its jobs are claimed again.
-    dead_workers = await queue.dead_workers()
-    if (dead_workers or starting or not database.presence.knows) and not await settle_kept(database, notify):
-        dead_workers = {}  # their jobs wait for the end of their leases
+    dead = await database.poll(leases.dead_workers, database.presence)
+    if (dead or starting or not database.presence.knows) and not await settle_kept(database, notify):
+        dead = {}  # their jobs wait for the end of their leases
     taken: list[Reclaimed] = []
-    while page := await queue.reclaim(dead_workers):
+    while page := await leases.reclaim(database, dead):
         taken += page
         if len(page) < RECLAIM_PAGE:
             break
@@ -144,13 +142,13 @@ async def _settle_file(database: Database, path: Path, place: Path, notify: Call
         kept = [_from_line(orjson.loads(line)) for line in _read(path, place).splitlines()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatabaseError(f"the file holds something else ({error}); check it, then remove it") from error
-    jobs = await reads.jobs_of_keys(database, [s.claim.key for s in kept if len(s.claim.key) == KEY_BYTES])
+    jobs = await database.read(reads.jobs_of_keys, [s.claim.key for s in kept if len(s.claim.key) == KEY_BYTES])
     known = [_with_known_claim(s, jobs.get(s.claim.key, [])) for s in kept]
     ours = list({(s.claim.job_id, s.claim.claim_seq): s for s in reversed(known) if s is not None}.values())
     foreign = known.count(None)
     taken = stale = 0
     for start in range(0, len(ours), PAGE):
-        settled = await settle(database, ours[start : start + PAGE])
+        settled = await database.write(settle, ours[start : start + PAGE])
         taken += len(settled.taken)
         stale += len(settled.stale)
         for name, pause in settled.paused.items():

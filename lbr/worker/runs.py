@@ -241,11 +241,11 @@ class StartLimits:
         new_runs = [one for one in served if one.run.id not in self._runs]
         new = {one.run.task.answerer: one for one in new_runs if one.run.task.answerer not in self._models}
         for model in sorted(new) if self._limits else ():
-            await limits.set_limits(self._database, model, self._limits)
+            await self._database.write(limits.set_limits, model, self._limits)
         await limits.slow_start(self._database, sorted(m for m, one in new.items() if one.is_provider))
         for run in (one.run for one in new_runs):
             if self._budget is not None and run.budget_nanos == self._first_budgets[run.id]:
-                await limits.set_budget(self._database, run.id, self._budget)
+                await self._database.write(limits.set_budget, run.id, self._budget)
         self._models |= new.keys()
         self._runs |= {one.run.id for one in new_runs}
 

@@ -203,7 +203,7 @@ class Claimer:
         """Claim up to `most` jobs, `alone`; with `suspects`, jobs that crashed their workers and must run alone."""
         if not suspects:
             self._order.rotate(-1)
-        claims = await claim(self._database, self._request(most, suspects=suspects))
+        claims = await self._database.write(claim, self._request(most, suspects=suspects))
         return claims if suspects else self._noted(claims, most)
 
     async def settle(self, batch: Sequence[Settlement], free: int) -> Settled:
@@ -214,17 +214,17 @@ class Claimer:
         likely = free > 0 and (self.more or self._throttled)
         # It never waits for its turn, because `free` may change meanwhile.
         if not likely or self._wanted or not self._database.one_writer:
-            return await settle(self._database, batch)
+            return await self._database.write(settle, batch)
         async with self._turn:
             self._order.rotate(-1)
             request = self._request(free, suspects=False)
             try:
-                settled, claims = await settle_and_claim(self._database, batch, request)
+                settled, claims = await self._database.write(settle_and_claim, batch, request)
             except DatabaseBusyError:
                 raise
             except DatabaseError:
                 # A row that cannot be claimed must not keep paid answers out; the next claim reports it.
-                return await settle(self._database, batch)
+                return await self._database.write(settle, batch)
             self._claimed += self._noted(claims, free)
             return settled
 

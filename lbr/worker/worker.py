@@ -23,9 +23,9 @@ from lbr.core.errors import (
 )
 from lbr.core.retry import RetryPolicy
 from lbr.core.types import Until, WorkerId
-from lbr.store import reads
+from lbr.store import leases, reads
 from lbr.store.database import local_clock
-from lbr.store.leases import MAX_SKEW_MS, Queue
+from lbr.store.leases import MAX_SKEW_MS
 from lbr.worker.calls import Calls, WorkReport
 from lbr.worker.kept_answers import keep_unwritten, reclaim
 from lbr.worker.runs import Completion, ServableRuns, StartLimits
@@ -69,7 +69,6 @@ class Worker:
         rng: Random | None = None,
     ) -> None:
         self._database = database
-        self._queue = Queue(database)
         self._options = options
         self._run_names = run_names
         self._notify = notify
@@ -185,7 +184,7 @@ class Worker:
             await self._reclaim(starting=True)
             await self._update_runs()
             host, slots = socket.gethostname(), self._runs.slots
-            self._id = await self._queue.register(host=host, pid=os.getpid(), concurrency=slots)
+            self._id = await leases.register(self._database, host=host, pid=os.getpid(), concurrency=slots)
             self._claimer.worker = self._calls.worker = self._id
             self._calls.open()
             ticking = asyncio.create_task(self._tick())
@@ -197,7 +196,7 @@ class Worker:
                 await self._wind_up()
                 await asyncio.gather(ticking, return_exceptions=True)
         finally:
-            self._queue.leave(self._id)
+            self._database.presence.leave(self._id)
             await self._runs.aclose()
         if self._refusal is not None:
             raise self._refusal
@@ -223,13 +222,13 @@ class Worker:
     async def _wind_up(self) -> None:
         """Release what is held, write what has ended, and raise what went wrong on the way."""
         try:
-            self.report.released += await self._queue.release(self._id, await self._calls.cancel())
+            self.report.released += await self._database.write(leases.release, self._id, await self._calls.cancel())
         except DatabaseError as error:
             self._calls.error = self._calls.error or error
         await self._calls.close()
         await self._give_back(self._claimer.take_claimed())
         if not isinstance(self._calls.error, DatabaseError):
-            await self._queue.unregister(self._id)
+            await leases.unregister(self._database, self._id)
         if self._calls.error is not None:
             raise keep_unwritten(self._database, self._calls.error, self._calls.settler.unwritten)
 
@@ -237,7 +236,8 @@ class Worker:
         """Release claims that were never called for."""
         claims, self._unserved = [*claims, *self._unserved], []
         try:
-            self.report.released += await self._queue.release(self._id, claims, unused=True)
+            if claims:
+                self.report.released += await self._database.write(leases.release, self._id, claims, unused=True)
         except DatabaseError as error:
             self._fail(error)
 
@@ -267,11 +267,11 @@ class Worker:
 
     async def _find_runs(self) -> list[Run]:
         if self._run_names is None:
-            return await reads.open_runs(self._database)
+            return await self._database.poll(reads.open_runs)
         found, gone = [], None
         for name in self._run_names:
             try:
-                found.append(await reads.find_run(self._database, name))
+                found.append(await self._database.poll(reads.find_run, name))
             except RunNotFoundError as error:
                 gone = error
         if gone is not None and (not found or not self._id):
@@ -313,7 +313,7 @@ class Worker:
         work = await self._due_work()
         self._report_outages(work.outages)
         if work.stranded:
-            await self._queue.bring_forward(self._claimer.order)
+            await self._database.write(leases.bring_forward, self._claimer.order)
         if work.expired:
             await self._renew()  # before others': our own may have run out in a standstill
             await self._reclaim()
@@ -328,7 +328,7 @@ class Worker:
         return work.due and not self._calls.alone
 
     async def _due_work(self) -> DueWork:
-        return await self._queue.check_due(self._claimer.order, worker=self._id)
+        return await self._database.poll(leases.check_due, self._database.presence, self._claimer.order, self._id)
 
     def _report_outages(self, outages: Mapping[str, str]) -> None:
         """Report outages that other workers recognised, and the end of each; settlements report our own."""
@@ -342,7 +342,7 @@ class Worker:
         self._outages = set(outages)
 
     async def _reclaim(self, *, starting: bool = False) -> None:
-        reclaimed, failed = await reclaim(self._database, self._queue, self._notify, starting=starting)
+        reclaimed, failed = await reclaim(self._database, self._notify, starting=starting)
         self.report.reclaimed += reclaimed
         self.report.failed += failed
 
@@ -357,8 +357,8 @@ class Worker:
             work = await self._due_work()
             if work.due or work.suspects or work.expired:
                 return False
-        found = await reads.counts(self._database, [run.id for run in wanted])
-        if until is Until.DONE and not self._completion.all_done(found, await reads.now(self._database)):
+        found = await self._database.poll(reads.counts, [run.id for run in wanted])
+        if until is Until.DONE and not self._completion.all_done(found, await self._database.poll(reads.time)):
             return False
         self._completion.check_served(found)
         self.report.paused = self._completion.pauses(found)
@@ -380,7 +380,7 @@ class Worker:
                     )
                 await self._renew()
                 # The loop does neither while there is more to claim.
-                self._runs.reprice(await reads.prices(self._database, self._runs.served))
+                self._runs.reprice(await self._database.poll(reads.prices, self._runs.served))
                 if self._claimer.more and not self._is_stopping():
                     await self._reclaim()
         except Exception as error:  # noqa: BLE001 - without renewals the worker must end
@@ -399,7 +399,7 @@ class Worker:
             self._lead = _lead_ms()
             return
         async with self._comparing:
-            clocks = await self._queue.clocks(self._id)
+            clocks = await self._database.poll(leases.clocks, self._database.presence, self._id)
             if self._clock_jumped():
                 starting, self._far_off, self._lead = True, {}, _lead_ms()
             deadline = 0.0
@@ -416,13 +416,13 @@ class Worker:
                 if not clocks.reports or time.monotonic() >= deadline or self._is_stopping():
                     return
                 await asyncio.sleep(POLL_SECONDS)
-                clocks = await self._queue.clocks(self._id)
+                clocks = await self._database.poll(leases.clocks, self._database.presence, self._id)
 
     async def _renew(self) -> None:
         await self._check_clock()
         claims = self._calls.claims
         settled, rate, lease = self.report.done + self.report.failed, self._calls.rate(), self._options.lease
-        lost = await self._queue.renew(self._id, claims, lease=lease, settled=settled, rate=rate)
+        lost = await self._database.write(leases.renew, self._id, claims, lease=lease, settled=settled, rate=rate)
         for claim in claims:
             if claim.job_id in lost:
                 self._calls.lose(claim)

@@ -24,10 +24,9 @@ from lbr.core.errors import UsageError
 from lbr.core.types import PauseCause
 from lbr.store import counters, files, health, runs, schema
 from lbr.store.database import open_database
-from lbr.store.leases import Queue
 from lbr.store.settle import settle
 from lbr.worker import kept_answers
-from tests.support import ROOT, Cli, answered, assert_counted, is_postgresql, postgres, put
+from tests.support import ROOT, Cli, Queue, answered, assert_counted, is_postgresql, postgres, put
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -107,7 +106,7 @@ async def test_nothing_is_wrong_with_a_sound_queue(database: Database, db_url: s
     run = await put(database, ["a", "b"])
     queue = Queue(database)
     worker = await queue.register(host="h", pid=1, concurrency=2)
-    await settle(database, [answered(one) for one in await queue.claim(worker, [run.id], 1, lease=60)])
+    await database.write(settle, [answered(one) for one in await queue.claim(worker, [run.id], 1, lease=60)])
     found = await examined(db_url, clock)
     grave = {check for check, those in found.items() if any(one.is_grave for one in those)}
     assert grave <= ({"settings", "machine's clock"} if is_postgresql(db_url) else set())
@@ -147,9 +146,9 @@ async def test_expired_leases_are_found(database: Database, db_url: str, clock: 
 async def test_paused_and_unsealed_runs_are_found(database: Database, db_url: str, clock: Clock) -> None:
     """Runs that wait for the user are named, each with the command that lets it go on."""
     by_hand, broke, spent = [await put(database, ["a"], name=name) for name in ("hand", "broke", "spent")]
-    await runs.pause(database, by_hand, "manually")
-    await runs.pause(database, broke, "Pause: the licence has expired", cause=PauseCause.ACCOUNT)
-    await runs.pause(database, spent, "it may cost $1", cause=PauseCause.BUDGET)
+    await database.write(runs.pause, by_hand, "manually")
+    await database.write(runs.pause, broke, "Pause: the licence has expired", cause=PauseCause.ACCOUNT)
+    await database.write(runs.pause, spent, "it may cost $1", cause=PauseCause.BUDGET)
     change(db_url, "UPDATE runs SET sealed_at = NULL WHERE name = 'hand'")
     clock.forward(600)
     hints = [(one.gravity, one.do or "") for one in (await examined(db_url, clock))["runs"]]
@@ -253,7 +252,7 @@ async def test_two_fixes_at_once_fix_once(database: Database, db_url: str, clock
         "DELETE FROM counters WHERE name = 'reused'",
         f"INSERT INTO counters (run_id, name, shard, value) VALUES ({run.id}, 'inflight', 0, -3)",
     )
-    found = await asyncio.gather(*(counters.fix(one) for one in others))
+    found = await asyncio.gather(*(one.write(counters.fix) for one in others))
     assert sorted(len(drifts) for drifts in found) == [0, 0, 2]
     await assert_counted(database, run)
     for one in others:
@@ -271,11 +270,11 @@ async def test_a_fix_keeps_what_is_counted_meanwhile(database: Database, db_url:
 
     async def work() -> None:
         for claim in claims:
-            await settle(database, [answered(claim)])
+            await database.write(settle, [answered(claim)])
 
     working = asyncio.create_task(work())
     while not working.done():
-        await counters.fix(doctor)
+        await doctor.write(counters.fix)
     await working
     await assert_counted(database, run)
     await doctor.close()

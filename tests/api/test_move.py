@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import update
+from sqlalchemy.util import await_only
 
 import lbr
 from lbr import LbrError, Permanent
@@ -19,7 +20,6 @@ from lbr.core.errors import DatabaseError, UsageError
 from lbr.core.types import Item, KeyMaker, PauseCause, Paused, Prompt, Shape
 from lbr.store import enqueue, reads, runs, transfer
 from lbr.store.database import open_database, opened, shown
-from lbr.store.leases import Queue
 from lbr.store.schema import results
 from lbr.store.settle import settle
 from lbr.worker.kept_answers import keep
@@ -27,10 +27,12 @@ from tests.proofs.test_outages import FUNCTION, calls, check, enqueue_lines, far
 from tests.support import (
     ECHO,
     Cli,
+    Queue,
     answered,
     assert_counted,
     is_postgresql,
     locked_by_another,
+    meanwhile,
     postgres,
     put,
     states,
@@ -117,7 +119,7 @@ async def test_everything_comes_along_and_the_rest_is_done_there(urls: tuple[str
     for name in ("done", "failed", "pending", "reused", "errors", "input_tokens", "sealed"):
         assert getattr(here, name) == getattr(there, name)
     async with opened(target) as database:
-        await assert_counted(database, await reads.find_run(database, "r"))
+        await assert_counted(database, await database.read(reads.find_run, "r"))
     assert (await lbr.work(functions=[picky], db_url=source)).done == 0
     calls.fixed = True
     await lbr.retry("r", db_url=target)
@@ -188,7 +190,7 @@ async def test_a_move_that_dies_at_any_step_goes_on(
     assert (await lbr.move("r", db_url=source, to_url=target)).known is has_arrived
     assert (await may_go_on(source), await may_go_on(target)) == (False, True)
     async with opened(target) as database:
-        await assert_counted(database, await reads.find_run(database, "r"))
+        await assert_counted(database, await database.read(reads.find_run, "r"))
     await lbr.resume("r", db_url=target)
     assert [(await lbr.work(db_url=url)).done for url in urls] == [0, 7]
     assert [row["result"] for row in await rows_of(target)] == [f"p{n % 7}" for n in range(10)]
@@ -198,7 +200,7 @@ async def may_go_on(url: str) -> bool:
     """Return whether `lbr resume` lets workers claim a run's jobs there, without warning that it is elsewhere."""
     try:
         async with opened(url) as database:
-            run = await reads.find_run(database, "r")
+            run = await database.read(reads.find_run, "r")
             runs.check_not_moving(run)
     except LbrError:
         return False
@@ -219,7 +221,7 @@ async def test_two_moves_at_once(urls: tuple[str, str], monkeypatch: pytest.Monk
     assert (await lbr.move("r", db_url=source, to_url=target)).known
     assert [row["prompt"] for row in await rows_of(target)] == [f"p{n % 70}" for n in range(100)]
     async with opened(target) as database:
-        copy = await reads.find_run(database, "r")
+        copy = await database.read(reads.find_run, "r")
         assert await states(database, copy) == {"pending": 70}
         await assert_counted(database, copy)
 
@@ -231,24 +233,21 @@ async def test_a_run_that_goes_on_while_it_is_copied_stays(
     source, target = urls
     await lbr.enqueue(["a", "b"], run="r", model="offline:echo", db_url=source)
     await lbr.pause("r", db_url=source)
-    real = transfer.depart
 
-    async def goes_on(*arguments: Any) -> Any:
+    async def goes_on() -> None:
         await lbr.resume("r", db_url=source)
         await lbr.work(db_url=source)
         await lbr.pause("r", db_url=source)
-        return await real(*arguments)
 
-    async def grows(*arguments: Any) -> Any:
+    async def grows() -> None:
         await lbr.enqueue(["a"], run="r", model="offline:echo", append=True, db_url=source)
-        return await real(*arguments)
 
     for change in (goes_on, grows):
-        monkeypatch.setattr(transfer, "depart", change)
-        with pytest.raises(DatabaseError, match="changed while it was copied, and stays there"):
-            await lbr.move("r", db_url=source, to_url=target, restart=True)
+        with monkeypatch.context() as patch:
+            meanwhile(patch, transfer.depart, change)
+            with pytest.raises(DatabaseError, match="changed while it was copied, and stays there"):
+                await lbr.move("r", db_url=source, to_url=target, restart=True)
         assert (await may_go_on(source), await may_go_on(target)) == (True, False)
-    monkeypatch.setattr(transfer, "depart", real)
     assert (await lbr.move("r", db_url=source, to_url=target)).answers == 2
     assert [row["result"] for row in await rows_of(target)] == ["a", "b", "a"]
 
@@ -259,17 +258,15 @@ async def test_a_held_job_keeps_a_run(urls: tuple[str, str], monkeypatch: pytest
     database = await open_database(source, create=True)
     run = await put(database, ["a"])
     worker = await Queue(database).register(host="h", pid=1, concurrency=1)
-    await runs.pause(database, run, "by hand")
-    real = transfer.depart
+    await database.write(runs.pause, run, "by hand")
 
-    async def claimed(*arguments: Any) -> Any:
-        await runs.resume(database, run)
+    async def claimed() -> None:
+        await database.write(runs.resume, run)
         claims = await Queue(database).claim(worker, [run.id], 1, lease=60)
-        await runs.pause(database, run, "by hand")
+        await database.write(runs.pause, run, "by hand")
         assert len(claims) == 1
-        return await real(*arguments)
 
-    monkeypatch.setattr(transfer, "depart", claimed)
+    meanwhile(monkeypatch, transfer.depart, claimed)
     with pytest.raises(DatabaseError, match="changed while it was copied"):
         await lbr.move("r", db_url=source, to_url=target)
     with pytest.raises(UsageError, match=r"is paused, with 0 jobs to do and 1 held by workers; wait until no"):
@@ -448,7 +445,7 @@ async def test_a_copy_that_differs_is_found(urls: tuple[str, str], monkeypatch: 
     async def forges(database: Database, run: Run) -> tuple[int, str]:
         forging = update(results).where(results.c.text == "p3").values(text="forged")
         if run.is_paused_by(PauseCause.MOVING_FROM):
-            await database.write(lambda connection: connection.execute(forging))
+            await database.write(lambda connection, _: connection.execute(forging))
         return await real(database, run)
 
     monkeypatch.setattr(transfer, "digest", forges)
@@ -488,11 +485,11 @@ async def test_a_call_that_comes_during_a_move_wakes_no_copy(tmp_path: Path) -> 
     here, there = (f"sqlite:///{tmp_path / name}.db" for name in ("here", "there"))
     await lbr.enqueue(["a", "b"], run="r", model="offline:echo", db_url=here)
     async with opened(here) as database:
-        run = await runs.pause(database, await reads.find_run(database, "r"), "by hand")
+        run = await database.write(runs.pause, await database.read(reads.find_run, "r"), "by hand")
         await lbr.move("r", db_url=here, to_url=there)
         with pytest.raises(UsageError, match="was moved to"):
-            await runs.resume(database, run, moved=False)
-        assert (await reads.find_run(database, "r")).state == "paused"
+            await database.write(runs.resume, run, moved=False)
+        assert (await database.read(reads.find_run, "r")).state == "paused"
 
 
 @pytest.mark.slow
@@ -529,10 +526,10 @@ async def test_a_run_that_is_still_enqueued_is_refused(urls: tuple[str, str]) ->
     database = await open_database(source, create=True)
     run = await put(database, ["a"])
     item = Item(Prompt(text="b"))
-    await enqueue.add_chunk(database, run, 1, [item], [KeyMaker(ECHO).key(item.prompt)], reuse=True)
+    await database.write(enqueue.add_chunk, run, 1, [item], [KeyMaker(ECHO).key(item.prompt)], reuse=True)
     with pytest.raises(UsageError, match="its enqueue has not finished"):
         await lbr.move("r", db_url=source, to_url=target)
-    assert (await reads.find_run(database, "r")).state == "active"
+    assert (await database.read(reads.find_run, "r")).state == "active"
     await database.close()
 
 
@@ -545,19 +542,22 @@ async def test_a_reused_answer_stays_until_it_is_copied(
     first = await put(database, ["a"], name="first")
     queue = Queue(database)
     worker = await queue.register(host="h", pid=1, concurrency=1)
-    await settle(database, [answered(c, "A") for c in await queue.claim(worker, [first.id], 1, lease=60)])
-    copy = await runs.pause(database, first, "moving from elsewhere", cause=PauseCause.MOVING_FROM)
+    await database.write(settle, [answered(c, "A") for c in await queue.claim(worker, [first.id], 1, lease=60)])
+    copy = await database.write(runs.pause, first, "moving from elsewhere", cause=PauseCause.MOVING_FROM)
     other = await open_database(url)
     real, clearing = enqueue._find_answers, []
 
-    async def meanwhile(connection: Any, new: Any) -> Any:
-        found = await real(connection, new)
+    async def clear() -> None:
         clearing.append(asyncio.create_task(transfer.clear(other, copy)))
         while not clearing[0].done() and not postgres.waiting(url):
             await asyncio.wait(clearing, timeout=0.01)
+
+    def find_and_wait(connection: Any, new: Any) -> Any:
+        found = real(connection, new)
+        await_only(clear())
         return found
 
-    monkeypatch.setattr(enqueue, "_find_answers", meanwhile)
+    monkeypatch.setattr(enqueue, "_find_answers", find_and_wait)
     second = await put(database, ["a"], name="second")
     await clearing[0]
     rows = [row async for page in reads.rows(database, second, Shape.ORIGINAL) for row in page]

@@ -23,10 +23,9 @@ from lbr.core.types import Failure, KeyMaker, Outcome, PauseCause, Paused, Promp
 from lbr.models.identity import identify
 from lbr.store import limits, reads, runs, transfer
 from lbr.store.database import open_database, shown
-from lbr.store.leases import Queue
 from lbr.store.settle import settle
 from lbr.worker.worker import Worker
-from tests.support import ECHO, Cli, answered, assert_counted, eventually, failed, put, states
+from tests.support import ECHO, Cli, Queue, answered, assert_counted, eventually, failed, put, states
 from tests.support.llmock_server import serve
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ async def enqueue_for(database: Database, function: Callable[..., Any], prompts:
     """Put prompts into a run `r` that a test's function answers at a price."""
     identity = identify(function)
     task = Task(function=identity.name, version=identity.version, fingerprint=identity.fingerprint)
-    await runs.open_run(database, runs.RunSpec("r", task, 8, price=price))
+    await database.write(runs.open_run, runs.RunSpec("r", task, 8, price=price))
     return await put(database, prompts, task=task)
 
 
@@ -104,15 +103,15 @@ class TestRuns:
         """Runs with and without one have the same keys; the later enqueue's price holds, none leaves it."""
         run = await put(database, ["a"])
         assert run.price is None
-        again = await runs.open_run(database, runs.RunSpec("r", ECHO, 8, price=PRICE))
+        again = await database.write(runs.open_run, runs.RunSpec("r", ECHO, 8, price=PRICE))
         assert (again.id, again.price) == (run.id, PRICE)
-        assert (await reads.find_run(database, "r")).price == PRICE
-        assert (await runs.open_run(database, runs.RunSpec("r", ECHO, 8))).price == PRICE
+        assert (await database.read(reads.find_run, "r")).price == PRICE
+        assert (await database.write(runs.open_run, runs.RunSpec("r", ECHO, 8))).price == PRICE
         dearer = Price(1, 2)
-        await runs.open_run(database, runs.RunSpec("r", ECHO, 8, price=dearer))
-        assert await reads.prices(database, [run.id]) == {run.id: dearer}
-        fresh = await runs.open_run(database, runs.RunSpec("new", ECHO, 8, price=PRICE))
-        assert (await reads.find_run(database, "new")).price == fresh.price == PRICE
+        await database.write(runs.open_run, runs.RunSpec("r", ECHO, 8, price=dearer))
+        assert await database.read(reads.prices, [run.id]) == {run.id: dearer}
+        fresh = await database.write(runs.open_run, runs.RunSpec("new", ECHO, 8, price=PRICE))
+        assert (await database.read(reads.find_run, "new")).price == fresh.price == PRICE
         assert KeyMaker(fresh.task).key(Prompt(text="a")) == KeyMaker(run.task).key(Prompt(text="a"))
 
     async def test_a_cancelled_run_keeps_its_price(self, database: Database) -> None:
@@ -120,8 +119,8 @@ class TestRuns:
         run = await put(database, ["a"])
         await runs.cancel(database, run)
         with pytest.raises(UsageError, match="cancelled"):
-            await runs.open_run(database, runs.RunSpec("r", ECHO, 8, price=PRICE))
-        assert (await reads.find_run(database, "r")).price is None
+            await database.write(runs.open_run, runs.RunSpec("r", ECHO, 8, price=PRICE))
+        assert (await database.read(reads.find_run, "r")).price is None
 
     async def test_the_part_of_the_cost_without_answers_is_counted(self, database: Database, clock: Clock) -> None:
         """Failed tries and late answers count as wasted, answers do not; the counts are those of the rows."""
@@ -134,15 +133,15 @@ class TestRuns:
             replace(answered(claim), outcome=Outcome(Reply("answer", Usage(1, 1, nanos)), None, 1))
             for claim, nanos in ((one, 30), (two, 4))
         )
-        await settle(database, [good])
+        await database.write(settle, [good])
         clock.forward(61)
         await queue.reclaim()
         (again,) = await queue.claim(worker, [run.id], 1, lease=60)
-        await settle(database, [late])
-        await settle(database, [failed(again, paid)])
-        counts = (await reads.overview(database, "r")).runs[0].counts
+        await database.write(settle, [late])
+        await database.write(settle, [failed(again, paid)])
+        counts = (await database.read(reads.overview, "r")).runs[0].counts
         assert (counts["cost_nanos"], counts["wasted_nanos"]) == (1_034, 1_030)
-        tries = (await reads.story(database, run, 0)).tries
+        tries = (await database.read(reads.story, run, 0)).tries
         told = [(one.what, one.input_tokens, one.output_tokens, one.cost_nanos) for one in tries]
         assert told == [("crashed", None, None, None), ("stale", 1, 1, 30), ("retried", 7, 3, 1_000)]
 
@@ -153,8 +152,8 @@ class TestRuns:
         await lbr.enqueue(["a"], run="r", model="offline:echo", price="in=1,out=2", db_url=db_url)
         if new:
             source, target = await open_database(db_url), await open_database(target_url, create=True)
-            run = await reads.find_run(source, "r")
-            await transfer.open_copy(target, replace(run, price=PRICE), shown(db_url))
+            run = await source.read(reads.find_run, "r")
+            await target.write(transfer.open_copy, replace(run, price=PRICE), shown(db_url))
             await source.close()
             await target.close()
         await lbr.pause("r", db_url=db_url)
@@ -174,7 +173,7 @@ class TestWorkers:
 
         await enqueue_for(live, refuses, ["a"], Price(1, 2))
         await worker_for(live, refuses).run()
-        counts = (await reads.overview(live, "r")).runs[0].counts
+        counts = (await live.read(reads.overview, "r")).runs[0].counts
         assert (counts["cost_nanos"], counts["wasted_nanos"]) == (120_000, 120_000)
 
     async def test_a_busy_worker_takes_note_of_another_price(self, live: Database) -> None:
@@ -191,11 +190,11 @@ class TestWorkers:
         working = asyncio.create_task(worker.run())
         await eventually(lambda: gate.calls)
         dearer = Price(3, 0)
-        await runs.open_run(live, runs.RunSpec("r", run.task, 8, run.fingerprint, dearer))
+        await live.write(runs.open_run, runs.RunSpec("r", run.task, 8, run.fingerprint, dearer))
         await eventually(lambda: worker._runs.served[run.id].price == dearer)
         gate.open = True
         await working
-        counts = (await reads.overview(live, "r")).runs[0].counts
+        counts = (await live.read(reads.overview, "r")).runs[0].counts
         assert counts["cost_nanos"] == 2 * 3_000_000
 
     @pytest.mark.processes
@@ -276,20 +275,20 @@ class TestPause:
     async def test_an_answer_without_a_cost_pauses_the_run_and_is_kept(self, database: Database, clock: Clock) -> None:
         """So are those that are in flight; then nothing is claimed until somebody resumes."""
         run, worker = await put(database, [f"p{n}" for n in range(20)]), await worker_of(database)
-        await limits.set_budget(database, run.id, 10**9)
+        await database.write(limits.set_budget, run.id, 10**9)
         (first,) = await claim(database, worker, run)
-        await settle(database, [took(first, Usage(1, 1, 1000))])
+        await database.write(settle, [took(first, Usage(1, 1, 1000))])
         one, two = await claim(database, worker, run)
-        settled = await settle(database, [took(one, Usage(40, 40, None))])
+        settled = await database.write(settle, [took(one, Usage(40, 40, None))])
         words = "its calls report no cost and no price is known for offline:echo; repeat the enqueue with --price in=…,out=…"
         assert settled.paused == {"r": Paused(PauseCause.UNPRICED, words)}
         assert await claim(database, worker, run) == []
-        assert (await settle(database, [took(two, Usage(40, 40, None))])).paused == {}
-        found = await reads.find_run(database, "r")
+        assert (await database.write(settle, [took(two, Usage(40, 40, None))])).paused == {}
+        found = await database.read(reads.find_run, "r")
         assert (found.state, found.pause) == ("paused", Paused(PauseCause.UNPRICED, words))
         assert await states(database, run) == {"done": 3, "pending": 17}
         await assert_counted(database, run)
-        await runs.resume(database, found)
+        await database.write(runs.resume, found)
         assert len(await claim(database, worker, run)) == 2
 
     async def test_tokens_that_nobody_counted_are_a_cost_that_nobody_knows(
@@ -297,9 +296,9 @@ class TestPause:
     ) -> None:
         """The words say so, for a price would not help."""
         run, worker = await put(database, ["a", "b"]), await worker_of(database)
-        await limits.set_budget(database, run.id, 10**9)
+        await database.write(limits.set_budget, run.id, 10**9)
         (first,) = await claim(database, worker, run)
-        (reason,) = (await settle(database, [answered(first)])).paused.values()
+        (reason,) = (await database.write(settle, [answered(first)])).paused.values()
         assert reason.message.startswith("its calls report no cost, because offline:echo does not count their tokens")
 
     @pytest.mark.parametrize(
@@ -316,9 +315,9 @@ class TestPause:
     ) -> None:
         """An answer that nobody could read counts like one; a call that ended without a word does not."""
         run, worker = await put(database, ["a", "b"]), await worker_of(database)
-        await limits.set_budget(database, run.id, 10**9)
+        await database.write(limits.set_budget, run.id, 10**9)
         (first,) = await claim(database, worker, run)
-        assert bool((await settle(database, [failed(first, failure)])).paused) is pauses
+        assert bool((await database.write(settle, [failed(first, failure)])).paused) is pauses
         clock.forward(3600)
         # Of one that is known to have cost something, the mean is known: two may go.
         known = failure.usage.cost_nanos is not None
@@ -327,14 +326,14 @@ class TestPause:
     async def test_an_answer_that_came_too_late_is_paid_for(self, database: Database, clock: Clock) -> None:
         """It is nobody's answer, but it took tokens."""
         run, worker = await put(database, ["a"]), await worker_of(database)
-        await limits.set_budget(database, run.id, 10**9)
+        await database.write(limits.set_budget, run.id, 10**9)
         (first,) = await claim(database, worker, run)
         clock.forward(120)
         await Queue(database).reclaim()
         (again,) = await claim(database, worker, run)
-        settled = await settle(database, [took(first, Usage(1, 1, None))])
+        settled = await database.write(settle, [took(first, Usage(1, 1, None))])
         assert (len(settled.stale), list(settled.paused)) == (1, ["r"])
-        await settle(database, [took(again, Usage(1, 1, 1))])
+        await database.write(settle, [took(again, Usage(1, 1, 1))])
         assert await states(database, run) == {"done": 1}
 
     async def test_it_is_told_beside_the_cost_that_is_known(self, database: Database) -> None:
@@ -349,8 +348,8 @@ class TestPause:
                 "tokens 2 in, 2 out, cost $0.003, and 1 call of unknown cost\n",
             ),
         ):
-            await settle(database, [taken])
-            status = status_of(await reads.overview(database, "r"))
+            await database.write(settle, [taken])
+            status = status_of(await database.read(reads.overview, "r"))
             assert status.runs[0].unpriced == unpriced
             assert told in f"{describe(status)}\n"
 
@@ -358,12 +357,12 @@ class TestPause:
         """And what came then does not thin out the mean of those whose cost is known, once there is a limit."""
         run, worker = await put(database, [f"p{n}" for n in range(200)]), await worker_of(database)
         claims = await claim(database, worker, run, 60)
-        assert (await settle(database, [took(c, Usage(40, 40, None)) for c in claims])).paused == {}
-        await limits.set_budget(database, run.id, 100_000)
+        assert (await database.write(settle, [took(c, Usage(40, 40, None)) for c in claims])).paused == {}
+        await database.write(limits.set_budget, run.id, 100_000)
         flights = []
         while claims := await claim(database, worker, run):
             flights.append(len(claims))
-            await settle(database, [took(c, Usage(1, 1, 10_000)) for c in claims])
+            await database.write(settle, [took(c, Usage(1, 1, 10_000)) for c in claims])
         assert flights == [1, 2, 6, 1]
         await assert_counted(database, run)
 

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from bench_chat import chat_server
-from sqlalchemy import text
 from stamina.instrumentation import set_on_retry_hooks
 
 from lbr.api.task import authorize
@@ -30,7 +29,7 @@ from lbr.models.http import Connections
 from lbr.models.pydantic_ai import PydanticAIModel
 from lbr.store import reads
 from lbr.store.database import open_database
-from lbr.store.sqlite_connection import READER_PRAGMAS, FileConnections, database_errors
+from lbr.store.sqlite import SQLiteDatabase
 from lbr.worker import runs as serving
 from lbr.worker.attempt import Deadlines, LateCalls, OutOfFilesError, attempt
 from lbr.worker.runs import ServableRuns
@@ -162,11 +161,11 @@ async def test_slots_are_held_back_while_a_provider_is_served(tmp_path: Path, mo
     database = await open_database(f"sqlite+aiosqlite:///{tmp_path / 'queue.db'}", create=True)
     await put(database, ["a"], name="1", task=ECHO)
     servable = ServableRuns(authorize(), concurrency=50, room=7, limits_cost=False)
-    assert servable.update(await reads.all_runs(database)) == []
+    assert servable.update(await database.read(reads.all_runs)) == []
     assert servable.slots == 50
     for name in ("2", "3"):
         await put(database, ["a"], name=name, task=Task(model=MODEL), reuse=False)
-        told = servable.update(await reads.all_runs(database))
+        told = servable.update(await database.read(reads.all_runs))
         assert [("allows 7 calls" in one) for one in told] == ([True] if name == "2" else [])
         assert servable.slots == 7
     await servable.aclose()
@@ -211,14 +210,13 @@ def none_left() -> Iterator[None]:
 
 async def test_a_database_that_finds_no_handle_says_so(tmp_path: Path) -> None:
     """SQLite has one code for what it may not open and for what it cannot; the message tells which it was."""
-    connections = FileConnections(tmp_path / "queue.db", begin="BEGIN", most=1, pragmas=READER_PRAGMAS)
-    with (
-        none_left(),
-        pytest.raises(DatabaseError, match="out of file handles"),
-        database_errors(tmp_path / "queue.db"),
-    ):
-        await connections.transact(lambda it: it.execute(text("SELECT count(*) FROM sqlite_master")))
-    await connections.close()
+    path = tmp_path / "queue.db"
+    await (await open_database(str(path), create=True)).close()
+    database = SQLiteDatabase(path, patience=0.1)
+    for ask in (database.read, database.poll, database.write):
+        with none_left(), pytest.raises(DatabaseError, match="out of file handles"):
+            await ask(reads.all_runs)
+    await database.close()
 
 
 async def test_a_look_for_changes_waits_for_a_handle(tmp_path: Path) -> None:
@@ -239,7 +237,7 @@ async def test_a_run_that_finds_no_handle_is_tried_again(
 ) -> None:
     """It is refused with one line for now, and served when the worker next learns of it."""
     run = await put(database, ["a"], name="mine", task=Task(model=MODEL))
-    found = await reads.all_runs(database)
+    found = await database.read(reads.all_runs)
 
     def fails(*args: Any, **options: Any) -> Any:
         raise UsageError("expected pydantic-ai") from NONE_LEFT

@@ -786,7 +786,7 @@ async def test_a_function_that_an_earlier_lbr_identified_is_answered_again(db_ur
 
     earlier = Task(function=identify(answer).name, fingerprint="0" * 32)
     async with opened(db_url, create=True) as database:
-        await runs.open_run(database, runs.RunSpec("old", earlier, 8, earlier.fingerprint))
+        await database.write(runs.open_run, runs.RunSpec("old", earlier, 8, earlier.fingerprint))
     for inputs, added in (["a"], True), (["a"], False), (["a", "b"], True):
         notices = (await lbr.enqueue(inputs, run="new", function=answer, db_url=db_url)).notices
         assert [notice.startswith("run old was created with") for notice in notices] == [True] * added
@@ -802,7 +802,7 @@ async def test_code_that_an_earlier_lbr_digested_did_not_change(db_url: str) -> 
     async def store(fingerprint: str) -> None:
         async with opened(db_url) as database:
             await database.write(
-                lambda connection: connection.execute(update(schema.runs).values(fingerprint=fingerprint))
+                lambda connection, _: connection.execute(update(schema.runs).values(fingerprint=fingerprint))
             )
 
     assert await enqueue("r") == []
@@ -812,7 +812,7 @@ async def test_code_that_an_earlier_lbr_digested_did_not_change(db_url: str) -> 
     assert await enqueue("reusing") == []
     assert await enqueue("r") == []
     async with opened(db_url) as database:
-        assert (await reads.find_run(database, "r")).fingerprint == identify(shout).fingerprint
+        assert (await database.read(reads.find_run, "r")).fingerprint == identify(shout).fingerprint
     await store(f"{SCHEME}{'0' * 32}")
     assert "the code of" in (await enqueue("r"))[0]
 
@@ -825,9 +825,9 @@ async def test_only_functions_are_looked_at_and_once(
     asked: list[object] = []
     real = queueing.lender_with_other_code
 
-    async def look(*args: Any) -> str | None:
+    def look(*args: Any) -> str | None:
         asked.append(args)
-        return await real(*args)
+        return real(*args)
 
     monkeypatch.setattr(queueing, "lender_with_other_code", look)
     monkeypatch.setattr(queueing, "CHUNK", 2)

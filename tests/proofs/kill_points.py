@@ -16,10 +16,9 @@ from lbr.core.types import Failure, Item, Outcome, Prompt, Reply
 from lbr.store import reads, redo, runs
 from lbr.store.claim import ClaimRequest, settle_and_claim
 from lbr.store.database import open_database
-from lbr.store.leases import Queue
 from lbr.store.runs import RunSpec
 from lbr.store.settle import settle
-from tests.support import ECHO, answered, real_clock
+from tests.support import ECHO, Queue, answered, real_clock
 from tests.support.hearing import Hearing
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ def outcomes(claims: list[Claim]) -> list[Settlement]:
 
 
 async def _claimed(database: Database, name: str, count: int = len(PROMPTS)) -> tuple[WorkerId, list[Claim]]:
-    run = await reads.find_run(database, name)
+    run = await database.read(reads.find_run, name)
     queue = Queue(database)
     worker = await queue.register(host="h", pid=1, concurrency=8)
     claims: list[Claim] = []
@@ -101,24 +100,24 @@ async def _enqueue(_: Database, name: str) -> Callable[[Database], Awaitable[obj
 
 
 async def _claim(database: Database, name: str) -> Callable[[Database], Awaitable[object]]:
-    run = await reads.find_run(database, name)
+    run = await database.read(reads.find_run, name)
     worker = await Queue(database).register(host="h", pid=1, concurrency=8)
     return lambda database: Queue(database).claim(worker, [run.id], 8, lease=LEASE)
 
 
 async def _settle(database: Database, name: str) -> Callable[[Database], Awaitable[object]]:
     _, claims = await _claimed(database, name)
-    return lambda database: settle(database, outcomes(claims))
+    return lambda database: database.write(settle, outcomes(claims))
 
 
 async def _turn(database: Database, name: str) -> Callable[[Database], Awaitable[object]]:
     worker, claims = await _claimed(database, name, TURN)
-    run = await reads.find_run(database, name)
+    run = await database.read(reads.find_run, name)
     batch, request = (
         [answered(claim, claim.prompt.text or "") for claim in claims],
         ClaimRequest(worker, [run.id], TURN, LEASE),
     )
-    return lambda database: settle_and_claim(database, batch, request)
+    return lambda database: database.write(settle_and_claim, batch, request)
 
 
 async def _renew(database: Database, name: str) -> Callable[[Database], Awaitable[object]]:
@@ -137,14 +136,14 @@ async def _reclaim(database: Database, name: str) -> Callable[[Database], Awaita
 
 
 async def _cancel(database: Database, name: str) -> Callable[[Database], Awaitable[object]]:
-    run = await reads.find_run(database, name)
+    run = await database.read(reads.find_run, name)
     return lambda database: runs.cancel(database, run)
 
 
 async def _redo(database: Database, name: str) -> Callable[[Database], Awaitable[object]]:
     _, claims = await _claimed(database, name)
-    await settle(database, outcomes(claims))
-    run = await reads.find_run(database, name)
+    await database.write(settle, outcomes(claims))
+    run = await database.read(reads.find_run, name)
     done = redo.read_conditions(["status=done"])
     return lambda database: redo.retry(database, run, done, {"latency": 0})
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lbr.core.errors import Family
 from lbr.core.types import JobState, RunState, Settlement
-from lbr.store.leases import MAX_CRASHES
+from lbr.store.leases import LOST_MS, MAX_CRASHES
 from lbr.store.schema import SUSPECT_CRASHES
 
 if TYPE_CHECKING:
@@ -59,6 +59,10 @@ class Job:
     def is_told(self, claim_seq: int) -> bool:
         """Tell whether the end of that claim's call is on record."""
         return any(one.claim_seq == claim_seq and one.what != "crashed" for one in self.tries)
+
+    def is_late(self, claim_seq: int) -> bool:
+        """Tell whether that claim's call is on record as one that ended too late."""
+        return any(one.claim_seq == claim_seq and one.what == "stale" for one in self.tries)
 
 
 @dataclass(slots=True)
@@ -144,8 +148,13 @@ class Model:
         return {key: _expected(self.jobs[key]) for key in taken}
 
     def settle(self, now: int, batch: Sequence[tuple[Key, Settlement]]) -> tuple[set[Key], set[Key]]:
-        """Write down how calls ended; return the jobs whose outcome was taken, and those where it came too late."""
+        """Write down how calls ended; return the jobs whose outcome was taken, and those for which it came too late.
+
+        What was settled before is again what it was then.
+        """
         new = [(key, s) for key, s in batch if not self._is_repeated(key, s)]
+        settled = [(key, s) for key, s in batch if self._is_repeated(key, s)]
+        late = {key for key, s in settled if self.jobs[key].is_late(s.claim.claim_seq)}
         mine = [(key, s) for key, s in new if self._is_mine(key, s)]
         stale = [pair for pair in new if pair not in mine]
         for key, s in mine:
@@ -159,7 +168,8 @@ class Model:
             if s.cool_down:
                 before = self.cooldowns.get(run.answerer, 0)
                 self.cooldowns[run.answerer] = max(before, now + s.wait_ms)
-        return {key for key, _ in mine}, {key for key, _ in stale}
+        taken = {key for key, s in settled if not self.jobs[key].is_late(s.claim.claim_seq)}
+        return {key for key, _ in mine} | taken, {key for key, _ in stale} | late
 
     def _is_mine(self, key: Key, s: Settlement) -> bool:
         job = self.jobs[key]
@@ -193,8 +203,16 @@ class Model:
         self._add_try(key, Try(s.claim.claim_seq, what, failure.family if failure else None, text, now))
 
     def renew(self, now: int, worker: int, held: dict[Key, int], *, lease_ms: int) -> set[Key]:
-        """Extend leases, and take lapsed ones up again; return the jobs that are lost."""
+        """Extend leases, and take lapsed ones up again; return the jobs that are lost.
+
+        What the worker does not hold any more, although it has claimed it some time ago, goes back.
+        """
         lost = set()
+        before = now + lease_ms - min(LOST_MS, lease_ms // 2)
+        for key, job in self.jobs.items():
+            ours = job.state is JobState.INFLIGHT and job.worker == worker and key not in held
+            if ours and (job.lease_until or 0) < before:
+                self._set(key, state=self._resting(key), worker=None, lease_until=None)
         for key, seq in held.items():
             job = self.jobs[key]
             if job.worker == worker and job.state is JobState.INFLIGHT:

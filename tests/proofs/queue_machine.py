@@ -32,16 +32,17 @@ from lbr.core.types import (
 from lbr.store import enqueue, limits, redo, runs, schema
 from lbr.store import settle as settling
 from lbr.store.database import open_database
-from lbr.store.leases import Queue
 from tests.proofs.model_of_queue import Job, Key, Model, RefusedError, broken_promises
 from tests.proofs.queue_seen import Seen, outside
-from tests.support import ECHO, Clock
+from tests.support import ECHO, Clock, Queue
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from lbr.core.types import Run
-    from lbr.store.database import Connection, Database
+    from sqlalchemy import Connection
+
+    from lbr.core.types import Millis, Run
+    from lbr.store.database import Database
 
 LEASE = 60.0
 TASKS = {"a": ECHO, "b": ECHO, "other": Task(model="offline:other")}
@@ -132,18 +133,18 @@ class World:
             self.databases.append(database)
             self.workers.append(await Queue(database).register(host="h", pid=n, concurrency=4))
         for name, task in TASKS.items():
-            self.runs[name] = await runs.open_run(self.databases[0], runs.RunSpec(name, task, 8))
+            self.runs[name] = await self.databases[0].write(runs.open_run, runs.RunSpec(name, task, 8))
             # Fixed by hand, and wide: what is learned of an answerer has tests of its own.
-            await limits.set_limits(self.databases[0], task.answerer, {"concurrency": 1_000})
+            await self.databases[0].write(limits.set_limits, task.answerer, {"concurrency": 1_000})
 
     def reset(self) -> None:
         """Empty the queue and set its clock back."""
 
-        async def work(connection: Connection) -> None:
+        def work(connection: Connection, _now: Millis) -> None:
             for name in ("items", "results", "attempts", "prompts", "jobs", "counters"):
-                await connection.execute(delete(schema.metadata.tables[name]))
-            await connection.execute(update(schema.runs).values({"state": RunState.ACTIVE} | runs.NOT_PAUSED))
-            await connection.execute(update(schema.limits).values(cooldown_until=0))
+                connection.execute(delete(schema.metadata.tables[name]))
+            connection.execute(update(schema.runs).values({"state": RunState.ACTIVE} | runs.NOT_PAUSED))
+            connection.execute(update(schema.limits).values(cooldown_until=0))
 
         self.clock.now = self._begin
         self.do(self.databases[0].write(work))
@@ -151,7 +152,7 @@ class World:
     def refuse_much(self) -> None:
         """Let the next refusal cool every worker down: the share of refused calls has tests of its own."""
         much = update(schema.limits).values(refused=1.0, answered=2**40)
-        self.do(self.databases[0].write(lambda connection: connection.execute(much)))
+        self.do(self.databases[0].write(lambda connection, _: connection.execute(much)))
 
     def close(self) -> None:
         """Close the queue."""
@@ -234,13 +235,13 @@ class QueueMachine(RuleBasedStateMachine):
         """Enqueue: all that is known and more, behind all, or something else at the start, which is refused."""
         if place == "again":
             inputs = self.model.runs[name].items + inputs
-        idx = None if place == "append" else 0
         run, maker = self.world.runs[name], KeyMaker(TASKS[name])
+        idx = self.world.do(self._database.read(enqueue.next_idx, run)) if place == "append" else 0
         items = [Item(Prompt(text=text)) for text in inputs]
         keys = [maker.key(item.prompt) for item in items]
         self._both(
             lambda: self.model.enqueue(self.clock.now, name, idx, inputs, reuse=reuse),
-            enqueue.add_chunk(self._database, run, idx, items, keys, reuse=reuse),
+            self._database.write(enqueue.add_chunk, run, idx, items, keys, reuse=reuse),
         )
         self._compare()
 
@@ -276,7 +277,7 @@ class QueueMachine(RuleBasedStateMachine):
         if not batch:
             return
         self.world.refuse_much()
-        told = self.world.do(settling.settle(self._database, [s for _, s in batch]))
+        told = self.world.do(self._database.write(settling.settle, [s for _, s in batch]))
         taken, stale = self.model.settle(self.clock.now, batch)
         found = {self.keys[n] for n in told.taken}, {self.keys[n] for n in told.stale}
         assert found == (taken, stale), f"taken and stale: {found}, expected: {(taken, stale)}"
@@ -286,7 +287,9 @@ class QueueMachine(RuleBasedStateMachine):
         """Renew a worker's claims, of whatever age."""
         if not (held := self._held_by(worker, chosen, again)):
             return
-        work = self._queue(worker).renew(self.world.workers[worker], held.values(), lease=LEASE, settled=0, rate=0.0)
+        work = self._queue(worker).renew(
+            self.world.workers[worker], list(held.values()), lease=LEASE, settled=0, rate=0.0
+        )
         lost = self.world.do(work)
         seqs = {key: claim.claim_seq for key, claim in held.items()}
         expected = self.model.renew(self.clock.now, worker, seqs, lease_ms=round(LEASE * 1000))
@@ -297,7 +300,7 @@ class QueueMachine(RuleBasedStateMachine):
         """Give a worker's claims back."""
         if not (held := self._held_by(worker, chosen, again)):
             return
-        work = self._queue(worker).release(self.world.workers[worker], held.values())
+        work = self._queue(worker).release(self.world.workers[worker], list(held.values()))
         seqs = {key: claim.claim_seq for key, claim in held.items()}
         assert self.world.do(work) == self.model.release(worker, seqs)
         self._compare()
@@ -354,13 +357,13 @@ class QueueMachine(RuleBasedStateMachine):
 
     def _pause(self, name: str) -> None:
         """Pause a run."""
-        work = runs.pause(self._database, self.world.runs[name], "by hand")
+        work = self._database.write(runs.pause, self.world.runs[name], "by hand")
         self._both(lambda: self.model.set_state(name, RunState.PAUSED), work)
         self._compare()
 
     def _resume(self, name: str) -> None:
         """Let a run go on."""
-        work = runs.resume(self._database, self.world.runs[name])
+        work = self._database.write(runs.resume, self.world.runs[name])
         self._both(lambda: self.model.set_state(name, RunState.ACTIVE), work)
         self._compare()
 

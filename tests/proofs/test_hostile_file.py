@@ -13,6 +13,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 import pytest
+from sqlalchemy import text
 
 from lbr.core.errors import DatabaseError
 from lbr.store import results_db
@@ -271,8 +272,8 @@ async def test_the_schema_of_a_file_is_not_trusted(queue: Queue) -> None:
     """No connection lets a file's own schema call functions that could do harm."""
     database = await open_database("runs.db")
     for ask in (database.read, database.write):
-        found = await ask(lambda connection: connection.exec_driver_sql("PRAGMA trusted_schema"))
-        assert found.scalar() == 0
+        found = await ask(lambda connection, _: connection.scalar(text("PRAGMA trusted_schema")))
+        assert found == 0
     await database.close()
 
 

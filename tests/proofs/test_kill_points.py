@@ -8,13 +8,12 @@ import pytest
 from sqlalchemy import func, select
 
 from lbr.core.types import Shape
-from lbr.store import limits, reads, redo, runs
+from lbr.store import limits, reads, redo
 from lbr.store.database import open_database
-from lbr.store.leases import Queue
 from lbr.store.schema import results
 from lbr.store.settle import settle
 from tests.proofs.kill_points import LATER, OPERATIONS, PROMPTS, die, enqueue
-from tests.support import ECHO, answered, assert_counted, real_clock, states
+from tests.support import ECHO, Queue, answered, assert_counted, real_clock, states
 
 if TYPE_CHECKING:
     from lbr.core.types import Run
@@ -42,12 +41,12 @@ FEWEST = 4
 
 async def named(database: Database, name: str) -> Run | None:
     """Return the run of that name, None where there is none yet."""
-    return next((run for run in await database.read(runs.all_runs) if run.name == name), None)
+    return next((run for run in await database.read(reads.all_runs) if run.name == name), None)
 
 
 async def set_limits(database: Database) -> None:
     """Set limits that hold nothing back, so that what keeps them is done as well."""
-    await limits.set_limits(database, ECHO.answerer, {"rpm": 2_000_000, "tpm": 200_000_000, "concurrency": 1_000})
+    await database.write(limits.set_limits, ECHO.answerer, {"rpm": 2_000_000, "tpm": 200_000_000, "concurrency": 1_000})
 
 
 async def finish(later: Database, name: str) -> Run:
@@ -55,13 +54,13 @@ async def finish(later: Database, name: str) -> Run:
     if run := await named(later, name):
         await redo.retry(later, run)
     await enqueue(later, name)
-    run = await reads.find_run(later, name)
+    run = await later.read(reads.find_run, name)
     queue = Queue(later)
     worker = await queue.register(host="h", pid=2, concurrency=100)
     while await states(later, run) != {"done": len(PROMPTS)}:
         await queue.reclaim()
         claims = await queue.claim(worker, [run.id], 100, lease=60)
-        await settle(later, [answered(claim, claim.prompt.text or "") for claim in claims])
+        await later.write(settle, [answered(claim, claim.prompt.text or "") for claim in claims])
         await redo.retry(later, run)
     return run
 
@@ -92,7 +91,7 @@ async def test_a_death_at_any_statement_leaves_all_or_nothing(db_url: str, opera
         length += 1
     assert length >= FEWEST
     assert len(seen) == len(BEFORE_AND_AFTER[operation])
-    count = await database.read(lambda connection: connection.scalar(select(func.count()).select_from(results)))
+    count = await database.read(lambda connection, _: connection.scalar(select(func.count()).select_from(results)))
     assert count == len(PROMPTS) * (length + 1)
     await later.close()
     await database.close()

@@ -14,18 +14,20 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import func, select
 
-from lbr.core.types import Item, KeyMaker, Prompt
-from lbr.store import enqueue, reads
+from lbr.api.enqueue import put as put_items
+from lbr.core.types import Item, Prompt
+from lbr.store import enqueue, reads, runs
 from lbr.store.database import open_database
-from lbr.store.leases import Queue
+from lbr.store.schema import jobs
 from lbr.store.schema import workers as workers_table
 from lbr.store.settle import settle
 from tests.store.test_settle import TRANSIENT
 from tests.support import (
     ECHO,
     Cli,
+    Queue,
     answered,
     assert_counted,
     failed,
@@ -111,34 +113,39 @@ def enqueue_lines(cli: Cli, count: int) -> list[str]:
 
 
 @pytest.mark.parametrize("lost", ["answer", "commit"])
-async def test_broken_commit_of_a_claim_claims_once(far: Database, proxy: Proxy, lost: str) -> None:
-    """Whether a commit whose connection broke was written is asked, so that a claim takes each job once and keeps it."""
+async def test_broken_commit_of_a_claim_costs_nothing(far: Database, proxy: Proxy, lost: str) -> None:
+    """Jobs that were claimed without the worker's knowing are pending again, uncharged, at one of its next renewals."""
     run = await put(far, [f"p{n}" for n in range(20)])
     queue = Queue(far)
     worker = await queue.register(host="h", pid=1, concurrency=20)
     setattr(proxy, f"eat_{lost}s", 1)
-    claims = await queue.claim(worker, [run.id], 5, lease=60)
+    claims = await queue.claim(worker, [run.id], 5, lease=4)
     assert (proxy.eat_answers, proxy.eat_commits) == (0, 0)
     assert len({claim.job_id for claim in claims}) == 5
     assert {claim.claim_seq for claim in claims} == {1}
+    unknown = 5 if lost == "answer" else 0
+    assert await states(far, run) == {"inflight": 5 + unknown, "pending": 15 - unknown}
+    await asyncio.sleep(2.1)
+    assert await queue.renew(worker, claims, lease=4, settled=0, rate=0.0) == set()
     assert await states(far, run) == {"inflight": 5, "pending": 15}
-    assert await queue.renew(worker, claims, lease=60, settled=0, rate=0.0) == set()
+    charged = await far.read(lambda c, _: c.execute(select(func.sum(jobs.c.attempts), func.sum(jobs.c.crashes))).one())
+    assert tuple(charged) == (0, 0)
     await assert_counted(far, run)
 
 
 @pytest.mark.parametrize("lost", ["answer", "commit"])
 async def test_broken_commit_of_a_settlement_charges_once(far: Database, proxy: Proxy, lost: str) -> None:
-    """An answer is written once and a failure charged once, although their commit had to be asked after."""
+    """An answer is written once and a failure charged once, although their commit was run again."""
     run = await put(far, ["a", "b"])
     queue = Queue(far)
     worker = await queue.register(host="h", pid=1, concurrency=2)
     good, bad = await queue.claim(worker, [run.id], 2, lease=60)
     setattr(proxy, f"eat_{lost}s", 1)
-    settled = await settle(far, [answered(good), failed(bad, TRANSIENT)])
+    settled = await far.write(settle, [answered(good), failed(bad, TRANSIENT)])
     assert settled.taken == {good.job_id, bad.job_id}
     assert settled.stale == frozenset()
     assert await states(far, run) == {"done": 1, "pending": 1}
-    story = await reads.story(far, run, 1)
+    story = await far.read(reads.story, run, 1)
     assert (story.attempts, [t.what for t in story.tries]) == (1, ["retried"])
     await assert_counted(far, run)
 
@@ -148,32 +155,21 @@ async def test_broken_commit_of_an_append_appends_once(far: Database, proxy: Pro
     """Inputs that go behind what a run holds are there once, although nothing else would tell them from new ones."""
     run = await put(far, ["first"])
     items = [Item(Prompt(text=f"more {n}")) for n in range(3)]
-    keys = [KeyMaker(ECHO).key(item.prompt) for item in items]
-    setattr(proxy, f"eat_{lost}s", 1)
-    counts = await enqueue.add_chunk(far, run, None, items, keys, reuse=True)
-    assert counts.new == 3
-    assert await enqueue.next_idx(far, run) == 4
+    setattr(proxy, f"eat_{lost}s", 2)
+    report = await put_items(far, runs.RunSpec("r", ECHO, 8), items, append=True)
+    assert report.counts.inputs == 3
+    assert await far.read(enqueue.next_idx, run) == 4
     await assert_counted(far, run)
 
 
-async def test_broken_commit_of_the_first_write_is_waited_for(far: Database, proxy: Proxy) -> None:
-    """A queue's very first transaction, too, is looked up before it is run again."""
-    first = await open_database(proxy.url)
-    proxy.eat_answers = 1
-    await Queue(first).register(host="only once", pid=1, concurrency=1)
-    await first.close()
-    with postgres.connect(proxy._target.render_as_string(hide_password=False)) as connection:
-        assert connection.execute("SELECT count(*) FROM lbr.workers").fetchone() == (1,)
-
-
-async def test_broken_commit_is_not_hidden_by_the_next(far: Database, proxy: Proxy) -> None:
-    """Transactions that wait for their turn begin only when it is known what became of the one before them."""
+async def test_broken_commit_is_waited_out_by_all(far: Database, proxy: Proxy) -> None:
+    """Transactions that are under way when a reply is lost are all done in the end, each for its own caller."""
     queue = Queue(far)
     proxy.eat_answers = 1
     ids = await asyncio.gather(*(queue.register(host="h", pid=n, concurrency=1) for n in range(5)))
     assert len(set(ids)) == 5
-    seen = await far.read(lambda connection: connection.execute(select(workers_table.c.pid)))
-    assert sorted(seen.scalars()) == [0, 1, 2, 3, 4]
+    seen = await far.read(lambda c, _: c.execute(select(workers_table).where(workers_table.c.id.in_(ids))).all())
+    assert sorted(row.pid for row in seen) == [0, 1, 2, 3, 4]
 
 
 async def test_settling_a_failure_twice_charges_once(database: Database) -> None:
@@ -183,8 +179,8 @@ async def test_settling_a_failure_twice_charges_once(database: Database) -> None
     worker = await queue.register(host="h", pid=1, concurrency=1)
     (claim,) = await queue.claim(worker, [run.id], 1, lease=60)
     for _ in range(2):
-        assert (await settle(database, [failed(claim, TRANSIENT)])).stale == set()
-    story = await reads.story(database, run, 0)
+        assert (await database.write(settle, [failed(claim, TRANSIENT)])).stale == set()
+    story = await database.read(reads.story, run, 0)
     assert (story.attempts, len(story.tries)) == (1, 1)
     await assert_counted(database, run)
 

@@ -10,20 +10,22 @@ from sqlalchemy import insert, select, update
 
 from lbr.core.types import Claim, JobId, JobState, Prompt, RunState, WorkerId
 from lbr.store import schema
-from lbr.store.leases import MAX_CRASHES, Queue
+from lbr.store.leases import MAX_CRASHES
 from lbr.store.schema import SUSPECT_CRASHES
 from lbr.store.settle import SETTLE, is_mine
 from tests.proofs import protocol
 from tests.proofs import protocol_rules as rules
 from tests.proofs.protocol import search
 from tests.proofs.protocol_rules import Budget, Job
-from tests.support import Clock, put
+from tests.support import Clock, Queue, put
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from lbr.core.types import Run
-    from lbr.store.database import Connection, Database
+    from sqlalchemy import Connection
+
+    from lbr.core.types import Millis, Run
+    from lbr.store.database import Database
 
 STATES = tuple(JobState)
 OURS, OTHER = 0, 1
@@ -83,8 +85,8 @@ async def stored(database: Database, clock: Clock, rows: list[Job]) -> tuple[Run
     queue = Queue(database)
     workers = [await queue.register(host="h", pid=n, concurrency=1) for n in (OURS, OTHER)]
 
-    async def work(connection: Connection) -> list[int]:
-        ids = list((await connection.execute(select(schema.jobs.c.id).order_by(schema.jobs.c.id))).scalars())
+    def work(connection: Connection, _now: Millis) -> list[int]:
+        ids = list(connection.execute(select(schema.jobs.c.id).order_by(schema.jobs.c.id)).scalars())
         for job_id, row in zip(ids, rows, strict=True):
             values: dict[str, Any] = {
                 "state": row.state,
@@ -94,25 +96,25 @@ async def stored(database: Database, clock: Clock, rows: list[Job]) -> tuple[Run
                 "worker_id": None if row.worker is None else workers[row.worker],
                 "lease_until": clock.now + (-1 if row.lapsed else 1) if row.state == "inflight" else None,
             }
-            await connection.execute(update(schema.jobs).where(schema.jobs.c.id == job_id).values(**values))
-        await _recount(connection, run, rows)
+            connection.execute(update(schema.jobs).where(schema.jobs.c.id == job_id).values(**values))
+        _recount(connection, run, rows)
         return ids
 
     return run, await database.write(work), workers
 
 
-async def _recount(connection: Connection, run: Run, rows: list[Job]) -> None:
-    await connection.execute(schema.counters.delete())
+def _recount(connection: Connection, run: Run, rows: list[Job]) -> None:
+    connection.execute(schema.counters.delete())
     for state in STATES:
         count = sum(row.state is state for row in rows)
         values = {"run_id": run.id, "name": state, "shard": 0, "value": count}
-        await connection.execute(insert(schema.counters).values(**values))
+        connection.execute(insert(schema.counters).values(**values))
 
 
 async def read_back(database: Database, clock: Clock, ids: list[int], workers: list[WorkerId]) -> list[Job]:
     """Return the rows as they are now."""
     query = select(schema.jobs).where(schema.jobs.c.id.in_(ids)).order_by(schema.jobs.c.id)
-    found = (await database.read(lambda connection: connection.execute(query))).all()
+    found = (await database.read(lambda connection, _: connection.execute(query))).all()
     return [
         Job(
             JobState(row.state),
@@ -137,12 +139,12 @@ async def test_the_statement_that_settles_goes_by_the_fence(database: Database, 
     rows = every_job()
     _, ids, _ = await stored(database, clock, rows)
 
-    async def is_taken(connection: Connection, job_id: int) -> bool:
+    def is_taken(connection: Connection, job_id: int) -> bool:
         given = {"job": job_id, "seq": 1, "to": "done", "available": 0, "charge": 1, "finished": clock.now}
-        return await SETTLE.run(connection, [given]) == 1
+        return SETTLE.run(connection, [given]) == 1
 
-    async def work(connection: Connection) -> list[bool]:
-        return [await is_taken(connection, job_id) for job_id in ids]
+    def work(connection: Connection, _now: Millis) -> list[bool]:
+        return [is_taken(connection, job_id) for job_id in ids]
 
     taken = await database.write(work)
     answer, failure = (rules.settlement_of(0, 1, 0, end) for end in ("answer", "fail"))
@@ -158,7 +160,7 @@ async def test_reclaim_goes_by_the_rule(database: Database, clock: Clock, run_st
     rows = every_job(crashes=range(MAX_CRASHES))
     _, ids, workers = await stored(database, clock, rows)
     setting = update(schema.runs).values(state=run_state)
-    await database.write(lambda connection: connection.execute(setting))
+    await database.write(lambda connection, _: connection.execute(setting))
     while await Queue(database).reclaim():
         pass
     expected = [rules.reclaimed(row, run_state) if row.lapsed else row for row in rows]

@@ -6,8 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from lbr.store.database import open_database
-from lbr.store.leases import Queue
-from tests.support import assert_counted, put
+from tests.support import Queue, assert_counted, put
 
 if TYPE_CHECKING:
     from lbr.core.types import (

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lbr.store.database import open_database
-from lbr.store.leases import Queue
-from tests.support import assert_counted, put, states
+from tests.support import Queue, assert_counted, put, states
 
 if TYPE_CHECKING:
     from lbr.core.types import (

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import update
 
+from lbr.api.enqueue import put as put_items
 from lbr.core.errors import (
     RunChangedError,
     RunMismatchError,
@@ -25,12 +26,14 @@ from lbr.core.types import (
 )
 from lbr.store import enqueue, reads, runs, schema
 from lbr.store.database import open_database
-from lbr.store.leases import Queue
 from lbr.store.settle import settle
-from tests.support import ECHO, answered, assert_counted, put, states
+from tests.support import ECHO, Queue, answered, assert_counted, put, states
 
 if TYPE_CHECKING:
-    from lbr.store.database import Connection, Database
+    from sqlalchemy import Connection
+
+    from lbr.core.types import Millis
+    from lbr.store.database import Database
 
 
 async def two_workers(database: Database) -> tuple[Queue, WorkerId, WorkerId]:
@@ -56,9 +59,9 @@ async def test_enqueue_again_adds_nothing(database: Database) -> None:
     run = await put(database, ["a", "b", "a"])
     items = [Item(Prompt(text=text)) for text in ("a", "b", "a", "c")]
     keys = [KeyMaker(ECHO).key(item.prompt) for item in items]
-    again = await enqueue.add_chunk(database, run, 0, items, keys, reuse=True)
+    again = await database.write(enqueue.add_chunk, run, 0, items, keys, reuse=True)
     assert again == enqueue.EnqueueCounts(inputs=4, known=3, new=1)
-    assert (await enqueue.add_chunk(database, run, 0, items, keys, reuse=True)).new == 0
+    assert (await database.write(enqueue.add_chunk, run, 0, items, keys, reuse=True)).new == 0
     await assert_counted(database, run)
 
 
@@ -72,7 +75,7 @@ async def test_changed_line_changes_nothing(database: Database) -> None:
     ]
     keys = [KeyMaker(ECHO).key(item.prompt) for item in items]
     with pytest.raises(RunChangedError, match=r"in\.txt, line 2: .*--run.*--append"):
-        await enqueue.add_chunk(database, run, 0, items, keys, reuse=True)
+        await database.write(enqueue.add_chunk, run, 0, items, keys, reuse=True)
     assert await states(database, run) == {"pending": 2}
 
 
@@ -81,13 +84,13 @@ async def test_changed_metadata_is_a_changed_line(database: Database) -> None:
     run = await put(database, ["a"])
     item = Item(Prompt(text="a"), custom_id="x", metadata={"n": 1}, source="in.jsonl", line=1)
     with pytest.raises(RunChangedError, match="line 1"):
-        await enqueue.add_chunk(database, run, 0, [item], [KeyMaker(ECHO).key(item.prompt)], reuse=True)
+        await database.write(enqueue.add_chunk, run, 0, [item], [KeyMaker(ECHO).key(item.prompt)], reuse=True)
 
 
 async def test_racing_enqueues_add_every_input_once(database: Database, db_url: str) -> None:
     """Two enqueues of the same inputs, interleaved chunk by chunk, leave what one would have left."""
     other = await open_database(db_url, create=True)
-    run = await runs.open_run(database, runs.RunSpec("r", ECHO, 8))
+    run = await database.write(runs.open_run, runs.RunSpec("r", ECHO, 8))
     items = [Item(Prompt(text=f"p{n % 70}")) for n in range(100)]
     keys = [KeyMaker(ECHO).key(item.prompt) for item in items]
 
@@ -95,7 +98,7 @@ async def test_racing_enqueues_add_every_input_once(database: Database, db_url: 
         new = 0
         for start in range(0, 100, 10):
             chunk = slice(start, start + 10)
-            new += (await enqueue.add_chunk(store, run, start, items[chunk], keys[chunk], reuse=True)).new
+            new += (await store.write(enqueue.add_chunk, run, start, items[chunk], keys[chunk], reuse=True)).new
         return new
 
     added = await asyncio.gather(one(database), one(other))
@@ -114,7 +117,7 @@ async def test_answers_of_other_runs_are_reused(database: Database) -> None:
     queue, worker, _ = await two_workers(database)
     first = await put(database, ["a"], name="first")
     (claim,) = await queue.claim(worker, [first.id], 5, lease=60)
-    await settle(database, [answered(claim, "A")])
+    await database.write(settle, [answered(claim, "A")])
     second = await put(database, ["a", "b"], name="second")
     assert await states(database, second) == {"done": 1, "pending": 1}
     rows = [row async for page in reads.rows(database, second, Shape.ORIGINAL) for row in page]
@@ -130,7 +133,7 @@ async def test_run_of_another_task_is_refused(database: Database) -> None:
     await put(database, ["a"])
     other = runs.RunSpec("r", Task(model="offline:echo", instructions="Be brief."), 8)
     with pytest.raises(RunMismatchError, match=r'\(instructions: none there, "Be brief\." here\).*--run'):
-        await runs.open_run(database, other)
+        await database.write(runs.open_run, other)
 
 
 SCHEMA = {"type": "object", "properties": {"reasoning": {}, "answer": {}}, "required": ["answer"]}
@@ -142,16 +145,16 @@ async def test_the_order_of_a_schema_is_that_of_the_last_enqueue(database: Datab
     """A run that an earlier version stored in sorted order, and any other, takes over the order that is given."""
     run = await put(database, ["a"], task=JUDGED)
 
-    async def sort(connection: Connection) -> None:
+    def sort(connection: Connection, _now: Millis) -> None:
         stored = JUDGED.canonical().decode()
-        await connection.execute(update(schema.runs).values(task=stored, price='{"in": 1, "out": 1}'))
+        connection.execute(update(schema.runs).values(task=stored, price='{"in": 1, "out": 1}'))
 
     await database.write(sort)
-    before = await reads.find_run(database, "r")
+    before = await database.read(reads.find_run, "r")
     assert before.task.to_json() != JUDGED.to_json()
     again = await put(database, ["a"], task=JUDGED)
     assert (again.id, again.task.to_json(), again.price) == (run.id, JUDGED.to_json(), before.price)
-    assert (await reads.find_run(database, "r")).task.to_json() == JUDGED.to_json()
+    assert (await database.read(reads.find_run, "r")).task.to_json() == JUDGED.to_json()
     assert await states(database, run) == {"pending": 1}
 
 
@@ -161,10 +164,10 @@ async def test_racing_enqueues_leave_one_of_their_orders(database: Database, db_
     turned = replace(JUDGED, schema=dict(reversed(SCHEMA.items())))
     specs = [runs.RunSpec("r", task, 8) for task in (JUDGED, turned)]
     stores = (database, other)
-    found = await asyncio.gather(*(runs.open_run(stores[n % 2], specs[n // 2 % 2]) for n in range(16)))
+    found = await asyncio.gather(*(stores[n % 2].write(runs.open_run, specs[n // 2 % 2]) for n in range(16)))
     await other.close()
     assert len({run.id for run in found}) == 1
-    stored = (await reads.find_run(database, "r")).task.to_json()
+    stored = (await database.read(reads.find_run, "r")).task.to_json()
     assert stored in {JUDGED.to_json(), turned.to_json()}
 
 
@@ -173,7 +176,7 @@ async def test_a_number_of_another_kind_is_another_task(database: Database) -> N
     await put(database, ["a"], task=JUDGED)
     other = replace(JUDGED, settings={"seed": 1, "latency": 0.0})
     with pytest.raises(RunMismatchError, match="settings: "):
-        await runs.open_run(database, runs.RunSpec("r", other, 8))
+        await database.write(runs.open_run, runs.RunSpec("r", other, 8))
 
 
 LONG = "You are a helpful assistant. " * 5
@@ -214,7 +217,7 @@ async def test_unknown_run_names_the_known(database: Database) -> None:
     """Whoever mistypes a run's name is told the names there are."""
     await put(database, ["a"], name="cities")
     with pytest.raises(RunNotFoundError, match="no run named 'citis'; runs here: cities"):
-        await reads.find_run(database, "citis")
+        await database.read(reads.find_run, "citis")
 
 
 async def test_appends_at_once_lose_nothing(database: Database, db_url: str) -> None:
@@ -224,8 +227,7 @@ async def test_appends_at_once_lose_nothing(database: Database, db_url: str) -> 
 
     async def append(store: Database, word: str) -> None:
         for n in range(10):
-            items = [Item(Prompt(text=f"{word} {n}"))]
-            await enqueue.add_chunk(store, run, None, items, [KeyMaker(ECHO).key(items[0].prompt)], reuse=True)
+            await put_items(store, runs.RunSpec("r", ECHO, 8), [Item(Prompt(text=f"{word} {n}"))], append=True)
 
     await asyncio.gather(append(database, "x"), append(other, "y"))
     await other.close()

@@ -21,10 +21,10 @@ from lbr.core.types import (
 )
 from lbr.store import files, reads
 from lbr.store.database import open_database
-from lbr.store.leases import RECLAIM_PAGE, Presence, Queue
+from lbr.store.leases import LOST_MS, RECLAIM_PAGE, Presence
 from lbr.store.settle import settle
 from lbr.worker.kept_answers import keep, reclaim
-from tests.support import Clock, answered, assert_counted, job_row, put, states
+from tests.support import ROOT, Clock, Queue, answered, assert_counted, job_row, put, states
 
 if TYPE_CHECKING:
     from lbr.store.database import Database
@@ -52,10 +52,8 @@ async def forking(prompt):
 """
 
 
-@pytest.fixture
-def db_url(tmp_path: Path) -> str:
-    """Return the URL of a file that does not exist yet: only beside a file there are such locks."""
-    return f"sqlite+aiosqlite:///{tmp_path / 'queue.db'}"
+on_a_file = pytest.mark.parametrize("db_url", ["sqlite"], indirect=True)
+"""Only beside a file are there locks that show who is dead."""
 
 
 def begin(cli: Cli, function: str = "answers:slow") -> subprocess.Popen[str]:
@@ -79,6 +77,7 @@ def calls(cli: Cli) -> list[str]:
     return log.read_text().split() if log.exists() else []
 
 
+@on_a_file
 @pytest.mark.processes
 @pytest.mark.parametrize("kind", ["starts", "works"])
 def test_a_killed_workers_jobs_are_taken_back_long_before_its_lease_ends(cli: Cli, kind: str) -> None:
@@ -103,6 +102,7 @@ def test_a_killed_workers_jobs_are_taken_back_long_before_its_lease_ends(cli: Cl
     assert list(cli.folder.glob("*.worker-*.lock")) == []
 
 
+@on_a_file
 @pytest.mark.processes
 def test_a_stopped_worker_is_not_taken_for_dead(cli: Cli) -> None:
     """One that the kernel has stopped lives; its lease goes on, and its answers are taken when it wakes."""
@@ -115,6 +115,7 @@ def test_a_stopped_worker_is_not_taken_for_dead(cli: Cli) -> None:
     worker.communicate(timeout=60)
 
 
+@on_a_file
 @pytest.mark.processes
 def test_a_forked_child_does_not_live_on_as_the_worker(cli: Cli) -> None:
     """A child that a function forked, and that outlives the killed worker, keeps nobody from its jobs."""
@@ -131,7 +132,7 @@ def test_a_forked_child_does_not_live_on_as_the_worker(cli: Cli) -> None:
 
 async def reclaim_once(database: Database) -> tuple[int, int]:
     """Take back what dead workers left, as a running worker does."""
-    return await reclaim(database, Queue(database), lambda _: None)
+    return await reclaim(database, lambda _: None)
 
 
 def dead_worker(db_url: str, jobs: int) -> WorkerId:
@@ -140,7 +141,7 @@ def dead_worker(db_url: str, jobs: int) -> WorkerId:
     import asyncio, os, signal
     from lbr.core.types import RunId
     from lbr.store.database import open_database
-    from lbr.store.leases import Queue
+    from tests.support import Queue
 
     async def main():
         queue = Queue(await open_database({db_url!r}))
@@ -152,12 +153,13 @@ def dead_worker(db_url: str, jobs: int) -> WorkerId:
     asyncio.run(main())
     """
     found = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, check=False, timeout=60
+        [sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, capture_output=True, check=False, timeout=60
     )
     assert found.returncode == -signal.SIGKILL, found.stderr
     return WorkerId(int(found.stdout))
 
 
+@on_a_file
 async def test_each_job_of_the_dead_is_charged_one_crash(db_url: str) -> None:
     """Also where two look, and where there are more than a page."""
     count = RECLAIM_PAGE + 7
@@ -179,6 +181,7 @@ async def test_each_job_of_the_dead_is_charged_one_crash(db_url: str) -> None:
     await database.close()
 
 
+@on_a_file
 async def test_kept_answers_of_the_dead_are_not_called_for_again(database: Database, db_url: str) -> None:
     """A worker that finds another one dead first settles the answers that it kept."""
     await put(database, ["a", "b"])
@@ -194,6 +197,7 @@ async def test_kept_answers_of_the_dead_are_not_called_for_again(database: Datab
     await other.close()
 
 
+@on_a_file
 @pytest.mark.parametrize("what", ["unreadable", "rubbish"])
 async def test_kept_answers_that_cannot_be_read_hold_jobs_back_if_that_may_pass(
     database: Database, db_url: str, what: str
@@ -218,8 +222,8 @@ async def test_kept_answers_that_cannot_be_read_hold_jobs_back_if_that_may_pass(
     assert not (await Queue(other).check_due([RunId(1)])).expired
     if what == "rubbish":
         path.write_text(words)
-        assert await reclaim(other, Queue(other), lambda _: None, starting=True) == (0, 0)
-        assert await states(other, await reads.find_run(other, "r")) == {"done": 1, "pending": 1}
+        assert await reclaim(other, lambda _: None, starting=True) == (0, 0)
+        assert await states(other, await other.read(reads.find_run, "r")) == {"done": 1, "pending": 1}
     await other.close()
 
 
@@ -283,14 +287,48 @@ async def test_renewed_lease_is_not_reclaimed(database: Database, clock: Clock) 
     """A lease holds as long as it is renewed; the holder of a lost one is told."""
     run = await put(database, ["a", "b"])
     queue, worker, other = await two_workers(database)
-    claims = await queue.claim(worker, [run.id], 2, lease=60)
+    kept, silent = [await queue.claim(one, [run.id], 1, lease=60) for one in (worker, other)]
     clock.forward(50)
-    assert await queue.renew(worker, claims[:1], lease=60, settled=0, rate=0.0) == set()
+    assert await queue.renew(worker, kept, lease=60, settled=0, rate=0.0) == set()
     clock.forward(20)
-    assert [one.job_id for one in await queue.reclaim()] == [claims[1].job_id]
-    (again,) = await queue.claim(other, [run.id], 5, lease=60)
-    assert again.job_id == claims[1].job_id
-    assert await queue.renew(worker, claims, lease=60, settled=0, rate=0.0) == {claims[1].job_id}
+    assert [one.job_id for one in await queue.reclaim()] == [silent[0].job_id]
+    (again,) = await queue.claim(worker, [run.id], 5, lease=60)
+    assert again.job_id == silent[0].job_id
+    assert await queue.renew(other, silent, lease=60, settled=0, rate=0.0) == {silent[0].job_id}
+
+
+async def test_claims_whose_reply_was_lost_go_back(database: Database, clock: Clock) -> None:
+    """Jobs that are a worker's without its knowing are pending again when no reply can be on its way any more."""
+    run = await put(database, ["a", "b", "c"])
+    queue, worker, other = await two_workers(database)
+    (held,) = await queue.claim(worker, [run.id], 1, lease=90)
+    (lost,) = await queue.claim(worker, [run.id], 1, lease=90)
+    (of_other,) = await queue.claim(other, [run.id], 1, lease=90)
+    clock.forward(LOST_MS / 1000 - 1)
+    assert await queue.renew(worker, [held], lease=90, settled=0, rate=0.0) == set()
+    assert await states(database, run) == {"inflight": 3}
+    clock.forward(2)
+    assert await queue.renew(worker, [held], lease=90, settled=0, rate=0.0) == set()
+    assert await states(database, run) == {"inflight": 2, "pending": 1}
+    row = await job_row(database, lost.job_id)
+    assert (row.state, row.attempts, row.crashes, row.worker_id) == ("pending", 0, 0, None)
+    await assert_counted(database, run)
+    # One that holds nothing renews, too.
+    clock.forward(20)
+    assert await queue.renew(other, [], lease=90, settled=0, rate=0.0) == set()
+    assert (await job_row(database, of_other.job_id)).state == "pending"
+    assert [claim.job_id for claim in await queue.claim(other, [run.id], 5, lease=90)] == [lost.job_id, of_other.job_id]
+    await assert_counted(database, run)
+
+
+async def test_a_short_lease_gives_lost_claims_back_before_it_ends(database: Database, clock: Clock) -> None:
+    """They would be charged a crash if others had to reclaim them."""
+    run = await put(database, ["a"])
+    queue, worker, _ = await two_workers(database)
+    await queue.claim(worker, [run.id], 1, lease=10)
+    clock.forward(6)
+    await queue.renew(worker, [], lease=10, settled=0, rate=0.0)
+    assert await states(database, run) == {"pending": 1}
 
 
 async def test_lapsed_lease_is_taken_up_again_by_the_living(database: Database, clock: Clock) -> None:
@@ -304,7 +342,7 @@ async def test_lapsed_lease_is_taken_up_again_by_the_living(database: Database, 
     row = await job_row(database, claim.job_id)
     assert (row.state, row.crashes, row.claim_seq) == ("inflight", 0, 1)
     await assert_counted(database, run)
-    assert (await settle(database, [answered(claim)])).taken == {claim.job_id}
+    assert (await database.write(settle, [answered(claim)])).taken == {claim.job_id}
     await assert_counted(database, run)
 
 
@@ -317,14 +355,14 @@ async def test_a_worker_that_ends_with_jobs_is_not_forgotten(database: Database)
     await queue.release(worker, claims[:1])
     await queue.unregister(worker)
     queue.leave(worker)
-    assert [one.pid for one in (await reads.overview(database)).workers] == [1]
+    assert [one.pid for one in (await database.read(reads.overview)).workers] == [1]
     if database.presence.knows:
         taken = await queue.reclaim(await queue.dead_workers())
         assert [(one.job_id, one.died) for one in taken] == [(claims[1].job_id, True)]
     else:
         await queue.release(worker, claims[1:])
         await queue.unregister(worker)
-    assert (await reads.overview(database)).workers == []
+    assert (await database.read(reads.overview)).workers == []
     assert await states(database, run) == {"pending": 2}
 
 
@@ -358,11 +396,11 @@ async def test_third_crash_fails_the_job(database: Database, clock: Clock) -> No
     assert [claim.prompt.text for claim in beside] == ["innocent"]
     (alone,) = await queue.claim(worker, [run.id], 5, lease=60, suspects=True)
     assert (alone.prompt.text, alone.crashes) == ("poison", 2)
-    await settle(database, [answered(beside[0])])
+    await database.write(settle, [answered(beside[0])])
     clock.forward(61)
     (dead_workers,) = await queue.reclaim()
     assert dead_workers.state is JobState.FAILED
-    story = await reads.story(database, run, 0)
+    story = await database.read(reads.story, run, 0)
     assert (story.row.status, story.row.error) == ("failed", "its worker died 3 times")
     assert story.attempts == 0
     await assert_counted(database, run)

@@ -34,9 +34,8 @@ from lbr.core.types import (
 )
 from lbr.store import enqueue, limits, reads, redo, runs
 from lbr.store.database import open_database
-from lbr.store.leases import Queue
 from lbr.store.settle import settle
-from tests.support import Clock, answered, assert_counted, failed, put
+from tests.support import Clock, Queue, answered, assert_counted, failed, put
 from tests.support.http_server import Scripted
 from tests.support.llmock_server import serve
 
@@ -61,7 +60,7 @@ async def workers(database: Database, *slots: int) -> list[tuple[Queue, int]]:
 
 async def limit_of(database: Database, who: str = WHO) -> Limit:
     """Return what is set and learned of an answerer."""
-    view = await reads.overview(database)
+    view = await database.read(reads.overview)
     return next(one.limit for one in view.limits if one.answerer == who)
 
 
@@ -83,7 +82,7 @@ async def test_workers_share_the_requests_of_a_minute(database: Database, clock:
         await put(database, ["b"], name="2"),
     )
     (queue, one), (_, two) = await workers(database, 500, 500)
-    await limits.set_limits(database, WHO, {"rpm": 600})
+    await database.write(limits.set_limits, WHO, {"rpm": 600})
     assert len(await claim(database, one, run)) == 10
     assert await claim(database, two, same) == []
     outlook = await queue.check_due([run.id, same.id])
@@ -93,7 +92,7 @@ async def test_workers_share_the_requests_of_a_minute(database: Database, clock:
     assert len(await claim(database, one, run)) == 2
     clock.forward(3600)
     assert len(await claim(database, one, run)) == 10
-    await limits.set_limits(database, WHO, {"rpm": None})
+    await database.write(limits.set_limits, WHO, {"rpm": None})
     assert len(await claim(database, one, run)) == 68
     await assert_counted(database, run)
 
@@ -102,24 +101,24 @@ async def test_tokens_are_debited_by_estimate_and_settled_by_use(database: Datab
     """A claim takes what its prompt and its answer will probably need; the rest, or all of it, is given back."""
     run = await put(database, ["x" * 400 + str(n) for n in range(20)])
     ((_, one),) = await workers(database, 500)
-    await limits.set_limits(database, WHO, {"tpm": 60_000})
+    await database.write(limits.set_limits, WHO, {"tpm": 60_000})
     claims = await claim(database, one, run, extra=299)
     assert [c.tokens for c in claims] == [400, 400, 400]
     assert (await limit_of(database)).tokens == -200
     assert await claim(database, one, run) == []
-    await settle(database, [used(claims[0], 100), failed(claims[1], LIMITED), answered(claims[2])])
+    await database.write(settle, [used(claims[0], 100), failed(claims[1], LIMITED), answered(claims[2])])
     assert (await limit_of(database)).tokens == -200 + 300 + 400
     await assert_counted(database, run)
 
 
 async def test_an_image_is_no_text(database: Database, clock: Clock) -> None:
     """Of messages the texts are debited: the letters of an image would hold everybody back for minutes."""
-    run = await runs.open_run(database, runs.RunSpec("r", Task(model=WHO), 8))
+    run = await database.write(runs.open_run, runs.RunSpec("r", Task(model=WHO), 8))
     image: Any = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 100_000}}
     prompt = Prompt(messages=({"role": "user", "content": [{"type": "text", "text": "x" * 40}, image]},))
-    await enqueue.add_chunk(database, run, 0, [Item(prompt)], [KeyMaker(run.task).key(prompt)], reuse=True)
+    await database.write(enqueue.add_chunk, run, 0, [Item(prompt)], [KeyMaker(run.task).key(prompt)], reuse=True)
     ((_, one),) = await workers(database, 5)
-    await limits.set_limits(database, WHO, {"tpm": 60_000})
+    await database.write(limits.set_limits, WHO, {"tpm": 60_000})
     (taken,) = await claim(database, one, run, extra=5)
     assert taken.tokens == 15
 
@@ -128,7 +127,7 @@ async def test_what_is_released_without_a_call_is_given_back(database: Database,
     """A worker that stops between claim and call has used nothing; one that gives up a call has."""
     run = await put(database, [f"{n:0400}" for n in range(40)])
     ((queue, one),) = await workers(database, 500)
-    await limits.set_limits(database, WHO, {"rpm": 600, "tpm": 60_000})
+    await database.write(limits.set_limits, WHO, {"rpm": 600, "tpm": 60_000})
     claims = await claim(database, one, run, 4)
     limit = await limit_of(database)
     assert (limit.requests, limit.tokens) == (6, 600)
@@ -143,13 +142,13 @@ async def test_calls_at_a_time_are_counted_over_all_workers(db_url: str) -> None
     databases = [await open_database(db_url, create=True) for _ in range(4)]
     run = await put(databases[0], [f"p{n}" for n in range(60)])
     ids = [(await workers(database, 20))[0][1] for database in databases]
-    await limits.set_limits(databases[0], WHO, {"concurrency": 7})
+    await databases[0].write(limits.set_limits, WHO, {"concurrency": 7})
     done = 0
     while done < 60:
         found = await asyncio.gather(*(claim(d, w, run) for d, w in zip(databases, ids, strict=True)))
         held = [c for claims in found for c in claims]
         assert len(held) == min(7, 60 - done)
-        await settle(databases[0], [answered(c) for c in held])
+        await databases[0].write(settle, [answered(c) for c in held])
         done += len(held)
     await assert_counted(databases[0], run)
     for database in databases:
@@ -163,22 +162,22 @@ async def test_refusals_cut_and_successes_widen(database: Database, clock: Clock
     claims = [*await claim(database, one, run, 20), *await claim(database, two, run, 20)]
     assert not any(c.throttled for c in claims)
     clock.forward(1)
-    await settle(database, [failed(c, LIMITED) for c in claims[:10]])
+    await database.write(settle, [failed(c, LIMITED) for c in claims[:10]])
     cut = (await limit_of(database)).slots or 0
     assert 30 < cut < 32
-    await settle(database, [failed(c, LIMITED) for c in claims[10:20]] + [answered(c) for c in claims[20:]])
+    await database.write(settle, [failed(c, LIMITED) for c in claims[10:20]] + [answered(c) for c in claims[20:]])
     assert (await limit_of(database)).slots == cut
     clock.forward(5)
     for grown in (0, 1):  # a round of answers calms the share refused, and the next one widens
         again = await claim(database, one, run)
         assert len(again) == 31
         assert all(c.throttled for c in again)
-        await settle(database, [answered(c) for c in again])
+        await database.write(settle, [answered(c) for c in again])
         assert (await limit_of(database)).slots == pytest.approx(cut + grown, abs=0.1)
     overloaded = Failure(Family.TRANSIENT, "Overloaded", "529", overloaded=True)
     again = await claim(database, two, run)
     clock.forward(1)
-    await settle(database, [failed(c, overloaded) for c in again])
+    await database.write(settle, [failed(c, overloaded) for c in again])
     assert (await limit_of(database)).slots == pytest.approx((cut + 1) / 2, abs=0.6)
     await assert_counted(database, run)
 
@@ -192,7 +191,7 @@ async def test_unknown_provider_is_begun_slowly(database: Database, clock: Clock
     for expected in (100, 200, 250):
         claims = await claim(database, one, run, 250)
         assert len(claims) == expected
-        await settle(database, [answered(c) for c in claims])
+        await database.write(settle, [answered(c) for c in claims])
     assert not any(c.throttled for c in await claim(database, one, run, 250))
 
 
@@ -243,23 +242,23 @@ async def test_budget_holds_for_all_workers_together(database: Database, clock: 
     """The first call goes alone, then as many as what is left will pay for; then the run is paused and says so."""
     run = await put(database, [f"p{n}" for n in range(300)])
     (queue, one), (_, two) = await workers(database, 100, 100)
-    await limits.set_budget(database, run.id, 1_000_000)
+    await database.write(limits.set_budget, run.id, 1_000_000)
     spent, calls, flights = 0, 0, []
     while True:
         claims = [*await claim(database, one, run, 60), *await claim(database, two, run, 60)]
         if not claims:
             break
         flights.append(len(claims))
-        await settle(database, [cost(c, 10_000) for c in claims])
+        await database.write(settle, [cost(c, 10_000) for c in claims])
         calls, spent = calls + len(claims), spent + 10_000 * len(claims)
     assert flights == [1, 2, 6, 18, 54, 19]
     assert (calls, spent) == (100, 1_000_000)
-    found = await reads.find_run(database, "r")
+    found = await database.read(reads.find_run, "r")
     assert found.state == "paused"
     words = "it may cost $0.001, with $0.001 spent there is no room for a call"
     assert found.pause == Paused(PauseCause.BUDGET, words)
-    await limits.set_budget(database, run.id, 1_050_000)
-    await runs.resume(database, found)
+    await database.write(limits.set_budget, run.id, 1_050_000)
+    await database.write(runs.resume, found)
     assert len(await claim(database, one, run, 60)) == 5
     assert not (await queue.check_due([run.id])).due
     await assert_counted(database, run)
@@ -269,7 +268,7 @@ async def test_dear_calls_after_cheap_ones(database: Database, clock: Clock) -> 
     """Four workers of 16 slots pass the limit by one call at most, if it is known what a call may cost at most."""
     run = await put(database, [f"p{n}" for n in range(400)])
     crew = await workers(database, 16, 16, 16, 16)
-    await limits.set_budget(database, run.id, 1_000_000)
+    await database.write(limits.set_budget, run.id, 1_000_000)
     bound = {run.id: CallBound(Price(0, 1), input_tokens=0, output_tokens=100)}
     spent, calls, most = 0, 0, 0
     while True:
@@ -281,11 +280,11 @@ async def test_dear_calls_after_cheap_ones(database: Database, clock: Clock) -> 
         if not claims:
             break
         most = max(most, len(claims))
-        await settle(database, [cost(c, 10 if c.job_id <= 100 else 100_000) for c in claims])
+        await database.write(settle, [cost(c, 10 if c.job_id <= 100 else 100_000) for c in claims])
         calls, spent = calls + len(claims), spent + sum(10 if c.job_id <= 100 else 100_000 for c in claims)
     assert most == 10  # at 100 tokens of $1 for a million, also while calls are cheap
     assert 900_000 < spent <= 1_000_000 + 100_000
-    assert (await reads.find_run(database, "r")).state == "paused"
+    assert (await database.read(reads.find_run, "r")).state == "paused"
     await assert_counted(database, run)
 
 
@@ -293,8 +292,8 @@ async def test_a_call_that_died_with_its_worker_is_estimated(database: Database,
     """It counts as spent at what calls cost so far, and no longer once its answer comes after all."""
     run = await put(database, [f"p{n}" for n in range(4)])
     (queue, one), (_, two) = await workers(database, 9, 9)
-    await settle(
-        database,
+    await database.write(
+        settle,
         [cost(c, nanos) for c, nanos in zip(await claim(database, one, run, 2), (10, 21), strict=True)],
     )
     lost, late = await claim(database, one, run, 2)
@@ -302,21 +301,21 @@ async def test_a_call_that_died_with_its_worker_is_estimated(database: Database,
     assert len(await queue.reclaim()) == 2
 
     async def counted() -> tuple[int, int, int]:
-        counts = (await reads.overview(database, "r")).runs[0].counts
+        counts = (await database.read(reads.overview, "r")).runs[0].counts
         return counts["cost_nanos"], counts["wasted_nanos"], counts["estimated_nanos"]
 
     assert await counted() == (31 + 2 * 16, 32, 32)
-    tries = (await reads.story(database, run, 2)).tries
+    tries = (await database.read(reads.story, run, 2)).tries
     assert [(one.what, one.cost_nanos) for one in tries] == [("crashed", 16)]
     await assert_counted(database, run)
-    await settle(database, [cost(late, 12)])
+    await database.write(settle, [cost(late, 12)])
     assert await counted() == (31 + 16 + 12, 16, 16)
     await assert_counted(database, run)
     (again,) = await claim(database, two, run, 1)
     assert again.job_id == lost.job_id
-    await settle(database, [cost(lost, 7)])
+    await database.write(settle, [cost(lost, 7)])
     assert await counted() == (31 + 12 + 7, 7, 0)
-    await settle(database, [cost(lost, 7)])  # safe to repeat
+    await database.write(settle, [cost(lost, 7)])  # safe to repeat
     assert await counted() == (31 + 12 + 7, 7, 0)
     await assert_counted(database, run)
 
@@ -326,14 +325,14 @@ async def test_a_lease_that_is_taken_up_again_has_no_estimate(database: Database
     run = await put(database, ["a", "b"])
     ((queue, one),) = await workers(database, 9)
     (first,) = await claim(database, one, run, 1)
-    await settle(database, [cost(first, 10)])
+    await database.write(settle, [cost(first, 10)])
     held = await claim(database, one, run, 1)
     clock.forward(61)
     await queue.reclaim()
-    counts = (await reads.overview(database, "r")).runs[0].counts
+    counts = (await database.read(reads.overview, "r")).runs[0].counts
     assert (counts["cost_nanos"], counts["estimated_nanos"]) == (20, 10)
     assert await queue.renew(one, held, lease=60, settled=1, rate=1.0) == set()  # type: ignore[arg-type]
-    counts = (await reads.overview(database, "r")).runs[0].counts
+    counts = (await database.read(reads.overview, "r")).runs[0].counts
     assert (counts["cost_nanos"], counts["wasted_nanos"], counts["estimated_nanos"]) == (10, 0, 0)
 
 
@@ -341,21 +340,21 @@ async def test_free_calls_need_no_budget(database: Database, clock: Clock) -> No
     """A run whose calls cost nothing is held to few at a time only until that is known."""
     run = await put(database, [f"p{n}" for n in range(300)])
     ((_, one),) = await workers(database, 100)
-    await limits.set_budget(database, run.id, 1)
+    await database.write(limits.set_budget, run.id, 1)
     for expected in (1, 2, 6, 18, 54, 100):
         claims = await claim(database, one, run, 100)
         assert len(claims) == expected
-        await settle(database, [cost(c, 0) for c in claims])
+        await database.write(settle, [cost(c, 0) for c in claims])
 
 
 async def test_what_is_done_is_not_paused(database: Database, clock: Clock) -> None:
     """A run that has come to its end with its last cent is finished, whatever else its worker does."""
     run, other = await put(database, ["a"], name="a"), await put(database, ["b"], name="b", reuse=False)
     ((queue, one),) = await workers(database, 5)
-    await limits.set_budget(database, run.id, 10)
-    await settle(database, [cost(c, 10) for c in await claim(database, one, run)])
+    await database.write(limits.set_budget, run.id, 10)
+    await database.write(settle, [cost(c, 10) for c in await claim(database, one, run)])
     assert len(await queue.claim(one, [run.id, other.id], 5, lease=60)) == 1  # type: ignore[arg-type]
-    assert (await reads.find_run(database, "a")).state == "active"
+    assert (await database.read(reads.find_run, "a")).state == "active"
 
 
 async def _until(look: Callable[[], Awaitable[Any]], holds: Callable[[Any], Any]) -> Any:
@@ -373,7 +372,7 @@ async def test_a_resume_outlives_the_budget_of_a_worker_that_waits(db_url: str) 
     working = asyncio.create_task(lbr.work(max_cost=1, until="forever", db_url=db_url))
     database = await open_database(db_url)
     # It looks at the runs first, and registers then.
-    await _until(lambda: reads.overview(database), lambda view: view.workers)
+    await _until(lambda: database.read(reads.overview), lambda view: view.workers)
     await lbr.resume("r", max_cost=7, db_url=db_url)
     seen = await _until(lambda: lbr.status("r", db_url=db_url), lambda status: status.runs[0].done == 2)
     assert seen.runs[0].max_cost_usd == 7
@@ -408,12 +407,12 @@ async def test_a_budget_knows_what_calls_cost_that_are_no_answers_now(database: 
     ((_, one),) = await workers(database, 100)
     refused = Failure(Family.PERMANENT, "ContentFilter", "no", usage=Usage(1, 1, 10_000))
     first, *_ = await claim(database, one, run, 1)
-    await settle(database, [failed(first, refused)])
-    await limits.set_budget(database, run.id, 1_000_000)
+    await database.write(settle, [failed(first, refused)])
+    await database.write(limits.set_budget, run.id, 1_000_000)
     for expected in (2, 6, 18, 33):
         claims = await claim(database, one, run, 100)
         assert len(claims) == expected
-        await settle(database, [cost(c, 10_000) for c in claims])
+        await database.write(settle, [cost(c, 10_000) for c in claims])
     assert await redo.retry(database, run, redo.read_conditions(["status=done"])) == 59
     assert len(await claim(database, one, run, 100)) == (1_000_000 - 600_000) // 10_000
     await assert_counted(database, run)
@@ -709,13 +708,13 @@ async def test_rate_limit_cools_every_run_of_the_answerer(database: Database, cl
         await put(database, ["d"], name="3", task=other),
     )
     queue, worker, second = await two_workers(database)
-    await limits.set_limits(database, "offline:echo", {"concurrency": 9})
+    await database.write(limits.set_limits, "offline:echo", {"concurrency": 9})
     refused = [failed(claim, LONG_LIMITED) for claim in await queue.claim(worker, [run.id], 3, lease=60)]
     settlement = refused[0]
-    await settle(database, refused)
+    await database.write(settle, refused)
     everything = [run.id, same.id, free.id]
     assert [c.prompt.text for c in await queue.claim(second, everything, 9, lease=60)] == ["d"]
-    view = await reads.overview(database)
+    view = await database.read(reads.overview)
     assert [(c.answerer, c.reason) for c in view.cooldowns] == [("offline:echo", "429")]
     assert 10_000 <= settlement.wait_ms <= 11_000
     clock.forward(settlement.wait_ms / 1000)
@@ -730,8 +729,8 @@ async def test_a_scattered_refusal_makes_only_its_job_wait(database: Database, c
     queue, worker, second = await two_workers(database)
     claims = await queue.claim(worker, [run.id], 30, lease=60)
     settlement = failed(claims[0], LONG_LIMITED)
-    await settle(database, [settlement, *(answered(claim) for claim in claims[1:])])
-    view = await reads.overview(database)
+    await database.write(settle, [settlement, *(answered(claim) for claim in claims[1:])])
+    view = await database.read(reads.overview)
     assert (view.cooldowns, view.limits[0].limit.slots) == ([], None)
     assert len(await queue.claim(second, [run.id], 60, lease=60)) == 30
     clock.forward(settlement.wait_ms / 1000)
@@ -746,13 +745,13 @@ async def test_a_cooldown_of_a_clock_that_was_ahead_hides_no_other(database: Dat
     queue, worker, _ = await two_workers(database)
     clock.forward(2 * 86_400)
     refused = await queue.claim(worker, [run.id], 3, lease=60)
-    await settle(database, [failed(claim, LONG_LIMITED) for claim in refused])
+    await database.write(settle, [failed(claim, LONG_LIMITED) for claim in refused])
     clock.forward(-2 * 86_400)
-    assert (await reads.overview(database)).cooldowns == []
+    assert (await database.read(reads.overview)).cooldowns == []
     (claim,) = await queue.claim(worker, [run.id], 1, lease=60)
     settlement = failed(claim, LONG_LIMITED)
-    await settle(database, [settlement])
-    (cooldown,) = (await reads.overview(database)).cooldowns
+    await database.write(settle, [settlement])
+    (cooldown,) = (await database.read(reads.overview)).cooldowns
     assert cooldown.until == clock() + settlement.wait_ms
     assert await queue.claim(worker, [run.id], 1, lease=60) == []
 
@@ -765,7 +764,7 @@ async def test_a_refusal_that_fails_its_job_cools_the_others(database: Database,
     for _ in range(2):
         refused = await queue.claim(worker, [run.id], 3, lease=60)
         settlement, *others = [failed(claim, LONG_LIMITED, hasty) for claim in refused]
-        await settle(database, [settlement, *others])
+        await database.write(settle, [settlement, *others])
         assert await queue.claim(second, [same.id], 1, lease=60) == []
         clock.forward(settlement.wait_ms / 1000)
     assert (settlement.state, settlement.charge) == (JobState.FAILED, 1)

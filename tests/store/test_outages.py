@@ -12,9 +12,8 @@ from lbr.core.outages import FIRST_WAIT_MS, TURN_MS, Evidence
 from lbr.core.retry import RetryPolicy, decide
 from lbr.core.types import Failure, JobState, Outcome, PauseCause, Paused, RunState, Task
 from lbr.store import reads, runs
-from lbr.store.leases import Queue
 from lbr.store.settle import settle
-from tests.support import answered, assert_counted, job_row, put, states
+from tests.support import Queue, answered, assert_counted, job_row, put, states
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,7 +61,7 @@ async def two_workers(database: Database) -> tuple[Queue, WorkerId, WorkerId]:
 async def recognise(database: Database, queue: Queue, worker: WorkerId, run_id: int) -> Sequence[Claim]:
     """Let a worker see an outage on four claims; return them."""
     claims = await queue.claim(worker, [run_id], 4, lease=60)  # type: ignore[list-item]
-    await settle(database, [refused(claim, evidence=seen_by(worker)) for claim in claims])
+    await database.write(settle, [refused(claim, evidence=seen_by(worker)) for claim in claims])
     return claims
 
 
@@ -83,7 +82,7 @@ async def test_all_wait_and_one_probes(database: Database, clock: Clock) -> None
     assert await queue.claim(one, [run.id], 4, lease=60) == []
     clock.forward(30)
     assert await queue.claim(one, [run.id], 4, lease=60) == []
-    settled = await settle(database, [answered(probe)])
+    settled = await database.write(settle, [answered(probe)])
     assert settled.notices == ["openai-chat:m answers again, after 31.0 s"]
     assert len(await queue.claim(one, [run.id], 4, lease=60)) == 4
     await assert_counted(database, run)
@@ -121,15 +120,15 @@ async def test_patience_pauses_all_runs_of_the_model_and_resume_forgets(database
     await put(database, [], name="finished", task=MODEL)
     queue, one, other = await two_workers(database)
     claims = await queue.claim(one, [run.id], 4, lease=60)
-    await settle(database, [refused(c, evidence=seen_by(one, patience_ms=2_000)) for c in claims])
+    await database.write(settle, [refused(c, evidence=seen_by(one, patience_ms=2_000)) for c in claims])
     clock.forward(2)
     (probe,) = await queue.claim(other, [run.id], 4, lease=60)
-    settled = await settle(database, [refused(probe)])
+    settled = await database.write(settle, [refused(probe)])
     reason = "openai-chat:m could not be reached in 1.0 s of waits: Connection refused"
     assert settled.paused == dict.fromkeys(["r", "second"], Paused(PauseCause.OUTAGE, reason))
     assert await states(database, run) == {"pending": 10}
     for name in (run, second):
-        assert (await runs.resume(database, name)).state is RunState.ACTIVE
+        assert (await database.write(runs.resume, name)).state is RunState.ACTIVE
     assert len(await queue.claim(one, [run.id], 4, lease=60)) == 4
 
 
@@ -140,10 +139,10 @@ async def test_a_worker_that_alone_fails_is_told(database: Database, clock: Cloc
     await recognise(database, queue, one, run.id)
     clock.forward(2)
     (probe,) = await queue.claim(other, [run.id], 4, lease=60)
-    await settle(database, [answered(probe)])
+    await database.write(settle, [answered(probe)])
     clock.forward(1)
     claims = await queue.claim(one, [run.id], 2, lease=60)
-    settled = await settle(database, [refused(c, evidence=seen_by(one)) for c in claims])
+    settled = await database.write(settle, [refused(c, evidence=seen_by(one)) for c in claims])
     assert settled.unreachable == {"openai-chat:m": "Connection refused"}
     assert len(await queue.claim(other, [run.id], 4, lease=60)) == 4
     assert [(await job_row(database, claim.job_id)).attempts for claim in claims] == [0, 0]
@@ -155,10 +154,10 @@ async def test_a_denied_probe_pauses_the_run(database: Database, clock: Clock) -
     queue, one, other = await two_workers(database)
     denied = {"symptom": Symptom.DENIED, "family": Family.PERMANENT, "message": "Incorrect API key"}
     claims = await queue.claim(one, [run.id], 4, lease=60)
-    await settle(database, [refused(c, evidence=seen_by(one), **denied) for c in claims])  # type: ignore[arg-type]
+    await database.write(settle, [refused(c, evidence=seen_by(one), **denied) for c in claims])  # type: ignore[arg-type]
     clock.forward(2)
     (probe,) = await queue.claim(other, [run.id], 4, lease=60)
-    settled = await settle(database, [refused(probe, **denied)])  # type: ignore[arg-type]
+    settled = await database.write(settle, [refused(probe, **denied)])  # type: ignore[arg-type]
     assert settled.paused == {"r": Paused(PauseCause.ACCOUNT, "SomeError: Incorrect API key")}
     assert await states(database, run) == {"pending": 10}
     assert not (await job_row(database, probe.job_id)).attempts
@@ -170,13 +169,13 @@ async def test_a_stray_401_is_tried_once_more_then_the_job_fails(database: Datab
     queue = Queue(database)
     worker = await queue.register(host="h", pid=1, concurrency=4)
     first, second = await queue.claim(worker, [run.id], 2, lease=60)
-    await settle(database, [answered(first)])
+    await database.write(settle, [answered(first)])
     seen = Evidence(worker, 1, 1, 5, 5, succeeded=True, patience_ms=1_000)
-    await settle(database, [refused(second, Symptom.DENIED, family=Family.PERMANENT, evidence=seen)])
+    await database.write(settle, [refused(second, Symptom.DENIED, family=Family.PERMANENT, evidence=seen)])
     assert (await job_row(database, second.job_id)).state == "pending"
     clock.forward(5)
     again = [c for c in await queue.claim(worker, [run.id], 10, lease=60) if c.job_id == second.job_id]
-    await settle(database, [refused(again[0], Symptom.DENIED, family=Family.PERMANENT, evidence=seen)])
+    await database.write(settle, [refused(again[0], Symptom.DENIED, family=Family.PERMANENT, evidence=seen)])
     row = await job_row(database, second.job_id)
     assert (row.state, row.attempts) == ("failed", 2)
 
@@ -194,7 +193,7 @@ async def test_a_run_whose_first_calls_all_fail_alike_is_paused(database: Databa
     ]
     paused: dict[str, Paused] = {}
     for start in range(0, len(failures), 10):
-        paused |= (await settle(database, failures[start : start + 10])).paused
+        paused |= (await database.write(settle, failures[start : start + 10])).paused
     assert paused["r"].cause is PauseCause.SET_UP
     assert "no such model" in paused["r"].message
     assert await states(database, run) == {"pending": jobs}
@@ -214,9 +213,9 @@ async def test_other_failures_do_not_pause_a_run(database: Database) -> None:
         refused(c, Symptom.SET_UP, family=Family.PERMANENT, message="ab"[n % 2] * (n + 1))
         for n, c in enumerate(claims[25:35])
     ]
-    assert (await settle(database, [*too_long, *unlike])).paused == {}
-    await settle(database, [answered(claims[35])])
-    assert (await settle(database, alike[36:])).paused == {}
+    assert (await database.write(settle, [*too_long, *unlike])).paused == {}
+    await database.write(settle, [answered(claims[35])])
+    assert (await database.write(settle, alike[36:])).paused == {}
     assert await states(database, run) == {"done": 1, "failed": 59}
 
 
@@ -225,7 +224,7 @@ async def test_status_tells_of_an_outage(database: Database, clock: Clock) -> No
     run = await put(database, [f"p{n}" for n in range(10)], task=MODEL)
     queue, one, _ = await two_workers(database)
     await recognise(database, queue, one, run.id)
-    (seen,) = (await reads.overview(database)).outages
+    (seen,) = (await database.read(reads.overview)).outages
     assert seen == reads.OutageSeen(
         "openai-chat:m",
         clock(),

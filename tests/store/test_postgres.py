@@ -6,7 +6,6 @@ import asyncio
 import re
 import time
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -23,17 +22,20 @@ from lbr.core.types import Failure, Outcome, Reply, Task
 from lbr.store import claim, enqueue, limits, reads, runs, schema, settle
 from lbr.store.claim import CLAIM, CLAIM_CHOSEN, CLAIM_SUSPECT, DUE, DUE_SIZED, DUE_SUSPECT
 from lbr.store.database import open_database
-from lbr.store.leases import EXPIRED, RECLAIM, RENEW, Queue
-from lbr.store.postgres import SHARDS, SOLE_LOCK, PostgresDatabase
+from lbr.store.leases import EXPIRED, RECLAIM, RENEW
+from lbr.store.postgres import SOLE_LOCK, PostgresDatabase
 from lbr.store.postgres_connection import Listener
-from lbr.store.sql import BulkStatement, PreparedQuery
-from tests.support import ECHO, Cli, answered, assert_counted, eventually, failed, postgres, put, states
+from lbr.store.sql import SHARDS, BulkStatement, PreparedQuery
+from tests.support import ECHO, Cli, Queue, answered, assert_counted, eventually, failed, postgres, put, states
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
-    from lbr.store.database import Connection, Database
+    from sqlalchemy import Connection
+
+    from lbr.core.types import Millis
+    from lbr.store.database import Database
 
 FAR = 10**15
 HELD = 500
@@ -67,17 +69,15 @@ async def plan(database: Database, statement: Any, bound: dict[str, Any]) -> str
     elif isinstance(statement, PreparedQuery):
         statement = statement.statement
 
-    async def work(connection: Connection) -> None:
+    def work(connection: Connection, _now: Millis) -> None:
         event.listen(
-            connection.sync_connection,
+            connection,
             "before_cursor_execute",
             lambda _c, _cursor, sql, parameters, _context, _many: sent.append((sql, parameters)),
         )
-        beneath = connection.sync_connection
-        assert beneath is not None
-        names = statement.compile(dialect=beneath.dialect).params
-        await connection.execute(statement, {name: bound[name] for name in names if name in bound})
-        explained = await connection.exec_driver_sql(f"EXPLAIN {sent[0][0]}", sent[0][1])
+        names = statement.compile(dialect=connection.dialect).params
+        connection.execute(statement, {name: bound[name] for name in names if name in bound})
+        explained = connection.exec_driver_sql(f"EXPLAIN {sent[0][0]}", sent[0][1])
         steps.extend(explained.scalars())
         raise Undo
 
@@ -86,8 +86,8 @@ async def plan(database: Database, statement: Any, bound: dict[str, Any]) -> str
     return "\n".join(steps)
 
 
-async def _run(sql: str, connection: Connection) -> None:
-    await connection.execute(text(sql))
+def _run(connection: Connection, _now: Millis, sql: str) -> None:
+    connection.execute(text(sql))
 
 
 async def fill(database: Database, *, statistics: str) -> int:
@@ -101,7 +101,7 @@ async def fill(database: Database, *, statistics: str) -> int:
             "INSERT INTO lbr.prompts (job_id, run_id, key, chat, body) "
             "SELECT id, 1, decode(md5(id::text), 'hex'), 0, '' FROM made"
         )
-        await database.write(lambda connection: connection.execute(text(sql)))
+        await database.write(lambda connection, _: connection.execute(text(sql)))
 
     await put(database, ["first"])
     for table in ("jobs", "prompts"):
@@ -109,7 +109,7 @@ async def fill(database: Database, *, statistics: str) -> int:
             f"DELETE FROM lbr.{table}",
             f"ALTER TABLE lbr.{table} SET (autovacuum_enabled = false)",
         ):
-            await database.write(partial(_run, statement))
+            await database.write(_run, statement)
     if statistics == "of finished jobs":
         await rows("done", 1, 100_000)
         await database.filled()
@@ -119,7 +119,7 @@ async def fill(database: Database, *, statistics: str) -> int:
     if statistics == "fresh":
         await database.filled()
     query = text("SELECT min(id) FROM lbr.jobs WHERE state = 'pending'")
-    return int((await database.read(lambda c: c.scalar(query))) or 0)
+    return int((await database.read(lambda c, _: c.scalar(query))) or 0)
 
 
 @pytest.mark.slow
@@ -172,7 +172,7 @@ async def test_everything_is_in_a_schema_of_its_own(url: str) -> None:
             "SELECT table_schema, count(*) FROM information_schema.tables "
             "WHERE table_schema NOT LIKE 'pg_%' AND table_schema <> 'information_schema' GROUP BY 1 ORDER BY 1"
         ).fetchall()
-        assert found == [("lbr", 12), ("public", 1)]
+        assert found == [("lbr", 11), ("public", 1)]
         assert connection.execute("SELECT count(*) FROM jobs").fetchone() == (0,)
 
 
@@ -185,7 +185,7 @@ async def test_hot_tables_keep_room_for_their_updates(live: Database, url: str) 
                 "AND relnamespace = 'lbr'::regnamespace"
             ).fetchall()
         )
-    assert set(options) == {"jobs", "counters", "writers"}
+    assert set(options) == {"jobs", "counters"}
     assert "fillfactor=70" in options["jobs"]
     assert "autovacuum_vacuum_scale_factor=0.02" in options["jobs"]
 
@@ -216,7 +216,7 @@ async def test_many_may_create_at_once(url: str) -> None:
 async def test_writes_are_refused_on_a_reading_connection(live: Database) -> None:
     """Nothing that reads can change the queue by mistake."""
     with pytest.raises(DatabaseError, match="read-only"):
-        await live.read(lambda c: c.execute(text("DELETE FROM lbr.jobs")))
+        await live.read(lambda c, _: c.execute(text("DELETE FROM lbr.jobs")))
 
 
 async def test_leases_go_by_the_servers_clock(live: Database, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,12 +225,12 @@ async def test_leases_go_by_the_servers_clock(live: Database, monkeypatch: pytes
     queue = Queue(live)
     worker = await queue.register(host="here", pid=1, concurrency=1)
     await queue.claim(worker, [run.id], 1, lease=60)
-    before = await reads.now(live)
+    before = await live.read(reads.time)
     monkeypatch.setattr(time, "time_ns", lambda: 10**18 * 3)
     monkeypatch.setattr(time, "time", lambda: 3e9)
     assert await queue.reclaim() == []
     await queue.claim(worker, [run.id], 1, lease=60)
-    found = await live.read(lambda c: c.execute(text("SELECT lease_until FROM lbr.jobs ORDER BY id")))
+    found = await live.read(lambda c, _: c.execute(text("SELECT lease_until FROM lbr.jobs ORDER BY id")))
     assert all(before - 10_000 < until - 60_000 < before + 10_000 for until in found.scalars())
 
 
@@ -242,9 +242,9 @@ async def test_counters_are_in_shards(url: str) -> None:
         queue = Queue(database)
         worker = await queue.register(host="h", pid=1, concurrency=10)
         claimed = await queue.claim(worker, [run.id], 10, lease=60)
-        await settle.settle(database, [answered(claim) for claim in claimed])
+        await database.write(settle.settle, [answered(claim) for claim in claimed])
     await assert_counted(databases[0], run)
-    shards = await databases[0].read(lambda c: c.execute(text("SELECT DISTINCT shard FROM lbr.counters")))
+    shards = await databases[0].read(lambda c, _: c.execute(text("SELECT DISTINCT shard FROM lbr.counters")))
     found = set(shards.scalars())
     assert len(found) > 1
     assert found <= set(range(SHARDS))
@@ -331,7 +331,7 @@ async def test_lost_lock_of_the_sole_worker(live: Database, url: str, monkeypatc
 
     async def holder() -> int:
         bound = {"kind": SOLE_LOCK}
-        return int(await live.read(lambda connection: connection.scalar(holders, bound)) or 0)
+        return int(await live.read(lambda connection, _: connection.scalar(holders, bound)) or 0)
 
     async def work(started: asyncio.Event) -> None:
         async with exclusive(url):
@@ -350,7 +350,7 @@ async def test_lost_lock_of_the_sole_worker(live: Database, url: str, monkeypatc
     waiting = text(f"SELECT count(*) {locks} AND NOT granted")
     with postgres.connect(url) as thief:
         wait = asyncio.create_task(asyncio.to_thread(thief.execute, "SELECT pg_advisory_lock(%s, 0)", (SOLE_LOCK,)))
-        while not (await live.read(lambda connection: connection.scalar(waiting))):
+        while not (await live.read(lambda connection, _: connection.scalar(waiting))):
             assert time.monotonic() < deadline
         postgres.execute(url, f"SELECT pg_terminate_backend({await holder()})")
         await wait
@@ -464,16 +464,16 @@ async def test_deadlocks_and_conflicts_are_run_again(live: Database) -> None:
     """A transaction that the server chose as a deadlock's victim is run again, whole."""
     tries = 0
 
-    async def work(connection: Connection) -> int:
+    def work(connection: Connection, _now: Millis) -> int:
         nonlocal tries
         tries += 1
         if tries < 3:
-            await connection.execute(text("DO $$ BEGIN RAISE SQLSTATE '40P01'; END $$"))
+            connection.execute(text("DO $$ BEGIN RAISE SQLSTATE '40P01'; END $$"))
         return tries
 
     assert await live.write(work) == 3
     with pytest.raises(DatabaseError) as caught:
-        await live.write(lambda c: c.execute(text("SELECT 1 / 0")))
+        await live.write(lambda c, _: c.execute(text("SELECT 1 / 0")))
     assert isinstance(caught.value.__cause__, DBAPIError)
 
 
@@ -490,8 +490,8 @@ async def test_what_a_claim_waited_for_it_obeys(live: Database, url: str, change
     queue = Queue(live)
     worker = await queue.register(host="h", pid=1, concurrency=40)
     run, free = await put(live, ["a", "b"], name="a"), await put(live, ["c"], name="b", task=REVERSED)
-    await limits.set_budget(live, run.id, 10**9)
-    await limits.set_limits(live, run.task.answerer, {"rpm": 6000})
+    await live.write(limits.set_budget, run.id, 10**9)
+    await live.write(limits.set_limits, run.task.answerer, {"rpm": 6000})
     with postgres.connect(url, autocommit=False) as other:
         assert other.execute(f"UPDATE lbr.{change}").rowcount == 1
         claiming = asyncio.create_task(queue.claim(worker, [run.id, free.id], 40, lease=60))
@@ -506,14 +506,14 @@ async def test_cooling_and_learning_lock_in_one_order(live: Database, url: str) 
     worker = await queue.register(host="h", pid=1, concurrency=40)
     runs_ = [await put(live, ["a"], name=task.model or "", task=task) for task in (ECHO, REVERSED)]
     for run in runs_:
-        await limits.set_limits(live, run.task.answerer, {"tpm": 60_000})
+        await live.write(limits.set_limits, run.task.answerer, {"tpm": 60_000})
     first, second = await queue.claim(worker, [run.id for run in runs_], 2, lease=60)
     limited = Failure(Family.RATE_LIMITED, "RateLimit", "429", retry_after=1.0)
     told = replace(answered(first), outcome=Outcome(Reply("answer", Usage(1, 1, 1)), None, 5))
     with postgres.connect(url, autocommit=False) as other:
         lock = "SELECT 1 FROM lbr.limits WHERE answerer = %s FOR UPDATE"
         other.execute(lock, [ECHO.answerer])
-        settling = asyncio.create_task(settle.settle(live, [told, failed(second, limited)]))
+        settling = asyncio.create_task(live.write(settle.settle, [told, failed(second, limited)]))
         await eventually(lambda: postgres.waiting(url))
         other.execute(f"{lock} NOWAIT", [REVERSED.answerer])
         other.commit()

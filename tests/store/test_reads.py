@@ -17,9 +17,8 @@ from lbr.core.types import (
 )
 from lbr.store import reads, results_db, runs, schema, sql
 from lbr.store.database import opened
-from lbr.store.leases import Queue
 from lbr.store.settle import settle
-from tests.support import ECHO, answered, put
+from tests.support import ECHO, Queue, answered, put
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,7 +54,7 @@ async def test_rows_of_every_size_come_in_order(
     await lbr.enqueue(inputs, run="r", function=answer, db_url=db_url)
     await lbr.work(functions=[answer], db_url=db_url)
     async with opened(db_url) as database:
-        run = await reads.find_run(database, "r")
+        run = await database.read(reads.find_run, "r")
         pages = [page async for page in reads.rows(database, run, shape)]
         assert await reads.columns(database, run) == [(Part.PROMPT, "prompt"), (Part.METADATA, "m")]
     rows = [row for page in pages for row in page]
@@ -121,19 +120,19 @@ async def test_only_a_run_at_work_has_an_end_in_sight(database: Database) -> Non
         first, second = await queue.claim(worker, [run.id], 2, lease=60)
         held.append(second)
         if name != "unanswered":
-            await settle(database, [answered(first)])
+            await database.write(settle, [answered(first)])
     await queue.release(worker, [held[2]])
     await queue.renew(worker, held, lease=60, settled=10, rate=2.0)
     await queue.renew(other, [], lease=60, settled=10, rate=500.0)
-    await runs.pause(database, runs_of["paused"], "no credit")
+    await database.write(runs.pause, runs_of["paused"], "no credit")
     await runs.cancel(database, runs_of["cancelled"])
-    found = status.status_of(await reads.overview(database))
+    found = status.status_of(await database.read(reads.overview))
     nothing = dict.fromkeys(names, (None, None))
     assert {one.run: (one.rate, one.eta_seconds) for one in found.runs} == nothing | {"working": (2.0, 1.0)}
     assert "2.0/s, 1.0 s left" in status.one_line(found.runs[0])
     assert ["left" in status.one_line(one) for one in found.runs] == [True, False, False, False, False]
     none = dict.fromkeys(("probe_at", "wait_ms", "waited_ms", "patience_ms", "done"), 0)
     away = schema.outages.insert().values(answerer=ECHO.answerer, since=1, reason="refused", **none)
-    await database.write(lambda c: c.execute(away))
-    found = status.status_of(await reads.overview(database))
+    await database.write(lambda c, _: c.execute(away))
+    found = status.status_of(await database.read(reads.overview))
     assert {one.run: (one.rate, one.eta_seconds) for one in found.runs} == nothing

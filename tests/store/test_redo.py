@@ -6,7 +6,6 @@ import asyncio
 import json
 from collections import Counter
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -32,11 +31,10 @@ from lbr.core.types import (
 )
 from lbr.store import counters, reads, redo, runs
 from lbr.store.database import open_database
-from lbr.store.leases import Queue
 from lbr.store.schema import attempts, jobs, prompts, results
 from lbr.store.settle import settle
 from tests.models.test_pydantic_ai import completion
-from tests.support import ECHO, Cli, Clock, answered, assert_counted, failed, job_row, put, states
+from tests.support import ECHO, Cli, Clock, Queue, answered, assert_counted, failed, job_row, put, states
 from tests.support.http_server import Scripted
 
 if TYPE_CHECKING:
@@ -104,7 +102,7 @@ async def settled(database: Database, names: Sequence[str], **more: Any) -> tupl
         failure = FAILURES.get(word)
         one = ended(claim, word) if failure is None else replace(failed(claim, failure), state=JobState.FAILED)
         batch[claim.prompt.text or ""] = one
-    await settle(database, list(batch.values()))
+    await database.write(settle, list(batch.values()))
     return run, batch
 
 
@@ -125,7 +123,7 @@ async def assert_all_counted(database: Database, run: Run) -> None:
             .join_from(table, jobs, table.c.job_id == jobs.c.id)
             .where(jobs.c.run_id == run.id, own)
         )
-        row = (await database.read(lambda connection, query=query: connection.execute(query))).one()  # type: ignore[misc]
+        row = await database.read(lambda connection, _, query: connection.execute(query).one(), query)
         total.update(dict(zip(names, map(int, row), strict=True)))
     reused = (
         select(func.count())
@@ -133,8 +131,8 @@ async def assert_all_counted(database: Database, run: Run) -> None:
         .join(jobs, jobs.c.id == results.c.job_id)
         .where(jobs.c.run_id == run.id, results.c.reused_from.is_not(None))
     )
-    total["reused"] = (await database.read(lambda connection: connection.execute(reused))).scalar_one()
-    kept = (await database.read(lambda connection: counters.of_runs(connection, [run.id])))[run.id]
+    total["reused"] = (await database.read(lambda connection, _: connection.execute(reused))).scalar_one()
+    kept = (await database.read(lambda connection, _: counters.of_runs(connection, [run.id])))[run.id]
     assert {name: kept[name] for name in (*names, "reused")} == {n: total[n] for n in (*names, "reused")}
 
 
@@ -181,18 +179,18 @@ async def test_a_redone_answer_is_kept(database: Database) -> None:
     queue = Queue(database)
     worker = await queue.register(host="a", pid=1, concurrency=4)
     assert await choose(database, run, "finish_reason=length") == 1
-    story = await reads.story(database, run, 0)
+    story = await database.read(reads.story, run, 0)
     assert (story.row.status, story.row.result, story.attempts, story.crashes) == ("pending", None, 0, 0)
     (kept,) = story.tries
     assert (kept.what, kept.family, kept.error, kept.text) == ("retried", None, "Redone", "answer to length")
     assert "redone on request" in kept.message
-    row = (await database.read(lambda connection: connection.execute(select(attempts)))).one()
+    row = (await database.read(lambda connection, _: connection.execute(select(attempts)))).one()
     assert (row.input_tokens, row.output_tokens, row.cost_nanos, row.latency_ms) == (10, 5, 700, 5)
     (again,) = await queue.claim(worker, [run.id], 5, lease=60)
     assert (again.claim_seq, again.attempts, again.history.bad_answers) == (2, 0, 0)
-    await settle(database, [ended(again)])
+    await database.write(settle, [ended(again)])
     assert await answers(database, run) == {"length": ("done", "answer to length")}
-    counts = (await reads.overview(database, "r")).runs[0].counts
+    counts = (await database.read(reads.overview, "r")).runs[0].counts
     assert (counts["cost_nanos"], counts["try:transient"], counts["stale"]) == (1400, 0, 0)
     assert await choose(database, run, "finish_reason=length") == 0
     await assert_all_counted(database, run)
@@ -208,10 +206,11 @@ async def test_a_repeated_settlement_of_a_redone_answer_is_not_counted(database:
         worker = await queue.register(host="a", pid=1, concurrency=4)
         await queue.claim(worker, [run.id], 5, lease=60)
     for _ in range(2):
-        told = await settle(database, list(batch.values()))
-        assert (told.taken, told.stale) == (frozenset(), frozenset())
+        told = await database.write(settle, list(batch.values()))
+        assert told.taken == {s.claim.job_id for s in batch.values()}
+        assert told.stale == frozenset()
     assert await states(database, run) == {"inflight" if claimed else "pending": 1}
-    assert (await reads.overview(database, "r")).runs[0].counts["stale"] == 0
+    assert (await database.read(reads.overview, "r")).runs[0].counts["stale"] == 0
     await assert_all_counted(database, run)
 
 
@@ -221,7 +220,7 @@ async def test_a_reused_answer_is_redone_here_only(database: Database) -> None:
     second = await put(database, ["stop"], name="second")
     await assert_all_counted(database, second)
     assert await choose(database, second, "finish_reason=stop") == 1
-    (kept,) = (await reads.story(database, second, 0)).tries
+    (kept,) = (await database.read(reads.story, second, 0)).tries
     assert (kept.text, "reused from another run" in kept.message) == ("answer to stop", True)
     assert await states(database, first) == {"done": 1}
     await assert_all_counted(database, first)
@@ -236,10 +235,10 @@ async def test_killed_between_pages(database: Database, monkeypatch: pytest.Monk
     before = await answers(database, run)
     real, left = runs.move_page, 3
 
-    async def stops(*arguments: Any) -> None:
+    def stops(*arguments: Any) -> None:
         nonlocal left
         left -= 1
-        await real(*arguments)
+        real(*arguments)
         if left < 0:
             raise StoppedError
 
@@ -289,7 +288,7 @@ async def test_two_at_once_redo_each_job_once(database: Database, db_url: str, m
     copy = await put(third, [f"length {n}" for n in range(30)], name="copy")
     assert sum(await put_back) == 30
     assert await states(database, run) == {"pending": 30}
-    tries = await database.read(lambda connection: connection.scalar(select(func.count(attempts.c.id))))
+    tries = await database.read(lambda connection, _: connection.scalar(select(func.count(attempts.c.id))))
     assert tries == 30
     await assert_all_counted(database, run)
     await assert_all_counted(database, copy)
@@ -303,7 +302,7 @@ async def test_a_cancelled_run_is_taken_up_for_those_that_are_chosen(database: D
     run = await put(database, ["timeout", "stop", "new"])
     await runs.cancel(database, run)
     assert await choose(database, run, "family=transient") == 1
-    assert (await reads.find_run(database, "r")).state == "active"
+    assert (await database.read(reads.find_run, "r")).state == "active"
     assert await states(database, run) == {"pending": 1, "done": 1, "cancelled": 1}
     assert await choose(database, run, "status=cancelled") == 1
     await assert_all_counted(database, run)
@@ -318,15 +317,15 @@ async def test_a_run_that_was_moved_is_left_alone(
     target = f"sqlite:///{tmp_path / 'target.db'}"
     await lbr.pause("r", db_url=db_url)
     await lbr.move("r", db_url=db_url, to_url=target)
-    run = await reads.find_run(database, "r")
+    run = await database.read(reads.find_run, "r")
     for redoing in (choose(database, run, "status=done"), redo.reparse(database, run, str)):
         with pytest.raises(UsageError, match=r"was moved to .* name that database with --db"):
             await redoing
     there = await open_database(target, clock=clock)
-    moved = await runs.resume(there, await reads.find_run(there, "r"))
+    moved = await there.write(runs.resume, await there.read(reads.find_run, "r"))
     (claim,) = await _claim(there, moved)
     assert (claim.settings, claim.claim_seq) == ({"seed": 3}, 2)
-    assert [t.error for t in (await reads.story(there, moved, 0)).tries] == ["Redone"]
+    assert [t.error for t in (await there.read(reads.story, moved, 0)).tries] == ["Redone"]
     await there.close()
 
 
@@ -382,11 +381,11 @@ async def test_settings_are_the_jobs_own(database: Database) -> None:
     (claim,) = await _claim(database, run)
     assert (claim.prompt.text, claim.settings) == ("length", {"seed": 3, "latency": 0})
     assert list(claim.settings or {}) == ["seed", "latency"], "they are sent in the order in which they were given"
-    await settle(database, [replace(failed(claim, FAILURES["refused"]), state=JobState.FAILED)])
+    await database.write(settle, [replace(failed(claim, FAILURES["refused"]), state=JobState.FAILED)])
     assert await redo.retry(database, run) == 1
     (claim,) = await _claim(database, run)
     assert claim.settings == {"seed": 3, "latency": 0}
-    await settle(database, [ended(claim)])
+    await database.write(settle, [ended(claim)])
     await choose(database, run, "status=done", settings={"seed": 4})
     assert [claim.settings for claim in await _claim(database, run)] == [{"seed": 4}, {"seed": 4}]
 
@@ -396,7 +395,7 @@ async def test_an_answer_by_other_settings_is_not_reused(database: Database) -> 
     run, _ = await settled(database, ["length", "stop"])
     await choose(database, run, "finish_reason=length", settings={"seed": 3})
     (claim,) = await _claim(database, run)
-    await settle(database, [ended(claim)])
+    await database.write(settle, [ended(claim)])
     other = await put(database, ["length", "stop"], name="other")
     assert await answers(database, other) == {"length": ("pending", None), "stop": ("done", "answer to stop")}
     again = await put(database, ["length", "stop"])
@@ -472,13 +471,13 @@ async def test_settings_are_checked_before_anything_is_written(
 
     await lbr.enqueue(["a"], run="r", model=model, function=None if model else upper, db_url=db_url)
     database = await open_database(db_url)
-    run = await reads.find_run(database, "r")
+    run = await database.read(reads.find_run, "r")
     (claim,) = await _claim(database, run)
-    await settle(database, [ended(claim)])
+    await database.write(settle, [ended(claim)])
     with pytest.raises(UsageError, match=says):
         await lbr.retry("r", where="status=done", settings=settings, db_url=db_url)
     assert await states(database, run) == {"done": 1}
-    own = await database.read(lambda connection: connection.scalar(select(prompts.c.settings)))
+    own = await database.read(lambda connection, _: connection.scalar(select(prompts.c.settings)))
     assert own is None
     await database.close()
 
@@ -497,7 +496,7 @@ async def test_reparse_takes_what_fits_a_mended_class(db_url: str, monkeypatch: 
     await lbr.enqueue(["one", "7", "many", "two"], run="r", function=words, result_type=Strict, db_url=db_url)
     await lbr.work(functions=[words], result_types=[Strict], db_url=db_url)
     database = await open_database(db_url)
-    run = await reads.find_run(database, "r")
+    run = await database.read(reads.find_run, "r")
     assert await states(database, run) == {"done": 1, "failed": 3}
     made, history = len(calls), (await lbr.show("r", 0, db_url=db_url)).tries
     nothing = await lbr.reparse("r", result_types=[Strict], db_url=db_url)
@@ -526,13 +525,13 @@ async def test_reparse_counts_nothing_twice(database: Database) -> None:
     """The answer has its try's tokens for `show`; the run's counts, and a repeated settlement, add none."""
     task = replace(ECHO, schema=SHAPE)
     run, batch = await settled(database, ["bad 1", "bad 2", "refused", "timeout"], task=task)
-    before = (await reads.overview(database, "r")).runs[0].counts
+    before = (await database.read(reads.overview, "r")).runs[0].counts
     told = await redo.reparse(database, run, lambda text: text.replace("m", "n"))
     assert told == redo.Reparsed(2, 0, None)
-    story = await reads.story(database, run, 0)
+    story = await database.read(reads.story, run, 0)
     assert (story.row.result, story.cost_nanos, story.latency_ms) == ('{"n": 1}', 700, 5)
-    assert (await settle(database, list(batch.values()))).taken == frozenset()
-    counts = (await reads.overview(database, "r")).runs[0].counts
+    assert (await database.write(settle, list(batch.values()))).stale == frozenset()
+    counts = (await database.read(reads.overview, "r")).runs[0].counts
     assert counts == before + Counter(done=2) - Counter(failed=2)
     assert (await job_row(database, batch["bad 1"].claim.job_id)).finished_at is not None
     await assert_counted(database, run)
@@ -546,7 +545,7 @@ async def test_reparse_takes_what_was_cut_off_but_no_envelope(database: Database
     told = await redo.reparse(database, run, lambda text: text.replace("m", "n"))
     assert told == redo.Reparsed(1, 0, None)
     assert await answers(database, run) == {"cut": ("done", '{"n": 1}'), "none": ("failed", None)}
-    assert (await reads.story(database, run, 0)).finish_reason == "length"
+    assert (await database.read(reads.story, run, 0)).finish_reason == "length"
 
 
 async def test_cut_off_answers_are_counted_with_their_limit(database: Database) -> None:
@@ -559,9 +558,9 @@ async def test_cut_off_answers_are_counted_with_their_limit(database: Database) 
         True,
         False,
     ]
-    assert not await reads.limits_answers(database, run)
+    assert not await database.read(reads.limits_answers, run)
     await choose(database, run, "family=permanent", settings={"max_tokens": 5})
-    assert await reads.limits_answers(database, run)
+    assert await database.read(reads.limits_answers, run)
 
 
 async def test_reparse_looks_at_the_last_try(database: Database) -> None:
@@ -570,7 +569,7 @@ async def test_reparse_looks_at_the_last_try(database: Database) -> None:
     await redo.retry(database, run)
     (claim,) = await _claim(database, run)
     assert (await redo.reparse(database, run, str)).taken == 0
-    await settle(database, [replace(failed(claim, FAILURES["refused"]), state=JobState.FAILED)])
+    await database.write(settle, [replace(failed(claim, FAILURES["refused"]), state=JobState.FAILED)])
     assert await redo.reparse(database, run, str) == redo.Reparsed()
     assert await states(database, run) == {"failed": 1, "done": 1}
 
@@ -581,10 +580,10 @@ async def test_reparse_killed_between_pages(database: Database, monkeypatch: pyt
     run, _ = await settled(database, [f"bad {n}" for n in range(7)], task=replace(ECHO, schema=SHAPE))
     real, left = redo._take, 1
 
-    async def stops(*arguments: Any) -> int:
+    def stops(*arguments: Any) -> int:
         nonlocal left
         left -= 1
-        taken = await real(*arguments)
+        taken = real(*arguments)
         if left < 0:
             raise StoppedError
         return taken
@@ -604,12 +603,12 @@ async def test_what_changed_since_the_look_is_left(database: Database) -> None:
     """Between look and page somebody else may have put a job back: it is not answered, nor put back twice."""
     run, _ = await settled(database, ["bad 1", "bad 2", "stop"], task=replace(ECHO, schema=SHAPE))
     ((seen, tries),) = [page async for page in redo._ended(database, run, frozenset({JobState.FAILED}), 10)]
-    texts = await database.read(partial(redo._kept_texts, [one.id for one in tries.values()]))
+    texts = await database.read(redo._kept_texts, [one.id for one in tries.values()])
     fitting = {one.job_id: redo._result(run, one, "{}") for one in texts}
     assert len(fitting) == 2
     await redo.retry(database, run)
-    assert await database.write(partial(redo._take, database, run, list(seen), fitting)) == 0
-    assert await database.write(partial(redo._put_back, database, run, list(seen), None)) == 0
+    assert await database.write(redo._take, run, list(seen), fitting) == 0
+    assert await database.write(redo._put_back, run, list(seen), None) == 0
     assert await states(database, run) == {"pending": 2, "done": 1}
     await assert_all_counted(database, run)
 
@@ -645,7 +644,7 @@ async def test_cancel_and_retry_do_not_mix(database: Database, db_url: str, monk
     other = await open_database(db_url)
     for _ in range(5):
         await asyncio.gather(runs.cancel(database, run), redo.retry(other, run))
-        state = (await reads.find_run(database, "r")).state
+        state = (await database.read(reads.find_run, "r")).state
         expected = "cancelled" if state is RunState.CANCELLED else "pending"
         if await states(database, run) != {expected: 40}:
             # The one that came first may have ended on a page that the other had already passed.
@@ -660,11 +659,11 @@ async def test_retry_gives_back_every_try(database: Database) -> None:
     run = await put(database, ["a", "b"])
     queue, worker, _ = await two_workers(database)
     bad, good = await queue.claim(worker, [run.id], 2, lease=60)
-    await settle(database, [failed(bad, PERMANENT), answered(good)])
+    await database.write(settle, [failed(bad, PERMANENT), answered(good)])
     assert await redo.retry(database, run) == 1
     assert await states(database, run) == {"pending": 1, "done": 1}
     (again,) = await queue.claim(worker, [run.id], 2, lease=60)
     assert (again.attempts, again.crashes, again.claim_seq, again.history.bad_answers) == (0, 0, 2, 0)
-    assert (await settle(database, [failed(bad, PERMANENT)])).taken == frozenset()
-    assert [t.what for t in (await reads.story(database, run, 0)).tries] == ["failed"]
+    assert (await database.write(settle, [failed(bad, PERMANENT)])).taken == {bad.job_id}
+    assert [t.what for t in (await database.read(reads.story, run, 0)).tries] == ["failed"]
     await assert_counted(database, run)

@@ -19,9 +19,8 @@ from lbr.core.types import (
 )
 from lbr.store import reads, redo, runs
 from lbr.store.database import open_database
-from lbr.store.leases import Queue
 from lbr.store.settle import settle
-from tests.support import Clock, answered, assert_counted, failed, put, states
+from tests.support import Clock, Queue, answered, assert_counted, failed, put, states
 
 if TYPE_CHECKING:
     from lbr.store.database import Database
@@ -42,7 +41,7 @@ async def test_a_reason_that_cannot_be_kept_is_refused(database: Database, db_ur
     run = await put(database, ["a"])
     with pytest.raises(UsageError, match="expected a reason"):
         await lbr.pause("r", reason=reason, db_url=db_url)
-    assert (await reads.find_run(database, run.name)).state == "active"
+    assert (await database.read(reads.find_run, run.name)).state == "active"
 
 
 async def test_cancel_keeps_answers_on_their_way(database: Database, clock: Clock) -> None:
@@ -51,20 +50,20 @@ async def test_cancel_keeps_answers_on_their_way(database: Database, clock: Cloc
     queue, worker, _ = await two_workers(database)
     one, two, three = await queue.claim(worker, [run.id], 3, lease=60)
     assert await runs.cancel(database, run) == 1
-    await settle(database, [answered(one), failed(two, TRANSIENT)])
+    await database.write(settle, [answered(one), failed(two, TRANSIENT)])
     assert await states(database, run) == {"done": 1, "cancelled": 2, "inflight": 1}
     assert await queue.release(worker, [three]) == 1
     assert await states(database, run) == {"done": 1, "cancelled": 3}
     await assert_counted(database, run)
     with pytest.raises(UsageError, match="lbr retry r"):
-        await runs.resume(database, run)
+        await database.write(runs.resume, run)
     assert await redo.retry(database, run) == 3
     (claim, *_rest) = await queue.claim(worker, [run.id], 3, lease=60)
     clock.forward(61)
     await runs.cancel(database, run)
     await queue.reclaim()
     assert await states(database, run) == {"done": 1, "cancelled": 3}
-    assert (await settle(database, [answered(claim)])).stale == {claim.job_id}
+    assert (await database.write(settle, [answered(claim)])).stale == {claim.job_id}
     await assert_counted(database, run)
 
 
@@ -74,11 +73,11 @@ async def test_cancel_is_not_undone_by_a_pause(database: Database, db_url: str) 
     for n in range(15):
         run = await put(database, [f"p{m}" for m in range(5)], name=f"r{n}", reuse=False)
         await asyncio.gather(
-            runs.pause(other, run, "x"),
+            other.write(runs.pause, run, "x"),
             runs.cancel(database, run),
-            runs.resume(other, run),
+            other.write(runs.resume, run),
             return_exceptions=True,
         )
-        assert (await reads.find_run(database, f"r{n}")).state is RunState.CANCELLED
+        assert (await database.read(reads.find_run, f"r{n}")).state is RunState.CANCELLED
         assert await states(database, run) == {"cancelled": 5}
     await other.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -29,12 +28,14 @@ from lbr.core.types import (
 )
 from lbr.store import enqueue, reads, schema
 from lbr.store.database import open_database
-from lbr.store.leases import Queue
 from lbr.store.settle import settle
-from tests.support import ECHO, Clock, answered, failed, is_postgresql, put, states
+from tests.support import ECHO, Clock, Queue, answered, failed, is_postgresql, put, states
 
 if TYPE_CHECKING:
-    from lbr.store.database import Connection, Database
+    from sqlalchemy import Connection
+
+    from lbr.core.types import Millis
+    from lbr.store.database import Database
 
 PERMANENT = Failure(Family.PERMANENT, "BadRequest", "400: no")
 
@@ -52,7 +53,7 @@ async def test_schema_migrates_once(database: Database, db_url: str) -> None:
     """Opening an up-to-date database applies nothing; every migration is recorded by version and name."""
     other = await open_database(db_url, create=True)
     await other.close()
-    rows = (await database.read(lambda c: c.execute(select(schema.schema_version)))).all()
+    rows = (await database.read(lambda c, _: c.execute(select(schema.schema_version)))).all()
     assert [(row.version, row.name) for row in rows] == [
         (1, "create the tables"),
         (2, "index the suspects"),
@@ -64,11 +65,12 @@ async def test_schema_migrates_once(database: Database, db_url: str) -> None:
         (8, "keep the order of columns, and which ids are numbers"),
         (9, "keep the cause of a pause apart from its message"),
         (10, "let runs rest that were being moved away"),
+        (11, "forget the numbers of transactions on a server"),
     ]
 
 
-async def _run(sql: str, connection: Connection) -> None:
-    await connection.execute(text(sql))
+def _run(connection: Connection, _now: Millis, sql: str) -> None:
+    connection.execute(text(sql))
 
 
 async def test_older_schema_is_brought_up(db_url: str) -> None:
@@ -77,7 +79,7 @@ async def test_older_schema_is_brought_up(db_url: str) -> None:
     run = await put(database, ["a", "b"])
     queue, worker, _ = await two_workers(database)
     (claim,) = await queue.claim(worker, [run.id], 1, lease=60)
-    await settle(database, [answered(claim, "kept")])
+    await database.write(settle, [answered(claim, "kept")])
     before = [row async for page in reads.rows(database, run, Shape.ORIGINAL) for row in page]
     items = [Item(Prompt(text=prompt)) for prompt in ("b", "c")]
     keys = [KeyMaker(ECHO).key(item.prompt) for item in items]
@@ -98,19 +100,19 @@ async def test_older_schema_is_brought_up(db_url: str) -> None:
         f"DELETE FROM {where}workers",
         f"DELETE FROM {where}schema_version WHERE version > 2",
     ):
-        await database.write(partial(_run, statement))
+        await database.write(_run, statement)
     await database.close()
     database = await open_database(db_url)
     assert [row async for page in reads.rows(database, run, Shape.ORIGINAL) for row in page] == before
     assert [row.status for row in before] == ["done", "pending"]
-    counts = await enqueue.add_chunk(database, run, None, items, keys, reuse=False)
+    counts = await database.write(enqueue.add_chunk, run, 2, items, keys, reuse=False)
     assert (counts.new, counts.duplicate) == (1, 1)
     reused = await put(database, ["a"], name="again")
     assert await states(database, reused) == {"done": 1}
     queue, worker, _ = await two_workers(database)
     (claim, *_) = await queue.claim(worker, [run.id], 5, lease=60)
-    await settle(database, [failed(claim, replace(PERMANENT, finish_reason="length"))])
-    assert (await reads.story(database, run, 1)).tries[0].finish_reason == "length"
+    await database.write(settle, [failed(claim, replace(PERMANENT, finish_reason="length"))])
+    assert (await database.read(reads.story, run, 1)).tries[0].finish_reason == "length"
     await database.close()
 
 
@@ -125,7 +127,7 @@ async def test_a_run_of_the_version_before_is_not_changed(db_url: str) -> None:
         f"ALTER TABLE {where}runs DROP COLUMN input_columns",
         f"DELETE FROM {where}schema_version WHERE version > 7",
     ):
-        await database.write(partial(_run, statement))
+        await database.write(_run, statement)
     await database.close()
     database = await open_database(db_url)
     assert await reads.columns(database, run) == [
@@ -138,16 +140,16 @@ async def test_a_run_of_the_version_before_is_not_changed(db_url: str) -> None:
     columns = {"b": Part.METADATA, "prompt": Part.PROMPT, "a": Part.METADATA, "id": Part.ID}
     items = [Item(Prompt(text), 7, metadata, columns=columns) for text in ("a", "b")]
     keys = [KeyMaker(ECHO).key(item.prompt) for item in items]
-    counts = await enqueue.add_chunk(database, run, 0, items, keys, reuse=False)
+    counts = await database.write(enqueue.add_chunk, run, 0, items, keys, reuse=False)
     assert (counts.known, counts.new) == (1, 1)
     first, second = [row async for page in reads.rows(database, run, Shape.ORIGINAL) for row in page]
     assert (first.custom_id, list(first.metadata or {})) == ("7", ["a", "b"])
     assert (second.custom_id, list(second.metadata or {})) == (7, ["b", "a"])
-    run = await reads.find_run(database, run.name)
+    run = await database.read(reads.find_run, run.name)
     assert await reads.columns(database, run) == [(part, name) for name, part in columns.items()]
     changed = [replace(items[0], metadata={"b": {"y": 4, "x": 2}, "a": 1})]
     with pytest.raises(RunChangedError):
-        await enqueue.add_chunk(database, run, 0, changed, keys[:1], reuse=False)
+        await database.write(enqueue.add_chunk, run, 0, changed, keys[:1], reuse=False)
     await database.close()
 
 
@@ -189,15 +191,15 @@ async def test_the_causes_of_old_pauses_are_read_once(db_url: str) -> None:
         await put(database, ["a"], name=f"r{number}")
     where = "lbr." if is_postgresql(db_url) else ""
     for statement in to_reasons(where):
-        await database.write(partial(_run, statement))
+        await database.write(_run, statement)
     update = text(f"UPDATE {where}runs SET state = :state, pause_reason = :reason WHERE name = :name")
     for number, reason in enumerate(words):
         state = {"being removed": "cancelled", None: "active"}.get(reason, "paused")
         bound = {"state": state, "reason": reason, "name": f"r{number}"}
-        await database.write(lambda c, bound=bound: c.execute(update, bound))  # type: ignore[misc]
+        await database.write(lambda c, _, bound: c.execute(update, bound), bound)
     await database.close()
     database = await open_database(db_url)
-    found = await reads.all_runs(database)
+    found = await database.read(reads.all_runs)
     await database.close()
     paused = [(run.pause, run.move) for run in found]
     moved = [(run.state, run.pause, run.move) for run in found[len(REASONS) : -2]]
@@ -214,17 +216,17 @@ async def test_no_migration_under_workers_of_an_older_version(db_url: str, clock
     worker = await queue.register(host="h", pid=17, concurrency=1)
     where = "lbr." if is_postgresql(db_url) else ""
     for statement in to_reasons(where):
-        await database.write(partial(_run, statement))
+        await database.write(_run, statement)
     clock.forward(20)
     with pytest.raises(DatabaseError, match=r"workers of an older version .*\(h:17\).*stop them first.* in 40 s"):
         await open_database(db_url, clock=clock)
-    await database.read(lambda c: c.execute(text(f"SELECT pause_reason FROM {where}runs")))
+    await database.read(lambda c, _: c.execute(text(f"SELECT pause_reason FROM {where}runs")))
     if is_postgresql(db_url):
         clock.forward(41)
     else:
         queue.leave(worker)
     newer = await open_database(db_url, clock=clock)
-    assert [run.pause for run in await reads.all_runs(newer)] == [None]
+    assert [run.pause for run in await newer.read(reads.all_runs)] == [None]
     await newer.close()
     await database.close()
 
@@ -243,13 +245,13 @@ async def test_shares_and_highest_costs_are_added(db_url: str) -> None:
         f"DROP TABLE {where}outages",
         f"DELETE FROM {where}schema_version WHERE version > 5",
     ):
-        await database.write(partial(_run, statement))
+        await database.write(_run, statement)
     await database.close()
     database = await open_database(db_url)
     queue, worker, _ = await two_workers(database)
     (claim,) = await queue.claim(worker, [run.id], 2, lease=60)
-    await settle(database, [failed(claim, LIMITED)])
-    (seen,) = (await reads.overview(database)).limits
+    await database.write(settle, [failed(claim, LIMITED)])
+    (seen,) = (await database.read(reads.overview)).limits
     assert seen.limit.slots == 7.5
     assert seen.limit.refused == pytest.approx(0.1)
     await database.close()

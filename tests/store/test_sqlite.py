@@ -10,30 +10,36 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import column, select, table, text
-from sqlalchemy.exc import IntegrityError
 
 import lbr
 from lbr.core.errors import DatabaseBusyError, DatabaseError, MisfitError, UsageError
 from lbr.core.types import Item, KeyMaker, Prompt
-from lbr.store import enqueue, files, runs, schema, sqlite, sqlite_connection
+from lbr.store import enqueue, files, reads, runs, schema, sqlite, sqlite_connection
 from lbr.store.addresses import sqlite_path
 from lbr.store.claim import CLAIM, CLAIM_CHOSEN, DUE, DUE_SIZED, DUE_SUSPECT, PROMPTS
 from lbr.store.database import open_database
-from lbr.store.leases import EXPIRED, RENEW, Queue
+from lbr.store.leases import EXPIRED, RENEW
 from lbr.store.settle import SETTLE, STATUS, settle
 from lbr.store.sql import PreparedQuery
 from lbr.store.sqlite import SQLiteDatabase
-from tests.support import ECHO, answered, assert_counted, eventually, locked_by_another, put
+from tests.support import ECHO, Queue, answered, assert_counted, eventually, locked_by_another, put
 from tests.support.hearing import Hearing
 
 if TYPE_CHECKING:
-    from lbr.store.database import Connection, Database
+    from collections.abc import Callable
+
+    from sqlalchemy import Connection
+
+    from lbr.core.types import Millis
+    from lbr.store.database import Database
 
 RUNS = "SELECT name FROM runs"
 
@@ -45,26 +51,46 @@ def db_url(tmp_path: Path) -> str:
 
 
 async def test_a_database_that_is_closed_leaves_nothing_open(tmp_path: Path) -> None:
-    """Neither a thread nor a descriptor stays, even of a connection that was in a transaction just then."""
+    """No thread and no file handle stays, even of a connection that was in a transaction just then."""
     path = tmp_path / "q.db"
     before = set(threading.enumerate())
     database = await open_database(str(path), create=True)
     begun = threading.Event()
 
-    def slowly(_: Any) -> None:
+    def slowly(_connection: Connection, _now: Millis) -> None:
         begun.set()
         time.sleep(0.1)
 
-    writing = asyncio.create_task(database.write(lambda connection: connection.run_sync(slowly)))
-    await asyncio.to_thread(begun.wait)
+    for verb in (database.read, database.write):
+        begun.clear()
+        running = asyncio.create_task(verb(slowly))
+        await asyncio.to_thread(begun.wait)
     await database.close()
-    await writing
+    await running
     opened = [os.readlink(one) for one in Path("/proc/self/fd").iterdir() if one.is_symlink()]
     assert not [name for name in opened if name.startswith(str(path))]
     for thread in set(threading.enumerate()) - before:
-        if "_connection_worker_thread" in thread.name:
+        if not thread.name.startswith("asyncio"):
             thread.join(10)
-            assert not thread.is_alive()
+            assert not thread.is_alive(), thread
+
+
+def test_a_program_that_ends_without_closing_does_not_hang(tmp_path: Path) -> None:
+    """Whatever it has read and written with, its threads do not keep it."""
+    program = (
+        "import asyncio, sys\n"
+        "from lbr.store import reads\n"
+        "from lbr.store.database import open_database\n"
+        "async def main():\n"
+        "    database = await open_database(sys.argv[1], create=True)\n"
+        "    for ask in (database.read, database.poll, database.write):\n"
+        "        await ask(reads.all_runs)\n"
+        "asyncio.run(main())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "q.db")], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 async def test_file_is_private(tmp_path: Path) -> None:
@@ -77,29 +103,34 @@ async def test_file_is_private(tmp_path: Path) -> None:
     assert set(modes.values()) == {0o600}
 
 
-async def test_a_transaction_is_one_trip(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From its beginning to its commit the file is locked, and nobody waits for two threads to take turns."""
-    taken: list[str] = []
-    run, complete = sqlite_connection.FileThread.run, sqlite_connection._complete
+async def test_a_transaction_is_one_trip_to_its_thread(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its beginning to its commit the file is locked, so two threads must not take turns meanwhile."""
+    trips: list[Any] = []
+    submit = ThreadPoolExecutor.submit
 
-    async def trip(thread: sqlite_connection.FileThread, function: Any) -> Any:
-        taken.append("trip")
-        return await run(thread, function)
+    def trip(thread: ThreadPoolExecutor, function: Any, *args: Any) -> Any:
+        trips.append(function)
+        return submit(thread, function, *args)
 
-    def transaction(work: Any) -> Any:
-        taken.append("transaction")
-        return complete(work)
+    def names(connection: Connection, _now: Millis) -> list[str]:
+        connection.execute(text("SELECT 1"))
+        return list(connection.execute(text(RUNS)).scalars())
 
-    async def names(connection: Connection) -> list[str]:
-        await connection.execute(text("SELECT 1"))
-        return list((await connection.execute(text(RUNS))).scalars())
-
-    monkeypatch.setattr(sqlite_connection.FileThread, "run", trip)
-    monkeypatch.setattr(sqlite_connection, "_complete", transaction)
-    for verb in (database.write, database.read):
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", trip)
+    for verb in (database.write, database.poll):
+        trips.clear()
         assert await verb(names) == []
-        assert taken == ["trip", "transaction"]
-        taken.clear()
+        assert len(trips) == 1
+
+
+async def test_rows_that_are_left_unread_keep_no_snapshot(database: Database, tmp_path: Path) -> None:
+    """A checkpoint has no reader to wait for when the transaction that asked for them has ended."""
+    await put(database, [f"p{n}" for n in range(500)])
+    for verb in (database.read, database.poll, database.write):
+        assert await verb(lambda connection, _: connection.execute(select(schema.jobs)).first()) is not None
+    with closing(sqlite3.connect(tmp_path / "queue.db", isolation_level=None, timeout=0)) as other:
+        other.execute("DELETE FROM jobs")
+        assert other.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone() == (0, 0, 0)
 
 
 async def test_a_cancelled_transaction_leaves_no_lock_behind(tmp_path: Path) -> None:
@@ -107,19 +138,19 @@ async def test_a_cancelled_transaction_leaves_no_lock_behind(tmp_path: Path) -> 
     path = tmp_path / "q.db"
     database = await open_database(str(path), create=True)
     for n in range(300):
-        reading = asyncio.create_task(database.read(lambda connection: connection.execute(text(RUNS))))
-        for _ in range(n % 12):
+        verb = (database.read, database.write, database.poll)[n % 3]
+        asking = asyncio.create_task(verb(reads.all_runs))
+        for _ in range(n // 3 % 12):
             await asyncio.sleep(0)
-        reading.cancel()
-        await asyncio.gather(reading, return_exceptions=True)
-        found = await database.read(lambda connection: connection.execute(text(RUNS)))
-        assert found.all() == []
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        assert await verb(reads.all_runs) == []
     await database.close()
 
     def in_a_loop_that_ends() -> Database:
         async def main() -> Database:
-            database = await open_database(str(path))
-            asyncio.create_task(database.write(lambda connection: connection.execute(text(RUNS))))  # noqa: RUF006
+            database: Database = SQLiteDatabase(path)
+            asyncio.create_task(database.write(reads.all_runs))  # noqa: RUF006
             await asyncio.sleep(0.1)
             return database
 
@@ -145,12 +176,12 @@ async def test_a_cancelled_caller_hears_of_it_when_all_has_ended(database: Datab
     await put(database, ["a"])
     begun, go_on = threading.Event(), threading.Event()
 
-    def rename(connection: Any) -> None:
+    def rename(connection: Connection, _now: Millis) -> None:
         begun.set()
         go_on.wait(30)
         connection.execute(text("UPDATE runs SET name = 'other'"))
 
-    writing = asyncio.create_task(database.write(lambda connection: connection.run_sync(rename)))
+    writing = asyncio.create_task(database.write(rename))
     await asyncio.to_thread(begun.wait)
     for _ in range(3):
         writing.cancel()
@@ -159,8 +190,7 @@ async def test_a_cancelled_caller_hears_of_it_when_all_has_ended(database: Datab
     go_on.set()
     with pytest.raises(asyncio.CancelledError):
         await writing
-    found = await database.read(lambda connection: connection.execute(text(RUNS)))
-    assert found.scalars().all() == ["other"]
+    assert [run.name for run in await database.read(reads.all_runs)] == ["other"]
     await put(database, ["b"], name="next")
 
 
@@ -169,7 +199,7 @@ async def test_a_cancelled_write_is_not_tried_again(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'q.db'}"
     database = await open_database(url, create=True, patience=600)
     async with locked_by_another(url):
-        writing = asyncio.create_task(database.write(lambda connection: connection.execute(text(RUNS))))
+        writing = asyncio.create_task(database.write(reads.all_runs))
         await asyncio.sleep(0.1)
         writing.cancel()
         async with asyncio.timeout(30):
@@ -182,77 +212,75 @@ async def test_a_cancelled_write_is_not_tried_again(tmp_path: Path) -> None:
 async def test_a_commit_that_fails_leaves_no_transaction_open(
     failing: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file is free for others, and the connection for the next, whose work does not have that of the one that failed."""
+    """The file is free for others, and the next transaction does not have the work of the one that failed."""
     path = tmp_path / "q.db"
-    database = await open_database(str(path), create=True)
-    await put(database, ["a"])
+    broken: list[str] = []
 
-    def fail(_connection: sqlite3.Connection) -> None:
-        raise sqlite3.OperationalError("no room")
+    class Breaking(sqlite3.Connection):
+        def commit(self) -> None:
+            self._do("commit", super().commit)
+
+        def rollback(self) -> None:
+            self._do("rollback", super().rollback)
+
+        def _do(self, name: str, function: Callable[[], None]) -> None:
+            if name in broken:
+                raise sqlite3.OperationalError("no room")
+            function()
 
     with monkeypatch.context() as patch:
-        for name in failing:
-            patch.setattr(sqlite_connection.WholeConnection, name, fail, raising=False)
-        with pytest.raises(DatabaseError, match="no room"):
-            await database.write(lambda c: c.execute(text("UPDATE runs SET name = 'never'")))
+        patch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Breaking))
+        database = await open_database(str(path), create=True)
+        await put(database, ["a"])
+    broken += failing
+    with pytest.raises(DatabaseError, match="no room"):
+        await database.write(lambda c, _: c.execute(text("UPDATE runs SET name = 'never'")))
+    broken.clear()
     with closing(sqlite3.connect(path, isolation_level=None, timeout=0)) as other:
         other.execute("BEGIN IMMEDIATE")
         assert other.execute("SELECT name FROM runs").fetchall() == [("r",)]
         other.execute("ROLLBACK")
-    await database.write(lambda c: c.execute(text("UPDATE runs SET pause_message = 'next'")))
-    found = await database.read(lambda c: c.execute(text("SELECT name, pause_message FROM runs")))
+    await database.write(lambda c, _: c.execute(text("UPDATE runs SET pause_message = 'next'")))
+    found = await database.read(lambda c, _: c.execute(text("SELECT name, pause_message FROM runs")))
     assert [tuple(row) for row in found] == [("r", "next")]
     await database.close()
 
 
-async def test_a_commit_that_fails_at_the_end_of_a_long_transaction_frees_the_file(tmp_path: Path) -> None:
-    """One of many trips is undone as well, and the connection that it had is fit for the next."""
+async def test_a_commit_that_sqlite_refuses_is_undone(tmp_path: Path) -> None:
+    """The file is free, and the connection is fit for the next transaction."""
     path = tmp_path / "q.db"
-    pragmas = ("PRAGMA foreign_keys = ON",)
-    connections = sqlite_connection.FileConnections(path, begin="BEGIN IMMEDIATE", most=1, pragmas=pragmas)
-    async with connections.transaction() as connection:
-        await connection.execute(text("CREATE TABLE a (id INTEGER PRIMARY KEY)"))
-        owner = "REFERENCES a DEFERRABLE INITIALLY DEFERRED"
-        await connection.execute(text(f"CREATE TABLE b (a_id INTEGER {owner})"))
-    with pytest.raises(IntegrityError):
-        async with connections.transaction() as connection:
-            await connection.execute(text("INSERT INTO b VALUES (7)"))
+    database = await open_database(str(path), create=True)
+    owner = "REFERENCES runs (id) DEFERRABLE INITIALLY DEFERRED"
+    await database.write(lambda c, _: c.execute(text(f"CREATE TABLE notes (run_id INTEGER {owner})")))
+
+    def orphan(connection: Connection, _now: Millis) -> None:
+        connection.execute(text("INSERT INTO notes VALUES (7)"))
+
+    assert isinstance(database, SQLiteDatabase)
+    await database._in_thread(database._writer.pragma, "foreign_keys = ON")
+    with pytest.raises(DatabaseError, match="FOREIGN KEY"):
+        await database.write(orphan)
     with closing(sqlite3.connect(path, isolation_level=None, timeout=0)) as other:
         other.execute("BEGIN IMMEDIATE")
-        assert other.execute("SELECT count(*) FROM b").fetchall() == [(0,)]
+        assert other.execute("SELECT count(*) FROM notes").fetchall() == [(0,)]
         other.execute("ROLLBACK")
-    async with connections.transaction() as connection:
-        await connection.execute(text("INSERT INTO a VALUES (7)"))
-    found = await connections.transact(lambda c: c.execute(text("SELECT id FROM a")))
-    assert found.scalars().all() == [7]
-    await connections.close()
+    run = await put(database, ["a"])
+    await assert_counted(database, run)
+    await database.close()
 
 
 async def test_a_query_says_what_is_wrong_as_any_statement(database: Database) -> None:
     """It takes no statement whose text depends on its values, and its errors are those of the others."""
     growing = PreparedQuery(select(schema.jobs.c.id).where(schema.jobs.c.id.in_([1, 2])))
     with pytest.raises(TypeError, match="whose text never changes"):
-        await database.read(lambda connection: growing.all(connection, {}))
-    with pytest.raises(MisfitError, match="a value of another type than lbr writes"):
-        await database.read(lambda connection: PROMPTS.all(connection, {"ids": [b"x"]}))
+        await database.poll(lambda connection, _: growing.all(connection, {}))
     gone = PreparedQuery(select(column("secret")).select_from(table("nowhere")))
-    with pytest.raises(DatabaseError, match="its tables are not those that lbr makes") as told:
-        await database.read(lambda connection: gone.all(connection, {}))
-    assert "secret" not in str(told.value)
-
-
-async def test_a_transaction_waits_for_its_database_alone(database: Database) -> None:
-    """One that would keep the file locked while it waits for something else is refused, and undone."""
-    await put(database, ["a"])
-
-    async def work(connection: Connection) -> None:
-        await connection.execute(text("UPDATE runs SET name = 'other'"))
-        await asyncio.sleep(0)
-
-    with pytest.raises(RuntimeError, match="wait for its database alone"):
-        await database.write(work)
-    found = await database.read(lambda connection: connection.execute(text(RUNS)))
-    assert "other" not in found.scalars().all()
+    for verb in (database.read, database.poll, database.write):
+        with pytest.raises(MisfitError, match="a value of another type than lbr writes"):
+            await verb(lambda connection, _: PROMPTS.all(connection, {"ids": [b"x"]}))
+        with pytest.raises(DatabaseError, match="its tables are not those that lbr makes") as told:
+            await verb(lambda connection, _: gone.all(connection, {}))
+        assert "secret" not in str(told.value)
 
 
 class Undo(Exception):  # noqa: N818
@@ -267,18 +295,18 @@ async def plan(database: Database, statement: Any) -> str:
     steps: list[str] = []
     hearing = Hearing(lambda sql, values: sent.append((sql, values)))
 
-    async def work(connection: Connection) -> None:
+    def work(connection: Connection, _now: Millis) -> None:
         hearing.begin()
         try:
             if isinstance(statement, PreparedQuery):
-                await statement.all(connection, bound)
+                statement.all(connection, bound)
             else:
                 names = statement.compile().params
-                await connection.execute(statement, {name: bound[name] for name in names if name in bound})
+                connection.execute(statement, {name: bound[name] for name in names if name in bound})
         finally:
             hearing.end()
         [(sql, values)] = sent
-        found = await connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {sql}", tuple(values))
+        found = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {sql}", tuple(values))
         steps.extend(row.detail for row in found)
         raise Undo
 
@@ -486,7 +514,7 @@ def test_other_urls_are_refused_without_their_password(url: str, words: str) -> 
 async def test_durability_is_full_unless_the_url_says_otherwise(tmp_path: Path, query: str, level: int) -> None:
     """Every commit reaches the disk by default; a URL may ask for less."""
     database = await open_database(f"sqlite:///{tmp_path / 'q.db'}{query}", create=True)
-    assert (await database.write(lambda c: c.exec_driver_sql("PRAGMA synchronous"))).scalar() == level
+    assert await database.write(lambda c, _: c.exec_driver_sql("PRAGMA synchronous").scalar()) == level
     await database.close()
 
 
@@ -525,7 +553,7 @@ async def test_many_processes_may_create_at_once(tmp_path: Path) -> None:
     racers = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(5)]
     assert [(racer.communicate()[1], racer.returncode) for racer in racers] == [(b"", 0)] * 5
     database = await open_database(str(tmp_path / "q.db"))
-    version = await database.read(lambda c: c.execute(text("SELECT count(*) FROM schema_version")))
+    version = await database.read(lambda c, _: c.execute(text("SELECT count(*) FROM schema_version")))
     assert version.scalar() == schema.LATEST
     await database.close()
 
@@ -572,7 +600,7 @@ async def test_wal_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """Checkpoints of our own keep the WAL near its limit under a load with readers."""
     monkeypatch.setattr(sqlite, "WAL_LIMIT_BYTES", 1_000_000)
     database = await open_database(str(tmp_path / "q.db"), create=True)
-    run = await runs.open_run(database, runs.RunSpec("r", ECHO, 8))
+    run = await database.write(runs.open_run, runs.RunSpec("r", ECHO, 8))
     queue = Queue(database)
     worker = await queue.register(host="a", pid=1, concurrency=100)
     maker, largest = KeyMaker(ECHO), 0
@@ -580,9 +608,9 @@ async def test_wal_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         items = [Item(Prompt(text=f"prompt {n} " + "x" * 300)) for n in range(start, start + 1_000)]
         keys = [maker.key(item.prompt) for item in items]
         reading = asyncio.create_task(queue.check_due([run.id]))
-        await enqueue.add_chunk(database, run, start, items, keys, reuse=True)
+        await database.write(enqueue.add_chunk, run, start, items, keys, reuse=True)
         claims = await queue.claim(worker, [run.id], 1_000, lease=60)
-        await settle(database, [answered(claim, "y" * 300) for claim in claims])
+        await database.write(settle, [answered(claim, "y" * 300) for claim in claims])
         await reading
         largest = max(largest, (tmp_path / "q.db-wal").stat().st_size)
     moved = (tmp_path / "q.db").stat().st_size
@@ -706,7 +734,7 @@ async def test_an_exclusive_lock_that_may_not_be_opened_is_told(mortal_folder: P
 async def test_writes_are_refused_on_a_reading_connection(database: Database) -> None:
     """Nothing that reads can change the queue by mistake."""
     with pytest.raises(DatabaseError, match="read-only"):
-        await database.read(lambda c: c.execute(text("DELETE FROM jobs")))
+        await database.read(lambda c, _: c.execute(text("DELETE FROM jobs")))
 
 
 async def test_unused_database_is_removed(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from lbr.core.retry import RetryPolicy, decide
 from lbr.core.types import (
     Claim,
     Item,
+    JobId,
     JobState,
     KeyMaker,
     Millis,
@@ -33,16 +34,21 @@ from lbr.core.types import (
     RunId,
     Settlement,
     Task,
+    WorkerId,
 )
-from lbr.store import counters, enqueue, runs
+from lbr.store import counters, enqueue, leases, runs
+from lbr.store.claim import ClaimRequest, claim
+from lbr.store.database import Database
 from lbr.store.schema import jobs
 from tests.support import forks, postgres
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 
+    import pytest
+
+    from lbr.core.limits import CallBound
     from lbr.core.types import Failure
-    from lbr.store.database import Database
 
 ROOT = Path(__file__).resolve().parents[2]
 ECHO = Task(model="offline:echo")
@@ -73,12 +79,96 @@ async def put(
     database: Database, prompts: Sequence[str], *, name: str = "r", task: Task = ECHO, reuse: bool = True
 ) -> Run:
     """Enqueue prompts into a run and seal it."""
-    run = await runs.open_run(database, runs.RunSpec(name, task, 8))
+    run = await database.write(runs.open_run, runs.RunSpec(name, task, 8))
     items = [Item(Prompt(text=prompt)) for prompt in prompts]
     maker = KeyMaker(task)
-    await enqueue.add_chunk(database, run, 0, items, [maker.key(i.prompt) for i in items], reuse=reuse)
-    await runs.seal(database, run)
+    await database.write(enqueue.add_chunk, run, 0, items, [maker.key(i.prompt) for i in items], reuse=reuse)
+    await database.write(runs.seal, run)
     return run
+
+
+class Queue:
+    """A queue as a worker's statements see it: each of its methods is one transaction."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def register(self, *, host: str, pid: int, concurrency: int) -> WorkerId:
+        """Add a worker."""
+        return await leases.register(self._database, host=host, pid=pid, concurrency=concurrency)
+
+    async def unregister(self, worker: WorkerId) -> None:
+        """Remove a worker."""
+        await leases.unregister(self._database, worker)
+
+    def leave(self, worker: WorkerId) -> None:
+        """Free the worker's lock, as its end would."""
+        self._database.presence.leave(worker)
+
+    async def claim(
+        self,
+        worker: WorkerId,
+        run_ids: Sequence[RunId],
+        most: int,
+        *,
+        lease: float,
+        suspects: bool = False,
+        extra: dict[RunId, int] | None = None,
+        bounds: dict[RunId, CallBound] | None = None,
+    ) -> list[Claim]:
+        """Claim due jobs."""
+        request = ClaimRequest(worker, run_ids, most, lease, suspects, extra or {}, bounds or {})
+        return await self._database.write(claim, request)
+
+    async def check_due(self, run_ids: Sequence[RunId], *, worker: WorkerId = leases.NO_WORKER) -> leases.DueWork:
+        """Look whether a claim would find anything."""
+        return await self._database.poll(leases.check_due, self._database.presence, run_ids, worker)
+
+    async def bring_forward(self, run_ids: Sequence[RunId]) -> None:
+        """Make stranded jobs due."""
+        await self._database.write(leases.bring_forward, run_ids)
+
+    async def renew(
+        self, worker: WorkerId, claims: Iterable[Claim], *, lease: float, settled: int, rate: float
+    ) -> set[JobId]:
+        """Extend leases."""
+        return await self._database.write(leases.renew, worker, list(claims), lease=lease, settled=settled, rate=rate)
+
+    async def release(self, worker: WorkerId, claims: Iterable[Claim], *, unused: bool = False) -> int:
+        """Give claims back."""
+        return await self._database.write(leases.release, worker, list(claims), unused=unused)
+
+    async def clocks(self, worker: WorkerId) -> leases.Clocks:
+        """Compare clocks."""
+        return await self._database.poll(leases.clocks, self._database.presence, worker)
+
+    async def dead_workers(self) -> dict[WorkerId, int]:
+        """Return the workers that have ended."""
+        return await self._database.poll(leases.dead_workers, self._database.presence)
+
+    async def reclaim(self, dead: Collection[WorkerId] = ()) -> list[leases.Reclaimed]:
+        """Take back jobs."""
+        return await leases.reclaim(self._database, dead)
+
+
+def meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+    statement: Callable[..., Any],
+    before: Callable[[], Awaitable[object]] | None = None,
+    after: Callable[[Any], Awaitable[object]] | None = None,
+) -> None:
+    """Have something happen before each transaction of this statement, or after it, with what it returned."""
+    write = Database.write
+
+    async def watched(database: Database, work: Any, *args: Any, **options: Any) -> Any:
+        if work is statement and before is not None:
+            await before()
+        found = await write(database, work, *args, **options)
+        if work is statement and after is not None:
+            await after(found)
+        return found
+
+    monkeypatch.setattr(Database, "write", watched)
 
 
 def answered(claim: Claim, text: str = "answer") -> Settlement:
@@ -94,14 +184,14 @@ def failed(claim: Claim, failure: Failure, policy: RetryPolicy | None = None) ->
 async def states(database: Database, run: Run) -> dict[str, int]:
     """Count a run's jobs by state, from the rows themselves."""
     query = select(jobs.c.state, func.count()).where(jobs.c.run_id == run.id).group_by(jobs.c.state)
-    found = await database.read(lambda connection: connection.execute(query))
+    found = await database.read(lambda connection, _: connection.execute(query))
     return dict(found.all())
 
 
 async def assert_counted(database: Database, run: Run) -> None:
     """Check that the counters say what a recount of the rows says."""
-    assert await counters.recount(database) == []
-    kept = await database.read(lambda connection: counters.of_runs(connection, [RunId(run.id)]))
+    assert await database.read(counters.recount) == []
+    kept = await database.read(lambda connection, _: counters.of_runs(connection, [RunId(run.id)]))
     by_state = {str(s): n for s in JobState if (n := kept[run.id][s])}
     assert by_state == await states(database, run)
 
@@ -109,7 +199,7 @@ async def assert_counted(database: Database, run: Run) -> None:
 async def job_row(database: Database, job_id: int) -> Any:
     """Return a job's row."""
     query = select(jobs).where(jobs.c.id == job_id)
-    return (await database.read(lambda connection: connection.execute(query))).one()
+    return (await database.read(lambda connection, _: connection.execute(query))).one()
 
 
 async def eventually(condition: Callable[[], Any]) -> Any:

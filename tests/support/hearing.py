@@ -8,7 +8,7 @@ from unittest import mock
 
 from sqlalchemy import Engine, event
 
-from lbr.store.sqlite_connection import FileConnection
+from lbr.store import sql
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,10 +27,8 @@ class Hearing:
         for name, on_progress in (("before_cursor_execute", self._sent), ("commit", self._committed)):
             event.listen(Engine, name, on_progress)
             self._ways.callback(event.remove, Engine, name, on_progress)
-        for name in ("drive", "drive_each"):
-            self._ways.enter_context(
-                mock.patch.object(FileConnection, name, self._through(getattr(FileConnection, name)))
-            )
+        for name in ("fetch", "change"):
+            self._ways.enter_context(mock.patch.object(sql, name, self._through(getattr(sql, name))))
 
     def end(self) -> None:
         """Listen no more."""
@@ -43,8 +41,8 @@ class Hearing:
         self._commit()
 
     def _through(self, way: Any) -> Any:
-        def sent(connection: FileConnection, text: str, values: Any = ()) -> Any:
+        def sent(driver: Any, text: str, values: Any = ()) -> Any:
             self._statement(text, values)
-            return way(connection, text, values)
+            return way(driver, text, values)
 
         return sent

@@ -11,12 +11,11 @@ from sqlalchemy import func, select, update
 
 from lbr.store import files, reads
 from lbr.store.database import open_database
-from lbr.store.leases import Queue
 from lbr.store.schema import jobs
 from lbr.store.settle import settle
 from lbr.worker.kept_answers import keep, reclaim, settle_kept
 from tests.store.test_settle import TRANSIENT
-from tests.support import answered, assert_counted, failed, is_postgresql, put, states
+from tests.support import Queue, answered, assert_counted, failed, is_postgresql, put, states
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -60,7 +59,7 @@ async def test_workers_that_start_together_settle_each_answer_once(
     assert not [line for line in lines if "are not written" in line]
     assert not path.exists()
     assert await states(queue, run) == {"done": 249, "pending": 1}
-    charged = await queue.read(lambda connection: connection.execute(select(func.sum(jobs.c.attempts))))
+    charged = await queue.read(lambda connection, _: connection.execute(select(func.sum(jobs.c.attempts))))
     assert charged.scalar_one() == 250
     await assert_counted(queue, run)
     await second.close()
@@ -84,7 +83,7 @@ async def test_answers_of_another_database_are_left_alone(queue: Database) -> No
     await settle_kept(queue, lines.append)
     assert lines == []  # reported once
     assert await states(queue, run) == {"done": 1, "inflight": 1}
-    assert (await reads.story(queue, run, 0)).row.result == "ours\x85"
+    assert (await queue.read(reads.story, run, 0)).row.result == "ours\x85"
 
 
 @pytest.mark.parametrize("state", ["failed", "pending"])
@@ -120,10 +119,10 @@ async def test_a_database_that_was_created_again_takes_kept_answers(
     assert [claim.prompt.text for claim in held] == ["a"]
     lines: list[str] = []
     await settle_kept(database, lines.append)
-    assert (await reads.story(database, run, 1)).row.result == "late"
+    assert (await database.read(reads.story, run, 1)).row.result == "late"
     assert await states(database, run) == {"inflight": 1, "done": 1, "pending": 1}
-    await settle(database, [answered(held[0], "mine")])
-    assert (await reads.story(database, run, 0)).row.result == "mine"
+    await database.write(settle, [answered(held[0], "mine")])
+    assert (await database.read(reads.story, run, 0)).row.result == "mine"
     await assert_counted(database, run)
     await assert_counted(database, other)
     await database.close()
@@ -148,7 +147,7 @@ async def test_half_written_files_are_removed(queue: Database) -> None:
 
 async def expire(database: Database) -> None:
     """Let the leases of all claims end now."""
-    await database.write(lambda connection: connection.execute(update(jobs).values(lease_until=1)))
+    await database.write(lambda connection, _: connection.execute(update(jobs).values(lease_until=1)))
 
 
 async def test_a_running_worker_settles_kept_answers_before_it_reclaims(
@@ -159,7 +158,7 @@ async def test_a_running_worker_settles_kept_answers_before_it_reclaims(
     run, claims = await claimed(queue, ["a", "b"])
     keep(queue, [answered(one, "paid for") for one in claims])
     await expire(queue)
-    assert await reclaim(queue, Queue(queue), lambda _: None) == (0, 0)
+    assert await reclaim(queue, lambda _: None) == (0, 0)
     assert await states(queue, run) == {"done": 2}
     await assert_counted(queue, run)
 
@@ -187,6 +186,6 @@ async def test_two_claims_of_a_job_may_be_kept_together(queue: Database) -> None
     (two,) = await Queue(queue).claim(worker, [run.id], 1, lease=60)
     path = keep(queue, [answered(one, "first"), answered(two, "second")])
     await settle_kept(queue, lambda _: None)
-    assert (await reads.story(queue, run, 0)).row.result in {"first", "second"}
+    assert (await queue.read(reads.story, run, 0)).row.result in {"first", "second"}
     assert not list(path.parent.iterdir())
     await assert_counted(queue, run)

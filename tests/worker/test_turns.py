@@ -18,12 +18,11 @@ from lbr.core.errors import DatabaseError, UsageError
 from lbr.core.types import Claim, JobId, Prompt, RunId
 from lbr.store import claim, limits, runs
 from lbr.store.database import open_database
-from lbr.store.leases import Queue
 from lbr.store.settle import Settled
 from lbr.worker import turns as worker_turns
 from lbr.worker.turns import Commit, Settler, batch_size, linger_seconds, usual_commit
 from lbr.worker.worker import Worker
-from tests.support import answered, assert_counted, eventually, put, states
+from tests.support import Queue, answered, assert_counted, eventually, meanwhile, put, states
 from tests.worker.test_worker import asks, worker_for
 
 if TYPE_CHECKING:
@@ -253,17 +252,15 @@ async def test_what_a_settlement_brings_to_a_worker_that_stops_is_given_back(
             await going.wait()
         return prompt
 
-    whole = claim.settle_and_claim
     told_to_stop = asyncio.Event()
 
-    async def turn(*given: Any, **options: Any) -> Any:
-        settled, claims = await whole(*given, **options)
+    async def stop(found: Any) -> None:
+        _, claims = found
         assert claims
         worker.drain()
         told_to_stop.set()
-        return settled, claims
 
-    monkeypatch.setattr(worker_turns, "settle_and_claim", turn)
+    meanwhile(monkeypatch, claim.settle_and_claim, after=stop)
     run = await put(live, ["slow", *map(str, range(9))], task=asks(one_is_slow))
     worker = worker_for(live, one_is_slow, concurrency=3, grace=60)
     working = asyncio.create_task(worker.run())
@@ -282,7 +279,7 @@ async def test_what_a_settlement_brings_to_a_worker_that_stops_is_given_back(
     assert found["pending"] == 10 - report.done
     assert report.released > 0
     rows = await live.read(
-        lambda connection: connection.exec_driver_sql(
+        lambda connection, _: connection.exec_driver_sql(
             "SELECT sum(attempts), sum(crashes) FROM jobs WHERE state = 'pending'"
         )
     )
@@ -310,16 +307,14 @@ async def test_a_settlement_never_queues_for_its_turn(live: Database, monkeypatc
     """While the worker's loop waits to claim, a settlement claims nothing: the slots that it counted may be gone."""
     turns_made = 0
     begun, go_on = asyncio.Event(), asyncio.Event()
-    whole = claim.settle_and_claim
 
-    async def turn(*given: Any, **options: Any) -> Any:
+    async def turn() -> None:
         nonlocal turns_made
         turns_made += 1
         begun.set()
         await go_on.wait()
-        return await whole(*given, **options)
 
-    monkeypatch.setattr(worker_turns, "settle_and_claim", turn)
+    meanwhile(monkeypatch, claim.settle_and_claim, turn)
     run = await put(live, [str(n) for n in range(8)])
     queue = Queue(live)
     served: Any = {run.id: SimpleNamespace(extra_tokens=0, bound=None)}
@@ -361,14 +356,14 @@ async def test_a_worker_that_fails_claims_no_more(live: Database) -> None:
 
     run = await put(live, [str(n) for n in range(4_000)], name="mine", task=asks(slow))
     theirs = await put(live, ["x"], name="theirs", task=asks(other))
-    await runs.pause(live, theirs, "for now")
+    await live.write(runs.pause, theirs, "for now")
     # Fewer calls at a time than slots, so that the loop looks around while settlements bring new claims.
     await limits.slow_start(live, [asks(slow).answerer])
-    await live.write(lambda c: c.exec_driver_sql("UPDATE limits SET slots = 16, threshold = 1"))
+    await live.write(lambda c, _: c.exec_driver_sql("UPDATE limits SET slots = 16, threshold = 1"))
     worker = Worker(live, authorize([slow]), WorkOptions(concurrency=64), run_names=["mine", "theirs"])
     working = asyncio.create_task(worker.run())
     await eventually(lambda: len(finished) > 200)
-    await runs.resume(live, theirs)
+    await live.write(runs.resume, theirs)
     with pytest.raises(UsageError, match="only the program that defines it"):
         await working
     assert "inflight" not in await states(live, run)
@@ -381,20 +376,17 @@ async def test_what_was_claimed_beside_a_failure_is_given_back(
 ) -> None:
     """A settlement that fails ends the worker; what its loop had just claimed was never called, and costs nothing."""
     calling = asyncio.Event()
-    whole = claim.claim
 
     async def waits(prompt: str) -> str:
         calling.set()
         await asyncio.sleep(0.3)
         return prompt
 
-    async def claim_late(database: Database, request: claim.ClaimRequest) -> list[Claim]:
-        found = await whole(database, request)
+    async def wait_for_the_error(found: list[Claim]) -> None:
         if found and calling.is_set():
             await eventually(lambda: worker._calls.error is not None)
-        return found
 
-    monkeypatch.setattr(worker_turns, "claim", claim_late)
+    meanwhile(monkeypatch, claim.claim, after=wait_for_the_error)
     await put(live, ["gone"], task=asks(waits))
     worker = worker_for(live, waits, concurrency=4, grace=1)
     working = asyncio.create_task(worker.run())

@@ -28,9 +28,9 @@ from lbr.core.types import Claim, Item, KeyMaker, PauseCause, Paused, Prompt, Sh
 from lbr.models.identity import identify
 from lbr.store import enqueue, reads, runs, schema
 from lbr.store.database import open_database
-from lbr.store.leases import Presence, Queue
+from lbr.store.leases import Presence
 from lbr.worker.worker import Worker
-from tests.support import ECHO, assert_counted, eventually, locked_by_another, put, real_clock, states
+from tests.support import ECHO, Queue, assert_counted, eventually, locked_by_another, put, real_clock, states
 from tests.support.http_server import Scripted
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ async def test_retries_hold_no_slot(live: Database) -> None:
     report = await worker_for(live, flaky, concurrency=1).run()
     assert (report.done, report.retried) == (3, 2)
     assert calls == Counter({"bad": 3, "a": 1, "b": 1})
-    story = await reads.story(live, run, 0)
+    story = await live.read(reads.story, run, 0)
     assert (story.attempts, [t.error for t in story.tries]) == (3, ["ConnectionError"] * 2)
     await assert_counted(live, run)
 
@@ -168,7 +168,7 @@ async def test_families_from_a_function(live: Database) -> None:
     report = await worker_for(live, picky).run()
     assert (report.done, report.failed) == (2, 2)
     assert calls == Counter({"never": 1, "later": 3, "hopeless": 8, "fine": 1})
-    assert (await reads.story(live, run, 1)).attempts == 1
+    assert (await live.read(reads.story, run, 1)).attempts == 1
     rows = [row async for page in reads.rows(live, run, Shape.ORIGINAL) for row in page]
     assert [(row.status, row.error) for row in rows[:3:2]] == [
         ("failed", "not this one"),
@@ -197,7 +197,7 @@ async def test_pause_stops_the_run_and_keeps_every_job(live: Database) -> None:
     named = Worker(live, authorize([paid]), WorkOptions(), run_names=["r"])
     assert (await named.run()).paused == {"r": Paused(PauseCause.ACCOUNT, "Pause: no credit")}
     account.credit = 1_000
-    await runs.resume(live, run)
+    await live.write(runs.resume, run)
     assert (await worker_for(live, paid).run()).done == 30 - report.done
     assert await answers(live, run) == [f"p{n}" for n in range(30)]
     await assert_counted(live, run)
@@ -244,7 +244,7 @@ async def test_grace_ends_and_jobs_are_released(live: Database) -> None:
         report = await task
     assert report.released == 3
     assert await states(live, run) == {"pending": 8}
-    story = await reads.story(live, run, 0)
+    story = await live.read(reads.story, run, 0)
     assert (story.attempts, story.crashes, story.claim_seq, story.tries) == (0, 0, 1, [])
     await assert_counted(live, run)
 
@@ -287,7 +287,7 @@ async def test_leases_are_renewed_while_calls_run(live: Database) -> None:
     assert account.calls == 1
     assert sum(report.done for report in reports) == 1
     assert sum(report.reclaimed for report in reports) == 0
-    assert (await reads.story(live, run, 0)).crashes == 0
+    assert (await live.read(reads.story, run, 0)).crashes == 0
 
 
 async def test_dead_workers_jobs_are_reclaimed(live: Database) -> None:
@@ -302,7 +302,7 @@ async def test_dead_workers_jobs_are_reclaimed(live: Database) -> None:
     assert len(await queue.claim(dead_workers, [run.id], 4, lease=0.5)) == 4
     report = await worker_for(live, echo, lease=0.5).run()
     assert (report.done, report.reclaimed) == (10, 4)
-    assert (await reads.story(live, run, 0)).attempts == 1
+    assert (await live.read(reads.story, run, 0)).attempts == 1
     await assert_counted(live, run)
 
 
@@ -335,7 +335,7 @@ async def test_lost_job_is_dropped_and_its_answer_refused(live: Database, db_url
         await ahead.close()
         await asyncio.wait_for(cancelled.wait(), 10)
     assert claims[0].claim_seq >= 2
-    row = (await reads.story(live, run, 0)).row
+    row = (await live.read(reads.story, run, 0)).row
     assert row.status == "inflight"
 
 
@@ -362,7 +362,7 @@ async def test_suspect_runs_alone(live: Database, db_url: str) -> None:
             await queue.claim(ghost, [run.id], 1, lease=0.001)
             await asyncio.sleep(0.01)
             await queue.reclaim()
-    assert (await reads.story(live, run, 0)).crashes == 2
+    assert (await live.read(reads.story, run, 0)).crashes == 2
     await put(live, [f"p{n}" for n in range(20)], name="innocent", task=asks(watch))
     report = await worker_for(live, watch, concurrency=8).run()
     assert report.done == 21
@@ -403,7 +403,7 @@ async def test_worker_waits_for_an_enqueue_that_goes_on(live: Database) -> None:
     async def echo(prompt: str) -> str:
         return prompt
 
-    run = await runs.open_run(live, runs.RunSpec("r", asks(echo), 8))
+    run = await live.write(runs.open_run, runs.RunSpec("r", asks(echo), 8))
     async with working(worker_for(live, echo)) as task:
         await asyncio.sleep(0.5)
         assert not task.done()
@@ -472,9 +472,9 @@ async def test_a_worker_takes_over_the_order_of_a_schema(live: Database, monkeyp
         async with working(worker_for(live, until=Until.FOREVER)):
             await eventually(lambda: len(server.asked) == 1)
             task = Task(model="openai-chat:m", schema=turned)
-            run = await runs.open_run(live, runs.RunSpec("r", task, 8))
+            run = await live.write(runs.open_run, runs.RunSpec("r", task, 8))
             key = KeyMaker(task).key(Prompt(text="y"))
-            await enqueue.add_chunk(live, run, 1, [Item(Prompt(text="y"))], [key], reuse=True)
+            await live.write(enqueue.add_chunk, run, 1, [Item(Prompt(text="y"))], [key], reuse=True)
             await live.filled()
             await eventually(lambda: len(server.asked) == 2)
     found = [one["response_format"]["json_schema"]["schema"]["properties"] for one in server.asked]
@@ -494,7 +494,7 @@ async def test_hung_call_is_cut_off(live: Database) -> None:
 
     run = await put(live, ["a"], task=asks(hangs_once))
     assert (await worker_for(live, hangs_once, timeout=0.1).run()).done == 1
-    tries = (await reads.story(live, run, 0)).tries
+    tries = (await live.read(reads.story, run, 0)).tries
     assert [(t.error, t.message) for t in tries] == [("CallTimeout", "no answer within 0.1 s")]
 
 
@@ -502,7 +502,7 @@ async def test_database_that_goes_away_is_an_error(live: Database) -> None:
     """A settlement that cannot be written ends the worker with an error, not with silence."""
 
     async def spoil(prompt: str) -> str:
-        await live.write(lambda connection: connection.run_sync(schema.results.drop))
+        await live.write(lambda connection, _: schema.results.drop(connection))
         return prompt
 
     await put(live, ["a"], task=asks(spoil))
@@ -576,7 +576,7 @@ async def test_whatever_a_function_raises_belongs_to_its_job(live: Database, err
     run = await put(live, ["a", "bad", "b"], task=asks(function))
     report = await worker_for(live, function).run()
     assert (report.done, report.failed) == (2, 1)
-    assert {t.error for t in (await reads.story(live, run, 1)).tries} == {type(error).__name__}
+    assert {t.error for t in (await live.read(reads.story, run, 1)).tries} == {type(error).__name__}
 
 
 async def test_answers_that_no_database_holds_fail_alone(live: Database, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -591,8 +591,8 @@ async def test_answers_that_no_database_holds_fail_alone(live: Database, monkeyp
     run = await put(live, ["a", "half", "huge"], task=asks(odd))
     report = await worker_for(live, odd).run()
     assert (report.done, report.failed) == (1, 2)
-    assert (await reads.story(live, run, 1)).tries[0].text == "?"
-    assert "at most 1,000 characters, got: 1,001" in ((await reads.story(live, run, 2)).row.error or "")
+    assert (await live.read(reads.story, run, 1)).tries[0].text == "?"
+    assert "at most 1,000 characters, got: 1,001" in ((await live.read(reads.story, run, 2)).row.error or "")
 
 
 async def test_locked_database_does_not_make_a_worker_take_its_own_jobs(live: Database, db_url: str) -> None:
@@ -613,7 +613,7 @@ async def test_locked_database_does_not_make_a_worker_take_its_own_jobs(live: Da
             await asyncio.sleep(1.5)
         report = await task
     assert (calls, report.done, report.stale) == (2, 2, 0)
-    assert (await reads.story(live, run, 0)).crashes == 0
+    assert (await live.read(reads.story, run, 0)).crashes == 0
 
 
 async def test_finished_runs_cost_a_worker_nothing(live: Database) -> None:
@@ -626,9 +626,9 @@ async def test_finished_runs_cost_a_worker_nothing(live: Database) -> None:
         await put(live, [f"p{n}"], name=f"old {n}", task=asks(echo))
     await worker_for(live, echo).run()
     run = await put(live, ["new"], name="new", task=asks(echo))
-    assert [one.id for one in await reads.open_runs(live)] == [run.id]
+    assert [one.id for one in await live.read(reads.open_runs)] == [run.id]
     assert (await worker_for(live, echo).run()).done == 1
-    assert await reads.open_runs(live) == []
+    assert await live.read(reads.open_runs) == []
 
 
 async def test_rubbish_counts_of_tokens_are_left_out(live: Database) -> None:
@@ -639,7 +639,7 @@ async def test_rubbish_counts_of_tokens_are_left_out(live: Database) -> None:
 
     run = await put(live, ["a"], task=asks(odd))
     assert (await worker_for(live, odd).run()).failed == 1
-    counts = (await reads.overview(live, "r")).runs[0].counts
+    counts = (await live.read(reads.overview, "r")).runs[0].counts
     assert (counts["input_tokens"], counts["output_tokens"], counts["cost_nanos"]) == (0, 0, 7)
     await assert_counted(live, run)
 
@@ -652,7 +652,7 @@ async def test_counts_that_no_call_comes_to_do_not_stop_the_worker(live: Databas
 
     run = await put(live, ["a", "b", "c"], task=asks(odd))
     assert (await worker_for(live, odd).run()).failed == 3
-    counts = (await reads.overview(live, "r")).runs[0].counts
+    counts = (await live.read(reads.overview, "r")).runs[0].counts
     assert (counts["input_tokens"], counts["output_tokens"], counts["cost_nanos"]) == (0, 15, 0)
     await assert_counted(live, run)
 
@@ -675,7 +675,7 @@ async def test_a_machine_whose_clock_was_set_starts_workers(
         if leaves:
             queue.leave(other)
     shift = update(schema.workers).values(seen_at=schema.workers.c.seen_at + hours * 3_600_000)
-    await live.write(lambda connection: connection.execute(shift))
+    await live.write(lambda connection, _: connection.execute(shift))
     report = await worker_for(live, upper).run()
     assert (report.done, await states(live, run)) == (2, {"done": 2})
 
@@ -691,12 +691,12 @@ async def test_without_locks_a_changed_report_stops_a_worker(live: Database, mon
         later = other.values(seen_at=schema.workers.c.seen_at + 300)
         while True:
             await asyncio.sleep(0.1)
-            await live.write(lambda connection: connection.execute(later))
+            await live.write(lambda connection, _: connection.execute(later))
 
     await put(live, ["a"], task=asks(slow))
     await Queue(live).register(host="h", pid=1, concurrency=1)
     ahead = update(schema.workers).values(seen_at=schema.workers.c.seen_at + 3_600_000)
-    await live.write(lambda connection: connection.execute(ahead))
+    await live.write(lambda connection, _: connection.execute(ahead))
     with pytest.raises(DatabaseError, match="leases need one clock"):
         await asyncio.wait_for(worker_for(live, slow, grace=0.1).run(), 30)
 
@@ -707,13 +707,13 @@ async def test_a_report_by_another_clock_stops_a_worker_before_it_claims(live: D
     other = await Queue(live).register(host="h", pid=1, concurrency=1)
     ahead = update(schema.workers).where(schema.workers.c.id == other)
     ahead = ahead.values(seen_at=schema.workers.c.seen_at + 3_600_000)
-    await live.write(lambda connection: connection.execute(ahead))
+    await live.write(lambda connection, _: connection.execute(ahead))
 
     async def report() -> None:
         later = update(schema.workers).values(seen_at=schema.workers.c.seen_at + 300)
         while True:
             await asyncio.sleep(0.3)
-            await live.write(lambda connection: connection.execute(later))
+            await live.write(lambda connection, _: connection.execute(later))
 
     reporting = asyncio.create_task(report())
     try:
