@@ -7,10 +7,9 @@ import time
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import partial
 from typing import TYPE_CHECKING
 
-from lbr.core.errors import CUT_OFF, CallError, DatabaseError
+from lbr.core.errors import CUT_OFF, CallError
 from lbr.core.open_files import exhausted_message
 from lbr.core.outages import Suspicion
 from lbr.core.pricing import output_limit, table_problem
@@ -19,10 +18,10 @@ from lbr.core.types import Claim, JobId, JobState, Outcome, Settlement, WorkerId
 from lbr.models.base import Request
 from lbr.store.schema import SUSPECT_CRASHES
 from lbr.worker.attempt import Deadlines, OutOfFilesError, attempt, priced
-from lbr.worker.turns import Settler
+from lbr.worker.turns import MAX_ROWS
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Callable, Sequence
     from random import Random
 
     from lbr.core.config import WorkOptions
@@ -83,10 +82,9 @@ class _Held:
 
 
 class Calls:
-    """Runs calls, and has `settle` write how they ended.
+    """Runs calls; `ended` holds how they ended, until `forget` gets what the database made of it.
 
-    `changed` is called when a slot may have become free or the worker must end; `unreachable` with a model that only
-    this worker cannot reach, and the reason.
+    `changed` is called when calls have ended, or a call was lost.
     """
 
     def __init__(
@@ -94,11 +92,9 @@ class Calls:
         report: WorkReport,
         options: WorkOptions,
         *,
-        settle: Callable[[Sequence[Settlement]], Awaitable[Settled]],
         policy: RetryPolicy,
         rng: Random,
         changed: Callable[[], None],
-        unreachable: Callable[[str, str], None],
         notify: Callable[[str], None],
     ) -> None:
         self._report = report
@@ -106,21 +102,21 @@ class Calls:
         self._deadlines = Deadlines(options.timeout)
         self._rng = rng
         self._changed = changed
-        self._unreachable = unreachable
         self._outage_patience = options.outage_patience
         self._notify = notify
-        self.settler = Settler(settle, self._written)
-        self._settling: asyncio.Task[None] | None = None
         self._held: dict[JobId, _Held] = {}
         self._suspicions: dict[str, Suspicion] = {}
         self._suspects: set[JobId] = set()
         self._failed: set[JobId] = set()
-        self._calling = 0
+        self.ended: list[Settlement] = []
+        self.calling = 0
         self._warned: set[str] = set()
         self._long_waits: dict[str, float] = {}
         self._started = time.monotonic()
         self._recent: deque[tuple[float, int]] = deque()
         self.worker = WorkerId(0)
+        self.enough = MAX_ROWS
+        """How many ended calls are worth a commit at once."""
         self.error: BaseException | None = None
 
     def __len__(self) -> int:
@@ -130,7 +126,7 @@ class Calls:
     @property
     def unfinished(self) -> int:
         """How many slots will still become free: after an error, only those whose calls go on."""
-        return self._calling if self.error is not None else len(self._held)
+        return self.calling if self.error is not None else len(self._held)
 
     @property
     def claims(self) -> list[Claim]:
@@ -147,11 +143,6 @@ class Calls:
         """Return whether this worker's own calls show that a model cannot be reached."""
         return model in self._suspicions and self._suspicions[model].is_evidence
 
-    def open(self) -> None:
-        """Begin to settle; `close` ends it."""
-        self._settling = asyncio.create_task(self.settler.run())
-        self._settling.add_done_callback(self._note_error)
-
     def start(self, claim: Claim, served: ServedRun) -> None:
         """Make the call of a claim."""
         if (before := self._held.get(claim.job_id)) is not None:
@@ -161,12 +152,21 @@ class Calls:
             self._suspects.add(claim.job_id)
         else:
             self._suspects.discard(claim.job_id)
-        self._calling += 1
+        self.calling += 1
         held.task = asyncio.create_task(self._call(held))
-        held.task.add_done_callback(partial(self._call_ended, held))
+        held.task.add_done_callback(self._call_ended)
 
     async def _call(self, held: _Held) -> None:
-        claim, served = held.claim, held.served
+        try:
+            outcome = await self._outcome(held.claim, held.served)
+        except asyncio.CancelledError:
+            if held.task is None:
+                raise
+            # By the function, which runs in this task.
+            outcome = Outcome(None, failure_of(CallError("the call cancelled itself")), 0)
+        self._settle(held, outcome)
+
+    async def _outcome(self, claim: Claim, served: ServedRun) -> Outcome:
         request = Request(
             prompt=claim.prompt,
             task=served.run.task,
@@ -185,7 +185,7 @@ class Calls:
                 # No call was made, so nothing is settled: keep the claim, and call when other calls have ended.
                 await asyncio.sleep(OUT_OF_FILES_SECONDS * (1 + self._rng.random()))
         self._report_long_wait(served.run.task.answerer, outcome)
-        self._settle(held, outcome if served.price is None else priced(outcome, served.price))
+        return outcome if served.price is None else priced(outcome, served.price)
 
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:
@@ -215,19 +215,15 @@ class Calls:
         if suspicion.note(held.claim.job_id, outcome, now):
             evidence = suspicion.evidence(self.worker, now, patience=self._outage_patience)
         policy = replace(self._policy, max_attempts=run.max_attempts)
-        self.settler.put(decide(held.claim, outcome, policy, self._rng, evidence))
+        self.ended.append(decide(held.claim, outcome, policy, self._rng, evidence))
+        if len(self.ended) in {1, self.enough}:
+            self._changed()
 
-    def _call_ended(self, held: _Held, task: asyncio.Task[None]) -> None:
-        self._calling -= 1
-        if task.cancelled() and held.task is task:  # by the function, which runs in this task
-            self._settle(held, Outcome(None, failure_of(CallError("the call cancelled itself")), 0))
-        if self._calling == 0:
-            self.settler.hurry()
-        self._note_error(task)
-
-    def _note_error(self, task: asyncio.Task[None]) -> None:
+    def _call_ended(self, task: asyncio.Task[None]) -> None:
+        self.calling -= 1
         if not task.cancelled() and (error := task.exception()) is not None:
             self.error = self.error or error
+        if self.calling == 0 or self.error is not None:
             self._changed()
 
     def freed_by(self, batch: Sequence[Settlement]) -> int:
@@ -238,7 +234,9 @@ class Calls:
         held = self._held.get(claim.job_id)
         return held is not None and held.claim.claim_seq == claim.claim_seq
 
-    def _written(self, batch: Sequence[Settlement], settled: Settled) -> None:
+    def forget(self, batch: Sequence[Settlement], settled: Settled) -> None:
+        """Free the slots of the first calls that have ended, which are settled now, and report them."""
+        del self.ended[: len(batch)]
         before = self._report.done + self._report.failed
         for settlement in batch:
             claim = settlement.claim
@@ -259,9 +257,6 @@ class Calls:
             self._notify(f"run {name} is paused now: {pause.message}")
         for model in settled.reached:
             self._suspicions[model].clear()
-        for model, reason in settled.unreachable.items():
-            self._unreachable(model, reason)
-        self._changed()
 
     def _count(self, settlement: Settlement, state: JobState, held: _Held | None) -> None:
         match state:
@@ -326,12 +321,3 @@ class Calls:
         for claim in left:
             self._held.pop(claim.job_id, None)
         return left
-
-    async def close(self) -> None:
-        """Write what has ended; afterwards `error` is set if that failed."""
-        self.settler.close()
-        if self._settling is None:
-            return
-        await asyncio.wait([self._settling])
-        if self._settling.cancelled() and self.settler.unwritten:  # by an event loop that ends, with all its tasks
-            self.error = self.error or DatabaseError("the event loop ended before all answers were written")

@@ -1,12 +1,11 @@
-"""One worker's turns at the database: group commit of ended calls, and claims for the slots that they free."""
+"""One worker's turns at the database: each settles the calls that have ended, and claims jobs for the free slots."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections import deque
-from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from lbr.core.errors import DatabaseBusyError, DatabaseError
 from lbr.core.types import RunId, WorkerId
@@ -14,7 +13,7 @@ from lbr.store.claim import ClaimRequest, claim, settle_and_claim
 from lbr.store.settle import settle
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from lbr.core.types import Claim, Settlement
     from lbr.store.database import Database
@@ -22,141 +21,28 @@ if TYPE_CHECKING:
     from lbr.worker.runs import ServedRun
 
 MAX_ROWS = 500
-MIN_ROWS = 25
-LATEST_COMMITS = 4
 MAX_LINGER_SECONDS = 0.05
-MIN_LINGER_SECONDS = 0.002
-"""The event loop rounds waits up to a millisecond."""
-COMMIT_SECONDS = 0.003
-ROW_SECONDS = 0.000025
-"""The most that an undisturbed commit takes, and each of its rows, on a common machine."""
+LATEST_TURNS = 4
 
 
-class Commit(NamedTuple):
-    """How long a commit took, and how many rows it had."""
+def pace(turn_seconds: float, call_seconds: float, held: int) -> tuple[int, float]:
+    """Return how many ended calls are worth a turn, and for how many seconds to wait for so many.
 
-    seconds: float
-    rows: int
-
-    @property
-    def hindered_seconds(self) -> float:
-        """How much longer it took than its rows: on a slow disk, or because others write."""
-        return max(0.0, self.seconds - COMMIT_SECONDS - self.rows * ROW_SECONDS)
-
-
-def usual_commit(latest: Sequence[Commit]) -> Commit:
-    """Return the commit to expect next: the median by how much they were hindered.
-
-    One slow commit may be due to our own calls in the interpreter. But if calls compute in threads, every other commit
-    waits for them with the database locked, and then many rows at once are better.
+    A turn takes `turn_seconds`, a call `call_seconds`, and `held` are the slots in use. A quarter of them: calls that
+    begin together end together, and would stay in step, so that either all call or all are written. More if turns are
+    slow, as many as end meanwhile. The wait leaves other writers three quarters of the time, or is a fiftieth of a
+    call, so that calls that end one by one share a commit.
     """
-    return sorted(latest, key=lambda commit: commit.hindered_seconds)[len(latest) // 2]
+    rows = round(held * max(1 / 4, turn_seconds / (turn_seconds + call_seconds or 1)))
+    return min(MAX_ROWS, max(1, rows)), min(MAX_LINGER_SECONDS, max(3 * turn_seconds, call_seconds / 50))
 
 
-def linger_seconds(usual: Commit, call_seconds: float) -> float:
-    """Return how long to gather rows, given the usual commit and how long a call takes: at most 50 ms.
+class Turns:
+    """Settles and claims for one worker.
 
-    Three times as long as commits are hindered, so that other writers get their turns; else a fiftieth of a call, so
-    that calls that end one by one share a commit; nothing for calls that are too quick for the event loop's clock.
-    """
-    part = call_seconds / 50
-    return min(MAX_LINGER_SECONDS, max(3 * usual.hindered_seconds, part if part >= MIN_LINGER_SECONDS else 0.0))
-
-
-def batch_size(usual: Commit, call_seconds: float) -> int:
-    """Return how many rows to write at once, given the usual commit and how long a call takes.
-
-    Calls that begin together end together, and would stay in step: either all call or all are written. Small batches
-    prevent that if a call takes longer than a commit. The more a commit is hindered, the more rows it is worth.
-    """
-    if call_seconds <= usual.seconds:
-        return MAX_ROWS
-    return min(MAX_ROWS, MIN_ROWS + round(usual.hindered_seconds / ROW_SECONDS))
-
-
-class Settler:
-    """Group commit: takes settlements one by one and writes them in batches, in order, from one task."""
-
-    def __init__(
-        self,
-        write: Callable[[Sequence[Settlement]], Awaitable[Settled]],
-        written: Callable[[Sequence[Settlement], Settled], None],
-    ) -> None:
-        self._write = write
-        self._written = written
-        self.unwritten: list[Settlement] = []
-        """What was put and is not durable."""
-        self._some = asyncio.Event()
-        self._enough = asyncio.Event()
-        self._most = MAX_ROWS
-        self._hurried = False
-        self._closing = False
-        self._commits = deque([Commit(0.0, 0)], maxlen=LATEST_COMMITS)
-
-    def put(self, settlement: Settlement) -> None:
-        """Take one settlement; it is durable only when `written` gets it."""
-        self.unwritten.append(settlement)
-        self._some.set()
-        if len(self.unwritten) >= self._most:
-            self._enough.set()
-
-    def hurry(self) -> None:
-        """Write all that was put, now, because no more will come for a while."""
-        self._hurried = bool(self.unwritten)
-        self._enough.set()
-
-    def close(self) -> None:
-        """Make `run` return once everything is written."""
-        self._closing = True
-        self._some.set()
-        self._enough.set()
-
-    async def run(self) -> None:
-        """Write batches until closed. Raises DatabaseError, with nothing of the batch written."""
-        while True:
-            await self._some.wait()
-            if not self.unwritten:
-                return
-            await self._gather(usual_commit(self._commits))
-            batch, self.unwritten = self.unwritten[: self._most], self.unwritten[self._most :]
-            if not self.unwritten:
-                self._hurried = False
-                if not self._closing:
-                    self._some.clear()
-            started = time.perf_counter()
-            try:
-                settled = await self._write(batch)
-            except BaseException:
-                self.unwritten = [*batch, *self.unwritten]
-                raise
-            self._commits.append(Commit(time.perf_counter() - started, len(batch)))
-            self._written(batch, settled)
-
-    async def _gather(self, usual: Commit) -> None:
-        """Wait for as many rows as are worth a commit, at least for those of the same turn of the event loop."""
-        call_seconds = self._call_seconds()
-        self._most = batch_size(usual, call_seconds)
-        if self._closing or self._hurried or len(self.unwritten) >= self._most:
-            return
-        if linger := linger_seconds(usual, call_seconds):
-            self._enough.clear()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(linger):
-                    await self._enough.wait()
-        else:
-            await asyncio.sleep(0)
-        self._most = batch_size(usual, self._call_seconds())
-
-    def _call_seconds(self) -> float:
-        # The quickest call: others may have waited for the processor.
-        return min(settlement.outcome.latency_ms for settlement in self.unwritten) / 1000
-
-
-class Claimer:
-    """Claims for one worker, one claim at a time, so that no slot is claimed for twice.
-
-    `more` is True if the last claim filled all its slots, so that another will probably find jobs; `freed` if a slot
-    has become free since.
+    `more` is True if the last claim filled all its slots, so that another will probably find jobs; `throttled` if a
+    model is limited to fewer calls than there are slots, so that each call that ends makes room for another. `claims`
+    are those not yet taken over.
     """
 
     def __init__(self, database: Database, served: Mapping[RunId, ServedRun], *, lease: float) -> None:
@@ -164,13 +50,11 @@ class Claimer:
         self._served = served
         self._lease = lease
         self._order: deque[RunId] = deque()
-        self._turn = asyncio.Lock()
-        self._wanted = False
-        self._throttled = False
-        self._claimed: list[Claim] = []
-        self.freed = False
+        self._latest = deque([0.0], maxlen=LATEST_TURNS)
         self.worker = WorkerId(0)
         self.more = True
+        self.throttled = False
+        self.claims: list[Claim] = []
 
     @property
     def order(self) -> list[RunId]:
@@ -183,57 +67,61 @@ class Claimer:
         known = [run_id for run_id in self._order if run_id in served]
         self._order = deque(dict.fromkeys(known + served))
 
-    def is_likely(self) -> bool:
-        """Return whether a claim will probably find something, without asking the database."""
-        # If a model is throttled to fewer calls than there are slots, each call that ends makes room for another.
-        freed, self.freed = self.freed, False
-        return self.more or (freed and self._throttled)
+    def pace(self, ended: Sequence[Settlement], held: int) -> tuple[int, float]:
+        """Return how many ended calls are worth a turn, and for how many seconds to wait for so many."""
+        # One slow turn may be due to our own calls in the interpreter. If calls compute in threads, every other one is.
+        usual = sorted(self._latest)[len(self._latest) // 2]
+        # The quickest call counts: others may have waited for the processor.
+        return pace(usual, min([settlement.outcome.latency_ms for settlement in ended]) / 1000, held)
 
-    @asynccontextmanager
-    async def alone(self) -> AsyncIterator[None]:
-        """Keep settlements from claiming meanwhile; wait for one that does."""
-        self._wanted = True
-        try:
-            async with self._turn:
-                yield
-        finally:
-            self._wanted = False
+    def take_claims(self) -> list[Claim]:
+        """Return what was claimed since the last call."""
+        claims, self.claims = self.claims, []
+        return claims
 
-    async def claim(self, most: int, *, suspects: bool = False) -> list[Claim]:
-        """Claim up to `most` jobs, `alone`; with `suspects`, jobs that crashed their workers and must run alone."""
-        if not suspects:
-            self._order.rotate(-1)
-        claims = await self._database.write(claim, self._request(most, suspects=suspects))
-        return claims if suspects else self._noted(claims, most)
+    async def claim(self, most: int, *, suspects: bool = False) -> None:
+        """Claim up to `most` jobs; with `suspects`, jobs that crashed their workers and must run alone."""
+        found = await self._database.write(claim, self._request(most, suspects=suspects))
+        self.claims += found if suspects else self._noted(found, most)
 
-    async def settle(self, batch: Sequence[Settlement], free: int) -> Settled:
-        """Settle a batch and, if the database has one writer, claim for the slots that will be `free`.
+    async def settle(self, batch: Sequence[Settlement], free: int, freed: int) -> Settled:
+        """Settle a batch and claim for the `free` slots; on a file, for those `freed` by it too.
 
-        `take_claimed` returns those claims. Raises like `lbr.store.settle.settle`.
+        Raises DatabaseError, with nothing of the batch written.
         """
-        likely = free > 0 and (self.more or self._throttled)
-        # It never waits for its turn, because `free` may change meanwhile.
-        if not likely or self._wanted or not self._database.one_writer:
-            return await self._database.write(settle, batch)
-        async with self._turn:
-            self._order.rotate(-1)
-            request = self._request(free, suspects=False)
+        most = free + (freed if self._database.one_writer else 0)
+        started = time.perf_counter()
+        if most <= 0:
+            settled = await self._database.write(settle, batch)
+        elif self._database.one_writer:
+            settled = await self._settle_and_claim(batch, most)
+        else:
+            # One transaction could wait for another in a circle: a claim locks limits, then jobs; a settlement the
+            # other way round. Together they take no longer than one.
+            claiming = asyncio.create_task(self.claim(most))
             try:
-                settled, claims = await self._database.write(settle_and_claim, batch, request)
-            except DatabaseBusyError:
-                raise
-            except DatabaseError:
-                # A row that cannot be claimed must not keep paid answers out; the next claim reports it.
-                return await self._database.write(settle, batch)
-            self._claimed += self._noted(claims, free)
-            return settled
+                settled = await self._database.write(settle, batch)
+            finally:
+                # The next claim reports what is wrong.
+                await asyncio.gather(claiming, return_exceptions=True)
+        self._latest.append(time.perf_counter() - started)
+        return settled
 
-    def take_claimed(self) -> list[Claim]:
-        """Return what settlements have claimed since the last call."""
-        claimed, self._claimed = self._claimed, []
-        return claimed
+    async def _settle_and_claim(self, batch: Sequence[Settlement], most: int) -> Settled:
+        request = self._request(most, suspects=False)
+        try:
+            settled, claims = await self._database.write(settle_and_claim, batch, request)
+        except DatabaseBusyError:
+            raise
+        except DatabaseError:
+            # A row that cannot be claimed must not keep paid answers out; the next claim reports it.
+            return await self._database.write(settle, batch)
+        self.claims += self._noted(claims, most)
+        return settled
 
     def _request(self, most: int, *, suspects: bool) -> ClaimRequest:
+        if not suspects:
+            self._order.rotate(-1)
         served = {run_id: self._served[run_id] for run_id in self._order}
         extra = {run_id: one.extra_tokens for run_id, one in served.items()}
         bounds = {run_id: bound for run_id, one in served.items() if (bound := one.bound) is not None}
@@ -241,5 +129,5 @@ class Claimer:
 
     def _noted(self, claims: list[Claim], most: int) -> list[Claim]:
         self.more = len(claims) == most
-        self._throttled = any(claim.throttled for claim in claims) or (self._throttled and not claims)
+        self.throttled = any(claim.throttled for claim in claims) or (self.throttled and not claims)
         return claims

@@ -29,7 +29,7 @@ from lbr.store.leases import MAX_SKEW_MS
 from lbr.worker.calls import Calls, WorkReport
 from lbr.worker.kept_answers import keep_unwritten, reclaim
 from lbr.worker.runs import Completion, ServableRuns, StartLimits
-from lbr.worker.turns import Claimer
+from lbr.worker.turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from lbr.models.build import Authority
     from lbr.store.database import Database
     from lbr.store.leases import DueWork
-    from lbr.store.settle import Settled
 
 POLL_SECONDS = 0.1
 TICK_SECONDS = 5.0
@@ -78,23 +77,16 @@ class Worker:
         self._runs = ServableRuns(authority, concurrency=options.concurrency, room=room, limits_cost=limits_cost)
         self._completion = Completion(self._runs, named=run_names is not None, notify=notify)
         self.report = WorkReport()
-        self._claimer = Claimer(database, self._runs.served, lease=options.lease)
-        self._calls = Calls(
-            self.report,
-            options,
-            settle=self._settle,
-            policy=policy or RetryPolicy(),
-            rng=self._rng,
-            changed=self._calls_changed,
-            unreachable=self._withdraw,
-            notify=notify,
-        )
+        self._wake = asyncio.Event()
+        self._turns = Turns(database, self._runs.served, lease=options.lease)
+        policy = policy or RetryPolicy()
+        self._calls = Calls(self.report, options, policy=policy, rng=self._rng, changed=self._wake.set, notify=notify)
         self._unserved: list[Claim] = []
         self._outages: set[str] = set()
         self._refusal: NothingToServeError | None = None
-        self._wake = asyncio.Event()
         self._stopping = False
         self._aborting = False
+        self._freed = False
         self._next_poll = 0.0
         self._next_due = 0.0
         self._next_check = 0.0
@@ -119,15 +111,9 @@ class Worker:
         self._wake.set()
 
     def _is_stopping(self) -> bool:
-        return self._stopping
-
-    def _calls_changed(self) -> None:
-        if self._calls.error is not None:
+        if self._calls.error is not None and not self._stopping:
             self._fail(self._calls.error)
-        self._claimer.freed = True
-        if not self._is_stopping():
-            self._start(self._claimer.take_claimed())
-        self._wake.set()
+        return self._stopping
 
     def _withdraw(self, model: str, reason: str) -> None:
         """Stop serving a model that only other workers can reach; end if none is left."""
@@ -137,15 +123,16 @@ class Worker:
         )
         if not self._runs.withdraw(model, error):
             return
-        self._claimer.serve([run_id for run_id in self._claimer.order if run_id in self._runs.served])
+        self._turns.serve([run_id for run_id in self._turns.order if run_id in self._runs.served])
         if self._runs.served:
             self._notify(str(error))
         else:
             self._refusal = NothingToServeError(str(error))
             self._stop()
 
-    def _start(self, claims: Sequence[Claim]) -> None:
-        for claim in claims:
+    def _start(self) -> None:
+        """Call what was claimed."""
+        for claim in self._turns.take_claims():
             served = self._runs.served.get(claim.run_id)
             if served is None:  # its model was withdrawn after the claim
                 self._unserved.append(claim)
@@ -185,13 +172,12 @@ class Worker:
             await self._update_runs()
             host, slots = socket.gethostname(), self._runs.slots
             self._id = await leases.register(self._database, host=host, pid=os.getpid(), concurrency=slots)
-            self._claimer.worker = self._calls.worker = self._id
-            self._calls.open()
+            self._turns.worker = self._calls.worker = self._id
             ticking = asyncio.create_task(self._tick())
             try:
                 await self._work()
             finally:
-                self._stop()  # in any case: a settlement must claim no more
+                self._stop()
                 ticking.cancel()
                 await self._wind_up()
                 await asyncio.gather(ticking, return_exceptions=True)
@@ -206,52 +192,83 @@ class Worker:
         try:
             await self._check_clock(starting=True)  # again, to see a worker that started at the same moment
             while not self._is_stopping():
-                claims = await self._claim()
-                if self._is_stopping():
-                    await self._give_back(claims)
+                await self._take_turn()
+                if not self._turns.more and await self._is_finished():
                     break
-                self._start(claims)
-                await self._give_back([])
-                if not claims and not self._claimer.more and await self._is_finished():
-                    break
-                await self._wait()
+                await self._wait(POLL_SECONDS if self._free() > 0 else None)
         except DatabaseError as error:
             self._fail(error)
         await self._finish_calls()
 
+    async def _take_turn(self) -> None:
+        """Settle what has ended, claim for the free slots, and call."""
+        batch = self._calls.ended[: self._calls.enough]
+        free, freed = await self._slots_to_fill(batch)
+        if batch:
+            settled = await self._turns.settle(batch, free, freed)
+            self._calls.forget(batch, settled)
+            for model, reason in settled.unreachable.items():
+                self._withdraw(model, reason)
+        elif free:
+            await self._turns.claim(free)
+        self._freed = bool(batch)
+        if not self._is_stopping():
+            self._start()
+        await self._give_back()
+
+    async def _slots_to_fill(self, batch: Sequence[Settlement]) -> tuple[int, int]:
+        """Return how many slots are free, and how many this batch frees; nothing if a claim would find nothing."""
+        free, freed = self._free(), self._calls.freed_by(batch)
+        if self._is_stopping() or self._calls.alone or free + freed <= 0:
+            return 0, 0
+        if self._clock_jumped():
+            if batch:
+                return 0, 0  # answers do not wait for the comparison
+            await self._check_clock()
+        is_likely = self._turns.more or (self._turns.throttled and (freed > 0 or self._freed))
+        return (free, freed) if is_likely or await self._is_due() else (0, 0)
+
     async def _wind_up(self) -> None:
         """Release what is held, write what has ended, and raise what went wrong on the way."""
         try:
-            self.report.released += await self._database.write(leases.release, self._id, await self._calls.cancel())
+            if released := await self._calls.cancel():
+                self.report.released += await self._database.write(leases.release, self._id, released)
+            while self._calls.ended and not isinstance(self._calls.error, DatabaseError):
+                await self._take_turn()
         except DatabaseError as error:
             self._calls.error = self._calls.error or error
-        await self._calls.close()
-        await self._give_back(self._claimer.take_claimed())
+        await self._give_back()
         if not isinstance(self._calls.error, DatabaseError):
             await leases.unregister(self._database, self._id)
         if self._calls.error is not None:
-            raise keep_unwritten(self._database, self._calls.error, self._calls.settler.unwritten)
+            raise keep_unwritten(self._database, self._calls.error, self._calls.ended)
 
-    async def _give_back(self, claims: Sequence[Claim]) -> None:
+    async def _give_back(self) -> None:
         """Release claims that were never called for."""
-        claims, self._unserved = [*claims, *self._unserved], []
-        try:
-            if claims:
+        claims, self._unserved = [*self._turns.take_claims(), *self._unserved], []
+        if claims:
+            try:
                 self.report.released += await self._database.write(leases.release, self._id, claims, unused=True)
-        except DatabaseError as error:
-            self._fail(error)
+            except DatabaseError as error:
+                self._fail(error)
 
-    async def _wait(self) -> None:
-        """Sleep until a slot is free or, with nothing to claim, until the next poll."""
-        free = self._free() > 0
-        if self._claimer.more and free:
-            return
-        self._wake.clear()
-        if self._is_stopping():
-            return
-        with suppress(TimeoutError):
-            async with asyncio.timeout(POLL_SECONDS if free else None):
-                await self._wake.wait()
+    async def _wait(self, seconds: float | None) -> None:
+        """Sleep until enough calls have ended, slots may be filled, or the worker must end; at most so long."""
+        ended, lingering = self._calls.ended, False
+        while not self._is_stopping():
+            if ended and not lingering:
+                self._calls.enough, linger = self._turns.pace(ended, len(self._calls))
+                seconds, lingering = (linger if seconds is None else min(seconds, linger)), True
+            if len(ended) >= self._calls.enough or (ended and not self._calls.calling):
+                return
+            if self._turns.more and self._free() > 0:
+                return
+            self._wake.clear()
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._wake.wait()
+            except TimeoutError:
+                return
 
     async def _update_runs(self) -> None:
         """Find the runs that have work. Raises UsageError for a named one that this worker cannot serve."""
@@ -262,7 +279,7 @@ class Worker:
                 raise self._runs.refused[run.id]
         for notice in notices:
             self._notify(notice)
-        self._claimer.serve(run.id for run in found if run.id in self._runs.served)
+        self._turns.serve(run.id for run in found if run.id in self._runs.served)
         await self._start_limits.apply(self._runs.served.values(), found)
 
     async def _find_runs(self) -> list[Run]:
@@ -280,21 +297,7 @@ class Worker:
         return found
 
     def _free(self) -> int:
-        return 0 if self._calls.alone else self._runs.slots - len(self._calls)
-
-    async def _claim(self) -> list[Claim]:
-        if self._clock_jumped():
-            await self._check_clock()
-        async with self._claimer.alone():
-            free = self._free()
-            if free <= 0 or not (self._claimer.is_likely() or await self._is_due()):
-                return []
-            return await self._claimer.claim(free)
-
-    async def _settle(self, batch: Sequence[Settlement]) -> Settled:
-        rests = self._is_stopping() or self._calls.alone or self._clock_jumped()
-        free = 0 if rests else self._free() + self._calls.freed_by(batch)
-        return await self._claimer.settle(batch, free)
+        return self._runs.slots - len(self._calls)
 
     async def _is_due(self) -> bool:
         """Return whether a claim is worth it, after a claim that found too little.
@@ -313,22 +316,23 @@ class Worker:
         work = await self._due_work()
         self._report_outages(work.outages)
         if work.stranded:
-            await self._database.write(leases.bring_forward, self._claimer.order)
+            await self._database.write(leases.bring_forward, self._turns.order)
         if work.expired:
             await self._renew()  # before others': our own may have run out in a standstill
             await self._reclaim()
         if work.stranded or work.expired:
             work = await self._due_work()
         if work.suspects and not work.due and not self._calls:
-            self._start(await self._claimer.claim(1, suspects=True))
+            await self._turns.claim(1, suspects=True)
+            self._start()
         busy = work.due or work.suspects or work.expired
         wait = (work.next_ms or 1000 * TICK_SECONDS) / 1000
         # With jitter, so that not all workers ask at the same moment.
         self._next_due = now + (0 if busy else wait + self._rng.random() * min(wait / 10, JITTER_SECONDS))
-        return work.due and not self._calls.alone
+        return work.due
 
     async def _due_work(self) -> DueWork:
-        return await self._database.poll(leases.check_due, self._database.presence, self._claimer.order, self._id)
+        return await self._database.poll(leases.check_due, self._database.presence, self._turns.order, self._id)
 
     def _report_outages(self, outages: Mapping[str, str]) -> None:
         """Report outages that other workers recognised, and the end of each; settlements report our own."""
@@ -381,7 +385,7 @@ class Worker:
                 await self._renew()
                 # The loop does neither while there is more to claim.
                 self._runs.reprice(await self._database.poll(reads.prices, self._runs.served))
-                if self._claimer.more and not self._is_stopping():
+                if self._turns.more and not self._is_stopping():
                     await self._reclaim()
         except Exception as error:  # noqa: BLE001 - without renewals the worker must end
             self._fail(error)
@@ -428,14 +432,16 @@ class Worker:
                 self._calls.lose(claim)
 
     async def _finish_calls(self) -> None:
-        """Wait for the calls in flight, within the grace."""
+        """Wait for the calls in flight, within the grace, and settle them."""
         deadline = time.monotonic() + self._options.grace
-        while self._calls.unfinished and not self._aborting:
+        while self._calls.unfinished and not self._aborting and (left := deadline - time.monotonic()) > 0:
+            if self._calls.ended and not isinstance(self._calls.error, DatabaseError):
+                try:
+                    await self._take_turn()
+                except DatabaseError as error:
+                    self._fail(error)
+                continue
             self._wake.clear()
-            await self._give_back(self._claimer.take_claimed())
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return
             with suppress(TimeoutError):
                 async with asyncio.timeout(left):
                     await self._wake.wait()

@@ -633,16 +633,18 @@ async def test_checkpoint_gives_way_to_a_reader(tmp_path: Path, monkeypatch: pyt
     await database.close()
 
 
-async def read_until(database: Database, reading: threading.Event, go_on: threading.Event) -> None:
-    """Read, and stay in that transaction from `reading` until `go_on`."""
+async def read_slowly(database: Database, reading: threading.Event) -> None:
+    """Set `reading` within a read-only transaction that then takes a while longer."""
 
-    def work(connection: Any) -> None:
+    def work(connection: Connection, _now: Millis) -> None:
         connection.execute(text(RUNS)).all()
         reading.set()
-        go_on.wait(30)
-        connection.execute(text(RUNS)).all()
+        counted = (
+            "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < 200000) SELECT count(*) FROM c"
+        )
+        connection.execute(text(counted)).all()
 
-    await database.read(lambda connection: connection.run_sync(work))
+    await database.read(work)
 
 
 async def fill_wal(database: Database, path: Path) -> int:
@@ -661,8 +663,8 @@ async def test_cancelled_reads_keep_no_snapshot(tmp_path: Path, monkeypatch: pyt
     database = await open_database(str(path), create=True)
     await put(database, ["a"])
     for n in range(20):
-        reading, go_on = threading.Event(), threading.Event()
-        reads = [asyncio.create_task(read_until(database, reading, go_on)) for _ in range(8)]
+        reading = threading.Event()
+        reads = [asyncio.create_task(read_slowly(database, reading)) for _ in range(8)]
         if moment == "anywhere":
             for _ in range(n):
                 await asyncio.sleep(0)
@@ -670,8 +672,6 @@ async def test_cancelled_reads_keep_no_snapshot(tmp_path: Path, monkeypatch: pyt
             await eventually(reading.is_set)
         for one in reads:
             one.cancel()
-        await asyncio.sleep(0)
-        go_on.set()
         ended = await asyncio.gather(*reads, return_exceptions=True)
         assert {type(one) for one in ended} == {asyncio.CancelledError}
     assert await fill_wal(database, path) < 300_000
