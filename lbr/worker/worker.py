@@ -198,6 +198,9 @@ class Worker:
                 await self._wait(POLL_SECONDS if self._free() > 0 else None)
         except DatabaseError as error:
             self._fail(error)
+        except asyncio.CancelledError:  # by an event loop that ends, with all its tasks
+            self._fail(DatabaseError("the event loop ended before all answers were written"))
+            raise
         await self._finish_calls()
 
     async def _take_turn(self) -> None:
