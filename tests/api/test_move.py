@@ -174,15 +174,20 @@ async def test_a_move_that_dies_at_any_step_goes_on(
     await lbr.pause("r", db_url=source)
     real = getattr(transfer, step)
 
-    async def dies(*arguments: Any) -> Any:
-        if after:
-            await real(*arguments)
+    async def dies(*_: Any) -> None:
         raise StoppedError
 
-    monkeypatch.setattr(transfer, step, dies)
-    with pytest.raises(StoppedError):
-        await lbr.move("r", db_url=source, to_url=target)
-    monkeypatch.setattr(transfer, step, real)
+    async def digests_and_dies(*arguments: Any) -> None:
+        await real(*arguments)
+        raise StoppedError
+
+    with monkeypatch.context() as patch:
+        if step == "digest":
+            patch.setattr(transfer, step, digests_and_dies if after else dies)
+        else:
+            meanwhile(patch, real, **{"after" if after else "before": dies})
+        with pytest.raises(StoppedError):
+            await lbr.move("r", db_url=source, to_url=target)
     has_arrived = step == "arrive" and after
     has_left = step == "arrive" or (step == "depart" and after)
     assert await may_go_on(source) is not has_left
@@ -418,7 +423,7 @@ async def test_a_half_done_copy_takes_no_changes(urls: tuple[str, str], monkeypa
     source, target = urls
     await lbr.enqueue(["a"], run="r", model="offline:echo", db_url=source)
 
-    async def stops(*_: Any) -> int:
+    def stops(*_: Any) -> None:
         raise StoppedError
 
     monkeypatch.setattr(transfer, "add_page", stops)
