@@ -214,7 +214,8 @@ class Calls:
         suspicion = self._suspicions.setdefault(run.task.answerer, Suspicion(self._started))
         if suspicion.note(held.claim.job_id, outcome, now):
             evidence = suspicion.evidence(self.worker, now, patience=self._outage_patience)
-        policy = replace(self._policy, max_attempts=run.max_attempts)
+        # It decides nothing about an answer.
+        policy = replace(self._policy, max_attempts=run.max_attempts) if outcome.failure else self._policy
         self.ended.append(decide(held.claim, outcome, policy, self._rng, evidence))
         if len(self.ended) in {1, self.enough}:
             self._changed()

@@ -273,4 +273,5 @@ def _messages_of(request: Request) -> list[dict[str, Json]] | None:
 def _is_special(message: Mapping[str, Json]) -> bool:
     content = message["content"] or ""
     texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
-    return any(_SPECIAL_TOKEN.search(text) for text in texts)
+    # Most texts have none of these signs, which are found sooner than a pattern.
+    return any(sign in text and _SPECIAL_TOKEN.search(text) for text in texts for sign in "<>[]")
