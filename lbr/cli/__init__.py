@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from lbr.cli import admin, operate, work
+from lbr.cli import operate, work
 from lbr.cli.app import lbr, main
-from lbr.cli.collect import collect
 from lbr.cli.enqueue import enqueue
 
 for command in (
-    *(enqueue, work.worker, work.worker_process, collect, work.run, admin.estimate),
+    *(enqueue, work.worker, work.worker_process, work.collect, work.run, operate.estimate),
     *(operate.status, operate.show, operate.retry, operate.cancel, operate.rm, operate.pause, operate.resume),
-    *(admin.limit, admin.move, admin.doctor),
+    *(operate.limit, operate.move, operate.doctor),
 ):
     lbr.add_command(command)
 

@@ -6,21 +6,22 @@ import gc
 import os
 import signal
 import sys
+import tomllib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import click
 import orjson
 
-from lbr.core.config import CONFIG_FILE, load_environment, read_config_file
+from lbr.core.config import load_environment
 from lbr.core.errors import DatabaseError, LbrError, MisfitError, OutputError, StoppedError, UsageError
 from lbr.core.text import harmless, parse_json
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-CONFIG_VARIABLE, TEST_PREFIX = "LBR_CONFIG", "LBR_TEST_"
+CONFIG_VARIABLE, CONFIG_FILE, TEST_PREFIX = "LBR_CONFIG", "lbr.toml", "LBR_TEST_"
 EXIT_UNFINISHED, EXIT_FAILURES = 3, 4
 YOUNG_OBJECTS = 20_000
 """New objects after which the garbage collector looks for cycles.
@@ -36,11 +37,19 @@ class Group(click.Group):
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run a command; an `LbrError` ends the process with its message and its exit code."""
         try:
-            _read_environment()
+            load_environment(Path.cwd())
+            given = (*sys.argv, *(value for name, value in os.environ.items() if name.startswith("LBR_")))
+            if bad := [text for text in given if text != text.encode(errors="replace").decode()]:
+                raise UsageError(f"expected flags, names and file names in UTF-8, got: {bad[0]!r}; set LC_ALL=C.UTF-8")
             extra.setdefault("default_map", _read_config(self))
             return super().main(*args, **extra)
         except LbrError as error:
-            fail(error)
+            log(f"lbr: {error.in_flags or error}")
+            try:
+                sys.stdout.flush()
+            except (AttributeError, OSError, ValueError):  # it is closed or full, and Python would flush it again
+                sys.stdout = None
+            sys.exit(error.exit_code)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; DatabaseError instead of a traceback if an invalid value in the database made it fail.
@@ -72,48 +81,20 @@ def options(*given: Callable[[F], F]) -> Callable[[F], F]:
     return add
 
 
-def _read_environment() -> None:
-    """Load `.env`; UsageError for flags and LBR_ variables that are not UTF-8."""
-    load_environment(Path.cwd())
-    ours = (value for name, value in os.environ.items() if name.startswith("LBR_"))
-    for text in (*sys.argv[1:], *ours):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UsageError(
-                f"expected flags, names and file names in UTF-8, got: {text!r}; rename the file, or set LC_ALL=C.UTF-8 "
-                f"if the locale is a different one"
-            ) from error
-
-
 def _read_config(group: click.Group) -> dict[str, Any]:
     """Return the flags of the config file: the one that LBR_CONFIG names, else lbr.toml here, if there is one."""
     named = os.environ.get(CONFIG_VARIABLE)
     path = Path(named or CONFIG_FILE)
     if not named and not path.is_file():
         return {}
-    return flag_defaults(group, read_config_file(path), str(path))
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"expected {path} to be TOML: {error}") from error
+    return _flag_defaults(group, found, str(path))
 
 
-def unknown_variables(group: click.Group) -> list[str]:
-    """Return a warning for each LBR_ variable that resembles a flag's; others may belong to another program."""
-    shown = {"": group} | {f"{name}_": one for name, one in group.commands.items() if not one.hidden}
-    flags = ((prefix, one) for prefix, command in shown.items() for one in command.params)
-    known = {f"LBR_{prefix}{one.name}".upper() for prefix, one in flags if isinstance(one, click.Option)}
-    ours = {name for name in os.environ if name.startswith("LBR_") and not name.startswith(TEST_PREFIX)}
-    warnings = []
-    for name in sorted(ours - known - {CONFIG_VARIABLE}):
-        from difflib import get_close_matches  # noqa: PLC0415 - only if there is something to report
-
-        # Without the common prefix, which would make short names alike.
-        close = get_close_matches(name[4:], [one[4:] for one in sorted(known)], n=1, cutoff=0.8)
-        warnings += [
-            f"the variable {name} is ignored because no flag has that name; did you mean LBR_{one}?" for one in close
-        ]
-    return warnings
-
-
-def flag_defaults(command: click.Command, found: Any, where: str) -> dict[str, Any]:
+def _flag_defaults(command: click.Command, found: Any, where: str) -> dict[str, Any]:
     """Convert the flags of a config file, which has one table per command, to the parameter names of click.
 
     Raises UsageError for an unknown flag, and for a value that a flag does not take.
@@ -126,30 +107,35 @@ def flag_defaults(command: click.Command, found: Any, where: str) -> dict[str, A
     for name, value in found.items():
         option = flags.get(name.replace("_", "-"))
         if name in commands:
-            defaults[name] = flag_defaults(commands[name], value, f"{name} in {where}")
+            defaults[name] = _flag_defaults(commands[name], value, f"{name} in {where}")
         elif option is None or option.name is None:
             known = ", ".join(sorted(flag for flag in flags if len(flag) > 1))
             tables = ", ".join(f"[{one}]" for one, its in sorted(commands.items()) if not its.hidden)
             known += f", and the tables {tables}" * bool(tables)
             raise UsageError(f"expected a flag in {where}, got: {name!r}; there are: {known}")
-        elif option.is_flag and not isinstance(value, bool):
-            raise UsageError(f"expected {name} in {where} to be true or false, got: {value!r}")
-        elif isinstance(value, dict) or isinstance(value, list) != option.multiple:
-            kind = "a list" if option.multiple else "one value"
+        elif (
+            isinstance(value, dict)
+            or isinstance(value, bool) != option.is_flag
+            or isinstance(value, list) != option.multiple
+        ):
+            kind = "true or false" if option.is_flag else "a list" if option.multiple else "one value"
             raise UsageError(f"expected {name} in {where} to be {kind}, got: {value!r}")
         else:
             defaults[option.name] = value
     return defaults
 
 
-def fail(error: LbrError) -> NoReturn:
-    """End the process with the error's message and exit code."""
-    log(f"lbr: {error.in_flags or error}")
-    try:
-        sys.stdout.flush()
-    except (AttributeError, OSError, ValueError):  # it is closed or full, and Python would flush it again
-        sys.stdout = None
-    sys.exit(error.exit_code)
+def _report_unknown_variables(group: click.Group) -> None:
+    """Warn of each LBR_ variable that resembles a flag's; others may belong to another program."""
+    shown = {"": group} | {f"{name}_": one for name, one in group.commands.items() if not one.hidden}
+    known = {f"{prefix}{one.name}".upper() for prefix, command in shown.items() for one in command.params}
+    ours = (name for name in sorted(os.environ) if name.startswith("LBR_") and not name.startswith(TEST_PREFIX))
+    for name in ours:
+        if name != CONFIG_VARIABLE and name[4:] not in known:
+            from difflib import get_close_matches  # noqa: PLC0415 - only if there is something to report
+
+            for close in get_close_matches(name[4:], sorted(known), n=1, cutoff=0.8):
+                log(f"lbr: the variable {name} is ignored because no flag has that name; did you mean LBR_{close}?")
 
 
 def log(text: str) -> None:
@@ -212,8 +198,7 @@ def lbr(context: click.Context, db: str, allow_network_fs: bool) -> None:
     group = context.command
     # A hidden command is a child process, whose parent has printed them.
     if isinstance(group, click.Group) and not group.commands[context.invoked_subcommand or ""].hidden:
-        for warning in unknown_variables(group):
-            log(f"lbr: {warning}")
+        _report_unknown_variables(group)
 
 
 def _remember_database(context: click.Context, _: click.Parameter, value: str | None) -> None:

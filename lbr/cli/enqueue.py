@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,47 +99,38 @@ def counting_kept(inputs: tuple[str, ...], *, append: bool) -> Iterator[Callable
     try:
         yield on_progress
     except KeyboardInterrupt as error:
-        raise StoppedError(_interrupted_words(inputs, kept, append=append)) from error
-
-
-def _interrupted_words(inputs: tuple[str, ...], kept: int, *, append: bool) -> str:
-    """Return what to do after an interrupted enqueue. More than `kept` may be in: a write in progress still completes."""
-    if append:
-        return (
-            "interrupted; `lbr status` shows how many inputs the run has now. The same command would add those again: "
-            "enqueue only the rest"
-        )
-    how_far = f"with the first {pluralize(kept, 'input')} in the run" if kept else "at the beginning"
-    stream = " with the same input" if any(map(is_stream, inputs)) else ""
-    return f"interrupted {how_far}; run the same command again{stream} to continue"
+        # More than `kept` may be in: a write in progress still completes.
+        how_far = f"with the first {pluralize(kept, 'input')} in the run" if kept else "at the beginning"
+        stream = " with the same input" if any(map(is_stream, inputs)) else ""
+        words = f"interrupted {how_far}; run the same command again{stream} to continue"
+        if append:
+            words = (
+                "interrupted; `lbr status` shows how many inputs the run has now. The same command would add those "
+                "again: enqueue only the rest"
+            )
+        raise StoppedError(words) from error
 
 
 def describe(report: api.EnqueueReport) -> str:
     """Return what an enqueue did, in words."""
     counts = report.counts
-    skipped = "".join(
-        f", {count} {kind} skipped"
-        for kind, count in (("empty", report.skipped_empty), ("bad", report.skipped_bad))
-        if count
-    )
+    skipped = (("empty", report.skipped_empty), ("bad", report.skipped_bad))
     return (
         f"run {report.run}: {pluralize(counts.inputs, 'input')}, {counts.new} new, {counts.duplicate} duplicate, "
-        f"{counts.reused} reused, {counts.known} known{skipped}"
-    )
+        f"{counts.reused} reused, {counts.known} known"
+    ) + "".join(f", {count} {kind} skipped" for kind, count in skipped if count)
 
 
 def input_arguments(flags: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments that `input_options` stand for; the others of `flags` stay as they are."""
     loaded = {
-        name: None if flags[name] is None else load(flags[name])
-        for name, load in (
-            ("instructions", lambda text: load_text(text, "instructions")),
-            ("template", lambda text: load_text(text, "a template")),
-            ("schema", load_schema),
-        )
+        "settings": read_settings(flags.pop("set")),
+        "input_format": flags.pop("format"),
+        "schema": None if flags["schema"] is None else load_schema(flags["schema"]),
     }
-    rest = {name: value for name, value in flags.items() if name not in {"set", "format"}}
-    return rest | loaded | {"settings": read_settings(flags["set"]), "input_format": flags["format"]}
+    for name, what in (("instructions", "instructions"), ("template", "a template")):
+        loaded[name] = None if flags[name] is None else load_text(flags[name], what)
+    return flags | loaded
 
 
 async def enqueue_inputs(
@@ -146,8 +138,7 @@ async def enqueue_inputs(
 ) -> api.EnqueueReport:
     """Call `api.enqueue` with flags, and print its notices; `on_progress` gets the number of inputs in the run."""
     with interruptible(inputs):
-        arguments = input_arguments(flags)
-        report = await api.enqueue(list(map(Path, inputs)), on_kept=on_progress, **arguments, **db)
+        report = await api.enqueue(list(map(Path, inputs)), on_kept=on_progress, **input_arguments(flags), **db)
     for notice in report.notices:
         log(f"lbr: {notice}")
     return report
@@ -167,9 +158,5 @@ def enqueue(db: dict[str, Any], /, inputs: tuple[str, ...], json: bool, **flags:
     """
     with counting_kept(inputs, append=flags["append"]) as on_progress:
         report = asyncio.run(enqueue_inputs(db, inputs, on_progress, **flags))
-    if json:
-        counts = {name: getattr(report.counts, name) for name in report.counts.__slots__}
-        skipped = {"skipped_bad": report.skipped_bad, "skipped_empty": report.skipped_empty}
-        echo_json({"run": report.run} | counts | skipped)
-    else:
-        echo(describe(report))
+    skipped = {"skipped_bad": report.skipped_bad, "skipped_empty": report.skipped_empty}
+    echo_json({"run": report.run} | asdict(report.counts) | skipped) if json else echo(describe(report))

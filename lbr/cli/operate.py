@@ -1,29 +1,103 @@
-"""The commands that show and control runs: status, show, retry, cancel, rm, pause, resume."""
+"""The commands that show and control runs: estimate, status, show, retry, cancel, rm, pause, resume, limit, move, doctor."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
 import time
+from collections import Counter
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from lbr.api import doctor as doctor_api
+from lbr.api import estimate as estimate_api
+from lbr.api import move as move_api
 from lbr.api import operate
-from lbr.api.status import describe, resumed_words
+from lbr.api.status import describe, describe_limit, printable, resumed_words
 from lbr.cli.app import database_option, echo, echo_json, log, read_settings
-from lbr.core.config import positive
-from lbr.core.errors import UsageError
-from lbr.core.pricing import dollars
-from lbr.core.text import pluralize
+from lbr.cli.enqueue import input_arguments, input_options, interruptible
+from lbr.core.config import WorkOptions, positive
+from lbr.core.errors import StoppedError, UsageError
+from lbr.core.pricing import CHARACTERS_PER_TOKEN, NANOS, Price, dollars, table_problem
+from lbr.core.text import duration, pluralize
 
 if TYPE_CHECKING:
+    from lbr.api.estimate import Estimate
     from lbr.store.reads import Attempt, JobDetail
 
+EXIT_PROBLEM = 5
 MAX_IDX = 2**63 - 1
 MAX_PAUSE_SECONDS = 86_400.0
+
+
+@click.command()
+@click.argument("inputs", nargs=-1, required=True)
+@click.option("--model", metavar="NAME", help="The model, as for `lbr enqueue`.")
+@input_options
+@click.option(
+    "--output-tokens", type=int, metavar="N", help="Tokens per answer; by default max_tokens, or an assumption."
+)
+@click.option("--rpm", type=float, metavar="N", help="Requests per minute that the provider allows.")
+@click.option("--tpm", type=float, metavar="N", help="Tokens per minute that the provider allows.")
+@click.option(
+    "--concurrency", type=int, default=WorkOptions().concurrency, help="Calls at a time, all workers together."
+)
+@click.option(
+    "--seconds-per-call", type=float, default=estimate_api.SECONDS_PER_CALL, help="Seconds that one call takes."
+)
+@click.option("--json", is_flag=True, help="Print one JSON object.")
+def estimate(inputs: tuple[str, ...], json: bool, **flags: Any) -> None:
+    """Estimate a batch before you spend anything: rows, tokens, cost, time.
+
+    INPUTS are read as by `lbr enqueue`. Only models are estimated, not functions. Nothing is called or written; you
+    need neither a key nor a database.
+    """
+
+    async def reading() -> Estimate:
+        with interruptible(inputs):
+            return await estimate_api.estimate(list(map(Path, inputs)), **input_arguments(flags))
+
+    found = asyncio.run(reading())
+    echo_json(found.to_dict()) if json else echo(_describe_estimate(found))
+
+
+def _describe_estimate(found: Estimate) -> str:
+    tokens, each = pluralize(found.output_tokens, "token"), found.output_tokens_per_call
+    output = {
+        "max_tokens": f"at most {tokens}, max_tokens={each} per answer",
+        "given": f"about {tokens}, {each} per answer",
+        "assumed": f"about {tokens}, assumed to be {each} per answer: set --output-tokens or --set max_tokens=…",
+    }[found.output_tokens_from]
+    calls, all_tokens = pluralize(found.prompts, "call"), found.input_tokens + found.output_tokens
+    why = {
+        "rpm": f"{calls} at {found.rpm or 0:g} per minute",
+        "tpm": f"{all_tokens} tokens at {found.tpm or 0:g} per minute",
+        "concurrency": f"{calls} of {found.seconds_per_call:g} s, {found.concurrency} at a time",
+    }[found.bound_by]
+    return "\n".join(
+        (
+            f"{found.model}: {pluralize(found.inputs, 'input')}, {found.prompts} distinct, {found.duplicates} duplicate",
+            f"input: about {pluralize(found.input_tokens, 'token')}, estimated at {CHARACTERS_PER_TOKEN} characters per token",
+            f"output: {output}",
+            f"cost: {_cost_words(found)}",
+            f"time: about {duration(found.seconds)}: {why}",
+        )
+    )
+
+
+def _cost_words(found: Estimate) -> str:
+    if found.price is None or found.cost_usd is None:
+        problem = table_problem()
+        why = "" if problem is None else f", because the price table cannot be loaded ({problem})"
+        return f"price unknown{why}: set --price in=…,out=…"
+    price = Price(found.price["in"], found.price["out"]).words()
+    source = ", by the price table" if found.price_from == "table" else ""
+    cost = dollars(estimate_api.rounded(found.cost_usd * NANOS))
+    return f"about {cost} at {price} per million tokens{source}"
 
 
 @click.command()
@@ -201,3 +275,95 @@ def resume(db: dict[str, Any], /, run: str, max_cost: float | None) -> None:
     if words := resumed_words(run, pause):
         log(f"lbr: {words}")
     echo(f"run {run}: active")
+
+
+@click.command()
+@click.argument("scope", required=False)
+@click.option("--rpm", metavar="N|none", help="Requests per minute, all workers together.")
+@click.option("--tpm", metavar="N|none", help="Tokens per minute, all workers together, input and output.")
+@click.option("--concurrency", metavar="N|auto", help="Calls at a time, all workers together; auto learns it.")
+@click.option("--json", is_flag=True, help="Print one JSON object per model.")
+@database_option
+@click.pass_obj
+def limit(db: dict[str, Any], /, scope: str | None, json: bool, **flags: str | None) -> None:
+    """Show or change a model's rate limits. Running workers pick up changes immediately.
+
+    SCOPE is a model or function as `lbr status` names it, for example openai-chat:gpt-4o-mini; all its runs share the
+    limits, in every worker of the queue. Without a SCOPE, the limits of all models are shown.
+    """
+    values: dict[str, int | None] = {}
+    for name, unset in (("rpm", "none"), ("tpm", "none"), ("concurrency", "auto")):
+        if (text := flags[name]) is not None:
+            if text != unset and not text.isdecimal():
+                raise UsageError(f"expected --{name} to be a whole number or '{unset}', got: {text[:50]!r}")
+            values[name] = None if text == unset else int(text)
+    if values and scope is None:
+        raise UsageError("name the SCOPE to limit; `lbr status` shows the names")
+    found = asyncio.run(operate.limit(scope, values, **db))
+    for one in found:
+        echo_json(one) if json else echo(describe_limit(one))
+        if values and not one["runs"]:
+            log(f"lbr: no run of this queue uses {one['answerer']}; the limit is kept for later runs")
+    if not found and not json:
+        echo("no limits are set or learned")
+
+
+@click.command()
+@click.argument("from_url", metavar="FROM_URL")
+@click.argument("to_url", metavar="TO_URL")
+@click.argument("run")
+@click.option("--restart", is_flag=True, help="Copy everything again, instead of continuing an interrupted copy.")
+@click.option("--json", is_flag=True, help="Print one JSON object.")
+@click.pass_obj
+def move(db: dict[str, Any], /, from_url: str, to_url: str, run: str, restart: bool, json: bool) -> None:
+    """Copy a run with its answers into another database, to continue there.
+
+    The run must be paused, finished or cancelled, and no worker may hold a job of it. Everything is copied and
+    compared; a paused copy stays in the old database. If the command is interrupted, run it again.
+    """
+    moving = move_api.move(
+        run,
+        db_url=from_url,
+        to_url=to_url,
+        restart=restart,
+        allow_network_fs=db["allow_network_fs"],
+        notify=lambda line: log(f"lbr: {line}"),
+    )
+    try:
+        moved = asyncio.run(moving)
+    except KeyboardInterrupt as error:
+        raise StoppedError("the move has not finished; run the same command again to continue") from error
+    if json:
+        echo_json(moved.to_dict())
+        return
+    counts = ", ".join(pluralize(getattr(moved, f"{one}s"), one) for one in ("input", "job", "answer"))
+    done = "was moved before to" if moved.known else "moved to"
+    echo(f"run {moved.run}: {counts} {done} {moved.target}")
+    if not moved.known:
+        echo(f"hash {moved.hash}: the same in both")
+        log(
+            f"lbr: continue with --db or LBR_DB for {moved.target}: `lbr resume {moved.run}` if the run was paused, "
+            f"then `lbr worker`. Do not resume the paused copy here, or you pay twice for what is left"
+        )
+
+
+@click.command()
+@click.option("--fix", is_flag=True, help="Fix counters that differ from a recount; nothing else is changed.")
+@click.option("--json", is_flag=True, help="Print one JSON object per finding.")
+@database_option
+@click.pass_obj
+@click.pass_context
+def doctor(context: click.Context, db: dict[str, Any], /, fix: bool, json: bool) -> None:
+    """Check the database, and print what is wrong and what to do; workers can continue.
+
+    Checks the file or server, its settings, damage, leases, counters, keys, paused runs and kept answers. Nothing is
+    changed without --fix. Exits with 5 if there is a warning or an error.
+    """
+    found = asyncio.run(doctor_api.doctor(fix=fix, **db))
+    for one in found:
+        advice = "" if one.do is None else f"\n{'':<9}{printable(one.do)}"
+        echo_json(one.to_dict()) if json else echo(printable(f"{one.gravity:<7}  {one.check}: {one.found}") + advice)
+    if not json:
+        counts = Counter(one.gravity for one in found if one.gravity != "ok")
+        log(f"lbr: {', '.join(pluralize(n, gravity) for gravity, n in counts.items()) or 'no problem found'}")
+    context.exit(EXIT_PROBLEM if any(one.is_grave for one in found) else 0)

@@ -1,4 +1,4 @@
-"""`lbr worker`, and `lbr run`, which enqueues, works and collects in one."""
+"""`lbr worker`, `lbr collect`, and `lbr run`, which enqueues, works and collects in one."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ import time
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from lbr.api import collect as collect_api
 from lbr.api import operate, work
-from lbr.api.collect import collect
-from lbr.api.status import one_line, paused_words, unfinished_words
+from lbr.api.status import one_line, paused_words, printable, unfinished_words
 from lbr.cli.app import EXIT_FAILURES, EXIT_UNFINISHED, database_option, log, options
-from lbr.cli.collect import cut_off_words, describe, exit_code, output_options
 from lbr.cli.enqueue import counting_kept, enqueue_inputs, task_options
 from lbr.cli.enqueue import describe as describe_enqueue
 from lbr.core import open_files
 from lbr.core.config import MAX_PROCESSES, WorkOptions, at_least_one
 from lbr.core.errors import UsageError
 from lbr.core.text import duration, harmless, pluralize
-from lbr.core.types import Until
+from lbr.core.types import Shape, Until
 from lbr.io import writers
 from lbr.store.database import file_of
 from lbr.worker.processes import handled_signals, run_processes
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     import signal
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 
+    from lbr.api.collect import Collected
     from lbr.api.status import RunStatus
     from lbr.worker.calls import WorkReport
     from lbr.worker.worker import Worker
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 DEFAULTS = WorkOptions()
 LOOK_SECONDS = 0.5
 LINE_SECONDS = 10.0
+SHOWN_REASONS = 3
 
 
 def _seconds(flag: str, meaning: str) -> Any:
@@ -62,10 +63,7 @@ work_options = options(
     click.option("--rpm", type=int, help="Requests per minute, all workers together; `lbr limit` removes the limit."),
     click.option("--tpm", type=int, help="Tokens per minute, all workers together, input and output."),
     click.option(
-        "--max-cost",
-        type=float,
-        metavar="DOLLARS",
-        help="What each run may cost in total; then the run is paused.",
+        "--max-cost", type=float, metavar="DOLLARS", help="What each run may cost in total; then the run is paused."
     ),
 )
 processes_option = click.option("--processes", type=int, default=1, help="Number of worker processes to start.")
@@ -76,21 +74,28 @@ serving_options = options(
     work_options,
     click.option(
         "--until",
-        type=click.Choice([str(one) for one in Until]),
+        type=click.Choice(list(map(str, Until))),
         default=str(Until.DONE),
         help="Stop when every job is done, when nothing can be claimed, or never.",
     ),
 )
+output_options = options(
+    click.option(
+        "--shape",
+        type=click.Choice(list(map(str, Shape))),
+        default=str(Shape.ORIGINAL),
+        help="Write a row for every input, or for every distinct one.",
+    ),
+    click.option(
+        "--spreadsheet-safe",
+        is_flag=True,
+        help="CSV: put an apostrophe before text that a spreadsheet would run as a formula.",
+    ),
+    click.option("--bom", is_flag=True, help="CSV: start with a byte order mark, for Excel."),
+)
 
 
-def work_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of a command's flags that WorkOptions has; UsageError for a value out of range."""
-    how = {one.name: flags[one.name] for one in fields(WorkOptions) if one.name in flags}
-    WorkOptions(**how)
-    return how
-
-
-async def serve(
+async def _serve(
     db: dict[str, Any],
     notify: Callable[[str], None],
     *,
@@ -130,8 +135,9 @@ async def serve(
             stack.callback(loop.remove_reader, parent)
 
     with ExitStack() as stack:
-        used: dict[str, Any] = {"functions": function, "result_types": result_type}
-        return await work.work(**how, **used, **db, notify=notify, on_start=listen)
+        return await work.work(
+            functions=function, result_types=result_type, **how, **db, notify=notify, on_start=listen
+        )
 
 
 def _leave_closed_terminal() -> None:
@@ -140,18 +146,17 @@ def _leave_closed_terminal() -> None:
         try:
             os.write(number, b"")
         except OSError as error:
-            if error.errno != errno.EIO:
-                continue
-            with Path(os.devnull).open("wb") as nothing:
-                os.dup2(nothing.fileno(), number)
+            if error.errno == errno.EIO:
+                with Path(os.devnull).open("wb") as nothing:
+                    os.dup2(nothing.fileno(), number)
 
 
-async def work_alone(db: dict[str, Any], *, run: tuple[str, ...], **how: Any) -> int:
+async def _work_alone(db: dict[str, Any], *, run: tuple[str, ...], **how: Any) -> int:
     """Run one worker in this process, and return its exit code."""
-    report = await serve(db, lambda line: log(f"lbr: {line}"), run=run or None, **how)
-    log(f"lbr: worker: {describe_work(report)}")
+    report = await _serve(db, lambda line: log(f"lbr: {line}"), run=run or None, **how)
+    log(f"lbr: worker: {_describe_work(report)}")
     for name, count in report.cut_off.items():
-        log(f"lbr: run {name}: {cut_off_words(name, count, limited=name in report.limited)}")
+        log(f"lbr: run {name}: {_cut_off_words(name, count, limited=name in report.limited)}")
     for name, pause in report.paused.items():
         log(f"lbr: run {name} is paused: {paused_words(name, pause)}")
     for name in report.interrupted:
@@ -160,11 +165,11 @@ async def work_alone(db: dict[str, Any], *, run: tuple[str, ...], **how: Any) ->
     if report.failed and how.get("until") != Until.FOREVER:
         # A service restarts what exits with an error, and would do so for each failed job.
         code = EXIT_FAILURES
-    leave_stuck(report, code)
+    _leave_stuck(report, code)
     return code
 
 
-def leave_stuck(report: WorkReport, code: int) -> None:
+def _leave_stuck(report: WorkReport, code: int) -> None:
     """End the process if calls could not be cancelled, because asyncio would wait for them forever."""
     if report.stuck:
         # Their jobs are released.
@@ -172,18 +177,25 @@ def leave_stuck(report: WorkReport, code: int) -> None:
         os._exit(code)
 
 
-def describe_work(report: WorkReport) -> str:
-    """Return what a worker did, in words."""
-    counts = [("retried", report.retried), ("reclaimed", report.reclaimed)]
-    counts += [("released", report.released), ("too late", report.stale)]
-    parts = [f"{report.done} done", f"{report.failed} failed"]
-    return ", ".join(parts + [f"{count} {word}" for word, count in counts if count])
+def _describe_work(report: WorkReport) -> str:
+    counts = (("retried", report.retried), ("reclaimed", report.reclaimed), ("released", report.released))
+    more = [f"{count} {word}" for word, count in (*counts, ("too late", report.stale)) if count]
+    return ", ".join([f"{report.done} done", f"{report.failed} failed", *more])
 
 
-async def work_in_processes(db: dict[str, Any], count: int, **flags: Any) -> int:
+def _cut_off_words(run: str, count: int, *, limited: bool) -> str:
+    """Return what to do about answers that reached a token limit; `limited` is True if the settings set it."""
+    answers, command = f"{pluralize(count, 'answer')} cut off", f"lbr retry {run} --where finish_reason=length"
+    if limited:
+        return f"{answers} at max_tokens; to redo: `{command} --set max_tokens=NUMBER`"
+    advice = "ask for shorter answers or use another model, or redo"
+    return f"{answers} at the token limit of the model; {advice}: `{command}`"
+
+
+async def _work_in_processes(db: dict[str, Any], count: int, **flags: Any) -> int:
     """Work in several processes; return the worst exit code of those that were not killed."""
     # Check here once, instead of in every child.
-    work_flags(flags)
+    _work_flags(flags)
     await work.check_queue(**db, names=flags["run"], patience=flags["patience"])
     # Not as a flag, because a URL may have a password in it, and every user of the machine sees the flags.
     environment = {"LBR_DB": db["db_url"], "LBR_ALLOW_NETWORK_FS": str(int(db["allow_network_fs"]))}
@@ -193,6 +205,13 @@ async def work_in_processes(db: dict[str, Any], count: int, **flags: Any) -> int
             arguments += [f"--{flag.replace('_', '-')}", str(one)]
     codes = await run_processes(arguments, count, environment=environment, notify=lambda line: log(f"lbr: {line}"))
     return max((code for code in codes if code >= 0), default=1)
+
+
+def _work_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a command's flags that WorkOptions has; UsageError for a value out of range."""
+    how = {one.name: flags[one.name] for one in fields(WorkOptions) if one.name in flags}
+    WorkOptions(**how)
+    return how
 
 
 @click.command()
@@ -214,8 +233,8 @@ def worker(context: click.Context, db: dict[str, Any], /, processes: int, exclus
     async def work_exclusively() -> int:
         async with work.exclusive(db["db_url"], wanted=exclusive):
             if processes > 1:
-                return await work_in_processes(db, processes, **flags)
-            return await work_alone(db, **flags)
+                return await _work_in_processes(db, processes, **flags)
+            return await _work_alone(db, **flags)
 
     context.exit(asyncio.run(work_exclusively()))
 
@@ -231,7 +250,64 @@ def worker_process(context: click.Context, db: dict[str, Any], /, **flags: Any) 
     A command of its own, so that settings of `lbr worker` in the environment and the config file do not make each
     process start as many again.
     """
-    context.exit(asyncio.run(work_alone(db, **flags)))
+    context.exit(asyncio.run(_work_alone(db, **flags)))
+
+
+@click.command()
+@click.argument("run")
+@click.option("-o", "--output", metavar="FILE", help="A .jsonl, .csv or .db file; JSONL to stdout by default.")
+@click.option(
+    "--format",
+    type=click.Choice(list(map(str, writers.OutputFormat))),
+    help="The output's format; by default what the file name ends with.",
+)
+@output_options
+@click.option("--wait", is_flag=True, help="Wait until every job is finished.")
+@database_option
+@click.pass_obj
+@click.pass_context
+def collect(context: click.Context, db: dict[str, Any], /, run: str, output: str | None, **flags: Any) -> None:
+    """Write a run's answers in input order, finished or not.
+
+    A file appears whole or not at all. Exits with 3 if jobs are not finished, with 4 if some failed.
+    """
+    collected = asyncio.run(collect_api.collect(run, out="-" if output is None else output, **flags, **db))
+    log(f"lbr: {_describe_rows(collected)}")
+    context.exit(_collected_code(collected))
+
+
+def _describe_rows(collected: Collected) -> str:
+    counts = ", ".join(f"{count} {status}" for status, count in sorted(collected.by_status.items()))
+    return f"run {collected.run}: {pluralize(collected.total, 'row')}: {counts or 'none'}"
+
+
+def _collected_code(collected: Collected) -> int:
+    """Return 3 if answers may still come, 4 if some never will, else 0; print what to do."""
+    if collected.cut_off:
+        log(f"lbr: {_cut_off_words(collected.run, collected.cut_off, limited=collected.limited)}")
+    if not collected.sealed:
+        log(f"lbr: the enqueue of run {collected.run} has not finished; run it again if it was interrupted")
+    if collected.unfinished or not collected.sealed:
+        one = collected.unfinished == 1
+        rows, them = ("1 row is", "it") if one else (f"{collected.unfinished} rows are", "them")
+        log(f"lbr: {rows} not finished; `lbr worker` finishes {them}")
+        return EXIT_UNFINISHED
+    if collected.failed:
+        one = collected.failed == 1
+        rows, jobs = ("1 row has", "its job") if one else (f"{collected.failed} rows have", "their jobs")
+        log(f"lbr: {rows} no answer{_reasons(collected)}; `lbr retry {collected.run}` puts {jobs} back")
+        return EXIT_FAILURES
+    return 0
+
+
+def _reasons(collected: Collected) -> str:
+    """Return the most frequent errors of the failed rows, after a colon; empty if none failed."""
+    most = sorted(collected.reasons.items(), key=lambda one: -one[1])[:SHOWN_REASONS]
+    alone = len(collected.reasons) == 1
+    words = [printable(reason)[:200] + ("" if alone else f" ({pluralize(count, 'row')})") for reason, count in most]
+    more = len(collected.reasons) - len(most)
+    words += [f"and {more} other reasons"] * bool(more)
+    return f": {'; '.join(words)}" if words else ""
 
 
 @click.command()
@@ -258,7 +334,7 @@ def run(context: click.Context, db: dict[str, Any], /, inputs: tuple[str, ...], 
     if any(target == Path(one).resolve() for one in (*inputs, *_list(flags["skip_bad"]))):
         raise UsageError(f"{output} is an input, or the file for bad rows; name a new file for the answers")
     at_least_one("processes", flags["processes"], most=MAX_PROCESSES)
-    how = work_flags(flags)
+    how = _work_flags(flags)
     rest = {name: value for name, value in flags.items() if name not in how}
     with counting_kept(inputs, append=flags["append"]) as on_progress:
         code = asyncio.run(_run(db, inputs, {"out": output} | style, on_progress, how, **rest))
@@ -281,19 +357,19 @@ async def _run(
     worked: WorkReport | None = None
     async with _progress(db, enqueued.run) as line:
         if processes > 1:
-            await work_in_processes(db, processes, run=(enqueued.run,), until="done", **how)
+            await _work_in_processes(db, processes, run=(enqueued.run,), until="done", **how)
         else:
-            worked = await serve(db, line, run=enqueued.run, **how)
+            worked = await _serve(db, line, run=enqueued.run, **how)
     (now,) = (await operate.status(enqueued.run, **db)).runs
     if now.finished:
-        collected = await collect(now.run, **output, **db)
-        log(f"lbr: {describe(collected)}, in {output['out']}, after {duration(time.monotonic() - started)}")
-        code = exit_code(collected)
+        collected = await collect_api.collect(now.run, **output, **db)
+        log(f"lbr: {_describe_rows(collected)}, in {output['out']}, after {duration(time.monotonic() - started)}")
+        code = _collected_code(collected)
     else:
         log(f"lbr: {one_line(now)}; unfinished, nothing was written; {unfinished_words(now.run, now.pause)}")
         code = EXIT_UNFINISHED
     if worked is not None:
-        leave_stuck(worked, code)
+        _leave_stuck(worked, code)
     return code
 
 
@@ -320,45 +396,32 @@ async def _progress(db: dict[str, Any], /, run: str) -> AsyncIterator[Callable[[
             await asyncio.gather(watching, return_exceptions=True)
 
 
-class _Terminal:
-    """The terminal behind stderr; errors are ignored, because it may be closed before the work is done."""
-
-    def write(self, text: str) -> int:
-        with suppress(OSError):
-            sys.stderr.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with suppress(OSError):
-            sys.stderr.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stderr, name)
-
-
 @contextmanager
 def _bar(run: str) -> Iterator[Progress]:
     from rich.console import Console  # noqa: PLC0415 - only for a terminal
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn  # noqa: PLC0415
 
-    console = Console(file=cast("IO[str]", _Terminal()))
-    words, left_words = "{task.description}", "{task.fields[left]}"
-    columns = (
-        TextColumn(words, markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(left_words, markup=False),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(run, total=None, left="")
+    console = Console(stderr=True)
+    words, left_words = (TextColumn(f"{{task.{name}}}", markup=False) for name in ("description", "fields[left]"))
+    bar = Progress(words, BarColumn(), MofNCompleteColumn(), left_words, console=console)
+    task = bar.add_task(run, total=None, left="")
 
-        def show(status: RunStatus) -> None:
-            ended = status.done + status.failed + status.cancelled
-            failed = f" ({status.failed} failed)" if status.failed else ""
-            left = "" if status.eta_seconds is None else f"{duration(status.eta_seconds)} left"
-            bar.update(task, total=status.jobs, completed=ended, description=f"{run}{failed}", left=left)
+    def show(status: RunStatus) -> None:
+        ended = status.done + status.failed + status.cancelled
+        failed = f" ({status.failed} failed)" if status.failed else ""
+        left = "" if status.eta_seconds is None else f"{duration(status.eta_seconds)} left"
+        bar.update(task, total=status.jobs, completed=ended, description=f"{run}{failed}", left=left)
 
-        yield show, lambda text: console.print(harmless(f"lbr: {text}"), markup=False, highlight=False)
+    def line(text: str) -> None:
+        with suppress(OSError):  # the terminal may be closed before the work is done
+            console.print(harmless(f"lbr: {text}"), markup=False, highlight=False)
+
+    bar.start()
+    try:
+        yield show, line
+    finally:
+        with suppress(OSError):
+            bar.stop()
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import math
 import os
 import re
 import sys
-import tomllib
 from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 DB_URL_DEFAULT = "sqlite+aiosqlite:///runs.db"
-CONFIG_FILE = "lbr.toml"
 MAX_ATTEMPTS = 8
 CALL_TIMEOUT = 120.0
 PATIENCE = 120.0
@@ -42,15 +40,13 @@ def load_environment(folder: Path) -> Mapping[str, str]:
     """
     path = folder / ".env"
     if path.is_file():
-        from dotenv import dotenv_values  # noqa: PLC0415 - only if there is a file to read
+        from dotenv import dotenv_values, load_dotenv  # noqa: PLC0415 - only if there is a file to read
 
         try:
             values = dotenv_values(path)
             for warning in _diverted_keys(values, os.environ):
                 print(f"lbr: {path}: {warning}", file=sys.stderr)
-            for name, value in values.items():
-                if value is not None:  # providers read their keys from the environment themselves
-                    os.environ.setdefault(name, value)
+            load_dotenv(path)  # providers read their keys from the environment themselves
         except (OSError, ValueError) as error:
             raise UsageError(f"expected {path} to be a readable UTF-8 file of NAME=value lines: {error}") from error
     return os.environ
@@ -72,35 +68,17 @@ def hide_user(url: str) -> str:
     return re.sub(r"[^/@\s]*@", "…@", url)
 
 
-def read_config_file(path: Path) -> dict[str, Any]:
-    """Read a TOML file of flag defaults: top-level flags, and a table for each command. Raises UsageError."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"expected {path} to be TOML: {error}") from error
-
-
 def default_model(env: Mapping[str, str]) -> str | None:
     """Return the model that the environment names, None if MODEL is unset or blank."""
     return env.get("MODEL", "").strip() or None
 
 
-def _is_finite(value: object) -> bool:
-    try:
-        return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
-    except OverflowError:
-        return False
-
-
-def _shown(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else repr(value)[:100]
-
-
-def positive(name: str, value: float) -> float:
+def positive(name: str, value: Any, *, or_zero: bool = False) -> float:
     """Return the value. Raises UsageError if it is no finite number above zero."""
-    if not (_is_finite(value) and value > 0):
-        raise UsageError(f"expected {name} to be a number above 0, got: {_shown(value)}")
-    return value
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not (is_number and (0 < value < math.inf or (or_zero and value == 0))):
+        raise UsageError(f"expected {name} to be a number {'of at least' if or_zero else 'above'} 0, got: {value!r}")
+    return float(value)
 
 
 def at_least_one(name: str, value: int, *, most: int = 1_000_000) -> int:
@@ -124,11 +102,7 @@ def nanos_of(name: str, dollars: float) -> int:
 
 def a_name(name: str, value: str) -> str:
     """Return the value. Raises UsageError if no file can have that name."""
-    try:
-        sane = b"\0" not in os.fsencode(value)
-    except UnicodeEncodeError:
-        sane = False
-    if not sane:
+    if "\0" in value:
         raise UsageError(f"expected {name} to be a name that a file can have, got: {value!a}")
     return value
 
@@ -136,7 +110,7 @@ def a_name(name: str, value: str) -> str:
 def one_of(name: str, value: object, allowed: Sequence[str]) -> str:
     """Return the value. Raises UsageError if it is not one of those allowed."""
     if not isinstance(value, str) or value not in allowed:
-        raise UsageError(f"expected {name} to be one of {', '.join(map(str, allowed))}, got: {value!r}")
+        raise UsageError(f"expected {name} to be one of {', '.join(allowed)}, got: {value!r}")
     return value
 
 
@@ -166,12 +140,11 @@ class WorkOptions:
         at_least_one("concurrency", self.concurrency, most=MAX_SLOTS)
         for name in ("lease", "timeout", "patience", "outage_patience"):
             positive(name, getattr(self, name))
-        for name, value in (("rpm", self.rpm), ("tpm", self.tpm)):
-            if value is not None:
-                a_minute(name, value)
-        if self.max_cost is not None:
-            nanos_of("max_cost", self.max_cost)
-        if not (_is_finite(self.grace) and self.grace >= 0):
-            raise UsageError(f"expected grace to be a number of at least 0, got: {_shown(self.grace)}")
         if not 0.5 <= self.lease <= 86_400:
             raise UsageError(f"expected lease to be from 0.5 to 86400 seconds, got: {self.lease:g}")
+        positive("grace", self.grace, or_zero=True)
+        for name in ("rpm", "tpm"):
+            if getattr(self, name) is not None:
+                a_minute(name, getattr(self, name))
+        if self.max_cost is not None:
+            nanos_of("max_cost", self.max_cost)

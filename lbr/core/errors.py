@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from enum import StrEnum
 from typing import ClassVar
 
@@ -144,22 +143,13 @@ class CallError(Exception):
     ) -> None:
         super().__init__(message)
         self.family = family or type(self).family
-        self.retry_after = _seconds(retry_after)
+        self.retry_after = None if retry_after is None else float(retry_after)  # a function may pass a header's text
         self.text = text
         self.kind = kind or type(self).__name__
         self.usage = usage or NO_USAGE
         self.overloaded = overloaded
         self.finish_reason = finish_reason
         self.symptom = symptom
-
-
-def _seconds(value: object) -> float | None:
-    """Return seconds that a function passed on, perhaps as a header's text; None if it is no finite number."""
-    try:
-        seconds = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return None
-    return seconds if math.isfinite(seconds) else None
 
 
 class Permanent(CallError):  # noqa: N818 - the name that a user's function raises

@@ -79,29 +79,21 @@ def capacity(per_minute: int) -> float:
 
 def refilled(limit: Limit, now: int) -> Limit:
     """Return the limit with what has come in since it was last balanced; a new bucket is full."""
-    # A transaction that waited for a lock has an older time, which takes nothing away. A time far ahead was set by a
-    # wrong clock: nothing would come in until then.
-    before = limit.balanced_at if limit.balanced_at is not None else now
-    before = now if before > now + MINUTE_MS else before
-    passed = max(0, now - before)
-    # Without its time, a balance would never be refilled, because a claim that takes nothing writes nothing.
-    left = (None, None) if limit.balanced_at is None else (limit.requests, limit.tokens)
-    return replace(
-        limit,
-        requests=_filled(left[0], limit.rpm, passed),
-        tokens=_filled(left[1], limit.tpm, passed),
-        balanced_at=max(now, before),
-    )
+    before = limit.balanced_at
+    if (
+        before is None or before > now + MINUTE_MS
+    ):  # new, or balanced by a wrong clock: nothing would come in until then
+        limit, before = replace(limit, requests=None, tokens=None), now
+    passed = max(0, now - before)  # a transaction that waited for a lock has an older time
 
+    def filled(balance: float | None, per_minute: int | None) -> float | None:
+        if per_minute is None or balance is None:
+            return None if per_minute is None else capacity(per_minute)
+        # Unused tokens that were given back may exceed the bucket; only the refill is bounded by it.
+        return max(balance, min(capacity(per_minute), balance + per_minute * passed / MINUTE_MS))
 
-def _filled(balance: float | None, per_minute: int | None, passed: int) -> float | None:
-    if per_minute is None:
-        return None
-    full = capacity(per_minute)
-    if balance is None:
-        return full
-    # Unused tokens that were given back may exceed the bucket; only the refill is bounded by it.
-    return max(balance, min(full, balance + per_minute * passed / MINUTE_MS))
+    requests, tokens = filled(limit.requests, limit.rpm), filled(limit.tokens, limit.tpm)
+    return replace(limit, requests=requests, tokens=tokens, balanced_at=max(now, before))
 
 
 def room(limit: Limit, inflight: int) -> int | None:

@@ -7,6 +7,7 @@ import os
 import resource
 import socket
 import sys
+from contextlib import suppress
 
 RESERVED = 64
 """Open files that a worker needs besides its calls: the database, imports, name look-ups."""
@@ -19,14 +20,10 @@ MACOS_LIMIT = 10_240
 def raise_limit() -> None:
     """Raise the soft limit to the hard one. For commands only: a library leaves its host's limits alone."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for wanted in (hard, MACOS_LIMIT):
-        if soft == resource.RLIM_INFINITY or 0 <= wanted <= soft:  # an unlimited one may be -1
-            return
-        try:
+    for wanted in (hard, max(soft, MACOS_LIMIT)):
+        with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        except (ValueError, OSError):
-            continue
-        return
+            return
 
 
 def limit() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -51,7 +52,8 @@ class Price:
 
     def words(self) -> str:
         """Return the price as `read_price` reads it."""
-        return f"in={_plain(self.input_per_million)},out={_plain(self.output_per_million)}"
+        prices = (Decimal(str(price)).normalize() for price in (self.input_per_million, self.output_per_million))
+        return "in={:f},out={:f}".format(*prices)
 
     def to_dict(self) -> dict[str, float]:
         """Return the price as JSON has it."""
@@ -89,12 +91,6 @@ def _number(value: Any) -> float:
     if not (math.isfinite(number) and 0 <= number <= MAX_PRICE):
         raise ValueError(value)
     return abs(number)  # there is a -0.0
-
-
-def _plain(value: float) -> str:
-    """Write a number without an exponent and without trailing zeros."""
-    text = f"{value:.12f}".rstrip("0").rstrip(".")
-    return text if float(text) == value else repr(value)
 
 
 def dollars(nanos: int) -> str:
@@ -156,18 +152,13 @@ def characters_of(prompt: Prompt) -> int:
     """Return how many characters of a prompt the model reads: of chat messages their texts, without images."""
     if prompt.messages is None:
         return len(prompt.text or "")
-    return sum(
-        _content_characters(message.get("content")) + len(str(message.get("tool_calls") or ""))
-        for message in prompt.messages
-    )
-
-
-def _content_characters(content: Json) -> int:
-    if isinstance(content, str):
-        return len(content)
-    parts = content if isinstance(content, list) else []
-    texts = (part.get("text") for part in parts if isinstance(part, dict))
-    return sum(len(text) for text in texts if isinstance(text, str))
+    count = 0
+    for message in prompt.messages:
+        content = message.get("content")
+        parts = content if isinstance(content, list) else [{"text": content}]
+        texts = (part.get("text") for part in parts if isinstance(part, dict))
+        count += sum(len(text) for text in texts if isinstance(text, str)) + len(str(message.get("tool_calls") or ""))
+    return count
 
 
 def task_characters(task: Task) -> int:
@@ -181,26 +172,25 @@ def estimate_tokens(prompt: Prompt, task: Task) -> int:
     return tokens_of(characters_of(prompt) + task_characters(task))
 
 
-def max_output_tokens(settings: Mapping[str, Json]) -> int | None:
-    """Return how long an answer may be by its settings, None if nothing limits it. Raises UsageError for a bad value."""
+def _output_limits(settings: Mapping[str, Json]) -> Iterator[tuple[str, Json]]:
+    """Yield the settings that limit the length of an answer; the first one counts."""
     body = settings.get("extra_body")
     for name in ("max_completion_tokens", "max_tokens"):
-        most = body.get(name) if isinstance(body, dict) else None
-        if type(most) is int and most >= 1:  # the server decides what another value means
-            return most
-    most = settings.get("max_tokens")
-    if most is None:
-        return None
-    if type(most) is not int or most < 1:
-        raise UsageError(f"expected max_tokens to be a whole number of at least 1, got: {most!r}")
+        # The server decides what another value means.
+        if isinstance(body, dict) and type(body.get(name)) is int and body[name] >= 1:
+            yield name, body[name]
+    if settings.get("max_tokens") is not None:
+        yield "max_tokens", settings["max_tokens"]
+
+
+def max_output_tokens(settings: Mapping[str, Json]) -> int | None:
+    """Return how long an answer may be by its settings, None if nothing limits it. Raises UsageError for a bad value."""
+    name, most = next(_output_limits(settings), ("", None))
+    if most is not None and (type(most) is not int or most < 1):
+        raise UsageError(f"expected {name} to be a whole number of at least 1, got: {most!r}")
     return most
 
 
 def output_limit(settings: Mapping[str, Json]) -> str | None:
     """Return the setting that limits an answer, such as `max_tokens=500`; None if only the model limits it."""
-    extra = settings.get("extra_body")
-    for where in (settings, extra if isinstance(extra, dict) else {}):
-        for name in ("max_tokens", "max_completion_tokens"):
-            if where.get(name) is not None:
-                return f"{name}={where[name]}"
-    return None
+    return next((f"{name}={most}" for name, most in _output_limits(settings)), None)

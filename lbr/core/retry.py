@@ -61,33 +61,24 @@ def is_overload(failure: Failure) -> bool:
 
 def storable(text: str) -> str:
     """Replace what not every database holds as text: NUL, and halves of surrogate pairs."""
-    if "\x00" in text:
-        text = text.replace("\x00", "\ufffd")
-    if text.isascii():
+    if text.isascii() and "\x00" not in text:
         return text
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "replace").decode()
-    return text
+    return text.replace("\x00", "\ufffd").encode("utf-8", "replace").decode()
 
 
 def storable_usage(usage: Usage) -> Usage:
     """Leave out numbers that cannot be the usage of one call: negative, or implausibly large."""
+
+    def plausible(number: int | None, most: int) -> int | None:
+        return number if number is not None and 0 <= number <= most else None
+
     if usage is NO_USAGE:
         return usage
-    counts = (
-        _count(usage.input_tokens, MAX_TOKENS),
-        _count(usage.output_tokens, MAX_TOKENS),
-        _count(usage.cost_nanos, MAX_NANOS),
+    return Usage(
+        plausible(usage.input_tokens, MAX_TOKENS),
+        plausible(usage.output_tokens, MAX_TOKENS),
+        plausible(usage.cost_nanos, MAX_NANOS),
     )
-    if counts == (usage.input_tokens, usage.output_tokens, usage.cost_nanos):
-        return usage
-    return Usage(*counts)
-
-
-def _count(number: int | None, most: int) -> int | None:
-    return number if number is not None and 0 <= number <= most else None
 
 
 def _message(error: BaseException) -> str:

@@ -9,23 +9,20 @@ import importlib
 import os
 import re
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import orjson
 
 from lbr.core.errors import BadAnswer, UsageError
-from lbr.core.text import parse_json, to_json
+from lbr.core.text import parse_json, read_text, to_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
+    from pathlib import Path
 
     from jsonschema_rs import Draft202012Validator
-    from jsonschema_rs import ValidationError as Misfit
 
     from lbr.core.types import Json
-
-    Check = Callable[[str, Json], tuple[str, list[str]]]
 
 MAX_PROBLEMS = 5
 MAX_PROBLEM_CHARS = 200
@@ -46,22 +43,15 @@ _FENCE = re.compile(r"\A```(?:json)?[ \t]*\r?\n?(.*?)\s*```\Z", re.DOTALL | re.I
 
 def load_schema(path: str | Path) -> dict[str, Json]:
     """Read a file with a JSON schema; UsageError, with the path and the line, if it has none."""
+    text = read_text(path, "the schema")
     try:
-        value = parse_json(Path(path).read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        raise UsageError(f"cannot read the schema {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        byte = f"{error.object[error.start]:#04x} at {error.start}"
-        raise UsageError(f"{path} is not UTF-8: it has the byte {byte}") from None
+        value = parse_json(text)
+        _build_validator(value)
     except orjson.JSONDecodeError as error:
         raise UsageError(f"{path}, line {error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"{path}: expected a JSON schema, an object such as {SCHEMA_EXAMPLE}")
-    try:
-        _build_validator(value)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error.__cause__
-    return value
+    return dict(value)
 
 
 def schema_of(result_type: Any) -> dict[str, Json]:
@@ -94,8 +84,8 @@ def import_named(spec: str, *, example: str) -> Any:
 
     Raises UsageError that says which step failed and why, whatever the module does when it is imported.
     """
-    module_name, colon, attributes = spec.partition(":")
-    if not colon or not module_name or not attributes:
+    module_name, _, attributes = spec.partition(":")
+    if not module_name or not attributes:
         raise UsageError(f"expected a name like {example!r}, got: {spec!r}")
     if module_name.endswith(".py"):
         module = module_name.removesuffix(".py").replace(os.sep, ".")
@@ -144,7 +134,14 @@ class Validator:
     """
 
     def __init__(self, schema: dict[str, Json], result_type: Any = None) -> None:
-        self._check = _schema_check(schema) if result_type is None else _type_check(result_type)
+        self._of_schema: Draft202012Validator | None = None
+        self._of_type: Any = None
+        if result_type is None:
+            self._of_schema = _build_validator(schema)
+        else:
+            from pydantic import TypeAdapter  # noqa: PLC0415
+
+            self._of_type = TypeAdapter(result_type)
 
     def check(self, text: str) -> str:
         """Return the answer as compact JSON; BadAnswer, with up to five problems and the raw text, if it does not fit.
@@ -153,37 +150,37 @@ class Validator:
         """
         bare = text.strip()
         if fenced := _FENCE.match(bare):
-            bare = fenced.group(1)
+            bare = fenced[1]
         try:
-            answer, problems = self._check(bare, parse_json(bare))
+            value = parse_json(bare)
+            answer, problems = self._check_type(bare) if self._of_schema is None else self._check_schema(value)
         except orjson.JSONDecodeError as error:
             raise BadAnswer(f"$: expected JSON, got: {error}", text=text) from None
-        except (RecursionError, TypeError):  # of json and orjson, whose limits differ
+        except (RecursionError, TypeError, ValueError):  # of json, orjson and jsonschema_rs, whose limits differ
             raise BadAnswer("$: is nested too deeply to check", text=text) from None
         if problems:
-            shown = [_short(problem) for problem in problems[:MAX_PROBLEMS]]
-            more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
-            raise BadAnswer("; ".join(shown + more), text=text)
+            more = f"; and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
+            raise BadAnswer("; ".join(map(_short, problems[:MAX_PROBLEMS])) + more, text=text)
         return answer
 
+    def _check_schema(self, value: Json) -> tuple[str, list[str]]:
+        answer = to_json(value).decode()
+        errors = [] if self._of_schema is None else list(self._of_schema.iter_errors(value))
+        errors.sort(key=lambda error: ([str(step) for step in error.instance_path], error.message))
+        return answer, [f"{_json_path(error.instance_path)}: {error.message}" for error in errors]
 
-def _type_check(result_type: Any) -> Check:
-    from pydantic import TypeAdapter, ValidationError  # noqa: PLC0415
+    def _check_type(self, text: str) -> tuple[str, list[str]]:
+        from pydantic import ValidationError  # noqa: PLC0415
 
-    adapter: TypeAdapter[Any] = TypeAdapter(result_type)
-
-    def check(text: str, _: Json) -> tuple[str, list[str]]:
         try:
-            value = adapter.validate_json(text)
+            value = self._of_type.validate_json(text)
             # By alias, so that the answer fits the schema that was asked for and the type can read it back.
-            return adapter.dump_json(value, by_alias=True).decode(), []
+            return self._of_type.dump_json(value, by_alias=True).decode(), []
         except ValidationError as error:
             found = error.errors(include_url=False, include_input=False, include_context=False)
             return "", [f"{_json_path(one['loc'])}: {one['msg']}" for one in found]
         except Exception as error:  # noqa: BLE001 - a user's validator may raise anything, here for this answer
             return "", [f"$: the result type failed with {type(error).__name__}: {_first_line(error)}"]
-
-    return check
 
 
 def _json_path(steps: Iterable[str | int]) -> str:
@@ -192,59 +189,26 @@ def _json_path(steps: Iterable[str | int]) -> str:
     )
 
 
-def _schema_check(schema: dict[str, Json]) -> Check:
-    validator = _build_validator(schema)
+def _build_validator(schema: Json) -> Draft202012Validator:
+    from jsonschema_rs import Draft202012Validator, FancyRegexOptions, ValidationError  # noqa: PLC0415
 
-    def check(_: str, value: Json) -> tuple[str, list[str]]:
-        answer = to_json(value).decode()
-        try:
-            errors = list(validator.iter_errors(value))
-        except ValueError as error:  # it has a recursion limit of its own
-            return answer, [f"$: is nested too deeply to check: {error}"]
-        errors.sort(key=lambda error: ([str(step) for step in error.instance_path], error.message))
-        return answer, [f"{_json_path(error.instance_path)}: {_words_of(error)}" for error in errors]
-
-    return check
-
-
-def _words_of(error: Misfit) -> str:
-    from jsonschema_rs import ValidationErrorKind  # noqa: PLC0415
-
-    match error.kind:
-        case ValidationErrorKind.Enum(options=options):  # its own message names two of them
-            return f"{to_json(error.instance).decode()} is not one of {to_json(options).decode()}"
-        case ValidationErrorKind.BacktrackLimitExceeded() | ValidationErrorKind.RegexEngineFailure():
-            return "the schema's pattern takes too many steps on this text"
-    return error.message
-
-
-def _build_validator(schema: dict[str, Json]) -> Draft202012Validator:
-    from jsonschema_rs import Draft202012Validator, FancyRegexOptions, RegexOptions, ValidationError  # noqa: PLC0415
-
-    if not schema.keys() & _KEYWORDS:
-        keys = ", ".join(sorted(schema)) or "none"
-        raise UsageError(
-            f"expected a JSON schema such as {SCHEMA_EXAMPLE}, got an object without any of its keywords; its keys: {keys}"
-        )
-    # The first engine is linear, but has no look-arounds.
-    for options in (RegexOptions(), FancyRegexOptions(backtrack_limit=MAX_BACKTRACKS)):
-        try:
-            return Draft202012Validator(schema, retriever=_refuse, pattern_options=options, validate_formats=False)
-        except ValidationError as error:
-            problem = error
-        except ValueError as error:
-            raise UsageError("the JSON schema is nested too deeply to check") from error
-    place = _json_path(problem.instance_path)
-    match problem.kind.name:
-        case "$ref":
-            target = problem.message.partition(" is not ")[0]
+    if not isinstance(schema, dict) or not schema.keys() & _KEYWORDS:
+        keys = f"its keys: {', '.join(sorted(schema)) or 'none'}" if isinstance(schema, dict) else _short(repr(schema))
+        raise UsageError(f"expected a JSON schema such as {SCHEMA_EXAMPLE}, got: an object without any keyword; {keys}")
+    # Patterns without look-arounds and back-references take linear time.
+    options = FancyRegexOptions(backtrack_limit=MAX_BACKTRACKS)
+    try:
+        return Draft202012Validator(schema, retriever=_refuse, pattern_options=options, validate_formats=False)
+    except ValidationError as error:
+        if error.kind.name == "$ref":
+            target = error.message.partition(" is not ")[0]
             raise UsageError(
                 f"a $ref of the schema does not point into the schema itself: {target}; copy its target to '$defs'"
-            )
-        case "format":
-            pattern = _short(repr(problem.instance))
-            raise UsageError(f"the pattern at {place} is not a regular expression, or is too large: {pattern}")
-    raise UsageError(f"the JSON schema is not valid at {place}: {_short(problem.message)}")
+            ) from error
+        where = _json_path(error.instance_path)
+        raise UsageError(f"the JSON schema is not valid at {where}: {_short(error.message)}") from error
+    except ValueError as error:
+        raise UsageError("the JSON schema is nested too deeply to check") from error
 
 
 def _refuse(uri: str) -> NoReturn:

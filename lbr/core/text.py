@@ -1,15 +1,29 @@
-"""Counts and time spans in words, text that a terminal may show, and JSON whose long integers keep their digits."""
+"""Text files, counts and time spans in words, text that a terminal may show, and JSON that keeps all digits."""
 
 from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import orjson
 
+from lbr.core.errors import UsageError
+
 # Control characters other than tab and newline, and characters that change the direction of writing.
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]|\r(?!\n)")
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """Return the text of a UTF-8 file, without a byte order mark. Raises UsageError; `what` names it in messages."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = f"0x{error.object[error.start]:02x} as byte {error.start + 1}"
+        raise UsageError(f"{path} is not UTF-8: it has {byte}; convert it") from error
+    except OSError as error:
+        raise UsageError(f"cannot read {what} from {path!s:.300}: {error.strerror}; check the path") from error
 
 
 def pluralize(count: int, noun: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 from dataclasses import field, replace
 from enum import StrEnum
@@ -134,18 +133,16 @@ class Task:
     @classmethod
     def from_json(cls, text: str) -> Task:
         """Read a stored task. Raises DatabaseError if it is not one."""
-        problem = DatabaseError(
-            f"expected a stored task, got: {text[:200]!r}; another version of lbr or another program wrote it"
-        )
         try:
-            fields = {k: v for k, v in orjson.loads(text).items() if v is not None}
-            task = cls(**fields)
-        except (orjson.JSONDecodeError, TypeError, AttributeError) as error:
-            raise problem from error
-        objects = {"settings", "schema"}
-        fits = all(isinstance(v, dict if k in objects else str) for k, v in fields.items())
+            task = cls(**{name: value for name, value in orjson.loads(text).items() if value is not None})
+        except (orjson.JSONDecodeError, TypeError, AttributeError):
+            task = cls()
+        types = {"settings": dict, "schema": dict}
+        fits = all(isinstance(value, types.get(name, str)) for name, value in task._fields().items())
         if not fits or (task.model is None) == (task.function is None):
-            raise problem
+            raise DatabaseError(
+                f"expected a stored task, got: {text[:200]!r}; another version of lbr or another program wrote it"
+            )
         return task
 
 
@@ -155,8 +152,7 @@ def differences(old: Task, new: Task) -> list[str]:
     for name in Task.__slots__:
         texts = [canonical_json(getattr(task, name)).decode() for task in (old, new)]
         if texts[0] != texts[1]:
-            same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False))
-            start = max(0, len(list(same)) - BEFORE)
+            start = max(0, len(os.path.commonprefix(texts)) - BEFORE)  # noqa: RUF071 - of texts
             there, here = ("none" if text == "null" else _excerpt(text, start) for text in texts)
             found.append(f"{name}: {there} there, {here} here")
     return found
@@ -165,8 +161,7 @@ def differences(old: Task, new: Task) -> list[str]:
 def _excerpt(text: str, start: int) -> str:
     if len(text) <= SHOWN:
         return text
-    end = start + SHOWN
-    return "…" * (start > 0) + text[start:end] + "…" * (end < len(text))
+    return "…" * (start > 0) + text[start : start + SHOWN] + "…" * (start + SHOWN < len(text))
 
 
 @value(frozen=True, slots=True)
@@ -441,9 +436,8 @@ class Row:
 
     def to_dict(self) -> dict[str, Json]:
         """Return the row as collected JSON, with `id` and `metadata` only if the input had them."""
+        own_id = {} if self.custom_id is None else {"id": self.custom_id}
         prompt = self.prompt.text if self.prompt.messages is None else list(self.prompt.messages)
-        row: dict[str, Json] = {"idx": self.idx}
-        row |= {} if self.custom_id is None else {"id": self.custom_id}
-        row |= {"key": self.key, "prompt": prompt, "status": self.status}
-        row |= {"result": self.result, "error": self.error}
-        return row if self.metadata is None else row | {"metadata": self.metadata}
+        answer = {"prompt": prompt, "status": self.status, "result": self.result, "error": self.error}
+        metadata = {} if self.metadata is None else {"metadata": self.metadata}
+        return {"idx": self.idx, **own_id, "key": self.key, **answer, **metadata}

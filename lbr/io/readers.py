@@ -6,22 +6,20 @@ import codecs
 import io
 import itertools
 import json
-import math
 import os
 import re
 import stat
-import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from decimal import Decimal
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any
 
 import orjson
 
 from lbr.core.errors import InputError, UsageError
-from lbr.core.text import LONG, pluralize
+from lbr.core.text import LONG, pluralize, read_text
 from lbr.io.records import (
     EmptyPromptError,
     Place,
@@ -43,9 +41,9 @@ if TYPE_CHECKING:
     from lbr.io.records import Fields
 
 STDIN = "-"
+STDIN_FILE = 0
 EXACT_TYPES = frozenset({str, int, bool, type(None)})
 """Types that keep all digits of a number; most records have no other values."""
-BOM = "\ufeff"
 DELIMITER_NAMES = {"\\t": "\t", "tab": "\t"}
 SHOWN_BAD = 5
 
@@ -88,7 +86,12 @@ class BadRows:
             return
         self.count += 1
         if self._file is not None:
-            self._write(self._file, error, text)
+            # Bytes that cannot be decoded are written as escapes.
+            readable = text.rstrip("\r\n").encode(errors="surrogateescape").decode(errors="backslashreplace")
+            row = {"source": error.source, "line": error.line, "reason": error.message, "text": readable}
+            with named_errors(str(self._path)):
+                self._file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+                self._file.flush()
         elif len(self._first) < SHOWN_BAD:
             self._first.append(error)
             if self._at_once:
@@ -104,21 +107,12 @@ class BadRows:
         if self._first:
             raise self._refused()
 
-    def _write(self, file: IO[bytes], error: InputError, text: str) -> None:
-        # Bytes that cannot be decoded are written as escapes.
-        readable = text.rstrip("\r\n").encode(errors="surrogateescape").decode(errors="backslashreplace")
-        row = {"source": error.source, "line": error.line, "reason": error.message, "text": readable}
-        with named_errors(str(self._path)):
-            file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
-            file.flush()
-
     def _refused(self) -> InputError:
         first, *rest = self._first
-        it = "it" if self.count == 1 else "them"
         more = "" if self.count == 1 else f" (and {pluralize(self.count - 1, 'more bad row')})"
         lines = [first.message + more, *map(str, rest)]
         if all(isinstance(error, EmptyPromptError) for error in self._first):
-            lines.append(f"Use --skip-empty, or fill {it} in")
+            lines.append(f"Use --skip-empty, or fill {'it' if self.count == 1 else 'them'} in")
         elif self.count > 1:
             lines.append("Fix them, or leave them out with --skip-bad FILE")
         message = ("\n" if self.count > 1 else ". ").join(lines)
@@ -172,18 +166,15 @@ def check_sources(sources: Sequence[str]) -> None:
     if sources.count(STDIN) > 1:
         raise UsageError("- (stdin) can be read only once, and is named twice")
     for source in sources:
-        if source == STDIN:
-            continue
-        try:
-            mode = Path(source).stat().st_mode
-            if stat.S_ISDIR(mode):
-                raise UsageError(f"{source} is a folder; name the files in it")
-            if stat.S_ISREG(mode):
-                Path(source).open("rb").close()
-            elif not os.access(source, os.R_OK):
-                raise PermissionError(None, "Permission denied")
-        except (OSError, ValueError) as error:
-            raise _unreadable(source, error) from error
+        if source != STDIN:
+            try:
+                mode = os.stat(source).st_mode
+                if stat.S_ISDIR(mode):
+                    raise UsageError(f"{source} is a folder; name the files in it")
+                if stat.S_ISREG(mode):
+                    Path(source).open("rb").close()
+            except (OSError, ValueError) as error:
+                raise _unreadable(source, error) from error
 
 
 def is_stream(source: str) -> bool:
@@ -197,20 +188,12 @@ def load_text(text_or_at_file: str, what: str) -> str:
     `what` is the name of the text in messages. A template that starts with the sign is written `{{ '@' }}`.
     Raises UsageError.
     """
-    if not text_or_at_file.startswith("@"):
-        return text_or_at_file
-    path = text_or_at_file[1:]
-    try:
-        return Path(path).read_text(encoding="utf-8-sig").removesuffix("\n")
-    except UnicodeDecodeError as error:
-        byte = f"0x{error.object[error.start]:02x} as byte {error.start + 1}"
-        raise UsageError(f"{path} is not UTF-8: it has {byte}; convert it") from error
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read {what} from {path!r}: {_reason(error)}; check the path") from error
+    is_file = text_or_at_file.startswith("@")
+    return read_text(text_or_at_file[1:], what).removesuffix("\n") if is_file else text_or_at_file
 
 
 def _reason(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def _unreadable(source: str, error: Exception) -> UsageError:
@@ -227,30 +210,18 @@ def _format_of(source: str) -> InputFormat:
 @contextmanager
 def _opened(source: str, encoding: str | None, *, is_table: bool) -> Iterator[TextIO]:
     """Open a source as text; bytes that cannot be decoded become surrogates, as in PEP 383. A BOM decides."""
-    if source == STDIN and sys.stdin is None:  # the process was started with stdin closed
-        raise UsageError("stdin is closed; pipe the prompts in, or name a file")
     try:
-        handle = sys.stdin.buffer if source == STDIN else Path(source).open("rb")  # noqa: SIM115
-        if not isinstance(handle, io.BufferedReader):  # a test's or a notebook's stdin
-            handle = io.BufferedReader(cast("io.RawIOBase", handle))
-        head = handle.peek(2)
+        handle = open(STDIN_FILE, "rb", closefd=False) if source == STDIN else open(source, "rb")  # noqa: SIM115
+        head = handle.peek(3)
     except OSError as error:
         raise _unreadable(source, error) from error
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         encoding = "utf-16"
     elif encoding is None or head.startswith(codecs.BOM_UTF8):
-        encoding = "utf-8"
-    # A carriage return ends lines only if it ends the first one.
-    end = re.search(rb"\r(?=[^\n])|\n", head.replace(b"\x00", b"")) if is_table else None
-    newline = "" if end is not None and end[0] == b"\r" else "\n"
-    text = io.TextIOWrapper(handle, encoding, "surrogateescape", newline)
-    try:
+        encoding = "utf-8-sig"
+    # The csv module finds the ends of rows itself; elsewhere, a carriage return alone ends no line.
+    with io.TextIOWrapper(handle, encoding, "surrogateescape", newline="" if is_table else "\n") as text:
         yield text
-    finally:
-        if source == STDIN:
-            text.detach()
-        else:
-            text.close()
 
 
 def _read(
@@ -267,10 +238,9 @@ def _read(
     if column is None and kind is not InputFormat.JSONL:
         column = "prompt"
     with _opened(source, encoding, is_table=kind in DELIMITER_OF) as text:
-        lines = _lines(text, name)
+        lines, check = _lines(text, name), partial(_check_text, encoding=text.encoding.removesuffix("-sig"))
         fields_of: Callable[[Any, Place], Fields] = _json_fields
         if kind in DELIMITER_OF:
-            check = partial(_check_text, encoding=text.encoding)
             table = Table(lines, name, delimiter or DELIMITER_OF[kind], template, column, check)
             records, fields_of = table.records, table.fields
         else:
@@ -283,7 +253,7 @@ def _read(
         for place, line, record in records:
             try:
                 if not line.isascii() or "\x00" in line:
-                    _check_text(line, place, text.encoding)
+                    check(line, place)
                 item = item_of(fields_of(record, place), place, template, column)
             except InputError as error:
                 bad.add(error, line)
@@ -298,8 +268,6 @@ def _lines(text: TextIO, name: str) -> Iterator[str]:
             line = text.readline(MAX_LINE + 1)
         except (OSError, UnicodeError) as error:
             raise Place(name, number).error(f"cannot be read: {_reason(error)}") from error
-        if number == 1:
-            line = line.removeprefix(BOM)
         if not line:
             return
         if len(line) > MAX_LINE:
@@ -330,7 +298,9 @@ def _json_fields(line: str, place: Place) -> Fields:
     try:
         fields = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise place.error(_json_problem(line, error)) from error
+        not_json = re.search(r"\bNaN\b|\bInfinity\b", line)
+        hint = f"JSON has no {not_json[0]}: write null instead" if not_json else "fix it"
+        raise place.error(f"the line is not a JSON object: {error.msg} (character {error.colno}); {hint}") from error
     if not isinstance(fields, dict):
         raise place.error(f'expected a JSON object, got: {shown(fields)}; write {{"prompt": …}}')
     check_storable(fields, place)
@@ -342,14 +312,3 @@ def _json_fields(line: str, place: Place) -> Fields:
                     f"the number in {shown(name)} has more than 64 bits: {shortened(str(leaf))}; put it in quotes"
                 )
     return fields
-
-
-def _json_problem(line: str, error: orjson.JSONDecodeError) -> str:
-    """Return what is wrong with a line; Python's json writes NaN and half surrogate pairs, which JSON does not have."""
-    with suppress(ValueError, RecursionError):
-        for name, leaf in leaves(json.loads(line)):
-            if isinstance(leaf, float) and not math.isfinite(leaf):
-                return f"{shown(name)} is {json.dumps(leaf)}, which JSON does not have; write null instead"
-            if isinstance(leaf, str) and re.search("[\ud800-\udfff]", leaf):
-                return f"{shown(name)} has half a surrogate pair, which is not Unicode; remove it"
-    return f"the line is not a JSON object: {error.msg} (character {error.colno}); fix it"

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import fields as dataclass_fields
-from dataclasses import is_dataclass
-from enum import Enum
+import re
 from functools import lru_cache, wraps
 from inspect import isroutine
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,6 +25,7 @@ SHOWN_CHARACTERS = 80
 TEXT_FILTERS = """capitalize center e escape indent lower replace string striptags title trim truncate upper urlencode
 urlize wordwrap""".split()  # noqa: SIM905 - one word a line would be a page
 """The filters that turn any value into text, null into "None"."""
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 class EmptyPromptError(InputError):
@@ -52,7 +51,7 @@ class Template:
         from jinja2 import StrictUndefined, TemplateSyntaxError, meta, nodes  # noqa: PLC0415
         from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415
 
-        self._filled = self._blank = self._null = False
+        self._written: set[str] = set()
         environment = ImmutableSandboxedEnvironment(
             undefined=StrictUndefined, keep_trailing_newline=True, finalize=self._note
         )
@@ -61,22 +60,17 @@ class Template:
             tree = environment.parse(text)
             for concat in tree.find_all(nodes.Concat):
                 concat.nodes = [nodes.Filter(one, "string", [], [], None, None) for one in concat.nodes]
-            self._fields = meta.find_undeclared_variables(tree)
-            self._of_row = {
-                item.arg.value
-                for item in tree.find_all(nodes.Getitem)
-                if isinstance(item.node, nodes.Name) and item.node.name == ROW and isinstance(item.arg, nodes.Const)
-            }
-            # A column named like one of Jinja's globals comes before it.
-            globals_ = {name.name for name in tree.find_all(nodes.Name)} & environment.globals.keys()
             self._template = environment.from_string(tree)
         except TemplateSyntaxError as error:
             msg = f"the template is not valid Jinja: {error.message} (line {error.lineno})"
             raise UsageError(f"{msg}. {_row_hint('Column Name')}") from error
-        except Exception as error:  # constants are folded, and expressions nested, while it compiles
-            raise UsageError(f"the template does not compile: {type(error).__name__}: {error}") from error
-        self._names = self._fields | self._of_row | globals_
-        if not self._names:
+        self._fields = meta.find_undeclared_variables(tree)
+        self._of_row = {
+            item.arg.value
+            for item in tree.find_all(nodes.Getitem)
+            if isinstance(item.node, nodes.Name) and item.node.name == ROW and isinstance(item.arg, nodes.Const)
+        }
+        if not self._fields:
             raise UsageError(
                 f"the template names no field, so that every prompt would be the same: {shown(text)}. Write fields like "
                 f"{{{{ prompt }}}}; a template in a file is @FILE"
@@ -102,41 +96,33 @@ class Template:
 
         EmptyPromptError if all that the template shows is empty or null; InputError if something is null.
         """
-        self._filled = self._blank = self._null = False
+        self._written.clear()
         try:
             prompt = self._template.render({ROW: fields} | fields if ROW in self._fields else fields)
         except Exception as error:  # whatever a template's expression may raise
             msg = f"the template cannot be rendered: {type(error).__name__}: {error}"
             raise place.error(f"{msg}; the fields are: {names(fields)}") from error
-        if self._filled and not self._null:
+        if not self._written or ("text" in self._written and "null" not in self._written):
             return prompt
-        used = {name: value for name, value in fields.items() if name in self._names} or fields
-        if (self._blank or self._null) and not self._filled:
+        used = {name: value for name, value in fields.items() if name in self._fields | self._of_row} or fields
+        if "text" not in self._written:
             msg = f"every field that the template shows is empty: {names(used)}"
             raise EmptyPromptError(msg, source=place.source, line=place.line)
-        if self._null:
-            empty = names([name for name, leaf in leaves(used) if leaf is None] or used)
-            raise place.error(
-                f"the template shows a field that is null: {empty}. Fill it in, or write what to use instead, for "
-                f"example {{{{ topic or 'anything' }}}}"
-            )
-        return prompt
+        empty = names([name for name, leaf in leaves(used) if leaf is None] or used)
+        raise place.error(
+            f"the template shows a field that is null: {empty}. Fill it in, or write what to use instead, for "
+            f"example {{{{ topic or 'anything' }}}}"
+        )
 
     def _note(self, value: object) -> object:
-        """Note whether a value that is written into the prompt is empty; Jinja would write null as None."""
-        if isinstance(value, str):
-            if value and not value.isspace():
-                self._filled = True
-            else:
-                self._blank = True
-        elif value is None:
-            self._null = True
+        """Note what a value that is written into the prompt is; Jinja would write null as None."""
+        if value is None:
+            self._written.add("null")
             return ""
-        elif isroutine(value) or isinstance(value, type):
+        if isroutine(value) or isinstance(value, type):
             name = getattr(value, "__name__", "this")
             raise TypeError(f'{name} is a method or a function; write a field of that name as row["{name}"]')
-        else:
-            self._filled = True
+        self._written.add("blank" if isinstance(value, str) and (not value or value.isspace()) else "text")
         return value
 
     def _noting(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -146,8 +132,7 @@ class Template:
         @wraps(function)
         def noting(*args: Any, **options: Any) -> Any:
             if args[at] is None:
-                self._null = True
-                args = (*args[:at], "", *args[at + 1 :])
+                args = (*args[:at], self._note(None), *args[at + 1 :])
             return function(*args, **options)
 
         return noting
@@ -193,11 +178,6 @@ def _named_prompt(fields: Fields, place: Place) -> Prompt:
     return Prompt(messages=tuple(messages))
 
 
-def is_plain(text: str) -> bool:
-    """Return whether a text needs no further check to be a prompt, as nearly all texts do not."""
-    return text != "" and text.isascii() and not text.isspace() and "\x00" not in text
-
-
 def _text_prompt(value: Json, what: str, place: Place) -> Prompt:
     if value is None or value == "" or (isinstance(value, str) and value.isspace()):
         raise EmptyPromptError(f"{what} is empty", source=place.source, line=place.line)
@@ -205,11 +185,8 @@ def _text_prompt(value: Json, what: str, place: Place) -> Prompt:
         raise place.error(f"expected {what} to be a string, got: {shown(value)}; put it in quotes")
     if "\x00" in value:
         raise place.error(f"{what} has a NUL character; remove it")
-    try:
-        if not value.isascii():
-            value.encode()
-    except UnicodeEncodeError as error:
-        raise place.error(f"{what} has half a surrogate pair; remove it") from error
+    if not value.isascii() and _HALF_PAIR.search(value):
+        raise place.error(f"{what} has half a surrogate pair; remove it")
     return Prompt(value)
 
 
@@ -239,8 +216,6 @@ def check_storable(fields: Fields, place: Place) -> None:
 
 def not_json(error: TypeError, place: Place) -> InputError:
     """Return the error for fields that orjson refused."""
-    if "ecursion" in str(error):
-        return place.error("the fields are nested more than 250 levels deep; flatten them")
     return place.error(f"a field cannot be written as JSON: {error.__cause__ or error}; convert or remove it")
 
 
@@ -259,10 +234,6 @@ def leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
     elif isinstance(value, list | tuple):
         for place, one in enumerate(value):
             yield from leaves(one, f"{name}[{place}]")
-    elif isinstance(value, Enum):
-        yield from leaves(value.value, name)
-    elif is_dataclass(value):
-        yield from leaves({field.name: getattr(value, field.name) for field in dataclass_fields(value)}, name)
     else:
         yield name, value
 

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from lbr.core.config import one_of
 from lbr.core.errors import InputError, UsageError
 from lbr.core.types import Item, Prompt
 from lbr.io import readers
-from lbr.io.records import Place, Template, check_storable, is_plain, item_of, not_finite, not_json, shortened
+from lbr.io.records import Place, Template, check_storable, item_of, not_finite, not_json, shortened
 from lbr.io.writers import check_output
 
 if TYPE_CHECKING:
@@ -51,24 +51,32 @@ def items_of(prompts: Iterable[str | dict[str, Json]], *, template: str | None =
     """
     compiled = None if template is None else Template(template)
     for number, prompt in enumerate(prompts, start=1):
-        if compiled is None and isinstance(prompt, str) and is_plain(prompt):
-            yield Item(Prompt(prompt), None, None, PROMPTS, number)
+        place = Place(PROMPTS, number)
+        if compiled is None and isinstance(prompt, str) and _is_plain(prompt):
+            yield Item(Prompt(prompt), None, None, *place)
+            continue
+        if isinstance(prompt, str):
+            fields = {"prompt": prompt}
+        elif isinstance(prompt, dict):
+            fields = _json_of(prompt, place)
         else:
-            yield _item(prompt, Place(PROMPTS, number), compiled)
+            raise place.error(f"expected a string or a dict, got: {shortened(repr(prompt))}")
+        yield item_of(fields, place, compiled, None)
 
 
-def _item(prompt: object, place: Place, template: Template | None) -> Item:
-    if isinstance(prompt, str):
-        return item_of({"prompt": prompt}, place, template, None)
-    if not isinstance(prompt, dict):
-        raise place.error(f"expected a string or a dict, got: {shortened(repr(prompt))}")
+def _is_plain(text: str) -> bool:
+    """Return whether a text needs no further check to be a prompt, as nearly all texts do not."""
+    return text.isascii() and "\x00" not in text and text != "" and not text.isspace()
+
+
+def _json_of(prompt: dict[str, Any], place: Place) -> dict[str, Json]:
+    """Return a dict as JSON has it: NaN becomes null, and values of pandas, numpy and others what JSON has for them."""
     try:
-        # Round trip: NaN becomes null, and values of pandas, numpy and the standard library what JSON has for them.
         fields = orjson.loads(orjson.dumps(_finite(prompt), default=_as_json))
     except TypeError as error:
         raise not_json(error, place) from error
     check_storable(fields, place)
-    return item_of(fields, place, template, None)
+    return dict(fields)
 
 
 def _finite(value: Any) -> Any:
@@ -93,22 +101,6 @@ def _as_json(value: Any) -> Any:
     if hasattr(value, "isoformat"):
         return value.isoformat()
     raise TypeError(f"Type is not JSON serializable: {type(value).__name__}")
-
-
-def _instead_of_table(given: object) -> str | None:
-    """Return what to give instead of a mapping or a DataFrame, which would be read by its names; None for others."""
-    if isinstance(given, Mapping):
-        return "its texts as a list, or a list with the dict in it for one record"
-    if hasattr(type(given), "columns"):  # no library of frames is imported here
-        return 'df["prompt"].to_list(), or for records df.to_dict("records") in pandas, df.to_dicts() in polars'
-    return None
-
-
-def _name_of(path: PathLike[str]) -> str:
-    name = fspath(path)
-    if not isinstance(name, str):
-        raise UsageError(f"expected a path as text, got: {name!r}; decode it with os.fsdecode")
-    return str(Path(name))
 
 
 class Source:
@@ -155,7 +147,7 @@ class Source:
             return cls(lambda _: items_of(prompts, template=template))
         kind = None if input_format is None else readers.InputFormat(input_format)
         readers.check_sources(files)
-        bad_file = None if skip_bad is None else _name_of(Path(skip_bad))
+        bad_file = None if skip_bad is None else str(Path(skip_bad))
         if bad_file is not None:
             check_output(bad_file)
             if any(Path(bad_file).resolve() == Path(one).resolve() for one in files):
@@ -184,7 +176,7 @@ class Source:
         Raises InputError for the bad inputs, of a stream for the first one, and if there is no input at all.
         """
         count = 0
-        if any(readers.is_stream(name) for name in self._files):
+        if any(map(readers.is_stream, self._files)):
             rest = self.read()
             head = list(itertools.islice(rest, 1))
             self._begun, count = itertools.chain(head, rest), len(head)
@@ -211,24 +203,17 @@ class Source:
 
 def _files_and_prompts(given: object) -> tuple[list[str], list[Any]]:
     if isinstance(given, PathLike):
-        return [_name_of(given)], []
-    wrong = f"the string {given[:60]!r}" if isinstance(given, str) else f"a {type(given).__name__}"
-    instead = _instead_of_table(given)
-    if instead is not None or isinstance(given, str) or not can_be_iterated(given):
-        advice = "" if instead is None else f"; give {instead}"
-        raise UsageError(f"expected a list of prompts or a Path, got: {wrong}{advice}")
-    everything = list(given)  # type: ignore[call-overload]
-    files = [_name_of(one) for one in everything if isinstance(one, PathLike)]
-    prompts = [one for one in everything if not isinstance(one, PathLike)]
-    if files and prompts:
+        return [str(Path(given))], []
+    advice = None
+    if isinstance(given, Mapping):
+        advice = "its texts as a list, or a list with the dict in it for one record"
+    elif hasattr(type(given), "columns"):  # no library of frames is imported here
+        advice = 'df["prompt"].to_list(), or for records df.to_dict("records") in pandas, df.to_dicts() in polars'
+    if advice or isinstance(given, str) or not isinstance(given, Iterable):
+        wrong = f"the string {given[:60]!r}" if isinstance(given, str) else f"a {type(given).__name__}"
+        raise UsageError(f"expected a list of prompts or a Path, got: {wrong}{f'; give {advice}' if advice else ''}")
+    everything = list(given)
+    files = [str(Path(one)) for one in everything if isinstance(one, PathLike)]
+    if files and len(files) < len(everything):
         raise UsageError("expected files or prompts, got: both")
-    return files, prompts
-
-
-def can_be_iterated(value: object) -> bool:
-    """Return whether a value can be iterated; an array without a dimension only claims to be."""
-    try:
-        iter(value)  # type: ignore[call-overload]
-    except TypeError:
-        return False
-    return True
+    return files, [] if files else everything

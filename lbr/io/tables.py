@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import re
-from collections import Counter
+from collections import Counter, deque
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -26,8 +26,8 @@ MAX_LINE = 2**28
 """The most characters of a line, and of a cell."""
 SAMPLE_CHARACTERS = 2**16
 DELIMITERS = ",;\t|"
-AGREEING = {False: 0.9, True: 0.5}
-"""The share of rows with as many cells as the header; a header with the wanted columns needs less evidence."""
+AGREEING = 0.9
+"""The share of rows that have as many cells as the header."""
 
 
 class Table:
@@ -46,19 +46,22 @@ class Table:
         check_text: Callable[[str, Place], None],
     ) -> None:
         csv.field_size_limit(MAX_LINE)
-        sample, whole = _sample(lines)
-        wanted = {column} if template is None else template.columns
-        self._delimiter = delimiter or _likely_delimiter(sample, wanted, whole=whole)
-        spaced = _has_spaces_after(self._delimiter, sample)
-        self.records = _records(itertools.chain(sample, lines), name, self._delimiter, spaced=spaced)
-        first = next(self.records, None)
-        if first is None:
+        sample, room = [], SAMPLE_CHARACTERS
+        while room > 0 and (line := next(lines, None)) is not None:
+            sample.append(line)
+            room -= len(line)
+        self._delimiter = delimiter or _likely_delimiter(sample, template.columns if template else {column})
+        self.records = _records(itertools.chain(sample, lines), name, self._delimiter, sample)
+        place, text, header = next(self.records, (None, "", []))
+        if place is None:
             raise InputError("the file is empty; the first line must name the columns", source=name)
-        place, text, header = first
         check_text(text, place)
         self._line = place.line
-        self._header = _column_names(_cells(header, place), place)
+        header = _cells(header, place)
         self._named = _count_named(header)
+        self._header = [cell if cell.strip() else f"column_{n}" for n, cell in enumerate(header, start=1)]
+        if twice := [one for one, count in Counter(self._header).items() if count > 1]:
+            raise place.error(f"several columns have the same name: {names(twice)}; rename them")
         hint = f" (delimiter {shown(self._delimiter)})"
         if len(self._header) == 1:
             hint += "; set --delimiter if these are several columns"
@@ -88,54 +91,35 @@ def _cells(row: list[str] | csv.Error, place: Place) -> list[str]:
     return row
 
 
-def _records(lines: Iterator[str], name: str, delimiter: str, *, spaced: bool) -> Records:
+def _records(lines: Iterator[str], name: str, delimiter: str, sample: list[str]) -> Records:
     """Yield each row, or its csv.Error; skip blank lines.
 
     After an error, reading continues with the next line: an unclosed quote swallows everything after it.
     """
+    spaced = _has_spaces_after(delimiter, sample)
+    again: deque[str] = deque()
     held: list[str] = []
-    again: list[str] = []
-    count = 0
 
     def feed() -> Iterator[str]:
-        nonlocal count
-        while (line := again.pop() if again else next(lines, None)) is not None:
-            count += 1
+        while (line := again.popleft() if again else next(lines, None)) is not None:
             held.append(line)
             yield line
 
-    def start() -> Iterator[list[str]]:
-        return csv.reader(feed(), delimiter=delimiter, skipinitialspace=spaced, strict=True)
-
-    reader = start()
+    number = 1
     while True:
-        held.clear()
-        place = Place(name, count + 1)
         row: list[str] | csv.Error | None
         try:
-            row = next(reader, None)
+            row = next(csv.reader(feed(), delimiter=delimiter, skipinitialspace=spaced, strict=True), None)
         except csv.Error as error:
             row = error
-            again += reversed(held[1:])
-            count -= len(held) - 1
+            again.extendleft(reversed(held[1:]))
             del held[1:]
-            reader = start()
         if row is None:
             return
-        text = "".join(held)
-        if isinstance(row, csv.Error) or len(row) > 1 or not text.isspace():
-            yield place, text, row
-
-
-def _sample(lines: Iterator[str]) -> tuple[list[str], bool]:
-    """Take the first lines. Return them, and True if there are no more."""
-    sample, room = [], SAMPLE_CHARACTERS
-    for line in lines:
-        sample.append(line)
-        room -= len(line)
-        if room <= 0:
-            return sample, False
-    return sample, True
+        if isinstance(row, csv.Error) or len(row) > 1 or not held[0].isspace():
+            yield Place(name, number), "".join(held), row
+        number += len(held)
+        held.clear()
 
 
 def _rows_of(lines: list[str], delimiter: str, *, spaced: bool = False) -> Iterator[list[str]]:
@@ -146,26 +130,21 @@ def _rows_of(lines: list[str], delimiter: str, *, spaced: bool = False) -> Itera
                 yield row
 
 
-def _likely_delimiter(lines: list[str], wanted: set[str | None] | set[str], *, whole: bool) -> str:
+def _likely_delimiter(lines: list[str], wanted: set[str | None] | set[str]) -> str:
     """Return the delimiter of a CSV file, judged by its first lines.
 
-    A comma if that gives the wanted columns; else the first one that makes several columns and gives nearly all rows
-    the same number of cells, preferably with the wanted columns; else a comma.
+    The first that gives the wanted columns; else the first that makes several columns and gives nearly all rows the
+    same number of cells; else a comma.
     """
     fitting = []
     for delimiter in DELIMITERS:
-        rows = list(_rows_of(lines, delimiter, spaced=True))
-        if not whole and len(rows) > 1:
-            rows.pop()  # it may be half a row
-        header = rows[0] if rows else []
-        named = _count_named(header)
-        has_wanted = bool(wanted) and wanted <= {name.strip() for name in header}
-        if delimiter == "," and has_wanted:
+        header, *rows = list(_rows_of(lines, delimiter, spaced=True)) or [[]]
+        if wanted and wanted <= {name.strip() for name in header}:
             return delimiter
-        agreeing = sum(named <= len(row) <= len(header) for row in rows)
-        if len(header) > 1 and agreeing >= AGREEING[has_wanted] * len(rows):
-            fitting.append((has_wanted, delimiter))
-    return max(fitting, key=lambda one: one[0])[1] if fitting else ","
+        agreeing = sum(_count_named(header) <= len(row) <= len(header) for row in rows)
+        if len(header) > 1 and agreeing >= AGREEING * len(rows):
+            fitting.append(delimiter)
+    return fitting[0] if fitting else ","
 
 
 def _has_spaces_after(delimiter: str, sample: list[str]) -> bool:
@@ -181,17 +160,3 @@ def _has_spaces_after(delimiter: str, sample: list[str]) -> bool:
 def _count_named(header: list[str]) -> int:
     """Return the number of columns up to the last one that has a name."""
     return max((place for place, name in enumerate(header, start=1) if name.strip()), default=0)
-
-
-def _column_names(header: list[str], place: Place) -> list[str]:
-    """Return the names of the columns, `column_1` for an unnamed one. Raises InputError for duplicate names."""
-    taken = set(header)
-    if twice := [name for name, count in Counter(header).items() if count > 1 and name.strip()]:
-        raise place.error(f"several columns have the same name: {names(twice)}; rename them")
-    found = []
-    for number, given in enumerate(header, start=1):
-        name = given if given.strip() else f"column_{number}"
-        while name in taken and name != given:
-            name += "_"
-        found.append(name)
-    return found

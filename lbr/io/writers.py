@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import glob
-import hashlib
+import asyncio
+import fcntl
 import os
 import re
 import secrets
 import sqlite3
 import stat
 import sys
-import tempfile
-import time
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, cast
+from typing import IO, TYPE_CHECKING
 
 import orjson
-from filelock import AsyncFileLock
 
 from lbr.core import ownership
 from lbr.core.config import a_name
@@ -35,11 +32,10 @@ if TYPE_CHECKING:
 STDOUT_NAME = "stdout"
 OWN_COLUMNS = ("idx", "key", "prompt", "status", "result", "error")
 """The CSV columns that are lbr's own; the prompt's only if no column of the input is the prompt."""
-BOM = b"\xef\xbb\xbf"
 BUFFER_BYTES = 1 << 20
-ABANDONED_SECONDS = 86_400.0
+LOCK_SECONDS = 0.05
+MAX_LOCK_SECONDS = 600.0
 
-_TO_STDOUT = "name a file, or use `lbr collect RUN -o -`, which writes to stdout"
 _FORMULA = frozenset("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
 """What a formula begins with; the last four are the wide forms of the first."""
 _QUOTED = re.compile(r"""^[\s\ufeff]|[",;|\t\r\n]|\s$""")
@@ -80,30 +76,20 @@ def check_output(path: str | None) -> None:
         target = _target(path)
         if target.is_dir():
             raise UsageError(f"the output {path or '.'} is a folder; add a file name")
-        if os.path.exists(path) and not target.is_file():
-            raise UsageError(f"the output {path} is a device or a pipe; {_TO_STDOUT}")
+        # /dev/stdout may lead to a file, which would be replaced instead of written to.
+        if os.path.abspath(path).startswith(("/dev/", "/proc/")) or (target.exists() and not target.is_file()):
+            raise UsageError(
+                f"the output {path} is a device or a pipe; name a file, or use `lbr collect RUN -o -`, which writes to stdout"
+            )
         if not target.parent.is_dir():
             raise UsageError(f"there is no folder {target.parent}; create it first")
-        if _is_stdout(target):
-            raise UsageError(f"the output {path} is open as stdout; {_TO_STDOUT}")
         _create(target).unlink()
-        _lock_of(target)
-        _refuse_other_database(target, path)
-
-
-def _is_stdout(target: Path) -> bool:
-    """Return whether a file is stdout, stdin or stderr, for example /dev/stdout: it would be replaced, not written to."""
-    for number in range(3):
-        with suppress(OSError):
-            if os.path.samestat(os.stat(target), os.fstat(number)):
-                return True
-    return False
+        if target.exists():
+            _refuse_other_database(target, path)
 
 
 def _refuse_other_database(target: Path, path: str) -> None:
     """Raise UsageError for a SQLite file that holds more than answers, above all a queue: it would be replaced."""
-    if not target.exists():
-        return
     ownership.check_database(target)
     # By SQLite itself: to open and close a file that this process has connected would drop its locks.
     with closing(sqlite3.connect(target)) as connection:
@@ -114,8 +100,9 @@ def _refuse_other_database(target: Path, path: str) -> None:
                 return
             raise UsageError(f"{path} cannot be the output: {error}; name another file") from error
     if others := sorted({name for (name,) in found} - {"results"}):
-        tables = ", ".join(others[:5])
-        raise UsageError(f"{path} is a database with other tables than answers ({tables}); name another output file")
+        raise UsageError(
+            f"{path} is a database with other tables than answers ({', '.join(others[:5])}); name another output file"
+        )
 
 
 @contextmanager
@@ -127,7 +114,6 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     target = _target(path)
     with named_errors(path):
-        _remove_abandoned(target)
         temporary = _create(target)
     try:
         yield temporary
@@ -140,33 +126,43 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 @asynccontextmanager
 async def output_lock(path: str | Path) -> AsyncIterator[None]:
-    """Let the writers of a file, of one user on one machine, take turns.
+    """Let the writers into a folder take turns. Raises OutputError.
 
-    The lock is in the temporary folder and is never removed, because a waiter may have it open; a killed holder
-    frees it. Raises OutputError.
+    The folder itself is locked, so that no lock file is left; a killed holder frees it.
     """
-    lock = _lock_of(_target(path))
+    with named_errors(path):
+        folder = os.open(_target(path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        await lock.acquire()
-    except OSError as error:
-        raise OutputError(f"cannot lock {path}: {error.strerror or error}; set TMPDIR") from error
-    try:
+        with suppress(OSError):  # a network file system without such locks, or a holder that does not end
+            async with asyncio.timeout(MAX_LOCK_SECONDS):
+                await _lock(folder)
         yield
     finally:
-        await lock.release()
+        os.close(folder)
+
+
+async def _lock(folder: int) -> None:
+    while True:
+        try:
+            return fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            await asyncio.sleep(LOCK_SECONDS)
 
 
 class JsonlWriter:
-    """Writes each row as one line of JSON."""
+    """Writes each row as one line of JSON. A terminal gets what it shows only, because answers must not steer it."""
 
     def __init__(self, handle: IO[bytes], *, name: str = STDOUT_NAME) -> None:
         self._handle, self._name = handle, name
+        self._is_terminal = handle.isatty()
 
     def write(self, rows: Iterable[Row]) -> None:
         """Write rows in the order they come. Raises OutputError."""
-        data = b"".join([self._encode(row) for row in rows])
+        self._put(b"".join([self._encode(row) for row in rows]))
+
+    def _put(self, data: bytes) -> None:
         with named_errors(self._name):
-            self._handle.write(data)
+            self._handle.write(harmless(data.decode()).encode() if self._is_terminal else data)
 
     def _encode(self, row: Row) -> bytes:
         return orjson.dumps(row.to_dict(), option=orjson.OPT_APPEND_NEWLINE)
@@ -209,8 +205,7 @@ class CsvWriter(JsonlWriter):
         self._columns = columns
         self._own = [name for name in OWN_COLUMNS if name != Part.PROMPT or not has_prompt]
         self._safe = style.spreadsheet_safe
-        with named_errors(name):
-            handle.write(BOM * style.bom + self._line(self._header()))
+        self._put(b"\xef\xbb\xbf" * style.bom + self._line(self._header()))
 
     def _header(self) -> list[str]:
         header: dict[str, None] = {}
@@ -258,10 +253,13 @@ def open_writer(
         return JsonlWriter(handle, name=name)
 
     if path is None:
-        handle = _stdout()
-        yield writer(handle, STDOUT_NAME)
+        if sys.stdout is None:  # the process was started with stdout closed
+            raise OutputError("stdout is closed; name a file with -o")
         with named_errors(STDOUT_NAME):
-            handle.flush()
+            sys.stdout.flush()
+        yield writer(sys.stdout.buffer, STDOUT_NAME)
+        with named_errors(STDOUT_NAME):
+            sys.stdout.buffer.flush()
         return
     with atomic_path(path) as temporary:
         handle = temporary.open("wb", BUFFER_BYTES)
@@ -274,25 +272,6 @@ def open_writer(
                 handle.close()
 
 
-def _stdout() -> IO[bytes]:
-    if sys.stdout is None:  # the process was started with stdout closed
-        raise OutputError("stdout is closed; name a file with -o")
-    with named_errors(STDOUT_NAME):
-        sys.stdout.flush()
-    return cast("IO[bytes]", _Terminal(sys.stdout.buffer)) if sys.stdout.isatty() else sys.stdout.buffer
-
-
-class _Terminal:
-    """A terminal, which a model's answer must not steer. It gets whole lines."""
-
-    def __init__(self, handle: IO[bytes]) -> None:
-        self._handle = handle
-        self.flush = handle.flush
-
-    def write(self, data: bytes) -> int:
-        return self._handle.write(harmless(data.decode()).encode())
-
-
 @contextmanager
 def named_errors(path: str | Path) -> Iterator[None]:
     """Raise OutputError, with the path and the reason, for an OSError other than a broken pipe."""
@@ -301,7 +280,7 @@ def named_errors(path: str | Path) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        reason = error.strerror or str(error) or type(error).__name__
+        reason = error.strerror or error
         raise OutputError(f"cannot write {path}: {reason}; make room, or choose another file with -o") from error
 
 
@@ -312,25 +291,10 @@ def _target(path: str | Path) -> Path:
 
 def _create(target: Path) -> Path:
     """Create an empty file beside the target; hidden, and private if it will replace a file."""
-    temporary = target.with_name(f"{_temporary_prefix(target)}{os.getpid()}.{secrets.token_hex(6)}.tmp")
+    temporary = target.with_name(f".{target.name[:40]}.{os.getpid()}.{secrets.token_hex(6)}.tmp")
     mode = 0o600 if target.exists() else 0o666
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
     return temporary
-
-
-def _temporary_prefix(target: Path) -> str:
-    return f".{target.name[:40]}."
-
-
-def _remove_abandoned(target: Path) -> None:
-    """Remove the temporary files that killed processes, here or on other machines, left beside an output a day ago."""
-    name = re.compile(re.escape(_temporary_prefix(target)) + r"\d{1,9}\.[0-9a-f]{12}\.tmp")
-    for path in target.parent.glob(f"{glob.escape(_temporary_prefix(target))}*.tmp"):
-        with suppress(OSError):
-            found = path.lstat()
-            ours = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
-            if ours and name.fullmatch(path.name) and time.time() - found.st_mtime > ABANDONED_SECONDS:
-                _discard(path)
 
 
 def _publish(temporary: Path, target: Path) -> None:
@@ -351,20 +315,3 @@ def _discard(temporary: Path) -> None:
     for suffix in ("", *ownership.COMPANIONS):
         with suppress(OSError):
             temporary.with_name(temporary.name + suffix).unlink(missing_ok=True)
-
-
-def _lock_of(target: Path) -> AsyncFileLock:
-    """Return the lock of one output file: in the user's own folder of the temporary folder, not beside it."""
-    try:
-        folder = Path(tempfile.gettempdir()) / f"lbr-{os.getuid()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-            raise OutputError(f"{folder} is not your own folder; set TMPDIR to a private one")
-        folder.chmod(0o700)
-    except OSError as error:
-        raise OutputError(
-            f"cannot lock {target} in the temporary folder: {error.strerror or error}; set TMPDIR to a folder of yours"
-        ) from error
-    name = hashlib.blake2b(os.fsencode(target), digest_size=16).hexdigest()
-    return AsyncFileLock(folder / f"{name}.lock", mode=0o600, fallback_to_soft=False)

@@ -21,20 +21,20 @@ class TestMessages:
     @pytest.mark.parametrize(
         ("message", "complaint"),
         [
-            ('"a"', "expected message 2 to be an object, got: 'a'"),
+            ('"a"', "expected message 2 to have the role .*, got: 'a'"),
             ('{"role":["user"],"content":"a"}', "expected message 2 to have the role .*, got: "),
-            ('{"role":"function","content":"a"}', "expected message 2 to have the role .*, got: 'function'"),
+            ('{"role":"function","content":"a"}', "expected message 2 to have the role .*, got: .*function"),
             ('{"role":"user"}', "expected the content of message 2 to be text or a list of parts, got: None"),
             ('{"role":"assistant","content":null}', "expected the content of message 2 to be text or a list"),
-            ('{"role":"user","content":["a"]}', "expected the parts of message 2 to be text or image_url"),
+            ('{"role":"user","content":["a"]}', "expected the parts of message 2 to be text, or images like"),
             (
                 '{"role":"user","content":"a","name":"bob"}',
                 "lbr does not send these fields of message 2: 'name'",
             ),
-            ('{"role":"user","content":[{"type":"file","file":{}}]}', "expected the parts .*, got: 'file'"),
+            ('{"role":"user","content":[{"type":"file","file":{}}]}', "expected the parts .*, got: .*'file'"),
             (
                 '{"role":"user","content":[{"type":"input_audio"}]}',
-                "expected the parts .*, got: 'input_audio'",
+                "expected the parts .*, got: .*'input_audio'",
             ),
             (
                 '{"role":"user","content":[{"type":"text","text":"a","cache_control":{"type":"x"}}]}',
@@ -58,7 +58,7 @@ class TestMessages:
             ),
             (
                 '{"role":"tool","content":"a","tool_call_id":"x"}',
-                "the tool_call_id of message 2 is not of an earlier tool call: 'x'",
+                "the tool_call_id or name of message 2 is not of an earlier tool call: ",
             ),
             (
                 '{"role":"assistant","tool_calls":{"id":"x"}}',

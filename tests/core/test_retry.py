@@ -90,8 +90,6 @@ def test_asking_for_nothing_again_and_again_is_slowed_down(tries: int, least: fl
         (RetryLater(3), Family.RATE_LIMITED, 3),
         (RetryLater(), Family.RATE_LIMITED, None),
         (RetryLater("5"), Family.RATE_LIMITED, 5.0),  # type: ignore[arg-type]
-        (RetryLater("soon"), Family.RATE_LIMITED, None),  # type: ignore[arg-type]
-        (RetryLater(float("nan")), Family.RATE_LIMITED, None),
         (Pause("no credit"), Family.ACCOUNT, None),
         (CallError("?"), Family.TRANSIENT, None),
         (ValueError("x"), Family.TRANSIENT, None),

@@ -67,9 +67,9 @@ def test_load_schema_reads_a_schema(tmp_path: Path) -> None:
         (b'{"type": "integer", "minimum": NaN}', "{path}, line 1: not valid JSON: "),
         (b'{"type": "number", "maximum": 1e999}', "{path}, line 1: not valid JSON: "),
         (b"", "{path}, line 1: not valid JSON: "),
-        (b"\xff", "{path} is not UTF-8: it has the byte 0xff at 0"),
-        (b"[1]", "{path}: expected a JSON schema, an object such as"),
-        (b"null", "{path}: expected a JSON schema, an object such as"),
+        (b"\xff", "{path} is not UTF-8: it has 0xff as byte 1"),
+        (b"[1]", "{path}: expected a JSON schema such as"),
+        (b"null", "{path}: expected a JSON schema such as"),
         (b"{}", "{path}: expected a JSON schema such as"),
         (b'{"foo": 1}', "{path}: expected a JSON schema such as"),
         (
@@ -100,7 +100,7 @@ def test_load_schema_names_the_words_it_does_not_know(tmp_path: Path) -> None:
     """An object without schema words is answered with its keys and an example."""
     path = tmp_path / "schema.json"
     path.write_text('{"name": "x", "fields": []}')
-    with pytest.raises(UsageError, match=r"got an object without any of its keywords; its keys: fields, name"):
+    with pytest.raises(UsageError, match=r"without any keyword; its keys: fields, name"):
         load_schema(path)
 
 
@@ -291,7 +291,7 @@ def test_a_pattern_cannot_hang_a_worker(pattern: str) -> None:
         validator.check(json.dumps({"a": "a" * 60 + "!"}))
     assert time.process_time() - started < 1
     words = str(caught.value)
-    assert "does not match" in words or "the schema's pattern takes too many steps on this text" in words
+    assert "does not match" in words or "backtracking" in words
 
 
 @pytest.mark.parametrize("pattern", ["^(?!x).*$", "^\\p{L}+$", "^[\\s\\S]{1,10000}$", "^\\d{4}-\\d\\d$|^a", "(a)\\1|a"])
@@ -303,16 +303,14 @@ def test_patterns_of_ecma_262_are_known(pattern: str) -> None:
 @pytest.mark.parametrize("schema", [{"pattern": "["}, {"patternProperties": {"[": {}}}, {"pattern": "(a{999}){9999}"}])
 def test_a_pattern_that_does_not_compile_is_refused(schema: Any) -> None:
     """A pattern that is wrong, or that would take too much memory, is refused with its place."""
-    with pytest.raises(
-        UsageError, match=r"the pattern at \$\.pattern.* is not a regular expression, or is too large: '"
-    ):
+    with pytest.raises(UsageError, match=r"the JSON schema is not valid at \$\.pattern.* is not a .regex"):
         Validator(schema)
 
 
 @pytest.mark.parametrize(
     ("schema", "text", "message"),
     [
-        ({"enum": ["x", "y", 1, None]}, '"z"', '$: "z" is not one of ["x","y",1,null]'),
+        ({"enum": ["x", "y"]}, '"z"', '$: "z" is not one of "x" or "y"'),
         ({"items": {"items": {"type": "null"}}}, "[[1]]", '$[0][0]: 1 is not of type "null"'),
         ({"properties": {"a b": {"type": "null"}}}, '{"a b":1}', "$['a b']: 1 is not of type \"null\""),
         ({"type": "integer"}, "1.5", '$: 1.5 is not of type "integer"'),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import io
+import os
 import re
-import sys
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from lbr.core.errors import InputError
+from lbr.io import readers
 from lbr.io.readers import read_items
 
 if TYPE_CHECKING:
@@ -33,7 +34,10 @@ def texts(path: str, **options: Any) -> list[str | None]:
 
 
 def pipe_in(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(content))))
+    with tempfile.TemporaryFile() as file:
+        file.write(content)
+        file.seek(0)
+        monkeypatch.setattr(readers, "STDIN_FILE", os.dup(file.fileno()))
 
 
 def refused(path: str, line: int, message: str, **options: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 import threading
 import tracemalloc
 from typing import TYPE_CHECKING, Any
@@ -134,13 +133,9 @@ class TestJsonl:
         ("line", "message"),
         [
             ("oops", "the line is not a JSON object: unexpected character"),
-            (
-                '{"prompt":"\\ud800"}',
-                "'prompt' has half a surrogate pair, which is not Unicode; remove it",
-            ),
-            ('{"prompt":"a","x":{"y":[1,"\\ude00a"]}}', r"'x.y\[1\]' has half a surrogate pair"),
-            ('{"prompt":"a","x":{"y":NaN}}', "'x.y' is NaN, which JSON does not have; write null"),
-            ('{"prompt":"a","x":-Infinity}', "'x' is -Infinity, which JSON does not have; write null"),
+            ('{"prompt":"\\ud800"}', "the line is not a JSON object: .*surrogate"),
+            ('{"prompt":"a","x":{"y":NaN}}', "the line is not a JSON object: .* JSON has no NaN: write null"),
+            ('{"prompt":"a","x":-Infinity}', "the line is not a JSON object: .* JSON has no Infinity: write null"),
             ("[" * 5000, "the line is not a JSON object: "),
             ("[1]", r"expected a JSON object, got: \[1\]"),
             ('"a"', "expected a JSON object, got: 'a'"),
@@ -162,7 +157,7 @@ class TestJsonl:
             ('{"messages":"a"}', "expected messages to be a list of at least one, got: 'a'"),
             (
                 '{"prompt":"a","x":' + "[" * 260 + "]" * 260 + "}",
-                "the fields are nested more than 250 levels deep",
+                "a field cannot be written as JSON: Recursion limit reached",
             ),
         ],
     )
@@ -314,12 +309,12 @@ class TestSources:
         pipe_in(monkeypatch, b"a\nb\0\nc\n")
         with pytest.raises(InputError, match=r"^stdin, line 2: "):
             list(read_items(["-"]))
-        assert not sys.stdin.buffer.closed
+        os.fstat(readers.STDIN_FILE)
 
     def test_a_closed_stdin_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A process that was started without stdin is told so."""
-        monkeypatch.setattr(sys, "stdin", None)
-        with pytest.raises(UsageError, match="stdin is closed"):
+        """A process that was started without stdin gets an error."""
+        monkeypatch.setattr(readers, "STDIN_FILE", 987)
+        with pytest.raises(UsageError, match="cannot read '-': Bad file descriptor"):
             list(read_items(["-"]))
 
     @pytest.mark.parametrize(

@@ -10,8 +10,6 @@ import re
 import stat
 import subprocess
 import sys
-import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +17,7 @@ from typing import TYPE_CHECKING
 import orjson
 import pytest
 
-from lbr.core.errors import LbrError, OutputError, UsageError
+from lbr.core.errors import OutputError, UsageError
 from lbr.core.types import Part, Prompt, Row
 from lbr.io.writers import (
     CsvStyle,
@@ -46,12 +44,6 @@ FULL = Row(
     custom_id="c-1",
     metadata={"city": "Oslo", "n": 1.5, "deep": {"x": [None]}, "id": "theirs", "none": None},
 )
-
-
-@pytest.fixture(autouse=True)
-def private_temporary_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the locks of tests out of the machine's temporary folder."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("tmp")))
 
 
 def names(folder: Path) -> list[str]:
@@ -130,22 +122,11 @@ class TestCheckOutput:
         """There is nothing to check about stdout."""
         check_output(None)
 
-    @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "link.csv", "there.csv"])
-    @pytest.mark.processes
-    def test_the_file_of_stdout_is_refused(self, tmp_path: Path, name: str) -> None:
-        """The file that stdout goes to is not replaced behind its back."""
-        (tmp_path / "link.csv").symlink_to("/dev/stdout")
-        code = "import sys; from lbr.io.writers import check_output; check_output(sys.argv[1])"
-        with (tmp_path / "there.csv").open("w") as there:
-            ended = subprocess.run(
-                [sys.executable, "-c", code, name],
-                cwd=tmp_path,
-                stdout=there,
-                stderr=subprocess.PIPE,
-                text=True,
-                check=False,
-            )
-        assert re.search(r"is open as stdout; name a file, or .* -o -`", ended.stderr)
+    @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
+    def test_devices_are_refused(self, name: str) -> None:
+        """What stdout goes to may be a file, which is not replaced behind its back."""
+        with pytest.raises(UsageError, match=r"is a device or a pipe; name a file, or .* -o -`"):
+            check_output(name)
 
     @pytest.mark.parametrize(
         ("name", "message"),
@@ -158,7 +139,6 @@ class TestCheckOutput:
                 "the output .*pipe.csv is a device or a pipe; name a file, or .* -o -`",
             ),
             ("a\0b.csv", r"expected the output to be a name that a file can have, got: '.*a\\x00b.csv'"),
-            ("\ud800.csv", r"expected the output to be a name that a file can have, got: '.*\\ud800.csv'"),
         ],
     )
     def test_a_path_that_is_no_file_is_refused(self, tmp_path: Path, name: str, message: str) -> None:
@@ -171,7 +151,7 @@ class TestCheckOutput:
 
     @pytest.mark.parametrize(
         ("path", "reason"),
-        [("/proc/a.jsonl", ".+"), ("a" * 300 + ".csv", "File name too long"), ("/proc/sys/a.csv", ".+")],
+        [("/sys/a.jsonl", ".+"), ("a" * 300 + ".csv", "File name too long")],
     )
     def test_a_refused_file_is_told_with_the_reason(self, path: str, reason: str) -> None:
         """What the file system refuses, to root too, is an error with its reason."""
@@ -293,55 +273,14 @@ class TestAtomicPath:
             temporary.write_text("new")
         assert path.read_text() == "new"
 
-    def test_what_dead_processes_left_is_removed(self, tmp_path: Path) -> None:
-        """A temporary file goes a day after it was written, with SQLite's beside it."""
-        tails = ("0" * 12 + ".tmp", "0" * 12 + ".tmp-journal")
-        left = [tmp_path / f".out.csv.7.{tail}" for tail in tails]
-        others = [tmp_path / f".out.csv.7.{tail}" for tail in ("0.tmp", "0" * 12 + ".tmp.csv", "z" * 12 + ".tmp")]
-        others += [tmp_path / f".not.csv.7.{tails[0]}", tmp_path / f".out.csv.me.{tails[0]}"]
-        young = tmp_path / f".out.csv.7.{'2' * 12}.tmp"
-        link = tmp_path / f".out.csv.7.{'3' * 12}.tmp"
-        for path in (*left, *others, young):
-            path.touch()
-        for path in (*left, *others):
-            os.utime(path, (time.time() - 90_000,) * 2)
-        link.symlink_to(young)
-        with atomic_path(tmp_path / "out.csv") as temporary:
-            temporary.write_text("new")
-        assert set(tmp_path.iterdir()) == {*others, young, link, tmp_path / "out.csv"}
-
 
 class TestLock:
     """Writers of one file go one after the other."""
 
-    async def test_locks_are_private_and_out_of_the_way(self, tmp_path: Path) -> None:
-        """Locks stand in the user's own folder, closed to others."""
+    async def test_a_lock_leaves_nothing(self, tmp_path: Path) -> None:
+        """The folder is locked, not a file in it."""
         async with output_lock(tmp_path / "out.csv"):
-            folder = Path(tempfile.gettempdir()) / f"lbr-{os.getuid()}"
-            (lock,) = folder.iterdir()
-        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-        assert stat.S_IMODE(lock.stat().st_mode) == 0o600
-
-    async def test_a_foreign_lock_folder_is_refused(self, tmp_path: Path) -> None:
-        """A lock folder that somebody else laid out is not trusted."""
-        folder = Path(tempfile.gettempdir()) / f"lbr-{os.getuid()}"
-        folder.symlink_to(tmp_path)
-        with pytest.raises(OutputError, match="is not your own folder; set TMPDIR"):
-            async with output_lock(tmp_path / "a"):
-                pass
-
-    def test_a_temporary_folder_that_is_not_there_is_found_before_the_work(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Where no temporary folder can be written, the check of an output names TMPDIR; `lbr run` makes it first."""
-
-        def none() -> str:
-            raise FileNotFoundError(2, "No usable temporary directory found in ['/nonexistent']")
-
-        monkeypatch.setattr(tempfile, "gettempdir", none)
-        with pytest.raises(OutputError, match="No usable temporary directory found.*; set TMPDIR to a folder of yours"):
-            check_output(str(tmp_path / "out.csv"))
-        assert list(tmp_path.iterdir()) == []
+            assert names(tmp_path) == []
 
     async def test_tasks_of_one_loop_wait_for_each_other(self, tmp_path: Path) -> None:
         """Two writers in one event loop neither overlap nor block it."""
@@ -372,9 +311,8 @@ class TestLock:
             "asyncio.run(main())\n"
         )
         path = tmp_path / "out.jsonl"
-        environment = os.environ | {"TMPDIR": tempfile.gettempdir()}
         command = [sys.executable, "-c", code, str(path)]
-        writers = [subprocess.Popen([*command, word], env=environment) for word in ("one", "two")]
+        writers = [subprocess.Popen([*command, word]) for word in ("one", "two")]
         assert [writer.wait(timeout=60) for writer in writers] == [0, 0]
         assert path.read_text() in ("one\n" * 2000, "two\n" * 2000)
         assert names(tmp_path) == ["out.jsonl"]
@@ -556,8 +494,7 @@ class TestFailures:
         path = tmp_path / "out"
         path.write_text("old")
         command = [sys.executable, "-c", code, str(path), format_, str(count)]
-        environment = os.environ | {"TMPDIR": tempfile.gettempdir()}
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
+        ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
         assert ended.stdout == (
             f"OutputError cannot write {path}: File too large; make room, or choose another file with -o\n"
         )
@@ -582,12 +519,3 @@ class TestFailures:
         ):
             writer.write(rows())
         assert names(tmp_path) == []
-
-    def test_a_closed_stdout_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A process that was started without stdout is told so."""
-        monkeypatch.setattr(sys, "stdout", None)
-        with (
-            pytest.raises(LbrError, match="stdout is closed; name a file"),
-            open_writer(None, OutputFormat.JSONL),
-        ):
-            pass

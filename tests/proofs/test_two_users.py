@@ -142,7 +142,7 @@ async def test_planted_files_forge_nothing_and_hold_nothing_up(alice: Cli, share
 
 
 def test_planted_outputs_are_refused(alice: Cli, shared: Path) -> None:
-    """An output that is another user's link, and a lock folder of another user, are refused; hers are not."""
+    """An output that is another user's link is refused; her own is not."""
     alice("enqueue", "in.txt", *FUNCTION)
     alice("worker", *FUNCTION)
     for name in ("out.jsonl", "out.db"):
@@ -154,13 +154,6 @@ def test_planted_outputs_are_refused(alice: Cli, shared: Path) -> None:
             refused = alice("collect", "in", "-o", out, check=False)
             assert refused.returncode == 2
             assert "got: a link of another user" in refused.stderr
-    (shared / f"lbr-{ALICE}").mkdir()
-    by_mallory(shared / f"lbr-{ALICE}", 0o777)
-    alice.environment["TMPDIR"] = str(shared)
-    refused = alice("run", "in.txt", "--run", "more", "-o", "new.jsonl", *FUNCTION, check=False)
-    assert (refused.returncode, "is not your own folder" in refused.stderr) == (1, True)
-    assert sorted((shared / "called.txt").read_text().split()) == sorted(PROMPTS)
-    alice.environment["TMPDIR"] = str(shared.parent / "alice")
     (shared / "mine.jsonl").symlink_to("precious.txt")
     os.lchown(shared / "mine.jsonl", ALICE, ALICE)
     alice("collect", "in", "-o", "mine.jsonl")
