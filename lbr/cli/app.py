@@ -144,15 +144,10 @@ def log(text: str) -> None:
         click.echo(harmless(text), err=True)
 
 
-def echo(data: str | bytes) -> None:
-    """Print text or data on stdout, harmless for a terminal.
-
-    Raises OutputError; click handles a BrokenPipeError.
-    """
-    if isinstance(data, bytes) and sys.stdout is not None and sys.stdout.isatty():
-        data = data.decode()
+def echo(text: str) -> None:
+    """Print text on stdout, harmless for a terminal. Raises OutputError; click handles a BrokenPipeError."""
     try:
-        click.echo(harmless(data) if isinstance(data, str) else data)
+        click.echo(harmless(text))
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -161,7 +156,7 @@ def echo(data: str | bytes) -> None:
 
 def echo_json(value: Any) -> None:
     """Print a value as a line of JSON."""
-    echo(orjson.dumps(value))
+    echo(orjson.dumps(value).decode())
 
 
 @click.group(
@@ -180,11 +175,7 @@ def echo_json(value: Any) -> None:
     show_envvar=True,
     help="The queue: a SQLite file, which the first enqueue creates, or a postgresql:// URL.",
 )
-@click.option(
-    "--allow-network-fs",
-    is_flag=True,
-    help="Use a SQLite file on a network file system, at your own risk.",
-)
+@click.option("--allow-network-fs", is_flag=True, help="Use a SQLite file on a network file system, at your own risk.")
 @click.version_option(package_name="lbr", prog_name="lbr", allow_from_autoenv=False)
 @click.pass_context
 def lbr(context: click.Context, db: str, allow_network_fs: bool) -> None:

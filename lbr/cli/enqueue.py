@@ -16,8 +16,8 @@ from lbr.cli.app import database_option, echo, echo_json, log, options, read_set
 from lbr.core.config import MAX_ATTEMPTS
 from lbr.core.errors import StoppedError
 from lbr.core.schema import load_schema
-from lbr.core.text import pluralize
-from lbr.io.readers import InputFormat, is_stream, load_text
+from lbr.core.text import pluralize, read_text
+from lbr.io.readers import InputFormat, is_stream
 from lbr.models.offline import ECHO
 
 if TYPE_CHECKING:
@@ -58,9 +58,7 @@ task_options = options(
     click.option("--model", metavar="NAME", help=f"The model: openai-chat:gpt-4o-mini, openrouter:…, {ECHO}, …"),
     click.option("--function", metavar="MODULE:NAME", help="A Python function that answers instead of a model."),
     click.option(
-        "--version",
-        metavar="TEXT",
-        help="The function's version; with a new one, prompts are answered again.",
+        "--version", metavar="TEXT", help="The function's version; with a new one, prompts are answered again."
     ),
     input_options,
     click.option(
@@ -119,6 +117,15 @@ def describe(report: api.EnqueueReport) -> str:
         f"run {report.run}: {pluralize(counts.inputs, 'input')}, {counts.new} new, {counts.duplicate} duplicate, "
         f"{counts.reused} reused, {counts.known} known"
     ) + "".join(f", {count} {kind} skipped" for kind, count in skipped if count)
+
+
+def load_text(text_or_at_file: str, what: str) -> str:
+    """Return the argument itself, or the text of the UTF-8 file that `@path` names, without its last line break.
+
+    `what` is the name of the text in messages. A template that starts with the sign is written `{{ '@' }}`.
+    """
+    is_file = text_or_at_file.startswith("@")
+    return read_text(text_or_at_file[1:], what).removesuffix("\n") if is_file else text_or_at_file
 
 
 def input_arguments(flags: dict[str, Any]) -> dict[str, Any]:

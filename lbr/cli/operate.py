@@ -197,13 +197,7 @@ def _usage_lines(of: JobDetail | Attempt, *, estimated: bool = False) -> list[st
 @database_option
 @click.pass_obj
 def retry(
-    db: dict[str, Any],
-    /,
-    run: str,
-    where: tuple[str, ...],
-    reparse: bool,
-    result_type: tuple[str, ...],
-    **flags: Any,
+    db: dict[str, Any], /, run: str, where: tuple[str, ...], reparse: bool, result_type: tuple[str, ...], **flags: Any
 ) -> None:
     """Put failed and cancelled jobs back to pending, with all their attempts, or the jobs that --where selects.
 

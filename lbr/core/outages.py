@@ -161,8 +161,8 @@ def judge(settlement: Settlement, model: str, state: ModelState, backlog: Backlo
     failure, evidence = settlement.outcome.failure, settlement.evidence or _NO_EVIDENCE
     if failure is None or not is_refused(failure):
         # A probe that was cut off or timed out found no working server either.
-        silent = state.since is not None and failure is not None and failure.family is Family.TRANSIENT
-        if settlement.claim.probe and silent and failure is not None:
+        probing = settlement.claim.probe and state.since is not None
+        if probing and failure is not None and failure.family is Family.TRANSIENT:
             return _still_away(settlement, failure, model, state, backlog, now)
         return _reached(settlement, model, state, now)
     if _is_of_the_job(failure, evidence, backlog):
@@ -212,14 +212,8 @@ def _still_away(
         waited = duration(state.waited_ms / 1000)
         words = f"{model} could not be reached in {waited} of waits: {failure.message}"
         return Judgement(kept, replace(state, since=None), Paused(PauseCause.OUTAGE, words))
-    after = replace(
-        state,
-        reason=failure.message,
-        probe_at=now + wait,
-        wait_ms=wait,
-        waited_ms=state.waited_ms + wait,
-        done=backlog.done,
-    )
+    waited_ms, probe_at, reason = state.waited_ms + wait, now + wait, failure.message
+    after = replace(state, reason=reason, probe_at=probe_at, wait_ms=wait, waited_ms=waited_ms, done=backlog.done)
     notice = f"{model}: {failure.message}; the next probe is in {duration(wait / 1000)}"
     return Judgement(kept, after, notice=notice)
 
