@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import sys
@@ -76,7 +75,7 @@ def default_model(env: Mapping[str, str]) -> str | None:
 def positive(name: str, value: Any, *, or_zero: bool = False) -> float:
     """Return the value. Raises UsageError if it is no finite number above zero."""
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not (is_number and (0 < value < math.inf or (or_zero and value == 0))):
+    if not (is_number and (0 < value <= sys.float_info.max or (or_zero and value == 0))):
         raise UsageError(f"expected {name} to be a number {'of at least' if or_zero else 'above'} 0, got: {value!r}")
     return float(value)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
 from functools import partial
 from pathlib import Path
@@ -54,12 +53,6 @@ async def test_a_table_is_no_list_of_prompts(given: Any) -> None:
         with pytest.raises(UsageError, match=words):
             await asking()
     assert not Path("runs.db").exists()
-
-
-async def test_an_array_without_a_dimension_is_no_list_of_prompts() -> None:
-    """It says that it can be iterated, and cannot."""
-    with pytest.raises(UsageError, match="^expected a list of prompts or a Path, got: a ndarray"):
-        await lbr.prompt_map(np.array("a"), up)
 
 
 async def test_the_way_out_fits_the_table() -> None:
@@ -237,14 +230,6 @@ async def test_every_argument_of_every_function_is_looked_at() -> None:
             with pytest.raises(lbr.LbrError, match="^expected "):
                 await function(**known | {one: object()})
     assert not list(Path().iterdir())
-
-
-async def test_a_path_in_bytes_is_no_name() -> None:
-    """The system's own paths may be bytes; they are named as what they are."""
-    Path("in.txt").write_text("One\n")
-    (entry,) = os.scandir(b".")
-    with pytest.raises(UsageError, match=r"^expected a path as text, got: b'\./in\.txt'"):
-        await lbr.enqueue([entry], run="r", function=up)  # type: ignore[list-item]
 
 
 async def test_paths_of_every_kind_name_files(tmp_path: Path) -> None:
