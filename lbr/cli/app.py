@@ -197,15 +197,18 @@ def _remember_database(context: click.Context, _: click.Parameter, value: str | 
         context.find_root().obj = context.obj = context.obj | {"db_url": value}
 
 
-database_option = click.option(
-    "--db",
-    metavar="PATH_OR_URL",
-    callback=_remember_database,
-    expose_value=False,
-    show_default=False,
-    help="The queue; same as `lbr --db` before the command.",
+with_database = options(
+    click.option(
+        "--db",
+        metavar="PATH_OR_URL",
+        callback=_remember_database,
+        expose_value=False,
+        show_default=False,
+        help="The queue; same as `lbr --db` before the command.",
+    ),
+    click.pass_obj,
 )
-"""Accepts --db after the command's name as well."""
+"""Accepts --db after the command's name as well, and passes the arguments that open a database."""
 
 
 def read_settings(texts: tuple[str, ...]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lbr.api import enqueue as api
-from lbr.cli.app import database_option, echo, echo_json, log, options, read_settings
+from lbr.cli.app import echo, echo_json, log, options, read_settings, with_database
 from lbr.core.config import MAX_ATTEMPTS
 from lbr.core.errors import StoppedError
 from lbr.core.schema import load_schema
@@ -155,8 +155,7 @@ async def enqueue_inputs(
 @click.argument("inputs", nargs=-1, required=True)
 @task_options
 @click.option("--json", is_flag=True, help="Print the counts as JSON.")
-@database_option
-@click.pass_obj
+@with_database
 def enqueue(db: dict[str, Any], /, inputs: tuple[str, ...], json: bool, **flags: Any) -> None:
     """Add prompts to a run, each distinct prompt once.
 

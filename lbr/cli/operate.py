@@ -18,7 +18,7 @@ from lbr.api import estimate as estimate_api
 from lbr.api import move as move_api
 from lbr.api import operate
 from lbr.api.status import describe, describe_limit, printable, resumed_words
-from lbr.cli.app import database_option, echo, echo_json, log, read_settings
+from lbr.cli.app import echo, echo_json, log, read_settings, with_database
 from lbr.cli.enqueue import input_arguments, input_options, interruptible
 from lbr.core.config import WorkOptions, positive
 from lbr.core.errors import StoppedError, UsageError
@@ -105,8 +105,7 @@ def _cost_words(found: Estimate) -> str:
 @click.option("--json", is_flag=True, help="Print one JSON object.")
 @click.option("--watch", is_flag=True, help="Refresh every few seconds, until all runs are finished.")
 @click.option("--interval", type=float, default=2.0, help="Seconds between refreshes.")
-@database_option
-@click.pass_obj
+@with_database
 def status(db: dict[str, Any], /, run: str | None, json: bool, watch: bool, interval: float) -> None:
     """Show the progress of one run or all: counts, speed, tokens, cost, failures, workers."""
     pause_seconds = min(max(0.1, positive("interval", interval)), MAX_PAUSE_SECONDS)
@@ -125,8 +124,7 @@ def status(db: dict[str, Any], /, run: str | None, json: bool, watch: bool, inte
 @click.argument("run")
 @click.argument("idx", type=click.IntRange(0, MAX_IDX))
 @click.option("--json", is_flag=True, help="Print one JSON object.")
-@database_option
-@click.pass_obj
+@with_database
 def show(db: dict[str, Any], /, run: str, idx: int, json: bool) -> None:
     """Show everything about one input: its job, its answer, its failed attempts. IDX counts from 0."""
     detail = asyncio.run(operate.show(run, idx, **db))
@@ -194,8 +192,7 @@ def _usage_lines(of: JobDetail | Attempt, *, estimated: bool = False) -> list[st
     multiple=True,
     help="With --reparse: the pydantic class of the run's schema, to check with.",
 )
-@database_option
-@click.pass_obj
+@with_database
 def retry(
     db: dict[str, Any], /, run: str, where: tuple[str, ...], reparse: bool, result_type: tuple[str, ...], **flags: Any
 ) -> None:
@@ -220,8 +217,7 @@ def retry(
 
 @click.command()
 @click.argument("run")
-@database_option
-@click.pass_obj
+@with_database
 def cancel(db: dict[str, Any], /, run: str) -> None:
     """Cancel a run's pending jobs; calls in flight finish and their answers are kept."""
     echo(f"run {run}: {pluralize(asyncio.run(operate.cancel(run, **db)), 'job')} cancelled")
@@ -230,8 +226,7 @@ def cancel(db: dict[str, Any], /, run: str) -> None:
 @click.command()
 @click.argument("run")
 @click.option("--yes", is_flag=True, help="Do not ask, even if the run has answers.")
-@database_option
-@click.pass_obj
+@with_database
 def rm(db: dict[str, Any], /, run: str, yes: bool) -> None:
     """Remove a run with its inputs and answers, after its calls in flight have finished."""
     (found,) = asyncio.run(operate.status(run, **db)).runs
@@ -245,8 +240,7 @@ def rm(db: dict[str, Any], /, run: str, yes: bool) -> None:
 @click.command()
 @click.argument("run")
 @click.option("--reason", default="by the user", help="The reason that `lbr status` shows.")
-@database_option
-@click.pass_obj
+@with_database
 def pause(db: dict[str, Any], /, run: str, reason: str) -> None:
     """Stop all workers from claiming a run's jobs, until `lbr resume`."""
     asyncio.run(operate.pause(run, reason=reason, **db))
@@ -261,8 +255,7 @@ def pause(db: dict[str, Any], /, run: str, reason: str) -> None:
     metavar="DOLLARS",
     help="What the run may cost in total from now on; inf removes the limit.",
 )
-@database_option
-@click.pass_obj
+@with_database
 def resume(db: dict[str, Any], /, run: str, max_cost: float | None) -> None:
     """Let workers claim a paused run's jobs again."""
     pause = asyncio.run(operate.resume(run, max_cost=max_cost, **db))
@@ -277,8 +270,7 @@ def resume(db: dict[str, Any], /, run: str, max_cost: float | None) -> None:
 @click.option("--tpm", metavar="N|none", help="Tokens per minute, all workers together, input and output.")
 @click.option("--concurrency", metavar="N|auto", help="Calls at a time, all workers together; auto learns it.")
 @click.option("--json", is_flag=True, help="Print one JSON object per model.")
-@database_option
-@click.pass_obj
+@with_database
 def limit(db: dict[str, Any], /, scope: str | None, json: bool, **flags: str | None) -> None:
     """Show or change a model's rate limits. Running workers pick up changes immediately.
 
@@ -344,10 +336,8 @@ def move(db: dict[str, Any], /, from_url: str, to_url: str, run: str, restart: b
 @click.command()
 @click.option("--fix", is_flag=True, help="Fix counters that differ from a recount; nothing else is changed.")
 @click.option("--json", is_flag=True, help="Print one JSON object per finding.")
-@database_option
-@click.pass_obj
-@click.pass_context
-def doctor(context: click.Context, db: dict[str, Any], /, fix: bool, json: bool) -> None:
+@with_database
+def doctor(db: dict[str, Any], /, fix: bool, json: bool) -> None:
     """Check the database, and print what is wrong and what to do; workers can continue.
 
     Checks the file or server, its settings, damage, leases, counters, keys, paused runs and kept answers. Nothing is
@@ -360,4 +350,4 @@ def doctor(context: click.Context, db: dict[str, Any], /, fix: bool, json: bool)
     if not json:
         counts = Counter(one.gravity for one in found if one.gravity != "ok")
         log(f"lbr: {', '.join(pluralize(n, gravity) for gravity, n in counts.items()) or 'no problem found'}")
-    context.exit(EXIT_PROBLEM if any(one.is_grave for one in found) else 0)
+    sys.exit(EXIT_PROBLEM if any(one.is_grave for one in found) else 0)

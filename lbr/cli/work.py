@@ -18,7 +18,7 @@ import click
 from lbr.api import collect as collect_api
 from lbr.api import operate, work
 from lbr.api.status import one_line, paused_words, printable, unfinished_words
-from lbr.cli.app import EXIT_FAILURES, EXIT_UNFINISHED, database_option, log, options
+from lbr.cli.app import EXIT_FAILURES, EXIT_UNFINISHED, log, options, with_database
 from lbr.cli.enqueue import counting_kept, enqueue_inputs, task_options
 from lbr.cli.enqueue import describe as describe_enqueue
 from lbr.core import open_files
@@ -218,10 +218,8 @@ def _work_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
 @serving_options
 @processes_option
 @click.option("--exclusive", is_flag=True, help="Exit at once, with 0, if another exclusive worker is running.")
-@database_option
-@click.pass_obj
-@click.pass_context
-def worker(context: click.Context, db: dict[str, Any], /, processes: int, exclusive: bool, **flags: Any) -> None:
+@with_database
+def worker(db: dict[str, Any], /, processes: int, exclusive: bool, **flags: Any) -> None:
     """Process jobs; start as many workers as you like, in any number of terminals.
 
     Ctrl-C, SIGTERM or a closed terminal (SIGHUP, unless under nohup) makes the worker finish its calls in flight and
@@ -236,21 +234,20 @@ def worker(context: click.Context, db: dict[str, Any], /, processes: int, exclus
                 return await _work_in_processes(db, processes, **flags)
             return await _work_alone(db, **flags)
 
-    context.exit(asyncio.run(work_exclusively()))
+    sys.exit(asyncio.run(work_exclusively()))
 
 
 @click.command("worker-process", hidden=True)
 @serving_options
 @click.option("--parent", type=int)
 @click.pass_obj
-@click.pass_context
-def worker_process(context: click.Context, db: dict[str, Any], /, **flags: Any) -> None:
+def worker_process(db: dict[str, Any], /, **flags: Any) -> None:
     """Run one of the processes of `lbr worker --processes`.
 
     A command of its own, so that settings of `lbr worker` in the environment and the config file do not make each
     process start as many again.
     """
-    context.exit(asyncio.run(_work_alone(db, **flags)))
+    sys.exit(asyncio.run(_work_alone(db, **flags)))
 
 
 @click.command()
@@ -263,17 +260,15 @@ def worker_process(context: click.Context, db: dict[str, Any], /, **flags: Any) 
 )
 @output_options
 @click.option("--wait", is_flag=True, help="Wait until every job is finished.")
-@database_option
-@click.pass_obj
-@click.pass_context
-def collect(context: click.Context, db: dict[str, Any], /, run: str, output: str | None, **flags: Any) -> None:
+@with_database
+def collect(db: dict[str, Any], /, run: str, output: str | None, **flags: Any) -> None:
     """Write a run's answers in input order, finished or not.
 
     A file appears whole or not at all. Exits with 3 if jobs are not finished, with 4 if some failed.
     """
     collected = asyncio.run(collect_api.collect(run, out="-" if output is None else output, **flags, **db))
     log(f"lbr: {_describe_rows(collected)}")
-    context.exit(_collected_code(collected))
+    sys.exit(_collected_code(collected))
 
 
 def _describe_rows(collected: Collected) -> str:
@@ -317,10 +312,8 @@ def _reasons(collected: Collected) -> str:
 @task_options
 @work_options
 @processes_option
-@database_option
-@click.pass_obj
-@click.pass_context
-def run(context: click.Context, db: dict[str, Any], /, inputs: tuple[str, ...], output: str, **flags: Any) -> None:
+@with_database
+def run(db: dict[str, Any], /, inputs: tuple[str, ...], output: str, **flags: Any) -> None:
     """Enqueue, work and collect in one command; run it again to resume.
 
     Other workers may help. The output is written when every job is finished.
@@ -338,7 +331,7 @@ def run(context: click.Context, db: dict[str, Any], /, inputs: tuple[str, ...], 
     rest = {name: value for name, value in flags.items() if name not in how}
     with counting_kept(inputs, append=flags["append"]) as on_progress:
         code = asyncio.run(_run(db, inputs, {"out": output} | style, on_progress, how, **rest))
-    context.exit(code)
+    sys.exit(code)
 
 
 async def _run(

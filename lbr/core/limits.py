@@ -80,9 +80,8 @@ def capacity(per_minute: int) -> float:
 def refilled(limit: Limit, now: int) -> Limit:
     """Return the limit with what has come in since it was last balanced; a new bucket is full."""
     before = limit.balanced_at
-    if (
-        before is None or before > now + MINUTE_MS
-    ):  # new, or balanced by a wrong clock: nothing would come in until then
+    # After a time of a wrong clock, far ahead, nothing would come in until then.
+    if before is None or before > now + MINUTE_MS:
         limit, before = replace(limit, requests=None, tokens=None), now
     passed = max(0, now - before)  # a transaction that waited for a lock has an older time
 

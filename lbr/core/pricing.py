@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -26,7 +25,6 @@ CHARACTERS_PER_TOKEN = 4
 """What English comes to with most tokenizers."""
 ASSUMED_OUTPUT_TOKENS = 256
 """Tokens of an answer that nothing limits."""
-_PROBE_TOKENS = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +86,7 @@ def read_price(text: str) -> Price:
 def _number(value: Any) -> float:
     """Return a price as a number. Raises ValueError or TypeError if it is not a plausible one."""
     number = float(value)
-    if not (math.isfinite(number) and 0 <= number <= MAX_PRICE):
+    if not 0 <= number <= MAX_PRICE:
         raise ValueError(value)
     return abs(number)  # there is a -0.0
 
@@ -135,10 +133,8 @@ def table_price(model: str) -> Price | None:
             from genai_prices.data_snapshot import get_snapshot  # noqa: PLC0415
 
             get_snapshot()
-        tokens = Tokens(input_tokens=_PROBE_TOKENS, output_tokens=_PROBE_TOKENS)
-        found = calc_price(tokens, name, provider_id=provider)
-        scale = 1_000_000 // _PROBE_TOKENS
-        return Price(_number(found.input_price * scale), _number(found.output_price * scale))
+        found = calc_price(Tokens(input_tokens=1_000, output_tokens=1_000), name, provider_id=provider)
+        return Price(_number(found.input_price * 1_000), _number(found.output_price * 1_000))
     except Exception:  # noqa: BLE001 - another's package and table, which may be damaged in any way
         return None
 

@@ -89,23 +89,17 @@ def _message(error: BaseException) -> str:
     return storable((text or type(error).__name__).replace("\x00", ""))[:MESSAGE_LIMIT]
 
 
-def backoff_seconds(tries: int, policy: RetryPolicy, rng: Random) -> float:
-    """Return the wait before attempt `tries` + 1: full jitter under a ceiling that doubles up to `backoff_most`.
-
-    See "Exponential Backoff And Jitter", AWS Architecture Blog, 2015. No retry is immediate.
-    """
-    ceiling = min(policy.backoff_most, policy.backoff_first * 2.0 ** min(tries - 1, 32))
-    return max(policy.backoff_first / 2, rng.random() * ceiling)
-
-
 def wait_seconds(failure: Failure, tries: int, policy: RetryPolicy, rng: Random) -> float:
     """Return how long to wait after a failure: the provider's Retry-After, capped, plus jitter; otherwise backoff.
 
-    A provider that asks for next to nothing again and again gets more each time.
+    Backoff is full jitter under a ceiling that doubles up to `backoff_most` (see "Exponential Backoff And Jitter", AWS
+    Architecture Blog, 2015). A provider that asks for next to nothing again and again gets more each time.
     """
+    doubled = 2.0 ** min(tries - 1, 32)
     if failure.retry_after is None:
-        return backoff_seconds(tries, policy, rng)
-    least = min(policy.backoff_most, policy.retry_after_least * 2.0 ** min(tries - 1, 32))
+        ceiling = min(policy.backoff_most, policy.backoff_first * doubled)
+        return max(policy.backoff_first / 2, rng.random() * ceiling)
+    least = min(policy.backoff_most, policy.retry_after_least * doubled)
     asked = min(max(least, failure.retry_after), policy.retry_after_most)
     return asked * (1.0 + 0.1 * rng.random())
 

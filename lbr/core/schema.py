@@ -9,6 +9,7 @@ import importlib
 import os
 import re
 import sys
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import orjson
@@ -88,27 +89,22 @@ def import_named(spec: str, *, example: str) -> Any:
     if not module_name or not attributes:
         raise UsageError(f"expected a name like {example!r}, got: {spec!r}")
     if module_name.endswith(".py"):
-        module = module_name.removesuffix(".py").replace(os.sep, ".")
-        raise UsageError(f"expected a module, got: the file in {spec!r}; write {module}:{attributes}")
+        instead = module_name.removesuffix(".py").replace(os.sep, ".")
+        raise UsageError(f"expected a module, got: the file in {spec!r}; write {instead}:{attributes}")
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
         # Last: a queue.py here must not be imported instead of Python's own.
         sys.path.append(here)
     importlib.invalidate_caches()
     try:
-        found: Any = importlib.import_module(module_name)
+        module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         cause = f"{type(error).__name__}: {_first_line(error)}"
         raise UsageError(f"cannot import {spec!r}: module {module_name!r} failed with {cause}") from error
-    for name in attributes.split("."):
-        try:
-            found = getattr(found, name)
-        except AttributeError:
-            where = getattr(found, "__name__", type(found).__name__)
-            raise UsageError(
-                f"cannot import {spec!r}: {where!r} has no attribute {name!r}{_shadowed(module_name)}"
-            ) from None
-    return found
+    try:
+        return attrgetter(attributes)(module)
+    except AttributeError as error:
+        raise UsageError(f"cannot import {spec!r}: {error}{_shadowed(module_name)}") from None
 
 
 def _shadowed(name: str) -> str:

@@ -331,8 +331,9 @@ class Table:
         if place is None:
             raise InputError("the file is empty; the first line must name the columns", source=name)
         check_text(text, place)
+        if isinstance(header, InputError):
+            raise header
         self._line = place.line
-        header = _cells(header, place)
         self._named = _count_named(header)
         self._header = [cell if cell.strip() else f"column_{n}" for n, cell in enumerate(header, start=1)]
         if twice := [one for one, count in Counter(self._header).items() if count > 1]:
@@ -346,9 +347,10 @@ class Table:
             msg = f"{name}: there is no column {shown(column)}; there are: {names(self._header)}{hint}"
             raise UsageError(f"{msg}; set --prompt-column or --template")
 
-    def fields(self, row: list[str] | csv.Error, place: Place) -> Fields:
+    def fields(self, cells: list[str] | InputError, place: Place) -> Fields:
         """Return the cells of a row by column name, without empty ones in unnamed columns at its end. Raises InputError."""
-        cells = _cells(row, place)
+        if isinstance(cells, InputError):
+            raise cells
         if not self._named <= len(cells) <= len(self._header):
             msg = f"expected {pluralize(len(self._header), 'cell')} as in line {self._line}, got: {len(cells)}"
             other = "tab (this file has one column)" if len(self._header) == 1 else "to a different one"
@@ -359,15 +361,8 @@ class Table:
         return dict(zip(self._header, cells, strict=False))
 
 
-def _cells(row: list[str] | csv.Error, place: Place) -> list[str]:
-    if isinstance(row, csv.Error):
-        way_out = "close every quote, double those within a cell, and put cells with line breaks in quotes"
-        raise place.error(f"the row is not valid CSV: {row}; {way_out}") from row
-    return row
-
-
 def _records(lines: Iterator[str], name: str, delimiter: str, sample: list[str]) -> Records:
-    """Yield each row, or its csv.Error; skip blank lines.
+    """Yield each row, or its error; skip blank lines.
 
     After an error, reading continues with the next line: an unclosed quote swallows everything after it.
     """
@@ -382,17 +377,19 @@ def _records(lines: Iterator[str], name: str, delimiter: str, sample: list[str])
 
     number = 1
     while True:
-        row: list[str] | csv.Error | None
+        place = Place(name, number)
+        row: list[str] | InputError | None
         try:
             row = next(csv.reader(feed(), delimiter=delimiter, skipinitialspace=spaced, strict=True), None)
         except csv.Error as error:
-            row = error
+            way_out = "close every quote, double those within a cell, and put cells with line breaks in quotes"
+            row = place.error(f"the row is not valid CSV: {error}; {way_out}")
             again.extendleft(reversed(held[1:]))
             del held[1:]
         if row is None:
             return
-        if isinstance(row, csv.Error) or len(row) > 1 or not held[0].isspace():
-            yield Place(name, number), "".join(held), row
+        if isinstance(row, InputError) or len(row) > 1 or not held[0].isspace():
+            yield place, "".join(held), row
         number += len(held)
         held.clear()
 
@@ -416,7 +413,8 @@ def _likely_delimiter(lines: list[str], wanted: set[str | None] | set[str]) -> s
         header, *rows = list(_rows_of(lines, delimiter, spaced=True)) or [[]]
         if wanted and wanted <= {name.strip() for name in header}:
             return delimiter
-        agreeing = sum(_count_named(header) <= len(row) <= len(header) for row in rows)
+        named = _count_named(header)
+        agreeing = sum(named <= len(row) <= len(header) for row in rows)
         if len(header) > 1 and agreeing >= AGREEING * len(rows):
             fitting.append(delimiter)
     return fitting[0] if fitting else ","

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lbr.core.errors import CallError, Family, Pause, Permanent, RetryLater
-from lbr.core.retry import RetryPolicy, backoff_seconds, decide, failure_of, wait_seconds
+from lbr.core.retry import RetryPolicy, decide, failure_of, wait_seconds
 from lbr.core.types import Claim, Failure, History, JobId, JobState, Outcome, Prompt, Reply, RunId
 
 POLICY = RetryPolicy()
@@ -63,7 +63,7 @@ def test_every_family_has_its_way(
 @given(st.integers(1, 10_000), st.integers(0, 2**32))
 def test_backoff_is_bounded(tries: int, seed: int) -> None:
     """A wait is never nothing and never more than the ceiling."""
-    wait = backoff_seconds(tries, POLICY, Random(seed))
+    wait = wait_seconds(Failure(Family.TRANSIENT, "E", "m"), tries, POLICY, Random(seed))
     assert 0.5 <= wait <= 60.0
     assert tries > 1 or wait <= 1.0
 

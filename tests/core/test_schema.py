@@ -151,8 +151,8 @@ def test_import_type_finds_a_class_in_the_working_directory(module: Any, tmp_pat
             "shapes_bad:A",
             "cannot import 'shapes_bad:A': module 'shapes_bad' failed with ZeroDivisionError: division",
         ),
-        ("shapes_good:B", "cannot import 'shapes_good:B': 'shapes_good' has no attribute 'B'"),
-        ("shapes_good:A.b", "cannot import 'shapes_good:A.b': 'A' has no attribute 'b'"),
+        ("shapes_good:B", "cannot import 'shapes_good:B': module 'shapes_good' has no attribute 'B'"),
+        ("shapes_good:A.b", "cannot import 'shapes_good:A.b': type object 'A' has no attribute 'b'"),
         (
             "shapes_good:A",
             "expected 'shapes_good:A' to be a pydantic BaseModel class, got: type <class 'shapes_good.A'>",
