@@ -197,18 +197,17 @@ def _remember_database(context: click.Context, _: click.Parameter, value: str | 
         context.find_root().obj = context.obj = context.obj | {"db_url": value}
 
 
-with_database = options(
-    click.option(
+def with_database(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Accept --db after the command's name as well, and pass the arguments that open a database."""
+    option = click.option(
         "--db",
         metavar="PATH_OR_URL",
         callback=_remember_database,
         expose_value=False,
         show_default=False,
         help="The queue; same as `lbr --db` before the command.",
-    ),
-    click.pass_obj,
-)
-"""Accepts --db after the command's name as well, and passes the arguments that open a database."""
+    )
+    return option(click.pass_obj(command))
 
 
 def read_settings(texts: tuple[str, ...]) -> dict[str, Any]:
