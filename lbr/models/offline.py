@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import math
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
+from typing import TYPE_CHECKING
 
 import orjson
 
@@ -52,13 +52,12 @@ def check_settings(settings: Mapping[str, Json]) -> Behaviour:
     for name, value in settings.items():
         if name not in known:
             raise UsageError(f"expected a setting of {ECHO}, one of {', '.join(known)}, got: {name!r}")
-        is_number = type(value) in {int, float} and math.isfinite(value)
+        most, expected = math.inf, "a number of seconds, 0 or more"
+        if name.endswith("_rate"):
+            most, expected = 1, "a number from 0 to 1"
+        fits = type(value) in {int, float} and 0 <= value <= most and value < math.inf
         if name == "seed":
             fits, expected = type(value) is int, "a whole number"
-        elif name.endswith("_rate"):
-            fits, expected = is_number and 0 <= value <= 1, "a number from 0 to 1"
-        else:
-            fits, expected = is_number and value >= 0, "a number of seconds, 0 or more"
         if not fits:
             raise UsageError(f"expected the setting {name} of {ECHO} to be {expected}, got: {value!r}")
     return Behaviour(**settings)
@@ -118,15 +117,8 @@ def _last_words(prompt: Prompt) -> str:
 
 # --- filling a schema -------------------------------------------------------------------------------------------------
 
-_COMBINING = frozenset({"$ref", "allOf", "anyOf", "oneOf"})
+_COMBINING = ("$ref", "allOf", "anyOf", "oneOf")
 _NESTING = frozenset({"object", "array"})
-
-_HINTS = {
-    "object": {"properties", "required", "additionalProperties"},
-    "array": {"items", "prefixItems", "minItems"},
-    "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
-}
-
 _FORMATS = {
     "date": lambda n: f"2024-{n % 12 + 1:02}-{n % 28 + 1:02}",
     "time": lambda n: f"{n % 24:02}:{n % 60:02}:00Z",
@@ -134,7 +126,6 @@ _FORMATS = {
     "duration": lambda n: f"PT{n % 60}M",
     "email": lambda n: f"user{n % 1000}@example.com",
     "uri": lambda n: f"https://example.com/{n % 1000}",
-    "hostname": lambda n: f"host{n % 1000}.example.com",
     "uuid": lambda n: f"00000000-0000-4000-8000-{n:012x}",
     "ipv4": lambda n: f"192.0.2.{n % 256}",
     "ipv6": lambda n: f"2001:db8::{n % 65536:x}",
@@ -144,7 +135,7 @@ _FORMATS = {
 def fill(schema: dict[str, Json], text: str) -> Json:
     """Make an instance of a JSON schema, always the same one for the same text.
 
-    Supports local references, combinations and limits, but neither `pattern` nor `not`.
+    Supports what pydantic makes of classes: local references, combinations and limits, but no `pattern`.
     """
     return _Filler(schema, text).fill(schema, "$", 0)
 
@@ -157,7 +148,7 @@ class _Filler:
     def fill(self, schema: Json, path: str, depth: int) -> Json:
         """Make an instance of a part of the schema; numbers differ by `path`."""
         if not isinstance(schema, dict) or depth > MAX_DEPTH:
-            return None if schema is False or depth > MAX_DEPTH else self._text
+            return None if depth > MAX_DEPTH else self._text
         schema = self._flatten(schema, depth)
         if "const" in schema:
             return schema["const"]
@@ -165,11 +156,14 @@ class _Filler:
             return schema["enum"][self._number(path) % len(schema["enum"])]
         match _type_of(schema):
             case "object":
-                return self._object(schema, path, depth)
+                properties, required = schema.get("properties", {}), schema.get("required", [])
+                names = [name for name in properties if name in required or depth < MAX_OPTIONAL_DEPTH]
+                names += [name for name in required if name not in properties]
+                return {name: self.fill(properties.get(name), f"{path}.{name}", depth + 1) for name in names}
             case "array":
                 return self._array(schema, path, depth)
             case "integer" | "number" as kind:
-                return self._numeric(schema, path, whole=kind == "integer")
+                return self._numeric(schema, path, 1 if kind == "integer" else 0.01)
             case "boolean":
                 return self._number(path) % 2 == 0
             case "null":
@@ -188,40 +182,33 @@ class _Filler:
                 break
             schema = {word: value for word, value in schema.items() if word not in _COMBINING}
             for part in parts:
-                schema = _merge(schema, part if isinstance(part, dict) else {})
+                properties = {**part.get("properties", {}), **schema.get("properties", {})}
+                required = [*schema.get("required", []), *part.get("required", [])]
+                schema = {**part, **schema} | ({"properties": properties} if properties else {})
+                schema |= {"required": required} if required else {}
         return schema
 
     def _resolve(self, reference: str) -> Json:
-        found: Json = self._root
-        for step in unquote(reference.removeprefix("#")).split("/")[1:]:
-            found = found.get(step.replace("~1", "/").replace("~0", "~"), {}) if isinstance(found, dict) else {}
-        return found
-
-    def _object(self, schema: dict[str, Json], path: str, depth: int) -> dict[str, Json]:
-        properties, required = schema.get("properties", {}), schema.get("required", [])
-        names = [name for name in properties if name in required or depth < MAX_OPTIONAL_DEPTH]
-        names += [name for name in required if name not in properties]
-        others = schema.get("additionalProperties", True)
-        return {name: self.fill(properties.get(name, others), f"{path}.{name}", depth + 1) for name in names}
+        return functools.reduce(lambda found, step: found[step], reference.split("/")[1:], self._root)
 
     def _array(self, schema: dict[str, Json], path: str, depth: int) -> list[Json]:
-        first, rest = schema.get("prefixItems", []), schema.get("items", True)
-        count = schema.get("minItems", 0)
+        first, count = schema.get("prefixItems", []), schema.get("minItems", 0)
         if depth < MAX_OPTIONAL_DEPTH:
             count = max(count, len(first), 1)
-        parts = [*first, *[rest] * count][: min(count, schema.get("maxItems", count))]
-        items = [self.fill(part, f"{path}[{i}]", depth + 1) for i, part in enumerate(parts)]
-        if schema.get("uniqueItems"):
-            return [f"{item} {i}" if i and isinstance(item, str) else item for i, item in enumerate(items)]
-        return items
+        parts = [*first, *[schema.get("items")] * count][: min(count, schema.get("maxItems", count))]
+        return [self.fill(part, f"{path}[{i}]", depth + 1) for i, part in enumerate(parts)]
 
-    def _numeric(self, schema: dict[str, Json], path: str, *, whole: bool) -> Json:
-        low, high = _range_of(schema, 1 if whole else 0)
-        unit = schema.get("multipleOf", 1 if whole else None)
-        if unit is None:
-            return float(low + (high - low) * (1 + self._number(path) % 98) / 100)
-        first, last = math.ceil(low / unit), math.floor(high / unit)
-        return (first + self._number(path) % max(last - first + 1, 1)) * unit
+    def _numeric(self, schema: dict[str, Json], path: str, step: float) -> Json:
+        step = schema.get("multipleOf", step)
+        low, high = (schema.get(name, schema.get(f"exclusive{name.capitalize()}")) for name in ("minimum", "maximum"))
+        if low is None:
+            low = 0 if high is None or high > 0 else high - 1000
+        if high is None:
+            high = low + 1000
+        first = math.floor(low / step) + 1 if "exclusiveMinimum" in schema else math.ceil(low / step)
+        last = math.ceil(high / step) - 1 if "exclusiveMaximum" in schema else math.floor(high / step)
+        number = (first + self._number(path) % max(last - first + 1, 1)) * step
+        return number if isinstance(step, int) else round(number, 9)
 
     def _number(self, path: str) -> int:
         data = f"{path}\0{self._text}".encode("utf-8", "surrogatepass")
@@ -232,20 +219,7 @@ def _choose(options: list[Json], depth: int) -> Json:
     """Return the first option, or below the optional depth the first that nests no further."""
     if depth < MAX_OPTIONAL_DEPTH:
         return options[0]
-    ends = (o for o in options if isinstance(o, dict) and "$ref" not in o and o.get("type") not in _NESTING)
-    return next(ends, options[0])
-
-
-def _merge(left: dict[str, Json], right: dict[str, Json]) -> dict[str, Json]:
-    merged = {**right, **left}
-    for word in left.keys() & right.keys():
-        if word in {"properties", "$defs"}:
-            merged[word] = {**right[word], **left[word]}
-        elif word == "required":
-            merged[word] = list(dict.fromkeys(left[word] + right[word]))
-        elif word == "allOf":
-            merged[word] = left[word] + right[word]
-    return merged
+    return next((one for one in options if "$ref" not in one and one.get("type") not in _NESTING), options[0])
 
 
 def _type_of(schema: dict[str, Json]) -> str:
@@ -253,15 +227,4 @@ def _type_of(schema: dict[str, Json]) -> str:
     named = schema.get("type")
     if isinstance(named, list):
         return str(next((name for name in named if name != "null"), "null"))
-    if isinstance(named, str):
-        return named
-    return next((type_ for type_, words in _HINTS.items() if words & schema.keys()), "string")
-
-
-def _range_of(schema: dict[str, Json], step: float) -> tuple[float, float]:
-    """Return the range to draw from, both ends included; `step` is the distance to an exclusive limit."""
-    lows = [schema[w] + s for w, s in (("minimum", 0), ("exclusiveMinimum", step)) if w in schema]
-    highs = [schema[w] - s for w, s in (("maximum", 0), ("exclusiveMaximum", step)) if w in schema]
-    high: Any = min(highs, default=None)
-    low = max(lows, default=0 if high is None or high >= 0 else high - 1000)
-    return low, low + 1000 if high is None else high
+    return str(named or ("object" if "properties" in schema else "array" if "items" in schema else "string"))
