@@ -10,6 +10,7 @@ import math
 import os
 import re
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
@@ -56,48 +57,44 @@ _TRANSIENT_STATUSES = frozenset({408, 409, 425, 499})
 _OVERLOAD_STATUSES = frozenset({408, 504, 524})
 
 _CODES = {
-    "insufficient_quota": "ModelQuotaExceededError",
-    "billing_hard_limit_reached": "ModelQuotaExceededError",
-    "credit_balance_exhausted": "ModelQuotaExceededError",
-    "organization_spend_limit_exceeded": "ModelQuotaExceededError",
-    "project_spend_limit_exceeded": "ModelQuotaExceededError",
-    "organization_usage_limit_exceeded": "ModelQuotaExceededError",
-    "context_length_exceeded": "ModelContextWindowExceededError",
-    "exceed_context_size_error": "ModelContextWindowExceededError",
-    "overloaded": "ModelOverloadedError",
-    "overloaded_error": "ModelOverloadedError",
-    "engine_overloaded": "ModelOverloadedError",
-    "engine_overloaded_error": "ModelOverloadedError",
-    "over_capacity": "ModelOverloadedError",
-    "server_is_overloaded": "ModelOverloadedError",
-    "model_not_found": "ModelNotFoundError",
-    "invalid_api_key": "ModelAuthenticationError",
+    code: kind
+    for kind, codes in {
+        "ModelQuotaExceededError": "insufficient_quota billing_hard_limit_reached credit_balance_exhausted "
+        "organization_spend_limit_exceeded project_spend_limit_exceeded organization_usage_limit_exceeded",
+        "ModelContextWindowExceededError": "context_length_exceeded exceed_context_size_error",
+        "ModelOverloadedError": "overloaded overloaded_error engine_overloaded engine_overloaded_error over_capacity "
+        "server_is_overloaded",
+        "ModelNotFoundError": "model_not_found",
+        "ModelAuthenticationError": "invalid_api_key",
+    }.items()
+    for code in codes.split()
 }
 """Kinds by what an error has as its `code` or `type`."""
 
-_TEXTS = {
+_TEXTS = [
     # Anthropic: of type invalid_request_error. Only the beginning is its own text; the prompt may be quoted after it.
-    r"your credit balance|you have reached your specified (?:\w+ )?api usage limits": (
+    (
         {400},
         "ModelQuotaExceededError",
+        "your credit balance|you have reached your specified (?:\\w+ )?api usage limits",
     ),
     # OpenAI: the code is rate_limit_exceeded, but no wait is long enough.
-    r"request too large": ({429}, "ModelRequestRejectedError"),
+    ({429}, "ModelRequestRejectedError", "request too large"),
     # xAI, OpenRouter's free models, and relays that drop OpenAI's code. Google words every limit so, but names a wait.
-    r".*(?:insufficient[ _](?:quota|balance|credit|fund)|plan and billing|billing[ _]hard[ _]limit|spending limit)": (
+    (
         {401, 403, 429},
         "ModelQuotaExceededError",
+        ".*(?:insufficient[ _](?:quota|balance|credit|fund)|plan and billing)",
     ),
-    r".*(?:credit balance|used all available credits|free-models-per-day)": (
-        {401, 403, 429},
-        "ModelQuotaExceededError",
-    ),
+    ({401, 403, 429}, "ModelQuotaExceededError", ".*(?:billing[ _]hard[ _]limit|spending limit|credit balance)"),
+    ({401, 403, 429}, "ModelQuotaExceededError", ".*(?:used all available credits|free-models-per-day)"),
     # vLLM and OpenRouter: the code is the status.
-    r".*(?:maximum context length|reduce the length of the messages)": (
+    (
         {400, 413, 422},
         "ModelContextWindowExceededError",
+        ".*(?:maximum context length|reduce the length of the messages)",
     ),
-}
+]
 """Kinds by status and message, of the few providers whose errors have no code of their own."""
 
 
@@ -111,7 +108,7 @@ def kind_of(status: int, body: object, known: str | None = None, *, waits: bool 
         if status == 403 and isinstance(metadata, dict) and {"flagged_input", "reasons"} & metadata.keys():
             return "ModelRequestRejectedError"  # OpenRouter's moderation refuses the prompt, not the key
     message = message_in(body) or ""
-    for pattern, (statuses, kind) in _TEXTS.items():
+    for statuses, kind, pattern in _TEXTS:
         is_limit = waits and status == 429 and kind == "ModelQuotaExceededError"
         if status in statuses and not is_limit and re.match(pattern, message, re.IGNORECASE | re.DOTALL):
             return kind
@@ -190,7 +187,6 @@ def from_exception(error: Exception, *, url: str | None = None, api_key: str | N
 
 _UNIT_SECONDS = {"d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0, "ms": 0.001, "us": 1e-6, "µs": 1e-6}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|us|µs|[dhms])")
-_NO_TIME = re.compile(r"0+(?:\.0+)?(?:ms|s)?")
 _RESET = re.compile(r"(?:(?:x-)?ratelimit-reset(?:-[\w-]+)?|anthropic-(?:[\w-]+-)?ratelimit-[\w-]+-reset)\Z")
 _EPOCH_SECONDS_FROM, _EPOCH_MILLIS_FROM = 1e9, 1e11
 """A smaller number is a wait in seconds; from the second on it cannot be seconds since 1970."""
@@ -211,55 +207,44 @@ def _all_headers(headers: Mapping[str, object], body: object) -> dict[str, str]:
 
 
 def _asked_wait(headers: Mapping[str, str], now: float) -> float | None:
-    """Return the seconds that the answer asks to wait; None if it does not, for nonsense, and for the past."""
-    millis, text = _number(headers.get("retry-after-ms", "")), headers.get("retry-after", "")
-    if millis is not None and millis >= 0:
-        return millis / 1000
-    return 0.0 if _NO_TIME.fullmatch(text) else _seconds(text, now)
+    """Return the seconds that the answer asks to wait; None if it does not."""
+    millis = _seconds(headers.get("retry-after-ms", ""), now)
+    return _seconds(headers.get("retry-after", ""), now) if millis is None else millis / 1000
 
 
 def _reset_wait(headers: Mapping[str, str], now: float) -> float | None:
     """Return the seconds until the last reset of a used-up limit (`…-remaining` is 0), else until the last of all."""
-    resets = [
-        (wait, _number(headers.get(name.replace("reset", "remaining"), "")))
+    resets = {
+        name: wait
         for name, value in headers.items()
         if _RESET.match(name) and (wait := _seconds(value, now)) is not None
-    ]
-    used_up = [wait for wait, remaining in resets if remaining is not None and remaining <= 0]
-    return max(used_up or [wait for wait, _ in resets], default=None)
+    }
+    used_up = [wait for name, wait in resets.items() if headers.get(name.replace("reset", "remaining")) == "0"]
+    return max(used_up or resets.values(), default=None)
 
 
 def _seconds(text: str, now: float) -> float | None:
     """Read seconds (`7`), a duration (`6m0s`), a date or a point in time since 1970; None for nonsense and the past."""
-    wait = _number(text)
-    if wait is None:
-        parts = _DURATION.findall(text)
-        if parts and "".join(number + unit for number, unit in parts) == text:
+    parts = _DURATION.findall(text)
+    try:
+        wait = float(text)
+        if wait >= _EPOCH_SECONDS_FROM:
+            wait = (wait / 1000 if wait >= _EPOCH_MILLIS_FROM else wait) - now
+    except ValueError:
+        if parts and "".join(map("".join, parts)) == text:
             wait = sum(float(number) * _UNIT_SECONDS[unit] for number, unit in parts)
         else:
             wait = _until(text, now)
-    elif wait >= _EPOCH_SECONDS_FROM:
-        wait = (wait / 1000 if wait >= _EPOCH_MILLIS_FROM else wait) - now
-    return wait if wait is not None and wait > 0 else None
+    return wait if 0 <= wait < math.inf else None
 
 
-def _number(text: str) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _until(text: str, now: float) -> float | None:
-    """Read an ISO date (Anthropic) or one of HTTP; a date without a zone is in UTC."""
+def _until(text: str, now: float) -> float:
+    """Read an ISO date (Anthropic) or one of HTTP; a date without a zone is in UTC. NaN for nonsense."""
     for read in (datetime.fromisoformat, parsedate_to_datetime):
-        try:
+        with suppress(ValueError, OverflowError):
             then = read(text)
             return (then if then.tzinfo else then.replace(tzinfo=UTC)).timestamp() - now
-        except (ValueError, OverflowError):
-            continue
-    return None
+    return math.nan
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------
@@ -348,32 +333,23 @@ def filter_words(body: object) -> str | None:
     return f"content filter: {', '.join(found)}" if found else None
 
 
-def _findings(part: object, depth: int = 0) -> Iterator[str]:
-    inner = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ()
-    for name, value in inner if depth < 8 else ():
-        match name, value:
-            case "content_filter_result" | "content_filter_results", dict():
-                for category, result in value.items():
-                    if isinstance(result, dict) and result.get("filtered") is True:
-                        severity = result.get("severity")
-                        yield f"{category} ({severity})" if isinstance(severity, str) else str(category)
-            case "safetyRatings" | "safety_ratings", list():
-                for rating in value:
-                    yield from _rated(rating)
-            case "blockReason" | "block_reason", str():
-                yield value
-            case "metadata", {"reasons": [*reasons]}:
-                yield from (one for one in reasons if isinstance(one, str))
-            case _:
-                yield from _findings(value, depth + 1)
-
-
-def _rated(rating: object) -> Iterator[str]:
-    """Yield a category of Google's that blocked the text, or probably did; Google's SDK has enums there."""
-    if isinstance(rating, dict):
-        category, probability = (getattr(v, "value", v) for v in map(rating.get, ("category", "probability")))
-        if rating.get("blocked") or probability in {"MEDIUM", "HIGH"}:
-            yield f"{category} ({str(probability or 'blocked').lower()})"
+def _findings(part: object, name: object = "", depth: int = 0) -> Iterator[str]:
+    match part:
+        case {"filtered": True, "severity": str(severity)}:  # Azure, by category
+            yield f"{name} ({severity})"
+        case {"filtered": True}:
+            yield str(name)
+        case {"category": category, "probability": probability, **rest}:  # Google, whose SDK has enums there
+            category, probability = (getattr(one, "value", one) for one in (category, probability))
+            if rest.get("blocked") or probability in {"MEDIUM", "HIGH"}:
+                yield f"{category} ({str(probability).lower()})"
+        case str() if name in {"blockReason", "block_reason"}:
+            yield part
+        case {"reasons": [*reasons]} if name == "metadata":  # OpenRouter
+            yield from (one for one in reasons if isinstance(one, str))
+        case dict() | list() if depth < 8:
+            for inner_name, inner in part.items() if isinstance(part, dict) else ((name, one) for one in part):
+                yield from _findings(inner, inner_name, depth + 1)
 
 
 _AT_LIMIT = frozenset({
