@@ -86,13 +86,9 @@ def model_string(name: str) -> str:
     """
     name = name.strip()
     provider, colon, rest = name.partition(":")
-    if not name or (colon and (not provider or not rest)):
-        raise UsageError(f"expected a model like 'openai-chat:gpt-4o-mini' or 'offline:echo', got: {name!r}")
-    if colon and "/" not in provider:
-        return name
-    if "/" in name:
+    if "/" in provider:
         return OPENROUTER + name
-    raise UsageError(
-        f"expected a model like 'openai-chat:gpt-4o-mini', 'openrouter:google/gemini-flash' or 'offline:echo', "
-        f"got: {name!r}; put its provider and a colon before it"
-    )
+    if not provider or not rest:
+        hint = "" if not name or colon else "; put its provider and a colon before it"
+        raise UsageError(f"expected a model like 'openai-chat:gpt-4o-mini' or 'offline:echo', got: {name!r}{hint}")
+    return name

@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 from lbr.core.errors import UsageError
 from lbr.core.pricing import max_output_tokens
 from lbr.core.types import canonical_json
+from lbr.models import checks, offline
 from lbr.models.base import Kind, kind_of
+from lbr.models.chat import model as chat
+from lbr.models.function import FunctionModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -41,9 +44,10 @@ class Authority:
     def function_for(self, task: Task) -> NamedFunction | None:
         """Return the function that a task asks for, else another one with its name; None if there is none."""
         found = [one for one in self.functions if one.identity.name == task.function]
-        fitting = [one for one in found if self.mismatch(task, one.identity) is None]
-        versioned = [one for one in fitting if one.identity.version == task.version]
-        return next(iter(versioned or fitting or found), None)
+        found.sort(
+            key=lambda one: (self.mismatch(task, one.identity) is not None, one.identity.version != task.version)
+        )
+        return found[0] if found else None
 
     def mismatch(self, task: Task, identity: Identity) -> str | None:
         """Return how a function differs from the one that a task asks for; None if it does not.
@@ -74,19 +78,22 @@ def check_task(task: Task) -> None:
     """Raise UsageError for a task that no worker could serve; needs neither a key nor a network."""
     if task.schema is not None:
         build_validator(task, Authority())
-    match kind_of(task):
-        case Kind.FUNCTION:
-            if task.settings:
-                names = ", ".join(sorted(task.settings))
-                raise UsageError(f"settings are for models, and a function takes none; remove {names}")
-        case Kind.OFFLINE:
-            from lbr.models import offline  # noqa: PLC0415
+    kind, name = kind_of(task), task.model or ""
+    if kind is Kind.FUNCTION and task.settings:
+        names = ", ".join(sorted(task.settings))
+        raise UsageError(f"settings are for models, and a function takes none; remove {names}")
+    if kind is Kind.OFFLINE:
+        offline.check_name(name)
+        offline.check_settings(task.settings)
+    if kind is not Kind.PROVIDER:
+        return
+    if task.schema is not None:
+        checks.check_schema(task.schema)
+    if not chat.sends(name, task.settings):
+        from lbr.models import pydantic_ai  # noqa: PLC0415 - takes seconds
 
-            offline.check_name(task.model or "")
-            offline.check_settings(task.settings)
-        case Kind.PROVIDER:
-            _check_provider(task)
-            max_output_tokens(task.settings)  # raises for what no worker can read
+        pydantic_ai.check_model(name, task.settings)
+    max_output_tokens(task.settings)  # raises for what no worker can read
 
 
 def unsent(task: Task) -> list[str]:
@@ -94,19 +101,13 @@ def unsent(task: Task) -> list[str]:
 
     The enqueue refuses such settings; workers go on with a run of an older version that has them.
     """
-    if kind_of(task) is not Kind.PROVIDER:
-        return []
-    from lbr.models import checks  # noqa: PLC0415
-    from lbr.models.chat import model as chat  # noqa: PLC0415
-
-    name = task.model or ""
-    if chat.serves(name) and chat.knows(name, task.settings):
+    if kind_of(task) is not Kind.PROVIDER or chat.sends(task.model or "", task.settings):
         return []
     if problems := checks.not_kept(task.settings):
         return problems
     from lbr.models import pydantic_ai  # noqa: PLC0415
 
-    return pydantic_ai.unsent(name, task.settings, task.schema)
+    return pydantic_ai.unsent(task.model or "", task.settings, task.schema)
 
 
 def build_model(task: Task, authority: Authority, *, concurrency: int, connections: Connections | None = None) -> Model:
@@ -116,35 +117,15 @@ def build_model(task: Task, authority: Authority, *, concurrency: int, connectio
     """
     match kind_of(task):
         case Kind.FUNCTION:
-            from lbr.models.function import FunctionModel  # noqa: PLC0415
-
             return FunctionModel(_allowed_function(task, authority), concurrency=concurrency)
         case Kind.OFFLINE:
-            from lbr.models.offline import OfflineModel  # noqa: PLC0415
-
-            return OfflineModel(task.model or "", task.settings)
+            return offline.OfflineModel(task.model or "", task.settings)
         case Kind.PROVIDER:
             return _provider_model(task, authority, connections)
 
 
-def _check_provider(task: Task) -> None:
-    from lbr.models import checks  # noqa: PLC0415
-    from lbr.models.chat import model as chat  # noqa: PLC0415
-
-    name = task.model or ""
-    if task.schema is not None:
-        checks.check_schema(task.schema)
-    if not (chat.serves(name) and chat.knows(name, task.settings)):
-        from lbr.models import pydantic_ai  # noqa: PLC0415
-
-        pydantic_ai.check_model(name, task.settings)
-
-
 def _provider_model(task: Task, authority: Authority, connections: Connections | None) -> Model:
     """Build the chat adapter if it can serve the task, else pydantic-ai's."""
-    from lbr.models import checks  # noqa: PLC0415
-    from lbr.models.chat import model as chat  # noqa: PLC0415
-
     key, name, settings = authority.openrouter_api_key, task.model or "", task.settings
     checks.check_authority(settings)  # again: a program other than lbr may have written the database
     checks.check_environment(name, key)

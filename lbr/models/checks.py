@@ -91,28 +91,17 @@ def not_kept(settings: Mapping[str, Json]) -> list[str]:
 
 def check_schema(schema: dict[str, Json]) -> None:
     """Raise UsageError for a schema that has no object at its top."""
-    top = _top(schema)
-    if top.get("type", "object" if "properties" in top else None) != "object":
+    top: Json = schema
+    for _ in range(10):  # they may be circular
+        if not isinstance(top, dict) or "$ref" not in top:
+            break
+        top = schema.get("$defs", {}).get(str(top["$ref"]).removeprefix("#/$defs/"))
+    kind = top.get("type", "object" if "properties" in top else "no type") if isinstance(top, dict) else "no type"
+    if kind != "object":
         raise UsageError(
             'expected an output schema with an object at its top ("type": "object"), as providers require, '
-            f"got: {top.get('type', 'no type')}; put it into an object with one property"
+            f"got: {kind}; put it into an object with one property"
         )
-
-
-def _top(schema: dict[str, Json]) -> dict[str, Json]:
-    """Follow the references at the top of a schema, up to ten because they may be circular."""
-    top: Json = schema
-    for _ in range(10):
-        reference = top.get("$ref")
-        if not isinstance(reference, str) or not reference.startswith("#/"):
-            break
-        top = schema
-        for step in reference[2:].split("/"):
-            name = step.replace("~1", "/").replace("~0", "~")
-            top = top.get(name) if isinstance(top, dict) else None
-        if not isinstance(top, dict):
-            return {}
-    return dict(top)
 
 
 # --- the environment --------------------------------------------------------------------------------------------------
@@ -126,7 +115,18 @@ _MORE_KEYS = {"google": ("GEMINI_API_KEY",), "huggingface": ("HF_TOKEN",)}
 _MORE_URLS = {"google": ("GOOGLE_GEMINI_BASE_URL",), "azure": ("AZURE_OPENAI_ENDPOINT",)}
 _EMPTY_IS_UNSET = {"OPENROUTER_BASE_URL", "GOOGLE_GEMINI_BASE_URL"}
 
-_OPENAI_HOST = re.compile(r"(?:.*\.)?(?:api\.openai\.com|openai\.azure\.(?:com|us|cn)|cognitiveservices\.azure\.com)\Z")
+_URL_PROBLEMS = {
+    r"\s*\Z": "is empty; set it, or unset it",
+    r"[\"']": "has quotes around it; remove them",
+    r"\S*\s": "contains white space; remove it",
+    r"(?!https?://)": "does not begin with http:// or https://; put one of them before it",
+    r"https?://[:/]|https?://\Z": "has no host",
+}
+_OPENAI_URL = re.compile(
+    r"https?://(?:[^/@]*\.)?(?:(?:api\.openai\.com|openai\.azure\.(?:com|us|cn)|cognitiveservices\.azure\.com)(?:[:/]|\Z)"
+    r"|services\.ai\.azure\.com/openai)",  # only some of the models there are OpenAI's
+    re.IGNORECASE,
+)
 _VISIBLE = re.compile(r"[!-~]+\Z")
 
 
@@ -150,73 +150,36 @@ def check_environment(name: str, api_key: str | None = None) -> None:
 def _check_url(variable: str, url: str | None) -> None:
     if url is None or (not url and variable in _EMPTY_IS_UNSET):
         return
-    if not url.strip():
-        raise UsageError(f"{variable} is empty; unset it, or set it to a URL such as {URL_EXAMPLE}")
-    if url[0] in "\"'" or url[-1] in "\"'":
-        problem = "has quotes around it; remove them"
-    elif re.search(r"\s", url):
-        problem = "contains white space; remove it"
-    elif not url.lower().startswith(("http://", "https://")):
-        problem = "does not begin with http:// or https://; put one of them before it"
-    else:
-        problem = _place_problem(url)
+    problem = next((words for pattern, words in _URL_PROBLEMS.items() if re.match(pattern, url, re.IGNORECASE)), "")
+    try:
+        _ = urlsplit(url).port
+    except ValueError:  # its text may quote a password
+        problem = problem or "has a bad host or port; correct it"
     if problem:
         raise UsageError(f"{variable} {problem}: expected a URL such as {URL_EXAMPLE}, got: {hide_user(url)!r}")
 
 
-def _place_problem(url: str) -> str:
-    """Return what is wrong with host and port of a URL; empty if nothing is."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:  # its text may quote a password
-        return "has a bad host; correct it"
-    try:
-        _ = parts.port
-    except ValueError:
-        return "has a bad port; correct it"
-    return "" if parts.hostname else "has no host"
-
-
 def _check_key(variable: str, key: str | None) -> None:
     """Raise UsageError, without the key, for a key that no header can carry, or that was copied with more than the key."""
-    if not key or _VISIBLE.match(key):
-        return
-    if re.search(r"[\r\n]", key):
-        problem = "contains a line break"
-    elif key != key.strip():
-        problem = "has white space around it"
-    else:
-        problem = "contains a space, an invisible character or one that is not ASCII"
-    raise UsageError(f"{variable} {problem}; set it to the key alone")
+    if key and not _VISIBLE.match(key):
+        raise UsageError(
+            f"{variable} contains a line break, a space, an invisible character or one that is not ASCII; set it to the "
+            f"key alone"
+        )
 
 
 def check_trust() -> None:
-    """Raise UsageError if SSL_CERT_FILE, else SSL_CERT_DIR, names no certificates."""
-    variable = "SSL_CERT_FILE" if os.environ.get("SSL_CERT_FILE") else "SSL_CERT_DIR"
-    path = os.environ.get(variable)
-    if path and (problem := _trust_problem(variable, path)):
-        raise UsageError(f"{variable} names {path}, which {problem}; fix or unset it")
-
-
-def _trust_problem(variable: str, path: str) -> str:
+    """Raise UsageError if SSL_CERT_FILE names no certificates."""
+    file = os.environ.get("SSL_CERT_FILE")
     try:
-        if variable == "SSL_CERT_DIR":
-            folders = [folder for folder in path.split(os.pathsep) if os.path.isdir(folder)]
-            if not folders:
-                return "does not exist"
-            names = (name for folder in folders for name in os.listdir(folder))
-            hashed = any(re.fullmatch(r"[0-9a-fA-F]{8}\.\d+", name) for name in names)
-            return "" if hashed else "holds no certificates by their hashes (`openssl rehash` makes those)"
-        ssl.create_default_context(cafile=path)
-    except FileNotFoundError:
-        return "does not exist"
-    except ssl.SSLError:
-        return "holds no certificates"
-    except OSError as error:
+        if file:
+            ssl.create_default_context(cafile=file)
+    except OSError as error:  # one of ssl's is an OSError
         if error.errno in {errno.EMFILE, errno.ENFILE}:  # no open file is left for now
             raise
-        return f"cannot be read: {error.strerror}"
-    return ""
+        raise UsageError(
+            f"SSL_CERT_FILE names {file}, which holds no certificates: {error}; fix or unset it"
+        ) from error
 
 
 def takes_max_completion_tokens(base_url: str) -> bool:
@@ -224,8 +187,4 @@ def takes_max_completion_tokens(base_url: str) -> bool:
 
     These refuse `max_tokens` for some models; other servers may not know the newer name.
     """
-    url = urlsplit(base_url)
-    host = (url.hostname or "").lower()
-    if host.endswith(".services.ai.azure.com"):  # only some of the models there are OpenAI's
-        return url.path.startswith("/openai")
-    return _OPENAI_HOST.match(host) is not None
+    return _OPENAI_URL.match(base_url) is not None

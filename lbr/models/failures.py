@@ -387,18 +387,13 @@ def check_answer(
     `ending` is from `ending_of`, `raw` what came instead of a text, `refusal` the model's own words, `why` the
     provider's reason.
     """
-    has_text = bool(text.strip())
-    kept: dict[str, Any] = {"text": text if has_text else raw, "usage": usage, "finish_reason": ending}
-    word = (ending or "").lower()
+    has_text, word, because = bool(text.strip()), (ending or "").lower(), f"; {why}" if why else ""
+    kept: dict[str, Any] = {"text": text if has_text else refusal or raw, "usage": usage, "finish_reason": ending}
     if word in _REFUSED or refusal:
-        kept["text"] = text if has_text else refusal or raw
-        words = refusal or " ".join(text.split()) or "no text"
-        reason = f"; {why}" if why else ""
-        raise Permanent(
-            clean(f"the provider refused to answer: {words[:400]}{reason}"), kind="ContentFilterError", **kept
-        )
+        words = f"the provider refused to answer: {(refusal or ' '.join(text.split()) or 'no text')[:400]}"
+        raise Permanent(clean(words + because), kind="ContentFilterError", **kept)
     if word in _BROKEN_OFF:
-        words = f"the server broke off the answer, finish reason {ending}" + (f": {why}" if why else "")
+        words = f"the server broke off the answer, finish reason {ending}{because}"
         raise CallError(clean(words), kind="BrokenAnswer", **kept)
     if has_text:
         return

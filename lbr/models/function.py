@@ -67,13 +67,6 @@ class FunctionModel:
 
 def _text_of(result: Any) -> str:
     if isinstance(result, str):
-        try:
-            if not result.isascii():
-                result.encode()
-        except UnicodeEncodeError as error:
-            raise Permanent(
-                f"expected the function to return text, got: {error.reason} at character {error.start}"
-            ) from error
         return str(result)
     try:
         if isinstance(result, dict | list):
@@ -135,34 +128,25 @@ class _Threads:
 
 def _run(call: Callable[[], Any], future: asyncio.Future[Any]) -> None:
     """Make a call, and hand its outcome to the future's loop if that still runs."""
-    result, parent = None, os.getpid()
-    error: BaseException | None = None
+    settle: Callable[[Any], None] = future.set_exception
     if future.done():  # cancelled: the job may be another worker's by now
         return
+    parent = os.getpid()
     try:
         try:
-            result = call()
+            settle, outcome = future.set_result, call()
         finally:
             _exit_fork(parent)
-    except (StopIteration, GeneratorExit, KeyboardInterrupt) as caught:  # asyncio gives them another meaning
-        error = CallError(f"the function raised {caught!r}", kind=type(caught).__name__)
-    except BaseException as caught:  # noqa: BLE001 - passes through to the caller of `run`
-        error = caught
+    except (StopIteration, GeneratorExit, KeyboardInterrupt) as error:  # asyncio gives them another meaning
+        outcome = CallError(f"the function raised {error!r}", kind=type(error).__name__)
+    except BaseException as error:  # noqa: BLE001 - passes through to the caller of `run`
+        outcome = error
     with contextlib.suppress(RuntimeError):  # the loop is closed
-        future.get_loop().call_soon_threadsafe(_deliver, future, result, error)
-        return
-    _discard(result)
+        future.get_loop().call_soon_threadsafe(_deliver, future, settle, outcome)
 
 
-def _deliver(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
-    if future.done():
-        _discard(result)
-    elif error is not None:
-        future.set_exception(error)
-    else:
-        future.set_result(result)
-
-
-def _discard(result: Any) -> None:
-    if inspect.iscoroutine(result):
-        result.close()  # else Python warns that it was never awaited
+def _deliver(future: asyncio.Future[Any], settle: Callable[[Any], None], outcome: Any) -> None:
+    if not future.done():
+        settle(outcome)
+    elif inspect.iscoroutine(outcome):
+        outcome.close()  # else Python warns that it was never awaited

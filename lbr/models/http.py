@@ -50,13 +50,6 @@ def unsupported_proxy() -> bool:
     return any(not url.lower().startswith(("http://", "https://")) for url in environment_proxies().values())
 
 
-@functools.lru_cache(maxsize=64)
-def _encoded(url: str) -> URL:
-    from yarl import URL  # noqa: PLC0415
-
-    return URL(url, encoded=True)
-
-
 class Connections:
     """The connections of all models of a worker, opened in the event loop of the first call.
 
@@ -79,7 +72,9 @@ class Connections:
 
     def _route(self, url: str) -> tuple[URL, str | None, Any]:
         """Return a URL as aiohttp takes it, its proxy, None for none, and its trust store."""
-        target = _encoded(url)
+        from yarl import URL  # noqa: PLC0415
+
+        target = URL(url, encoded=True)
         proxies = environment_proxies()
         proxy = proxies.get(target.scheme) or proxies.get("all")
         if proxy is not None and proxy_bypass(f"{target.raw_host}:{target.port}"):
@@ -205,11 +200,6 @@ async def _read(payload: StreamReader, chunks: list[bytes], url: URL) -> None:
             raise call_error(f"the answer from {_place(url)} {words}", kind="ModelConnectionError")
 
 
-def shown_url(url: str) -> str:
-    """Return a URL without user, password and query, which may be secret."""
-    return str(_encoded(url).with_user(None).with_query(None))
-
-
 def _place(source: Any) -> str:
     """Return host and port alone of a URL, because the rest may hold a key, or of an error of aiohttp."""
     return f"[{source.host}]:{source.port}" if ":" in source.host else f"{source.host}:{source.port}"
@@ -220,24 +210,23 @@ def _lost(error: Exception, url: str) -> CallError:
     import aiohttp  # noqa: PLC0415
 
     connecting = isinstance(error, aiohttp.ConnectionTimeoutError)
-    if isinstance(error, TimeoutError):
-        words = lost_words(error, url) if connecting else "Request timed out."
-        return call_error(words, kind="ModelTimeoutError", connecting=connecting, unreachable=connecting)
-    unreachable = isinstance(error, OSError | aiohttp.ServerDisconnectedError)
-    return call_error(lost_words(error, url), kind="ModelConnectionError", unreachable=unreachable)
+    if isinstance(error, TimeoutError) and not connecting:
+        return call_error("Request timed out.", kind="ModelTimeoutError")
+    return call_error(
+        lost_words(error, url),
+        kind="ModelTimeoutError" if connecting else "ModelConnectionError",
+        connecting=connecting,
+        unreachable=isinstance(error, OSError | aiohttp.ServerDisconnectedError),
+    )
 
 
 def lost_words(error: Exception, url: str) -> str:
     """Return a message for an error of aiohttp or the system in a call to a URL."""
     from aiohttp import ClientConnectorError  # noqa: PLC0415
+    from yarl import URL  # noqa: PLC0415
 
-    if not _encoded(url).host:
-        return "expected a URL with a host, got: one without; see how the provider's base URL is set"
     # A connector's error is of the proxy, if there is one.
-    place, cause = (
-        _place(error if isinstance(error, ClientConnectorError) else _encoded(url)),
-        _cause_of(error),
-    )
+    place, cause = _place(error if isinstance(error, ClientConnectorError) else URL(url)), _cause_of(error)
     return f"the connection to {place} failed: {cause}" if cause else f"no whole answer came from {place}"
 
 

@@ -52,10 +52,9 @@ def import_function(spec: str) -> AnyFunction:
 class Identity:
     """What a run keeps of a function.
 
-    `name` is `module:qualname`, or the `pkg.mod:name` by which the function was found. `version` is None if its author
-    set none. `fingerprint` is the same in every process of one Python version. `anonymous` is True if the name alone
-    does not identify the function. `opaque` is the class of an object that the function depends on and whose state is
-    not in the fingerprint; None without one.
+    `name` is `module:qualname`, or the `pkg.mod:name` by which the function was found. `fingerprint` is the same in
+    every process of one Python version. `anonymous` is True if the name alone does not identify the function. `opaque` is
+    the class of an object in the function that the fingerprint knows by its class alone; None without one.
     """
 
     name: str
@@ -173,10 +172,8 @@ def _pickled(value: Any) -> Iterable[Any]:
     return (value.__module__, reduced) if isinstance(reduced, str) else reduced[1:3]
 
 
-def _variables(function: types.FunctionType) -> list[Any]:
-    """Return the values that a function closes over, NotImplemented for a variable that is not set yet."""
-    cells = function.__closure__ or ()
-    return [cell.cell_contents if cell != types.CellType() else NotImplemented for cell in cells]
+def _held(cell: types.CellType) -> Any:
+    return cell.cell_contents if cell != types.CellType() else NotImplemented  # for a variable that is not set yet
 
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, types.EllipsisType, types.NotImplementedType)
@@ -193,7 +190,7 @@ PARTS: dict[type, Callable[[Any], Iterable[Any]]] = {
     types.ModuleType: lambda it: [it.__name__],
     Enum: attrgetter("name", "value"),
     re.Pattern: attrgetter("pattern", "flags"),
-    types.FunctionType: lambda it: [it.__code__, it.__defaults__, it.__kwdefaults__, *_variables(it)],
+    types.FunctionType: lambda it: [it.__code__, it.__defaults__, it.__kwdefaults__, *map(_held, it.__closure__ or ())],
     types.CodeType: attrgetter(*CODE),
     types.MethodType: attrgetter("__func__", "__self__"),
     functools.partial: attrgetter("func", "args", "keywords"),

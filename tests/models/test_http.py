@@ -11,7 +11,7 @@ import zlib
 from typing import TYPE_CHECKING
 
 import pytest
-from aiohttp import ClientHttpProxyError, ClientTimeout, InvalidURL, RequestInfo
+from aiohttp import ClientHttpProxyError, ClientTimeout, RequestInfo
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
@@ -134,12 +134,6 @@ def test_what_a_proxy_says_is_not_repeated() -> None:
     refused = ClientHttpProxyError(asked, (), status=407, message="Basic bWU6c2VjcmV0 is nobody's")
     words = lost_words(refused, "https://api.example/v1?key=secret")
     assert words == "the connection to api.example:443 failed: the proxy answered 407"
-
-
-@pytest.mark.parametrize("url", ["http:///v1", "https:", "v1"])
-def test_a_url_without_a_host_is_told_as_that(url: str) -> None:
-    """Nothing was tried, and no proxy is to blame."""
-    assert lost_words(InvalidURL(url), url).startswith("expected a URL with a host, got: one without; ")
 
 
 MEGABYTES = 500

@@ -6,17 +6,14 @@ import json
 import os
 from typing import Any
 
-import httpx2
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from lbr.core.errors import CallError, Family, Usage
 from lbr.core.types import JobId, Prompt, Task
 from lbr.models.base import Request
 from lbr.models.pydantic_ai import PydanticAIModel
 from tests.models.chat.test_answers import ENVELOPES, USAGES
-from tests.models.chat.test_model import SPOILT, WHOLE, completion, places_in, spoilt
+from tests.models.chat.test_model import completion
 from tests.support.http_server import Scripted
 
 VLLM, AZURE, ANTHROPIC = "vllm:m", "azure:gpt-4o", "anthropic:claude-of-this-test"
@@ -137,24 +134,3 @@ async def test_a_content_filter_of_azure_gives_its_reason(monkeypatch: pytest.Mo
     found = await ask(monkeypatch, {"error": error}, AZURE, status=400)
     assert (found.family, found.kind, found.text) == (Family.PERMANENT, "ContentFilterError", None)
     assert str(found) == "the provider refused the prompt; content filter: hate (high) (HTTP 400)"
-
-
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.data())
-async def test_nothing_in_a_body_can_break_the_reader(data: st.DataObject) -> None:
-    """Whatever stands at any place, or is missing there, is an answer or a failure that keeps what came."""
-    place = data.draw(st.sampled_from(places_in(WHOLE)))
-    body = spoilt(WHOLE, place, data.draw(SPOILT), gone=data.draw(st.booleans()))
-    model = PydanticAIModel(
-        "openai-chat:m",
-        task_settings={},
-        transport=httpx2.MockTransport(lambda _: httpx2.Response(200, json=body)),
-    )
-    request = Request(Prompt(text="hello"), Task(model="openai-chat:m"), JobId(1), 1, timeout=30)
-    try:
-        kept: Any = await model.answer(request)
-    except CallError as error:
-        kept = error
-    finally:
-        await model.aclose()
-    assert kept.text or kept.usage != Usage()

@@ -39,8 +39,8 @@ ANSWER_TOOL = "answer"
 class Reader:
     """Reads the answers of one model."""
 
-    def __init__(self, costs: Costs, api_key: str | None = None) -> None:
-        self._costs = costs
+    def __init__(self, provider: str, model: str, base_url: str, api_key: str | None = None) -> None:
+        self.costs = Costs(provider, model, base_url)
         self._api_key = api_key
 
     def read(self, content: bytes) -> Reply:
@@ -50,7 +50,7 @@ class Reader:
         choice = _object(choices[0]) if isinstance(choices, list) and choices else {}
         message = _object(choice.get("message"))
         text = _without_thoughts(_text_of(message))
-        usage, ending = self._costs.usage(body), ending_of(choice.get("finish_reason"))
+        usage, ending = self.costs.usage(body), ending_of(choice.get("finish_reason"))
         if error := body.get("error") or choice.get("error"):
             self._check_error(error, text, usage, ending)
         refusal = message.get("refusal")
@@ -63,7 +63,7 @@ class Reader:
             refusal = refusal if isinstance(refusal, str) else None
             check_answer(text, ending, usage, raw=raw, refusal=refusal, why=why)
         name = body.get("model")
-        model = name if isinstance(name, str) and name else self._costs.model
+        model = name if isinstance(name, str) and name else self.costs.model
         return Reply(text=text, usage=usage, model=model, finish_reason=ending)
 
     def _check_error(self, error: Any, text: str, usage: Usage, ending: str | None) -> None:

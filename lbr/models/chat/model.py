@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from lbr.core.config import hide_user
-from lbr.models.chat.answers import Costs, Reader
+from lbr.models.chat.answers import Reader
 from lbr.models.checks import settings_of, takes_max_completion_tokens
 from lbr.models.failures import call_error
 from lbr.models.http import Connections, unsupported_proxy
@@ -61,8 +61,7 @@ class ChatModel:
         self._api_key = api_key
         self._connections = connections or Connections()
         self._shared = connections is not None
-        self._costs = Costs(endpoint.provider, endpoint.model, endpoint.base_url)
-        self._reader = Reader(self._costs, api_key)
+        self._reader = Reader(endpoint.provider, endpoint.model, endpoint.base_url, api_key)
 
     async def answer(self, request: Request) -> Reply:
         """Make one call. Raises CallError with the family of the failure."""
@@ -71,7 +70,7 @@ class ChatModel:
         messages = None if start is None else _messages_of(request)
         if start is None or messages is None:
             return await (await self._pydantic_ai()).answer(request)
-        self._costs.begin()
+        self._reader.costs.begin()
         started = time.monotonic()
         head, content = await self._connections.fetch(
             "POST",
@@ -83,7 +82,7 @@ class ChatModel:
         if head.code >= 300:
             raise self._failed(head.code, head.headers, content)
         seconds = (request.timeout or MAX_SILENCE_SECONDS) - (time.monotonic() - started)
-        await self._costs.ready(seconds / 2)
+        await self._reader.costs.ready(seconds / 2)
         return self._reader.read(content)
 
     def _body_start(self, settings: Mapping[str, Json]) -> bytes | None:
@@ -128,18 +127,14 @@ class ChatModel:
             await self._other.aclose()
 
 
-def _timeout(setting: Json, callers: float | None) -> ClientTimeout:
-    """Return the timeout of a call. If only the caller has one, it ends the call itself, and two timers are saved."""
-    seconds = setting or callers or MAX_SILENCE_SECONDS
-    return _client_timeout(float(seconds), is_callers=setting is None and callers is not None)
-
-
 @functools.lru_cache(maxsize=64)
-def _client_timeout(seconds: float, *, is_callers: bool) -> ClientTimeout:
+def _timeout(setting: float | None, callers: float | None) -> ClientTimeout:
+    """Return the timeout of a call. If only the caller has one, it ends the call itself, and two timers are saved."""
     from aiohttp import ClientTimeout  # noqa: PLC0415
 
+    seconds = float(setting or callers or MAX_SILENCE_SECONDS)
+    read = None if setting is None and callers is not None else seconds
     # No bound on the whole: an answer that comes bit by bit may take its time.
-    read = None if is_callers else seconds
     return ClientTimeout(total=None, connect=min(seconds, CONNECT_SECONDS), sock_read=read)
 
 
@@ -148,7 +143,12 @@ def _client_timeout(seconds: float, *, is_callers: bool) -> ClientTimeout:
 PLACEHOLDER_KEY = "api-key-not-set"
 """Sent to a server that needs no key, as OpenAI's client does."""
 
-_PROVIDERS = ("openai-chat", "openrouter", "ollama")
+_PROVIDERS = {
+    "openai-chat": ("OPENAI", "https://api.openai.com/v1"),
+    "openrouter": ("OPENROUTER", "https://openrouter.ai/api/v1"),
+    "ollama": ("OLLAMA", None),
+}
+"""The beginning of each provider's variables, and its base URL."""
 _NAME = re.compile(r"[!-~]+\Z")
 _URL = re.compile(r"https?://[\w.:\[\]/~-]+\Z", re.ASCII)
 """A URL without user, query and escapes: only pydantic-ai serves those."""
@@ -158,6 +158,7 @@ _URL = re.compile(r"https?://[\w.:\[\]/~-]+\Z", re.ASCII)
 class Endpoint:
     """Where a model's calls go: `url` is that of its chat completions, `base_url` what prices are looked up by."""
 
+    name: str
     provider: str
     model: str
     base_url: str
@@ -165,7 +166,7 @@ class Endpoint:
     headers: Mapping[str, str] = field(repr=False)  # they hold the key
 
 
-def serves(name: str) -> bool:
+def _serves(name: str) -> bool:
     """Return whether the chat adapter can serve a model, by its full name, `provider:model`."""
     provider, _, model = name.partition(":")
     return provider in _PROVIDERS and _NAME.match(model) is not None and (provider != "openrouter" or "/" in model)
@@ -177,32 +178,26 @@ def endpoint_of(name: str, api_key: str | None = None) -> Endpoint | None:
     None if the chat adapter cannot serve the model, or if a key or URL is missing or unusual: pydantic-ai's adapter
     then takes it, or reports what is wrong.
     """
-    if not serves(name) or os.environ.get("OPENAI_CUSTOM_HEADERS") or unsupported_proxy():
+    if not _serves(name) or os.environ.get("OPENAI_CUSTOM_HEADERS") or unsupported_proxy():
         return None
     provider, _, model = name.partition(":")
-    base_url, key = _place_of(provider, api_key)
+    prefix, default_url = _PROVIDERS[provider]
+    own_url, key = os.environ.get(f"{prefix}_BASE_URL"), os.environ.get(f"{prefix}_API_KEY")
+    if provider == "openrouter":
+        key = api_key or key
+    elif own_url and (key is None or (provider == "ollama" and not key)):
+        key = PLACEHOLDER_KEY
+    base_url = own_url or default_url
     if not base_url or not key or _URL.match(base_url) is None:
         return None
     return Endpoint(
+        name=name,
         provider="openai" if provider == "openai-chat" else provider,
         model=model,
         base_url=base_url,
         url=f"{base_url.rstrip('/')}/chat/completions",
         headers=_headers(provider, key),
     )
-
-
-def _place_of(provider: str, api_key: str | None) -> tuple[str | None, str | None]:
-    """Return base URL and key; None or empty for what is missing."""
-    get = os.environ.get
-    if provider == "openrouter":
-        return get("OPENROUTER_BASE_URL") or "https://openrouter.ai/api/v1", api_key or get("OPENROUTER_API_KEY")
-    if provider == "ollama":
-        return get("OLLAMA_BASE_URL"), get("OLLAMA_API_KEY") or PLACEHOLDER_KEY
-    base_url, key = get("OPENAI_BASE_URL"), get("OPENAI_API_KEY")
-    if base_url is None:
-        return "https://api.openai.com/v1", key
-    return base_url, PLACEHOLDER_KEY if key is None else key
 
 
 def _headers(provider: str, key: str) -> dict[str, str]:
@@ -237,11 +232,11 @@ _SPECIAL_TOKEN = re.compile(
 """What a chat template may read as a turn of its own. pydantic-ai breaks it up for the servers that would."""
 
 
-def knows(model: str, settings: Mapping[str, Json]) -> bool:
+def sends(name: str, settings: Mapping[str, Json]) -> bool:
     """Return whether all of these settings are sent to a model unchanged, so that nothing about them need be checked."""
-    if any(name in settings for name in _SAMPLING) and _REASONS.search(model):
+    if not _serves(name) or (any(one in settings for one in _SAMPLING) and _REASONS.search(name)):
         return False
-    return all(name in _FITS and _FITS[name](value) for name, value in settings.items())
+    return all(one in _FITS and _FITS[one](value) for one, value in settings.items())
 
 
 def fields_of(endpoint: Endpoint, settings: Mapping[str, Json]) -> dict[str, Json] | None:
@@ -251,7 +246,7 @@ def fields_of(endpoint: Endpoint, settings: Mapping[str, Json]) -> dict[str, Jso
     """
     extra = settings.get("extra_body") or {}
     plain = {name: value for name, value in settings.items() if name != "extra_body"}
-    if not knows(endpoint.model, plain) or not isinstance(extra, dict) or _OWN_FIELDS & extra.keys():
+    if not sends(endpoint.name, plain) or not isinstance(extra, dict) or _OWN_FIELDS & extra.keys():
         return None
     is_openai = endpoint.provider != "openrouter" and takes_max_completion_tokens(endpoint.base_url)
     names = {"max_tokens": "max_completion_tokens" if is_openai else "max_tokens", "stop_sequences": "stop"}

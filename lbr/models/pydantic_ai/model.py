@@ -33,7 +33,7 @@ from pydantic_ai.tools import ToolDefinition
 
 from lbr.core.errors import CallError, Permanent, Usage, UsageError
 from lbr.core.types import Reply
-from lbr.models.chat.answers import ANSWER_TOOL, Costs, Reader
+from lbr.models.chat.answers import ANSWER_TOOL, Reader
 from lbr.models.checks import settings_of, takes_max_completion_tokens
 from lbr.models.failures import check_answer, clean, ending_of, filter_words, from_exception
 from lbr.models.http import Connections, unsupported_proxy
@@ -61,8 +61,8 @@ _answers: ContextVar[list[httpx2.Response]] = ContextVar("answers")
 class PydanticAIModel:
     """One provider's model with one HTTP client; the provider's SDK does not retry.
 
-    The client calls over `connections`, None for its own, or over `transport`. Raises UsageError if the key is missing,
-    with the environment variable to set.
+    The client calls over `connections`, None for its own. Raises UsageError if the key is missing, with the environment
+    variable to set.
     """
 
     def __init__(
@@ -72,7 +72,6 @@ class PydanticAIModel:
         task_settings: Mapping[str, Json],
         api_key: str | None = None,
         connections: Connections | None = None,
-        transport: Any = None,
     ) -> None:
         # Users must not see lines of pydantic-ai's code because of an odd answer.
         warnings.filterwarnings("ignore", category=UsageExtractionFailedWarning)
@@ -83,17 +82,15 @@ class PydanticAIModel:
         provider_class = provider_class_of(name)
         with refusing(name, api_key):
             if http_package(provider_class) is httpx2:
-                if transport is None and not unsupported_proxy():
-                    transport = Transport(connections)
+                transport = None if unsupported_proxy() else Transport(connections)
                 self._client = create_async_httpx2_client(transport=transport)
                 self._client.event_hooks = {"response": [_keep_answer]}
             self._model = _build(name, provider_class, api_key, self._client)
         own = name.partition(":")[0] in {"openai-chat", "ollama", "vllm", "litellm"}
         self._puts_limit_in_body = own and not takes_max_completion_tokens(str(self._model.base_url))
-        self._reading: tuple[Reader, Costs] | None = None
+        self._reader: Reader | None = None
         if isinstance(self._model, OpenAIChatModel) and self._client is not None:
-            costs = Costs(self._model.system, self._model.model_name, str(self._model.base_url))
-            self._reading = Reader(costs, api_key), costs
+            self._reader = Reader(self._model.system, self._model.model_name, str(self._model.base_url), api_key)
 
     async def answer(self, request: Request) -> Reply:
         """Make one call. Raises CallError with the family of the failure."""
@@ -111,12 +108,11 @@ class PydanticAIModel:
             failure = error
         finally:
             _answers.reset(token)
-        if self._reading is not None and answers and answers[-1].is_success:
+        if self._reader is not None and answers and answers[-1].is_success:
             # pydantic-ai rejects answers with an unusual envelope, and reports an error with status 200 as missing fields.
-            reader, costs = self._reading
-            costs.begin()
-            await costs.ready(TABLE_SECONDS)
-            return reader.read(answers[-1].content)
+            self._reader.costs.begin()
+            await self._reader.costs.ready(TABLE_SECONDS)
+            return self._reader.read(answers[-1].content)
         if failure is not None:
             raise _failed(failure, answers, self._api_key) from failure
         if answers and answers[-1].is_error:  # Azure's content filter, of which pydantic-ai makes an answer
@@ -239,14 +235,12 @@ def refusing(name: str, api_key: str | None = None) -> Iterator[None]:
     """Raise UsageError for what keeps a model from being built."""
     try:
         yield
-    except UserError as error:
-        variable = _ENVIRONMENT_NAME.search(str(error))
-        if variable is not None:
-            raise UsageError(f"model {name!r} needs a key: set the environment variable {variable[1]}") from error
-        raise UsageError(f"cannot use model {name!r}: {clean(str(error), api_key)}") from error
     except Exception as error:
-        cause = f"{type(error).__name__}: {clean(str(error), api_key)}"
-        raise UsageError(f"cannot use model {name!r}: {cause}") from error
+        is_users = isinstance(error, UserError)
+        if is_users and (variable := _ENVIRONMENT_NAME.search(str(error))):
+            raise UsageError(f"model {name!r} needs a key: set the environment variable {variable[1]}") from error
+        kind = "" if is_users else f"{type(error).__name__}: "
+        raise UsageError(f"cannot use model {name!r}: {kind}{clean(str(error), api_key)}") from error
 
 
 def _build(name: str, provider_class: type[Provider[Any]], api_key: str | None, client: Any) -> Model:

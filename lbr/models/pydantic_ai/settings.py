@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import difflib
-import functools
 import inspect
 import json
 import shlex
-import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -26,19 +24,21 @@ from lbr.models.checks import check_authority
 from lbr.models.pydantic_ai.model import http_package, no_retries, parameters_of, provider_class_of, refusing
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Mapping
 
     from pydantic_ai.models import Model
 
     from lbr.core.types import Json
 
 _OTHER_NAMES = {
+    "reasoning_effort": "openai_reasoning_effort",
     "stop": "stop_sequences",
     "max_completion_tokens": "max_tokens",
     "max_output_tokens": "max_tokens",
     "max_new_tokens": "max_tokens",
 }
-_SAMPLING = frozenset({"temperature", "top_p", "top_k", "presence_penalty", "frequency_penalty", "logit_bias"})
+_IN_BODY = {"temperature", "top_p", "top_k", "presence_penalty", "frequency_penalty", "logit_bias", "thinking"}
+"""Settings that some servers take in a body, though pydantic-ai does not send them."""
 _STAND_INS = {
     "api_key": "none",
     "base_url": "http://localhost",
@@ -73,40 +73,30 @@ def unsent(name: str, settings: Mapping[str, Json], schema: dict[str, Json] | No
     if not settings:
         return []
     with ThreadPoolExecutor(1) as thread:  # this one may run an event loop
-        return thread.submit(asyncio.run, _unsent(_Recorder(name), name, settings, schema)).result()
-
-
-async def _unsent(
-    recorder: _Recorder, name: str, settings: Mapping[str, Json], schema: dict[str, Json] | None
-) -> list[str]:
-    sent = functools.partial(recorder.record, schema)
-    whole = await sent(settings)
-    if whole is None:
-        return []
-    unused = []
-    for setting, value in settings.items():
-        others = [_without(settings, {setting})]
-        if isinstance(value, bool):  # for False, nothing may be sent
-            others.append({**settings, setting: not value})
-        if all([await sent(other) == whole for other in others]):
-            unused.append(setting)
-    if len(unused) > 1 and await sent(_without(settings, unused)) != whole:  # two names for one thing
-        bare = await sent({})
-        unused = [setting for setting in unused if await sent({setting: settings[setting]}) == bare]
+        recorder = _Recorder(name, schema)
+        unused = thread.submit(asyncio.run, _unsent(recorder, settings)).result()
     return [
         f"the setting {one} is not sent to model {name!r}; {_hint(recorder.model, one, settings[one])}"
         for one in unused
     ]
 
 
-def _without(settings: Mapping[str, Json], names: Collection[str]) -> dict[str, Json]:
-    return {name: value for name, value in settings.items() if name not in names}
+async def _unsent(recorder: _Recorder, settings: Mapping[str, Json]) -> list[str]:
+    whole, unused = await recorder.record(settings), []
+    for setting, value in settings.items() if whole is not None else ():
+        others = [{name: other for name, other in settings.items() if name != setting}]
+        if isinstance(value, bool):  # for False, nothing may be sent
+            others.append({**settings, setting: not value})
+        if all([await recorder.record(other) == whole for other in others]):
+            unused.append(setting)
+    return unused
 
 
 class _Recorder:
     """A model without key and network that records its requests; `model` is None if it cannot be built so."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, schema: dict[str, Json] | None = None) -> None:
+        self._schema = schema
         self._request: Any = None
         self.model: Model | None = None
         provider_class = provider_class_of(name)
@@ -127,38 +117,29 @@ class _Recorder:
         self._request = request.url, headers, await request.aread(), request.extensions.get("timeout")
         raise ConnectionAbortedError
 
-    async def record(self, schema: dict[str, Json] | None, settings: Mapping[str, Json]) -> Any:
+    async def record(self, settings: Mapping[str, Json]) -> Any:
         """Return what a call with these settings would send, None if it cannot be recorded."""
         if self.model is None:
             return None
         wanted: Any = {**settings, **no_retries(self.model)}
-        parameters = None if schema is None else parameters_of(schema, self.model.profile)
+        parameters = None if self._schema is None else parameters_of(self._schema, self.model.profile)
+        prompt = [ModelRequest.user_text_prompt("")]
         self._request = None
-        with (
-            warnings.catch_warnings(),
-            contextlib.suppress(Exception),
-        ):  # the one of `_keep`, as the SDK raises it
+        with warnings.catch_warnings(), contextlib.suppress(Exception):  # the one of `_keep`, as the SDK raises it
             warnings.simplefilter("ignore")
-            prompt = [ModelRequest.user_text_prompt("")]
             await model_request(self.model, prompt, model_settings=wanted, model_request_parameters=parameters)
         return self._request
 
 
 def _hint(model: Model | None, setting: str, value: Json) -> str:
     """Return what to do instead of a setting that is not sent."""
-    declared = {
-        name
-        for base in type(model).__mro__
-        for name in getattr(
-            getattr(sys.modules[base.__module__], f"{base.__name__}Settings", None), "__annotations__", ()
-        )
-    }
-    if setting not in declared:
-        prefixed = (name for name in sorted(declared) if name.partition("_")[2] == setting)
-        close = difflib.get_close_matches(setting, declared, n=1, cutoff=0.81)
-        if meant := next(filter(None, (_OTHER_NAMES.get(setting), *prefixed, *close)), None):
+    known = get_type_hints(ModelSettings)
+    if setting not in known:
+        close = difflib.get_close_matches(setting, known, n=1, cutoff=0.81)
+        if meant := next(filter(None, (_OTHER_NAMES.get(setting), *close)), None):
             return f"did you mean {meant!r}?"
-    if not isinstance(model, OpenAIChatModel) or (setting in declared - _SAMPLING - {"thinking"}):
+    is_known = setting in known.keys() - _IN_BODY or setting.startswith(("openai_", "openrouter_"))
+    if is_known or not isinstance(model, OpenAIChatModel):
         return "leave it out"
     body = {"chat_template_kwargs": {"enable_thinking": bool(value)}} if setting == "thinking" else {setting: value}
     flag = f"--set {shlex.quote(f'extra_body={json.dumps(body, ensure_ascii=False)}')}"

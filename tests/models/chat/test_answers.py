@@ -27,7 +27,7 @@ ACCOUNT, LIMITED, CUT_OFF = Family.ACCOUNT, Family.RATE_LIMITED, Family.CUT_OFF
 
 def reader(provider: str = "openai") -> Reader:
     """Return a reader whose price table is not loaded."""
-    return Reader(Costs(provider, "asked", "http://x/v1/"))
+    return Reader(provider, "asked", "http://x/v1/")
 
 
 def read(body: Any, provider: str = "openai") -> Reply:
