@@ -17,8 +17,6 @@ from urllib.request import getproxies, proxy_bypass
 from lbr.models.failures import call_error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from aiohttp import ClientRequest, ClientTimeout, TCPConnector
     from aiohttp.client_proto import ResponseHandler
     from aiohttp.http import RawResponseMessage
@@ -103,7 +101,7 @@ class Connections:
         url: str,
         *,
         timeout: ClientTimeout,
-        headers: Iterable[tuple[str, str]] = (),
+        headers: tuple[tuple[str, str], ...] = (),
         data: bytes = b"",
     ) -> tuple[RawResponseMessage, bytes]:
         """Make one call, and return the head of its answer and the whole body, unpacked.
@@ -111,8 +109,7 @@ class Connections:
         The URL is taken as already encoded; of the timeout, only those of the connection and of silence count. Raises
         CallError if no whole answer comes, with what came of a success.
         """
-        from aiohttp import ClientError, ConnectionTimeoutError, TCPConnector  # noqa: PLC0415
-        from aiohttp.http import HttpProcessingError  # noqa: PLC0415
+        import aiohttp.http  # noqa: PLC0415
 
         chunks: list[bytes] = []
         head = None
@@ -120,13 +117,13 @@ class Connections:
             if (request := self._routes.get(url)) is None:
                 request = self._routes[url] = self._request(url)
             if self._connector is None:
-                self._connector = TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS)
+                self._connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS)
             try:
                 connection = await self._connector.connect(request, [], timeout)
             except TimeoutError as error:
-                raise ConnectionTimeoutError from error
+                raise aiohttp.ConnectionTimeoutError from error
             try:
-                sent = _head(method, request, headers, len(data)) + data
+                sent = b"%b%d\r\n\r\n%b" % (_head(method, request, headers), len(data), data)
                 head, payload = await _answer(connection.protocol, sent, timeout.sock_read, has_body=method != "HEAD")
                 await _read(payload, chunks, request.url)
             except BaseException:
@@ -134,7 +131,8 @@ class Connections:
                 raise
             connection.release()
             return head, chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        except (ClientError, HttpProcessingError, OSError, ValueError) as error:  # a timeout is an OSError
+        except (aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError, ValueError) as error:
+            # A timeout is an OSError.
             lost = _lost(error, url)
             if head is not None and head.code < 300 and chunks:
                 lost.text = b"".join(chunks).decode(errors="replace")
@@ -147,21 +145,23 @@ class Connections:
             await connector.close()
 
 
-def _head(method: str, request: ClientRequest, headers: Iterable[tuple[str, str]], size: int) -> bytes:
-    """Return the head of a request. Raises ValueError for a line that would end before its end."""
-    url = request.url
-    through_proxy = request.proxy is not None and not request.is_ssl()
-    lines = [f"{method} {url if through_proxy else url.raw_path_qs} HTTP/1.1", f"Host: {url.host_port_subcomponent}"]
-    lines += [f"{name}: {value}" for name, value in headers if name.lower() not in _OWN_HEADERS]
-    lines.append(f"Accept-Encoding: {request.headers['Accept-Encoding']}")
-    if through_proxy and (login := request.headers.get("Proxy-Authorization")):
-        lines.append(f"Proxy-Authorization: {login}")
-    if size or method not in {"GET", "HEAD"}:
-        lines.append(f"Content-Length: {size}")
-    head = "\r\n".join(lines)
-    if head.count("\n") >= len(lines) or head.count("\r") >= len(lines) or "\0" in head:
+def _head(method: str, request: ClientRequest, headers: tuple[tuple[str, str], ...]) -> bytes:
+    """Return the head of a request up to its length. Raises ValueError for a line that would end before its end."""
+    url, login, target = request.url, None, request.url.raw_path_qs
+    if request.proxy is not None and not request.is_ssl():
+        target, login = str(url), request.headers.get("Proxy-Authorization")
+    own = [("Host", url.host_port_subcomponent), ("Accept-Encoding", request.headers["Accept-Encoding"])]
+    own += [("Proxy-Authorization", login)] if login else []
+    return _encoded_head(f"{method} {target} HTTP/1.1", tuple(own), headers)
+
+
+@functools.lru_cache(maxsize=64)
+def _encoded_head(line: str, own: tuple[tuple[str, str], ...], headers: tuple[tuple[str, str], ...]) -> bytes:
+    sent = [*own, *((name, value) for name, value in headers if name.lower() not in _OWN_HEADERS)]
+    lines = [line, *(f"{name}: {value}" for name, value in sent), "Content-Length: "]
+    if any(character in one for one in lines for character in "\r\n\0"):
         raise ValueError("expected headers of one line each")
-    return f"{head}\r\n\r\n".encode()
+    return "\r\n".join(lines).encode()
 
 
 async def _answer(

@@ -79,12 +79,12 @@ async def test_a_request_has_each_header_once() -> None:
     http = Connections()
     hints = b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n"
     async with serving(answering(hints + answer(b"{}"), asked)) as server:
-        names = [("Host", "another"), ("Content-Length", "7"), ("Transfer-Encoding", "chunked"), ("X-Own", "a: b")]
+        names = (("Host", "another"), ("Content-Length", "7"), ("Transfer-Encoding", "chunked"), ("X-Own", "a: b"))
         head, body = await http.fetch("POST", f"{server.url}?a=%2F", timeout=ClientTimeout(), headers=names, data=b"[]")
         assert (head.code, body) == (200, b"{}")
         for wrong in ("a\r\nb: c", "a\nb: c", "a\0"):
             with pytest.raises(CallError, match="no whole answer"):
-                await http.fetch("POST", server.url, timeout=ClientTimeout(), headers=[("X-Own", wrong)])
+                await http.fetch("POST", server.url, timeout=ClientTimeout(), headers=(("X-Own", wrong),))
         await http.aclose()
         await server.all_ended()
     [one] = asked

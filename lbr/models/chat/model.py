@@ -52,6 +52,7 @@ class ChatModel:
         connections: Connections | None = None,
     ) -> None:
         self._endpoint = endpoint
+        self._headers = tuple(endpoint.headers.items())
         self._settings = task_settings
         self._format = {} if response_format is None else {"response_format": response_format}
         self._start = self._body_start(task_settings)
@@ -77,7 +78,7 @@ class ChatModel:
             self._endpoint.url,
             timeout=_timeout(settings.get("timeout"), request.timeout),
             data=b"".join((start, orjson.dumps(messages), b"}")),
-            headers=self._endpoint.headers.items(),
+            headers=self._headers,
         )
         if head.code >= 300:
             raise self._failed(head.code, head.headers, content)

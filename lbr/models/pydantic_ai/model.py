@@ -192,7 +192,7 @@ class Transport(httpx2.AsyncBaseTransport):
         answer, body = await self._connections.fetch(
             request.method,
             url,
-            headers=[(name.decode("latin-1"), value.decode()) for name, value in request.headers.raw],
+            headers=tuple([(name.decode("latin-1"), value.decode()) for name, value in request.headers.raw]),
             data=content,
             timeout=ClientTimeout(total=None, connect=timeouts.get("connect"), sock_read=timeouts.get("read")),
         )
