@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lbr.core.errors import CUT_OFF, CallError, Family, Permanent, Symptom
 
@@ -24,52 +24,47 @@ if TYPE_CHECKING:
 
 # --- kinds ------------------------------------------------------------------------------------------------------------
 
-_KINDS: dict[str, tuple[Family, Symptom | None]] = {
-    "ModelQuotaExceededError": (Family.ACCOUNT, None),
-    "ModelRateLimitError": (Family.RATE_LIMITED, None),
-    "ModelOverloadedError": (Family.RATE_LIMITED, Symptom.SERVER_ERROR),
-    "ModelUnavailableError": (Family.RATE_LIMITED, Symptom.SERVER_ERROR),
-    "ModelServerError": (Family.TRANSIENT, Symptom.SERVER_ERROR),
-    "ModelTimeoutError": (Family.TRANSIENT, None),
-    "ModelConnectionError": (Family.TRANSIENT, None),
-    # One job alone fails; if all calls are denied, or all are refused alike, the run is paused instead.
-    "ModelAuthenticationError": (Family.PERMANENT, Symptom.DENIED),
-    "ModelRequestRejectedError": (Family.PERMANENT, Symptom.SET_UP),
-    "ModelNotFoundError": (Family.PERMANENT, Symptom.SET_UP),
-    "ModelContextWindowExceededError": (Family.PERMANENT, None),
-    "ContentFilterError": (Family.PERMANENT, None),
-    "OutputTokenLimitExceeded": (Family.PERMANENT, None),
-    "UserError": (Family.PERMANENT, None),
-}
 
-_STATUSES = {
-    400: "ModelRequestRejectedError",
-    401: "ModelAuthenticationError",
-    402: "ModelQuotaExceededError",
-    403: "ModelAuthenticationError",
-    404: "ModelNotFoundError",
-    422: "ModelRequestRejectedError",
-    429: "ModelRateLimitError",
-    503: "ModelUnavailableError",
-    529: "ModelOverloadedError",
+class _Kind(NamedTuple):
+    """A kind of failure, the statuses that mean it, and what it has as an error's `code` or `type`, which decides first."""
+
+    family: Family
+    symptom: Symptom | None = None
+    statuses: tuple[int, ...] = ()
+    codes: str = ""
+
+
+_KINDS = {
+    "ModelQuotaExceededError": _Kind(
+        Family.ACCOUNT,
+        None,
+        (402,),
+        "insufficient_quota billing_hard_limit_reached credit_balance_exhausted organization_spend_limit_exceeded "
+        "project_spend_limit_exceeded organization_usage_limit_exceeded",
+    ),
+    "ModelRateLimitError": _Kind(Family.RATE_LIMITED, None, (429,)),
+    "ModelOverloadedError": _Kind(
+        Family.RATE_LIMITED,
+        Symptom.SERVER_ERROR,
+        (529,),
+        "overloaded overloaded_error engine_overloaded engine_overloaded_error over_capacity server_is_overloaded",
+    ),
+    "ModelUnavailableError": _Kind(Family.RATE_LIMITED, Symptom.SERVER_ERROR, (503,)),
+    "ModelServerError": _Kind(Family.TRANSIENT, Symptom.SERVER_ERROR),
+    # One job alone fails; if all calls are denied, or all are refused alike, the run is paused instead.
+    "ModelAuthenticationError": _Kind(Family.PERMANENT, Symptom.DENIED, (401, 403), "invalid_api_key"),
+    "ModelRequestRejectedError": _Kind(Family.PERMANENT, Symptom.SET_UP, (400, 422)),
+    "ModelNotFoundError": _Kind(Family.PERMANENT, Symptom.SET_UP, (404,), "model_not_found"),
+    "ModelContextWindowExceededError": _Kind(
+        Family.PERMANENT, codes="context_length_exceeded exceed_context_size_error"
+    ),
+    **dict.fromkeys(("ModelTimeoutError", "ModelConnectionError"), _Kind(Family.TRANSIENT)),
+    **dict.fromkeys(("ContentFilterError", "OutputTokenLimitExceeded", "UserError"), _Kind(Family.PERMANENT)),
 }
+_STATUSES = {status: name for name, kind in _KINDS.items() for status in kind.statuses}
+_CODES = {code: name for name, kind in _KINDS.items() for code in kind.codes.split()}
 _TRANSIENT_STATUSES = frozenset({408, 409, 425, 499})
 _OVERLOAD_STATUSES = frozenset({408, 504, 524})
-
-_CODES = {
-    code: kind
-    for kind, codes in {
-        "ModelQuotaExceededError": "insufficient_quota billing_hard_limit_reached credit_balance_exhausted "
-        "organization_spend_limit_exceeded project_spend_limit_exceeded organization_usage_limit_exceeded",
-        "ModelContextWindowExceededError": "context_length_exceeded exceed_context_size_error",
-        "ModelOverloadedError": "overloaded overloaded_error engine_overloaded engine_overloaded_error over_capacity "
-        "server_is_overloaded",
-        "ModelNotFoundError": "model_not_found",
-        "ModelAuthenticationError": "invalid_api_key",
-    }.items()
-    for code in codes.split()
-}
-"""Kinds by what an error has as its `code` or `type`."""
 
 _TEXTS = [
     # Anthropic: of type invalid_request_error. Only the beginning is its own text; the prompt may be quoted after it.
@@ -138,11 +133,12 @@ def call_error(
     """
     now = time.time() if now is None else now
     all_headers = _all_headers(headers or {}, body)
-    wait = _asked_wait(all_headers, now)
+    millis = _seconds(all_headers.get("retry-after-ms", ""), now)
+    wait = _seconds(all_headers.get("retry-after", ""), now) if millis is None else millis / 1000
     kind = kind_of(status, body, kind, waits=wait is not None)
     is_final = 300 <= status < 500 and status not in _TRANSIENT_STATUSES
-    other = (Family.PERMANENT, Symptom.SET_UP) if is_final else (Family.TRANSIENT, None)
-    family, symptom = _KINDS.get(kind, other)
+    other = _Kind(Family.PERMANENT, Symptom.SET_UP) if is_final else _Kind(Family.TRANSIENT)
+    family, symptom = _KINDS.get(kind, other)[:2]
     if kind == "ModelAuthenticationError" and status == 403:
         symptom = Symptom.FORBIDDEN
     elif (symptom is Symptom.SET_UP and not status) or status == 413:
@@ -204,12 +200,6 @@ def _all_headers(headers: Mapping[str, object], body: object) -> dict[str, str]:
                     if isinstance(detail, dict) and "retryDelay" in detail:
                         found.setdefault("retry-after", detail["retryDelay"])
     return {str(name).lower(): str(value).strip() for name, value in found.items()}
-
-
-def _asked_wait(headers: Mapping[str, str], now: float) -> float | None:
-    """Return the seconds that the answer asks to wait; None if it does not."""
-    millis = _seconds(headers.get("retry-after-ms", ""), now)
-    return _seconds(headers.get("retry-after", ""), now) if millis is None else millis / 1000
 
 
 def _reset_wait(headers: Mapping[str, str], now: float) -> float | None:

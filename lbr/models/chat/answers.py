@@ -79,9 +79,10 @@ class Reader:
 
     def _parse(self, content: bytes) -> Any:
         """Parse JSON, also if it is a little damaged. Raises CallError, with the text, for anything else."""
-        with suppress(orjson.JSONDecodeError):
+        try:
             return orjson.loads(content)
-        text = content.decode("utf-8-sig", errors="replace")
+        except orjson.JSONDecodeError:
+            text = content.decode("utf-8-sig", errors="replace")
         try:
             return json.loads(text, strict=False)
         except (ValueError, RecursionError) as error:
@@ -194,7 +195,7 @@ class Costs:
         except Exception:  # noqa: BLE001 - an unknown price must not lose an answer that is paid for
             return None
 
-    def _find_rates(self, name: str, tier: str | None, _minute: int) -> tuple[Any, dict[str, Any]] | None:
+    def _find_rates(self, name: str, tier: str | None, _minute: int) -> tuple[Any, dict[str, Any], set[str]] | None:
         """Return what the table has for a model, and its prices by kind of token; None if it does not know the model."""
         for place in self._places:
             with suppress(LookupError):
@@ -204,7 +205,8 @@ class Costs:
                 prices = {
                     kind.replace("_mtok", "_tokens"): price for kind, price in vars(found).items() if price is not None
                 }
-                return found, prices
+                odd = {kind for kind, price in prices.items() if kind not in _KINDS or type(price) is not Decimal}
+                return found, prices, odd | ({"input_tokens"} if "requests_kcount" in odd else set())
         return None
 
 
@@ -212,17 +214,19 @@ _CACHED = ("cache_read_tokens", "cache_write_tokens")
 _KINDS = frozenset({"input_tokens", "output_tokens", *_CACHED})
 
 
-def _price_of(counts: Mapping[str, int], table: Any, prices: Mapping[str, Any]) -> Decimal | None:
-    """Return what these tokens cost in dollars, by prices per million; None if the counts contradict each other."""
-    priced = prices.keys() & counts.keys()
-    if "requests_kcount" in prices or not priced <= _KINDS or any(type(prices[kind]) is not Decimal for kind in priced):
+def _price_of(counts: Mapping[str, int], table: Any, prices: Mapping[str, Any], odd: set[str]) -> Decimal | None:
+    """Return what these tokens cost in dollars, by prices per million; None if the counts contradict each other.
+
+    Only the table knows what tokens of the kinds in `odd` cost.
+    """
+    if not odd.isdisjoint(counts):
         from genai_prices import Usage as Tokens  # noqa: PLC0415
 
         total: Decimal = table.calc_price(Tokens(**counts))["total_price"]  # ten times slower
         return total
     plain, cost = counts["input_tokens"], Decimal(0)
     for kind in _CACHED:
-        if kind in priced:
+        if kind in counts and kind in prices:
             plain -= counts[kind]
             cost += counts[kind] * prices[kind]
     cost += plain * prices.get("input_tokens", 0) + counts["output_tokens"] * prices.get("output_tokens", 0)
@@ -247,10 +251,13 @@ def _tokens_in(usage: Mapping[str, Any]) -> tuple[int | None, int | None]:
 
     If only the total is known, it stands for the prompt.
     """
-    reported = (usage.get(name) for name in ("prompt_tokens", "completion_tokens", "total_tokens"))
-    prompt, completion, total = (n if type(n) is int and 0 <= n <= MAX_TOKENS else None for n in reported)
+    prompt, completion, total = map(_count, map(usage.get, ("prompt_tokens", "completion_tokens", "total_tokens")))
     if total is not None and prompt is None:
         prompt = max(total - (completion or 0), 0)
     elif total is not None and prompt is not None and completion is None:
         completion = max(total - prompt, 0)
     return prompt, completion
+
+
+def _count(value: Any) -> int | None:
+    return value if type(value) is int and 0 <= value <= MAX_TOKENS else None
