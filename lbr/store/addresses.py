@@ -1,4 +1,4 @@
-"""Where a queue is: paths, SQLite URLs, and PostgreSQL URLs as people paste them, which are shown without password."""
+"""Where a queue is: paths, SQLite URLs, and PostgreSQL URLs, which are shown without password."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qsl, quote, unquote, urlencode
+from urllib.parse import unquote
 
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
@@ -19,11 +19,11 @@ from lbr.core.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from sqlalchemy.engine import URL
+
     from lbr.core.types import PathOrUrl
 
 _SCHEME = re.compile(r"(postgres|postgresql)(\+\w+)?://", re.IGNORECASE)
-_HOST = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^:@/?#\[\]]*)(:(\d{1,5})?)?")
-_PAIRS = re.compile(r"[\w.]+=[^&]*(&[\w.]+=[^&]*)*")
 _ALMOST_POSTGRESQL = re.compile(r"postgres(ql)?\b.*@", re.IGNORECASE)
 
 PASSED = frozenset(
@@ -64,66 +64,42 @@ def is_postgresql(url: PathOrUrl) -> bool:
 
 
 def address_of(url: PathOrUrl) -> Address:
-    """Read a PostgreSQL URL; UsageError, which shows no password, for one that cannot be read.
-
-    SQLAlchemy's `make_url` reads neither several hosts nor passwords with characters that should be percent-encoded.
-    """
-    url = os.fspath(url)
-    scheme = _SCHEME.match(url)
-    if scheme is None:
+    """Read a PostgreSQL URL; UsageError, which shows no password, for one that cannot be read."""
+    text = os.fspath(url)
+    if not is_postgresql(text):
         raise UsageError("expected a PostgreSQL URL, got: another kind; write postgresql://user@host/database")
-    if "\0" in unquote(url) or any("\ud800" <= one <= "\udfff" for one in unquote(url)):
+    if "\0" in unquote(text) or any("\ud800" <= one <= "\udfff" for one in unquote(text)):
         raise UsageError("expected a PostgreSQL URL, got: one with a NUL character or half a surrogate pair; remove it")
-    user, password, rest, query = _split(url[scheme.end() :])
-    hosts, _, database = rest.partition("/")
-    if not all(map(_is_host, hosts.split(","))) or (hosts and "" in hosts.split(",")) or "/" in database:
+    try:
+        parsed = make_url(text)
+    except (ArgumentError, ValueError):
+        parsed = None
+    if parsed is None or not _is_readable(parsed):
         raise UsageError(
             "expected a PostgreSQL URL such as postgresql://user:password@host:5432/database, got: one whose host, "
-            "port or database cannot be read; percent-encode what is special in its user or password"
+            "port or database cannot be read; percent-encode what is special in its user or password, and write several "
+            "hosts as ?host=one,two"
         )
-    options = _options(query)
+    options = _options(parsed)
     pooled = options.pop("pgbouncer", "false").lower() in {"true", "1", "yes", "on"}
-    login = quote(user, safe="") + (f":{quote(password, safe='')}" if password else "")
-    where = f"{hosts}/{quote(unquote(database), safe='')}"
-    encoded = urlencode(options, quote_via=quote)
-    return Address(
-        dsn=f"postgresql://{login}@{where}?{encoded}".removesuffix("?"),
-        shown=_shown(user, hosts, database, options),
-        pooled=pooled,
-    )
+    plain = parsed.set(drivername="postgresql", query=options)
+    return Address(plain.render_as_string(hide_password=False), _shown(plain, options), pooled)
 
 
-def _is_host(text: str) -> bool:
-    """Return whether a text may be a host with or without its port; an empty one is set elsewhere."""
-    found = _HOST.fullmatch(text)
-    if found is None or int(found[3] or 0) > 65_535:
-        return False
-    labels = found[1].split(".") if found[1] and not found[1].startswith(("[", "%2F", "%2f")) else ["ok"]
-    return all(0 < len(label) < 64 for label in labels)
+def _is_readable(url: URL) -> bool:
+    """Return whether host, port and database of a URL may be such; the rest of a password may stand in their place."""
+    labels = (url.host or "ok").split(".")
+    is_host = "@" not in labels[0] and all(0 < len(label) < 64 and "@" not in label for label in labels)
+    return is_host and (url.port or 0) <= 65_535 and "/" not in (url.database or "")
 
 
-def _split(body: str) -> tuple[str, str, str, str]:
-    """Return user, password, host and path, and query.
-
-    The query begins at the first question mark if what follows reads like one; else that was the password's.
-    """
-    head, _, query = body.partition("?")
-    if "@" in query and not _PAIRS.fullmatch(query):
-        userinfo, _, body = body.rpartition("@")
-        head, _, query = body.partition("?")
-    else:
-        userinfo, _, head = head.rpartition("@")
-    user, _, password = userinfo.partition(":")
-    return unquote(user), unquote(password), head, query
-
-
-def _options(query: str) -> dict[str, str]:
-    given = {OTHER_NAMES.get(name, name): value for name, value in parse_qsl(query, keep_blank_values=True)}
+def _options(url: URL) -> dict[str, str]:
+    given = {OTHER_NAMES.get(name, name): ",".join(value) for name, value in url.normalized_query.items()}
     if unknown := sorted(set(given) - PASSED - IGNORED - {"pgbouncer"}):
         # What is beside a password may be a part of it.
-        names = "others" if "password" in query or "@" in query else ", ".join(unknown)
+        shown = "password" not in given and not any("@" in one for one in (*given, *given.values()))
         raise UsageError(
-            f"expected options of a PostgreSQL URL that lbr knows, got: {names}; "
+            f"expected options of a PostgreSQL URL that lbr knows, got: {', '.join(unknown) if shown else 'others'}; "
             f"there are: {', '.join(sorted(PASSED | {'pgbouncer'}))}"
         )
     _check_files(given)
@@ -154,11 +130,12 @@ def _check_files(options: Mapping[str, str]) -> None:
             raise UsageError(f"cannot use {name}={path} of {place}: {reason}; {way_out}") from error
 
 
-def _shown(user: str, hosts: str, database: str, options: Mapping[str, str]) -> str:
-    user, hosts = user or options.get("user", ""), hosts or options.get("host", "")
-    database = unquote(database) or options.get("dbname", "")
-    port = f":{options['port']}" if "port" in options and not hosts.startswith("/") else ""
-    return f"postgresql://{user}{'@' if user else ''}{hosts}{port}/{database}"
+def _shown(url: URL, options: Mapping[str, str]) -> str:
+    user, host = url.username or options.get("user", ""), url.host or options.get("host", "")
+    host = f"[{host}]" if ":" in host and url.host else host
+    number = url.port or options.get("port")
+    port = f":{number}" if number and not host.startswith("/") else ""
+    return f"postgresql://{user}{'@' if user else ''}{host}{port}/{url.database or options.get('dbname', '')}"
 
 
 def sqlite_path(url: PathOrUrl, *, name: str = "--db") -> Path:
