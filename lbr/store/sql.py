@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cached_property
 from operator import itemgetter
 from random import SystemRandom
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import orjson
 from sqlalchemy import (
@@ -302,18 +302,6 @@ def _length_of_blob(element: byte_length, compiler: SQLCompiler, **options: Any)
     return f"length(CAST({compiler.process(element.clauses, **options)} AS BLOB))"
 
 
-class Placed(Protocol):
-    """A row with its place."""
-
-    @property
-    def idx(self) -> int:
-        """Its place."""
-        ...
-
-
-R = TypeVar("R", bound=Placed)
-
-
 def if_small(marker: ColumnElement[Any], *others: ColumnElement[Any]) -> dict[str, ColumnElement[Any]]:
     """Return columns by name that are null if they have more than `:cap` bytes; the marker, if all have together."""
     sizes: list[Any] = [byte_length(column) for column in others]
@@ -325,9 +313,9 @@ def if_small(marker: ColumnElement[Any], *others: ColumnElement[Any]) -> dict[st
 
 
 async def pages(
-    read: Callable[[dict[str, int]], Awaitable[tuple[int, Sequence[R]]]],
-) -> AsyncIterator[Sequence[R]]:
-    """Yield pages of rows in the order of their places: at most 1,000 rows and some megabytes at a time.
+    read: Callable[[dict[str, int]], Awaitable[tuple[int, Sequence[Any]]]],
+) -> AsyncIterator[Sequence[Any]]:
+    """Yield pages of rows, which have an `idx`, in that order: at most 1,000 rows and some megabytes at a time.
 
     `read` gets the values of `after`, `limit` and `cap`, and returns how many rows there were, and those before
     the first that `if_small` left out.
