@@ -101,23 +101,19 @@ def _flag_defaults(command: click.Command, found: Any, where: str) -> dict[str, 
     """
     if not isinstance(found, dict):
         raise UsageError(f"expected {where} to be a table of flags, got: {found!r}; write [{command.name}]")
-    flags = {flag.lstrip("-"): one for one in command.params if isinstance(one, click.Option) for flag in one.opts}
+    flags = {one.name: one for one in command.params if isinstance(one, click.Option)}
     commands = command.commands if isinstance(command, click.Group) else {}
     defaults: dict[str, Any] = {}
     for name, value in found.items():
-        option = flags.get(name.replace("_", "-"))
+        option = flags.get(name.replace("-", "_"))
         if name in commands:
             defaults[name] = _flag_defaults(commands[name], value, f"{name} in {where}")
         elif option is None or option.name is None:
-            known = ", ".join(sorted(flag for flag in flags if len(flag) > 1))
+            known = ", ".join(sorted(str(flag).replace("_", "-") for flag in flags))
             tables = ", ".join(f"[{one}]" for one, its in sorted(commands.items()) if not its.hidden)
             known += f", and the tables {tables}" * bool(tables)
             raise UsageError(f"expected a flag in {where}, got: {name!r}; there are: {known}")
-        elif (
-            isinstance(value, dict)
-            or isinstance(value, bool) != option.is_flag
-            or isinstance(value, list) != option.multiple
-        ):
+        elif (type(value) is bool, type(value) is list) != (option.is_flag, option.multiple) or type(value) is dict:
             kind = "true or false" if option.is_flag else "a list" if option.multiple else "one value"
             raise UsageError(f"expected {name} in {where} to be {kind}, got: {value!r}")
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import ClassVar
 
-from lbr.core.values import value
+from lbr.core import value
 
 
 class LbrError(Exception):

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NewType
 
 import orjson
 
+from lbr.core import value
 from lbr.core.errors import NO_USAGE, DatabaseError, Family, Symptom, Usage
-from lbr.core.values import value
 
 if TYPE_CHECKING:
     from lbr.core.outages import Evidence

@@ -375,13 +375,15 @@ def _records(lines: Iterator[str], name: str, delimiter: str, sample: list[str])
             held.append(line)
             yield line
 
-    number = 1
+    number, reader = 1, None
     while True:
         place = Place(name, number)
         row: list[str] | InputError | None
         try:
-            row = next(csv.reader(feed(), delimiter=delimiter, skipinitialspace=spaced, strict=True), None)
+            reader = reader or csv.reader(feed(), delimiter=delimiter, skipinitialspace=spaced, strict=True)
+            row = next(reader, None)
         except csv.Error as error:
+            reader = None
             way_out = "close every quote, double those within a cell, and put cells with line breaks in quotes"
             row = place.error(f"the row is not valid CSV: {error}; {way_out}")
             again.extendleft(reversed(held[1:]))

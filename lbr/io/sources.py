@@ -21,7 +21,7 @@ from lbr.io.records import Place, Template, check_storable, item_of, not_finite,
 from lbr.io.writers import check_output
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from lbr.core.types import Json
 
@@ -106,16 +106,9 @@ def _as_json(value: Any) -> Any:
 class Source:
     """Inputs that can be checked before they are read: files are read twice, streams and prompts as they come."""
 
-    def __init__(
-        self,
-        read: Callable[[readers.BadRows], Iterator[Item]],
-        files: Sequence[str] = (),
-        skip_bad: str | None = None,
-        skip_empty: bool = False,
-    ) -> None:
-        self._read_items = read
-        self._files = files
-        self._skip: dict[str, Any] = {"skip_bad": skip_bad, "skip_empty": skip_empty}
+    def __init__(self, files: Sequence[str], prompts: Sequence[Any], how: dict[str, Any], skip: dict[str, Any]) -> None:
+        self._files, self._prompts = files, prompts
+        self._how, self._skip = how, skip
         self.bad = readers.BadRows()
         self._begun: Iterator[Item] | None = None
 
@@ -144,19 +137,16 @@ class Source:
             unfit = how | {"skip_bad": skip_bad, "skip_empty": skip_empty or None}
             if flag := next((name for name, value in unfit.items() if value is not None), None):
                 raise UsageError(f"expected {flag} with files, got: prompts")
-            return cls(lambda _: items_of(prompts, template=template))
-        kind = None if input_format is None else readers.InputFormat(input_format)
+            return cls([], prompts, {"template": template}, {})
         readers.check_sources(files)
         bad_file = None if skip_bad is None else str(Path(skip_bad))
         if bad_file is not None:
             check_output(bad_file)
             if any(Path(bad_file).resolve() == Path(one).resolve() for one in files):
                 raise UsageError(f"{bad_file} is the input; name a new file for the bad rows")
-
-        def read(bad: readers.BadRows) -> Iterator[Item]:
-            return readers.read_items(files, format=kind, template=template, bad=bad, **how)
-
-        return cls(read, files, bad_file, skip_empty)
+        kind = None if input_format is None else readers.InputFormat(input_format)
+        skip = {"skip_bad": bad_file, "skip_empty": skip_empty}
+        return cls(files, [], how | {"template": template, "format": kind}, skip)
 
     @property
     def is_empty(self) -> bool:
@@ -190,7 +180,9 @@ class Source:
     def read(self, *, at_once: bool = True) -> Iterator[Item]:
         """Read the inputs from their beginning. Bad ones are reported at the first one (`at_once`), or all at the end."""
         self.bad = readers.BadRows(**self._skip, at_once=at_once)
-        return self._read_items(self.bad)
+        if not self._files:
+            return items_of(self._prompts, **self._how)
+        return readers.read_items(self._files, bad=self.bad, **self._how)
 
     def nothing(self) -> InputError:
         """Return the error for a source without inputs."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
+from lbr.core import value
 from lbr.core.errors import UsageError
 from lbr.core.pricing import table_price
-from lbr.core.values import value
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

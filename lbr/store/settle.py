@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import literal_column, null, select, update
 
+from lbr.core import value
 from lbr.core.errors import NO_USAGE, DatabaseError, Family
 from lbr.core.retry import is_overload
 from lbr.core.types import JobId, JobState, Millis, PauseCause, Paused, RunId, RunState, Settlement
-from lbr.core.values import value
 from lbr.store import counters
 from lbr.store.limits import Feedback, apply_feedback, cool_down, forget_estimates, raise_highest
 from lbr.store.outages import judge_failures, pause_wrong_set_ups
