@@ -47,7 +47,7 @@ SCHEMA = "lbr"
 CHANNEL = "lbr"
 TURNS_LOCK = 0x6C_62_72_02
 SHARDS = 32
-PAGE = 1_000
+PAGE = 2_500
 FIRST_PAGE = 500
 PAGE_BYTES = 8_000_000
 _ANY_SIZE = 2**31 - 1
@@ -315,7 +315,7 @@ def if_small(marker: ColumnElement[Any], *others: ColumnElement[Any]) -> dict[st
 async def pages(
     read: Callable[[dict[str, int]], Awaitable[tuple[int, Sequence[Any]]]],
 ) -> AsyncIterator[Sequence[Any]]:
-    """Yield pages of rows, which have an `idx`, in that order: at most 1,000 rows and some megabytes at a time.
+    """Yield pages of rows, which have an `idx`, in that order: at most 2,500 rows and some megabytes at a time.
 
     `read` gets the values of `after`, `limit` and `cap`, and returns how many rows there were, and those before
     the first that `if_small` left out.
