@@ -157,16 +157,14 @@ def _add_worker(connection: Connection, now: Millis, /, **values: str | int) -> 
 
 
 async def unregister(database: Database, worker: WorkerId) -> None:
-    """Remove a worker that ends. One that still holds jobs stays, so that others see it dead and take them."""
-    if await database.write(_remove_idle, worker):
-        database.presence.forget([worker])
+    """Remove a worker that ends and has released what it knows to hold."""
+    await database.write(_remove_ended, worker)
+    database.presence.forget([worker])
 
 
-def _remove_idle(connection: Connection, _now: Millis, worker: WorkerId) -> bool:
-    if connection.execute(OF_DEAD, {"workers": [worker]}).first() is not None:
-        return False
+def _remove_ended(connection: Connection, now: Millis, worker: WorkerId) -> None:
+    _release_unknown(connection, now, worker, {})
     _remove(connection, [worker])
-    return True
 
 
 def clocks(connection: Connection, now: Millis, presence: Presence, worker: WorkerId) -> Clocks:
@@ -228,7 +226,7 @@ def renew(
     connection.execute(update(workers).where(workers.c.id == worker).values(**values))
     held = {claim.job_id: claim.claim_seq for claim in claims}
     until = now + round(lease * 1000)
-    _release_unknown(connection, worker, held, until - min(LOST_MS, round(lease * 500)))
+    _release_unknown(connection, now, worker, held, until - min(LOST_MS, round(lease * 500)))
     if not held:
         return set()
     bound = {"ids": list(held), "worker": worker, "until": until}
@@ -237,10 +235,15 @@ def renew(
     return lost - _retake(connection, held, bound | {"ids": list(lost)}) if lost else lost
 
 
-def _release_unknown(connection: Connection, worker: WorkerId, held: Mapping[JobId, int], before: int) -> None:
+def _release_unknown(
+    connection: Connection, now: Millis, worker: WorkerId, held: Mapping[JobId, int], before: int = 2**62
+) -> None:
     """Release jobs that were claimed in the worker's name, with a lease until `before`, and that it does not hold."""
     rows = connection.execute(_CLAIMED_BY, {"worker": worker, "before": before}).all()
-    _release(connection, [row for row in rows if row.id not in held])
+    unknown = [row for row in rows if row.id not in held]
+    _release(connection, unknown)
+    if unknown:  # how many tokens they took is not known
+        give_back(connection, [(row.run_id, 0) for row in unknown], now)
 
 
 def release(
@@ -255,7 +258,7 @@ def release(
     ours = [row for row in rows if by_id[row.id].claim_seq == row.claim_seq]
     _release(connection, ours)
     if unused:
-        give_back(connection, [by_id[row.id] for row in ours], now)
+        give_back(connection, [(row.run_id, by_id[row.id].tokens) for row in ours], now)
     return len(ours)
 
 

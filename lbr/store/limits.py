@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import ColumnElement, Connection
 
-    from lbr.core.types import Claim, JobId, Millis, WorkerId
+    from lbr.core.types import JobId, Millis, WorkerId
     from lbr.store.counters import Deltas
     from lbr.store.database import Database
 
@@ -339,16 +339,16 @@ def cool_down(connection: Connection, until: Mapping[str, tuple[int, str]]) -> N
     _COOL_DOWN.run(connection, rows)
 
 
-def give_back(connection: Connection, claims: Sequence[Claim], now: Millis) -> None:
-    """Credit the models with what was debited for claims that were released without a call."""
+def give_back(connection: Connection, unused: Sequence[tuple[RunId, int]], now: Millis) -> None:
+    """Credit the models with what was debited for claims without a call, given the run and the tokens of each."""
     query = select(runs.c.id, runs.c.answerer).where(any_of(runs.c.id, "ids"))
-    found = connection.execute(query, {"ids": list({claim.run_id for claim in claims})}).all()
+    found = connection.execute(query, {"ids": list({run_id for run_id, _ in unused})}).all()
     answerers = {row.id: row.answerer for row in found}
     feedback: dict[str, Feedback] = {}
-    for claim in claims:
-        one = feedback.setdefault(answerers[claim.run_id], Feedback())
+    for run_id, tokens in unused:
+        one = feedback.setdefault(answerers[run_id], Feedback())
         one.calls += 1
-        one.tokens += claim.tokens
+        one.tokens += tokens
     apply_feedback(connection, feedback, now)
 
 
