@@ -479,11 +479,11 @@ async def test_instructions_go_with_chat_messages(monkeypatch: pytest.MonkeyPatc
         ([{"role": "assistant", "content": "a"}], "no message is of the user; add one"),
         (
             [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}],
-            "the tool_call_id of message 2 is not of an earlier tool call: None",
+            "the tool_call_id or name of message 2 is not of an earlier tool call: ",
         ),
         (
             [{"content": "a"}],
-            "expected message 1 to have the role system or developer or user or assistant or tool, got: None",
+            "expected message 1 to have the role system or developer or user or assistant or tool, got: ",
         ),
         (
             [{"role": "user"}],
@@ -491,11 +491,11 @@ async def test_instructions_go_with_chat_messages(monkeypatch: pytest.MonkeyPatc
         ),
         (
             [{"role": "user", "content": [{"type": "input_audio"}]}],
-            "expected the parts of message 1 to be text or image_url, got: 'input_audio'",
+            "expected the parts of message 1 to be text, or images like ",
         ),
         (
             [{"role": "user", "content": ["a"]}],
-            "expected the parts of message 1 to be text or image_url, got: 'str'",
+            "expected the parts of message 1 to be text, or images like ",
         ),
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png,x"}}]}],
@@ -512,11 +512,11 @@ async def test_instructions_go_with_chat_messages(monkeypatch: pytest.MonkeyPatc
         ),
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": "data:image/png;base64,"}]}],
-            "expected a base64 data: URL in message 1, got: no data",
+            "expected a base64 data: URL in message 1, got: ",
         ),
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": {"uri": "x"}}]}],
-            'expected an image of message 1 to be like {"type": "image_url", "image_url": {"url": "https://…"}}, got: ',
+            "expected the parts of message 1 to be text, or images like ",
         ),
         (
             [{"role": "system", "content": [{"type": "image_url", "image_url": "https://example.com"}]}],
