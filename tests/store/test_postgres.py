@@ -23,8 +23,7 @@ from lbr.store import claim, enqueue, limits, reads, runs, schema, settle
 from lbr.store.claim import CLAIM, CLAIM_CHOSEN, CLAIM_SUSPECT, DUE, DUE_SIZED, DUE_SUSPECT
 from lbr.store.database import open_database
 from lbr.store.leases import EXPIRED, RECLAIM, RENEW
-from lbr.store.postgres import SOLE_LOCK, PostgresDatabase
-from lbr.store.postgres_connection import Listener
+from lbr.store.postgres import SOLE_LOCK, Listener, PostgresDatabase
 from lbr.store.sql import SHARDS, BulkStatement, PreparedQuery
 from tests.support import ECHO, Cli, Queue, answered, assert_counted, eventually, failed, postgres, put, states
 
@@ -254,7 +253,7 @@ async def test_counters_are_in_shards(url: str) -> None:
 
 async def test_enqueue_wakes_idle_workers(live: Database, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One call for an enqueue, however many its rows, reaches those who listen, and polling is not what did it."""
-    monkeypatch.setattr("lbr.store.postgres_connection.POLL_SECONDS", 3_600.0)
+    monkeypatch.setattr("lbr.store.postgres.POLL_SECONDS", 3_600.0)
     idle = await open_database(url)
     assert isinstance(idle, PostgresDatabase)
     await idle.changed()
@@ -281,7 +280,7 @@ async def test_enqueue_wakes_idle_workers(live: Database, url: str, monkeypatch:
 
 async def test_polling_stands_behind(live: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nobody can be heard, as behind a transaction pooler, a worker looks all the same, now and then."""
-    monkeypatch.setattr("lbr.store.postgres_connection.POLL_SECONDS", 0.05)
+    monkeypatch.setattr("lbr.store.postgres.POLL_SECONDS", 0.05)
     deaf = Listener({}, "lbr", listen=False)
     assert deaf.heard()
     assert not deaf.heard()
@@ -290,8 +289,8 @@ async def test_polling_stands_behind(live: Database, monkeypatch: pytest.MonkeyP
 
 async def test_lost_listener_comes_back(live: Database, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A listening connection that the server ended is made anew, and what may have been missed is looked for."""
-    monkeypatch.setattr("lbr.store.postgres_connection.RECONNECT_SECONDS", 0.05)
-    monkeypatch.setattr("lbr.store.postgres_connection.POLL_SECONDS", 3_600.0)
+    monkeypatch.setattr("lbr.store.postgres.RECONNECT_SECONDS", 0.05)
+    monkeypatch.setattr("lbr.store.postgres.POLL_SECONDS", 3_600.0)
     assert isinstance(live, PostgresDatabase)
     await live.changed()
     await eventually(live._listener._alive)
