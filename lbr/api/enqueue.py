@@ -151,7 +151,7 @@ async def put(
             f"run {run.name} was created with {pluralize(run.max_attempts, 'attempt')} per job, and keeps them"
         )
     maker, added, counts = KeyMaker(spec.task), 0, queueing.EnqueueCounts()
-    start = await database.read(queueing.next_idx, run) if append else 0
+    start = await database.quick_read(queueing.next_idx, run) if append else 0
     for chunk in chunks(iter(items), queueing.CHUNK, characters=queueing.CHUNK_CHARACTERS):
         keys = [maker.key(item.prompt) for item in chunk]
         while True:
@@ -161,7 +161,7 @@ async def put(
             except RunChangedError:
                 if not append:
                     raise
-                start = await database.read(queueing.next_idx, run)  # another process has appended meanwhile
+                start = await database.quick_read(queueing.next_idx, run)  # another process has appended meanwhile
         if added == 0 and counts.new:
             await database.filled()
         start, added = start + len(chunk), added + len(chunk)
@@ -171,7 +171,7 @@ async def put(
         await database.filled()
     if not changed:
         notices += await _note_reuse(database, run, spec, counts)
-    held = await database.read(queueing.next_idx, run)
+    held = await database.quick_read(queueing.next_idx, run)
     if held > added and not append:
         notices.append(
             f"run {run.name} holds {pluralize(held, 'input')}, this input has {added}; the others stay in it"
@@ -198,7 +198,7 @@ async def _note_reuse(database: Database, run: Run, spec: RunSpec, counts: Enque
     if spec.fingerprint is None:
         return []
     if spec.task.fingerprint is None:  # the code is not part of the task
-        lender = await database.read(queueing.lender_with_other_code, run, spec.fingerprint)
+        lender = await database.quick_read(queueing.lender_with_other_code, run, spec.fingerprint)
         if lender is None:
             return []
         notice = (
@@ -207,7 +207,7 @@ async def _note_reuse(database: Database, run: Run, spec: RunSpec, counts: Enque
             f"name"
         )
         return [notice]
-    other = await database.read(queueing.run_of_other_scheme, run, spec.fingerprint)
+    other = await database.quick_read(queueing.run_of_other_scheme, run, spec.fingerprint)
     if other is None or counts.new <= counts.reused:
         return []
     notice = (

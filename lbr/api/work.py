@@ -79,7 +79,7 @@ async def check_queue(db_url: PathOrUrl, names: Sequence[str], *, allow_network_
     """Raise LbrError if a worker could not open its queue, or a named run does not exist."""
     async with opened(db_url, allow_network_fs=allow_network_fs, patience=patience) as database:
         for name in names:
-            await database.read(reads.find_run, name)
+            await database.quick_read(reads.find_run, name)
 
 
 def exclusive(db_url: PathOrUrl, *, wanted: bool = True) -> AbstractAsyncContextManager[None]:

@@ -348,4 +348,4 @@ def doctor(db: dict[str, Any], /, fix: bool, json: bool) -> None:
     if not json:
         counts = Counter(one.gravity for one in found if one.gravity != "ok")
         log(f"lbr: {', '.join(pluralize(n, gravity) for gravity, n in counts.items()) or 'no problem found'}")
-    sys.exit(EXIT_PROBLEM if any(one.is_grave for one in found) else 0)
+    click.get_current_context().exit(EXIT_PROBLEM if any(one.is_grave for one in found) else 0)

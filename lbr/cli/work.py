@@ -234,7 +234,7 @@ def worker(db: dict[str, Any], /, processes: int, exclusive: bool, **flags: Any)
                 return await _work_in_processes(db, processes, **flags)
             return await _work_alone(db, **flags)
 
-    sys.exit(asyncio.run(work_exclusively()))
+    click.get_current_context().exit(asyncio.run(work_exclusively()))
 
 
 @click.command("worker-process", hidden=True)
@@ -247,7 +247,7 @@ def worker_process(db: dict[str, Any], /, **flags: Any) -> None:
     A command of its own, so that settings of `lbr worker` in the environment and the config file do not make each
     process start as many again.
     """
-    sys.exit(asyncio.run(_work_alone(db, **flags)))
+    click.get_current_context().exit(asyncio.run(_work_alone(db, **flags)))
 
 
 @click.command()
@@ -268,7 +268,7 @@ def collect(db: dict[str, Any], /, run: str, output: str | None, **flags: Any) -
     """
     collected = asyncio.run(collect_api.collect(run, out="-" if output is None else output, **flags, **db))
     log(f"lbr: {_describe_rows(collected)}")
-    sys.exit(_collected_code(collected))
+    click.get_current_context().exit(_collected_code(collected))
 
 
 def _describe_rows(collected: Collected) -> str:
@@ -331,7 +331,7 @@ def run(db: dict[str, Any], /, inputs: tuple[str, ...], output: str, **flags: An
     rest = {name: value for name, value in flags.items() if name not in how}
     with counting_kept(inputs, append=flags["append"]) as on_progress:
         code = asyncio.run(_run(db, inputs, {"out": output} | style, on_progress, how, **rest))
-    sys.exit(code)
+    click.get_current_context().exit(code)
 
 
 async def _run(

@@ -107,11 +107,11 @@ class Database(ABC):
         """
         return await self._retried(partial(self._read, _bound(work, *args, **options)))
 
-    async def poll(
+    async def quick_read(
         self, work: Callable[Concatenate[Connection, Millis, P], T], *args: P.args, **options: P.kwargs
     ) -> T:
-        """Do the same as `read`, for what a worker asks many times a second; it must be quick, because writes wait."""
-        return await self._retried(partial(self._poll, _bound(work, *args, **options)))
+        """Do the same as `read` for what takes next to no time: on a file, writes wait for it."""
+        return await self._retried(partial(self._quick_read, _bound(work, *args, **options)))
 
     async def _retried(self, run: Callable[[], Awaitable[T]]) -> T:
         with self._errors():
@@ -144,7 +144,7 @@ class Database(ABC):
     async def _read(self, work: Work[T]) -> T:
         """Run `work` once in a read-only transaction."""
 
-    async def _poll(self, work: Work[T]) -> T:
+    async def _quick_read(self, work: Work[T]) -> T:
         return await self._read(work)
 
     @abstractmethod

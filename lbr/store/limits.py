@@ -359,7 +359,7 @@ def _make(connection: Connection, answerers: Iterable[str]) -> None:
 async def slow_start(database: Database, answerers: Iterable[str]) -> None:
     """Begin with few calls at a time if nothing has been learned of a model yet. Safe to repeat."""
     wanted = sorted(set(answerers))
-    if wanted and await database.poll(_count_learned, wanted) < len(wanted):
+    if wanted and await database.quick_read(_count_learned, wanted) < len(wanted):
         await database.write(_set_first_slots, wanted)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from sqlalchemy import Connection
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
     from lbr.core.types import Millis, PathOrUrl
     from lbr.store.database import Work
@@ -77,7 +79,6 @@ class SQLiteDatabase(Database):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lbr-sqlite")
         self._writer = FileConnection(path, begin=BEGIN_WRITING, pragmas=writer_pragmas(synchronous, WAL_LIMIT_BYTES))
         self._poller = FileConnection(path, begin="BEGIN", pragmas=READER_PRAGMAS)
-        self._reader = reading_engine(path)
         self._identity: tuple[int, int] | None = None
         self._data_version = -1
         self._wal = Path(f"{path}-wal")
@@ -85,6 +86,10 @@ class SQLiteDatabase(Database):
         """The log that the connection which writes has open, with how often it had been opened then."""
         self._checkpoint_lock = files.file_lock(files.lock_path(path, "checkpoint"), timeout=0)
         self._unfinished_checkpoint = float("-inf")
+
+    @cached_property
+    def _reader(self) -> AsyncEngine:
+        return reading_engine(self.path)  # made for the first read: importing what it needs takes a tenth of a second
 
     def check_file(self) -> None:
         """Raise DatabaseError if the file that we have open is no longer the one at its path."""
@@ -137,7 +142,7 @@ class SQLiteDatabase(Database):
         self._checkpoint_if_large(self._log_bytes())
         return result
 
-    async def _poll(self, work: Work[T]) -> T:
+    async def _quick_read(self, work: Work[T]) -> T:
         return await self._in_thread(self._poller.transact, work, self._clock)
 
     async def _in_thread(self, function: Callable[..., T], *args: Any) -> T:
@@ -166,7 +171,7 @@ class SQLiteDatabase(Database):
     async def changed(self) -> bool:
         """Return whether another connection committed since the last call; it takes microseconds and no lock."""
         # Always on the same connection, because the number is compared with its earlier one.
-        version = await self.poll(_data_version)
+        version = await self.quick_read(_data_version)
         before, self._data_version = self._data_version, version
         return before != version
 
@@ -209,7 +214,7 @@ class SQLiteDatabase(Database):
     async def prepare(self, *, create: bool) -> None:
         """Upgrade older tables; create missing ones only with `create`."""
         with self._errors():
-            version = await self.read(self.version) if self.path.exists() else 0
+            version = await self.quick_read(self.version) if self.path.exists() else 0
             self.check_version(version, create=create)
             if version == schema.LATEST:
                 await self._in_thread(self._use_wal)
@@ -245,7 +250,8 @@ class SQLiteDatabase(Database):
         for connection in (self._poller, self._writer):
             await self._in_thread(connection.close)
         self._thread.shutdown()
-        await self._reader.dispose()
+        if "_reader" in vars(self):
+            await self._reader.dispose()
 
 
 def _data_version(connection: Connection, _now: Millis) -> int:

@@ -97,7 +97,7 @@ async def reclaim(database: Database, notify: Callable[[str], None], *, starting
     Return how many jobs were reclaimed, and how many of them failed because it was their third crash. Safe to repeat.
     """
     # A worker keeps its answers before it ends, and they must be settled before its jobs are claimed again.
-    dead = await database.poll(leases.dead_workers, database.presence)
+    dead = await database.quick_read(leases.dead_workers, database.presence)
     if (dead or starting or not database.presence.knows) and not await settle_kept(database, notify):
         dead = {}  # their jobs wait for the end of their leases
     taken: list[Reclaimed] = []

@@ -287,11 +287,11 @@ class Worker:
 
     async def _find_runs(self) -> list[Run]:
         if self._run_names is None:
-            return await self._database.poll(reads.open_runs)
+            return await self._database.quick_read(reads.open_runs)
         found, gone = [], None
         for name in self._run_names:
             try:
-                found.append(await self._database.poll(reads.find_run, name))
+                found.append(await self._database.quick_read(reads.find_run, name))
             except RunNotFoundError as error:
                 gone = error
         if gone is not None and (not found or not self._id):
@@ -335,7 +335,7 @@ class Worker:
         return work.due
 
     async def _due_work(self) -> DueWork:
-        return await self._database.poll(leases.check_due, self._database.presence, self._turns.order, self._id)
+        return await self._database.quick_read(leases.check_due, self._database.presence, self._turns.order, self._id)
 
     def _report_outages(self, outages: Mapping[str, str]) -> None:
         """Report outages that other workers recognised, and the end of each; settlements report our own."""
@@ -364,8 +364,8 @@ class Worker:
             work = await self._due_work()
             if work.due or work.suspects or work.expired:
                 return False
-        found = await self._database.poll(reads.counts, [run.id for run in wanted])
-        if until is Until.DONE and not self._completion.all_done(found, await self._database.poll(reads.time)):
+        found = await self._database.quick_read(reads.counts, [run.id for run in wanted])
+        if until is Until.DONE and not self._completion.all_done(found, await self._database.quick_read(reads.time)):
             return False
         self._completion.check_served(found)
         self.report.paused = self._completion.pauses(found)
@@ -387,7 +387,7 @@ class Worker:
                     )
                 await self._renew()
                 # The loop does neither while there is more to claim.
-                self._runs.reprice(await self._database.poll(reads.prices, self._runs.served))
+                self._runs.reprice(await self._database.quick_read(reads.prices, self._runs.served))
                 if self._turns.more and not self._is_stopping():
                     await self._reclaim()
         except Exception as error:  # noqa: BLE001 - without renewals the worker must end
@@ -406,7 +406,7 @@ class Worker:
             self._lead = _lead_ms()
             return
         async with self._comparing:
-            clocks = await self._database.poll(leases.clocks, self._database.presence, self._id)
+            clocks = await self._database.quick_read(leases.clocks, self._database.presence, self._id)
             if self._clock_jumped():
                 starting, self._far_off, self._lead = True, {}, _lead_ms()
             deadline = 0.0
@@ -423,7 +423,7 @@ class Worker:
                 if not clocks.reports or time.monotonic() >= deadline or self._is_stopping():
                     return
                 await asyncio.sleep(POLL_SECONDS)
-                clocks = await self._database.poll(leases.clocks, self._database.presence, self._id)
+                clocks = await self._database.quick_read(leases.clocks, self._database.presence, self._id)
 
     async def _renew(self) -> None:
         await self._check_clock()

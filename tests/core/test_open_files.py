@@ -213,7 +213,7 @@ async def test_a_database_that_finds_no_handle_says_so(tmp_path: Path) -> None:
     path = tmp_path / "queue.db"
     await (await open_database(str(path), create=True)).close()
     database = SQLiteDatabase(path, patience=0.1)
-    for ask in (database.read, database.poll, database.write):
+    for ask in (database.read, database.quick_read, database.write):
         with none_left(), pytest.raises(DatabaseError, match="out of file handles"):
             await ask(reads.all_runs)
     await database.close()

@@ -83,7 +83,7 @@ def test_a_program_that_ends_without_closing_does_not_hang(tmp_path: Path) -> No
         "from lbr.store.database import open_database\n"
         "async def main():\n"
         "    database = await open_database(sys.argv[1], create=True)\n"
-        "    for ask in (database.read, database.poll, database.write):\n"
+        "    for ask in (database.read, database.quick_read, database.write):\n"
         "        await ask(reads.all_runs)\n"
         "asyncio.run(main())\n"
     )
@@ -117,7 +117,7 @@ async def test_a_transaction_is_one_trip_to_its_thread(database: Database, monke
         return list(connection.execute(text(RUNS)).scalars())
 
     monkeypatch.setattr(ThreadPoolExecutor, "submit", trip)
-    for verb in (database.write, database.poll):
+    for verb in (database.write, database.quick_read):
         trips.clear()
         assert await verb(names) == []
         assert len(trips) == 1
@@ -126,7 +126,7 @@ async def test_a_transaction_is_one_trip_to_its_thread(database: Database, monke
 async def test_rows_that_are_left_unread_keep_no_snapshot(database: Database, tmp_path: Path) -> None:
     """A checkpoint has no reader to wait for when the transaction that asked for them has ended."""
     await put(database, [f"p{n}" for n in range(500)])
-    for verb in (database.read, database.poll, database.write):
+    for verb in (database.read, database.quick_read, database.write):
         assert await verb(lambda connection, _: connection.execute(select(schema.jobs)).first()) is not None
     with closing(sqlite3.connect(tmp_path / "queue.db", isolation_level=None, timeout=0)) as other:
         other.execute("DELETE FROM jobs")
@@ -138,7 +138,7 @@ async def test_a_cancelled_transaction_leaves_no_lock_behind(tmp_path: Path) -> 
     path = tmp_path / "q.db"
     database = await open_database(str(path), create=True)
     for n in range(300):
-        verb = (database.read, database.write, database.poll)[n % 3]
+        verb = (database.read, database.write, database.quick_read)[n % 3]
         asking = asyncio.create_task(verb(reads.all_runs))
         for _ in range(n // 3 % 12):
             await asyncio.sleep(0)
@@ -273,9 +273,9 @@ async def test_a_query_says_what_is_wrong_as_any_statement(database: Database) -
     """It takes no statement whose text depends on its values, and its errors are those of the others."""
     growing = PreparedQuery(select(schema.jobs.c.id).where(schema.jobs.c.id.in_([1, 2])))
     with pytest.raises(TypeError, match="whose text never changes"):
-        await database.poll(lambda connection, _: growing.all(connection, {}))
+        await database.quick_read(lambda connection, _: growing.all(connection, {}))
     gone = PreparedQuery(select(column("secret")).select_from(table("nowhere")))
-    for verb in (database.read, database.poll, database.write):
+    for verb in (database.read, database.quick_read, database.write):
         with pytest.raises(MisfitError, match="a value of another type than lbr writes"):
             await verb(lambda connection, _: PROMPTS.all(connection, {"ids": [b"x"]}))
         with pytest.raises(DatabaseError, match="its tables are not those that lbr makes") as told:

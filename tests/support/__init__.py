@@ -122,7 +122,7 @@ class Queue:
 
     async def check_due(self, run_ids: Sequence[RunId], *, worker: WorkerId = leases.NO_WORKER) -> leases.DueWork:
         """Look whether a claim would find anything."""
-        return await self._database.poll(leases.check_due, self._database.presence, run_ids, worker)
+        return await self._database.quick_read(leases.check_due, self._database.presence, run_ids, worker)
 
     async def bring_forward(self, run_ids: Sequence[RunId]) -> None:
         """Make stranded jobs due."""
@@ -140,11 +140,11 @@ class Queue:
 
     async def clocks(self, worker: WorkerId) -> leases.Clocks:
         """Compare clocks."""
-        return await self._database.poll(leases.clocks, self._database.presence, worker)
+        return await self._database.quick_read(leases.clocks, self._database.presence, worker)
 
     async def dead_workers(self) -> dict[WorkerId, int]:
         """Return the workers that have ended."""
-        return await self._database.poll(leases.dead_workers, self._database.presence)
+        return await self._database.quick_read(leases.dead_workers, self._database.presence)
 
     async def reclaim(self, dead: Collection[WorkerId] = ()) -> list[leases.Reclaimed]:
         """Take back jobs."""
