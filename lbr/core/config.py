@@ -101,9 +101,12 @@ def nanos_of(name: str, dollars: float) -> int:
 
 def a_name(name: str, value: str) -> str:
     """Return the value. Raises UsageError if no file can have that name."""
-    if "\0" in value:
-        raise UsageError(f"expected {name} to be a name that a file can have, got: {value!a}")
-    return value
+    try:
+        if b"\0" not in os.fsencode(value):
+            return value
+    except UnicodeEncodeError:
+        pass
+    raise UsageError(f"expected {name} to be a name that a file can have, got: {value!a}")
 
 
 def one_of(name: str, value: object, allowed: Sequence[str]) -> str:
