@@ -12,7 +12,7 @@ from lbr.core.errors import CallError, Family, Usage
 from lbr.core.types import JobId, Prompt, Task
 from lbr.models.base import Request
 from lbr.models.pydantic_ai import PydanticAIModel
-from tests.models.chat.test_answers import ENVELOPES, USAGES
+from tests.models.chat.test_answers import ENVELOPES, USAGES, event
 from tests.models.chat.test_model import completion
 from tests.support.http_server import Scripted
 
@@ -134,3 +134,17 @@ async def test_a_content_filter_of_azure_gives_its_reason(monkeypatch: pytest.Mo
     found = await ask(monkeypatch, {"error": error}, AZURE, status=400)
     assert (found.family, found.kind, found.text) == (Family.PERMANENT, "ContentFilterError", None)
     assert str(found) == "the provider refused the prompt; content filter: hate (high) (HTTP 400)"
+
+
+@pytest.mark.parametrize("type_", ["text/event-stream", "application/json"])
+async def test_events_that_were_not_requested_are_put_together(monkeypatch: pytest.MonkeyPatch, type_: str) -> None:
+    """Server-sent events add up to one answer, whatever content type they have; half of them do not."""
+    usage = completion()["usage"]
+    stream = event("fi") + event("ne\u2028", "stop") + event(usage=usage) + "data: [DONE]\n\n"
+    reply = await ask(monkeypatch, stream, headers={"content-type": type_})
+    assert (reply.text, reply.usage, reply.finish_reason) == ("fine\u2028", COUNTED, "stop")
+    found = await ask(monkeypatch, event("The half of"), headers={"content-type": type_})
+    assert (found.family, found.text) == (Family.TRANSIENT, "The half of")
+    ended = event("The half of") + 'data: {"error": {"message": "died"}}\n\n'
+    found = await ask(monkeypatch, ended, headers={"content-type": type_})
+    assert (found.family, found.text, str(found)) == (Family.TRANSIENT, "The half of", "died")

@@ -36,6 +36,11 @@ ANSWER_TOOL = "answer"
 """The tool whose arguments are the answer, for models that take no schema in another way."""
 
 
+EVENTS = ("data:", "event:", "id:", "retry:", ":")
+"""How server-sent events begin."""
+CUT_OFF_STREAM = "the stream of the answer was cut off"
+
+
 class Reader:
     """Reads the answers of one model."""
 
@@ -69,16 +74,22 @@ class Reader:
     def _check_error(self, error: Any, text: str, usage: Usage, ending: str | None) -> None:
         """Raise CallError for an error in the place of an answer, or one that broke the answer off."""
         status = status_in(error)
-        if text.strip() and status is None and ending is not None:
+        if error is CUT_OFF_STREAM:
+            failed = CallError(CUT_OFF_STREAM, kind="UnreadAnswer")
+        elif text.strip() and status is None and ending is not None:
             return
-        words = "expected an answer, got: the error " + orjson.dumps(error, default=str).decode()
-        body = error if message_in(error) else None
-        failed = call_error(words, status=status or 0, body=body, api_key=self._api_key)
+        else:
+            words = "expected an answer, got: the error " + orjson.dumps(error, default=str).decode()
+            body = error if message_in(error) else None
+            failed = call_error(words, status=status or 0, body=body, api_key=self._api_key)
         failed.text, failed.usage, failed.finish_reason = text if text.strip() else None, usage, ending
         raise failed
 
     def _parse(self, content: bytes) -> Any:
-        """Parse JSON, also if it is a little damaged. Raises CallError, with the text, for anything else."""
+        """Parse JSON, also if it is a little damaged, or server-sent events that nobody asked for.
+
+        Raises CallError, with the text, for anything else.
+        """
         try:
             return orjson.loads(content)
         except orjson.JSONDecodeError:
@@ -86,6 +97,8 @@ class Reader:
         try:
             return json.loads(text, strict=False)
         except (ValueError, RecursionError) as error:
+            if text.lstrip().startswith(EVENTS):
+                return _assembled(text)
             page = page_words(text)
             if page is not None:  # of a proxy or a portal, and no answer of a model
                 words, kept = f"expected JSON, got: the page {page!r}", None
@@ -94,6 +107,35 @@ class Reader:
             else:
                 words, kept = "the answer is empty", None
             raise CallError(clean(words, self._api_key), kind="UnreadAnswer", text=kept) from error
+
+
+def _assembled(text: str) -> dict[str, Any]:
+    """Return the answer that server-sent events add up to, with an error if not all of them came."""
+    body: dict[str, Any] = {}
+    parts: dict[str, list[str]] = {"content": [], "refusal": []}
+    ending, whole = None, False
+    for line in re.split(r"\r\n|\r|\n", text):  # str.splitlines would also split inside of JSON strings
+        name, _, data = line.partition(":")
+        if name.strip() != "data":
+            continue
+        if whole := data.strip() == "[DONE]":
+            break
+        try:
+            event = _object(json.loads(data, strict=False))
+        except (ValueError, RecursionError):
+            break
+        body |= {name: event[name] for name in ("model", "usage", "service_tier", "error") if event.get(name)}
+        choices = event.get("choices")
+        for choice in map(_object, choices if isinstance(choices, list) else []):
+            if choice.get("index", 0) == 0:
+                delta = _object(choice.get("delta") or choice.get("message"))
+                for name, texts in parts.items():
+                    texts.append(_text_of({"content": delta.get(name)}))
+                ending = choice.get("finish_reason") or ending
+    if not whole and ending is None:
+        body.setdefault("error", CUT_OFF_STREAM)
+    message = {name: "".join(texts) for name, texts in parts.items()}
+    return {**body, "choices": [{"message": message, "finish_reason": ending}]}
 
 
 def _object(part: Any) -> dict[str, Any]:
@@ -251,7 +293,9 @@ def _tokens_in(usage: Mapping[str, Any]) -> tuple[int | None, int | None]:
 
     If only the total is known, it stands for the prompt.
     """
-    prompt, completion, total = map(_count, map(usage.get, ("prompt_tokens", "completion_tokens", "total_tokens")))
+    prompt = _count(usage.get("prompt_tokens", usage.get("input_tokens")))
+    completion = _count(usage.get("completion_tokens", usage.get("output_tokens")))
+    total = _count(usage.get("total_tokens"))
     if total is not None and prompt is None:
         prompt = max(total - (completion or 0), 0)
     elif total is not None and prompt is not None and completion is None:
@@ -260,4 +304,11 @@ def _tokens_in(usage: Mapping[str, Any]) -> tuple[int | None, int | None]:
 
 
 def _count(value: Any) -> int | None:
-    return value if type(value) is int and 0 <= value <= MAX_TOKENS else None
+    """Return a count that may be written as a float or as text; None for anything else."""
+    if type(value) is int:
+        return value if 0 <= value <= MAX_TOKENS else None
+    try:
+        number = math.nan if value is True else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return int(number) if 0 <= number <= MAX_TOKENS and number.is_integer() else None

@@ -6,7 +6,7 @@ import json
 import random
 import warnings
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from genai_prices.data_snapshot import get_snapshot
@@ -14,11 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lbr.core.errors import CallError, Family, Usage
+from lbr.core.types import Reply
 from lbr.models.chat.answers import Costs, Reader
 from tests.models.chat.test_model import SPOILT, WHOLE, completion, places_in, spoilt
-
-if TYPE_CHECKING:
-    from lbr.core.types import Reply
 
 COUNTED = Usage(10, 5, None)
 TRANSIENT, BAD, PERMANENT = Family.TRANSIENT, Family.BAD_ANSWER, Family.PERMANENT
@@ -45,6 +43,12 @@ def failure(body: Any) -> CallError:
 def without(name: str, **more: Any) -> dict[str, Any]:
     """Return an answer that lacks a field of its body."""
     return {key: value for key, value in completion(**more).items() if key != name}
+
+
+def event(content: str | None = None, finish: str | None = None, **more: Any) -> str:
+    """Return one server-sent event."""
+    choice = {"index": 0, "delta": {"content": content}, "finish_reason": finish}
+    return f"data: {json.dumps({'object': 'chat.completion.chunk', 'choices': [choice], **more})}\n\n"
 
 
 ENVELOPES: dict[str, Any] = {
@@ -114,7 +118,8 @@ USAGES: list[tuple[Any, Usage]] = [
     ({"completion_tokens": 5, "total_tokens": 25}, Usage(20, 5, None)),
     ({"prompt_tokens": 20}, Usage(20, None, None)),
     ({"completion_tokens": 5}, Usage(None, 5, None)),
-    ({"prompt_tokens": "20", "completion_tokens": 5}, Usage(None, 5, None)),
+    ({"prompt_tokens": "20", "completion_tokens": 5.0}, Usage(20, 5, None)),
+    ({"input_tokens": 20, "output_tokens": 5}, Usage(20, 5, None)),
     ({"prompt_tokens": -20, "completion_tokens": 5, "total_tokens": 5}, Usage(0, 5, None)),
     ({"prompt_tokens": True, "completion_tokens": None, "total_tokens": "x"}, Usage()),
     ({"prompt_tokens": 10**30, "completion_tokens": 5}, Usage(None, 5, None)),
@@ -222,9 +227,13 @@ def test_a_filtered_answer_names_category_and_severity() -> None:
 )
 def test_an_error_beside_half_an_answer_breaks_it_off(error: Any) -> None:
     """Without a finish reason the text is not whole, whatever code the error has; text and tokens are kept."""
-    found = failure(completion("The half of", None, error=error))
-    assert (found.family, found.text, found.usage) == (TRANSIENT, "The half of", COUNTED)
-    assert str(found) == "upstream died"
+    for body in (
+        completion("The half of", None, error=error),
+        event("The half of", usage=completion()["usage"]) + f"data: {json.dumps({'error': error})}\n\n",
+    ):
+        found = failure(body.encode() if isinstance(body, str) else body)
+        assert (found.family, found.text, found.usage) == (TRANSIENT, "The half of", COUNTED)
+        assert str(found) == "upstream died"
 
 
 def test_a_status_may_be_written_as_text() -> None:
@@ -330,3 +339,33 @@ async def test_tokens_and_cost_are_the_same(provider: str, url: str) -> None:
                 "usage": told,
             }
             assert costs.usage(body) == as_pydantic_ai_has_it(provider, url, body), (model, told)
+
+
+def test_events_that_were_not_requested_are_put_together() -> None:
+    """Server-sent events add up to one answer, with its usage and why it ended."""
+    usage: dict[str, Any] = {
+        "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
+        "model": "m",
+    }
+    stream = ": PROCESSING\n\n" + event("fi") + "event: message\r\n" + event("ne", "stop") + event(**usage)
+    for end in ("data: [DONE]\n\n", ""):
+        assert read((stream + end).encode()) == Reply("fine", COUNTED, "m", "stop")
+    whole = f"data: {json.dumps(completion())}\n\n"
+    assert read(whole.encode()).text == "fine"
+
+
+def test_events_that_were_cut_off_are_no_answer() -> None:
+    """A stream that ends in the middle is asked for again, and what came of it is kept."""
+    for end in ("", 'data: {"choi'):
+        error = failure((event("The half") + event(" of") + end).encode())
+        assert (error.family, error.kind, error.text) == (TRANSIENT, "UnreadAnswer", "The half of")
+    error = failure((event("The half") + 'data: {"error": {"message": "busy", "code": 429}}\n\n').encode())
+    assert (error.family, error.text, str(error)) == (LIMITED, "The half", "busy (HTTP 429)")
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85"])
+def test_only_line_breaks_end_the_line_of_an_event(character: str) -> None:
+    """Other separators may stand unescaped in the text of an answer."""
+    chunk = {"choices": [{"delta": {"content": f"a{character}b"}, "finish_reason": "stop"}]}
+    for end in ("\n", "\r\n", "\r"):
+        assert read(f"data: {json.dumps(chunk, ensure_ascii=False)}{end * 2}".encode()).text == f"a{character}b"
