@@ -10,6 +10,7 @@ import secrets
 import sqlite3
 import stat
 import sys
+import time
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -34,6 +35,7 @@ OWN_COLUMNS = ("idx", "key", "prompt", "status", "result", "error")
 """The CSV columns that are lbr's own; the prompt's only if no column of the input is the prompt."""
 BUFFER_BYTES = 1 << 20
 LOCK_SECONDS = 0.05
+ABANDONED_SECONDS = 86_400.0
 MAX_LOCK_SECONDS = 600.0
 
 _FORMULA = frozenset("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
@@ -114,6 +116,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     target = _target(path)
     with named_errors(path):
+        _remove_abandoned(target)
         temporary = _create(target)
     try:
         yield temporary
@@ -147,6 +150,17 @@ async def _lock(folder: int) -> None:
             return fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             await asyncio.sleep(LOCK_SECONDS)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what killed processes, here or on other machines, left beside an output a day ago."""
+    name = re.compile(rf"\.{re.escape(target.name[:40])}\.\d{{1,9}}\.[0-9a-f]{{12}}\.tmp")
+    for path in filter(lambda path: name.fullmatch(path.name), target.parent.iterdir()):
+        with suppress(OSError):
+            found = path.lstat()
+            ours = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
+            if ours and found.st_mtime < time.time() - ABANDONED_SECONDS:
+                _discard(path)
 
 
 class JsonlWriter:

@@ -10,6 +10,7 @@ import re
 import stat
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -272,6 +273,23 @@ class TestAtomicPath:
         with atomic_path(path) as temporary:
             temporary.write_text("new")
         assert path.read_text() == "new"
+
+    def test_what_dead_processes_left_is_removed(self, tmp_path: Path) -> None:
+        """A temporary file goes a day after it was written, with SQLite's beside it."""
+        tails = ("0" * 12 + ".tmp", "0" * 12 + ".tmp-journal")
+        left = [tmp_path / f".out.csv.7.{tail}" for tail in tails]
+        others = [tmp_path / f".out.csv.7.{tail}" for tail in ("0.tmp", "0" * 12 + ".tmp.csv", "z" * 12 + ".tmp")]
+        others += [tmp_path / f".not.csv.7.{tails[0]}", tmp_path / f".out.csv.me.{tails[0]}"]
+        young = tmp_path / f".out.csv.7.{'2' * 12}.tmp"
+        link = tmp_path / f".out.csv.7.{'3' * 12}.tmp"
+        for path in (*left, *others, young):
+            path.touch()
+        for path in (*left, *others):
+            os.utime(path, (time.time() - 90_000,) * 2)
+        link.symlink_to(young)
+        with atomic_path(tmp_path / "out.csv") as temporary:
+            temporary.write_text("new")
+        assert set(tmp_path.iterdir()) == {*others, young, link, tmp_path / "out.csv"}
 
 
 class TestLock:
