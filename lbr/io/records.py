@@ -64,13 +64,21 @@ class Template:
         except TemplateSyntaxError as error:
             msg = f"the template is not valid Jinja: {error.message} (line {error.lineno})"
             raise UsageError(f"{msg}. {_row_hint('Column Name')}") from error
+        except Exception as error:  # constants are folded, and expressions nested, while it compiles
+            raise UsageError(f"the template does not compile: {type(error).__name__}: {error}") from error
         self._fields = meta.find_undeclared_variables(tree)
         self._of_row = {
             item.arg.value
             for item in tree.find_all(nodes.Getitem)
             if isinstance(item.node, nodes.Name) and item.node.name == ROW and isinstance(item.arg, nodes.Const)
         }
-        if not self._fields:
+        # A column named like one of Jinja's globals comes before it.
+        self._names = (
+            self._fields
+            | self._of_row
+            | {name.name for name in tree.find_all(nodes.Name) if name.name in environment.globals}
+        )
+        if not self._names:
             raise UsageError(
                 f"the template names no field, so that every prompt would be the same: {shown(text)}. Write fields like "
                 f"{{{{ prompt }}}}; a template in a file is @FILE"
@@ -104,7 +112,7 @@ class Template:
             raise place.error(f"{msg}; the fields are: {names(fields)}") from error
         if not self._written or ("text" in self._written and "null" not in self._written):
             return prompt
-        used = {name: value for name, value in fields.items() if name in self._fields | self._of_row} or fields
+        used = {name: value for name, value in fields.items() if name in self._names} or fields
         if "text" not in self._written:
             msg = f"every field that the template shows is empty: {names(used)}"
             raise EmptyPromptError(msg, source=place.source, line=place.line)

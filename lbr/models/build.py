@@ -19,6 +19,7 @@ from lbr.models.function import FunctionModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from types import ModuleType
 
     from lbr.core.schema import Validator
     from lbr.core.types import Task
@@ -90,9 +91,7 @@ def check_task(task: Task) -> None:
     if task.schema is not None:
         checks.check_schema(task.schema)
     if not chat.sends(name, task.settings):
-        from lbr.models import pydantic_ai  # noqa: PLC0415 - takes seconds
-
-        pydantic_ai.check_model(name, task.settings)
+        _pydantic_ai(name).check_model(name, task.settings)
     max_output_tokens(task.settings)  # raises for what no worker can read
 
 
@@ -105,9 +104,9 @@ def unsent(task: Task) -> list[str]:
         return []
     if problems := checks.not_kept(task.settings):
         return problems
-    from lbr.models import pydantic_ai  # noqa: PLC0415
-
-    return pydantic_ai.unsent(task.model or "", task.settings, task.schema)
+    name = task.model or ""
+    found: list[str] = _pydantic_ai(name).unsent(name, task.settings, task.schema)
+    return found
 
 
 def build_model(task: Task, authority: Authority, *, concurrency: int, connections: Connections | None = None) -> Model:
@@ -124,6 +123,17 @@ def build_model(task: Task, authority: Authority, *, concurrency: int, connectio
             return _provider_model(task, authority, connections)
 
 
+def _pydantic_ai(name: str) -> ModuleType:
+    """Import pydantic-ai's adapter, which takes seconds; UsageError if it, or what it needs, cannot be imported."""
+    try:
+        from lbr.models import pydantic_ai  # noqa: PLC0415
+    except Exception as error:
+        raise UsageError(
+            f"cannot use model {name!r}: importing pydantic-ai failed with {type(error).__name__}: {error}; reinstall it"
+        ) from error
+    return pydantic_ai
+
+
 def _provider_model(task: Task, authority: Authority, connections: Connections | None) -> Model:
     """Build the chat adapter if it can serve the task, else pydantic-ai's."""
     key, name, settings = authority.openrouter_api_key, task.model or "", task.settings
@@ -132,9 +142,9 @@ def _provider_model(task: Task, authority: Authority, connections: Connections |
     checks.check_trust()
 
     def build_other() -> PydanticAIModel:
-        from lbr.models.pydantic_ai import PydanticAIModel  # noqa: PLC0415
-
-        return PydanticAIModel(name, task_settings=settings, api_key=key, connections=connections)
+        adapter = _pydantic_ai(name).PydanticAIModel
+        model: PydanticAIModel = adapter(name, task_settings=settings, api_key=key, connections=connections)
+        return model
 
     endpoint = chat.endpoint_of(name, key)
     if endpoint is None or chat.fields_of(endpoint, settings) is None:

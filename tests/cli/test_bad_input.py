@@ -28,6 +28,7 @@ pytestmark = pytest.mark.processes
 PATIENCE_SECONDS = 90
 LATIN = "latin-\udcff"
 PASSWORD = "hunter2"
+DEEP_TEMPLATE = "{{" + "(" * 3_000 + "prompt" + ")" * 3_000 + "}}"
 GOOD_LINES = "".join(f'{{"prompt": "p{n}"}}\n' for n in range(16))
 FUNCTIONS = {
     "fns.py": "def fn(text): return text\n",
@@ -284,11 +285,16 @@ def test_bad_and_empty_rows_are_left_out_on_request(tmp_path: Path) -> None:
         case("enqueue p.csv --template {{city", "not valid Jinja", "(line 1)"),
         case("enqueue p.csv --template {{city}}{{1/0}}", "p.csv, line 2", "ZeroDivisionError", code=1),
         case("enqueue p.csv --template {{city.__class__}}", "p.csv, line 2", "SecurityError", code=1),
+        case(
+            f"enqueue p.csv --template {DEEP_TEMPLATE}",
+            "the template does not compile: RecursionError",
+            name="deep",
+        ),
         case("enqueue p.csv --template @none.j2", "cannot read a template from none.j2", "No such file"),
     ],
 )
 def test_bad_templates_are_refused(wrong: Case, tmp_path: Path) -> None:
-    """A template that is not valid, does not fit, fails or attacks the sandbox makes no run."""
+    """A template that does not compile, does not fit, fails or attacks the sandbox makes no run."""
     write(tmp_path, CSV)
     refuse(tmp_path, wrong)
 

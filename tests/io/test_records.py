@@ -138,13 +138,13 @@ class TestTemplate:
         ]
         assert (bad.empty, bad.count) == (2, 0)
 
-    @pytest.mark.parametrize("name", ["Review Text", "2nd", "self", "row", 'a"b'])
+    @pytest.mark.parametrize("name", ["Review Text", "2nd", "range", "dict", "self", "row", 'a"b'])
     def test_a_column_of_any_name(self, tmp_path: Path, name: str) -> None:
-        """`row` holds every column; a column of that name comes first."""
+        """`row` holds every column; a column of that name, or of one of Jinja's own, comes first."""
         path = write(tmp_path, "in.jsonl", json.dumps({name: "x"}) + "\n")
         if name != "row":
             assert texts(path, template=f"{{{{ row[{json.dumps(name)}] }}}}") == ["x"]
-        if name == "row":
+        if name in {"range", "dict", "row"}:
             assert texts(path, template=f"{{{{ {name} }}}}") == ["x"]
 
     def test_a_method_is_no_prompt(self, tmp_path: Path) -> None:
@@ -161,7 +161,12 @@ class TestTemplate:
         with pytest.raises(UsageError, match=r'Write \{\{ row\["(Review Text|Column Name)"\] \}\}'):
             read(path, template=template)
 
-    @pytest.mark.parametrize("template", ["prompt.txt", "Summarise {review}", "", "{{ range }}"])
+    def test_a_global_that_is_no_column_is_no_field(self, tmp_path: Path) -> None:
+        """A template that shows one of Jinja's own functions would make every prompt the same."""
+        with pytest.raises(InputError, match="range is a method or a function"):
+            read(write(tmp_path, "in.csv", "prompt\na\n"), template="{{ range }}")
+
+    @pytest.mark.parametrize("template", ["prompt.txt", "Summarise {review}", ""])
     def test_a_template_that_names_nothing_is_refused(self, tmp_path: Path, template: str) -> None:
         """A template that would make every prompt the same is a mistake: a forgotten @, or the wrong braces."""
         path = write(tmp_path, "in.jsonl", "{}\n")
