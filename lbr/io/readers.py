@@ -291,6 +291,9 @@ def _json_fields(line: str, place: Place) -> Fields:
     except orjson.JSONDecodeError as error:
         not_json = re.search(r"\bNaN\b|\bInfinity\b", line)
         hint = f"JSON has no {not_json[0]}: write null instead" if not_json else "fix it"
+        with suppress(ValueError, RecursionError):
+            if re.search("[\ud800-\udfff]", json.dumps(json.loads(line), ensure_ascii=False)):
+                hint = "it has half a surrogate pair, which is not Unicode: remove it"
         raise place.error(f"the line is not a JSON object: {error.msg} (character {error.colno}); {hint}") from error
     if not isinstance(fields, dict):
         raise place.error(f'expected a JSON object, got: {shown(fields)}; write {{"prompt": …}}')

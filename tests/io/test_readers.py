@@ -138,7 +138,7 @@ class TestJsonl:
         ("line", "message"),
         [
             ("oops", "the line is not a JSON object: unexpected character"),
-            ('{"prompt":"\\ud800"}', "the line is not a JSON object: .*surrogate"),
+            ('{"prompt":"\\ud800"}', "the line is not a JSON object: .*half a surrogate pair, which is not Unicode"),
             ('{"prompt":"a","x":{"y":NaN}}', "the line is not a JSON object: .* JSON has no NaN: write null"),
             ('{"prompt":"a","x":-Infinity}', "the line is not a JSON object: .* JSON has no Infinity: write null"),
             ("[" * 5000, "the line is not a JSON object: "),
