@@ -260,7 +260,7 @@ _TRY_SOLE = "SELECT pg_try_advisory_lock($1, 0)"
 
 
 class PostgresDatabase(Database):
-    """An open PostgreSQL queue: a few writing connections, a few readers, one that listens."""
+    """An open PostgreSQL queue: two writing connections, up to two readers, one that listens."""
 
     def __init__(self, address: Address, *, clock: Callable[[], Millis] | None, patience: float) -> None:
         folders = [folder for folder in (files.state_folder(), Path.cwd()) if folder is not None]
@@ -269,7 +269,7 @@ class PostgresDatabase(Database):
         super().__init__(address.shown, patience=patience, spool_places=places, presence=Presence())
         self._clock = clock
         options = {"schema_translate_map": {None: SCHEMA}}
-        self._writer = make_engine(address, "READ COMMITTED", pool_size=3, options=options, settings=WRITER_SETTINGS)
+        self._writer = make_engine(address, "READ COMMITTED", pool_size=2, options=options, settings=WRITER_SETTINGS)
         reading = options | {"postgresql_readonly": True}
         self._reader = make_engine(address, "REPEATABLE READ", pool_size=2, options=reading)
         self._listener = Listener(arguments_of(address), CHANNEL, listen=not address.pooled)
