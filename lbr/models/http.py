@@ -129,6 +129,11 @@ class Connections:
             except BaseException:
                 connection.close()
                 raise
+            transport = connection.transport
+            if transport is not None and transport.get_write_buffer_size():
+                # The server answered before it had read the whole request, and may never read the rest.
+                transport.abort()
+                connection.close()
             connection.release()
             return head, chunks[0] if len(chunks) == 1 else b"".join(chunks)
         except (aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError, ValueError) as error:

@@ -7,6 +7,7 @@ claim: a job that another worker has claimed since is not touched.
 from __future__ import annotations
 
 import os
+import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,10 +53,10 @@ RETAKE = (
     .where(PENDING, _OURS)
     .values(state=literal_column("'inflight'"), crashes=jobs.c.crashes - 1, lease_until=bindparam("until"))
 )
-_CLAIMED_BY = (
+CLAIMED_BY = (
     select(jobs.c.id, jobs.c.claim_seq, jobs.c.run_id)
     .where(INFLIGHT, jobs.c.worker_id == bindparam("worker"), jobs.c.lease_until < bindparam("before"))
-    .order_by(jobs.c.id)
+    .order_by(jobs.c.lease_until)
     .with_for_update(skip_locked=True)
 )
 _SET_FREE = (
@@ -215,31 +216,35 @@ def renew(
     lease: float,
     settled: int,
     rate: float,
+    seen: float,
 ) -> set[JobId]:
     """Extend the leases of a worker's claims and report that it lives; return the jobs that it lost.
 
     A lease that ran out, but whose job no worker has claimed since, is taken up again as if it had held. Jobs that
-    are the worker's without its knowing, because the reply to their claim was lost, are released. `settled` is how
-    many jobs the worker has settled, `rate` how many a second lately.
+    are the worker's without its knowing, because the reply to their claim was lost, are released; `seen` is since when
+    the worker has known that it holds no others, in seconds of `time.monotonic`. `settled` is how many jobs it has
+    settled, `rate` how many a second lately.
     """
     values = {"seen_at": now, "settled": settled, "rate_milli": round(rate * 1000)}
     connection.execute(update(workers).where(workers.c.id == worker).values(**values))
     held = {claim.job_id: claim.claim_seq for claim in claims}
     until = now + round(lease * 1000)
-    _release_unknown(connection, now, worker, held, until - min(LOST_MS, round(lease * 500)))
-    if not held:
-        return set()
     bound = {"ids": list(held), "worker": worker, "until": until}
-    rows = connection.execute(RENEW, bound).all()
+    rows = connection.execute(RENEW, bound).all() if held else []
     lost = set(held) - {JobId(row.id) for row in rows if held[JobId(row.id)] == row.claim_seq}
-    return lost - _retake(connection, held, bound | {"ids": list(lost)}) if lost else lost
+    if lost:
+        lost -= _retake(connection, held, bound | {"ids": list(lost)})
+    # A renewal that is repeated must not take later claims for lost ones.
+    age = min(LOST_MS, round(lease * 500)) + round((time.monotonic() - seen) * 1000)
+    _release_unknown(connection, now, worker, held, until - age)
+    return lost
 
 
 def _release_unknown(
     connection: Connection, now: Millis, worker: WorkerId, held: Mapping[JobId, int], before: int = 2**62
 ) -> None:
     """Release jobs that were claimed in the worker's name, with a lease until `before`, and that it does not hold."""
-    rows = connection.execute(_CLAIMED_BY, {"worker": worker, "before": before}).all()
+    rows = connection.execute(CLAIMED_BY, {"worker": worker, "before": before}).all()
     unknown = [row for row in rows if row.id not in held]
     _release(connection, unknown)
     if unknown:  # how many tokens they took is not known

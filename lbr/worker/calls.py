@@ -115,6 +115,7 @@ class Calls:
         self._started = time.monotonic()
         self._recent: deque[tuple[float, int]] = deque()
         self.worker = WorkerId(0)
+        self.owner: asyncio.Task[object] | None = None
         self.enough = MAX_ROWS
         """How many ended calls are worth a commit at once."""
         self.error: BaseException | None = None
@@ -160,7 +161,8 @@ class Calls:
         try:
             outcome = await self._outcome(held.claim, held.served)
         except asyncio.CancelledError:
-            if held.task is None:
+            # The end of the event loop cancels the worker, too.
+            if held.task is None or (self.owner is not None and self.owner.cancelling()):
                 raise
             # By the function, which runs in this task.
             outcome = Outcome(None, failure_of(CallError("the call cancelled itself")), 0)

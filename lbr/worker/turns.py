@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from lbr.core.errors import DatabaseBusyError, DatabaseError
@@ -13,7 +14,7 @@ from lbr.store.claim import ClaimRequest, claim, settle_and_claim
 from lbr.store.settle import settle
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from lbr.core.types import Claim, Settlement
     from lbr.store.database import Database
@@ -55,6 +56,8 @@ class Turns:
         self.more = True
         self.throttled = False
         self.claims: list[Claim] = []
+        self.claiming_since: float | None = None
+        """When the claim began that is under way, None if none is."""
 
     @property
     def order(self) -> list[RunId]:
@@ -81,8 +84,21 @@ class Turns:
 
     async def claim(self, most: int, *, suspects: bool = False) -> None:
         """Claim up to `most` jobs; with `suspects`, jobs that crashed their workers and must run alone."""
-        found = await self._database.write(claim, self._request(most, suspects=suspects))
-        self.claims += found if suspects else self._noted(found, most)
+        with self._claiming():
+            found = await self._database.write(claim, self._request(most, suspects=suspects))
+            self.claims += found if suspects else self._noted(found, most)
+
+    @contextmanager
+    def _claiming(self) -> Iterator[None]:
+        self.claiming_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self.claiming_since = None
+
+    def lose(self, claim: Claim) -> None:
+        """Do not call for a job that is not ours any more."""
+        self.claims = [one for one in self.claims if (one.job_id, one.claim_seq) != (claim.job_id, claim.claim_seq)]
 
     async def settle(self, batch: Sequence[Settlement], free: int, freed: int) -> Settled:
         """Settle a batch and claim for the `free` slots; on a file, for those `freed` by it too.
@@ -109,14 +125,15 @@ class Turns:
 
     async def _settle_and_claim(self, batch: Sequence[Settlement], most: int) -> Settled:
         request = self._request(most, suspects=False)
-        try:
-            settled, claims = await self._database.write(settle_and_claim, batch, request)
-        except DatabaseBusyError:
-            raise
-        except DatabaseError:
-            # A row that cannot be claimed must not keep paid answers out; the next claim reports it.
-            return await self._database.write(settle, batch)
-        self.claims += self._noted(claims, most)
+        with self._claiming():
+            try:
+                settled, claims = await self._database.write(settle_and_claim, batch, request)
+            except DatabaseBusyError:
+                raise
+            except DatabaseError:
+                # A row that cannot be claimed must not keep paid answers out; the next claim reports it.
+                return await self._database.write(settle, batch)
+            self.claims += self._noted(claims, most)
         return settled
 
     def _request(self, most: int, *, suspects: bool) -> ClaimRequest:

@@ -173,6 +173,7 @@ class Worker:
             host, slots = socket.gethostname(), self._runs.slots
             self._id = await leases.register(self._database, host=host, pid=os.getpid(), concurrency=slots)
             self._turns.worker = self._calls.worker = self._id
+            self._calls.owner = asyncio.current_task()
             ticking = asyncio.create_task(self._tick())
             try:
                 await self._work()
@@ -238,11 +239,11 @@ class Worker:
                 self.report.released += await self._database.write(leases.release, self._id, released)
             while self._calls.ended and not isinstance(self._calls.error, DatabaseError):
                 await self._take_turn()
-        except DatabaseError as error:
+            await self._give_back()
+            if not isinstance(self._calls.error, DatabaseError):
+                await leases.unregister(self._database, self._id)
+        except Exception as error:  # noqa: BLE001 - whatever it is, finished answers must be kept
             self._calls.error = self._calls.error or error
-        await self._give_back()
-        if not isinstance(self._calls.error, DatabaseError):
-            await leases.unregister(self._database, self._id)
         if self._calls.error is not None:
             raise keep_unwritten(self._database, self._calls.error, self._calls.ended)
 
@@ -427,11 +428,15 @@ class Worker:
 
     async def _renew(self) -> None:
         await self._check_clock()
-        claims = self._calls.claims
+        # Those that are not called yet, too: they may have to wait for a settlement.
+        claims, seen = [*self._calls.claims, *self._turns.claims], self._turns.claiming_since or time.monotonic()
         settled, rate, lease = self.report.done + self.report.failed, self._calls.rate(), self._options.lease
-        lost = await self._database.write(leases.renew, self._id, claims, lease=lease, settled=settled, rate=rate)
+        lost = await self._database.write(
+            leases.renew, self._id, claims, lease=lease, settled=settled, rate=rate, seen=seen
+        )
         for claim in claims:
             if claim.job_id in lost:
+                self._turns.lose(claim)
                 self._calls.lose(claim)
 
     async def _finish_calls(self) -> None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import zlib
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -193,3 +194,26 @@ async def test_an_endless_answer_fails_its_call(adapter: str, packed: bool, stat
     words = f"the answer from 127.0.0.1:{server.port} is larger than 64 MB; it was not kept"
     assert told == [["transient", "None", None, words]] * 4
     assert megabytes < MEGABYTES
+
+
+async def test_a_connection_whose_request_was_not_read_is_not_used_again() -> None:
+    """A server may answer before it has read a large request, and never read the rest: the next call goes elsewhere."""
+
+    async def answer_early(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                await reader.readuntil(b"\r\n\r\n")
+                writer.write(b"HTTP/1.1 429 No\r\nContent-Length: 2\r\n\r\nno")
+                await asyncio.sleep(3_600)
+
+    server = await asyncio.start_server(answer_early, "127.0.0.1", 0, limit=100_000)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/x"
+    connections = Connections()
+    for size in (12_000_000, 100):
+        async with asyncio.timeout(20):
+            head, body = await connections.fetch(
+                "POST", url, timeout=ClientTimeout(total=None, connect=5), data=b"x" * size
+            )
+        assert (head.code, body) == (429, b"no")
+    await connections.aclose()
+    server.close()

@@ -19,7 +19,7 @@ from lbr.core.types import (
     RunId,
     WorkerId,
 )
-from lbr.store import files, reads
+from lbr.store import files, leases, reads
 from lbr.store.database import open_database
 from lbr.store.leases import LOST_MS, RECLAIM_PAGE, Presence
 from lbr.store.settle import settle
@@ -329,6 +329,18 @@ async def test_a_short_lease_gives_lost_claims_back_before_it_ends(database: Dat
     clock.forward(6)
     await queue.renew(worker, [], lease=10, settled=0, rate=0.0)
     assert await states(database, run) == {"pending": 1}
+
+
+async def test_a_renewal_that_is_repeated_releases_no_later_claim(database: Database, clock: Clock) -> None:
+    """What was claimed after the worker last knew all that it holds is not taken for lost."""
+    run = await put(database, ["a"])
+    worker = await Queue(database).register(host="h", pid=1, concurrency=1)
+    await Queue(database).claim(worker, [run.id], 1, lease=60)
+    clock.forward(LOST_MS / 1000 + 1)
+    for seconds, state in ((30, "inflight"), (0, "pending")):
+        seen = time.monotonic() - seconds
+        await database.write(leases.renew, worker, [], lease=60.0, settled=0, rate=0.0, seen=seen)
+        assert await states(database, run) == {state: 1}
 
 
 async def test_lapsed_lease_is_taken_up_again_by_the_living(database: Database, clock: Clock) -> None:

@@ -22,7 +22,7 @@ from lbr.core.types import Failure, Outcome, Reply, Task
 from lbr.store import claim, enqueue, limits, reads, runs, schema, settle
 from lbr.store.claim import CLAIM, CLAIM_CHOSEN, CLAIM_SUSPECT, DUE, DUE_SIZED, DUE_SUSPECT
 from lbr.store.database import open_database
-from lbr.store.leases import EXPIRED, RECLAIM, RENEW
+from lbr.store.leases import CLAIMED_BY, EXPIRED, RECLAIM, RENEW
 from lbr.store.postgres import SOLE_LOCK, Listener, PostgresDatabase
 from lbr.store.sql import SHARDS, BulkStatement, PreparedQuery
 from tests.support import ECHO, Cli, Queue, answered, assert_counted, eventually, failed, postgres, put, states
@@ -128,7 +128,7 @@ async def test_plans_hold_at_a_million_jobs(live: Database, statistics: str) -> 
     """No statement of the hot path reads the table of jobs through, or sorts it, whatever the planner was told."""
     first = await fill(live, statistics=statistics)
     ids = list(range(first, first + 128))
-    bound: dict[str, Any] = {"run": 1, "now": FAR, "most": 128, "worker": 1, "until": FAR, "ids": ids}
+    bound: dict[str, Any] = {"run": 1, "now": FAR, "most": 128, "worker": 1, "until": FAR, "before": FAR, "ids": ids}
     bound["keys"] = [bytes(16), bytes(range(16))]
     settling = {"job": ids, "seq": [0] * 128, "to": ["done"] * 128, "charge": [1] * 128}
     settling |= {"available": [1] * 128, "finished": [1] * 128}
@@ -140,6 +140,7 @@ async def test_plans_hold_at_a_million_jobs(live: Database, statistics: str) -> 
         (CLAIM_CHOSEN, "jobs_"),
         (CLAIM_SUSPECT, "jobs_suspects"),
         (EXPIRED, "jobs_lease"),
+        (CLAIMED_BY, "jobs_lease"),
         (RECLAIM, "jobs_"),
         (RENEW, "jobs_"),
         (settle.STATUS, "jobs_pkey"),

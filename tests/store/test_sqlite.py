@@ -26,7 +26,7 @@ from lbr.store import enqueue, files, reads, runs, schema, sqlite, sqlite_connec
 from lbr.store.addresses import sqlite_path
 from lbr.store.claim import CLAIM, CLAIM_CHOSEN, DUE, DUE_SIZED, DUE_SUSPECT, PROMPTS
 from lbr.store.database import open_database
-from lbr.store.leases import EXPIRED, RENEW
+from lbr.store.leases import CLAIMED_BY, EXPIRED, RENEW
 from lbr.store.settle import SETTLE, STATUS, settle
 from lbr.store.sql import PreparedQuery
 from lbr.store.sqlite import SQLiteDatabase
@@ -289,7 +289,7 @@ class Undo(Exception):  # noqa: N818
 
 async def plan(database: Database, statement: Any) -> str:
     """Run a statement, undo it, and return SQLite's plan of what was sent, one line per step."""
-    bound = {"ids": [1, 2], "keys": [b"k"], "worker": 1, "until": 1, "now": 1, "run": 1, "most": 5}
+    bound = {"ids": [1, 2], "keys": [b"k"], "worker": 1, "until": 1, "now": 1, "run": 1, "most": 5, "before": 1}
     bound |= {"job": 1, "seq": 1, "to": "done", "available": 1, "charge": 1, "finished": 1}
     sent: list[tuple[str, Any]] = []
     steps: list[str] = []
@@ -325,6 +325,7 @@ async def test_plans_use_the_partial_indexes(database: Database) -> None:
         (DUE_SIZED, "INDEX jobs_pending (run_id=? AND available_at<?)"),
         (CLAIM_CHOSEN, "INTEGER PRIMARY KEY"),
         (EXPIRED, "INDEX jobs_lease (lease_until<?)"),
+        (CLAIMED_BY, "INDEX jobs_lease (lease_until<?)"),
         (RENEW, "INTEGER PRIMARY KEY"),
         (SETTLE.each, "INTEGER PRIMARY KEY"),
         (STATUS, "INTEGER PRIMARY KEY"),

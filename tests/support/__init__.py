@@ -132,7 +132,8 @@ class Queue:
         self, worker: WorkerId, claims: Iterable[Claim], *, lease: float, settled: int, rate: float
     ) -> set[JobId]:
         """Extend leases."""
-        return await self._database.write(leases.renew, worker, list(claims), lease=lease, settled=settled, rate=rate)
+        given = {"lease": lease, "rate": rate, "seen": time.monotonic()}
+        return await self._database.write(leases.renew, worker, list(claims), settled=settled, **given)
 
     async def release(self, worker: WorkerId, claims: Iterable[Claim], *, unused: bool = False) -> int:
         """Give claims back."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 from collections import Counter
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import update
 
+import lbr
 from lbr.api.task import authorize
 from lbr.core.config import WorkOptions
 from lbr.core.errors import (
@@ -29,12 +31,14 @@ from lbr.models.identity import identify
 from lbr.store import enqueue, reads, runs, schema
 from lbr.store.database import open_database
 from lbr.store.leases import Presence
+from lbr.store.sqlite import SQLiteDatabase
 from lbr.worker.worker import Worker
 from tests.support import ECHO, Queue, assert_counted, eventually, locked_by_another, put, real_clock, states
 from tests.support.http_server import Scripted
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+    from pathlib import Path
 
     from lbr.core.types import Run
     from lbr.store.database import Database
@@ -726,3 +730,45 @@ async def test_a_report_by_another_clock_stops_a_worker_before_it_claims(live: D
         reporting.cancel()
         await asyncio.gather(reporting, return_exceptions=True)
     assert await states(live, run) == ({"pending": 2} if live.presence.knows else {"done": 2})
+
+
+async def patient(prompt: str) -> str:
+    """Take a while."""
+    await asyncio.sleep(0.05 + len(prompt) / 100)
+    return prompt
+
+
+def test_the_end_of_the_event_loop_fails_no_call(tmp_path: Path) -> None:
+    """`asyncio.run` ends by cancelling every task, calls too: their jobs are called again, and no try is charged."""
+    url = str(tmp_path / "queue.db")
+
+    async def work_for_a_moment() -> None:
+        await lbr.enqueue(["x" * n for n in range(1, 121)], run="r", function=patient, max_attempts=1, db_url=url)
+        working = asyncio.create_task(lbr.work(functions=[patient], concurrency=32, db_url=url))
+        await asyncio.sleep(0.6)
+        assert not working.done()
+
+    asyncio.run(work_for_a_moment())
+    report = asyncio.run(lbr.work(functions=[patient], concurrency=120, db_url=url))
+    assert report.failed == 0
+    status = asyncio.run(lbr.status("r", db_url=url)).runs[0]
+    assert (status.done, status.failed) == (120, 0)
+
+
+async def test_answers_are_kept_whatever_the_error_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that is not the database's, as of a mount that went away, ends the worker and costs no answer."""
+
+    async def lose_the_mount(prompt: str) -> str:
+        def fail(_: Any) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(SQLiteDatabase, "_found", fail)
+        return prompt
+
+    file = await open_database(str(tmp_path / "queue.db"), create=True)
+    await put(file, ["a"], task=asks(lose_the_mount))
+    with pytest.raises(DatabaseError, match="1 finished answers are kept in"):
+        await worker_for(file, lose_the_mount, concurrency=1).run()
+    assert [path.suffixes[-2:] for path in tmp_path.glob("*.spool.jsonl")] == [[".spool", ".jsonl"]]
+    monkeypatch.undo()
+    await file.close()
