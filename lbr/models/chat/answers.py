@@ -86,7 +86,7 @@ class Reader:
         raise failed
 
     def _parse(self, content: bytes) -> Any:
-        """Parse JSON, also if it is a little damaged, or server-sent events that nobody asked for.
+        """Parse JSON, also if it is a little damaged, or server-sent events that were not requested.
 
         Raises CallError, with the text, for anything else.
         """
