@@ -34,7 +34,8 @@ def pace(turn_seconds: float, call_seconds: float, held: int) -> tuple[int, floa
     slow, as many as end meanwhile. The wait leaves other writers three quarters of the time, or is a fiftieth of a
     call, so that calls that end one by one share a commit.
     """
-    rows = round(held * max(1 / 4, turn_seconds / (turn_seconds + call_seconds or 1)))
+    ending = turn_seconds / (turn_seconds + call_seconds) if call_seconds else 1.0
+    rows = round(held * max(1 / 4, ending))
     return min(MAX_ROWS, max(1, rows)), min(MAX_LINGER_SECONDS, max(3 * turn_seconds, call_seconds / 50))
 
 

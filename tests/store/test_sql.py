@@ -49,7 +49,7 @@ async def test_a_thousand_jobs_take_few_statements(counted: Counter[str], db_url
     server = db_url.startswith("postgresql")
     bounds = {
         "enqueue": {"statements": 53 if server else 28, "commits": 8},
-        "work": {"statements": 120 if server else 90, "commits": 30},
+        "work": {"statements": 80 if server else 57, "commits": 22},
         "collect": {"statements": 11 if server else 8, "commits": 6},
     }
     found = {}

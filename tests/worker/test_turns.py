@@ -54,7 +54,7 @@ def turns_of(database: Database, run: Run | None = None) -> Turns:
         (0.004, 0.1, 64, 16, 0.012),
         (0.02, 0.02, 64, 32, 0.05),  # a slow disk: as many as end during a turn
         (0.002, 0.0, 64, 64, 0.006),  # calls that take no time are written together
-        (0.0, 0.0, 64, 16, 0.0),
+        (0.0, 0.0, 64, 64, 0.0),
         (0.01, 10.0, 4_000, 500, 0.05),
         (0.002, 1.0, 2, 1, 0.02),  # few slots wait for no other
     ],
