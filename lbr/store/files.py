@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import hashlib
 import os
 import re
 import sqlite3
 import time
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -17,11 +18,6 @@ from filelock import AsyncFileLock, FileLock, Timeout
 
 from lbr.core import ownership
 from lbr.core.errors import DatabaseBusyError, DatabaseError, UsageError
-
-try:
-    import fcntl
-except ImportError:  # a system without flock(2)
-    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Iterator
@@ -39,7 +35,6 @@ NETWORK_FILE_SYSTEMS = frozenset(
 SUFFIXES = ("", *ownership.COMPANIONS)
 PART = ".part"
 """The end of the name of a file that is being written."""
-HAS_LOCKS = fcntl is not None
 LOOKS = 100
 MOUNTS = Path("/proc/self/mountinfo")
 NETWORK_WAYS = "put it on a local disk, or name a PostgreSQL server with --db"
@@ -56,9 +51,16 @@ def locks_of(database: Path) -> list[Path]:
     return sorted(database.parent.glob(f"{glob.escape(database.name)}.*.lock"))
 
 
-def file_lock(path: Path, *, timeout: float) -> FileLock:
-    """Return a kernel lock on a file beside the database; a killed holder frees it at once."""
-    return FileLock(path, timeout=timeout, mode=0o600, fallback_to_soft=False)
+@contextmanager
+def locked(database: Path, purpose: str) -> Iterator[None]:
+    """Hold a kernel lock on a file beside the database; a killed holder frees it at once.
+
+    Raises Timeout if another process holds it, OSError if it cannot be used.
+    """
+    path = lock_path(database, purpose)
+    ownership.check_ours(path, database)
+    with FileLock(path, timeout=0, mode=0o600, fallback_to_soft=False):
+        yield
 
 
 def lock_open(descriptor: int) -> None:
@@ -223,9 +225,8 @@ def write_private(path: Path, data: bytes) -> None:
     descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            if HAS_LOCKS:
-                with suppress(OSError):
-                    lock_open(descriptor)
+            with suppress(OSError):
+                lock_open(descriptor)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -245,7 +246,7 @@ def remove_parts(parts: Iterable[Path]) -> None:
     """Remove those of these files that killed processes were writing; a process that still writes one holds its lock."""
     for part in parts:
         # The locks of other machines are not visible here.
-        if HAS_LOCKS and is_free(part) and not is_network(file_system(part)):
+        if is_free(part) and not is_network(file_system(part)):
             with suppress(OSError):
                 part.unlink()
 

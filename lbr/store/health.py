@@ -19,8 +19,7 @@ from lbr.store import counters, files, reads, schema
 from lbr.store.addresses import is_postgresql, sqlite_path
 from lbr.store.database import local_clock
 from lbr.store.schema import INFLIGHT, jobs
-from lbr.store.sqlite import SQLiteDatabase
-from lbr.store.sqlite_connection import HARMLESS, reading_engine
+from lbr.store.sqlite import HARMLESS, SQLiteDatabase, reading_engine
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence

@@ -383,7 +383,7 @@ class Presence:
     """
 
     def __init__(self, database: Path | None = None) -> None:
-        self.knows = database is not None and files.HAS_LOCKS
+        self.knows = database is not None
         """Whether anything can be known of workers."""
         self._database = database or Path()
         self._mine: dict[WorkerId, int] = {}

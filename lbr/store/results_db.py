@@ -27,7 +27,7 @@ from lbr.core.errors import DatabaseError, OutputError, UsageError
 from lbr.store import files
 from lbr.store.addresses import is_postgresql, sqlite_path
 from lbr.store.sql import if_small, pages
-from lbr.store.sqlite_connection import (
+from lbr.store.sqlite import (
     BEGIN_WRITING,
     SCHEMA_ROWS,
     database_errors,
@@ -150,7 +150,7 @@ async def remove(url: PathOrUrl, *, run: str) -> bool:
 
 @asynccontextmanager
 async def _transaction(path: Path, *, begin: str = "BEGIN") -> AsyncIterator[AsyncConnection]:
-    engine = file_engine(path, begin=begin, pragmas=PRAGMAS)
+    engine = file_engine(path, begin, *PRAGMAS)
     try:
         with database_errors(path):
             async with engine.begin() as connection:

@@ -275,13 +275,17 @@ def _names(connection: Connection, table: str) -> set[str]:
 
 
 def _alter(connection: Connection, table: Table, change: str) -> None:
-    schema = _schema_of(connection)
-    name = table.name if schema is None else f"{schema}.{table.name}"
+    name = ".".join(filter(None, (_schema_of(connection), table.name)))
     connection.execute(text(f"ALTER TABLE {name} {change}"))
 
 
-def _create_missing(connection: Connection) -> None:
-    metadata.create_all(connection)
+def _add_missing(connection: Connection) -> None:
+    """Add the columns that older versions of the tables do not have."""
+    for table in metadata.sorted_tables:
+        there = _names(connection, table.name)
+        for column in table.columns:
+            if column.name not in there:
+                _alter(connection, table, f"ADD COLUMN {column.name} {column.type.compile(connection.dialect)}")
 
 
 def _index_suspects(connection: Connection) -> None:
@@ -304,20 +308,6 @@ def _move_keys(connection: Connection) -> None:
     for name, column in (("jobs_run_key", keyed.c.run_id), ("jobs_done_key", keyed.c.key)):
         Index(name, column).drop(connection)
     _alter(connection, jobs, "DROP COLUMN key")
-
-
-def _add_missing(connection: Connection, *tables: Table) -> None:
-    for table in tables:
-        there = _names(connection, table.name)
-        for column in table.columns:
-            if column.name not in there:
-                kind = column.type.compile(connection.dialect)
-                _alter(connection, table, f"ADD COLUMN {column.name} {kind}")
-
-
-def _adding_to(*tables: Table) -> Callable[[Connection], None]:
-    """Return the step that adds the columns that older versions of these tables do not have."""
-    return lambda connection: _add_missing(connection, *tables)
 
 
 # Before version 9, only the text of a pause showed its cause.
@@ -358,7 +348,6 @@ def _pause_of(state: str, reason: str) -> dict[str, str | None]:
 def _name_causes(connection: Connection) -> None:
     if "pause_reason" not in _names(connection, "runs"):
         return
-    _add_missing(connection, runs)
     old = Table("runs", MetaData(), *(Column(name) for name in ("id", "state", "pause_reason")))
     for row in connection.execute(select(old).where(old.c.pause_reason.is_not(None))).all():
         pause = _pause_of(row.state, row.pause_reason)
@@ -379,24 +368,26 @@ def _end_moves(connection: Connection) -> None:
 
 
 def _drop_writers(connection: Connection) -> None:
-    if connection.dialect.name == "postgresql":
-        connection.execute(text(f"DROP TABLE IF EXISTS {_schema_of(connection)}.writers"))
+    Table("writers", MetaData()).drop(connection, checkfirst=True)
 
 
-MIGRATIONS: tuple[tuple[str, Callable[[Connection], None]], ...] = (
-    ("create the tables", _create_missing),
+MIGRATIONS: tuple[tuple[str, Callable[[Connection], None] | None], ...] = (
+    ("create the tables", None),
     ("index the suspects", _index_suspects),
     ("keep keys beside prompts", _move_keys),
-    ("share limits, price runs, set jobs apart", _adding_to(limits, runs, prompts)),
-    ("keep why answers of failed tries ended", _adding_to(attempts)),
-    ("add the share of refused calls and the highest cost of a call", _adding_to(limits, runs)),
-    ("note outages of models", _create_missing),
-    ("keep the order of columns, and which ids are numbers", _adding_to(runs, items)),
+    ("share limits, price runs, set jobs apart", None),
+    ("keep why answers of failed tries ended", None),
+    ("add the share of refused calls and the highest cost of a call", None),
+    ("note outages of models", None),
+    ("keep the order of columns, and which ids are numbers", None),
     ("keep the cause of a pause apart from its message", _name_causes),
     ("let runs rest that were being moved away", _end_moves),
     ("forget the numbers of transactions on a server", _drop_writers),
 )
-"""Ordered and append-only: a database's version is the number of them that it has seen."""
+"""Ordered and append-only: a database's version is the number of them that it has seen.
+
+A step does what is left to do when the tables and columns that were missing are there, empty.
+"""
 
 LATEST = len(MIGRATIONS)
 
@@ -422,8 +413,12 @@ def migrate(connection: Connection, now: int, dead_workers: Callable[[Iterable[W
         return
     if applied:
         _check_no_workers(connection, now, dead_workers)
+    metadata.create_all(connection)
+    if applied:
+        _add_missing(connection)
     for _, step in MIGRATIONS[applied:]:
-        step(connection)
+        if step is not None:
+            step(connection)
     steps = enumerate(MIGRATIONS[applied:], start=applied + 1)
     rows = [{"version": version, "name": name, "applied_at": now} for version, (name, _) in steps]
     connection.execute(insert(schema_version), rows)

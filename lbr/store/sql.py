@@ -6,6 +6,8 @@ PostgreSQL they are `= ANY(array)` and `unnest`. So the text of a statement is t
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import contextmanager
 from functools import cached_property
 from operator import itemgetter
 from random import SystemRandom
@@ -14,28 +16,24 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from sqlalchemy import (
     ARRAY,
-    Executable,
     Integer,
     bindparam,
     case,
     column,
     func,
-    insert,
     select,
     text,
 )
-from sqlalchemy.exc import StatementError
+from sqlalchemy.exc import DBAPIError, StatementError
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.sql.expression import ClauseElement
 from sqlalchemy.sql.functions import FunctionElement, GenericFunction
 from sqlalchemy.types import Boolean, LargeBinary, Text, TypeDecorator
 
 from lbr.core.errors import DatabaseError
 from lbr.core.types import KEY_BYTES
-from lbr.store.sqlite_connection import change, driver_of, fetch
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 
     from sqlalchemy import ColumnElement, Connection, Dialect, Table
     from sqlalchemy.sql.compiler import SQLCompiler
@@ -107,11 +105,35 @@ def _in_array(element: any_of, compiler: SQLCompiler, **options: Any) -> str:
     return compiler.process(what == func.any(array), **options)
 
 
-class Rows:
-    """The rows of a bulk statement: `rows["name"]` is a field of each of them.
+def driver_of(connection: Connection) -> sqlite3.Connection | None:
+    """Return sqlite3's own connection, None if it is in another thread or of another driver."""
+    driver = connection.connection.driver_connection
+    return driver if isinstance(driver, sqlite3.Connection) else None
 
-    For SQLite's form, a field that goes into a VALUES clause must not have its column's name.
-    """
+
+def fetch(driver: sqlite3.Connection, statement: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+    """Have sqlite3 run text with these values in its places, and return all rows. Raises as SQLAlchemy does."""
+    with _as_sqlalchemy():
+        return driver.execute(statement, values).fetchall()
+
+
+def change(driver: sqlite3.Connection, statement: str, rows: Sequence[Sequence[Any]]) -> int:
+    """Have sqlite3 run text for each of the rows, and return how many it changed. Raises as SQLAlchemy does."""
+    with _as_sqlalchemy():
+        return driver.executemany(statement, rows).rowcount
+
+
+@contextmanager
+def _as_sqlalchemy() -> Iterator[None]:
+    """Raise what SQLAlchemy would raise, without the statement and its values, which are a job's own."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise DBAPIError.instance(None, None, error, sqlite3.Error, hide_parameters=True) from error
+
+
+class Rows:
+    """The rows of a bulk statement: `rows["name"]` is a field of each of them."""
 
     def __init__(self, fields: Mapping[str, ColumnElement[Any]], insert: Callable[..., Any], *, arrays: bool) -> None:
         self._fields = fields
@@ -121,12 +143,14 @@ class Rows:
     def __getitem__(self, name: str) -> ColumnElement[Any]:
         return self._fields[name]
 
-    def insert_into(self, table: Table, values: Mapping[str, ColumnElement[Any]], *, where: Sequence[Any] = ()) -> Any:
-        """Return the INSERT of one row of `values` for each row, joined as `where` says."""
+    def insert_into(
+        self, table: Table, values: Mapping[str, ColumnElement[Any]] | None = None, *, where: Sequence[Any] = ()
+    ) -> Any:
+        """Return the INSERT of each row's `values`, or of its fields under their names, joined as `where` says."""
+        row = dict(self._fields if values is None else values)
         if not self._arrays and not where:
-            return self._insert(table).values(dict(values))
-        chosen = select(*values.values()).where(*where)
-        return self._insert(table).from_select(list(values), chosen, include_defaults=False)
+            return self._insert(table).values(row)
+        return self._insert(table).from_select(list(row), select(*row.values()).where(*where), include_defaults=False)
 
 
 class BulkStatement:
@@ -139,10 +163,10 @@ class BulkStatement:
     @cached_property
     def each(self) -> Any:
         """The statement for one row at a time."""
-        from sqlalchemy.dialects.sqlite import insert as sqlite_insert  # noqa: PLC0415 - load only the dialect in use
+        from sqlalchemy.dialects.sqlite import insert  # noqa: PLC0415 - load only the dialect in use
 
         fields = {name: bindparam(name, type_=type_) for name, type_ in self._types.items()}
-        return self._build(Rows(fields, sqlite_insert, arrays=False))
+        return self._build(Rows(fields, insert, arrays=False))
 
     @cached_property
     def _direct(self) -> tuple[str, Callable[[tuple[Any, ...]], tuple[Any, ...]] | None]:
@@ -152,23 +176,20 @@ class BulkStatement:
         """
         from sqlalchemy.dialects.sqlite import dialect  # noqa: PLC0415 - see `each`
 
+        compiled = self.each.compile(dialect=dialect(paramstyle="qmark"))
         names = list(self._types)
-        compiled = self.each.compile(dialect=dialect(paramstyle="qmark"), column_keys=names)
-        wanted = compiled.positiontup or []
-        if not set(wanted) <= set(names):
-            raise TypeError(f"expected a statement over {names} alone, got: one over {wanted}")
-        places = [names.index(name) for name in wanted]
+        places = [names.index(name) for name in compiled.positiontup or []]
         return str(compiled), None if places == list(range(len(names))) else itemgetter(*places)
 
     @cached_property
     def whole(self) -> Any:
-        """The statement for arrays, one for each field."""
-        from sqlalchemy.dialects.postgresql import insert as postgresql_insert  # noqa: PLC0415 - see `each`
+        """The statement for arrays, one for each field, named `all_` and the field."""
+        from sqlalchemy.dialects.postgresql import insert  # noqa: PLC0415 - see `each`
 
-        arrays = [bindparam(name, type_=ARRAY(type_, dimensions=1)) for name, type_ in self._types.items()]
+        arrays = [bindparam(f"all_{name}", type_=ARRAY(type_, dimensions=1)) for name, type_ in self._types.items()]
         columns = [column(name, type_) for name, type_ in self._types.items()]
         rows = func.unnest(*arrays).table_valued(*columns, name="given").render_derived()
-        return self._build(Rows(dict(rows.c.items()), postgresql_insert, arrays=True))
+        return self._build(Rows(dict(rows.c.items()), insert, arrays=True))
 
     def run(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> int:
         """Run the statement for all of the rows; return how many rows it changed."""
@@ -181,24 +202,21 @@ class BulkStatement:
             return 0
         driver = driver_of(connection)
         if driver is None:
-            columns = dict(zip(self._types, map(list, zip(*rows, strict=True)), strict=True))
-            return connection.execute(self.whole, columns).rowcount
+            arrays = zip(self._types, map(list, zip(*rows, strict=True)), strict=True)
+            return connection.execute(self.whole, {f"all_{name}": array for name, array in arrays}).rowcount
         text, ordered = self._direct
         return change(driver, text, rows if ordered is None else [ordered(row) for row in rows])
 
 
 class Inserting(BulkStatement):
-    """The bulk INSERT of these columns of a table; its fields have their names."""
+    """The bulk INSERT of these columns of a table, `unless` there is a row with the same value of that column."""
 
-    def __init__(self, table: Table, *names: str) -> None:
-        types = {name: table.c[name].type for name in names}
-        super().__init__(types, lambda rows: rows.insert_into(table, {name: rows[name] for name in names}))
-        self._table = table
+    def __init__(self, table: Table, *names: str, unless: str | None = None) -> None:
+        def build(rows: Rows) -> Any:
+            adding = rows.insert_into(table)
+            return adding if unless is None else adding.on_conflict_do_nothing(index_elements=[unless])
 
-    @cached_property
-    def each(self) -> Any:
-        """The statement for one row at a time."""
-        return insert(self._table)
+        super().__init__({name: table.c[name].type for name in names}, build)
 
 
 class PreparedQuery:
@@ -230,17 +248,13 @@ class PreparedQuery:
         text, places = self._direct
         sent = []
         for bound, convert in places:
-            value = values[bound.key] if bound.required else values.get(bound.key, bound.value)
-            sent.append(value if convert is None else _converted(convert, value))
+            value = values[bound.key] if bound.required else bound.value
+            try:
+                sent.append(value if convert is None else convert(value))
+            except (TypeError, ValueError) as error:
+                # A row had a value of another type; SQLAlchemy raises this, too.
+                raise StatementError(str(error), None, None, error, hide_parameters=True) from error
         return fetch(driver, text, sent)
-
-
-def _converted(convert: Callable[[Any], Any], value: Any) -> Any:
-    try:
-        return convert(value)
-    except (TypeError, ValueError) as error:
-        # A row had a value of another type; SQLAlchemy raises this, too.
-        raise StatementError(str(error), None, None, error, hide_parameters=True) from error
 
 
 _NOTIFY = text(f"SELECT pg_notify('{CHANNEL}', '')")
@@ -335,6 +349,15 @@ async def pages(
             limit = min(PAGE, limit * 2)
 
 
+def lock_table(connection: Connection, table: Table) -> None:
+    """Wait until every transaction that has read the table is over, and block others until this one ends.
+
+    A write to an SQLite file has the only write lock already.
+    """
+    if is_server(connection):
+        connection.execute(text(f"LOCK TABLE {SCHEMA}.{table.name} IN ACCESS EXCLUSIVE MODE"))
+
+
 def json_object(text: str, what: str) -> dict[str, Json]:
     """Parse a stored JSON object. Raises DatabaseError, naming `what` it should be, because others may have written it."""
     try:
@@ -344,25 +367,3 @@ def json_object(text: str, what: str) -> dict[str, Json]:
     if not isinstance(value, dict):
         raise DatabaseError(f"expected stored {what} to be a JSON object, got: {text[:200]!r}")
     return value
-
-
-class lock_table(Executable, ClauseElement):  # noqa: N801 - reads as a statement
-    """Wait until every transaction that has read the table is over, and block others until this one ends.
-
-    A write to an SQLite file has the only write lock already.
-    """
-
-    inherit_cache = False
-
-    def __init__(self, table: Table) -> None:
-        self.table = table
-
-
-@compiles(lock_table)
-def _nothing(_: lock_table, __: SQLCompiler, **___: Any) -> str:
-    return "SELECT 1"
-
-
-@compiles(lock_table, "postgresql")
-def _lock(element: lock_table, compiler: SQLCompiler, **_: Any) -> str:
-    return f"LOCK TABLE {compiler.preparer.format_table(element.table)} IN ACCESS EXCLUSIVE MODE"

@@ -3,47 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import Timeout
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import StaticPool, create_engine, event
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
 
-from lbr.core import ownership
+from lbr.core import open_files
 from lbr.core.config import PATIENCE
-from lbr.core.errors import AlreadyRunningError, DatabaseError
+from lbr.core.errors import AlreadyRunningError, DatabaseBusyError, DatabaseError, MisfitError
 from lbr.store import files, schema
 from lbr.store.addresses import sqlite_path, synchronous_in
 from lbr.store.database import Database, local_clock, to_its_end
 from lbr.store.leases import Presence
-from lbr.store.sqlite_connection import (
-    BEGIN_WRITING,
-    BUSY_TIMEOUT_MS,
-    READER_PRAGMAS,
-    SCHEMA_ROWS,
-    FileConnection,
-    database_errors,
-    foreign_code,
-    is_busy,
-    note_handles,
-    reading_engine,
-    writer_pragmas,
-)
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
     from contextlib import AbstractContextManager
 
-    from sqlalchemy import Connection
+    from sqlalchemy import Connection, Engine
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from lbr.core.types import Millis, PathOrUrl
     from lbr.store.database import Work
+    from lbr.store.schema import AnyRow
 
 T = TypeVar("T")
 
@@ -53,10 +45,29 @@ LARGE_WAL_BYTES = 4 * WAL_LIMIT_BYTES
 CHECKPOINT_PAUSE_SECONDS, HASTY_PAUSE_SECONDS = 5.0, 1.0
 READER_MS, HASTY_READER_MS = 100, 500
 """How long every writer waits, at a checkpoint, for a long reader."""
+BUSY_TIMEOUT_MS = 2_500
+BEGIN_WRITING = "BEGIN IMMEDIATE"
+"""Begins a transaction that has the file's lock from its beginning."""
+HARMLESS = "PRAGMA trusted_schema = OFF"
+"""What a file's own schema contains may call no function that could do harm."""
+SCHEMA_ROWS = "SELECT type, name, rootpage FROM sqlite_master"
+READER_PRAGMAS = ("PRAGMA query_only = ON", "PRAGMA mmap_size = 0", "PRAGMA cache_size = -16384")
+
+BUSY_CODES = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
+REASONS = {
+    sqlite3.SQLITE_READONLY: "it is read-only; make the file and its folder writable",
+    sqlite3.SQLITE_IOERR: "the disk reported an error",
+    sqlite3.SQLITE_CORRUPT: "the file is damaged; restore a copy, or enqueue into a new one",
+    sqlite3.SQLITE_FULL: "the disk is full; make room and run the same command again",
+    sqlite3.SQLITE_CANTOPEN: "it cannot be opened; check the path and the permissions of the file and its folder",
+    sqlite3.SQLITE_NOTADB: "the file is not a SQLite database; name another path",
+}
+REPAIR = "restore a copy, or fix that value"
+_UNDECODED = re.compile(r"Could not decode to UTF-8 column '([^']*)'")
 
 
 class SQLiteDatabase(Database):
-    """An open SQLite queue: one connection that writes and one that polls, in a thread, and readers beside them."""
+    """An open SQLite queue: one connection in a thread, for what a worker does all the time, and readers beside it."""
 
     one_writer = True
 
@@ -75,17 +86,26 @@ class SQLiteDatabase(Database):
         super().__init__(str(path), patience=patience, spool_places=places, presence=presence)
         self.path = path
         self._clock = clock
-        # What a worker does all the time stays in one thread: the transactions that write, and the polls.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lbr-sqlite")
-        self._writer = FileConnection(path, begin=BEGIN_WRITING, pragmas=writer_pragmas(synchronous, WAL_LIMIT_BYTES))
-        self._poller = FileConnection(path, begin="BEGIN", pragmas=READER_PRAGMAS)
+        self._engine = create_engine("sqlite://", creator=self._open, poolclass=StaticPool)
+        _prepare(
+            self._engine,
+            f"PRAGMA synchronous = {synchronous}",
+            "PRAGMA wal_autocheckpoint = 0",
+            f"PRAGMA journal_size_limit = {WAL_LIMIT_BYTES}",
+            "PRAGMA mmap_size = 0",
+            "PRAGMA cache_size = -32768",
+        )
         self._identity: tuple[int, int] | None = None
         self._data_version = -1
         self._wal = Path(f"{path}-wal")
-        self._log: tuple[int, int, int] | None = None
-        """The log that the connection which writes has open, with how often it had been opened then."""
-        self._checkpoint_lock = files.file_lock(files.lock_path(path, "checkpoint"), timeout=0)
+        self._log: tuple[int, int] | None = None
+        """The log that the connection in the thread has open."""
         self._unfinished_checkpoint = float("-inf")
+
+    def _open(self) -> sqlite3.Connection:
+        self._log = None
+        return sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_MS / 1000, isolation_level=None, check_same_thread=False)
 
     @cached_property
     def _reader(self) -> AsyncEngine:
@@ -107,11 +127,7 @@ class SQLiteDatabase(Database):
             )
 
     def _found(self) -> tuple[int, int] | None:
-        try:
-            found = self.path.stat()
-        except FileNotFoundError:
-            return None
-        return found.st_dev, found.st_ino
+        return _identity_of(_stat(self.path))
 
     def _log_bytes(self) -> int:
         """Return the size of the log that we have just written to.
@@ -119,13 +135,8 @@ class SQLiteDatabase(Database):
         Raises DatabaseError if it is no longer the one beside the file, because then no other process can read what we
         commit. `check_file` reports a file that went away with its log.
         """
-        log: os.stat_result | None = None
-        with suppress(FileNotFoundError):
-            log = self._wal.stat()
-        writer = self._writer.opened
-        if self._log is None or self._log[0] != writer:
-            self._log = None if log is None else (writer, log.st_dev, log.st_ino)
-        elif (log is None or self._log[1:] != (log.st_dev, log.st_ino)) and self._found() == self._identity:
+        log = _stat(self._wal)
+        if _identity_of(log) != self._log and self._found() == self._identity:
             raise DatabaseError(
                 f"the log {self._wal} was {'removed' if log is None else 'replaced'} while in use, so that no other "
                 f"process sees what is written: leave that file to lbr, and let no function copy or open {self.path}, "
@@ -138,39 +149,46 @@ class SQLiteDatabase(Database):
 
     def _write_in_thread(self, work: Work[T]) -> T:
         self.check_file()
-        result = self._writer.transact(work, self._clock)
+        result = self._transact(BEGIN_WRITING, work)
+        self._data_version = -1  # our own commits count as changes
         self._checkpoint_if_large(self._log_bytes())
         return result
 
     async def _quick_read(self, work: Work[T]) -> T:
-        return await self._in_thread(self._poller.transact, work, self._clock)
+        return await self._in_thread(self._transact, "BEGIN", work)
+
+    def _transact(self, begin: str, work: Work[T]) -> T:
+        # Whatever fails, the pool rolls back, and opens another connection if it cannot.
+        with self._engine.begin() as connection:
+            connection.exec_driver_sql(begin)
+            result = work(connection, self._clock())
+        self._log = self._log or _identity_of(_stat(self._wal))
+        return result
+
+    def _pragma(self, text: str) -> Any:
+        """Run a pragma outside of any transaction and return the first column of its first row, None without one."""
+        with self._engine.connect() as connection:
+            found = connection.exec_driver_sql(f"PRAGMA {text}")
+            return found.scalar() if found.returns_rows else None
 
     async def _in_thread(self, function: Callable[..., T], *args: Any) -> T:
-        try:
-            # The end of the loop cancels all tasks at once, those that wait for others, too.
-            return await to_its_end(asyncio.get_running_loop().run_in_executor(self._thread, function, *args))
-        except DBAPIError as error:
-            note_handles(error)
-            raise
+        # The end of the loop cancels all tasks at once, those that wait for others, too.
+        return await to_its_end(asyncio.get_running_loop().run_in_executor(self._thread, function, *args))
 
     async def _read(self, work: Work[T]) -> T:
         self.check_file()
-        try:
-            async with self._reader.connect() as connection:
-                return await connection.run_sync(work, self._clock())
-        except DBAPIError as error:
-            note_handles(error)
-            raise
+        async with self._reader.connect() as connection:
+            return await connection.run_sync(work, self._clock())
 
     def _passes(self, error: Exception) -> bool:
-        return is_busy(error)
+        """Return whether another process held the file, or no file handle was left."""
+        return isinstance(error, DBAPIError) and (_code(error) in BUSY_CODES or _is_exhausted(error))
 
     def _errors(self) -> AbstractContextManager[None]:
         return database_errors(self.path)
 
     async def changed(self) -> bool:
-        """Return whether another connection committed since the last call; it takes microseconds and no lock."""
-        # Always on the same connection, because the number is compared with its earlier one.
+        """Return whether a transaction was committed since the last call; it takes microseconds and no lock."""
         version = await self.quick_read(_data_version)
         before, self._data_version = self._data_version, version
         return before != version
@@ -190,26 +208,19 @@ class SQLiteDatabase(Database):
         if size < WAL_LIMIT_BYTES or time.monotonic() < self._unfinished_checkpoint + pause:
             return
         self._unfinished_checkpoint = time.monotonic()
-        try:
-            ownership.check_ours(files.lock_path(self.path, "checkpoint"), self.path)
-            self._checkpoint_lock.acquire()
-        except OSError:  # another process holds it (a Timeout), or this user may not open the file
-            return
-        try:
-            complete = self._checkpoint(HASTY_READER_MS if hasty else READER_MS)
-        finally:
-            self._checkpoint_lock.release()
-        if complete:
-            self._unfinished_checkpoint = float("-inf")
+        # Another process may hold the lock, or this user may not open its file.
+        with suppress(OSError), files.locked(self.path, "checkpoint"):
+            if self._checkpoint(HASTY_READER_MS if hasty else READER_MS):
+                self._unfinished_checkpoint = float("-inf")
 
     def _checkpoint(self, reader_ms: int) -> bool:
         try:
-            self._writer.pragma(f"busy_timeout = {reader_ms}")
-            return not self._writer.pragma("wal_checkpoint(TRUNCATE)")
+            self._pragma(f"busy_timeout = {reader_ms}")
+            return not self._pragma("wal_checkpoint(TRUNCATE)")
         except DBAPIError:  # locked, or the disk is full; what does not pass, the next transaction reports
             return False
         finally:
-            self._writer.pragma(f"busy_timeout = {BUSY_TIMEOUT_MS}")
+            self._pragma(f"busy_timeout = {BUSY_TIMEOUT_MS}")
 
     async def prepare(self, *, create: bool) -> None:
         """Upgrade older tables; create missing ones only with `create`."""
@@ -226,8 +237,8 @@ class SQLiteDatabase(Database):
 
     def _use_wal(self) -> None:
         """Let readers and the writer work side by side; the file keeps the mode."""
-        if self._poller.pragma("journal_mode") != "wal":
-            self._writer.pragma("journal_mode = WAL")
+        if self._pragma("journal_mode") != "wal":
+            self._pragma("journal_mode = WAL")
 
     def version(self, connection: Connection, _now: Millis) -> int:
         """Return the schema's version, 0 for an empty file; DatabaseError for another program's."""
@@ -247,8 +258,7 @@ class SQLiteDatabase(Database):
 
     async def close(self) -> None:
         """Close every connection, one that is in a transaction at the end of that."""
-        for connection in (self._poller, self._writer):
-            await self._in_thread(connection.close)
+        await self._in_thread(self._engine.dispose)
         self._thread.shutdown()
         if "_reader" in vars(self):
             await self._reader.dispose()
@@ -256,6 +266,109 @@ class SQLiteDatabase(Database):
 
 def _data_version(connection: Connection, _now: Millis) -> int:
     return int(connection.exec_driver_sql("PRAGMA data_version").scalar_one())
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    with suppress(FileNotFoundError):
+        return path.stat()
+    return None
+
+
+def _identity_of(found: os.stat_result | None) -> tuple[int, int] | None:
+    return None if found is None else (found.st_dev, found.st_ino)
+
+
+def foreign_code(rows: Iterable[AnyRow], tables: Collection[str]) -> str:
+    """Return what in a file's schema would run with our statements; empty if nothing would.
+
+    It is every trigger, and a view or virtual table in the place of one of our tables. `rows` are `SCHEMA_ROWS`.
+    """
+    running = [
+        f"the {row.type} {row.name[:50]!r}"
+        for row in rows
+        if row.type == "trigger" or (row.name in tables and (row.type != "table" or not row.rootpage))
+    ]
+    return ", ".join(running[:5])
+
+
+def reading_engine(path: Path, *, options: Mapping[str, str] | None = None) -> AsyncEngine:
+    """Return an engine of a few connections that cannot write; `options` are those of SQLite's URI file names."""
+    return file_engine(path, "BEGIN", *READER_PRAGMAS, most=4, options=options)
+
+
+def file_engine(
+    path: Path, begin: str, *pragmas: str, most: int = 1, options: Mapping[str, str] | None = None
+) -> AsyncEngine:
+    """Return an engine whose transactions start with `begin`, and whose connections run `pragmas` first."""
+    from sqlalchemy.ext.asyncio import create_async_engine  # noqa: PLC0415 - not every command reads this way
+
+    url = URL.create("sqlite+aiosqlite", database=str(path))
+    if options is not None:
+        url = URL.create("sqlite+aiosqlite", database=path.as_uri(), query={**options, "uri": "true"})
+    arguments = {"timeout": BUSY_TIMEOUT_MS / 1000, "isolation_level": None}
+    engine = create_async_engine(url, pool_size=most, max_overflow=0, connect_args=arguments)
+    _prepare(engine.sync_engine, *pragmas)
+    event.listen(engine.sync_engine, "begin", lambda connection: connection.exec_driver_sql(begin))
+    return engine
+
+
+def _prepare(engine: Engine, *pragmas: str) -> None:
+    """Run these pragmas on every new connection of an engine, and let the file's own schema do no harm."""
+
+    def prepare(connection: Any, _record: Any) -> None:
+        # SQLAlchemy's, in Python: a check in the file could call it with a pattern that takes for ever.
+        connection.create_function("regexp", 2, None)
+        for pragma in (HARMLESS, *pragmas):
+            connection.execute(pragma)
+
+    event.listen(engine, "connect", prepare)
+
+
+def _code(error: DBAPIError) -> int | None:
+    """Return the primary result code of SQLite, https://sqlite.org/rescode.html; None for another driver's error."""
+    code = getattr(error.orig, "sqlite_errorcode", None)
+    return code & 0xFF if isinstance(code, int) else None
+
+
+def _is_exhausted(error: DBAPIError) -> bool:
+    """Return whether no file handle is left: SQLite has the same code for a file that it may not open."""
+    return _code(error) == sqlite3.SQLITE_CANTOPEN and open_files.left() < open_files.LOOK_UP
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, DBAPIError):
+        code, words = _code(error), str(error.orig)
+        if _is_exhausted(error):
+            return open_files.exhausted_message()
+        if code in REASONS:
+            return REASONS[code]
+        if (found := _UNDECODED.match(words)) is not None:  # what follows is the value, however long
+            return f"expected text in UTF-8 in a column {found[1][:50]}, got: other bytes; {REPAIR}"
+        if code == sqlite3.SQLITE_ERROR:
+            return f"its tables are not those that lbr makes ({words[:200]}); restore a copy"
+        return words
+    if isinstance(error, StatementError):  # its own words would show the statement, with all that was to be written
+        return f"it has a value of another type than lbr writes ({error.orig}); {REPAIR}"
+    if isinstance(error, UnicodeDecodeError):  # sqlite3's own words about a schema whose names are no text
+        return "its schema is damaged; restore a copy"
+    if isinstance(error, OverflowError):  # lbr's own numbers are far from it
+        return f"a number in it is so large that a sum with it is too large to write; {REPAIR}"
+    return str(error)
+
+
+@contextmanager
+def database_errors(path: Path) -> Iterator[None]:
+    """Turn what the driver raises into `DatabaseError`, with the way out."""
+    try:
+        yield
+    except (SQLAlchemyError, UnicodeDecodeError, OverflowError) as error:
+        if isinstance(error, DBAPIError) and _code(error) in BUSY_CODES:
+            raise DatabaseBusyError(
+                f"another process has kept {path} locked for too long; find it with `fuser {path}`, then run again"
+            ) from error
+        is_misfit = isinstance(error, OverflowError | StatementError) and not isinstance(error, DBAPIError)
+        kind = MisfitError if is_misfit else DatabaseError
+        raise kind(f"cannot use the database {path}: {_reason(error)}") from error
 
 
 def open_sqlite(
@@ -290,19 +403,14 @@ async def sole_worker(url: PathOrUrl) -> AsyncIterator[None]:
     """
     path = sqlite_path(url)
     files.check_location(path, create=False)
-    file = files.lock_path(path, "worker")
-    lock = files.file_lock(file, timeout=0)
-    try:
-        ownership.check_ours(file, path)
-        lock.acquire()
-    except Timeout:
-        raise AlreadyRunningError(f"an exclusive worker of {path} is running already; nothing to do") from None
-    except OSError as error:
-        raise DatabaseError(
-            f"expected a lock for the exclusive worker at {lock.lock_file}, got: {error.strerror or error}; make the "
-            f"file and its folder writable, or work as their owner"
-        ) from error
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(files.locked(path, "worker"))
+        except Timeout:
+            raise AlreadyRunningError(f"an exclusive worker of {path} is running already; nothing to do") from None
+        except OSError as error:
+            raise DatabaseError(
+                f"expected a lock for the exclusive worker at {files.lock_path(path, 'worker')}, got: "
+                f"{error.strerror or error}; make the file and its folder writable, or work as their owner"
+            ) from error
         yield
-    finally:
-        lock.release()

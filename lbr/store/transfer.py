@@ -265,7 +265,7 @@ def depart(
     Raises DatabaseError, which calls the database `name`, if the run has changed since it was prepared with these counts.
     """
     # A claim that saw the run active must be visible before the counts are read.
-    connection.execute(lock_table(runs_table))
+    lock_table(connection, runs_table)
     current = runs.find(connection, run.name)
     if not has_left(current, aim):
         if (current, counters.of_runs(connection, [run.id])[run.id]) != (run, counts):

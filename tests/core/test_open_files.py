@@ -220,9 +220,10 @@ async def test_a_database_that_finds_no_handle_says_so(tmp_path: Path) -> None:
 
 
 async def test_a_look_for_changes_waits_for_a_handle(tmp_path: Path) -> None:
-    """An idle worker looks with a connection of its own, which it may have to open when all are in use."""
+    """A connection that was lost may have to be opened again when all handles are in use."""
     set_on_retry_hooks(None)  # as in a process that has tried nothing again yet
-    database = await open_database(f"sqlite+aiosqlite:///{tmp_path / 'queue.db'}", create=True)
+    await (await open_database(f"sqlite+aiosqlite:///{tmp_path / 'queue.db'}", create=True)).close()
+    database = SQLiteDatabase(tmp_path / "queue.db")
     importlib.invalidate_caches()
     with none_left():
         looking = asyncio.create_task(database.changed())

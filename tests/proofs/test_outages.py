@@ -46,10 +46,10 @@ if TYPE_CHECKING:
 
 ANSWERS = """
 import asyncio, os, time
-from lbr.store import sqlite_connection, postgres
+from lbr.store import sqlite, postgres
 
 if "STALL" in os.environ:
-    sqlite_connection.BUSY_TIMEOUT_MS = 500
+    sqlite.BUSY_TIMEOUT_MS = 500
     postgres.STALL_SECONDS = float(os.environ["STALL"])
 
 async def echo(prompt):
@@ -373,9 +373,9 @@ def test_answers_outlive_an_event_loop_that_ends(tmp_path: Path) -> None:
     """It cancels every task in it, and finished answers of a file that is locked are kept for the next call."""
     program = """
         import asyncio, sqlite3, lbr
-        from lbr.store import sqlite_connection
+        from lbr.store import sqlite
 
-        sqlite_connection.BUSY_TIMEOUT_MS = 200
+        sqlite.BUSY_TIMEOUT_MS = 200
         prompts, answered, locked = [f"p{n}" for n in range(64)], [], asyncio.Event()
 
         async def ask(prompt):

@@ -22,7 +22,7 @@ from sqlalchemy import column, select, table, text
 import lbr
 from lbr.core.errors import DatabaseBusyError, DatabaseError, MisfitError, UsageError
 from lbr.core.types import Item, KeyMaker, Prompt
-from lbr.store import enqueue, files, reads, runs, schema, sqlite, sqlite_connection
+from lbr.store import enqueue, files, reads, runs, schema, sqlite
 from lbr.store.addresses import sqlite_path
 from lbr.store.claim import CLAIM, CLAIM_CHOSEN, DUE, DUE_SIZED, DUE_SUSPECT, PROMPTS
 from lbr.store.database import open_database
@@ -257,7 +257,7 @@ async def test_a_commit_that_sqlite_refuses_is_undone(tmp_path: Path) -> None:
         connection.execute(text("INSERT INTO notes VALUES (7)"))
 
     assert isinstance(database, SQLiteDatabase)
-    await database._in_thread(database._writer.pragma, "foreign_keys = ON")
+    await database._in_thread(database._pragma, "foreign_keys = ON")
     with pytest.raises(DatabaseError, match="FOREIGN KEY"):
         await database.write(orphan)
     with closing(sqlite3.connect(path, isolation_level=None, timeout=0)) as other:
@@ -582,7 +582,7 @@ async def test_foreign_lock_is_ridden_out(tmp_path: Path) -> None:
 
 async def test_endless_foreign_lock_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A database that stays locked ends in words with the way out, after a bounded time."""
-    monkeypatch.setattr(sqlite_connection, "BUSY_TIMEOUT_MS", 50)
+    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_MS", 50)
     path = tmp_path / "q.db"
     database = await open_database(str(path), create=True)
     await database.close()
