@@ -137,15 +137,15 @@ class Database(ABC):
         return result
 
     @abstractmethod
-    async def _write(self, work: Work[T]) -> T:
+    def _write(self, work: Work[T]) -> Awaitable[T]:
         """Run `work` once in a writing transaction."""
 
     @abstractmethod
-    async def _read(self, work: Work[T]) -> T:
+    def _read(self, work: Work[T]) -> Awaitable[T]:
         """Run `work` once in a read-only transaction."""
 
-    async def _quick_read(self, work: Work[T]) -> T:
-        return await self._read(work)
+    def _quick_read(self, work: Work[T]) -> Awaitable[T]:
+        return self._read(work)
 
     @abstractmethod
     def _passes(self, error: Exception) -> bool:

@@ -27,7 +27,7 @@ from lbr.store.leases import Presence
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping
     from contextlib import AbstractContextManager
 
     from sqlalchemy import Connection, Engine
@@ -144,8 +144,8 @@ class SQLiteDatabase(Database):
             )
         return 0 if log is None else log.st_size
 
-    async def _write(self, work: Work[T]) -> T:
-        return await self._in_thread(self._write_in_thread, work)
+    def _write(self, work: Work[T]) -> Awaitable[T]:
+        return self._in_thread(self._write_in_thread, work)
 
     def _write_in_thread(self, work: Work[T]) -> T:
         self.check_file()
@@ -154,8 +154,8 @@ class SQLiteDatabase(Database):
         self._checkpoint_if_large(self._log_bytes())
         return result
 
-    async def _quick_read(self, work: Work[T]) -> T:
-        return await self._in_thread(self._transact, "BEGIN", work)
+    def _quick_read(self, work: Work[T]) -> Awaitable[T]:
+        return self._in_thread(self._transact, "BEGIN", work)
 
     def _transact(self, begin: str, work: Work[T]) -> T:
         # Whatever fails, the pool rolls back, and opens another connection if it cannot.
@@ -171,9 +171,9 @@ class SQLiteDatabase(Database):
             found = connection.exec_driver_sql(f"PRAGMA {text}")
             return found.scalar() if found.returns_rows else None
 
-    async def _in_thread(self, function: Callable[..., T], *args: Any) -> T:
-        # The end of the loop cancels all tasks at once, those that wait for others, too.
-        return await to_its_end(asyncio.get_running_loop().run_in_executor(self._thread, function, *args))
+    def _in_thread(self, function: Callable[..., T], *args: Any) -> Awaitable[T]:
+        # Not a task: the end of the loop cancels all of these at once, those that wait for others, too.
+        return asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
 
     async def _read(self, work: Work[T]) -> T:
         self.check_file()
@@ -258,7 +258,7 @@ class SQLiteDatabase(Database):
 
     async def close(self) -> None:
         """Close every connection, one that is in a transaction at the end of that."""
-        await self._in_thread(self._engine.dispose)
+        await to_its_end(self._in_thread(self._engine.dispose))
         self._thread.shutdown()
         if "_reader" in vars(self):
             await self._reader.dispose()
