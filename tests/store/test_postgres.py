@@ -75,7 +75,8 @@ async def plan(database: Database, statement: Any, bound: dict[str, Any]) -> str
             lambda _c, _cursor, sql, parameters, _context, _many: sent.append((sql, parameters)),
         )
         names = statement.compile(dialect=connection.dialect).params
-        connection.execute(statement, {name: bound[name] for name in names if name in bound})
+        fields = {name: name.removeprefix("all_") for name in names}
+        connection.execute(statement, {name: bound[field] for name, field in fields.items() if field in bound})
         explained = connection.exec_driver_sql(f"EXPLAIN {sent[0][0]}", sent[0][1])
         steps.extend(explained.scalars())
         raise Undo
