@@ -259,7 +259,10 @@ class PreparedQuery:
 
 _NOTIFY = text(f"SELECT pg_notify('{CHANNEL}', '')")
 _TAKE_TURNS = text("SELECT pg_advisory_xact_lock(:kind, :run)")
-_IDS = text("SELECT nextval(pg_get_serial_sequence(:table, 'id')) FROM generate_series(1, :count) ORDER BY 1")
+_IDS = text(
+    "SELECT nextval((SELECT CAST(pg_get_serial_sequence(:table, 'id') AS regclass))) "
+    "FROM generate_series(1, :count) ORDER BY 1"
+)
 # SQLite keeps the highest id that there was, but another program may have changed that.
 _LAST_ID = text(
     "SELECT max(coalesce((SELECT CAST(seq AS INTEGER) FROM sqlite_sequence WHERE name = 'jobs'), 0), "
