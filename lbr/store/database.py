@@ -205,7 +205,7 @@ async def open_database(
     if is_postgresql(url):
         from lbr.store import postgres  # noqa: PLC0415 - its driver is an extra
 
-        database: Database = postgres.open_postgres(url, clock=clock, patience=patience)
+        database: Database = postgres.PostgresDatabase(url, clock=clock, patience=patience)
     else:
         from lbr.store import sqlite  # noqa: PLC0415 - it imports this module
 

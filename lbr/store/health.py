@@ -136,7 +136,7 @@ async def _examine_file(path: Path, allow_network_fs: bool, clock: Callable[[], 
 async def _examine_server(url: PathOrUrl, clock: Callable[[], Millis] | None) -> Health:
     from lbr.store import postgres  # noqa: PLC0415 - its driver is an extra
 
-    database = postgres.open_postgres(url, clock=clock, patience=PATIENCE)
+    database = postgres.PostgresDatabase(url, clock=clock, patience=PATIENCE)
     health = Health(database.name, database.spool_places)
 
     try:

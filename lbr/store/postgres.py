@@ -25,6 +25,14 @@ from lbr.store.database import Database
 from lbr.store.leases import Presence
 from lbr.store.sql import CHANNEL, SCHEMA
 
+try:
+    import asyncpg
+except ImportError:  # an extra
+    raise UsageError(
+        "expected asyncpg to be installed for a PostgreSQL URL, got: no such package; "
+        "`pip install asyncpg`, or in a checkout `pip install '.[postgres]'`"
+    ) from None
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping
     from contextlib import AbstractContextManager
@@ -48,9 +56,11 @@ SERVER_SETTINGS = {
     "tcp_keepalives_count": "3",
 }
 # Every statement of a writer finds its rows by an index and in its order. Before a table is analysed, PostgreSQL 14
-# would sort all pending jobs each time.
-WRITER_SETTINGS = SERVER_SETTINGS | dict.fromkeys(("enable_seqscan", "enable_bitmapscan", "enable_sort"), "off")
+# would sort all pending jobs each time; of a small one it would read every row to claim a few.
+_SLOW_PLANS = ("enable_seqscan", "enable_bitmapscan", "enable_sort", "enable_hashjoin", "enable_mergejoin")
+WRITER_SETTINGS = SERVER_SETTINGS | dict.fromkeys(_SLOW_PLANS, "off")
 
+DRIVER_ERRORS = asyncpg.PostgresError, asyncpg.InterfaceError
 # SQLSTATE codes, from PostgreSQL's manual, appendix A.
 PASSING_CLASSES = frozenset({"08", "57"})
 """Connection exceptions; operator intervention: the server is stopped, started, or ended our session."""
@@ -70,17 +80,6 @@ REASONS = {
 }
 
 
-def check_driver() -> None:
-    """Raise UsageError if the driver is not installed."""
-    try:
-        import asyncpg  # noqa: F401, PLC0415 - an extra
-    except ImportError:
-        raise UsageError(
-            "expected asyncpg to be installed for a PostgreSQL URL, got: no such package; "
-            "`pip install asyncpg`, or in a checkout `pip install '.[postgres]'`"
-        ) from None
-
-
 def arguments_of(address: Address, settings: Mapping[str, str] = SERVER_SETTINGS) -> dict[str, Any]:
     """Return the arguments of a connection. A pooler refuses settings and keeps no prepared statement."""
     shared: dict[str, Any] = {"dsn": address.dsn, "timeout": CONNECT_SECONDS}
@@ -89,15 +88,8 @@ def arguments_of(address: Address, settings: Mapping[str, str] = SERVER_SETTINGS
     return shared | {"server_settings": dict(settings)}
 
 
-def make_engine(
-    address: Address,
-    isolation: Any,
-    *,
-    pool_size: int,
-    options: dict[str, Any],
-    settings: Mapping[str, str] = SERVER_SETTINGS,
-) -> AsyncEngine:
-    """Return an engine whose connections have this isolation level, execution options and server settings."""
+def make_engine(address: Address, isolation: Any, settings: Mapping[str, str], **options: Any) -> AsyncEngine:
+    """Return an engine of two connections with this isolation level, server settings and execution options."""
     arguments = arguments_of(address, settings)
     if address.pooled:
         arguments |= {
@@ -108,9 +100,9 @@ def make_engine(
         "postgresql+asyncpg://",
         connect_args=arguments,
         isolation_level=isolation,
-        pool_size=pool_size,
+        pool_size=2,
         max_overflow=0,
-        execution_options=options,
+        execution_options={"schema_translate_map": {None: SCHEMA}} | options,
     )
 
 
@@ -121,56 +113,44 @@ class Listener:
         self._arguments = arguments
         self._channel = channel
         self._listen = listen
+        self._listening: asyncio.Task[None] | None = None
         self._connection: Any = None
-        self._connecting: asyncio.Task[None] | None = None
         self._called = True
         self._next_poll = 0.0
-        self._next_try = 0.0
 
     def heard(self) -> bool:
         """Return whether a notification came since the last call, or it is time to look without one."""
+        if self._listen and self._listening is None:
+            self._listening = asyncio.create_task(self._keep_listening())
         now = time.monotonic()
-        if self._listen and self._connecting is None and now >= self._next_try and not self._alive():
-            self._next_try = now + RECONNECT_SECONDS
-            self._connecting = asyncio.create_task(self._connect())
         if not self._called and now < self._next_poll:
             return False
         self._called = False
         self._next_poll = now + POLL_SECONDS
         return True
 
-    def _alive(self) -> bool:
-        return self._connection is not None and not self._connection.is_closed()
-
-    async def _connect(self) -> None:
-        import asyncpg  # noqa: PLC0415 - an extra
-
-        try:
-            connection = await asyncpg.connect(**self._arguments)
-            try:
-                await connection.add_listener(self._channel, self._hear)
-            except BaseException:
-                connection.terminate()
-                raise
-            self._connection = connection
-            # A notification from before we listened is lost.
-            self._called = True
-        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
-            return
-        finally:
-            self._connecting = None
+    async def _keep_listening(self) -> None:
+        while True:
+            with suppress(OSError, TimeoutError, *DRIVER_ERRORS):
+                connection, lost = await asyncpg.connect(**self._arguments), asyncio.Event()
+                try:
+                    connection.add_termination_listener(lambda _, lost=lost: lost.set())
+                    await connection.add_listener(self._channel, self._hear)
+                    self._connection = connection
+                    self._hear()  # a notification from before is lost
+                    await lost.wait()
+                finally:
+                    connection.terminate()
+            await asyncio.sleep(RECONNECT_SECONDS)
 
     def _hear(self, *_: object) -> None:
         self._called = True
 
     async def close(self) -> None:
         """Stop listening."""
-        if self._connecting is not None:
-            self._connecting.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._connecting
-        if self._alive():
-            self._connection.terminate()
+        if self._listening is not None:
+            self._listening.cancel()
+            await asyncio.gather(self._listening, return_exceptions=True)
 
 
 class PassingError(Exception):
@@ -236,7 +216,7 @@ def database_errors(name: str, patience: float) -> Iterator[None]:
         yield
     except (OSError, TimeoutError, PassingError) as error:
         raise DatabaseError(f"cannot reach the database {name}: {reason_of(error, patience)}") from error
-    except (DBAPIError, SQLAlchemyError) as error:
+    except (SQLAlchemyError, *DRIVER_ERRORS) as error:
         raise DatabaseError(f"cannot use the database {name}: {reason_of(error, patience)}") from error
 
 
@@ -244,6 +224,7 @@ T = TypeVar("T")
 
 OPEN_PATIENCE_SECONDS = 10.0
 SOLE_RETRY_SECONDS = 1.0
+MAX_ANSWER_AGE_SECONDS = 60.0
 STALL_SECONDS = 30.0
 """A transaction that takes longer than this is given up and run again, because the network may be cut."""
 
@@ -262,22 +243,22 @@ _TRY_SOLE = "SELECT pg_try_advisory_lock($1, 0)"
 class PostgresDatabase(Database):
     """An open PostgreSQL queue: two writing connections, up to two readers, one that listens."""
 
-    def __init__(self, address: Address, *, clock: Callable[[], Millis] | None, patience: float) -> None:
+    def __init__(self, url: PathOrUrl, *, clock: Callable[[], Millis] | None, patience: float) -> None:
+        address = address_of(url)
         folders = [folder for folder in (files.state_folder(), Path.cwd()) if folder is not None]
         places = [folder / files.telling_name(address.server) for folder in folders]
         # The server frees a dead worker's locks at once, but also those of one that is only cut off.
         super().__init__(address.shown, patience=patience, spool_places=places, presence=Presence())
         self._clock = clock
-        options = {"schema_translate_map": {None: SCHEMA}}
-        self._writer = make_engine(address, "READ COMMITTED", pool_size=2, options=options, settings=WRITER_SETTINGS)
-        reading = options | {"postgresql_readonly": True}
-        self._reader = make_engine(address, "REPEATABLE READ", pool_size=2, options=reading)
+        self._server_time: tuple[int, float] | None = None
+        self._writer = make_engine(address, "READ COMMITTED", WRITER_SETTINGS)
+        self._reader = make_engine(address, "REPEATABLE READ", SERVER_SETTINGS, postgresql_readonly=True)
         self._listener = Listener(arguments_of(address), CHANNEL, listen=not address.pooled)
 
     async def _write(self, work: Work[T]) -> T:
         async with asyncio.timeout(STALL_SECONDS), self._writer.connect() as connection:
             try:
-                result = await connection.run_sync(self._timed, work)
+                result = await connection.run_sync(lambda plain: work(plain, self._ask_time(plain)))
                 await connection.commit()
             except DBAPIError as error:
                 if sqlstate_of(error) != READ_ONLY:
@@ -289,12 +270,21 @@ class PostgresDatabase(Database):
 
     async def _read(self, work: Work[T]) -> T:
         async with asyncio.timeout(STALL_SECONDS), self._reader.connect() as connection:
-            return await connection.run_sync(self._timed, work)
+            return await connection.run_sync(lambda plain: work(plain, self._time(plain)))
 
-    def _timed(self, connection: Connection, work: Work[T]) -> T:
-        # The server's time, because its users' clocks may differ.
-        now = connection.scalar(_NOW) if self._clock is None else self._clock()
-        return work(connection, Millis(now or 0))
+    def _ask_time(self, connection: Connection) -> Millis:
+        """Ask for the server's time, because its users' clocks may differ."""
+        if self._clock is not None:
+            return self._clock()
+        now = Millis(connection.scalar(_NOW) or 0)
+        self._server_time = now, time.monotonic()
+        return now
+
+    def _time(self, connection: Connection) -> Millis:
+        """Return the server's time by its latest answer: nothing that is only read depends on a little more or less."""
+        if self._server_time is None or (passed := time.monotonic() - self._server_time[1]) > MAX_ANSWER_AGE_SECONDS:
+            return self._ask_time(connection)
+        return Millis(self._server_time[0] + round(passed * 1000))
 
     def _passes(self, error: Exception) -> bool:
         return is_passing(error)
@@ -325,10 +315,6 @@ class PostgresDatabase(Database):
         await self._reader.dispose()
         await self._writer.dispose()
 
-    async def remove(self, run: str) -> bool:
-        """Drop the queue if this is its only user and `run` its only run; return whether it did."""
-        return await self.write(_drop, run)
-
 
 def _analyze(connection: Connection, _now: Millis) -> None:
     connection.execute(text(f"ANALYZE {SCHEMA}.jobs"))
@@ -341,6 +327,7 @@ def _create(connection: Connection, now: Millis, dead_workers: Any) -> None:
 
 
 def _drop(connection: Connection, _now: Millis, run: str) -> bool:
+    """Drop the queue if this is its only user and `run` its only run; return whether it did."""
     connection.execute(_CREATING, {"kind": CREATION_LOCK})
     if connection.scalar(_OTHERS):
         return False
@@ -352,62 +339,13 @@ def _drop(connection: Connection, _now: Millis, run: str) -> bool:
     return True
 
 
-def open_postgres(url: PathOrUrl, *, clock: Callable[[], Millis] | None, patience: float) -> PostgresDatabase:
-    """Return the queue on a server, not yet connected. UsageError for a URL that cannot be read."""
-    check_driver()
-    return PostgresDatabase(address_of(url), clock=clock, patience=patience)
-
-
 async def remove_queue(url: PathOrUrl, *, run: str) -> bool:
     """Drop a queue that no process uses and that holds one run only; see `lbr.store.database.remove_queue`."""
-    database = open_postgres(url, clock=None, patience=OPEN_PATIENCE_SECONDS)
+    database = PostgresDatabase(url, clock=None, patience=OPEN_PATIENCE_SECONDS)
     try:
-        return await database.remove(run)
+        return await database.write(_drop, run)
     finally:
         await database.close()
-
-
-class _Lock:
-    """The lock of the exclusive worker; `lost` is set if its connection was lost and another worker has it now."""
-
-    def __init__(self, address: Address) -> None:
-        self._address = address
-        self._connection: Any = None
-        self._broken = asyncio.Event()
-        self.lost = False
-
-    async def take(self) -> bool:
-        """Connect and try; return whether the lock is ours. Raises DatabaseError."""
-        import asyncpg  # noqa: PLC0415 - an extra
-
-        with database_errors(self._address.shown, SOLE_RETRY_SECONDS):
-            try:
-                self._connection = await asyncpg.connect(**arguments_of(self._address))
-                self._broken.clear()
-                self._connection.add_termination_listener(lambda _: self._broken.set())
-                return bool(await self._connection.fetchval(_TRY_SOLE, SOLE_LOCK))
-            except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-                raise DatabaseError(f"cannot use the database {self._address.shown}: {error}") from error
-
-    async def watch(self, holder: asyncio.Task[Any] | None) -> None:
-        """Take the lock again whenever its connection is lost; cancel its holder if another worker has it."""
-        while True:
-            await self._broken.wait()
-            try:
-                self.lost = not await self.take()
-            except DatabaseError:
-                # The holder waits the outage out, or ends with it.
-                await asyncio.sleep(SOLE_RETRY_SECONDS)
-                continue
-            if self.lost:
-                if holder is not None:
-                    holder.cancel()
-                return
-
-    def release(self) -> None:
-        """Close the connection, and the lock with it."""
-        if self._connection is not None:
-            self._connection.terminate()
 
 
 @asynccontextmanager
@@ -417,28 +355,54 @@ async def sole_worker(url: PathOrUrl) -> AsyncIterator[None]:
     Raises AlreadyRunningError if another worker has it, also if it was lost with its connection and another worker
     took it: the body is then cancelled and releases its jobs.
     """
-    check_driver()
     address = address_of(url)
     if address.pooled:
         raise UsageError(
             "expected a URL without pgbouncer=true for --exclusive, whose lock a transaction pooler would give "
             "to others; name the server itself"
         )
-    lock = _Lock(address)
-    taken = AlreadyRunningError(f"an exclusive worker of {address.shown} is running already; nothing to do")
-    try:
-        if not await lock.take():
-            raise taken
-        watching = asyncio.create_task(lock.watch(asyncio.current_task()))
-        try:
-            yield
-        except asyncio.CancelledError:
-            if not lock.lost:
+    connection, holder = await _lock(address), asyncio.current_task()
+
+    async def keep() -> None:
+        """Take the lock again whenever its connection is lost; cancel the body if another worker has it."""
+        nonlocal connection
+        while True:
+            await asyncio.sleep(SOLE_RETRY_SECONDS)
+            try:
+                if connection.is_closed():
+                    connection = await _lock(address)
+            except DatabaseError:
+                continue  # the body waits the outage out, or ends with it
+            except AlreadyRunningError:
+                if holder is not None:
+                    holder.cancel()
                 raise
-            raise taken from None
-        finally:
-            watching.cancel()
-            with suppress(asyncio.CancelledError):
-                await watching
+
+    keeping = asyncio.create_task(keep())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if keeping.done():
+            keeping.result()  # raises why
+        raise
     finally:
-        lock.release()
+        keeping.cancel()
+        try:
+            await asyncio.gather(keeping, return_exceptions=True)
+        finally:
+            connection.terminate()
+
+
+async def _lock(address: Address) -> Any:
+    """Return a connection that holds the lock. Raises AlreadyRunningError if another worker has it, DatabaseError."""
+    with database_errors(address.shown, SOLE_RETRY_SECONDS):
+        connection = await asyncpg.connect(**arguments_of(address))
+        held = False
+        try:
+            held = await connection.fetchval(_TRY_SOLE, SOLE_LOCK)
+        finally:
+            if not held:
+                connection.terminate()
+    if not held:
+        raise AlreadyRunningError(f"an exclusive worker of {address.shown} is running already; nothing to do")
+    return connection

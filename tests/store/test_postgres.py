@@ -259,7 +259,7 @@ async def test_enqueue_wakes_idle_workers(live: Database, url: str, monkeypatch:
     idle = await open_database(url)
     assert isinstance(idle, PostgresDatabase)
     await idle.changed()
-    await eventually(idle._listener._alive)
+    await eventually(lambda: idle._listener._connection)
     await idle.changed()
     assert not await idle.changed()
     calls: list[str] = []
@@ -295,7 +295,7 @@ async def test_lost_listener_comes_back(live: Database, url: str, monkeypatch: p
     monkeypatch.setattr("lbr.store.postgres.POLL_SECONDS", 3_600.0)
     assert isinstance(live, PostgresDatabase)
     await live.changed()
-    await eventually(live._listener._alive)
+    await eventually(lambda: live._listener._connection)
     await live.changed()
     first = live._listener._connection
     postgres.execute(url, f"SELECT pg_terminate_backend({first.get_server_pid()})")
