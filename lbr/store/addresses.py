@@ -113,10 +113,8 @@ def _check_files(options: Mapping[str, str]) -> None:
     import ssl  # noqa: PLC0415 - only with a URL of PostgreSQL
 
     for name in ("sslrootcert", "sslcert", "sslkey", "sslcrl"):
-        variable = f"PG{name.upper()}"
-        place, path = "the PostgreSQL URL", options.get(name)
-        if not path:
-            place, path = f"the environment's {variable}", os.environ.get(variable)
+        given, variable = options.get(name), f"PG{name.upper()}"
+        path = given or os.environ.get(variable)
         if not path:
             continue
         try:
@@ -126,6 +124,7 @@ def _check_files(options: Mapping[str, str]) -> None:
                 Path(path).open("rb").close()
         except OSError as error:
             reason = "it holds no certificate" if isinstance(error, ssl.SSLError) else error.strerror
+            place = "the PostgreSQL URL" if given else f"the environment's {variable}"
             way_out = "name the system's file of certificates" if path == "system" else "correct the path"
             raise UsageError(f"cannot use {name}={path} of {place}: {reason}; {way_out}") from error
 

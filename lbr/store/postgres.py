@@ -6,6 +6,7 @@ Everything is in a schema of its own, `lbr`, so that the database may hold other
 from __future__ import annotations
 
 import asyncio
+import math
 import ssl
 import time
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -42,10 +43,18 @@ if TYPE_CHECKING:
     from lbr.core.types import PathOrUrl
     from lbr.store.database import Work
 
-CONNECT_SECONDS = 10.0
+T = TypeVar("T")
+
+CONNECT_SECONDS = OPEN_PATIENCE_SECONDS = 10.0
 POLL_SECONDS = 1.0
 """How often to look without a notification: a transaction pooler drops LISTEN, and one may be lost with its connection."""
 RECONNECT_SECONDS = 5.0
+SOLE_RETRY_SECONDS = 1.0
+MAX_ANSWER_AGE_SECONDS = 60.0
+STALL_SECONDS = 30.0
+"""A transaction that takes longer than this is given up and run again, because the network may be cut."""
+# Advisory locks are shared by all users of a database; these numbers spell lbr.
+CREATION_LOCK, SOLE_LOCK = 0x6C_62_72_01, 0x6C_62_72_03
 # The server ends the transaction of a worker that is cut off, and so frees its locks.
 SERVER_SETTINGS = {
     "application_name": "lbr",
@@ -59,6 +68,14 @@ SERVER_SETTINGS = {
 # would sort all pending jobs each time; of a small one it would read every row to claim a few.
 _SLOW_PLANS = ("enable_seqscan", "enable_bitmapscan", "enable_sort", "enable_hashjoin", "enable_mergejoin")
 WRITER_SETTINGS = SERVER_SETTINGS | dict.fromkeys(_SLOW_PLANS, "off")
+
+_NOW = text("SELECT CAST(extract(epoch FROM clock_timestamp()) * 1000 AS bigint)")
+_CREATING = text(f"SELECT pg_advisory_xact_lock({CREATION_LOCK}, 0)")
+_TRY_SOLE = f"SELECT pg_try_advisory_lock({SOLE_LOCK}, 0)"
+_OTHERS = text(
+    "SELECT count(*) FROM pg_stat_activity "
+    "WHERE datname = current_database() AND application_name = 'lbr' AND pid <> pg_backend_pid()"
+)
 
 DRIVER_ERRORS = asyncpg.PostgresError, asyncpg.InterfaceError
 # SQLSTATE codes, from PostgreSQL's manual, appendix A.
@@ -109,10 +126,8 @@ def make_engine(address: Address, isolation: Any, settings: Mapping[str, str], *
 class Listener:
     """A connection that listens for notifications, with polling behind it. That it cannot listen is never an error."""
 
-    def __init__(self, arguments: Mapping[str, Any], channel: str, *, listen: bool) -> None:
-        self._arguments = arguments
-        self._channel = channel
-        self._listen = listen
+    def __init__(self, address: Address) -> None:
+        self._address = address
         self._listening: asyncio.Task[None] | None = None
         self._connection: Any = None
         self._called = True
@@ -120,7 +135,7 @@ class Listener:
 
     def heard(self) -> bool:
         """Return whether a notification came since the last call, or it is time to look without one."""
-        if self._listen and self._listening is None:
+        if self._listening is None and not self._address.pooled:
             self._listening = asyncio.create_task(self._keep_listening())
         now = time.monotonic()
         if not self._called and now < self._next_poll:
@@ -132,10 +147,10 @@ class Listener:
     async def _keep_listening(self) -> None:
         while True:
             with suppress(OSError, TimeoutError, *DRIVER_ERRORS):
-                connection, lost = await asyncpg.connect(**self._arguments), asyncio.Event()
+                connection, lost = await asyncpg.connect(**arguments_of(self._address)), asyncio.Event()
                 try:
                     connection.add_termination_listener(lambda _, lost=lost: lost.set())
-                    await connection.add_listener(self._channel, self._hear)
+                    await connection.add_listener(CHANNEL, self._hear)
                     self._connection = connection
                     self._hear()  # a notification from before is lost
                     await lost.wait()
@@ -157,11 +172,16 @@ class PassingError(Exception):
     """Why a transaction cannot succeed for now."""
 
 
+def _driver_error(error: BaseException) -> BaseException:
+    """Return what the driver raised, without what SQLAlchemy adds."""
+    if isinstance(error, DBAPIError) and error.orig is not None:
+        return error.orig.__cause__ or error.orig
+    return error
+
+
 def sqlstate_of(error: BaseException) -> str | None:
     """Return the server's code for an error, None if it has none."""
-    if isinstance(error, DBAPIError) and error.orig is not None:
-        error = error.orig
-    code = getattr(error, "sqlstate", None)
+    code = getattr(_driver_error(error), "sqlstate", None)
     return code if isinstance(code, str) else None
 
 
@@ -171,18 +191,14 @@ def is_passing(error: Exception) -> bool:
         return False
     if isinstance(error, OSError | TimeoutError | PassingError):
         return True
-    code = sqlstate_of(error)
+    code, words = sqlstate_of(error), _words(error)
     if code is not None:
         # A pooler has this one code; a setting that it refuses, it will always refuse.
-        refused = code == "08P01" and "startup parameter" in _words(error)
+        refused = code == "08P01" and "startup parameter" in words
         return not refused and (code[:2] in PASSING_CLASSES or code in PASSING)
     # An error without a code is the driver's, about a connection that is gone or breaks off.
-    return isinstance(error, DBAPIError) and (error.connection_invalidated or _is_cut_off(error))
-
-
-def _is_cut_off(error: DBAPIError) -> bool:
-    words = str(error.orig)
-    return "connection" in words and any(word in words for word in ("closed", "lost", "reset", "in the middle"))
+    cut_off = "connection" in words and any(one in words for one in ("closed", "lost", "reset", "in the middle"))
+    return isinstance(error, DBAPIError) and (error.connection_invalidated or cut_off)
 
 
 def reason_of(error: BaseException, patience: float) -> str:
@@ -200,13 +216,8 @@ def reason_of(error: BaseException, patience: float) -> str:
 
 
 def _words(error: BaseException) -> str:
-    """Return the driver's message, without the statement and the class names that SQLAlchemy adds."""
-    cause: BaseException = error
-    if isinstance(error, DBAPIError) and error.orig is not None:
-        cause = error.orig.__cause__ or error.orig
-    if isinstance(cause, TimeoutError):
-        return "it does not answer"
-    return str(cause) or type(cause).__name__
+    cause = _driver_error(error)
+    return "it does not answer" if isinstance(cause, TimeoutError) else str(cause) or type(cause).__name__
 
 
 @contextmanager
@@ -220,26 +231,6 @@ def database_errors(name: str, patience: float) -> Iterator[None]:
         raise DatabaseError(f"cannot use the database {name}: {reason_of(error, patience)}") from error
 
 
-T = TypeVar("T")
-
-OPEN_PATIENCE_SECONDS = 10.0
-SOLE_RETRY_SECONDS = 1.0
-MAX_ANSWER_AGE_SECONDS = 60.0
-STALL_SECONDS = 30.0
-"""A transaction that takes longer than this is given up and run again, because the network may be cut."""
-
-# Advisory locks are shared by all users of a database; these numbers spell lbr.
-CREATION_LOCK, SOLE_LOCK = 0x6C_62_72_01, 0x6C_62_72_03
-
-_NOW = text("SELECT CAST(extract(epoch FROM clock_timestamp()) * 1000 AS bigint)")
-_CREATING = text("SELECT pg_advisory_xact_lock(:kind, 0)")
-_OTHERS = text(
-    "SELECT count(*) FROM pg_stat_activity "
-    "WHERE datname = current_database() AND application_name = 'lbr' AND pid <> pg_backend_pid()"
-)
-_TRY_SOLE = "SELECT pg_try_advisory_lock($1, 0)"
-
-
 class PostgresDatabase(Database):
     """An open PostgreSQL queue: two writing connections, up to two readers, one that listens."""
 
@@ -250,15 +241,15 @@ class PostgresDatabase(Database):
         # The server frees a dead worker's locks at once, but also those of one that is only cut off.
         super().__init__(address.shown, patience=patience, spool_places=places, presence=Presence())
         self._clock = clock
-        self._server_time: tuple[int, float] | None = None
+        self._server_time = 0, -math.inf  # its latest answer, and when that came
         self._writer = make_engine(address, "READ COMMITTED", WRITER_SETTINGS)
         self._reader = make_engine(address, "REPEATABLE READ", SERVER_SETTINGS, postgresql_readonly=True)
-        self._listener = Listener(arguments_of(address), CHANNEL, listen=not address.pooled)
+        self._listener = Listener(address)
 
     async def _write(self, work: Work[T]) -> T:
         async with asyncio.timeout(STALL_SECONDS), self._writer.connect() as connection:
             try:
-                result = await connection.run_sync(lambda plain: work(plain, self._ask_time(plain)))
+                result = await connection.run_sync(lambda plain: work(plain, self._time(plain, 0)))
                 await connection.commit()
             except DBAPIError as error:
                 if sqlstate_of(error) != READ_ONLY:
@@ -270,21 +261,16 @@ class PostgresDatabase(Database):
 
     async def _read(self, work: Work[T]) -> T:
         async with asyncio.timeout(STALL_SECONDS), self._reader.connect() as connection:
-            return await connection.run_sync(lambda plain: work(plain, self._time(plain)))
+            return await connection.run_sync(lambda plain: work(plain, self._time(plain, MAX_ANSWER_AGE_SECONDS)))
 
-    def _ask_time(self, connection: Connection) -> Millis:
-        """Ask for the server's time, because its users' clocks may differ."""
+    def _time(self, connection: Connection, max_age: float) -> Millis:
+        """Return the server's time, because its users' clocks may differ, by an answer of it that is at most so old."""
         if self._clock is not None:
             return self._clock()
-        now = Millis(connection.scalar(_NOW) or 0)
-        self._server_time = now, time.monotonic()
-        return now
-
-    def _time(self, connection: Connection) -> Millis:
-        """Return the server's time by its latest answer: nothing that is only read depends on a little more or less."""
-        if self._server_time is None or (passed := time.monotonic() - self._server_time[1]) > MAX_ANSWER_AGE_SECONDS:
-            return self._ask_time(connection)
-        return Millis(self._server_time[0] + round(passed * 1000))
+        if time.monotonic() - self._server_time[1] >= max_age:
+            self._server_time = int(connection.scalar(_NOW) or 0), time.monotonic()
+        now, at = self._server_time
+        return Millis(now + round((time.monotonic() - at) * 1000))
 
     def _passes(self, error: Exception) -> bool:
         return is_passing(error)
@@ -298,7 +284,7 @@ class PostgresDatabase(Database):
 
     async def filled(self) -> None:
         """Tell the planner how many rows there are; autovacuum would do so a minute later."""
-        await self.write(_analyze)
+        await self.write(lambda connection, _: connection.execute(text(f"ANALYZE {SCHEMA}.jobs")))
 
     async def prepare(self, *, create: bool) -> None:
         """Upgrade older tables; create missing ones only with `create`."""
@@ -316,19 +302,15 @@ class PostgresDatabase(Database):
         await self._writer.dispose()
 
 
-def _analyze(connection: Connection, _now: Millis) -> None:
-    connection.execute(text(f"ANALYZE {SCHEMA}.jobs"))
-
-
 def _create(connection: Connection, now: Millis, dead_workers: Any) -> None:
-    connection.execute(_CREATING, {"kind": CREATION_LOCK})
+    connection.execute(_CREATING)
     connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
     schema.migrate(connection, now, dead_workers)
 
 
 def _drop(connection: Connection, _now: Millis, run: str) -> bool:
     """Drop the queue if this is its only user and `run` its only run; return whether it did."""
-    connection.execute(_CREATING, {"kind": CREATION_LOCK})
+    connection.execute(_CREATING)
     if connection.scalar(_OTHERS):
         return False
     # Another process that comes now waits for the lock, and then finds no table.
@@ -399,7 +381,7 @@ async def _lock(address: Address) -> Any:
         connection = await asyncpg.connect(**arguments_of(address))
         held = False
         try:
-            held = await connection.fetchval(_TRY_SOLE, SOLE_LOCK)
+            held = await connection.fetchval(_TRY_SOLE)
         finally:
             if not held:
                 connection.terminate()

@@ -20,6 +20,7 @@ from lbr.api.work import exclusive
 from lbr.core.errors import AlreadyRunningError, DatabaseError, Family, Usage, UsageError
 from lbr.core.types import Failure, Outcome, Reply, Task
 from lbr.store import claim, enqueue, limits, reads, runs, schema, settle
+from lbr.store.addresses import address_of
 from lbr.store.claim import CLAIM, CLAIM_CHOSEN, CLAIM_SUSPECT, DUE, DUE_SIZED, DUE_SUSPECT
 from lbr.store.database import open_database
 from lbr.store.leases import CLAIMED_BY, EXPIRED, RECLAIM, RENEW
@@ -283,7 +284,7 @@ async def test_enqueue_wakes_idle_workers(live: Database, url: str, monkeypatch:
 async def test_polling_stands_behind(live: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nobody can be heard, as behind a transaction pooler, a worker looks all the same, now and then."""
     monkeypatch.setattr("lbr.store.postgres.POLL_SECONDS", 0.05)
-    deaf = Listener({}, "lbr", listen=False)
+    deaf = Listener(address_of("postgresql:///d?pgbouncer=true"))
     assert deaf.heard()
     assert not deaf.heard()
     await eventually(deaf.heard)
