@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import orjson
@@ -72,12 +73,10 @@ def _check_call(call: Json, where: str) -> None:
             _check_fields(function, ("name", "arguments"), f"the tool call of {where}")
         case _:
             raise InputError(f"expected the tool calls of {where} to be like {_CALL}, got: {_shown(call)}")
-    try:
-        fits = not arguments or isinstance(orjson.loads(arguments), dict)
-    except orjson.JSONDecodeError:
-        fits = False
-    if not fits:
-        raise InputError(f"expected the arguments of {where} to be a JSON object in a string, got: {_shown(arguments)}")
+    with suppress(orjson.JSONDecodeError):
+        if not arguments or isinstance(orjson.loads(arguments), dict):
+            return
+    raise InputError(f"expected the arguments of {where} to be a JSON object in a string, got: {_shown(arguments)}")
 
 
 def _check_part(part: Json, where: str, role: str) -> None:
@@ -98,11 +97,9 @@ def _check_part(part: Json, where: str, role: str) -> None:
 def _check_url(url: str, where: str) -> None:
     if url.startswith("data:"):
         head, _, data = url.partition(",")
-        try:
+        with suppress(ValueError):  # decoders leave out the characters that they do not know
             if head.endswith(";base64") and base64.b64decode("".join(data.split()), validate=True):
                 return
-        except ValueError:  # decoders leave out the characters that they do not know
-            pass
         raise InputError(f"expected a base64 data: URL in {where}, got: {_shown(url)}")
     if not url.lower().startswith(("https://", "http://")):
         raise InputError(

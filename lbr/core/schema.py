@@ -5,6 +5,7 @@ jsonschema_rs and pydantic are imported where they are used, because `lbr status
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import re
@@ -18,10 +19,11 @@ from lbr.core.errors import BadAnswer, UsageError
 from lbr.core.text import parse_json, read_text, to_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from jsonschema_rs import Draft202012Validator
+    from pydantic import TypeAdapter
 
     from lbr.core.types import Json
 
@@ -130,14 +132,13 @@ class Validator:
     """
 
     def __init__(self, schema: dict[str, Json], result_type: Any = None) -> None:
-        self._of_schema: Draft202012Validator | None = None
-        self._of_type: Any = None
+        self._judge: Callable[[str, Json], tuple[str, list[str]]]
         if result_type is None:
-            self._of_schema = _build_validator(schema)
+            self._judge = functools.partial(_judge_by_schema, _build_validator(schema))
         else:
             from pydantic import TypeAdapter  # noqa: PLC0415
 
-            self._of_type = TypeAdapter(result_type)
+            self._judge = functools.partial(_judge_by_type, TypeAdapter(result_type))
 
     def check(self, text: str) -> str:
         """Return the answer as compact JSON; BadAnswer, with up to five problems and the raw text, if it does not fit.
@@ -148,8 +149,7 @@ class Validator:
         if fenced := _FENCE.match(bare):
             bare = fenced[1]
         try:
-            value = parse_json(bare)
-            answer, problems = self._check_type(bare) if self._of_schema is None else self._check_schema(value)
+            answer, problems = self._judge(bare, parse_json(bare))
         except orjson.JSONDecodeError as error:
             raise BadAnswer(f"$: expected JSON, got: {error}", text=text) from None
         except (RecursionError, TypeError, ValueError):  # of json, orjson and jsonschema_rs, whose limits differ
@@ -159,24 +159,27 @@ class Validator:
             raise BadAnswer("; ".join(map(_short, problems[:MAX_PROBLEMS])) + more, text=text)
         return answer
 
-    def _check_schema(self, value: Json) -> tuple[str, list[str]]:
-        answer = to_json(value).decode()
-        errors = [] if self._of_schema is None else list(self._of_schema.iter_errors(value))
-        errors.sort(key=lambda error: ([str(step) for step in error.instance_path], error.message))
-        return answer, [f"{_json_path(error.instance_path)}: {error.message}" for error in errors]
 
-    def _check_type(self, text: str) -> tuple[str, list[str]]:
-        from pydantic import ValidationError  # noqa: PLC0415
+def _judge_by_schema(validator: Draft202012Validator, _: str, value: Json) -> tuple[str, list[str]]:
+    """Return an answer as compact JSON, and what is wrong with it."""
+    answer = to_json(value).decode()
+    errors = sorted(
+        validator.iter_errors(value), key=lambda one: ([str(step) for step in one.instance_path], one.message)
+    )
+    return answer, [f"{_json_path(error.instance_path)}: {error.message}" for error in errors]
 
-        try:
-            value = self._of_type.validate_json(text)
-            # By alias, so that the answer fits the schema that was asked for and the type can read it back.
-            return self._of_type.dump_json(value, by_alias=True).decode(), []
-        except ValidationError as error:
-            found = error.errors(include_url=False, include_input=False, include_context=False)
-            return "", [f"{_json_path(one['loc'])}: {one['msg']}" for one in found]
-        except Exception as error:  # noqa: BLE001 - a user's validator may raise anything, here for this answer
-            return "", [f"$: the result type failed with {type(error).__name__}: {_first_line(error)}"]
+
+def _judge_by_type(adapter: TypeAdapter[Any], text: str, _: Json) -> tuple[str, list[str]]:
+    from pydantic import ValidationError  # noqa: PLC0415
+
+    try:
+        # By alias, so that the answer fits the schema that was asked for and the type can read it back.
+        return adapter.dump_json(adapter.validate_json(text), by_alias=True).decode(), []
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_input=False, include_context=False)
+        return "", [f"{_json_path(one['loc'])}: {one['msg']}" for one in found]
+    except Exception as error:  # noqa: BLE001 - a user's validator may raise anything, here for this answer
+        return "", [f"$: the result type failed with {type(error).__name__}: {_first_line(error)}"]
 
 
 def _json_path(steps: Iterable[str | int]) -> str:

@@ -1,12 +1,13 @@
-"""The protocol of models, and their names."""
+"""The protocol of models, their names, and a request as chat messages."""
 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lbr.core import value
-from lbr.core.errors import UsageError
+from lbr.core.errors import InputError, Permanent, UsageError
+from lbr.core.messages import check_messages
 from lbr.core.pricing import table_price
 
 if TYPE_CHECKING:
@@ -68,14 +69,9 @@ def kind_of(task: Task) -> Kind:
 
 
 def tells_cost(task: Task, price: Price | None) -> bool:
-    """Return whether the cost of a call will be known: from its run's price, the provider, or the price table."""
-    match kind_of(task):
-        case Kind.FUNCTION:
-            return False  # not even its tokens are known
-        case Kind.OFFLINE:
-            return True
-    is_known = price is not None or task.answerer.startswith(OPENROUTER)
-    return is_known or table_price(task.answerer) is not None
+    """Return whether the cost of a model's call will be known: by its run's price, the provider, or the price table."""
+    is_reported = task.answerer.startswith((OFFLINE, OPENROUTER))
+    return is_reported or price is not None or table_price(task.answerer) is not None
 
 
 def model_string(name: str) -> str:
@@ -92,3 +88,44 @@ def model_string(name: str) -> str:
         hint = "" if not name or colon else "; put its provider and a colon before it"
         raise UsageError(f"expected a model like 'openai-chat:gpt-4o-mini' or 'offline:echo', got: {name!r}{hint}")
     return name
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+
+def messages_of(request: Request) -> list[dict[str, Any]]:
+    """Return a request in OpenAI's form: its prompt, and its answer that did not validate if there is one; without the instructions.
+
+    Only a user's content may be a list of parts. Raises Permanent for messages of which a part would not be sent.
+    """
+    prompt, last_bad = request.prompt, request.last_bad
+    if prompt.messages is None:
+        messages = [{"role": "user", "content": prompt.text or ""}]
+    else:
+        try:  # again: an older version may have enqueued them
+            check_messages(prompt.messages)
+        except InputError as error:
+            raise Permanent(str(error)) from error
+        messages = list(map(_message, prompt.messages))
+    if last_bad is not None:
+        if last_bad.text.strip():
+            messages.append({"role": "assistant", "content": last_bad.text})
+        words = f"That answer does not fit what was asked for: {last_bad.message}\nGive a corrected answer."
+        messages.append({"role": "user", "content": words})
+    return messages
+
+
+def _message(message: dict[str, Json]) -> dict[str, Any]:
+    """Return what is sent of a checked message."""
+    role, content = message["role"], message.get("content")
+    if isinstance(content, list):
+        content = list(map(_part, content)) if role == "user" else "".join(part["text"] for part in content)
+    sent = {"role": "system" if role == "developer" else role, "content": content}
+    return sent | {name: message[name] for name in ("tool_calls", "tool_call_id") if message.get(name)}
+
+
+def _part(part: dict[str, Json]) -> dict[str, Json]:
+    if part["type"] == "text":
+        return {"type": "text", "text": part["text"]}
+    image = part["image_url"]
+    return {"type": "image_url", "image_url": {"url": image} if isinstance(image, str) else image}

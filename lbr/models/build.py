@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 from lbr.core.errors import UsageError
 from lbr.core.pricing import max_output_tokens
 from lbr.core.types import canonical_json
-from lbr.models import checks, offline
+from lbr.models import chat, checks, offline
 from lbr.models.base import Kind, kind_of
-from lbr.models.chat import model as chat
 from lbr.models.function import FunctionModel
 
 if TYPE_CHECKING:
@@ -84,8 +83,7 @@ def check_task(task: Task) -> None:
         names = ", ".join(sorted(task.settings))
         raise UsageError(f"settings are for models, and a function takes none; remove {names}")
     if kind is Kind.OFFLINE:
-        offline.check_name(name)
-        offline.check_settings(task.settings)
+        offline.OfflineModel(name, task.settings)
     if kind is not Kind.PROVIDER:
         return
     if task.schema is not None:
@@ -112,7 +110,7 @@ def unsent(task: Task) -> list[str]:
 def build_model(task: Task, authority: Authority, *, concurrency: int, connections: Connections | None = None) -> Model:
     """Build the model of a task. Raises UsageError, with what to do, if this process may not or cannot.
 
-    Calls to a provider use `connections`, which the caller closes; None for connections of its own.
+    Calls to a provider use `connections`, None for some of its own. Models may share them, and are closed together.
     """
     match kind_of(task):
         case Kind.FUNCTION:

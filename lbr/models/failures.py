@@ -66,29 +66,23 @@ _CODES = {code: name for name, kind in _KINDS.items() for code in kind.codes.spl
 _TRANSIENT_STATUSES = frozenset({408, 409, 425, 499})
 _OVERLOAD_STATUSES = frozenset({408, 504, 524})
 
+_NO_CREDIT = (
+    "insufficient[ _](?:quota|balance|credit|fund)|plan and billing|billing[ _]hard[ _]limit|spending limit|"
+    "credit balance|used all available credits|free-models-per-day"
+)
 _TEXTS = [
     # Anthropic: of type invalid_request_error. Only the beginning is its own text; the prompt may be quoted after it.
     (
         {400},
         "ModelQuotaExceededError",
-        "your credit balance|you have reached your specified (?:\\w+ )?api usage limits",
+        r"^your credit balance|^you have reached your specified (\w+ )?api usage limits",
     ),
     # OpenAI: the code is rate_limit_exceeded, but no wait is long enough.
-    ({429}, "ModelRequestRejectedError", "request too large"),
+    ({429}, "ModelRequestRejectedError", "^request too large"),
     # xAI, OpenRouter's free models, and relays that drop OpenAI's code. Google words every limit so, but names a wait.
-    (
-        {401, 403, 429},
-        "ModelQuotaExceededError",
-        ".*(?:insufficient[ _](?:quota|balance|credit|fund)|plan and billing)",
-    ),
-    ({401, 403, 429}, "ModelQuotaExceededError", ".*(?:billing[ _]hard[ _]limit|spending limit|credit balance)"),
-    ({401, 403, 429}, "ModelQuotaExceededError", ".*(?:used all available credits|free-models-per-day)"),
+    ({401, 403, 429}, "ModelQuotaExceededError", _NO_CREDIT),
     # vLLM and OpenRouter: the code is the status.
-    (
-        {400, 413, 422},
-        "ModelContextWindowExceededError",
-        ".*(?:maximum context length|reduce the length of the messages)",
-    ),
+    ({400, 413, 422}, "ModelContextWindowExceededError", "maximum context length|reduce the length of the messages"),
 ]
 """Kinds by status and message, of the few providers whose errors have no code of their own."""
 
@@ -105,7 +99,7 @@ def kind_of(status: int, body: object, known: str | None = None, *, waits: bool 
     message = message_in(body) or ""
     for statuses, kind, pattern in _TEXTS:
         is_limit = waits and status == 429 and kind == "ModelQuotaExceededError"
-        if status in statuses and not is_limit and re.match(pattern, message, re.IGNORECASE | re.DOTALL):
+        if status in statuses and not is_limit and re.search(pattern, message, re.IGNORECASE):
             return kind
     if known is not None and (status != 429 or known == "ModelQuotaExceededError"):
         return known
@@ -120,7 +114,6 @@ def call_error(
     headers: Mapping[str, object] | None = None,
     kind: str | None = None,
     url: str | None = None,
-    connecting: bool = False,
     unreachable: bool = False,
     api_key: str | None = None,
     now: float | None = None,
@@ -128,8 +121,8 @@ def call_error(
     """Return the error for a call that failed; no key gets into its message.
 
     `words` are the message if the body has none. `status` is 0 and `body` None if no answer came. `kind` is what the
-    client calls it, `connecting` means that no connection was made in time, `unreachable` that it was refused, reset or
-    never made. `now`, seconds since 1970, is what resets are compared with; None for the clock.
+    client calls it, `unreachable` means that the connection was refused, reset or not made in time. `now`, seconds since
+    1970, is what resets are compared with; None for the clock.
     """
     now = time.time() if now is None else now
     all_headers = _all_headers(headers or {}, body)
@@ -139,33 +132,38 @@ def call_error(
     is_final = 300 <= status < 500 and status not in _TRANSIENT_STATUSES
     other = _Kind(Family.PERMANENT, Symptom.SET_UP) if is_final else _Kind(Family.TRANSIENT)
     family, symptom = _KINDS.get(kind, other)[:2]
-    if kind == "ModelAuthenticationError" and status == 403:
-        symptom = Symptom.FORBIDDEN
-    elif (symptom is Symptom.SET_UP and not status) or status == 413:
-        symptom = None
-    if status >= 500:
-        symptom = Symptom.SERVER_ERROR
     found = filter_words(body) if family is Family.PERMANENT else None
     if found:
         kind, symptom = "ContentFilterError", None
+    elif status >= 500:
+        symptom = Symptom.SERVER_ERROR
+    elif kind == "ModelAuthenticationError" and status == 403:
+        symptom = Symptom.FORBIDDEN
+    elif status == 413 or (symptom is Symptom.SET_UP and not status):
+        symptom = None
     if wait is None and family is Family.RATE_LIMITED:
         # Resets come with every answer, and do not say when a broken server will recover.
         wait = _reset_wait(all_headers, now)
+    is_late = unreachable and kind == "ModelTimeoutError"
     return CallError(
         _message(words, status, body, found, url, api_key) or kind,
         family=family,
         retry_after=wait,
         kind=kind,
-        overloaded=family is Family.TRANSIENT and (connecting or status in _OVERLOAD_STATUSES),
+        overloaded=is_late or (family is Family.TRANSIENT and status in _OVERLOAD_STATUSES),
         symptom=Symptom.UNREACHABLE if unreachable else symptom,
     )
 
 
 def from_exception(error: Exception, *, url: str | None = None, api_key: str | None = None) -> CallError:
     """Return the error for an exception of pydantic-ai or of a provider's client; `url` is where the call went."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, CallError):  # of the connection beneath the client
+            return cause
+        cause = cause.__cause__
     names = [one.__name__ for one in type(error).__mro__]
     status = getattr(error, "status_code", None)
-    connecting = getattr(error, "phase", None) == "connect"
     return call_error(
         str(error),
         status=status if isinstance(status, int) else 0,
@@ -173,8 +171,7 @@ def from_exception(error: Exception, *, url: str | None = None, api_key: str | N
         headers=getattr(error, "headers", None),
         kind=next((name for name in names if name in _KINDS), names[0]),
         url=url,
-        connecting=connecting and "ModelTimeoutError" in names,
-        unreachable=connecting,
+        unreachable=getattr(error, "phase", None) == "connect",
         api_key=api_key,
     )
 
@@ -299,10 +296,8 @@ def _message(words: str, status: int, body: object, found: str | None, url: str 
 
 def status_in(error: object) -> int | None:
     """Return the HTTP status that an error has as its code; None if it has another code, or none."""
-    code = error.get("code") if isinstance(error, dict) else None
-    if isinstance(code, str) and re.fullmatch(r"[45]\d\d", code, re.ASCII):
-        return int(code)
-    return code if isinstance(code, int) and 400 <= code < 600 else None
+    code = str(error.get("code")) if isinstance(error, dict) else ""
+    return int(code) if re.fullmatch(r"[45]\d\d", code, re.ASCII) else None
 
 
 def _parts(body: object) -> Iterator[dict[Any, Any]]:

@@ -68,32 +68,24 @@ class Connections:
         found.set_alpn_protocols(["http/1.1"])
         return found
 
-    def _route(self, url: str) -> tuple[URL, str | None, Any]:
-        """Return a URL as aiohttp takes it, its proxy, None for none, and its trust store."""
+    def _request(self, url: str) -> ClientRequest:
+        """Return what aiohttp's connector needs to connect to a URL, through a proxy if the environment names one."""
+        from aiohttp import ClientRequest, InvalidURL  # noqa: PLC0415
         from yarl import URL  # noqa: PLC0415
 
-        target = URL(url, encoded=True)
-        proxies = environment_proxies()
+        target, proxies = URL(url, encoded=True), environment_proxies()
+        if target.scheme not in {"http", "https"}:
+            raise ValueError(target.scheme)
         proxy = proxies.get(target.scheme) or proxies.get("all")
         if proxy is not None and proxy_bypass(f"{target.raw_host}:{target.port}"):
             proxy = None
-        is_encrypted = target.scheme == "https" or (proxy or "").startswith("https:")
-        return target, proxy, self._trust if is_encrypted else True
-
-    def _request(self, url: str) -> ClientRequest:
-        """Return what aiohttp's connector needs to connect to a URL, through a proxy if the environment names one."""
-        from aiohttp import ClientRequest, InvalidURL, NonHttpUrlClientError  # noqa: PLC0415
-        from yarl import URL  # noqa: PLC0415
-
-        target, proxy, trust = self._route(url)
-        if target.scheme not in {"http", "https"}:
-            raise NonHttpUrlClientError(target)
         try:
             proxy_url = None if proxy is None else URL(proxy)
         except ValueError as error:
             raise InvalidURL(proxy or "") from error
-        loop = asyncio.get_running_loop()
-        return ClientRequest("POST", target, loop=loop, proxy=proxy_url, ssl=trust)
+        is_encrypted = target.scheme == "https" or (proxy or "").startswith("https:")
+        trust = self._trust if is_encrypted else True
+        return ClientRequest("POST", target, loop=asyncio.get_running_loop(), proxy=proxy_url, ssl=trust)
 
     async def fetch(
         self,
@@ -124,7 +116,7 @@ class Connections:
                 raise aiohttp.ConnectionTimeoutError from error
             try:
                 sent = b"%b%d\r\n\r\n%b" % (_head(method, request, headers), len(data), data)
-                head, payload = await _answer(connection.protocol, sent, timeout.sock_read, has_body=method != "HEAD")
+                head, payload = await _answer(connection.protocol, sent, timeout.sock_read)
                 await _read(payload, chunks, request.url)
             except BaseException:
                 connection.close()
@@ -138,13 +130,13 @@ class Connections:
             return head, chunks[0] if len(chunks) == 1 else b"".join(chunks)
         except (aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError, ValueError) as error:
             # A timeout is an OSError.
-            lost = _lost(error, url)
+            failed = lost(error, url)
             if head is not None and head.code < 300 and chunks:
-                lost.text = b"".join(chunks).decode(errors="replace")
-            raise lost from error
+                failed.text = b"".join(chunks).decode(errors="replace")
+            raise failed from error
 
     async def aclose(self) -> None:
-        """Close all connections; a call that still runs fails."""
+        """Close all connections; a call that still runs fails, and a later one opens them again."""
         connector, self._connector = self._connector, None
         if connector is not None:
             await connector.close()
@@ -170,7 +162,7 @@ def _encoded_head(line: str, own: tuple[tuple[str, str], ...], headers: tuple[tu
 
 
 async def _answer(
-    protocol: ResponseHandler | None, sent: bytes, silence: float | None, *, has_body: bool
+    protocol: ResponseHandler | None, sent: bytes, silence: float | None
 ) -> tuple[RawResponseMessage, StreamReader]:
     """Send a request; return the head of its answer, and the body that begins to come.
 
@@ -179,7 +171,6 @@ async def _answer(
     if protocol is None or protocol.transport is None:
         raise ConnectionResetError(errno.ECONNRESET, "the server closed it")
     protocol.set_response_params(
-        skip_payload=not has_body,
         read_until_eof=True,
         read_timeout=silence,
         max_line_size=MAX_LINE_BYTES,
@@ -210,29 +201,21 @@ def _place(source: Any) -> str:
     return f"[{source.host}]:{source.port}" if ":" in source.host else f"{source.host}:{source.port}"
 
 
-def _lost(error: Exception, url: str) -> CallError:
-    """Return the error for a call whose connection failed."""
+def lost(error: Exception, url: str) -> CallError:
+    """Return the error for a call to a URL whose connection failed."""
     import aiohttp  # noqa: PLC0415
-
-    connecting = isinstance(error, aiohttp.ConnectionTimeoutError)
-    if isinstance(error, TimeoutError) and not connecting:
-        return call_error("Request timed out.", kind="ModelTimeoutError")
-    return call_error(
-        lost_words(error, url),
-        kind="ModelTimeoutError" if connecting else "ModelConnectionError",
-        connecting=connecting,
-        unreachable=isinstance(error, OSError | aiohttp.ServerDisconnectedError),
-    )
-
-
-def lost_words(error: Exception, url: str) -> str:
-    """Return a message for an error of aiohttp or the system in a call to a URL."""
-    from aiohttp import ClientConnectorError  # noqa: PLC0415
     from yarl import URL  # noqa: PLC0415
 
+    is_late = isinstance(error, aiohttp.ConnectionTimeoutError)
+    if isinstance(error, TimeoutError) and not is_late:
+        return call_error("Request timed out.", kind="ModelTimeoutError")
     # A connector's error is of the proxy, if there is one.
-    place, cause = _place(error if isinstance(error, ClientConnectorError) else URL(url)), _cause_of(error)
-    return f"the connection to {place} failed: {cause}" if cause else f"no whole answer came from {place}"
+    place, cause = _place(error if isinstance(error, aiohttp.ClientConnectorError) else URL(url)), _cause_of(error)
+    return call_error(
+        f"the connection to {place} failed: {cause}" if cause else f"no whole answer came from {place}",
+        kind="ModelTimeoutError" if is_late else "ModelConnectionError",
+        unreachable=isinstance(error, OSError | aiohttp.ServerDisconnectedError),
+    )
 
 
 def _cause_of(error: Any) -> str | None:

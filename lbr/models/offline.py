@@ -40,12 +40,6 @@ class Behaviour:
     retry_after: float = 0.1
 
 
-def check_name(name: str) -> None:
-    """Raise UsageError for an offline model that does not exist."""
-    if name != ECHO:
-        raise UsageError(f"expected {ECHO!r}, the only offline model, got: {name!r}")
-
-
 def check_settings(settings: Mapping[str, Json]) -> Behaviour:
     """Read the settings of a task. Raises UsageError for an unknown name or a value out of range."""
     known = Behaviour.__slots__
@@ -66,12 +60,13 @@ def check_settings(settings: Mapping[str, Json]) -> Behaviour:
 class OfflineModel:
     """Answers with the prompt's text, or with an instance of the task's schema made from it.
 
-    Whether a call fails, is rate-limited or hangs depends on the seed, the prompt and `request.seq` only, so that
+    Construction raises UsageError for a different name, and for settings that do not fit. Whether a call fails, is rate-limited or hangs depends on the seed, the prompt and `request.seq` only, so that
     every process draws the same.
     """
 
     def __init__(self, name: str, settings: Mapping[str, Json]) -> None:
-        check_name(name)
+        if name != ECHO:
+            raise UsageError(f"expected {ECHO!r}, the only offline model, got: {name!r}")
         self._behaviour = check_settings(settings)
 
     async def answer(self, request: Request) -> Reply:
@@ -91,17 +86,13 @@ class OfflineModel:
         if fails < behaviour.failure_rate:
             message = "failed, by the setting failure_rate"
             raise CallError(message, family=Family.TRANSIENT, kind="OfflineFailure")
-        return _reply(request)
+        prompt, schema = _last_words(request.prompt), request.task.schema
+        text = prompt if schema is None else orjson.dumps(fill(schema, prompt)).decode()
+        usage = Usage(input_tokens=len(prompt.split()), output_tokens=len(text.split()), cost_nanos=0)
+        return Reply(text=text, usage=usage, model=ECHO, finish_reason="stop")
 
     async def aclose(self) -> None:
         """Do nothing: there is no connection."""
-
-
-def _reply(request: Request) -> Reply:
-    prompt, schema = _last_words(request.prompt), request.task.schema
-    text = prompt if schema is None else orjson.dumps(fill(schema, prompt)).decode()
-    usage = Usage(input_tokens=len(prompt.split()), output_tokens=len(text.split()), cost_nanos=0)
-    return Reply(text=text, usage=usage, model=ECHO, finish_reason="stop")
 
 
 def _last_words(prompt: Prompt) -> str:

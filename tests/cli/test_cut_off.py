@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.models.chat.test_model import completion
+from tests.models.test_chat import completion
 from tests.support.http_server import Scripted
 
 if TYPE_CHECKING:

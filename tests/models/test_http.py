@@ -16,7 +16,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from lbr.core.errors import CallError
-from lbr.models.http import Connections, lost_words
+from lbr.models.http import Connections, lost
 from tests.support.http_server import Request, answer, answering, certificate, read, serving
 
 if TYPE_CHECKING:
@@ -49,13 +49,13 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"ALL_PROXY": "http://p:3", "NO_PROXY": "127.0.0.1,::1"}, "http://[::1]:8/", None),
     ],
 )
-def test_which_proxy_a_call_takes(
+async def test_which_proxy_a_call_takes(
     environment: dict[str, str], url: str, proxy: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Proxies and exceptions are those that Python's own urllib reads."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert Connections()._route(url)[1] == proxy
+    assert Connections()._request(url).proxy == (None if proxy is None else URL(proxy))
 
 
 async def test_calls_have_no_password_of_netrc_and_no_cookie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,8 +132,8 @@ def test_what_a_proxy_says_is_not_repeated() -> None:
     """Some say what they were sent, a password among it."""
     asked = RequestInfo(URL("http://api.example"), "CONNECT", CIMultiDictProxy(CIMultiDict()), URL())
     refused = ClientHttpProxyError(asked, (), status=407, message="Basic bWU6c2VjcmV0 is nobody's")
-    words = lost_words(refused, "https://api.example/v1?key=secret")
-    assert words == "the connection to api.example:443 failed: the proxy answered 407"
+    found = lost(refused, "https://api.example/v1?key=secret")
+    assert str(found) == "the connection to api.example:443 failed: the proxy answered 407"
 
 
 MEGABYTES = 500

@@ -16,8 +16,7 @@ from lbr.core.types import BadTry, JobId, Prompt, Task
 from lbr.models.base import Request
 from lbr.models.build import Authority, build_model, check_task, unsent
 from lbr.models.failures import from_exception
-from lbr.models.pydantic_ai import PydanticAIModel, check_model
-from lbr.models.pydantic_ai.model import output_mode
+from lbr.models.pydantic_ai import PydanticAIModel, check_model, output_mode
 from tests.support.http_server import Scripted
 from tests.support.llmock_server import free_port, serve
 

@@ -16,8 +16,7 @@ import pytest
 from lbr.core.errors import CallError, Family, Symptom, UsageError
 from lbr.core.types import JobId, Prompt, Task
 from lbr.models.base import Request
-from lbr.models.pydantic_ai import PydanticAIModel, Transport
-from lbr.models.pydantic_ai.model import http_package
+from lbr.models.pydantic_ai import PydanticAIModel, Transport, http_package
 from tests.support.http_server import (
     Request as HttpRequest,
 )

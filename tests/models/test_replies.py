@@ -12,8 +12,8 @@ from lbr.core.errors import CallError, Family, Usage
 from lbr.core.types import JobId, Prompt, Task
 from lbr.models.base import Request
 from lbr.models.pydantic_ai import PydanticAIModel
-from tests.models.chat.test_answers import ENVELOPES, USAGES, event
-from tests.models.chat.test_model import completion
+from tests.models.test_chat import completion
+from tests.models.test_chat_answers import ENVELOPES, USAGES, event
 from tests.support.http_server import Scripted
 
 VLLM, AZURE, ANTHROPIC = "vllm:m", "azure:gpt-4o", "anthropic:claude-of-this-test"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lbr.core.errors import CallError, UsageError
 from lbr.core.types import Task
 from lbr.models.build import Authority, build_model
-from lbr.models.chat.model import ChatModel, endpoint_of
+from lbr.models.chat import ChatModel, endpoint_of
 from lbr.models.pydantic_ai import PydanticAIModel
 from tests.support.http_server import Script, http, scripted, serving
 

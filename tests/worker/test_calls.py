@@ -12,10 +12,10 @@ from bench_chat import chat_server
 from genai_prices import data_snapshot
 
 from lbr.core.errors import Usage
-from lbr.models.chat.answers import Costs
-from lbr.models.chat.model import ChatModel, endpoint_of
+from lbr.models.chat import ChatModel, endpoint_of
+from lbr.models.costs import Costs
 from lbr.worker.attempt import Deadlines, LateCalls, attempt
-from tests.models.chat.test_model import asking, completion
+from tests.models.test_chat import asking, completion
 from tests.support import Cli
 from tests.support.chat_wire import MODELS, Wire, chat_model, environment, http, reference_model
 

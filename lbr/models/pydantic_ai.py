@@ -1,43 +1,50 @@
-"""One provider's model, called over aiohttp; answers in OpenAI's format are read as `lbr.models.chat` reads them."""
+"""Every provider that pydantic-ai supports, one plain call over aiohttp at a time, and what can be checked before any.
+
+Answers in OpenAI's format are read as `lbr.models.chat` reads them. Importing pydantic-ai takes seconds, so
+`lbr.models.build` imports this module when it needs it.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import difflib
 import importlib
 import inspect
+import json
 import os
 import re
+import shlex
 import warnings
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 import httpx2
 import orjson
 from aiohttp import ClientTimeout
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_ai import messages as pm
 from pydantic_ai.direct import model_request
 from pydantic_ai.exceptions import UsageExtractionFailedWarning, UserError
-from pydantic_ai.models import (
-    ModelRequestParameters,
-    create_async_httpx2_client,
-    infer_model,
-)
+from pydantic_ai.models import ModelRequestParameters, create_async_httpx2_client, infer_model
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.models.openrouter import OpenRouterModel
 from pydantic_ai.output import OutputObjectDefinition
 from pydantic_ai.providers import infer_provider_class
 from pydantic_ai.providers.gateway import gateway_provider
 from pydantic_ai.providers.openrouter import OpenRouterProvider
+from pydantic_ai.settings import ModelSettings
 from pydantic_ai.tools import ToolDefinition
 
-from lbr.core.errors import CallError, Permanent, Usage, UsageError
+from lbr.core.errors import Permanent, Usage, UsageError
 from lbr.core.types import Reply
-from lbr.models.chat.answers import ANSWER_TOOL, Reader
-from lbr.models.checks import settings_of, takes_max_completion_tokens
+from lbr.models.base import messages_of
+from lbr.models.chat import ANSWER_TOOL, Reader
+from lbr.models.checks import check_authority, settings_of, takes_max_completion_tokens
 from lbr.models.failures import check_answer, clean, ending_of, filter_words, from_exception
 from lbr.models.http import Connections, unsupported_proxy
-from lbr.models.prompt import messages_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -61,8 +68,8 @@ _answers: ContextVar[list[httpx2.Response]] = ContextVar("answers")
 class PydanticAIModel:
     """One provider's model with one HTTP client; the provider's SDK does not retry.
 
-    The client calls over `connections`, None for its own. Raises UsageError if the key is missing, with the environment
-    variable to set.
+    The client calls over `connections`, None for its own, and closes them. Raises UsageError if the key is missing, with
+    the environment variable to set.
     """
 
     def __init__(
@@ -114,7 +121,8 @@ class PydanticAIModel:
             await self._reader.costs.ready(TABLE_SECONDS)
             return self._reader.read(answers[-1].content)
         if failure is not None:
-            raise _failed(failure, answers, self._api_key) from failure
+            url = str(answers[-1].request.url.copy_with(username=None, password=None, query=None)) if answers else None
+            raise from_exception(failure, url=url, api_key=self._api_key) from failure
         if answers and answers[-1].is_error:  # Azure's content filter, of which pydantic-ai makes an answer
             reason = filter_words(response.provider_details) or "content filter"
             raise Permanent(f"the provider refused the prompt; {reason} (HTTP 400)", kind="ContentFilterError")
@@ -151,17 +159,6 @@ class PydanticAIModel:
             await self._client.aclose()
 
 
-def _failed(error: Exception, answers: list[httpx2.Response], api_key: str | None) -> CallError:
-    """Return the error of the connection beneath a client's error, else one made from pydantic-ai's."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, CallError):
-            return cause
-        cause = cause.__cause__
-    url = str(answers[-1].request.url.copy_with(username=None, password=None, query=None)) if answers else None
-    return from_exception(error, url=url, api_key=api_key)
-
-
 def no_retries(model: Model) -> dict[str, Json]:
     """Return the setting with which a provider's SDK does not retry."""
     return {} if "max_retries" in model.unsupported_settings else {"max_retries": 0}
@@ -183,7 +180,6 @@ class Transport(httpx2.AsyncBaseTransport):
 
     def __init__(self, connections: Connections | None) -> None:
         self._connections = connections or Connections()
-        self._is_owned = connections is None
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """Make a call, and read its answer."""
@@ -200,9 +196,8 @@ class Transport(httpx2.AsyncBaseTransport):
         return httpx2.Response(answer.code, headers=headers, content=body, request=request)
 
     async def aclose(self) -> None:
-        """Close the connections, unless they are shared."""
-        if self._is_owned:
-            await self._connections.aclose()
+        """Close the connections."""
+        await self._connections.aclose()
 
 
 def http_package(provider: type[Provider[Any]]) -> ModuleType | None:
@@ -358,3 +353,123 @@ def _cost_nanos(response: pm.ModelResponse) -> int | None:
         return round(price * 10**9)
     except Exception:  # noqa: BLE001 - an unknown price must not lose an answer that is paid for
         return None
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+_OTHER_NAMES = {
+    "reasoning_effort": "openai_reasoning_effort",
+    "stop": "stop_sequences",
+    "max_completion_tokens": "max_tokens",
+    "max_output_tokens": "max_tokens",
+    "max_new_tokens": "max_tokens",
+}
+_IN_BODY = {"temperature", "top_p", "top_k", "presence_penalty", "frequency_penalty", "logit_bias", "thinking"}
+"""Settings that some servers take in a body, though pydantic-ai does not send them."""
+_STAND_INS = {
+    "api_key": "none",
+    "base_url": "http://localhost",
+    "azure_endpoint": "http://localhost",
+    "api_version": "2024-10-21",
+}
+"""The arguments of a provider that is never called."""
+
+
+def check_model(name: str, settings: Mapping[str, Json]) -> None:
+    """Raise UsageError for a model or a setting with which no call can succeed; needs no key and no network."""
+    check_authority(settings)
+    _Recorder(name)
+    types = get_type_hints(ModelSettings)
+    for setting, value in settings.items():
+        adapter = TypeAdapter(types.get(setting, object), config=ConfigDict(arbitrary_types_allowed=True))
+        try:
+            adapter.validate_python(value, strict=True)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]["msg"]
+            raise UsageError(f"the setting {setting} cannot be {value!r}: {problem}") from error
+    timeout = settings.get("timeout")
+    if isinstance(timeout, int | float) and not timeout > 0:
+        raise UsageError(f"the setting timeout cannot be {timeout!r}: expected seconds above 0")
+
+
+def unsent(name: str, settings: Mapping[str, Json], schema: dict[str, Json] | None = None) -> list[str]:
+    """Return a message for each setting without which pydantic-ai would send the same request.
+
+    Empty for the few providers that cannot be built without a key, or that do not call over httpx.
+    """
+    if not settings:
+        return []
+    with ThreadPoolExecutor(1) as thread:  # this one may run an event loop
+        recorder = _Recorder(name, schema)
+        unused = thread.submit(asyncio.run, _unsent(recorder, settings)).result()
+    return [
+        f"the setting {one} is not sent to model {name!r}; {_hint(recorder.model, one, settings[one])}"
+        for one in unused
+    ]
+
+
+async def _unsent(recorder: _Recorder, settings: Mapping[str, Json]) -> list[str]:
+    whole, unused = await recorder.record(settings), []
+    for setting, value in settings.items() if whole is not None else ():
+        others = [{name: other for name, other in settings.items() if name != setting}]
+        if isinstance(value, bool):  # for False, nothing may be sent
+            others.append({**settings, setting: not value})
+        if all([await recorder.record(other) == whole for other in others]):
+            unused.append(setting)
+    return unused
+
+
+class _Recorder:
+    """A model without key and network that records its requests; `model` is None if it cannot be built so."""
+
+    def __init__(self, name: str, schema: dict[str, Json] | None = None) -> None:
+        self._schema = schema
+        self._request: Any = None
+        self.model: Model | None = None
+        provider_class = provider_class_of(name)
+        parameters, package = inspect.signature(provider_class).parameters, http_package(provider_class)
+        arguments: dict[str, Any] = {name: value for name, value in _STAND_INS.items() if name in parameters}
+        if package is not None:
+            transport = package.MockTransport(self._keep)
+            arguments["http_client"] = package.AsyncClient(transport=transport, timeout=60)
+        try:
+            provider = provider_class(**arguments)
+        except Exception:  # noqa: BLE001 - it needs more, such as a region
+            return
+        with refusing(name):
+            self.model = infer_model(name, lambda _: provider)
+
+    async def _keep(self, request: Any) -> Any:
+        headers = {name: value for name, value in request.headers.items() if name != "content-length"}
+        self._request = request.url, headers, await request.aread(), request.extensions.get("timeout")
+        raise ConnectionAbortedError
+
+    async def record(self, settings: Mapping[str, Json]) -> Any:
+        """Return what a call with these settings would send, None if it cannot be recorded."""
+        if self.model is None:
+            return None
+        wanted: Any = {**settings, **no_retries(self.model)}
+        parameters = None if self._schema is None else parameters_of(self._schema, self.model.profile)
+        prompt = [pm.ModelRequest.user_text_prompt("")]
+        self._request = None
+        with warnings.catch_warnings(), suppress(Exception):  # the one of `_keep`, as the SDK raises it
+            warnings.simplefilter("ignore")
+            await model_request(self.model, prompt, model_settings=wanted, model_request_parameters=parameters)
+        return self._request
+
+
+def _hint(model: Model | None, setting: str, value: Json) -> str:
+    """Return what to do instead of a setting that is not sent."""
+    known = get_type_hints(ModelSettings)
+    if setting not in known:
+        close = difflib.get_close_matches(setting, known, n=1, cutoff=0.81)
+        if meant := next(filter(None, (_OTHER_NAMES.get(setting), *close)), None):
+            return f"did you mean {meant!r}?"
+    is_known = setting in known.keys() - _IN_BODY or setting.startswith(("openai_", "openrouter_"))
+    if is_known or not isinstance(model, OpenAIChatModel):
+        return "leave it out"
+    body = {"chat_template_kwargs": {"enable_thinking": bool(value)}} if setting == "thinking" else {setting: value}
+    flag = f"--set {shlex.quote(f'extra_body={json.dumps(body, ensure_ascii=False)}')}"
+    if setting == "thinking":
+        return f"use openai_reasoning_effort, or what the server knows, for example {flag}"
+    return f"send it with {flag} if the server takes it"

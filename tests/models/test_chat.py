@@ -18,7 +18,7 @@ from lbr.core.errors import CallError, Family, Symptom, UsageError
 from lbr.core.types import BadTry, JobId, Prompt, Task
 from lbr.models.base import Request
 from lbr.models.build import Authority, build_model, check_task
-from lbr.models.chat.model import ChatModel, _messages_of
+from lbr.models.chat import ChatModel, _messages_of
 from lbr.models.checks import check_environment
 from lbr.models.pydantic_ai import PydanticAIModel
 from lbr.worker.attempt import Deadlines, LateCalls, attempt

@@ -1,4 +1,7 @@
-"""The chat adapter: which endpoints and settings it serves, the requests it sends, and the calls."""
+"""Endpoints that speak OpenAI's chat completions, called with aiohttp and orjson; pydantic-ai serves all others.
+
+Of an answer only the text is required, in any envelope: it is paid for, whatever else is odd.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,30 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from lbr.core.config import hide_user
-from lbr.models.chat.answers import Reader
+from lbr.core.errors import CallError, Family
+from lbr.core.types import Reply
+from lbr.models.base import messages_of
 from lbr.models.checks import settings_of, takes_max_completion_tokens
-from lbr.models.failures import call_error
+from lbr.models.costs import Costs
+from lbr.models.failures import (
+    call_error,
+    check_answer,
+    clean,
+    ending_of,
+    filter_words,
+    message_in,
+    page_words,
+    status_in,
+)
 from lbr.models.http import Connections, unsupported_proxy
-from lbr.models.prompt import messages_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from aiohttp import ClientTimeout
 
-    from lbr.core.errors import CallError
-    from lbr.core.types import Json, Reply
+    from lbr.core.errors import Usage
+    from lbr.core.types import Json
     from lbr.models.base import Model, Request
 
 MAX_SILENCE_SECONDS = 600.0
@@ -35,7 +49,7 @@ CONNECT_SECONDS = 5.0
 
 
 class ChatModel:
-    """One endpoint that speaks OpenAI's chat completions, over `connections`, None for some of its own.
+    """One endpoint that speaks OpenAI's chat completions, over `connections`, None for some of its own; it closes them.
 
     `response_format` is what the body has for the task's schema, None without one. `build_other` builds pydantic-ai's
     adapter, for requests that only it can send.
@@ -52,7 +66,6 @@ class ChatModel:
         connections: Connections | None = None,
     ) -> None:
         self._endpoint = endpoint
-        self._headers = tuple(endpoint.headers.items())
         self._settings = task_settings
         self._format = {} if response_format is None else {"response_format": response_format}
         self._start = self._body_start(task_settings)
@@ -61,7 +74,6 @@ class ChatModel:
         self._lock = asyncio.Lock()
         self._api_key = api_key
         self._connections = connections or Connections()
-        self._shared = connections is not None
         self._reader = Reader(endpoint.provider, endpoint.model, endpoint.base_url, api_key)
 
     async def answer(self, request: Request) -> Reply:
@@ -78,7 +90,7 @@ class ChatModel:
             self._endpoint.url,
             timeout=_timeout(settings.get("timeout"), request.timeout),
             data=b"".join((start, orjson.dumps(messages), b"}")),
-            headers=self._headers,
+            headers=self._endpoint.headers,
         )
         if head.code >= 300:
             raise self._failed(head.code, head.headers, content)
@@ -121,9 +133,8 @@ class ChatModel:
         )
 
     async def aclose(self) -> None:
-        """Close the connections, unless they are shared."""
-        if not self._shared:
-            await self._connections.aclose()
+        """Close the connections."""
+        await self._connections.aclose()
         if self._other is not None:
             await self._other.aclose()
 
@@ -164,7 +175,7 @@ class Endpoint:
     model: str
     base_url: str
     url: str
-    headers: Mapping[str, str] = field(repr=False)  # they hold the key
+    headers: tuple[tuple[str, str], ...] = field(repr=False)  # they hold the key
 
 
 def _serves(name: str) -> bool:
@@ -201,17 +212,13 @@ def endpoint_of(name: str, api_key: str | None = None) -> Endpoint | None:
     )
 
 
-def _headers(provider: str, key: str) -> dict[str, str]:
+def _headers(provider: str, key: str) -> tuple[tuple[str, str], ...]:
     variables = {"OpenAI-Organization": "OPENAI_ORG_ID", "OpenAI-Project": "OPENAI_PROJECT_ID"}
     if provider == "openrouter":
         variables |= {"HTTP-Referer": "OPENROUTER_APP_URL", "X-Title": "OPENROUTER_APP_TITLE"}
-    return {
-        "Authorization": f"Bearer {key}",
-        "Content-Type": "application/json",
-        "Accept": "application/json",
-        "User-Agent": "lbr",
-        **{header: value for header, variable in variables.items() if (value := os.environ.get(variable))},
-    }
+    found = {header: value for header, variable in variables.items() if (value := os.environ.get(variable))}
+    plain = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "lbr"}
+    return tuple({"Authorization": f"Bearer {key}", **plain, **found}.items())
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------
@@ -271,3 +278,133 @@ def _is_special(message: Mapping[str, Json]) -> bool:
     texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
     # Most texts have none of these signs, which are found sooner than a pattern.
     return any(sign in text and _SPECIAL_TOKEN.search(text) for text in texts for sign in "<>[]")
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+ANSWER_TOOL = "answer"
+"""The tool whose arguments are the answer, for models that take no schema in another way."""
+EVENTS = ("data:", "event:", "id:", "retry:", ":")
+"""How server-sent events begin."""
+CUT_OFF_STREAM = "the stream of the answer was cut off"
+
+
+class Reader:
+    """Reads the answers of one model."""
+
+    def __init__(self, provider: str, model: str, base_url: str, api_key: str | None = None) -> None:
+        self.costs = Costs(provider, model, base_url)
+        self._api_key = api_key
+
+    def read(self, content: bytes) -> Reply:
+        """Read the body of an answer with a status of 2xx. Raises CallError, with what came, if it cannot be used."""
+        body = _object(self._parse(content))
+        choices = body.get("choices")
+        choice = _object(choices[0]) if isinstance(choices, list) and choices else {}
+        message = _object(choice.get("message"))
+        text = _text_of(message)
+        if "<think>" in text:  # of a thought without an end, only the tag is left out
+            text = re.sub("<think>.*?</think>", "", text, flags=re.DOTALL).replace("<think>", "", 1)
+        usage, ending = self.costs.usage(body), ending_of(choice.get("finish_reason"))
+        if error := body.get("error") or choice.get("error"):
+            self._check_error(error, text, usage, ending)
+        refusal = message.get("refusal")
+        if not text.strip() or ending not in {"stop", "length"} or refusal:
+            raw = content.decode(errors="replace")
+            if not choice:
+                words = "expected an answer, got: JSON without one; `lbr show` has it as it came"
+                raise CallError(words, family=Family.BAD_ANSWER, kind="UnreadAnswer", text=raw, usage=usage)
+            why = filter_words(choice) or filter_words(body)
+            refusal = refusal if isinstance(refusal, str) else None
+            check_answer(text, ending, usage, raw=raw, refusal=refusal, why=why)
+        name = body.get("model")
+        model = name if isinstance(name, str) and name else self.costs.model
+        return Reply(text=text, usage=usage, model=model, finish_reason=ending)
+
+    def _check_error(self, error: Any, text: str, usage: Usage, ending: str | None) -> None:
+        """Raise CallError for an error in the place of an answer, or one that broke the answer off."""
+        status = status_in(error)
+        if error is CUT_OFF_STREAM:
+            failed = CallError(CUT_OFF_STREAM, kind="UnreadAnswer")
+        elif text.strip() and status is None and ending is not None:
+            return
+        else:
+            words = "expected an answer, got: the error " + orjson.dumps(error, default=str).decode()
+            body = error if message_in(error) else None
+            failed = call_error(words, status=status or 0, body=body, api_key=self._api_key)
+        failed.text, failed.usage, failed.finish_reason = text if text.strip() else None, usage, ending
+        raise failed
+
+    def _parse(self, content: bytes) -> Any:
+        """Parse JSON, also if it is a little damaged, or server-sent events that were not requested.
+
+        Raises CallError, with the text, for anything else.
+        """
+        try:
+            return orjson.loads(content)
+        except orjson.JSONDecodeError:
+            text = content.decode("utf-8-sig", errors="replace")
+        try:
+            return json.loads(text, strict=False)
+        except (ValueError, RecursionError) as error:
+            if text.lstrip().startswith(EVENTS):
+                return _assembled(text)
+            page = page_words(text)
+            if page is not None:  # of a proxy or a portal, and no answer of a model
+                words, kept = f"expected JSON, got: the page {page!r}", None
+            elif text.strip():
+                words, kept = f"the answer is cut off, or no JSON: {error}", text
+            else:
+                words, kept = "the answer is empty", None
+            raise CallError(clean(words, self._api_key), kind="UnreadAnswer", text=kept) from error
+
+
+def _assembled(text: str) -> dict[str, Any]:
+    """Return the answer that server-sent events add up to, with an error if not all of them came."""
+    body: dict[str, Any] = {}
+    parts: dict[str, list[str]] = {"content": [], "refusal": []}
+    ending, whole = None, False
+    for line in re.split(r"\r\n|\r|\n", text):  # str.splitlines would also split inside of JSON strings
+        name, _, data = line.partition(":")
+        if name.strip() != "data":
+            continue
+        if whole := data.strip() == "[DONE]":
+            break
+        try:
+            event = _object(json.loads(data, strict=False))
+        except (ValueError, RecursionError):
+            break
+        body |= {name: event[name] for name in ("model", "usage", "service_tier", "error") if event.get(name)}
+        choices = event.get("choices")
+        for choice in map(_object, choices if isinstance(choices, list) else []):
+            if choice.get("index", 0) == 0:
+                delta = _object(choice.get("delta") or choice.get("message"))
+                for name, texts in parts.items():
+                    texts.append(_text_of({"content": delta.get(name)}))
+                ending = choice.get("finish_reason") or ending
+    if not whole and ending is None:
+        body.setdefault("error", CUT_OFF_STREAM)
+    message = {name: "".join(texts) for name, texts in parts.items()}
+    return {**body, "choices": [{"message": message, "finish_reason": ending}]}
+
+
+def _object(part: Any) -> dict[str, Any]:
+    return part if isinstance(part, dict) else {}
+
+
+def _text_of(message: dict[str, Any]) -> str:
+    """Return the text of a message, which may come in parts, without those that are the model's thoughts."""
+    match message:
+        case {"tool_calls": [{"function": {"name": name, "arguments": str(arguments)}}, *_]} if name == ANSWER_TOOL:
+            return arguments
+        case {"content": str(text)}:
+            return text
+        case {"content": [*parts]}:
+            return "".join(map(_part_text, parts))
+    return ""
+
+
+def _part_text(part: Any) -> str:
+    if isinstance(part, dict):
+        part = part.get("text") if part.get("type", "text") in {"text", "output_text"} else None
+    return part if isinstance(part, str) else ""

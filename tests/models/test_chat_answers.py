@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from lbr.core.errors import CallError, Family, Usage
 from lbr.core.types import Reply
-from lbr.models.chat.answers import Costs, Reader
-from tests.models.chat.test_model import SPOILT, WHOLE, completion, places_in, spoilt
+from lbr.models.chat import Reader
+from lbr.models.costs import Costs
+from tests.models.test_chat import SPOILT, WHOLE, completion, places_in, spoilt
 
 COUNTED = Usage(10, 5, None)
 TRANSIENT, BAD, PERMANENT = Family.TRANSIENT, Family.BAD_ANSWER, Family.PERMANENT
