@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -27,18 +27,21 @@ _CALL = '{"id": "…", "type": "function", "function": {"name": "…", "argument
 _IMAGE = '{"type": "image_url", "image_url": {"url": "https://…"}}'
 
 
-def check_messages(messages: Json) -> None:
-    """Raise InputError, which names the message, for messages that could not be sent as they are."""
+def check_messages(messages: Json) -> list[dict[str, Any]]:
+    """Return messages as they are sent. Raises InputError, which names the message, if a part would not be sent.
+
+    Only a user's content may be a list of parts.
+    """
     if not isinstance(messages, list | tuple) or not messages:
         raise InputError(f"expected messages to be a list of at least one, got: {_shown(messages)}")
     called: dict[str, str] = {}
-    for number, message in enumerate(messages, start=1):
-        _check_message(message, f"message {number}", called)
-    if all(message["role"] == "assistant" for message in messages):
+    sent = [_check_message(message, f"message {number}", called) for number, message in enumerate(messages, start=1)]
+    if all(message["role"] == "assistant" for message in sent):
         raise InputError("no message is of the user; add one")
+    return sent
 
 
-def _check_message(message: Json, where: str, called: dict[str, str]) -> None:
+def _check_message(message: Json, where: str, called: dict[str, str]) -> dict[str, Any]:
     """Check one message; `called` maps the ids of the tool calls so far to the names of the tools."""
     role = message.get("role") if isinstance(message, dict) else None
     if not isinstance(role, str) or role not in _FIELDS:
@@ -52,12 +55,14 @@ def _check_message(message: Json, where: str, called: dict[str, str]) -> None:
         call = message.get("tool_call_id")
         if not isinstance(call, str) or call not in called or message.get("name") not in (None, called[call]):
             raise InputError(f"the tool_call_id or name of {where} is not of an earlier tool call: {_shown(message)}")
-    if isinstance(content, str) or (content is None and calls):
-        return
-    if not isinstance(content, list):
+    if isinstance(content, list):
+        content = [_check_part(part, where, role) for part in content]
+        if role != "user":
+            content = "".join(part["text"] for part in content)
+    elif not isinstance(content, str) and not (content is None and calls):
         raise InputError(f"expected the content of {where} to be text or a list of parts, got: {_shown(content)}")
-    for part in content:
-        _check_part(part, where, role)
+    sent = {"role": "system" if role == "developer" else role, "content": content}
+    return sent | {name: message[name] for name in ("tool_calls", "tool_call_id") if message.get(name)}
 
 
 def _check_fields(given: Mapping[str, Json], known: tuple[str, ...], where: str) -> None:
@@ -79,10 +84,11 @@ def _check_call(call: Json, where: str) -> None:
     raise InputError(f"expected the arguments of {where} to be a JSON object in a string, got: {_shown(arguments)}")
 
 
-def _check_part(part: Json, where: str, role: str) -> None:
+def _check_part(part: Json, where: str, role: str) -> dict[str, Any]:
     match part:
-        case {"type": "text", "text": str()}:
+        case {"type": "text", "text": str(text)}:
             _check_fields(part, ("type", "text"), f"the text part of {where}")
+            return {"type": "text", "text": text}
         case {"type": "image_url"} if role != "user":
             raise InputError(f"{where} has an image; only messages of the user may have images")
         case {"type": "image_url", "image_url": ({"url": str(url)} | str(url)) as image}:
@@ -90,6 +96,7 @@ def _check_part(part: Json, where: str, role: str) -> None:
             if isinstance(image, dict):
                 _check_fields(image, ("url", "detail"), f"the image of {where}")
             _check_url(url, where)
+            return {"type": "image_url", "image_url": image if isinstance(image, dict) else {"url": image}}
         case _:
             raise InputError(f"expected the parts of {where} to be text, or images like {_IMAGE}, got: {_shown(part)}")
 
