@@ -27,6 +27,13 @@ _CALL = '{"id": "…", "type": "function", "function": {"name": "…", "argument
 _IMAGE = '{"type": "image_url", "image_url": {"url": "https://…"}}'
 
 
+def texts_in(content: Json) -> list[str]:
+    """Return the texts of a message's content: itself, or those of its parts."""
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = (part.get("text") for part in parts if isinstance(part, dict))
+    return [text for text in texts if isinstance(text, str)]
+
+
 def check_messages(messages: Json) -> list[dict[str, Any]]:
     """Return messages as they are sent. Raises InputError, which names the message, if a part would not be sent.
 

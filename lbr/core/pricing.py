@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from lbr.core.errors import MAX_NANOS, DatabaseError, Usage, UsageError
+from lbr.core.messages import texts_in
 from lbr.core.types import canonical_json
 
 if TYPE_CHECKING:
@@ -150,10 +151,7 @@ def characters_of(prompt: Prompt) -> int:
         return len(prompt.text or "")
     count = 0
     for message in prompt.messages:
-        content = message.get("content")
-        parts = content if isinstance(content, list) else [{"text": content}]
-        texts = (part.get("text") for part in parts if isinstance(part, dict))
-        count += sum(len(text) for text in texts if isinstance(text, str)) + len(str(message.get("tool_calls") or ""))
+        count += sum(map(len, texts_in(message.get("content")))) + len(str(message.get("tool_calls") or ""))
     return count
 
 

@@ -78,19 +78,19 @@ def check_task(task: Task) -> None:
     """Raise UsageError for a task that no worker could serve; needs neither a key nor a network."""
     if task.schema is not None:
         build_validator(task, Authority())
-    kind, name = kind_of(task), task.model or ""
-    if kind is Kind.FUNCTION and task.settings:
-        names = ", ".join(sorted(task.settings))
-        raise UsageError(f"settings are for models, and a function takes none; remove {names}")
-    if kind is Kind.OFFLINE:
-        offline.OfflineModel(name, task.settings)
-    if kind is not Kind.PROVIDER:
-        return
-    if task.schema is not None:
-        checks.check_schema(task.schema)
-    if not chat.sends(name, task.settings):
-        _pydantic_ai(name).check_model(name, task.settings)
-    max_output_tokens(task.settings)  # raises for what no worker can read
+    name = task.model or ""
+    match kind_of(task):
+        case Kind.FUNCTION if task.settings:
+            names = ", ".join(sorted(task.settings))
+            raise UsageError(f"settings are for models, and a function takes none; remove {names}")
+        case Kind.OFFLINE:
+            offline.OfflineModel(name, task.settings)
+        case Kind.PROVIDER:
+            if task.schema is not None:
+                checks.check_schema(task.schema)
+            if not chat.sends(name, task.settings):
+                _pydantic_ai(name).check_model(name, task.settings)
+            max_output_tokens(task.settings)  # raises for what no worker can read
 
 
 def unsent(task: Task) -> list[str]:
@@ -98,13 +98,10 @@ def unsent(task: Task) -> list[str]:
 
     The enqueue refuses such settings; workers go on with a run of an older version that has them.
     """
-    if kind_of(task) is not Kind.PROVIDER or chat.sends(task.model or "", task.settings):
-        return []
-    if problems := checks.not_kept(task.settings):
-        return problems
     name = task.model or ""
-    found: list[str] = _pydantic_ai(name).unsent(name, task.settings, task.schema)
-    return found
+    if kind_of(task) is not Kind.PROVIDER or chat.sends(name, task.settings):
+        return []
+    return checks.not_kept(task.settings) or [*_pydantic_ai(name).unsent(name, task.settings, task.schema)]
 
 
 def build_model(task: Task, authority: Authority, *, concurrency: int, connections: Connections | None = None) -> Model:

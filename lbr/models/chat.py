@@ -18,6 +18,7 @@ import orjson
 
 from lbr.core.config import hide_user
 from lbr.core.errors import CallError, Family
+from lbr.core.messages import texts_in
 from lbr.core.types import Reply
 from lbr.models.base import messages_of
 from lbr.models.checks import settings_of, takes_max_completion_tokens
@@ -274,10 +275,8 @@ def _messages_of(request: Request) -> list[dict[str, Json]] | None:
 
 
 def _is_special(message: Mapping[str, Json]) -> bool:
-    content = message["content"] or ""
-    texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
     # Most texts have none of these signs, which are found sooner than a pattern.
-    return any(sign in text and _SPECIAL_TOKEN.search(text) for text in texts for sign in "<>[]")
+    return any(sign in text and _SPECIAL_TOKEN.search(text) for text in texts_in(message["content"]) for sign in "<>[]")
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------

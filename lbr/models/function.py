@@ -11,7 +11,6 @@ import os
 import queue
 import reprlib
 import threading
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lbr.core.errors import CallError, Permanent
@@ -20,9 +19,9 @@ from lbr.core.text import to_json
 from lbr.core.types import Reply
 
 if TYPE_CHECKING:
-    from lbr.models.base import Request
+    from collections.abc import Callable
 
-AnyFunction = Callable[..., Any]
+    from lbr.models.base import Request
 
 FORK_EXIT_CODE = 70
 """The exit code of a process that a function left behind by a fork; EX_SOFTWARE of sysexits.h."""
@@ -34,7 +33,7 @@ class FunctionModel:
     Async functions run in the event loop, others in daemon threads, of which up to `concurrency` are reused.
     """
 
-    def __init__(self, function: AnyFunction, *, concurrency: int) -> None:
+    def __init__(self, function: Callable[..., Any], *, concurrency: int) -> None:
         self._function = function
         self._is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
             getattr(function, "__call__", None)  # noqa: B004 - the question is whether the call is async
@@ -96,7 +95,7 @@ class _Threads:
         self._lock = threading.Lock()
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]] | None] = queue.SimpleQueue()
 
-    async def run(self, function: AnyFunction, argument: Any) -> Any:
+    async def run(self, function: Callable[..., Any], argument: Any) -> Any:
         """Call the function in a thread, with the caller's context variables."""
         call = functools.partial(contextvars.copy_context().run, function, argument)
         future = asyncio.get_running_loop().create_future()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from lbr.core.errors import CallError, Family, Usage, UsageError
+from lbr.core.messages import texts_in
 from lbr.core.types import Reply
 from lbr.models.base import OFFLINE
 
@@ -99,11 +100,8 @@ def _last_words(prompt: Prompt) -> str:
     """Return the text of a prompt, or of the last user message of a chat."""
     if prompt.messages is None:
         return prompt.text or ""
-    content: Json = next((m.get("content") for m in reversed(prompt.messages) if m.get("role") == "user"), "")
-    if isinstance(content, list):
-        texts = (part.get("text") for part in content if isinstance(part, dict))
-        return " ".join(text for text in texts if isinstance(text, str))
-    return content if isinstance(content, str) else ""
+    content = next((m.get("content") for m in reversed(prompt.messages) if m.get("role") == "user"), None)
+    return " ".join(texts_in(content))
 
 
 # --- filling a schema -------------------------------------------------------------------------------------------------
