@@ -101,7 +101,7 @@ async def enqueue(
         result_type=result_type,
         env=load_environment(Path.cwd()),
     )
-    source = Source.of(
+    source = Source(
         inputs,
         input_format=input_format,
         template=template,

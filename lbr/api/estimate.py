@@ -101,7 +101,7 @@ async def estimate(
     limits = _checked_limits(rpm=rpm, tpm=tpm, concurrency=concurrency, seconds_per_call=seconds_per_call)
     per_call, length_from = answer_length(task, output_tokens)
     given_price = None if price is None else read_price(price)
-    source = Source.of(
+    source = Source(
         inputs,
         input_format=input_format,
         template=template,

@@ -12,18 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from lbr.api import status
 from lbr.api.arguments import checked
 from lbr.api.enqueue import put, run_spec
+from lbr.api.status import one_line, status_of
 from lbr.api.task import change_warnings, check_servable, resolve_task
-from lbr.core.config import (
-    CALL_TIMEOUT,
-    DB_URL_DEFAULT,
-    MAX_ATTEMPTS,
-    WorkOptions,
-    load_environment,
-    one_of,
-)
+from lbr.core.config import CALL_TIMEOUT, DB_URL_DEFAULT, MAX_ATTEMPTS, WorkOptions, load_environment, one_of
 from lbr.core.errors import DatabaseBusyError, LbrError, UsageError
 from lbr.core.types import JobState, Run, RunState, Shape, canonical_json
 from lbr.io import writers
@@ -121,7 +114,7 @@ async def prompt_map(
         openrouter_api_key=openrouter_api_key,
         env=load_environment(Path.cwd()),
     )
-    source = Source.of(prompts, template=template, prompt_column=prompt_column)
+    source = Source(prompts, template=template, prompt_column=prompt_column)
     if source.is_empty:
         return _shaped([], return_dtype)
     beside = file_of(db_url) or Path(RESULTS_BESIDE)
@@ -177,23 +170,14 @@ async def _work(database: Database, resolved: ResolvedTask, options: WorkOptions
 
 async def _report(database: Database, run: Run, every: int) -> None:
     """Print a line whenever another `every` jobs have finished; never if that is 0."""
-    started = asyncio.get_running_loop().time()
-    first = now = await _status(database, run)
-    before = last = first.done + first.failed
+    last = None
     while every:
-        await asyncio.sleep(REPORT_SECONDS)
-        now = await _status(database, run)
-        ended = now.done + now.failed
-        if ended // every > last // every:
-            elapsed = asyncio.get_running_loop().time() - started
-            rate = (ended - before) / elapsed if now.done > first.done else 0.0
-            _log(status.one_line(now, rate=rate))
+        (now,) = status_of(await database.read(reads.overview, run.name)).runs
+        ended = (now.done + now.failed) // every
+        if last is not None and ended > last:
+            _log(one_line(now))
         last = ended
-
-
-async def _status(database: Database, run: Run) -> status.RunStatus:
-    (found,) = status.status_of(await database.read(reads.overview, run.name)).runs
-    return found
+        await asyncio.sleep(REPORT_SECONDS)
 
 
 async def _answers(database: Database, run: Run, shape: Shape) -> AsyncIterator[list[Row]]:
@@ -286,28 +270,22 @@ async def export_jsonl(
     shape = Shape(one_of("output_shape", output_shape, tuple(Shape)))
     writers.check_output(fspath(out))
     names = await results_db.runs_in(db_url) if file_of(db_url) is not None else []
+    if run is not None and names and run not in names:
+        raise UsageError(f"no run named {run!r} in the results database {shown(db_url)}")
     if names:
-        return await _export_results(db_url, run or names[-1], fspath(out))
-    async with opened(db_url) as database, writers.output_lock(fspath(out)):
+        return await _export(results_db.read_run(db_url, run or names[-1]), fspath(out))
+    async with opened(db_url) as database:
         if run is None and not (found := await database.read(reads.all_runs)):
             raise UsageError(f"there are no runs in {database.name}")
         exported = found[-1] if run is None else await database.read(reads.find_run, run)
-        count = 0
-        with writers.open_writer(fspath(out), writers.OutputFormat.JSONL) as writer:
-            async for page in _answers(database, exported, shape):
-                writer.write(page)
-                count += len(page)
-        return count
+        return await _export(_answers(database, exported, shape), fspath(out))
 
 
-async def _export_results(db_url: PathOrUrl, run: str, out: str) -> int:
+async def _export(pages: AsyncIterator[list[Row]], out: str) -> int:
     count = 0
     async with writers.output_lock(out):
-        with writers.atomic_path(out) as temporary:
-            with temporary.open("wb") as handle:
-                async for page in results_db.read_run(db_url, run):
-                    handle.writelines(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in page)
-                    count += len(page)
-            if not count:
-                raise UsageError(f"no run named {run!r} in the results database {shown(db_url)}")
+        with writers.open_writer(out, writers.OutputFormat.JSONL) as writer:
+            async for page in pages:
+                writer.write(page)
+                count += len(page)
     return count

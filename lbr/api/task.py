@@ -57,6 +57,8 @@ def resolve_task(
     common = _common_fields(result_type, **fields)
     env = env or {}
     key = openrouter_api_key or env.get("OPENROUTER_API_KEY") or None
+    types = [] if result_type is None else [result_type]
+    authority = authorize(result_types=types, openrouter_api_key=key)
     named = None if function is None else _find_function(function, version)
     if named is None:
         name = _model_name(model, env, WAYS)
@@ -66,16 +68,14 @@ def resolve_task(
         task = Task(model=name, **common)
     else:
         task = _function_task(named, common)
+        authority = replace(authority, functions=(named,))
     _check_storable(task)
     check_task(task)
     for problem in unsent(task):
         raise UsageError(problem)
     if kind_of(task) is Kind.PROVIDER:
         check_environment(task.model or "", key)
-    authority = authorize(result_types=[] if result_type is None else [result_type], openrouter_api_key=key)
-    if named is None:
-        return ResolvedTask(task, None, authority)
-    return ResolvedTask(task, named.identity.fingerprint, replace(authority, functions=(named,)))
+    return ResolvedTask(task, None if named is None else named.identity.fingerprint, authority)
 
 
 def model_task(model: str | None, *, env: Mapping[str, str], result_type: Any = None, **fields: Any) -> Task:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +10,11 @@ from lbr.api.task import authorize, change_warnings
 from lbr.core.config import DB_URL_DEFAULT, OUTAGE_PATIENCE, PATIENCE, WorkOptions, load_environment, one_of
 from lbr.core.types import Until
 from lbr.store import reads
-from lbr.store.database import opened, sole_worker
+from lbr.store.database import opened
 from lbr.worker.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from contextlib import AbstractAsyncContextManager
 
     from lbr.core.types import PathOrUrl
     from lbr.worker.calls import WorkReport
@@ -80,8 +78,3 @@ async def check_queue(db_url: PathOrUrl, names: Sequence[str], *, allow_network_
     async with opened(db_url, allow_network_fs=allow_network_fs, patience=patience) as database:
         for name in names:
             await database.quick_read(reads.find_run, name)
-
-
-def exclusive(db_url: PathOrUrl, *, wanted: bool = True) -> AbstractAsyncContextManager[None]:
-    """Be the only exclusive worker of a queue, or raise AlreadyRunningError; if not `wanted`, do nothing."""
-    return sole_worker(db_url) if wanted else nullcontext()

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,7 +44,7 @@ class Group(click.Group):
             extra.setdefault("default_map", _read_config(self))
             return super().main(*args, **extra)
         except LbrError as error:
-            log(f"lbr: {error.in_flags or error}")
+            log(error.in_flags or str(error))
             try:
                 sys.stdout.flush()
             except (AttributeError, OSError, ValueError):  # it is closed or full, and Python would flush it again
@@ -105,10 +105,10 @@ def _flag_defaults(command: click.Command, found: Any, where: str) -> dict[str, 
     commands = command.commands if isinstance(command, click.Group) else {}
     defaults: dict[str, Any] = {}
     for name, value in found.items():
-        option = flags.get(name.replace("-", "_"))
+        parameter = name.replace("-", "_")
         if name in commands:
             defaults[name] = _flag_defaults(commands[name], value, f"{name} in {where}")
-        elif option is None or option.name is None:
+        elif (option := flags.get(parameter)) is None:
             known = ", ".join(sorted(str(flag).replace("_", "-") for flag in flags))
             tables = ", ".join(f"[{one}]" for one, its in sorted(commands.items()) if not its.hidden)
             known += f", and the tables {tables}" * bool(tables)
@@ -117,7 +117,7 @@ def _flag_defaults(command: click.Command, found: Any, where: str) -> dict[str, 
             kind = "true or false" if option.is_flag else "a list" if option.multiple else "one value"
             raise UsageError(f"expected {name} in {where} to be {kind}, got: {value!r}")
         else:
-            defaults[option.name] = value
+            defaults[parameter] = value
     return defaults
 
 
@@ -131,13 +131,13 @@ def _report_unknown_variables(group: click.Group) -> None:
             from difflib import get_close_matches  # noqa: PLC0415 - only if there is something to report
 
             for close in get_close_matches(name[4:], sorted(known), n=1, cutoff=0.8):
-                log(f"lbr: the variable {name} is ignored because no flag has that name; did you mean LBR_{close}?")
+                log(f"the variable {name} is ignored because no flag has that name; did you mean LBR_{close}?")
 
 
 def log(text: str) -> None:
     """Print a message on stderr, because stdout carries data only. If stderr is closed, work continues."""
     with suppress(OSError):
-        click.echo(harmless(text), err=True)
+        click.echo(harmless(f"lbr: {text}"), err=True)
 
 
 def echo(text: str) -> None:
@@ -188,20 +188,31 @@ def lbr(context: click.Context, db: str, allow_network_fs: bool) -> None:
         _report_unknown_variables(group)
 
 
-def _remember_database(context: click.Context, _: click.Parameter, value: str | None) -> None:
-    if value is not None:
-        context.find_root().obj = context.obj = context.obj | {"db_url": value}
+def option(name: str, metavar: str | None, meaning: str, **more: Any) -> Callable[[F], F]:
+    """Return a flag with a value."""
+    return click.option(name, metavar=metavar, help=meaning, **more)
+
+
+def switch(name: str, meaning: str) -> Callable[[F], F]:
+    """Return a flag without a value."""
+    return click.option(name, is_flag=True, help=meaning)
+
+
+def choice(name: str, values: Iterable[str], meaning: str, **more: Any) -> Callable[[F], F]:
+    """Return a flag that takes one of these values."""
+    return click.option(name, type=click.Choice(list(map(str, values))), help=meaning, **more)
 
 
 def with_database(command: Callable[..., Any]) -> Callable[..., Any]:
     """Accept --db after the command's name as well, and pass the arguments that open a database."""
+
+    def remember(context: click.Context, _: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            context.obj["db_url"] = value  # the one object of this command and the group
+
+    meaning = "The queue; same as `lbr --db` before the command."
     option = click.option(
-        "--db",
-        metavar="PATH_OR_URL",
-        callback=_remember_database,
-        expose_value=False,
-        show_default=False,
-        help="The queue; same as `lbr --db` before the command.",
+        "--db", metavar="PATH_OR_URL", callback=remember, expose_value=False, show_default=False, help=meaning
     )
     return option(click.pass_obj(command))
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lbr.api import enqueue as api
-from lbr.cli.app import echo, echo_json, log, options, read_settings, with_database
+from lbr.cli.app import choice, echo, echo_json, log, option, options, read_settings, switch, with_database
 from lbr.core.config import MAX_ATTEMPTS
 from lbr.core.errors import StoppedError
 from lbr.core.schema import load_schema
@@ -23,52 +23,36 @@ from lbr.models.offline import ECHO
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+SETTING = "A model setting, for example temperature=0.2 or max_tokens=200; may be repeated."
+ATTEMPTS = click.IntRange(1, 1_000_000)
+
 input_options = options(
-    click.option("--instructions", metavar="TEXT|@FILE", help="The system prompt of every call."),
-    click.option("--template", metavar="JINJA|@FILE", help="Make each prompt from a row's fields."),
-    click.option("--prompt-column", metavar="NAME", help="The field or column that holds the prompt."),
-    click.option("--schema", metavar="FILE", help="A JSON schema that every answer must fit."),
-    click.option("--result-type", metavar="MODULE:CLASS", help="A pydantic class that every answer must fit."),
-    click.option(
-        "--set",
-        metavar="NAME=VALUE",
-        multiple=True,
-        help="A model setting, for example temperature=0.2 or max_tokens=200; may be repeated.",
-    ),
-    click.option(
-        "--format",
-        type=click.Choice([str(one) for one in InputFormat]),
-        help="The input's format; by default what the file name ends with.",
-    ),
-    click.option("--delimiter", metavar="CHAR", help="What separates CSV cells; detected by default."),
-    click.option("--encoding", metavar="NAME", help="For example cp1252; by default UTF-8, or what the BOM says."),
-    click.option(
-        "--skip-bad", metavar="FILE", help="Leave out rows that cannot be used, and write them to FILE, as JSONL."
-    ),
-    click.option("--skip-empty", is_flag=True, help="Leave out rows whose prompt is empty."),
-    click.option(
+    option("--instructions", "TEXT|@FILE", "The system prompt of every call."),
+    option("--template", "JINJA|@FILE", "Make each prompt from a row's fields."),
+    option("--prompt-column", "NAME", "The field or column that holds the prompt."),
+    option("--schema", "FILE", "A JSON schema that every answer must fit."),
+    option("--result-type", "MODULE:CLASS", "A pydantic class that every answer must fit."),
+    option("--set", "NAME=VALUE", SETTING, multiple=True),
+    choice("--format", InputFormat, "The input's format; by default what the file name ends with."),
+    option("--delimiter", "CHAR", "What separates CSV cells; detected by default."),
+    option("--encoding", "NAME", "For example cp1252; by default UTF-8, or what the BOM says."),
+    option("--skip-bad", "FILE", "Leave out rows that cannot be used, and write them to FILE, as JSONL."),
+    switch("--skip-empty", "Leave out rows whose prompt is empty."),
+    option(
         "--price",
-        metavar="in=USD,out=USD",
-        help="US dollars per million tokens; by default what the provider or the price table says.",
+        "in=USD,out=USD",
+        "US dollars per million tokens; by default what the provider or the price table says.",
     ),
 )
-
 task_options = options(
-    click.option("--run", metavar="NAME", help="The run's name; by default the input file's name without ending."),
-    click.option("--model", metavar="NAME", help=f"The model: openai-chat:gpt-4o-mini, openrouter:…, {ECHO}, …"),
-    click.option("--function", metavar="MODULE:NAME", help="A Python function that answers instead of a model."),
-    click.option(
-        "--version", metavar="TEXT", help="The function's version; with a new one, prompts are answered again."
-    ),
+    option("--run", "NAME", "The run's name; by default the input file's name without ending."),
+    option("--model", "NAME", f"The model: openai-chat:gpt-4o-mini, openrouter:…, {ECHO}, …"),
+    option("--function", "MODULE:NAME", "A Python function that answers instead of a model."),
+    option("--version", "TEXT", "The function's version; with a new one, prompts are answered again."),
     input_options,
-    click.option(
-        "--max-attempts",
-        type=click.IntRange(1, 1_000_000),
-        default=MAX_ATTEMPTS,
-        help="Attempts per job before it fails.",
-    ),
-    click.option("--append", is_flag=True, help="Add the inputs to the end of the run."),
-    click.option("--fresh", is_flag=True, help="Do not reuse answers of other runs."),
+    option("--max-attempts", None, "Attempts per job before it fails.", type=ATTEMPTS, default=MAX_ATTEMPTS),
+    switch("--append", "Add the inputs to the end of the run."),
+    switch("--fresh", "Do not reuse answers of other runs."),
 )
 
 
@@ -88,16 +72,11 @@ def interruptible(inputs: tuple[str, ...]) -> Iterator[None]:
 @contextmanager
 def counting_kept(inputs: tuple[str, ...], *, append: bool) -> Iterator[Callable[[int], None]]:
     """Yield a callback for the number of inputs in the run; a Ctrl-C becomes a StoppedError that reports it."""
-    kept = 0
-
-    def on_progress(count: int) -> None:
-        nonlocal kept
-        kept = count
-
+    counts = [0]
     try:
-        yield on_progress
+        yield counts.append
     except KeyboardInterrupt as error:
-        # More than `kept` may be in: a write in progress still completes.
+        kept = counts[-1]  # or more, because a write in progress still completes
         how_far = f"with the first {pluralize(kept, 'input')} in the run" if kept else "at the beginning"
         stream = " with the same input" if any(map(is_stream, inputs)) else ""
         words = f"interrupted {how_far}; run the same command again{stream} to continue"
@@ -112,11 +91,11 @@ def counting_kept(inputs: tuple[str, ...], *, append: bool) -> Iterator[Callable
 def describe(report: api.EnqueueReport) -> str:
     """Return what an enqueue did, in words."""
     counts = report.counts
-    skipped = (("empty", report.skipped_empty), ("bad", report.skipped_bad))
-    return (
-        f"run {report.run}: {pluralize(counts.inputs, 'input')}, {counts.new} new, {counts.duplicate} duplicate, "
-        f"{counts.reused} reused, {counts.known} known"
-    ) + "".join(f", {count} {kind} skipped" for kind, count in skipped if count)
+    words = [f"run {report.run}: {pluralize(counts.inputs, 'input')}"]
+    words += [f"{getattr(counts, name)} {name}" for name in ("new", "duplicate", "reused", "known")]
+    words += [f"{report.skipped_empty} empty skipped"] * bool(report.skipped_empty)
+    words += [f"{report.skipped_bad} bad skipped"] * bool(report.skipped_bad)
+    return ", ".join(words)
 
 
 def load_text(text_or_at_file: str, what: str) -> str:
@@ -130,14 +109,10 @@ def load_text(text_or_at_file: str, what: str) -> str:
 
 def input_arguments(flags: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments that `input_options` stand for; the others of `flags` stay as they are."""
-    loaded = {
-        "settings": read_settings(flags.pop("set")),
-        "input_format": flags.pop("format"),
-        "schema": None if flags["schema"] is None else load_schema(flags["schema"]),
-    }
     for name, what in (("instructions", "instructions"), ("template", "a template")):
-        loaded[name] = None if flags[name] is None else load_text(flags[name], what)
-    return flags | loaded
+        flags[name] = None if flags[name] is None else load_text(flags[name], what)
+    flags["schema"] = None if flags["schema"] is None else load_schema(flags["schema"])
+    return flags | {"settings": read_settings(flags.pop("set")), "input_format": flags.pop("format")}
 
 
 async def enqueue_inputs(
@@ -147,14 +122,14 @@ async def enqueue_inputs(
     with interruptible(inputs):
         report = await api.enqueue(list(map(Path, inputs)), on_kept=on_progress, **input_arguments(flags), **db)
     for notice in report.notices:
-        log(f"lbr: {notice}")
+        log(notice)
     return report
 
 
 @click.command()
 @click.argument("inputs", nargs=-1, required=True)
 @task_options
-@click.option("--json", is_flag=True, help="Print the counts as JSON.")
+@switch("--json", "Print the counts as JSON.")
 @with_database
 def enqueue(db: dict[str, Any], /, inputs: tuple[str, ...], json: bool, **flags: Any) -> None:
     """Add prompts to a run, each distinct prompt once.

@@ -18,7 +18,7 @@ from lbr.api import estimate as estimate_api
 from lbr.api import move as move_api
 from lbr.api import operate
 from lbr.api.status import describe, describe_limit, printable, resumed_words
-from lbr.cli.app import echo, echo_json, log, read_settings, with_database
+from lbr.cli.app import echo, echo_json, log, option, read_settings, switch, with_database
 from lbr.cli.enqueue import input_arguments, input_options, interruptible
 from lbr.core.config import WorkOptions, positive
 from lbr.core.errors import StoppedError, UsageError
@@ -30,24 +30,26 @@ if TYPE_CHECKING:
     from lbr.store.reads import Attempt, JobDetail
 
 EXIT_PROBLEM = 5
+CONDITION = (
+    "Only jobs that meet this: family=FAMILY or error~TEXT of their last failure, finish_reason=WORD of their last "
+    "answer, for example length, or status=failed|cancelled|done; may be repeated."
+)
+SETTING = "A model setting for these jobs only, before the run's, for example max_tokens=900; may be repeated."
+CLASS = "With --reparse: the pydantic class of the run's schema, to check with."
+
+as_json = switch("--json", "Print one JSON object.")
 
 
 @click.command()
 @click.argument("inputs", nargs=-1, required=True)
-@click.option("--model", metavar="NAME", help="The model, as for `lbr enqueue`.")
+@option("--model", "NAME", "The model, as for `lbr enqueue`.")
 @input_options
-@click.option(
-    "--output-tokens", type=int, metavar="N", help="Tokens per answer; by default max_tokens, or an assumption."
-)
-@click.option("--rpm", type=float, metavar="N", help="Requests per minute that the provider allows.")
-@click.option("--tpm", type=float, metavar="N", help="Tokens per minute that the provider allows.")
-@click.option(
-    "--concurrency", type=int, default=WorkOptions().concurrency, help="Calls at a time, all workers together."
-)
-@click.option(
-    "--seconds-per-call", type=float, default=estimate_api.SECONDS_PER_CALL, help="Seconds that one call takes."
-)
-@click.option("--json", is_flag=True, help="Print one JSON object.")
+@option("--output-tokens", "N", "Tokens per answer; by default max_tokens, or an assumption.", type=int)
+@option("--rpm", "N", "Requests per minute that the provider allows.", type=float)
+@option("--tpm", "N", "Tokens per minute that the provider allows.", type=float)
+@option("--concurrency", None, "Calls at a time, all workers together.", default=WorkOptions().concurrency)
+@option("--seconds-per-call", None, "Seconds that one call takes.", default=estimate_api.SECONDS_PER_CALL)
+@as_json
 def estimate(inputs: tuple[str, ...], json: bool, **flags: Any) -> None:
     """Estimate a batch before you spend anything: rows, tokens, cost, time.
 
@@ -100,9 +102,9 @@ def _cost_words(found: Estimate) -> str:
 
 @click.command()
 @click.argument("run", required=False)
-@click.option("--json", is_flag=True, help="Print one JSON object.")
-@click.option("--watch", is_flag=True, help="Refresh every few seconds, until all runs are finished.")
-@click.option("--interval", type=float, default=2.0, help="Seconds between refreshes.")
+@as_json
+@switch("--watch", "Refresh every few seconds, until all runs are finished.")
+@option("--interval", None, "Seconds between refreshes.", default=2.0)
 @with_database
 def status(db: dict[str, Any], /, run: str | None, json: bool, watch: bool, interval: float) -> None:
     """Show the progress of one run or all: counts, speed, tokens, cost, failures, workers."""
@@ -121,13 +123,14 @@ def status(db: dict[str, Any], /, run: str | None, json: bool, watch: bool, inte
 @click.command()
 @click.argument("run")
 @click.argument("idx", type=click.IntRange(0, 2**63 - 1))
-@click.option("--json", is_flag=True, help="Print one JSON object.")
+@as_json
 @with_database
 def show(db: dict[str, Any], /, run: str, idx: int, json: bool) -> None:
     """Show everything about one input: its job, its answer, its failed attempts. IDX counts from 0."""
     detail = asyncio.run(operate.show(run, idx, **db))
-    fields = detail.row.to_dict() | {name: value for name, value in asdict(detail).items() if name != "row"}
-    echo_json(fields) if json else echo(_describe_job(detail))
+    fields = asdict(detail)
+    del fields["row"]
+    echo_json(detail.row.to_dict() | fields) if json else echo(_describe_job(detail))
 
 
 def _describe_job(detail: JobDetail) -> str:
@@ -138,9 +141,8 @@ def _describe_job(detail: JobDetail) -> str:
         f"attempts charged {detail.attempts}, claims {detail.claim_seq}, crashes {detail.crashes}",
     ]
     if row.result is not None:
-        source = f"{detail.model or 'function'}, {detail.latency_ms} ms"
-        if detail.reused:
-            source = "reused from another run"
+        called = f"{detail.model or 'function'}, {detail.latency_ms} ms"
+        source = "reused from another run" if detail.reused else called
         lines.append(f"answer ({source}{_ending(detail, ', ')}): {row.result}")
         lines += _usage_lines(detail)
     for one in detail.tries:
@@ -170,26 +172,10 @@ def _usage_lines(of: JobDetail | Attempt, *, estimated: bool = False) -> list[st
 
 @click.command()
 @click.argument("run")
-@click.option(
-    "--where",
-    metavar="CONDITION",
-    multiple=True,
-    help="Only jobs that meet this: family=FAMILY or error~TEXT of their last failure, finish_reason=WORD of their "
-    "last answer, for example length, or status=failed|cancelled|done; may be repeated.",
-)
-@click.option(
-    "--set",
-    metavar="NAME=VALUE",
-    multiple=True,
-    help="A model setting for these jobs only, before the run's, for example max_tokens=900; may be repeated.",
-)
-@click.option("--reparse", is_flag=True, help="Check the bad answers of failed jobs again, without a call.")
-@click.option(
-    "--result-type",
-    metavar="MODULE:CLASS",
-    multiple=True,
-    help="With --reparse: the pydantic class of the run's schema, to check with.",
-)
+@option("--where", "CONDITION", CONDITION, multiple=True)
+@option("--set", "NAME=VALUE", SETTING, multiple=True)
+@switch("--reparse", "Check the bad answers of failed jobs again, without a call.")
+@option("--result-type", "MODULE:CLASS", CLASS, multiple=True)
 @with_database
 def retry(
     db: dict[str, Any], /, run: str, where: tuple[str, ...], reparse: bool, result_type: tuple[str, ...], **flags: Any
@@ -223,7 +209,7 @@ def cancel(db: dict[str, Any], /, run: str) -> None:
 
 @click.command()
 @click.argument("run")
-@click.option("--yes", is_flag=True, help="Do not ask, even if the run has answers.")
+@switch("--yes", "Do not ask, even if the run has answers.")
 @with_database
 def rm(db: dict[str, Any], /, run: str, yes: bool) -> None:
     """Remove a run with its inputs and answers, after its calls in flight have finished."""
@@ -231,13 +217,13 @@ def rm(db: dict[str, Any], /, run: str, yes: bool) -> None:
     question = f"Remove run {run} with {pluralize(found.done, 'answer')}?"
     if found.done and not yes and not click.confirm(question, err=True):
         raise UsageError(f"run {run} was not removed")
-    count = asyncio.run(operate.remove(run, **db, notify=lambda words: log(f"lbr: {words}")))
+    count = asyncio.run(operate.remove(run, **db, notify=log))
     echo(f"run {run}: removed, with {pluralize(count, 'job')}")
 
 
 @click.command()
 @click.argument("run")
-@click.option("--reason", default="by the user", help="The reason that `lbr status` shows.")
+@option("--reason", None, "The reason that `lbr status` shows.", default="by the user")
 @with_database
 def pause(db: dict[str, Any], /, run: str, reason: str) -> None:
     """Stop all workers from claiming a run's jobs, until `lbr resume`."""
@@ -247,27 +233,22 @@ def pause(db: dict[str, Any], /, run: str, reason: str) -> None:
 
 @click.command()
 @click.argument("run")
-@click.option(
-    "--max-cost",
-    type=float,
-    metavar="DOLLARS",
-    help="What the run may cost in total from now on; inf removes the limit.",
-)
+@option("--max-cost", "DOLLARS", "What the run may cost in total from now on; inf removes the limit.", type=float)
 @with_database
 def resume(db: dict[str, Any], /, run: str, max_cost: float | None) -> None:
     """Let workers claim a paused run's jobs again."""
     pause = asyncio.run(operate.resume(run, max_cost=max_cost, **db))
     if words := resumed_words(run, pause):
-        log(f"lbr: {words}")
+        log(words)
     echo(f"run {run}: active")
 
 
 @click.command()
 @click.argument("scope", required=False)
-@click.option("--rpm", metavar="N|none", help="Requests per minute, all workers together.")
-@click.option("--tpm", metavar="N|none", help="Tokens per minute, all workers together, input and output.")
-@click.option("--concurrency", metavar="N|auto", help="Calls at a time, all workers together; auto learns it.")
-@click.option("--json", is_flag=True, help="Print one JSON object per model.")
+@option("--rpm", "N|none", "Requests per minute, all workers together.")
+@option("--tpm", "N|none", "Tokens per minute, all workers together, input and output.")
+@option("--concurrency", "N|auto", "Calls at a time, all workers together; auto learns it.")
+@switch("--json", "Print one JSON object per model.")
 @with_database
 def limit(db: dict[str, Any], /, scope: str | None, json: bool, **flags: str | None) -> None:
     """Show or change a model's rate limits. Running workers pick up changes immediately.
@@ -287,7 +268,7 @@ def limit(db: dict[str, Any], /, scope: str | None, json: bool, **flags: str | N
     for one in found:
         echo_json(one) if json else echo(describe_limit(one))
         if values and not one["runs"]:
-            log(f"lbr: no run of this queue uses {one['answerer']}; the limit is kept for later runs")
+            log(f"no run of this queue uses {one['answerer']}; the limit is kept for later runs")
     if not found and not json:
         echo("no limits are set or learned")
 
@@ -296,8 +277,8 @@ def limit(db: dict[str, Any], /, scope: str | None, json: bool, **flags: str | N
 @click.argument("from_url", metavar="FROM_URL")
 @click.argument("to_url", metavar="TO_URL")
 @click.argument("run")
-@click.option("--restart", is_flag=True, help="Copy everything again, instead of continuing an interrupted copy.")
-@click.option("--json", is_flag=True, help="Print one JSON object.")
+@switch("--restart", "Copy everything again, instead of continuing an interrupted copy.")
+@as_json
 @click.pass_obj
 def move(db: dict[str, Any], /, from_url: str, to_url: str, run: str, restart: bool, json: bool) -> None:
     """Copy a run with its answers into another database, to continue there.
@@ -305,16 +286,9 @@ def move(db: dict[str, Any], /, from_url: str, to_url: str, run: str, restart: b
     The run must be paused, finished or cancelled, and no worker may hold a job of it. Everything is copied and
     compared; a paused copy stays in the old database. If the command is interrupted, run it again.
     """
-    moving = move_api.move(
-        run,
-        db_url=from_url,
-        to_url=to_url,
-        restart=restart,
-        allow_network_fs=db["allow_network_fs"],
-        notify=lambda line: log(f"lbr: {line}"),
-    )
+    where = db | {"db_url": from_url, "to_url": to_url}
     try:
-        moved = asyncio.run(moving)
+        moved = asyncio.run(move_api.move(run, restart=restart, notify=log, **where))
     except KeyboardInterrupt as error:
         raise StoppedError("the move has not finished; run the same command again to continue") from error
     if json:
@@ -326,14 +300,14 @@ def move(db: dict[str, Any], /, from_url: str, to_url: str, run: str, restart: b
     if not moved.known:
         echo(f"hash {moved.hash}: the same in both")
         log(
-            f"lbr: continue with --db or LBR_DB for {moved.target}: `lbr resume {moved.run}` if the run was paused, "
+            f"continue with --db or LBR_DB for {moved.target}: `lbr resume {moved.run}` if the run was paused, "
             f"then `lbr worker`. Do not resume the paused copy here, or you pay twice for what is left"
         )
 
 
 @click.command()
-@click.option("--fix", is_flag=True, help="Fix counters that differ from a recount; nothing else is changed.")
-@click.option("--json", is_flag=True, help="Print one JSON object per finding.")
+@switch("--fix", "Fix counters that differ from a recount; nothing else is changed.")
+@switch("--json", "Print one JSON object per finding.")
 @with_database
 def doctor(db: dict[str, Any], /, fix: bool, json: bool) -> None:
     """Check the database, and print what is wrong and what to do; workers can continue.
@@ -347,5 +321,5 @@ def doctor(db: dict[str, Any], /, fix: bool, json: bool) -> None:
         echo_json(one.to_dict()) if json else echo(printable(f"{one.gravity:<7}  {one.check}: {one.found}") + advice)
     if not json:
         counts = Counter(one.gravity for one in found if one.gravity != "ok")
-        log(f"lbr: {', '.join(pluralize(n, gravity) for gravity, n in counts.items()) or 'no problem found'}")
+        log(", ".join(pluralize(n, gravity) for gravity, n in counts.items()) or "no problem found")
     click.get_current_context().exit(EXIT_PROBLEM if any(one.is_grave for one in found) else 0)

@@ -8,7 +8,7 @@ import gc
 import os
 import sys
 import time
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ import click
 from lbr.api import collect as collect_api
 from lbr.api import operate, work
 from lbr.api.status import one_line, paused_words, printable, unfinished_words
-from lbr.cli.app import EXIT_FAILURES, EXIT_UNFINISHED, log, options, with_database
+from lbr.cli.app import EXIT_FAILURES, EXIT_UNFINISHED, choice, log, option, options, switch, with_database
 from lbr.cli.enqueue import counting_kept, enqueue_inputs, task_options
 from lbr.cli.enqueue import describe as describe_enqueue
 from lbr.core import open_files
@@ -27,7 +27,7 @@ from lbr.core.errors import UsageError
 from lbr.core.text import duration, harmless, pluralize
 from lbr.core.types import Shape, Until
 from lbr.io import writers
-from lbr.store.database import file_of
+from lbr.store.database import file_of, sole_worker
 from lbr.worker.processes import handled_signals, run_processes
 
 if TYPE_CHECKING:
@@ -42,56 +42,43 @@ if TYPE_CHECKING:
     Progress = tuple[Callable[[RunStatus], None], Callable[[str], None]]
     """What shows a run's status, and what prints a line."""
 
-DEFAULTS = WorkOptions()
 LOOK_SECONDS = 0.5
 LINE_SECONDS = 10.0
 SHOWN_REASONS = 3
 
 
-def _seconds(flag: str, meaning: str) -> Any:
-    name = flag.removeprefix("--").replace("-", "_")
-    return click.option(flag, type=float, default=getattr(DEFAULTS, name), help=meaning)
+UNTIL = "Stop when every job is done, when nothing can be claimed, or never."
+SAFE = "CSV: put an apostrophe before text that a spreadsheet would run as a formula."
+
+
+def _of_work(name: str, kind: type, meaning: str, metavar: str | None = None) -> Any:
+    default = getattr(WorkOptions(), name.replace("-", "_"))
+    return option(f"--{name}", metavar, meaning, type=kind, default=default)
 
 
 work_options = options(
-    click.option("--concurrency", type=int, default=DEFAULTS.concurrency, help="Calls at a time, per process."),
-    _seconds("--lease", "Seconds before a silent worker's jobs are taken over."),
-    _seconds("--timeout", "Seconds that one call may take."),
-    _seconds("--grace", "Seconds to wait for calls in flight when the worker is stopped."),
-    _seconds("--patience", "Seconds to wait for a database that is busy or unreachable."),
-    _seconds("--outage-patience", "Seconds to wait for an unreachable model before its runs are paused."),
-    click.option("--rpm", type=int, help="Requests per minute, all workers together; `lbr limit` removes the limit."),
-    click.option("--tpm", type=int, help="Tokens per minute, all workers together, input and output."),
-    click.option(
-        "--max-cost", type=float, metavar="DOLLARS", help="What each run may cost in total; then the run is paused."
-    ),
+    _of_work("concurrency", int, "Calls at a time, per process."),
+    _of_work("lease", float, "Seconds before a silent worker's jobs are taken over."),
+    _of_work("timeout", float, "Seconds that one call may take."),
+    _of_work("grace", float, "Seconds to wait for calls in flight when the worker is stopped."),
+    _of_work("patience", float, "Seconds to wait for a database that is busy or unreachable."),
+    _of_work("outage-patience", float, "Seconds to wait for an unreachable model before its runs are paused."),
+    _of_work("rpm", int, "Requests per minute, all workers together; `lbr limit` removes the limit."),
+    _of_work("tpm", int, "Tokens per minute, all workers together, input and output."),
+    _of_work("max-cost", float, "What each run may cost in total; then the run is paused.", "DOLLARS"),
 )
-processes_option = click.option("--processes", type=int, default=1, help="Number of worker processes to start.")
+processes_option = option("--processes", None, "Number of worker processes to start.", type=int, default=1)
 serving_options = options(
-    click.option("--run", metavar="NAME", multiple=True, help="A run to work on; by default all that it can."),
-    click.option("--function", metavar="MODULE:NAME", multiple=True, help="A function that it may call."),
-    click.option("--result-type", metavar="MODULE:CLASS", multiple=True, help="A class to check answers with."),
+    option("--run", "NAME", "A run to work on; by default all that it can.", multiple=True),
+    option("--function", "MODULE:NAME", "A function that it may call.", multiple=True),
+    option("--result-type", "MODULE:CLASS", "A class to check answers with.", multiple=True),
     work_options,
-    click.option(
-        "--until",
-        type=click.Choice(list(map(str, Until))),
-        default=str(Until.DONE),
-        help="Stop when every job is done, when nothing can be claimed, or never.",
-    ),
+    choice("--until", Until, UNTIL, default=str(Until.DONE)),
 )
 output_options = options(
-    click.option(
-        "--shape",
-        type=click.Choice(list(map(str, Shape))),
-        default=str(Shape.ORIGINAL),
-        help="Write a row for every input, or for every distinct one.",
-    ),
-    click.option(
-        "--spreadsheet-safe",
-        is_flag=True,
-        help="CSV: put an apostrophe before text that a spreadsheet would run as a formula.",
-    ),
-    click.option("--bom", is_flag=True, help="CSV: start with a byte order mark, for Excel."),
+    choice("--shape", Shape, "Write a row for every input, or for every distinct one.", default=str(Shape.ORIGINAL)),
+    switch("--spreadsheet-safe", SAFE),
+    switch("--bom", "CSV: start with a byte order mark, for Excel."),
 )
 
 
@@ -122,12 +109,12 @@ async def _serve(
             stopping = True
             _leave_closed_terminal()
             worker.drain()
-            log("lbr: stopping: finishing the calls in flight; press Ctrl-C again to give them back at once")
+            log("stopping: finishing the calls in flight; press Ctrl-C again to give them back at once")
 
         def end_with_parent(pipe: int) -> None:
             loop.remove_reader(pipe)
             worker.drain()
-            log("lbr: the process that started this one is gone: finishing the calls in flight")
+            log("the process that started this one is gone: finishing the calls in flight")
 
         stack.enter_context(handled_signals(stop))
         if parent is not None:
@@ -153,14 +140,14 @@ def _leave_closed_terminal() -> None:
 
 async def _work_alone(db: dict[str, Any], *, run: tuple[str, ...], **how: Any) -> int:
     """Run one worker in this process, and return its exit code."""
-    report = await _serve(db, lambda line: log(f"lbr: {line}"), run=run or None, **how)
-    log(f"lbr: worker: {_describe_work(report)}")
+    report = await _serve(db, log, run=run or None, **how)
+    log(f"worker: {_describe_work(report)}")
     for name, count in report.cut_off.items():
-        log(f"lbr: run {name}: {_cut_off_words(name, count, limited=name in report.limited)}")
+        log(f"run {name}: {_cut_off_words(name, count, limited=name in report.limited)}")
     for name, pause in report.paused.items():
-        log(f"lbr: run {name} is paused: {paused_words(name, pause)}")
+        log(f"run {name} is paused: {paused_words(name, pause)}")
     for name in report.interrupted:
-        log(f"lbr: the enqueue of run {name} has not finished; run the same enqueue again")
+        log(f"the enqueue of run {name} has not finished; run the same enqueue again")
     code = EXIT_UNFINISHED if report.paused or report.interrupted else 0
     if report.failed and how.get("until") != Until.FOREVER:
         # A service restarts what exits with an error, and would do so for each failed job.
@@ -173,7 +160,7 @@ def _leave_stuck(report: WorkReport, code: int) -> None:
     """End the process if calls could not be cancelled, because asyncio would wait for them forever."""
     if report.stuck:
         # Their jobs are released.
-        log(f"lbr: left {pluralize(report.stuck, 'call')} behind that could not be cancelled")
+        log(f"left {pluralize(report.stuck, 'call')} behind that could not be cancelled")
         os._exit(code)
 
 
@@ -203,7 +190,7 @@ async def _work_in_processes(db: dict[str, Any], count: int, **flags: Any) -> in
     for flag, value in flags.items():
         for one in value if isinstance(value, tuple) else () if value is None else (value,):
             arguments += [f"--{flag.replace('_', '-')}", str(one)]
-    codes = await run_processes(arguments, count, environment=environment, notify=lambda line: log(f"lbr: {line}"))
+    codes = await run_processes(arguments, count, environment=environment, notify=log)
     return max((code for code in codes if code >= 0), default=1)
 
 
@@ -217,7 +204,7 @@ def _work_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
 @click.command()
 @serving_options
 @processes_option
-@click.option("--exclusive", is_flag=True, help="Exit at once, with 0, if another exclusive worker is running.")
+@switch("--exclusive", "Exit at once, with 0, if another exclusive worker is running.")
 @with_database
 def worker(db: dict[str, Any], /, processes: int, exclusive: bool, **flags: Any) -> None:
     """Process jobs; start as many workers as you like, in any number of terminals.
@@ -229,7 +216,7 @@ def worker(db: dict[str, Any], /, processes: int, exclusive: bool, **flags: Any)
     at_least_one("processes", processes, most=MAX_PROCESSES)
 
     async def work_exclusively() -> int:
-        async with work.exclusive(db["db_url"], wanted=exclusive):
+        async with sole_worker(db["db_url"]) if exclusive else nullcontext():
             if processes > 1:
                 return await _work_in_processes(db, processes, **flags)
             return await _work_alone(db, **flags)
@@ -253,13 +240,9 @@ def worker_process(db: dict[str, Any], /, **flags: Any) -> None:
 @click.command()
 @click.argument("run")
 @click.option("-o", "--output", metavar="FILE", help="A .jsonl, .csv or .db file; JSONL to stdout by default.")
-@click.option(
-    "--format",
-    type=click.Choice(list(map(str, writers.OutputFormat))),
-    help="The output's format; by default what the file name ends with.",
-)
+@choice("--format", writers.OutputFormat, "The output's format; by default what the file name ends with.")
 @output_options
-@click.option("--wait", is_flag=True, help="Wait until every job is finished.")
+@switch("--wait", "Wait until every job is finished.")
 @with_database
 def collect(db: dict[str, Any], /, run: str, output: str | None, **flags: Any) -> None:
     """Write a run's answers in input order, finished or not.
@@ -267,7 +250,7 @@ def collect(db: dict[str, Any], /, run: str, output: str | None, **flags: Any) -
     A file appears whole or not at all. Exits with 3 if jobs are not finished, with 4 if some failed.
     """
     collected = asyncio.run(collect_api.collect(run, out="-" if output is None else output, **flags, **db))
-    log(f"lbr: {_describe_rows(collected)}")
+    log(_describe_rows(collected))
     click.get_current_context().exit(_collected_code(collected))
 
 
@@ -279,18 +262,18 @@ def _describe_rows(collected: Collected) -> str:
 def _collected_code(collected: Collected) -> int:
     """Return 3 if answers may still come, 4 if some never will, else 0; print what to do."""
     if collected.cut_off:
-        log(f"lbr: {_cut_off_words(collected.run, collected.cut_off, limited=collected.limited)}")
+        log(_cut_off_words(collected.run, collected.cut_off, limited=collected.limited))
     if not collected.sealed:
-        log(f"lbr: the enqueue of run {collected.run} has not finished; run it again if it was interrupted")
+        log(f"the enqueue of run {collected.run} has not finished; run it again if it was interrupted")
     if collected.unfinished or not collected.sealed:
         one = collected.unfinished == 1
         rows, them = ("1 row is", "it") if one else (f"{collected.unfinished} rows are", "them")
-        log(f"lbr: {rows} not finished; `lbr worker` finishes {them}")
+        log(f"{rows} not finished; `lbr worker` finishes {them}")
         return EXIT_UNFINISHED
     if collected.failed:
         one = collected.failed == 1
         rows, jobs = ("1 row has", "its job") if one else (f"{collected.failed} rows have", "their jobs")
-        log(f"lbr: {rows} no answer{_reasons(collected)}; `lbr retry {collected.run}` puts {jobs} back")
+        log(f"{rows} no answer{_reasons(collected)}; `lbr retry {collected.run}` puts {jobs} back")
         return EXIT_FAILURES
     return 0
 
@@ -345,7 +328,7 @@ async def _run(
 ) -> int:
     started = time.monotonic()
     enqueued = await enqueue_inputs(db, inputs, on_progress, servable=True, **flags)
-    log(f"lbr: {describe_enqueue(enqueued)}")
+    log(describe_enqueue(enqueued))
     how |= {name: _list(flags[name]) for name in ("function", "result_type")}
     worked: WorkReport | None = None
     async with _progress(db, enqueued.run) as line:
@@ -356,10 +339,10 @@ async def _run(
     (now,) = (await operate.status(enqueued.run, **db)).runs
     if now.finished:
         collected = await collect_api.collect(now.run, **output, **db)
-        log(f"lbr: {_describe_rows(collected)}, in {output['out']}, after {duration(time.monotonic() - started)}")
+        log(f"{_describe_rows(collected)}, in {output['out']}, after {duration(time.monotonic() - started)}")
         code = _collected_code(collected)
     else:
-        log(f"lbr: {one_line(now)}; unfinished, nothing was written; {unfinished_words(now.run, now.pause)}")
+        log(f"{one_line(now)}; unfinished, nothing was written; {unfinished_words(now.run, now.pause)}")
         code = EXIT_UNFINISHED
     if worked is not None:
         _leave_stuck(worked, code)
@@ -425,6 +408,6 @@ def _lines(_: str) -> Iterator[Progress]:
         nonlocal last
         if time.monotonic() - last >= LINE_SECONDS:
             last = time.monotonic()
-            log(f"lbr: {one_line(status)}")
+            log(one_line(status))
 
-    yield show, lambda text: log(f"lbr: {text}")
+    yield show, log

@@ -11,34 +11,30 @@ import os
 import re
 import stat
 from collections import Counter, deque
-from contextlib import contextmanager, suppress
-from decimal import Decimal
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import orjson
 
 from lbr.core.errors import InputError, UsageError
-from lbr.core.text import LONG, pluralize
-from lbr.io.records import EmptyPromptError, Place, Template, check_storable, item_of, leaves, names, shortened, shown
+from lbr.core.text import pluralize
+from lbr.io.records import EmptyPromptError, Fields, Place, Template, check_storable, item_of, names, shown
 from lbr.io.writers import atomic_path, named_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
-    from typing import TextIO
+    from collections.abc import Iterable, Sequence
 
     from lbr.core.types import Item
-    from lbr.io.records import Fields
 
-    Records = Iterator[tuple[Place, str, Any]]
-    """Place, text and parsed form of each record."""
+Records = Iterator[tuple[Place, str, Fields | InputError]]
+"""Place, text and fields of each record, or its error."""
 
 STDIN = "-"
 STDIN_FILE = 0
-EXACT_TYPES = frozenset({str, int, bool, type(None)})
-"""Types that keep all digits of a number; most records have no other values."""
 DELIMITER_NAMES = {"\\t": "\t", "tab": "\t"}
 SHOWN_BAD = 5
 MAX_LINE = 2**28
@@ -156,8 +152,13 @@ def read_items(
         raise UsageError(f"{msg} ({error})") from error
     bad = BadRows() if bad is None else bad
     compiled = None if template is None else Template(template)
-    read = partial(_read, template=compiled, column=prompt_column, delimiter=character, encoding=encoding, bad=bad)
-    return bad.through(itertools.chain.from_iterable(map(read, sources, formats)))
+
+    def items() -> Iterator[Item]:
+        for source, kind in zip(sources, formats, strict=True):
+            column = prompt_column or (None if kind is InputFormat.JSONL else "prompt")
+            yield from _read(Input(source, compiled, column, character or DELIMITER_OF.get(kind), encoding), kind, bad)
+
+    return bad.through(items())
 
 
 def check_sources(sources: Sequence[str]) -> None:
@@ -198,91 +199,96 @@ def _format_of(source: str) -> InputFormat:
     return FORMAT_OF_ENDING.get(ending, InputFormat.TEXT)
 
 
-@contextmanager
-def _opened(source: str, encoding: str | None, *, is_table: bool) -> Iterator[TextIO]:
-    """Open a source as text; bytes that cannot be decoded become surrogates, as in PEP 383. A BOM decides."""
-    try:
-        handle = open(STDIN_FILE, "rb", closefd=False) if source == STDIN else open(source, "rb")  # noqa: SIM115
-        head = handle.peek(3)
-    except OSError as error:
-        raise _unreadable(source, error) from error
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        encoding = "utf-16"
-    elif encoding is None or head.startswith(codecs.BOM_UTF8):
-        encoding = "utf-8-sig"
-    # The csv module finds the ends of rows itself; elsewhere, a carriage return alone ends no line.
-    with io.TextIOWrapper(handle, encoding, "surrogateescape", newline="" if is_table else "\n") as text:
-        yield text
+@dataclass(slots=True)
+class Input:
+    """A source and how it is read; `encoding` is None until a BOM or the default decides."""
 
+    source: str
+    template: Template | None
+    column: str | None
+    delimiter: str | None
+    encoding: str | None
 
-def _read(
-    source: str,
-    kind: InputFormat,
-    *,
-    template: Template | None,
-    column: str | None,
-    delimiter: str | None,
-    encoding: str | None,
-    bad: BadRows,
-) -> Iterator[Item]:
-    name = "stdin" if source == STDIN else source
-    if column is None and kind is not InputFormat.JSONL:
-        column = "prompt"
-    with _opened(source, encoding, is_table=kind in DELIMITER_OF) as text:
-        lines, check = _lines(text, name), partial(_check_text, encoding=text.encoding.removesuffix("-sig"))
-        fields_of: Callable[[Any, Place], Fields] = _json_fields
-        if kind in DELIMITER_OF:
-            table = Table(lines, name, delimiter or DELIMITER_OF[kind], template, column, check)
-            records, fields_of = table.records, table.fields
-        else:
-            numbered = enumerate(lines, start=1)
-            records = ((Place(name, at), line, line) for at, line in numbered if not line.isspace())
-            if kind is InputFormat.TEXT:
-                fields_of = _text_fields
-                if template is not None:
-                    template.check_columns(["prompt"], name)
-        for place, line, record in records:
-            try:
-                if not line.isascii() or "\x00" in line:
-                    check(line, place)
-                item = item_of(fields_of(record, place), place, template, column)
-            except InputError as error:
-                bad.add(error, line)
-            else:
-                yield item
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return "stdin" if self.source == STDIN else self.source
 
+    def lines(self, *, newline: str = "\n") -> Iterator[str]:
+        """Yield each line with its end; bytes that cannot be decoded become surrogates, as in PEP 383.
 
-def _lines(text: TextIO, name: str) -> Iterator[str]:
-    """Yield each line with its end. Raises InputError if a line is too long or cannot be read."""
-    for number in itertools.count(1):
+        Raises UsageError if the source cannot be opened, InputError for a line that is too long or cannot be read.
+        """
         try:
-            line = text.readline(MAX_LINE + 1)
-        except (OSError, UnicodeError) as error:
-            raise Place(name, number).error(f"cannot be read: {_reason(error)}") from error
-        if not line:
-            return
-        if len(line) > MAX_LINE:
-            msg = f"the line is longer than {MAX_LINE >> 20} MB; break the input into lines"
-            raise Place(name, number).error(msg)
-        yield line
+            is_file = self.source != STDIN
+            file = open(self.source if is_file else STDIN_FILE, "rb", closefd=is_file)  # noqa: SIM115 - closed below
+            head = file.peek(3)
+        except OSError as error:
+            raise _unreadable(self.source, error) from error
+        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            self.encoding = "utf-16"
+        elif self.encoding is None or head.startswith(codecs.BOM_UTF8):
+            self.encoding = "utf-8-sig"
+        with io.TextIOWrapper(file, self.encoding, "surrogateescape", newline=newline) as text:
+            for number in itertools.count(1):
+                try:
+                    line = text.readline(MAX_LINE + 1)
+                except (OSError, UnicodeError) as error:
+                    raise Place(self.name, number).error(f"cannot be read: {_reason(error)}") from error
+                if not line:
+                    return
+                if len(line) > MAX_LINE:
+                    msg = f"the line is longer than {MAX_LINE >> 20} MB; break the input into lines"
+                    raise Place(self.name, number).error(msg)
+                yield line
+
+    def check(self, text: str, place: Place) -> None:
+        """Raise InputError for bytes that could not be decoded, and for NUL characters."""
+        if "\x00" in text:
+            raise place.error("the line has a NUL character; remove it, or set --encoding (utf-16-le?)")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            encoding = (self.encoding or "utf-8").removesuffix("-sig")
+            at = len(text[: error.start].encode(encoding, "surrogateescape")) + 1
+            raise place.error(
+                f"the line is not {encoding.upper()}: it has 0x{ord(text[error.start]) & 0xFF:02x} as byte {at}; name "
+                f"the file's encoding, for example --encoding cp1252"
+            ) from error
 
 
-def _check_text(text: str, place: Place, encoding: str) -> None:
-    """Raise InputError for bytes that could not be decoded, and for NUL characters."""
-    if "\x00" in text:
-        raise place.error("the line has a NUL character; remove it, or set --encoding (utf-16-le?)")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        at = len(text[: error.start].encode(encoding, "surrogateescape")) + 1
-        raise place.error(
-            f"the line is not {encoding.upper()}: it has 0x{ord(text[error.start]) & 0xFF:02x} as byte {at}; name the "
-            f"file's encoding, for example --encoding cp1252"
-        ) from error
+def _read(given: Input, kind: InputFormat, bad: BadRows) -> Iterator[Item]:
+    for place, text, fields in READERS[kind](given):
+        try:
+            if not text.isascii() or "\x00" in text:
+                given.check(text, place)
+            if isinstance(fields, InputError):
+                raise fields
+            item = item_of(fields, place, given.template, given.column)
+        except InputError as error:
+            bad.add(error, text)
+        else:
+            yield item
 
 
-def _text_fields(line: str, _: Place) -> Fields:
-    return {"prompt": line.removesuffix("\n").removesuffix("\r")}
+def _read_text(given: Input) -> Records:
+    if given.template is not None:
+        given.template.check_columns(["prompt"], given.name)
+    name = given.name
+    for number, line in enumerate(given.lines(), start=1):
+        if not line.isspace():
+            yield Place(name, number), line, {"prompt": line.removesuffix("\n").removesuffix("\r")}
+
+
+def _read_jsonl(given: Input) -> Records:
+    name = given.name
+    for number, line in enumerate(given.lines(), start=1):
+        if not line.isspace():
+            place = Place(name, number)
+            try:
+                yield place, line, _json_fields(line, place)
+            except InputError as error:
+                yield place, line, error
 
 
 def _json_fields(line: str, place: Place) -> Fields:
@@ -297,75 +303,65 @@ def _json_fields(line: str, place: Place) -> Fields:
         raise place.error(f"the line is not a JSON object: {error.msg} (character {error.colno}); {hint}") from error
     if not isinstance(fields, dict):
         raise place.error(f'expected a JSON object, got: {shown(fields)}; write {{"prompt": …}}')
-    check_storable(fields, place)
-    # orjson makes floats of whole numbers with more than 64 bits.
-    if not EXACT_TYPES.issuperset(map(type, fields.values())) and LONG.search(line):
-        for name, leaf in leaves(json.loads(line, parse_int=Decimal)):
-            if isinstance(leaf, Decimal) and not -(2**63) <= leaf < 2**64:
-                raise place.error(
-                    f"the number in {shown(name)} has more than 64 bits: {shortened(str(leaf))}; put it in quotes"
-                )
+    check_storable(fields, place, line)
     return fields
 
 
-class Table:
-    """A CSV file: its header, and its rows as `records`.
+class Header:
+    """The columns of a CSV file.
 
-    Raises InputError if the header cannot be used, UsageError for a column that is not there.
+    Raises InputError for columns that cannot be used, UsageError if one that the prompt needs is not there.
     """
 
-    def __init__(
-        self,
-        lines: Iterator[str],
-        name: str,
-        delimiter: str | None,
-        template: Template | None,
-        column: str | None,
-        check_text: Callable[[str, Place], None],
-    ) -> None:
-        csv.field_size_limit(MAX_LINE)
-        sample, room = [], SAMPLE_CHARACTERS
-        while room > 0 and (line := next(lines, None)) is not None:
-            sample.append(line)
-            room -= len(line)
-        self._delimiter = delimiter or _likely_delimiter(sample, template.columns if template else {column})
-        self.records = _records(itertools.chain(sample, lines), name, self._delimiter, sample)
-        place, text, header = next(self.records, (None, "", []))
-        if place is None:
-            raise InputError("the file is empty; the first line must name the columns", source=name)
-        check_text(text, place)
-        if isinstance(header, InputError):
-            raise header
-        self._line = place.line
-        self._named = _count_named(header)
-        self._header = [cell if cell.strip() else f"column_{n}" for n, cell in enumerate(header, start=1)]
-        if twice := [one for one, count in Counter(self._header).items() if count > 1]:
+    def __init__(self, given: Input, delimiter: str, place: Place, cells: list[str]) -> None:
+        self._line, self._delimiter = place.line, delimiter
+        self._named = _count_named(cells)
+        self._names = [cell if cell.strip() else f"column_{n}" for n, cell in enumerate(cells, start=1)]
+        if twice := [one for one, count in Counter(self._names).items() if count > 1]:
             raise place.error(f"several columns have the same name: {names(twice)}; rename them")
         hint = f" (delimiter {shown(self._delimiter)})"
-        if len(self._header) == 1:
+        if len(self._names) == 1:
             hint += "; set --delimiter if these are several columns"
-        if template is not None:
-            template.check_columns(self._header, name, hint)
-        elif column not in self._header:
-            msg = f"{name}: there is no column {shown(column)}; there are: {names(self._header)}{hint}"
+        if given.template is not None:
+            given.template.check_columns(self._names, given.name, hint)
+        elif given.column not in self._names:
+            msg = f"{given.name}: there is no column {shown(given.column)}; there are: {names(self._names)}{hint}"
             raise UsageError(f"{msg}; set --prompt-column or --template")
 
-    def fields(self, cells: list[str] | InputError, place: Place) -> Fields:
-        """Return the cells of a row by column name, without empty ones in unnamed columns at its end. Raises InputError."""
-        if isinstance(cells, InputError):
-            raise cells
-        if not self._named <= len(cells) <= len(self._header):
-            msg = f"expected {pluralize(len(self._header), 'cell')} as in line {self._line}, got: {len(cells)}"
-            other = "tab (this file has one column)" if len(self._header) == 1 else "to a different one"
+    def fields(self, cells: list[str], place: Place) -> Fields | InputError:
+        """Return the cells of a row by column name, without empty ones in unnamed columns at its end."""
+        if not self._named <= len(cells) <= len(self._names):
+            msg = f"expected {pluralize(len(self._names), 'cell')} as in line {self._line}, got: {len(cells)}"
+            other = "tab (this file has one column)" if len(self._names) == 1 else "to a different one"
             way_out = f"put cells that hold the delimiter {shown(self._delimiter)} in quotes"
-            raise place.error(f"{msg}; {way_out}, or set --delimiter {other}")
+            return place.error(f"{msg}; {way_out}, or set --delimiter {other}")
         while len(cells) > self._named and not cells[-1]:
             cells.pop()
-        return dict(zip(self._header, cells, strict=False))
+        return dict(zip(self._names, cells, strict=False))
 
 
-def _records(lines: Iterator[str], name: str, delimiter: str, sample: list[str]) -> Records:
-    """Yield each row, or its error; skip blank lines.
+def _read_table(given: Input) -> Records:
+    csv.field_size_limit(MAX_LINE)
+    lines = given.lines(newline="")  # the csv module finds the ends of rows itself
+    sample, room = [], SAMPLE_CHARACTERS
+    while room > 0 and (line := next(lines, None)) is not None:
+        sample.append(line)
+        room -= len(line)
+    delimiter = given.delimiter or _likely_delimiter(sample, given)
+    rows = _rows(itertools.chain(sample, lines), given.name, delimiter, sample)
+    place, text, cells = next(rows, (None, "", []))
+    if place is None:
+        raise InputError("the file is empty; the first line must name the columns", source=given.name)
+    given.check(text, place)
+    if isinstance(cells, InputError):
+        raise cells
+    header = Header(given, delimiter, place, cells)
+    for place, text, cells in rows:
+        yield place, text, cells if isinstance(cells, InputError) else header.fields(cells, place)
+
+
+def _rows(lines: Iterator[str], name: str, delimiter: str, sample: list[str]) -> Iterator[tuple[Place, str, Any]]:
+    """Yield place, text and cells of each row, or its error; skip blank lines.
 
     After an error, reading continues with the next line: an unclosed quote swallows everything after it.
     """
@@ -381,7 +377,7 @@ def _records(lines: Iterator[str], name: str, delimiter: str, sample: list[str])
     number, reader = 1, None
     while True:
         place = Place(name, number)
-        row: list[str] | InputError | None
+        row: Any
         try:
             reader = reader or csv.reader(feed(), delimiter=delimiter, skipinitialspace=spaced, strict=True)
             row = next(reader, None)
@@ -407,12 +403,13 @@ def _rows_of(lines: list[str], delimiter: str, *, spaced: bool = False) -> Itera
                 yield row
 
 
-def _likely_delimiter(lines: list[str], wanted: set[str | None] | set[str]) -> str:
+def _likely_delimiter(lines: list[str], given: Input) -> str:
     """Return the delimiter of a CSV file, judged by its first lines.
 
     The first that gives the wanted columns; else the first that makes several columns and gives nearly all rows the
     same number of cells; else a comma.
     """
+    wanted = given.template.columns if given.template else {given.column}
     fitting = []
     for delimiter in DELIMITERS:
         header, *rows = list(_rows_of(lines, delimiter, spaced=True)) or [[]]
@@ -438,3 +435,12 @@ def _has_spaces_after(delimiter: str, sample: list[str]) -> bool:
 def _count_named(header: list[str]) -> int:
     """Return the number of columns up to the last one that has a name."""
     return max((place for place, name in enumerate(header, start=1) if name.strip()), default=0)
+
+
+READERS: dict[InputFormat, Callable[[Input], Records]] = {
+    InputFormat.TEXT: _read_text,
+    InputFormat.JSONL: _read_jsonl,
+    InputFormat.CSV: _read_table,
+    InputFormat.TSV: _read_table,
+}
+"""What yields place, text and fields of each record of a source, or its error instead of the fields."""

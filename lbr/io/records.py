@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
+from decimal import Decimal
 from functools import lru_cache, wraps
 from inspect import isroutine
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lbr.core.errors import InputError, UsageError
 from lbr.core.messages import check_messages
+from lbr.core.text import LONG
 from lbr.core.types import Item, Json, Part, Prompt, canonical_json
 
 if TYPE_CHECKING:
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
 
 Fields = dict[str, Json]
 
+EXACT_TYPES = frozenset({str, int, bool, type(None)})
+"""Types that keep all digits of a number; most records have no other values."""
 ID_FIELDS = ("id", "custom_id")
 ROW = "row"
 """The template variable that holds all columns of a record; a column of that name comes first."""
@@ -38,9 +43,9 @@ class Place(NamedTuple):
     source: str
     line: int
 
-    def error(self, message: str) -> InputError:
+    def error(self, message: str, kind: type[InputError] = InputError) -> InputError:
         """Return the error that names this place."""
-        return InputError(message, source=self.source, line=self.line)
+        return kind(message, source=self.source, line=self.line)
 
 
 class Template:
@@ -115,7 +120,7 @@ class Template:
         used = {name: value for name, value in fields.items() if name in self._names} or fields
         if "text" not in self._written:
             msg = f"every field that the template shows is empty: {names(used)}"
-            raise EmptyPromptError(msg, source=place.source, line=place.line)
+            raise place.error(msg, EmptyPromptError)
         empty = names([name for name, leaf in leaves(used) if leaf is None] or used)
         raise place.error(
             f"the template shows a field that is null: {empty}. Fill it in, or write what to use instead, for "
@@ -188,7 +193,7 @@ def _named_prompt(fields: Fields, place: Place) -> Prompt:
 
 def _text_prompt(value: Json, what: str, place: Place) -> Prompt:
     if value is None or value == "" or (isinstance(value, str) and value.isspace()):
-        raise EmptyPromptError(f"{what} is empty", source=place.source, line=place.line)
+        raise place.error(f"{what} is empty", EmptyPromptError)
     if not isinstance(value, str):
         raise place.error(f"expected {what} to be a string, got: {shown(value)}; put it in quotes")
     if "\x00" in value:
@@ -212,14 +217,22 @@ def _pop_id(fields: Fields, place: Place) -> str | int | None:
     return value
 
 
-def check_storable(fields: Fields, place: Place) -> None:
-    """Raise InputError for what Python or JSON can express, but a database or a collected row cannot hold."""
+def check_storable(fields: Fields, place: Place, line: str = "") -> None:
+    """Raise InputError for what Python or JSON can express, but a database or a collected row cannot hold.
+
+    `line` is the JSON that the fields come from: orjson makes floats of whole numbers with more than 64 bits.
+    """
     try:
         text = canonical_json([[fields]])  # a row nests metadata deeper than its line did
     except TypeError as error:
         raise not_json(error, place) from error
     if b"\\u0000" in text.replace(rb"\\", b""):
         raise place.error("a field has a NUL character (\\u0000); remove it")
+    if not EXACT_TYPES.issuperset(map(type, fields.values())) and LONG.search(line):
+        for name, leaf in leaves(json.loads(line, parse_int=Decimal)):
+            if isinstance(leaf, Decimal) and not -(2**63) <= leaf < 2**64:
+                number = shortened(str(leaf))
+                raise place.error(f"the number in {shown(name)} has more than 64 bits: {number}; put it in quotes")
 
 
 def not_json(error: TypeError, place: Place) -> InputError:

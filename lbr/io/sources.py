@@ -21,7 +21,7 @@ from lbr.io.records import Place, Template, check_storable, item_of, not_finite,
 from lbr.io.writers import check_output
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from lbr.core.types import Json
 
@@ -104,17 +104,13 @@ def _as_json(value: Any) -> Any:
 
 
 class Source:
-    """Inputs that can be checked before they are read: files are read twice, streams and prompts as they come."""
+    """Files (`Path`, or several) or prompts: files are read twice, to check them first, streams and prompts as they come.
 
-    def __init__(self, files: Sequence[str], prompts: Sequence[Any], how: dict[str, Any], skip: dict[str, Any]) -> None:
-        self._files, self._prompts = files, prompts
-        self._how, self._skip = how, skip
-        self.bad = readers.BadRows()
-        self._begun: Iterator[Item] | None = None
+    Raises UsageError for a mixture, for a frame or a mapping, and for flags that do not fit.
+    """
 
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         given: PathLike[str] | Iterable[PathLike[str] | str | dict[str, Json]],
         *,
         input_format: str | None = None,
@@ -124,34 +120,37 @@ class Source:
         encoding: str | None = None,
         skip_bad: PathLike[str] | str | None = None,
         skip_empty: bool = False,
-    ) -> Source:
-        """Make a source of files (`Path`, or several) or of prompts.
-
-        Raises UsageError for a mixture, for a frame or a mapping, and for flags that do not fit.
-        """
+    ) -> None:
         if input_format is not None:
             one_of("input_format", input_format, tuple(readers.InputFormat))
-        files, prompts = _files_and_prompts(given)
-        how = {"prompt_column": prompt_column, "delimiter": delimiter, "encoding": encoding}
-        if not files:
-            unfit = how | {"skip_bad": skip_bad, "skip_empty": skip_empty or None}
-            if flag := next((name for name, value in unfit.items() if value is not None), None):
-                raise UsageError(f"expected {flag} with files, got: prompts")
-            return cls([], prompts, {"template": template}, {})
-        readers.check_sources(files)
-        bad_file = None if skip_bad is None else str(Path(skip_bad))
+        self.bad = readers.BadRows()
+        self._begun: Iterator[Item] | None = None
+        self._files, self._prompts = _files_and_prompts(given)
+        self._template = template
+        self._how: dict[str, Any] = {"prompt_column": prompt_column, "delimiter": delimiter, "encoding": encoding}
+        self._skip: dict[str, Any] = {
+            "skip_bad": None if skip_bad is None else str(Path(skip_bad)),
+            "skip_empty": skip_empty,
+        }
+        if self._files:
+            self._check_files(self._skip["skip_bad"])
+            self._how["format"] = None if input_format is None else readers.InputFormat(input_format)
+        elif flag := next(
+            (name for name, value in (self._how | self._skip).items() if value not in (None, False)), None
+        ):
+            raise UsageError(f"expected {flag} with files, got: prompts")
+
+    def _check_files(self, bad_file: str | None) -> None:
+        readers.check_sources(self._files)
         if bad_file is not None:
             check_output(bad_file)
-            if any(Path(bad_file).resolve() == Path(one).resolve() for one in files):
+            if any(Path(bad_file).resolve() == Path(one).resolve() for one in self._files):
                 raise UsageError(f"{bad_file} is the input; name a new file for the bad rows")
-        kind = None if input_format is None else readers.InputFormat(input_format)
-        skip = {"skip_bad": bad_file, "skip_empty": skip_empty}
-        return cls(files, [], how | {"template": template, "format": kind}, skip)
 
     @property
     def is_empty(self) -> bool:
         """Whether there is neither a file nor a prompt."""
-        return not self._files and next(self.read(), None) is None
+        return not self._files and not self._prompts
 
     def run_name(self) -> str:
         """Return the run's name if none was given: the first file's stem."""
@@ -179,10 +178,10 @@ class Source:
 
     def read(self, *, at_once: bool = True) -> Iterator[Item]:
         """Read the inputs from their beginning. Bad ones are reported at the first one (`at_once`), or all at the end."""
-        self.bad = readers.BadRows(**self._skip, at_once=at_once)
         if not self._files:
-            return items_of(self._prompts, **self._how)
-        return readers.read_items(self._files, bad=self.bad, **self._how)
+            return items_of(self._prompts, template=self._template)
+        self.bad = readers.BadRows(**self._skip, at_once=at_once)
+        return readers.read_items(self._files, template=self._template, bad=self.bad, **self._how)
 
     def nothing(self) -> InputError:
         """Return the error for a source without inputs."""

@@ -36,7 +36,7 @@ OWN_COLUMNS = ("idx", "key", "prompt", "status", "result", "error")
 BUFFER_BYTES = 1 << 20
 LOCK_SECONDS = 0.05
 ABANDONED_SECONDS = 86_400.0
-MAX_LOCK_SECONDS = 600.0
+MAX_LOCK_TRIES = 12_000
 
 _FORMULA = frozenset("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
 """What a formula begins with; the last four are the wide forms of the first."""
@@ -136,20 +136,16 @@ async def output_lock(path: str | Path) -> AsyncIterator[None]:
     with named_errors(path):
         folder = os.open(_target(path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with suppress(OSError):  # a network file system without such locks, or a holder that does not end
-            async with asyncio.timeout(MAX_LOCK_SECONDS):
-                await _lock(folder)
+        with suppress(OSError):  # a network file system without such locks
+            for _ in range(MAX_LOCK_TRIES):  # its holder may not end
+                try:
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    await asyncio.sleep(LOCK_SECONDS)
         yield
     finally:
         os.close(folder)
-
-
-async def _lock(folder: int) -> None:
-    while True:
-        try:
-            return fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            await asyncio.sleep(LOCK_SECONDS)
 
 
 def _remove_abandoned(target: Path) -> None:

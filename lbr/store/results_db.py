@@ -24,6 +24,7 @@ from sqlalchemy.types import UserDefinedType
 
 from lbr.core import ownership
 from lbr.core.errors import DatabaseError, OutputError, UsageError
+from lbr.core.types import Prompt, Row
 from lbr.store import files
 from lbr.store.addresses import is_postgresql, sqlite_path
 from lbr.store.sql import if_small, pages
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, RowMapping
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from lbr.core.types import PathOrUrl, Row
+    from lbr.core.types import PathOrUrl
 
 # The default journal, not a WAL: the file stays one file, which can be copied or sent.
 PRAGMAS = ("PRAGMA busy_timeout = 30000", "PRAGMA synchronous = FULL")
@@ -130,8 +131,8 @@ async def runs_in(url: PathOrUrl) -> list[str]:
         return list((await connection.execute(_RUNS)).scalars())
 
 
-async def read_run(url: PathOrUrl, run: str) -> AsyncIterator[list[dict[str, Any]]]:
-    """Yield one run's rows in order, page by page, as they are collected; nothing if there is no such run."""
+async def read_run(url: PathOrUrl, run: str) -> AsyncIterator[list[Row]]:
+    """Yield one run's rows in order, page by page, chat messages as text; nothing if there is no such run."""
     path = sqlite_path(url)
 
     async def read(bound: dict[str, int]) -> tuple[int, list[Any]]:
@@ -188,14 +189,11 @@ def _to_columns(run: str, row: Row) -> dict[str, Any]:
     return fields
 
 
-def _from_columns(found: RowMapping) -> dict[str, Any]:
-    fields = {name: found[name] for name in ("idx", "id", "key", "prompt", "status", "result", "error")}
-    if found["id"] is None:
-        del fields["id"]
-    if found["metadata"] is not None:
-        try:
-            fields["metadata"] = orjson.loads(found["metadata"])
-        except orjson.JSONDecodeError as error:  # also for what is no text
-            shown = str(found["metadata"])[:200]
-            raise DatabaseError(f"expected stored metadata to be JSON, got: {shown!r}") from error
-    return fields
+def _from_columns(found: RowMapping) -> Row:
+    try:
+        metadata = None if found["metadata"] is None else orjson.loads(found["metadata"])
+    except orjson.JSONDecodeError as error:  # also for what is no text
+        shown = str(found["metadata"])[:200]
+        raise DatabaseError(f"expected stored metadata to be JSON, got: {shown!r}") from error
+    plain = {name: found[name] for name in ("idx", "key", "status", "result", "error")}
+    return Row(**plain, prompt=Prompt(found["prompt"]), custom_id=found["id"], metadata=metadata)

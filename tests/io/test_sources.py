@@ -28,9 +28,9 @@ class TestSource:
         path = tmp_path / "in.csv"
         path.write_bytes(self.ROWS)
         with pytest.raises(InputError, match="and 7 more bad rows"):
-            await Source.of(path).check()
+            await Source(path).check()
         with pytest.raises(InputError, match=r"line 3: column prompt is empty\. Use --skip-empty, or fill it in$"):
-            list(Source.of(path))
+            list(Source(path))
 
     @pytest.mark.parametrize(
         ("skip_bad", "message"),
@@ -44,7 +44,7 @@ class TestSource:
         """The input is never overwritten, and what cannot be written is refused at once."""
         write(tmp_path, "in.csv", self.ROWS)
         with pytest.raises(UsageError, match=message):
-            Source.of(tmp_path / "in.csv", skip_bad=tmp_path / skip_bad)
+            Source(tmp_path / "in.csv", skip_bad=tmp_path / skip_bad)
         assert (tmp_path / "in.csv").read_bytes() == self.ROWS
 
     @pytest.mark.parametrize(
@@ -53,14 +53,14 @@ class TestSource:
     def test_prompts_in_memory_have_no_such_flags(self, options: dict[str, Any]) -> None:
         """Flags about files are refused for prompts in memory."""
         with pytest.raises(UsageError, match=f"expected {next(iter(options))} with files, got: prompts"):
-            Source.of(["a"], **options)
+            Source(["a"], **options)
 
 
 async def test_a_check_of_many_inputs_can_be_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in a long check is heard before the file's end."""
     path = tmp_path / "in.txt"
     path.write_text("a\n")
-    source = Source.of(path)
+    source = Source(path)
     monkeypatch.setattr(readers, "read_items", lambda *_, **__: itertools.repeat(Item(Prompt("a"))))
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1):

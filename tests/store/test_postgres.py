@@ -16,13 +16,12 @@ from sqlalchemy.exc import DBAPIError
 
 from lbr import prompt_map
 from lbr.api.enqueue import enqueue as put_prompts
-from lbr.api.work import exclusive
 from lbr.core.errors import AlreadyRunningError, DatabaseError, Family, Usage, UsageError
 from lbr.core.types import Failure, Outcome, Reply, Task
 from lbr.store import claim, enqueue, limits, reads, runs, schema, settle
 from lbr.store.addresses import address_of
 from lbr.store.claim import CLAIM, CLAIM_CHOSEN, CLAIM_SUSPECT, DUE, DUE_SIZED, DUE_SUSPECT
-from lbr.store.database import open_database
+from lbr.store.database import open_database, sole_worker
 from lbr.store.leases import CLAIMED_BY, EXPIRED, RECLAIM, RENEW
 from lbr.store.postgres import SOLE_LOCK, Listener, PostgresDatabase
 from lbr.store.sql import SHARDS, BulkStatement, PreparedQuery
@@ -310,14 +309,14 @@ async def test_lost_listener_comes_back(live: Database, url: str, monkeypatch: p
 
 async def test_sole_worker_of_all_machines(live: Database, url: str) -> None:
     """An exclusive worker keeps others out wherever they are, and its end lets them in."""
-    async with exclusive(url):
+    async with sole_worker(url):
         with pytest.raises(AlreadyRunningError, match="is running already"):
-            async with exclusive(url):
+            async with sole_worker(url):
                 pass
-    async with exclusive(url):
+    async with sole_worker(url):
         pass
     with pytest.raises(UsageError, match="pgbouncer=true"):
-        async with exclusive(f"{url}{'&' if '?' in url else '?'}pgbouncer=true"):
+        async with sole_worker(f"{url}{'&' if '?' in url else '?'}pgbouncer=true"):
             pass
 
 
@@ -336,7 +335,7 @@ async def test_lost_lock_of_the_sole_worker(live: Database, url: str, monkeypatc
         return int(await live.read(lambda connection, _: connection.scalar(holders, bound)) or 0)
 
     async def work(started: asyncio.Event) -> None:
-        async with exclusive(url):
+        async with sole_worker(url):
             started.set()
             await asyncio.Event().wait()
 

@@ -73,7 +73,7 @@ async def test_rows_of_every_size_come_in_order(
             yield page
 
     assert await results_db.write_run(tmp_path / "results.db", "r", again()) == len(sizes)
-    mirrored = [row async for page in results_db.read_run(tmp_path / "results.db", "r") for row in page]
+    mirrored = [row.to_dict() async for page in results_db.read_run(tmp_path / "results.db", "r") for row in page]
     assert mirrored == [row.to_dict() for row in rows]
 
 
