@@ -186,11 +186,8 @@ async def _note_change(database: Database, run: Run, spec: RunSpec) -> list[str]
     changed = has_other_code(spec.fingerprint, run.fingerprint)
     if await database.write(runs.adopt_fingerprint, run, spec.fingerprint, changed=changed):
         return []
-    notice = (
-        f"the code of {run.task.function} has changed since run {run.name} was created; its answers are kept. To redo "
-        f"them, give the function another `version` and the run another name"
-    )
-    return [notice]
+    since = f"the code of {run.task.function} has changed since run {run.name} was created; its answers are kept"
+    return [f"{since}. To redo them, give the function another `version` and the run another name"]
 
 
 async def _note_reuse(database: Database, run: Run, spec: RunSpec, counts: EnqueueCounts) -> list[str]:
@@ -199,14 +196,11 @@ async def _note_reuse(database: Database, run: Run, spec: RunSpec, counts: Enque
         return []
     if spec.task.fingerprint is None:  # the code is not part of the task
         lender = await database.quick_read(queueing.lender_with_other_code, run, spec.fingerprint)
-        if lender is None:
-            return []
-        notice = (
-            f"the code of {run.task.function} has changed since run {lender} was created, whose answers run {run.name} "
-            f"reuses. To redo them, use `--fresh` (fresh=True) or give the function another `version`, and the run another "
-            f"name"
+        since = f"the code of {run.task.function} has changed since run {lender} was created, whose answers run"
+        redo = (
+            "To redo them, use `--fresh` (fresh=True) or give the function another `version`, and the run another name"
         )
-        return [notice]
+        return [] if lender is None else [f"{since} {run.name} reuses. {redo}"]
     other = await database.quick_read(queueing.run_of_other_scheme, run, spec.fingerprint)
     if other is None or counts.new <= counts.reused:
         return []

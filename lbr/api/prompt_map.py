@@ -97,8 +97,7 @@ async def prompt_map(
     interrupt it, every answer is kept.
     """
     shape = Shape(one_of("output_shape", output_shape, tuple(Shape)))
-    every = progress_every or 0
-    if every < 0:
+    if (every := progress_every or 0) < 0:
         raise UsageError(f"expected progress_every to be a whole number of at least 0, or None, got: {every}")
     if one_of("return_dtype", return_dtype, RETURN_DTYPES) == "polars":
         _polars()  # before any call is paid for

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lbr.core.config import default_model
@@ -43,7 +44,7 @@ def resolve_task(
     version: str | None = None,
     result_type: Any = None,
     openrouter_api_key: str | None = None,
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str] = MappingProxyType({}),
     **fields: Any,
 ) -> ResolvedTask:
     """Build the task of a model, of a function, or of MODEL in `env`; for `fields` see `_common_fields`.
@@ -55,7 +56,6 @@ def resolve_task(
     if version is not None and function is None:
         raise UsageError(f"expected a version beside a function, got: {version} without one")
     common = _common_fields(result_type, **fields)
-    env = env or {}
     key = openrouter_api_key or env.get("OPENROUTER_API_KEY") or None
     types = [] if result_type is None else [result_type]
     authority = authorize(result_types=types, openrouter_api_key=key)
@@ -106,12 +106,8 @@ def _common_fields(
         raise UsageError("expected a schema or a result type, got: both")
     if result_type is not None:
         schema = schema_of(_imported(result_type))
-    return {
-        "instructions": instructions or None,
-        "template": template,
-        "settings": dict(settings or {}),
-        "schema": schema,
-    }
+    given = {"settings": dict(settings or {}), "schema": schema}
+    return {"instructions": instructions or None, "template": template, **given}
 
 
 def _imported(result_type: Any) -> Any:

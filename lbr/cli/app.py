@@ -136,8 +136,9 @@ def _report_unknown_variables(group: click.Group) -> None:
 
 def log(text: str) -> None:
     """Print a message on stderr, because stdout carries data only. If stderr is closed, work continues."""
-    with suppress(OSError):
-        click.echo(harmless(f"lbr: {text}"), err=True)
+    with suppress(OSError, AttributeError):  # it is None if it was closed from the start
+        sys.stderr.write(harmless(f"lbr: {text}\n"))  # not click, which would write into a progress bar
+        sys.stderr.flush()
 
 
 def echo(text: str) -> None:

@@ -24,7 +24,7 @@ from lbr.cli.enqueue import describe as describe_enqueue
 from lbr.core import open_files
 from lbr.core.config import MAX_PROCESSES, WorkOptions, at_least_one
 from lbr.core.errors import UsageError
-from lbr.core.text import duration, harmless, pluralize
+from lbr.core.text import duration, pluralize
 from lbr.core.types import Shape, Until
 from lbr.io import writers
 from lbr.store.database import file_of, sole_worker
@@ -39,8 +39,7 @@ if TYPE_CHECKING:
     from lbr.worker.calls import WorkReport
     from lbr.worker.worker import Worker
 
-    Progress = tuple[Callable[[RunStatus], None], Callable[[str], None]]
-    """What shows a run's status, and what prints a line."""
+    Show = Callable[[RunStatus], None]
 
 LOOK_SECONDS = 0.5
 LINE_SECONDS = 10.0
@@ -84,7 +83,6 @@ output_options = options(
 
 async def _serve(
     db: dict[str, Any],
-    notify: Callable[[str], None],
     *,
     function: tuple[str, ...],
     result_type: tuple[str, ...],
@@ -122,9 +120,7 @@ async def _serve(
             stack.callback(loop.remove_reader, parent)
 
     with ExitStack() as stack:
-        return await work.work(
-            functions=function, result_types=result_type, **how, **db, notify=notify, on_start=listen
-        )
+        return await work.work(functions=function, result_types=result_type, **how, **db, notify=log, on_start=listen)
 
 
 def _leave_closed_terminal() -> None:
@@ -140,7 +136,7 @@ def _leave_closed_terminal() -> None:
 
 async def _work_alone(db: dict[str, Any], *, run: tuple[str, ...], **how: Any) -> int:
     """Run one worker in this process, and return its exit code."""
-    report = await _serve(db, log, run=run or None, **how)
+    report = await _serve(db, run=run or None, **how)
     log(f"worker: {_describe_work(report)}")
     for name, count in report.cut_off.items():
         log(f"run {name}: {_cut_off_words(name, count, limited=name in report.limited)}")
@@ -331,11 +327,11 @@ async def _run(
     log(describe_enqueue(enqueued))
     how |= {name: _list(flags[name]) for name in ("function", "result_type")}
     worked: WorkReport | None = None
-    async with _progress(db, enqueued.run) as line:
+    async with _progress(db, enqueued.run):
         if processes > 1:
             await _work_in_processes(db, processes, run=(enqueued.run,), until="done", **how)
         else:
-            worked = await _serve(db, line, run=enqueued.run, **how)
+            worked = await _serve(db, run=enqueued.run, **how)
     (now,) = (await operate.status(enqueued.run, **db)).runs
     if now.finished:
         collected = await collect_api.collect(now.run, **output, **db)
@@ -354,9 +350,9 @@ def _list(value: str | None) -> tuple[str, ...]:
 
 
 @asynccontextmanager
-async def _progress(db: dict[str, Any], /, run: str) -> AsyncIterator[Callable[[str], None]]:
-    """Show a run's progress: a bar on a terminal, else a line from time to time. Yields what prints lines."""
-    with (_bar if sys.stderr.isatty() else _lines)(run) as (show, line):
+async def _progress(db: dict[str, Any], /, run: str) -> AsyncIterator[None]:
+    """Show a run's progress: a bar on a terminal, else a line from time to time."""
+    with (_bar if sys.stderr.isatty() else _lines)(run) as show:
 
         async def watch() -> None:
             async for status in operate.follow(run, seconds=LOOK_SECONDS, **db):
@@ -364,7 +360,7 @@ async def _progress(db: dict[str, Any], /, run: str) -> AsyncIterator[Callable[[
 
         watching = asyncio.create_task(watch())
         try:
-            yield line
+            yield
             (last,) = (await operate.status(run, **db)).runs
             show(last)
         finally:
@@ -373,13 +369,12 @@ async def _progress(db: dict[str, Any], /, run: str) -> AsyncIterator[Callable[[
 
 
 @contextmanager
-def _bar(run: str) -> Iterator[Progress]:
+def _bar(run: str) -> Iterator[Show]:
     from rich.console import Console  # noqa: PLC0415 - only for a terminal
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn  # noqa: PLC0415
 
-    console = Console(stderr=True)
     words, left_words = (TextColumn(f"{{task.{name}}}", markup=False) for name in ("description", "fields[left]"))
-    bar = Progress(words, BarColumn(), MofNCompleteColumn(), left_words, console=console)
+    bar = Progress(words, BarColumn(), MofNCompleteColumn(), left_words, console=Console(stderr=True))
     task = bar.add_task(run, total=None, left="")
 
     def show(status: RunStatus) -> None:
@@ -388,20 +383,16 @@ def _bar(run: str) -> Iterator[Progress]:
         left = "" if status.eta_seconds is None else f"{duration(status.eta_seconds)} left"
         bar.update(task, total=status.jobs, completed=ended, description=f"{run}{failed}", left=left)
 
-    def line(text: str) -> None:
-        with suppress(OSError):  # the terminal may be closed before the work is done
-            console.print(harmless(f"lbr: {text}"), markup=False, highlight=False)
-
-    bar.start()
+    bar.start()  # from now on, what is written to stderr appears above it
     try:
-        yield show, line
+        yield show
     finally:
-        with suppress(OSError):
+        with suppress(OSError):  # the terminal may be closed before the work is done
             bar.stop()
 
 
 @contextmanager
-def _lines(_: str) -> Iterator[Progress]:
+def _lines(_: str) -> Iterator[Show]:
     last = time.monotonic()
 
     def show(status: RunStatus) -> None:
@@ -410,4 +401,4 @@ def _lines(_: str) -> Iterator[Progress]:
             last = time.monotonic()
             log(one_line(status))
 
-    yield show, log
+    yield show

@@ -184,12 +184,9 @@ def is_stream(source: str) -> bool:
     return source == STDIN or not os.path.isfile(source)
 
 
-def _reason(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
-
-
 def _unreadable(source: str, error: Exception) -> UsageError:
-    return UsageError(f"cannot read {source!r}: {_reason(error)}; check the path and its permissions")
+    reason = getattr(error, "strerror", None) or error
+    return UsageError(f"cannot read {source!r}: {reason}; check the path and its permissions")
 
 
 def _format_of(source: str) -> InputFormat:
@@ -234,7 +231,8 @@ class Input:
                 try:
                     line = text.readline(MAX_LINE + 1)
                 except (OSError, UnicodeError) as error:
-                    raise Place(self.name, number).error(f"cannot be read: {_reason(error)}") from error
+                    reason = getattr(error, "strerror", None) or error
+                    raise Place(self.name, number).error(f"cannot be read: {reason}") from error
                 if not line:
                     return
                 if len(line) > MAX_LINE:

@@ -159,25 +159,6 @@ def _remove_abandoned(target: Path) -> None:
                 _discard(path)
 
 
-class JsonlWriter:
-    """Writes each row as one line of JSON. A terminal gets what it shows only, because answers must not steer it."""
-
-    def __init__(self, handle: IO[bytes], *, name: str = STDOUT_NAME) -> None:
-        self._handle, self._name = handle, name
-        self._is_terminal = handle.isatty()
-
-    def write(self, rows: Iterable[Row]) -> None:
-        """Write rows in the order they come. Raises OutputError."""
-        self._put(b"".join([self._encode(row) for row in rows]))
-
-    def _put(self, data: bytes) -> None:
-        with named_errors(self._name):
-            self._handle.write(harmless(data.decode()).encode() if self._is_terminal else data)
-
-    def _encode(self, row: Row) -> bytes:
-        return orjson.dumps(row.to_dict(), option=orjson.OPT_APPEND_NEWLINE)
-
-
 @dataclass(frozen=True, slots=True)
 class CsvStyle:
     """How CSV is written: with an apostrophe before what a spreadsheet would run as a formula, after a UTF-8 BOM."""
@@ -195,11 +176,10 @@ class CsvStyle:
 PLAIN_CSV = CsvStyle()
 
 
-class CsvWriter(JsonlWriter):
-    """Writes a header at once, then each row as a record: the input's columns first, then lbr's own.
+class JsonlWriter:
+    """Writes each row as one line of JSON. A terminal gets what it shows only, because answers must not steer it.
 
-    A column of lbr's own whose name is taken becomes `answer.NAME`. None is an empty cell, an empty text one in quotes.
-    Chat messages, and metadata that are not strings, are written as JSON.
+    `columns` are the input's, which this format, having all metadata, does not need.
     """
 
     def __init__(
@@ -210,21 +190,43 @@ class CsvWriter(JsonlWriter):
         *,
         name: str = STDOUT_NAME,
     ) -> None:
-        super().__init__(handle, name=name)
-        has_prompt = any(part is Part.PROMPT for part, _ in columns)
-        self._columns = columns
-        self._own = [name for name in OWN_COLUMNS if name != Part.PROMPT or not has_prompt]
-        self._safe = style.spreadsheet_safe
-        self._put(b"\xef\xbb\xbf" * style.bom + self._line(self._header()))
+        self._handle, self._name = handle, name
+        self._columns, self._style = columns, style
+        self._is_terminal = handle.isatty()
+        self._begin()
 
-    def _header(self) -> list[str]:
-        header: dict[str, None] = {}
+    def _begin(self) -> None:
+        """Write what comes before the rows: nothing."""
+
+    def write(self, rows: Iterable[Row]) -> None:
+        """Write rows in the order they come. Raises OutputError."""
+        self._put(b"".join([self._encode(row) for row in rows]))
+
+    def _put(self, data: bytes) -> None:
+        with named_errors(self._name):
+            self._handle.write(harmless(data.decode()).encode() if self._is_terminal else data)
+
+    def _encode(self, row: Row) -> bytes:
+        return orjson.dumps(row.to_dict(), option=orjson.OPT_APPEND_NEWLINE)
+
+
+class CsvWriter(JsonlWriter):
+    """Writes a header at once, then each row as a record: the input's columns first, then lbr's own.
+
+    A column of lbr's own whose name is taken becomes `answer.NAME`. None is an empty cell, an empty text one in quotes.
+    Chat messages, and metadata that are not strings, are written as JSON.
+    """
+
+    def _begin(self) -> None:
+        has_prompt = any(part is Part.PROMPT for part, _ in self._columns)
+        self._own = [name for name in OWN_COLUMNS if name != Part.PROMPT or not has_prompt]
+        header: dict[str, None] = {}  # in order, and quick to look in
         wanted = [("metadata", name) for _, name in self._columns] + [("answer", name) for name in self._own]
         for prefix, name in wanted:
             while name in header:
                 name = f"{prefix}.{name}"  # noqa: PLW2901 - until it is free
             header[name] = None
-        return list(header)
+        self._put(b"\xef\xbb\xbf" * self._style.bom + self._line(header))
 
     def _encode(self, row: Row) -> bytes:
         fields, metadata = row.to_dict(), row.metadata or {}
@@ -238,9 +240,13 @@ class CsvWriter(JsonlWriter):
         if value is None:
             return ""
         text = value if isinstance(value, str) else orjson.dumps(value).decode()
-        if self._safe and text[:1] in _FORMULA and not _NUMBER.fullmatch(text):
+        if self._style.spreadsheet_safe and text[:1] in _FORMULA and not _NUMBER.fullmatch(text):
             text = f"'{text}"
         return text if text and not _QUOTED.search(text) else '"' + text.replace('"', '""') + '"'
+
+
+WRITERS = {OutputFormat.JSONL: JsonlWriter, OutputFormat.CSV: CsvWriter}
+"""What writes each format that is a stream of rows; the store writes results databases."""
 
 
 @contextmanager
@@ -253,28 +259,22 @@ def open_writer(
 ) -> Iterator[JsonlWriter]:
     """Yield a writer into a file, which appears whole if the block succeeds, or into stdout.
 
-    `columns` are the input's, for CSV; JSONL carries all metadata. Raises OutputError if writing fails; a
-    BrokenPipeError of stdout is passed on.
+    `columns` are the input's. Raises OutputError if writing fails; a BrokenPipeError of stdout is passed on.
     """
-
-    def writer(handle: IO[bytes], name: str) -> JsonlWriter:
-        if format is OutputFormat.CSV:
-            return CsvWriter(handle, columns, style, name=name)
-        return JsonlWriter(handle, name=name)
-
+    writer = WRITERS[format]
     if path is None:
         if sys.stdout is None:  # the process was started with stdout closed
             raise OutputError("stdout is closed; name a file with -o")
         with named_errors(STDOUT_NAME):
             sys.stdout.flush()
-        yield writer(sys.stdout.buffer, STDOUT_NAME)
+        yield writer(sys.stdout.buffer, columns, style)
         with named_errors(STDOUT_NAME):
             sys.stdout.buffer.flush()
         return
     with atomic_path(path) as temporary:
         handle = temporary.open("wb", BUFFER_BYTES)
         try:
-            yield writer(handle, path)
+            yield writer(handle, columns, style, name=path)
             with named_errors(path):
                 handle.close()
         finally:
