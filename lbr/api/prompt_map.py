@@ -29,6 +29,7 @@ from lbr.worker.worker import Worker
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 
+    from lbr.api.status import RunStatus
     from lbr.api.task import ResolvedTask
     from lbr.core.types import Json, PathOrUrl, Row
     from lbr.store.database import Database
@@ -169,12 +170,17 @@ async def _work(database: Database, resolved: ResolvedTask, options: WorkOptions
 
 async def _report(database: Database, run: Run, every: int) -> None:
     """Print a line whenever another `every` jobs have finished; never if that is 0."""
-    last = None
+    clock = asyncio.get_running_loop().time
+    started, last = clock(), 0
+    first: RunStatus | None = None
     while every:
         (now,) = status_of(await database.read(reads.overview, run.name)).runs
-        ended = (now.done + now.failed) // every
-        if last is not None and ended > last:
-            _log(one_line(now))
+        ended = now.done + now.failed
+        if first is None:
+            first, last = now, ended
+        if ended // every > last // every:
+            new = ended - first.done - first.failed
+            _log(one_line(now, rate=new / (clock() - started) if now.done > first.done else 0.0))
         last = ended
         await asyncio.sleep(REPORT_SECONDS)
 
