@@ -23,22 +23,18 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
     from lbr.core.types import Item, Millis, Part, Run
+    from lbr.store.schema import AnyRow
 
 CHUNK = 5_000
 CHUNK_CHARACTERS = 8_000_000
 """About what a transaction holds at most, so that it fits into memory and gets through a slow line in time."""
 
-Held = tuple[bytes, "str | None", "str | None"]
-"""What a run holds at one place: key, custom id as text, and metadata."""
-
 _KNOWN = (
     select(items_table.c.idx, prompts.c.key, items_table.c.custom_id, items_table.c.metadata)
     .join_from(items_table, prompts, items_table.c.job_id == prompts.c.job_id)
-    .where(
-        items_table.c.run_id == bindparam("run"),
-        items_table.c.idx >= bindparam("start"),
-        items_table.c.idx < bindparam("end"),
-    )
+    .where(items_table.c.run_id == bindparam("run"))
+    .where(items_table.c.idx >= bindparam("start"), items_table.c.idx < bindparam("end"))
+    .order_by(items_table.c.idx)
 )
 BY_KEY = select(prompts.c.key, prompts.c.job_id).where(
     prompts.c.run_id == bindparam("run"), any_of(prompts.c.key, "keys")
@@ -65,18 +61,8 @@ def _copying(given: Rows) -> Any:
 
 
 _COPY_RESULTS = BulkStatement({"job": jobs.c.id.type, "source": jobs.c.id.type}, _copying)
-ADD_JOBS = Inserting(
-    jobs,
-    "id",
-    "run_id",
-    "state",
-    "available_at",
-    "claim_seq",
-    "attempts",
-    "crashes",
-    "retry_seq",
-    "finished_at",
-)
+_JOB = ("id", "run_id", "state", "available_at", "claim_seq", "attempts", "crashes", "retry_seq", "finished_at")
+_ADD_JOBS = Inserting(jobs, *_JOB)
 _ADD_PROMPTS = Inserting(prompts, "job_id", "run_id", "key", "chat", "body")
 ADD_ITEMS = Inserting(items_table, "run_id", "idx", "job_id", "first", "custom_id", "metadata", "id_is_number")
 
@@ -177,9 +163,9 @@ def add_chunk(
     """
     take_turns(connection, run.id)
     span = {"run": run.id, "start": start, "end": start + len(items)}
-    rows = connection.execute(_KNOWN, span).all()
-    known = {row.idx: (row.key, row.custom_id, row.metadata) for row in rows}
-    _check_unchanged(run, start, items, keys, known)
+    known = {row.idx: row for row in connection.execute(_KNOWN, span).all()}
+    for idx, held in known.items():
+        _check_unchanged(run, held, items[idx - start], keys[idx - start])
     fresh = [(start + n, item, keys[n]) for n, item in enumerate(items) if start + n not in known]
     if not fresh:
         return EnqueueCounts(inputs=len(items), known=len(items))
@@ -197,19 +183,18 @@ def add_chunk(
     return EnqueueCounts(len(items), len(items) - len(entries), len(new), duplicates, len(answered))
 
 
-def _check_unchanged(
-    run: Run, start: int, items: Sequence[Item], keys: Sequence[bytes], known: dict[int, Held]
-) -> None:
-    for n, (item, key) in enumerate(zip(items, keys, strict=True) if known else ()):
-        ours = (key, _id_text(item), _metadata_json(item))
-        held = known.get(start + n, ours)
-        if held != ours and (held[:2] != ours[:2] or _canonical(held[2]) != _canonical(ours[2])):
-            raise RunChangedError(
-                f"run {run.name!r} holds a different input {start + n}; use another run with --run, or add the changed "
-                f"inputs after those that it holds with --append",
-                source=item.source,
-                line=item.line,
-            )
+def _check_unchanged(run: Run, held: AnyRow, item: Item, key: bytes) -> None:
+    ours = _metadata_json(item)
+    if (held.key, held.custom_id) == (key, _id_text(item)) and (
+        held.metadata == ours or _canonical(held.metadata) == _canonical(ours)
+    ):
+        return
+    raise RunChangedError(
+        f"run {run.name!r} holds a different input {held.idx}; use another run with --run, or add the changed inputs "
+        f"after those that it holds with --append",
+        source=item.source,
+        line=item.line,
+    )
 
 
 def _metadata_json(item: Item) -> str | None:
@@ -293,27 +278,17 @@ def _insert_jobs(
         else (job_id, run.id, JobState.PENDING, now, *fixed, None)
         for job_id in new.values()
     ]
-    ADD_JOBS.run_plain(connection, rows)
-    prompts_of = [(e.job_id, e.key, e.item.prompt) for e in entries if e.first]
-    bodies = [
-        (job_id, run.id, key, int(prompt.messages is not None), prompt.body()) for job_id, key, prompt in prompts_of
-    ]
+    _ADD_JOBS.run_plain(connection, rows)
+    first = [(e.job_id, e.key, e.item.prompt) for e in entries if e.first]
+    bodies = [(job_id, run.id, key, int(prompt.messages is not None), prompt.body()) for job_id, key, prompt in first]
     _ADD_PROMPTS.run_plain(connection, bodies)
     _COPY_RESULTS.run(connection, [{"job": j, "source": s} for j, s in answered.items()])
 
 
 def _insert_items(connection: Connection, run: Run, entries: list[_Entry]) -> None:
     run_id = run.id
-    rows = [
-        (
-            run_id,
-            e.idx,
-            e.job_id,
-            int(e.first),
-            _id_text(e.item),
-            _metadata_json(e.item),
-            1 if isinstance(e.item.custom_id, int) else None,
-        )
-        for e in entries
-    ]
+    rows = []
+    for idx, item, _, job_id, first in entries:
+        is_number = 1 if isinstance(item.custom_id, int) else None
+        rows.append((run_id, idx, job_id, int(first), _id_text(item), _metadata_json(item), is_number))
     ADD_ITEMS.run_plain(connection, rows)
