@@ -330,14 +330,14 @@ def if_small(marker: ColumnElement[Any], *others: ColumnElement[Any]) -> dict[st
 
 
 async def pages(
-    read: Callable[[dict[str, int]], Awaitable[tuple[int, Sequence[Any]]]],
+    read: Callable[[dict[str, int]], Awaitable[tuple[int, Sequence[Any]]]], after: int = -1
 ) -> AsyncIterator[Sequence[Any]]:
-    """Yield pages of rows, which have an `idx`, in that order: at most 2,500 rows and some megabytes at a time.
+    """Yield pages of rows with an `idx` behind `after`, in that order: at most 2,500 rows and some megabytes at a time.
 
     `read` gets the values of `after`, `limit` and `cap`, and returns how many rows there were, and those before
     the first that `if_small` left out.
     """
-    after, limit = -1, FIRST_PAGE
+    limit = FIRST_PAGE
     while True:
         cap = PAGE_BYTES // limit if limit > 1 else _ANY_SIZE
         count, whole = await read({"after": after, "limit": limit, "cap": cap})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -21,34 +21,28 @@ from lbr.core.types import JobState, Move, PauseCause, Paused, Run, RunState
 from lbr.store import counters, enqueue, runs
 from lbr.store.schema import attempts, items, jobs, prompts, results
 from lbr.store.schema import runs as runs_table
-from lbr.store.sql import PAGE, Inserting, any_of, byte_length, lock_table, reserve_job_ids, take_turns, wake_workers
+from lbr.store.sql import Inserting, any_of, byte_length, lock_table, reserve_job_ids, take_turns, wake_workers
+from lbr.store.sql import pages as pages_of_rows
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator, Sequence
 
-    from sqlalchemy import Connection, Table
+    from sqlalchemy import Column, ColumnElement, Connection, Select, Table
 
     from lbr.core.types import Millis
     from lbr.store.database import Database
     from lbr.store.schema import AnyRow
 
-FIRST_LIMIT = 64
 REUSED_ELSEWHERE = 0
 """The `reused_from` of an answer that came from a job of the database that the run has left."""
 
 
-def _others(table: Table, *left_out: str) -> list[str]:
+def _columns(table: Table, without: str) -> list[Column[Any]]:
     """Return the columns that a copy takes over: all but those that a database sets for itself."""
-    return [name for name in table.c.keys() if name not in left_out]  # noqa: SIM118 - the names of the columns
+    return [column for column in table.c if column.name not in without.split()]
 
 
-_OWN = ("id", "name", "answerer", "state", "created_at", "pause_cause", "pause_message", "move")
-_RUN, _ITEM = _others(runs_table, *_OWN), _others(items, "run_id", "job_id")
-_JOB, _PROMPT = (
-    _others(jobs, "id", "run_id", "worker_id", "lease_until"),
-    _others(prompts, "job_id", "run_id"),
-)
-_RESULT, _ATTEMPT = _others(results, "job_id", "reused_from"), _others(attempts, "id", "job_id")
+_RUN = _columns(runs_table, "id name answerer state created_at pause_cause pause_message move")
 
 
 def _bytes(column: Any) -> Any:
@@ -59,32 +53,30 @@ _ATTEMPT_BYTES = select(func.sum(_bytes(attempts.c.text))).where(attempts.c.job_
 _JOB_BYTES = _bytes(prompts.c.body) + _bytes(results.c.text) + func.coalesce(_ATTEMPT_BYTES.scalar_subquery(), 0)
 _BYTES = case((items.c.first == 1, _JOB_BYTES), else_=0) + _bytes(items.c.metadata)
 _ITEMS = (
-    select(items.c.job_id, _BYTES.label("bytes"), prompts.c.key, *(items.c[name] for name in _ITEM))
+    select(items.c.job_id, _BYTES.label("bytes"), prompts.c.key, *_columns(items, "run_id job_id"))
     .join_from(items, prompts, prompts.c.job_id == items.c.job_id, isouter=True)
     .outerjoin(results, results.c.job_id == items.c.job_id)
-    .where(items.c.run_id == bindparam("run"), items.c.idx >= bindparam("start"))
+    .where(items.c.run_id == bindparam("run"), items.c.idx > bindparam("after"))
     .order_by(items.c.idx)
     .limit(bindparam("limit"))
 )
 
 
-def _part(job_id: Any, names: Sequence[str], *more: Any) -> Any:
-    return select(job_id, *(job_id.table.c[name] for name in names), *more).where(any_of(job_id, "ids"))
+def _part(job_id: Column[Any], without: str = "", **instead: ColumnElement[Any]) -> tuple[Select[Any], Inserting]:
+    """Return how to read a table's rows of some jobs, their job's id first, and how to write them."""
+    table: Any = job_id.table
+    own = [name for name in (job_id.name, "run_id") if name in table.c]
+    copied = [instead.get(one.name, one).label(one.name) for one in _columns(table, " ".join((*own, without)))]
+    reading = select(job_id, *copied).where(any_of(job_id, "ids")).order_by(*table.primary_key)
+    return reading, Inserting(table, *own, *(one.name for one in copied))
 
 
-_REUSED = case((results.c.reused_from.is_not(None), REUSED_ELSEWHERE)).label("reused_from")
+# What belongs to a job.
 _PARTS = (
-    _part(jobs.c.id, _JOB),
-    _part(prompts.c.job_id, _PROMPT),
-    _part(results.c.job_id, _RESULT, _REUSED),
-    _part(attempts.c.job_id, _ATTEMPT).order_by(attempts.c.id),
-)
-"""What belongs to a job, its id first."""
-_ADD_PARTS = (
-    enqueue.ADD_JOBS,
-    Inserting(prompts, "job_id", "run_id", *_PROMPT),
-    Inserting(results, "job_id", *_RESULT, "reused_from"),
-    Inserting(attempts, "job_id", *_ATTEMPT),
+    _part(jobs.c.id, "worker_id lease_until"),
+    _part(prompts.c.job_id),
+    _part(results.c.job_id, reused_from=case((results.c.reused_from.is_not(None), REUSED_ELSEWHERE))),
+    _part(attempts.c.job_id, "id"),
 )
 
 
@@ -186,20 +178,21 @@ def _mark_removed(connection: Connection, _now: Millis, copy: Run) -> None:
 
 async def pages(database: Database, run: Run, start: int = 0) -> AsyncGenerator[Page]:
     """Yield a run's inputs from a place on, in pages of as many bytes as a transaction should hold."""
-    limit = FIRST_LIMIT
-    while (page := await database.read(_read_page, run, start, limit)).items:
+    async for rows in pages_of_rows(lambda bound: database.read(_read_items, run, bound), after=start - 1):
+        page = Page(start, rows, await database.read(_read_parts, rows))
         _check_whole(page, run, database.name)
         yield page
-        # More only while they are small, because each look reads texts.
-        start, limit = page.end, min(PAGE, 2 * len(page.items))
+        start = page.end
 
 
-def _read_page(connection: Connection, _now: Millis, run: Run, start: int, limit: int) -> Page:
-    rows = connection.execute(_ITEMS, {"run": run.id, "start": start, "limit": limit}).all()
-    fitting = sum(size <= enqueue.CHUNK_CHARACTERS for size in accumulate(row.bytes for row in rows))
-    rows = rows[: max(1, fitting)]
-    ids = [row.job_id for row in rows if row.first]
-    return Page(start, rows, [connection.execute(part, {"ids": ids}).all() for part in _PARTS])
+def _read_items(connection: Connection, _now: Millis, run: Run, bound: dict[str, int]) -> tuple[int, list[AnyRow]]:
+    rows = connection.execute(_ITEMS, {"run": run.id, **bound}).all()
+    return len(rows), list(takewhile(lambda row: row.bytes <= bound["cap"], rows))
+
+
+def _read_parts(connection: Connection, _now: Millis, rows: Sequence[AnyRow]) -> list[Sequence[AnyRow]]:
+    ids = {"ids": [row.job_id for row in rows if row.first]}
+    return [connection.execute(reading, ids).all() for reading, _ in _PARTS]
 
 
 def _check_whole(page: Page, run: Run, name: str) -> None:
@@ -237,7 +230,7 @@ def _add_jobs(connection: Connection, copy: Run, page: Page) -> dict[bytes, int]
     ids: dict[bytes, int] = {row.key: row.job_id for row in found}
     new = {row.job_id: row.key for row in page.items if row.first}
     ids |= zip(new.values(), reserve_job_ids(connection, len(new)), strict=True)
-    for adding, part in zip(_ADD_PARTS, page.parts, strict=True):
+    for (_, adding), part in zip(_PARTS, page.parts, strict=True):
         rows = []
         for row in part:
             job_id = ids[new[row[0]]]
@@ -276,7 +269,7 @@ def depart(
         values = runs.pausing(Paused(PauseCause.MOVED_TO, f"moved to {aim}"))
         values["move"] = Move(aim, run.state, *pause).to_json()
         current = runs.change(connection, run, values)
-    columns = select(*(runs_table.c[name] for name in _RUN)).where(runs_table.c.id == run.id)
+    columns = select(*_RUN).where(runs_table.c.id == run.id)
     state, before = (RunState.ACTIVE, None) if current.move is None else current.move.before
     pausing = runs.NOT_PAUSED if before is None else runs.NOT_PAUSED | runs.pausing(before)
     return connection.execute(columns).one()._asdict() | pausing | {"state": state}

@@ -18,7 +18,7 @@ from lbr.api.move import Moved
 from lbr.api.status import describe, unfinished_words
 from lbr.core.errors import DatabaseError, UsageError
 from lbr.core.types import Item, KeyMaker, PauseCause, Paused, Prompt, Shape
-from lbr.store import enqueue, reads, runs, transfer
+from lbr.store import enqueue, reads, runs, sql, transfer
 from lbr.store.database import open_database, opened, shown
 from lbr.store.schema import results
 from lbr.store.settle import settle
@@ -168,7 +168,7 @@ async def test_a_move_that_dies_at_any_step_goes_on(
     urls: tuple[str, str], monkeypatch: pytest.MonkeyPatch, step: str, after: bool
 ) -> None:
     """Wherever it stopped, the run is claimable in one database at most, and the same call completes the move."""
-    monkeypatch.setattr(transfer, "FIRST_LIMIT", 2)
+    monkeypatch.setattr(sql, "FIRST_PAGE", 2)
     source, target = urls
     await lbr.enqueue([f"p{n % 7}" for n in range(10)], run="r", model="offline:echo", db_url=source)
     await lbr.pause("r", db_url=source)
@@ -214,7 +214,7 @@ async def may_go_on(url: str) -> bool:
 
 async def test_two_moves_at_once(urls: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """One of them completes the copy, and the other one does no harm."""
-    monkeypatch.setattr(transfer, "FIRST_LIMIT", 2)
+    monkeypatch.setattr(sql, "FIRST_PAGE", 2)
     source, target = urls
     await lbr.enqueue([f"p{n % 70}" for n in range(100)], run="r", model="offline:echo", db_url=source)
     await lbr.pause("r", db_url=source)
