@@ -49,9 +49,13 @@ def _inputs(*columns: ColumnElement[Any]) -> Select[Any]:
     )
 
 
-def _of_last_try(column: ColumnElement[Any]) -> ColumnElement[Any]:
-    tries = select(column).where(attempts.c.job_id == jobs.c.id, attempts.c.what != "stale")
-    return tries.order_by(attempts.c.id.desc()).limit(1).scalar_subquery()
+_TRIES = attempts.alias("tries")
+
+
+def last_try(name: str) -> ColumnElement[Any]:
+    """Select a column of each job's newest attempt, late answers left out; null without one."""
+    tries = select(_TRIES.c[name]).where(_TRIES.c.job_id == jobs.c.id, _TRIES.c.what != "stale")
+    return tries.order_by(_TRIES.c.id.desc()).limit(1).scalar_subquery()
 
 
 _AFTER = items.c.idx > bindparam("after")
@@ -71,8 +75,8 @@ _METADATA = (
 )
 _ERRORS = select(
     jobs.c.id,
-    _of_last_try(attempts.c.message).label("error"),
-    _of_last_try(attempts.c.finish_reason).label("ending"),
+    last_try("message").label("error"),
+    last_try("finish_reason").label("ending"),
 ).where(any_of(jobs.c.id, "ids"))
 _HELD = select(jobs.c.worker_id, jobs.c.run_id).where(INFLIGHT).distinct()
 _COOLDOWNS = select(limits.c.answerer, limits.c.cooldown_until, limits.c.reason)
@@ -370,10 +374,8 @@ def story(connection: Connection, _now: Millis, run: Run, idx: int) -> JobDetail
         last = connection.scalar(select(func.max(items.c.idx)).where(items.c.run_id == run.id))
         there = "none" if last is None else f"0 to {last}"
         raise UsageError(f"expected an input of run {run.name!r}, got: {idx}; there are {there}")
-    tried = select(attempts).where(attempts.c.job_id == found.id).order_by(attempts.c.id)
-    tries = [
-        Attempt(**{name: getattr(one, name) for name in Attempt.__slots__}) for one in connection.execute(tried).all()
-    ]
+    tried = select(*(attempts.c[name] for name in Attempt.__slots__)).where(attempts.c.job_id == found.id)
+    tries = [Attempt(*one) for one in connection.execute(tried.order_by(attempts.c.id)).all()]
     (row,) = _to_rows(connection, [found[: len(_COLLECTED)]])
     stored = [name for name in JobDetail.__slots__ if name not in {"row", "reused", "tries"}]
     fields = {name: getattr(found, name) for name in stored}

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import orjson
-from sqlalchemy import ColumnElement, bindparam, case, delete, literal, literal_column, select, update
+from sqlalchemy import ColumnElement, Select, bindparam, case, delete, func, literal, literal_column, select, update
 
 from lbr.core.errors import UNREAD, Family, UsageError
 from lbr.core.retry import failure_of
 from lbr.core.types import JobState, Json, RunState
 from lbr.store import counters, runs
+from lbr.store.reads import last_try
 from lbr.store.schema import attempts, jobs, prompts, results
 from lbr.store.settle import ADD_RESULTS
 from lbr.store.sql import any_of
@@ -51,31 +52,31 @@ _STATES = {
 }
 _KNOWN = {"family": frozenset(Family), "status": _STATES["status"]}
 
-_ENDED = (
-    select(jobs.c.id, jobs.c.state, jobs.c.claim_seq, results.c.finish_reason)
+
+def _page_of(query: Select[Any]) -> Select[Any]:
+    """Return the first jobs of a query behind a job, of a run's jobs in some states."""
+    chosen = (jobs.c.run_id == bindparam("run"), jobs.c.state.in_(bindparam("states", expanding=True)))
+    return query.where(jobs.c.id > bindparam("after"), *chosen).order_by(jobs.c.id).limit(bindparam("limit"))
+
+
+def _of_failure(name: str) -> ColumnElement[Any]:
+    return case((jobs.c.state == JobState.FAILED, last_try(name))).label(name)
+
+
+_SEEN = (jobs.c.id, jobs.c.state, jobs.c.claim_seq)
+_ENDED = _page_of(
+    select(*_SEEN, *map(_of_failure, ("family", "error", "message")))
+    .add_columns(func.coalesce(_of_failure("finish_reason"), results.c.finish_reason).label("finish_reason"))
     .outerjoin_from(jobs, results, results.c.job_id == jobs.c.id)
-    .where(jobs.c.run_id == bindparam("run"), jobs.c.id > bindparam("after"))
-    .where(jobs.c.state.in_(bindparam("states", expanding=True)))
-    .order_by(jobs.c.id)
-    .limit(bindparam("limit"))
 )
-_TRIES = (
-    select(*(attempts.c[name] for name in ("id", "job_id", "family", "error", "message", "finish_reason")))
-    .where(any_of(attempts.c.job_id, "ids"), attempts.c.what != "stale")
-    .order_by(attempts.c.id)
+_RESULT = ("finish_reason", "input_tokens", "output_tokens", "cost_nanos")
+_BAD_ANSWERS = _page_of(
+    select(*_SEEN, *(attempts.c[name] for name in ("text", "latency_ms", *_RESULT)))
+    .join_from(jobs, attempts, attempts.c.job_id == jobs.c.id)
+    .where(attempts.c.id == last_try("id"), attempts.c.family.in_([Family.BAD_ANSWER, Family.CUT_OFF]))
+    .where(attempts.c.text.is_not(None), attempts.c.error.not_in(sorted(UNREAD)))
 )
-_KEPT_TEXTS = (
-    select(attempts)
-    .where(any_of(attempts.c.id, "ids"), attempts.c.text.is_not(None))
-    .where(attempts.c.error.not_in(sorted(UNREAD)))
-    .order_by(attempts.c.job_id)
-)
-_LOCKED = (
-    select(jobs.c.id, jobs.c.state, jobs.c.claim_seq)
-    .where(any_of(jobs.c.id, "ids"))
-    .order_by(jobs.c.id)
-    .with_for_update()
-)
+_LOCKED = select(*_SEEN).where(any_of(jobs.c.id, "ids")).order_by(jobs.c.id).with_for_update()
 # In this order, because an enqueue that reuses answers locks them in it.
 _ANSWERS = (
     select(results.c.job_id, results.c.reused_from)
@@ -120,17 +121,11 @@ class Condition:
         """The states of the jobs that can meet it."""
         return frozenset({JobState(self.value)}) if self.name == "status" else _STATES[self.name]
 
-    def holds(self, row: AnyRow, last: AnyRow | None) -> bool:
-        """Return whether a job meets it; `last` is its latest failed try, None if there is none."""
-        match self.name:
-            case "finish_reason":
-                return bool((row if last is None else last).finish_reason == self.value)
-            case "family":
-                return last is not None and last.family == self.value
-            case "error":
-                text = "" if last is None else f"{last.error}\n{last.message}"
-                return self.value.casefold() in text.casefold()
-        return True
+    def holds(self, row: AnyRow) -> bool:
+        """Return whether a job of `_ENDED` meets it."""
+        if self.name == "error":
+            return self.value.casefold() in f"{row.error or ''}\n{row.message or ''}".casefold()
+        return bool(getattr(row, "state" if self.name == "status" else self.name) == self.value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,8 +187,8 @@ async def retry(
         return 0
     own = None if settings is None else orjson.dumps(dict(settings)).decode()
     moved = 0
-    async for rows, tries in _ended(database, run, states, LOOK, with_tries=bool(conditions)):
-        found = [row for row in rows if all(one.holds(row, tries.get(row.id)) for one in conditions)]
+    async for rows in _pages(database, _ENDED, run, states, LOOK):
+        found = [row for row in rows if all(one.holds(row) for one in conditions)]
         for start in range(0, len(found), PAGE):
             put = await database.write(_put_back, run, found[start : start + PAGE], own)
             if put is None:
@@ -202,46 +197,30 @@ async def retry(
     return moved
 
 
-async def _ended(
-    database: Database, run: Run, states: frozenset[JobState], limit: int, *, with_tries: bool = True
-) -> AsyncIterator[tuple[Sequence[AnyRow], dict[int, AnyRow]]]:
-    """Yield pages of the jobs in these states, with the latest tries, by job, of those that failed."""
-    after = 0
-    while True:
-        rows, tries = await database.read(_ended_page, run, states, after, limit, with_tries=with_tries)
-        if rows:
-            yield rows, tries
-            after = rows[-1].id
-        if len(rows) < limit:
-            return
-
-
 def _counts(connection: Connection, _now: Millis, run: Run) -> Counter[str]:
     return counters.of_runs(connection, [run.id])[run.id]
 
 
-def _ended_page(
-    connection: Connection,
-    _now: Millis,
-    run: Run,
-    states: frozenset[JobState],
-    after: int,
-    limit: int,
-    *,
-    with_tries: bool,
-) -> tuple[Sequence[AnyRow], dict[int, AnyRow]]:
-    bound = {"run": run.id, "after": after, "states": sorted(states), "limit": limit}
-    rows = connection.execute(_ENDED, bound).all()
-    failed = [row.id for row in rows if row.state == JobState.FAILED]
-    if not (failed and with_tries):
-        return rows, {}
-    tries = connection.execute(_TRIES, {"ids": failed}).all()
-    return rows, {row.job_id: row for row in tries}
+async def _pages(
+    database: Database, query: Select[Any], run: Run, states: frozenset[JobState], limit: int
+) -> AsyncIterator[Sequence[AnyRow]]:
+    after = 0
+    while True:
+        bound = {"run": run.id, "after": after, "states": sorted(states), "limit": limit}
+        rows = await database.read(_read_page, query, bound)
+        yield rows
+        if len(rows) < limit:
+            return
+        after = rows[-1].id
+
+
+def _read_page(connection: Connection, _now: Millis, query: Select[Any], bound: dict[str, Any]) -> Sequence[AnyRow]:
+    return connection.execute(query, bound).all()
 
 
 def _put_back(connection: Connection, now: Millis, run: Run, page: list[AnyRow], own: str | None) -> int | None:
     """Put those of a page back that are as they were; return how many, None if the run was cancelled meanwhile."""
-    if _hold(connection, run).state is RunState.CANCELLED:
+    if runs.hold_unmoved(connection, run).state is RunState.CANCELLED:
         return None
     unchanged = _lock_unchanged(connection, page)
     if not unchanged:
@@ -254,19 +233,10 @@ def _put_back(connection: Connection, now: Millis, run: Run, page: list[AnyRow],
         connection.execute(_REMOVE_ANSWERS, answered)
     if own is not None:
         connection.execute(_SET, ids | {"own": own})
-    moving = [(row.id, row.state) for row in unchanged]
-    runs.move_page(connection, run, moving, JobState.PENDING, now)
+    runs.move_page(connection, run, unchanged, JobState.PENDING, now)
     reused = sum(row.reused_from is not None for row in answers)
     counters.add(connection, Counter({(run.id, counters.REUSED): -reused}))
     return len(unchanged)
-
-
-def _hold(connection: Connection, run: Run) -> Run:
-    """Return the run, which stays as it is until the transaction ends; UsageError if it is being moved."""
-    runs.hold_states(connection, [run.id])
-    current = runs.find(connection, run.name)
-    runs.check_not_moving(current)
-    return current
 
 
 def _lock_unchanged(connection: Connection, seen: Sequence[AnyRow]) -> list[AnyRow]:
@@ -283,16 +253,12 @@ async def reparse(database: Database, run: Run, check: Callable[[str], str]) -> 
     """
     runs.check_not_moving(run)
     taken, left, problem = 0, 0, None
-    async for rows, tries in _ended(database, run, frozenset({JobState.FAILED}), REPARSE_PAGE):
-        ids = [one.id for one in tries.values() if one.family in {Family.BAD_ANSWER, Family.CUT_OFF}]
-        if not ids:
-            continue
-        found = await database.read(_kept_texts, ids)
+    async for rows in _pages(database, _BAD_ANSWERS, run, frozenset({JobState.FAILED}), REPARSE_PAGE):
         fitting: dict[int, dict[str, Any]] = {}
-        for one in found:
+        for row in rows:
             # Outside of any transaction, because it may take long.
             try:
-                fitting[one.job_id] = _result(run, one, check(one.text))
+                fitting[row.id] = _result(run, row, check(row.text))
             except Exception as error:  # noqa: BLE001 - a class of the user's own may raise anything
                 problem = problem or failure_of(error).message
                 left += 1
@@ -302,22 +268,16 @@ async def reparse(database: Database, run: Run, check: Callable[[str], str]) -> 
     return Reparsed(taken, left, problem)
 
 
-def _kept_texts(connection: Connection, _now: Millis, ids: list[int]) -> Sequence[AnyRow]:
-    return connection.execute(_KEPT_TEXTS, {"ids": ids}).all()
-
-
 def _result(run: Run, kept: AnyRow, text: str) -> dict[str, Any]:
     """Return the row of an answer. The provider's name for its model is not kept with a bad answer."""
-    copied = ("job_id", "finish_reason", "input_tokens", "output_tokens", "cost_nanos")
-    fields = {name: getattr(kept, name) for name in copied}
-    return fields | {"text": text, "model": run.task.model, "latency_ms": kept.latency_ms or 0}
+    own = {"job_id": kept.id, "text": text, "model": run.task.model, "latency_ms": kept.latency_ms or 0}
+    return own | {name: getattr(kept, name) for name in _RESULT}
 
 
 def _take(connection: Connection, now: Millis, run: Run, seen: list[AnyRow], fitting: dict[int, dict[str, Any]]) -> int:
     """Write answers of jobs that are as they were seen; their usage was counted with their tries."""
-    _hold(connection, run)
+    runs.hold_unmoved(connection, run)
     unchanged = _lock_unchanged(connection, seen)
     ADD_RESULTS.run(connection, [fitting[row.id] for row in unchanged])
-    moving = [(row.id, row.state) for row in unchanged]
-    runs.move_page(connection, run, moving, JobState.DONE, now)
+    runs.move_page(connection, run, unchanged, JobState.DONE, now)
     return len(unchanged)

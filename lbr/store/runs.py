@@ -17,7 +17,7 @@ from lbr.store.schema import counters as counters_table
 from lbr.store.sql import BulkStatement, Rows, any_of, wake_workers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from sqlalchemy import ColumnElement, Connection
 
@@ -208,10 +208,17 @@ def hold_states(connection: Connection, run_ids: Iterable[RunId], *, to_change: 
     return {RunId(row.id): RunState(row.state) for row in rows}
 
 
-def hold(connection: Connection, run: Run) -> Run:
+def hold(connection: Connection, run: Run, *, to_change: bool = True) -> Run:
     """Return the run as it is now and until this transaction, which may change it, ends."""
-    hold_states(connection, [run.id], to_change=True)
+    hold_states(connection, [run.id], to_change=to_change)
     return find(connection, run.name)
+
+
+def hold_unmoved(connection: Connection, run: Run) -> Run:
+    """Return the run as it stays until this transaction ends. Raises UsageError if it is being or was moved."""
+    current = hold(connection, run, to_change=False)
+    check_not_moving(current)
+    return current
 
 
 def resting_state(run_state: RunState) -> JobState:
@@ -286,7 +293,7 @@ async def cancel(database: Database, run: Run) -> int:
         moved += len(page)
         if len(page) < BATCH:
             return moved
-        after = page[-1][0]
+        after = page[-1].id
 
 
 def _mark_cancelled(connection: Connection, _now: Millis, run: Run) -> None:
@@ -296,7 +303,7 @@ def _mark_cancelled(connection: Connection, _now: Millis, run: Run) -> None:
     change(connection, run, {"state": RunState.CANCELLED} | kept)
 
 
-def _cancel_page(connection: Connection, now: Millis, run: Run, after: int) -> list[tuple[int, str]]:
+def _cancel_page(connection: Connection, now: Millis, run: Run, after: int) -> Sequence[AnyRow]:
     if hold_states(connection, [run.id])[run.id] is not RunState.CANCELLED:
         return []  # a retry made it active meanwhile, and puts the jobs back
     query = (
@@ -306,19 +313,19 @@ def _cancel_page(connection: Connection, now: Millis, run: Run, after: int) -> l
         .limit(BATCH)
         .with_for_update()
     )
-    page = [(row.id, row.state) for row in connection.execute(query).all()]
+    page = connection.execute(query).all()
     move_page(connection, run, page, JobState.CANCELLED, now)
     return page
 
 
-def move_page(connection: Connection, run: Run, page: list[tuple[int, str]], target: JobState, now: Millis) -> None:
-    """Move jobs, each given with its state, to another resting state. Pending jobs have all their tries again."""
+def move_page(connection: Connection, run: Run, page: Sequence[Sequence[Any]], target: JobState, now: Millis) -> None:
+    """Move jobs, each a row of its id and its state, to another resting state. Pending jobs have all their tries again."""
     values: dict[str, Any] = {"state": target, "finished_at": now}
     if target is JobState.PENDING:
         values |= {"finished_at": None, "available_at": now} | FULL_TRIES
     query = update(jobs).where(any_of(jobs.c.id, "ids")).values(**values)
-    connection.execute(query, {"ids": [job_id for job_id, _ in page]})
-    counters.add(connection, counters.moved((run.id, state, target) for _, state in page))
+    connection.execute(query, {"ids": [row[0] for row in page]})
+    counters.add(connection, counters.moved((run.id, row[1], target) for row in page))
     if target is JobState.PENDING:
         wake_workers(connection)
 
