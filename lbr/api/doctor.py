@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from lbr.api.arguments import checked
 from lbr.api.status import way_on
 from lbr.core.config import DB_URL_DEFAULT, load_environment
-from lbr.core.errors import DatabaseError, LbrError, UsageError
+from lbr.core.errors import DatabaseError, UsageError
 from lbr.core.text import duration, pluralize
 from lbr.core.types import PauseCause, Paused, RunState
 from lbr.models.base import Kind, kind_of
@@ -87,18 +88,15 @@ async def doctor(
     """
     env = load_environment(Path.cwd())
     facts = await health.examine(db_url, allow_network_fs=allow_network_fs)
-    fixed: list[Drift] = []
+    fixed = None
     if fix and facts.drifts:
-        try:
-            fixed = await _fix(facts, db_url, allow_network_fs=allow_network_fs)
-        except LbrError as error:
-            facts.problems.append(("fix", str(error)))
+        fixed = await facts.look("fix", _fix(facts, db_url, allow_network_fs=allow_network_fs))
     authority = Authority(openrouter_api_key=env.get("OPENROUTER_API_KEY") or None)
     runs = [] if facts.view is None else facts.view.runs
     keys = [
         await _keys(one.run, authority) for one in runs if one.run.state is not RunState.CANCELLED and not one.finished
     ]
-    return [*findings(facts, fixed), *keys, *_kept(facts)]
+    return [*findings(facts, fixed or ()), *keys, *_kept(facts)]
 
 
 async def _fix(facts: Health, db_url: PathOrUrl, *, allow_network_fs: bool) -> list[Drift]:
@@ -114,7 +112,7 @@ def findings(facts: Health, fixed: Sequence[Drift] = ()) -> list[Finding]:
     """Return what the checks find in these facts; `fixed` are the counters that were just fixed."""
     found: list[Finding | None] = [_problem(facts, *one) for one in facts.problems]
     if facts.file is not None:
-        found += [_sqlite(facts.file), _file_system(facts.file, refused=facts.refused)]
+        found += [_sqlite(), _file_system(facts.file, refused=facts.refused)]
         if facts.file.modes and (facts.version is not None or facts.refused):  # else it may be any program's
             found += [check(facts.file) for check in (_mode, _writable, _disk, _wal)]
     if facts.server is not None:
@@ -139,10 +137,11 @@ def has_wal_reset_bug(version: str) -> bool:
     return not (fixed or (3, 50, 7) <= numbers < (3, 51) or (3, 44, 6) <= numbers < (3, 45))
 
 
-def _sqlite(file: FileFacts) -> Finding:
-    if not has_wal_reset_bug(file.sqlite_version):
-        return Finding("sqlite", OK, f"SQLite {file.sqlite_version}, without the WAL-reset bug")
-    found = f"SQLite {file.sqlite_version} has the WAL-reset bug; lbr takes its checkpoints in a way that avoids it"
+def _sqlite() -> Finding:
+    version = sqlite3.sqlite_version
+    if not has_wal_reset_bug(version):
+        return Finding("sqlite", OK, f"SQLite {version}, without the WAL-reset bug")
+    found = f"SQLite {version} has the WAL-reset bug; lbr takes its checkpoints in a way that avoids it"
     do = "let no other program write to the database while lbr does, or use a Python with SQLite 3.51.3 or newer"
     return Finding("sqlite", NOTE, found, do)
 
@@ -258,7 +257,7 @@ def _leases(facts: Health) -> Finding | None:
     if not expired:
         return Finding("leases", OK, "none has expired")
     workers = facts.view.workers
-    live = sum(abs(facts.view.now - one.seen_at) < schema.SILENT_MS for one in workers)
+    live = sum(one.is_live for one in workers)
     found = (
         f"{pluralize(expired, 'lease')} expired, the oldest {duration(oldest_ms / 1000)} ago; "
         f"{live} of {pluralize(len(workers), 'worker')} reported recently"

@@ -10,7 +10,6 @@ from lbr.core.pricing import NANOS, Price, dollars
 from lbr.core.text import duration, pluralize
 from lbr.core.types import JobState, PauseCause, Paused, RunState
 from lbr.store import counters
-from lbr.store.schema import SILENT_MS
 
 if TYPE_CHECKING:
     from lbr.core.types import Json
@@ -103,24 +102,13 @@ class Status:
 
 def status_of(view: Overview) -> Status:
     """Return the state of everything that the store reports."""
-    live = [worker for worker in view.workers if view.now - worker.seen_at < SILENT_MS]
+    live = [worker for worker in view.workers if worker.is_live]
     away = {one.answerer for one in view.outages}
     return Status(
         runs=[_run_status(one, _rate(one, live, away)) for one in view.runs],
-        workers=[_worker(worker, view.now) for worker in live],
-        cooldowns=[
-            {"answerer": one.answerer, "seconds": (one.until - view.now) / 1000, "reason": one.reason}
-            for one in view.cooldowns
-        ],
-        outages=[
-            {
-                "answerer": one.answerer,
-                "reason": one.reason,
-                "seconds": (view.now - one.since) / 1000,
-                "probe_seconds": max(0, one.probe_at - view.now) / 1000,
-            }
-            for one in view.outages
-        ],
+        workers=[{name: value for name, value in one._asdict().items() if name != "runs"} for one in live],
+        cooldowns=[one._asdict() for one in view.cooldowns],
+        outages=[one._asdict() for one in view.outages],
         limits=[limit_fields(one) for one in view.limits],
     )
 
@@ -156,18 +144,6 @@ def _run_status(one: RunCounts, rate: float | None) -> RunStatus:
         rate=rate,
         eta_seconds=None if rate is None else one.open / rate,
     )
-
-
-def _worker(worker: WorkerSeen, now: int) -> dict[str, Json]:
-    return {
-        "host": worker.host,
-        "pid": worker.pid,
-        "concurrency": worker.concurrency,
-        "settled": worker.settled,
-        "rate": worker.rate,
-        "up_seconds": (now - worker.started_at) / 1000,
-        "seen_seconds_ago": (now - worker.seen_at) / 1000,
-    }
 
 
 def limit_fields(seen: LimitStatus) -> dict[str, Json]:

@@ -6,7 +6,7 @@ import os
 import shutil
 import sqlite3
 import stat
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -57,7 +57,6 @@ class FileFacts:
     unwritable: list[Path]
     wal_bytes: int
     free_bytes: int
-    sqlite_version: str = sqlite3.sqlite_version
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +105,13 @@ async def examine(
 ) -> Health:
     """Return the facts about the queue at a path or URL. Raises only UsageError, if it can be neither."""
     if is_postgresql(url):
-        return await _examine_server(url, clock)
-    return await _examine_file(sqlite_path(url), allow_network_fs, clock or local_clock)
+        from lbr.store import postgres  # noqa: PLC0415 - its driver is an extra
 
-
-async def _examine_file(path: Path, allow_network_fs: bool, clock: Callable[[], Millis]) -> Health:
+        server = postgres.PostgresDatabase(url, clock=clock, patience=PATIENCE)
+        health = Health(server.name, server.spool_places)
+        await _examine_tables(server, health)
+        return health
+    path = sqlite_path(url)
     health = Health(str(path), SQLiteDatabase(path).spool_places)
     try:
         health.file = _file_facts(path)
@@ -120,46 +121,36 @@ async def _examine_file(path: Path, allow_network_fs: bool, clock: Callable[[], 
     except (LbrError, OSError, ValueError) as error:
         health.problems.append((OPENING, str(error)))
         return health
-    if health.refused:
-        return health
-    database = _UnchangedDatabase(path, clock)
-    try:
-        health.version = await health.look(OPENING, database.read(database.version))
-        if health.version is not None:
-            health.damages = await health.look("integrity", database.read(_damages))
-        await _examine_tables(database, health)
-    finally:
-        await database.close()
+    if not health.refused:
+        await _examine_tables(_UnchangedDatabase(path, clock or local_clock), health)
     return health
 
 
-async def _examine_server(url: PathOrUrl, clock: Callable[[], Millis] | None) -> Health:
-    from lbr.store import postgres  # noqa: PLC0415 - its driver is an extra
-
-    database = postgres.PostgresDatabase(url, clock=clock, patience=PATIENCE)
-    health = Health(database.name, database.spool_places)
-
+async def _examine_tables(database: Database, health: Health) -> None:
+    """Add the facts that are in the database, and close it."""
     try:
-        version = database.read(lambda connection, _: schema.applied_version(connection))
-        health.version = await health.look(OPENING, version)
-        if health.version is not None:
+        health.version = await health.look(OPENING, database.read(_version, database))
+        if health.version is not None and health.file is None:
             health.server = await health.look("server", database.read(_server_facts, local_clock()))
-        await _examine_tables(database, health)
+        elif health.version is not None:
+            health.damages = await health.look("integrity", database.read(_damages))
+        if health.version == schema.LATEST:
+            health.view = await health.look("runs", database.read(reads.overview))
+            health.expired = await health.look("leases", database.read(_expired))
+            health.drifts = await health.look("counters", database.read(counters.recount))
     finally:
         await database.close()
-    return health
+
+
+def _version(connection: Connection, now: Millis, database: Database) -> int:
+    if isinstance(database, SQLiteDatabase):
+        return database.version(connection, now)
+    return schema.applied_version(connection)
 
 
 def _server_facts(connection: Connection, now: Millis, before: Millis) -> ServerFacts:
     settings = {row.name: row.value for row in connection.execute(_SETTINGS)}
     return ServerFacts(settings, max(0, before - now) or min(0, local_clock() - now))
-
-
-async def _examine_tables(database: Database, health: Health) -> None:
-    if health.version == schema.LATEST:
-        health.view = await health.look("runs", database.read(reads.overview))
-        health.expired = await health.look("leases", database.read(_expired))
-        health.drifts = await health.look("counters", database.read(counters.recount))
 
 
 def _expired(connection: Connection, now: Millis) -> tuple[int, int]:
@@ -213,14 +204,7 @@ def misfit(url: PathOrUrl) -> str | None:
     """
     if is_postgresql(url) or not (path := sqlite_path(url)).is_file():
         return None
-    try:
-        return _misfit(path)
-    except sqlite3.Error:
-        return None
-
-
-def _misfit(path: Path) -> str | None:
-    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
+    with suppress(sqlite3.Error), closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
         connection.execute(HARMLESS)
         for column in (column for table in schema.metadata.sorted_tables for column in table.columns):
             fitting = _fitting_types(column)

@@ -14,7 +14,7 @@ from lbr.core.pricing import output_limit
 from lbr.core.types import JobId, JobState, Millis, Part, Prompt, Row, Run, RunId, Shape
 from lbr.store import counters, runs
 from lbr.store.limits import LimitStatus, all_limits, is_ahead
-from lbr.store.schema import INFLIGHT, attempts, items, jobs, limits, outages, prompts, results, workers
+from lbr.store.schema import INFLIGHT, SILENT_MS, attempts, items, jobs, limits, outages, prompts, results, workers
 from lbr.store.schema import counters as counters_table
 from lbr.store.schema import runs as runs_table
 from lbr.store.sql import any_of, if_small, json_object, pages
@@ -90,20 +90,20 @@ _OPEN = (
 
 
 class Cooldown(NamedTuple):
-    """A model that no worker calls until a time, and why."""
+    """A model that no worker calls for some more seconds, and why."""
 
     answerer: str
-    until: Millis
+    seconds: float
     reason: str
 
 
 class OutageSeen(NamedTuple):
-    """A model that all workers wait for since a time, why, and when the next probe may start."""
+    """A model that all workers wait for: why, since when, and in how many seconds the next probe may start."""
 
     answerer: str
-    since: Millis
     reason: str
-    probe_at: Millis
+    seconds: float
+    probe_seconds: float
 
 
 class WorkerSeen(NamedTuple):
@@ -112,11 +112,16 @@ class WorkerSeen(NamedTuple):
     host: str
     pid: int
     concurrency: int
-    started_at: Millis
-    seen_at: Millis
     settled: int
     rate: float
+    up_seconds: float
+    seen_seconds_ago: float
     runs: frozenset[RunId]
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it has reported recently."""
+        return abs(self.seen_seconds_ago) * 1000 < SILENT_MS
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,17 +263,20 @@ def overview(connection: Connection, now: Millis, name: str | None = None) -> Ov
     return Overview(
         now=now,
         runs=_counts(connection, found),
-        workers=[_worker(row, held) for row in seen],
-        cooldowns=[Cooldown(*row) for row in cooling if is_ahead(row.cooldown_until, now)],
-        outages=[OutageSeen(*row) for row in connection.execute(away).all()],
+        workers=[_worker(row, held, now) for row in seen],
+        cooldowns=[Cooldown(who, (until - now) / 1000, why) for who, until, why in cooling if is_ahead(until, now)],
+        outages=[
+            OutageSeen(who, why, (now - since) / 1000, max(0, probe_at - now) / 1000)
+            for who, since, why, probe_at in connection.execute(away).all()
+        ],
         limits=all_limits(connection, now),
     )
 
 
-def _worker(row: AnyRow, held: Sequence[AnyRow]) -> WorkerSeen:
+def _worker(row: AnyRow, held: Sequence[AnyRow], now: Millis) -> WorkerSeen:
     own = frozenset(RunId(one.run_id) for one in held if one.worker_id == row.id)
-    times = (row.started_at, row.seen_at)
-    return WorkerSeen(row.host, row.pid, row.concurrency, *times, row.settled, row.rate_milli / 1000, own)
+    times = ((now - row.started_at) / 1000, (now - row.seen_at) / 1000)
+    return WorkerSeen(row.host, row.pid, row.concurrency, row.settled, row.rate_milli / 1000, *times, own)
 
 
 def _counts(connection: Connection, found: list[Run]) -> list[RunCounts]:
