@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from lbr.api.status import way_on
 from lbr.core.config import DB_URL_DEFAULT, load_environment
 from lbr.core.errors import DatabaseError, UsageError
 from lbr.core.text import duration, pluralize
-from lbr.core.types import PauseCause, Paused, RunState
+from lbr.core.types import PauseCause, Paused, Report, RunState
 from lbr.models.base import Kind, kind_of
 from lbr.models.build import Authority, build_model
 from lbr.store import counters, health, schema
@@ -24,7 +24,7 @@ from lbr.worker import kept_answers
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from lbr.core.types import Json, PathOrUrl, Run
+    from lbr.core.types import PathOrUrl, Run
     from lbr.store.counters import Drift
     from lbr.store.health import FileFacts, Health, ServerFacts
     from lbr.store.reads import Overview
@@ -59,7 +59,7 @@ OK, NOTE, WARNING, ERROR = Gravity
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(Report):
     """The result of one check: `found` is what is there, `do` what to do, None for nothing."""
 
     check: str
@@ -71,10 +71,6 @@ class Finding:
     def is_grave(self) -> bool:
         """Whether you should do something."""
         return self.gravity in {WARNING, ERROR}
-
-    def to_dict(self) -> dict[str, Json]:
-        """Return the finding as JSON."""
-        return asdict(self)
 
 
 @checked

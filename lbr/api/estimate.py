@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from lbr.core.pricing import (
     read_price,
     table_price,
 )
-from lbr.core.types import KeyMaker
+from lbr.core.types import KeyMaker, Report
 from lbr.io.sources import Source
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ SECONDS_PER_CALL = 3.0
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(Report):
     """What calling every distinct prompt once would take; retries and answers that exist already do not count.
 
     `output_tokens_from` is the source of an answer's length: "given", "max_tokens" or "assumed". `price` is for a
@@ -57,10 +57,6 @@ class Estimate:
     tpm: float | None
     concurrency: int
     seconds_per_call: float
-
-    def to_dict(self) -> dict[str, Json]:
-        """Return the numbers as JSON."""
-        return asdict(self)
 
 
 @checked

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lbr.api.arguments import checked
 from lbr.core.config import DB_URL_DEFAULT
 from lbr.core.errors import DatabaseError, UsageError
-from lbr.core.types import JobState
+from lbr.core.types import JobState, Report
 from lbr.store import enqueue, reads, runs, transfer
 from lbr.store.database import opened, shown
 from lbr.worker.kept_answers import kept_files, reclaim
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from collections import Counter
     from collections.abc import Callable
 
-    from lbr.core.types import Json, PathOrUrl, Run
+    from lbr.core.types import PathOrUrl, Run
     from lbr.store.database import Database
 
 
 @dataclass(frozen=True, slots=True)
-class Moved:
+class Moved(Report):
     """What was moved, now or, if `known`, earlier. `hash` covers everything that both databases hold of the run."""
 
     run: str
@@ -32,10 +32,6 @@ class Moved:
     answers: int
     hash: str
     known: bool
-
-    def to_dict(self) -> dict[str, Json]:
-        """Return the fields as JSON."""
-        return asdict(self)
 
 
 @checked

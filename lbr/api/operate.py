@@ -79,11 +79,7 @@ async def retry(
 
 @checked
 async def reparse(
-    run: str,
-    *,
-    result_types: Sequence[Any] = (),
-    db_url: PathOrUrl = DB_URL_DEFAULT,
-    allow_network_fs: bool = False,
+    run: str, *, result_types: Sequence[Any] = (), db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_fs: bool = False
 ) -> Reparsed:
     """Validate the bad answers of a run's failed jobs again, without a call, and accept those that fit.
 
@@ -131,11 +127,7 @@ async def remove(
 
 @checked
 async def pause(
-    run: str,
-    *,
-    reason: str = "by the user",
-    db_url: PathOrUrl = DB_URL_DEFAULT,
-    allow_network_fs: bool = False,
+    run: str, *, reason: str = "by the user", db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_fs: bool = False
 ) -> None:
     """Stop claiming a run's jobs until `resume`; calls in flight go on.
 
@@ -148,11 +140,7 @@ async def pause(
 
 @checked
 async def resume(
-    run: str,
-    *,
-    max_cost: float | None = None,
-    db_url: PathOrUrl = DB_URL_DEFAULT,
-    allow_network_fs: bool = False,
+    run: str, *, max_cost: float | None = None, db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_fs: bool = False
 ) -> Paused | None:
     """Let a paused run's jobs be claimed again; return why it was paused, None if it was not.
 

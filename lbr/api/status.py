@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lbr.core.errors import Family
 from lbr.core.pricing import NANOS, Price, dollars
 from lbr.core.text import duration, pluralize
-from lbr.core.types import JobState, PauseCause, Paused, RunState
+from lbr.core.types import JobState, PauseCause, Paused, Report, RunState
 from lbr.store import counters
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ WAYS_ON = {
 
 
 @dataclass(frozen=True, slots=True)
-class RunStatus:
+class RunStatus(Report):
     """One run's numbers.
 
     `jobs` are distinct inputs, `duplicates` the inputs that share another's job, `reused` the jobs answered from another
@@ -76,13 +76,9 @@ class RunStatus:
         cause = self.pause_cause
         return None if cause is None else Paused(PauseCause(cause), self.pause_message or "")
 
-    def to_dict(self) -> dict[str, Json]:
-        """Return the numbers as JSON."""
-        return asdict(self)
-
 
 @dataclass(frozen=True, slots=True)
-class Status:
+class Status(Report):
     """Runs, the workers that report, models that are not called for now, and the limits of models.
 
     `cooldowns` have `answerer`, `seconds` (left) and `reason`; `outages` have `answerer`, `reason`, `seconds` (since
@@ -94,10 +90,6 @@ class Status:
     cooldowns: list[dict[str, Json]]
     outages: list[dict[str, Json]]
     limits: list[dict[str, Json]]
-
-    def to_dict(self) -> dict[str, Json]:
-        """Return everything as JSON."""
-        return asdict(self)
 
 
 def status_of(view: Overview) -> Status:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import field, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NewType
 
@@ -92,6 +92,15 @@ class Until(StrEnum):
 def canonical_json(value: Json) -> bytes:
     """Return the one spelling of a JSON value for keys and comparisons: UTF-8, sorted keys, no spaces."""
     return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a public function returns, with fields that JSON can hold."""
+
+    def to_dict(self) -> dict[str, Json]:
+        """Return the fields as JSON."""
+        return asdict(self)
 
 
 @value(frozen=True, slots=True)

@@ -17,8 +17,7 @@ from sqlalchemy import ColumnElement, Select, bindparam, case, delete, func, lit
 from lbr.core.errors import UNREAD, Family, UsageError
 from lbr.core.retry import failure_of
 from lbr.core.types import JobState, Json, RunState
-from lbr.store import counters, runs
-from lbr.store.reads import last_try
+from lbr.store import counters, reads, runs
 from lbr.store.schema import attempts, jobs, prompts, results
 from lbr.store.settle import ADD_RESULTS
 from lbr.store.sql import any_of
@@ -60,7 +59,7 @@ def _page_of(query: Select[Any]) -> Select[Any]:
 
 
 def _of_failure(name: str) -> ColumnElement[Any]:
-    return case((jobs.c.state == JobState.FAILED, last_try(name))).label(name)
+    return case((jobs.c.state == JobState.FAILED, reads.last_try(name))).label(name)
 
 
 _SEEN = (jobs.c.id, jobs.c.state, jobs.c.claim_seq)
@@ -73,7 +72,7 @@ _RESULT = ("finish_reason", "input_tokens", "output_tokens", "cost_nanos")
 _BAD_ANSWERS = _page_of(
     select(*_SEEN, *(attempts.c[name] for name in ("text", "latency_ms", *_RESULT)))
     .join_from(jobs, attempts, attempts.c.job_id == jobs.c.id)
-    .where(attempts.c.id == last_try("id"), attempts.c.family.in_([Family.BAD_ANSWER, Family.CUT_OFF]))
+    .where(attempts.c.id == reads.last_try("id"), attempts.c.family.in_([Family.BAD_ANSWER, Family.CUT_OFF]))
     .where(attempts.c.text.is_not(None), attempts.c.error.not_in(sorted(UNREAD)))
 )
 _LOCKED = select(*_SEEN).where(any_of(jobs.c.id, "ids")).order_by(jobs.c.id).with_for_update()
@@ -168,10 +167,7 @@ def _read_condition(text: str) -> Condition:
 
 
 async def retry(
-    database: Database,
-    run: Run,
-    conditions: Sequence[Condition] = (),
-    settings: Mapping[str, Json] | None = None,
+    database: Database, run: Run, conditions: Sequence[Condition] = (), settings: Mapping[str, Json] | None = None
 ) -> int:
     """Put the jobs that meet all conditions back to pending with all their tries; return how many.
 
@@ -182,8 +178,8 @@ async def retry(
     runs.check_not_moving(run)
     await database.write(runs.revive, run)
     states = _states_of(conditions)
-    counted = await database.read(_counts, run)
-    if not any(counted[state] for state in states):
+    (counted,) = await database.read(reads.counts, [run.id])
+    if not any(counted.of(state) for state in states):
         return 0
     own = None if settings is None else orjson.dumps(dict(settings)).decode()
     moved = 0
@@ -197,24 +193,20 @@ async def retry(
     return moved
 
 
-def _counts(connection: Connection, _now: Millis, run: Run) -> Counter[str]:
-    return counters.of_runs(connection, [run.id])[run.id]
-
-
 async def _pages(
     database: Database, query: Select[Any], run: Run, states: frozenset[JobState], limit: int
 ) -> AsyncIterator[Sequence[AnyRow]]:
     after = 0
     while True:
         bound = {"run": run.id, "after": after, "states": sorted(states), "limit": limit}
-        rows = await database.read(_read_page, query, bound)
+        rows = await database.read(_execute, query, bound)
         yield rows
         if len(rows) < limit:
             return
         after = rows[-1].id
 
 
-def _read_page(connection: Connection, _now: Millis, query: Select[Any], bound: dict[str, Any]) -> Sequence[AnyRow]:
+def _execute(connection: Connection, _now: Millis, query: Select[Any], bound: dict[str, Any]) -> Sequence[AnyRow]:
     return connection.execute(query, bound).all()
 
 

@@ -34,10 +34,7 @@ NOT_PAUSED = {"pause_cause": None, "pause_message": None, "move": None}
 FULL_TRIES = {"attempts": 0, "crashes": 0, "retry_seq": jobs.c.claim_seq, "worker_id": None}
 
 _STATES = select(runs.c.id, runs.c.state).where(any_of(runs.c.id, "ids")).order_by(runs.c.id)
-_NEW = (
-    *("name", "task", "answerer", "fingerprint", "state"),
-    *("max_attempts", "created_at", "enqueued_at", "price"),
-)
+_NEW = ("name", "task", "answerer", "fingerprint", "state", "max_attempts", "created_at", "enqueued_at", "price")
 
 
 def _making(rows: Rows) -> Any:
@@ -127,8 +124,8 @@ def open_run(connection: Connection, now: Millis, spec: RunSpec) -> Run:
     check_not_cancelled(run)
     check_not_moving(run)
     values: dict[str, Any] = {}
-    if spec.price not in {None, run.price}:
-        values["price"] = _price_text(spec.price)
+    if spec.price is not None and spec.price != run.price:
+        values["price"] = spec.price.to_json()
     if run.task.to_json() != spec.task.to_json():
         values["task"] = spec.task.to_json()
     return change(connection, run, values) if values else run
@@ -141,9 +138,9 @@ def ensure(connection: Connection, spec: RunSpec, now: Millis) -> tuple[Run, boo
     """
     made = 0
     if connection.scalar(select(runs.c.id).where(runs.c.name == spec.name)) is None:
-        task = spec.task
+        task, price = spec.task, None if spec.price is None else spec.price.to_json()
         row = (spec.name, task.to_json(), task.answerer, spec.fingerprint, RunState.ACTIVE)
-        made = _MAKE.run_plain(connection, [(*row, spec.max_attempts, now, now, _price_text(spec.price))])
+        made = _MAKE.run_plain(connection, [(*row, spec.max_attempts, now, now, price)])
     run = find(connection, spec.name)
     if run.task.canonical() != spec.task.canonical():
         if replace(run.task, fingerprint=spec.task.fingerprint).canonical() == spec.task.canonical():
@@ -156,10 +153,6 @@ def ensure(connection: Connection, spec: RunSpec, now: Millis) -> tuple[Run, boo
             f"Use another name (--run), or `lbr rm {spec.name}`"
         )
     return run, bool(made)
-
-
-def _price_text(price: Price | None) -> str | None:
-    return None if price is None else price.to_json()
 
 
 def change(connection: Connection, run: Run, values: dict[str, Any]) -> Run:

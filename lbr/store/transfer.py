@@ -125,12 +125,8 @@ def prepare(connection: Connection, _now: Millis, name: str, aim: str) -> tuple[
     """Return a run that may leave for `aim`, or has left, with its counts. UsageError says what must happen first."""
     run = runs.find(connection, name)
     counts = counters.of_runs(connection, [run.id])[run.id]
-    if not has_left(run, aim):
-        _check_at_rest(run, counts)
-    return run, counts
-
-
-def _check_at_rest(run: Run, counts: Counter[str]) -> None:
+    if has_left(run, aim):
+        return run, counts
     runs.check_not_moving(run)
     runs.check_not_removing(run)
     if run.sealed_at is None:
@@ -144,6 +140,7 @@ def _check_at_rest(run: Run, counts: Counter[str]) -> None:
             f"run {run.name!r} is {run.state}, with {pluralize(pending, 'job')} to do and {held} held by workers; {way}wait "
             f"until no worker holds a job (`lbr status {run.name}`), then run the same command again"
         )
+    return run, counts
 
 
 def open_copy(connection: Connection, now: Millis, run: Run, origin: str) -> Run:
@@ -180,7 +177,12 @@ async def pages(database: Database, run: Run, start: int = 0) -> AsyncGenerator[
     """Yield a run's inputs from a place on, in pages of as many bytes as a transaction should hold."""
     async for rows in pages_of_rows(lambda bound: database.read(_read_items, run, bound), after=start - 1):
         page = Page(start, rows, await database.read(_read_parts, rows))
-        _check_whole(page, run, database.name)
+        whole = {row.id for row in page.parts[0]}
+        if lost := next((row for row in rows if row.key is None or (row.first and row.job_id not in whole)), None):
+            raise DatabaseError(
+                f"input {lost.idx} of run {run.name!r} in {database.name} has no job or no prompt: another program "
+                f"changed the database; restore a copy"
+            )
         yield page
         start = page.end
 
@@ -193,15 +195,6 @@ def _read_items(connection: Connection, _now: Millis, run: Run, bound: dict[str,
 def _read_parts(connection: Connection, _now: Millis, rows: Sequence[AnyRow]) -> list[Sequence[AnyRow]]:
     ids = {"ids": [row.job_id for row in rows if row.first]}
     return [connection.execute(reading, ids).all() for reading, _ in _PARTS]
-
-
-def _check_whole(page: Page, run: Run, name: str) -> None:
-    whole = {row.id for row in page.parts[0]}
-    if lost := next((r for r in page.items if r.key is None or (r.first and r.job_id not in whole)), None):
-        raise DatabaseError(
-            f"input {lost.idx} of run {run.name!r} in {name} has no job or no prompt: another program "
-            f"changed the database; restore a copy"
-        )
 
 
 def add_page(connection: Connection, now: Millis, copy: Run, page: Page) -> None:
