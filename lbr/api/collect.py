@@ -28,7 +28,7 @@ WAIT_SECONDS = 0.2
 MAX_REASONS = 1_000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Collected:
     """What a collect wrote.
 
@@ -38,12 +38,12 @@ class Collected:
     """
 
     run: str
-    by_status: dict[str, int]
-    sealed: bool
+    by_status: Counter[str] = field(default_factory=Counter)
+    sealed: bool = False
     rows: list[dict[str, Json]] | None = None
     cut_off: int = 0
     limited: bool = False
-    reasons: dict[str, int] = field(default_factory=dict)
+    reasons: Counter[str] = field(default_factory=Counter)
 
     @property
     def total(self) -> int:
@@ -53,12 +53,12 @@ class Collected:
     @property
     def unfinished(self) -> int:
         """The number of rows whose answer may still come."""
-        return self.by_status.get(JobState.PENDING, 0) + self.by_status.get(JobState.INFLIGHT, 0)
+        return self.by_status[JobState.PENDING] + self.by_status[JobState.INFLIGHT]
 
     @property
     def failed(self) -> int:
         """The number of rows that get no answer."""
-        return self.by_status.get(JobState.FAILED, 0) + self.by_status.get(JobState.CANCELLED, 0)
+        return self.by_status[JobState.FAILED] + self.by_status[JobState.CANCELLED]
 
 
 @checked
@@ -98,17 +98,16 @@ async def collect(
         runs.check_not_removing(found)
         if wait:
             await _until_finished(database, found)
-        tally, rows = Tally(), None
-        pages = tally.counted(reads.rows(database, found, chosen))
+        collected = Collected(run)
+        pages = _counted(reads.rows(database, found, chosen), collected)
         if out is None:
-            rows = [row.to_dict() async for page in pages for row in page]
+            collected.rows = [row.to_dict() async for page in pages for row in page]
         else:
             async with nullcontext() if target is None else writers.output_lock(target):
                 await _write(database, found, pages, target, kind, style)
-        sealed = (await database.read(reads.find_run, run)).sealed_at is not None
-        limited = bool(tally.cut_off) and await database.read(reads.limits_answers, found)
-        by_status, reasons = dict(tally.by_status), dict(tally.reasons)
-        return Collected(run, by_status, sealed, rows, tally.cut_off, limited, reasons)
+        collected.sealed = (await database.read(reads.find_run, run)).sealed_at is not None
+        collected.limited = bool(collected.cut_off) and await database.read(reads.limits_answers, found)
+        return collected
 
 
 async def _until_finished(database: Database, run: Run) -> None:
@@ -120,23 +119,15 @@ async def _until_finished(database: Database, run: Run) -> None:
         await asyncio.sleep(WAIT_SECONDS)
 
 
-class Tally:
-    """Counts rows by status and by error, and those that were cut off."""
-
-    def __init__(self) -> None:
-        self.by_status: Counter[str] = Counter()
-        self.cut_off = 0
-        self.reasons: Counter[str] = Counter()
-
-    async def counted(self, pages: AsyncIterator[list[Row]]) -> AsyncIterator[list[Row]]:
-        """Yield the pages and count their rows."""
-        async for page in pages:
-            self.by_status.update([row.status for row in page])
-            self.cut_off += sum([row.cut_off for row in page])
-            for reason in [row.error or "no reason given" for row in page if row.status == JobState.FAILED]:
-                if len(self.reasons) < MAX_REASONS or reason in self.reasons:
-                    self.reasons[reason] += 1
-            yield page
+async def _counted(pages: AsyncIterator[list[Row]], collected: Collected) -> AsyncIterator[list[Row]]:
+    """Yield the pages and count their rows."""
+    async for page in pages:
+        collected.by_status.update([row.status for row in page])
+        collected.cut_off += sum([row.cut_off for row in page])
+        for reason in [row.error or "no reason given" for row in page if row.status == JobState.FAILED]:
+            if len(collected.reasons) < MAX_REASONS or reason in collected.reasons:
+                collected.reasons[reason] += 1
+        yield page
 
 
 async def _write(
