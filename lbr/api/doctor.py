@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sqlite3
-from dataclasses import dataclass
+import stat
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from lbr.api.arguments import checked
 from lbr.api.status import way_on
 from lbr.core.config import DB_URL_DEFAULT, load_environment
-from lbr.core.errors import DatabaseError, UsageError
+from lbr.core.errors import DatabaseError, LbrError, UsageError
 from lbr.core.text import duration, pluralize
 from lbr.core.types import PauseCause, Paused, Report, RunState
 from lbr.models.base import Kind, kind_of
 from lbr.models.build import Authority, build_model
-from lbr.store import counters, health, schema
-from lbr.store.database import opened
-from lbr.store.files import NETWORK_WAYS, is_network
+from lbr.store import counters, files, health, reads, schema
+from lbr.store.database import file_of, local_clock, opened
 from lbr.worker import kept_answers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Iterator
 
-    from lbr.core.types import PathOrUrl, Run
+    from lbr.core.types import Millis, PathOrUrl, Run
     from lbr.store.counters import Drift
-    from lbr.store.health import FileFacts, Health, ServerFacts
-    from lbr.store.reads import Overview
+    from lbr.store.database import Database
+    from lbr.store.health import ServerFacts
+    from lbr.store.reads import Overview, RunCounts
+
+T = TypeVar("T")
 
 MIB = 1024 * 1024
 MAX_WAL_BYTES = 128 * MIB
@@ -82,48 +87,88 @@ async def doctor(
     Nothing is changed, unless `fix` is set: then counters that differ from a recount are fixed, while workers go on.
     Raises UsageError for what cannot be a database's path or URL.
     """
+    return await examine(db_url, fix=fix, allow_network_fs=allow_network_fs)
+
+
+@dataclass(slots=True)
+class _Examination:
+    """A queue and what could not be read of it; `path` is None if it is on a server."""
+
+    url: PathOrUrl
+    database: Database
+    path: Path | None
+    allow_network_fs: bool
+    problems: list[Finding] = field(default_factory=list)
+
+    async def look(self, check: str, at: Awaitable[T]) -> T | None:
+        """Return a fact, or None with a problem noted under `check`: a damaged part must not hide the others."""
+        try:
+            return await at
+        except (LbrError, OSError) as error:
+            problem = str(error)
+        except Exception as error:  # noqa: BLE001 - a database may hold anything
+            problem = f"the tables hold values that lbr never writes ({type(error).__name__}: {error})"
+        found, do = f"cannot be read: {problem}", f"restore a copy of {self.database.name}"
+        if check in {"database", "fix"}:
+            before, _, after = problem.rpartition("; ")  # messages of `lbr.store` end with what to do
+            found, do = (before, after) if before else (problem, do)
+        self.problems.append(Finding(check, ERROR, found, do))
+        return None
+
+
+async def examine(
+    url: PathOrUrl, *, fix: bool = False, allow_network_fs: bool = False, clock: Callable[[], Millis] | None = None
+) -> list[Finding]:
+    """Do what `doctor` does; `clock` replaces the queue's."""
+    queue = _Examination(url, health.open_unchanged(url, clock), file_of(url), allow_network_fs)
+    database, path = queue.database, queue.path
+    found: list[Finding | None] = []
+    try:
+        refused = path is not None and files.is_network(files.file_system(path)) and not allow_network_fs
+        version = await queue.look("database", _version(queue, refused=refused))
+        if path is not None:
+            found += [_sqlite(), _file_system(path, refused=refused)]
+            if version is not None or refused:  # else it may be any program's
+                found += await queue.look("database", _file(path)) or ()
+        if version is not None:
+            found += [_schema(version), *await (_server(queue) if path is None else _integrity(queue))]
+        if version == schema.LATEST:
+            found += await _tables(queue, fix=fix)
+    finally:
+        await database.close()
+    return [*queue.problems, *(one for one in found if one is not None), *_kept(database)]
+
+
+async def _version(queue: _Examination, *, refused: bool) -> int | None:
+    if queue.path is not None:
+        files.check_location(queue.path, create=False)
+        files.check_file(queue.path)
+    return None if refused else await queue.database.read(health.version, queue.database)
+
+
+async def _tables(queue: _Examination, *, fix: bool) -> list[Finding | None]:
+    """Return the findings about the tables of this version."""
+    view = await queue.look("runs", queue.database.read(reads.overview))
+    expired = await queue.look("leases", queue.database.read(health.expired))
+    drifts, fixed = await queue.look("counters", queue.database.read(counters.recount)), None
+    if fix and drifts and (fixed := await queue.look("fix", _fix(queue))) is not None:
+        drifts = await queue.look("counters", queue.database.read(counters.recount))
+    found: list[Finding | None] = [_counters(drifts, fixed)]
+    if view is None:
+        return found
+    runs = [one for one in view.runs if one.run.state is not RunState.CANCELLED]
     env = load_environment(Path.cwd())
-    facts = await health.examine(db_url, allow_network_fs=allow_network_fs)
-    fixed = None
-    if fix and facts.drifts:
-        fixed = await facts.look("fix", _fix(facts, db_url, allow_network_fs=allow_network_fs))
     authority = Authority(openrouter_api_key=env.get("OPENROUTER_API_KEY") or None)
-    runs = [] if facts.view is None else facts.view.runs
-    keys = [
-        await _keys(one.run, authority) for one in runs if one.run.state is not RunState.CANCELLED and not one.finished
-    ]
-    return [*findings(facts, fixed or ()), *keys, *_kept(facts)]
+    keys = [await _key(one.run, authority) for one in runs if not one.finished]
+    return [_leases(view, *expired) if expired else None, *found, *_runs(runs, view.now), *keys]
 
 
-async def _fix(facts: Health, db_url: PathOrUrl, *, allow_network_fs: bool) -> list[Drift]:
-    if facts.file is not None and facts.damages != []:
+async def _fix(queue: _Examination) -> list[Drift]:
+    damages = [] if queue.path is None else await queue.database.read(health.damages)
+    if damages:
         raise DatabaseError("counters in a damaged file are not fixed; see to the damage first")
-    async with opened(db_url, allow_network_fs=allow_network_fs) as database:
-        fixed = await database.write(counters.fix)
-        facts.drifts = await database.read(counters.recount)
-    return fixed
-
-
-def findings(facts: Health, fixed: Sequence[Drift] = ()) -> list[Finding]:
-    """Return what the checks find in these facts; `fixed` are the counters that were just fixed."""
-    found: list[Finding | None] = [_problem(facts, *one) for one in facts.problems]
-    if facts.file is not None:
-        found += [_sqlite(), _file_system(facts.file, refused=facts.refused)]
-        if facts.file.modes and (facts.version is not None or facts.refused):  # else it may be any program's
-            found += [check(facts.file) for check in (_mode, _writable, _disk, _wal)]
-    if facts.server is not None:
-        found += [check(facts.server) for check in (_server, _settings, _server_clock)]
-    found += [_schema(facts.version), _integrity(facts), _leases(facts), _counters(facts.drifts, fixed)]
-    if facts.view is not None:
-        found += _runs(facts.view)
-    return [one for one in found if one is not None]
-
-
-def _problem(facts: Health, check: str, problem: str) -> Finding:
-    if check not in {health.OPENING, "fix"}:
-        return Finding(check, ERROR, f"cannot be read: {problem}", f"restore a copy of {facts.name}")
-    found, _, do = problem.rpartition("; ")  # messages of `lbr.store` end with what to do
-    return Finding(check, ERROR, found or problem, do if found else f"restore a copy of {facts.name}")
+    async with opened(queue.url, allow_network_fs=queue.allow_network_fs) as database:
+        return await database.write(counters.fix)
 
 
 def has_wal_reset_bug(version: str) -> bool:
@@ -142,53 +187,68 @@ def _sqlite() -> Finding:
     return Finding("sqlite", NOTE, found, do)
 
 
-def _file_system(file: FileFacts, *, refused: bool) -> Finding:
-    kind = file.file_system
-    if not is_network(kind):
+def _file_system(path: Path, *, refused: bool) -> Finding:
+    kind = files.file_system(path)
+    if not files.is_network(kind):
         return Finding("file system", OK, kind or "not reported by the system; assumed to be local")
     found = f"a network file system ({kind}), whose locks can fail and corrupt the database"
     if not refused:
-        return Finding("file system", WARNING, found, NETWORK_WAYS)
-    do = f"{NETWORK_WAYS}; --allow-network-fs examines it all the same"
+        return Finding("file system", WARNING, found, files.NETWORK_WAYS)
+    do = f"{files.NETWORK_WAYS}; --allow-network-fs examines it all the same"
     return Finding("file system", ERROR, f"{found}; the database was not opened", do)
 
 
-def _mode(file: FileFacts) -> Finding:
-    exposed = {path: mode for path, mode in file.modes.items() if mode & 0o077}
+async def _file(path: Path) -> list[Finding | None]:
+    if not os.path.isfile(path):  # noqa: ASYNC240 - one stat
+        return []
+    return [_mode(path), _writable(path), _disk(path), _wal(path)]
+
+
+def _mode(path: Path) -> Finding:
+    there = [one for suffix in files.SUFFIXES if os.path.isfile(one := Path(f"{path}{suffix}"))]
+    exposed = {one: mode for one in there if (mode := stat.S_IMODE(one.stat().st_mode)) & 0o077}
     if not exposed:
         return Finding("mode", OK, "only its owner can read it")
-    modes = ", ".join(f"{path.name} {mode:04o}" for path, mode in exposed.items())
+    modes = ", ".join(f"{one.name} {mode:04o}" for one, mode in exposed.items())
     found = f"others can read or write prompts and answers: {modes}"
     return Finding("mode", WARNING, found, f"chmod 600 {' '.join(map(str, exposed))}")
 
 
-def _writable(file: FileFacts) -> Finding | None:
-    if not file.unwritable:
+def _writable(path: Path) -> Finding | None:
+    locks = [files.lock_path(path, purpose) for purpose in ("checkpoint", "create", "worker")]
+    used = [path.parent, path, *(lock for lock in locks if lock.exists())]
+    paths = " ".join(str(one) for one in used if not health.may_write(one))
+    if not paths:
         return None
-    paths = " ".join(map(str, file.unwritable))
     found = f"you may not write {paths}: your workers cannot use the database, or leave its WAL to grow"
     do = f"make it writable with `chmod u+w`, or give it to the database's owner with `chown`: `ls -ld {paths}`"
     return Finding("writable", WARNING, found, do)
 
 
-def _disk(file: FileFacts) -> Finding:
-    free = f"{file.free_bytes / MIB:,.0f} MiB are free"
-    if file.free_bytes >= MIN_FREE_BYTES:
+def _disk(path: Path) -> Finding:
+    free_bytes = shutil.disk_usage(path.parent).free
+    free = f"{free_bytes / MIB:,.0f} MiB are free"
+    if free_bytes >= MIN_FREE_BYTES:
         return Finding("disk", OK, free)
-    found = f"{free}: workers stop when the disk is full"
-    return Finding("disk", WARNING, found, "make room for answers and the WAL")
+    return Finding("disk", WARNING, f"{free}: workers stop when the disk is full", "make room for answers and the WAL")
 
 
-def _wal(file: FileFacts) -> Finding:
-    size = f"the WAL has {file.wal_bytes / MIB:,.1f} MiB"
-    if file.wal_bytes < MAX_WAL_BYTES:
+def _wal(path: Path) -> Finding:
+    wal = Path(f"{path}-wal")
+    wal_bytes = wal.stat().st_size if wal.is_file() else 0
+    size = f"the WAL has {wal_bytes / MIB:,.1f} MiB"
+    if wal_bytes < MAX_WAL_BYTES:
         return Finding("wal", OK, size)
-    found = f"{size}: no checkpoint has finished for a while"
-    do = f"start `lbr worker`, which takes one, unless a program stays in a transaction: `fuser {file.path}` finds it"
-    return Finding("wal", WARNING, found, do)
+    do = f"start `lbr worker`, which takes one, unless a program stays in a transaction: `fuser {path}` finds it"
+    return Finding("wal", WARNING, f"{size}: no checkpoint has finished for a while", do)
 
 
-def _server(server: ServerFacts) -> Finding:
+async def _server(queue: _Examination) -> list[Finding]:
+    facts = await queue.look("server", queue.database.read(health.server_facts, local_clock()))
+    return [] if facts is None else [_release(facts), _settings(facts), _server_clock(facts)]
+
+
+def _release(server: ServerFacts) -> Finding:
     name = f"PostgreSQL {server.settings['server_version']}"
     if int(server.settings["server_version_num"]) < MIN_SERVER * 10_000:
         do = f"use a server of version {MIN_SERVER} or newer"
@@ -218,10 +278,8 @@ def _server_clock(server: ServerFacts) -> Finding:
     return Finding("machine's clock", gravity, found, "set both by a time server")
 
 
-def _schema(version: int | None) -> Finding | None:
+def _schema(version: int) -> Finding:
     match version:
-        case None:
-            return None
         case 0:
             return Finding("schema", WARNING, "no lbr queue here yet", "`lbr enqueue` creates it")
         case schema.LATEST:
@@ -234,25 +292,21 @@ def _schema(version: int | None) -> Finding | None:
     return Finding("schema", NOTE, found, do)
 
 
-def _integrity(facts: Health) -> Finding | None:
-    if facts.damages is None:
-        return None
-    if not facts.damages:
-        return Finding("integrity", OK, "SQLite finds no damage")
+async def _integrity(queue: _Examination) -> list[Finding]:
+    damages = await queue.look("integrity", queue.database.read(health.damages))
+    if not damages:
+        return [] if damages is None else [Finding("integrity", OK, "SQLite finds no damage")]
     do = (
         f"stop all workers, keep a copy of all files, collect what you can; then restore a copy, or let "
-        f"`sqlite3 {facts.name} .recover` make a new file"
+        f"`sqlite3 {queue.path} .recover` make a new file"
     )
-    return Finding("integrity", ERROR, f"the file is damaged: {'; '.join(facts.damages)}", do)
+    return [Finding("integrity", ERROR, f"the file is damaged: {'; '.join(damages)}", do)]
 
 
-def _leases(facts: Health) -> Finding | None:
-    if facts.expired is None or facts.view is None:
-        return None
-    expired, oldest_ms = facts.expired
+def _leases(view: Overview, expired: int, oldest_ms: int) -> Finding:
     if not expired:
         return Finding("leases", OK, "none has expired")
-    workers = facts.view.workers
+    workers = view.workers
     live = sum(one.is_live for one in workers)
     found = (
         f"{pluralize(expired, 'lease')} expired, the oldest {duration(oldest_ms / 1000)} ago; "
@@ -266,7 +320,7 @@ def _leases(facts: Health) -> Finding | None:
     return Finding("leases", WARNING, found, do)
 
 
-def _counters(drifts: Sequence[Drift] | None, fixed: Sequence[Drift]) -> Finding | None:
+def _counters(drifts: list[Drift] | None, fixed: list[Drift] | None) -> Finding | None:
     if drifts:
         found = f"differ from a recount: {_drift_words(drifts)}"
         return Finding("counters", ERROR, found, "`lbr doctor --fix` fixes them, while workers go on")
@@ -275,18 +329,14 @@ def _counters(drifts: Sequence[Drift] | None, fixed: Sequence[Drift]) -> Finding
     return None if drifts is None else Finding("counters", OK, "agree with a recount")
 
 
-def _drift_words(drifts: Sequence[Drift]) -> str:
+def _drift_words(drifts: list[Drift]) -> str:
     shown = [f"run {one.run}: {one.counter} {one.kept}, counted {one.counted}" for one in drifts[:MAX_DRIFTS]]
     return "; ".join(shown) + (f"; and {len(drifts) - MAX_DRIFTS} more" if drifts[MAX_DRIFTS:] else "")
 
 
-def _runs(view: Overview) -> list[Finding]:
-    runs = [one for one in view.runs if one.run.state is not RunState.CANCELLED]
-    found = [
-        _unsealed(one.run, view.now)
-        for one in runs
-        if one.run.sealed_at is None and not one.run.is_paused_by(PauseCause.MOVING_FROM)
-    ]
+def _runs(runs: list[RunCounts], now: int) -> list[Finding]:
+    unsealed = [one.run for one in runs if one.run.sealed_at is None]
+    found = [_unsealed(run, now) for run in unsealed if not run.is_paused_by(PauseCause.MOVING_FROM)]
     found += [_paused(one.run, one.open) for one in runs if one.run.state is RunState.PAUSED]
     return found or [Finding("runs", OK, "none is paused or still being enqueued")]
 
@@ -310,7 +360,7 @@ def _paused(run: Run, left: int) -> Finding:
     return Finding("runs", gravity, found, way_on(run.name, pause.cause))
 
 
-async def _keys(run: Run, authority: Authority) -> Finding:
+async def _key(run: Run, authority: Authority) -> Finding:
     """Build the run's model as a worker does; neither the key nor the network is tried."""
     if kind_of(run.task) is Kind.FUNCTION:
         own = "the program that defines it" if run.task.fingerprint else f"--function {run.task.function}"
@@ -323,8 +373,8 @@ async def _keys(run: Run, authority: Authority) -> Finding:
     return Finding("keys", OK, f"run {run.name}: nothing is missing for {run.task.answerer}")
 
 
-def _kept(facts: Health) -> Iterator[Finding]:
-    for path, count in kept_answers.kept_files(facts.spool_places).items():
+def _kept(database: Database) -> Iterator[Finding]:
+    for path, count in kept_answers.kept_files(database.spool_places).items():
         answers = "unreadable answers" if count is None else pluralize(count, "finished answer")
         found = f"{answers} in {path} are not in the database yet"
         yield Finding("kept answers", WARNING, found, "start `lbr worker` on this machine: it writes them")

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import os
+import shutil
 import sqlite3
 import stat
 import subprocess
@@ -19,11 +20,11 @@ import pytest
 from sqlalchemy import make_url
 
 import lbr
-from lbr.api.doctor import Finding, Gravity, findings, has_wal_reset_bug
+from lbr.api.doctor import Finding, Gravity, examine, has_wal_reset_bug
 from lbr.core.errors import UsageError
 from lbr.core.types import PauseCause
 from lbr.store import counters, files, health, runs, schema
-from lbr.store.database import open_database
+from lbr.store.database import local_clock, open_database
 from lbr.store.settle import settle
 from lbr.worker import kept_answers
 from tests.support import ROOT, Cli, Queue, answered, assert_counted, is_postgresql, postgres, put
@@ -53,7 +54,7 @@ def change(db_url: str, *statements: str) -> None:
 
 async def examined(db_url: str, clock: Callable[[], Millis] | None = None, **options: Any) -> dict[str, list[Finding]]:
     """Return the findings by their check."""
-    return by_check(findings(await health.examine(db_url, clock=clock, **options)))
+    return by_check(await examine(db_url, clock=clock, **options))
 
 
 def by_check(found: Sequence[Finding]) -> dict[str, list[Finding]]:
@@ -203,7 +204,7 @@ async def test_kept_answers_are_found(
     worker = await queue.register(host="h", pid=1, concurrency=2)
     claims = await queue.claim(worker, [run.id], 2, lease=60)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    database.spool_places = (await health.examine(db_url)).spool_places
+    database.spool_places = health.open_unchanged(db_url).spool_places
     path = kept_answers.keep(database, [answered(claim) for claim in claims])
     (waiting,) = by_check(await lbr.doctor(db_url=db_url))["kept answers"]
     assert waiting.found == f"2 finished answers in {path} are not in the database yet"
@@ -309,7 +310,7 @@ async def test_newer_and_older_schemas_are_found(database: Database, db_url: str
     found = by_check(await lbr.doctor(db_url=db_url))
     assert found["schema"][0].gravity is Gravity.NOTE
     assert "counters" not in found
-    assert (await health.examine(db_url)).version == schema.LATEST - 1
+    assert f"version {schema.LATEST - 1}, of an older lbr" in (await examined(db_url))["schema"][0].found
 
 
 async def test_a_bad_task_does_not_hide_other_findings(database: Database, db_url: str, tmp_path: Path) -> None:
@@ -407,14 +408,14 @@ async def test_a_large_wal_is_found(tmp_path: Path) -> None:
         assert [one.gravity for one in (await examined(str(path)))["wal"]] == [Gravity.OK]
 
 
-async def test_little_disk_space_is_found(tmp_path: Path) -> None:
+async def test_little_disk_space_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Less than 100 MiB of free disk space is a warning."""
     await make(tmp_path / "q.db")
-    facts = await health.examine(tmp_path / "q.db")
-    assert facts.file is not None
+    usage = shutil.disk_usage(tmp_path)
     for free, gravity in ((200, Gravity.OK), (20, Gravity.WARNING)):
-        facts.file = replace(facts.file, free_bytes=free * 1024 * 1024)
-        (one,) = by_check(findings(facts))["disk"]
+        there = usage._replace(free=free * 1024 * 1024)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, there=there: there)
+        (one,) = (await examined(str(tmp_path / "q.db")))["disk"]
         assert (one.gravity, one.found.startswith(f"{free} MiB are free")) == (gravity, True)
 
 
@@ -477,13 +478,15 @@ async def test_other_files_are_found(tmp_path: Path, what: str, words: str) -> N
 
 
 def crash(path: Path) -> None:
-    """Make a queue of a run of two jobs in a process that is killed: its WAL stays."""
+    """Make a queue of a paused run of two jobs in a process that is killed: its WAL stays."""
     program = (
         "import asyncio, os, sys\n"
         "from lbr.store.database import open_database\n"
+        "from lbr.store import runs\n"
         "from tests.support import put\n"
         "async def main():\n"
-        "    await put(await open_database(sys.argv[1], create=True), ['a', 'b'], name='left')\n"
+        "    database = await open_database(sys.argv[1], create=True)\n"
+        "    await database.write(runs.pause, await put(database, ['a', 'b'], name='left'), 'x')\n"
         "    os.kill(os.getpid(), 9)\n"
         "asyncio.run(main())\n"
     )
@@ -496,13 +499,12 @@ async def test_nothing_is_changed_after_a_crash(tmp_path: Path) -> None:
     crash(path)
     before = contents(tmp_path)
     assert before.keys() >= {"q.db", "q.db-wal"}
-    seen = await health.examine(str(path))
+    (one,) = (await examined(str(path)))["runs"]
     assert contents(tmp_path) == before
-    assert seen.view is not None
-    assert [one.jobs for one in seen.view.runs] == [2]
+    assert one.found == "run left: paused with 2 jobs to do: x"
     # The same without the WAL's index, as after the machine has crashed.
     Path(f"{path}-shm").unlink()
-    await health.examine(str(path))
+    await examined(str(path))
     assert contents(tmp_path) == before
 
 
@@ -588,17 +590,16 @@ async def test_a_wal_in_a_folder_that_cannot_be_written_is_read(mortal_folder: P
     """In a read-only folder the WAL that a crash left is read, or the finding says why it cannot be."""
     path = mortal_folder / "q.db"
     database = await open_database(str(path), create=True)
-    await put(database, ["a", "b"])
+    await database.write(runs.pause, await put(database, ["a", "b"]), "x")
     for suffix in ("", "-wal", "-shm") if shared else ("", "-wal"):
         (mortal_folder / f"left.db{suffix}").write_bytes(Path(f"{path}{suffix}").read_bytes())
     await database.close()
     mortal_folder.chmod(0o500)
-    seen = await health.examine(str(mortal_folder / "left.db"))
+    found = await examined(str(mortal_folder / "left.db"))
     if shared:
-        assert seen.view is not None
-        assert [one.jobs for one in seen.view.runs] == [2]
+        assert found["runs"][0].found == "run r: paused with 2 jobs to do: x"
     else:
-        assert "check the path and the permissions of the file and its folder" in seen.problems[0][1]
+        assert "check the path and the permissions of the file and its folder" in (found["database"][0].do or "")
 
 
 async def test_a_queue_that_is_locked_is_examined(tmp_path: Path) -> None:
@@ -646,11 +647,12 @@ async def test_settings_of_the_server_are_found(own_server: postgres.Server) -> 
     assert "cannot reach the database" in done.stdout
 
 
-async def test_other_states_of_a_server(new_database: Callable[[], str]) -> None:
+async def test_other_states_of_a_server(new_database: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that is too old, a standby, a clock that differs: each has its own finding."""
-    facts = await health.examine(new_database())
-    seen = facts.server
-    assert seen is not None
+    url = new_database()
+    server = health.open_unchanged(url)
+    seen = await server.read(health.server_facts, local_clock())
+    await server.close()
     assert int(seen.settings["server_version_num"]) >= 140_000
     assert abs(seen.clock_ms) <= 1_000
     old = {"server_version": "13.1", "server_version_num": "130001"}
@@ -671,8 +673,9 @@ async def test_other_states_of_a_server(new_database: Callable[[], str]) -> None
         ({"clock_ms": -7_000}, "machine's clock", Gravity.NOTE, "7.0 s behind the server's"),
         ({"clock_ms": 2 * HOUR_MS}, "machine's clock", Gravity.WARNING, "ahead of the server's"),
     ):
-        facts.server = replace(seen, **change_)
-        (one,) = by_check(findings(facts))[check]
+        facts = replace(seen, **change_)
+        monkeypatch.setattr(health, "server_facts", lambda *_, facts=facts: facts)
+        (one,) = (await examined(url))[check]
         assert one.gravity is gravity
         assert words in one.found
 
