@@ -9,7 +9,7 @@ from lbr.api.arguments import checked
 from lbr.core.config import DB_URL_DEFAULT
 from lbr.core.errors import DatabaseError, UsageError
 from lbr.core.types import JobState, Report
-from lbr.store import enqueue, reads, runs, transfer
+from lbr.store import enqueue, runs, transfer
 from lbr.store.database import opened, shown
 from lbr.worker.kept_answers import kept_files, reclaim
 
@@ -82,12 +82,10 @@ async def _prepare(source: Database, name: str, aim: str, notify: Callable[[str]
 
     Raises UsageError if kept answers stay outside of the database: they are paid for, and would be left behind.
     """
-    left = transfer.has_left(await source.read(reads.find_run, name), aim)
-    if not left:
-        await reclaim(source, notify, starting=True)
+    await reclaim(source, notify, starting=True)
     run, counts = await source.read(transfer.prepare, name, aim)
     kept = [str(path) for path in kept_files(source.spool_places)]
-    if kept and not left:
+    if kept and not transfer.has_left(run, aim):
         raise UsageError(
             f"finished answers are still kept in {', '.join(kept)} and cannot be written to {source.name}; fix what "
             f"prevents it, or remove the file and pay for them again, then run the same command again"

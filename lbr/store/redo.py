@@ -69,11 +69,8 @@ _ENDED = _page_of(
     .outerjoin_from(jobs, results, results.c.job_id == jobs.c.id)
 )
 _RESULT = ("finish_reason", "input_tokens", "output_tokens", "cost_nanos")
-_BAD_ANSWERS = _page_of(
-    select(*_SEEN, *(attempts.c[name] for name in ("text", "latency_ms", *_RESULT)))
-    .join_from(jobs, attempts, attempts.c.job_id == jobs.c.id)
-    .where(attempts.c.id == reads.last_try("id"), attempts.c.family.in_([Family.BAD_ANSWER, Family.CUT_OFF]))
-    .where(attempts.c.text.is_not(None), attempts.c.error.not_in(sorted(UNREAD)))
+_LAST_TEXTS = _page_of(
+    select(*_SEEN, *(reads.last_try(name).label(name) for name in ("family", "error", "text", "latency_ms", *_RESULT)))
 )
 _LOCKED = select(*_SEEN).where(any_of(jobs.c.id, "ids")).order_by(jobs.c.id).with_for_update()
 # In this order, because an enqueue that reuses answers locks them in it.
@@ -245,9 +242,9 @@ async def reparse(database: Database, run: Run, check: Callable[[str], str]) -> 
     """
     runs.check_not_moving(run)
     taken, left, problem = 0, 0, None
-    async for rows in _pages(database, _BAD_ANSWERS, run, frozenset({JobState.FAILED}), REPARSE_PAGE):
+    async for rows in _pages(database, _LAST_TEXTS, run, frozenset({JobState.FAILED}), REPARSE_PAGE):
         fitting: dict[int, dict[str, Any]] = {}
-        for row in rows:
+        for row in filter(_is_bad_answer, rows):
             # Outside of any transaction, because it may take long.
             try:
                 fitting[row.id] = _result(run, row, check(row.text))
@@ -258,6 +255,10 @@ async def reparse(database: Database, run: Run, check: Callable[[str], str]) -> 
             seen = [row for row in rows if row.id in fitting]
             taken += await database.write(_take, run, seen, fitting)
     return Reparsed(taken, left, problem)
+
+
+def _is_bad_answer(row: AnyRow) -> bool:
+    return row.family in {Family.BAD_ANSWER, Family.CUT_OFF} and row.text is not None and row.error not in UNREAD
 
 
 def _result(run: Run, kept: AnyRow, text: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from lbr.store.sql import Inserting, any_of, byte_length, lock_table, reserve_jo
 from lbr.store.sql import pages as pages_of_rows
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterator, Sequence
+    from collections.abc import AsyncGenerator, Sequence
 
     from sqlalchemy import Column, ColumnElement, Connection, Select, Table
 
@@ -92,18 +92,6 @@ class Page:
     def end(self) -> int:
         """The place behind the last input."""
         return int(self.items[-1].idx) + 1
-
-    def lines(self) -> Iterator[bytes]:
-        """Yield a line for each input with everything that the run holds of it, the same in every database.
-
-        A job's part is in the line of its first input. Ids of rows are left out, because each database has its own.
-        """
-        by_job: dict[int, list[list[Any]]] = {}
-        for row in (row for part in self.parts for row in part):
-            by_job.setdefault(row[0], []).append([*row[1:]])
-        for row in self.items:
-            facts = [[*row[2:]], *(by_job[row.job_id] if row.first else ())]
-            yield orjson.dumps(facts, default=bytes.hex, option=orjson.OPT_APPEND_NEWLINE)
 
 
 def has_left(run: Run, aim: str) -> bool:
@@ -234,12 +222,17 @@ def _add_jobs(connection: Connection, copy: Run, page: Page) -> dict[bytes, int]
 
 
 async def digest(database: Database, run: Run) -> tuple[int, str]:
-    """Return how many inputs a run holds, and a hash of everything that it holds."""
+    """Return how many inputs a run holds, and a hash of everything that it holds, the same in every database."""
     inputs, running = 0, hashlib.blake2b(digest_size=16)
     async for page in pages(database, run):
+        by_job: dict[int, list[list[Any]]] = {}
+        for row in (row for part in page.parts for row in part):
+            by_job.setdefault(row[0], []).append([*row[1:]])
+        for row in page.items:
+            # What a job has counts with its first input. The ids of rows do not, because each database has its own.
+            facts = [[*row[2:]], *(by_job[row.job_id] if row.first else ())]
+            running.update(orjson.dumps(facts, default=bytes.hex, option=orjson.OPT_APPEND_NEWLINE))
         inputs += len(page.items)
-        for line in page.lines():
-            running.update(line)
     return inputs, running.hexdigest()
 
 

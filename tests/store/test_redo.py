@@ -602,7 +602,7 @@ async def test_reparse_killed_between_pages(database: Database, monkeypatch: pyt
 async def test_what_changed_since_the_look_is_left(database: Database) -> None:
     """Between look and page somebody else may have put a job back: it is not answered, nor put back twice."""
     run, _ = await settled(database, ["bad 1", "bad 2", "stop"], task=replace(ECHO, schema=SHAPE))
-    failed_jobs = redo._pages(database, redo._BAD_ANSWERS, run, frozenset({JobState.FAILED}), 10)
+    failed_jobs = redo._pages(database, redo._LAST_TEXTS, run, frozenset({JobState.FAILED}), 10)
     (seen,) = [page async for page in failed_jobs]
     fitting = {one.id: redo._result(run, one, "{}") for one in seen}
     assert len(fitting) == 2
