@@ -87,6 +87,7 @@ async def doctor(
     Nothing is changed, unless `fix` is set: then counters that differ from a recount are fixed, while workers go on.
     Raises UsageError for what cannot be a database's path or URL.
     """
+    load_environment(Path.cwd())
     return await examine(db_url, fix=fix, allow_network_fs=allow_network_fs)
 
 
@@ -98,6 +99,7 @@ class _Examination:
     database: Database
     path: Path | None
     allow_network_fs: bool
+    is_sound: bool = True
     problems: list[Finding] = field(default_factory=list)
 
     async def look(self, check: str, at: Awaitable[T]) -> T | None:
@@ -125,11 +127,13 @@ async def examine(
     found: list[Finding | None] = []
     try:
         refused = path is not None and files.is_network(files.file_system(path)) and not allow_network_fs
+        # Before the file is opened, because SQLite makes others beside it.
+        outside = None if path is None else await queue.look("database", _file(path))
         version = await queue.look("database", _version(queue, refused=refused))
         if path is not None:
             found += [_sqlite(), _file_system(path, refused=refused)]
-            if version is not None or refused:  # else it may be any program's
-                found += await queue.look("database", _file(path)) or ()
+            if outside and (version is not None or refused):  # else it may be any program's
+                found += outside
         if version is not None:
             found += [_schema(version), *await (_server(queue) if path is None else _integrity(queue))]
         if version == schema.LATEST:
@@ -157,15 +161,13 @@ async def _tables(queue: _Examination, *, fix: bool) -> list[Finding | None]:
     if view is None:
         return found
     runs = [one for one in view.runs if one.run.state is not RunState.CANCELLED]
-    env = load_environment(Path.cwd())
-    authority = Authority(openrouter_api_key=env.get("OPENROUTER_API_KEY") or None)
+    authority = Authority(openrouter_api_key=os.environ.get("OPENROUTER_API_KEY") or None)
     keys = [await _key(one.run, authority) for one in runs if not one.finished]
     return [_leases(view, *expired) if expired else None, *found, *_runs(runs, view.now), *keys]
 
 
 async def _fix(queue: _Examination) -> list[Drift]:
-    damages = [] if queue.path is None else await queue.database.read(health.damages)
-    if damages:
+    if not queue.is_sound:
         raise DatabaseError("counters in a damaged file are not fixed; see to the damage first")
     async with opened(queue.url, allow_network_fs=queue.allow_network_fs) as database:
         return await database.write(counters.fix)
@@ -294,6 +296,7 @@ def _schema(version: int) -> Finding:
 
 async def _integrity(queue: _Examination) -> list[Finding]:
     damages = await queue.look("integrity", queue.database.read(health.damages))
+    queue.is_sound = damages == []
     if not damages:
         return [] if damages is None else [Finding("integrity", OK, "SQLite finds no damage")]
     do = (
