@@ -22,21 +22,23 @@ if TYPE_CHECKING:
     from lbr.worker.runs import ServedRun
 
 MAX_ROWS = 500
+MAX_SERVER_ROWS = 1_000
+"""How many calls a turn settles. On a server a turn is a dozen round trips, and no other writer waits for its end."""
 MAX_LINGER_SECONDS = 0.05
 LATEST_TURNS = 4
 
 
-def pace(turn_seconds: float, call_seconds: float, held: int) -> tuple[int, float]:
+def pace(turn_seconds: float, call_seconds: float, held: int, most: int = MAX_ROWS) -> tuple[int, float]:
     """Return how many ended calls are worth a turn, and for how many seconds to wait for so many.
 
     A turn takes `turn_seconds`, a call `call_seconds`, and `held` are the slots in use. A quarter of them: calls that
     begin together end together, and would stay in step, so that either all call or all are written. More if turns are
-    slow, as many as end meanwhile. The wait leaves other writers three quarters of the time, or is a fiftieth of a
-    call, so that calls that end one by one share a commit.
+    slow, as many as end meanwhile, up to `most`. The wait leaves other writers three quarters of the time, or is a
+    fiftieth of a call, so that calls that end one by one share a commit.
     """
     ending = turn_seconds / (turn_seconds + call_seconds) if call_seconds else 1.0
     rows = round(held * max(1 / 4, ending))
-    return min(MAX_ROWS, max(1, rows)), min(MAX_LINGER_SECONDS, max(3 * turn_seconds, call_seconds / 50))
+    return min(most, max(1, rows)), min(MAX_LINGER_SECONDS, max(3 * turn_seconds, call_seconds / 50))
 
 
 class Turns:
@@ -76,7 +78,8 @@ class Turns:
         # One slow turn may be due to our own calls in the interpreter. If calls compute in threads, every other one is.
         usual = sorted(self._latest)[len(self._latest) // 2]
         # The quickest call counts: others may have waited for the processor.
-        return pace(usual, min([settlement.outcome.latency_ms for settlement in ended]) / 1000, held)
+        quickest = min([settlement.outcome.latency_ms for settlement in ended]) / 1000
+        return pace(usual, quickest, held, MAX_ROWS if self._database.one_writer else MAX_SERVER_ROWS)
 
     def take_claims(self) -> list[Claim]:
         """Return what was claimed since the last call."""
