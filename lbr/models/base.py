@@ -94,7 +94,7 @@ def model_string(name: str) -> str:
 
 
 def messages_of(request: Request) -> list[dict[str, Any]]:
-    """Return a request in OpenAI's form: its prompt, and its answer that did not validate if there is one; without the instructions.
+    """Return a request in OpenAI's form: its prompt, and its answer that did not validate, if any. No instructions.
 
     Raises Permanent for messages of which a part would not be sent.
     """
