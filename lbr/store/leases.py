@@ -1,7 +1,7 @@
 """Leases: workers register, renew, release and reclaim jobs, and find out which workers have died.
 
-Everything here is safe to repeat. A write to a held job names the claim_seq of its
-claim: a job that another worker has claimed since is not touched.
+Everything here is safe to repeat. A write to a held job names the claim_seq of its claim: a job that another worker has
+claimed since is not touched.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lbr.core.types import JobId, JobState, Millis, RunId, RunState, WorkerId
 from lbr.store import counters, files
 from lbr.store.claim import DUE, DUE_SUSPECT
 from lbr.store.limits import forget_estimates, give_back, likely_costs, load_capacity
-from lbr.store.runs import hold_states, resting_state
+from lbr.store.runs import hold_states
 from lbr.store.schema import INFLIGHT, PENDING, attempts, jobs, runs, workers
 from lbr.store.sql import Inserting, any_of
 
@@ -59,10 +59,13 @@ CLAIMED_BY = (
     .order_by(jobs.c.lease_until)
     .with_for_update(skip_locked=True)
 )
+_RUN_CANCELLED = jobs.c.run_id.in_(select(runs.c.id).where(runs.c.state == RunState.CANCELLED))
+_RESTING: ColumnElement[str] = case((_RUN_CANCELLED, literal_column("'cancelled'")), else_=literal_column("'pending'"))
 _SET_FREE = (
     update(jobs)
     .where(INFLIGHT, any_of(jobs.c.id, "ids"))
-    .values(state=bindparam("to"), worker_id=None, lease_until=None)
+    .values(state=_RESTING, worker_id=None, lease_until=None)
+    .returning(jobs.c.run_id, jobs.c.state)
 )
 EXPIRED = (
     select(jobs.c.id, jobs.c.run_id)
@@ -77,59 +80,35 @@ OF_DEAD = (
     .order_by(jobs.c.id)
     .limit(RECLAIM_PAGE)
 )
-_RUN_CANCELLED = jobs.c.run_id.in_(select(runs.c.id).where(runs.c.state == RunState.CANCELLED))
 _FAILS = jobs.c.crashes + 1 >= MAX_CRASHES
-
-
-def _reclaim_where(lost: ColumnElement[bool]) -> Any:
-    state: ColumnElement[str] = case(
-        (_FAILS, literal_column("'failed'")),
-        (_RUN_CANCELLED, literal_column("'cancelled'")),
-        else_=literal_column("'pending'"),
+RECLAIM = (
+    update(jobs)
+    .where(INFLIGHT, any_of(jobs.c.id, "ids"))
+    .values(
+        state=case((_FAILS, literal_column("'failed'")), else_=_RESTING),
+        crashes=jobs.c.crashes + 1,
+        available_at=bindparam("now"),
+        finished_at=case((_FAILS, bindparam("now", type_=jobs.c.finished_at.type))),
+        lease_until=None,
     )
-    now = bindparam("now", type_=jobs.c.finished_at.type)
-    return (
-        update(jobs)
-        .where(any_of(jobs.c.id, "ids"), INFLIGHT, lost)
-        .values(
-            state=state,
-            crashes=jobs.c.crashes + 1,
-            available_at=bindparam("now"),
-            finished_at=case((_FAILS, now)),
-            lease_until=None,
-        )
-        .returning(jobs.c.id, jobs.c.run_id, jobs.c.claim_seq, jobs.c.crashes, jobs.c.state, jobs.c.worker_id)
-    )
-
-
-RECLAIM = _reclaim_where(jobs.c.lease_until < bindparam("now"))
-RECLAIM_OF_DEAD = _reclaim_where(any_of(jobs.c.worker_id, "workers"))
+    .returning(jobs.c.id, jobs.c.run_id, jobs.c.claim_seq, jobs.c.crashes, jobs.c.state, jobs.c.worker_id)
+)
 ADD_CRASHES = Inserting(attempts, "job_id", "claim_seq", "what", "error", "message", "at", "cost_nanos")
 
 
 @dataclass(frozen=True, slots=True)
 class DueWork:
-    """What a look without a lock saw: due jobs, suspects, jobs to reclaim, and when to look again.
+    """What a look without a lock saw: due jobs, suspects, and when to look again.
 
-    `stranded` means that jobs wait for a time that only a wrong clock can have set. `next_ms` is how long from now
-    until more may be due, None if nothing is waiting. `outages` are the models that all workers wait for, with the
-    cause.
+    `expired` means that there are jobs to reclaim, or to bring forward. `next_ms` is how long from now until more may be
+    due, None if nothing is waiting. `outages` are the models that all workers wait for, with the cause.
     """
 
     due: bool
     suspects: bool
     expired: bool
-    stranded: bool
     next_ms: int | None
     outages: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Clocks:
-    """This process's time, and the latest reports of live workers whose clocks are far from it."""
-
-    now: Millis
-    reports: dict[WorkerId, Millis]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +116,6 @@ class Reclaimed:
     """A job taken from a worker whose lease ran out, or that `died` for certain."""
 
     job_id: JobId
-    run_id: RunId
     worker_id: WorkerId
     state: JobState
     died: bool = False
@@ -168,12 +146,14 @@ def _remove_ended(connection: Connection, now: Millis, worker: WorkerId) -> None
     _remove(connection, [worker])
 
 
-def clocks(connection: Connection, now: Millis, presence: Presence, worker: WorkerId) -> Clocks:
-    """Compare this process's clock with the latest reports of other workers."""
+def far_reports(
+    connection: Connection, now: Millis, presence: Presence, worker: WorkerId
+) -> tuple[Millis, dict[WorkerId, Millis]]:
+    """Return the time, and the latest reports of other living workers whose clocks are far from it."""
     far = ~workers.c.seen_at.between(now - MAX_SKEW_MS, now + MAX_SKEW_MS)
     query = select(workers.c.id, workers.c.seen_at).where(far, workers.c.id != worker)
     seen = {WorkerId(row.id): Millis(row.seen_at) for row in connection.execute(query).all()}
-    return Clocks(now, {one: seen[one] for one in presence.alive(seen)} if presence.knows else seen)
+    return now, {one: seen[one] for one in presence.alive(seen)}
 
 
 def check_due(
@@ -181,7 +161,7 @@ def check_due(
 ) -> DueWork:
     """Look, without a lock, whether a claim or a reclaim would find anything."""
     capacity = load_capacity(connection, run_ids, now, worker, lock=False)
-    due = suspects = stranded = False
+    due = suspects = expired = False
     times: list[int | None] = list(capacity.waits)
     for run_id in capacity.answerers:
         bound = {"run": run_id, "now": now, "most": 1}
@@ -192,13 +172,13 @@ def check_due(
         suspects |= connection.scalar(DUE_SUSPECT, bound) is not None
         later = select(func.min(jobs.c.available_at)).where(PENDING, jobs.c.run_id == run_id)
         first: int | None = connection.scalar(later.where(jobs.c.available_at > now))
-        stranded |= first is not None and first > now + MAX_AHEAD_MS
+        expired |= first is not None and first > now + MAX_AHEAD_MS
         times.append(first)
     lease_end: int | None = connection.scalar(select(func.min(jobs.c.lease_until)).where(INFLIGHT))
     times.append(lease_end)
-    expired = (lease_end is not None and lease_end < now) or bool(dead_workers(connection, now, presence))
+    expired |= (lease_end is not None and lease_end < now) or bool(dead_workers(connection, now, presence))
     waits = [time - now for time in times if time is not None and time > now]
-    return DueWork(due, suspects, expired, stranded, min(waits, default=None), capacity.outages)
+    return DueWork(due, suspects, expired, min(waits, default=None), capacity.outages)
 
 
 def bring_forward(connection: Connection, now: Millis, run_ids: Sequence[RunId]) -> None:
@@ -245,9 +225,9 @@ def _release_unknown(
 ) -> None:
     """Release jobs that were claimed in the worker's name, with a lease until `before`, and that it does not hold."""
     rows = connection.execute(CLAIMED_BY, {"worker": worker, "before": before}).all()
-    unknown = [row for row in rows if row.id not in held]
-    _release(connection, unknown)
-    if unknown:  # how many tokens they took is not known
+    if unknown := [row for row in rows if row.id not in held]:
+        _release(connection, unknown)
+        # How many tokens they took is not known.
         give_back(connection, [(row.run_id, 0) for row in unknown], now)
 
 
@@ -260,28 +240,22 @@ def release(
     """
     by_id = {claim.job_id: claim for claim in claims}
     rows = connection.execute(_HELD.where(INFLIGHT), {"ids": list(by_id), "worker": worker}).all()
-    ours = [row for row in rows if by_id[row.id].claim_seq == row.claim_seq]
-    _release(connection, ours)
-    if unused:
-        give_back(connection, [(row.run_id, by_id[row.id].tokens) for row in ours], now)
+    if ours := [row for row in rows if by_id[row.id].claim_seq == row.claim_seq]:
+        _release(connection, ours)
+        if unused:
+            give_back(connection, [(row.run_id, by_id[row.id].tokens) for row in ours], now)
     return len(ours)
 
 
 def _release(connection: Connection, rows: Sequence[AnyRow]) -> None:
-    states = hold_states(connection, {row.run_id for row in rows}) if rows else {}
-    moves = [(row.run_id, JobState.INFLIGHT, resting_state(states[row.run_id])) for row in rows]
-    for state in {state for *_, state in moves}:
-        ids = [row.id for row, (*_, to) in zip(rows, moves, strict=True) if to is state]
-        connection.execute(_SET_FREE, {"ids": ids, "to": state})
-    counters.add(connection, counters.moved(moves))
+    hold_states(connection, {row.run_id for row in rows})
+    freed = connection.execute(_SET_FREE, {"ids": [row.id for row in rows]}).all()
+    counters.add(connection, counters.moved((row.run_id, JobState.INFLIGHT, row.state) for row in freed))
 
 
-def dead_workers(connection: Connection, _now: Millis, presence: Presence) -> dict[WorkerId, int]:
-    """Return the registered workers that have ended for certain, with the ids of their processes."""
-    if not presence.knows:
-        return {}
-    pids = {WorkerId(row.id): row.pid for row in connection.execute(select(workers.c.id, workers.c.pid)).all()}
-    return {worker: pids[worker] for worker in presence.dead_workers(pids)}
+def dead_workers(connection: Connection, _now: Millis, presence: Presence) -> list[WorkerId]:
+    """Return the registered workers that have ended for certain."""
+    return presence.dead_workers(connection.scalars(select(workers.c.id)).all()) if presence.knows else []
 
 
 async def reclaim(database: Database, dead: Collection[WorkerId] = ()) -> list[Reclaimed]:
@@ -300,50 +274,36 @@ def _reclaim_lost(
 ) -> tuple[list[Reclaimed], list[WorkerId]]:
     # Within the transaction: a worker that is dead now cannot have claimed anything since.
     ended = presence.dead_workers(dead)
-    taken = _reclaim(connection, OF_DEAD, RECLAIM_OF_DEAD, {"now": now, "workers": ended}) if ended else []
-    if len(taken) < RECLAIM_PAGE:
-        _remove(connection, ended)
-    else:
-        ended = []
-    return taken + _reclaim(connection, EXPIRED, RECLAIM, {"now": now}), ended
+    of_dead = connection.execute(OF_DEAD, {"workers": ended}).all() if ended else []
+    expired = connection.execute(EXPIRED, {"now": now}).all()
+    removed = ended if len(of_dead) < RECLAIM_PAGE else []
+    _remove(connection, removed)
+    rows = [*of_dead, *expired]
+    return _reclaim(connection, now, rows, ended) if rows else [], removed
 
 
 def _remove(connection: Connection, ended: list[WorkerId]) -> None:
-    if ended:
-        connection.execute(delete(workers).where(any_of(workers.c.id, "ids")), {"ids": ended})
+    connection.execute(delete(workers).where(any_of(workers.c.id, "ids")), {"ids": ended})
 
 
-def _reclaim(connection: Connection, finding: Any, reclaiming: Any, bound: dict[str, Any]) -> list[Reclaimed]:
-    found = connection.execute(finding, bound).all()
-    if not found:
-        return []
+def _reclaim(connection: Connection, now: Millis, found: Sequence[AnyRow], ended: list[WorkerId]) -> list[Reclaimed]:
     hold_states(connection, {row.run_id for row in found})
-    rows = connection.execute(reclaiming, bound | {"ids": [row.id for row in found]}).all()
-    died = "workers" in bound
+    rows = connection.execute(RECLAIM, {"now": now, "ids": [row.id for row in found]}).all()
     likely = likely_costs(connection, {row.run_id for row in rows})
-    records = [_crash_record(row, bound["now"], likely.get(row.run_id), died=died) for row in rows]
-    ADD_CRASHES.run(connection, records)
     deltas = counters.moved((row.run_id, JobState.INFLIGHT, row.state) for row in rows)
+    records, reclaimed = [], []
     for row in rows:
+        died, cost = row.worker_id in ended, likely.get(row.run_id)
+        message = "its worker died" if died else "its worker's lease ran out"
+        if row.state == JobState.FAILED:
+            message = f"its worker died {row.crashes} times"
+        records.append((row.id, row.claim_seq, "crashed", "WorkerDied", message, now, cost))
         deltas[row.run_id, counters.CRASHED] += 1
-        deltas.update(counters.estimated(row.run_id, likely.get(row.run_id, 0)))
+        deltas.update(counters.estimated(row.run_id, cost or 0))
+        reclaimed.append(Reclaimed(row.id, row.worker_id, JobState(row.state), died))
+    ADD_CRASHES.run_plain(connection, records)
     counters.add(connection, deltas)
-    return [Reclaimed(row.id, row.run_id, row.worker_id, JobState(row.state), died) for row in rows]
-
-
-def _crash_record(row: AnyRow, now: Millis, likely: int | None, *, died: bool) -> dict[str, Any]:
-    message = "its worker died" if died else "its worker's lease ran out"
-    if row.state == JobState.FAILED:
-        message = f"its worker died {row.crashes} times"
-    return {
-        "job_id": row.id,
-        "claim_seq": row.claim_seq,
-        "what": "crashed",
-        "error": "WorkerDied",
-        "message": message,
-        "at": now,
-        "cost_nanos": likely,
-    }
+    return reclaimed
 
 
 def _retake(connection: Connection, held: dict[JobId, int], bound: dict[str, Any]) -> set[JobId]:
@@ -421,8 +381,8 @@ class Presence:
         return [one for one in workers if self.knows and files.is_free(self._path(one), self._database)]
 
     def alive(self, workers: Iterable[WorkerId]) -> list[WorkerId]:
-        """Return the workers that live for certain."""
-        there = [one for one in workers if self.knows and self._path(one).exists()]
+        """Return the workers that live for certain, or all of them if nothing is known."""
+        there = [one for one in workers if not self.knows or self._path(one).exists()]
         ended = self.dead_workers(there)
         return [one for one in there if one not in ended]
 

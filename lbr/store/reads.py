@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from sqlalchemy import ColumnElement, Connection, Select
 
-    from lbr.core.pricing import Price
     from lbr.store.database import Database
     from lbr.store.schema import AnyRow
 
@@ -231,11 +230,6 @@ def open_runs(connection: Connection, _now: Millis) -> list[Run]:
 def counts(connection: Connection, _now: Millis, run_ids: Iterable[RunId]) -> list[RunCounts]:
     """Return the runs of these ids with their counts, in the order of their ids."""
     return _counts(connection, runs.all_runs(connection, runs_table.c.id.in_(list(run_ids))))
-
-
-def prices(connection: Connection, _now: Millis, run_ids: Iterable[RunId]) -> dict[RunId, Price | None]:
-    """Return the prices that the user set for these runs, None for a run without one."""
-    return {run.id: run.price for run in runs.all_runs(connection, runs_table.c.id.in_(list(run_ids)))}
 
 
 def time(_connection: Connection, now: Millis) -> Millis:

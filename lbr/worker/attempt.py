@@ -97,18 +97,13 @@ class LateCalls:
 async def attempt(
     model: Model, validator: Validator | None, request: Request, deadlines: Deadlines, late_calls: LateCalls
 ) -> Outcome:
-    """Make one call and return how it ended. Only OutOfFilesError and a cancellation from outside are raised."""
+    """Make one call and return how it ended. Only OutOfFilesError and cancellations are raised."""
     started = time.perf_counter()
     reply: Reply | None = None
     failure: Failure | None = None
     try:
         reply, failure = await _answer(model, validator, request, deadlines, late_calls)
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise
-        failure = failure_of(CallError("the call cancelled itself", kind="CancelledError"))
-    except (KeyboardInterrupt, OutOfFilesError):
+    except (asyncio.CancelledError, KeyboardInterrupt, OutOfFilesError):
         raise
     except BaseException as error:  # noqa: BLE001 - whatever it is fails the job, not the worker
         failure = failure_of(error)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from lbr.core.errors import CUT_OFF, CallError
+from lbr.core.errors import CUT_OFF, CallError, NothingToServeError
 from lbr.core.open_files import exhausted_message
 from lbr.core.outages import Suspicion
 from lbr.core.pricing import output_limit, table_problem
@@ -18,18 +18,23 @@ from lbr.core.types import Claim, JobId, JobState, Outcome, Settlement, WorkerId
 from lbr.models.base import Request
 from lbr.store.schema import SUSPECT_CRASHES
 from lbr.worker.attempt import Deadlines, OutOfFilesError, attempt, priced
-from lbr.worker.turns import MAX_ROWS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from random import Random
+    from typing import TypeAlias
 
     from lbr.core.config import WorkOptions
     from lbr.core.types import Paused
     from lbr.store.settle import Settled
     from lbr.worker.runs import ServedRun
 
-RATE_WINDOW_SECONDS = 30.0
+    _Slot: TypeAlias = tuple[JobId, int]
+
+MAX_ROWS = 500
+MAX_SERVER_ROWS = 1_000
+"""How many calls a turn settles. On a server a turn is a dozen round trips, and no other writer waits for its end."""
+MAX_LINGER_SECONDS = 0.05
 CANCEL_SECONDS = 5.0
 LONG_WAIT_SECONDS = 120.0
 MAX_WAIT_SECONDS = 366 * 86_400.0
@@ -66,25 +71,24 @@ class WorkReport:
 
 @dataclass(slots=True, eq=False)
 class _Held:
-    """A claim in a slot; `task` is None once its call has ended and its settlement waits to be committed."""
+    """A claim in a slot; `task` is None once its call has ended, `settled` if its settlement waits to be committed."""
 
     claim: Claim
     served: ServedRun
     task: asyncio.Task[None] | None = None
     settled: bool = False
 
-    def stop(self) -> asyncio.Task[None] | None:
+    def stop(self) -> None:
         """Cancel the call. Without its task, its end is known to be our doing."""
         task, self.task = self.task, None
         if task is not None:
             task.cancel()
-        return task
 
 
 class Calls:
     """Runs calls; `ended` holds how they ended, until `forget` gets what the database made of it.
 
-    `changed` is called when calls have ended, or a call was lost.
+    `changed` is called when calls have ended, or a call was lost; `failed` with what must end the worker.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class Calls:
         policy: RetryPolicy,
         rng: Random,
         changed: Callable[[], None],
+        failed: Callable[[BaseException], None],
         notify: Callable[[str], None],
     ) -> None:
         self._report = report
@@ -102,32 +107,27 @@ class Calls:
         self._deadlines = Deadlines(options.timeout)
         self._rng = rng
         self._changed = changed
+        self._fail = failed
         self._outage_patience = options.outage_patience
         self._notify = notify
-        self._held: dict[JobId, _Held] = {}
+        self._held: dict[_Slot, _Held] = {}
         self._suspicions: dict[str, Suspicion] = {}
-        self._suspects: set[JobId] = set()
+        self._outages: set[str] = set()
+        self._suspects: set[_Slot] = set()
         self._failed: set[JobId] = set()
         self.ended: list[Settlement] = []
         self.calling = 0
         self._warned: set[str] = set()
         self._long_waits: dict[str, float] = {}
         self._started = time.monotonic()
-        self._recent: deque[tuple[float, int]] = deque()
         self.worker = WorkerId(0)
         self.owner: asyncio.Task[object] | None = None
         self.enough = MAX_ROWS
-        """How many ended calls are worth a commit at once."""
-        self.error: BaseException | None = None
+        """How many ended calls are worth a turn; see `pace`."""
 
     def __len__(self) -> int:
         """Return how many slots are taken."""
         return len(self._held)
-
-    @property
-    def unfinished(self) -> int:
-        """How many slots will still become free: after an error, only those whose calls go on."""
-        return self.calling if self.error is not None else len(self._held)
 
     @property
     def claims(self) -> list[Claim]:
@@ -140,19 +140,21 @@ class Calls:
         self._suspects &= self._held.keys()
         return bool(self._suspects)
 
-    def sees_outage(self, model: str) -> bool:
-        """Return whether this worker's own calls show that a model cannot be reached."""
-        return model in self._suspicions and self._suspicions[model].is_evidence
+    def report_outages(self, outages: Mapping[str, str]) -> None:
+        """Report outages that other workers recognised, and the end of each; settlements report our own."""
+        ours = {model for model, suspicion in self._suspicions.items() if suspicion.is_evidence}
+        for model in outages.keys() - self._outages - ours:
+            self._notify(f"{model}: waiting, like all workers: {outages[model]}")
+        for model in (self._outages & ours) - outages.keys():
+            self._notify(f"{model}: waiting no longer")
+        self._outages = set(outages)
 
     def start(self, claim: Claim, served: ServedRun) -> None:
         """Make the call of a claim."""
-        if (before := self._held.get(claim.job_id)) is not None:
-            before.stop()  # our lease had run out, and we claimed the job again
-        held = self._held[claim.job_id] = _Held(claim, served)
+        slot = _slot(claim)
+        held = self._held[slot] = _Held(claim, served)
         if claim.crashes >= SUSPECT_CRASHES:
-            self._suspects.add(claim.job_id)
-        else:
-            self._suspects.discard(claim.job_id)
+            self._suspects.add(slot)
         self.calling += 1
         held.task = asyncio.create_task(self._call(held))
         held.task.add_done_callback(self._call_ended)
@@ -165,7 +167,8 @@ class Calls:
             if held.task is None or (self.owner is not None and self.owner.cancelling()):
                 raise
             # By the function, which runs in this task.
-            outcome = Outcome(None, failure_of(CallError("the call cancelled itself")), 0)
+            failure = failure_of(CallError("the call cancelled itself", kind="CancelledError"))
+            outcome = Outcome(None, failure, latency_ms=0)
         self._settle(held, outcome)
 
     async def _outcome(self, claim: Claim, served: ServedRun) -> Outcome:
@@ -225,30 +228,24 @@ class Calls:
     def _call_ended(self, task: asyncio.Task[None]) -> None:
         self.calling -= 1
         if not task.cancelled() and (error := task.exception()) is not None:
-            self.error = self.error or error
-        if self.calling == 0 or self.error is not None:
+            self._fail(error)
+        if self.calling == 0:
             self._changed()
 
     def freed_by(self, batch: Sequence[Settlement]) -> int:
         """Return how many slots become free when these are settled."""
-        return sum(self._is_held(settlement.claim) for settlement in batch)
-
-    def _is_held(self, claim: Claim) -> bool:
-        held = self._held.get(claim.job_id)
-        return held is not None and held.claim.claim_seq == claim.claim_seq
+        return sum(_slot(settlement.claim) in self._held for settlement in batch)
 
     def forget(self, batch: Sequence[Settlement], settled: Settled) -> None:
         """Free the slots of the first calls that have ended, which are settled now, and report them."""
         del self.ended[: len(batch)]
-        before = self._report.done + self._report.failed
         for settlement in batch:
             claim = settlement.claim
-            held = self._held.pop(claim.job_id) if self._is_held(claim) else None
+            held = self._held.pop(_slot(claim), None)
             if claim.job_id in settled.taken:
                 given_back = claim.job_id in settled.given_back
                 self._count(settlement, JobState.PENDING if given_back else settlement.state, held)
                 self._report_failure(settlement, given_back=given_back)
-        self._recent.append((time.monotonic(), self._report.done + self._report.failed - before))
         earlier = self._failed & settled.given_back
         self._failed -= earlier
         self._report.failed -= len(earlier)
@@ -260,6 +257,13 @@ class Calls:
             self._notify(f"run {name} is paused now: {pause.message}")
         for model in settled.reached:
             self._suspicions[model].clear()
+        for model, reason in settled.unreachable.items():
+            self._fail(
+                NothingToServeError(
+                    f"{model} does not answer this worker ({reason}), but it answers others: check this machine's "
+                    f"network, proxy and key"
+                )
+            )
 
     def _count(self, settlement: Settlement, state: JobState, held: _Held | None) -> None:
         match state:
@@ -294,33 +298,47 @@ class Calls:
                 f"are kept without their cost. Reinstall it, or give --price in=…,out=… at the enqueue",
             )
 
-    def rate(self) -> float:
-        """Return how many jobs a second were done or failed in the latest half minute."""
-        now = time.monotonic()
-        while self._recent and self._recent[0][0] < now - RATE_WINDOW_SECONDS:
-            self._recent.popleft()
-        window = max(1.0, min(RATE_WINDOW_SECONDS, now - self._started))
-        return sum(count for _, count in self._recent) / window
-
     def lose(self, claim: Claim) -> None:
         """Stop a call whose job is not ours any more. If it has ended meanwhile, the store refuses its settlement."""
-        held = self._held.get(claim.job_id)
-        if held is None or held.task is None or held.claim.claim_seq != claim.claim_seq:
-            return
-        held.stop()
-        del self._held[claim.job_id]
-        self._changed()
-        self._notify(f"lost job {claim.job_id}: its lease ran out and it was reclaimed")
+        held = self._held.get(_slot(claim))
+        if held is not None and held.task is not None:
+            held.stop()
+            del self._held[_slot(claim)]
+            self._changed()
+            self._notify(f"lost job {claim.job_id}: its lease ran out and it was reclaimed")
 
     async def cancel(self) -> list[Claim]:
         """Stop the calls that have not ended and return their claims, for release."""
-        calling = [held for held in self._held.values() if held.task is not None]
-        tasks = {task for held in calling if (task := held.stop()) is not None}
-        if tasks:
+        calling = {held.task: held for held in self._held.values() if held.task is not None}
+        for held in calling.values():
+            held.stop()
+        if calling:
             # A function that cannot be cancelled must not keep the worker; its job is released all the same.
-            _, stuck = await asyncio.wait(tasks, timeout=CANCEL_SECONDS)
+            _, stuck = await asyncio.wait(calling, timeout=CANCEL_SECONDS)
             self._report.stuck = len(stuck)
-        left = [held.claim for held in calling if not held.settled]
+        left = [held.claim for held in self._held.values() if not held.settled]
         for claim in left:
-            self._held.pop(claim.job_id, None)
+            del self._held[_slot(claim)]
         return left
+
+
+def _slot(claim: Claim) -> _Slot:
+    # A job may be held twice: if its lease ran out in a standstill, and this worker claimed it again.
+    return claim.job_id, claim.claim_seq
+
+
+def pace(turns: Collection[float], ended: Sequence[Settlement], held: int, most: int = MAX_ROWS) -> tuple[int, float]:
+    """Return how many ended calls are worth a turn, and for how many seconds to wait for so many.
+
+    `turns` are how long the latest turns took, `ended` calls that have ended, and `held` the slots in use. A quarter of
+    them: calls that begin together end together, and would stay in step, so that either all call or all are written.
+    More if turns are slow, as many as end meanwhile, up to `most`. The wait leaves other writers three quarters of the
+    time, or is a fiftieth of a call, so that calls that end one by one share a commit.
+    """
+    # One slow turn may be due to our own calls in the interpreter. If calls compute in threads, every other one is.
+    turn = sorted(turns)[len(turns) // 2]
+    # The quickest call counts: others may have waited for the processor.
+    call = min([settlement.outcome.latency_ms for settlement in ended]) / 1000
+    ending = turn / (turn + call) if call else 1.0
+    rows = round(held * max(1 / 4, ending))
+    return min(most, max(1, rows)), min(MAX_LINGER_SECONDS, max(3 * turn, call / 50))

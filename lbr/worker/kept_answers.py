@@ -17,8 +17,7 @@ from uuid import uuid4
 import orjson
 
 from lbr.core import ownership
-from lbr.core.errors import DatabaseBusyError, DatabaseError, LbrError, Usage
-from lbr.core.retry import storable_usage
+from lbr.core.errors import DatabaseBusyError, DatabaseError, LbrError
 from lbr.core.text import pluralize
 from lbr.core.types import KEY_BYTES, Claim, JobId, JobState, Outcome, Prompt, RunId, Settlement
 from lbr.store import files, leases, reads
@@ -99,7 +98,7 @@ async def reclaim(database: Database, notify: Callable[[str], None], *, starting
     # A worker keeps its answers before it ends, and they must be settled before its jobs are claimed again.
     dead = await database.quick_read(leases.dead_workers, database.presence)
     if (dead or starting or not database.presence.knows) and not await settle_kept(database, notify):
-        dead = {}  # their jobs wait for the end of their leases
+        dead = []  # their jobs wait for the end of their leases
     taken: list[Reclaimed] = []
     while page := await leases.reclaim(database, dead):
         taken += page
@@ -200,9 +199,6 @@ def _from_line(line: dict[str, Any]) -> Settlement:
     """Read a line, without waits and pauses, which may be over by now. Raises ValueError, KeyError or TypeError."""
     from pydantic import TypeAdapter  # noqa: PLC0415 - slow to import, and rarely needed
 
-    for part in (line["reply"], line["failure"]):
-        if part is not None:  # its counts may be why the database did not take the answers
-            part["usage"] = storable_usage(Usage(**part["usage"]))
     outcome = TypeAdapter(Outcome).validate_python({name: line[name] for name in Outcome.__slots__})
     state = JobState(line["state"])
     states = {JobState.FAILED, JobState.PENDING} if outcome.reply is None else {JobState.DONE}

@@ -27,7 +27,7 @@ from lbr.store import limits
 from lbr.worker.attempt import LateCalls
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from lbr.core.config import WorkOptions
     from lbr.core.pricing import Price
@@ -44,7 +44,7 @@ class ServedRun:
     """A run with its model and, for structured output, its validator.
 
     `price` is the user's, None to use what the provider reports. `extra_tokens` is what a call probably takes besides
-    its prompt: instructions, schema and answer. `table_price` is set for a run whose cost is limited.
+    its prompt: instructions, schema and answer. `table_price` is looked up if the run's cost `is_limited`.
     """
 
     run: Run
@@ -52,8 +52,9 @@ class ServedRun:
     validator: Validator | None
     price: Price | None
     extra_tokens: int
+    is_limited: bool
+    table_price: Price | None
     late_calls: LateCalls = field(default_factory=LateCalls)
-    table_price: Price | None = None
 
     @property
     def bound(self) -> CallBound | None:
@@ -73,8 +74,7 @@ class ServableRuns:
     """Builds the model of each run once; runs with the same task share it, and all share their connections.
 
     A run whose cost is limited, by its budget or by `limits_cost`, is not served if the cost of its calls will not be
-    known. `room` is how many calls to providers the limit of open files allows at a time. `withdrawn` are the runs that
-    were served until only other workers could reach their model.
+    known. `room` is how many calls to providers the limit of open files allows at a time.
     """
 
     def __init__(self, authority: Authority, *, concurrency: int, room: int, limits_cost: bool) -> None:
@@ -87,8 +87,6 @@ class ServableRuns:
         self._models: dict[str, Model] = {}
         self.served: dict[RunId, ServedRun] = {}
         self.refused: dict[RunId, UsageError] = {}
-        self.withdrawn: set[RunId] = set()
-        self._bounded: set[RunId] = set()
         # A refused run may be served with a different price or budget than these.
         self._refused_at: dict[RunId, tuple[Price | None, int | None]] = {}
 
@@ -96,10 +94,10 @@ class ServableRuns:
         """Serve the new runs that can be served; return notices for the user."""
         notices = []
         for run in runs:
-            self.reprice({run.id: run.price})
+            if run.id in self.served:  # for the calls that end from now on
+                self.served[run.id].price = run.price
             if run.state is RunState.ACTIVE and not self._is_served(run) and not self._is_refused(run):
                 notices += self._try_to_serve(run)
-            notices += self._bound_calls(run)
         if self.slots < self._concurrency and not self._warned_room:
             self._warned_room = True
             notices.append(
@@ -115,22 +113,24 @@ class ServableRuns:
         return min(self._concurrency, self._room) if connects else self._concurrency
 
     def _is_served(self, run: Run) -> bool:
-        # Another enqueue may have changed the order of the schema.
         served = self.served.get(run.id)
-        return served is not None and served.run.task.to_json() == run.task.to_json()
+        if served is None or served.is_limited != self._is_limited(run):
+            return False
+        return served.run.task.to_json() == run.task.to_json()  # another enqueue may have changed the schema's order
 
     def _is_refused(self, run: Run) -> bool:
         return self._refused_at.get(run.id) == (run.price, run.budget_nanos)
 
     def _try_to_serve(self, run: Run) -> list[str]:
         try:
-            self.served[run.id] = self._serve(run)
+            served = self.served[run.id] = self._serve(run)
         except (UsageError, OSError) as error:
             return self._refuse(run, error)
-        self._bounded.discard(run.id)
         self._refused_at.pop(run.id, None)
         self.refused.pop(run.id, None)
         notices = [f"run {run.name} goes on, but {problem}" for problem in unsent(run.task)]
+        if served.is_limited and served.bound is None:
+            notices.append(f"run {run.name}: {UNBOUNDED}")
         function = self._authority.function_for(run.task)
         if function is not None and has_other_code(function.identity.fingerprint, run.fingerprint):
             notices.append(
@@ -140,7 +140,8 @@ class ServableRuns:
         return notices
 
     def _serve(self, run: Run) -> ServedRun:
-        if self._is_limited(run):
+        is_limited = self._is_limited(run)
+        if is_limited:
             check_tells_cost(run)
         identity = run.task.to_json()
         validator = build_validator(run.task, self._authority)
@@ -148,7 +149,9 @@ class ServableRuns:
             self._models[identity] = build_model(
                 run.task, self._authority, concurrency=self._concurrency, connections=self._connections
             )
-        return ServedRun(run, self._models[identity], validator, run.price, _extra_tokens(run.task))
+        price = table_price(run.task.answerer) if is_limited else None
+        extra = _extra_tokens(run.task)
+        return ServedRun(run, self._models[identity], validator, run.price, extra, is_limited, price)
 
     def _is_limited(self, run: Run) -> bool:
         return self._limits_cost or run.budget_nanos is not None
@@ -165,30 +168,6 @@ class ServableRuns:
             raise error
         self.refused[run.id] = error
         return [] if warned else [f"run {run.name}: not served: {error}"]
-
-    def withdraw(self, model: str, error: UsageError) -> bool:
-        """Stop serving the runs of a model; return whether any was served."""
-        found = [one.run for one in self.served.values() if one.run.task.answerer == model]
-        for run in found:
-            del self.served[run.id]
-            self.withdrawn.add(run.id)
-            self._refuse(run, error)
-        return bool(found)
-
-    def _bound_calls(self, run: Run) -> list[str]:
-        """Look up the price of a run whose cost is limited; return a notice if its calls have no bound."""
-        served = self.served.get(run.id)
-        if served is None or run.id in self._bounded or not self._is_limited(run):
-            return []
-        self._bounded.add(run.id)
-        served.table_price = table_price(run.task.answerer)
-        return [] if served.bound is not None else [f"run {run.name}: {UNBOUNDED}"]
-
-    def reprice(self, prices: Mapping[RunId, Price | None]) -> None:
-        """Set what the calls of runs cost from now on, those in flight included."""
-        for run_id, price in prices.items():
-            if run_id in self.served:
-                self.served[run_id].price = price
 
     async def aclose(self) -> None:
         """Close every model, and the connections."""
@@ -269,17 +248,14 @@ class Completion:
 
     def all_done(self, found: Sequence[RunCounts], now: Millis) -> bool:
         """Return whether no active run that this worker serves has an unfinished job or enqueue."""
-        self.interrupted = []
-        for one in found:
-            if one.run.id not in self._runs.served or one.run.state is not RunState.ACTIVE:
-                continue
+        served = [one for one in found if one.run.id in self._runs.served and one.run.state is RunState.ACTIVE]
+        for one in served:
             if one.open:
                 self._report_waiting(one)
                 return False
-            if one.run.sealed_at is None:
-                if now - one.run.enqueued_at < ABANDONED_MS:
-                    return False
-                self.interrupted.append(one.run.name)
+            if one.run.sealed_at is None and now - one.run.enqueued_at < ABANDONED_MS:
+                return False
+        self.interrupted = [one.run.name for one in served if one.run.sealed_at is None]
         return True
 
     def _report_waiting(self, one: RunCounts) -> None:

@@ -10,41 +10,41 @@ import asyncio
 import os
 import socket
 import time
-from contextlib import suppress
+from collections import deque
+from contextlib import contextmanager, suppress
 from random import Random
 from typing import TYPE_CHECKING
 
 from lbr.core import open_files
-from lbr.core.errors import (
-    DatabaseError,
-    NothingToServeError,
-    RunNotFoundError,
-    UsageError,
-)
+from lbr.core.errors import DatabaseBusyError, DatabaseError, LbrError, RunNotFoundError
 from lbr.core.retry import RetryPolicy
-from lbr.core.types import Until, WorkerId
+from lbr.core.types import RunId, Until, WorkerId
 from lbr.store import leases, reads
+from lbr.store.claim import ClaimRequest, claim, settle_and_claim
 from lbr.store.database import local_clock
 from lbr.store.leases import MAX_SKEW_MS
-from lbr.worker.calls import Calls, WorkReport
+from lbr.store.settle import settle
+from lbr.worker.calls import MAX_ROWS, MAX_SERVER_ROWS, Calls, WorkReport, pace
 from lbr.worker.kept_answers import keep_unwritten, reclaim
 from lbr.worker.runs import Completion, ServableRuns, StartLimits
-from lbr.worker.turns import Turns
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from lbr.core.config import WorkOptions
     from lbr.core.types import Claim, Millis, Run, Settlement
     from lbr.models.build import Authority
     from lbr.store.database import Database
     from lbr.store.leases import DueWork
+    from lbr.store.settle import Settled
 
 POLL_SECONDS = 0.1
 TICK_SECONDS = 5.0
 CHECK_SECONDS = 1.0
 STANDSTILL_SECONDS = 1.0
 JITTER_SECONDS = 1.0
+LATEST_TURNS = 4
+LATEST_TICKS = 7
 CLOCK_SECONDS = 2 * TICK_SECONDS
 """How long to wait for the next report of a living worker whose latest one is far from our time."""
 
@@ -78,19 +78,25 @@ class Worker:
         self._completion = Completion(self._runs, named=run_names is not None, notify=notify)
         self.report = WorkReport()
         self._wake = asyncio.Event()
-        self._turns = Turns(database, self._runs.served, lease=options.lease)
         policy = policy or RetryPolicy()
-        self._calls = Calls(self.report, options, policy=policy, rng=self._rng, changed=self._wake.set, notify=notify)
-        self._unserved: list[Claim] = []
-        self._outages: set[str] = set()
-        self._refusal: NothingToServeError | None = None
-        self._stopping = False
-        self._aborting = False
-        self._freed = False
-        self._next_poll = 0.0
-        self._next_due = 0.0
-        self._next_check = 0.0
+        self._calls = Calls(
+            self.report, options, policy=policy, rng=self._rng, changed=self._wake.set, failed=self._fail, notify=notify
+        )
         self._id = WorkerId(0)
+        self._run_ids: list[RunId] = []
+        self._claims = 0
+        self._claiming_since: float | None = None
+        self._unused: list[Claim] = []
+        # Whether the last claim filled all its slots, so that another will probably find jobs; whether a model is
+        # limited to fewer calls than there are slots, so that each call that ends makes room for another; and whether
+        # the last turn made such room.
+        self._more, self._throttled, self._freed = True, False, False
+        self._turn_seconds = deque([0.0], maxlen=LATEST_TURNS)
+        self._settled = deque([(time.monotonic(), 0)], maxlen=LATEST_TICKS)
+        self._error: BaseException | None = None
+        self._stopping = self._aborting = self._database_failed = False
+        self._deadline = 0.0
+        self._next_poll = self._next_due = self._next_check = 0.0
         # How far our clock was ahead of the machine's monotonic one, and reports that were far from it.
         self._lead = _lead_ms()
         self._far_off: Mapping[WorkerId, Millis] = {}
@@ -107,43 +113,16 @@ class Worker:
         self.drain()
 
     def _stop(self) -> None:
-        self._stopping = True
+        if not self._stopping:
+            self._stopping, self._deadline = True, time.monotonic() + self._options.grace
         self._wake.set()
 
-    def _is_stopping(self) -> bool:
-        if self._calls.error is not None and not self._stopping:
-            self._fail(self._calls.error)
-        return self._stopping
-
-    def _withdraw(self, model: str, reason: str) -> None:
-        """Stop serving a model that only other workers can reach; end if none is left."""
-        error = UsageError(
-            f"{model} does not answer this worker ({reason}), but it answers others: check this machine's network, "
-            f"proxy and key"
-        )
-        if not self._runs.withdraw(model, error):
-            return
-        self._turns.serve([run_id for run_id in self._turns.order if run_id in self._runs.served])
-        if self._runs.served:
-            self._notify(str(error))
-        else:
-            self._refusal = NothingToServeError(str(error))
-            self._stop()
-
-    def _start(self) -> None:
-        """Call what was claimed."""
-        for claim in self._turns.take_claims():
-            served = self._runs.served.get(claim.run_id)
-            if served is None:  # its model was withdrawn after the claim
-                self._unserved.append(claim)
-            else:
-                self._calls.start(claim, served)
-
     def _fail(self, error: BaseException) -> None:
-        """End the worker. If the database has failed, calls in flight may end, because they are paid for."""
-        self._calls.error = self._calls.error or error
-        self._aborting |= not isinstance(error, DatabaseError)
+        """End the worker. Calls in flight may still end, because they are paid for, unless lbr itself is at fault."""
+        self._error = self._error or error
+        self._aborting |= not isinstance(error, LbrError)
         if isinstance(error, DatabaseError):
+            self._database_failed = True
             self._database.give_up()
         self._stop()
 
@@ -172,7 +151,7 @@ class Worker:
             await self._update_runs()
             host, slots = socket.gethostname(), self._runs.slots
             self._id = await leases.register(self._database, host=host, pid=os.getpid(), concurrency=slots)
-            self._turns.worker = self._calls.worker = self._id
+            self._calls.worker = self._id
             self._calls.owner = asyncio.current_task()
             ticking = asyncio.create_task(self._tick())
             try:
@@ -185,105 +164,179 @@ class Worker:
         finally:
             self._database.presence.leave(self._id)
             await self._runs.aclose()
-        if self._refusal is not None:
-            raise self._refusal
         return self.report
 
     async def _work(self) -> None:
-        try:
-            await self._check_clock(starting=True)  # again, to see a worker that started at the same moment
-            while not self._is_stopping():
+        """Take turns until nothing is left to do; after a stop, until the calls have ended or the grace is over."""
+        compared = False
+        while not self._is_over():
+            try:
+                if self._database_failed:
+                    await self._sleep(POLL_SECONDS)
+                    continue
+                if not compared:  # again, to see a worker that started at the same moment
+                    await self._check_clock(starting=True)
+                    compared = True
                 await self._take_turn()
-                if not self._turns.more and await self._is_finished():
-                    break
-                await self._wait(POLL_SECONDS if self._free() > 0 else None)
-        except DatabaseError as error:
-            self._fail(error)
-        except asyncio.CancelledError:  # by an event loop that ends, with all its tasks
-            self._fail(DatabaseError("the event loop ended before all answers were written"))
-            raise
-        await self._finish_calls()
+                if not self._more and not self._stopping and await self._is_finished():
+                    return
+                await self._wait()
+            except DatabaseError as error:
+                self._fail(error)
+            except asyncio.CancelledError:  # by an event loop that ends, with all its tasks
+                self._fail(DatabaseError("the event loop ended before all answers were written"))
+                raise
+
+    def _is_over(self) -> bool:
+        if self._aborting or not self._stopping:
+            return self._aborting
+        unfinished = self._calls.calling if self._database_failed else len(self._calls)
+        return not unfinished or time.monotonic() >= self._deadline
 
     async def _take_turn(self) -> None:
         """Settle what has ended, claim for the free slots, and call."""
         batch = self._calls.ended[: self._calls.enough]
         free, freed = await self._slots_to_fill(batch)
-        if batch:
-            settled = await self._turns.settle(batch, free, freed)
-            self._calls.forget(batch, settled)
-            for model, reason in settled.unreachable.items():
-                self._withdraw(model, reason)
-        elif free:
-            await self._turns.claim(free)
         self._freed = bool(batch)
-        if not self._is_stopping():
-            self._start()
-        await self._give_back()
+        if batch:
+            settled = await self._settle(batch, free, freed)
+            self._calls.forget(batch, settled)
+        else:
+            await self._claim(free)
+        await self._release_unused()
 
     async def _slots_to_fill(self, batch: Sequence[Settlement]) -> tuple[int, int]:
         """Return how many slots are free, and how many this batch frees; nothing if a claim would find nothing."""
         free, freed = self._free(), self._calls.freed_by(batch)
-        if self._is_stopping() or self._calls.alone or free + freed <= 0:
+        if self._stopping or self._calls.alone or free + freed <= 0:
             return 0, 0
         if self._clock_jumped():
             if batch:
                 return 0, 0  # answers do not wait for the comparison
             await self._check_clock()
-        is_likely = self._turns.more or (self._turns.throttled and (freed > 0 or self._freed))
+        is_likely = self._more or (self._throttled and (freed > 0 or self._freed))
         return (free, freed) if is_likely or await self._is_due() else (0, 0)
+
+    async def _settle(self, batch: Sequence[Settlement], free: int, freed: int) -> Settled:
+        """Settle a batch and claim for the `free` slots; on a file, for those `freed` by it too.
+
+        Raises DatabaseError, with nothing of the batch written.
+        """
+        started = time.perf_counter()
+        if self._database.one_writer and free + freed > 0:
+            settled = await self._settle_and_claim(batch, free + freed)
+        else:
+            # One transaction could wait for another in a circle: a claim locks limits, then jobs; a settlement the
+            # other way round. Together they take no longer than one.
+            claiming = asyncio.create_task(self._claim(free))
+            try:
+                settled = await self._database.write(settle, batch)
+            finally:
+                # The next claim reports what is wrong.
+                await asyncio.gather(claiming, return_exceptions=True)
+        self._turn_seconds.append(time.perf_counter() - started)
+        return settled
+
+    async def _settle_and_claim(self, batch: Sequence[Settlement], most: int) -> Settled:
+        with self._claiming():
+            try:
+                settled, claims = await self._database.write(settle_and_claim, batch, self._request(most))
+            except DatabaseBusyError:
+                raise
+            except DatabaseError:
+                # A row that cannot be claimed must not keep paid answers out; the next claim reports it.
+                return await self._database.write(settle, batch)
+        self._start(claims, most)
+        return settled
+
+    async def _claim(self, most: int, *, suspects: bool = False) -> None:
+        """Claim up to `most` jobs and call; with `suspects`, jobs that crashed their workers and must run alone."""
+        if most > 0:
+            with self._claiming():
+                claims = await self._database.write(claim, self._request(most, suspects=suspects))
+            self._start(claims, most)
+
+    @contextmanager
+    def _claiming(self) -> Iterator[None]:
+        """Note that a claim is under way: jobs that it takes are not known to this worker yet, but not lost either."""
+        self._claiming_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._claiming_since = None
+
+    def _request(self, most: int, *, suspects: bool = False) -> ClaimRequest:
+        self._claims += 1
+        first = self._claims % max(1, len(self._run_ids))
+        run_ids = self._run_ids[first:] + self._run_ids[:first]  # each run comes first in its turn
+        served = {run_id: self._runs.served[run_id] for run_id in run_ids}
+        extra = {run_id: one.extra_tokens for run_id, one in served.items()}
+        bounds = {run_id: bound for run_id, one in served.items() if (bound := one.bound) is not None}
+        return ClaimRequest(self._id, run_ids, most, self._options.lease, suspects, extra, bounds)
+
+    def _start(self, claims: list[Claim], most: int) -> None:
+        """Call what was claimed; a worker that stops gives it back."""
+        if self._stopping:
+            self._unused += claims
+        else:
+            for one in claims:
+                self._calls.start(one, self._runs.served[one.run_id])
+        self._more = len(claims) == most and not self._calls.alone
+        self._throttled = any(one.throttled for one in claims) or (self._throttled and not claims)
+
+    async def _release_unused(self) -> None:
+        claims, self._unused = self._unused, []
+        if claims:
+            self.report.released += await self._database.write(leases.release, self._id, claims, unused=True)
 
     async def _wind_up(self) -> None:
         """Release what is held, write what has ended, and raise what went wrong on the way."""
         try:
             if released := await self._calls.cancel():
                 self.report.released += await self._database.write(leases.release, self._id, released)
-            while self._calls.ended and not isinstance(self._calls.error, DatabaseError):
+            await self._release_unused()
+            while self._calls.ended and not self._database_failed:
                 await self._take_turn()
-            await self._give_back()
-            if not isinstance(self._calls.error, DatabaseError):
+            if not self._database_failed:
                 await leases.unregister(self._database, self._id)
         except Exception as error:  # noqa: BLE001 - whatever it is, finished answers must be kept
-            self._calls.error = self._calls.error or error
-        if self._calls.error is not None:
-            raise keep_unwritten(self._database, self._calls.error, self._calls.ended)
+            self._error = self._error or error
+        if self._error is not None:
+            raise keep_unwritten(self._database, self._error, self._calls.ended)
 
-    async def _give_back(self) -> None:
-        """Release claims that were never called for."""
-        claims, self._unserved = [*self._turns.take_claims(), *self._unserved], []
-        if claims:
-            try:
-                self.report.released += await self._database.write(leases.release, self._id, claims, unused=True)
-            except DatabaseError as error:
-                self._fail(error)
-
-    async def _wait(self, seconds: float | None) -> None:
-        """Sleep until enough calls have ended, slots may be filled, or the worker must end; at most so long."""
-        ended, lingering = self._calls.ended, False
-        while not self._is_stopping():
-            if ended and not lingering:
-                self._calls.enough, linger = self._turns.pace(ended, len(self._calls))
-                seconds, lingering = (linger if seconds is None else min(seconds, linger)), True
+    async def _wait(self) -> None:
+        """Sleep until enough calls have ended or slots may be filled, or until the worker is over."""
+        ended, linger = self._calls.ended, None
+        while not self._is_over():
+            if ended and linger is None:
+                most = MAX_ROWS if self._database.one_writer else MAX_SERVER_ROWS
+                self._calls.enough, linger = pace(self._turn_seconds, ended, len(self._calls), most)
             if len(ended) >= self._calls.enough or (ended and not self._calls.calling):
                 return
-            if self._turns.more and self._free() > 0:
+            if self._more and self._free() > 0 and not self._stopping:
                 return
-            self._wake.clear()
-            try:
-                async with asyncio.timeout(seconds):
-                    await self._wake.wait()
-            except TimeoutError:
+            poll = POLL_SECONDS if self._free() > 0 or self._stopping else None
+            if not await self._sleep(poll if linger is None else linger):
                 return
+
+    async def _sleep(self, seconds: float | None) -> bool:
+        """Sleep until something has changed; return False if nothing has in time."""
+        self._wake.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                return await self._wake.wait()
+        return False
 
     async def _update_runs(self) -> None:
         """Find the runs that have work. Raises UsageError for a named one that this worker cannot serve."""
         found = await self._find_runs()
         notices = self._runs.update(found)
         for run in found if self._run_names is not None else ():
-            if run.id in self._runs.refused and run.id not in self._runs.withdrawn:
+            if run.id in self._runs.refused:
                 raise self._runs.refused[run.id]
         for notice in notices:
             self._notify(notice)
-        self._turns.serve(run.id for run in found if run.id in self._runs.served)
+        self._run_ids = [run.id for run in found if run.id in self._runs.served]
         await self._start_limits.apply(self._runs.served.values(), found)
 
     async def _find_runs(self) -> list[Run]:
@@ -318,17 +371,14 @@ class Worker:
         elif now < self._next_due:
             return False
         work = await self._due_work()
-        self._report_outages(work.outages)
-        if work.stranded:
-            await self._database.write(leases.bring_forward, self._turns.order)
         if work.expired:
+            await self._database.write(leases.bring_forward, self._run_ids)
             await self._renew()  # before others': our own may have run out in a standstill
             await self._reclaim()
-        if work.stranded or work.expired:
             work = await self._due_work()
+        self._calls.report_outages(work.outages)
         if work.suspects and not work.due and not self._calls:
-            await self._turns.claim(1, suspects=True)
-            self._start()
+            await self._claim(1, suspects=True)
         busy = work.due or work.suspects or work.expired
         wait = (work.next_ms or 1000 * TICK_SECONDS) / 1000
         # With jitter, so that not all workers ask at the same moment.
@@ -336,18 +386,7 @@ class Worker:
         return work.due
 
     async def _due_work(self) -> DueWork:
-        return await self._database.quick_read(leases.check_due, self._database.presence, self._turns.order, self._id)
-
-    def _report_outages(self, outages: Mapping[str, str]) -> None:
-        """Report outages that other workers recognised, and the end of each; settlements report our own."""
-        for model in outages.keys() - self._outages:
-            if not self._calls.sees_outage(model):
-                self._notify(f"{model}: waiting, like all workers: {outages[model]}")
-        for model in self._outages - outages.keys():
-            is_served = any(one.run.task.answerer == model for one in self._runs.served.values())
-            if is_served and self._calls.sees_outage(model):
-                self._notify(f"{model}: waiting no longer")
-        self._outages = set(outages)
+        return await self._database.quick_read(leases.check_due, self._database.presence, self._run_ids, self._id)
 
     async def _reclaim(self, *, starting: bool = False) -> None:
         reclaimed, failed = await reclaim(self._database, self._notify, starting=starting)
@@ -387,12 +426,31 @@ class Worker:
                         f"Make it a plain function, which runs in a thread, or raise --lease"
                     )
                 await self._renew()
-                # The loop does neither while there is more to claim.
-                self._runs.reprice(await self._database.quick_read(reads.prices, self._runs.served))
-                if self._turns.more and not self._is_stopping():
-                    await self._reclaim()
+                if not self._stopping:
+                    await self._update_runs()  # the loop does not while there is more to claim, or no slot is free
+                if self._more and not self._stopping:
+                    await self._reclaim()  # nor this
         except Exception as error:  # noqa: BLE001 - without renewals the worker must end
             self._fail(error)
+
+    async def _renew(self) -> None:
+        await self._check_clock()
+        now = time.monotonic()
+        self._settled.append((now, self.report.done + self.report.failed))
+        (then, before), (_, settled) = self._settled[0], self._settled[-1]
+        claims = self._calls.claims
+        lost = await self._database.write(
+            leases.renew,
+            self._id,
+            claims,
+            lease=self._options.lease,
+            settled=settled,
+            rate=max(0, settled - before) / max(1.0, now - then),
+            seen=self._claiming_since or now,
+        )
+        for one in claims:
+            if one.job_id in lost:
+                self._calls.lose(one)
 
     def _clock_jumped(self) -> bool:
         return abs(_lead_ms() - self._lead) > MAX_SKEW_MS
@@ -407,52 +465,27 @@ class Worker:
             self._lead = _lead_ms()
             return
         async with self._comparing:
-            clocks = await self._database.quick_read(leases.clocks, self._database.presence, self._id)
-            if self._clock_jumped():
-                starting, self._far_off, self._lead = True, {}, _lead_ms()
-            deadline = 0.0
-            if starting and self._database.presence.knows and clocks.reports.keys() - self._far_off.keys():
-                deadline = time.monotonic() + CLOCK_SECONDS
-                others = ", ".join(map(str, clocks.reports))
-                wait = f"this may take {CLOCK_SECONDS:.0f} s"
-                self._notify(f"comparing clocks with worker {others}, which has not reported lately; {wait}")
+            lead, jumped, deadline = _lead_ms(), self._clock_jumped(), 0.0
+            if jumped:
+                self._far_off = {}
             while True:
-                for worker, seen_at in clocks.reports.items():
+                now, reports = await self._database.quick_read(leases.far_reports, self._database.presence, self._id)
+                for worker, seen_at in reports.items():
                     if self._far_off.get(worker, seen_at) != seen_at:
-                        raise _clock_error(clocks.now, worker, seen_at, self._database.name)
-                self._far_off = clocks.reports
-                if not clocks.reports or time.monotonic() >= deadline or self._is_stopping():
-                    return
+                        raise _clock_error(now, worker, seen_at, self._database.name)
+                waits = (starting or jumped) and self._database.presence.knows and not deadline
+                if waits and reports.keys() - self._far_off.keys():
+                    deadline = time.monotonic() + CLOCK_SECONDS
+                    others = ", ".join(map(str, reports))
+                    self._notify(
+                        f"comparing clocks with worker {others}, which has not reported lately; this may take "
+                        f"{CLOCK_SECONDS:.0f} s"
+                    )
+                self._far_off = reports
+                if not reports or time.monotonic() >= deadline or self._stopping:
+                    break
                 await asyncio.sleep(POLL_SECONDS)
-                clocks = await self._database.quick_read(leases.clocks, self._database.presence, self._id)
-
-    async def _renew(self) -> None:
-        await self._check_clock()
-        # Those that are not called yet, too: they may have to wait for a settlement.
-        claims, seen = [*self._calls.claims, *self._turns.claims], self._turns.claiming_since or time.monotonic()
-        settled, rate, lease = self.report.done + self.report.failed, self._calls.rate(), self._options.lease
-        lost = await self._database.write(
-            leases.renew, self._id, claims, lease=lease, settled=settled, rate=rate, seen=seen
-        )
-        for claim in claims:
-            if claim.job_id in lost:
-                self._turns.lose(claim)
-                self._calls.lose(claim)
-
-    async def _finish_calls(self) -> None:
-        """Wait for the calls in flight, within the grace, and settle them."""
-        deadline = time.monotonic() + self._options.grace
-        while self._calls.unfinished and not self._aborting and (left := deadline - time.monotonic()) > 0:
-            if self._calls.ended and not isinstance(self._calls.error, DatabaseError):
-                try:
-                    await self._take_turn()
-                except DatabaseError as error:
-                    self._fail(error)
-                continue
-            self._wake.clear()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(left):
-                    await self._wake.wait()
+            self._lead = lead
 
 
 def _lead_ms() -> float:

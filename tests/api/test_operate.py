@@ -109,7 +109,7 @@ class TestRuns:
         assert (await database.write(runs.open_run, runs.RunSpec("r", ECHO, 8))).price == PRICE
         dearer = Price(1, 2)
         await database.write(runs.open_run, runs.RunSpec("r", ECHO, 8, price=dearer))
-        assert await database.read(reads.prices, [run.id]) == {run.id: dearer}
+        assert (await database.read(reads.find_run, "r")).price == dearer
         fresh = await database.write(runs.open_run, runs.RunSpec("new", ECHO, 8, price=PRICE))
         assert (await database.read(reads.find_run, "new")).price == fresh.price == PRICE
         assert KeyMaker(fresh.task).key(Prompt(text="a")) == KeyMaker(run.task).key(Prompt(text="a"))

@@ -139,14 +139,6 @@ class Queue:
         """Give claims back."""
         return await self._database.write(leases.release, worker, list(claims), unused=unused)
 
-    async def clocks(self, worker: WorkerId) -> leases.Clocks:
-        """Compare clocks."""
-        return await self._database.quick_read(leases.clocks, self._database.presence, worker)
-
-    async def dead_workers(self) -> dict[WorkerId, int]:
-        """Return the workers that have ended."""
-        return await self._database.quick_read(leases.dead_workers, self._database.presence)
-
     async def reclaim(self, dead: Collection[WorkerId] = ()) -> list[leases.Reclaimed]:
         """Take back jobs."""
         return await leases.reclaim(self._database, dead)

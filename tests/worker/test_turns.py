@@ -6,7 +6,6 @@ import asyncio
 import sqlite3
 from contextlib import closing
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,13 +14,13 @@ from sqlalchemy import Engine, event
 from lbr.api.task import authorize
 from lbr.core.config import WorkOptions
 from lbr.core.errors import DatabaseError, UsageError
-from lbr.core.types import Claim, JobId, Prompt, Run, RunId
+from lbr.core.types import Claim, JobId, Prompt, RunId
 from lbr.store import claim, limits, runs
 from lbr.store.database import open_database
-from lbr.worker import turns as worker_turns
-from lbr.worker.turns import Turns, pace
+from lbr.worker import worker as worker_module
+from lbr.worker.calls import pace
 from lbr.worker.worker import Worker
-from tests.support import Queue, answered, assert_counted, eventually, put, states
+from tests.support import answered, assert_counted, eventually, put, states
 from tests.worker.test_worker import asks, worker_for
 
 if TYPE_CHECKING:
@@ -36,14 +35,6 @@ def settlement(number: int, latency_ms: int = 0) -> Settlement:
     """Return the settlement of some job, answered by a call that took so long."""
     done = answered(Claim(JobId(number), RunId(1), 1, 0, 0, Prompt(text="p"), b"k"))
     return replace(done, outcome=replace(done.outcome, latency_ms=latency_ms))
-
-
-def turns_of(database: Database, run: Run | None = None) -> Turns:
-    """Return the turns of a worker that serves one run."""
-    served: Any = {} if run is None else {run.id: SimpleNamespace(extra_tokens=0, bound=None)}
-    turns = Turns(database, served, lease=60)
-    turns.serve(served)
-    return turns
 
 
 @pytest.mark.parametrize(
@@ -61,17 +52,15 @@ def turns_of(database: Database, run: Run | None = None) -> Turns:
 )
 def test_pace(turn: float, call: float, held: int, rows: int, linger: float) -> None:
     """A quarter of the slots is worth a turn, more if turns are slow; the wait for so many is short."""
-    most, seconds = pace(turn, call, held)
+    most, seconds = pace([turn], [settlement(1, round(call * 1000))], held)
     assert most == rows
     assert seconds == pytest.approx(linger)
 
 
-async def test_one_slow_turn_or_call_changes_no_pace(live: Database) -> None:
+def test_one_slow_turn_or_call_changes_no_pace() -> None:
     """One of several turns may have been slow by chance, and one call may only have waited for the processor."""
-    turns = turns_of(live)
-    turns._latest.extend([0.004, 0.004, 0.5, 0.004])
     ended = [settlement(number, 60_000 if number else 100) for number in range(20)]
-    assert turns.pace(ended, 64) == (16, 0.012)
+    assert pace([0.004, 0.004, 0.5, 0.004], ended, 64) == (16, 0.012)
 
 
 @pytest.fixture
@@ -88,7 +77,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
         return note
 
     for name in ("settle", "settle_and_claim"):
-        monkeypatch.setattr(worker_turns, name, noting(getattr(worker_turns, name)))
+        monkeypatch.setattr(worker_module, name, noting(getattr(worker_module, name)))
     return found
 
 
@@ -171,7 +160,7 @@ async def test_what_a_settlement_brings_to_a_worker_that_stops_is_given_back(
         loop.call_soon_threadsafe(told_to_stop.set)
         return settled, claims
 
-    monkeypatch.setattr(worker_turns, "settle_and_claim", turn)
+    monkeypatch.setattr(worker_module, "settle_and_claim", turn)
     run = await put(live, ["slow", *map(str, range(9))], task=asks(one_is_slow))
     worker = worker_for(live, one_is_slow, concurrency=3, grace=60)
     working = asyncio.create_task(worker.run())
@@ -243,18 +232,24 @@ async def test_a_worker_that_fails_claims_no_more(live: Database) -> None:
     await assert_counted(live, run)
 
 
-async def test_what_was_claimed_beside_a_failure_is_known(new_queue: Callable[[], str]) -> None:
-    """On a server a claim goes on while its settlement fails: its worker can give the jobs back."""
+async def test_what_was_claimed_beside_a_failure_is_known(new_queue: Callable[[], str], tmp_path: Path) -> None:
+    """On a server a claim goes on while its settlement fails: its worker gives the jobs back, or keeps their answers."""
     server = await open_database(new_queue(), create=True)
-    run = await put(server, ["gone", "1", "2", "3"])
-    turns = turns_of(server, run)
-    turns.worker = await Queue(server).register(host="a", pid=1, concurrency=4)
-    await turns.claim(1)
-    (first,) = turns.take_claims()
-    await server.write(lambda connection, _: connection.exec_driver_sql("DELETE FROM lbr.jobs WHERE id = 1"))
+    server.spool_places = [tmp_path / "kept"]
+    let_go = asyncio.Event()
+
+    async def echo(prompt: str) -> str:
+        if prompt == "gone":
+            await server.write(lambda connection, _: connection.exec_driver_sql("DELETE FROM lbr.jobs WHERE id = 1"))
+        else:
+            await let_go.wait()
+        return prompt
+
+    run = await put(server, ["gone", "1", "2", "3"], task=asks(echo))
+    worker = worker_for(server, echo, concurrency=3, grace=0.1)
     with pytest.raises(DatabaseError, match="are gone: the database was replaced"):
-        await turns.settle([answered(first)], 2, 1)
-    assert [one.prompt.text for one in turns.take_claims()] == ["1", "2"]
+        await worker.run()
+    assert await states(server, run) == {"pending": 3}
     await server.close()
 
 
