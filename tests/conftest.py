@@ -58,6 +58,7 @@ def _quiet_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name, raising=False)
     for name in [name for name in os.environ if name.startswith("PG")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.chdir(tmp_path)
 
 
@@ -86,7 +87,15 @@ def clock() -> Clock:
 @pytest.fixture
 def new_database() -> Iterator[Callable[[], str]]:
     """Return a function that makes an empty PostgreSQL database and returns its URL; they are dropped after the test."""
-    yield from _databases("template0")
+    made: list[str] = []
+
+    def make() -> str:
+        made.append(postgres.create_database(postgres.shared_server()))
+        return made[-1]
+
+    yield make
+    for url in made:
+        postgres.drop_database(postgres.shared_server(), url)
 
 
 @pytest.fixture(scope="session")
@@ -110,18 +119,6 @@ def _migrate(url: str) -> None:
     asyncio.run(migrate())
 
 
-def _databases(template: str) -> Iterator[Callable[[], str]]:
-    made: list[str] = []
-
-    def make() -> str:
-        made.append(postgres.create_database(postgres.shared_server(), template))
-        return made[-1]
-
-    yield make
-    for url in made:
-        postgres.drop_database(postgres.shared_server(), url)
-
-
 @pytest.fixture
 def proxy(new_database: Callable[[], str]) -> Iterator[Proxy]:
     """Return a network to an empty database."""
@@ -136,10 +133,26 @@ def own_server() -> Iterator[postgres.Server]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def queues(migrated_postgresql: str) -> Iterator[postgres.Queues]:
+    """Return empty queues on PostgreSQL."""
+    kept = postgres.Queues(migrated_postgresql)
+    yield kept
+    kept.close()
+
+
 @pytest.fixture
-def new_queue(migrated_postgresql: str) -> Iterator[Callable[[], str]]:
-    """Return a function that makes an empty queue on PostgreSQL and returns its URL; they are dropped after the test."""
-    yield from _databases(migrated_postgresql)
+def new_queue(queues: postgres.Queues) -> Iterator[Callable[[], str]]:
+    """Return a function that returns the URL of an empty queue on PostgreSQL, the test's own until its end."""
+    used: list[str] = []
+
+    def take() -> str:
+        used.append(queues.take())
+        return used[-1]
+
+    yield take
+    for url in used:
+        queues.give_back(url)
 
 
 @pytest.fixture(params=DATABASES)

@@ -14,7 +14,9 @@ import psutil
 import psycopg
 import pytest
 
-from tests.support import PATIENCE_SECONDS, ROOT, Cli, postgres
+from lbr.store import reads
+from lbr.store.database import open_database
+from tests.support import PATIENCE_SECONDS, ROOT, Cli, assert_counted, postgres, put
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,6 +74,35 @@ def test_each_database_is_its_own(new_database: Callable[[], str]) -> None:
             used.execute("SELECT 1")
     with pytest.raises(psycopg.OperationalError, match="does not exist"):
         postgres.connect(first)
+
+
+@pytest.mark.parametrize(
+    "change", ["ALTER TABLE lbr.jobs ADD odd int", "CREATE TABLE odd (n int)", "DROP SCHEMA lbr CASCADE"]
+)
+async def test_a_queue_is_given_back_empty(migrated_postgresql: str, change: str) -> None:
+    """The next test has it without rows, counts from 1 and is alone with it; one that is no longer as it was is dropped."""
+    queues = postgres.Queues(migrated_postgresql)
+    url = queues.take()
+    database = await open_database(url)
+    await put(database, ["a", "b"])
+    with postgres.connect(url) as used:
+        queues.give_back(url)
+        with pytest.raises(psycopg.OperationalError):
+            used.execute("SELECT 1")
+    await database.close()
+    assert queues.take() == url
+    database = await open_database(url)
+    assert await database.read(reads.all_runs) == []
+    run = await put(database, ["c"])
+    assert run.id == 1
+    await assert_counted(database, run)
+    await database.close()
+    postgres.execute(url, change)
+    queues.give_back(url)
+    other = queues.take()
+    assert other != url
+    queues.give_back(other)
+    queues.close()
 
 
 def test_queries_come_back_after_an_outage(own_server: postgres.Server, tmp_path: Path) -> None:
