@@ -477,16 +477,7 @@ def python(cli: Cli, program: str) -> subprocess.CompletedProcess[str]:
             except lbr.LbrError as error:
                 print("refused:", error)
     """
-    (cli.folder / "program.py").write_text(textwrap.dedent(head) + textwrap.dedent(program))
-    return subprocess.run(
-        [sys.executable, "program.py"],
-        cwd=cli.folder,
-        env=cli.environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
+    return cli.python(textwrap.dedent(head) + textwrap.dedent(program))
 
 
 def runs_of(cli: Cli) -> list[str]:
@@ -696,9 +687,8 @@ def test_a_function_of_a_script_is_served_by_its_name(cli: Cli, folder: Path) ->
         if __name__ == "__main__":
             asyncio.run(lbr.enqueue(["hello"], run="s", function=shout, db_url={cli.outside_url!r}))
     """
-    (folder / "script.py").write_text(textwrap.dedent(script))
-    subprocess.run([sys.executable, "script.py"], cwd=folder, env=cli.environment, timeout=60, check=True)
-    cli("worker", "--function", "script:shout")
+    cli.python(script)
+    cli("worker", "--function", "program:shout")
     assert '"result":"HELLO"' in cli("collect", "s").stdout
 
 

@@ -9,6 +9,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+import textwrap
 import time
 from collections import Counter
 from contextlib import asynccontextmanager, closing
@@ -263,12 +264,23 @@ class Cli:
             assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
         return done
 
-    def _run(self, arguments: Sequence[str], stdin: str | None) -> subprocess.CompletedProcess[str]:
+    def python(self, program: str) -> subprocess.CompletedProcess[str]:
+        """Run a program as a script of the folder to its end, which must be 0."""
+        script = self.folder / "program.py"
+        script.write_text(textwrap.dedent(program))
+        done = self._run((), None, str(script))
+        assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
+        return done
+
+    def _run(
+        self, arguments: Sequence[str], stdin: str | None, script: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
         timeout = PATIENCE_SECONDS * 2
         if not self._prefix and forks.can_run(self.environment):
             given = (stdin or "").encode()
             done = forks.run(
                 arguments,
+                script=script,
                 cwd=self.folder,
                 env=self.environment,
                 constants=self.constants,
@@ -278,7 +290,7 @@ class Cli:
             out, error = ("\n".join(re.split("\r\n?", raw.decode())) for raw in (done.stdout, done.stderr))
             return subprocess.CompletedProcess(done.args, done.returncode, out, error)
         return subprocess.run(
-            self._command(arguments),
+            [*self._prefix, sys.executable, script] if script else self._command(arguments),
             cwd=self.folder,
             env=self.environment,
             input=stdin,

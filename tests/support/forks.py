@@ -1,7 +1,8 @@
 """`lbr` commands as separate processes without the time that imports take: each is a fork of one that has imported all.
 
 A fork has its own number, folder, environment and standard files, gets its arguments as `python -m lbr` does, and
-ends as any Python does.
+ends as any Python does, but for the objects that are left at its end: to free what was imported takes longer than most
+commands.
 """
 
 from __future__ import annotations
@@ -58,13 +59,14 @@ def _at_start(environment: Mapping[str, str]) -> dict[str, str]:
 def run(
     arguments: Sequence[str],
     *,
+    script: str | None = None,
     cwd: Path,
     env: Mapping[str, str],
     constants: Mapping[str, float] | None = None,
     stdin: bytes = b"",
     timeout: float,
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run a command to its end, with constants of modules set to other values than they have.
+    """Run a command, or a script in the folder, to its end, with constants of modules set to other values than they have.
 
     As with a process that is started, what it writes is read until nobody has its standard files any more, not a child
     that it left behind either. Raises TimeoutExpired after so many seconds, when it was killed.
@@ -78,7 +80,13 @@ def run(
                 _sources.append(_Source())
             _sources[0].hand(theirs)
         theirs.close()
-        told = {"arguments": list(arguments), "cwd": str(cwd), "env": dict(env), "constants": constants or {}}
+        told = {
+            "arguments": list(arguments),
+            "script": script,
+            "cwd": str(cwd),
+            "env": dict(env),
+            "constants": constants or {},
+        }
         handed = [read_in, write_out, write_error]
         socket.send_fds(ours, [json.dumps(told).encode() + b"\n"], handed)
         for one in handed:
@@ -195,9 +203,32 @@ def become(command: dict[str, Any]) -> None:
         module, _, constant = name.rpartition(".")
         setattr(importlib.import_module(module), constant, value)
     sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
-    sys.argv = ["lbr", *command["arguments"]]
+    sys.argv = [command["script"] or "lbr", *command["arguments"]]
     sys.path[0] = command["cwd"]
-    runpy.run_module("lbr", run_name="__main__", alter_sys=True)
+    try:
+        if command["script"]:
+            runpy.run_path(command["script"], run_name="__main__")
+        else:
+            runpy.run_module("lbr", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if not isinstance(end.code, int | None):
+            raise
+        code = end.code or 0
+    else:
+        code = 0
+    end_at_once(code)
+
+
+def end_at_once(code: int) -> None:
+    """End as Python does, with all threads and functions for the end, but free nothing; return if it cannot write."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except (OSError, ValueError, AttributeError):  # closed, or a pipe that nobody reads: Python has a code for that
+        sys.exit(code)
+    os._exit(code)
 
 
 if __name__ == "__main__":
