@@ -22,6 +22,7 @@ def script(folder: Path, name: str, *arguments: str) -> subprocess.CompletedProc
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_bench_measures_and_checks(tmp_path: Path) -> None:
     """The script prints a row for each measurement, with a ratio, and leaves nothing behind."""

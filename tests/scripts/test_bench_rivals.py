@@ -8,9 +8,11 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+import bench_rivals
 import httpx2
 import pytest
 from bench_chat import chat_server
+from rival_environments import RIVALS, Rival
 
 from tests.support import ROOT
 
@@ -25,6 +27,7 @@ def bench(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=170, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_lbr_is_measured_beside_a_loop(tmp_path: Path) -> None:
     """Everybody's answers are checked, and each target is said to be met or not; the folder is left empty."""
@@ -68,15 +71,12 @@ def test_lbr_is_measured_beside_a_loop(tmp_path: Path) -> None:
 @pytest.mark.processes
 def test_a_failing_rival_is_reported(tmp_path: Path) -> None:
     """A rival that cannot do the task is not measured, says why, and the others go on."""
-    import bench_rivals as script
-    from rival_environments import RIVALS, Rival
-
     absent = Rival("absent", "absent", "rival_ondine.py", {"naps": "table"})
     loop = next(one for one in RIVALS if one.key == "plain-wal")
-    options = script.read_options(["--folder", str(tmp_path), "--naps", "10", "--parts", "naps"])
-    found = script.Found()
+    options = bench_rivals.read_options(["--folder", str(tmp_path), "--naps", "10", "--parts", "naps"])
+    found = bench_rivals.Found()
     for rival in (absent, loop):
-        script.attempt(found, "naps", rival, options)
+        bench_rivals.attempt(found, "naps", rival, options)
     assert "No module named" in found.missing["naps", "absent"]
     assert found.took("naps", loop.name) is not None
 
@@ -103,8 +103,8 @@ def test_the_server_tells_when_calls_came() -> None:
 @pytest.mark.parametrize(
     "arguments", [["--only", "nobody"], ["--parts", "sleep"], ["--calls", "0"], ["--whole", "9,x"]]
 )
-def test_a_wrong_option(tmp_path: Path, arguments: list[str]) -> None:
+def test_a_wrong_option(tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """An unknown name or a number below one is refused before anything is measured."""
-    done = bench(tmp_path, *arguments)
-    assert done.returncode == 2
-    assert "expected" in done.stderr
+    with pytest.raises(SystemExit, match="2"):
+        bench_rivals.read_options(["--folder", str(tmp_path), *arguments])
+    assert "expected" in capsys.readouterr().err

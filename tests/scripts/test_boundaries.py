@@ -23,6 +23,7 @@ def script(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_crossings_of_a_job_are_counted(tmp_path: Path) -> None:
     """The script prints the pairs of modules and the total, and fails above its limit."""
