@@ -44,19 +44,21 @@ if TYPE_CHECKING:
 MODEL = "openai-chat:gpt-4o-mini"
 
 
-def limited(folder: Path, limit: str, **environment: str) -> Cli:
-    """Return a driver of commands that run under a limit of open files, in the words of `ulimit`."""
-    return Cli(folder, prefix=["bash", "-c", f'ulimit {limit}; exec "$@"', "-"], **environment)
+def limited(cli: Cli, limit: str) -> Cli:
+    """Return another driver, of commands that run under a limit of open files, in the words of `ulimit`."""
+    made = Cli(cli.folder, prefix=["bash", "-c", f'ulimit {limit}; exec "$@"', "-"])
+    made.environment = cli.environment
+    return made
 
 
 def served(folder: Path, limit: str, slots: int) -> tuple[str, dict[str, Any], int]:
     """Have as many prompts as slots answered by a server, under the limit; return words, counts and calls."""
     (folder / "in.txt").write_text("".join(f"p{n}\n" for n in range(slots)))
     with chat_server(1.0) as url:
-        cli = limited(folder, limit, OPENAI_BASE_URL=url, OPENAI_API_KEY="sk-of-this-test")
+        cli = Cli(folder, OPENAI_BASE_URL=url, OPENAI_API_KEY="sk-of-this-test")
         cli("enqueue", "in.txt", "--model", MODEL)
         cli("limit", MODEL, "--concurrency", str(slots))
-        said = cli("worker", "--concurrency", str(slots)).stderr
+        said = limited(cli, limit)("worker", "--concurrency", str(slots)).stderr
         with urllib.request.urlopen(url, timeout=10) as told:  # noqa: S310
             calls = json.load(told)["calls"]
     assert cli.query("SELECT count(*) FROM attempts") == [(0,)]
@@ -86,11 +88,11 @@ def test_runs_that_ask_for_other_things_share_their_connections(tmp_path: Path) 
     """What the calls of one run leave idle is used by those of the next, or gives way."""
     (tmp_path / "in.txt").write_text("".join(f"p{n}\n" for n in range(200)))
     with chat_server(0.3) as url:
-        cli = limited(tmp_path, "-n 160", OPENAI_BASE_URL=url, OPENAI_API_KEY="sk-of-this-test")
+        cli = Cli(tmp_path, OPENAI_BASE_URL=url, OPENAI_API_KEY="sk-of-this-test")
         for name in ("a", "b", "c", "d"):
             cli("enqueue", "in.txt", "--run", name, "--model", MODEL, "--instructions", f"Be {name}.")
         cli("limit", MODEL, "--concurrency", "80")
-        said = cli("worker", "--concurrency", "80").stderr
+        said = limited(cli, "-n 160")("worker", "--concurrency", "80").stderr
     assert said == "lbr: worker: 800 done, 0 failed\n"
     assert cli.query("SELECT count(*) FROM attempts") == [(0,)]
 
@@ -109,7 +111,7 @@ def test_a_call_that_finds_no_handle_waits_for_one(tmp_path: Path) -> None:
         "        for _ in range(12):\n"
         "            os.close(taken.pop())\n"
         "    pathlib.Path('taken').write_text('nearly all')\n"
-        "    await asyncio.sleep(4)\n"
+        "    await asyncio.sleep(2)\n"
         "    for one in taken:\n"
         "        os.close(one)\n"
         "    return 'given back'\n"
@@ -117,10 +119,10 @@ def test_a_call_that_finds_no_handle_waits_for_one(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("one\n")
     (tmp_path / "in.txt").write_text("".join(f"p{n}\n" for n in range(60)))
     with chat_server(0.2) as url:
-        cli = limited(tmp_path, "-n 200", OPENAI_BASE_URL=url, OPENAI_API_KEY="sk-of-this-test")
+        cli = Cli(tmp_path, OPENAI_BASE_URL=url, OPENAI_API_KEY="sk-of-this-test")
         cli("enqueue", "one.txt", "--function", "fn:f")
         cli("limit", MODEL, "--concurrency", "40")
-        worker = cli.start("worker", "--function", "fn:f", "--concurrency", "40")
+        worker = limited(cli, "-n 200").start("worker", "--function", "fn:f", "--concurrency", "40")
         cli.wait_for_file("taken")
         cli("enqueue", "in.txt", "--model", MODEL)
         _, said = worker.communicate(timeout=60)
@@ -149,9 +151,9 @@ def test_functions_have_all_their_slots(tmp_path: Path) -> None:
         "import asyncio\nmeet = asyncio.Barrier(200)\nasync def f(prompt):\n    await meet.wait()\n    return prompt\n"
     )
     (tmp_path / "in.txt").write_text("".join(f"p{n}\n" for n in range(200)))
-    cli = limited(tmp_path, "-n 120")
+    cli = Cli(tmp_path)
     cli("enqueue", "in.txt", "--function", "fn:f")
-    said = cli("worker", "--function", "fn:f", "--concurrency", "200", "--timeout", "60").stderr
+    said = limited(cli, "-n 120")("worker", "--function", "fn:f", "--concurrency", "200", "--timeout", "60").stderr
     assert said == "lbr: worker: 200 done, 0 failed\n"
 
 

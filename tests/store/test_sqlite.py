@@ -30,7 +30,7 @@ from lbr.store.leases import CLAIMED_BY, EXPIRED, RENEW
 from lbr.store.settle import SETTLE, STATUS, settle
 from lbr.store.sql import PreparedQuery
 from lbr.store.sqlite import SQLiteDatabase
-from tests.support import ECHO, Queue, answered, assert_counted, eventually, locked_by_another, put
+from tests.support import ECHO, Cli, Queue, answered, assert_counted, locked_by_another, put
 from tests.support.hearing import Hearing
 
 if TYPE_CHECKING:
@@ -543,19 +543,12 @@ async def test_interrupted_creation_is_completed(tmp_path: Path) -> None:
 
 async def test_many_processes_may_create_at_once(tmp_path: Path) -> None:
     """Processes that all want to create the database end up with one, whole."""
-    program = (
-        "import asyncio, sys\n"
-        "from lbr.store.database import open_database\n"
-        "async def main():\n"
-        "    await (await open_database(sys.argv[1], create=True)).close()\n"
-        "asyncio.run(main())\n"
-    )
-    command = [sys.executable, "-c", program, str(tmp_path / "q.db")]
-    racers = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(5)]
-    assert [(racer.communicate()[1], racer.returncode) for racer in racers] == [(b"", 0)] * 5
-    database = await open_database(str(tmp_path / "q.db"))
+    cli, words = Cli(tmp_path), ("enqueue", "-", "--model", "offline:echo", "--run")
+    await asyncio.gather(*(asyncio.to_thread(cli, *words, f"r{n}", stdin="a\n") for n in range(5)))
+    database = await open_database(str(tmp_path / "runs.db"))
     version = await database.read(lambda c, _: c.execute(text("SELECT count(*) FROM schema_version")))
     assert version.scalar() == schema.LATEST
+    assert {run.name for run in await database.read(reads.all_runs)} == {f"r{n}" for n in range(5)}
     await database.close()
 
 
@@ -634,14 +627,14 @@ async def test_checkpoint_gives_way_to_a_reader(tmp_path: Path, monkeypatch: pyt
     await database.close()
 
 
-async def read_slowly(database: Database, reading: threading.Event) -> None:
+async def read_slowly(database: Database, reading: asyncio.Event) -> None:
     """Set `reading` within a read-only transaction that then takes a while longer."""
 
     def work(connection: Connection, _now: Millis) -> None:
         connection.execute(text(RUNS)).all()
         reading.set()
         counted = (
-            "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < 200000) SELECT count(*) FROM c"
+            "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < 30000) SELECT count(*) FROM c"
         )
         connection.execute(text(counted)).all()
 
@@ -664,16 +657,16 @@ async def test_cancelled_reads_keep_no_snapshot(tmp_path: Path, monkeypatch: pyt
     database = await open_database(str(path), create=True)
     await put(database, ["a"])
     for n in range(20):
-        reading = threading.Event()
-        reads = [asyncio.create_task(read_slowly(database, reading)) for _ in range(8)]
+        reading = asyncio.Event()
+        slow = [asyncio.create_task(read_slowly(database, reading)) for _ in range(8)]
         if moment == "anywhere":
             for _ in range(n):
                 await asyncio.sleep(0)
         else:
-            await eventually(reading.is_set)
-        for one in reads:
+            await reading.wait()
+        for one in slow:
             one.cancel()
-        ended = await asyncio.gather(*reads, return_exceptions=True)
+        ended = await asyncio.gather(*slow, return_exceptions=True)
         assert {type(one) for one in ended} == {asyncio.CancelledError}
     assert await fill_wal(database, path) < 300_000
     await database.close()
