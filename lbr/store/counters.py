@@ -10,7 +10,7 @@ from sqlalchemy import case, func, literal_column, null, select, union_all
 
 from lbr.core.types import JobState, PauseCause, RunId
 from lbr.store.schema import attempts, counters, jobs, results, runs
-from lbr.store.sql import BulkStatement, Rows, shard, take_turns
+from lbr.store.sql import BulkStatement, Rows, shard, take_turns, types_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -55,14 +55,12 @@ def estimated(run_id: RunId, nanos: int) -> Deltas:
 
 
 def _adding(rows: Rows) -> Any:
-    row = {"run_id": rows["run"], "name": rows["counter"], "shard": rows["in_shard"], "value": rows["by"]}
-    adding = rows.insert_into(counters, row)
+    adding = rows.insert_into(counters)
     value = counters.c.value + adding.excluded.value
     return adding.on_conflict_do_update(index_elements=["run_id", "name", "shard"], set_={"value": value})
 
 
-_FIELDS = {"run": "run_id", "counter": "name", "in_shard": "shard", "by": "value"}
-_ADD = BulkStatement({field: counters.c[name].type for field, name in _FIELDS.items()}, _adding)
+_ADD = BulkStatement(types_of(counters, "run_id", "name", "shard", "value"), _adding)
 
 
 def add(connection: Connection, deltas: Deltas) -> None:

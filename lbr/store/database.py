@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Statements: TypeAlias = "Callable[Concatenate[Connection, Millis, P], T]"
+"""What runs within a transaction: it gets the connection, the time at the transaction's beginning, and more."""
 Work: TypeAlias = "Callable[[Connection, Millis], T]"
-"""What runs within a transaction: it gets the connection, and the time at the transaction's beginning."""
 
 # Without a handler, Python would print each retry for a program that set up no logging.
 logging.getLogger("stamina").addHandler(logging.NullHandler())
@@ -87,9 +88,7 @@ class Database(ABC):
         """Try nothing again from now on."""
         self._given_up = True
 
-    async def write(
-        self, work: Callable[Concatenate[Connection, Millis, P], T], *args: P.args, **options: P.kwargs
-    ) -> T:
+    async def write(self, work: Statements[P, T], *args: P.args, **options: P.kwargs) -> T:
         """Run one transaction, all of it again after a failure that passes, so `work` must be safe to repeat.
 
         It may be repeated even though it took place, if the reply to its commit was lost. A cancelled caller is
@@ -98,43 +97,31 @@ class Database(ABC):
         """
         return await self._retried(partial(self._write, _bound(work, *args, **options)))
 
-    async def read(
-        self, work: Callable[Concatenate[Connection, Millis, P], T], *args: P.args, **options: P.kwargs
-    ) -> T:
+    async def read(self, work: Statements[P, T], *args: P.args, **options: P.kwargs) -> T:
         """Run one short read-only transaction, again after a failure that passes. Cancels and raises as `write` does.
 
         An open one would keep SQLite from taking a checkpoint.
         """
         return await self._retried(partial(self._read, _bound(work, *args, **options)))
 
-    async def quick_read(
-        self, work: Callable[Concatenate[Connection, Millis, P], T], *args: P.args, **options: P.kwargs
-    ) -> T:
+    async def quick_read(self, work: Statements[P, T], *args: P.args, **options: P.kwargs) -> T:
         """Do the same as `read` for what takes next to no time: on a file, writes wait for it."""
         return await self._retried(partial(self._quick_read, _bound(work, *args, **options)))
 
     async def _retried(self, run: Callable[[], Awaitable[T]]) -> T:
         with self._errors():
-            # Most succeed at once, without the cost of setting up retries.
             try:
-                return await to_its_end(run())
+                return await to_its_end(run())  # most succeed at once, without the cost of setting up retries
             except Exception as error:
-                if self._given_up or not self._passes(error):
+                if not self._may_retry(error):
                     raise
-                first = error
-            async for attempt in stamina.retry_context(
-                on=lambda error: not self._given_up and self._passes(error),
-                attempts=None,
-                timeout=self.patience,
-                wait_initial=0.02,
-                wait_max=1,
-                wait_jitter=0.2,
-            ):
-                with attempt:
-                    if attempt.num == 1:
-                        raise first
-                    result = await to_its_end(run())
-        return result
+            retry = stamina.AsyncRetryingCaller(
+                attempts=None, timeout=self.patience, wait_initial=0.02, wait_max=1, wait_jitter=0.2
+            )
+            return await retry(self._may_retry, lambda: to_its_end(run()))
+
+    def _may_retry(self, error: Exception) -> bool:
+        return not self._given_up and self._passes(error)
 
     @abstractmethod
     def _write(self, work: Work[T]) -> Awaitable[T]:
@@ -182,7 +169,7 @@ class Database(ABC):
         """Close every connection."""
 
 
-def _bound(work: Callable[Concatenate[Connection, Millis, P], T], *args: P.args, **options: P.kwargs) -> Work[T]:
+def _bound(work: Statements[P, T], *args: P.args, **options: P.kwargs) -> Work[T]:
     return lambda connection, now: work(connection, now, *args, **options)
 
 

@@ -164,16 +164,6 @@ def is_network(kind: str | None) -> bool:
     return kind is not None and kind.removeprefix("fuse.") in NETWORK_FILE_SYSTEMS
 
 
-def refuse_network_file_system(path: Path) -> None:
-    """Raise UsageError if SQLite's locks cannot be trusted."""
-    kind = file_system(path)
-    if is_network(kind):
-        raise UsageError(
-            f"expected {path} on a local disk, got: a network file system ({kind}), whose locks can fail and "
-            f"corrupt the database; {NETWORK_WAYS}, or insist with --allow-network-fs"
-        )
-
-
 def check_location(path: Path, *, create: bool, name: str = "--db") -> None:
     """Raise UsageError if the path cannot hold a database, or without `create` holds none.
 
@@ -205,12 +195,12 @@ def create_private(path: Path) -> None:
         raise DatabaseError(f"cannot create the database {path}: {error.strerror}") from error
 
 
-def state_folder() -> Path | None:
-    """Return lbr's folder by the XDG base directory specification; None for a user who has no home."""
-    try:
-        return Path(os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()) / "lbr"
-    except RuntimeError:
-        return None
+def state_places(database: str) -> list[Path]:
+    """Return the beginning of a path in lbr's folder by the XDG specification; none for a user who has no home."""
+    with suppress(RuntimeError):
+        folder = Path(os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser())
+        return [folder / "lbr" / telling_name(database)]
+    return []
 
 
 def telling_name(database: str) -> str:

@@ -22,7 +22,7 @@ from lbr.store.counters import ANSWERED, COST_NANOS, ESTIMATED_NANOS, REUSED, UN
 from lbr.store.outages import waiting
 from lbr.store.runs import pausing
 from lbr.store.schema import SILENT_MS, attempts, counters, limits, outages, runs, workers
-from lbr.store.sql import BulkStatement, PreparedQuery, Rows, any_of, wake_workers
+from lbr.store.sql import BulkStatement, Inserting, PreparedQuery, Rows, Updating, any_of, types_of, wake_workers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -74,22 +74,11 @@ def _totals(counter: str) -> PreparedQuery:
 _INFLIGHT, _ANSWERED = _totals(str(JobState.INFLIGHT)), _totals(ANSWERED)
 
 
-def _saving(given: Rows) -> Any:
-    learned = {name: given[f"new_{name}"] for name in _LEARNED}
-    return update(limits).where(limits.c.answerer == given["who"]).values(learned)
-
-
-def _making(given: Rows) -> Any:
-    row = {"answerer": given["who"], "cooldown_until": given["until"], "reason": given["why"]}
-    return given.insert_into(limits, row).on_conflict_do_nothing(index_elements=["answerer"])
-
-
 _AHEAD: ColumnElement[int] = literal_column(str(MAX_AHEAD_MS))
 
 
-def _cooling(given: Rows) -> Any:
-    row = {"answerer": given["who"], "cooldown_until": given["until"], "reason": given["why"]}
-    adding = given.insert_into(limits, row)
+def _cooling(rows: Rows) -> Any:
+    adding = rows.insert_into(limits)
     return adding.on_conflict_do_update(
         index_elements=["answerer"],
         set_={"cooldown_until": adding.excluded.cooldown_until, "reason": adding.excluded.reason},
@@ -99,15 +88,10 @@ def _cooling(given: Rows) -> Any:
     )
 
 
-_COOLDOWN = {
-    "who": limits.c.answerer.type,
-    "until": limits.c.cooldown_until.type,
-    "why": limits.c.reason.type,
-}
-_MAKE, _COOL_DOWN = BulkStatement(_COOLDOWN, _making), BulkStatement(_COOLDOWN, _cooling)
-_SAVE = BulkStatement(
-    {"who": limits.c.answerer.type, **{f"new_{name}": limits.c[name].type for name in _LEARNED}}, _saving
-)
+_COOLDOWN = ("answerer", "cooldown_until", "reason")
+_MAKE = Inserting(limits, *_COOLDOWN, unless="answerer")
+_COOL_DOWN = BulkStatement(types_of(limits, *_COOLDOWN), _cooling)
+_SAVE = Updating(limits, "answerer", *_LEARNED)
 
 
 @dataclass(slots=True)
@@ -271,10 +255,7 @@ def _counted(query: PreparedQuery, connection: Connection, answerers: list[str])
 
 
 def _save(connection: Connection, changed: Mapping[str, Limit]) -> None:
-    rows = [
-        {"who": who, **{f"new_{name}": getattr(limit, name) for name in _LEARNED}} for who, limit in changed.items()
-    ]
-    _SAVE.run(connection, rows)
+    _SAVE.run_plain(connection, [(who, *(getattr(limit, name) for name in _LEARNED)) for who, limit in changed.items()])
 
 
 @dataclass(slots=True)
@@ -335,8 +316,7 @@ def apply_feedback(connection: Connection, feedback: Mapping[str, Feedback], now
 
 def cool_down(connection: Connection, until: Mapping[str, tuple[int, str]]) -> None:
     """Make all workers wait for these models until the given times, with the reason; never shorter than before."""
-    rows = [{"who": who, "until": end, "why": why} for who, (end, why) in sorted(until.items())]
-    _COOL_DOWN.run(connection, rows)
+    _COOL_DOWN.run_plain(connection, [(who, end, why) for who, (end, why) in sorted(until.items())])
 
 
 def give_back(connection: Connection, unused: Sequence[tuple[RunId, int]], now: Millis) -> None:
@@ -353,7 +333,7 @@ def give_back(connection: Connection, unused: Sequence[tuple[RunId, int]], now: 
 
 
 def _make(connection: Connection, answerers: Iterable[str]) -> None:
-    _MAKE.run(connection, [{"who": who, "until": 0, "why": ""} for who in answerers])
+    _MAKE.run_plain(connection, [(who, 0, "") for who in answerers])
 
 
 async def slow_start(database: Database, answerers: Iterable[str]) -> None:

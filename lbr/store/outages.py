@@ -20,7 +20,7 @@ from lbr.core.types import JobId, JobState, PauseCause, Paused, RunId, RunState
 from lbr.store.counters import of_runs
 from lbr.store.runs import hold_states, move_page, run_of
 from lbr.store.schema import INFLIGHT, SILENT_MS, attempts, counters, jobs, outages, runs, workers
-from lbr.store.sql import BulkStatement, PreparedQuery, Rows, any_of
+from lbr.store.sql import Inserting, PreparedQuery, Updating, any_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -73,20 +73,7 @@ _FAILED_LATELY = (
     .order_by(attempts.c.id.desc())
     .limit(1_000)
 )
-_TYPES = {"who": outages.c.answerer.type, **{f"new_{name}": outages.c[name].type for name in _STATE}}
-
-
-def _making(given: Rows) -> Any:
-    row = {"answerer": given["who"], **{name: given[f"new_{name}"] for name in _STATE}}
-    return given.insert_into(outages, row).on_conflict_do_nothing(index_elements=["answerer"])
-
-
-def _saving(given: Rows) -> Any:
-    changed = {name: given[f"new_{name}"] for name in _STATE}
-    return update(outages).where(outages.c.answerer == given["who"]).values(changed)
-
-
-_MAKE, _SAVE = BulkStatement(_TYPES, _making), BulkStatement(_TYPES, _saving)
+_MAKE, _SAVE = Inserting(outages, "answerer", *_STATE, unless="answerer"), Updating(outages, "answerer", *_STATE)
 
 
 @dataclass(slots=True)
@@ -156,7 +143,7 @@ def _lock(connection: Connection, settlements: list[Settlement], models: Mapping
 
 
 def _fields(model: str, state: ModelState) -> dict[str, Any]:
-    return {"who": model, **{f"new_{name}": getattr(state, name) for name in _STATE}}
+    return {"answerer": model, **{name: getattr(state, name) for name in _STATE}}
 
 
 def _backlogs(connection: Connection, models: list[str]) -> tuple[dict[str, Backlog], dict[str, set[RunId]]]:

@@ -236,8 +236,7 @@ class PostgresDatabase(Database):
 
     def __init__(self, url: PathOrUrl, *, clock: Callable[[], Millis] | None, patience: float) -> None:
         address = address_of(url)
-        folders = [folder for folder in (files.state_folder(), Path.cwd()) if folder is not None]
-        places = [folder / files.telling_name(address.server) for folder in folders]
+        places = [*files.state_places(address.server), Path.cwd() / files.telling_name(address.server)]
         # The server frees a dead worker's locks at once, but also those of one that is only cut off.
         super().__init__(address.shown, patience=patience, spool_places=places, presence=Presence())
         self._clock = clock

@@ -16,7 +16,6 @@ from sqlalchemy import (
     bindparam,
     delete,
     insert,
-    inspect,
     select,
     text,
 )
@@ -125,7 +124,7 @@ async def runs_in(url: PathOrUrl) -> list[str]:
     path = sqlite_path(url)
     files.check_location(path, create=False)
     async with _transaction(path) as connection:
-        tables = await connection.run_sync(lambda beneath: inspect(beneath).get_table_names())
+        tables = {row.name for row in (await connection.exec_driver_sql(SCHEMA_ROWS)).all() if row.type == "table"}
         if "results" not in tables or "schema_version" in tables:
             return []
         return list((await connection.execute(_RUNS)).scalars())
@@ -161,15 +160,15 @@ async def _transaction(path: Path, *, begin: str = "BEGIN") -> AsyncIterator[Asy
 
 
 def _check_table(connection: Connection) -> None:
-    if running := foreign_code(connection.exec_driver_sql(SCHEMA_ROWS).all(), metadata.tables):
+    found = connection.exec_driver_sql(SCHEMA_ROWS).all()
+    if running := foreign_code(found, metadata.tables):
         raise OutputError(
             f"expected a results database of lbr, got: one with {running}, which would run when answers are written; "
             f"drop it, or name another file for the results"
         )
-    tables = inspect(connection).get_table_names()
-    if "schema_version" in tables:
+    if "schema_version" in {row.name for row in found}:
         raise _the_queue()
-    names = [one["name"] for one in inspect(connection).get_columns("results")] if "results" in tables else []
+    names = connection.exec_driver_sql("SELECT name FROM pragma_table_info('results')").scalars().all()
     if names and names != [column.name for column in results.c]:
         raise OutputError(
             f"expected a results database of lbr, got: one with other columns ({', '.join(names)}); "

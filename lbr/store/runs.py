@@ -14,7 +14,7 @@ from lbr.core.types import JobState, Move, PauseCause, Paused, Run, RunId, RunSt
 from lbr.store import counters
 from lbr.store.schema import attempts, items, jobs, outages, prompts, results, runs
 from lbr.store.schema import counters as counters_table
-from lbr.store.sql import BulkStatement, Rows, any_of, wake_workers
+from lbr.store.sql import Inserting, any_of, wake_workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -35,14 +35,7 @@ FULL_TRIES = {"attempts": 0, "crashes": 0, "retry_seq": jobs.c.claim_seq, "worke
 
 _STATES = select(runs.c.id, runs.c.state).where(any_of(runs.c.id, "ids")).order_by(runs.c.id)
 _NEW = ("name", "task", "answerer", "fingerprint", "state", "max_attempts", "created_at", "enqueued_at", "price")
-
-
-def _making(rows: Rows) -> Any:
-    adding = rows.insert_into(runs, {name: rows[f"new_{name}"] for name in _NEW})
-    return adding.on_conflict_do_nothing(index_elements=["name"])
-
-
-_MAKE = BulkStatement({f"new_{name}": runs.c[name].type for name in _NEW}, _making)
+_MAKE = Inserting(runs, *_NEW, unless="name")
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from sqlalchemy import (
     func,
     select,
     text,
+    update,
 )
 from sqlalchemy.exc import DBAPIError, StatementError
 from sqlalchemy.ext.compiler import compiles
@@ -208,6 +209,11 @@ class BulkStatement:
         return change(driver, text, rows if ordered is None else [ordered(row) for row in rows])
 
 
+def types_of(table: Table, *names: str) -> dict[str, TypeEngine[Any]]:
+    """Return the types of these columns by name."""
+    return {name: table.c[name].type for name in names}
+
+
 class Inserting(BulkStatement):
     """The bulk INSERT of these columns of a table, `unless` there is a row with the same value of that column."""
 
@@ -216,7 +222,17 @@ class Inserting(BulkStatement):
             adding = rows.insert_into(table)
             return adding if unless is None else adding.on_conflict_do_nothing(index_elements=[unless])
 
-        super().__init__({name: table.c[name].type for name in names}, build)
+        super().__init__(types_of(table, *names), build)
+
+
+class Updating(BulkStatement):
+    """The bulk UPDATE of these columns of a table; the first field is that of the `key` which finds the row."""
+
+    def __init__(self, table: Table, key: str, *names: str) -> None:
+        def build(rows: Rows) -> Any:
+            return update(table).where(table.c[key] == rows[key]).values({name: rows[name] for name in names})
+
+        super().__init__(types_of(table, key, *names), build)
 
 
 class PreparedQuery:

@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
 
 from lbr.core import open_files
 from lbr.core.config import PATIENCE
-from lbr.core.errors import AlreadyRunningError, DatabaseBusyError, DatabaseError, MisfitError
+from lbr.core.errors import AlreadyRunningError, DatabaseBusyError, DatabaseError, MisfitError, UsageError
 from lbr.store import files, schema
 from lbr.store.addresses import sqlite_path, synchronous_in
 from lbr.store.database import Database, local_clock, to_its_end
@@ -80,10 +80,8 @@ class SQLiteDatabase(Database):
         patience: float = PATIENCE,
         presence: Presence | None = None,
     ) -> None:
-        folder = files.state_folder()  # for answers, if the database's own folder is full or gone
-        places = [path] if folder is None else [path, folder / files.telling_name(str(path))]
-        presence = presence or Presence(path)
-        super().__init__(str(path), patience=patience, spool_places=places, presence=presence)
+        places = [path, *files.state_places(str(path))]  # the others if the database's folder is full or gone
+        super().__init__(str(path), patience=patience, spool_places=places, presence=presence or Presence(path))
         self.path = path
         self._clock = clock
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lbr-sqlite")
@@ -208,19 +206,15 @@ class SQLiteDatabase(Database):
         if size < WAL_LIMIT_BYTES or time.monotonic() < self._unfinished_checkpoint + pause:
             return
         self._unfinished_checkpoint = time.monotonic()
-        # Another process may hold the lock, or this user may not open its file.
-        with suppress(OSError), files.locked(self.path, "checkpoint"):
-            if self._checkpoint(HASTY_READER_MS if hasty else READER_MS):
-                self._unfinished_checkpoint = float("-inf")
-
-    def _checkpoint(self, reader_ms: int) -> bool:
-        try:
-            self._pragma(f"busy_timeout = {reader_ms}")
-            return not self._pragma("wal_checkpoint(TRUNCATE)")
-        except DBAPIError:  # locked, or the disk is full; what does not pass, the next transaction reports
-            return False
-        finally:
-            self._pragma(f"busy_timeout = {BUSY_TIMEOUT_MS}")
+        # Another process may hold the lock, or this user may not open its file. The file may be locked, or the disk
+        # full: what does not pass, the next transaction reports.
+        with suppress(OSError, DBAPIError), files.locked(self.path, "checkpoint"):
+            try:
+                self._pragma(f"busy_timeout = {HASTY_READER_MS if hasty else READER_MS}")
+                if not self._pragma("wal_checkpoint(TRUNCATE)"):
+                    self._unfinished_checkpoint = float("-inf")
+            finally:
+                self._pragma(f"busy_timeout = {BUSY_TIMEOUT_MS}")
 
     async def prepare(self, *, create: bool) -> None:
         """Upgrade older tables; create missing ones only with `create`."""
@@ -384,12 +378,14 @@ def open_sqlite(
     synchronous = synchronous_in(url)
     files.check_location(path, create=create)
     files.check_file(path)
-    presence: Presence | None = None
-    if not allow_network_fs:
-        files.refuse_network_file_system(path)
-    elif files.is_network(files.file_system(path)):
-        # A lock there may look free to other machines while it is held.
-        presence = Presence()
+    kind = files.file_system(path)
+    if not allow_network_fs and files.is_network(kind):
+        raise UsageError(
+            f"expected {path} on a local disk, got: a network file system ({kind}), whose locks can fail and "
+            f"corrupt the database; {files.NETWORK_WAYS}, or insist with --allow-network-fs"
+        )
+    # A lock there may look free to other machines while it is held.
+    presence = Presence() if files.is_network(kind) else None
     return SQLiteDatabase(
         path, synchronous=synchronous, clock=clock or local_clock, patience=patience, presence=presence
     )
