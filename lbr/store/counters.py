@@ -55,7 +55,7 @@ def estimated(run_id: RunId, nanos: int) -> Deltas:
 
 
 def _adding(rows: Rows) -> Any:
-    adding = rows.insert_into(counters)
+    adding = rows.insert(counters)
     value = counters.c.value + adding.excluded.value
     return adding.on_conflict_do_update(index_elements=["run_id", "name", "shard"], set_={"value": value})
 

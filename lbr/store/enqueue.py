@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
-from sqlalchemy import bindparam, func, literal_column, select, update
+from sqlalchemy import bindparam, func, insert, literal_column, select, update
 
 from lbr.core.errors import RunChangedError, UsageError
 from lbr.core.types import JobState, RunState, canonical_json
@@ -54,10 +54,11 @@ _HELD_ANSWERS = (
 _COPIED = ("text", "model", "finish_reason", "input_tokens", "output_tokens", "cost_nanos", "latency_ms")
 
 
-def _copying(given: Rows) -> Any:
+def _copying(rows: Rows) -> Any:
     there = results.alias("there")
-    row = {"job_id": given["job"], "reused_from": given["source"]} | {name: there.c[name] for name in _COPIED}
-    return given.insert_into(results, row, where=[there.c.job_id == given["source"]])
+    copies = select(rows["job"], rows["source"], *(there.c[name] for name in _COPIED))
+    copies = copies.where(there.c.job_id == rows["source"])
+    return insert(results).from_select(["job_id", "reused_from", *_COPIED], copies)
 
 
 _COPY_RESULTS = BulkStatement({"job": jobs.c.id.type, "source": jobs.c.id.type}, _copying)

@@ -46,11 +46,6 @@ def lock_path(database: Path, purpose: str) -> Path:
     return database.with_name(f"{database.name}.{purpose}.lock")
 
 
-def locks_of(database: Path) -> list[Path]:
-    """Return the lock files beside a database, of any purpose."""
-    return sorted(database.parent.glob(f"{glob.escape(database.name)}.*.lock"))
-
-
 @contextmanager
 def locked(database: Path, purpose: str) -> Iterator[None]:
     """Hold a kernel lock on a file beside the database; a killed holder frees it at once.
@@ -270,7 +265,7 @@ async def remove_unused(path: Path, *, run: str, query: str) -> bool:
         removed = _remove_if_sole(path, run, query)
         if removed:
             # A process that waits for one of these locks notices that it is gone, and makes a new one.
-            for lock in locks_of(path):
+            for lock in path.parent.glob(f"{glob.escape(path.name)}.*.lock"):
                 lock.unlink(missing_ok=True)
     return removed
 

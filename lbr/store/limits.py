@@ -78,7 +78,7 @@ _AHEAD: ColumnElement[int] = literal_column(str(MAX_AHEAD_MS))
 
 
 def _cooling(rows: Rows) -> Any:
-    adding = rows.insert_into(limits)
+    adding = rows.insert(limits)
     return adding.on_conflict_do_update(
         index_elements=["answerer"],
         set_={"cooldown_until": adding.excluded.cooldown_until, "reason": adding.excluded.reason},

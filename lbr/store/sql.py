@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
 from random import SystemRandom
@@ -25,6 +26,7 @@ from sqlalchemy import (
     text,
     update,
 )
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import DBAPIError, StatementError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement, GenericFunction
@@ -50,6 +52,7 @@ PAGE = 2_500
 FIRST_PAGE = 500
 PAGE_BYTES = 8_000_000
 _ANY_SIZE = 2**31 - 1
+_SQLITE = sqlite.dialect(paramstyle="qmark")
 
 
 class _List(TypeDecorator[Any]):
@@ -133,25 +136,15 @@ def _as_sqlalchemy() -> Iterator[None]:
         raise DBAPIError.instance(None, None, error, sqlite3.Error, hide_parameters=True) from error
 
 
+@dataclass(frozen=True, slots=True)
 class Rows:
-    """The rows of a bulk statement: `rows["name"]` is a field of each of them."""
+    """The rows of a bulk statement: `rows["name"]` is a field of each of them, `insert` makes the INSERT of them all."""
 
-    def __init__(self, fields: Mapping[str, ColumnElement[Any]], insert: Callable[..., Any], *, arrays: bool) -> None:
-        self._fields = fields
-        self._insert = insert
-        self._arrays = arrays
+    fields: Mapping[str, ColumnElement[Any]]
+    insert: Callable[[Table], Any]
 
     def __getitem__(self, name: str) -> ColumnElement[Any]:
-        return self._fields[name]
-
-    def insert_into(
-        self, table: Table, values: Mapping[str, ColumnElement[Any]] | None = None, *, where: Sequence[Any] = ()
-    ) -> Any:
-        """Return the INSERT of each row's `values`, or of its fields under their names, joined as `where` says."""
-        row = dict(self._fields if values is None else values)
-        if not self._arrays and not where:
-            return self._insert(table).values(row)
-        return self._insert(table).from_select(list(row), select(*row.values()).where(*where), include_defaults=False)
+        return self.fields[name]
 
 
 class BulkStatement:
@@ -164,10 +157,8 @@ class BulkStatement:
     @cached_property
     def each(self) -> Any:
         """The statement for one row at a time."""
-        from sqlalchemy.dialects.sqlite import insert  # noqa: PLC0415 - load only the dialect in use
-
         fields = {name: bindparam(name, type_=type_) for name, type_ in self._types.items()}
-        return self._build(Rows(fields, insert, arrays=False))
+        return self._build(Rows(fields, lambda table: sqlite.insert(table).values(fields)))
 
     @cached_property
     def _direct(self) -> tuple[str, Callable[[tuple[Any, ...]], tuple[Any, ...]] | None]:
@@ -175,9 +166,7 @@ class BulkStatement:
 
         sqlite3 gets both as they are, because SQLAlchemy takes as long for a row as SQLite takes to write it.
         """
-        from sqlalchemy.dialects.sqlite import dialect  # noqa: PLC0415 - see `each`
-
-        compiled = self.each.compile(dialect=dialect(paramstyle="qmark"))
+        compiled = self.each.compile(dialect=_SQLITE)
         names = list(self._types)
         places = [names.index(name) for name in compiled.positiontup or []]
         return str(compiled), None if places == list(range(len(names))) else itemgetter(*places)
@@ -185,12 +174,13 @@ class BulkStatement:
     @cached_property
     def whole(self) -> Any:
         """The statement for arrays, one for each field, named `all_` and the field."""
-        from sqlalchemy.dialects.postgresql import insert  # noqa: PLC0415 - see `each`
+        from sqlalchemy.dialects.postgresql import insert  # noqa: PLC0415 - slow to load, and not needed for a file
 
         arrays = [bindparam(f"all_{name}", type_=ARRAY(type_, dimensions=1)) for name, type_ in self._types.items()]
         columns = [column(name, type_) for name, type_ in self._types.items()]
         rows = func.unnest(*arrays).table_valued(*columns, name="given").render_derived()
-        return self._build(Rows(dict(rows.c.items()), insert, arrays=True))
+        fields = dict(rows.c.items())
+        return self._build(Rows(fields, lambda table: insert(table).from_select(list(fields), select(rows))))
 
     def run(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> int:
         """Run the statement for all of the rows; return how many rows it changed."""
@@ -219,7 +209,7 @@ class Inserting(BulkStatement):
 
     def __init__(self, table: Table, *names: str, unless: str | None = None) -> None:
         def build(rows: Rows) -> Any:
-            adding = rows.insert_into(table)
+            adding = rows.insert(table)
             return adding if unless is None else adding.on_conflict_do_nothing(index_elements=[unless])
 
         super().__init__(types_of(table, *names), build)
@@ -247,14 +237,11 @@ class PreparedQuery:
     @cached_property
     def _direct(self) -> tuple[str, list[tuple[Any, Callable[[Any], Any] | None]]]:
         """The text, and for each of its places the parameter and what converts its value."""
-        from sqlalchemy.dialects.sqlite import dialect  # noqa: PLC0415 - see `BulkStatement.each`
-
-        sqlite = dialect(paramstyle="qmark")
-        compiled = self.statement.compile(dialect=sqlite)
+        compiled = self.statement.compile(dialect=_SQLITE)
         if compiled.literal_execute_params or compiled.post_compile_params:
             raise TypeError("expected a statement whose text never changes, got: one that depends on its values")
         bound = [compiled.binds[name] for name in compiled.positiontup or []]
-        return str(compiled), [(one, one.type.bind_processor(sqlite)) for one in bound]
+        return str(compiled), [(one, one.type.bind_processor(_SQLITE)) for one in bound]
 
     def all(self, connection: Connection, values: Mapping[str, Any]) -> Sequence[tuple[Any, ...]]:
         """Run it and return the rows, as tuples."""

@@ -102,7 +102,7 @@ class SQLiteDatabase(Database):
         self._unfinished_checkpoint = float("-inf")
 
     def _open(self) -> sqlite3.Connection:
-        self._log = None
+        self._log, self._data_version = None, -1
         return sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_MS / 1000, isolation_level=None, check_same_thread=False)
 
     @cached_property
