@@ -78,8 +78,9 @@ def check_output(path: str | None) -> None:
         target = _target(path)
         if target.is_dir():
             raise UsageError(f"the output {path or '.'} is a folder; add a file name")
-        # /dev/stdout may lead to a file, which would be replaced instead of written to.
-        if os.path.abspath(path).startswith(("/dev/", "/proc/")) or (target.exists() and not target.is_file()):
+        # /dev/stdout may lead to a file, which would be replaced instead of written to; /dev/shm holds files.
+        is_device = re.match("/dev/(?!shm/)|/proc/", os.path.abspath(path))
+        if is_device or (target.exists() and not target.is_file()):
             raise UsageError(
                 f"the output {path} is a device or a pipe; name a file, or use `lbr collect RUN -o -`, which writes to stdout"
             )

@@ -31,6 +31,7 @@ from lbr.io.writers import (
     open_writer,
     output_lock,
 )
+from tests.support import Cli
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -128,6 +129,12 @@ class TestCheckOutput:
         """What stdout goes to may be a file, which is not replaced behind its back."""
         with pytest.raises(UsageError, match=r"is a device or a pipe; name a file, or .* -o -`"):
             check_output(name)
+
+    def test_a_file_in_memory_passes(self) -> None:
+        """Not all that is in /dev is a device."""
+        if not os.access("/dev/shm", os.W_OK):
+            pytest.skip("there is no /dev/shm")
+        check_output(f"/dev/shm/lbr-test-{os.getpid()}.jsonl")
 
     @pytest.mark.parametrize(
         ("name", "message"),
@@ -474,22 +481,20 @@ class TestFailures:
     @pytest.mark.parametrize("format_", [OutputFormat.JSONL, OutputFormat.CSV])
     @pytest.mark.parametrize("count", [1, 50_000])
     @pytest.mark.processes
-    def test_a_full_disk_at_stdout(self, format_: OutputFormat, count: int) -> None:
+    def test_a_full_disk_at_stdout(self, tmp_path: Path, format_: OutputFormat, count: int) -> None:
         """A full disk behind stdout is an error whether it shows while writing or at the end."""
-        code = (
-            "import os, sys; from lbr.io.writers import open_writer, OutputFormat\n"
-            "from lbr.core.types import Prompt, Row\n"
-            "try:\n"
-            "    with open_writer(None, OutputFormat(sys.argv[1])) as writer:\n"
-            "        writer.write([Row(0, 'k', Prompt(text='one'), 'done')] * int(sys.argv[2]))\n"
-            "except Exception as error:\n"
-            "    print(type(error).__name__, error, file=sys.stderr, flush=True)\n"
-            "os._exit(0)\n"
-        )
-        command = [sys.executable, "-c", code, format_, str(count)]
-        with Path("/dev/full").open("wb") as full:
-            ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=True, timeout=60)
-        assert ended.stderr == (
+        code = f"""
+            import os, sys; from lbr.io.writers import open_writer, OutputFormat
+            from lbr.core.types import Prompt, Row
+            os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+            try:
+                with open_writer(None, OutputFormat({format_.value!r})) as writer:
+                    writer.write([Row(0, 'k', Prompt(text='one'), 'done')] * {count})
+            except Exception as error:
+                print(type(error).__name__, error, file=sys.stderr, flush=True)
+            os._exit(0)
+        """
+        assert Cli(tmp_path).python(code).stderr == (
             "OutputError cannot write stdout: No space left on device; make room, or choose another file with -o\n"
         )
 
@@ -498,25 +503,25 @@ class TestFailures:
     @pytest.mark.processes
     def test_a_full_disk_under_a_file(self, tmp_path: Path, format_: OutputFormat, count: int) -> None:
         """A file that cannot take its rows is an error with its name, and the old file stays."""
-        code = (
-            "import resource, signal, sys; from lbr.io.writers import open_writer, OutputFormat\n"
-            "from lbr.core.types import Prompt, Row\n"
-            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n"
-            "try:\n"
-            "    with open_writer(sys.argv[1], OutputFormat(sys.argv[2])) as writer:\n"
-            "        writer.write([Row(0, 'k', Prompt(text='one'), 'done')] * int(sys.argv[3]))\n"
-            "except Exception as error:\n"
-            "    print(type(error).__name__, error)\n"
-        )
-        path = tmp_path / "out"
+        path = tmp_path / "here" / "out"
+        path.parent.mkdir()
         path.write_text("old")
-        command = [sys.executable, "-c", code, str(path), format_, str(count)]
-        ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        code = f"""
+            import resource, signal, sys; from lbr.io.writers import open_writer, OutputFormat
+            from lbr.core.types import Prompt, Row
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+            try:
+                with open_writer({str(path)!r}, OutputFormat({format_.value!r})) as writer:
+                    writer.write([Row(0, 'k', Prompt(text='one'), 'done')] * {count})
+            except Exception as error:
+                print(type(error).__name__, error)
+        """
+        ended = Cli(tmp_path).python(code)
         assert ended.stdout == (
             f"OutputError cannot write {path}: File too large; make room, or choose another file with -o\n"
         )
-        assert (names(tmp_path), path.read_text(), ended.stderr) == (["out"], "old", "")
+        assert (names(path.parent), path.read_text(), ended.stderr) == (["out"], "old", "")
 
     @pytest.mark.parametrize("writer_class", [JsonlWriter, CsvWriter])
     def test_a_broken_pipe_is_left_to_the_caller(self, writer_class: type[JsonlWriter | CsvWriter]) -> None:
