@@ -61,11 +61,11 @@ class Calls:
 
 
 @pytest.fixture(params=DIRECTIONS)
-def urls(request: pytest.FixtureRequest, tmp_path: Path, new_database: Callable[[], str]) -> tuple[str, str]:
-    """Return the URLs of two databases without a queue."""
+def urls(request: pytest.FixtureRequest, tmp_path: Path, new_queue: Callable[[], str]) -> tuple[str, str]:
+    """Return the URLs of two queues: empty ones on PostgreSQL, files that do not exist yet with SQLite."""
 
     def url(kind: str, name: str) -> str:
-        return new_database() if kind == "postgresql" else f"sqlite:///{tmp_path / name}"
+        return new_queue() if kind == "postgresql" else f"sqlite:///{tmp_path / name}"
 
     source, target = request.param.split(" to ")
     return url(source, "source.db"), url(target, "target.db")

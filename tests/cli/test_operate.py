@@ -123,15 +123,18 @@ async def test_a_run_is_removed_from_python(cli: Cli) -> None:
     assert await lbr.remove("first", db_url=cli.outside_url) == 2
 
 
-@pytest.mark.parametrize("reason", ["it may cost too much", "moving to a new laptop", "its calls report no cost"])
-def test_a_reason_is_only_words(cli: Cli, reason: str) -> None:
+@pytest.mark.parametrize("db_url", ["sqlite"], indirect=True)
+def test_a_reason_is_only_words(cli: Cli) -> None:
     """Whatever a user gives as the reason of a pause, the advice is that of a user's pause."""
     enqueue(cli, "r", ["a"])
-    cli("pause", "r", "--reason", reason)
-    (now,) = json.loads(cli("status", "r", "--json").stdout)["runs"]
-    assert (now["state"], now["pause_cause"], now["pause_message"]) == ("paused", "user", reason)
-    assert f"  paused: {reason}; `lbr resume r` lets it go on\n" in cli("status", "r").stdout
-    assert "--max-cost" not in cli("worker", "--run", "r", check=False).stderr
+    for reason in ("it may cost too much", "moving to a new laptop", "its calls report no cost"):
+        cli("pause", "r", "--reason", reason)
+        (now,) = json.loads(cli("status", "r", "--json").stdout)["runs"]
+        assert (now["state"], now["pause_cause"], now["pause_message"]) == ("paused", "user", reason)
+        assert f"  paused: {reason}; `lbr resume r` lets it go on\n" in cli("status", "r").stdout
+        assert "--max-cost" not in cli("worker", "--run", "r", check=False).stderr
+        cli("resume", "r")
+    cli("pause", "r")
     cli("cancel", "r")
     cli("retry", "r")
     assert cli("worker", "--run", "r").returncode == 0

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import pytest
 
+from tests.support import Cli
+
 if TYPE_CHECKING:
-    from tests.support import Cli
+    from pathlib import Path
 
 ODD = [f"{mark} first, then" for mark in f"{string.punctuation} \t\n5"] + [
     "two\nlines",
@@ -49,6 +51,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "UTF-16": {"encoding": "utf-16"},
     "pandas index, semicolons, UTF-16": {"index": True, "sep": ";", "encoding": "utf-16"},
 }
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    """Return a driver with a queue in a file: tables are read and written alike whatever the database."""
+    return Cli(tmp_path)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

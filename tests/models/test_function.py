@@ -26,12 +26,11 @@ from lbr.models.identity import SCHEME, identify, name_function
 from lbr.store import enqueue as queueing
 from lbr.store import reads, runs, schema
 from lbr.store.database import opened
+from tests.support import Cli
 from tests.support.callables import AsyncCaller, Caller, coroutine_maker, shout, shout_later, two
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from tests.support import Cli
 
 CONTEXT: contextvars.ContextVar[str] = contextvars.ContextVar("CONTEXT", default="none")
 ITSELF: list[Any] = []
@@ -459,6 +458,12 @@ def folder(cli: Cli) -> Path:
     (cli.folder / "in.txt").write_text("hello\n")
     (cli.folder / "obj.py").write_text(textwrap.dedent(OBJECTS))
     return cli.folder
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    """Return a driver with a queue in a file: who answers is decided before the database is asked."""
+    return Cli(tmp_path, db_url=f"sqlite:///{tmp_path / 'queue.db'}")
 
 
 def python(cli: Cli, program: str) -> subprocess.CompletedProcess[str]:

@@ -779,7 +779,6 @@ class Thing: pass
 class Voice: tone: object
 def named(text): return text
 from lbr.models.identity import identify
-from tests.support import ROOT
 for f in (make({{"one", "two", "three"}}, "e"), make((Thing(), named), {{1.5: b"x"}}), named,
           functools.partial(named, text=frozenset("abc")), lambda t: t,
           make(Voice({{"one", "two"}}), (re.compile("a"), pathlib.Path("b"), datetime.timedelta(1)))):

@@ -196,7 +196,12 @@ def test_enqueue_killed_in_the_middle_is_completed(cli: Cli) -> None:
     recount(cli)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+# What a signal does is the same for both databases: each signal once, and each database.
+@pytest.mark.parametrize(
+    ("db_url", "number"),
+    [*(("sqlite", number) for number in SIGNALS), ("postgresql", signal.SIGTERM)],
+    indirect=["db_url"],
+)
 def test_drain_on_signal(cli: Cli, number: signal.Signals) -> None:
     """Told to stop, a worker finishes what is in flight, leaves the rest pending and charges nothing."""
     write(cli.folder, [f"p{n}" for n in range(300)])
@@ -214,7 +219,11 @@ def test_drain_on_signal(cli: Cli, number: signal.Signals) -> None:
     recount(cli)
 
 
-@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("db_url", "first"),
+    [("sqlite", signal.SIGTERM), ("sqlite", signal.SIGHUP), ("postgresql", signal.SIGTERM)],
+    indirect=["db_url"],
+)
 def test_second_signal_releases_at_once(cli: Cli, first: signal.Signals) -> None:
     """A second signal gives the calls in flight back without waiting for them."""
     write(cli.folder, ["a", "b", "c"])
