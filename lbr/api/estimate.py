@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,7 +93,11 @@ async def estimate(
     """
     fields = {"instructions": instructions, "template": template, "settings": settings, "schema": schema}
     task = model_task(model, env=load_environment(Path.cwd()), result_type=result_type, **fields)
-    limits = _checked_limits(rpm=rpm, tpm=tpm, concurrency=concurrency, seconds_per_call=seconds_per_call)
+    limits: dict[str, Any] = {"rpm": rpm, "tpm": tpm, "concurrency": concurrency, "seconds_per_call": seconds_per_call}
+    at_least_one("concurrency", concurrency)
+    positive("seconds_per_call", seconds_per_call)
+    for name in [name for name in ("rpm", "tpm") if limits[name] is not None]:
+        positive(name, limits[name])
     per_call, length_from = answer_length(task, output_tokens)
     given_price = None if price is None else read_price(price)
     source = Source(
@@ -129,15 +132,6 @@ async def estimate(
         bound_by=bound_by,
         **limits,
     )
-
-
-def _checked_limits(**limits: Any) -> dict[str, Any]:
-    for name, value in limits.items():
-        if name == "concurrency":
-            at_least_one(name, value)
-        elif value is not None or name == "seconds_per_call":
-            positive(name, value)
-    return limits
 
 
 def count_inputs(items: Iterable[Item], task: Task) -> tuple[int, int, int]:
@@ -178,7 +172,6 @@ def time_at_limits(calls: int, tokens: int, limits: Mapping[str, Any]) -> tuple[
     return times[bound_by], bound_by
 
 
-def rounded(nanos: float, digits: int = 4) -> int:
+def rounded(nanos: float) -> int:
     """Return an amount with the few digits that an estimate deserves."""
-    whole = round(nanos)
-    return whole if whole == 0 else round(whole, digits - 1 - math.floor(math.log10(abs(whole))))
+    return round(float(f"{nanos:.4g}"))

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from lbr.core.config import default_model
 from lbr.core.errors import UsageError
 from lbr.core.schema import import_type, schema_of
 from lbr.core.types import Task, canonical_json
@@ -115,8 +114,8 @@ def _imported(result_type: Any) -> Any:
 
 
 def _model_name(model: str | None, env: Mapping[str, str], ways: str) -> str:
-    name = model or default_model(env)
-    if name is None:
+    name = model or env.get("MODEL", "").strip()
+    if not name:
         raise UsageError(f"no model given. {ways}")
     return model_string(name)
 

@@ -67,11 +67,6 @@ def hide_user(url: str) -> str:
     return re.sub(r"[^/@\s]*@", "…@", url)
 
 
-def default_model(env: Mapping[str, str]) -> str | None:
-    """Return the model that the environment names, None if MODEL is unset or blank."""
-    return env.get("MODEL", "").strip() or None
-
-
 def positive(name: str, value: Any, *, or_zero: bool = False) -> float:
     """Return the value. Raises UsageError if it is no finite number above zero."""
     is_number = isinstance(value, Real) and not isinstance(value, bool)

@@ -5,6 +5,7 @@ Each worker counts its own refusals; what all workers know of a model is one row
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from lbr.core.text import duration
 from lbr.core.types import JobState, PauseCause, Paused, WorkerId
 
 if TYPE_CHECKING:
-    from lbr.core.types import Failure, JobId, Outcome, Settlement
+    from lbr.core.types import Failure, JobId, Outcome, RunId, Settlement
 
 REFUSALS = 5
 """This many refusals without a success between them are no accident."""
@@ -28,11 +29,10 @@ TURN_MS = 2_000
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What one worker saw of a model: refusals, with no success of its own since the first.
+    """What one worker saw of a model: its latest refusals, at most REFUSALS, with no success of its own since the first.
 
-    `jobs` is how many jobs they were of, at most JOBS; the first was `first_ms` ago. `unsuccessful_ms` is how long this
-    worker has had no success, and `succeeded` whether it ever had one. `patience_ms` is how long its user waits for an
-    outage to end.
+    They were of `jobs` different jobs; the first was `first_ms` ago. `unsuccessful_ms` is how long this worker has had
+    no success, and `succeeded` whether it ever had one. `patience_ms` is how long its user waits for an outage to end.
     """
 
     worker: WorkerId
@@ -49,47 +49,38 @@ _NO_EVIDENCE = Evidence(WorkerId(0), 0, 0, 0, 0, succeeded=False, patience_ms=0)
 
 @dataclass(slots=True)
 class Suspicion:
-    """The refusals of one model that a worker has seen since its last success. Times are seconds of one clock."""
+    """When a model refused calls of which jobs: the latest, since the last success. Times are seconds of one clock."""
 
     started: float
-    first: float = 0.0
-    refusals: int = 0
-    jobs: set[JobId] = field(default_factory=set)
     last_success: float | None = None
+    refusals: deque[tuple[float, JobId]] = field(default_factory=lambda: deque(maxlen=REFUSALS))
 
     @property
     def is_evidence(self) -> bool:
         """Whether the refusals seen so far are more than an accident."""
-        return self.refusals >= REFUSALS
-
-    def clear(self) -> None:
-        """Forget the refusals, because the model was reached since."""
-        self.refusals, self.jobs = 0, set()
+        return len(self.refusals) == REFUSALS
 
     def note(self, job_id: JobId, outcome: Outcome, now: float) -> bool:
         """Count a call that ended now; return whether it was refused."""
         if outcome.is_paid:
             self.last_success = now
             # Only a call that began later shows that the model is there.
-            if self.refusals and now - outcome.latency_ms / 1000 >= self.first:
-                self.clear()
+            if self.refusals and now - outcome.latency_ms / 1000 >= self.refusals[0][0]:
+                self.refusals.clear()
             return False
         if outcome.failure is None or not is_refused(outcome.failure):
             return False
-        self.first = self.first if self.refusals else now
-        self.refusals += 1
-        if len(self.jobs) < JOBS:
-            self.jobs.add(job_id)
+        self.refusals.append((now, job_id))
         return True
 
     def evidence(self, worker: WorkerId, now: float, *, patience: float) -> Evidence:
-        """Return what has been seen; `patience` is in seconds."""
+        """Return what has been seen after a refusal; `patience` is in seconds."""
         since = self.started if self.last_success is None else self.last_success
         return Evidence(
             worker,
-            self.refusals,
-            len(self.jobs),
-            round((now - self.first) * 1000),
+            len(self.refusals),
+            len({job_id for _, job_id in self.refusals}),
+            round((now - self.refusals[0][0]) * 1000),
             round((now - since) * 1000),
             self.last_success is not None,
             round(patience * 1000),
@@ -121,14 +112,15 @@ class ModelState:
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """The jobs of a model's active runs: `open`, neither answered nor given up, and `done`.
+    """The jobs of a model's active runs: `open`, neither answered nor given up, in these `runs`, and `done`.
 
     `others` is how many calls workers other than the prober have in flight.
     """
 
-    open: int
-    done: int
+    open: int = 0
+    done: int = 0
     others: int = 0
+    runs: frozenset[RunId] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +128,7 @@ class Judgement:
     """What follows from one ended call: its settlement, uncharged if the job is not to blame, and the model's state.
 
     `pause` is why to pause all runs of the model, `notice` a line for the log. With `alone`, other workers reach the
-    model and this one does not. With `reached`, a worker has reached it since this worker's first refusal.
+    model and this one does not.
     """
 
     settlement: Settlement
@@ -144,7 +136,6 @@ class Judgement:
     pause: Paused | None = None
     notice: str | None = None
     alone: bool = False
-    reached: bool = False
 
 
 def is_refused(failure: Failure) -> bool:
@@ -159,63 +150,64 @@ def _is_denied(failure: Failure) -> bool:
 def judge(settlement: Settlement, model: str, state: ModelState, backlog: Backlog, now: int) -> Judgement:
     """Judge one ended call by what all workers know of its model, and update that."""
     failure, evidence = settlement.outcome.failure, settlement.evidence or _NO_EVIDENCE
+    probes = settlement.claim.probe and state.since is not None
     if failure is None or not is_refused(failure):
         # A probe that was cut off or timed out found no working server either.
-        probing = settlement.claim.probe and state.since is not None
-        if probing and failure is not None and failure.family is Family.TRANSIENT:
+        if probes and failure is not None and failure.family is Family.TRANSIENT:
             return _still_away(settlement, failure, model, state, backlog, now)
-        return _reached(settlement, model, state, now)
+        return _reached(settlement, model, state, now) if probes else Judgement(settlement, state)
     if _is_of_the_job(failure, evidence, backlog):
         # One of the last jobs; from now on they are tried as any other.
         return Judgement(settlement, replace(state, since=None) if settlement.claim.probe else state)
     if state.since is not None:
-        return _still_away(settlement, failure, model, state, backlog, now)
-    # Evidence from before the end of the last outage says nothing about now.
-    stale = state.recovered_at is not None and now - evidence.first_ms <= state.recovered_at
-    reached = stale and settlement.evidence is not None
-    if stale or not _is_enough(failure, evidence, backlog):
+        if probes:
+            return _still_away(settlement, failure, model, state, backlog, now)
+        return Judgement(_uncharged(settlement, failure), state)
+    if not _is_enough(failure, evidence, state, backlog, now):
         if _may_be_outage(settlement, failure, evidence, backlog):
             settlement = _uncharged(settlement, failure, wait_ms=RETRY_MS)
-        return Judgement(settlement, state, reached=reached)
+        return Judgement(settlement, state)
     settlement = _uncharged(settlement, failure)
     if _others_succeed(state, evidence, now):
         return Judgement(settlement, state, alone=True)
+    worker, patience_ms = evidence.worker, evidence.patience_ms
+    away = replace(state, since=now, worker=worker, recognised_by=worker, waited_ms=0, patience_ms=patience_ms)
     notice = (
         f"{model}: {failure.message}; no call gets through, so all workers wait, and one probes in "
         f"{duration(FIRST_WAIT_MS / 1000)}"
     )
-    return Judgement(settlement, _recognised(evidence, failure.message, state, backlog, now), notice=notice)
+    return Judgement(settlement, _waiting(away, failure, FIRST_WAIT_MS, backlog, now), notice=notice)
 
 
 def _reached(settlement: Settlement, model: str, state: ModelState, now: int) -> Judgement:
-    if not settlement.claim.probe or state.since is None:
-        return Judgement(settlement, state)
     after = replace(state, since=None, recovered_by=state.worker, recovered_at=now)
-    notice = f"{model} answers again, after {duration((now - state.since) / 1000)}"
+    notice = f"{model} answers again, after {duration((now - (state.since or now)) / 1000)}"
     return Judgement(settlement, after, notice=notice)
 
 
 def _still_away(
     settlement: Settlement, failure: Failure, model: str, state: ModelState, backlog: Backlog, now: int
 ) -> Judgement:
-    """Judge a call that failed in an outage: only a probe says more than is known."""
+    """Judge a probe that failed."""
     kept = _uncharged(settlement, failure)
-    if not settlement.claim.probe:
-        return Judgement(kept, state)
+    wait = min(MAX_WAIT_MS, 2 * state.wait_ms)
     if _is_denied(failure) and not backlog.others and backlog.done <= state.done:
         # Otherwise a worker with a better key may be busy with long calls: its turn to probe comes.
         pause = Paused(PauseCause.ACCOUNT, f"{failure.error}: {failure.message}")
-        return Judgement(kept, replace(state, since=None), pause)
-    wait = min(MAX_WAIT_MS, 2 * state.wait_ms)
-    # Waits count, not the clock, because laptops sleep.
-    if state.waited_ms + wait >= state.patience_ms:
+    elif state.waited_ms + wait >= state.patience_ms:  # waits, not the clock, because laptops sleep
         waited = duration(state.waited_ms / 1000)
-        words = f"{model} could not be reached in {waited} of waits: {failure.message}"
-        return Judgement(kept, replace(state, since=None), Paused(PauseCause.OUTAGE, words))
-    waited_ms, probe_at, reason = state.waited_ms + wait, now + wait, failure.message
-    after = replace(state, reason=reason, probe_at=probe_at, wait_ms=wait, waited_ms=waited_ms, done=backlog.done)
-    notice = f"{model}: {failure.message}; the next probe is in {duration(wait / 1000)}"
-    return Judgement(kept, after, notice=notice)
+        pause = Paused(PauseCause.OUTAGE, f"{model} could not be reached in {waited} of waits: {failure.message}")
+    else:
+        notice = f"{model}: {failure.message}; the next probe is in {duration(wait / 1000)}"
+        return Judgement(kept, _waiting(state, failure, wait, backlog, now), notice=notice)
+    return Judgement(kept, replace(state, since=None), pause)
+
+
+def _waiting(state: ModelState, failure: Failure, wait_ms: int, backlog: Backlog, now: int) -> ModelState:
+    waited_ms, reason = state.waited_ms + wait_ms, failure.message
+    return replace(
+        state, reason=reason, probe_at=now + wait_ms, wait_ms=wait_ms, waited_ms=waited_ms, done=backlog.done
+    )
 
 
 def _is_of_the_job(failure: Failure, evidence: Evidence, backlog: Backlog) -> bool:
@@ -226,7 +218,9 @@ def _is_of_the_job(failure: Failure, evidence: Evidence, backlog: Backlog) -> bo
     return evidence.succeeded or (backlog.done > 0 and failure.symptom is not Symptom.DENIED)
 
 
-def _is_enough(failure: Failure, evidence: Evidence, backlog: Backlog) -> bool:
+def _is_enough(failure: Failure, evidence: Evidence, state: ModelState, backlog: Backlog, now: int) -> bool:
+    if state.recovered_at is not None and now - evidence.first_ms <= state.recovered_at:
+        return False  # it is from before the end of the last outage
     # No prompt has its connection refused, so these refusals need not be of different jobs.
     jobs = 1 if failure.symptom is Symptom.UNREACHABLE else min(JOBS, backlog.open)
     return evidence.refusals >= REFUSALS and evidence.jobs >= jobs
@@ -247,21 +241,6 @@ def _others_succeed(state: ModelState, evidence: Evidence, now: int) -> bool:
         and state.recognised_by == evidence.worker
         and state.recovered_by != evidence.worker
         and state.recovered_at > now - evidence.unsuccessful_ms
-    )
-
-
-def _recognised(evidence: Evidence, reason: str, before: ModelState, backlog: Backlog, now: int) -> ModelState:
-    return replace(
-        before,
-        since=now,
-        reason=reason,
-        worker=evidence.worker,
-        recognised_by=evidence.worker,
-        probe_at=now + FIRST_WAIT_MS,
-        wait_ms=FIRST_WAIT_MS,
-        waited_ms=FIRST_WAIT_MS,
-        patience_ms=evidence.patience_ms,
-        done=backlog.done,
     )
 
 

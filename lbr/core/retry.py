@@ -68,17 +68,10 @@ def storable(text: str) -> str:
 
 def storable_usage(usage: Usage) -> Usage:
     """Leave out numbers that cannot be the usage of one call: negative, or implausibly large."""
-
-    def plausible(number: int | None, most: int) -> int | None:
-        return number if number is not None and 0 <= number <= most else None
-
     if usage is NO_USAGE:
         return usage
-    return Usage(
-        plausible(usage.input_tokens, MAX_TOKENS),
-        plausible(usage.output_tokens, MAX_TOKENS),
-        plausible(usage.cost_nanos, MAX_NANOS),
-    )
+    counts = ((usage.input_tokens, MAX_TOKENS), (usage.output_tokens, MAX_TOKENS), (usage.cost_nanos, MAX_NANOS))
+    return Usage(*(count if count is not None and 0 <= count <= most else None for count, most in counts))
 
 
 def _message(error: BaseException) -> str:

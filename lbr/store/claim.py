@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import bindparam, case, func, literal_column, select, update
@@ -123,14 +123,9 @@ def claim(connection: Connection, now: Millis, request: ClaimRequest) -> list[Cl
     """Claim due jobs. Runs that are not active and models that cool down are passed over; other limits are kept."""
     capacity = load_capacity(connection, request.run_ids, now, request.worker, lock=True)
     rows, tokens = _take(connection, capacity, request)
-    claims = _with_prompts(connection, rows, tokens, now)
-    if capacity.probed:
-        claims = [replace(one, probe=True) if one.run_id in capacity.probed.values() else one for one in claims]
-        probes = {who: one for who, run_id in capacity.probed.items() for one in claims if one.run_id == run_id}
-        note_probes(connection, probes, request.worker)
-    throttled = {run_id for run_id in capacity.answerers if capacity.is_throttled(run_id)}
-    if throttled:
-        claims = [replace(one, throttled=True) if one.run_id in throttled else one for one in claims]
+    claims = _with_prompts(connection, capacity, rows, tokens)
+    probes = {capacity.answerers[one.run_id]: one for one in claims if one.probe}
+    note_probes(connection, probes, request.worker)
     capacity.save(connection)
     if claims:
         counters.add(connection, _deltas(claims))
@@ -212,12 +207,16 @@ def _size(row: AnyRow, extra: int, bound: CallBound | None) -> _Size:
     return _Size(extra + tokens, bound.nanos(tokens, max_output_tokens(own)))
 
 
-def _with_prompts(connection: Connection, rows: list[_Claimed], tokens: Mapping[int, int], now: Millis) -> list[Claim]:
+def _with_prompts(
+    connection: Connection, capacity: Capacity, rows: list[_Claimed], tokens: Mapping[int, int]
+) -> list[Claim]:
     """Read, in the claim's own transaction, what its worker needs to make the calls."""
     if not rows:
         return []
     found = {row[0]: row for row in PROMPTS.all(connection, {"ids": [row.id for row in rows]})}
-    histories = _histories(connection, [row for row in rows if row.claim_seq > row.retry_seq + 1], now)
+    histories = _histories(connection, [row for row in rows if row.claim_seq > row.retry_seq + 1], capacity.now)
+    throttled = {run_id for run_id in capacity.answerers if capacity.is_throttled(run_id)}
+    probed = set(capacity.probes.values())
     claims = []
     for job_id, run_id, claim_seq, _, attempts_, crashes in sorted(rows):
         if job_id not in found:
@@ -234,7 +233,9 @@ def _with_prompts(connection: Connection, rows: list[_Claimed], tokens: Mapping[
                 key,
                 histories.get(job_id, NO_HISTORY),
                 tokens=tokens.get(job_id, 0),
+                throttled=run_id in throttled,
                 settings=None if settings is None else json_object(settings, "settings of a job"),
+                probe=run_id in probed,
             )
         )
     return claims

@@ -13,9 +13,9 @@ from lbr.store.schema import attempts, counters, jobs, results, runs
 from lbr.store.sql import BulkStatement, Rows, shard, take_turns, types_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
-    from sqlalchemy import ColumnElement, Connection, Select
+    from sqlalchemy import ColumnElement, Connection
 
     from lbr.core.types import Millis
     from lbr.store.schema import AnyRow
@@ -104,32 +104,24 @@ FIXING = RunId(0)
 _USAGE = (INPUT_TOKENS, OUTPUT_TOKENS, COST_NANOS)
 _NOT_IN_ROWS = frozenset({ANSWERED, UNPRICED})
 """Which attempts were paid for is known when they are settled; their rows do not show it."""
-_NULL: ColumnElement[Any] = null()
-_ZERO: ColumnElement[Any] = literal_column("0")
-
-
-_FACTS = dict.fromkeys(("state", "what", "family", "counter"), _NULL)
-
-
-def _rows(usage: Callable[[str], ColumnElement[Any]], **facts: ColumnElement[Any]) -> Select[Any]:
-    named = _FACTS | {"total": func.count(), "reused": _ZERO}
-    named |= facts | {name: usage(name) for name in _USAGE}
-    groups = [column for name, column in facts.items() if name != "reused"]
-    columns = (column.label(name) for name, column in named.items())
-    return select(jobs.c.run_id, *columns).group_by(jobs.c.run_id, *groups)
-
-
-_KEPT = _FACTS | {"counter": counters.c.name, "total": func.sum(counters.c.value), "reused": _ZERO}
-_KEPT |= dict.fromkeys(_USAGE, _ZERO)
+_NO_USAGE: list[ColumnElement[int]] = [literal_column("0") for _ in _USAGE]
 _COUNTED = union_all(
-    _rows(lambda name: func.sum(attempts.c[name]), what=attempts.c.what, family=attempts.c.family).join_from(
-        attempts, jobs, attempts.c.job_id == jobs.c.id
+    select(
+        jobs.c.run_id, literal_column("'attempts'").label("source"), attempts.c.what.label("name"), attempts.c.family
+    )
+    .add_columns(func.count().label("total"), *(func.sum(attempts.c[name]).label(name) for name in _USAGE))
+    .join_from(attempts, jobs, attempts.c.job_id == jobs.c.id)
+    .group_by(jobs.c.run_id, attempts.c.what, attempts.c.family),
+    select(jobs.c.run_id, literal_column("'results'"), null(), null(), func.count(results.c.reused_from))
+    .add_columns(*(func.sum(own_usage(results.c[name])) for name in _USAGE))
+    .join_from(results, jobs, results.c.job_id == jobs.c.id)
+    .group_by(jobs.c.run_id),
+    select(jobs.c.run_id, literal_column("'jobs'"), jobs.c.state, null(), func.count(), *_NO_USAGE).group_by(
+        jobs.c.run_id, jobs.c.state
     ),
-    _rows(lambda name: func.sum(own_usage(results.c[name])), reused=func.count(results.c.reused_from)).join_from(
-        results, jobs, results.c.job_id == jobs.c.id
-    ),
-    _rows(lambda _: _ZERO, state=jobs.c.state),
-    select(counters.c.run_id, *_KEPT.values()).group_by(counters.c.run_id, counters.c.name),
+    select(counters.c.run_id, literal_column("'counters'"), counters.c.name, null(), func.sum(counters.c.value))
+    .add_columns(*_NO_USAGE)
+    .group_by(counters.c.run_id, counters.c.name),
 )
 """The rows, counted, and the counters: in one statement, which sees one moment in a writing transaction too."""
 
@@ -150,8 +142,8 @@ def recount(connection: Connection, _now: Millis) -> list[Drift]:
     kept: defaultdict[RunId, Counter[str]] = defaultdict(Counter)
     counted: defaultdict[RunId, Counter[str]] = defaultdict(Counter)
     for row in connection.execute(_COUNTED).all():
-        if row.counter is not None:
-            kept[RunId(row.run_id)][row.counter] = int(row.total)
+        if row.source == "counters":
+            kept[RunId(row.run_id)][row.name] = int(row.total)
         else:
             counted[RunId(row.run_id)].update(_counts_of(row))
     return [
@@ -177,16 +169,17 @@ def fix(connection: Connection, now: Millis) -> list[Drift]:
 
 def _counts_of(row: AnyRow) -> Counter[str]:
     """Return what one row of `_COUNTED` adds to its run's counts."""
-    found = Counter({name: int(getattr(row, name) or 0) for name in _USAGE} | {REUSED: row.reused})
-    if row.state is not None:
-        found[row.state] = row.total
+    found = Counter({name: int(getattr(row, name) or 0) for name in _USAGE})
+    if row.source != "attempts":
+        found[row.name or REUSED] = row.total
+        return found
     if row.family is not None:
         found[TRY + row.family] = row.total
-    if row.what in {STALE, CRASHED}:
-        found[row.what] = row.total
-    if row.what == CRASHED:
+    if row.name in {STALE, CRASHED}:
+        found[row.name] = row.total
+    if row.name == CRASHED:
         found[ESTIMATED_NANOS] = found[COST_NANOS]
     # An answer that was redone on request is among the attempts too, but did not fail.
-    if row.family is not None or row.what in {STALE, CRASHED}:
+    if row.family is not None or row.name in {STALE, CRASHED}:
         found[WASTED_NANOS] = found[COST_NANOS]
     return found

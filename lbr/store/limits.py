@@ -22,16 +22,16 @@ from lbr.store.counters import ANSWERED, COST_NANOS, ESTIMATED_NANOS, REUSED, UN
 from lbr.store.outages import waiting
 from lbr.store.runs import pausing
 from lbr.store.schema import SILENT_MS, attempts, counters, limits, outages, runs, workers
-from lbr.store.sql import BulkStatement, Inserting, PreparedQuery, Rows, Updating, any_of, types_of, wake_workers
+from lbr.store.sql import Inserting, PreparedQuery, Updating, any_of, wake_workers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from sqlalchemy import ColumnElement, Connection
+    from sqlalchemy import Connection
 
     from lbr.core.types import JobId, Millis, WorkerId
     from lbr.store.counters import Deltas
-    from lbr.store.database import Database
+    from lbr.store.schema import AnyRow
 
 _LEARNED = ("slots", "threshold", "cut_at", "requests", "tokens", "balanced_at", "refused", "answered")
 _COLUMNS = [limits.c[one.name] for one in fields(Limit)]
@@ -60,37 +60,15 @@ _ESTIMATES = select(attempts.c.id, attempts.c.job_id, attempts.c.claim_seq, atte
     literal_column("attempts.what = 'crashed'"),
     attempts.c.cost_nanos.is_not(None),
 )
+_CALLS = PreparedQuery(
+    select(runs.c.answerer, counters.c.name, func.sum(counters.c.value))
+    .join_from(runs, counters, runs.c.id == counters.c.run_id)
+    .where(any_of(runs.c.answerer, "answerers"), literal_column(f"counters.name IN ('inflight', '{ANSWERED}')"))
+    .group_by(runs.c.answerer, counters.c.name)
+)
+_MAKE = Inserting(limits, "answerer", "cooldown_until", "reason", unless="answerer")
 
 
-def _totals(counter: str) -> PreparedQuery:
-    return PreparedQuery(
-        select(runs.c.answerer, func.sum(counters.c.value))
-        .join_from(runs, counters, runs.c.id == counters.c.run_id)
-        .where(any_of(runs.c.answerer, "answerers"), counters.c.name == counter)
-        .group_by(runs.c.answerer)
-    )
-
-
-_INFLIGHT, _ANSWERED = _totals(str(JobState.INFLIGHT)), _totals(ANSWERED)
-
-
-_AHEAD: ColumnElement[int] = literal_column(str(MAX_AHEAD_MS))
-
-
-def _cooling(rows: Rows) -> Any:
-    adding = rows.insert(limits)
-    return adding.on_conflict_do_update(
-        index_elements=["answerer"],
-        set_={"cooldown_until": adding.excluded.cooldown_until, "reason": adding.excluded.reason},
-        # A cooldown that is too far ahead was set by a wrong clock.
-        where=(adding.excluded.cooldown_until > limits.c.cooldown_until)
-        | (limits.c.cooldown_until > adding.excluded.cooldown_until + _AHEAD),
-    )
-
-
-_COOLDOWN = ("answerer", "cooldown_until", "reason")
-_MAKE = Inserting(limits, *_COOLDOWN, unless="answerer")
-_COOL_DOWN = BulkStatement(types_of(limits, *_COOLDOWN), _cooling)
 _SAVE = Updating(limits, "answerer", *_LEARNED)
 
 
@@ -101,8 +79,8 @@ class Capacity:
     `answerers` are the models of the runs that are active and do not cool down, `limits` those of them that hold
     anything back, refilled, and `budgets` those of the runs that have one. `ceiling` is how many slots all workers
     have; `waits` are the times when cooldowns end. `debited` are the models, and `raised` the runs whose highest cost,
-    to be saved. Of a model in `probes` one job may be claimed, noted in `probed`; `outages` are the models that all
-    workers wait for, with the cause.
+    to be saved. Of a model in `probes` one job may be claimed; its run is noted there. `outages` are the models that
+    all workers wait for, with the cause.
     """
 
     now: Millis
@@ -114,9 +92,8 @@ class Capacity:
     waits: list[int] = field(default_factory=list)
     debited: set[str] = field(default_factory=set)
     raised: set[RunId] = field(default_factory=set)
-    probes: set[str] = field(default_factory=set)
+    probes: dict[str, RunId | None] = field(default_factory=dict)
     outages: dict[str, str] = field(default_factory=dict)
-    probed: dict[str, RunId] = field(default_factory=dict)
 
     def pass_over(self, until: Mapping[str, int]) -> None:
         """Claim nothing of these models until their times."""
@@ -132,12 +109,12 @@ class Capacity:
         who, limit = self.answerers[run_id], self.limit(run_id)
         rooms: list[int | None] = [most]
         if limit is not None:
-            rooms.append(arithmetic.room(limit, self.inflight.get(who, 0)))
+            rooms.append(arithmetic.room(limit, self.inflight[who]))
         if run_id in self.budgets:
             self.budgets[run_id] = replace(self.budgets[run_id], bounded=bounded)
             rooms.append(self.budgets[run_id].room)
         if who in self.probes:
-            rooms.append(int(who not in self.probed))
+            rooms.append(int(self.probes[who] is None))
         return min(room for room in rooms if room is not None)
 
     def wait_ms(self, run_id: RunId) -> int:
@@ -145,7 +122,7 @@ class Capacity:
         limit, budget = self.limit(run_id), self.budgets.get(run_id)
         if budget is not None and budget.room == 0:
             return 0 if budget.is_spent else arithmetic.RETRY_MS
-        return 0 if limit is None else arithmetic.wait_ms(limit, self.inflight.get(self.answerers[run_id], 0))
+        return 0 if limit is None else arithmetic.wait_ms(limit, self.inflight[self.answerers[run_id]])
 
     def is_throttled(self, run_id: RunId) -> bool:
         """Return whether successful calls should raise what is learned of the model."""
@@ -160,9 +137,9 @@ class Capacity:
         if limit is not None and calls:
             self.debited.add(who)
             self.limits[who] = arithmetic.debited(limit, calls, tokens)
-            self.inflight[who] = self.inflight.get(who, 0) + calls
+            self.inflight[who] += calls
         if calls and who in self.probes:
-            self.probed[who] = run_id
+            self.probes[who] = run_id
         budget = self.budgets.get(run_id)
         if budget is not None:
             inflight, most = budget.inflight + calls, max(budget.highest, highest)
@@ -204,15 +181,17 @@ def load_capacity(
             away.add(who)
         if budget is not None:
             limited.append(run_id)
-    # Runs before models, as a settlement does.
-    capacity.budgets, active = _budgets_of(connection, limited, lock=lock)
-    for run_id in set(limited) - active:
-        # Paused while we waited for the lock, perhaps for this very budget.
-        del capacity.answerers[run_id]
+    if limited:  # runs before models, as a settlement does
+        found_runs = connection.execute(_BUDGETS.with_for_update() if lock else _BUDGETS, {"ids": limited}).all()
+        capacity.budgets = _budgets_of(connection, [row for row in found_runs if row.budget_nanos is not None])
+        # The others were paused while we waited for the lock, perhaps for this very budget.
+        for run_id in set(limited) - {row.id for row in found_runs}:
+            del capacity.answerers[run_id]
     if away:
         found = waiting(connection, away, worker, now, lock=lock)
-        capacity.probes, capacity.outages = found.probes, found.reasons
-        capacity.pass_over(found.until)
+        capacity.outages = {who: reason for who, (reason, _) in found.items()}
+        capacity.probes = {who: None for who, (_, until) in found.items() if not until}
+        capacity.pass_over({who: until for who, (_, until) in found.items() if until})
     if any(limit != _NO_LIMIT for limit in known.values()):
         _load_limits(connection, capacity, known, lock=lock)
     return capacity
@@ -228,12 +207,11 @@ def _load_limits(connection: Connection, capacity: Capacity, known: dict[str, Li
         # The last holder of the lock may have let the model cool down.
         capacity.pass_over({who: until for who, until, *_ in rows if is_ahead(until, now)})
     capacity.limits = {who: arithmetic.refilled(limit, now) for who, limit in binding.items()}
-    counted = [who for who, limit in binding.items() if limit.at_a_time is not None]
-    capacity.inflight = _counted(_INFLIGHT, connection, counted)
+    calls = _calls_of(connection, [who for who, limit in binding.items() if limit.at_a_time is not None])
+    capacity.inflight = {who: calls[who, JobState.INFLIGHT] for who in binding}
 
 
 def _limit_of(answerer: str, values: Sequence[Any]) -> Limit:
-    """Return the limit that is stored in `_COLUMNS`."""
     found = Limit(*values)
     if any(value is not None and value < 1 for value in (found.rpm, found.tpm, found.concurrency)):
         raise DatabaseError(f"expected stored limits of at least 1 for {answerer!r}, got: {found}")
@@ -248,10 +226,10 @@ def _slots_reported(connection: Connection, now: Millis) -> int:
     return int(slots or 0)
 
 
-def _counted(query: PreparedQuery, connection: Connection, answerers: list[str]) -> dict[str, int]:
-    if not answerers:
-        return {}
-    return {who: int(calls) for who, calls in query.all(connection, {"answerers": answerers})}
+def _calls_of(connection: Connection, answerers: list[str]) -> Counter[tuple[str, str]]:
+    """Return how many calls of these models are in flight and were answered, in all runs."""
+    rows = _CALLS.all(connection, {"answerers": answerers}) if answerers else ()
+    return Counter({(who, name): int(calls) for who, name, calls in rows})
 
 
 def _save(connection: Connection, changed: Mapping[str, Limit]) -> None:
@@ -264,7 +242,8 @@ class Feedback:
 
     `tokens` and `calls` were debited and not used, `successes` may raise what is learned; `too_much` is when the latest
     call began that the provider refused as one too many, None if it refused none. `refusals` counts the calls refused
-    so, `answered` those that were answered.
+    so, `answered` those that were answered. `cooldown` is until when the provider wants no call, 0 if it did not say,
+    and why.
     """
 
     tokens: int = 0
@@ -273,6 +252,7 @@ class Feedback:
     too_much: int | None = None
     refusals: int = 0
     answered: int = 0
+    cooldown: tuple[int, str] = (0, "")
 
     @property
     def is_empty(self) -> bool:
@@ -280,43 +260,40 @@ class Feedback:
         return not (self.tokens or self.calls or self.successes) and self.too_much is None
 
 
-def apply_feedback(connection: Connection, feedback: Mapping[str, Feedback], now: Millis) -> set[str]:
+def apply_feedback(connection: Connection, feedback: Mapping[str, Feedback], now: Millis) -> None:
     """Update limits by what ended calls show, model by model in the order of their names.
 
-    Return the models that refuse so many calls that all workers should wait.
+    If a model refuses many calls, all workers wait as long as it asked, and never shorter than before.
     """
     feedback = {who: one for who, one in feedback.items() if not one.is_empty}
     if not feedback:
-        return set()
+        return
     refused = {who for who, one in feedback.items() if one.too_much is not None}
     _make(connection, sorted(refused))
     rows = _LOCKED.all(connection, {"answerers": sorted(feedback)})
     slots = max(1, _slots_reported(connection, now))
-    before = {who: _limit_of(who, values) for who, _, *values in rows}
+    before = {who: (until, _limit_of(who, values)) for who, until, *values in rows}
     # A model that never refused a call has no share to update.
-    shared = [who for who, limit in before.items() if who in refused or limit.refused is not None]
-    inflight = _counted(_INFLIGHT, connection, shared)
-    answered = _counted(_ANSWERED, connection, shared)
+    shared = [who for who, (_, limit) in before.items() if who in refused or limit.refused is not None]
+    calls = _calls_of(connection, shared)
     changed: dict[str, Limit] = {}
-    for who, limit in before.items():
-        one, calls = feedback[who], inflight.get(who, 0)
+    for who, (until, limit) in before.items():
+        one, inflight = feedback[who], calls[who, JobState.INFLIGHT]
         after = arithmetic.debited(arithmetic.refilled(limit, now), -one.calls, -one.tokens)
         if who in shared:
-            total = answered.get(who, 0) + one.answered
-            after = arithmetic.observed(after, refusals=one.refusals, answered=total, inflight=calls)
+            answered = calls[who, ANSWERED] + one.answered
+            after = arithmetic.observed(after, refusals=one.refusals, answered=answered, inflight=inflight)
         if one.successes:
             after = arithmetic.grown(after, one.successes, slots)
         if one.too_much is not None:
-            after = arithmetic.cut(after, began=one.too_much, now=now, inflight=calls, ceiling=slots)
+            after = arithmetic.cut(after, began=one.too_much, now=now, inflight=inflight, ceiling=slots)
+            end, reason = one.cooldown
+            if after.refuses_much and end and not (is_ahead(until, now) and until >= end):
+                wait = update(limits).where(limits.c.answerer == who).values(cooldown_until=end, reason=reason)
+                connection.execute(wait)
         if replace(after, balanced_at=limit.balanced_at) != limit:
             changed[who] = after
     _save(connection, changed)
-    return {who for who in refused if who in changed and changed[who].refuses_much}
-
-
-def cool_down(connection: Connection, until: Mapping[str, tuple[int, str]]) -> None:
-    """Make all workers wait for these models until the given times, with the reason; never shorter than before."""
-    _COOL_DOWN.run_plain(connection, [(who, end, why) for who, (end, why) in sorted(until.items())])
 
 
 def give_back(connection: Connection, unused: Sequence[tuple[RunId, int]], now: Millis) -> None:
@@ -336,19 +313,8 @@ def _make(connection: Connection, answerers: Iterable[str]) -> None:
     _MAKE.run_plain(connection, [(who, 0, "") for who in answerers])
 
 
-async def slow_start(database: Database, answerers: Iterable[str]) -> None:
-    """Begin with few calls at a time if nothing has been learned of a model yet. Safe to repeat."""
-    wanted = sorted(set(answerers))
-    if wanted and await database.quick_read(_count_learned, wanted) < len(wanted):
-        await database.write(_set_first_slots, wanted)
-
-
-def _count_learned(connection: Connection, _now: Millis, answerers: list[str]) -> int:
-    query = select(func.count()).where(any_of(limits.c.answerer, "answerers"), limits.c.slots.is_not(None))
-    return int(connection.execute(query, {"answerers": answerers}).scalar_one())
-
-
-def _set_first_slots(connection: Connection, _now: Millis, answerers: list[str]) -> None:
+def slow_start(connection: Connection, _now: Millis, answerers: list[str]) -> None:
+    """Begin with few calls at a time if nothing has been learned of a model yet."""
     _make(connection, answerers)
     unknown = any_of(limits.c.answerer, "answerers") & limits.c.slots.is_(None)
     connection.execute(update(limits).where(unknown).values(slots=arithmetic.FIRST_SLOTS), {"answerers": answerers})
@@ -374,9 +340,10 @@ def all_limits(connection: Connection, now: Millis) -> list[LimitStatus]:
     held = {who: limit for who, limit in known.items() if limit != _NO_LIMIT}
     if not held:
         return []
-    slots, inflight = _slots_reported(connection, now), _counted(_INFLIGHT, connection, list(held))
+    slots, calls = _slots_reported(connection, now), _calls_of(connection, list(held))
     return [
-        LimitStatus(who, arithmetic.refilled(limit, now), inflight.get(who, 0), slots) for who, limit in held.items()
+        LimitStatus(who, arithmetic.refilled(limit, now), calls[who, JobState.INFLIGHT], slots)
+        for who, limit in held.items()
     ]
 
 
@@ -395,19 +362,9 @@ def set_limits(connection: Connection, _now: Millis, answerer: str, values: Mapp
     return replace(before, **changed)
 
 
-def _budgets_of(connection: Connection, run_ids: list[RunId], *, lock: bool) -> tuple[dict[RunId, Budget], set[RunId]]:
-    """Return the budgets of these runs, and which of them are still active."""
-    if not run_ids:
-        return {}, set()
-    query = _BUDGETS.with_for_update() if lock else _BUDGETS
-    rows = connection.execute(query, {"ids": run_ids}).all()
+def _budgets_of(connection: Connection, rows: Sequence[AnyRow]) -> dict[RunId, Budget]:
     counts = of_runs(connection, [RunId(row.id) for row in rows])
-    budgets = {
-        RunId(row.id): budget_of(row.budget_nanos, counts[RunId(row.id)], row.highest_nanos)
-        for row in rows
-        if row.budget_nanos is not None
-    }
-    return budgets, set(counts)
+    return {RunId(row.id): budget_of(row.budget_nanos or 0, counts[row.id], row.highest_nanos) for row in rows}
 
 
 def budget_of(limit: int, counts: Counter[str], highest: int | None = None) -> Budget:
@@ -430,12 +387,9 @@ def budget_of(limit: int, counts: Counter[str], highest: int | None = None) -> B
 
 def likely_costs(connection: Connection, run_ids: Iterable[RunId]) -> dict[RunId, int]:
     """Return what a call of each run that died with its worker probably cost; nothing for runs of unknown cost."""
-    query = select(runs.c.id, runs.c.highest_nanos).where(any_of(runs.c.id, "ids"))
-    rows = connection.execute(query, {"ids": list(run_ids)}).all()
-    highest = {RunId(row.id): row.highest_nanos for row in rows}
-    counts = of_runs(connection, highest)
-    found = {run_id: budget_of(0, counts[run_id], highest[run_id]).likely for run_id in highest}
-    return {run_id: nanos for run_id, nanos in found.items() if nanos is not None}
+    query = select(runs.c.id, runs.c.budget_nanos, runs.c.highest_nanos).where(any_of(runs.c.id, "ids"))
+    budgets = _budgets_of(connection, connection.execute(query, {"ids": list(run_ids)}).all())
+    return {run_id: budget.likely for run_id, budget in budgets.items() if budget.likely is not None}
 
 
 def forget_estimates(connection: Connection, claims: Mapping[tuple[JobId, int], RunId]) -> Deltas:

@@ -7,11 +7,10 @@ before limits.
 from __future__ import annotations
 
 import re
-from collections import Counter
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import bindparam, func, select, update
+from sqlalchemy import bindparam, case, func, select, update
 
 from lbr.core.errors import Symptom
 from lbr.core.outages import MAX_WAIT_MS, TURN_MS, Backlog, ModelState, judge
@@ -20,7 +19,7 @@ from lbr.core.types import JobId, JobState, PauseCause, Paused, RunId, RunState
 from lbr.store.counters import of_runs
 from lbr.store.runs import hold_states, move_page, run_of
 from lbr.store.schema import INFLIGHT, SILENT_MS, attempts, counters, jobs, outages, runs, workers
-from lbr.store.sql import Inserting, PreparedQuery, Updating, any_of
+from lbr.store.sql import BulkStatement, PreparedQuery, Rows, any_of, types_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
     from lbr.core.types import Claim, Failure, Millis, Settlement, WorkerId
     from lbr.store.schema import AnyRow
+    from lbr.store.settle import Settled
 
 SAME_FAILURES = 20
 """If this many jobs of a run that has nothing done fail alike, the run asks for what its model does not have."""
@@ -52,12 +52,13 @@ _WAITED_FOR = (
 # A statement of its own, so that it sees what the last holder of the lock wrote.
 _PROBED = select(jobs.c.id, jobs.c.claim_seq).where(any_of(jobs.c.id, "ids"), INFLIGHT)
 _ACTIVE = select(runs.c.id).where(any_of(runs.c.answerer, "answerers"), runs.c.state == RunState.ACTIVE)
-_COUNTS = (
-    select(runs.c.answerer, runs.c.id, counters.c.name, func.sum(counters.c.value))
+_DONE = case((counters.c.name == JobState.DONE, counters.c.value), else_=0)
+_BACKLOG = (
+    select(runs.c.answerer, runs.c.id, func.sum(counters.c.value - _DONE), func.sum(_DONE))
     .join_from(runs, counters, runs.c.id == counters.c.run_id)
     .where(any_of(runs.c.answerer, "answerers"), runs.c.state == RunState.ACTIVE)
     .where(counters.c.name.in_([JobState.PENDING, JobState.INFLIGHT, JobState.DONE]))
-    .group_by(runs.c.answerer, runs.c.id, counters.c.name)
+    .group_by(runs.c.answerer, runs.c.id)
 )
 _CALLS_OF_OTHERS = (
     select(func.count())
@@ -73,56 +74,48 @@ _FAILED_LATELY = (
     .order_by(attempts.c.id.desc())
     .limit(1_000)
 )
-_MAKE, _SAVE = Inserting(outages, "answerer", *_STATE, unless="answerer"), Updating(outages, "answerer", *_STATE)
 
 
-@dataclass(slots=True)
-class Judged:
-    """What became of a batch: its settlements, and the runs to pause.
+def _replacing(rows: Rows) -> Any:
+    adding = rows.insert(outages)
+    changed = {name: adding.excluded[name] for name in _STATE}
+    return adding.on_conflict_do_update(index_elements=["answerer"], set_=changed)
 
-    `given_back` are the jobs that are not charged. `unreachable` are the models that only this worker cannot reach,
-    with the reason; `reached` those that a worker has reached since this one's first refusal. `notices` are lines for
-    the worker's log.
-    """
 
-    settlements: list[Settlement]
-    pauses: dict[RunId, Paused] = field(default_factory=dict)
-    unreachable: dict[str, str] = field(default_factory=dict)
-    reached: set[str] = field(default_factory=set)
-    notices: list[str] = field(default_factory=list)
-    given_back: set[JobId] = field(default_factory=set)
+_SAVE = BulkStatement(types_of(outages, "answerer", *_STATE), _replacing)
 
 
 def judge_failures(
-    connection: Connection, settlements: list[Settlement], answerers: Mapping[int, str], now: Millis
-) -> Judged:
-    """Judge the failed calls of a batch by what all workers saw of their models; most batches need no statement."""
-    judged = Judged(list(settlements))
-    models = {place: answerers[one.claim.job_id] for place, one in enumerate(settlements) if _needs_judging(one)}
+    connection: Connection, batch: list[Settlement], answerers: Mapping[int, str], now: Millis, settled: Settled
+) -> tuple[list[Settlement], dict[RunId, Paused]]:
+    """Judge the failed calls of a batch by what all workers saw of their models; most batches need no statement.
+
+    Return the batch, uncharged where the job is not to blame, and the runs to pause; note the rest in `settled`.
+    """
+    models = {place: answerers[one.claim.job_id] for place, one in enumerate(batch) if _needs_judging(one)}
+    judged, pauses = list(batch), dict[RunId, Paused]()
     if not models:
-        return judged
-    before = _lock(connection, settlements, models)
-    states = dict(before)
-    backlogs, unfinished = _backlogs(connection, list(states))
+        return judged, pauses
+    before = _lock(connection, batch, sorted(set(models.values())))
+    states, backlogs = dict(before), _backlogs(connection, list(before))
     for place, model in models.items():
-        settlement, backlog = settlements[place], backlogs[model]
+        settlement, backlog, job_id = batch[place], backlogs[model], batch[place].claim.job_id
         if settlement.claim.probe:
-            bound = {"answerer": model, "job": settlement.claim.job_id}
-            backlog = replace(backlog, others=connection.scalar(_CALLS_OF_OTHERS, bound) or 0)
+            others = connection.scalar(_CALLS_OF_OTHERS, {"answerer": model, "job": job_id})
+            backlog = replace(backlog, others=others or 0)
         one = judge(settlement, model, states[model], backlog, now)
-        states[model] = one.state
-        judged.settlements[place] = one.settlement
+        states[model], judged[place] = one.state, one.settlement
         if one.settlement is not settlement:
-            judged.given_back.add(settlement.claim.job_id)
+            settled.given_back.add(job_id)
         if one.pause is not None:
-            judged.pauses |= dict.fromkeys(unfinished[model], one.pause)
+            pauses |= dict.fromkeys(backlog.runs, one.pause)
         if one.alone and settlement.outcome.failure is not None:
-            judged.unreachable[model] = settlement.outcome.failure.message
-        if one.reached:
-            judged.reached.add(model)
-        judged.notices += [] if one.notice is None else [one.notice]
-    _SAVE.run(connection, [_fields(model, state) for model, state in states.items() if state != before[model]])
-    return judged
+            settled.unreachable[model] = settlement.outcome.failure.message
+        if one.notice is not None:
+            settled.notices.append(one.notice)
+    changed = [(model, *_values(state)) for model, state in states.items() if state != before[model]]
+    _SAVE.run_plain(connection, changed)
+    return judged, pauses
 
 
 def _needs_judging(settlement: Settlement) -> bool:
@@ -130,63 +123,49 @@ def _needs_judging(settlement: Settlement) -> bool:
     return settlement.claim.probe or (failure is not None and failure.symptom is not None)
 
 
-def _lock(connection: Connection, settlements: list[Settlement], models: Mapping[int, str]) -> dict[str, ModelState]:
-    """Return the models' states, locked until the transaction ends like their runs; those with evidence get a row."""
-    names = sorted(set(models.values()))
+def _lock(connection: Connection, batch: list[Settlement], models: list[str]) -> dict[str, ModelState]:
+    """Return the models' states, locked until the transaction ends like all of their runs."""
     # All runs at once and before outages, as a claim does, so that two transactions never wait for each other.
-    active = set(connection.execute(_ACTIVE, {"answerers": names}).scalars())
-    hold_states(connection, sorted(active | {one.claim.run_id for one in settlements}), to_change=True)
-    suspected = sorted({models[n] for n in models if settlements[n].evidence is not None})
-    _MAKE.run(connection, [_fields(model, ModelState()) for model in suspected])
-    rows = _LOCKED.all(connection, {"answerers": names})
-    return dict.fromkeys(names, ModelState()) | {model: ModelState(*values) for model, *values in rows}
+    active = set(connection.execute(_ACTIVE, {"answerers": models}).scalars())
+    hold_states(connection, active | {one.claim.run_id for one in batch}, to_change=True)
+    rows = _LOCKED.all(connection, {"answerers": models})
+    return dict.fromkeys(models, ModelState()) | {model: ModelState(*values) for model, *values in rows}
 
 
-def _fields(model: str, state: ModelState) -> dict[str, Any]:
-    return {"answerer": model, **{name: getattr(state, name) for name in _STATE}}
+def _values(state: ModelState) -> list[Any]:
+    return [getattr(state, name) for name in _STATE]
 
 
-def _backlogs(connection: Connection, models: list[str]) -> tuple[dict[str, Backlog], dict[str, set[RunId]]]:
-    """Return what is left of the models' active runs, and which of these have unfinished jobs."""
-    open_, done = Counter[str](), Counter[str]()
-    unfinished: dict[str, set[RunId]] = {model: set() for model in models}
-    for model, run_id, name, value in connection.execute(_COUNTS, {"answerers": models}).all():
-        (done if name == JobState.DONE else open_)[model] += int(value)
-        if value and name != JobState.DONE:
-            unfinished[model].add(RunId(run_id))
-    return {model: Backlog(open=open_[model], done=done[model]) for model in models}, unfinished
+def _backlogs(connection: Connection, models: list[str]) -> dict[str, Backlog]:
+    found = dict.fromkeys(models, Backlog())
+    for model, run_id, open_, done in connection.execute(_BACKLOG, {"answerers": models}).all():
+        one = found[model]
+        unfinished = one.runs | {run_id} if open_ else one.runs
+        found[model] = Backlog(one.open + int(open_), one.done + int(done), runs=unfinished)
+    return found
 
 
-@dataclass(slots=True)
-class Waiting:
-    """The models that all workers wait for: which to probe now, when to look at the others again, and why."""
+def waiting(
+    connection: Connection, names: Iterable[str], worker: WorkerId, now: Millis, *, lock: bool
+) -> dict[str, tuple[str, int]]:
+    """Return the models of these that all workers wait for, with the cause, and until when this worker does.
 
-    probes: set[str] = field(default_factory=set)
-    until: dict[str, int] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
-
-
-def waiting(connection: Connection, names: Iterable[str], worker: WorkerId, now: Millis, *, lock: bool) -> Waiting:
-    """Return what the outages of these models let this worker claim; with `lock` until the transaction ends."""
-    found = Waiting()
+    That time is 0 if the worker may probe now. With `lock` it stays so until the transaction ends.
+    """
+    found = {}
     query = _WAITED_FOR.with_for_update() if lock else _WAITED_FOR
     rows = connection.execute(query, {"answerers": sorted(names)}).all()
     probes = [one.probe_job for one in rows if one.probe_job is not None]
-    inflight = connection.execute(_PROBED, {"ids": probes}).all() if probes else []
-    probed = {tuple(one) for one in inflight}
+    probed = {tuple(one) for one in connection.execute(_PROBED, {"ids": probes}).all()} if probes else set()
     for model, probe_job, probe_seq, *values in rows:
         state = ModelState(*values)
-        found.reasons[model] = state.reason
         bound = {"worker": worker, "since": now - SILENT_MS}
         last = state.worker == worker and connection.scalar(_OTHERS, bound)
         # A clock that was ahead must not set a time that no worker waits for.
-        probe_at = min(state.probe_at, now + MAX_WAIT_MS) + (TURN_MS if last else 0)
+        until = min(state.probe_at, now + MAX_WAIT_MS) + (TURN_MS if last else 0)
         if (probe_job, probe_seq) in probed:
-            found.until[model] = now + PROBED_MS
-        elif probe_at > now:
-            found.until[model] = probe_at
-        else:
-            found.probes.add(model)
+            until = now + PROBED_MS
+        found[model] = state.reason, until if until > now else 0
     return found
 
 
@@ -198,32 +177,29 @@ def note_probes(connection: Connection, probes: Mapping[str, Claim], worker: Wor
 
 
 def pause_wrong_set_ups(
-    connection: Connection, settlements: Sequence[Settlement], now: Millis
-) -> tuple[dict[RunId, Paused], set[JobId]]:
+    connection: Connection, batch: Sequence[Settlement], now: Millis, settled: Settled
+) -> dict[RunId, Paused]:
     """Give back, uncharged, the jobs of runs whose calls all failed alike; after the batch's counters were changed.
 
-    Return the runs to pause and those jobs.
+    Return the runs to pause; note the jobs in `settled`.
     """
-    given_back: set[JobId] = set()
     pauses: dict[RunId, Paused] = {}
-    failures = ((s.claim.run_id, s.outcome.failure) for s in settlements if s.state is JobState.FAILED)
+    failures = ((s.claim.run_id, s.outcome.failure) for s in batch if s.state is JobState.FAILED)
     failed = {run_id: one for run_id, one in failures if one is not None and one.symptom is Symptom.SET_UP}
     for run_id, failure in sorted(failed.items()):
         row = connection.execute(select(runs).where(runs.c.id == run_id)).one()
         needed = _alike_needed(connection, row)
-        if needed is None:
-            continue
-        rows = connection.execute(_FAILED_LATELY, {"run": run_id}).all()
+        rows = connection.execute(_FAILED_LATELY, {"run": run_id}).all() if needed else ()
         alike = [(int(one.job_id), str(JobState.FAILED)) for one in rows if _sign(one) == _sign(failure)]
-        if len(alike) >= needed:
+        if needed and len(alike) >= needed:
             move_page(connection, run_of(row), alike, JobState.PENDING, now)
-            given_back |= {JobId(job_id) for job_id, _ in alike}
+            settled.given_back |= {JobId(job_id) for job_id, _ in alike}
             words = (
                 f"all {pluralize(len(alike), 'job')} that were called failed alike: {failure.message} "
                 f"(a wrong model or setting: `lbr rm {row.name}`, then enqueue it again)"
             )
             pauses[run_id] = Paused(PauseCause.SET_UP, words)
-    return pauses, given_back
+    return pauses
 
 
 def _alike_needed(connection: Connection, run: AnyRow) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from lbr.core.errors import NO_USAGE, DatabaseError, Family
 from lbr.core.retry import is_overload
 from lbr.core.types import JobId, JobState, Millis, PauseCause, Paused, RunId, RunState, Settlement
 from lbr.store import counters
-from lbr.store.limits import Feedback, apply_feedback, cool_down, forget_estimates, raise_highest
+from lbr.store.limits import Feedback, apply_feedback, forget_estimates, raise_highest
 from lbr.store.outages import judge_failures, pause_wrong_set_ups
 from lbr.store.runs import hold_states, pausing, resting_state
 from lbr.store.schema import attempts, jobs, results, runs
@@ -70,18 +70,7 @@ _USAGE = ("input_tokens", "output_tokens", "cost_nanos")
 ADD_RESULTS = Inserting(results, "job_id", "text", "model", "finish_reason", "latency_ms", *_USAGE)
 _ADD_ATTEMPTS = Inserting(
     attempts,
-    *(
-        "job_id",
-        "claim_seq",
-        "what",
-        "family",
-        "error",
-        "message",
-        "text",
-        "finish_reason",
-        "latency_ms",
-        "at",
-    ),
+    *("job_id", "claim_seq", "what", "family", "error", "message", "text", "finish_reason", "latency_ms", "at"),
     *_USAGE,
 )
 
@@ -101,22 +90,20 @@ class JobStatus:
     highest_nanos: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Settled:
     """What became of a batch: the jobs whose outcome was taken, those refused as stale, the runs paused.
 
     Outcomes that were settled before, because the reply to that was lost, are among them, as they were then.
     `given_back` are taken jobs that went back uncharged. `unreachable` are the models that other workers reach and this
-    one does not, with the reason; `reached` those that a worker has reached since this one's first refusal. `notices`
-    are lines for the worker's log.
+    one does not, with the reason. `notices` are lines for the worker's log.
     """
 
-    taken: frozenset[JobId]
-    stale: frozenset[JobId]
-    paused: dict[str, Paused]
-    given_back: frozenset[JobId] = frozenset()
+    taken: set[JobId] = field(default_factory=set)
+    stale: set[JobId] = field(default_factory=set)
+    paused: dict[str, Paused] = field(default_factory=dict)
+    given_back: set[JobId] = field(default_factory=set)
     unreachable: dict[str, str] = field(default_factory=dict)
-    reached: frozenset[str] = frozenset()
     notices: list[str] = field(default_factory=list)
 
 
@@ -125,44 +112,35 @@ def settle(connection: Connection, now: Millis, batch: Sequence[Settlement]) -> 
 
     An outcome whose job has been claimed again, or has finished, changes nothing but is recorded as stale.
     """
+    settled = Settled()
     found = STATUS.all(connection, {"ids": [s.claim.job_id for s in batch]})
     statuses = {row[0]: JobStatus(*row) for row in found}
     if len(statuses) != len({s.claim.job_id for s in batch}):
         batch = _without_removed_runs(connection, batch, statuses)
-    mine, stale, settled = _sort_by_fence(connection, batch, statuses)
-    judged = judge_failures(connection, mine, {one.job_id: one.answerer for one in statuses.values()}, now)
-    mine = judged.settlements
-    both = [*mine, *stale] if stale else mine
-    pauses = _pauses(mine, both, statuses) | judged.pauses
+    mine, stale = _sort_by_fence(connection, batch, statuses, settled)
+    answerers = {one.job_id: one.answerer for one in statuses.values()}
+    mine, pauses = judge_failures(connection, mine, answerers, now, settled)
+    both = [*mine, *stale]
+    pauses = _pauses(mine, both, statuses) | pauses
     highest = _highest(both, statuses)
     targets = _targets(connection, mine, statuses, to_change=bool(pauses or highest))
     _update_jobs(connection, mine, targets, now)
     _insert_results(connection, mine)
     _insert_attempts(connection, mine, stale, now)
-    paused = _pause(connection, pauses)
+    settled.paused |= _pause(connection, pauses)
     raise_highest(connection, highest)
-    # This locks all models in the order of their names; those that cool down are among them.
-    refusing = apply_feedback(connection, _feedback(both, statuses, now), now)
-    cool_down(connection, _cooldowns(mine, statuses, now, refusing))
+    # This locks all models in the order of their names.
+    apply_feedback(connection, _feedback(mine, both, statuses, now), now)
     deltas = _deltas(mine, targets, stale, statuses)
     # The estimated cost of calls that ended after their jobs were reclaimed: now it is known.
     late = [s.claim for s in both if not _is_held(s, statuses)]
     claims = {(claim.job_id, claim.claim_seq): claim.run_id for claim in late}
     deltas.update(forget_estimates(connection, claims))
     counters.add(connection, deltas)
-    wrong, given_back = pause_wrong_set_ups(connection, mine, now)
-    paused |= _pause(connection, wrong)
-    given_back |= judged.given_back
-    given_back |= {s.claim.job_id for s, what in settled if what == "retried" and s.state is JobState.FAILED}
-    return Settled(
-        taken=frozenset([s.claim.job_id for s in mine] + [s.claim.job_id for s, what in settled if what != "stale"]),
-        stale=frozenset([s.claim.job_id for s in stale] + [s.claim.job_id for s, what in settled if what == "stale"]),
-        paused=paused,
-        given_back=frozenset(given_back),
-        unreachable=judged.unreachable,
-        reached=frozenset(judged.reached),
-        notices=judged.notices,
-    )
+    settled.paused |= _pause(connection, pause_wrong_set_ups(connection, mine, now, settled))
+    settled.taken.update(s.claim.job_id for s in mine)
+    settled.stale.update(s.claim.job_id for s in stale)
+    return settled
 
 
 def _without_removed_runs(
@@ -205,24 +183,26 @@ def is_repeated(settlement: Settlement, job: JobStatus, recorded: Container[tupl
 
 
 def _sort_by_fence(
-    connection: Connection, batch: Sequence[Settlement], statuses: dict[int, JobStatus]
-) -> tuple[list[Settlement], list[Settlement], list[tuple[Settlement, str]]]:
-    """Return what to take, what came too late, and what was settled before, with what became of it then."""
+    connection: Connection, batch: Sequence[Settlement], statuses: dict[int, JobStatus], settled: Settled
+) -> tuple[list[Settlement], list[Settlement]]:
+    """Return what to take and what came too late; note in `settled` what became of those that were settled before."""
     mine = [s for s in batch if s.outcome.failure is None and _is_held(s, statuses)]
     if len(mine) == len(batch):
-        return mine, [], []
-    plain = {id(s) for s in mine}
-    rest = [(s, statuses[s.claim.job_id]) for s in batch if id(s) not in plain]
-    found = connection.execute(_RECORDED, {"ids": [s.claim.job_id for s, _ in rest]})
-    recorded: dict[tuple[int, int], str] = {(row.job_id, row.claim_seq): row.what for row in found.all()}
-    settled = [
-        (s, recorded.get((s.claim.job_id, s.claim.claim_seq), "done"))
-        for s, job in rest
-        if is_repeated(s, job, recorded)
-    ]
-    before = {id(s) for s, _ in settled}
-    new = [(s, is_mine(s, job)) for s, job in rest if id(s) not in before]
-    return mine + [s for s, fits in new if fits], [s for s, fits in new if not fits], settled
+        return mine, []
+    plain, stale = {id(s) for s in mine}, list[Settlement]()
+    rest = [s for s in batch if id(s) not in plain]
+    found = connection.execute(_RECORDED, {"ids": [s.claim.job_id for s in rest]}).all()
+    recorded: dict[tuple[int, int], str] = {(row.job_id, row.claim_seq): row.what for row in found}
+    for s in rest:
+        job_id, job = s.claim.job_id, statuses[s.claim.job_id]
+        if is_repeated(s, job, recorded):
+            what = recorded.get((job_id, s.claim.claim_seq), "done")
+            (settled.stale if what == "stale" else settled.taken).add(job_id)
+            if what == "retried" and s.state is JobState.FAILED:
+                settled.given_back.add(job_id)
+        else:
+            (mine if is_mine(s, job) else stale).append(s)
+    return mine, stale
 
 
 def _targets(
@@ -285,16 +265,11 @@ def _deltas(
 ) -> counters.Deltas:
     ended = zip(mine, targets, strict=True)
     deltas = counters.moved([(s.claim.run_id, statuses[s.claim.job_id].state, to) for s, to in ended])
-    for s in stale:
-        deltas[s.claim.run_id, counters.STALE] += 1
-        deltas[s.claim.run_id, counters.WASTED_NANOS] += s.outcome.usage.cost_nanos or 0
-    both = [*mine, *stale] if stale else mine
-    paid = [s.claim.run_id for s in both if s.outcome.failure is None or s.outcome.is_paid]
-    for run_id, count in Counter(paid).items():
-        deltas[run_id, counters.ANSWERED] += count
     functions = {RunId(job.run_id) for job in statuses.values() if job.answerer.startswith("function:")}
-    for s in both:
+    for s in (*mine, *stale):
         run_id, usage, failure = s.claim.run_id, s.outcome.usage, s.outcome.failure
+        if s.outcome.is_paid:
+            deltas[run_id, counters.ANSWERED] += 1
         if run_id not in functions and s.outcome.is_unpriced:
             deltas[run_id, counters.UNPRICED] += 1
         if usage is not NO_USAGE:
@@ -303,31 +278,22 @@ def _deltas(
             deltas[run_id, counters.COST_NANOS] += usage.cost_nanos or 0
         if failure is not None:
             deltas[run_id, counters.TRY + failure.family] += 1
-    for s in mine:
-        if s.outcome.failure is not None:
-            deltas[s.claim.run_id, counters.WASTED_NANOS] += s.outcome.usage.cost_nanos or 0
+    for s in stale:
+        deltas[s.claim.run_id, counters.STALE] += 1
+    for s in (*(s for s in mine if s.outcome.failure is not None), *stale):
+        deltas[s.claim.run_id, counters.WASTED_NANOS] += s.outcome.usage.cost_nanos or 0
     return deltas
 
 
-def _cooldowns(
-    mine: list[Settlement], statuses: dict[int, JobStatus], now: Millis, refusing: set[str]
-) -> dict[str, tuple[int, str]]:
-    """Return until when all workers wait for the models that refuse too many calls, and why."""
-    longest: dict[str, tuple[int, str]] = {}
-    for s in sorted((s for s in mine if s.cool_down), key=lambda s: s.wait_ms):
-        model, failure = statuses[s.claim.job_id].answerer, s.outcome.failure
-        if model in refusing:
-            longest[model] = (now + s.wait_ms, failure.message if failure else "")
-    return longest
-
-
-def _feedback(ended: list[Settlement], statuses: dict[int, JobStatus], now: Millis) -> dict[str, Feedback]:
+def _feedback(
+    mine: list[Settlement], both: list[Settlement], statuses: dict[int, JobStatus], now: Millis
+) -> dict[str, Feedback]:
     """Return what these calls show about their models' limits."""
-    feedback: dict[str, Feedback] = {}
-    for s in ended:
+    feedback: defaultdict[str, Feedback] = defaultdict(Feedback)
+    for s in both:
         claim, failure = s.claim, s.outcome.failure
-        one = feedback.setdefault(statuses[claim.job_id].answerer, Feedback())
-        one.answered += failure is None or s.outcome.is_paid
+        one = feedback[statuses[claim.job_id].answerer]
+        one.answered += s.outcome.is_paid
         if claim.tokens:
             one.tokens += claim.tokens - _tokens_used(s)
         if failure is None and claim.throttled:
@@ -335,6 +301,10 @@ def _feedback(ended: list[Settlement], statuses: dict[int, JobStatus], now: Mill
         if failure is not None and is_overload(failure):
             one.too_much = max(one.too_much or 0, now - s.outcome.latency_ms)
             one.refusals += 1
+    for s in mine:
+        if s.cool_down and s.outcome.failure is not None:
+            one = feedback[statuses[s.claim.job_id].answerer]
+            one.cooldown = max(one.cooldown, (now + s.wait_ms, s.outcome.failure.message))
     return feedback
 
 

@@ -255,8 +255,6 @@ class Calls:
             self._notify(notice)
         for name, pause in settled.paused.items():
             self._notify(f"run {name} is paused now: {pause.message}")
-        for model in settled.reached:
-            self._suspicions[model].clear()
         for model, reason in settled.unreachable.items():
             self._fail(
                 NothingToServeError(

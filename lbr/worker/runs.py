@@ -221,7 +221,8 @@ class StartLimits:
         new = {one.run.task.answerer: one for one in new_runs if one.run.task.answerer not in self._models}
         for model in sorted(new) if self._limits else ():
             await self._database.write(limits.set_limits, model, self._limits)
-        await limits.slow_start(self._database, sorted(m for m, one in new.items() if one.is_provider))
+        if unknown := sorted(model for model, one in new.items() if one.is_provider):
+            await self._database.write(limits.slow_start, unknown)
         for run in (one.run for one in new_runs):
             if self._budget is not None and run.budget_nanos == self._first_budgets[run.id]:
                 await self._database.write(limits.set_budget, run.id, self._budget)

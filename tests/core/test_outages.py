@@ -98,9 +98,19 @@ class TestSuspicion:
         for job in range(4):
             seen.note(*refused(job), now=10.0)
         seen.note(JobId(9), Outcome(Reply("old"), None, latency_ms=5_000), now=11.0)
-        assert seen.refusals == 4
+        assert len(seen.refusals) == 4
         seen.note(JobId(9), Outcome(Reply("new"), None, latency_ms=500), now=11.0)
-        assert seen.refusals == 0
+        assert not seen.refusals
+
+    def test_only_the_latest_refusals_are_evidence(self) -> None:
+        """Those of an outage that is over do not count with the next ones: five new ones are needed."""
+        seen, state = Suspicion(started=0.0), ModelState(recovered_at=NOW - 1_000)
+        judged = []
+        for job, now in enumerate((1.0, 1.0, 1.0, 1.0, 1.0, 9.5, 9.5, 9.5, 9.5, 9.5)):
+            seen.note(*refused(job), now=now)
+            evidence = seen.evidence(WorkerId(1), 10.0, patience=60)
+            judged.append(verdict(ended(Symptom.UNREACHABLE, evidence=evidence), state, MANY))
+        assert judged == ["charged"] * 9 + ["outage"]
 
     @pytest.mark.parametrize("symptom", [None, Symptom.SET_UP])
     def test_failures_of_a_job_alone_count_for_nothing(self, symptom: Symptom | None) -> None:
@@ -114,7 +124,7 @@ class TestSuspicion:
         seen.note(*refused(1), now=1.0)
         bad = Failure(Family.BAD_ANSWER, "BadAnswer", "no JSON", usage=Usage(1, 1))
         seen.note(JobId(2), Outcome(None, bad, 10), now=2.0)
-        assert seen.refusals == 0
+        assert not seen.refusals
 
 
 class TestJudge:

@@ -187,7 +187,7 @@ async def test_unknown_provider_is_begun_slowly(database: Database, clock: Clock
     run = await put(database, [f"p{n}" for n in range(900)])
     (_, one), _ = await workers(database, 125, 125)
     for _ in range(2):
-        await limits.slow_start(database, [WHO])
+        await database.write(limits.slow_start, [WHO])
     for expected in (100, 200, 250):
         claims = await claim(database, one, run, 250)
         assert len(claims) == expected

@@ -57,7 +57,7 @@ async def test_zombie_cannot_overwrite(database: Database, clock: Clock) -> None
     assert late.stale == {old.job_id}
     await database.write(settle, [answered(new, "good")])
     again = await database.write(settle, [answered(old, "late")])
-    assert (again.taken, again.stale) == (frozenset(), late.stale)
+    assert (again.taken, again.stale) == (set(), late.stale)
     story = await database.read(reads.story, run, 0)
     assert (story.row.result, [t.what for t in story.tries]) == ("good", ["crashed", "stale"])
     assert [t.text for t in story.tries] == [None, "late"]
@@ -84,7 +84,7 @@ async def test_settling_an_answer_twice_changes_nothing(database: Database) -> N
     (claim,) = await queue.claim(worker, [run.id], 1, lease=60)
     first = await database.write(settle, [answered(claim)])
     again = await database.write(settle, [answered(claim, "other")])
-    assert (again.taken, again.stale) == (first.taken, frozenset())
+    assert (again.taken, again.stale) == (first.taken, set())
     story = await database.read(reads.story, run, 0)
     assert (story.row.result, story.attempts, story.tries) == ("answer", 1, [])
     await assert_counted(database, run)
@@ -105,7 +105,7 @@ async def test_a_batch_that_is_settled_twice_is_reported_as_before(database: Dat
     assert first.stale == {late.job_id}
     counted = await states(database, run)
     second = await database.write(settle, batch)
-    assert (second.taken, second.stale, second.given_back) == (first.taken, first.stale, frozenset())
+    assert (second.taken, second.stale, second.given_back) == (first.taken, first.stale, set())
     assert await states(database, run) == counted == {"done": 1, "failed": 1, "pending": 1, "inflight": 1}
     stories = [await database.read(reads.story, run, idx) for idx in range(4)]
     assert sorted(len(story.tries) for story in stories) == [0, 1, 1, 2]

@@ -219,7 +219,7 @@ async def test_a_worker_that_fails_claims_no_more(live: Database) -> None:
     theirs = await put(live, ["x"], name="theirs", task=asks(other))
     await live.write(runs.pause, theirs, "for now")
     # Fewer calls at a time than slots, so that the loop looks around while settlements bring new claims.
-    await limits.slow_start(live, [asks(slow).answerer])
+    await live.write(limits.slow_start, [asks(slow).answerer])
     await live.write(lambda c, _: c.exec_driver_sql("UPDATE limits SET slots = 16, threshold = 1"))
     worker = Worker(live, authorize([slow]), WorkOptions(concurrency=64), run_names=["mine", "theirs"])
     working = asyncio.create_task(worker.run())
