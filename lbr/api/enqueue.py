@@ -13,6 +13,7 @@ from lbr.core.errors import RunChangedError, UsageError
 from lbr.core.pricing import read_price
 from lbr.core.text import pluralize
 from lbr.core.types import KeyMaker
+from lbr.io.samples import Sample
 from lbr.io.sources import Source, chunks
 from lbr.models.identity import has_other_code
 from lbr.store import enqueue as queueing
@@ -60,6 +61,9 @@ async def enqueue(
     encoding: str | None = None,
     skip_bad: PathLike[str] | str | None = None,
     skip_empty: bool = False,
+    limit: int | None = None,
+    pick: int | None = None,
+    seed: int | None = None,
     max_attempts: int = MAX_ATTEMPTS,
     price: str | None = None,
     append: bool = False,
@@ -72,7 +76,7 @@ async def enqueue(
     """Put inputs into a run as deduplicated jobs. The same call again adds only what is missing, also after a crash.
 
     `inputs`: files (a `Path` or several; `Path("-")` is stdin), or prompts: strings, or dicts like lines of JSONL.
-    `run`: the run's name; None is the first file's stem.
+    `run`: the run's name; None is the first file's stem. With `pick`, `-pick` is added.
     `model`: for example "openai-chat:gpt-4o-mini"; None is MODEL in the environment or `.env`.
     `function`: answers instead of a model, as an object or "pkg.mod:name"; `version` distinguishes it from earlier ones.
     `instructions`: the system prompt. `template`: a Jinja template of the prompt, filled from the fields of each input.
@@ -80,6 +84,8 @@ async def enqueue(
     `prompt_column`: the column of the prompt. `input_format`: text, jsonl, csv or tsv; None goes by the file's name.
     `delimiter`, `encoding`: of the files; None finds them.
     `skip_bad`: a file for the rows that cannot be used, which are left out. `skip_empty`: leave out empty prompts.
+    `limit`: take only the first inputs; the same call without it adds the rest. `pick`: take this number of inputs at
+    random, always the same ones for a `seed` (None is 0), into a run of their own whose answers other runs reuse.
     `max_attempts`: calls per job. `price`: for example "in=0.15,out=0.60", in US dollars per million tokens, from now on;
     None leaves it as it is.
     `append`: put the inputs behind those of the run, which they otherwise must begin with.
@@ -110,14 +116,21 @@ async def enqueue(
         encoding=encoding,
         skip_bad=skip_bad,
         skip_empty=skip_empty,
+        sample=Sample(limit, pick, seed),
     )
-    spec = run_spec(source.run_name() if run is None else run, resolved, max_attempts, price)
+    spec = run_spec(source.run_name(run), resolved, max_attempts, price)
     _check_apart(skip_bad, file_of(db_url))
     await source.check()
     if servable:
         await check_servable(resolved)
     async with opened(db_url, create=True, allow_network_fs=allow_network_fs) as database:
-        report = await put(database, spec, source, append=append, fresh=fresh, on_kept=on_kept)
+        try:
+            report = await put(database, spec, source, append=append, fresh=fresh, on_kept=on_kept)
+        except RunChangedError as error:
+            if pick is None:
+                raise
+            way_out = f"use another run with --run, or remove it first: `lbr rm {spec.name}`"
+            raise RunChangedError(f"run {spec.name!r} holds a different sample; {way_out}") from error
     return replace(report, skipped_bad=source.bad.count, skipped_empty=source.bad.empty)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lbr.api.arguments import checked
-from lbr.api.task import model_task
+from lbr.api.task import model_task, resolve_task
 from lbr.core.config import at_least_one, load_environment, positive
 from lbr.core.errors import UsageError
 from lbr.core.pricing import (
@@ -19,30 +19,38 @@ from lbr.core.pricing import (
     table_price,
 )
 from lbr.core.types import KeyMaker, Report
+from lbr.io.samples import Sample
 from lbr.io.sources import Source
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from os import PathLike
 
     from lbr.core.types import Item, Json, Task
 
 SECONDS_PER_CALL = 3.0
+EXAMPLES = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate(Report):
     """What calling every distinct prompt once would take; retries and answers that exist already do not count.
 
-    `output_tokens_from` is the source of an answer's length: "given", "max_tokens" or "assumed". `price` is for a
-    million tokens, `price_from` its source: "given" or "table"; both and `cost_usd` are None if no price is known.
-    `bound_by` is what limits the speed: "rpm", "tpm" or "concurrency".
+    `empty` and `bad` count the rows without a usable prompt, `refusal` is what `lbr enqueue` would say about them, None if
+    they are skipped. `examples` are the first distinct prompts, texts or lists of messages.
+    `output_tokens_from` is the source of an answer's length: "given", "max_tokens", "assumed", or for a function
+    "unknown". `price` is for a million tokens, `price_from` its source: "given" or "table"; both and `cost_usd` are None if
+    no price is known. `bound_by` is what limits the speed: "rpm", "tpm" or "concurrency".
     """
 
     model: str
     inputs: int
     prompts: int
     duplicates: int
+    empty: int
+    bad: int
+    refusal: str | None
+    examples: list[Json]
     input_tokens: int
     output_tokens: int
     output_tokens_per_call: int
@@ -63,6 +71,7 @@ async def estimate(
     inputs: PathLike[str] | Iterable[PathLike[str] | str | dict[str, Json]],
     *,
     model: str | None = None,
+    function: Callable[..., Any] | str | None = None,
     instructions: str | None = None,
     template: str | None = None,
     schema: dict[str, Json] | None = None,
@@ -74,6 +83,10 @@ async def estimate(
     encoding: str | None = None,
     skip_bad: PathLike[str] | str | None = None,
     skip_empty: bool = False,
+    limit: int | None = None,
+    pick: int | None = None,
+    seed: int | None = None,
+    count_bad: bool = False,
     price: str | None = None,
     output_tokens: int | None = None,
     rpm: float | None = None,
@@ -84,6 +97,8 @@ async def estimate(
     """Return what a batch would take. Inputs are read as by `enqueue`; nothing is called or written.
 
     No key and no database is needed. Input tokens are estimated from the number of characters.
+    `function`: count and show its prompts; its output and cost are unknown.
+    `count_bad`: count the rows that an enqueue would refuse, instead of raising InputError.
     `output_tokens` is the length of an answer; None is the setting max_tokens, or else an assumption.
     `price`, for example "in=0.15,out=0.60" in US dollars per million tokens; None is that of the price table.
     The time is the longest of three: `rpm` calls a minute, `tpm` tokens a minute (None: no limit), and `concurrency`
@@ -92,7 +107,7 @@ async def estimate(
     Raises UsageError, or InputError with file and line.
     """
     fields = {"instructions": instructions, "template": template, "settings": settings, "schema": schema}
-    task = model_task(model, env=load_environment(Path.cwd()), result_type=result_type, **fields)
+    task = _task(model, function, result_type=result_type, **fields)
     limits: dict[str, Any] = {"rpm": rpm, "tpm": tpm, "concurrency": concurrency, "seconds_per_call": seconds_per_call}
     at_least_one("concurrency", concurrency)
     positive("seconds_per_call", seconds_per_call)
@@ -109,18 +124,24 @@ async def estimate(
         encoding=encoding,
         skip_bad=skip_bad,
         skip_empty=skip_empty,
+        sample=Sample(limit, pick, seed),
     )
-    count, prompts, input_tokens = count_inputs(source.read(at_once=False), task)
-    if not count:
-        raise source.nothing()
+    count, prompts, input_tokens, examples = count_inputs(source.read(dry=True), task)
+    refusal = source.bad.refusal()
+    if not count or (refusal and not count_bad):
+        raise refusal or source.nothing()
     output = prompts * per_call
-    known = given_price or table_price(task.answerer)
+    known = None if length_from == "unknown" else given_price or table_price(task.answerer)
     seconds, bound_by = time_at_limits(prompts, input_tokens + output, limits)
     return Estimate(
         model=task.answerer,
         inputs=count,
         prompts=prompts,
         duplicates=count - prompts,
+        empty=source.bad.empty + source.bad.blank,
+        bad=source.bad.count - source.bad.blank,
+        refusal=None if refusal is None else str(refusal),
+        examples=examples,
         input_tokens=input_tokens,
         output_tokens=output,
         output_tokens_per_call=per_call,
@@ -134,10 +155,18 @@ async def estimate(
     )
 
 
-def count_inputs(items: Iterable[Item], task: Task) -> tuple[int, int, int]:
-    """Return the numbers of inputs, of distinct prompts and of their input tokens; keys are held in memory."""
+def _task(model: str | None, function: Callable[..., Any] | str | None, **fields: Any) -> Task:
+    env = load_environment(Path.cwd())
+    if function is None:
+        return model_task(model, env=env, **fields)
+    return resolve_task(model=model, function=function, env=env, **fields).task
+
+
+def count_inputs(items: Iterable[Item], task: Task) -> tuple[int, int, int, list[Json]]:
+    """Return the numbers of inputs, distinct prompts and input tokens, and the first prompts; keys are held in memory."""
     maker = KeyMaker(task)
     seen: set[bytes] = set()
+    examples: list[Json] = []
     inputs = tokens = 0
     for item in items:
         inputs += 1
@@ -145,12 +174,16 @@ def count_inputs(items: Iterable[Item], task: Task) -> tuple[int, int, int]:
         if key not in seen:
             seen.add(key)
             tokens += estimate_tokens(item.prompt, task)
-    return inputs, len(seen), tokens
+            if len(examples) < EXAMPLES:
+                examples.append(item.prompt.text if item.prompt.messages is None else list(item.prompt.messages))
+    return inputs, len(seen), tokens, examples
 
 
 def answer_length(task: Task, given: int | None) -> tuple[int, str]:
     """Return the tokens of an answer and the source of that number; UsageError for one out of range."""
     most = max_output_tokens(task.settings)
+    if given is None and task.model is None:
+        return 0, "unknown"
     if given is None:
         return (ASSUMED_OUTPUT_TOKENS, "assumed") if most is None else (most, "max_tokens")
     at_least_one("output_tokens", given)

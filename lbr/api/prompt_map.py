@@ -20,6 +20,7 @@ from lbr.core.config import CALL_TIMEOUT, DB_URL_DEFAULT, MAX_ATTEMPTS, WorkOpti
 from lbr.core.errors import DatabaseBusyError, LbrError, UsageError
 from lbr.core.types import JobState, Run, RunState, Shape, canonical_json
 from lbr.io import writers
+from lbr.io.samples import Sample
 from lbr.io.sources import Source
 from lbr.store import reads, redo, results_db, runs
 from lbr.store.database import file_of, opened, remove_queue, shown
@@ -51,6 +52,9 @@ async def prompt_map(
     instructions: str | None = None,
     template: str | None = None,
     prompt_column: str | None = None,
+    limit: int | None = None,
+    pick: int | None = None,
+    seed: int | None = None,
     settings: dict[str, Json] | None = None,
     version: str | None = None,
     concurrency: int = 32,
@@ -78,6 +82,8 @@ async def prompt_map(
     `instructions`: the system prompt. `template`: a Jinja template of the prompt. `prompt_column`: the column of
     the prompt in a file. `settings`: of the model, for example {"temperature": 0}. `version`: distinguishes a function
     from earlier ones.
+    `limit`: take only the first prompts. `pick`: take this number at random, always the same ones for a `seed`. A call
+    with all of them reuses the answers.
     `concurrency`: calls at a time. `max_attempts`: calls per job. `timeout`: seconds that a call may take. `lease`:
     seconds before the jobs of a silent process are taken over.
     `price`: for example "in=0.15,out=0.60", in US dollars per million tokens, from now on; None leaves it as it is.
@@ -114,7 +120,7 @@ async def prompt_map(
         openrouter_api_key=openrouter_api_key,
         env=load_environment(Path.cwd()),
     )
-    source = Source(prompts, template=template, prompt_column=prompt_column)
+    source = Source(prompts, template=template, prompt_column=prompt_column, sample=Sample(limit, pick, seed))
     if source.is_empty:
         return _shaped([], return_dtype)
     beside = file_of(db_url) or Path(RESULTS_BESIDE)
@@ -123,7 +129,7 @@ async def prompt_map(
     with suppress(DatabaseBusyError):  # it may be free when the answers are there
         await results_db.check(results_url, name="results_db_url", queue=file_of(db_url))
     await check_servable(resolved)
-    name = _run_name(resolved, source) if run is None else run
+    name = _run_name(resolved, source) if run is None else source.run_name(run)
     spec = run_spec(name, resolved, max_attempts, price)
     async with opened(db_url, create=True) as database:
         report = await put(database, spec, source, fresh=fresh)

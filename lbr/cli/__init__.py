@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from lbr.cli import operate, work
 from lbr.cli.app import lbr, main
-from lbr.cli.enqueue import enqueue
+from lbr.cli.enqueue import enqueue, estimate
 
 for command in (
-    *(enqueue, work.worker, work.worker_process, work.collect, work.run, operate.estimate),
+    *(enqueue, work.worker, work.worker_process, work.collect, work.run, estimate),
     *(operate.status, operate.show, operate.retry, operate.cancel, operate.rm, operate.pause, operate.resume),
     *(operate.limit, operate.move, operate.doctor),
 ):

@@ -1,4 +1,4 @@
-"""The commands that show and control runs: estimate, status, show, retry, cancel, rm, pause, resume, limit, move, doctor."""
+"""The commands that show and control runs: status, show, retry, cancel, rm, pause, resume, limit, move, doctor."""
 
 from __future__ import annotations
 
@@ -8,25 +8,21 @@ import time
 from collections import Counter
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from lbr.api import doctor as doctor_api
-from lbr.api import estimate as estimate_api
 from lbr.api import move as move_api
 from lbr.api import operate
 from lbr.api.status import describe, describe_limit, printable, resumed_words
 from lbr.cli.app import echo, echo_json, log, option, read_settings, switch, with_database
-from lbr.cli.enqueue import input_arguments, input_options, interruptible
-from lbr.core.config import WorkOptions, positive
+from lbr.core.config import positive
 from lbr.core.errors import StoppedError, UsageError
-from lbr.core.pricing import CHARACTERS_PER_TOKEN, NANOS, Price, dollars, table_problem
-from lbr.core.text import duration, pluralize
+from lbr.core.pricing import dollars
+from lbr.core.text import pluralize
 
 if TYPE_CHECKING:
-    from lbr.api.estimate import Estimate
     from lbr.store.reads import Attempt, JobDetail
 
 EXIT_PROBLEM = 5
@@ -38,66 +34,6 @@ SETTING = "A model setting for these jobs only, before the run's, for example ma
 CLASS = "With --reparse: the pydantic class of the run's schema, to check with."
 
 as_json = switch("--json", "Print one JSON object.")
-
-
-@click.command()
-@click.argument("inputs", nargs=-1, required=True)
-@option("--model", "NAME", "The model, as for `lbr enqueue`.")
-@input_options
-@option("--output-tokens", "N", "Tokens per answer; by default max_tokens, or an assumption.", type=int)
-@option("--rpm", "N", "Requests per minute that the provider allows.", type=float)
-@option("--tpm", "N", "Tokens per minute that the provider allows.", type=float)
-@option("--concurrency", None, "Calls at a time, all workers together.", default=WorkOptions().concurrency)
-@option("--seconds-per-call", None, "Seconds that one call takes.", default=estimate_api.SECONDS_PER_CALL)
-@as_json
-def estimate(inputs: tuple[str, ...], json: bool, **flags: Any) -> None:
-    """Estimate a batch before you spend anything: rows, tokens, cost, time.
-
-    INPUTS are read as by `lbr enqueue`. Only models are estimated, not functions. Nothing is called or written; you
-    need neither a key nor a database.
-    """
-
-    async def reading() -> Estimate:
-        with interruptible(inputs):
-            return await estimate_api.estimate(list(map(Path, inputs)), **input_arguments(flags))
-
-    found = asyncio.run(reading())
-    echo_json(found.to_dict()) if json else echo(_describe_estimate(found))
-
-
-def _describe_estimate(found: Estimate) -> str:
-    tokens, each = pluralize(found.output_tokens, "token"), found.output_tokens_per_call
-    output = {
-        "max_tokens": f"at most {tokens}, max_tokens={each} per answer",
-        "given": f"about {tokens}, {each} per answer",
-        "assumed": f"about {tokens}, assumed to be {each} per answer: set --output-tokens or --set max_tokens=…",
-    }[found.output_tokens_from]
-    calls, all_tokens = pluralize(found.prompts, "call"), found.input_tokens + found.output_tokens
-    why = {
-        "rpm": f"{calls} at {found.rpm or 0:g} per minute",
-        "tpm": f"{all_tokens} tokens at {found.tpm or 0:g} per minute",
-        "concurrency": f"{calls} of {found.seconds_per_call:g} s, {found.concurrency} at a time",
-    }[found.bound_by]
-    return "\n".join(
-        (
-            f"{found.model}: {pluralize(found.inputs, 'input')}, {found.prompts} distinct, {found.duplicates} duplicate",
-            f"input: about {pluralize(found.input_tokens, 'token')}, estimated at {CHARACTERS_PER_TOKEN} characters per token",
-            f"output: {output}",
-            f"cost: {_cost_words(found)}",
-            f"time: about {duration(found.seconds)}: {why}",
-        )
-    )
-
-
-def _cost_words(found: Estimate) -> str:
-    if found.price is None or found.cost_usd is None:
-        problem = table_problem()
-        why = "" if problem is None else f", because the price table cannot be loaded ({problem})"
-        return f"price unknown{why}: set --price in=…,out=…"
-    price = Price(found.price["in"], found.price["out"]).words()
-    source = ", by the price table" if found.price_from == "table" else ""
-    cost = dollars(estimate_api.rounded(found.cost_usd * NANOS))
-    return f"about {cost} at {price} per million tokens{source}"
 
 
 @click.command()

@@ -19,7 +19,7 @@ from lbr.api import collect as collect_api
 from lbr.api import operate, work
 from lbr.api.status import one_line, paused_words, printable, unfinished_words
 from lbr.cli.app import EXIT_FAILURES, EXIT_UNFINISHED, choice, log, option, options, switch, with_database
-from lbr.cli.enqueue import counting_kept, enqueue_inputs, task_options
+from lbr.cli.enqueue import counting_kept, enqueue_inputs, show_dry_run, task_options
 from lbr.cli.enqueue import describe as describe_enqueue
 from lbr.core import open_files
 from lbr.core.config import MAX_PROCESSES, WorkOptions, at_least_one
@@ -292,7 +292,7 @@ def _reasons(collected: Collected) -> str:
 @work_options
 @processes_option
 @with_database
-def run(db: dict[str, Any], /, inputs: tuple[str, ...], output: str, **flags: Any) -> None:
+def run(db: dict[str, Any], /, inputs: tuple[str, ...], output: str, dry_run: bool, **flags: Any) -> None:
     """Enqueue, work and collect in one command; run it again to resume.
 
     Other workers may help. The output is written when every job is finished.
@@ -307,6 +307,9 @@ def run(db: dict[str, Any], /, inputs: tuple[str, ...], output: str, **flags: An
         raise UsageError(f"{output} is an input, or the file for bad rows; name a new file for the answers")
     at_least_one("processes", flags["processes"], most=MAX_PROCESSES)
     how = _work_flags(flags)
+    if dry_run:
+        show_dry_run(inputs, **flags | {"concurrency": flags["concurrency"] * flags["processes"]})
+        return
     rest = {name: value for name, value in flags.items() if name not in how}
     with counting_kept(inputs, append=flags["append"]) as on_progress:
         code = asyncio.run(_run(db, inputs, {"out": output} | style, on_progress, how, **rest))

@@ -23,12 +23,14 @@ import orjson
 from lbr.core.errors import InputError, UsageError
 from lbr.core.text import pluralize
 from lbr.io.records import EmptyPromptError, Fields, Place, Template, check_storable, item_of, names, shown
+from lbr.io.samples import ALL
 from lbr.io.writers import atomic_path, named_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from lbr.core.types import Item
+    from lbr.io.samples import Sample
 
 Records = Iterator[tuple[Place, str, Fields | InputError]]
 """Place, text and fields of each record, or its error."""
@@ -65,23 +67,33 @@ INSTEAD_OF = {
 
 
 class BadRows:
-    """Rows that cannot be used: refused in one message, or left out, counted and written to a file."""
+    """Rows that cannot be used: refused in one message, or left out, counted and written to a file.
 
-    def __init__(self, *, skip_bad: str | None = None, skip_empty: bool = False, at_once: bool = False) -> None:
+    `empty` counts those that `skip_empty` leaves out, `count` all others, `blank` those of them without a prompt. With
+    `dry`, nothing is written, and the error is not raised: `refusal` returns it.
+    """
+
+    def __init__(
+        self, *, skip_bad: str | None = None, skip_empty: bool = False, at_once: bool = False, dry: bool = False
+    ) -> None:
         self.count = 0
         self.empty = 0
+        self.blank = 0
         self._path = skip_bad
         self._skip_empty = skip_empty
         self._at_once = at_once
+        self._dry = dry
         self._file: IO[bytes] | None = None
         self._first: list[InputError] = []
 
     def add(self, error: InputError, text: str) -> None:
         """Count a row, and write it to the file if there is one. Raises its error if reading stops at once."""
-        if self._skip_empty and isinstance(error, EmptyPromptError):
+        is_empty = isinstance(error, EmptyPromptError)
+        if self._skip_empty and is_empty:
             self.empty += 1
             return
         self.count += 1
+        self.blank += is_empty
         if self._file is not None:
             # Bytes that cannot be decoded are written as escapes.
             readable = text.rstrip("\r\n").encode(errors="surrogateescape").decode(errors="backslashreplace")
@@ -91,20 +103,23 @@ class BadRows:
                 self._file.flush()
         elif len(self._first) < SHOWN_BAD:
             self._first.append(error)
-            if self._at_once:
-                raise self._refused()
+            if self._at_once and (refusal := self.refusal()):
+                raise refusal
 
     def through(self, items: Iterable[Item]) -> Iterator[Item]:
         """Yield the items; after the last one, publish the file, or raise InputError for the bad rows."""
-        if self._path is None:
+        if self._path is None or self._dry:
             yield from items
         else:
             with atomic_path(self._path) as temporary, temporary.open("wb") as self._file:
                 yield from items
-        if self._first:
-            raise self._refused()
+        if not self._dry and (refusal := self.refusal()):
+            raise refusal
 
-    def _refused(self) -> InputError:
+    def refusal(self) -> InputError | None:
+        """Return the error for the bad rows so far; None without any, or if they go to a file."""
+        if not self._first or self._path is not None:
+            return None
         first, *rest = self._first
         more = "" if self.count == 1 else f" (and {pluralize(self.count - 1, 'more bad row')})"
         lines = [first.message + more, *map(str, rest)]
@@ -125,8 +140,9 @@ def read_items(
     delimiter: str | None = None,
     encoding: str | None = None,
     bad: BadRows | None = None,
+    sample: Sample = ALL,
 ) -> Iterator[Item]:
-    """Return the items of all sources, in order; `-` is stdin.
+    """Return the items of all sources, in order, or a sample of them; `-` is stdin.
 
     `format` None goes by the ending of each name, `delimiter` None by the first lines of each CSV file, `encoding`
     None by its BOM. `template` is Jinja, rendered with the fields of each record. Raises UsageError at once for
@@ -158,7 +174,7 @@ def read_items(
             column = prompt_column or (None if kind is InputFormat.JSONL else "prompt")
             yield from _read(Input(source, compiled, column, character or DELIMITER_OF.get(kind), encoding), kind, bad)
 
-    return bad.through(items())
+    return bad.through(sample.of(items()))
 
 
 def check_sources(sources: Sequence[str]) -> None:

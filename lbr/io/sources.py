@@ -18,12 +18,14 @@ from lbr.core.errors import InputError, UsageError
 from lbr.core.types import Item, Prompt
 from lbr.io import readers
 from lbr.io.records import Place, Template, check_storable, item_of, not_finite, not_json, shortened
+from lbr.io.samples import ALL
 from lbr.io.writers import check_output
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lbr.core.types import Json
+    from lbr.io.samples import Sample
 
 PROMPTS = "prompts"
 CHECKED_AT_ONCE = 5_000
@@ -120,13 +122,14 @@ class Source:
         encoding: str | None = None,
         skip_bad: PathLike[str] | str | None = None,
         skip_empty: bool = False,
+        sample: Sample = ALL,
     ) -> None:
         if input_format is not None:
             one_of("input_format", input_format, tuple(readers.InputFormat))
         self.bad = readers.BadRows()
         self._begun: Iterator[Item] | None = None
         self._files, self._prompts = _files_and_prompts(given)
-        self._template = template
+        self._template, self._sample = template, sample
         self._how: dict[str, Any] = {"prompt_column": prompt_column, "delimiter": delimiter, "encoding": encoding}
         self._skip: dict[str, Any] = {
             "skip_bad": None if skip_bad is None else str(Path(skip_bad)),
@@ -152,12 +155,14 @@ class Source:
         """Whether there is neither a file nor a prompt."""
         return not self._files and not self._prompts
 
-    def run_name(self) -> str:
-        """Return the run's name if none was given: the first file's stem."""
-        name = Path(self._files[0]).stem if self._files and not readers.is_stream(self._files[0]) else ""
-        if not name:
-            raise UsageError("the run needs a name; set --run")
-        return name
+    def run_name(self, given: str | None) -> str:
+        """Return the run's name: the given one, or the first file's stem; that of a picked sample ends with `-pick`."""
+        name = given
+        if name is None:
+            name = Path(self._files[0]).stem if self._files and not readers.is_stream(self._files[0]) else ""
+            if not name:
+                raise UsageError("the run needs a name; set --run")
+        return f"{name}-pick" if name and self._sample.pick is not None else name
 
     async def check(self) -> None:
         """Read everything that can be read twice, of a stream its first input, so that bad input leaves no trace.
@@ -176,12 +181,15 @@ class Source:
         if not count:
             raise self.nothing()
 
-    def read(self, *, at_once: bool = True) -> Iterator[Item]:
-        """Read the inputs from their beginning. Bad ones are reported at the first one (`at_once`), or all at the end."""
+    def read(self, *, at_once: bool = True, dry: bool = False) -> Iterator[Item]:
+        """Read the inputs from their beginning. Bad ones are reported at the first one (`at_once`), or all at the end.
+
+        With `dry`, they are counted in `bad`, and nothing is written.
+        """
         if not self._files:
-            return items_of(self._prompts, template=self._template)
-        self.bad = readers.BadRows(**self._skip, at_once=at_once)
-        return readers.read_items(self._files, template=self._template, bad=self.bad, **self._how)
+            return self._sample.of(items_of(self._prompts, template=self._template))
+        how, self.bad = self._how, readers.BadRows(**self._skip, at_once=at_once and not dry, dry=dry)
+        return readers.read_items(self._files, template=self._template, bad=self.bad, sample=self._sample, **how)
 
     def nothing(self) -> InputError:
         """Return the error for a source without inputs."""

@@ -31,7 +31,7 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_distinct_prompts_are_counted_once() -> None:
     """Duplicates are inputs without tokens."""
     items = [Item(Prompt(text=text)) for text in ("12345678", "1234", "12345678")]
-    assert count_inputs(items, ECHO) == (3, 2, 3)
+    assert count_inputs(items, ECHO) == (3, 2, 3, ["12345678", "1234"])
 
 
 def test_the_length_of_an_answer_and_its_source() -> None:
@@ -134,6 +134,29 @@ async def test_bad_input_is_told_with_file_and_line(in_folder: Path) -> None:
         await lbr.estimate(Path("in.jsonl"), model=MODEL)
     with pytest.raises(InputError, match="there is no input"):
         await lbr.estimate([], model=MODEL)
+
+
+async def test_bad_rows_are_counted_and_prompts_shown_on_request(in_folder: Path) -> None:
+    """A dry run from Python: the first distinct prompts, and what an enqueue would say about the bad rows."""
+    lines = ['{"prompt": "a"}', '{"prompt": ""}', '{"promt": "b"}', '{"messages": [{"role": "user", "content": "c"}]}']
+    (in_folder / "in.jsonl").write_text("\n".join([*lines, *lines[3:], '{"prompt": "d"}', '{"prompt": "e"}']))
+    found = await lbr.estimate(Path("in.jsonl"), model=MODEL, count_bad=True)
+    assert (found.inputs, found.prompts, found.duplicates, found.empty, found.bad) == (5, 4, 1, 1, 1)
+    assert found.examples == ["a", [{"role": "user", "content": "c"}], "d"]
+    assert (found.refusal or "").startswith("in.jsonl, line 2: prompt is empty (and 1 more bad row)")
+    some = await lbr.estimate(["a", "b", "c"], model=MODEL, limit=2)
+    assert (some.examples, some.refusal) == (["a", "b"], None)
+
+
+async def test_a_functions_prompts_are_counted(in_folder: Path) -> None:
+    """What it will answer, and what that costs, nobody knows; unless its author does."""
+
+    def answer(text: str) -> str:
+        raise AssertionError(text)
+
+    found = await lbr.estimate(["a", "b", "a"], function=answer, price="in=1,out=1")
+    assert (found.prompts, found.output_tokens_from, found.cost_usd) == (2, "unknown", None)
+    assert (await lbr.estimate(["a"], function=answer, price="in=1,out=1", output_tokens=9)).cost_usd == 10e-6
 
 
 @pytest.mark.parametrize(

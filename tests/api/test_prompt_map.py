@@ -202,6 +202,25 @@ async def test_more_prompts_reuse_earlier_answers(calls: Calls, db_url: str) -> 
     assert calls.made == Counter({"a": 2, "b": 2, "c": 2, "d": 1})
 
 
+async def test_a_sample_is_answered_first(calls: Calls, db_url: str) -> None:
+    """The first prompts, or some at random, under a name of their own; the call for all asks the rest."""
+
+    async def count(prompt: str) -> str:
+        calls.made[prompt] += 1
+        return prompt
+
+    prompts = [f"p{n}" for n in range(9)]
+    how: dict[str, Any] = {"db_url": db_url, "return_dtype": "list[str]"}
+    assert await prompt_map(prompts, count, limit=2, run="my", **how) == ["p0", "p1"]
+    picked = await prompt_map(prompts, count, pick=3, seed=1, run="my", **how)
+    assert (len(picked), picked) == (3, sorted(picked))
+    assert await prompt_map(prompts, count, run="my", **how) == prompts
+    assert {run.run for run in (await lbr.status(db_url=db_url)).runs} == {"my", "my-pick"}
+    assert set(calls.made.values()) == {1}
+    with pytest.raises(UsageError, match=r"seed=… needs pick=…"):
+        await prompt_map(prompts, count, seed=1, **how)
+
+
 @pytest.mark.parametrize("shape", ["unique", "original"])
 async def test_fewer_prompts_get_their_rows_alone(shape: str, db_url: str, capfd: pytest.CaptureFixture[str]) -> None:
     """A run that holds more than this call asks gives back what was asked; the results database keeps all of it."""

@@ -358,6 +358,9 @@ def test_bad_tasks_are_refused(wrong: Case, tmp_path: Path) -> None:
         case("worker --processes 0", "processes", "from 1 to", "got: 0"),
         case("run p.txt -o a.jsonl --lease -1", "lease", "above 0", "got: -1"),
         case("run p.txt -o runs.db", "runs.db is the queue; name a new file"),
+        case("enqueue p.txt --model offline:echo --limit 0", "limit", "from 1 to", "got: 0"),
+        case("enqueue p.txt --model offline:echo --pick 1000001", "pick", "from 1 to 1000000", "got: 1000001"),
+        case("run p.txt -o out.jsonl --model offline:echo --seed 1", "--seed needs --pick"),
         case("status --interval nan", "interval", "above 0", "got: nan"),
     ],
 )

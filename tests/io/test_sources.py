@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lbr.core.errors import InputError, UsageError
 from lbr.core.types import Item, Prompt
 from lbr.io import readers
+from lbr.io.samples import Sample
 from lbr.io.sources import Source
 from tests.io import write
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 class TestSource:
@@ -54,6 +53,49 @@ class TestSource:
         """Flags about files are refused for prompts in memory."""
         with pytest.raises(UsageError, match=f"expected {next(iter(options))} with files, got: prompts"):
             Source(["a"], **options)
+
+    async def test_a_dry_read_counts_and_writes_nothing(self, tmp_path: Path) -> None:
+        """Empty and other bad rows are counted apart; the refusal is the one that an enqueue raises."""
+        write(tmp_path, "in.csv", self.ROWS)
+        given: list[tuple[dict[str, Any], bool]] = [
+            ({}, True),
+            ({"skip_empty": True}, True),
+            ({"skip_bad": tmp_path / "bad"}, False),
+            ({"skip_bad": tmp_path / "bad", "skip_empty": True}, False),
+        ]
+        for skip, is_refused in given:
+            source = Source(tmp_path / "in.csv", **skip)
+            kept = [item.custom_id for item in source.read(dry=True)]
+            refusal = source.bad.refusal()
+            assert (kept, source.bad.empty + source.bad.blank) == (["1", "4", "10", "12"], 4)
+            assert (source.bad.count - source.bad.blank, refusal is not None) == (4, is_refused)
+            if refusal:
+                with pytest.raises(InputError) as raised:
+                    await source.check()
+                assert str(raised.value) == str(refusal)
+        assert [path.name for path in tmp_path.iterdir()] == ["in.csv"]
+
+    async def test_a_limit_does_not_see_bad_rows_behind_it_and_a_pick_does(self, tmp_path: Path) -> None:
+        """A pick reads everything, so that no bad row depends on luck."""
+        path = tmp_path / "in.csv"
+        path.write_bytes(self.ROWS)
+        source = Source(path, sample=Sample(limit=1))
+        await source.check()
+        assert [item.custom_id for item in source] == ["1"]
+        with pytest.raises(InputError, match="and 7 more bad rows"):
+            await Source(path, sample=Sample(pick=1)).check()
+
+    def test_run_names(self, tmp_path: Path) -> None:
+        """The first file's stem unless one is given; a picked sample has its own."""
+        path = Path(write(tmp_path, "in.csv", self.ROWS))
+        assert [Source(path).run_name(given) for given in (None, "a")] == ["in", "a"]
+        assert [Source(path, sample=Sample(pick=2)).run_name(given) for given in (None, "a", "")] == [
+            "in-pick",
+            "a-pick",
+            "",
+        ]
+        with pytest.raises(UsageError, match="the run needs a name"):
+            Source(["a"], sample=Sample(pick=2)).run_name(None)
 
 
 async def test_a_check_of_many_inputs_can_be_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
