@@ -37,6 +37,7 @@ PARAMETERS = {
     "model": ("model", "model_name"),
     "result_type": ("result_type", "result_types"),
     "set": ("settings",),
+    "with": ("include",),
 }
 """The parameters of flags that have a different name."""
 
@@ -84,6 +85,8 @@ def _with_parameters(message: str, annotations: Mapping[str, str]) -> str:
         if found[1] is None:
             return str(found[0])
         flag: str = found[1].replace("-", "_")
+        if flag.startswith("no_"):
+            return f"{flag[3:]}=False"
         names = PARAMETERS.get(flag, (flag,))
         name = next((one for one in names if one in annotations), names[0])
         if found.start() < message.find(", got:"):  # what is expected, not what to set

@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING
 from lbr.api.arguments import checked
 from lbr.core.config import DB_URL_DEFAULT, one_of
 from lbr.core.errors import UsageError
-from lbr.core.types import JobState, Shape
+from lbr.core.types import Include, JobState, Shape
 from lbr.io import writers
+from lbr.io.table import OWN_COLUMNS, Kind, Kinds, make_table
 from lbr.store import reads, results_db, runs
 from lbr.store.database import opened
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
     from lbr.core.types import Json, PathOrUrl, Row, Run
+    from lbr.io.table import Table
     from lbr.store.database import Database
 
 WAIT_SECONDS = 0.2
@@ -35,6 +37,7 @@ class Collected:
     `by_status` counts the rows. `sealed`: whether the run's enqueue has finished. `rows`: the answers as dicts, None if
     they were written to an output. `cut_off` counts the answers that reached their token limit, done or failed;
     `limited` is True if the run's settings set that limit. `reasons` counts the failed rows by their last error.
+    `left_out` are the fields of answers that the schema does not name, which a table has no column for.
     """
 
     run: str
@@ -44,6 +47,7 @@ class Collected:
     cut_off: int = 0
     limited: bool = False
     reasons: Counter[str] = field(default_factory=Counter)
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def total(self) -> int:
@@ -61,6 +65,54 @@ class Collected:
         return self.by_status[JobState.FAILED] + self.by_status[JobState.CANCELLED]
 
 
+@dataclass(slots=True)
+class Output:
+    """Where and how `collect` writes rows, by its arguments; `path` None is stdout. Raises UsageError.
+
+    `read` is what to read beside the answers.
+    """
+
+    out: PathOrUrl | None
+    format: str | None = None
+    columns: str = "default"
+    unnest: bool = True
+    include: str | Sequence[str] = ()
+    spreadsheet_safe: bool = False
+    bom: bool = False
+    path: str | None = field(init=False)
+    kind: writers.OutputFormat = field(init=False)
+    style: writers.CsvStyle = field(init=False)
+    read: set[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Check what the format can have."""
+        path = self.path = None if self.out is None or fspath(self.out) == "-" else fspath(self.out)
+        if self.out is not None:
+            writers.check_output(path)  # before its format: a folder or a device has none
+        one_of("--columns", self.columns, tuple(OWN_COLUMNS))
+        wanted = self.format and one_of("format", self.format, tuple(writers.OutputFormat))
+        kind = self.kind = writers.OutputFormat(wanted) if wanted else writers.format_of(path)
+        if self.out is not None:
+            writers.check_output(path, kind)
+        self.style = writers.CsvStyle(self.spreadsheet_safe, self.bom)
+        self.style.check(kind)
+        self.read = _chosen("--with", self.include, tuple(Include))
+        flags = {"--columns": self.columns == "all", "--no-unnest": not self.unnest, "--with": bool(self.read)}
+        for flag in (flag for flag, is_set in flags.items() if is_set and kind not in writers.TABLES):
+            if flag != "--with" or kind is not writers.OutputFormat.JSONL:
+                raise UsageError(
+                    f"{flag} is for tables, got: {kind}; omit it, or write a .csv, .parquet or .sqlite file"
+                )
+        if kind is writers.OutputFormat.OPENAI:
+            self.read.add(Include.USAGE)
+
+
+def _chosen(flag: str, value: str | Sequence[str], allowed: Sequence[str]) -> set[str]:
+    """Return the words of a flag that takes several, with commas or repeated. Raises UsageError for an unknown one."""
+    texts = [value] if isinstance(value, str) else value
+    return {one_of(flag, word.strip(), allowed) for text in texts for word in text.split(",")}
+
+
 @checked
 async def collect(
     run: str,
@@ -68,6 +120,11 @@ async def collect(
     out: PathOrUrl | None = None,
     shape: str = Shape.ORIGINAL,
     format: str | None = None,  # noqa: A002 - the word of the command line
+    columns: str = "default",
+    unnest: bool = True,
+    include: str | Sequence[str] = (),
+    failed: bool = False,
+    status: str | Sequence[str] = (),
     wait: bool = False,
     spreadsheet_safe: bool = False,
     bom: bool = False,
@@ -76,35 +133,31 @@ async def collect(
 ) -> Collected:
     """Return a run's answers in input order as `rows`, or write them to `out`; "-" is stdout.
 
-    A file is written completely or not at all; a results database keeps the rows of other runs. `format` (jsonl, csv or
-    db) None goes by the file's name. `shape`: "original", a row per input, or "unique", a row per distinct input.
-    `wait`: first wait until every job has finished. For CSV, `spreadsheet_safe` puts an apostrophe before text that a
-    spreadsheet would run as a formula, and `bom` adds a byte order mark, by which Excel recognizes UTF-8.
+    A file is written completely or not at all; a results database keeps the rows of other runs. `format` (jsonl, csv,
+    parquet, sqlite, db, openai or messages) None goes by the file's name. `shape`: "original", a row per input, or
+    "unique", a row per distinct input. `columns` "all" adds lbr's own columns to a table, and `unnest` makes a column
+    of each field of a structured answer. `include` is what rows have beside their answers: "usage". `status` leaves
+    out rows with another one; `failed` is short for `status` "failed". `wait`: first wait until every job has
+    finished. For CSV, `spreadsheet_safe` puts an apostrophe before text that a spreadsheet would run as a formula, and
+    `bom` adds a byte order mark, by which Excel recognizes UTF-8.
 
     Raises RunNotFoundError, UsageError, OutputError or DatabaseError.
     """
-    target = None if out is None or fspath(out) == "-" else fspath(out)
-    if out is not None:
-        writers.check_output(target)
-    formats = tuple(writers.OutputFormat)
-    kind = writers.format_of(target) if format is None else writers.OutputFormat(one_of("format", format, formats))
-    style = writers.CsvStyle(spreadsheet_safe, bom)
-    style.check(kind)
+    output = Output(out, format, columns, unnest, include, spreadsheet_safe, bom)
     chosen = Shape(one_of("shape", shape, tuple(Shape)))
-    if kind is writers.OutputFormat.DB and target is None:
-        raise UsageError("expected -o FILE for a results database, got: stdout")
+    states = _chosen("--status", status, tuple(JobState)) | ({JobState.FAILED} if failed else set())
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         found = await database.read(reads.find_run, run)
         runs.check_not_removing(found)
         if wait:
             await _until_finished(database, found)
         collected = Collected(run)
-        pages = _counted(reads.rows(database, found, chosen), collected)
+        pages = _counted(reads.rows(database, found, chosen, states, output.read), collected)
         if out is None:
             collected.rows = [row.to_dict() async for page in pages for row in page]
         else:
-            async with nullcontext() if target is None else writers.output_lock(target):
-                await _write(database, found, pages, target, kind, style)
+            async with nullcontext() if output.path is None else writers.output_lock(output.path):
+                collected.left_out = await _write(database, found, pages, output)
         collected.sealed = (await database.read(reads.find_run, run)).sealed_at is not None
         collected.limited = bool(collected.cut_off) and await database.read(reads.limits_answers, found)
         return collected
@@ -130,21 +183,37 @@ async def _counted(pages: AsyncIterator[list[Row]], collected: Collected) -> Asy
         yield page
 
 
-async def _write(
-    database: Database,
-    run: Run,
-    pages: AsyncIterator[list[Row]],
-    target: str | None,
-    kind: writers.OutputFormat,
-    style: writers.CsvStyle,
-) -> None:
-    if kind is not writers.OutputFormat.DB or target is None:
-        columns = await reads.columns(database, run) if kind is writers.OutputFormat.CSV else []
-        with writers.open_writer(target, kind, columns=columns, style=style) as writer:
+async def _write(database: Database, run: Run, pages: AsyncIterator[list[Row]], output: Output) -> list[str]:
+    """Write the pages; return the fields of answers that a table had no column for."""
+    target = output.path
+    if output.kind is not writers.OutputFormat.DB or target is None:
+        table = await _table(database, run, output)
+        with writers.open_writer(target, output.kind, table=table, style=output.style) as writer:
             async for page in pages:
                 writer.write(page)
-    elif os.path.lexists(target):  # noqa: ASYNC240 - one stat
+        return sorted(table.left_out)
+    if os.path.lexists(target):  # noqa: ASYNC240 - one stat
         await results_db.write_run(target, run.name, pages)  # one transaction; the rows of other runs stay
     else:
         with writers.atomic_path(target) as temporary:
             await results_db.write_run(str(temporary), run.name, pages)
+    return []
+
+
+async def _table(database: Database, run: Run, output: Output) -> Table:
+    """Return the columns to write. The inputs are read for them, if the format has columns."""
+    if output.kind not in writers.TABLES:
+        return make_table(run.task)
+    kinds, typed = Kinds(), output.kind in writers.TYPED
+    inputs = await reads.columns(database, run, kinds.note if typed else None)
+    numbers = typed and await database.read(reads.ids_are_numbers, run)
+    return make_table(
+        run.task,
+        inputs,
+        kind_of=kinds.of,
+        id_kind=Kind.INT if numbers else Kind.TEXT,
+        columns=output.columns,
+        unnest=output.unnest,
+        include=output.read,
+        fold=str.lower if output.kind is writers.OutputFormat.SQLITE else str,
+    )

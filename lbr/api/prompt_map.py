@@ -10,35 +10,33 @@ from os import fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import orjson
-
 from lbr.api.arguments import checked
 from lbr.api.enqueue import put, run_spec
 from lbr.api.status import one_line, status_of
 from lbr.api.task import change_warnings, check_servable, resolve_task
 from lbr.core.config import CALL_TIMEOUT, DB_URL_DEFAULT, MAX_ATTEMPTS, WorkOptions, load_environment, one_of
 from lbr.core.errors import DatabaseBusyError, LbrError, UsageError
-from lbr.core.types import JobState, Run, RunState, Shape, canonical_json
-from lbr.io import writers
+from lbr.core.types import JobState, Part, Run, RunState, Shape, canonical_json
+from lbr.io import frames, writers
 from lbr.io.samples import Sample
 from lbr.io.sources import Source
+from lbr.io.table import Kinds, make_table
 from lbr.store import reads, redo, results_db, runs
 from lbr.store.database import file_of, opened, remove_queue, shown
 from lbr.store.sql import PAGE
 from lbr.worker.worker import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 
     from lbr.api.status import RunStatus
     from lbr.api.task import ResolvedTask
-    from lbr.core.types import Json, PathOrUrl, Row
+    from lbr.core.types import Json, PathOrUrl, Row, Task
     from lbr.store.database import Database
 
 RETURN_DTYPES = ("list[dict]", "list[str]", "list[tuple[str,str]]", "polars")
 RESULTS_BESIDE = "runs.db"  # if the queue is on a server
 REPORT_SECONDS = 0.2
-COLUMNS = ("idx", "id", "key", "prompt", "status", "result", "error", "metadata")
 
 
 @checked
@@ -66,6 +64,7 @@ async def prompt_map(
     results_db_url: PathOrUrl | None = None,
     output_shape: str = Shape.UNIQUE,
     return_dtype: str = "list[dict]",
+    unnest: bool = True,
     progress_every: int | None = 200,
     retry_failed: bool = True,
     fresh: bool = False,
@@ -93,7 +92,8 @@ async def prompt_map(
     Rows are idx, key, prompt, status ("done" or "missing"), result (None unless done), error, and id and metadata if the
     prompt had them.
     `return_dtype`: "list[dict]"; "list[str]", the results, "" if missing; "list[tuple[str,str]]", prompt and result; or
-    "polars", a DataFrame of the rows, always with id and metadata, which is JSON.
+    "polars", a DataFrame: the prompts' columns, then the answer (with `unnest`, a column for each field of
+    `result_type`), status and error.
     `progress_every`: print a line to stderr after this number of finished jobs, None for never.
     `retry_failed`: try again what failed in an earlier call. `fresh`: do not reuse answers of other runs.
     `teardown`: remove the queue and the results when everything is done, unless other runs or processes use them.
@@ -107,7 +107,7 @@ async def prompt_map(
     if (every := progress_every or 0) < 0:
         raise UsageError(f"expected progress_every to be a whole number of at least 0, or None, got: {every}")
     if one_of("return_dtype", return_dtype, RETURN_DTYPES) == "polars":
-        _polars()  # before any call is paid for
+        frames.polars()  # before any call is paid for
     options = WorkOptions(concurrency=concurrency, lease=lease, timeout=timeout)
     resolved = resolve_task(
         model=model_name,
@@ -122,7 +122,7 @@ async def prompt_map(
     )
     source = Source(prompts, template=template, prompt_column=prompt_column, sample=Sample(limit, pick, seed))
     if source.is_empty:
-        return _shaped([], return_dtype)
+        return _shaped([], return_dtype, resolved.task, [(Part.PROMPT, "prompt")], unnest=unnest)
     beside = file_of(db_url) or Path(RESULTS_BESIDE)
     results_url = results_db_url or beside.with_name(f"{beside.stem}-results{beside.suffix}")
     await source.check()
@@ -142,9 +142,11 @@ async def prompt_map(
             await database.write(runs.resume, found, moved=False)
         await _work(database, resolved, options, found, every)
         rows = [row async for page in _answers(database, found, shape) for row in page]
+        inputs = await reads.columns(database, found) if return_dtype == "polars" else []
     mirrored = await _mirror(results_url, name, rows)
     # The run may hold more, from a longer list; it begins with these, so the first of equal ones are among them.
-    answer = _shaped([row for row in rows if row.idx < report.counts.inputs], return_dtype)
+    asked = [row for row in rows if row.idx < report.counts.inputs]
+    answer = _shaped(asked, return_dtype, resolved.task, inputs, unnest=unnest)
     if teardown and mirrored and all(row.status == JobState.DONE for row in rows):
         await _tear_down(db_url, results_url, name)
     return answer
@@ -212,40 +214,20 @@ async def _mirror(results_url: PathOrUrl, run: str, rows: list[Row]) -> bool:
     return True
 
 
-def _shaped(rows: list[Row], return_dtype: str) -> Any:
+def _shaped(rows: list[Row], return_dtype: str, task: Task, inputs: Sequence[tuple[Part, str]], *, unnest: bool) -> Any:
     match return_dtype:
         case "list[str]":
             return [row.result or "" for row in rows]
         case "list[tuple[str,str]]":
             return [(row.prompt.body(), row.result or "") for row in rows]
         case "polars":
-            return _frame(rows)
+            kinds, ids = Kinds(), Kinds()
+            for row in rows:
+                kinds.note(row.metadata or {})
+                ids.note({"id": row.custom_id})
+            table = make_table(task, inputs, kind_of=kinds.of, id_kind=ids.of("id"), unnest=unnest)
+            return frames.frame(table, rows)
     return [row.to_dict() for row in rows]
-
-
-def _polars() -> Any:
-    try:
-        import polars as pl  # noqa: PLC0415 - slow, and rarely used
-    except ImportError:
-        raise UsageError("polars is not installed: `pip install polars`") from None
-    return pl
-
-
-def _frame(rows: list[Row]) -> Any:
-    """Return a DataFrame with the columns of the results database. Ids are text, unless all of them are numbers."""
-    pl = _polars()
-    ids = [row.custom_id for row in rows if row.custom_id is not None]
-    numbers = bool(ids) and all(isinstance(one, int) for one in ids)
-    types = dict.fromkeys(COLUMNS, pl.String) | {"idx": pl.Int64}
-    if numbers:
-        types["id"] = pl.Series(ids).dtype
-    texts = [row.to_dict() for row in rows]
-    for row, fields in zip(rows, texts, strict=True):
-        fields["prompt"] = row.prompt.body()
-        fields["metadata"] = None if row.metadata is None else orjson.dumps(row.metadata).decode()
-        if row.custom_id is not None and not numbers:
-            fields["id"] = str(row.custom_id)
-    return pl.DataFrame([{name: one.get(name) for name in COLUMNS} for one in texts], schema=types)
 
 
 async def _tear_down(db_url: PathOrUrl, results_url: PathOrUrl, run: str) -> None:

@@ -25,8 +25,9 @@ from lbr.core import open_files
 from lbr.core.config import MAX_PROCESSES, WorkOptions, at_least_one
 from lbr.core.errors import UsageError
 from lbr.core.text import duration, pluralize
-from lbr.core.types import Shape, Until
+from lbr.core.types import Include, JobState, Shape, Until
 from lbr.io import writers
+from lbr.io.table import OWN_COLUMNS
 from lbr.store.database import file_of, sole_worker
 from lbr.worker.processes import handled_signals, run_processes
 
@@ -78,7 +79,11 @@ output_options = options(
     choice("--shape", Shape, "Write a row for every input, or for every distinct one.", default=str(Shape.ORIGINAL)),
     switch("--spreadsheet-safe", SAFE),
     switch("--bom", "CSV: start with a byte order mark, for Excel."),
+    choice("--columns", OWN_COLUMNS, "Tables: add all of lbr's own columns.", default="default"),
+    switch("--no-unnest", "Tables: one column for the whole answer, not one for each of its fields."),
+    option("--with", "WHAT,…", f"Add what a row has beside its answer: {', '.join(Include)}.", multiple=True),
 )
+OUTPUT = "A .jsonl, .csv, .parquet, .sqlite or .db file"
 
 
 async def _serve(
@@ -235,9 +240,11 @@ def worker_process(db: dict[str, Any], /, **flags: Any) -> None:
 
 @click.command()
 @click.argument("run")
-@click.option("-o", "--output", metavar="FILE", help="A .jsonl, .csv or .db file; JSONL to stdout by default.")
+@click.option("-o", "--output", metavar="FILE", help=f"{OUTPUT}; JSONL to stdout by default.")
 @choice("--format", writers.OutputFormat, "The output's format; by default what the file name ends with.")
 @output_options
+@switch("--failed", "Write failed rows only: short for --status failed.")
+@choice("--status", JobState, "Write rows in this state only.", multiple=True)
 @switch("--wait", "Wait until every job is finished.")
 @with_database
 def collect(db: dict[str, Any], /, run: str, output: str | None, **flags: Any) -> None:
@@ -245,9 +252,16 @@ def collect(db: dict[str, Any], /, run: str, output: str | None, **flags: Any) -
 
     A file appears whole or not at all. Exits with 3 if jobs are not finished, with 4 if some failed.
     """
-    collected = asyncio.run(collect_api.collect(run, out="-" if output is None else output, **flags, **db))
+    how = _output_arguments(flags)
+    collected = asyncio.run(collect_api.collect(run, out="-" if output is None else output, **how, **flags, **db))
     log(_describe_rows(collected))
     click.get_current_context().exit(_collected_code(collected))
+
+
+def _output_arguments(flags: dict[str, Any]) -> dict[str, Any]:
+    """Take the flags of how rows are written; return them as arguments of `collect`."""
+    how = {name: flags.pop(name) for name in ("shape", "spreadsheet_safe", "bom", "columns")}
+    return how | {"unnest": not flags.pop("no_unnest"), "include": flags.pop("with")}
 
 
 def _describe_rows(collected: Collected) -> str:
@@ -257,6 +271,9 @@ def _describe_rows(collected: Collected) -> str:
 
 def _collected_code(collected: Collected) -> int:
     """Return 3 if answers may still come, 4 if some never will, else 0; print what to do."""
+    if collected.left_out:
+        names = ", ".join(map(repr, collected.left_out[:5])) + ", …" * (len(collected.left_out) > 5)
+        log(f"fields that the schema does not name have no column: {names}; --no-unnest and JSONL keep them")
     if collected.cut_off:
         log(_cut_off_words(collected.run, collected.cut_off, limited=collected.limited))
     if not collected.sealed:
@@ -286,7 +303,7 @@ def _reasons(collected: Collected) -> str:
 
 @click.command()
 @click.argument("inputs", nargs=-1, required=True)
-@click.option("-o", "--output", metavar="FILE", required=True, help="A .jsonl, .csv or .db file.")
+@click.option("-o", "--output", metavar="FILE", required=True, help=f"{OUTPUT}; - is stdout.")
 @output_options
 @task_options
 @work_options
@@ -297,13 +314,12 @@ def run(db: dict[str, Any], /, inputs: tuple[str, ...], output: str, dry_run: bo
 
     Other workers may help. The output is written when every job is finished.
     """
-    writers.check_output(output)
-    style = {name: flags.pop(name) for name in ("shape", "spreadsheet_safe", "bom")}
-    writers.CsvStyle(style["spreadsheet_safe"], style["bom"]).check(writers.format_of(output))
+    style = _output_arguments(flags)
+    written = collect_api.Output(output, **{name: style[name] for name in style if name != "shape"})
     target, queue = Path(output).resolve(), file_of(db["db_url"])
-    if queue is not None and target == queue.resolve():
+    if written.path is not None and queue is not None and target == queue.resolve():
         raise UsageError(f"{output} is the queue; name a new file for the answers")
-    if any(target == Path(one).resolve() for one in (*inputs, *_list(flags["skip_bad"]))):
+    if written.path is not None and any(target == Path(one).resolve() for one in (*inputs, *_list(flags["skip_bad"]))):
         raise UsageError(f"{output} is an input, or the file for bad rows; name a new file for the answers")
     at_least_one("processes", flags["processes"], most=MAX_PROCESSES)
     how = _work_flags(flags)
@@ -338,7 +354,8 @@ async def _run(
     (now,) = (await operate.status(enqueued.run, **db)).runs
     if now.finished:
         collected = await collect_api.collect(now.run, **output, **db)
-        log(f"{_describe_rows(collected)}, in {output['out']}, after {duration(time.monotonic() - started)}")
+        where = "stdout" if output["out"] == "-" else output["out"]
+        log(f"{_describe_rows(collected)}, in {where}, after {duration(time.monotonic() - started)}")
         code = _collected_code(collected)
     else:
         log(f"{one_line(now)}; unfinished, nothing was written; {unfinished_words(now.run, now.pause)}")

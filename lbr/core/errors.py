@@ -101,11 +101,15 @@ class Symptom(StrEnum):
 
 @value(frozen=True, slots=True)
 class Usage:
-    """Tokens and cost of one call, in billionths of a US dollar; None if the provider did not report it."""
+    """Tokens and cost of one call, in billionths of a US dollar; None if the provider did not report it.
+
+    `cached_tokens` are those of the input that the provider had in its cache.
+    """
 
     input_tokens: int | None = None
     output_tokens: int | None = None
     cost_nanos: int | None = None
+    cached_tokens: int | None = None
 
 
 NO_USAGE = Usage()

@@ -11,7 +11,7 @@ import orjson
 from lbr.core.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from lbr.core.types import Json
 
@@ -32,6 +32,14 @@ def texts_in(content: Json) -> list[str]:
     parts = content if isinstance(content, list) else [{"text": content}]
     texts = (part.get("text") for part in parts if isinstance(part, dict))
     return [text for text in texts if isinstance(text, str)]
+
+
+def with_instructions(messages: Sequence[dict[str, Json]], instructions: str | None) -> list[dict[str, Json]]:
+    """Return messages with a task's instructions behind the system messages that they begin with."""
+    if instructions is None:
+        return [*messages]
+    systems = next((n for n, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    return [*messages[:systems], {"role": "system", "content": instructions}, *messages[systems:]]
 
 
 def check_messages(messages: Json) -> list[dict[str, Any]]:

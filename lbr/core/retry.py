@@ -70,7 +70,8 @@ def storable_usage(usage: Usage) -> Usage:
     """Leave out numbers that cannot be the usage of one call: negative, or implausibly large."""
     if usage is NO_USAGE:
         return usage
-    counts = ((usage.input_tokens, MAX_TOKENS), (usage.output_tokens, MAX_TOKENS), (usage.cost_nanos, MAX_NANOS))
+    tokens = ((one, MAX_TOKENS) for one in (usage.input_tokens, usage.output_tokens))
+    counts = (*tokens, (usage.cost_nanos, MAX_NANOS), (usage.cached_tokens, MAX_TOKENS))
     return Usage(*(count if count is not None and 0 <= count <= most else None for count, most in counts))
 
 

@@ -81,6 +81,12 @@ class Part(StrEnum):
     METADATA = "metadata"
 
 
+class Include(StrEnum):
+    """What a collected row can have beside its answer, if it is asked for."""
+
+    USAGE = "usage"
+
+
 class Until(StrEnum):
     """When a worker ends by itself."""
 
@@ -421,12 +427,30 @@ class Settlement:
 
 
 @value(frozen=True, slots=True)
+class RowUsage:
+    """What the call took that ended a job: that of its answer, or of its last failed try.
+
+    `model` is the name that the provider reported. What is not known is None. `attempts` are those charged to the job.
+    """
+
+    model: str | None = None
+    finish_reason: str | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cached_tokens: int | None = None
+    cost_usd: float | None = None
+    latency_ms: int | None = None
+    attempts: int = 0
+
+
+@value(frozen=True, slots=True)
 class Row:
     """One collected answer.
 
     `status` is a job state, or "missing" if the caller wants that for each job that is not done. `result` is None
     unless done; `error` is why the job failed, or the message of its last failed try. `cut_off` is True if the answer
-    reached its token limit, even if the job failed because of it.
+    reached its token limit, even if the job failed because of it. `usage` and `kept`, None unless they were asked for,
+    are what its call took and what was kept of it beside the answer.
     """
 
     idx: int
@@ -438,15 +462,20 @@ class Row:
     custom_id: str | int | None = None
     metadata: dict[str, Json] | None = None
     cut_off: bool = False
+    usage: RowUsage | None = None
+    kept: dict[str, Json] | None = None
 
     def missing(self) -> Row:
         """Return the row of a missing answer; `error` stays."""
         return replace(self, status="missing", result=None, cut_off=False)
 
     def to_dict(self) -> dict[str, Json]:
-        """Return the row as collected JSON, with `id` and `metadata` only if the input had them."""
+        """Return the row as collected JSON: `id` and `metadata` only if the input had them; usage and what was kept last."""
         own_id = {} if self.custom_id is None else {"id": self.custom_id}
         prompt = self.prompt.text if self.prompt.messages is None else list(self.prompt.messages)
         answer = {"prompt": prompt, "status": self.status, "result": self.result, "error": self.error}
         metadata = {} if self.metadata is None else {"metadata": self.metadata}
-        return {"idx": self.idx, **own_id, "key": self.key, **answer, **metadata}
+        fields = {"idx": self.idx, **own_id, "key": self.key, **answer, **metadata}
+        if self.usage is not None:
+            fields |= {name: getattr(self.usage, name) for name in RowUsage.__slots__}
+        return fields if self.kept is None else fields | self.kept

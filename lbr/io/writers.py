@@ -22,17 +22,18 @@ import orjson
 from lbr.core import ownership
 from lbr.core.config import a_name
 from lbr.core.errors import OutputError, UsageError
-from lbr.core.text import harmless
-from lbr.core.types import Part
+from lbr.core.messages import with_instructions
+from lbr.core.text import harmless, to_json
+from lbr.core.types import RowUsage
+from lbr.io import frames
+from lbr.io.table import Kind, Table
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Iterable, Iterator
 
     from lbr.core.types import Json, Row
 
 STDOUT_NAME = "stdout"
-OWN_COLUMNS = ("idx", "key", "prompt", "status", "result", "error")
-"""The CSV columns that are lbr's own; the prompt's only if no column of the input is the prompt."""
 BUFFER_BYTES = 1 << 20
 LOCK_SECONDS = 0.05
 ABANDONED_SECONDS = 86_400.0
@@ -50,11 +51,20 @@ class OutputFormat(StrEnum):
 
     JSONL = "jsonl"
     CSV = "csv"
+    PARQUET = "parquet"
+    SQLITE = "sqlite"
     DB = "db"
+    OPENAI = "openai"
+    MESSAGES = "messages"
 
 
 FORMAT_OF_ENDING = {".jsonl": OutputFormat.JSONL, ".ndjson": OutputFormat.JSONL, ".csv": OutputFormat.CSV}
-FORMAT_OF_ENDING |= dict.fromkeys((".db", ".sqlite", ".sqlite3"), OutputFormat.DB)
+FORMAT_OF_ENDING |= {".parquet": OutputFormat.PARQUET, ".pq": OutputFormat.PARQUET, ".db": OutputFormat.DB}
+FORMAT_OF_ENDING |= dict.fromkeys((".sqlite", ".sqlite3"), OutputFormat.SQLITE)
+TABLES = frozenset({OutputFormat.CSV, OutputFormat.PARQUET, OutputFormat.SQLITE})
+"""The formats with columns."""
+TYPED = frozenset({OutputFormat.PARQUET, OutputFormat.SQLITE})
+"""Those whose columns have types. They are files, and cannot be written to a pipe."""
 
 
 def format_of(path: str | None) -> OutputFormat:
@@ -67,13 +77,17 @@ def format_of(path: str | None) -> OutputFormat:
     return FORMAT_OF_ENDING[ending]
 
 
-def check_output(path: str | None) -> None:
-    """Raise UsageError or OutputError if a file cannot be written; None is stdout, which always can.
+def check_output(path: str | None, format: OutputFormat | None = None) -> None:  # noqa: A002 - the name of the flag
+    """Raise UsageError or OutputError if a file cannot be written; None is stdout, which takes the formats of lines.
 
     Tries it with a temporary file, so that a read-only file system is found before the work is done.
     """
     if path is None:
+        if format in TYPED or format is OutputFormat.DB:
+            raise UsageError(f"the format {format} cannot be written to stdout; name a file with -o FILE")
         return
+    if format is OutputFormat.PARQUET:
+        frames.polars()
     with named_errors(path):
         target = _target(path)
         if target.is_dir():
@@ -88,10 +102,10 @@ def check_output(path: str | None) -> None:
             raise UsageError(f"there is no folder {target.parent}; create it first")
         _create(target).unlink()
         if target.exists():
-            _refuse_other_database(target, path)
+            _refuse_other_database(target, path, format)
 
 
-def _refuse_other_database(target: Path, path: str) -> None:
+def _refuse_other_database(target: Path, path: str, format: OutputFormat | None) -> None:  # noqa: A002
     """Raise UsageError for a SQLite file that holds more than answers, above all a queue: it would be replaced."""
     ownership.check_database(target)
     # By SQLite itself: to open and close a file that this process has connected would drop its locks.
@@ -102,7 +116,8 @@ def _refuse_other_database(target: Path, path: str) -> None:
             if error.sqlite_errorcode == sqlite3.SQLITE_NOTADB:
                 return
             raise UsageError(f"{path} cannot be the output: {error}; name another file") from error
-    if others := sorted({name for (name,) in found} - {"results"}):
+    own = {OutputFormat.SQLITE: {"answers"}, None: {"answers", "results"}}.get(format, {"results"})
+    if others := sorted({name for (name,) in found} - own):
         raise UsageError(
             f"{path} is a database with other tables than answers ({', '.join(others[:5])}); name another output file"
         )
@@ -180,19 +195,14 @@ PLAIN_CSV = CsvStyle()
 class JsonlWriter:
     """Writes each row as one line of JSON. A terminal gets what it shows only, because answers must not steer it.
 
-    `columns` are the input's, which this format, having all metadata, does not need.
+    The formats of one line for each row derive from it. `table` is for those with columns.
     """
 
     def __init__(
-        self,
-        handle: IO[bytes],
-        columns: Sequence[tuple[Part, str]] = (),
-        style: CsvStyle = PLAIN_CSV,
-        *,
-        name: str = STDOUT_NAME,
+        self, handle: IO[bytes], table: Table | None = None, style: CsvStyle = PLAIN_CSV, *, name: str = STDOUT_NAME
     ) -> None:
         self._handle, self._name = handle, name
-        self._columns, self._style = columns, style
+        self._table, self._style = table or Table(), style
         self._is_terminal = handle.isatty()
         self._begin()
 
@@ -203,6 +213,11 @@ class JsonlWriter:
         """Write rows in the order they come. Raises OutputError."""
         self._put(b"".join([self._encode(row) for row in rows]))
 
+    def close(self) -> None:
+        """Write what is in the buffer, and close a file. Raises OutputError."""
+        with named_errors(self._name):
+            (self._handle.flush if self._name == STDOUT_NAME else self._handle.close)()
+
     def _put(self, data: bytes) -> None:
         with named_errors(self._name):
             self._handle.write(harmless(data.decode()).encode() if self._is_terminal else data)
@@ -212,27 +227,16 @@ class JsonlWriter:
 
 
 class CsvWriter(JsonlWriter):
-    """Writes a header at once, then each row as a record: the input's columns first, then lbr's own.
+    """Writes a header at once, then each row as a record.
 
-    A column of lbr's own whose name is taken becomes `answer.NAME`. None is an empty cell, an empty text one in quotes.
-    Chat messages, and metadata that are not strings, are written as JSON.
+    None is an empty cell, an empty text one in quotes. What is no text is written as JSON.
     """
 
     def _begin(self) -> None:
-        has_prompt = any(part is Part.PROMPT for part, _ in self._columns)
-        self._own = [name for name in OWN_COLUMNS if name != Part.PROMPT or not has_prompt]
-        header: dict[str, None] = {}  # in order, and quick to look in
-        wanted = [("metadata", name) for _, name in self._columns] + [("answer", name) for name in self._own]
-        for prefix, name in wanted:
-            while name in header:
-                name = f"{prefix}.{name}"  # noqa: PLW2901 - until it is free
-            header[name] = None
-        self._put(b"\xef\xbb\xbf" * self._style.bom + self._line(header))
+        self._put(b"\xef\xbb\xbf" * self._style.bom + self._line(one.name for one in self._table.columns))
 
     def _encode(self, row: Row) -> bytes:
-        fields, metadata = row.to_dict(), row.metadata or {}
-        given = [metadata.get(name) if part is Part.METADATA else fields.get(part) for part, name in self._columns]
-        return self._line(given + [fields[name] for name in self._own])
+        return self._line(self._table.cells(row))
 
     def _line(self, cells: Iterable[Json]) -> bytes:
         return (",".join([self._cell(cell) for cell in cells]) + "\n").encode()
@@ -240,14 +244,94 @@ class CsvWriter(JsonlWriter):
     def _cell(self, value: Json) -> str:
         if value is None:
             return ""
-        text = value if isinstance(value, str) else orjson.dumps(value).decode()
+        text = value if isinstance(value, str) else to_json(value).decode()
         if self._style.spreadsheet_safe and text[:1] in _FORMULA and not _NUMBER.fullmatch(text):
             text = f"'{text}"
         return text if text and not _QUOTED.search(text) else '"' + text.replace('"', '""') + '"'
 
 
-WRITERS = {OutputFormat.JSONL: JsonlWriter, OutputFormat.CSV: CsvWriter}
-"""What writes each format that is a stream of rows; the store writes results databases."""
+class OpenaiWriter(JsonlWriter):
+    """Writes each row as a line of the output of OpenAI's batches: a chat completion, or an error."""
+
+    def _encode(self, row: Row) -> bytes:
+        name, used, response, error = f"{row.key}-{row.idx}", row.usage or RowUsage(), None, None
+        if row.result is None:
+            error = {"code": row.status, "message": row.error or f"the job is {row.status}"}
+        else:
+            message = {"role": "assistant", "content": row.result, "refusal": None}
+            choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": used.finish_reason or "stop"}
+            counts = {"prompt_tokens": used.input_tokens or 0, "completion_tokens": used.output_tokens or 0}
+            usage = counts | {"total_tokens": sum(counts.values())}
+            head = {"id": f"chatcmpl-{row.key}", "object": "chat.completion", "created": int(time.time())}
+            body = head | {"model": used.model or "", "choices": [choice], "usage": usage}
+            response = {"status_code": 200, "request_id": name, "body": body}
+        custom_id = str(row.idx if row.custom_id is None else row.custom_id)
+        line = {"id": f"batch_req_{name}", "custom_id": custom_id, "response": response, "error": error}
+        return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
+
+
+class MessagesWriter(JsonlWriter):
+    """Writes each answer as a chat: the instructions, the prompt and the answer, for fine-tuning. Others are left out."""
+
+    def _encode(self, row: Row) -> bytes:
+        if row.result is None:
+            return b""
+        prompt = [{"role": "user", "content": row.prompt.text}] if row.prompt.messages is None else row.prompt.messages
+        messages = with_instructions(prompt, self._table.instructions)
+        line = {"messages": [*messages, {"role": "assistant", "content": row.result}]}
+        return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
+
+
+class SqliteWriter:
+    """Writes rows into the table `answers` of a new SQLite file."""
+
+    def __init__(self, path: Path, table: Table, *, name: str) -> None:
+        self._table, self._name = table, name
+        names = [one.name.replace('"', '""') for one in table.columns]
+        columns = ", ".join(
+            f'"{name}" {_SQLITE_TYPES[one.kind]}' for name, one in zip(names, table.columns, strict=True)
+        )
+        self._insert = f"INSERT INTO answers VALUES ({', '.join('?' * len(table.columns))})"  # noqa: S608 - no names
+        self._connection = sqlite3.connect(path, isolation_level=None)
+        with self._errors():
+            # No program reads it before it is complete.
+            self._connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF")
+            self._connection.execute(f"CREATE TABLE answers ({columns})")
+            self._connection.execute("BEGIN")
+
+    def write(self, rows: Iterable[Row]) -> None:
+        """Write rows in the order they come. Raises OutputError."""
+        with self._errors():
+            self._connection.executemany(self._insert, [self._table.typed_cells(row) for row in rows])
+
+    def close(self) -> None:
+        """Commit, and close the file. Raises OutputError."""
+        with closing(self._connection), self._errors():
+            self._connection.execute("COMMIT")
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise OutputError(f"cannot write {self._name}: {error}; make room, or write a .csv file") from error
+
+
+Writer = JsonlWriter | SqliteWriter | frames.ParquetWriter
+_SQLITE_TYPES = {Kind.INT: "INTEGER", Kind.FLOAT: "REAL", Kind.BOOL: "BOOLEAN", Kind.TEXT: "TEXT"}
+
+
+LINE_WRITERS: dict[OutputFormat, type[JsonlWriter]] = {
+    OutputFormat.JSONL: JsonlWriter,
+    OutputFormat.CSV: CsvWriter,
+    OutputFormat.OPENAI: OpenaiWriter,
+    OutputFormat.MESSAGES: MessagesWriter,
+}
+FILE_WRITERS: dict[OutputFormat, type[SqliteWriter | frames.ParquetWriter]] = {
+    OutputFormat.PARQUET: frames.ParquetWriter,
+    OutputFormat.SQLITE: SqliteWriter,
+}
+"""What writes each format into a file; the store writes results databases."""
 
 
 @contextmanager
@@ -255,32 +339,34 @@ def open_writer(
     path: str | None,
     format: OutputFormat,  # noqa: A002 - the name of the flag
     *,
-    columns: Sequence[tuple[Part, str]] = (),
+    table: Table | None = None,
     style: CsvStyle = PLAIN_CSV,
-) -> Iterator[JsonlWriter]:
+) -> Iterator[Writer]:
     """Yield a writer into a file, which appears whole if the block succeeds, or into stdout.
 
-    `columns` are the input's. Raises OutputError if writing fails; a BrokenPipeError of stdout is passed on.
+    `table` has the columns. Raises OutputError if writing fails; a BrokenPipeError of stdout is passed on.
     """
-    writer = WRITERS[format]
     if path is None:
         if sys.stdout is None:  # the process was started with stdout closed
             raise OutputError("stdout is closed; name a file with -o")
         with named_errors(STDOUT_NAME):
             sys.stdout.flush()
-        yield writer(sys.stdout.buffer, columns, style)
-        with named_errors(STDOUT_NAME):
-            sys.stdout.buffer.flush()
+        lines = LINE_WRITERS[format](sys.stdout.buffer, table, style)
+        yield lines
+        lines.close()
         return
     with atomic_path(path) as temporary:
-        handle = temporary.open("wb", BUFFER_BYTES)
+        if format in FILE_WRITERS:
+            writer: Writer = FILE_WRITERS[format](temporary, table or Table(), name=path)
+        else:
+            writer = LINE_WRITERS[format](temporary.open("wb", BUFFER_BYTES), table, style, name=path)
         try:
-            yield writer(handle, columns, style, name=path)
-            with named_errors(path):
-                handle.close()
-        finally:
-            with suppress(OSError):  # of a full disk, which was reported, and must not hide the first error
-                handle.close()
+            yield writer
+        except BaseException:
+            with suppress(Exception):  # it must not hide the first error
+                writer.close()
+            raise
+        writer.close()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import orjson
 
 from lbr.core.config import hide_user
 from lbr.core.errors import CallError, Family
-from lbr.core.messages import texts_in
+from lbr.core.messages import texts_in, with_instructions
 from lbr.core.types import Reply
 from lbr.models.base import messages_of
 from lbr.models.checks import settings_of, takes_max_completion_tokens
@@ -268,10 +268,7 @@ def _messages_of(request: Request) -> list[dict[str, Json]] | None:
     messages = messages_of(request)
     if any(_is_special(message) for message in messages if message["role"] != "system"):
         return None
-    if request.task.instructions is not None:
-        systems = next((n for n, message in enumerate(messages) if message["role"] != "system"), len(messages))
-        messages.insert(systems, {"role": "system", "content": request.task.instructions})
-    return messages
+    return with_instructions(messages, request.task.instructions)
 
 
 def _is_special(message: Mapping[str, Json]) -> bool:

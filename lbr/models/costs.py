@@ -58,6 +58,7 @@ class Costs:
         if type(usage) is not dict:
             return NO_USAGE
         prompt, completion = _tokens_in(usage)
+        cached: int | None = None
         cost: Any = usage.get("cost") if self._reports_cost else None
         reported = Decimal(str(cost)) if type(cost) in {int, float} and 0 <= cost < math.inf else None
         if prompt is not None and completion is not None and self._table is not None:
@@ -68,12 +69,12 @@ class Costs:
                     value = value.get(step) if type(value) is dict else None
                 if type(value) is int and value > 0:
                     counts[name] = counts.get(name, 0) + value
-            prompt, completion = counts["input_tokens"], counts["output_tokens"]
+            prompt, completion, cached = counts["input_tokens"], counts["output_tokens"], counts.get(_CACHED[0])
             if not reported:
                 # Free by the provider's report, unless the table knows better.
                 price = self._price(body, counts)
                 reported = reported if price is None else price
-        return Usage(prompt, completion, None if reported is None else round(reported * 10**9))
+        return Usage(prompt, completion, None if reported is None else round(reported * 10**9), cached)
 
     def _price(self, body: Mapping[str, Any], counts: Mapping[str, int]) -> Decimal | None:
         """Return the price by the table; None if it does not know the model."""

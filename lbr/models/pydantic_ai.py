@@ -327,7 +327,7 @@ def reply_of(response: pm.ModelResponse) -> Reply:
     usage, cost = response.usage, _cost_nanos(response)
     counted = Usage(cost_nanos=cost)
     if not usage.unmeasured_requests:
-        counted = Usage(usage.input_tokens, usage.output_tokens, cost)
+        counted = Usage(usage.input_tokens, usage.output_tokens, cost, usage.cache_read_tokens or None)
     named = details.get("finish_reason")
     ending = ending_of(response.finish_reason or named)
     reasons = (named if named not in {None, ending} else None, filter_words(details))

@@ -51,7 +51,8 @@ _HELD_ANSWERS = (
     .order_by(results.c.job_id)
     .with_for_update(read=True)
 )
-_COPIED = ("text", "model", "finish_reason", "input_tokens", "output_tokens", "cost_nanos", "latency_ms")
+_COUNTED = ("input_tokens", "output_tokens", "cached_tokens", "cost_nanos", "latency_ms")
+_COPIED = ("text", "model", "finish_reason", *_COUNTED)
 
 
 def _copying(rows: Rows) -> Any:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
-from sqlalchemy import bindparam, func, or_, select
+from sqlalchemy import bindparam, case, func, or_, select
 
 from lbr.core.errors import CUT_OFF, DatabaseError, UsageError
-from lbr.core.pricing import output_limit
-from lbr.core.types import JobId, JobState, Millis, Part, Prompt, Row, Run, RunId, Shape
+from lbr.core.pricing import NANOS, output_limit
+from lbr.core.types import Include, JobId, JobState, Millis, Part, Prompt, Row, RowUsage, Run, RunId, Shape
 from lbr.store import counters, runs
 from lbr.store.limits import LimitStatus, all_limits, is_ahead
 from lbr.store.schema import INFLIGHT, SILENT_MS, attempts, items, jobs, limits, outages, prompts, results, workers
@@ -21,10 +21,11 @@ from lbr.store.sql import any_of, if_small, json_object, pages
 
 if TYPE_CHECKING:
     from collections import Counter
-    from collections.abc import AsyncIterator, Iterable, Sequence
+    from collections.abc import AsyncIterator, Callable, Collection, Container, Iterable, Sequence
 
     from sqlalchemy import ColumnElement, Connection, Select
 
+    from lbr.core.types import Json
     from lbr.store.database import Database
     from lbr.store.schema import AnyRow
 
@@ -77,6 +78,10 @@ _ERRORS = select(
     last_try("message").label("error"),
     last_try("finish_reason").label("ending"),
 ).where(any_of(jobs.c.id, "ids"))
+_USED = ("finish_reason", "input_tokens", "output_tokens", "cached_tokens", "cost_nanos", "latency_ms")
+_ENDED = [case((jobs.c.state == JobState.DONE, results.c[name]), else_=last_try(name)) for name in _USED]
+_USAGE = select(jobs.c.id, results.c.model, *_ENDED, jobs.c.attempts).where(any_of(jobs.c.id, "ids"))
+_USAGE = _USAGE.outerjoin_from(jobs, results, results.c.job_id == jobs.c.id)
 _HELD = select(jobs.c.worker_id, jobs.c.run_id).where(INFLIGHT).distinct()
 _COOLDOWNS = select(limits.c.answerer, limits.c.cooldown_until, limits.c.reason)
 _OUTAGES = select(outages.c.answerer, outages.c.since, outages.c.reason, outages.c.probe_at)
@@ -179,6 +184,7 @@ class Attempt:
     cost_nanos: int | None = None
     latency_ms: int | None = None
     finish_reason: str | None = None
+    cached_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +202,7 @@ class JobDetail:
     finish_reason: str | None
     input_tokens: int | None
     output_tokens: int | None
+    cached_tokens: int | None
     cost_nanos: int | None
     latency_ms: int | None
     reused: bool
@@ -282,16 +289,39 @@ def _counts(connection: Connection, found: list[Run]) -> list[RunCounts]:
     return [RunCounts(run, inputs.get(run.id, 0), by_run[run.id]) for run in found]
 
 
-async def rows(database: Database, run: Run, shape: Shape) -> AsyncIterator[list[Row]]:
-    """Yield a run's rows in input order, page by page; each page is a short transaction of its own."""
-    async for page in pages(lambda bound: database.read(_page, run, shape, bound)):
+async def rows(
+    database: Database, run: Run, shape: Shape, states: Collection[str] = (), include: Container[str] = ()
+) -> AsyncIterator[list[Row]]:
+    """Yield a run's rows in input order, page by page; each page is a short transaction of its own.
+
+    `states` are those of the jobs to read, empty for all; `include` is what rows have beside their answers.
+    """
+    query = _ROWS_OF[shape]
+    if states:
+        query = query.where(jobs.c.state.in_(states))
+    async for page in pages(lambda bound: database.read(_page, run, query, include, bound)):
         yield list(page)
 
 
-def _page(connection: Connection, _now: Millis, run: Run, shape: Shape, bound: dict[str, int]) -> tuple[int, list[Row]]:
-    found = connection.execute(_ROWS_OF[shape], {"run": run.id, **bound}).all()
+def _page(
+    connection: Connection, _now: Millis, run: Run, query: Select[Any], include: Container[str], bound: dict[str, int]
+) -> tuple[int, list[Row]]:
+    found = connection.execute(query, {"run": run.id, **bound}).all()
     whole = list(takewhile(lambda row: row[_BODY] is not None, found))
-    return len(found), _to_rows(connection, whole)
+    page = _to_rows(connection, whole)
+    if Include.USAGE in include:
+        page = _with_usage(connection, page, [row.id for row in whole])
+    return len(found), page
+
+
+def _with_usage(connection: Connection, page: list[Row], ids: list[int]) -> list[Row]:
+    """Return rows with what their jobs' last calls took."""
+    found: Sequence[Any] = connection.execute(_USAGE, {"ids": list(set(ids))}).all()
+    usages = {
+        job_id: RowUsage(model, ending, read, written, cached, None if nanos is None else nanos / NANOS, ms, tried)
+        for job_id, model, ending, read, written, cached, nanos, ms, tried in found
+    }
+    return [replace(row, usage=usages[job_id]) for row, job_id in zip(page, ids, strict=True)]
 
 
 def _to_rows(connection: Connection, found: Sequence[Sequence[Any]]) -> list[Row]:
@@ -331,16 +361,21 @@ def limits_answers(connection: Connection, _now: Millis, run: Run) -> bool:
     return any(output_limit(one) is not None for one in settings)
 
 
-async def columns(database: Database, run: Run) -> list[tuple[Part, str]]:
+async def columns(
+    database: Database, run: Run, note: Callable[[dict[str, Json]], None] | None = None
+) -> list[tuple[Part, str]]:
     """Return the columns of a run's inputs: those of the first input in their order, then those that others add.
 
-    If the first input has no id but others have, the id comes first.
+    If the first input has no id but others have, the id comes first. `note` is called with the metadata of each input.
     """
     known = _first_columns(run)
     names: dict[str, None] = {}
     async for page in pages(lambda bound: database.read(_metadata_page, run, bound)):
         for row in page:
-            names |= dict.fromkeys(json_object(row.metadata, "metadata"))
+            fields = json_object(row.metadata, "metadata")
+            names |= dict.fromkeys(fields)
+            if note is not None:
+                note(fields)
     found = [(part, name) for name, part in known.items()]
     if Part.ID not in known.values() and await database.read(_has_id, run):
         found.insert(0, (Part.ID, "id"))
@@ -355,6 +390,15 @@ def _metadata_page(connection: Connection, _now: Millis, run: Run, bound: dict[s
 def _has_id(connection: Connection, _now: Millis, run: Run) -> bool:
     query = select(items.c.idx).where(items.c.run_id == run.id, items.c.custom_id.is_not(None)).limit(1)
     return connection.scalar(query) is not None
+
+
+def ids_are_numbers(connection: Connection, _now: Millis, run: Run) -> bool:
+    """Return whether every id of a run's inputs is a number of at most 64 bits."""
+    length, largest = func.length(items.c.custom_id), str(2**63 - 1)
+    fits = (length < len(largest)) | ((length == len(largest)) & (items.c.custom_id <= largest))
+    is_number = (func.coalesce(items.c.id_is_number, 0) == 1) & fits
+    query = select(items.c.idx).where(items.c.run_id == run.id, items.c.custom_id.is_not(None), ~is_number)
+    return connection.scalar(query.limit(1)) is None
 
 
 def _first_columns(run: Run) -> dict[str, Part]:

@@ -68,7 +68,8 @@ _ENDED = _page_of(
     .add_columns(func.coalesce(_of_failure("finish_reason"), results.c.finish_reason).label("finish_reason"))
     .outerjoin_from(jobs, results, results.c.job_id == jobs.c.id)
 )
-_RESULT = ("finish_reason", "input_tokens", "output_tokens", "cost_nanos")
+_USAGE = ("input_tokens", "output_tokens", "cost_nanos", "cached_tokens")
+_RESULT = ("finish_reason", *_USAGE)
 _LAST_TEXTS = _page_of(
     select(*_SEEN, *(reads.last_try(name).label(name) for name in ("family", "error", "text", "latency_ms", *_RESULT)))
 )
@@ -90,7 +91,7 @@ _ATTEMPT: dict[str, ColumnElement[Any]] = {
         else_=literal("its answer, reused from another run, was redone on request"),
     ),
     **{name: results.c[name] for name in ("text", "finish_reason", "latency_ms")},
-    **{name: counters.own_usage(results.c[name]) for name in ("input_tokens", "output_tokens", "cost_nanos")},
+    **{name: counters.own_usage(results.c[name]) for name in _USAGE},
     "at": bindparam("now", type_=attempts.c.at.type),
 }
 _KEEP_ANSWERS = attempts.insert().from_select(

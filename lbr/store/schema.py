@@ -162,6 +162,8 @@ results = Table(
     # The job of another run whose answer this is, 0 if it is in the database that the run was moved from; null for
     # the answer of a call.
     Column("reused_from", Id),
+    # Tokens of the input that the provider had in its cache.
+    Column("cached_tokens", Id),
 )
 
 # Every try that was not a plain success.
@@ -178,6 +180,7 @@ attempts = Table(
     Column("at", Millis, nullable=False),
     # Why its answer ended, if it is known.
     Column("finish_reason", Text),
+    Column("cached_tokens", Id),
     CheckConstraint("what IN ('retried', 'failed', 'stale', 'crashed')", name="attempts_what"),
 )
 Index("attempts_job", attempts.c.job_id, attempts.c.id)
@@ -383,6 +386,7 @@ MIGRATIONS: tuple[tuple[str, Callable[[Connection], None] | None], ...] = (
     ("keep the cause of a pause apart from its message", _name_causes),
     ("let runs rest that were being moved away", _end_moves),
     ("forget the numbers of transactions on a server", _drop_writers),
+    ("count cached tokens", None),
 )
 """Ordered and append-only: a database's version is the number of them that it has seen.
 

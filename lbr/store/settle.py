@@ -66,7 +66,7 @@ SETTLE = BulkStatement(
     },
     _settling,
 )
-_USAGE = ("input_tokens", "output_tokens", "cost_nanos")
+_USAGE = ("input_tokens", "output_tokens", "cost_nanos", "cached_tokens")
 ADD_RESULTS = Inserting(results, "job_id", "text", "model", "finish_reason", "latency_ms", *_USAGE)
 _ADD_ATTEMPTS = Inserting(
     attempts,
@@ -236,7 +236,7 @@ def _insert_results(connection: Connection, mine: list[Settlement]) -> None:
         if reply is None:
             continue
         usage, job_id, latency = reply.usage, s.claim.job_id, s.outcome.latency_ms
-        counted = (usage.input_tokens, usage.output_tokens, usage.cost_nanos)
+        counted = (usage.input_tokens, usage.output_tokens, usage.cost_nanos, usage.cached_tokens)
         rows.append((job_id, reply.text, reply.model, reply.finish_reason, latency, *counted))
     ADD_RESULTS.run_plain(connection, rows)
 
@@ -256,7 +256,7 @@ def _attempt(settlement: Settlement, what: str, now: Millis) -> tuple[Any, ...]:
         answer = None if outcome.reply is None else outcome.reply.text
         why = (None, "Stale", "the answer came after another worker had taken the job", answer)
     ended = (outcome.finish_reason, outcome.latency_ms, now)
-    counted = (usage.input_tokens, usage.output_tokens, usage.cost_nanos)
+    counted = (usage.input_tokens, usage.output_tokens, usage.cost_nanos, usage.cached_tokens)
     return (claim.job_id, claim.claim_seq, what, *why, *ended, *counted)
 
 

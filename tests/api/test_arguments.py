@@ -171,7 +171,11 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (lbr.collect, {"run": "r", "out": 5}, "expected out to be a string or a path, got: int"),
     (lbr.collect, {"run": "r", "shape": 5}, "expected shape to be a string, got: 5"),
     (lbr.collect, {"run": "r", "shape": "odd"}, "expected shape to be one of original, unique, got: 'odd'"),
-    (lbr.collect, {"run": "r", "format": "odd"}, "expected format to be one of jsonl, csv, db, got: 'odd'"),
+    (
+        lbr.collect,
+        {"run": "r", "format": "odd"},
+        "expected format to be one of jsonl, csv, parquet, sqlite, db, openai, messages, got: 'odd'",
+    ),
     (lbr.collect, {"run": "r", "format": 5}, "expected format to be a string, got: 5"),
     (lbr.status, {"run": 5}, "expected run to be a string, got: 5"),
     (lbr.status, {"db_url": b"runs.db"}, "expected db_url to be a string or a path, got: bytes"),

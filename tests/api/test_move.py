@@ -155,7 +155,7 @@ async def test_columns_and_ids_come_along(urls: tuple[str, str], tmp_path: Path)
         for file, url in zip(files, urls, strict=True):
             await lbr.collect("r", out=file, db_url=url)
         assert files[0].read_bytes() == files[1].read_bytes()
-    assert (tmp_path / "1-out.csv").read_text().startswith("z,prompt,id,a,idx,key,status,result,error\n")
+    assert (tmp_path / "1-out.csv").read_text().startswith("z,prompt,id,a,result,status,error\n")
     assert [row["id"] for row in await rows_of(target)] == [2**64 - 1, "2"]
 
 

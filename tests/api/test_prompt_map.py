@@ -131,33 +131,49 @@ async def test_dtypes() -> None:
     assert pairs == [(city, city.upper()) for city in CITIES]
     frame = await prompt_map(CITIES, shout, return_dtype="polars")
     assert isinstance(frame, pl.DataFrame)
-    assert frame.columns == ["idx", "id", "key", "prompt", "status", "result", "error", "metadata"]
+    assert frame.columns == ["prompt", "result", "status", "error"]
     assert frame["result"].to_list() == ["OSLO", "BERGEN", "NARVIK"]
     assert frame.schema["error"] == pl.String
 
 
-async def test_frame_has_what_the_rows_have() -> None:
-    """A DataFrame keeps id and metadata, as the results database does; ids are text unless all are numbers."""
+async def test_frame_has_the_columns_of_the_prompts() -> None:
+    """The prompts' own columns come first, each of its type; ids are text unless all are numbers."""
     records: list[Any] = [
-        {"prompt": "a", "id": 7, "topic": "x", "score": 1.5},
-        {"messages": [{"role": "user", "content": "b"}], "tags": [None, "ä"]},
+        {"id": 7, "prompt": "a", "topic": "x", "score": 1.5, "n": 1, "ok": True},
+        {"messages": [{"role": "user", "content": "b"}], "tags": [None, "ä"], "score": 2},
         "c",
     ]
-    frame = await prompt_map(records, model_name="offline:echo", return_dtype="polars", run="three")
+    frame = await prompt_map(records, model_name="offline:echo", return_dtype="polars")
     plain = await prompt_map([{"prompt": "c", "id": "x"}, *records], model_name="offline:echo", return_dtype="polars")
-    assert plain.schema == dict.fromkeys(frame.columns, pl.String) | {"idx": pl.Int64}
-    assert frame.schema == dict(plain.schema) | {"id": pl.Int64}
-    assert frame["id"].to_list() == [7, None, None]
+    types = {"id": pl.Int64, "prompt": pl.String, "topic": pl.String, "score": pl.Float64, "n": pl.Int64}
+    types |= {"ok": pl.Boolean, **dict.fromkeys(("tags", "result", "status", "error"), pl.String)}
+    assert dict(frame.schema) == types
+    assert frame.rows() == [
+        (7, "a", "x", 1.5, 1, True, None, "a", "done", None),
+        (None, '[{"content":"b","role":"user"}]', None, 2.0, None, None, '[null,"ä"]', "b", "done", None),
+        (None, "c", None, None, None, None, None, "c", "done", None),
+    ]
     assert plain["id"].to_list() == ["x", "7", None]
-    found = [None if text is None else json.loads(text) for text in frame["metadata"]]
-    assert found == [{"topic": "x", "score": 1.5}, {"tags": [None, "ä"]}, None]
-    rows = await prompt_map(records, model_name="offline:echo")
-    assert [(row.get("id"), row.get("metadata")) for row in rows] == list(zip(frame["id"], found, strict=True))
-    names = ", ".join(frame.columns)
-    assert frame.rows() == rows_of(
-        "runs-results.db",
-        f"SELECT {names} FROM results WHERE run = 'three' ORDER BY idx",
-    )
+
+
+async def test_fields_of_a_result_type_are_columns_of_the_frame() -> None:
+    """Each field has its type, and `unnest=False` keeps the answer whole."""
+
+    class City(BaseModel):
+        name: str
+        people: int | None
+
+    given: dict[str, Any] = {"model_name": "offline:echo", "result_type": City, "return_dtype": "polars"}
+    frame = await prompt_map(["a"], **given)
+    assert dict(frame.schema) == {
+        "prompt": pl.String,
+        "name": pl.String,
+        "people": pl.Int64,
+        "status": pl.String,
+        "error": pl.String,
+    }
+    (whole,) = (await prompt_map(["a"], **given, unnest=False))["result"]
+    assert json.loads(whole) == {"name": frame["name"][0], "people": frame["people"][0]}
 
 
 @pytest.mark.parametrize(("error", "paused"), [(Permanent, False), (Pause, True)])
@@ -705,7 +721,7 @@ async def test_no_prompts_are_no_rows(nothing: Any) -> None:
     for dtype in ("list[dict]", "list[str]", "list[tuple[str,str]]"):
         assert await prompt_map(nothing, shout, return_dtype=dtype) == []
     frame = await prompt_map(nothing, shout, return_dtype="polars")
-    assert (frame.columns[:2], frame.height) == (["idx", "id"], 0)
+    assert (frame.columns, frame.height) == (["prompt", "result", "status", "error"], 0)
     assert list(Path.cwd().iterdir()) == []
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import string
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import polars as pl
 import pytest
 
 from tests.support import Cli
@@ -40,7 +42,7 @@ TABLE = pd.DataFrame(
     dtype=str,
 )
 CSV: dict[str, Any] = {"dtype": str, "keep_default_na": False}
-OWN = ["idx", "key", "status", "answer.result", "error"]
+OWN = ["answer.result", "status", "error"]
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bom": {"encoding": "utf-8-sig"},
@@ -72,6 +74,52 @@ def test_a_table_comes_back_cell_by_cell(cli: Cli, variant: str) -> None:
     assert list(out["answer.result"]) == list(given["text"])
 
 
+def test_a_merge_on_any_column_loses_no_row(cli: Cli) -> None:
+    """Answers in CSV, Parquet and SQLite have the keys of the table that was given, read as text."""
+    TABLE.to_csv(cli.folder / "in.csv", index=False)
+    cli("run", "in.csv", "-o", "out.csv", "--model", "offline:echo", "--prompt-column", "text")
+    for name in ("out.parquet", "out.sqlite"):
+        cli("collect", "in", "-o", name)
+    with closing(sqlite3.connect(cli.folder / "out.sqlite")) as answers:
+        found = {
+            "csv": pd.read_csv(cli.folder / "out.csv", **CSV),
+            "parquet": pd.DataFrame(pl.read_parquet(cli.folder / "out.parquet").to_dict(as_series=False)),
+            "sqlite": pd.read_sql("SELECT * FROM answers", answers),
+        }
+    given = TABLE.reset_index()
+    for name, out in found.items():
+        assert list(out.columns) == [*TABLE.columns, *OWN], name
+        for column in TABLE.columns:
+            merged = given.merge(out[[column, "status"]], on=column)
+            assert set(merged["index"]) == set(given["index"]), (name, column)
+        merged = given.merge(out, on=list(TABLE.columns))
+        assert list(merged["answer.result"]) == list(given["text"]), name
+
+
+def test_answers_to_stdout(cli: Cli) -> None:
+    """`lbr run -o -` writes nothing but rows to stdout, also if it reads stdin."""
+    done = cli("run", "-", "--run", "r", "-o", "-", "--model", "offline:echo", "--with", "usage", stdin="one\ntwo\n")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["result"], row["model"]) for row in rows] == [("one", "offline:echo"), ("two", "offline:echo")]
+    assert "2 rows: 2 done, in stdout, after" in done.stderr
+    refused = cli("run", "-", "--run", "r2", "-o", "o.jsonl", "--no-unnest", stdin="one", check=False)
+    assert (refused.returncode, "--no-unnest is for tables, got: jsonl" in refused.stderr) == (2, True)
+
+
+def test_fields_that_a_schema_does_not_name_are_reported(cli: Cli) -> None:
+    """A table has a column for each field of the schema; a warning names the others, and --no-unnest keeps them."""
+    (cli.folder / "more.py").write_text("def answer(prompt):\n    return {'a': prompt, 'b': 1}\n")
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}}
+    (cli.folder / "schema.json").write_text(json.dumps(schema))
+    (cli.folder / "in.txt").write_text("one\n")
+    done = cli("run", "in.txt", "-o", "out.csv", "--function", "more:answer", "--schema", "schema.json")
+    assert (cli.folder / "out.csv").read_text() == "prompt,a,status,error\none,one,done,\n"
+    assert "lbr: fields that the schema does not name have no column: 'b'; --no-unnest and JSONL keep" in done.stderr
+    whole = cli("collect", "in", "--format", "csv", "--no-unnest")
+    assert whole.stdout == 'prompt,result,status,error\none,"{""a"":""one"",""b"":1}",done,\n'
+    assert "no column" not in whole.stderr
+
+
 def test_lbr_reads_its_own_output(cli: Cli) -> None:
     """The answers of one run as prompts of another are the same texts: every one of them is answered already."""
     TABLE.to_csv(cli.folder / "in.csv", index=False)
@@ -94,10 +142,10 @@ def test_flags_of_csv(cli: Cli) -> None:
             assert refused.returncode == 2
             assert f"lbr: {flag} is for CSV only, got: jsonl" in refused.stderr
     cli("run", "in.txt", "-o", "out.csv", "--model", "offline:echo", "--bom", "--spreadsheet-safe")
-    assert (cli.folder / "out.csv").read_bytes().startswith(b"\xef\xbb\xbfprompt,idx,")
+    assert (cli.folder / "out.csv").read_bytes().startswith(b"\xef\xbb\xbfprompt,result,")
     assert pd.read_csv(cli.folder / "out.csv")["result"].tolist() == ["'- first"]
     cli("collect", "in", "-o", "out.csv")
-    assert (cli.folder / "out.csv").read_text().startswith("prompt,idx,key,status,result,error\n- first,0,")
+    assert (cli.folder / "out.csv").read_text().startswith("prompt,result,status,error\n- first,")
 
 
 def test_numbers_of_jsonl_stay_numbers(cli: Cli) -> None:
@@ -113,7 +161,7 @@ def test_numbers_of_jsonl_stay_numbers(cli: Cli) -> None:
     assert second.startswith('{"idx":1,"id":"7",')
     cli("collect", "in", "-o", "out.csv")
     header, row, _ = (cli.folder / "out.csv").read_text().splitlines()
-    assert header == "z,id,prompt,b,f,deep,a,idx,key,status,result,error"
+    assert header == "z,id,prompt,b,f,deep,a,result,status,error"
     assert row.startswith("18446744073709551615,7,a,-9223372036854775808,0.1,")
     cli("collect", "in", "-o", "out.db")
     with closing(sqlite3.connect(cli.folder / "out.db")) as results:

@@ -19,7 +19,8 @@ import orjson
 import pytest
 
 from lbr.core.errors import OutputError, UsageError
-from lbr.core.types import Part, Prompt, Row
+from lbr.core.types import Part, Prompt, Row, Task
+from lbr.io.table import Table, make_table
 from lbr.io.writers import (
     CsvStyle,
     CsvWriter,
@@ -46,6 +47,11 @@ FULL = Row(
     custom_id="c-1",
     metadata={"city": "Oslo", "n": 1.5, "deep": {"x": [None]}, "id": "theirs", "none": None},
 )
+
+
+def table(*columns: tuple[Part, str]) -> Table:
+    """Return a table of these columns of an input and all of lbr's own."""
+    return make_table(Task(model="m"), columns, columns="all")
 
 
 def names(folder: Path) -> list[str]:
@@ -83,8 +89,9 @@ class TestFormat:
             ("a.b/c.NDJSON", OutputFormat.JSONL),
             ("a.csv", OutputFormat.CSV),
             ("a.db", OutputFormat.DB),
-            ("a.sqlite", OutputFormat.DB),
-            ("a.sqlite3", OutputFormat.DB),
+            ("a.parquet", OutputFormat.PARQUET),
+            ("a.sqlite", OutputFormat.SQLITE),
+            ("a.sqlite3", OutputFormat.SQLITE),
         ],
     )
     def test_known_endings(self, path: str, expected: OutputFormat) -> None:
@@ -96,7 +103,7 @@ class TestFormat:
         [
             (
                 "a.json",
-                "cannot write a.json; use a name that ends in .jsonl, .ndjson, .csv, .db, .sqlite, .sqlite3",
+                "cannot write a.json; use a name that ends in .jsonl, .ndjson, .csv, .parquet, .pq, .db, .sqlite, .sqlite3",
             ),
             ("a", "cannot write a; use a name that ends in .jsonl,"),
             ("jsonl/", "cannot write jsonl/; use a name that ends in .jsonl,"),
@@ -389,7 +396,8 @@ class TestCsv:
         handle = io.BytesIO()
         names = ["city", "n", "deep", "none", "nowhere"]
         columns = [(Part.METADATA, name) for name in names]
-        writer = CsvWriter(handle, [(Part.ID, "custom_id"), *columns[:1], (Part.PROMPT, "text"), *columns[1:]])
+        given = table((Part.ID, "custom_id"), *columns[:1], (Part.PROMPT, "text"), *columns[1:])
+        writer = CsvWriter(handle, given)
         writer.write([replace(PLAIN, custom_id=7, result="")])
         writer.write([FULL])
         assert handle.getvalue().decode() == (
@@ -422,7 +430,7 @@ class TestCsv:
     def test_every_text_comes_back(self, text: str, skips_spaces: bool) -> None:
         """What a CSV reader gets is what the model said, also if it skips spaces after delimiters."""
         handle = io.BytesIO()
-        CsvWriter(handle).write([Row(0, "k", Prompt(text=text), "done", result=text)])
+        CsvWriter(handle, table()).write([Row(0, "k", Prompt(text=text), "done", result=text)])
         lines = io.StringIO(handle.getvalue().decode(), newline="")
         (row,) = csv.DictReader(lines, strict=True, skipinitialspace=skips_spaces)
         assert (row["prompt"], row["result"]) == (text, text)
@@ -436,7 +444,7 @@ class TestCsv:
         handle = io.BytesIO()
         row = Row(0, "k", Prompt(text=text), "failed", text, text, text, {text: text})
         columns = [(Part.METADATA, text), (Part.ID, "id")]
-        CsvWriter(handle, columns, CsvStyle(spreadsheet_safe=safe)).write([row])
+        CsvWriter(handle, table(*columns), CsvStyle(spreadsheet_safe=safe)).write([row])
         header, cells = csv.reader(io.StringIO(handle.getvalue().decode(), newline=""), strict=True)
         text = f"'{text}" if safe else text
         assert header[0] == text
@@ -447,7 +455,7 @@ class TestCsv:
         handle = io.BytesIO()
         names = ["result", "answer.result", "key"]
         columns = [(Part.PROMPT, "idx"), *((Part.METADATA, name) for name in names), (Part.METADATA, "idx")]
-        CsvWriter(handle, columns)
+        CsvWriter(handle, table(*columns))
         assert handle.getvalue() == (
             b"idx,result,answer.result,key,metadata.idx,answer.idx,answer.key,status,answer.answer.result,error\n"
         )
@@ -456,7 +464,7 @@ class TestCsv:
         """A file has its header even when no row is written, and on request a byte order mark before it."""
         path = tmp_path / "out.csv"
         style = CsvStyle(bom=True)
-        with open_writer(str(path), OutputFormat.CSV, columns=[(Part.METADATA, "city")], style=style):
+        with open_writer(str(path), OutputFormat.CSV, table=table((Part.METADATA, "city")), style=style):
             pass
         assert path.read_bytes() == b"\xef\xbb\xbfcity,idx,key,prompt,status,result,error\n"
 
@@ -464,7 +472,7 @@ class TestCsv:
         """CSV can be piped on, too."""
         stdout = Stdout()
         monkeypatch.setattr(sys, "stdout", stdout)
-        with open_writer(None, OutputFormat.CSV) as writer:
+        with open_writer(None, OutputFormat.CSV, table=table()) as writer:
             writer.write([PLAIN])
         assert stdout.written() == b"idx,key,prompt,status,result,error\n0,k0,one,done,eins,\n"
 
@@ -508,11 +516,13 @@ class TestFailures:
         path.write_text("old")
         code = f"""
             import resource, signal, sys; from lbr.io.writers import open_writer, OutputFormat
-            from lbr.core.types import Prompt, Row
+            from lbr.core.types import Prompt, Row, Task
+            from lbr.io.table import make_table
+            table = make_table(Task(model="m"))
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
             try:
-                with open_writer({str(path)!r}, OutputFormat({format_.value!r})) as writer:
+                with open_writer({str(path)!r}, OutputFormat({format_.value!r}), table=table) as writer:
                     writer.write([Row(0, 'k', Prompt(text='one'), 'done')] * {count})
             except Exception as error:
                 print(type(error).__name__, error)

@@ -74,7 +74,7 @@ def as_pydantic_ai_has_it(provider: str, url: str, body: dict[str, Any]) -> Usag
         nanos = round(response.cost().total_price * Decimal(10**9))
     except (LookupError, ValueError):
         nanos = None
-    return Usage(taken.input_tokens, taken.output_tokens, nanos)
+    return Usage(taken.input_tokens, taken.output_tokens, nanos, taken.cache_read_tokens or None)
 
 
 def models_at(provider: str, url: str) -> list[str]:

@@ -66,6 +66,7 @@ async def test_schema_migrates_once(database: Database, db_url: str) -> None:
         (9, "keep the cause of a pause apart from its message"),
         (10, "let runs rest that were being moved away"),
         (11, "forget the numbers of transactions on a server"),
+        (12, "count cached tokens"),
     ]
 
 
@@ -150,6 +151,32 @@ async def test_a_run_of_the_version_before_is_not_changed(db_url: str) -> None:
     changed = [replace(items[0], metadata={"b": {"y": 4, "x": 2}, "a": 1})]
     with pytest.raises(RunChangedError):
         await database.write(enqueue.add_chunk, run, 0, changed, keys[:1], reuse=False)
+    await database.close()
+
+
+async def test_answers_of_the_version_before_have_no_cached_tokens(db_url: str) -> None:
+    """They are not known of old answers and attempts; new ones have them."""
+    database = await open_database(db_url, create=True)
+    run = await put(database, ["a"])
+    queue, worker, _ = await two_workers(database)
+    (claim,) = await queue.claim(worker, [run.id], 5, lease=60)
+    await database.write(settle, [answered(claim)])
+    where = "lbr." if is_postgresql(db_url) else ""
+    version = [name for name, _ in schema.MIGRATIONS].index("count cached tokens")
+    for statement in (
+        f"ALTER TABLE {where}results DROP COLUMN cached_tokens",
+        f"ALTER TABLE {where}attempts DROP COLUMN cached_tokens",
+        f"DELETE FROM {where}workers",
+        f"DELETE FROM {where}schema_version WHERE version > {version}",
+    ):
+        await database.write(_run, statement)
+    await database.close()
+    database = await open_database(db_url)
+    await put(database, ["a"], name="again")
+    for name in ("r", "again"):
+        run = await database.read(reads.find_run, name)
+        detail = await database.read(reads.story, run, 0)
+        assert (detail.row.result, detail.cached_tokens) == ("answer", None)
     await database.close()
 
 
