@@ -12,6 +12,7 @@ import orjson
 
 from lbr.core import value
 from lbr.core.errors import NO_USAGE, DatabaseError, Family, Symptom, Usage
+from lbr.core.extras import Extra, Extras  # noqa: TC001 - replies are read back from files by their annotations
 
 if TYPE_CHECKING:
     from lbr.core.outages import Evidence
@@ -85,6 +86,9 @@ class Include(StrEnum):
     """What a collected row can have beside its answer, if it is asked for."""
 
     USAGE = "usage"
+    REASONING = "reasoning"
+    LOGPROBS = "logprobs"
+    RAW = "raw"
 
 
 class Until(StrEnum):
@@ -271,7 +275,7 @@ class Run:
 
     `price` is what the user says that calls cost, None to ask the provider and the price table. `budget_nanos` is the
     most that the run may cost, in billionths of a US dollar, None without a limit. `input_columns` is `Item.columns` as
-    JSON, None without columns and for runs of older versions.
+    JSON, None without columns and for runs of older versions. `keep` is what is kept besides its answers.
     """
 
     id: RunId
@@ -288,6 +292,7 @@ class Run:
     budget_nanos: int | None = None
     input_columns: str | None = None
     move: Move | None = None
+    keep: tuple[Extra, ...] = ()
 
     def is_paused_by(self, *causes: PauseCause) -> bool:
         """Return whether one of these causes paused the run or, if REMOVING, cancelled it."""
@@ -296,12 +301,16 @@ class Run:
 
 @value(frozen=True, slots=True)
 class Reply:
-    """One answer. `model` is the name that the provider reported, `finish_reason` its word for why it ended."""
+    """One answer. `model` is the name that the provider reported, `finish_reason` its word for why it ended.
+
+    `extras` are what the run keeps besides the text, None if that is nothing.
+    """
 
     text: str
     usage: Usage = NO_USAGE
     model: str | None = None
     finish_reason: str | None = None
+    extras: Extras | None = None
 
 
 @value(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
@@ -13,8 +14,8 @@ from lbr.core.errors import RunChangedError, UsageError
 from lbr.core.types import JobState, RunState, canonical_json
 from lbr.store import counters
 from lbr.store.runs import check_not_moving, run_of
+from lbr.store.schema import extras, jobs, prompts, results, runs
 from lbr.store.schema import items as items_table
-from lbr.store.schema import jobs, prompts, results, runs
 from lbr.store.sql import BulkStatement, Inserting, Rows, any_of, reserve_job_ids, take_turns, wake_workers
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
+    from lbr.core.extras import Extra
     from lbr.core.types import Item, Millis, Part, Run
     from lbr.store.schema import AnyRow
 
@@ -63,6 +65,20 @@ def _copying(rows: Rows) -> Any:
 
 
 _COPY_RESULTS = BulkStatement({"job": jobs.c.id.type, "source": jobs.c.id.type}, _copying)
+
+
+@cache
+def _copying_extras(keep: tuple[Extra, ...]) -> BulkStatement:
+    """Return what copies these kinds of what is kept with an answer to another job."""
+
+    def copying(rows: Rows) -> Any:
+        there = extras.alias("there")
+        copies = select(rows["job"], *(there.c[kind] for kind in keep)).where(there.c.job_id == rows["source"])
+        return insert(extras).from_select(["job_id", *keep], copies)
+
+    return BulkStatement({"job": jobs.c.id.type, "source": jobs.c.id.type}, copying)
+
+
 _JOB = ("id", "run_id", "state", "available_at", "claim_seq", "attempts", "crashes", "retry_seq", "finished_at")
 _ADD_JOBS = Inserting(jobs, *_JOB)
 _ADD_PROMPTS = Inserting(prompts, "job_id", "run_id", "key", "chat", "body")
@@ -172,7 +188,7 @@ def add_chunk(
     if not fresh:
         return EnqueueCounts(inputs=len(items), known=len(items))
     entries, new = _assign_jobs(connection, run, fresh)
-    answered = _find_answers(connection, new) if reuse else {}
+    answered = _find_answers(connection, new, run.keep) if reuse else {}
     _insert_jobs(connection, run, entries, new, answered, now)
     _insert_items(connection, run, entries)
     _touch_run(connection, run, now, items[0].columns if start == 0 else None)
@@ -249,14 +265,21 @@ def _assign_jobs(
     return entries, new
 
 
-def _find_answers(connection: Connection, new: dict[bytes, int]) -> dict[int, int]:
-    """Map new jobs to done jobs of other runs with the same key, whose answers stay until they are copied."""
+def _find_answers(connection: Connection, new: dict[bytes, int], keep: tuple[Extra, ...]) -> dict[int, int]:
+    """Map new jobs to done jobs of other runs with the same key, whose answers stay until they are copied.
+
+    Only answers that have all that the run keeps.
+    """
     if not new:
         return {}
     equals = dict(connection.execute(_KEYS_OF_EQUALS, {"keys": list(new)}).all())
     if not equals:
         return {}
-    done = connection.execute(_DONE, {"ids": list(equals)}).scalars()
+    done = connection.execute(_DONE, {"ids": list(equals)}).scalars().all()
+    if keep:
+        whole = select(extras.c.job_id).where(any_of(extras.c.job_id, "ids"))
+        whole = whole.where(*(extras.c[kind].is_not(None) for kind in keep))
+        done = connection.execute(whole, {"ids": list(done)}).scalars().all()
     # The oldest of several.
     sources = {equals[job_id]: job_id for job_id in sorted(done, reverse=True)}
     held = connection.execute(_HELD_ANSWERS, {"ids": sorted(sources.values())}).scalars()
@@ -284,7 +307,10 @@ def _insert_jobs(
     first = [(e.job_id, e.key, e.item.prompt) for e in entries if e.first]
     bodies = [(job_id, run.id, key, int(prompt.messages is not None), prompt.body()) for job_id, key, prompt in first]
     _ADD_PROMPTS.run_plain(connection, bodies)
-    _COPY_RESULTS.run(connection, [{"job": j, "source": s} for j, s in answered.items()])
+    copies = list(answered.items())
+    _COPY_RESULTS.run_plain(connection, copies)
+    if run.keep:
+        _copying_extras(run.keep).run_plain(connection, copies)
 
 
 def _insert_items(connection: Connection, run: Run, entries: list[_Entry]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,12 +11,14 @@ import orjson
 from sqlalchemy import bindparam, case, func, or_, select
 
 from lbr.core.errors import CUT_OFF, DatabaseError, UsageError
+from lbr.core.extras import Extra, Extras
 from lbr.core.pricing import NANOS, output_limit
 from lbr.core.types import Include, JobId, JobState, Millis, Part, Prompt, Row, RowUsage, Run, RunId, Shape
 from lbr.store import counters, runs
 from lbr.store.limits import LimitStatus, all_limits, is_ahead
 from lbr.store.schema import INFLIGHT, SILENT_MS, attempts, items, jobs, limits, outages, prompts, results, workers
 from lbr.store.schema import counters as counters_table
+from lbr.store.schema import extras as extras_table
 from lbr.store.schema import runs as runs_table
 from lbr.store.sql import any_of, if_small, json_object, pages
 
@@ -36,7 +39,6 @@ _COLLECTED = (
 )
 _BODY = [column.name for column in _COLLECTED].index("body")
 _OTHERS = [column for table in (jobs, results) for column in table.c if column not in set(_COLLECTED)]
-_PAYLOADS = if_small(prompts.c.body, results.c.text, items.c.metadata)
 
 
 def _inputs(*columns: ColumnElement[Any]) -> Select[Any]:
@@ -59,13 +61,21 @@ def last_try(name: str) -> ColumnElement[Any]:
 
 
 _AFTER = items.c.idx > bindparam("after")
-_ROWS = (
-    _inputs(*(_PAYLOADS.get(column.name, column) for column in _COLLECTED))
-    .where(_AFTER)
-    .order_by(items.c.idx)
-    .limit(bindparam("limit"))
-)
-_ROWS_OF = {Shape.ORIGINAL: _ROWS, Shape.UNIQUE: _ROWS.where(items.c.first == 1)}
+
+
+@cache
+def _rows_of(shape: Shape, kept: tuple[Extra, ...]) -> Select[Any]:
+    """Select a page of rows with what is kept of these kinds."""
+    more = [extras_table.c[kind] for kind in kept]
+    payloads = if_small(prompts.c.body, results.c.text, items.c.metadata, *more)
+    query = _inputs(*(payloads.get(column.name, column) for column in (*_COLLECTED, *more)))
+    if kept:
+        query = query.outerjoin(extras_table, extras_table.c.job_id == jobs.c.id)
+    if shape is Shape.UNIQUE:
+        query = query.where(items.c.first == 1)
+    return query.where(_AFTER).order_by(items.c.idx).limit(bindparam("limit"))
+
+
 _DETAIL = _inputs(*_COLLECTED, *_OTHERS).where(items.c.idx == bindparam("idx"))
 _METADATA = (
     select(items.c.idx, *if_small(items.c.metadata).values())
@@ -296,7 +306,7 @@ async def rows(
 
     `states` are those of the jobs to read, empty for all; `include` is what rows have beside their answers.
     """
-    query = _ROWS_OF[shape]
+    query = _rows_of(shape, tuple(kind for kind in Extra if kind in include))
     if states:
         query = query.where(jobs.c.state.in_(states))
     async for page in pages(lambda bound: database.read(_page, run, query, include, bound)):
@@ -306,9 +316,13 @@ async def rows(
 def _page(
     connection: Connection, _now: Millis, run: Run, query: Select[Any], include: Container[str], bound: dict[str, int]
 ) -> tuple[int, list[Row]]:
+    kept = tuple(kind for kind in Extra if kind in include)
     found = connection.execute(query, {"run": run.id, **bound}).all()
     whole = list(takewhile(lambda row: row[_BODY] is not None, found))
-    page = _to_rows(connection, whole)
+    page = _to_rows(connection, [row[: len(_COLLECTED)] for row in whole] if kept else whole)
+    if kept:
+        extras = (Extras(**dict(zip(kept, row[len(_COLLECTED) :], strict=True))) for row in whole)
+        page = [replace(row, kept=one.to_dict(kept)) for row, one in zip(page, extras, strict=True)]
     if Include.USAGE in include:
         page = _with_usage(connection, page, [row.id for row in whole])
     return len(found), page
@@ -423,6 +437,9 @@ def story(connection: Connection, _now: Millis, run: Run, idx: int) -> JobDetail
     tried = select(*(attempts.c[name] for name in Attempt.__slots__)).where(attempts.c.job_id == found.id)
     tries = [Attempt(*one) for one in connection.execute(tried.order_by(attempts.c.id)).all()]
     (row,) = _to_rows(connection, [found[: len(_COLLECTED)]])
+    if run.keep:
+        kept = select(*(extras_table.c[kind] for kind in Extra)).where(extras_table.c.job_id == found.id)
+        row = replace(row, kept=Extras(*(connection.execute(kept).one_or_none() or ())).to_dict(run.keep))
     stored = [name for name in JobDetail.__slots__ if name not in {"row", "reused", "tries"}]
     fields = {name: getattr(found, name) for name in stored}
     return JobDetail(row=row, reused=found.reused_from is not None, tries=tries, **fields)

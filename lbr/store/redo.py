@@ -18,7 +18,7 @@ from lbr.core.errors import UNREAD, Family, UsageError
 from lbr.core.retry import failure_of
 from lbr.core.types import JobState, Json, RunState
 from lbr.store import counters, reads, runs
-from lbr.store.schema import attempts, jobs, prompts, results
+from lbr.store.schema import attempts, extras, jobs, prompts, results
 from lbr.store.settle import ADD_RESULTS
 from lbr.store.sql import any_of
 
@@ -103,6 +103,7 @@ _KEEP_ANSWERS = attempts.insert().from_select(
     include_defaults=False,
 )
 _REMOVE_ANSWERS = delete(results).where(any_of(results.c.job_id, "ids"))
+_REMOVE_EXTRAS = delete(extras).where(any_of(extras.c.job_id, "ids"))
 _SET = update(prompts).where(any_of(prompts.c.job_id, "ids")).values(settings=bindparam("own"))
 
 
@@ -221,6 +222,8 @@ def _put_back(connection: Connection, now: Millis, run: Run, page: list[AnyRow],
         answered = {"ids": [row.job_id for row in answers]}
         connection.execute(_KEEP_ANSWERS, answered | {"now": now})
         connection.execute(_REMOVE_ANSWERS, answered)
+        if run.keep:
+            connection.execute(_REMOVE_EXTRAS, answered)
     if own is not None:
         connection.execute(_SET, ids | {"own": own})
     runs.move_page(connection, run, unchanged, JobState.PENDING, now)

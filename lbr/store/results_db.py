@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -181,7 +182,8 @@ def _the_queue() -> UsageError:
 
 
 def _to_columns(run: str, row: Row) -> dict[str, Any]:
-    fields = {"id": None, "metadata": None} | row.to_dict() | {"run": run}
+    plain = replace(row, kept=None) if row.kept else row
+    fields = {"id": None, "metadata": None} | plain.to_dict() | {"run": run}
     for name in ("prompt", "metadata"):
         if not isinstance(fields[name], str | None):
             fields[name] = orjson.dumps(fields[name]).decode()

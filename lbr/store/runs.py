@@ -9,10 +9,11 @@ import orjson
 from sqlalchemy import delete, func, select, true, update
 
 from lbr.core.errors import DatabaseError, RunMismatchError, RunNotFoundError, UsageError
+from lbr.core.extras import Extra
 from lbr.core.pricing import Price
 from lbr.core.types import JobState, Move, PauseCause, Paused, Run, RunId, RunState, Task, differences
 from lbr.store import counters
-from lbr.store.schema import attempts, items, jobs, outages, prompts, results, runs
+from lbr.store.schema import attempts, extras, items, jobs, outages, prompts, results, runs
 from lbr.store.schema import counters as counters_table
 from lbr.store.sql import Inserting, any_of, wake_workers
 
@@ -35,14 +36,15 @@ FULL_TRIES = {"attempts": 0, "crashes": 0, "retry_seq": jobs.c.claim_seq, "worke
 
 _STATES = select(runs.c.id, runs.c.state).where(any_of(runs.c.id, "ids")).order_by(runs.c.id)
 _NEW = ("name", "task", "answerer", "fingerprint", "state", "max_attempts", "created_at", "enqueued_at", "price")
-_MAKE = Inserting(runs, *_NEW, unless="name")
+_MAKE = Inserting(runs, *_NEW, "keep", unless="name")
 
 
 @dataclass(frozen=True, slots=True)
 class RunSpec:
     """What an enqueue asks for. `fingerprint` is a function's, None for a model. Raises UsageError for a bad name.
 
-    `price` is the price of calls from now on, None to leave it as it is; it is not part of the task.
+    `price` is the price of calls from now on, None to leave it as it is; it is not part of the task. `keep` is what to
+    keep besides the answers.
     """
 
     name: str
@@ -50,6 +52,7 @@ class RunSpec:
     max_attempts: int
     fingerprint: str | None = None
     price: Price | None = None
+    keep: tuple[Extra, ...] = ()
 
     def __post_init__(self) -> None:
         """Check what no database should see."""
@@ -77,6 +80,7 @@ def run_of(row: AnyRow) -> Run:
             "task": Task.from_json(row.task),
             "state": RunState(row.state),
             "price": None if row.price is None else Price.from_json(row.price),
+            "keep": () if row.keep is None else tuple(map(Extra, orjson.loads(row.keep))),
             "move": None if row.move is None else Move(**orjson.loads(row.move)),
         }
         pause = Paused(PauseCause(row.pause_cause), row.pause_message or "") if paused else None
@@ -110,12 +114,17 @@ def open_run(connection: Connection, now: Millis, spec: RunSpec) -> Run:
 
     A known run takes over the order of the spec's schema and settings, which is not part of the task.
 
-    Raises RunMismatchError if the name is that of another task, UsageError if the run was cancelled or is being
-    moved.
+    Raises RunMismatchError if the name is that of another task or of a run that keeps something else, UsageError if the
+    run was cancelled or is being moved.
     """
     run, _ = ensure(connection, spec, now)
     check_not_cancelled(run)
     check_not_moving(run)
+    if run.keep != spec.keep:
+        raise RunMismatchError(
+            f"run {spec.name!r} keeps {','.join(run.keep) or 'only answers'}, not {','.join(spec.keep) or 'only answers'}, "
+            f"and that cannot change; repeat its --keep, or use another name (--run)"
+        )
     values: dict[str, Any] = {}
     if spec.price is not None and spec.price != run.price:
         values["price"] = spec.price.to_json()
@@ -133,7 +142,8 @@ def ensure(connection: Connection, spec: RunSpec, now: Millis) -> tuple[Run, boo
     if connection.scalar(select(runs.c.id).where(runs.c.name == spec.name)) is None:
         task, price = spec.task, None if spec.price is None else spec.price.to_json()
         row = (spec.name, task.to_json(), task.answerer, spec.fingerprint, RunState.ACTIVE)
-        made = _MAKE.run_plain(connection, [(*row, spec.max_attempts, now, now, price)])
+        keep = orjson.dumps(spec.keep).decode() if spec.keep else None
+        made = _MAKE.run_plain(connection, [(*row, spec.max_attempts, now, now, price, keep)])
     run = find(connection, spec.name)
     if run.task.canonical() != spec.task.canonical():
         if replace(run.task, fingerprint=spec.task.fingerprint).canonical() == spec.task.canonical():
@@ -335,7 +345,7 @@ def _remove_jobs(connection: Connection, _now: Millis, run: Run) -> int:
     connection.execute(update(runs).where(runs.c.id == run.id).values(BEING_REMOVED))
     chosen = select(prompts.c.job_id).where(prompts.c.run_id == run.id).limit(BATCH)
     ids = list(connection.execute(chosen).scalars())
-    for column in (results.c.job_id, attempts.c.job_id, jobs.c.id, prompts.c.job_id):
+    for column in (results.c.job_id, extras.c.job_id, attempts.c.job_id, jobs.c.id, prompts.c.job_id):
         connection.execute(delete(column.table).where(any_of(column, "ids")), {"ids": ids})
     return len(ids)
 

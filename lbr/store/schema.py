@@ -95,6 +95,8 @@ runs = Table(
     Column("input_columns", Text),
     # As JSON, after `lbr move`: the other database, and the state that the run had before.
     Column("move", Text),
+    # As a JSON list, what is kept besides its answers; see `extras`.
+    Column("keep", Text),
     CheckConstraint("state IN ('active', 'paused', 'cancelled')", name="runs_state"),
     sqlite_autoincrement=True,
 )
@@ -164,6 +166,14 @@ results = Table(
     Column("reused_from", Id),
     # Tokens of the input that the provider had in its cache.
     Column("cached_tokens", Id),
+)
+
+# What came with an answer, if its run keeps it: null if it is not kept, empty if none came. Raw is the body as it came.
+extras = Table(
+    "extras",
+    metadata,
+    Column("job_id", Id, primary_key=True, autoincrement=False),
+    *_columns(Text, "reasoning logprobs raw", nullable=True),
 )
 
 # Every try that was not a plain success.
@@ -387,6 +397,7 @@ MIGRATIONS: tuple[tuple[str, Callable[[Connection], None] | None], ...] = (
     ("let runs rest that were being moved away", _end_moves),
     ("forget the numbers of transactions on a server", _drop_writers),
     ("count cached tokens", None),
+    ("keep reasoning, log probabilities and raw answers", None),
 )
 """Ordered and append-only: a database's version is the number of them that it has seen.
 

@@ -10,13 +10,14 @@ from sqlalchemy import literal_column, null, select, update
 
 from lbr.core import value
 from lbr.core.errors import NO_USAGE, DatabaseError, Family
+from lbr.core.extras import Extra
 from lbr.core.retry import is_overload
 from lbr.core.types import JobId, JobState, Millis, PauseCause, Paused, RunId, RunState, Settlement
 from lbr.store import counters
 from lbr.store.limits import Feedback, apply_feedback, forget_estimates, raise_highest
 from lbr.store.outages import judge_failures, pause_wrong_set_ups
 from lbr.store.runs import hold_states, pausing, resting_state
-from lbr.store.schema import attempts, jobs, results, runs
+from lbr.store.schema import attempts, extras, jobs, results, runs
 from lbr.store.sql import BulkStatement, Inserting, PreparedQuery, Rows, any_of
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ SETTLE = BulkStatement(
 )
 _USAGE = ("input_tokens", "output_tokens", "cost_nanos", "cached_tokens")
 ADD_RESULTS = Inserting(results, "job_id", "text", "model", "finish_reason", "latency_ms", *_USAGE)
+EXTRAS_CHARACTERS = 16_000_000
+_ADD_EXTRAS = Inserting(extras, "job_id", *Extra)
 _ADD_ATTEMPTS = Inserting(
     attempts,
     *("job_id", "claim_seq", "what", "family", "error", "message", "text", "finish_reason", "latency_ms", "at"),
@@ -230,7 +233,7 @@ def _update_jobs(connection: Connection, mine: list[Settlement], targets: list[J
 
 
 def _insert_results(connection: Connection, mine: list[Settlement]) -> None:
-    rows = []
+    rows, kept = [], []
     for s in mine:
         reply = s.outcome.reply
         if reply is None:
@@ -238,7 +241,23 @@ def _insert_results(connection: Connection, mine: list[Settlement]) -> None:
         usage, job_id, latency = reply.usage, s.claim.job_id, s.outcome.latency_ms
         counted = (usage.input_tokens, usage.output_tokens, usage.cost_nanos, usage.cached_tokens)
         rows.append((job_id, reply.text, reply.model, reply.finish_reason, latency, *counted))
+        if reply.extras is not None:
+            kept.append((job_id, *(getattr(reply.extras, kind) for kind in Extra)))
     ADD_RESULTS.run_plain(connection, rows)
+    if kept:
+        _insert_extras(connection, kept)
+
+
+def _insert_extras(connection: Connection, kept: list[tuple[Any, ...]]) -> None:
+    """Write what is kept in statements of some megabytes, because a server takes at most one gigabyte at a time."""
+    page, characters = [], 0
+    for row in kept:
+        page.append(row)
+        characters += sum(len(text or "") for text in row[1:])
+        if characters > EXTRAS_CHARACTERS:
+            _ADD_EXTRAS.run_plain(connection, page)
+            page, characters = [], 0
+    _ADD_EXTRAS.run_plain(connection, page)
 
 
 def _insert_attempts(connection: Connection, mine: list[Settlement], stale: list[Settlement], now: Millis) -> None:

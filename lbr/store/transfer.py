@@ -16,10 +16,11 @@ import orjson
 from sqlalchemy import bindparam, case, func, select
 
 from lbr.core.errors import DatabaseError, RunNotFoundError, UsageError
+from lbr.core.extras import Extra
 from lbr.core.text import pluralize
 from lbr.core.types import JobState, Move, PauseCause, Paused, Run, RunState
 from lbr.store import counters, enqueue, runs
-from lbr.store.schema import attempts, items, jobs, prompts, results
+from lbr.store.schema import attempts, extras, items, jobs, prompts, results
 from lbr.store.schema import runs as runs_table
 from lbr.store.sql import Inserting, any_of, byte_length, lock_table, reserve_job_ids, take_turns, wake_workers
 from lbr.store.sql import pages as pages_of_rows
@@ -51,11 +52,14 @@ def _bytes(column: Any) -> Any:
 
 _ATTEMPT_BYTES = select(func.sum(_bytes(attempts.c.text))).where(attempts.c.job_id == prompts.c.job_id)
 _JOB_BYTES = _bytes(prompts.c.body) + _bytes(results.c.text) + func.coalesce(_ATTEMPT_BYTES.scalar_subquery(), 0)
+for _kind in Extra:
+    _JOB_BYTES += _bytes(extras.c[_kind])
 _BYTES = case((items.c.first == 1, _JOB_BYTES), else_=0) + _bytes(items.c.metadata)
 _ITEMS = (
     select(items.c.job_id, _BYTES.label("bytes"), prompts.c.key, *_columns(items, "run_id job_id"))
     .join_from(items, prompts, prompts.c.job_id == items.c.job_id, isouter=True)
     .outerjoin(results, results.c.job_id == items.c.job_id)
+    .outerjoin(extras, extras.c.job_id == items.c.job_id)
     .where(items.c.run_id == bindparam("run"), items.c.idx > bindparam("after"))
     .order_by(items.c.idx)
     .limit(bindparam("limit"))
@@ -76,6 +80,7 @@ _PARTS = (
     _part(jobs.c.id, "worker_id lease_until"),
     _part(prompts.c.job_id),
     _part(results.c.job_id, reused_from=case((results.c.reused_from.is_not(None), REUSED_ELSEWHERE))),
+    _part(extras.c.job_id),
     _part(attempts.c.job_id, "id"),
 )
 

@@ -13,6 +13,7 @@ from lbr.core.errors import (
     Family,
     RunChangedError,
 )
+from lbr.core.extras import Extra
 from lbr.core.types import (
     Failure,
     Item,
@@ -67,6 +68,7 @@ async def test_schema_migrates_once(database: Database, db_url: str) -> None:
         (10, "let runs rest that were being moved away"),
         (11, "forget the numbers of transactions on a server"),
         (12, "count cached tokens"),
+        (13, "keep reasoning, log probabilities and raw answers"),
     ]
 
 
@@ -281,4 +283,28 @@ async def test_shares_and_highest_costs_are_added(db_url: str) -> None:
     (seen,) = (await database.read(reads.overview)).limits
     assert seen.limit.slots == 7.5
     assert seen.limit.refused == pytest.approx(0.1)
+    await database.close()
+
+
+async def test_a_run_of_before_keeps_only_its_answers(db_url: str) -> None:
+    """A queue without the table of extras gets it; its answers have none, so that a run that keeps some asks again."""
+    database = await open_database(db_url, create=True)
+    run = await put(database, ["a"])
+    queue, worker, _ = await two_workers(database)
+    await database.write(settle, [answered(one) for one in await queue.claim(worker, [run.id], 1, lease=60)])
+    where = "lbr." if is_postgresql(db_url) else ""
+    for statement in (
+        f"DROP TABLE {where}extras",
+        f"ALTER TABLE {where}runs DROP COLUMN keep",
+        f"DELETE FROM {where}workers",
+        f"DELETE FROM {where}schema_version WHERE version > 11",
+    ):
+        await database.write(_run, statement)
+    await database.close()
+    database = await open_database(db_url)
+    run = await database.read(reads.find_run, run.name)
+    (row,) = [row async for page in reads.rows(database, run, Shape.ORIGINAL, include=tuple(Extra)) for row in page]
+    assert (run.keep, row.result, row.kept) == ((), "answer", dict.fromkeys(Extra))
+    again = await put(database, ["a"], name="keeps", keep=(Extra.RAW,))
+    assert (again.keep, await states(database, again)) == ((Extra.RAW,), {"pending": 1})
     await database.close()

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
     import pytest
 
+    from lbr.core.extras import Extra
     from lbr.core.limits import CallBound
     from lbr.core.types import Failure
 
@@ -77,10 +78,16 @@ def real_clock(shift_seconds: float = 0) -> Callable[[], Millis]:
 
 
 async def put(
-    database: Database, prompts: Sequence[str], *, name: str = "r", task: Task = ECHO, reuse: bool = True
+    database: Database,
+    prompts: Sequence[str],
+    *,
+    name: str = "r",
+    task: Task = ECHO,
+    keep: tuple[Extra, ...] = (),
+    reuse: bool = True,
 ) -> Run:
     """Enqueue prompts into a run and seal it."""
-    run = await database.write(runs.open_run, runs.RunSpec(name, task, 8))
+    run = await database.write(runs.open_run, runs.RunSpec(name, task, 8, keep=keep))
     items = [Item(Prompt(text=prompt)) for prompt in prompts]
     maker = KeyMaker(task)
     await database.write(enqueue.add_chunk, run, 0, items, [maker.key(i.prompt) for i in items], reuse=reuse)
