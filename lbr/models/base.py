@@ -13,6 +13,7 @@ from lbr.core.pricing import table_price
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from lbr.core.extras import Extra
     from lbr.core.pricing import Price
     from lbr.core.types import BadTry, JobId, Json, Prompt, Reply, Task
 
@@ -26,7 +27,7 @@ class Request:
 
     `last_bad`: the job's previous answer that did not validate, to be shown to the provider with the validator's
     message. `settings`: the job's own, which override the task's. `timeout`: seconds until the caller gives up; a
-    client must not give up before. None for no such value.
+    client must not give up before. None for no such value. `keep`: which `Extras` the reply must have.
     """
 
     prompt: Prompt
@@ -36,6 +37,7 @@ class Request:
     last_bad: BadTry | None = None
     settings: Mapping[str, Json] | None = None
     timeout: float | None = None
+    keep: tuple[Extra, ...] = ()
 
 
 class Model(Protocol):

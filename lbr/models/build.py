@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lbr.core.errors import UsageError
+from lbr.core.extras import Extra
 from lbr.core.pricing import max_output_tokens
 from lbr.core.types import canonical_json
 from lbr.models import chat, checks, offline
@@ -17,7 +18,7 @@ from lbr.models.base import Kind, kind_of
 from lbr.models.function import FunctionModel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
     from types import ModuleType
 
     from lbr.core.schema import Validator
@@ -93,15 +94,26 @@ def check_task(task: Task) -> None:
             max_output_tokens(task.settings)  # raises for what no worker can read
 
 
-def unsent(task: Task) -> list[str]:
-    """Return a message for each setting that would not be sent, or whose result would not be kept.
+def check_keep(task: Task, keep: Collection[str]) -> None:
+    """Raise UsageError if calls of a task cannot return what is to be kept besides the answer."""
+    if keep and kind_of(task) is Kind.FUNCTION:
+        raise UsageError("--keep is for models, and a function returns only its answer; leave it out")
+    name = task.model or ""
+    if Extra.LOGPROBS not in keep or kind_of(task) is not Kind.PROVIDER or chat.sends_logprobs(name):
+        return
+    if not _pydantic_ai(name).sends_logprobs(name, task.settings, task.schema):
+        raise UsageError(f"model {name!r} cannot be asked for log probabilities; leave logprobs out of --keep")
+
+
+def unsent(task: Task, keep: Collection[str] = ()) -> list[str]:
+    """Return a message for each setting that would not be sent, or whose result would not be kept, which `keep` names.
 
     The enqueue refuses such settings; workers go on with a run of an older version that has them.
     """
     name = task.model or ""
     if kind_of(task) is not Kind.PROVIDER or chat.sends(name, task.settings):
         return []
-    return checks.not_kept(task.settings) or [*_pydantic_ai(name).unsent(name, task.settings, task.schema)]
+    return checks.not_kept(task.settings, keep) or [*_pydantic_ai(name).unsent(name, task.settings, task.schema)]
 
 
 def build_model(task: Task, authority: Authority, *, concurrency: int, connections: Connections | None = None) -> Model:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import orjson
 
 from lbr.core.config import hide_user
 from lbr.core.errors import CallError, Family
+from lbr.core.extras import Extra, Extras
 from lbr.core.messages import texts_in, with_instructions
 from lbr.core.types import Reply
 from lbr.models.base import messages_of
@@ -79,8 +81,9 @@ class ChatModel:
 
     async def answer(self, request: Request) -> Reply:
         """Make one call. Raises CallError with the family of the failure."""
-        settings = settings_of(request, self._settings)
-        start = self._start if request.settings is None else self._body_start(settings)
+        settings, logprobs = settings_of(request, self._settings), Extra.LOGPROBS in request.keep
+        is_common = request.settings is None and not logprobs
+        start = self._start if is_common else self._body_start(settings, logprobs=logprobs)
         messages = None if start is None else _messages_of(request)
         if start is None or messages is None:
             return await (await self._pydantic_ai()).answer(request)
@@ -97,12 +100,15 @@ class ChatModel:
             raise self._failed(head.code, head.headers, content)
         seconds = (request.timeout or MAX_SILENCE_SECONDS) - (time.monotonic() - started)
         await self._reader.costs.ready(seconds / 2)
-        return self._reader.read(content)
+        return self._reader.read(content, keep=bool(request.keep))
 
-    def _body_start(self, settings: Mapping[str, Json]) -> bytes | None:
+    def _body_start(self, settings: Mapping[str, Json], *, logprobs: bool = False) -> bytes | None:
         """Return a body up to its messages; None if only pydantic-ai knows how these settings are sent."""
         fields = fields_of(self._endpoint, settings)
-        return None if fields is None else orjson.dumps({**fields, **self._format})[:-1] + b',"messages":'
+        if fields is None or (logprobs and not sends_logprobs(self._endpoint.name)):
+            return None
+        more = {"logprobs": True} if logprobs else {}
+        return orjson.dumps({**more, **fields, **self._format})[:-1] + b',"messages":'
 
     async def _pydantic_ai(self) -> Model:
         """Return pydantic-ai's adapter, built by the first call that needs it; a later call tries again if that fails."""
@@ -234,7 +240,7 @@ _FITS: dict[str, Callable[[Json], bool]] = {
 }
 _OWN_FIELDS = frozenset({"model", "messages", "stream", "stream_options", "tools", "response_format"})
 _REASONS = re.compile(r"(?:^|[/:])(?:o\d|gpt-[5-9])")
-"""Names among which are the models that take no sampling settings while they reason."""
+"""Names among which are the models that take no sampling settings, and give no log probabilities, while they reason."""
 _SPECIAL_TOKEN = re.compile(
     r"<\||<\uff5c|\|>|_of_turn>|\[\||(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CALLS)\]|\[e~\[|\]~"
 )
@@ -246,6 +252,11 @@ def sends(name: str, settings: Mapping[str, Json]) -> bool:
     if not _serves(name) or (any(one in settings for one in _SAMPLING) and _REASONS.search(name)):
         return False
     return all(one in _FITS and _FITS[one](value) for one, value in settings.items())
+
+
+def sends_logprobs(name: str) -> bool:
+    """Return whether a model can be asked for log probabilities, without settings."""
+    return _serves(name) and _REASONS.search(name) is None
 
 
 def fields_of(endpoint: Endpoint, settings: Mapping[str, Json]) -> dict[str, Json] | None:
@@ -282,6 +293,8 @@ ANSWER_TOOL = "answer"
 """The tool whose arguments are the answer, for models that take no schema in another way."""
 EVENTS = ("data:", "event:", "id:", "retry:", ":")
 """How server-sent events begin."""
+_REASONING = ("reasoning_content", "reasoning")
+_THOUGHT = re.compile("<think>(.*?)</think>", re.DOTALL)
 CUT_OFF_STREAM = "the stream of the answer was cut off"
 
 
@@ -292,15 +305,18 @@ class Reader:
         self.costs = Costs(provider, model, base_url)
         self._api_key = api_key
 
-    def read(self, content: bytes) -> Reply:
-        """Read the body of an answer with a status of 2xx. Raises CallError, with what came, if it cannot be used."""
+    def read(self, content: bytes, *, keep: bool = False) -> Reply:
+        """Read the body of an answer with a status of 2xx, to `keep` with all that came with it.
+
+        Raises CallError, with what came, if it cannot be used.
+        """
         body = _object(self._parse(content))
         choices = body.get("choices")
         choice = _object(choices[0]) if isinstance(choices, list) and choices else {}
         message = _object(choice.get("message"))
-        text = _text_of(message)
+        text = whole = _text_of(message)
         if "<think>" in text:  # of a thought without an end, only the tag is left out
-            text = re.sub("<think>.*?</think>", "", text, flags=re.DOTALL).replace("<think>", "", 1)
+            text = _THOUGHT.sub("", text).replace("<think>", "", 1)
         usage, ending = self.costs.usage(body), ending_of(choice.get("finish_reason"))
         if error := body.get("error") or choice.get("error"):
             self._check_error(error, text, usage, ending)
@@ -315,7 +331,8 @@ class Reader:
             check_answer(text, ending, usage, raw=raw, refusal=refusal, why=why)
         name = body.get("model")
         model = name if isinstance(name, str) and name else self.costs.model
-        return Reply(text=text, usage=usage, model=model, finish_reason=ending)
+        extras = _extras_of(message, whole, choice.get("logprobs"), content) if keep else None
+        return Reply(text=text, usage=usage, model=model, finish_reason=ending, extras=extras)
 
     def _check_error(self, error: Any, text: str, usage: Usage, ending: str | None) -> None:
         """Raise CallError for an error in the place of an answer, or one that broke the answer off."""
@@ -358,7 +375,7 @@ class Reader:
 def _assembled(text: str) -> dict[str, Any]:
     """Return the answer that server-sent events add up to, with an error if not all of them came."""
     body: dict[str, Any] = {}
-    parts: dict[str, list[str]] = {"content": [], "refusal": []}
+    parts: dict[str, list[str]] = {name: [] for name in ("content", "refusal", *_REASONING)}
     ending, whole = None, False
     for line in re.split(r"\r\n|\r|\n", text):  # str.splitlines would also split inside of JSON strings
         name, _, data = line.partition(":")
@@ -398,6 +415,22 @@ def _text_of(message: dict[str, Any]) -> str:
         case {"content": [*parts]}:
             return "".join(map(_part_text, parts))
     return ""
+
+
+def _extras_of(message: dict[str, Any], text: str, logprobs: Any, content: bytes) -> Extras:
+    """Return what came with an answer; the model's thoughts are in a field of their own or else in its text."""
+    fields = (message.get(name) for name in _REASONING)
+    own = next((one for one in fields if isinstance(one, str) and one.strip()), None)
+    return extras("\n\n".join(_THOUGHT.findall(text)) if own is None else own, logprobs, content)
+
+
+def extras(reasoning: str, logprobs: Any, content: bytes) -> Extras:
+    """Return what came with an answer as it is kept; `logprobs` is None if none came."""
+    text = ""
+    if logprobs is not None:
+        with suppress(TypeError):  # of what no output could hold: half a surrogate pair, deep nesting
+            text = orjson.dumps(logprobs).decode()
+    return Extras(reasoning, text, content.decode(errors="replace"))
 
 
 def _part_text(part: Any) -> str:

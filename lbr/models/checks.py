@@ -11,9 +11,10 @@ from urllib.parse import urlsplit
 
 from lbr.core.config import hide_user
 from lbr.core.errors import Permanent, UsageError
+from lbr.core.extras import Extra
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from lbr.core.types import Json
     from lbr.models.base import Request
@@ -74,14 +75,14 @@ def _names(value: Json, path: str = "") -> Iterator[str]:
             yield from _names(inner, f"{path}{name}.")
 
 
-def not_kept(settings: Mapping[str, Json]) -> list[str]:
+def not_kept(settings: Mapping[str, Json], keep: Collection[str] = ()) -> list[str]:
     """Return a message for each setting that asks for something that lbr would drop from the answer."""
     body = settings.get("extra_body")
     wanted = {**settings, **(body if isinstance(body, dict) else {})}
     problems = [
-        f"the setting {name} cannot be set: lbr does not keep log probabilities yet"
+        f"the setting {name} cannot be set: lbr does not keep log probabilities unless you add logprobs to --keep"
         for name, value in wanted.items()
-        if name.endswith("logprobs") and value
+        if name.endswith("logprobs") and value and Extra.LOGPROBS not in keep
     ]
     number = wanted.get("n")
     if isinstance(number, int) and number > 1:

@@ -18,6 +18,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import replace
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
@@ -39,15 +40,16 @@ from pydantic_ai.settings import ModelSettings
 from pydantic_ai.tools import ToolDefinition
 
 from lbr.core.errors import Permanent, Usage, UsageError
+from lbr.core.extras import Extra, Extras
 from lbr.core.types import Reply
 from lbr.models.base import messages_of
-from lbr.models.chat import ANSWER_TOOL, Reader
+from lbr.models.chat import ANSWER_TOOL, Reader, extras
 from lbr.models.checks import check_authority, settings_of, takes_max_completion_tokens
 from lbr.models.failures import check_answer, clean, ending_of, filter_words, from_exception
 from lbr.models.http import Connections, unsupported_proxy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from types import ModuleType
 
     from pydantic_ai.models import Model
@@ -119,17 +121,19 @@ class PydanticAIModel:
             # pydantic-ai rejects answers with an unusual envelope, and reports an error with status 200 as missing fields.
             self._reader.costs.begin()
             await self._reader.costs.ready(TABLE_SECONDS)
-            return self._reader.read(answers[-1].content)
+            return self._reader.read(answers[-1].content, keep=bool(request.keep))
         if failure is not None:
             url = str(answers[-1].request.url.copy_with(username=None, password=None, query=None)) if answers else None
             raise from_exception(failure, url=url, api_key=self._api_key) from failure
         if answers and answers[-1].is_error:  # Azure's content filter, of which pydantic-ai makes an answer
             reason = filter_words(response.provider_details) or "content filter"
             raise Permanent(f"the provider refused the prompt; {reason} (HTTP 400)", kind="ContentFilterError")
-        return reply_of(response)
+        return replace(reply_of(response), extras=_extras_of(response, answers) if request.keep else None)
 
     def _settings_of(self, request: Request) -> dict[str, Json]:
         settings = dict(settings_of(request, self._settings))
+        if Extra.LOGPROBS in request.keep:
+            settings.setdefault(_logprobs_setting(self._model), True)
         if request.timeout is not None:  # else the client gives up after ten minutes
             settings = {"timeout": request.timeout, **settings}
         if self._puts_limit_in_body and "max_tokens" in settings:
@@ -346,6 +350,15 @@ def _text_of(response: pm.ModelResponse) -> str:
     return "".join(part.content for part in response.parts if isinstance(part, pm.TextPart))
 
 
+def _extras_of(response: pm.ModelResponse, answers: Sequence[httpx2.Response]) -> Extras:
+    """Return what came with an answer; `answers` has its body, if it came over our client."""
+    thoughts = "\n\n".join(part.content for part in response.parts if isinstance(part, pm.ThinkingPart))
+    details = (getattr(one, "provider_details", None) or {} for one in (response, *response.parts))
+    logprobs = next((one["logprobs"] for one in details if one.get("logprobs")), None)
+    whole = answers[-1].content if answers else pm.ModelMessagesTypeAdapter.dump_json([response], fallback=str)
+    return extras(thoughts, logprobs, whole)
+
+
 def _cost_nanos(response: pm.ModelResponse) -> int | None:
     reported = (response.provider_details or {}).get("cost")
     try:
@@ -366,12 +379,8 @@ _OTHER_NAMES = {
 }
 _IN_BODY = {"temperature", "top_p", "top_k", "presence_penalty", "frequency_penalty", "logit_bias", "thinking"}
 """Settings that some servers take in a body, though pydantic-ai does not send them."""
-_STAND_INS = {
-    "api_key": "none",
-    "base_url": "http://localhost",
-    "azure_endpoint": "http://localhost",
-    "api_version": "2024-10-21",
-}
+_STAND_INS = dict.fromkeys(("base_url", "azure_endpoint"), "http://localhost")
+_STAND_INS |= {"api_key": "none", "api_version": "2024-10-21"}
 """The arguments of a provider that is never called."""
 
 
@@ -417,6 +426,21 @@ async def _unsent(recorder: _Recorder, settings: Mapping[str, Json]) -> list[str
         if all([await recorder.record(other) == whole for other in others]):
             unused.append(setting)
     return unused
+
+
+_LOGPROBS = {"OpenAIChatModel": "openai", "OpenAIResponsesModel": "openai", "GoogleModel": "google", "XaiModel": "xai"}
+
+
+def _logprobs_setting(model: Model | None) -> str:
+    """Return the setting that asks for log probabilities; one that is not sent for a model that gives none."""
+    prefixes = (_LOGPROBS.get(one.__name__) for one in type(model).__mro__)
+    return next((f"{prefix}_logprobs" for prefix in prefixes if prefix), "logprobs")
+
+
+def sends_logprobs(name: str, settings: Mapping[str, Json], schema: dict[str, Json] | None = None) -> bool:
+    """Return whether a model can be asked for log probabilities; True if it cannot be built without a key."""
+    setting = _logprobs_setting(_Recorder(name).model)
+    return not any(f"setting {setting} " in problem for problem in unsent(name, {**settings, setting: True}, schema))
 
 
 class _Recorder:

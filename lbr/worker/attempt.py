@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from lbr.core import open_files
 from lbr.core.errors import CUT_OFF, NO_USAGE, BadAnswer, CallError, Family, Permanent
+from lbr.core.extras import Extras
 from lbr.core.pricing import output_limit
 from lbr.core.retry import failure_of, storable, storable_usage
 from lbr.core.types import Failure, Outcome, Reply
@@ -17,6 +18,7 @@ from lbr.models.base import Kind, kind_of
 if TYPE_CHECKING:
     from collections.abc import Awaitable
 
+    from lbr.core.extras import Extra
     from lbr.core.pricing import Price
     from lbr.core.schema import Validator
     from lbr.models.base import Model, Request
@@ -118,7 +120,7 @@ async def _answer(
     model: Model, validator: Validator | None, request: Request, deadlines: Deadlines, late_calls: LateCalls
 ) -> tuple[Reply | None, Failure | None]:
     try:
-        reply = _storable(await deadlines.wait_for(model.answer(request)))
+        reply = _storable(await deadlines.wait_for(model.answer(request)), request.keep)
     except DeadlineError:
         message = f"no answer within {deadlines.seconds:g} s"
         overloaded = late_calls.note(late=True)
@@ -146,16 +148,20 @@ def _was_not_made(request: Request, error: Exception) -> bool:
     return kind_of(request.task) is Kind.PROVIDER and open_files.are_exhausted(error)
 
 
-def _storable(reply: Reply) -> Reply:
-    """Return the reply as a database can hold it. Raises Permanent if it is too long."""
+def _storable(reply: Reply, keep: tuple[Extra, ...]) -> Reply:
+    """Return the reply as a database can hold it, with the extras to keep. Raises Permanent if it is too long."""
     if len(reply.text) > ANSWER_LIMIT:
         message = f"expected an answer of at most {ANSWER_LIMIT:,} characters, got: {len(reply.text):,}"
         raise Permanent(message, usage=reply.usage)
+    extras = None
+    if keep:
+        extras = Extras(**{kind: storable(getattr(reply.extras, kind, None) or "") for kind in keep})
     return Reply(
         storable(reply.text),
         storable_usage(reply.usage),
         reply.model and storable(reply.model),
         reply.finish_reason and storable(reply.finish_reason),
+        extras,
     )
 
 

@@ -180,6 +180,7 @@ class Calls:
             last_bad=claim.history.last_bad,
             settings=claim.settings,
             timeout=self._deadlines.seconds,
+            keep=served.run.keep,
         )
         while True:
             try:

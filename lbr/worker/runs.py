@@ -128,7 +128,7 @@ class ServableRuns:
             return self._refuse(run, error)
         self._refused_at.pop(run.id, None)
         self.refused.pop(run.id, None)
-        notices = [f"run {run.name} goes on, but {problem}" for problem in unsent(run.task)]
+        notices = [f"run {run.name} goes on, but {problem}" for problem in unsent(run.task, run.keep)]
         if served.is_limited and served.bound is None:
             notices.append(f"run {run.name}: {UNBOUNDED}")
         function = self._authority.function_for(run.task)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lbr.core.errors import CallError, Family, Usage
+from lbr.core.extras import Extras
 from lbr.core.types import Reply
 from lbr.models.chat import Reader
 from tests.models.test_chat import SPOILT, WHOLE, completion, places_in, spoilt
@@ -26,7 +27,7 @@ def reader(provider: str = "openai") -> Reader:
 
 def read(body: Any, provider: str = "openai") -> Reply:
     """Read an answer with this body, JSON unless it is bytes."""
-    return reader(provider).read(body if isinstance(body, bytes) else json.dumps(body).encode())
+    return reader(provider).read(body if isinstance(body, bytes) else json.dumps(body).encode(), keep=True)
 
 
 def failure(body: Any) -> CallError:
@@ -82,6 +83,43 @@ def test_only_the_text_is_required(case: str) -> None:
     """Whatever is missing or odd beside the text, the text is the answer and its tokens are counted."""
     reply = read(ENVELOPES[case])
     assert (reply.text, reply.usage) == ("fine", COUNTED)
+
+
+PROBABLE: Any = {"content": [{"token": "fine", "logprob": -0.5}]}
+THOUGHTS: dict[str, tuple[Any, str]] = {
+    "in a field": (completion(message={"reasoning": "hm"}), "hm"),
+    "in DeepSeek's field": (completion(message={"reasoning_content": "hm", "reasoning": " "}), "hm"),
+    "in the text": (completion("<think>h</think>fine<think>m</think>"), "h\n\nm"),
+    "in events": (
+        (event("fi", reasoning=1) + event("ne", "stop", usage=completion()["usage"]) + "data: [DONE]\n\n")
+        .replace('"content": "fi"', '"content": "fi", "reasoning_content": "h"')
+        .replace('"content": "ne"', '"content": "ne", "reasoning_content": "m"')
+        .encode(),
+        "hm",
+    ),
+    "nowhere": (completion(), ""),
+}
+
+
+@pytest.mark.parametrize("case", THOUGHTS)
+def test_thoughts_are_kept_wherever_they_are(case: str) -> None:
+    """They are no part of the text, and the body is kept as it came."""
+    body, thoughts = THOUGHTS[case]
+    reply = read(body)
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    assert (reply.text, reply.extras) == ("fine", Extras(thoughts, "", raw.decode()))
+    assert reader().read(raw).extras is None
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "kept"),
+    [(PROBABLE, json.dumps(PROBABLE, separators=(",", ":"))), (None, ""), ({"token": "\ud800"}, ""), (5, "5")],
+)
+def test_probabilities_are_kept_as_json(logprobs: Any, kept: str) -> None:
+    """What no output could hold loses no answer."""
+    reply = read(completion(choice={"logprobs": logprobs}))
+    assert reply.extras is not None
+    assert (reply.text, reply.extras.logprobs) == ("fine", kept)
 
 
 @given(st.data())
@@ -247,7 +285,7 @@ def test_events_that_were_not_requested_are_put_together() -> None:
     }
     stream = ": PROCESSING\n\n" + event("fi") + "event: message\r\n" + event("ne", "stop") + event(**usage)
     for end in ("data: [DONE]\n\n", ""):
-        assert read((stream + end).encode()) == Reply("fine", COUNTED, "m", "stop")
+        assert reader().read((stream + end).encode()) == Reply("fine", COUNTED, "m", "stop")
     whole = f"data: {json.dumps(completion())}\n\n"
     assert read(whole.encode()).text == "fine"
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lbr.core.errors import CallError, Family, Usage
+from lbr.core.extras import Extra, Extras
 from lbr.core.types import JobId, Prompt, Task
 from lbr.models.base import Request
 from lbr.models.pydantic_ai import PydanticAIModel
@@ -33,7 +34,14 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def ask(
-    monkeypatch: pytest.MonkeyPatch, body: Any, model: str = VLLM, *, status: int = 200, headers: Any = None
+    monkeypatch: pytest.MonkeyPatch,
+    body: Any,
+    model: str = VLLM,
+    *,
+    status: int = 200,
+    headers: Any = None,
+    keep: tuple[Extra, ...] = (),
+    asked: list[Any] | None = None,
 ) -> Any:
     """Ask a model at a server that answers so; return the reply, or the error."""
     text = body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)
@@ -41,13 +49,17 @@ async def ask(
         monkeypatch.setenv("VLLM_BASE_URL", server.url)
         monkeypatch.setenv("AZURE_OPENAI_ENDPOINT", server.url.removesuffix("/v1"))
         monkeypatch.setenv("ANTHROPIC_BASE_URL", server.url.removesuffix("/v1"))
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
         built = PydanticAIModel(model, task_settings={})
         try:
-            return await built.answer(Request(Prompt(text="hello"), Task(model=model), JobId(1), 1, timeout=30))
+            request = Request(Prompt(text="hello"), Task(model=model), JobId(1), 1, timeout=30, keep=keep)
+            return await built.answer(request)
         except CallError as error:
             return error
         finally:
             await built.aclose()
+            if asked is not None:
+                asked += server.asked
 
 
 BYTES = ("a mark in front", "half of a surrogate pair", "no Unicode", "a line break in the text of a field")
@@ -115,6 +127,58 @@ async def test_other_providers_keep_what_came_too(monkeypatch: pytest.MonkeyPatc
     found = await ask(monkeypatch, body, ANTHROPIC)
     assert (found.family, found.kind) == (Family.BAD_ANSWER, "EmptyAnswer")
     assert "hm, what" in found.text
+
+
+RESPONSE: dict[str, Any] = {
+    "id": "r1",
+    "object": "response",
+    "created_at": 1_700_000_000,
+    "model": "gpt-4.1",
+    "status": "completed",
+    "output": [
+        {
+            "type": "message",
+            "id": "m1",
+            "role": "assistant",
+            "status": "completed",
+            "content": [
+                {
+                    "type": "output_text",
+                    "text": "fine",
+                    "annotations": [],
+                    "logprobs": [{"token": "fine", "logprob": -0.5, "bytes": [102], "top_logprobs": []}],
+                }
+            ],
+        }
+    ],
+    "parallel_tool_calls": True,
+    "tool_choice": "auto",
+    "tools": [],
+    "usage": {
+        "input_tokens": 10,
+        "input_tokens_details": {"cached_tokens": 0},
+        "output_tokens": 5,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": 15,
+    },
+}
+
+
+async def test_what_came_beside_the_answer_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anthropic's thoughts, the probabilities of OpenAI's responses, and each body as it came, if it is asked for."""
+    content = [{"type": "thinking", "thinking": "hm", "signature": "s"}, {"type": "text", "text": "fine"}]
+    thought: dict[str, Any] = {"id": "m1", "type": "message", "role": "assistant", "model": "m", "content": content}
+    thought |= {"stop_reason": "end_turn", "usage": {"input_tokens": 10, "output_tokens": 5}}
+    reply = await ask(monkeypatch, thought, ANTHROPIC, keep=(Extra.REASONING,))
+    assert (reply.text, reply.extras) == ("fine", Extras("hm", "", json.dumps(thought)))
+    assert (await ask(monkeypatch, thought, ANTHROPIC)).extras is None
+    asked: list[Any] = []
+    reply = await ask(monkeypatch, RESPONSE, "openai:gpt-4.1", keep=(Extra.LOGPROBS,), asked=asked)
+    assert (reply.text, reply.extras.raw) == ("fine", json.dumps(RESPONSE))
+    assert [(one["token"], one["logprob"]) for one in json.loads(reply.extras.logprobs)] == [("fine", -0.5)]
+    assert asked[0]["include"] == ["message.output_text.logprobs"]
+    reply = await ask(monkeypatch, completion(message={"reasoning": "hm"}), VLLM, keep=(Extra.LOGPROBS,), asked=asked)
+    assert (reply.extras.reasoning, asked[1]["logprobs"]) == ("hm", True)
 
 
 RESULTS = {

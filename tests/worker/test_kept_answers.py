@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import func, select, update
 
+from lbr.core.extras import Extra, Extras
+from lbr.core.types import Outcome, Reply
 from lbr.store import files, reads
 from lbr.store.database import open_database
 from lbr.store.schema import jobs
@@ -40,9 +42,9 @@ async def queue(db_url: str, tmp_path: Path) -> AsyncIterator[Database]:
     await database.close()
 
 
-async def claimed(database: Database, prompts: list[str]) -> tuple[Run, list[Claim]]:
+async def claimed(database: Database, prompts: list[str], *, keep: tuple[Extra, ...] = ()) -> tuple[Run, list[Claim]]:
     """Return a run of these prompts, with a claim of each."""
-    run = await put(database, prompts)
+    run = await put(database, prompts, keep=keep)
     worker = await Queue(database).register(host="h", pid=1, concurrency=len(prompts))
     return run, await Queue(database).claim(worker, [run.id], len(prompts), lease=60)
 
@@ -84,6 +86,16 @@ async def test_answers_of_another_database_are_left_alone(queue: Database) -> No
     assert lines == []  # reported once
     assert await states(queue, run) == {"done": 1, "inflight": 1}
     assert (await queue.read(reads.story, run, 0)).row.result == "ours\x85"
+
+
+async def test_what_the_run_keeps_is_kept_with_its_answer(queue: Database) -> None:
+    """Reasoning comes back from the file with the answer; the run that asked for it has it."""
+    run, (one,) = await claimed(queue, ["a"], keep=(Extra.REASONING,))
+    reply = Reply("fine", extras=Extras(reasoning="hm\u2028"))
+    keep(queue, [replace(answered(one), outcome=Outcome(reply, None, 5))])
+    await settle_kept(queue, lambda _: None)
+    row = (await queue.read(reads.story, run, 0)).row
+    assert (row.result, row.kept) == ("fine", {"reasoning": "hm\u2028"})
 
 
 @pytest.mark.parametrize("state", ["failed", "pending"])
