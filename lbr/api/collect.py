@@ -11,8 +11,9 @@ from os import fspath
 from typing import TYPE_CHECKING
 
 from lbr.api.arguments import checked
-from lbr.core.config import DB_URL_DEFAULT, one_of
+from lbr.core.config import DB_URL_DEFAULT, one_of, some_of
 from lbr.core.errors import UsageError
+from lbr.core.extras import Extra
 from lbr.core.types import Include, JobState, Shape
 from lbr.io import writers
 from lbr.io.table import OWN_COLUMNS, Kind, Kinds, make_table
@@ -20,7 +21,7 @@ from lbr.store import reads, results_db, runs
 from lbr.store.database import opened
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Container, Sequence
 
     from lbr.core.types import Json, PathOrUrl, Row, Run
     from lbr.io.table import Table
@@ -96,7 +97,7 @@ class Output:
             writers.check_output(path, kind)
         self.style = writers.CsvStyle(self.spreadsheet_safe, self.bom)
         self.style.check(kind)
-        self.read = _chosen("--with", self.include, tuple(Include))
+        self.read = set(some_of("--with", self.include, tuple(Include)))
         flags = {"--columns": self.columns == "all", "--no-unnest": not self.unnest, "--with": bool(self.read)}
         for flag in (flag for flag, is_set in flags.items() if is_set and kind not in writers.TABLES):
             if flag != "--with" or kind is not writers.OutputFormat.JSONL:
@@ -105,12 +106,6 @@ class Output:
                 )
         if kind is writers.OutputFormat.OPENAI:
             self.read.add(Include.USAGE)
-
-
-def _chosen(flag: str, value: str | Sequence[str], allowed: Sequence[str]) -> set[str]:
-    """Return the words of a flag that takes several, with commas or repeated. Raises UsageError for an unknown one."""
-    texts = [value] if isinstance(value, str) else value
-    return {one_of(flag, word.strip(), allowed) for text in texts for word in text.split(",")}
 
 
 @checked
@@ -136,19 +131,21 @@ async def collect(
     A file is written completely or not at all; a results database keeps the rows of other runs. `format` (jsonl, csv,
     parquet, sqlite, db, openai or messages) None goes by the file's name. `shape`: "original", a row per input, or
     "unique", a row per distinct input. `columns` "all" adds lbr's own columns to a table, and `unnest` makes a column
-    of each field of a structured answer. `include` is what rows have beside their answers: "usage". `status` leaves
-    out rows with another one; `failed` is short for `status` "failed". `wait`: first wait until every job has
-    finished. For CSV, `spreadsheet_safe` puts an apostrophe before text that a spreadsheet would run as a formula, and
-    `bom` adds a byte order mark, by which Excel recognizes UTF-8.
+    of each field of a structured answer. `include` is what rows have beside their answers: "usage", and "reasoning",
+    "logprobs" and "raw" if the run keeps them. `status` leaves out rows with another one; `failed` is short for
+    `status` "failed". `wait`: first wait until every job has finished. For CSV, `spreadsheet_safe` puts an apostrophe
+    before text that a spreadsheet would run as a formula, and `bom` adds a byte order mark, by which Excel recognizes
+    UTF-8.
 
     Raises RunNotFoundError, UsageError, OutputError or DatabaseError.
     """
     output = Output(out, format, columns, unnest, include, spreadsheet_safe, bom)
     chosen = Shape(one_of("shape", shape, tuple(Shape)))
-    states = _chosen("--status", status, tuple(JobState)) | ({JobState.FAILED} if failed else set())
+    states = {*some_of("--status", status, tuple(JobState)), *([JobState.FAILED] if failed else [])}
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         found = await database.read(reads.find_run, run)
         runs.check_not_removing(found)
+        check_kept(output.read, found.keep)
         if wait:
             await _until_finished(database, found)
         collected = Collected(run)
@@ -161,6 +158,12 @@ async def collect(
         collected.sealed = (await database.read(reads.find_run, run)).sealed_at is not None
         collected.limited = bool(collected.cut_off) and await database.read(reads.limits_answers, found)
         return collected
+
+
+def check_kept(include: Container[str], keep: Sequence[str]) -> None:
+    """Raise UsageError if rows are to have what their run does not keep."""
+    if lacking := ",".join(kind for kind in Extra if kind in include and kind not in keep):
+        raise UsageError(f"the run does not keep {lacking}; enqueue it under another name with {lacking} in --keep")
 
 
 async def _until_finished(database: Database, run: Run) -> None:

@@ -22,7 +22,7 @@ from lbr.store.database import file_of, opened
 from lbr.store.runs import RunSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
     from os import PathLike
 
     from lbr.api.task import ResolvedTask
@@ -66,6 +66,7 @@ async def enqueue(
     seed: int | None = None,
     max_attempts: int = MAX_ATTEMPTS,
     price: str | None = None,
+    keep: str | Sequence[str] = (),
     append: bool = False,
     fresh: bool = False,
     servable: bool = False,
@@ -88,6 +89,7 @@ async def enqueue(
     random, always the same ones for a `seed` (None is 0), into a run of their own whose answers other runs reuse.
     `max_attempts`: calls per job. `price`: for example "in=0.15,out=0.60", in US dollars per million tokens, from now on;
     None leaves it as it is.
+    `keep`: what to keep besides the answers: "reasoning", "logprobs", "raw", or several of them.
     `append`: put the inputs behind those of the run, which they otherwise must begin with.
     `fresh`: do not reuse answers of other runs.
     `servable`: write nothing if this process could not serve the run, for example because a key is missing.
@@ -105,6 +107,7 @@ async def enqueue(
         settings=settings,
         schema=schema,
         result_type=result_type,
+        keep=keep,
         env=load_environment(Path.cwd()),
     )
     source = Source(
@@ -143,7 +146,7 @@ def run_spec(name: str, resolved: ResolvedTask, max_attempts: int, price: str | 
     """Check the arguments of a run; UsageError for one out of range."""
     attempts = at_least_one("max_attempts", max_attempts)
     known_price = None if price is None else read_price(price)
-    return RunSpec(name, resolved.task, attempts, resolved.fingerprint, known_price)
+    return RunSpec(name, resolved.task, attempts, resolved.fingerprint, known_price, resolved.keep)
 
 
 async def put(

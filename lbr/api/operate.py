@@ -73,7 +73,7 @@ async def retry(
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         found = await database.read(reads.find_run, run)
         if settings:
-            check_settings(found.task, settings)
+            check_settings(found.task, settings, found.keep)
         return await redo.retry(database, found, conditions, settings or None)
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from lbr.api.status import RunStatus
     from lbr.api.task import ResolvedTask
-    from lbr.core.types import Json, PathOrUrl, Row, Task
+    from lbr.core.types import Json, PathOrUrl, Row
     from lbr.store.database import Database
 
 RETURN_DTYPES = ("list[dict]", "list[str]", "list[tuple[str,str]]", "polars")
@@ -60,6 +60,7 @@ async def prompt_map(
     timeout: float = CALL_TIMEOUT,
     lease: float = 60.0,
     price: str | None = None,
+    keep: str | Sequence[str] = (),
     db_url: PathOrUrl = DB_URL_DEFAULT,
     results_db_url: PathOrUrl | None = None,
     output_shape: str = Shape.UNIQUE,
@@ -86,6 +87,7 @@ async def prompt_map(
     `concurrency`: calls at a time. `max_attempts`: calls per job. `timeout`: seconds that a call may take. `lease`:
     seconds before the jobs of a silent process are taken over.
     `price`: for example "in=0.15,out=0.60", in US dollars per million tokens, from now on; None leaves it as it is.
+    `keep`: what to keep besides the answers, and to return in the rows: "reasoning", "logprobs", "raw".
     `db_url`: the queue, a path or URL. `results_db_url`: the database of results, None for `runs-results.db` beside
     `runs.db`.
     `output_shape`: "unique", a row per distinct prompt in order of first occurrence, or "original", a row per prompt.
@@ -118,11 +120,12 @@ async def prompt_map(
         settings=settings,
         result_type=result_type,
         openrouter_api_key=openrouter_api_key,
+        keep=keep,
         env=load_environment(Path.cwd()),
     )
     source = Source(prompts, template=template, prompt_column=prompt_column, sample=Sample(limit, pick, seed))
     if source.is_empty:
-        return _shaped([], return_dtype, resolved.task, [(Part.PROMPT, "prompt")], unnest=unnest)
+        return _shaped([], return_dtype, resolved, [(Part.PROMPT, "prompt")], unnest=unnest)
     beside = file_of(db_url) or Path(RESULTS_BESIDE)
     results_url = results_db_url or beside.with_name(f"{beside.stem}-results{beside.suffix}")
     await source.check()
@@ -141,12 +144,12 @@ async def prompt_map(
         if found.state is RunState.PAUSED:  # if its cause is still there, it is paused again
             await database.write(runs.resume, found, moved=False)
         await _work(database, resolved, options, found, every)
-        rows = [row async for page in _answers(database, found, shape) for row in page]
+        rows = [row async for page in _answers(database, found, shape, found.keep) for row in page]
         inputs = await reads.columns(database, found) if return_dtype == "polars" else []
     mirrored = await _mirror(results_url, name, rows)
     # The run may hold more, from a longer list; it begins with these, so the first of equal ones are among them.
     asked = [row for row in rows if row.idx < report.counts.inputs]
-    answer = _shaped(asked, return_dtype, resolved.task, inputs, unnest=unnest)
+    answer = _shaped(asked, return_dtype, resolved, inputs, unnest=unnest)
     if teardown and mirrored and all(row.status == JobState.DONE for row in rows):
         await _tear_down(db_url, results_url, name)
     return answer
@@ -154,7 +157,7 @@ async def prompt_map(
 
 def _run_name(resolved: ResolvedTask, source: Source) -> str:
     """Return a name made of the task and the prompts, so that the same call finds its run again."""
-    digest = hashlib.blake2b(resolved.task.canonical(), digest_size=8)
+    digest = hashlib.blake2b(resolved.task.canonical() + ",".join(resolved.keep).encode(), digest_size=8)
     for item in source:
         metadata = "None" if item.metadata is None else canonical_json(item.metadata).decode()
         own_id = "" if item.custom_id is None else str(item.custom_id)
@@ -193,9 +196,9 @@ async def _report(database: Database, run: Run, every: int) -> None:
         await asyncio.sleep(REPORT_SECONDS)
 
 
-async def _answers(database: Database, run: Run, shape: Shape) -> AsyncIterator[list[Row]]:
+async def _answers(database: Database, run: Run, shape: Shape, keep: Sequence[str] = ()) -> AsyncIterator[list[Row]]:
     """Yield a run's rows with one of two statuses: done or missing."""
-    async for page in reads.rows(database, run, shape):
+    async for page in reads.rows(database, run, shape, include=keep):
         yield [row if row.status == JobState.DONE else row.missing() for row in page]
 
 
@@ -214,7 +217,9 @@ async def _mirror(results_url: PathOrUrl, run: str, rows: list[Row]) -> bool:
     return True
 
 
-def _shaped(rows: list[Row], return_dtype: str, task: Task, inputs: Sequence[tuple[Part, str]], *, unnest: bool) -> Any:
+def _shaped(
+    rows: list[Row], return_dtype: str, resolved: ResolvedTask, inputs: Sequence[tuple[Part, str]], *, unnest: bool
+) -> Any:
     match return_dtype:
         case "list[str]":
             return [row.result or "" for row in rows]
@@ -225,7 +230,9 @@ def _shaped(rows: list[Row], return_dtype: str, task: Task, inputs: Sequence[tup
             for row in rows:
                 kinds.note(row.metadata or {})
                 ids.note({"id": row.custom_id})
-            table = make_table(task, inputs, kind_of=kinds.of, id_kind=ids.of("id"), unnest=unnest)
+            table = make_table(
+                resolved.task, inputs, kind_of=kinds.of, id_kind=ids.of("id"), unnest=unnest, include=resolved.keep
+            )
             return frames.frame(table, rows)
     return [row.to_dict() for row in rows]
 

@@ -6,17 +6,19 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from lbr.core.config import some_of
 from lbr.core.errors import UsageError
+from lbr.core.extras import Extra
 from lbr.core.schema import import_type, schema_of
 from lbr.core.types import Task, canonical_json
 from lbr.io.records import not_finite
 from lbr.models.base import OPENROUTER, Kind, kind_of, model_string
-from lbr.models.build import Authority, build_model, build_validator, check_task, unsent
+from lbr.models.build import Authority, build_model, build_validator, check_keep, check_task, unsent
 from lbr.models.checks import check_environment
 from lbr.models.identity import has_changed, name_function, own_version
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from lbr.core.schema import Validator
     from lbr.core.types import Json
@@ -29,11 +31,12 @@ WAYS = f"{USE_MODEL} or --function, or set MODEL and OPENROUTER_API_KEY in the e
 
 @dataclass(frozen=True, slots=True)
 class ResolvedTask:
-    """A task, the code fingerprint of its function (None for a model), and the right to serve it here."""
+    """A task, its function's code fingerprint, None for a model, the right to serve it here, and what to keep of it."""
 
     task: Task
     fingerprint: str | None
     authority: Authority
+    keep: tuple[Extra, ...] = ()
 
 
 def resolve_task(
@@ -43,6 +46,7 @@ def resolve_task(
     version: str | None = None,
     result_type: Any = None,
     openrouter_api_key: str | None = None,
+    keep: str | Sequence[str] = (),
     env: Mapping[str, str] = MappingProxyType({}),
     **fields: Any,
 ) -> ResolvedTask:
@@ -68,13 +72,15 @@ def resolve_task(
     else:
         task = _function_task(named, common)
         authority = replace(authority, functions=(named,))
+    kept = tuple(map(Extra, some_of("--keep", keep, tuple(Extra))))
     _check_storable(task)
     check_task(task)
-    for problem in unsent(task):
+    check_keep(task, kept)
+    for problem in unsent(task, kept):
         raise UsageError(problem)
     if kind_of(task) is Kind.PROVIDER:
         check_environment(task.model or "", key)
-    return ResolvedTask(task, None if named is None else named.identity.fingerprint, authority)
+    return ResolvedTask(task, None if named is None else named.identity.fingerprint, authority, kept)
 
 
 def model_task(model: str | None, *, env: Mapping[str, str], result_type: Any = None, **fields: Any) -> Task:
@@ -158,13 +164,14 @@ def _check_storable(task: Task) -> None:
         raise UsageError(f"expected {name} to be a JSON value, got: {value}; leave it out, or use a number")
 
 
-def check_settings(task: Task, settings: Mapping[str, Json]) -> None:
-    """Raise UsageError if no job of the task could have these settings over the task's."""
+def check_settings(task: Task, settings: Mapping[str, Json], keep: tuple[Extra, ...] = ()) -> None:
+    """Raise UsageError if no job of a run with this task that keeps these extras could have these settings too."""
     wanted = replace(task, settings={**task.settings, **settings})
     _check_storable(wanted)
     check_task(wanted)
-    known = unsent(task)
-    for problem in unsent(wanted):
+    check_keep(wanted, keep)
+    known = unsent(task, keep)
+    for problem in unsent(wanted, keep):
         if problem not in known:
             raise UsageError(problem)
 

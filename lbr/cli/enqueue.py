@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lbr.api.estimate import Estimate
 
 SETTING = "A model setting, for example temperature=0.2 or max_tokens=200; may be repeated."
+KEEP = "Keep more of each answer: reasoning, logprobs, raw, separated by commas."
 ATTEMPTS = click.IntRange(1, 1_000_000)
 SHOWN_CHARACTERS = 500
 """Of a prompt on a terminal, in a dry run."""
@@ -63,6 +64,7 @@ task_options = options(
     option("--version", "TEXT", "The function's version; with a new one, prompts are answered again."),
     input_options,
     option("--max-attempts", None, "Attempts per job before it fails.", type=ATTEMPTS, default=MAX_ATTEMPTS),
+    option("--keep", "KINDS", KEEP, multiple=True),
     switch("--append", "Add the inputs to the end of the run."),
     switch("--fresh", "Do not reuse answers of other runs."),
     switch("--dry-run", "Only show three prompts, counts and the estimate; no key is needed."),

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
+import orjson
 
 from lbr.api import doctor as doctor_api
 from lbr.api import move as move_api
@@ -70,7 +71,7 @@ def show(db: dict[str, Any], /, run: str, idx: int, json: bool) -> None:
 
 
 def _describe_job(detail: JobDetail) -> str:
-    row = detail.row
+    row, kept = detail.row, (detail.row.kept or {}).items()
     lines = [
         f"input {row.idx}: {row.status}, key {row.key}",
         f"prompt: {row.prompt.body()}",
@@ -81,6 +82,9 @@ def _describe_job(detail: JobDetail) -> str:
         source = "reused from another run" if detail.reused else called
         lines.append(f"answer ({source}{_ending(detail, ', ')}): {row.result}")
         lines += _usage_lines(detail)
+        lines += [
+            f"  {kind}: {one if isinstance(one, str) else orjson.dumps(one).decode()}" for kind, one in kept if one
+        ]
     for one in detail.tries:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.at / 1000))
         lines.append(f"{when} claim {one.claim_seq} {one.what}: {one.family or '-'} {one.error}: {one.message}")

@@ -22,8 +22,9 @@ from lbr.cli.app import EXIT_FAILURES, EXIT_UNFINISHED, choice, log, option, opt
 from lbr.cli.enqueue import counting_kept, enqueue_inputs, show_dry_run, task_options
 from lbr.cli.enqueue import describe as describe_enqueue
 from lbr.core import open_files
-from lbr.core.config import MAX_PROCESSES, WorkOptions, at_least_one
+from lbr.core.config import MAX_PROCESSES, WorkOptions, at_least_one, some_of
 from lbr.core.errors import UsageError
+from lbr.core.extras import Extra
 from lbr.core.text import duration, pluralize
 from lbr.core.types import Include, JobState, Shape, Until
 from lbr.io import writers
@@ -321,6 +322,7 @@ def run(db: dict[str, Any], /, inputs: tuple[str, ...], output: str, dry_run: bo
         raise UsageError(f"{output} is the queue; name a new file for the answers")
     if written.path is not None and any(target == Path(one).resolve() for one in (*inputs, *_list(flags["skip_bad"]))):
         raise UsageError(f"{output} is an input, or the file for bad rows; name a new file for the answers")
+    collect_api.check_kept(written.read, some_of("--keep", flags["keep"], tuple(Extra)))
     at_least_one("processes", flags["processes"], most=MAX_PROCESSES)
     how = _work_flags(flags)
     if dry_run:

@@ -111,6 +111,16 @@ def one_of(name: str, value: object, allowed: Sequence[str]) -> str:
     return value
 
 
+def some_of(name: str, value: str | Sequence[str], allowed: Sequence[str]) -> tuple[str, ...]:
+    """Return the words of texts that may have several, separated by commas, in the order of those allowed.
+
+    Raises UsageError for another word.
+    """
+    texts = [value] if isinstance(value, str) else value
+    words = {one_of(name, word.strip(), allowed) for text in texts for word in text.split(",") if word.strip()}
+    return tuple(word for word in allowed if word in words)
+
+
 @dataclass(frozen=True, slots=True)
 class WorkOptions:
     """How one worker process works. Times are in seconds. Raises UsageError for a value out of range.

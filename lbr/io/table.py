@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from lbr.core.errors import OutputError
+from lbr.core.extras import Extra
 from lbr.core.text import parse_json, to_json
 from lbr.core.types import Include, Part, RowUsage
 
@@ -166,7 +167,8 @@ def make_table(
     ]
     answer = answer_fields(task.schema) if unnest and task.schema is not None else {}
     own: list[Column] = []
-    for name in (*OWN_COLUMNS[columns], *(RowUsage.__slots__ if Include.USAGE in include else ())):
+    used = RowUsage.__slots__ if Include.USAGE in include else ()
+    for name in (*OWN_COLUMNS[columns], *used, *(kind.value for kind in Extra if kind in include)):
         if name == "result" and answer:
             own += [Column("answer", one, kind, one) for one, kind in answer.items()]
         elif name != Part.PROMPT or all(part is not Part.PROMPT for part, _ in inputs):

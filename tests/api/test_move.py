@@ -23,6 +23,7 @@ from lbr.store.database import open_database, opened, shown
 from lbr.store.schema import results
 from lbr.store.settle import settle
 from lbr.worker.kept_answers import keep
+from tests.models.test_chat import completion
 from tests.proofs.test_outages import FUNCTION, calls, check, enqueue_lines, far_driver
 from tests.support import (
     ECHO,
@@ -37,6 +38,7 @@ from tests.support import (
     put,
     states,
 )
+from tests.support.http_server import Scripted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -157,6 +159,23 @@ async def test_columns_and_ids_come_along(urls: tuple[str, str], tmp_path: Path)
         assert files[0].read_bytes() == files[1].read_bytes()
     assert (tmp_path / "1-out.csv").read_text().startswith("z,prompt,id,a,result,status,error\n")
     assert [row["id"] for row in await rows_of(target)] == [2**64 - 1, "2"]
+
+
+async def test_what_a_run_keeps_comes_along(urls: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reasoning and raw answers are the same there, and counted in the hash; later runs there reuse them."""
+    source, target = urls
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    how: dict[str, Any] = {"model": "openai-chat:gpt-4o-mini", "keep": "reasoning,raw"}
+    body = json.dumps(completion(message={"reasoning_content": "hm"}))
+    with Scripted(body=body) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        await lbr.enqueue(["a", "b", "a"], run="r", db_url=source, **how)
+        await lbr.work(run="r", db_url=source)
+    await lbr.move("r", db_url=source, to_url=target)
+    before, after = [await lbr.collect("r", include=["reasoning", "raw"], db_url=url) for url in urls]
+    assert after.rows == before.rows
+    assert [(row["reasoning"], row["raw"]) for row in after.rows or []] == [("hm", body)] * 3
+    assert (await lbr.enqueue(["b"], run="s", db_url=target, **how)).counts.reused == 1
 
 
 STEPS = ("open_copy", "add_page", "digest", "depart", "arrive")
@@ -557,8 +576,8 @@ async def test_a_reused_answer_stays_until_it_is_copied(
         while not clearing[0].done() and not postgres.waiting(url):
             await asyncio.wait(clearing, timeout=0.01)
 
-    def find_and_wait(connection: Any, new: Any) -> Any:
-        found = real(connection, new)
+    def find_and_wait(connection: Any, new: Any, keep: Any) -> Any:
+        found = real(connection, new, keep)
         await_only(clear())
         return found
 
