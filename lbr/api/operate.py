@@ -17,7 +17,7 @@ from lbr.core.types import JobState
 from lbr.models.base import model_string
 from lbr.store import leases, limits, reads, redo, runs
 from lbr.store.database import opened
-from lbr.worker.runs import check_tells_cost
+from lbr.worker.runs import check_tells_cost, check_tells_other_cost
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -59,22 +59,29 @@ async def retry(
     *,
     where: str | Sequence[str] = (),
     settings: dict[str, Json] | None = None,
+    model: str | None = None,
     db_url: PathOrUrl = DB_URL_DEFAULT,
     allow_network_fs: bool = False,
 ) -> int:
     """Put a run's failed and cancelled jobs back to pending, or those that match all of `where`; return how many.
 
     A condition is `family=…`, `error~TEXT`, `finish_reason=WORD` or `status=…`. An answer that is redone stays in the
-    job's history. `settings` override the task's for these jobs only, also at later retries without any.
+    job's history. `settings` override the task's for these jobs only, and `model` answers them instead of the run's,
+    also at later retries without any. No other run reuses these answers.
 
-    Raises UsageError, and changes nothing, for other conditions and for settings that no call can have.
+    Raises UsageError, and changes nothing, for other conditions, and for settings that no call can have.
     """
     conditions = redo.read_conditions([where] if isinstance(where, str) else where)
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         found = await database.read(reads.find_run, run)
-        if settings:
-            check_settings(found.task, settings, found.keep)
-        return await redo.retry(database, found, conditions, settings or None)
+        own = dict(settings or {})
+        if own or model is not None:
+            name = None if model is None else model_string(model)
+            check_settings(found.task, own, found.keep, name)
+            if name is not None:
+                check_tells_other_cost(found, name)
+                own["model"] = name
+        return await redo.retry(database, found, conditions, own or None)
 
 
 @checked

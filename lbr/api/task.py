@@ -164,13 +164,22 @@ def _check_storable(task: Task) -> None:
         raise UsageError(f"expected {name} to be a JSON value, got: {value}; leave it out, or use a number")
 
 
-def check_settings(task: Task, settings: Mapping[str, Json], keep: tuple[Extra, ...] = ()) -> None:
-    """Raise UsageError if no job of a run with this task that keeps these extras could have these settings too."""
-    wanted = replace(task, settings={**task.settings, **settings})
+def check_settings(
+    task: Task, settings: Mapping[str, Json], keep: tuple[Extra, ...] = (), model: str | None = None
+) -> None:
+    """Raise UsageError if no job of a run with this task that keeps these extras could have these settings too.
+
+    `model` is the job's own, None for the task's.
+    """
+    if model is not None and task.function is not None:
+        raise UsageError(f"--model is for runs of a model, and {task.answerer} answers this one; omit it")
+    if "model" in settings:
+        raise UsageError("the setting model cannot be set; use --model")
+    wanted = replace(task, model=model or task.model, settings={**task.settings, **settings})
     _check_storable(wanted)
     check_task(wanted)
     check_keep(wanted, keep)
-    known = unsent(task, keep)
+    known = unsent(task, keep) if model is None else []
     for problem in unsent(wanted, keep):
         if problem not in known:
             raise UsageError(problem)

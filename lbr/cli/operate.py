@@ -32,6 +32,7 @@ CONDITION = (
     "answer, for example length, or status=failed|cancelled|done; may be repeated."
 )
 SETTING = "A model setting for these jobs only, before the run's, for example max_tokens=900; may be repeated."
+OTHER_MODEL = "The model that answers these jobs instead of the run's, for example openai-chat:gpt-4o."
 CLASS = "With --reparse: the pydantic class of the run's schema, to check with."
 
 as_json = switch("--json", "Print one JSON object.")
@@ -77,6 +78,8 @@ def _describe_job(detail: JobDetail) -> str:
         f"prompt: {row.prompt.body()}",
         f"attempts charged {detail.attempts}, claims {detail.claim_seq}, crashes {detail.crashes}",
     ]
+    if detail.settings:
+        lines.append("its own: " + ", ".join(f"{name}={value}" for name, value in detail.settings.items()))
     if row.result is not None:
         called = f"{detail.model or 'function'}, {detail.latency_ms} ms"
         source = "reused from another run" if detail.reused else called
@@ -114,6 +117,7 @@ def _usage_lines(of: JobDetail | Attempt, *, estimated: bool = False) -> list[st
 @click.argument("run")
 @option("--where", "CONDITION", CONDITION, multiple=True)
 @option("--set", "NAME=VALUE", SETTING, multiple=True)
+@option("--model", "MODEL", OTHER_MODEL)
 @switch("--reparse", "Check the bad answers of failed jobs again, without a call.")
 @option("--result-type", "MODULE:CLASS", CLASS, multiple=True)
 @with_database
@@ -128,11 +132,12 @@ def retry(
         raise UsageError("--result-type needs --reparse; to check new answers, use it with `lbr worker`")
     if not reparse:
         settings = read_settings(flags["set"])
-        count = asyncio.run(operate.retry(run, where=where, settings=settings, **db))
+        model = flags["model"]
+        count = asyncio.run(operate.retry(run, where=where, settings=settings, model=model, **db))
         echo(f"run {run}: {pluralize(count, 'job')} back to pending")
         return
-    if where or flags["set"]:
-        raise UsageError("--reparse checks all bad answers again; use it without --where and --set")
+    if where or flags["set"] or flags["model"]:
+        raise UsageError("--reparse checks all bad answers again; use it without --where, --set and --model")
     found = asyncio.run(operate.reparse(run, result_types=result_type, **db))
     accepted = "1 kept answer fits now and is" if found.taken == 1 else f"{found.taken} kept answers fit now and are"
     words = f"run {run}: {accepted} accepted, {found.left} still {'does' if found.left == 1 else 'do'} not fit"

@@ -345,7 +345,7 @@ class Claim:
 
     `tokens` were taken from its model's tokens a minute, 0 without that limit. `throttled` means that the model is
     limited to fewer calls at a time than the workers have slots. `settings` are the job's own and override the task's;
-    None if it has none. `probe` is set for the one call that checks whether an outage is over.
+    None if it has none; `model` among them is the model that answers instead of the run's. `probe` is set for the one call that checks whether an outage is over.
     """
 
     job_id: JobId
@@ -360,6 +360,11 @@ class Claim:
     throttled: bool = False
     settings: dict[str, Json] | None = None
     probe: bool = False
+
+    @property
+    def model(self) -> str | None:
+        """The job's own model; None if the run's answers."""
+        return None if self.settings is None else self.settings.get("model")
 
 
 @value(frozen=True, slots=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import bindparam, case, func, literal_column, select, update
 
 from lbr.core.errors import UNREAD, DatabaseError, Family
 from lbr.core.limits import fitting
-from lbr.core.pricing import characters_of, max_output_tokens, tokens_of
+from lbr.core.pricing import characters_of, max_output_tokens, table_price, tokens_of
 from lbr.core.types import NO_HISTORY, BadTry, Claim, History, JobId, JobState, Millis, Prompt, RunId
 from lbr.store import counters
 from lbr.store.limits import load_capacity
@@ -204,6 +204,8 @@ def _size(row: AnyRow, extra: int, bound: CallBound | None) -> _Size:
     if bound is None:
         return _Size(extra + tokens, 0)
     own = {} if row.settings is None else json_object(row.settings, "settings of a job")
+    if (price := table_price(own.get("model", ""))) is not None:
+        bound = replace(bound, price=price)
     return _Size(extra + tokens, bound.nanos(tokens, max_output_tokens(own)))
 
 

@@ -76,7 +76,7 @@ def _rows_of(shape: Shape, kept: tuple[Extra, ...]) -> Select[Any]:
     return query.where(_AFTER).order_by(items.c.idx).limit(bindparam("limit"))
 
 
-_DETAIL = _inputs(*_COLLECTED, *_OTHERS).where(items.c.idx == bindparam("idx"))
+_DETAIL = _inputs(*_COLLECTED, *_OTHERS, prompts.c.settings).where(items.c.idx == bindparam("idx"))
 _METADATA = (
     select(items.c.idx, *if_small(items.c.metadata).values())
     .where(items.c.run_id == bindparam("run"), _AFTER, items.c.metadata.is_not(None))
@@ -199,7 +199,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class JobDetail:
-    """Everything about one input's job."""
+    """Everything about one input's job. `settings` are its own, of a retry; None if it has none."""
 
     row: Row
     attempts: int
@@ -216,6 +216,7 @@ class JobDetail:
     cost_nanos: int | None
     latency_ms: int | None
     reused: bool
+    settings: dict[str, Json] | None
     tries: list[Attempt]
 
 
@@ -440,6 +441,7 @@ def story(connection: Connection, _now: Millis, run: Run, idx: int) -> JobDetail
     if run.keep:
         kept = select(*(extras_table.c[kind] for kind in Extra)).where(extras_table.c.job_id == found.id)
         row = replace(row, kept=Extras(*(connection.execute(kept).one_or_none() or ())).to_dict(run.keep))
-    stored = [name for name in JobDetail.__slots__ if name not in {"row", "reused", "tries"}]
+    stored = [name for name in JobDetail.__slots__ if name not in {"row", "reused", "settings", "tries"}]
     fields = {name: getattr(found, name) for name in stored}
-    return JobDetail(row=row, reused=found.reused_from is not None, tries=tries, **fields)
+    own = None if found.settings is None else json_object(found.settings, "settings of a job")
+    return JobDetail(row=row, reused=found.reused_from is not None, settings=own, tries=tries, **fields)

@@ -20,7 +20,7 @@ from lbr.core.types import JobState, Json, RunState
 from lbr.store import counters, reads, runs
 from lbr.store.schema import attempts, extras, jobs, prompts, results
 from lbr.store.settle import ADD_RESULTS
-from lbr.store.sql import any_of
+from lbr.store.sql import any_of, json_object
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -72,6 +72,8 @@ _USAGE = ("input_tokens", "output_tokens", "cost_nanos", "cached_tokens")
 _RESULT = ("finish_reason", *_USAGE)
 _LAST_TEXTS = _page_of(
     select(*_SEEN, *(reads.last_try(name).label(name) for name in ("family", "error", "text", "latency_ms", *_RESULT)))
+    .add_columns(prompts.c.settings)
+    .join_from(jobs, prompts, prompts.c.job_id == jobs.c.id)
 )
 _LOCKED = select(*_SEEN).where(any_of(jobs.c.id, "ids")).order_by(jobs.c.id).with_for_update()
 # In this order, because an enqueue that reuses answers locks them in it.
@@ -267,7 +269,9 @@ def _is_bad_answer(row: AnyRow) -> bool:
 
 def _result(run: Run, kept: AnyRow, text: str) -> dict[str, Any]:
     """Return the row of an answer. The provider's name for its model is not kept with a bad answer."""
-    own = {"job_id": kept.id, "text": text, "model": run.task.model, "latency_ms": kept.latency_ms or 0}
+    settings = {} if kept.settings is None else json_object(kept.settings, "settings of a job")
+    model = settings.get("model", run.task.model)
+    own = {"job_id": kept.id, "text": text, "model": model, "latency_ms": kept.latency_ms or 0}
     return own | {name: getattr(kept, name) for name in _RESULT}
 
 

@@ -315,13 +315,15 @@ def _feedback(
         one.answered += s.outcome.is_paid
         if claim.tokens:
             one.tokens += claim.tokens - _tokens_used(s)
+        if claim.model is not None:  # it shows nothing about the run's model
+            continue
         if failure is None and claim.throttled:
             one.successes += 1
         if failure is not None and is_overload(failure):
             one.too_much = max(one.too_much or 0, now - s.outcome.latency_ms)
             one.refusals += 1
     for s in mine:
-        if s.cool_down and s.outcome.failure is not None:
+        if s.cool_down and s.outcome.failure is not None and s.claim.model is None:
             one = feedback[statuses[s.claim.job_id].answerer]
             one.cooldown = max(one.cooldown, (now + s.wait_ms, s.outcome.failure.message))
     return feedback
@@ -345,7 +347,7 @@ def _pauses(mine: list[Settlement], both: list[Settlement], statuses: dict[int, 
         if s.claim.job_id in limited and s.outcome.is_unpriced:
             usage = s.outcome.usage
             counted = usage.input_tokens is not None and usage.output_tokens is not None
-            message = _unpriced_message(limited[s.claim.job_id], counted=counted)
+            message = _unpriced_message(s.claim.model or limited[s.claim.job_id], counted=counted)
             pauses[s.claim.run_id] = Paused(PauseCause.UNPRICED, message)
     return pauses | {s.claim.run_id: s.pause for s in mine if s.pause is not None}
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from lbr.core.errors import CUT_OFF, CallError, NothingToServeError
+from lbr.core.errors import CUT_OFF, CallError, NothingToServeError, Permanent, UsageError
 from lbr.core.open_files import exhausted_message
 from lbr.core.outages import Suspicion
 from lbr.core.pricing import output_limit, table_problem
@@ -172,13 +172,21 @@ class Calls:
         self._settle(held, outcome)
 
     async def _outcome(self, claim: Claim, served: ServedRun) -> Outcome:
+        settings = claim.settings
+        if settings is not None and claim.model is not None:
+            try:
+                served = served.runs.by_other_model(served, claim.model)
+            except (UsageError, OSError) as error:
+                wrong = Permanent(str(error), kind="UsageError") if isinstance(error, UsageError) else error
+                return Outcome(None, failure_of(wrong), latency_ms=0)
+            settings = {name: value for name, value in settings.items() if name != "model"} or None
         request = Request(
             prompt=claim.prompt,
             task=served.run.task,
             job_id=claim.job_id,
             seq=claim.claim_seq,
             last_bad=claim.history.last_bad,
-            settings=claim.settings,
+            settings=settings,
             timeout=self._deadlines.seconds,
             keep=served.run.keep,
         )
@@ -216,13 +224,15 @@ class Calls:
     def _settle(self, held: _Held, outcome: Outcome) -> None:
         held.task = None
         held.settled = True
-        run, now, evidence = held.served.run, time.monotonic(), None
+        run, claim, now, evidence = held.served.run, held.claim, time.monotonic(), None
         suspicion = self._suspicions.setdefault(run.task.answerer, Suspicion(self._started))
-        if suspicion.note(held.claim.job_id, outcome, now):
+        if claim.model is not None:  # it shows nothing about the run's model
+            claim, outcome = replace(claim, probe=False), _of_the_job(outcome)
+        elif suspicion.note(claim.job_id, outcome, now):
             evidence = suspicion.evidence(self.worker, now, patience=self._outage_patience)
         # It decides nothing about an answer.
         policy = replace(self._policy, max_attempts=run.max_attempts) if outcome.failure else self._policy
-        self.ended.append(decide(held.claim, outcome, policy, self._rng, evidence))
+        self.ended.append(decide(claim, outcome, policy, self._rng, evidence))
         if len(self.ended) in {1, self.enough}:
             self._changed()
 
@@ -324,6 +334,13 @@ class Calls:
 def _slot(claim: Claim) -> _Slot:
     # A job may be held twice: if its lease ran out in a standstill, and this worker claimed it again.
     return claim.job_id, claim.claim_seq
+
+
+def _of_the_job(outcome: Outcome) -> Outcome:
+    """Return an outcome that is judged by itself, not by other calls."""
+    if outcome.failure is None:
+        return outcome
+    return replace(outcome, failure=replace(outcome.failure, symptom=None))
 
 
 def pace(turns: Collection[float], ended: Sequence[Settlement], held: int, most: int = MAX_ROWS) -> tuple[int, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from lbr.core import open_files
@@ -44,7 +44,8 @@ class ServedRun:
     """A run with its model and, for structured output, its validator.
 
     `price` is the user's, None to use what the provider reports. `extra_tokens` is what a call probably takes besides
-    its prompt: instructions, schema and answer. `table_price` is looked up if the run's cost `is_limited`.
+    its prompt: instructions, schema and answer. `table_price` is looked up if the run's cost `is_limited`. `runs` builds the models of
+    jobs that have their own.
     """
 
     run: Run
@@ -54,6 +55,7 @@ class ServedRun:
     extra_tokens: int
     is_limited: bool
     table_price: Price | None
+    runs: ServableRuns = field(repr=False)
     late_calls: LateCalls = field(default_factory=LateCalls)
 
     @property
@@ -85,6 +87,7 @@ class ServableRuns:
         self._warned_room = False
         self._connections = Connections()
         self._models: dict[str, Model] = {}
+        self._others: dict[tuple[RunId, str], ServedRun] = {}
         self.served: dict[RunId, ServedRun] = {}
         self.refused: dict[RunId, UsageError] = {}
         # A refused run may be served with a different price or budget than these.
@@ -151,7 +154,18 @@ class ServableRuns:
             )
         price = table_price(run.task.answerer) if is_limited else None
         extra = _extra_tokens(run.task)
-        return ServedRun(run, self._models[identity], validator, run.price, extra, is_limited, price)
+        return ServedRun(run, self._models[identity], validator, run.price, extra, is_limited, price, self)
+
+    def by_other_model(self, served: ServedRun, model: str) -> ServedRun:
+        """Return a served run for jobs with a model of their own, at that model's price.
+
+        Raises UsageError if this process cannot call the model, and OSError without a free file handle.
+        """
+        place = served.run.id, model
+        if place not in self._others:
+            task = replace(served.run.task, model=model)
+            self._others[place] = self._serve(replace(served.run, task=task, price=None))
+        return self._others[place]
 
     def _is_limited(self, run: Run) -> bool:
         return self._limits_cost or run.budget_nanos is not None
@@ -190,6 +204,15 @@ def check_tells_cost(run: Run) -> None:
         raise UsageError(
             f"cannot limit the cost of run {run.name!r}: no price is known for {run.task.answerer}, {why}; repeat the "
             f"enqueue with --price in=…,out=…"
+        )
+
+
+def check_tells_other_cost(run: Run, model: str) -> None:
+    """Raise UsageError if a run's cost is limited, and the cost of calls of another model will not be known."""
+    if run.budget_nanos is not None and not tells_cost(replace(run.task, model=model), None):
+        raise UsageError(
+            f"the cost of run {run.name!r} is limited, and no price is known for {model}; use another model, or remove "
+            f"the limit: `lbr resume {run.name} --max-cost inf`"
         )
 
 

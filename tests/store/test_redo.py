@@ -18,6 +18,7 @@ from lbr.core.errors import (
     Usage,
     UsageError,
 )
+from lbr.core.pricing import table_price
 from lbr.core.types import (
     Failure,
     JobState,
@@ -35,7 +36,7 @@ from lbr.store.schema import attempts, jobs, prompts, results
 from lbr.store.settle import settle
 from tests.models.test_pydantic_ai import completion
 from tests.support import ECHO, Cli, Clock, Queue, answered, assert_counted, failed, job_row, put, states
-from tests.support.http_server import Scripted
+from tests.support.http_server import Request, Script, Scripted, Server, http, prompt_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -445,6 +446,92 @@ async def test_settings_reach_the_provider(db_url: str, monkeypatch: pytest.Monk
         await lbr.retry("down", settings={"max_tokens": 900}, db_url=db_url)
         await lbr.work(db_url=db_url)
         assert len(server.asked) == 2
+
+
+def _by(model: str, text: str) -> str:
+    return json.dumps(json.loads(completion(text)) | {"model": model})
+
+
+class _Models(Server):
+    """A server that refuses the prompt "x" of the first model, and whose second model asks to wait once."""
+
+    def __init__(self) -> None:
+        super().__init__(self._respond)
+        self.asked: list[tuple[str, str, Any]] = []
+
+    def _respond(self, request: Request) -> Script:
+        body = request.json()
+        self.asked.append((body["model"], prompt_of(request), body.get("max_tokens")))
+        if body["model"] == "gpt-4o-mini":
+            return http(400, "{}") if prompt_of(request) == "x" else http(200, completion("first"))
+        is_first = sum(model == "gpt-4o" for model, *_ in self.asked) == 1
+        return http(429, "{}", {"retry-after": "0"}) if is_first else http(200, _by("gpt-4o", "second"))
+
+
+async def test_another_model_answers(db_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the chosen jobs go to it, at its price; no other run gets their answers; its limits are not the run's."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    with _Models() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        how: dict[str, Any] = {"model": "openai-chat:gpt-4o-mini", "price": "in=1000,out=1000", "db_url": db_url}
+        await lbr.enqueue(["x", "a"], run="r", settings={"max_tokens": 9}, **how)
+        assert (await lbr.work(db_url=db_url)).failed == 1
+        before, other = await lbr.status(db_url=db_url), "openai-chat:gpt-4o"
+        assert await lbr.retry("r", where="family=permanent", model=other, db_url=db_url) == 1
+        assert (await lbr.work(db_url=db_url)).done == 1
+        calls = [("gpt-4o-mini", "a", 9), ("gpt-4o-mini", "x", 9)]
+        assert sorted(server.asked[:2]) == calls
+        assert server.asked[2:] == [("gpt-4o", "x", 9)] * 2
+        seen = await lbr.show("r", 0, db_url=db_url)
+        assert (seen.row.result, seen.settings) == ("second", {"model": other})
+        price = table_price(other)
+        assert price is not None
+        assert (seen.model, seen.cost_nanos) == (
+            "gpt-4o",
+            price.cost_nanos(seen.input_tokens or 0, seen.output_tokens or 0),
+        )
+        now = await lbr.status(db_url=db_url)
+        assert (now.limits, now.cooldowns) == (before.limits, [])
+        assert (await lbr.enqueue(["x", "a"], run="again", settings={"max_tokens": 9}, **how)).counts.reused == 1
+
+
+@pytest.mark.parametrize("name", ["anthropic:claude-sonnet-4-0", "openai-chat:gpt-4o"])
+async def test_without_a_key_of_the_other_model_the_job_fails_uncalled(
+    db_url: str, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The run's own jobs are answered, and the message names what is missing."""
+    for key in ("ANTHROPIC_API_KEY", "OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(key, raising=False)
+    await lbr.enqueue(["a"], run="r", model="offline:echo", db_url=db_url)
+    await lbr.work(db_url=db_url)
+    await lbr.retry("r", where="status=done", model=name, db_url=db_url)
+    await lbr.enqueue(["b"], run="r", model="offline:echo", append=True, db_url=db_url)
+    report = await lbr.work(db_url=db_url)
+    assert (report.done, report.failed) == (1, 1)
+    assert "API_KEY" in str((await lbr.show("r", 0, db_url=db_url)).row.error)
+
+
+@pytest.mark.parametrize(
+    ("model", "other", "says"),
+    [
+        ("offline:echo", "gpt-4o", "expected a model like"),
+        ("offline:echo", "offline:parrot", "the only offline model"),
+        ("offline:echo", "openai-chat:gpt-4o", "seed|latency"),
+        (None, "openai-chat:gpt-4o", "--model is for runs of a model|model"),
+    ],
+)
+async def test_a_model_is_checked_before_anything_is_written(
+    db_url: str, model: str | None, other: str, says: str
+) -> None:
+    """What no worker could call is refused, and every answer is where it was."""
+    settings = {"latency": 0.001} if model else None
+    await lbr.enqueue(
+        ["a"], run="r", model=model, function=None if model else str.upper, settings=settings, db_url=db_url
+    )
+    with pytest.raises(UsageError, match=says):
+        await lbr.retry("r", where="status=done", model=other, db_url=db_url)
+    with pytest.raises(UsageError, match="setting"):
+        await lbr.retry("r", where="status=done", settings={"model": other}, db_url=db_url)
 
 
 @pytest.mark.parametrize(
