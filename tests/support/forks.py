@@ -175,7 +175,9 @@ def _attend(call: socket.socket) -> dict[str, Any]:
     """Read a command and fork once more: this process tells how the other, to which it returns, has ended."""
     said, files, _, _ = socket.recv_fds(call, AT_ONCE, 3)
     while not said.endswith(b"\n"):
-        said += call.recv(AT_ONCE)
+        if not (more := call.recv(AT_ONCE)):
+            os._exit(1)  # the caller was killed before it had said what to run
+        said += more
     if child := os.fork():
         call.sendall(b"%d\n" % child)
         for file in files:
