@@ -210,7 +210,7 @@ async def _table(database: Database, run: Run, output: Output) -> Table:
     kinds, typed = Kinds(), output.kind in writers.TYPED
     inputs = await reads.columns(database, run, kinds.note if typed else None)
     numbers = typed and await database.read(reads.ids_are_numbers, run)
-    return make_table(
+    table = make_table(
         run.task,
         inputs,
         kind_of=kinds.of,
@@ -220,3 +220,6 @@ async def _table(database: Database, run: Run, output: Output) -> Table:
         include=output.read,
         fold=str.lower if output.kind is writers.OutputFormat.SQLITE else str,
     )
+    if output.kind is writers.OutputFormat.PARQUET:
+        table.row_bytes = await database.read(reads.typical_bytes, run)
+    return table

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from lbr.io.table import Table
 
 LOOK_SECONDS = 0.1
+GROUP_BYTES = 8 << 20
+"""What a row group holds at most. polars takes ten times that in memory."""
+GROUP_ROWS = 100_000
 
 
 def polars() -> Any:
@@ -75,7 +78,8 @@ class ParquetWriter:
             while (one := self._frames.get()) is not None:
                 yield one
 
+        rows = min(GROUP_ROWS, GROUP_BYTES // max(1, self._table.row_bytes)) or 1
         try:
-            register_io_source(batches, schema=self._empty.schema).sink_parquet(path)
+            register_io_source(batches, schema=self._empty.schema).sink_parquet(path, row_group_size=rows)
         except Exception as error:  # noqa: BLE001 - it is raised where rows are written
             self._error = error

@@ -104,13 +104,15 @@ class Column:
 class Table:
     """The columns of a run's answers. `left_out` gathers the fields of answers that the schema does not name.
 
-    `instructions` are those of the run's task; `fields` are those of answers that are columns.
+    `instructions` are those of the run's task; `fields` are those of answers that are columns; `row_bytes` is the size
+    of a typical row.
     """
 
     columns: list[Column] = field(default_factory=list)
     instructions: str | None = None
     fields: frozenset[str] = frozenset()
     left_out: set[str] = field(default_factory=set)
+    row_bytes: int = 1
 
     def cells(self, row: Row) -> list[Json]:
         """Return the cells of a row, as JSON values."""

@@ -8,7 +8,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
-from sqlalchemy import bindparam, case, func, or_, select
+from sqlalchemy import Float, bindparam, case, cast, func, or_, select
 
 from lbr.core.errors import CUT_OFF, DatabaseError, UsageError
 from lbr.core.extras import Extra, Extras
@@ -20,7 +20,7 @@ from lbr.store.schema import INFLIGHT, SILENT_MS, attempts, items, jobs, limits,
 from lbr.store.schema import counters as counters_table
 from lbr.store.schema import extras as extras_table
 from lbr.store.schema import runs as runs_table
-from lbr.store.sql import any_of, if_small, json_object, pages
+from lbr.store.sql import any_of, byte_length, if_small, json_object, pages
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -414,6 +414,13 @@ def ids_are_numbers(connection: Connection, _now: Millis, run: Run) -> bool:
     is_number = (func.coalesce(items.c.id_is_number, 0) == 1) & fits
     query = select(items.c.idx).where(items.c.run_id == run.id, items.c.custom_id.is_not(None), ~is_number)
     return connection.scalar(query.limit(1)) is None
+
+
+def typical_bytes(connection: Connection, _now: Millis, run: Run) -> int:
+    """Return the root mean square of the bytes of a run's rows: few large ones weigh more than in the average."""
+    sizes = [func.coalesce(byte_length(one), 0) for one in (prompts.c.body, results.c.text, items.c.metadata)]
+    size = cast(sizes[0] + sizes[1] + sizes[2], Float)
+    return int((connection.scalar(_inputs(func.avg(size * size)), {"run": run.id}) or 0) ** 0.5)
 
 
 def _first_columns(run: Run) -> dict[str, Part]:
