@@ -56,6 +56,7 @@ async def enqueue(
     result_type: Any = None,
     settings: dict[str, Json] | None = None,
     prompt_column: str | None = None,
+    id_column: str | None = None,
     input_format: str | None = None,
     delimiter: str | None = None,
     encoding: str | None = None,
@@ -76,13 +77,16 @@ async def enqueue(
 ) -> EnqueueReport:
     """Put inputs into a run as deduplicated jobs. The same call again adds only what is missing, also after a crash.
 
-    `inputs`: files (a `Path` or several; `Path("-")` is stdin), or prompts: strings, or dicts like lines of JSONL.
+    `inputs`: files (a `Path`, a pattern such as `Path("data/*.jsonl")`, or several; `Path("-")` is stdin), or prompts:
+    strings, or dicts like lines of JSONL.
     `run`: the run's name; None is the first file's stem. With `pick`, `-pick` is added.
-    `model`: for example "openai-chat:gpt-4o-mini"; None is MODEL in the environment or `.env`.
+    `model`: for example "openai-chat:gpt-4o-mini"; None is MODEL in the environment or `.env`, or else the model that
+    lines of OpenAI's batch input name.
     `function`: answers instead of a model, as an object or "pkg.mod:name"; `version` distinguishes it from earlier ones.
     `instructions`: the system prompt. `template`: a Jinja template of the prompt, filled from the fields of each input.
     `schema`, or `result_type`, a pydantic class: what answers must match. `settings`: for example {"temperature": 0}.
-    `prompt_column`: the column of the prompt. `input_format`: text, jsonl, csv or tsv; None goes by the file's name.
+    `prompt_column`, `id_column`: the columns of the prompt and of the id. `input_format`: text, jsonl, csv, tsv or
+    parquet; None goes by the file's name.
     `delimiter`, `encoding`: of the files; None finds them.
     `skip_bad`: a file for the rows that cannot be used, which are left out. `skip_empty`: leave out empty prompts.
     `limit`: take only the first inputs; the same call without it adds the rest. `pick`: take this number of inputs at
@@ -98,7 +102,20 @@ async def enqueue(
     Raises UsageError, InputError (with file and line; files are checked completely before anything is written),
     RunMismatchError, RunChangedError or DatabaseError.
     """
+    source = Source(
+        inputs,
+        input_format=input_format,
+        template=template,
+        prompt_column=prompt_column,
+        id_column=id_column,
+        delimiter=delimiter,
+        encoding=encoding,
+        skip_bad=skip_bad,
+        skip_empty=skip_empty,
+        sample=Sample(limit, pick, seed),
+    )
     resolved = resolve_task(
+        source=source,
         model=model,
         function=function,
         version=version,
@@ -109,17 +126,6 @@ async def enqueue(
         result_type=result_type,
         keep=keep,
         env=load_environment(Path.cwd()),
-    )
-    source = Source(
-        inputs,
-        input_format=input_format,
-        template=template,
-        prompt_column=prompt_column,
-        delimiter=delimiter,
-        encoding=encoding,
-        skip_bad=skip_bad,
-        skip_empty=skip_empty,
-        sample=Sample(limit, pick, seed),
     )
     spec = run_spec(source.run_name(run), resolved, max_attempts, price)
     _check_apart(skip_bad, file_of(db_url))
@@ -134,7 +140,8 @@ async def enqueue(
                 raise
             way_out = f"use another run with --run, or remove it first: `lbr rm {spec.name}`"
             raise RunChangedError(f"run {spec.name!r} holds a different sample; {way_out}") from error
-    return replace(report, skipped_bad=source.bad.count, skipped_empty=source.bad.empty)
+    notices = [*report.notices, *source.notices]
+    return replace(report, notices=notices, skipped_bad=source.bad.count, skipped_empty=source.bad.empty)
 
 
 def _check_apart(skip_bad: PathLike[str] | str | None, queue: Path | None) -> None:

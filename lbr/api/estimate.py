@@ -78,6 +78,7 @@ async def estimate(
     result_type: Any = None,
     settings: dict[str, Json] | None = None,
     prompt_column: str | None = None,
+    id_column: str | None = None,
     input_format: str | None = None,
     delimiter: str | None = None,
     encoding: str | None = None,
@@ -96,7 +97,8 @@ async def estimate(
 ) -> Estimate:
     """Return what a batch would take. Inputs are read as by `enqueue`; nothing is called or written.
 
-    No key and no database is needed. Input tokens are estimated from the number of characters.
+    No key and no database is needed. Input tokens are estimated from the number of characters. Limits that OpenAI batch
+    lines set for themselves do not count.
     `function`: count and show its prompts; its output and cost are unknown.
     `count_bad`: count the rows that an enqueue would refuse, instead of raising InputError.
     `output_tokens` is the length of an answer; None is the setting max_tokens, or else an assumption.
@@ -106,26 +108,27 @@ async def estimate(
 
     Raises UsageError, or InputError with file and line.
     """
-    fields = {"instructions": instructions, "template": template, "settings": settings, "schema": schema}
-    task = _task(model, function, result_type=result_type, **fields)
-    limits: dict[str, Any] = {"rpm": rpm, "tpm": tpm, "concurrency": concurrency, "seconds_per_call": seconds_per_call}
-    at_least_one("concurrency", concurrency)
-    positive("seconds_per_call", seconds_per_call)
-    for name in [name for name in ("rpm", "tpm") if limits[name] is not None]:
-        positive(name, limits[name])
-    per_call, length_from = answer_length(task, output_tokens)
     given_price = None if price is None else read_price(price)
     source = Source(
         inputs,
         input_format=input_format,
         template=template,
         prompt_column=prompt_column,
+        id_column=id_column,
         delimiter=delimiter,
         encoding=encoding,
         skip_bad=skip_bad,
         skip_empty=skip_empty,
         sample=Sample(limit, pick, seed),
     )
+    fields = {"instructions": instructions, "template": template, "settings": settings, "schema": schema}
+    task = _task(model, function, source=source, result_type=result_type, **fields)
+    limits: dict[str, Any] = {"rpm": rpm, "tpm": tpm, "concurrency": concurrency, "seconds_per_call": seconds_per_call}
+    at_least_one("concurrency", concurrency)
+    positive("seconds_per_call", seconds_per_call)
+    for name in [name for name in ("rpm", "tpm") if limits[name] is not None]:
+        positive(name, limits[name])
+    per_call, length_from = answer_length(task, output_tokens)
     count, prompts, input_tokens, examples = count_inputs(source.read(dry=True), task)
     refusal = source.bad.refusal()
     if not count or (refusal and not count_bad):

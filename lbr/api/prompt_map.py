@@ -50,6 +50,7 @@ async def prompt_map(
     instructions: str | None = None,
     template: str | None = None,
     prompt_column: str | None = None,
+    id_column: str | None = None,
     limit: int | None = None,
     pick: int | None = None,
     seed: int | None = None,
@@ -74,14 +75,15 @@ async def prompt_map(
 ) -> Any:
     """Answer every prompt, keep every answer, and return them. The same call again resumes.
 
-    `prompts`: strings, or dicts with `prompt` or `messages` and other fields, as lines of JSONL. None of them: no rows.
+    `prompts`: strings, or dicts with `prompt` or `messages` and other fields, as lines of JSONL, or files as for
+    `enqueue`. None of them: no rows.
     `worker`: an async or plain function from str to str, dict or BaseModel that answers. Without it, `model_name` does,
     for example "openai-chat:gpt-4o-mini" ("openai/gpt-4o-mini" with `openrouter_api_key`); without both, MODEL and
     OPENROUTER_API_KEY from the environment or `.env`.
     `result_type`: a pydantic class; each result is JSON that matches it.
-    `instructions`: the system prompt. `template`: a Jinja template of the prompt. `prompt_column`: the column of
-    the prompt in a file. `settings`: of the model, for example {"temperature": 0}. `version`: distinguishes a function
-    from earlier ones.
+    `instructions`: the system prompt. `template`: a Jinja template of the prompt. `prompt_column`,
+    `id_column`: the columns of the prompt and of the id in a file. `settings`: of the model, for example
+    {"temperature": 0}. `version`: distinguishes a function from earlier ones.
     `limit`: take only the first prompts. `pick`: take this number at random, always the same ones for a `seed`. A call
     with all of them reuses the answers.
     `concurrency`: calls at a time. `max_attempts`: calls per job. `timeout`: seconds that a call may take. `lease`:
@@ -111,7 +113,10 @@ async def prompt_map(
     if one_of("return_dtype", return_dtype, RETURN_DTYPES) == "polars":
         frames.polars()  # before any call is paid for
     options = WorkOptions(concurrency=concurrency, lease=lease, timeout=timeout)
+    sample = Sample(limit, pick, seed)
+    source = Source(prompts, template=template, prompt_column=prompt_column, id_column=id_column, sample=sample)
     resolved = resolve_task(
+        source=source,
         model=model_name,
         function=worker,
         version=version,
@@ -123,7 +128,6 @@ async def prompt_map(
         keep=keep,
         env=load_environment(Path.cwd()),
     )
-    source = Source(prompts, template=template, prompt_column=prompt_column, sample=Sample(limit, pick, seed))
     if source.is_empty:
         return _shaped([], return_dtype, resolved, [(Part.PROMPT, "prompt")], unnest=unnest)
     beside = file_of(db_url) or Path(RESULTS_BESIDE)
@@ -136,7 +140,7 @@ async def prompt_map(
     spec = run_spec(name, resolved, max_attempts, price)
     async with opened(db_url, create=True) as database:
         report = await put(database, spec, source, fresh=fresh)
-        for notice in report.notices:
+        for notice in (*report.notices, *source.notices):
             _log(notice)
         found = await database.read(reads.find_run, name)
         if retry_failed:

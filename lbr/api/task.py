@@ -7,24 +7,29 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lbr.core.config import some_of
-from lbr.core.errors import UsageError
+from lbr.core.errors import InputError, UsageError
 from lbr.core.extras import Extra
+from lbr.core.pricing import max_output_tokens
 from lbr.core.schema import import_type, schema_of
 from lbr.core.types import Task, canonical_json
-from lbr.io.records import not_finite
+from lbr.io.records import not_finite, shown
+from lbr.models import chat
 from lbr.models.base import OPENROUTER, Kind, kind_of, model_string
 from lbr.models.build import Authority, build_model, build_validator, check_keep, check_task, unsent
-from lbr.models.checks import check_environment
+from lbr.models.checks import check_authority, check_environment, not_kept
 from lbr.models.identity import has_changed, name_function, own_version
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from lbr.core.schema import Validator
-    from lbr.core.types import Json
+    from lbr.core.types import Item, Json
+    from lbr.io.sources import Source
     from lbr.models.identity import Identity, NamedFunction
 
 USE_MODEL = "Use --model (e.g. openai-chat:gpt-4o-mini)"
+OPENAI = "openai-chat:"
+"""The provider of the models that lines of OpenAI's batch input name."""
 WITHOUT_KEY = "Without a key: --model offline:echo"
 WAYS = f"{USE_MODEL} or --function, or set MODEL and OPENROUTER_API_KEY in the environment or .env. {WITHOUT_KEY}"
 
@@ -41,6 +46,7 @@ class ResolvedTask:
 
 def resolve_task(
     *,
+    source: Source | None = None,
     model: str | None = None,
     function: Callable[..., Any] | str | None = None,
     version: str | None = None,
@@ -52,6 +58,8 @@ def resolve_task(
 ) -> ResolvedTask:
     """Build the task of a model, of a function, or of MODEL in `env`; for `fields` see `_common_fields`.
 
+    The inputs of `source` may name a model as well, and have settings of their own, which are fitted to the task.
+
     Raises UsageError without a model, with two, or if no worker could ever serve the task.
     """
     if model is not None and function is not None:
@@ -62,9 +70,10 @@ def resolve_task(
     key = openrouter_api_key or env.get("OPENROUTER_API_KEY") or None
     types = [] if result_type is None else [result_type]
     authority = authorize(result_types=types, openrouter_api_key=key)
-    named = None if function is None else _find_function(function, version)
+    named, of_lines = None if function is None else _find_function(function, version), None
     if named is None:
-        name = _model_name(model, env, WAYS)
+        of_lines = _model_of_lines(model, env, source)
+        name = _model_name(model or of_lines, env, WAYS)
         if name.startswith(OPENROUTER) and not key:
             use = "set OPENROUTER_API_KEY in the environment or .env, or use a different model"
             raise UsageError(f"no key for {name}: {use}. {WITHOUT_KEY}")
@@ -80,21 +89,27 @@ def resolve_task(
         raise UsageError(problem)
     if kind_of(task) is Kind.PROVIDER:
         check_environment(task.model or "", key)
+    if source is not None:
+        source.fit = _Fitter(task, of_lines, source.notices, kept).fit
     return ResolvedTask(task, None if named is None else named.identity.fingerprint, authority, kept)
 
 
-def model_task(model: str | None, *, env: Mapping[str, str], result_type: Any = None, **fields: Any) -> Task:
-    """Build the task of a model, or of MODEL in `env`, that will not be called.
+def model_task(
+    model: str | None, source: Source, *, env: Mapping[str, str], result_type: Any = None, **fields: Any
+) -> Task:
+    """Build the task of a model, of MODEL in `env`, or of the inputs, that will not be called.
 
     It needs no key and no package of the provider, so settings are not checked against the model's.
     """
-    name = _model_name(model, env, f"{USE_MODEL}, or set MODEL in the environment or .env")
+    of_lines = _model_of_lines(model, env, source)
+    name = _model_name(model or of_lines, env, f"{USE_MODEL}, or set MODEL in the environment or .env")
     task = Task(model=name, **_common_fields(result_type, **fields))
     _check_storable(task)
     if kind_of(task) is Kind.OFFLINE:
         check_task(task)
     elif task.schema is not None:
         build_validator(task, Authority())
+    source.fit = _Fitter(task, of_lines, source.notices).fit
     return task
 
 
@@ -124,6 +139,12 @@ def _model_name(model: str | None, env: Mapping[str, str], ways: str) -> str:
     if not name:
         raise UsageError(f"no model given. {ways}")
     return model_string(name)
+
+
+def _model_of_lines(model: str | None, env: Mapping[str, str], source: Source | None) -> str | None:
+    """Return the model that the first input names; None if it names none, or if another was chosen."""
+    found = None if model or env.get("MODEL", "").strip() or source is None else source.first_model()
+    return None if found is None else OPENAI + found
 
 
 def _find_function(function: Callable[..., Any] | str, version: str | None) -> NamedFunction:
@@ -253,3 +274,69 @@ def change_warnings(authority: Authority) -> list[str]:
         for one in authority.functions
         if has_changed(one)
     ]
+
+
+class _Fitter:
+    """Fits the settings that inputs bring, as lines of OpenAI's batch input do, to a task.
+
+    `of_lines` is the model that they all must name; None if the caller chose another one. `keep` is what the run keeps;
+    None to leave the settings unchecked.
+    """
+
+    def __init__(
+        self, task: Task, of_lines: str | None, notices: list[str], keep: tuple[Extra, ...] | None = None
+    ) -> None:
+        self._task, self._of_lines, self._notices, self._keep = task, of_lines, notices, keep
+        self._checked: set[frozenset[tuple[str, type]]] = set()
+
+    def fit(self, item: Item) -> Item:
+        """Return an item with those of its settings that differ from the task's. Raises InputError for a bad one."""
+        settings, model = dict(item.prompt.settings or {}), self._task.model or ""
+        try:
+            self._check_model(settings.pop("model", None), model)
+            if self._task.function is None:
+                settings = self._own(chat.as_sent(model, settings))
+            elif settings:
+                self._note("a function takes no settings, so those of the inputs are not used")
+                settings = {}
+        except UsageError as error:
+            raise InputError(str(error), source=item.source, line=item.line) from error
+        return replace(item, prompt=replace(item.prompt, settings=settings or None))
+
+    def _note(self, notice: str) -> None:
+        if notice not in self._notices:
+            self._notices.append(notice)
+
+    def _check_model(self, named: str | None, model: str) -> None:
+        bare = model.partition(":")[2]
+        if named in {None, model, bare, bare.rpartition("/")[2]}:
+            return
+        if self._of_lines is not None:
+            raise UsageError(
+                f"the line names the model {shown(named)}, the first one {shown(bare)}; choose one for all lines with "
+                f"--model, or put the lines of each model into a run of its own"
+            )
+        self._note(f"the inputs name a model of their own, but {self._task.answerer} answers them")
+
+    def _own(self, settings: dict[str, Json]) -> dict[str, Json]:
+        shared = self._task.settings
+        if "extra_body" in settings:
+            settings["extra_body"] = {**shared.get("extra_body", {}), **settings["extra_body"]}
+        own = {name: value for name, value in settings.items() if name not in shared or shared[name] != value}
+        if self._keep is not None and kind_of(self._task) is Kind.PROVIDER:
+            self._check_sent(own, self._keep)
+        return own
+
+    def _check_sent(self, own: dict[str, Json], keep: tuple[Extra, ...]) -> None:
+        check_authority(own)
+        for problem in not_kept(own, keep):
+            raise UsageError(problem)
+        max_output_tokens(own)
+        if self._task.schema is not None and "response_format" in own.get("extra_body", {}):
+            raise UsageError("the line has a response_format, and the run a schema; remove one of them")
+        if chat.sends(self._task.model or "", {name: value for name, value in own.items() if name != "extra_body"}):
+            return
+        kinds = frozenset((name, type(value)) for name, value in own.items())
+        if kinds not in self._checked:  # it takes long, so only once for settings of the same names
+            check_settings(self._task, own, keep)
+            self._checked.add(kinds)

@@ -23,6 +23,7 @@ from lbr.core.pricing import CHARACTERS_PER_TOKEN, NANOS, Price, dollars, table_
 from lbr.core.schema import load_schema
 from lbr.core.text import duration, pluralize, read_text
 from lbr.io.readers import InputFormat, is_stream
+from lbr.io.sources import expanded
 from lbr.models.offline import ECHO
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ input_options = options(
     option("--instructions", "TEXT|@FILE", "The system prompt of every call."),
     option("--template", "JINJA|@FILE", "Make each prompt from a row's fields."),
     option("--prompt-column", "NAME", "The field or column that holds the prompt."),
+    option("--id-column", "NAME", "The field or column that holds the id, instead of id or custom_id."),
     option("--schema", "FILE", "A JSON schema that every answer must fit."),
     option("--result-type", "MODULE:CLASS", "A pydantic class that every answer must fit."),
     option("--set", "NAME=VALUE", SETTING, multiple=True),
@@ -68,6 +70,11 @@ task_options = options(
     switch("--append", "Add the inputs to the end of the run."),
     switch("--fresh", "Do not reuse answers of other runs."),
     switch("--dry-run", "Only show three prompts, counts and the estimate; no key is needed."),
+)
+
+
+inputs_argument = click.argument(
+    "inputs", nargs=-1, required=True, callback=lambda _context, _argument, inputs: tuple(expanded(inputs))
 )
 
 
@@ -142,15 +149,15 @@ async def enqueue_inputs(
 
 
 @click.command()
-@click.argument("inputs", nargs=-1, required=True)
+@inputs_argument
 @task_options
 @switch("--json", "Print the counts as JSON.")
 @with_database
 def enqueue(db: dict[str, Any], /, inputs: tuple[str, ...], json: bool, dry_run: bool, **flags: Any) -> None:
     """Add prompts to a run, each distinct prompt once.
 
-    INPUTS are text files (one prompt per line), JSONL, CSV or TSV files, or - for stdin. Running the same command
-    again adds nothing; after a crash it adds what is missing.
+    INPUTS are text files (one prompt per line), JSONL, CSV, TSV or Parquet files, patterns like 'data/*.jsonl', or - for
+    stdin. Running the same command again adds nothing; after a crash it adds what is missing.
     """
     if dry_run:
         show_dry_run(inputs, json=json, **flags)
@@ -162,7 +169,7 @@ def enqueue(db: dict[str, Any], /, inputs: tuple[str, ...], json: bool, dry_run:
 
 
 @click.command()
-@click.argument("inputs", nargs=-1, required=True)
+@inputs_argument
 @option("--model", "NAME", "The model, as for `lbr enqueue`.")
 @input_options
 @option("--output-tokens", "N", "Tokens per answer; by default max_tokens, or an assumption.", type=int)

@@ -19,7 +19,7 @@ from lbr.api import collect as collect_api
 from lbr.api import operate, work
 from lbr.api.status import one_line, paused_words, printable, unfinished_words
 from lbr.cli.app import EXIT_FAILURES, EXIT_UNFINISHED, choice, log, option, options, switch, with_database
-from lbr.cli.enqueue import counting_kept, enqueue_inputs, show_dry_run, task_options
+from lbr.cli.enqueue import counting_kept, enqueue_inputs, inputs_argument, show_dry_run, task_options
 from lbr.cli.enqueue import describe as describe_enqueue
 from lbr.core import open_files
 from lbr.core.config import MAX_PROCESSES, WorkOptions, at_least_one, some_of
@@ -303,7 +303,7 @@ def _reasons(collected: Collected) -> str:
 
 
 @click.command()
-@click.argument("inputs", nargs=-1, required=True)
+@inputs_argument
 @click.option("-o", "--output", metavar="FILE", required=True, help=f"{OUTPUT}; - is stdout.")
 @output_options
 @task_options

@@ -26,8 +26,6 @@ Json = Any
 """Anything that orjson reads: None, bool, int, float, str, list or dict of these."""
 PathOrUrl = str | os.PathLike[str]
 KEY_BYTES = 16
-SHOWN, BEFORE = 60, 20
-"""How many characters of a long text are shown, and how many of them before the first difference."""
 
 
 class JobState(StrEnum):
@@ -165,33 +163,27 @@ class Task:
         return task
 
 
-def differences(old: Task, new: Task) -> list[str]:
-    """Return a line for each field in which two tasks differ, with the text around the first difference."""
-    found = []
-    for name in Task.__slots__:
-        texts = [canonical_json(getattr(task, name)).decode() for task in (old, new)]
-        if texts[0] != texts[1]:
-            start = max(0, len(os.path.commonprefix(texts)) - BEFORE)  # noqa: RUF071 - of texts
-            there, here = ("none" if text == "null" else _excerpt(text, start) for text in texts)
-            found.append(f"{name}: {there} there, {here} here")
-    return found
-
-
-def _excerpt(text: str, start: int) -> str:
-    if len(text) <= SHOWN:
-        return text
-    return "…" * (start > 0) + text[start : start + SHOWN] + "…" * (start + SHOWN < len(text))
-
-
 @value(frozen=True, slots=True)
 class Prompt:
-    """One input as the model gets it: `text`, or chat `messages` in the OpenAI form; exactly one is set."""
+    """One input as the model gets it: `text`, or chat `messages` in the OpenAI form; exactly one is set.
+
+    `settings` are the input's own. They override the run's, and are part of the key.
+    """
 
     text: str | None = None
     messages: tuple[dict[str, Json], ...] | None = None
+    settings: dict[str, Json] | None = None
+
+    @property
+    def form(self) -> int:
+        """What the body holds: 0 a text, 1 messages, 2 either of them with settings."""
+        return 2 if self.settings is not None else int(self.messages is not None)
 
     def body(self) -> str:
-        """Return the form that is stored: the text, or the messages as canonical JSON."""
+        """Return what is stored: the text, canonical messages, or an object with settings, in the order they are sent."""
+        if self.settings is not None:
+            prompt = {"text": self.text} if self.messages is None else {"messages": list(self.messages)}
+            return orjson.dumps({**prompt, "settings": self.settings}).decode()
         return (self.text or "") if self.messages is None else canonical_json(list(self.messages)).decode()
 
     @classmethod
@@ -200,12 +192,18 @@ class Prompt:
         if not chat:
             return cls(text=body)
         try:
-            messages = orjson.loads(body)
+            messages: Json = orjson.loads(body)
         except orjson.JSONDecodeError as error:
             raise DatabaseError(f"expected stored messages to be JSON, got: {body[:200]!r}") from error
+        settings: Json = None
+        match messages:
+            case {"text": str(text), "settings": dict(settings)}:
+                return cls(text, settings=settings)
+            case {"messages": messages, "settings": dict(settings)}:
+                pass
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
             raise DatabaseError(f"expected stored messages to be a list of objects, got: {body[:200]!r}")
-        return cls(messages=tuple(messages))
+        return cls(messages=tuple(messages), settings=settings)
 
 
 @value(frozen=True, slots=True)
@@ -230,12 +228,17 @@ class KeyMaker:
     def __init__(self, task: Task) -> None:
         head = task.canonical()
         prefix = hashlib.blake2b(len(head).to_bytes(8, "big") + head, digest_size=KEY_BYTES)
-        self._text, self._messages = prefix.copy(), prefix.copy()
+        self._text, self._messages, self._own = prefix.copy(), prefix.copy(), prefix.copy()
         self._text.update(b"t")
         self._messages.update(b"m")
+        self._own.update(b"s")
 
     def key(self, prompt: Prompt) -> bytes:
         """Return the key of one input; only equal inputs of one task share it."""
+        if prompt.settings is not None:
+            digest = self._own.copy()
+            digest.update(canonical_json(orjson.loads(prompt.body())))  # their order does not count
+            return digest.digest()
         digest = (self._text if prompt.messages is None else self._messages).copy()
         digest.update(prompt.body().encode("utf-8", "surrogatepass"))
         return digest.digest()
@@ -344,8 +347,9 @@ class Claim:
     """A job that one worker holds until its lease ends; `claim_seq` fences every later write.
 
     `tokens` were taken from its model's tokens a minute, 0 without that limit. `throttled` means that the model is
-    limited to fewer calls at a time than the workers have slots. `settings` are the job's own and override the task's;
-    None if it has none; `model` among them is the model that answers instead of the run's. `probe` is set for the one call that checks whether an outage is over.
+    limited to fewer calls at a time than the workers have slots. `settings` are the job's own and override the task's:
+    those of its prompt, and over them those of a retry; None if it has none. `model` among them is the model that
+    answers instead of the run's. `probe` is set for the one call that checks whether an outage is over.
     """
 
     job_id: JobId

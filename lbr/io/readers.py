@@ -1,15 +1,17 @@
-"""Read prompts from text, JSONL, CSV and TSV files and streams, one line or record in memory at a time."""
+"""Read prompts from files and streams, one line or record in memory at a time; text formats may be compressed."""
 
 from __future__ import annotations
 
 import codecs
 import csv
+import gzip
 import io
 import itertools
 import json
 import os
 import re
 import stat
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -22,12 +24,13 @@ import orjson
 
 from lbr.core.errors import InputError, UsageError
 from lbr.core.text import pluralize
+from lbr.io.parquet import read_parquet
 from lbr.io.records import EmptyPromptError, Fields, Place, Template, check_storable, item_of, names, shown
 from lbr.io.samples import ALL
 from lbr.io.writers import atomic_path, named_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from lbr.core.types import Item
     from lbr.io.samples import Sample
@@ -54,15 +57,17 @@ class InputFormat(StrEnum):
     JSONL = "jsonl"
     CSV = "csv"
     TSV = "tsv"
+    PARQUET = "parquet"
 
 
+UNREADABLE = (OSError, UnicodeError, EOFError, zlib.error)
+GZIP, GZIP_ENDING = b"\x1f\x8b", ".gz"
 DELIMITER_OF = {InputFormat.CSV: None, InputFormat.TSV: "\t"}
 FORMAT_OF_ENDING = {f".{format_}": format_ for format_ in InputFormat} | {".ndjson": InputFormat.JSONL}
 INSTEAD_OF = {
     ".json": "write it as JSONL, one object per line (jq -c '.[]' does that), and name it .jsonl",
-    ".parquet": "write it as JSONL or CSV",
+    ".parquet.gz": "unpack it, because Parquet is compressed inside",
     ".xlsx": "save it as CSV",
-    ".gz": "unpack it first",
 }
 
 
@@ -137,25 +142,30 @@ def read_items(
     format: InputFormat | None = None,  # noqa: A002 - the name of the flag
     template: str | None = None,
     prompt_column: str | None = None,
+    id_column: str | None = None,
     delimiter: str | None = None,
     encoding: str | None = None,
     bad: BadRows | None = None,
     sample: Sample = ALL,
+    fit: Callable[[Item], Item] = lambda item: item,
 ) -> Iterator[Item]:
     """Return the items of all sources, in order, or a sample of them; `-` is stdin.
 
     `format` None goes by the ending of each name, `delimiter` None by the first lines of each CSV file, `encoding`
-    None by its BOM. `template` is Jinja, rendered with the fields of each record. Raises UsageError at once for
-    sources, flags or a template that cannot be used; while reading, UsageError for columns that are not there, and
-    at the end InputError for the rows that `bad` refuses.
+    None by its BOM. `template` is Jinja, rendered with the fields of each record. `fit` may change or refuse an item
+    that has settings of its own. Raises UsageError at once for sources, flags or a template that cannot be used; while
+    reading, UsageError for columns that are not there, and at the end InputError for the rows that `bad` refuses.
     """
     if template is not None and prompt_column is not None:
         raise UsageError("--template and --prompt-column exclude each other; name the column in the template")
     check_sources(sources)
-    formats = [format or _format_of(source) for source in sources]
-    if prompt_column is not None and InputFormat.TEXT in formats:
-        source = sources[formats.index(InputFormat.TEXT)]
-        raise UsageError(f"--prompt-column needs columns, and {source} is read as text; set --format")
+    formats = [format or format_of(source) for source in sources]
+    for flag, column in (("--prompt-column", prompt_column), ("--id-column", id_column)):
+        if column is not None and InputFormat.TEXT in formats:
+            source = sources[formats.index(InputFormat.TEXT)]
+            raise UsageError(f"{flag} needs columns, and {source} is read as text; set --format")
+    if id_column is not None and id_column == prompt_column:
+        raise UsageError(f"--prompt-column and --id-column are the same, {shown(id_column)}; name two columns")
     if delimiter is not None and DELIMITER_OF.keys().isdisjoint(formats):
         raise UsageError(f"--delimiter is for CSV, and {sources[0]} is read as {formats[0]}; set --format csv")
     character = DELIMITER_NAMES.get(delimiter or "", delimiter)
@@ -171,8 +181,9 @@ def read_items(
 
     def items() -> Iterator[Item]:
         for source, kind in zip(sources, formats, strict=True):
-            column = prompt_column or (None if kind is InputFormat.JSONL else "prompt")
-            yield from _read(Input(source, compiled, column, character or DELIMITER_OF.get(kind), encoding), kind, bad)
+            column = prompt_column or (None if kind in {InputFormat.JSONL, InputFormat.PARQUET} else "prompt")
+            separator = character or DELIMITER_OF.get(kind)
+            yield from _read(Input(source, compiled, column, id_column, separator, encoding), kind, bad, fit)
 
     return bad.through(sample.of(items()))
 
@@ -205,11 +216,19 @@ def _unreadable(source: str, error: Exception) -> UsageError:
     return UsageError(f"cannot read {source!r}: {reason}; check the path and its permissions")
 
 
-def _format_of(source: str) -> InputFormat:
-    ending = Path(source).suffix.lower()
-    if instead := INSTEAD_OF.get(ending):
-        raise UsageError(f"cannot read {source}: lbr reads text, JSONL, CSV and TSV; {instead}")
-    return FORMAT_OF_ENDING.get(ending, InputFormat.TEXT)
+def _broken(place: Place, error: Exception) -> InputError:
+    cut_off = "the compressed file is cut off; copy it again" if isinstance(error, EOFError) else None
+    return place.error(f"cannot be read: {cut_off or getattr(error, 'strerror', None) or error}")
+
+
+def format_of(source: str) -> InputFormat:
+    """Return the format that a source's name asks for. Raises UsageError for one that is not read."""
+    name = Path(source).name.lower()
+    unpacked = Path(name.removesuffix(GZIP_ENDING)).suffix
+    instead = INSTEAD_OF.get("".join(Path(name).suffixes[-2:])) or INSTEAD_OF.get(unpacked)
+    if instead:
+        raise UsageError(f"cannot read {source}: lbr reads text, JSONL, CSV, TSV and Parquet; {instead}")
+    return FORMAT_OF_ENDING.get(unpacked, InputFormat.TEXT)
 
 
 @dataclass(slots=True)
@@ -219,6 +238,7 @@ class Input:
     source: str
     template: Template | None
     column: str | None
+    id_column: str | None
     delimiter: str | None
     encoding: str | None
 
@@ -227,28 +247,47 @@ class Input:
         """What messages call it."""
         return "stdin" if self.source == STDIN else self.source
 
+    def check_columns(self, columns: Collection[str], hint: str = "") -> None:
+        """Raise UsageError if a column that the prompt or the id needs is not there."""
+        flags = {"--id-column": self.id_column}
+        if self.template is not None:
+            self.template.check_columns(columns, self.name, hint)
+        else:
+            flags["--prompt-column or --template"] = self.column
+        for flag, column in flags.items():
+            if column is not None and column not in columns:
+                msg = f"{self.name}: there is no column {shown(column)}; there are: {names(columns)}{hint}"
+                raise UsageError(f"{msg}; set {flag}")
+
     def lines(self, *, newline: str = "\n") -> Iterator[str]:
         """Yield each line with its end; bytes that cannot be decoded become surrogates, as in PEP 383.
 
         Raises UsageError if the source cannot be opened, InputError for a line that is too long or cannot be read.
         """
+        packed: Any
         try:
             is_file = self.source != STDIN
-            file = open(self.source if is_file else STDIN_FILE, "rb", closefd=is_file)  # noqa: SIM115 - closed below
+            packed = file = open(self.source if is_file else STDIN_FILE, "rb", closefd=is_file)  # noqa: SIM115
             head = file.peek(3)
         except OSError as error:
             raise _unreadable(self.source, error) from error
+        if head.startswith(GZIP):
+            packed = gzip.GzipFile(fileobj=file)
+            try:
+                head = packed.peek(3)
+            except UNREADABLE as error:
+                file.close()
+                raise _broken(Place(self.name, 1), error) from error
         if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             self.encoding = "utf-16"
         elif self.encoding is None or head.startswith(codecs.BOM_UTF8):
             self.encoding = "utf-8-sig"
-        with io.TextIOWrapper(file, self.encoding, "surrogateescape", newline=newline) as text:
+        with file, io.TextIOWrapper(packed, self.encoding, "surrogateescape", newline=newline) as text:
             for number in itertools.count(1):
                 try:
                     line = text.readline(MAX_LINE + 1)
-                except (OSError, UnicodeError) as error:
-                    reason = getattr(error, "strerror", None) or error
-                    raise Place(self.name, number).error(f"cannot be read: {reason}") from error
+                except UNREADABLE as error:
+                    raise _broken(Place(self.name, number), error) from error
                 if not line:
                     return
                 if len(line) > MAX_LINE:
@@ -271,14 +310,16 @@ class Input:
             ) from error
 
 
-def _read(given: Input, kind: InputFormat, bad: BadRows) -> Iterator[Item]:
+def _read(given: Input, kind: InputFormat, bad: BadRows, fit: Callable[[Item], Item]) -> Iterator[Item]:
     for place, text, fields in READERS[kind](given):
         try:
             if not text.isascii() or "\x00" in text:
                 given.check(text, place)
             if isinstance(fields, InputError):
                 raise fields
-            item = item_of(fields, place, given.template, given.column)
+            item = item_of(fields, place, given.template, given.column, given.id_column)
+            if item.prompt.settings is not None:
+                item = fit(item)
         except InputError as error:
             bad.add(error, text)
         else:
@@ -336,11 +377,7 @@ class Header:
         hint = f" (delimiter {shown(self._delimiter)})"
         if len(self._names) == 1:
             hint += "; set --delimiter if these are several columns"
-        if given.template is not None:
-            given.template.check_columns(self._names, given.name, hint)
-        elif given.column not in self._names:
-            msg = f"{given.name}: there is no column {shown(given.column)}; there are: {names(self._names)}{hint}"
-            raise UsageError(f"{msg}; set --prompt-column or --template")
+        given.check_columns(self._names, hint)
 
     def fields(self, cells: list[str], place: Place) -> Fields | InputError:
         """Return the cells of a row by column name, without empty ones in unnamed columns at its end."""
@@ -456,5 +493,6 @@ READERS: dict[InputFormat, Callable[[Input], Records]] = {
     InputFormat.JSONL: _read_jsonl,
     InputFormat.CSV: _read_table,
     InputFormat.TSV: _read_table,
+    InputFormat.PARQUET: read_parquet,
 }
 """What yields place, text and fields of each record of a source, or its error instead of the fields."""

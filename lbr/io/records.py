@@ -11,6 +11,8 @@ from functools import lru_cache, wraps
 from inspect import isroutine
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import orjson
+
 from lbr.core.errors import InputError, UsageError
 from lbr.core.messages import check_messages
 from lbr.core.text import LONG
@@ -24,6 +26,19 @@ Fields = dict[str, Json]
 EXACT_TYPES = frozenset({str, int, bool, type(None)})
 """Types that keep all digits of a number; most records have no other values."""
 ID_FIELDS = ("id", "custom_id")
+BATCH_URL = "/chat/completions"
+BATCH_NAMES = {"max_completion_tokens": "max_tokens", "stop": "stop_sequences"}
+"""Settings that the body of a batch line calls by another name."""
+BATCH_SETTINGS = {
+    "temperature",
+    "top_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "max_tokens",
+    "stop_sequences",
+}
+"""The settings among the fields of such a body; the others go to its `extra_body`."""
 ROW = "row"
 """The template variable that holds all columns of a record; a column of that name comes first."""
 SHOWN_CHARACTERS = 80
@@ -155,7 +170,9 @@ def _row_hint(column: str) -> str:
     return f'Write {{{{ row["{column}"] }}}} for a column whose name is not one plain word'
 
 
-def item_of(fields: Fields, place: Place, template: Template | None, column: str | None) -> Item:
+def item_of(
+    fields: Fields, place: Place, template: Template | None, column: str | None, id_column: str | None = None
+) -> Item:
     """Make an item of a record, using the record up: what is left of it is the metadata."""
     given = tuple(fields)
     if template is not None:
@@ -164,16 +181,19 @@ def item_of(fields: Fields, place: Place, template: Template | None, column: str
         if column not in fields:
             raise place.error(f"there is no field {shown(column)}; there are: {names(fields)}")
         prompt = _text_prompt(fields.pop(column), f"column {column}", place)
+    elif _is_batch_line(fields):
+        column, prompt = "body", _batch_prompt(fields.pop("body"), fields.get("url"), place)
     else:
         column = "messages" if "messages" in fields else "prompt"
         prompt = _named_prompt(fields, place)
-    columns = _columns(given, None if template is not None else column)
-    return Item(prompt, _pop_id(fields, place), fields or None, place.source, place.line, columns)
+    ids = ID_FIELDS if id_column is None else (id_column,)
+    columns = _columns(given, ids, None if template is not None else column)
+    return Item(prompt, _pop_id(fields, ids, place), fields or None, place.source, place.line, columns)
 
 
 @lru_cache(maxsize=8)  # the records of an input share it
-def _columns(names: tuple[str, ...], of_prompt: str | None) -> dict[str, Part]:
-    parts = dict.fromkeys(ID_FIELDS, Part.ID) | {of_prompt: Part.PROMPT}
+def _columns(names: tuple[str, ...], ids: tuple[str, ...], of_prompt: str | None) -> dict[str, Part]:
+    parts = dict.fromkeys(ids, Part.ID) | {of_prompt: Part.PROMPT}
     return {name: parts.get(name, Part.METADATA) for name in names}
 
 
@@ -183,12 +203,43 @@ def _named_prompt(fields: Fields, place: Place) -> Prompt:
         raise place.error(f"{msg}; set --prompt-column or --template")
     if "prompt" in fields:
         return _text_prompt(fields.pop("prompt"), "prompt", place)
-    messages = fields.pop("messages")
+    return Prompt(messages=_messages(fields.pop("messages"), place))
+
+
+def _messages(value: Json, place: Place) -> tuple[dict[str, Json], ...]:
     try:
-        check_messages(messages)
+        check_messages(value)
     except InputError as error:
         raise place.error(str(error)) from error
-    return Prompt(messages=tuple(messages))
+    return tuple(value)
+
+
+def _is_batch_line(fields: Fields) -> bool:
+    """Return whether a record is a line of OpenAI's batch input."""
+    return "custom_id" in fields and isinstance(fields.get("body"), dict) and not {"prompt", "messages"} & fields.keys()
+
+
+def _batch_prompt(body: Fields, url: Json, place: Place) -> Prompt:
+    """Make the prompt of a batch line. Its settings have the model, too."""
+    if url is not None and not (isinstance(url, str) and url.endswith(BATCH_URL)):
+        raise place.error(f"expected the url /v1{BATCH_URL}, got: {shown(url)}; lbr makes no other calls")
+    if body.pop("stream", None):
+        raise place.error("the body asks for a stream, and lbr keeps whole answers; remove stream")
+    if body.get("n") not in (None, 1):
+        raise place.error(f"the body asks for {shown(body['n'])} answers, and lbr keeps one per call; remove n")
+    if not isinstance(body.get("model", ""), str):
+        raise place.error(f"expected the model of the body to be a string, got: {shown(body['model'])}")
+    messages = _messages(body.pop("messages", None), place)
+    settings: Fields = {"model": body.pop("model")} if "model" in body else {}
+    extra: Fields = {}
+    for name, value in body.items():
+        setting = BATCH_NAMES.get(name, name)
+        if setting in BATCH_SETTINGS and setting not in settings and value is not None:
+            settings[setting] = [value] if name == "stop" and isinstance(value, str) else value
+        else:
+            extra[name] = value
+    settings |= {"extra_body": extra} if extra else {}
+    return Prompt(messages=messages, settings=settings or None)
 
 
 def _text_prompt(value: Json, what: str, place: Place) -> Prompt:
@@ -203,8 +254,10 @@ def _text_prompt(value: Json, what: str, place: Place) -> Prompt:
     return Prompt(value)
 
 
-def _pop_id(fields: Fields, place: Place) -> str | int | None:
-    given = [fields.pop(name) for name in ID_FIELDS if name in fields]
+def _pop_id(fields: Fields, ids: tuple[str, ...], place: Place) -> str | int | None:
+    if ids is not ID_FIELDS and ids[0] not in fields:
+        raise place.error(f"there is no field {shown(ids[0])} for --id-column; there are: {names(fields)}")
+    given = [fields.pop(name) for name in ids if name in fields]
     if len(given) > 1:
         raise place.error("both id and custom_id are set; remove or rename one")
     value = given[0] if given else None
@@ -233,6 +286,41 @@ def check_storable(fields: Fields, place: Place, line: str = "") -> None:
             if isinstance(leaf, Decimal) and not -(2**63) <= leaf < 2**64:
                 number = shortened(str(leaf))
                 raise place.error(f"the number in {shown(name)} has more than 64 bits: {number}; put it in quotes")
+
+
+def json_of(record: dict[str, Any], place: Place) -> tuple[Fields, bytes]:
+    """Return a dict as JSON has it, and that JSON: NaN becomes null, values of pandas, numpy and others what JSON has."""
+    try:
+        text = orjson.dumps(_finite(record), default=_as_json)
+    except TypeError as error:
+        raise not_json(error, place) from error
+    fields: Fields = orjson.loads(text)
+    check_storable(fields, place)
+    return fields, text
+
+
+def _finite(value: Any) -> Any:
+    """Return a value; TypeError for an infinity in it, which JSON does not have."""
+    for name, number in not_finite(value):
+        if math.isinf(number):
+            raise TypeError(f"{name or 'a number'} is {number}")
+    return value
+
+
+def _as_json(value: Any) -> Any:
+    """Return a value that orjson does not know as one that it does; TypeError if there is none."""
+    if type(value).__name__ in {"NAType", "NaTType"} or str(value) == "NaT":  # of pandas and numpy
+        return None
+    if hasattr(value, "dtype") and hasattr(value, "tolist"):  # numpy: an array, or a scalar
+        if value.dtype.kind == "M":  # a time, which would become a number without its unit
+            return list(value) if value.shape else str(value)
+        return _finite(value.tolist())
+    if isinstance(value, Decimal):
+        number = float(value)
+        return number if value.is_nan() or Decimal(repr(_finite(number))) == value else str(value)
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    raise TypeError(f"Type is not JSON serializable: {type(value).__name__}")
 
 
 def not_json(error: TypeError, place: Place) -> InputError:

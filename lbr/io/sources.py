@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import glob
 import itertools
-import math
+import os
 from collections.abc import Iterable, Mapping
-from decimal import Decimal
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import orjson
 
 from lbr.core.config import one_of
 from lbr.core.errors import InputError, UsageError
 from lbr.core.types import Item, Prompt
 from lbr.io import readers
-from lbr.io.records import Place, Template, check_storable, item_of, not_finite, not_json, shortened
+from lbr.io.records import Place, Template, item_of, json_of, shortened
 from lbr.io.samples import ALL
 from lbr.io.writers import check_output
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from lbr.core.types import Json
     from lbr.io.samples import Sample
@@ -46,10 +44,16 @@ def chunks(items: Iterator[Item], size: int, *, characters: int) -> Iterator[lis
         yield chunk
 
 
-def items_of(prompts: Iterable[str | dict[str, Json]], *, template: str | None = None) -> Iterator[Item]:
+def items_of(
+    prompts: Iterable[str | dict[str, Json]],
+    *,
+    template: str | None = None,
+    fit: Callable[[Item], Item] = lambda item: item,
+) -> Iterator[Item]:
     """Yield the items of prompts in memory: strings, or dicts like the lines of a JSONL file.
 
-    Raises InputError that counts prompts from 1, as lines are.
+    `fit` may change or refuse an item that has settings of its own. Raises InputError that counts prompts from 1, as
+    lines are.
     """
     compiled = None if template is None else Template(template)
     for number, prompt in enumerate(prompts, start=1):
@@ -60,10 +64,11 @@ def items_of(prompts: Iterable[str | dict[str, Json]], *, template: str | None =
         if isinstance(prompt, str):
             fields = {"prompt": prompt}
         elif isinstance(prompt, dict):
-            fields = _json_of(prompt, place)
+            fields = json_of(prompt, place)[0]
         else:
             raise place.error(f"expected a string or a dict, got: {shortened(repr(prompt))}")
-        yield item_of(fields, place, compiled, None)
+        item = item_of(fields, place, compiled, None)
+        yield item if item.prompt.settings is None else fit(item)
 
 
 def _is_plain(text: str) -> bool:
@@ -71,44 +76,10 @@ def _is_plain(text: str) -> bool:
     return text.isascii() and "\x00" not in text and text != "" and not text.isspace()
 
 
-def _json_of(prompt: dict[str, Any], place: Place) -> dict[str, Json]:
-    """Return a dict as JSON has it: NaN becomes null, and values of pandas, numpy and others what JSON has for them."""
-    try:
-        fields = orjson.loads(orjson.dumps(_finite(prompt), default=_as_json))
-    except TypeError as error:
-        raise not_json(error, place) from error
-    check_storable(fields, place)
-    return dict(fields)
-
-
-def _finite(value: Any) -> Any:
-    """Return a value; TypeError for an infinity in it, which JSON does not have."""
-    for name, number in not_finite(value):
-        if math.isinf(number):
-            raise TypeError(f"{name or 'a number'} is {number}")
-    return value
-
-
-def _as_json(value: Any) -> Any:
-    """Return a value that orjson does not know as one that it does; TypeError if there is none."""
-    if type(value).__name__ in {"NAType", "NaTType"} or str(value) == "NaT":  # of pandas and numpy
-        return None
-    if hasattr(value, "dtype") and hasattr(value, "tolist"):  # numpy: an array, or a scalar
-        if value.dtype.kind == "M":  # a time, which would become a number without its unit
-            return list(value) if value.shape else str(value)
-        return _finite(value.tolist())
-    if isinstance(value, Decimal):
-        number = float(value)
-        return number if value.is_nan() or Decimal(repr(_finite(number))) == value else str(value)
-    if hasattr(value, "isoformat"):
-        return value.isoformat()
-    raise TypeError(f"Type is not JSON serializable: {type(value).__name__}")
-
-
 class Source:
     """Files (`Path`, or several) or prompts: files are read twice, to check them first, streams and prompts as they come.
 
-    Raises UsageError for a mixture, for a frame or a mapping, and for flags that do not fit.
+    A path may be a pattern. `fit` changes or refuses items that have settings of their own. Raises UsageError for a mixture, for a frame or a mapping, and for flags that do not fit.
     """
 
     def __init__(
@@ -118,6 +89,7 @@ class Source:
         input_format: str | None = None,
         template: str | None = None,
         prompt_column: str | None = None,
+        id_column: str | None = None,
         delimiter: str | None = None,
         encoding: str | None = None,
         skip_bad: PathLike[str] | str | None = None,
@@ -127,10 +99,17 @@ class Source:
         if input_format is not None:
             one_of("input_format", input_format, tuple(readers.InputFormat))
         self.bad = readers.BadRows()
+        self.fit: Callable[[Item], Item] = lambda item: item
+        self.notices: list[str] = []
         self._begun: Iterator[Item] | None = None
         self._files, self._prompts = _files_and_prompts(given)
         self._template, self._sample = template, sample
-        self._how: dict[str, Any] = {"prompt_column": prompt_column, "delimiter": delimiter, "encoding": encoding}
+        self._how: dict[str, Any] = {
+            "prompt_column": prompt_column,
+            "id_column": id_column,
+            "delimiter": delimiter,
+            "encoding": encoding,
+        }
         self._skip: dict[str, Any] = {
             "skip_bad": None if skip_bad is None else str(Path(skip_bad)),
             "skip_empty": skip_empty,
@@ -159,10 +138,26 @@ class Source:
         """Return the run's name: the given one, or the first file's stem; that of a picked sample ends with `-pick`."""
         name = given
         if name is None:
-            name = Path(self._files[0]).stem if self._files and not readers.is_stream(self._files[0]) else ""
+            name = stem_of(self._files[0]) if self._files and not readers.is_stream(self._files[0]) else ""
             if not name:
                 raise UsageError("the run needs a name; set --run")
         return f"{name}-pick" if name and self._sample.pick is not None else name
+
+    def first_model(self) -> str | None:
+        """Return the model that the first input itself names. A stream is read up to there. Raises InputError."""
+        if self._files and (self._how["format"] or readers.format_of(self._files[0])) is not readers.InputFormat.JSONL:
+            return None
+        is_stream = bool(self._files) and readers.is_stream(self._files[0])
+        rest = self.read(dry=not is_stream)
+        first = next(rest, None)
+        if first is None:
+            if refusal := self.bad.refusal():
+                raise refusal
+            return None
+        if is_stream:
+            self._begun = itertools.chain([first], rest)
+        model: str | None = (first.prompt.settings or {}).get("model")
+        return model
 
     async def check(self) -> None:
         """Read everything that can be read twice, of a stream its first input, so that bad input leaves no trace.
@@ -186,10 +181,13 @@ class Source:
 
         With `dry`, they are counted in `bad`, and nothing is written.
         """
+        if self._begun is not None:
+            return map(self.fit, self._begun)
         if not self._files:
-            return self._sample.of(items_of(self._prompts, template=self._template))
-        how, self.bad = self._how, readers.BadRows(**self._skip, at_once=at_once and not dry, dry=dry)
-        return readers.read_items(self._files, template=self._template, bad=self.bad, sample=self._sample, **how)
+            return self._sample.of(items_of(self._prompts, template=self._template, fit=self.fit))
+        self.bad = readers.BadRows(**self._skip, at_once=at_once and not dry, dry=dry)
+        how = self._how | {"fit": self.fit, "sample": self._sample}
+        return readers.read_items(self._files, template=self._template, bad=self.bad, **how)
 
     def nothing(self) -> InputError:
         """Return the error for a source without inputs."""
@@ -200,9 +198,27 @@ class Source:
         return self.read() if self._begun is None else self._begun
 
 
+def expanded(sources: Iterable[str]) -> list[str]:
+    """Return the sources with the files that match in the place of each pattern. Raises UsageError if none does."""
+    found: list[str] = []
+    for source in sources:
+        is_pattern = source != readers.STDIN and glob.has_magic(source) and not os.path.lexists(source)
+        matching = sorted(glob.glob(source, recursive=True)) if is_pattern else [source]
+        if not matching:
+            raise UsageError(f"no file matches {source!r}; check the pattern")
+        found += matching
+    return found
+
+
+def stem_of(source: str) -> str:
+    """Return a file's name without its ending, which may be two, as in `reviews.csv.gz`."""
+    path = Path(source)
+    return Path(path.stem if path.suffix.lower() == readers.GZIP_ENDING else path.name).stem
+
+
 def _files_and_prompts(given: object) -> tuple[list[str], list[Any]]:
     if isinstance(given, PathLike):
-        return [str(Path(given))], []
+        return expanded([str(Path(given))]), []
     advice = None
     if isinstance(given, Mapping):
         advice = "its texts as a list, or a list with the dict in it for one record"
@@ -212,7 +228,7 @@ def _files_and_prompts(given: object) -> tuple[list[str], list[Any]]:
         wrong = f"the string {given[:60]!r}" if isinstance(given, str) else f"a {type(given).__name__}"
         raise UsageError(f"expected a list of prompts or a Path, got: {wrong}{f'; give {advice}' if advice else ''}")
     everything = list(given)
-    files = [str(Path(one)) for one in everything if isinstance(one, PathLike)]
+    files = expanded(str(Path(one)) for one in everything if isinstance(one, PathLike))
     if files and len(files) < len(everything):
         raise UsageError("expected files or prompts, got: both")
     return files, [] if files else everything

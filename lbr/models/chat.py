@@ -108,7 +108,7 @@ class ChatModel:
         if fields is None or (logprobs and not sends_logprobs(self._endpoint.name)):
             return None
         more = {"logprobs": True} if logprobs else {}
-        return orjson.dumps({**more, **fields, **self._format})[:-1] + b',"messages":'
+        return orjson.dumps({**more, **self._format, **fields})[:-1] + b',"messages":'
 
     async def _pydantic_ai(self) -> Model:
         """Return pydantic-ai's adapter, built by the first call that needs it; a later call tries again if that fails."""
@@ -238,7 +238,7 @@ _FITS: dict[str, Callable[[Json], bool]] = {
     "seed": lambda value: type(value) is int,
     "stop_sequences": lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value),
 }
-_OWN_FIELDS = frozenset({"model", "messages", "stream", "stream_options", "tools", "response_format"})
+_OWN_FIELDS = frozenset({"model", "messages", "stream", "stream_options", "tools"})
 _REASONS = re.compile(r"(?:^|[/:])(?:o\d|gpt-[5-9])")
 """Names among which are the models that take no sampling settings, and give no log probabilities, while they reason."""
 _SPECIAL_TOKEN = re.compile(
@@ -257,6 +257,15 @@ def sends(name: str, settings: Mapping[str, Json]) -> bool:
 def sends_logprobs(name: str) -> bool:
     """Return whether a model can be asked for log probabilities, without settings."""
     return _serves(name) and _REASONS.search(name) is None
+
+
+def as_sent(name: str, settings: dict[str, Json]) -> dict[str, Json]:
+    """Return settings with a reasoning model's sampling in `extra_body`: the server decides whether it takes it."""
+    moved = {one: settings[one] for one in _SAMPLING if one in settings}
+    if not moved or not _serves(name) or not _REASONS.search(name):
+        return settings
+    rest = {one: value for one, value in settings.items() if one not in moved}
+    return {**rest, "extra_body": {**moved, **settings.get("extra_body", {})}}
 
 
 def fields_of(endpoint: Endpoint, settings: Mapping[str, Json]) -> dict[str, Json] | None:

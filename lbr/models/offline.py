@@ -74,7 +74,10 @@ class OfflineModel:
         """Answer after the latency. Raises CallError as often as the settings ask for."""
         behaviour = self._behaviour
         if request.settings is not None:
-            behaviour = check_settings({**request.task.settings, **request.settings})
+            # Those of the prompt are a provider's, and mean nothing here.
+            foreign = (request.prompt.settings or {}).keys() - set(Behaviour.__slots__)
+            own = {name: value for name, value in request.settings.items() if name not in foreign}
+            behaviour = check_settings({**request.task.settings, **own})
         draw = random.Random(f"{behaviour.seed}:{request.seq}:{request.prompt.body()}")  # noqa: S311 - no secret
         hangs, limited, fails = draw.random(), draw.random(), draw.random()
         if hangs < behaviour.hang_rate:

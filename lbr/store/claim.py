@@ -203,10 +203,18 @@ def _size(row: AnyRow, extra: int, bound: CallBound | None) -> _Size:
     tokens = tokens_of(row.characters if chat is None else characters_of(chat))
     if bound is None:
         return _Size(extra + tokens, 0)
-    own = {} if row.settings is None else json_object(row.settings, "settings of a job")
+    own = _own_settings(chat, row.settings) or {}
     if (price := table_price(own.get("model", ""))) is not None:
         bound = replace(bound, price=price)
     return _Size(extra + tokens, bound.nanos(tokens, max_output_tokens(own)))
+
+
+def _own_settings(prompt: Prompt | None, stored: str | None) -> dict[str, Any] | None:
+    """Return what overrides the run's settings: those of the prompt, and over them the stored ones, of a retry."""
+    of_prompt = None if prompt is None else prompt.settings
+    if stored is None:
+        return of_prompt
+    return {**(of_prompt or {}), **json_object(stored, "settings of a job")}
 
 
 def _with_prompts(
@@ -224,6 +232,7 @@ def _with_prompts(
         if job_id not in found:
             raise DatabaseError(f"job {job_id} has no prompt: another program changed the database")
         _, key, body, chat, settings = found[job_id]
+        prompt = Prompt.from_body(body, chat=bool(chat))
         claims.append(
             Claim(
                 job_id,
@@ -231,12 +240,12 @@ def _with_prompts(
                 claim_seq,
                 attempts_,
                 crashes,
-                Prompt.from_body(body, chat=bool(chat)),
+                prompt,
                 key,
                 histories.get(job_id, NO_HISTORY),
                 tokens=tokens.get(job_id, 0),
                 throttled=run_id in throttled,
-                settings=None if settings is None else json_object(settings, "settings of a job"),
+                settings=_own_settings(prompt, settings),
                 probe=run_id in probed,
             )
         )

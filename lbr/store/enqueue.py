@@ -305,7 +305,7 @@ def _insert_jobs(
     ]
     _ADD_JOBS.run_plain(connection, rows)
     first = [(e.job_id, e.key, e.item.prompt) for e in entries if e.first]
-    bodies = [(job_id, run.id, key, int(prompt.messages is not None), prompt.body()) for job_id, key, prompt in first]
+    bodies = [(job_id, run.id, key, prompt.form, prompt.body()) for job_id, key, prompt in first]
     _ADD_PROMPTS.run_plain(connection, bodies)
     copies = list(answered.items())
     _COPY_RESULTS.run_plain(connection, copies)

@@ -373,7 +373,11 @@ def limits_answers(connection: Connection, _now: Millis, run: Run) -> bool:
     query = select(prompts.c.settings).where(prompts.c.run_id == run.id, prompts.c.settings.is_not(None))
     own = connection.execute(query.distinct()).scalars()
     settings = [run.task.settings, *(orjson.loads(text) for text in own)]
-    return any(output_limit(one) is not None for one in settings)
+    if any(output_limit(one) is not None for one in settings):
+        return True
+    limited = or_(*(prompts.c.body.contains(f'"{name}":') for name in ("max_tokens", "max_completion_tokens")))
+    query = select(prompts.c.job_id).where(prompts.c.run_id == run.id, prompts.c.chat == 2, limited)
+    return connection.scalar(query.limit(1)) is not None
 
 
 async def columns(

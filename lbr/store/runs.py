@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from sqlalchemy import delete, func, select, true, update
 from lbr.core.errors import DatabaseError, RunMismatchError, RunNotFoundError, UsageError
 from lbr.core.extras import Extra
 from lbr.core.pricing import Price
-from lbr.core.types import JobState, Move, PauseCause, Paused, Run, RunId, RunState, Task, differences
+from lbr.core.types import JobState, Move, PauseCause, Paused, Run, RunId, RunState, Task, canonical_json
 from lbr.store import counters
 from lbr.store.schema import attempts, extras, items, jobs, outages, prompts, results, runs
 from lbr.store.schema import counters as counters_table
@@ -37,6 +38,9 @@ FULL_TRIES = {"attempts": 0, "crashes": 0, "retry_seq": jobs.c.claim_seq, "worke
 _STATES = select(runs.c.id, runs.c.state).where(any_of(runs.c.id, "ids")).order_by(runs.c.id)
 _NEW = ("name", "task", "answerer", "fingerprint", "state", "max_attempts", "created_at", "enqueued_at", "price")
 _MAKE = Inserting(runs, *_NEW, "keep", unless="name")
+
+SHOWN, BEFORE = 60, 20
+"""How many characters of a long text are shown, and how many of them before the first difference."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,3 +363,21 @@ def _remove_items(connection: Connection, _now: Millis, run: Run) -> int:
         connection.execute(delete(counters_table).where(counters_table.c.run_id == run.id))
         connection.execute(delete(runs).where(runs.c.id == run.id))
     return gone
+
+
+def differences(old: Task, new: Task) -> list[str]:
+    """Return a line for each field in which two tasks differ, with the text around the first difference."""
+    found = []
+    for name in Task.__slots__:
+        texts = [canonical_json(getattr(task, name)).decode() for task in (old, new)]
+        if texts[0] != texts[1]:
+            start = max(0, len(os.path.commonprefix(texts)) - BEFORE)  # noqa: RUF071 - of texts
+            there, here = ("none" if text == "null" else _excerpt(text, start) for text in texts)
+            found.append(f"{name}: {there} there, {here} here")
+    return found
+
+
+def _excerpt(text: str, start: int) -> str:
+    if len(text) <= SHOWN:
+        return text
+    return "…" * (start > 0) + text[start : start + SHOWN] + "…" * (start + SHOWN < len(text))

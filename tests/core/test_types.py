@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
-from lbr.core.types import KeyMaker, Prompt, Task, differences
+from lbr.core.errors import DatabaseError
+from lbr.core.types import KeyMaker, Prompt, Task
+from lbr.store.runs import differences
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -53,3 +55,39 @@ def test_differences_are_those_of_the_keys() -> None:
     """Another order is no difference; another kind of number is one, for its key differs."""
     assert differences(TASK, replace(TASK, schema=reordered(SCHEMA))) == []
     assert differences(TASK, replace(TASK, settings={**TASK.settings, "top_p": 1})) != []
+
+
+class TestPromptWithSettings:
+    """A prompt may bring settings of its own."""
+
+    MESSAGES = ({"role": "user", "content": "p"},)
+    SETTINGS: ClassVar[dict[str, Any]] = {
+        "top_p": 1.0,
+        "extra_body": {"z": 1, "response_format": GUIDED},
+        "max_tokens": 9,
+    }
+
+    @pytest.mark.parametrize("prompt", [{"text": "p"}, {"messages": MESSAGES}])
+    def test_they_are_part_of_the_key_whatever_their_order(self, prompt: dict[str, Any]) -> None:
+        """Only equal settings share a key, and never one with a prompt that looks like what is stored."""
+        maker = KeyMaker(TASK)
+        own = Prompt(**prompt, settings=self.SETTINGS)
+        texts = [Prompt(**prompt), Prompt(own.body()), Prompt(**prompt, settings={**self.SETTINGS, "max_tokens": 8})]
+        assert len({maker.key(one) for one in (own, *texts)}) == 4
+        assert maker.key(Prompt(**prompt, settings=reordered(self.SETTINGS))) == maker.key(own)
+        assert maker.key(Prompt("p", settings={"seed": 1})).hex() == "77df62baba5125359541b7c740dd0c5a"
+
+    @pytest.mark.parametrize("prompt", [{"text": "p"}, {"messages": MESSAGES}])
+    def test_they_are_stored_in_the_order_in_which_they_are_sent(self, prompt: dict[str, Any]) -> None:
+        """The order of a schema's properties counts for a model."""
+        own = Prompt(**prompt, settings=self.SETTINGS)
+        read = Prompt.from_body(own.body(), chat=True)
+        assert (read, own.form) == (own, 2)
+        assert read.settings is not None
+        assert list(read.settings["extra_body"]["response_format"]["properties"]) == ["b", "a"]
+
+    @pytest.mark.parametrize("body", ["{}", '{"text": "p"}', '{"messages": [1], "settings": {}}', '{"settings": {}}'])
+    def test_what_another_program_wrote_is_refused(self, body: str) -> None:
+        """A body that is neither messages nor one with settings is an error of the database."""
+        with pytest.raises(DatabaseError, match="expected stored messages to be a list of objects"):
+            Prompt.from_body(body, chat=True)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import codecs
 import csv
+import gzip
 import io
 import json
 import os
+import random
 import re
 import string
 import threading
 import time
 import tracemalloc
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from lbr.core.errors import InputError, UsageError
-from lbr.core.types import Item, Prompt
+from lbr.core.types import Item, Part, Prompt
 from lbr.io import readers
 from lbr.io.readers import InputFormat, check_sources, is_stream, read_items
 from tests.io import pipe_in, read, refused, texts, write
@@ -367,14 +370,17 @@ class TestSources:
         ("name", "way_out"),
         [
             ("a.json", "JSONL, one object per line"),
-            ("a.parquet", "JSONL or CSV"),
-            ("a.gz", "unpack it first"),
+            ("a.JSON.gz", "JSONL, one object per line"),
+            ("a.parquet.gz", "unpack it"),
+            ("a.xlsx", "save it as CSV"),
         ],
     )
     def test_formats_that_are_not_read_are_refused(self, tmp_path: Path, name: str, way_out: str) -> None:
         """An ending that lbr cannot read is refused with a way out instead of being taken for text."""
         path = write(tmp_path, name, "[]")
-        with pytest.raises(UsageError, match=rf"cannot read .*{name}: lbr reads text, JSONL, CSV and TSV; .*{way_out}"):
+        with pytest.raises(
+            UsageError, match=rf"cannot read .*{name}: lbr reads text, JSONL, CSV, TSV and Parquet; .*{way_out}"
+        ):
             read_items([path])
 
     @pytest.mark.parametrize(
@@ -382,6 +388,11 @@ class TestSources:
         [
             ({"prompt_column": "a"}, "--prompt-column needs columns, and .*a.txt is read as text"),
             ({"prompt_column": "a", "template": "b"}, "--template and --prompt-column exclude each other"),
+            ({"id_column": "a"}, "--id-column needs columns, and .*a.txt is read as text"),
+            (
+                {"prompt_column": "a", "id_column": "a", "format": InputFormat.CSV},
+                "are the same, 'a'; name two columns",
+            ),
         ],
     )
     def test_flags_that_exclude_each_other_are_refused(
@@ -414,6 +425,75 @@ class TestSources:
         next(items)
         del items
         assert path not in [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+
+
+class TestGzip:
+    """Text formats may be compressed; the content says so, the name has the format."""
+
+    @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+    def test_the_same_items_come_out(self, tmp_path: Path, encoding: str) -> None:
+        """Compressed files are read as they would be without, and their lines have the same numbers."""
+        for name, content in {
+            "in.txt": "Größe\nb\n",
+            "in.jsonl": '{"prompt": "Größe", "id": 1}\n\n{"prompt": "b"}\n',
+            "in.csv": 'id;prompt\n1;"Grö\nße"\n2;b\n',
+            "in.tsv": "id\tprompt\n1\tGröße\n",
+        }.items():
+            plain = write(tmp_path, name, content.encode(encoding))
+            packed = write(tmp_path, f"{name}.gz", gzip.compress(content.encode(encoding)))
+            assert [replace(item, source=plain) for item in read(packed)] == read(plain)
+        two = write(tmp_path, "two.txt.GZ", gzip.compress(b"a\n") + gzip.compress(b"b\n"))
+        assert texts(two) == ["a", "b"]
+
+    def test_the_content_decides(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A file that only has the name is read as it is; one without the name, and stdin, are unpacked."""
+        assert texts(write(tmp_path, "a.txt.gz", b"a\n")) == ["a"]
+        assert texts(write(tmp_path, "a.txt", gzip.compress(b"a\n"))) == ["a"]
+        pipe_in(monkeypatch, gzip.compress(b"a\nb\n"))
+        assert texts("-") == ["a", "b"]
+
+    def test_a_file_that_is_cut_off_is_refused_with_its_line(self, tmp_path: Path) -> None:
+        """Wherever it was cut, the file is never taken for a shorter one."""
+        lines = [f"{random.Random(n).randbytes(40).hex()}\n" for n in range(400)]
+        whole = gzip.compress("".join(lines).encode())
+        for size in (5, 12, 300, len(whole) // 2, len(whole) - 1):
+            path = write(tmp_path, "in.txt.gz", whole[:size])
+            with pytest.raises(
+                InputError, match=r"in.txt.gz, line \d+: cannot be read: the compressed file is cut off"
+            ):
+                read(path)
+        damaged = bytearray(whole)
+        damaged[len(whole) // 2] ^= 0xFF
+        with pytest.raises(InputError, match=r"line \d+: cannot be read"):
+            read(write(tmp_path, "in.txt.gz", bytes(damaged)))
+
+    def test_a_reader_that_is_left_closes_its_file(self, tmp_path: Path) -> None:
+        """Nothing stays open when the consumer stops early."""
+        path = write(tmp_path, "a.txt.gz", gzip.compress(b"a\nb\n"))
+        items = read_items([path])
+        next(items)
+        del items
+        assert path not in [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+
+
+class TestIdColumn:
+    """`--id-column` names the id."""
+
+    def test_the_column_is_the_id(self, tmp_path: Path) -> None:
+        """Fields that would be the id otherwise are metadata then."""
+        (row,) = read(write(tmp_path, "in.csv", "id,sku,prompt\n1,007,a\n"), id_column="sku")
+        assert (row.custom_id, row.metadata) == ("007", {"id": "1"})
+        assert row.columns == {"id": Part.METADATA, "sku": Part.ID, "prompt": Part.PROMPT}
+        lines = '{"prompt": "a", "sku": 7, "id": 1, "custom_id": 2}\n'
+        (line,) = read(write(tmp_path, "in.jsonl", lines), id_column="sku", template="{{ prompt }}")
+        assert (line.custom_id, line.metadata) == (7, {"prompt": "a", "id": 1, "custom_id": 2})
+
+    def test_a_column_that_is_not_there_is_refused(self, tmp_path: Path) -> None:
+        """In a table at once, in JSONL by its line."""
+        with pytest.raises(UsageError, match="there is no column 'sku'; there are: 'prompt'.*; set --id-column"):
+            read(write(tmp_path, "in.csv", "prompt\na\n"), id_column="sku")
+        path = write(tmp_path, "in.jsonl", '{"prompt": "a", "sku": 1}\n{"prompt": "a"}\n')
+        refused(path, 2, "there is no field 'sku' for --id-column", id_column="sku")
 
 
 class TestCsv:

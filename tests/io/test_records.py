@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 
 from lbr.core.errors import InputError, UsageError
-from lbr.core.types import Prompt
+from lbr.core.types import Part, Prompt
 from lbr.io import readers
 from lbr.io.readers import read_items
 from tests.io import read, refused, texts, write
@@ -192,3 +192,70 @@ class TestTemplate:
         path = write(tmp_path, "in.txt", "a\n")
         with pytest.raises(UsageError, match=rf"the template is not valid Jinja: .* \(line {line}\)"):
             read_items([path], template=template)
+
+
+class TestBatchLines:
+    """Lines of OpenAI's batch input."""
+
+    MESSAGES: ClassVar[list[Any]] = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+
+    def line(self, body: dict[str, Any] | None = None, /, **fields: Any) -> str:
+        """Return a line."""
+        whole = {"model": "gpt-4o-mini", "messages": self.MESSAGES} | (body or {})
+        return json.dumps({"custom_id": "a-1", "method": "POST", "url": "/v1/chat/completions", "body": whole} | fields)
+
+    def test_the_body_becomes_prompt_and_settings(self, tmp_path: Path) -> None:
+        """What the chat adapter has a name for is a setting, all else is sent as it is; the rest is metadata."""
+        schema = {"type": "json_schema", "json_schema": {"schema": {"properties": {"b": {}, "a": {}}}}}
+        settings = {"temperature": 0, "top_p": 1, "presence_penalty": 0.5, "frequency_penalty": 1, "seed": 7}
+        body = settings | {"max_completion_tokens": 9, "stop": "X", "stream": False, "n": 1, "logit_bias": {"5": 1}}
+        body |= {"response_format": schema, "user": None, "reasoning_effort": "low"}
+        (item,) = read(write(tmp_path, "in.jsonl", self.line(body)))
+        extra = {"n": 1, "logit_bias": {"5": 1}, "response_format": schema, "user": None, "reasoning_effort": "low"}
+        wanted = {"model": "gpt-4o-mini", **settings, "max_tokens": 9, "stop_sequences": ["X"], "extra_body": extra}
+        assert item.prompt == Prompt(messages=tuple(self.MESSAGES), settings=wanted)
+        assert (item.custom_id, item.metadata) == ("a-1", {"method": "POST", "url": "/v1/chat/completions"})
+        assert item.columns == {
+            "custom_id": Part.ID,
+            "method": Part.METADATA,
+            "url": Part.METADATA,
+            "body": Part.PROMPT,
+        }
+
+    def test_two_names_for_one_setting_are_both_sent(self, tmp_path: Path) -> None:
+        """Nothing of the body is dropped: the second goes where it is sent under its name."""
+        (item,) = read(write(tmp_path, "in.jsonl", self.line({"max_tokens": 5, "max_completion_tokens": 6})))
+        assert item.prompt.settings == {
+            "model": "gpt-4o-mini",
+            "max_tokens": 5,
+            "extra_body": {"max_completion_tokens": 6},
+        }
+
+    @pytest.mark.parametrize(
+        ("body", "fields", "message"),
+        [
+            ({"stream": True}, {}, "the body asks for a stream, and lbr keeps whole answers; remove stream"),
+            ({"n": 2}, {}, "the body asks for 2 answers, and lbr keeps one per call; remove n"),
+            ({"n": [1]}, {}, r"the body asks for \[1\] answers"),
+            ({"model": 5}, {}, "expected the model of the body to be a string, got: 5"),
+            ({"messages": "hi"}, {}, "expected messages to be a list"),
+            ({}, {"url": "/v1/embeddings"}, "expected the url /v1/chat/completions, got: '/v1/embeddings'"),
+            ({}, {"url": 7}, "expected the url"),
+            ({}, {"body": "text"}, "expected one of the fields prompt and messages"),
+            ({}, {"id": 3}, "both id and custom_id are set"),
+        ],
+    )
+    def test_what_lbr_cannot_do_is_refused_with_its_line(
+        self, tmp_path: Path, body: dict[str, Any], fields: dict[str, Any], message: str
+    ) -> None:
+        """Whatever a line asks for is done, or the line is refused."""
+        refused(write(tmp_path, "in.jsonl", f"{self.line()}\n{self.line(body, **fields)}\n"), 2, message)
+
+    def test_a_record_with_a_prompt_is_none(self, tmp_path: Path) -> None:
+        """A template, a prompt column or a prompt come first: a field called body is data then."""
+        path = write(tmp_path, "in.jsonl", self.line(prompt="p"))
+        for options in ({}, {"prompt_column": "prompt"}, {"template": "{{ prompt }}"}):
+            (item,) = read(path, **options)
+            assert item.prompt == Prompt("p")
+            assert item.metadata is not None
+            assert "body" in item.metadata

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lbr.core.errors import InputError, UsageError
 from lbr.core.types import Item, Prompt
 from lbr.io import readers
 from lbr.io.samples import Sample
-from lbr.io.sources import Source
+from lbr.io.sources import Source, expanded
 from tests.io import write
 
 
@@ -107,3 +108,27 @@ async def test_a_check_of_many_inputs_can_be_cancelled(tmp_path: Path, monkeypat
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1):
             await source.check()
+
+
+class TestPatterns:
+    """A pattern stands for the files that match it."""
+
+    def test_matching_files_come_sorted(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A name that a file has is no pattern; other names, and stdin, stay where they are."""
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "deep" / "er").mkdir(parents=True)
+        for name in ("b.txt", "a.txt", "c[1].txt", "c1.txt", "deep/er/d.txt", ".hidden.txt"):
+            (tmp_path / name).touch()
+        assert expanded(["z", "*.txt", "-"]) == ["z", "a.txt", "b.txt", "c1.txt", "c[1].txt", "-"]
+        assert expanded(["c[1].txt"]) == ["c[1].txt"]
+        assert expanded(["**/d.*"]) == ["deep/er/d.txt"]
+        with pytest.raises(UsageError, match=re.escape("no file matches '*.csv'; check the pattern")):
+            expanded(["a.txt", "*.csv"])
+
+    def test_a_run_is_named_after_its_first_file(self, tmp_path: Path) -> None:
+        """Both endings of a compressed file are left out; a name with dots keeps the others."""
+        names = {"a.csv": "a", "b.csv.gz": "b", "c.d.JSONL.GZ": "c.d", "e.gz": "e", "f": "f", "g.parquet": "g"}
+        for name in names:
+            (tmp_path / name).touch()
+        assert {name: Source(tmp_path / name).run_name(None) for name in names} == names
+        assert Source([tmp_path / "[a-b]*", tmp_path / "f"]).run_name(None) == "a"

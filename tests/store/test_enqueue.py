@@ -22,10 +22,10 @@ from lbr.core.types import (
     Shape,
     Task,
     WorkerId,
-    differences,
 )
 from lbr.store import enqueue, reads, runs, schema
 from lbr.store.database import open_database
+from lbr.store.runs import differences
 from lbr.store.settle import settle
 from tests.support import ECHO, Queue, answered, assert_counted, put, states
 
