@@ -12,11 +12,13 @@ from lbr.core.types import JobState, PauseCause, Paused, Report, RunState
 from lbr.store import counters
 
 if TYPE_CHECKING:
-    from lbr.core.types import Json
+    from lbr.core.types import Json, Millis
     from lbr.store.limits import LimitStatus
     from lbr.store.reads import Overview, RunCounts, WorkerSeen
 
 
+LISTED = ("run", "model or function", "inputs", "done", "failed", "state", "age", "cost")
+NO_RUNS = "no runs yet; `lbr enqueue` creates one"
 PLAIN_COUNTERS = ("reused", "stale", "crashed", "input_tokens", "output_tokens", "unpriced")
 WAYS_ON = {
     PauseCause.MOVING_FROM: "finish that with the same `lbr move`",
@@ -38,6 +40,7 @@ class RunStatus(Report):
     `price` is what the user set for a million tokens, None if the provider and the price table decide; `max_cost_usd` is
     None without a limit. `errors` counts failed attempts by family. `rate` is jobs per second; it and `eta_seconds` are
     None if no worker holds jobs of the run, before the first answer, during an outage, and if nothing is left.
+    `age_seconds` counts from the first enqueue.
     """
 
     run: str
@@ -69,6 +72,12 @@ class RunStatus(Report):
     errors: dict[str, int]
     rate: float | None
     eta_seconds: float | None
+    age_seconds: float
+
+    @property
+    def word(self) -> str:
+        """The run's state in a word: finished, active, paused or cancelled."""
+        return "finished" if self.finished and self.state != RunState.CANCELLED else self.state
 
     @property
     def pause(self) -> Paused | None:
@@ -97,7 +106,7 @@ def status_of(view: Overview) -> Status:
     live = [worker for worker in view.workers if worker.is_live]
     away = {one.answerer for one in view.outages}
     return Status(
-        runs=[_run_status(one, _rate(one, live, away)) for one in view.runs],
+        runs=[_run_status(one, _rate(one, live, away), view.now) for one in view.runs],
         workers=[{name: value for name, value in one._asdict().items() if name != "runs"} for one in live],
         cooldowns=[one._asdict() for one in view.cooldowns],
         outages=[one._asdict() for one in view.outages],
@@ -112,7 +121,7 @@ def _rate(one: RunCounts, live: list[WorkerSeen], away: set[str]) -> float | Non
     return sum(worker.rate for worker in live if one.run.id in worker.runs) or None
 
 
-def _run_status(one: RunCounts, rate: float | None) -> RunStatus:
+def _run_status(one: RunCounts, rate: float | None, now: Millis) -> RunStatus:
     run, counts, cost = one.run, one.counts, one.counts[counters.COST_NANOS]
     return RunStatus(
         run=run.name,
@@ -135,6 +144,7 @@ def _run_status(one: RunCounts, rate: float | None) -> RunStatus:
         errors={one.value: counts[counters.TRY + one] for one in Family if counts[counters.TRY + one]},
         rate=rate,
         eta_seconds=None if rate is None else one.open / rate,
+        age_seconds=max(0, now - run.created_at) / 1000,
     )
 
 
@@ -234,7 +244,7 @@ def describe(status: Status) -> str:
     """Return the report that `lbr status` prints."""
     lines = [line for run in status.runs for line in _describe_run(run)]
     if not status.runs:
-        lines.append("no runs yet; `lbr enqueue` creates one")
+        lines.append(NO_RUNS)
     lines += [
         f"cooling down: {one['answerer']} for another {duration(one['seconds'])}: {one['reason']}"
         for one in status.cooldowns
@@ -258,9 +268,25 @@ def describe(status: Status) -> str:
     return "\n".join(map(printable, lines))
 
 
+def describe_list(runs: list[RunStatus]) -> str:
+    """Return the table that `lbr list` prints, a line for each run."""
+    if not runs:
+        return NO_RUNS
+    rows = [_listed(one) for one in runs]
+    widths = [max(map(len, column)) for column in zip(LISTED, *rows, strict=True)]
+    aligned = [">" if name in {"inputs", "done", "failed"} else "<" for name in LISTED]
+    cells = [zip(row, aligned, widths, strict=True) for row in (LISTED, *rows)]
+    return "\n".join("  ".join(f"{text:{side}{width}}" for text, side, width in row).rstrip() for row in cells)
+
+
+def _listed(run: RunStatus) -> tuple[str, ...]:
+    cost = "-" if run.cost_usd is None else _dollars(run.cost_usd)
+    counts = map(str, (run.inputs, run.done, run.failed))
+    return (printable(run.run), printable(run.answerer), *counts, run.word, duration(run.age_seconds), cost)
+
+
 def _describe_run(run: RunStatus) -> list[str]:
-    word = "finished" if run.finished and run.state != RunState.CANCELLED else run.state
-    lines = [f"run {run.run} ({run.answerer}): {word}"]
+    lines = [f"run {run.run} ({run.answerer}): {run.word}"]
     if run.pause is not None:
         lines.append(f"  paused: {paused_words(run.run, run.pause)}")
     if not run.sealed:

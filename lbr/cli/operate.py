@@ -1,4 +1,4 @@
-"""The commands that show and control runs: status, show, retry, cancel, rm, pause, resume, limit, move, doctor."""
+"""The commands that show and control runs: status, list, show, retry, cancel, rm, pause, resume, limit, move, doctor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import orjson
 from lbr.api import doctor as doctor_api
 from lbr.api import move as move_api
 from lbr.api import operate
-from lbr.api.status import describe, describe_limit, printable, resumed_words
+from lbr.api.status import describe, describe_limit, describe_list, printable, resumed_words
 from lbr.cli.app import echo, echo_json, log, option, read_settings, switch, with_database
 from lbr.core.config import positive
 from lbr.core.errors import StoppedError, UsageError
@@ -56,6 +56,22 @@ def status(db: dict[str, Any], /, run: str | None, json: bool, watch: bool, inte
             if not watch or all(one.finished or one.state == "cancelled" for one in found.runs):
                 return
             time.sleep(pause_seconds)
+
+
+@click.command("list")
+@switch("--json", "Print one JSON object per run.")
+@with_database
+def list_runs(db: dict[str, Any], /, json: bool) -> None:
+    """List all runs, one per line: inputs, answers, failures, state, age, cost.
+
+    Done and failed count distinct inputs, because equal inputs share an answer.
+    """
+    found = asyncio.run(operate.status(**db)).runs
+    if not json:
+        echo(describe_list(found))
+        return
+    for one in found:
+        echo_json(one.to_dict())
 
 
 @click.command()

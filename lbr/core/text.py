@@ -32,13 +32,14 @@ def pluralize(count: int, noun: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time span: `4.2 s`, `3 min 05 s`, `2 h 10 min`."""
+    """Return a time span: `4.2 s`, `3 min 05 s`, `2 h 10 min`, `30 d 4 h`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest:02} s"
-    return f"{minutes // 60} h {minutes % 60:02} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 def harmless(text: str) -> str:

@@ -32,6 +32,41 @@ def enqueue(cli: Cli, name: str, prompts: list[str], *flags: str) -> None:
     cli("enqueue", f"{name}.txt", "--model", "offline:echo", *flags)
 
 
+class TestList:
+    """`lbr list`."""
+
+    def test_it_prints_a_line_for_each_run(self, cli: Cli) -> None:
+        """Columns are aligned, equal inputs count once among the answers, and JSON has the numbers of `status`."""
+        enqueue(cli, "first", ["a", "b", "b"], "--price", "in=1,out=1")
+        cli("worker")
+        enqueue(cli, "a longer name", ["a", "c"], "--run", "a longer name")
+        cli("cancel", "a longer name")
+        enqueue(cli, "third", ["d"])
+        header, *lines = cli("list").stdout.splitlines()
+        assert header.split("  ")[:2] == ["run", ""]
+        places = [header.index(word) for word in ("model", "state", "age", "cost")]
+        told = [[line[start:].split()[0] for start in places] for line in lines]
+        assert [[one[0], one[1]] for one in told] == [
+            ["offline:echo", "finished"],
+            ["offline:echo", "cancelled"],
+            ["offline:echo", "active"],
+        ]
+        assert [one[3][0] for one in told] == ["$", "-", "-"]
+        end = header.index("done") + len("done")
+        assert [line[:end].split()[-2:] for line in lines] == [["3", "2"], ["2", "1"], ["1", "0"]]
+        shown = [json.loads(line) for line in cli("list", "--json").stdout.splitlines()]
+        assert [one["run"] for one in shown] == ["first", "a longer name", "third"]
+        ages = [one["age_seconds"] for one in shown]
+        assert ages == sorted(ages, reverse=True)
+        assert 0 <= ages[-1] <= ages[0] < 600
+
+    def test_without_runs_it_says_how_to_begin(self, cli: Cli) -> None:
+        """An empty queue is no error."""
+        enqueue(cli, "only", ["a"])
+        cli("rm", "only")
+        assert cli("list").stdout == "no runs yet; `lbr enqueue` creates one\n"
+
+
 class TestRemove:
     """`lbr rm`."""
 
