@@ -15,7 +15,7 @@ from lbr.api.doctor import Finding, Gravity, doctor
 from lbr.api.enqueue import EnqueueReport, enqueue
 from lbr.api.estimate import Estimate, estimate
 from lbr.api.move import Moved, move
-from lbr.api.operate import cancel, limit, pause, remove, reparse, resume, retry, show, status
+from lbr.api.operate import backup, cancel, limit, pause, prune, remove, reparse, resume, retry, show, status
 from lbr.api.prompt_map import export_jsonl, prompt_map
 from lbr.api.status import RunStatus, Status
 from lbr.api.work import work
@@ -86,6 +86,7 @@ __all__ = [
     "WorkReport",
     "Worker",
     "__version__",
+    "backup",
     "cancel",
     "collect",
     "doctor",
@@ -96,6 +97,7 @@ __all__ = [
     "move",
     "pause",
     "prompt_map",
+    "prune",
     "remove",
     "reparse",
     "resume",

@@ -8,21 +8,25 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from lbr.api.arguments import checked
-from lbr.api.status import RunStatus, Status, limit_fields, status_of
+from lbr.api.status import RunStatus, Status, limit_fields, run_status, status_of
 from lbr.api.task import answer_validator, check_settings
 from lbr.core.config import DB_URL_DEFAULT, a_minute, at_least_one, nanos_of, one_of
 from lbr.core.errors import UsageError
-from lbr.core.text import pluralize
+from lbr.core.text import pluralize, seconds_of
 from lbr.core.types import JobState
 from lbr.models.base import model_string
 from lbr.store import leases, limits, reads, redo, runs
+from lbr.store.database import backup as backup_queue
 from lbr.store.database import opened
+from lbr.store.runs import cancel_unchanged
 from lbr.worker.runs import check_tells_cost, check_tells_other_cost
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from os import PathLike
 
-    from lbr.core.types import Json, PathOrUrl, Paused
+    from lbr.core.types import Json, PathOrUrl, Paused, Run
+    from lbr.store.database import Database
     from lbr.store.reads import JobDetail
     from lbr.store.redo import Reparsed
 
@@ -121,15 +125,64 @@ async def remove(
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         found = await database.read(reads.find_run, run)
         await runs.cancel(database, found)
-        warned = False
-        while inflight := (await database.read(reads.counts, [found.id]))[0].of(JobState.INFLIGHT):
-            if not warned:
-                notify(f"run {run}: waiting for {pluralize(inflight, 'call')} in flight; no more jobs are claimed")
-            warned = True
-            # Perhaps no other worker is left to do it.
-            await leases.reclaim(database, await database.read(leases.dead_workers, database.presence))
-            await asyncio.sleep(WAIT_SECONDS)
-        return await runs.remove(database, found)
+        count = await _remove_cancelled(database, found, notify)
+        await database.give_back_space()
+        return count
+
+
+async def _remove_cancelled(database: Database, run: Run, notify: Callable[[str], None]) -> int:
+    warned = False
+    while inflight := (await database.read(reads.counts, [run.id]))[0].of(JobState.INFLIGHT):
+        if not warned:
+            notify(f"run {run.name}: waiting for {pluralize(inflight, 'call')} in flight; no more jobs are claimed")
+        warned = True
+        # Perhaps no other worker is left to do it.
+        await leases.reclaim(database, await database.read(leases.dead_workers, database.presence))
+        await asyncio.sleep(WAIT_SECONDS)
+    return await runs.remove(database, run)
+
+
+@checked
+async def prune(
+    older: str,
+    *,
+    runs: Sequence[str] | None = None,
+    dry_run: bool = False,
+    db_url: PathOrUrl = DB_URL_DEFAULT,
+    allow_network_fs: bool = False,
+    notify: Callable[[str], None] = lambda _: None,
+) -> list[RunStatus]:
+    """Remove the finished and cancelled runs whose last change is `older`, for example `30d`; return them.
+
+    `runs` limits this to some names. With `dry_run`, nothing is removed. A run that changes meanwhile stays, and so
+    does one that was moved. Safe to repeat after an interruption. Raises UsageError for what is no time span.
+    """
+    age_ms = seconds_of("--older", older) * 1000
+    pruned = []
+    async with opened(db_url, allow_network_fs=allow_network_fs) as database:
+        now = await database.read(reads.time)
+        for seen in await database.read(reads.idle_runs, age_ms):
+            if runs is not None and seen.run.name not in runs:
+                continue
+            if not dry_run:
+                if not await database.write(cancel_unchanged, seen.run, seen.counts):
+                    continue
+                await _remove_cancelled(database, seen.run, notify)
+            pruned.append(run_status(seen, None, now))
+        if not dry_run:
+            await database.give_back_space()
+    return pruned
+
+
+@checked
+async def backup(
+    file: PathLike[str] | str, *, db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_fs: bool = False
+) -> None:
+    """Copy a SQLite queue to a new file, as it is at one moment, while workers go on; only you can read the file.
+
+    Raises UsageError for a queue on PostgreSQL and for a file that exists, OutputError if it cannot be written.
+    """
+    await backup_queue(db_url, file, allow_network_fs=allow_network_fs)
 
 
 @checked

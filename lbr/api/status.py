@@ -106,7 +106,7 @@ def status_of(view: Overview) -> Status:
     live = [worker for worker in view.workers if worker.is_live]
     away = {one.answerer for one in view.outages}
     return Status(
-        runs=[_run_status(one, _rate(one, live, away), view.now) for one in view.runs],
+        runs=[run_status(one, _rate(one, live, away), view.now) for one in view.runs],
         workers=[{name: value for name, value in one._asdict().items() if name != "runs"} for one in live],
         cooldowns=[one._asdict() for one in view.cooldowns],
         outages=[one._asdict() for one in view.outages],
@@ -121,7 +121,8 @@ def _rate(one: RunCounts, live: list[WorkerSeen], away: set[str]) -> float | Non
     return sum(worker.rate for worker in live if one.run.id in worker.runs) or None
 
 
-def _run_status(one: RunCounts, rate: float | None, now: Millis) -> RunStatus:
+def run_status(one: RunCounts, rate: float | None, now: Millis) -> RunStatus:
+    """Return the numbers of a run that works at this rate, None if it does not."""
     run, counts, cost = one.run, one.counts, one.counts[counters.COST_NANOS]
     return RunStatus(
         run=run.name,
@@ -274,9 +275,8 @@ def describe_list(runs: list[RunStatus]) -> str:
         return NO_RUNS
     rows = [_listed(one) for one in runs]
     widths = [max(map(len, column)) for column in zip(LISTED, *rows, strict=True)]
-    aligned = [">" if name in {"inputs", "done", "failed"} else "<" for name in LISTED]
-    cells = [zip(row, aligned, widths, strict=True) for row in (LISTED, *rows)]
-    return "\n".join("  ".join(f"{text:{side}{width}}" for text, side, width in row).rstrip() for row in cells)
+    aligned = [map(str.ljust, row, widths) for row in (LISTED, *rows)]
+    return "\n".join("  ".join(row).rstrip() for row in aligned)
 
 
 def _listed(run: RunStatus) -> tuple[str, ...]:

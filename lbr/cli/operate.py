@@ -1,4 +1,4 @@
-"""The commands that show and control runs: status, list, show, retry, cancel, rm, pause, resume, limit, move, doctor."""
+"""The commands that show and control runs: status, list, show, retry, cancel, rm, prune, pause, resume, limit, move, backup, doctor."""
 
 from __future__ import annotations
 
@@ -180,6 +180,38 @@ def rm(db: dict[str, Any], /, run: str, yes: bool) -> None:
         raise UsageError(f"run {run} was not removed")
     count = asyncio.run(operate.remove(run, **db, notify=log))
     echo(f"run {run}: removed, with {pluralize(count, 'job')}")
+
+
+@click.command()
+@option("--older", "TIME", "The least age of a run's last change, for example 12h, 30d or 2w.", required=True)
+@switch("--yes", "Do not ask.")
+@switch("--dry-run", "List the runs, and remove nothing.")
+@with_database
+def prune(db: dict[str, Any], /, older: str, yes: bool, dry_run: bool) -> None:
+    """Remove the finished and cancelled runs that have not changed for some time, with their inputs and answers."""
+    found = asyncio.run(operate.prune(older, dry_run=True, **db))
+    if found:
+        echo(describe_list(found))
+    if not found or dry_run:
+        log("dry run: nothing was removed" if found else f"no finished or cancelled run is older than {older}")
+        return
+    answers = pluralize(sum(one.done for one in found), "answer")
+    if not yes and not click.confirm(f"Remove {pluralize(len(found), 'run')} with {answers}?", err=True):
+        raise UsageError("no run was removed")
+    removed = asyncio.run(operate.prune(older, runs=[one.run for one in found], **db, notify=log))
+    echo(f"{pluralize(len(removed), 'run')} removed")
+
+
+@click.command()
+@click.argument("file", type=click.Path(dir_okay=False))
+@with_database
+def backup(db: dict[str, Any], /, file: str) -> None:
+    """Copy the queue to a new FILE, as it is at one moment, while workers go on.
+
+    Only for a SQLite queue; on PostgreSQL, use pg_dump.
+    """
+    asyncio.run(operate.backup(file, **db))
+    echo(f"{db['db_url']}: copied to {file}")
 
 
 @click.command()

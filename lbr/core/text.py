@@ -11,6 +11,8 @@ import orjson
 
 from lbr.core.errors import UsageError
 
+UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
+
 # Control characters other than tab and newline, and characters that change the direction of writing.
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]|\r(?!\n)")
 
@@ -40,6 +42,16 @@ def duration(seconds: float) -> str:
         return f"{minutes} min {rest:02} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def seconds_of(name: str, text: str) -> int:
+    """Return the seconds of a time span with its unit: `90s`, `45m`, `12h`, `30d` or `2w`. Raises UsageError."""
+    found = re.fullmatch(r"(\d{1,9})([smhdw])", text.strip(), re.ASCII)
+    if found is None:
+        raise UsageError(
+            f"expected {name} to be a number with a unit (s, m, h, d, w), for example 30d, got: {text!r:.50}"
+        )
+    return int(found[1]) * UNITS[found[2]]
 
 
 def harmless(text: str) -> str:

@@ -24,10 +24,12 @@ from lbr.core.types import Millis
 from lbr.store import files
 from lbr.store.addresses import address_of, is_postgresql, sqlite_path
 from lbr.store.schema import LATEST
+from lbr.store.sql import SCHEMA
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
+    from os import PathLike
     from pathlib import Path
 
     from sqlalchemy import Connection
@@ -150,6 +152,10 @@ class Database(ABC):
     async def filled(self) -> None:
         """Note that an enqueue has finished: many rows may be new."""
 
+    @abstractmethod
+    async def give_back_space(self) -> None:
+        """Return the space of removed rows to the file system, in short transactions."""
+
     def check_version(self, version: int, *, create: bool) -> None:
         """Raise DatabaseError for the schema of a newer version, UsageError for a missing one without `create`."""
         if version > LATEST:
@@ -239,6 +245,26 @@ def sole_worker(url: PathOrUrl) -> AbstractAsyncContextManager[None]:
     from lbr.store import sqlite  # noqa: PLC0415 - as above
 
     return sqlite.sole_worker(url)
+
+
+async def backup(url: PathOrUrl, file: PathLike[str] | str, *, allow_network_fs: bool = False) -> None:
+    """Copy the queue at one moment to a new file, private and whole, while others use it; also one of an older version.
+
+    Raises UsageError for a server, or if the file exists; OutputError if it cannot be written.
+    """
+    if is_postgresql(url):
+        raise UsageError(
+            f"a backup copies a SQLite file, and this queue is on a server; use `pg_dump --schema={SCHEMA} "
+            f"--format=custom --file={file} DATABASE`"
+        )
+    from lbr.store import sqlite  # noqa: PLC0415 - as above
+
+    target = files.check_new(file)
+    database = sqlite.open_sqlite(url, create=False, allow_network_fs=allow_network_fs, clock=None, patience=PATIENCE)
+    try:
+        await database.backup(target)
+    finally:
+        await to_its_end(database.close())
 
 
 async def remove_queue(url: PathOrUrl, *, run: str) -> bool:

@@ -206,25 +206,45 @@ def telling_name(database: str) -> str:
 
 def write_private(path: Path, data: bytes) -> None:
     """Write a new file that only its owner can read, whole or not at all, and wait for the disk. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}{PART}")
-    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    with new_private(path) as (_, descriptor), open(descriptor, "wb", closefd=False) as file:
+        file.write(data)
+
+
+def check_new(file: os.PathLike[str] | str) -> Path:
+    """Return a new file's path. Raises UsageError if it, or a file that SQLite would take as its own, is there."""
+    path = Path(file).absolute()
+    if taken := [f"{path}{suffix}" for suffix in SUFFIXES if os.path.lexists(f"{path}{suffix}")]:
+        raise UsageError(f"{taken[0]} exists already, and a backup replaces no file; use another name, or remove it")
+    if not path.parent.is_dir():
+        raise UsageError(f"there is no folder {path.parent} for the backup; create it first")
+    return path
+
+
+@contextmanager
+def new_private(path: Path) -> Iterator[tuple[Path, int]]:
+    """Yield a hidden new file that only its owner can read, and its descriptor.
+
+    If the block succeeds, it gets its name, on the disk, else it is removed. Raises OSError.
+    """
+    part = path.with_name(f".{path.name}.{uuid4().hex[:8]}{PART}")
+    descriptor = os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            with suppress(OSError):
-                lock_open(descriptor)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            # Under the lock, because other processes remove a part that none holds.
-            temporary.rename(path)
+        with suppress(OSError):
+            lock_open(descriptor)
+        yield part, descriptor
+        os.fsync(descriptor)
+        # Under the lock, because other processes remove a part that none holds.
+        part.rename(path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(descriptor)
 
 
 def remove_parts(parts: Iterable[Path]) -> None:

@@ -285,6 +285,9 @@ class PostgresDatabase(Database):
         """Tell the planner how many rows there are; autovacuum would do so a minute later."""
         await self.write(lambda connection, _: connection.execute(text(f"ANALYZE {SCHEMA}.jobs")))
 
+    async def give_back_space(self) -> None:
+        """Do nothing: autovacuum lets later rows use the space."""
+
     async def prepare(self, *, create: bool) -> None:
         """Upgrade older tables; create missing ones only with `create`."""
         patience, self.patience = self.patience, min(self.patience, OPEN_PATIENCE_SECONDS)

@@ -13,7 +13,7 @@ from sqlalchemy import Float, bindparam, case, cast, func, or_, select
 from lbr.core.errors import CUT_OFF, DatabaseError, UsageError
 from lbr.core.extras import Extra, Extras
 from lbr.core.pricing import NANOS, output_limit
-from lbr.core.types import Include, JobId, JobState, Millis, Part, Prompt, Row, RowUsage, Run, RunId, Shape
+from lbr.core.types import Include, JobId, JobState, Millis, Part, Prompt, Row, RowUsage, Run, RunId, RunState, Shape
 from lbr.store import counters, runs
 from lbr.store.limits import LimitStatus, all_limits, is_ahead
 from lbr.store.schema import INFLIGHT, SILENT_MS, attempts, items, jobs, limits, outages, prompts, results, workers
@@ -248,6 +248,20 @@ def open_runs(connection: Connection, _now: Millis) -> list[Run]:
 def counts(connection: Connection, _now: Millis, run_ids: Iterable[RunId]) -> list[RunCounts]:
     """Return the runs of these ids with their counts, in the order of their ids."""
     return _counts(connection, runs.all_runs(connection, runs_table.c.id.in_(list(run_ids))))
+
+
+def idle_runs(connection: Connection, now: Millis, age_ms: int) -> list[RunCounts]:
+    """Return the finished and cancelled runs without a change for so long, but not those that `lbr move` holds.
+
+    It reads all jobs.
+    """
+    known = _counts(connection, runs.all_runs(connection, runs_table.c.enqueued_at <= now - age_ms))
+    found = [one for one in known if one.finished or one.run.state is RunState.CANCELLED]
+    ended = select(jobs.c.run_id, func.max(jobs.c.finished_at)).where(jobs.c.run_id.in_([one.run.id for one in found]))
+    last = {run_id: at or 0 for run_id, at in connection.execute(ended.group_by(jobs.c.run_id)).all()}
+    changed = [max(one.run.sealed_at or 0, last.get(one.run.id, 0)) for one in found]
+    old = (one for one, at in zip(found, changed, strict=True) if at <= now - age_ms)
+    return [one for one in old if one.run.pause is None or not one.run.pause.cause.is_move]
 
 
 def time(_connection: Connection, now: Millis) -> Millis:

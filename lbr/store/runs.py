@@ -19,6 +19,7 @@ from lbr.store.schema import counters as counters_table
 from lbr.store.sql import Inserting, any_of, wake_workers
 
 if TYPE_CHECKING:
+    from collections import Counter
     from collections.abc import Callable, Iterable, Sequence
 
     from sqlalchemy import ColumnElement, Connection
@@ -279,6 +280,16 @@ def revive(connection: Connection, _now: Millis, run: Run) -> None:
     check_not_moving(current)
     if current.state is RunState.CANCELLED:
         change(connection, run, {"state": RunState.ACTIVE})
+
+
+def cancel_unchanged(connection: Connection, _now: Millis, seen: Run, counts: Counter[str]) -> bool:
+    """Cancel a run unless it, or what it counts, has changed since it was `seen`; return whether it is cancelled."""
+    current = hold(connection, seen)
+    if current.enqueued_at != seen.enqueued_at or counters.of_runs(connection, [seen.id])[seen.id] != counts:
+        return False
+    if current.state is not RunState.CANCELLED:
+        change(connection, current, {"state": RunState.CANCELLED} | NOT_PAUSED)
+    return True
 
 
 async def cancel(database: Database, run: Run) -> int:

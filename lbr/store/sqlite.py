@@ -7,7 +7,7 @@ import re
 import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,11 +19,12 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
 
 from lbr.core import open_files
 from lbr.core.config import PATIENCE
-from lbr.core.errors import AlreadyRunningError, DatabaseBusyError, DatabaseError, MisfitError, UsageError
+from lbr.core.errors import AlreadyRunningError, DatabaseBusyError, DatabaseError, MisfitError, OutputError, UsageError
 from lbr.store import files, schema
 from lbr.store.addresses import sqlite_path, synchronous_in
 from lbr.store.database import Database, local_clock, to_its_end
 from lbr.store.leases import Presence
+from lbr.store.sql import fetch
 
 if TYPE_CHECKING:
     import os
@@ -46,6 +47,10 @@ CHECKPOINT_PAUSE_SECONDS, HASTY_PAUSE_SECONDS = 5.0, 1.0
 READER_MS, HASTY_READER_MS = 100, 500
 """How long every writer waits, at a checkpoint, for a long reader."""
 BUSY_TIMEOUT_MS = 2_500
+COPY_PAGES = 1_000
+"""How many pages of a backup are copied between looks at whether it was interrupted."""
+VACUUM_PAGES, VACUUM_PAUSE_SECONDS = 500, 0.05
+"""How many free pages a transaction gives back, in tens of milliseconds, and how long others have their turn then."""
 BEGIN_WRITING = "BEGIN IMMEDIATE"
 """Begins a transaction that has the file's lock from its beginning."""
 HARMLESS = "PRAGMA trusted_schema = OFF"
@@ -226,6 +231,8 @@ class SQLiteDatabase(Database):
                 return
             async with files.creation_lock(self.path):
                 files.create_private(self.path)
+                if not version:  # later, only VACUUM changes it
+                    await self._in_thread(self._pragma, "auto_vacuum = INCREMENTAL")
                 await self._in_thread(self._use_wal)
                 await self.write(schema.migrate, self.presence.dead_workers)
 
@@ -233,6 +240,43 @@ class SQLiteDatabase(Database):
         """Let readers and the writer work side by side; the file keeps the mode."""
         if self._pragma("journal_mode") != "wal":
             self._pragma("journal_mode = WAL")
+
+    async def give_back_space(self) -> None:
+        """Return free pages to the file system. Does nothing in files of older versions, which keep them for later rows."""
+        left = await self.write(_vacuum)
+        while left:
+            left = await self.write(_vacuum)
+            await asyncio.sleep(VACUUM_PAUSE_SECONDS)
+
+    async def backup(self, target: Path) -> None:
+        """Copy the file as it is at one moment to a new one, while others write. Raises as `lbr.store.database.backup`."""
+        self.check_version(await self.quick_read(self.version), create=False)
+        copying = self._in_thread(self._copy, target)
+        try:
+            with self._errors():
+                await asyncio.shield(copying)
+        except asyncio.CancelledError:
+            self.give_up()
+            raise
+        except (OSError, sqlite3.Error) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise OutputError(f"cannot copy {self.path} to {target}: {reason}; nothing was written there") from error
+
+    def _copy(self, target: Path) -> None:
+        def check(*_: int) -> None:
+            if self._given_up:
+                raise InterruptedError
+
+        # One reading transaction: between steps without it, each commit of a worker would make SQLite begin again.
+        with files.new_private(target) as (part, _), self._engine.begin() as connection:
+            connection.exec_driver_sql("BEGIN")
+            connection.exec_driver_sql(SCHEMA_ROWS).all()
+            # Without locks, because nobody knows the file, and it may be on a network file system.
+            with closing(sqlite3.connect(f"{part.as_uri()}?nolock=1", uri=True)) as copy:
+                copy.execute("PRAGMA journal_mode = OFF")
+                driver: Any = connection.connection.driver_connection
+                driver.backup(copy, pages=COPY_PAGES, progress=check)
+            files.check_new(target)  # the name may be taken by now
 
     def version(self, connection: Connection, _now: Millis) -> int:
         """Return the schema's version, 0 for an empty file; DatabaseError for another program's."""
@@ -256,6 +300,16 @@ class SQLiteDatabase(Database):
         self._thread.shutdown()
         if "_reader" in vars(self):
             await self._reader.dispose()
+
+
+def _vacuum(connection: Connection, _now: Millis) -> int:
+    """Give some free pages back; return how many are left, 0 if the file was made without that."""
+    driver: Any = connection.connection.driver_connection
+    if fetch(driver, "PRAGMA auto_vacuum") != [(2,)]:
+        return 0
+    for _ in range(VACUUM_PAGES):
+        fetch(driver, "PRAGMA incremental_vacuum(1)")  # Python would run a larger number for one page only
+    return int(fetch(driver, "PRAGMA freelist_count")[0][0])
 
 
 def _data_version(connection: Connection, _now: Millis) -> int:

@@ -6,9 +6,10 @@ import json
 import os
 import pty
 import signal
+import sqlite3
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -52,8 +53,8 @@ class TestList:
             ["offline:echo", "active"],
         ]
         assert [one[3][0] for one in told] == ["$", "-", "-"]
-        end = header.index("done") + len("done")
-        assert [line[:end].split()[-2:] for line in lines] == [["3", "2"], ["2", "1"], ["1", "0"]]
+        counts = [line[header.index("inputs") : header.index("state")].split() for line in lines]
+        assert counts == [["3", "2", "0"], ["2", "1", "0"], ["1", "0", "0"]]
         shown = [json.loads(line) for line in cli("list", "--json").stdout.splitlines()]
         assert [one["run"] for one in shown] == ["first", "a longer name", "third"]
         ages = [one["age_seconds"] for one in shown]
@@ -65,6 +66,84 @@ class TestList:
         enqueue(cli, "only", ["a"])
         cli("rm", "only")
         assert cli("list").stdout == "no runs yet; `lbr enqueue` creates one\n"
+
+
+class TestPrune:
+    """`lbr prune`."""
+
+    def test_it_removes_old_runs_that_are_over(self, cli: Cli) -> None:
+        """Open runs, young ones, and those that were moved away stay; it asks, and a dry run removes nothing."""
+        enqueue(cli, "done", ["a", "b"])
+        enqueue(cli, "stopped", ["c"], "--run", "stopped")
+        cli("worker", "--run", "done")
+        cli("cancel", "stopped")
+        enqueue(cli, "open", ["d"])
+        young = cli("prune", "--older", "1d", "--yes")
+        assert (young.stdout, young.stderr) == ("", "lbr: no finished or cancelled run is older than 1d\n")
+        dry = cli("prune", "--older", "0s", "--dry-run")
+        assert [line.split()[0] for line in dry.stdout.splitlines()] == ["run", "done", "stopped"]
+        assert dry.stderr == "lbr: dry run: nothing was removed\n"
+        refused = cli("prune", "--older", "0s", check=False, stdin="n\n")
+        assert refused.returncode == 2
+        assert "Remove 2 runs with 2 answers?" in refused.stderr
+        assert rows_of(cli)["runs"] == 3
+        assert cli("prune", "--older", "0s", "--yes").stdout.endswith("\n2 runs removed\n")
+        assert rows_of(cli) | {"counters": 0} == dict.fromkeys(rows_of(cli), 0) | {
+            "items": 1,
+            "jobs": 1,
+            "prompts": 1,
+            "runs": 1,
+        }
+        for wrong in ("30", "d", "1y", "-1d"):
+            assert cli("prune", f"--older={wrong}", check=False).returncode == 2
+
+
+class TestBackup:
+    """`lbr backup`."""
+
+    @pytest.mark.parametrize("db_url", ["sqlite"], indirect=True)
+    @pytest.mark.processes
+    def test_workers_go_on_and_the_copy_is_whole(self, cli: Cli) -> None:
+        """The copy of one moment is sound, private and can be worked on; nothing is left beside it."""
+        enqueue(cli, "slow", [f"p{n}" for n in range(400)], "--set", "latency=0.05")
+        worker = cli.start("worker", "--concurrency", "8", "--until", "forever")
+        cli.wait_for("slow", "done", 20)
+        assert cli("backup", "copy.db").stdout.endswith(": copied to copy.db\n")
+        worker.send_signal(signal.SIGTERM)
+        worker.communicate(timeout=60)
+        assert sorted(one.name for one in cli.folder.iterdir() if "copy" in one.name) == ["copy.db"]
+        assert (cli.folder / "copy.db").stat().st_mode & 0o777 == 0o600
+        with closing(sqlite3.connect(cli.folder / "copy.db")) as copy:
+            assert copy.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+            assert copy.execute("PRAGMA auto_vacuum").fetchall() == [(2,)]
+            (done,) = copy.execute("SELECT count(*) FROM jobs WHERE state = 'done'").fetchone()
+            assert copy.execute("SELECT count(*) FROM results").fetchone() == (done,)
+            assert done >= 20
+        cli("worker", "--db", "copy.db", "--concurrency", "100")
+        assert [row["result"] for row in cli.collect("slow", "--db", "copy.db")] == [f"p{n}" for n in range(400)]
+
+    @pytest.mark.parametrize("db_url", ["sqlite"], indirect=True)
+    def test_no_file_is_replaced(self, cli: Cli) -> None:
+        """A file, a log that would be taken for the copy's, no folder, and no queue are named; nothing is written."""
+        refused = cli("backup", "copy.db", check=False)
+        assert (refused.returncode, (cli.folder / "copy.db").exists()) == (2, False)
+        enqueue(cli, "r", ["a"])
+        (cli.folder / "old.db").write_text("mine")
+        (cli.folder / "log.db-wal").write_text("mine")
+        before = set(cli.folder.iterdir())
+        for file, words in (("old.db", "exists already"), ("log.db", "exists already"), ("no/copy.db", "no folder")):
+            refused = cli("backup", file, check=False)
+            assert refused.returncode == 2
+            assert words in refused.stderr
+        assert set(cli.folder.iterdir()) == before
+        assert (cli.folder / "old.db").read_text() == "mine"
+
+    @pytest.mark.parametrize("db_url", ["postgresql"], indirect=True)
+    def test_a_server_has_its_own_way(self, cli: Cli) -> None:
+        """The message names it."""
+        refused = cli("backup", "copy.db", check=False)
+        assert refused.returncode == 2
+        assert "pg_dump --schema=lbr" in refused.stderr
 
 
 class TestRemove:

@@ -81,3 +81,27 @@ async def test_cancel_is_not_undone_by_a_pause(database: Database, db_url: str) 
         assert (await database.read(reads.find_run, f"r{n}")).state is RunState.CANCELLED
         assert await states(database, run) == {"cancelled": 5}
     await other.close()
+
+
+async def test_a_run_that_changed_meanwhile_is_not_pruned(database: Database, clock: Clock) -> None:
+    """An answer or an input that came after the look keeps it; so do an unfinished enqueue and its youth."""
+    run = await put(database, ["a"])
+    queue = Queue(database)
+    worker = await queue.register(host="h", pid=1, concurrency=1)
+    assert await database.read(reads.idle_runs, 0) == []
+    (claim,) = await queue.claim(worker, [run.id], 1, lease=60)
+    await database.write(settle, [answered(claim)])
+    clock.forward(60)
+    assert await database.read(reads.idle_runs, 61_000) == []
+    (seen,) = await database.read(reads.idle_runs, 60_000)
+    assert await redo.retry(database, run, redo.read_conditions(["status=done"])) == 1
+    assert not await database.write(runs.cancel_unchanged, seen.run, seen.counts)
+    assert (await database.read(reads.find_run, "r")).state == "active"
+    assert await database.read(reads.idle_runs, 0) == []
+    (claim,) = await queue.claim(worker, [run.id], 1, lease=60)
+    await database.write(settle, [answered(claim)])
+    assert not await database.write(runs.cancel_unchanged, seen.run, seen.counts)
+    (seen,) = await database.read(reads.idle_runs, 0)
+    assert await database.write(runs.cancel_unchanged, seen.run, seen.counts)
+    assert await database.write(runs.cancel_unchanged, seen.run, seen.counts)
+    assert await runs.remove(database, run) == 1

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ from tests.support import ECHO, Cli, Queue, answered, assert_counted, locked_by_
 from tests.support.hearing import Hearing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from sqlalchemy import Connection
 
@@ -842,3 +842,68 @@ def test_a_file_that_is_bind_mounted_is_refused(tmp_path: Path) -> None:
     assert "got: a mount of its own" in done.stderr
     assert "mount the folder that it is in" in done.stderr
     assert "worker: 1 done" in done.stderr
+
+
+async def test_free_space_is_given_back(tmp_path: Path) -> None:
+    """The file of a removed run shrinks, in several transactions; what other runs hold stays, and the file is sound."""
+    path = tmp_path / "queue.db"
+    opened = await open_database(path, create=True)
+    await put(opened, [f"{n} " * 2_000 for n in range(900)], name="large")
+    kept = await put(opened, ["a", "b"], name="small")
+    await opened.close()
+    before = path.stat().st_size
+    await lbr.remove("large", db_url=path)
+    after = path.stat().st_size
+    assert before > 5_000_000
+    assert after < before / 10
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA freelist_count").fetchall() == [(0,)]
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert connection.execute("SELECT count(*) FROM jobs WHERE run_id = ?", [kept.id]).fetchall() == [(2,)]
+
+
+async def test_a_file_of_an_older_version_keeps_its_free_space(tmp_path: Path) -> None:
+    """Until VACUUM has changed it, as the documentation says."""
+    path = tmp_path / "queue.db"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA user_version = 1")  # writes the first page, and so settles it
+        connection.commit()
+    opened = await open_database(path, create=True)
+    await put(opened, [f"{n} " * 1_000 for n in range(300)])
+    await opened.close()
+    await lbr.remove("r", db_url=path)
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA freelist_count").fetchone()[0] > 100
+        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        connection.execute("VACUUM")
+        assert connection.execute("PRAGMA freelist_count").fetchone() == (0,)
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA auto_vacuum").fetchone() == (2,)
+
+
+async def test_an_interrupted_backup_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends between two steps, the queue goes on, and the same backup can be made again."""
+    path, copy = tmp_path / "queue.db", tmp_path / "copy.db"
+    opened = await open_database(path, create=True)
+    await put(opened, [f"{n} " * 500 for n in range(300)])
+    begun, cancelled, new_private = threading.Event(), threading.Event(), files.new_private
+
+    @contextmanager
+    def waits(target: Path) -> Iterator[tuple[Path, int]]:
+        with new_private(target) as made:
+            begun.set()
+            assert cancelled.wait(60)
+            yield made
+
+    monkeypatch.setattr(files, "new_private", waits)
+    copying = asyncio.ensure_future(lbr.backup(copy, db_url=path))
+    await asyncio.to_thread(begun.wait, 60)
+    copying.cancel()
+    await asyncio.sleep(0)
+    cancelled.set()
+    with pytest.raises(asyncio.CancelledError):
+        await copying
+    assert not list(tmp_path.glob("*copy.db*"))
+    await opened.close()
+    await lbr.backup(copy, db_url=path)
+    assert (await lbr.status(db_url=copy)).runs[0].jobs == 300
