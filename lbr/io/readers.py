@@ -179,13 +179,12 @@ def read_items(
     bad = BadRows() if bad is None else bad
     compiled = None if template is None else Template(template)
 
-    def items() -> Iterator[Item]:
-        for source, kind in zip(sources, formats, strict=True):
-            column = prompt_column or (None if kind in {InputFormat.JSONL, InputFormat.PARQUET} else "prompt")
-            separator = character or DELIMITER_OF.get(kind)
-            yield from _read(Input(source, compiled, column, id_column, separator, encoding), kind, bad, fit)
+    def items(source: str, kind: InputFormat) -> Iterator[Item]:
+        column = prompt_column or (None if kind in {InputFormat.JSONL, InputFormat.PARQUET} else "prompt")
+        separator = character or DELIMITER_OF.get(kind)
+        return _read(Input(source, compiled, column, id_column, separator, encoding), kind, bad, fit)
 
-    return bad.through(sample.of(items()))
+    return bad.through(sample.of(itertools.chain.from_iterable(map(items, sources, formats))))
 
 
 def check_sources(sources: Sequence[str]) -> None:
@@ -283,14 +282,15 @@ class Input:
         elif self.encoding is None or head.startswith(codecs.BOM_UTF8):
             self.encoding = "utf-8-sig"
         with file, io.TextIOWrapper(packed, self.encoding, "surrogateescape", newline=newline) as text:
+            readline, most = text.readline, MAX_LINE + 1
             for number in itertools.count(1):
                 try:
-                    line = text.readline(MAX_LINE + 1)
+                    line = readline(most)
                 except UNREADABLE as error:
                     raise _broken(Place(self.name, number), error) from error
                 if not line:
                     return
-                if len(line) > MAX_LINE:
+                if len(line) == most:
                     msg = f"the line is longer than {MAX_LINE >> 20} MB; break the input into lines"
                     raise Place(self.name, number).error(msg)
                 yield line
@@ -311,13 +311,14 @@ class Input:
 
 
 def _read(given: Input, kind: InputFormat, bad: BadRows, fit: Callable[[Item], Item]) -> Iterator[Item]:
+    template, column, id_column = given.template, given.column, given.id_column
     for place, text, fields in READERS[kind](given):
         try:
             if not text.isascii() or "\x00" in text:
                 given.check(text, place)
             if isinstance(fields, InputError):
                 raise fields
-            item = item_of(fields, place, given.template, given.column, given.id_column)
+            item = item_of(fields, place, template, column, id_column)
             if item.prompt.settings is not None:
                 item = fit(item)
         except InputError as error:
