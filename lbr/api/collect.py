@@ -7,14 +7,16 @@ import os
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from os import fspath
 from typing import TYPE_CHECKING
 
 from lbr.api.arguments import checked
+from lbr.api.follow import write_finished
 from lbr.core.config import DB_URL_DEFAULT, one_of, some_of
 from lbr.core.errors import UsageError
 from lbr.core.extras import Extra
-from lbr.core.types import Include, JobState, Shape
+from lbr.core.types import Include, JobState, Order, Shape
 from lbr.io import writers
 from lbr.io.table import OWN_COLUMNS, Kind, Kinds, make_table
 from lbr.store import reads, results_db, runs
@@ -121,6 +123,8 @@ async def collect(
     failed: bool = False,
     status: str | Sequence[str] = (),
     wait: bool = False,
+    follow: bool = False,
+    order: str = Order.INPUT,
     spreadsheet_safe: bool = False,
     bom: bool = False,
     db_url: PathOrUrl = DB_URL_DEFAULT,
@@ -133,8 +137,9 @@ async def collect(
     "unique", a row per distinct input. `columns` "all" adds lbr's own columns to a table, and `unnest` makes a column
     of each field of a structured answer. `include` is what rows have beside their answers: "usage", and "reasoning",
     "logprobs" and "raw" if the run keeps them. `status` leaves out rows with another one; `failed` is short for
-    `status` "failed". `wait`: first wait until every job has finished. For CSV, `spreadsheet_safe` puts an apostrophe
-    before text that a spreadsheet would run as a formula, and `bom` adds a byte order mark, by which Excel recognizes
+    `status` "failed". `wait`: first wait until every job has finished. `follow`: write JSONL rows as
+    their jobs finish, to stdout or behind the rows that the file has, until all have; `order` "finished" does not wait
+    for jobs that come before. For CSV, `spreadsheet_safe` puts an apostrophe before text that a spreadsheet would run as a formula, and `bom` adds a byte order mark, by which Excel recognizes
     UTF-8.
 
     Raises RunNotFoundError, UsageError, OutputError or DatabaseError.
@@ -142,15 +147,21 @@ async def collect(
     output = Output(out, format, columns, unnest, include, spreadsheet_safe, bom)
     chosen = Shape(one_of("shape", shape, tuple(Shape)))
     states = {*some_of("--status", status, tuple(JobState)), *([JobState.FAILED] if failed else [])}
+    sequence = Order(one_of("--order", order, tuple(Order)))
+    _check_follow(output, follow=follow, alone=not states and chosen is Shape.ORIGINAL, order=sequence)
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         found = await database.read(reads.find_run, run)
         runs.check_not_removing(found)
         check_kept(output.read, found.keep)
+        collected = Collected(run)
         if wait:
             await _until_finished(database, found)
-        collected = Collected(run)
         pages = _counted(reads.rows(database, found, chosen, states, output.read), collected)
-        if out is None:
+        if follow:
+            note = partial(_counted, collected=collected)
+            await write_finished(database, found, output.path, order=sequence, include=output.read, counted=note)
+            collected.by_status = Counter(await database.read(reads.rows_by_state, found))
+        elif out is None:
             collected.rows = [row.to_dict() async for page in pages for row in page]
         else:
             async with nullcontext() if output.path is None else writers.output_lock(output.path):
@@ -158,6 +169,16 @@ async def collect(
         collected.sealed = (await database.read(reads.find_run, run)).sealed_at is not None
         collected.limited = bool(collected.cut_off) and await database.read(reads.limits_answers, found)
         return collected
+
+
+def _check_follow(output: Output, *, follow: bool, alone: bool, order: Order) -> None:
+    """Raise UsageError if rows cannot be written as they finish; `alone` if no other flag chooses rows."""
+    if not follow and order is Order.FINISHED:
+        raise UsageError("--order finished is for --follow; add it, or omit --order")
+    if follow and (output.out is None or output.kind is not writers.OutputFormat.JSONL):
+        raise UsageError("--follow writes JSONL; use -o with a .jsonl file, or with - for stdout")
+    if follow and not alone:
+        raise UsageError("--follow writes a row for every input; use it without --status, --failed and --shape")
 
 
 def check_kept(include: Container[str], keep: Sequence[str]) -> None:
@@ -170,7 +191,7 @@ async def _until_finished(database: Database, run: Run) -> None:
     """Wait until every job of a run has finished and all inputs are in, or the run is paused or cancelled."""
     while True:
         (counts,) = await database.read(reads.counts, [run.id])
-        if counts.finished or (counts.run.state != "active" and not counts.of(JobState.INFLIGHT)):
+        if counts.is_over:
             return
         await asyncio.sleep(WAIT_SECONDS)
 

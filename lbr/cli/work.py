@@ -26,7 +26,7 @@ from lbr.core.config import MAX_PROCESSES, WorkOptions, at_least_one, some_of
 from lbr.core.errors import UsageError
 from lbr.core.extras import Extra
 from lbr.core.text import duration, pluralize
-from lbr.core.types import Include, JobState, Shape, Until
+from lbr.core.types import Include, JobState, Order, Shape, Until
 from lbr.io import writers
 from lbr.io.table import OWN_COLUMNS
 from lbr.store.database import file_of, sole_worker
@@ -247,11 +247,13 @@ def worker_process(db: dict[str, Any], /, **flags: Any) -> None:
 @switch("--failed", "Write failed rows only: short for --status failed.")
 @choice("--status", JobState, "Write rows in this state only.", multiple=True)
 @switch("--wait", "Wait until every job is finished.")
+@switch("--follow", "Write JSONL rows as their jobs finish, behind those in the file; end when all have.")
+@choice("--order", Order, "With --follow: in input order, or as jobs finish.", default=str(Order.INPUT))
 @with_database
 def collect(db: dict[str, Any], /, run: str, output: str | None, **flags: Any) -> None:
     """Write a run's answers in input order, finished or not.
 
-    A file appears whole or not at all. Exits with 3 if jobs are not finished, with 4 if some failed.
+    A file appears whole or not at all, unless --follow appends to it. Exits with 3 if jobs are not finished, with 4 if some failed.
     """
     how = _output_arguments(flags)
     collected = asyncio.run(collect_api.collect(run, out="-" if output is None else output, **how, **flags, **db))

@@ -72,6 +72,13 @@ class Shape(StrEnum):
     UNIQUE = "unique"
 
 
+class Order(StrEnum):
+    """In which order finished rows are followed."""
+
+    INPUT = "input"
+    FINISHED = "finished"
+
+
 class Part(StrEnum):
     """The part of an item that an input column holds."""
 

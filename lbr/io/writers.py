@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 STDOUT_NAME = "stdout"
 BUFFER_BYTES = 1 << 20
+_ROW = b'{"idx":'
 LOCK_SECONDS = 0.05
 ABANDONED_SECONDS = 86_400.0
 MAX_LOCK_TRIES = 12_000
@@ -213,6 +214,11 @@ class JsonlWriter:
         """Write rows in the order they come. Raises OutputError."""
         self._put(b"".join([self._encode(row) for row in rows]))
 
+    def flush(self) -> None:
+        """Write what is in the buffer. Raises OutputError."""
+        with named_errors(self._name):
+            self._handle.flush()
+
     def close(self) -> None:
         """Write what is in the buffer, and close a file. Raises OutputError."""
         with named_errors(self._name):
@@ -367,6 +373,53 @@ def open_writer(
                 writer.close()
             raise
         writer.close()
+
+
+@contextmanager
+def open_appender(path: str | None) -> Iterator[tuple[JsonlWriter, bytearray, tuple[int, str] | None]]:
+    """Yield a writer behind the rows of a JSONL file, or into stdout, with a 1 for each row there and the last one's key.
+
+    A last line that was not written completely is cut off. Raises UsageError for a file with other lines, and
+    OutputError if it cannot be written.
+    """
+    if path is None:
+        with open_writer(None, OutputFormat.JSONL) as lines:
+            yield lines, bytearray(), None  # type: ignore[misc] # of lines
+        return
+    with named_errors(path):
+        file = _target(path).open("a+b", BUFFER_BYTES)
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if isinstance(error, BlockingIOError):  # else a network file system without such locks
+                raise OutputError(f"another process appends to {path}; end it, or name another file") from error
+        with named_errors(path):
+            written, last = _cut_to_rows(file, path)
+        writer = JsonlWriter(file, name=path)
+        yield writer, written, last
+        writer.close()
+
+
+def _cut_to_rows(file: IO[bytes], path: str) -> tuple[bytearray, tuple[int, str] | None]:
+    """Cut off a last line without an end; return which rows a file has, and the place and the key of the last one."""
+    written, last, end = bytearray(), None, 0
+    file.seek(0)
+    for number, line in enumerate(file, 1):
+        if not line.endswith(b"\n") and line.startswith(_ROW[: len(line)]):
+            file.truncate(end)
+            break
+        try:
+            row = orjson.loads(line)
+            last, status = (row["idx"], row["key"]), row["status"]
+            written.extend(bytes(max(0, last[0] + 1 - len(written))))
+            written[last[0]] = 1
+        except (ValueError, LookupError, TypeError, MemoryError):
+            status = None
+        if status in {None, "pending", "inflight"}:
+            raise UsageError(f"{path}, line {number} is no finished row of a run; name another file")
+        end += len(line)
+    return written, last
 
 
 @contextmanager

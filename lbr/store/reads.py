@@ -63,6 +63,14 @@ def last_try(name: str) -> ColumnElement[Any]:
 _AFTER = items.c.idx > bindparam("after")
 
 
+_STATES = (
+    select(items.c.idx, jobs.c.state)
+    .join_from(items, jobs, items.c.job_id == jobs.c.id)
+    .where(items.c.run_id == bindparam("run"))
+)
+_PLACES = _STATES.where(_AFTER).order_by(items.c.idx).limit(5_000)
+
+
 @cache
 def _rows_of(shape: Shape, kept: tuple[Extra, ...]) -> Select[Any]:
     """Select a page of rows with what is kept of these kinds."""
@@ -164,6 +172,11 @@ class RunCounts:
     def finished(self) -> bool:
         """Whether every input is in and every job has finished."""
         return self.open == 0 and self.run.sealed_at is not None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run is finished, or paused or cancelled without a call in flight."""
+        return self.finished or (self.run.state != RunState.ACTIVE and not self.of(JobState.INFLIGHT))
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,17 +328,39 @@ def _counts(connection: Connection, found: list[Run]) -> list[RunCounts]:
 
 
 async def rows(
-    database: Database, run: Run, shape: Shape, states: Collection[str] = (), include: Container[str] = ()
+    database: Database,
+    run: Run,
+    shape: Shape,
+    states: Collection[str] = (),
+    include: Container[str] = (),
+    *,
+    between: tuple[int, int] | None = None,
 ) -> AsyncIterator[list[Row]]:
     """Yield a run's rows in input order, page by page; each page is a short transaction of its own.
 
-    `states` are those of the jobs to read, empty for all; `include` is what rows have beside their answers.
+    `states` are those of the jobs to read, empty for all; `include` is what rows have beside their answers. `between`
+    are the places before the first row and behind the last.
     """
+    after = -1
     query = _rows_of(shape, tuple(kind for kind in Extra if kind in include))
     if states:
         query = query.where(jobs.c.state.in_(states))
-    async for page in pages(lambda bound: database.read(_page, run, query, include, bound)):
+    if between is not None:
+        after, until = between
+        query = query.where(items.c.idx < until)
+    async for page in pages(lambda bound: database.read(_page, run, query, include, bound), after):
         yield list(page)
+
+
+def places(connection: Connection, _now: Millis, run: Run, after: int) -> list[tuple[int, str]]:
+    """Return the places of some thousand inputs behind `after`, each with the state of its job."""
+    return [(idx, state) for idx, state in connection.execute(_PLACES, {"run": run.id, "after": after}).all()]
+
+
+def rows_by_state(connection: Connection, _now: Millis, run: Run) -> dict[str, int]:
+    """Return how many rows of a run there are in each state; this reads all of them."""
+    query = _STATES.with_only_columns(jobs.c.state, func.count()).group_by(jobs.c.state)
+    return {state: count for state, count in connection.execute(query, {"run": run.id}).all()}  # noqa: C416 - typed
 
 
 def _page(

@@ -1,0 +1,82 @@
+"""Write a run's rows as their jobs finish, behind those that an output has already."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from itertools import takewhile
+from typing import TYPE_CHECKING
+
+from lbr.core.errors import UsageError
+from lbr.core.types import JobState, Order, Shape
+from lbr.io import writers
+from lbr.store import reads
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Container
+
+    from lbr.core.types import Row, Run
+    from lbr.store.database import Database
+
+    Pages = AsyncIterator[list[Row]]
+
+LOOK_SECONDS = 0.5
+PAUSE_SHARE = 10
+"""The pause after a look is at least this many times as long as the look, which may read a large run."""
+OPEN = frozenset({JobState.PENDING, JobState.INFLIGHT})
+
+
+async def write_finished(
+    database: Database,
+    run: Run,
+    path: str | None,
+    *,
+    order: Order,
+    include: Container[str],
+    counted: Callable[[Pages], Pages],
+) -> None:
+    """Write rows until every job has finished and all inputs are in, or the run is paused or cancelled.
+
+    `counted` passes the rows on. Raises UsageError for a file with something else than finished rows of this run.
+    """
+    seen = None
+    with writers.open_appender(path) as (writer, written, last):
+        if last is not None:
+            await _check_same(database, run, path, *last)
+        while True:
+            started = time.monotonic()
+            (counts,) = await database.read(reads.counts, [run.id])
+            if seen != (seen := (counts.inputs, counts.open)) or counts.is_over:
+                written.extend(bytes(max(0, counts.inputs - len(written))))
+                async for page in counted(_finished(database, run, order, include, written)):
+                    writer.write(page)
+                    writer.flush()
+                    for row in page:
+                        written[row.idx] = 1
+            if counts.is_over:
+                return
+            await asyncio.sleep(max(LOOK_SECONDS, PAUSE_SHARE * (time.monotonic() - started)))
+
+
+async def _check_same(database: Database, run: Run, path: str | None, idx: int, key: str) -> None:
+    async for (row,) in reads.rows(database, run, Shape.ORIGINAL, between=(idx - 1, idx + 1)):
+        if row.key == key:
+            return
+    raise UsageError(f"{path} has rows of another run than {run.name!r}; name another file")
+
+
+async def _finished(database: Database, run: Run, order: Order, include: Container[str], written: bytearray) -> Pages:
+    """Yield pages of finished rows without a 1 in `written`; in input order only those before the first open job."""
+    chosen = takewhile if order is Order.INPUT else filter
+    after = written.find(0) - 1 if 0 in written else len(written)
+    while found := await database.read(reads.places, run, after):
+        ended = [idx for idx, _ in chosen(lambda place: place[1] not in OPEN, found)]
+        new = [idx for idx in ended if idx < len(written) and not written[idx]]
+        if new:
+            between = (new[0] - 1, new[-1] + 1)
+            async for page in reads.rows(database, run, Shape.ORIGINAL, include=include, between=between):
+                # A job may have been put back meanwhile.
+                yield [row for row in chosen(lambda row: row.status not in OPEN, page) if not written[row.idx]]
+        if order is Order.INPUT and len(ended) < len(found):
+            return
+        after = found[-1][0]
