@@ -251,12 +251,13 @@ class SQLiteDatabase(Database):
     async def backup(self, target: Path) -> None:
         """Copy the file as it is at one moment to a new one, while others write. Raises as `lbr.store.database.backup`."""
         self.check_version(await self.quick_read(self.version), create=False)
-        copying = self._in_thread(self._copy, target)
+        copying = asyncio.ensure_future(self._in_thread(self._copy, target))
         try:
             with self._errors():
                 await asyncio.shield(copying)
         except asyncio.CancelledError:
             self.give_up()
+            copying.add_done_callback(lambda ended: ended.exception())  # else Python would print it
             raise
         except (OSError, sqlite3.Error) as error:
             reason = getattr(error, "strerror", None) or error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sqlite3
 import stat
@@ -881,8 +882,10 @@ async def test_a_file_of_an_older_version_keeps_its_free_space(tmp_path: Path) -
         assert connection.execute("PRAGMA auto_vacuum").fetchone() == (2,)
 
 
-async def test_an_interrupted_backup_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends between two steps, the queue goes on, and the same backup can be made again."""
+async def test_an_interrupted_backup_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It ends between two steps without a traceback, the queue goes on, and the same backup can be made again."""
     path, copy = tmp_path / "queue.db", tmp_path / "copy.db"
     opened = await open_database(path, create=True)
     await put(opened, [f"{n} " * 500 for n in range(300)])
@@ -903,6 +906,9 @@ async def test_an_interrupted_backup_leaves_nothing(tmp_path: Path, monkeypatch:
     cancelled.set()
     with pytest.raises(asyncio.CancelledError):
         await copying
+    del copying
+    gc.collect()
+    assert caplog.text == ""
     assert not list(tmp_path.glob("*copy.db*"))
     await opened.close()
     await lbr.backup(copy, db_url=path)
