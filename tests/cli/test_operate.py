@@ -72,7 +72,7 @@ class TestPrune:
     """`lbr prune`."""
 
     def test_it_removes_old_runs_that_are_over(self, cli: Cli) -> None:
-        """Open runs, young ones, and those that were moved away stay; it asks, and a dry run removes nothing."""
+        """Open runs and young ones stay; it asks, and a dry run removes nothing."""
         enqueue(cli, "done", ["a", "b"])
         enqueue(cli, "stopped", ["c"], "--run", "stopped")
         cli("worker", "--run", "done")
