@@ -315,7 +315,7 @@ def _feedback(
         one.answered += s.outcome.is_paid
         if claim.tokens:
             one.tokens += claim.tokens - _tokens_used(s)
-        if claim.model is not None:  # it shows nothing about the run's model
+        if claim.settings and claim.model is not None:  # it shows nothing about the run's model
             continue
         if failure is None and claim.throttled:
             one.successes += 1

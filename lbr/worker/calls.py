@@ -226,7 +226,7 @@ class Calls:
         held.settled = True
         run, claim, now, evidence = held.served.run, held.claim, time.monotonic(), None
         suspicion = self._suspicions.setdefault(run.task.answerer, Suspicion(self._started))
-        if claim.model is not None:  # it shows nothing about the run's model
+        if claim.settings and claim.model is not None:  # it shows nothing about the run's model
             claim, outcome = replace(claim, probe=False), _of_the_job(outcome)
         elif suspicion.note(claim.job_id, outcome, now):
             evidence = suspicion.evidence(self.worker, now, patience=self._outage_patience)
