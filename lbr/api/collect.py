@@ -15,8 +15,8 @@ from lbr.api.arguments import checked
 from lbr.api.follow import write_finished
 from lbr.core.config import DB_URL_DEFAULT, one_of, some_of
 from lbr.core.errors import UsageError
-from lbr.core.extras import Extra
-from lbr.core.types import Include, JobState, Order, Shape
+from lbr.core.extras import Extra, Include
+from lbr.core.types import JobState, Order, Shape
 from lbr.io import writers
 from lbr.io.table import OWN_COLUMNS, Kind, Kinds, make_table
 from lbr.store import reads, results_db, runs

@@ -24,9 +24,9 @@ from lbr.cli.enqueue import describe as describe_enqueue
 from lbr.core import open_files
 from lbr.core.config import MAX_PROCESSES, WorkOptions, at_least_one, some_of
 from lbr.core.errors import UsageError
-from lbr.core.extras import Extra
+from lbr.core.extras import Extra, Include
 from lbr.core.text import duration, pluralize
-from lbr.core.types import Include, JobState, Order, Shape, Until
+from lbr.core.types import JobState, Order, Shape, Until
 from lbr.io import writers
 from lbr.io.table import OWN_COLUMNS
 from lbr.store.database import file_of, sole_worker

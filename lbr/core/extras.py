@@ -1,4 +1,4 @@
-"""What a run keeps of each reply besides the answer, if it was asked for."""
+"""What can come with an answer if it is asked for: what the call took, and what the run keeps of each reply."""
 
 from __future__ import annotations
 
@@ -14,6 +14,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from lbr.core.types import Json
+
+
+class Include(StrEnum):
+    """What a collected row can have beside its answer, if it is asked for."""
+
+    USAGE = "usage"
+    REASONING = "reasoning"
+    LOGPROBS = "logprobs"
+    RAW = "raw"
 
 
 class Extra(StrEnum):
@@ -39,3 +48,20 @@ class Extras:
             with suppress(ValueError):  # another program wrote it
                 found[Extra.LOGPROBS] = orjson.loads(found[Extra.LOGPROBS])
         return found
+
+
+@value(frozen=True, slots=True)
+class RowUsage:
+    """What the call took that ended a job: that of its answer, or of its last failed try.
+
+    `model` is the name that the provider reported. What is not known is None. `attempts` are those charged to the job.
+    """
+
+    model: str | None = None
+    finish_reason: str | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cached_tokens: int | None = None
+    cost_usd: float | None = None
+    latency_ms: int | None = None
+    attempts: int = 0

@@ -12,7 +12,7 @@ import orjson
 
 from lbr.core import value
 from lbr.core.errors import NO_USAGE, DatabaseError, Family, Symptom, Usage
-from lbr.core.extras import Extra, Extras  # noqa: TC001 - replies are read back from files by their annotations
+from lbr.core.extras import Extra, Extras, RowUsage
 
 if TYPE_CHECKING:
     from lbr.core.outages import Evidence
@@ -85,15 +85,6 @@ class Part(StrEnum):
     PROMPT = "prompt"
     ID = "id"
     METADATA = "metadata"
-
-
-class Include(StrEnum):
-    """What a collected row can have beside its answer, if it is asked for."""
-
-    USAGE = "usage"
-    REASONING = "reasoning"
-    LOGPROBS = "logprobs"
-    RAW = "raw"
 
 
 class Until(StrEnum):
@@ -449,23 +440,6 @@ class Settlement:
     pause: Paused | None = None
     cool_down: bool = False
     evidence: Evidence | None = None
-
-
-@value(frozen=True, slots=True)
-class RowUsage:
-    """What the call took that ended a job: that of its answer, or of its last failed try.
-
-    `model` is the name that the provider reported. What is not known is None. `attempts` are those charged to the job.
-    """
-
-    model: str | None = None
-    finish_reason: str | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    cached_tokens: int | None = None
-    cost_usd: float | None = None
-    latency_ms: int | None = None
-    attempts: int = 0
 
 
 @value(frozen=True, slots=True)

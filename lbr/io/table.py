@@ -9,9 +9,9 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from lbr.core.errors import OutputError
-from lbr.core.extras import Extra
+from lbr.core.extras import Extra, Include, RowUsage
 from lbr.core.text import parse_json, to_json
-from lbr.core.types import Include, Part, RowUsage
+from lbr.core.types import Part
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence

@@ -22,9 +22,9 @@ import orjson
 from lbr.core import ownership
 from lbr.core.config import a_name
 from lbr.core.errors import OutputError, UsageError
+from lbr.core.extras import RowUsage
 from lbr.core.messages import with_instructions
 from lbr.core.text import harmless, to_json
-from lbr.core.types import RowUsage
 from lbr.io import frames
 from lbr.io.table import Kind, Table
 

@@ -11,9 +11,9 @@ import orjson
 from sqlalchemy import Float, bindparam, case, cast, func, or_, select
 
 from lbr.core.errors import CUT_OFF, DatabaseError, UsageError
-from lbr.core.extras import Extra, Extras
+from lbr.core.extras import Extra, Extras, Include, RowUsage
 from lbr.core.pricing import NANOS, output_limit
-from lbr.core.types import Include, JobId, JobState, Millis, Part, Prompt, Row, RowUsage, Run, RunId, RunState, Shape
+from lbr.core.types import JobState, Millis, Part, Prompt, Row, Run, RunId, RunState, Shape
 from lbr.store import counters, runs
 from lbr.store.limits import LimitStatus, all_limits, is_ahead
 from lbr.store.schema import INFLIGHT, SILENT_MS, attempts, items, jobs, limits, outages, prompts, results, workers
@@ -233,16 +233,6 @@ class JobDetail:
     tries: list[Attempt]
 
 
-class JobStanding(NamedTuple):
-    """A job's state; `claim_seq` is that of its last claim, `common` is False if it has settings of its own."""
-
-    job_id: JobId
-    run_id: RunId
-    state: JobState
-    claim_seq: int
-    common: bool
-
-
 def find_run(connection: Connection, _now: Millis, name: str) -> Run:
     """Return the run of that name. Raises RunNotFoundError, which names the runs that there are."""
     return runs.find(connection, name)
@@ -280,16 +270,6 @@ def idle_runs(connection: Connection, now: Millis, age_ms: int) -> list[RunCount
 def time(_connection: Connection, now: Millis) -> Millis:
     """Return the time of the database's clock."""
     return now
-
-
-def jobs_of_keys(connection: Connection, _now: Millis, keys: Sequence[bytes]) -> dict[bytes, list[JobStanding]]:
-    """Return the jobs of all runs that ask for the content of these keys, by key."""
-    columns = (prompts.c.key, jobs.c.id, jobs.c.run_id, jobs.c.state, jobs.c.claim_seq, prompts.c.settings)
-    query = select(*columns).join(jobs, jobs.c.id == prompts.c.job_id).where(any_of(prompts.c.key, "keys"))
-    by_key: dict[bytes, list[JobStanding]] = {key: [] for key in keys}
-    for key, job_id, run_id, state, claim_seq, settings in connection.execute(query, {"keys": list(keys)}).all():
-        by_key[key].append(JobStanding(job_id, run_id, JobState(state), claim_seq, settings is None))
-    return by_key
 
 
 def overview(connection: Connection, now: Millis, name: str | None = None) -> Overview:

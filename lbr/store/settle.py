@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import literal_column, null, select, update
 
@@ -17,7 +17,7 @@ from lbr.store import counters
 from lbr.store.limits import Feedback, apply_feedback, forget_estimates, raise_highest
 from lbr.store.outages import judge_failures, pause_wrong_set_ups
 from lbr.store.runs import hold_states, pausing, resting_state
-from lbr.store.schema import attempts, extras, jobs, results, runs
+from lbr.store.schema import attempts, extras, jobs, prompts, results, runs
 from lbr.store.sql import BulkStatement, Inserting, PreparedQuery, Rows, any_of
 
 if TYPE_CHECKING:
@@ -384,3 +384,23 @@ def _pause(connection: Connection, pauses: dict[RunId, Paused]) -> dict[str, Pau
         for name in connection.execute(query).scalars():
             paused[name] = pause
     return paused
+
+
+class JobStanding(NamedTuple):
+    """A job's state; `claim_seq` is that of its last claim, `common` is False if it has settings of its own."""
+
+    job_id: JobId
+    run_id: RunId
+    state: JobState
+    claim_seq: int
+    common: bool
+
+
+def jobs_of_keys(connection: Connection, _now: Millis, keys: Sequence[bytes]) -> dict[bytes, list[JobStanding]]:
+    """Return the jobs of all runs that ask for the content of these keys, by key."""
+    columns = (prompts.c.key, jobs.c.id, jobs.c.run_id, jobs.c.state, jobs.c.claim_seq, prompts.c.settings)
+    query = select(*columns).join(jobs, jobs.c.id == prompts.c.job_id).where(any_of(prompts.c.key, "keys"))
+    by_key: dict[bytes, list[JobStanding]] = {key: [] for key in keys}
+    for key, job_id, run_id, state, claim_seq, settings in connection.execute(query, {"keys": list(keys)}).all():
+        by_key[key].append(JobStanding(job_id, run_id, JobState(state), claim_seq, settings is None))
+    return by_key

@@ -20,15 +20,16 @@ from lbr.core import ownership
 from lbr.core.errors import DatabaseBusyError, DatabaseError, LbrError
 from lbr.core.text import pluralize
 from lbr.core.types import KEY_BYTES, Claim, JobId, JobState, Outcome, Prompt, RunId, Settlement
-from lbr.store import files, leases, reads
+from lbr.store import files, leases
 from lbr.store.leases import RECLAIM_PAGE
-from lbr.store.settle import settle
+from lbr.store.settle import jobs_of_keys, settle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from lbr.store.database import Database
     from lbr.store.leases import Reclaimed
+    from lbr.store.settle import JobStanding
 
 ENDING = ".spool.jsonl"
 LEFT = ".left.jsonl"
@@ -141,7 +142,7 @@ async def _settle_file(database: Database, path: Path, place: Path, notify: Call
         kept = [_from_line(orjson.loads(line)) for line in _read(path, place).splitlines()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatabaseError(f"the file holds something else ({error}); check it, then remove it") from error
-    jobs = await database.read(reads.jobs_of_keys, [s.claim.key for s in kept if len(s.claim.key) == KEY_BYTES])
+    jobs = await database.read(jobs_of_keys, [s.claim.key for s in kept if len(s.claim.key) == KEY_BYTES])
     known = [_with_known_claim(s, jobs.get(s.claim.key, [])) for s in kept]
     ours = list({(s.claim.job_id, s.claim.claim_seq): s for s in reversed(known) if s is not None}.values())
     foreign = known.count(None)
@@ -166,7 +167,7 @@ async def _settle_file(database: Database, path: Path, place: Path, notify: Call
         notify(f"wrote {pluralize(taken, 'answer')} that {'was' if taken == 1 else 'were'} kept in {path}{late}")
 
 
-def _with_known_claim(settlement: Settlement, jobs: Sequence[reads.JobStanding]) -> Settlement | None:
+def _with_known_claim(settlement: Settlement, jobs: Sequence[JobStanding]) -> Settlement | None:
     """Return a settlement of one of these jobs, which have its content key; None if it fits none of them.
 
     A database that was created again or restored has forgotten the claim, and may have the job under another id. An

@@ -15,7 +15,8 @@ from openai.types.chat import ChatCompletion
 
 import lbr
 from lbr.core.errors import Family, Usage
-from lbr.core.types import Failure, JobState, Outcome, Prompt, Reply, Row, RowUsage, Settlement, Shape
+from lbr.core.extras import RowUsage
+from lbr.core.types import Failure, JobState, Outcome, Prompt, Reply, Row, Settlement, Shape
 from lbr.store import reads
 from lbr.store.database import opened
 from lbr.store.settle import settle

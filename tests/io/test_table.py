@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from lbr.core.errors import OutputError
-from lbr.core.types import Part, Prompt, Row, RowUsage, Task
+from lbr.core.extras import RowUsage
+from lbr.core.types import Part, Prompt, Row, Task
 from lbr.io.table import Kind, Kinds, answer_fields, make_table
 
 SCHEMA: dict[str, Any] = {
