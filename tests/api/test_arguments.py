@@ -145,7 +145,7 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (
         enqueue,
         {"input_format": "odd"},
-        "expected input_format to be one of text, jsonl, csv, tsv, got: 'odd'",
+        "expected input_format to be one of text, jsonl, csv, tsv, parquet, got: 'odd'",
     ),
     (enqueue, {"prompt_column": 1}, "expected prompt_column to be a string, got: 1"),
     (enqueue, {"function": 5}, "expected a function from str to str, got: 5"),
@@ -219,6 +219,7 @@ async def test_every_argument_of_every_function_is_looked_at() -> None:
         "idx": 0,
         "to_url": "x.db",
         "out": "x.jsonl",
+        "file": "copy.db",
     }
     for name in lbr.__all__:
         function = getattr(lbr, name)

@@ -437,9 +437,11 @@ def test_a_known_run_and_older_outputs_stay_as_they_are(wrong: Case, held: Path)
         case(
             "retry p --reparse --where status=failed",
             "--reparse checks all bad answers",
-            "without --where and --set",
+            "without --where, --set and --model",
         ),
-        case("retry p --reparse --set seed=1", "--reparse checks all bad answers", "without --where and --set"),
+        case(
+            "retry p --reparse --set seed=1", "--reparse checks all bad answers", "without --where, --set and --model"
+        ),
         case("retry p --result-type fns:fn", "--result-type needs --reparse", "lbr worker"),
         case("retry p --reparse --result-type none:T", "'none:T'", "No module named 'none'"),
         case("retry p --reparse --result-type fns:fn", "'fns:fn'", "pydantic BaseModel", files=FUNCTIONS),
@@ -584,7 +586,7 @@ def test_permissions_are_told_of(
         case(
             "status",
             "a flag in lbr.toml, got: 'wroker'",
-            "the tables [cancel], [collect]",
+            "the tables [backup], [cancel]",
             files={"lbr.toml": "[wroker]\nconcurrency = 3"},
             name="unknown table",
         ),

@@ -30,7 +30,7 @@ def test_crossings_of_a_job_are_counted(tmp_path: Path) -> None:
     found = script(tmp_path, "--jobs", "40", "--limit", "1")
     assert found.returncode == 1, found.stderr
     *pairs, total = found.stdout.splitlines()
-    assert re.search(r"worker\.\w+ -> models\.chat\.model ", found.stdout)
+    assert re.search(r"worker\.\w+ -> models\.chat ", found.stdout)
     assert float(total.split()[0]) == pytest.approx(sum(float(line.split()[0]) for line in pairs), abs=1)
     assert total.endswith("at most 1: no")
 
