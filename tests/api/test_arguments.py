@@ -220,6 +220,7 @@ async def test_every_argument_of_every_function_is_looked_at() -> None:
         "to_url": "x.db",
         "out": "x.jsonl",
         "file": "copy.db",
+        "older": "30d",
     }
     for name in lbr.__all__:
         function = getattr(lbr, name)
