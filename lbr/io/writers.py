@@ -299,11 +299,15 @@ class SqliteWriter:
         )
         self._insert = f"INSERT INTO answers VALUES ({', '.join('?' * len(table.columns))})"  # noqa: S608 - no names
         self._connection = sqlite3.connect(path, isolation_level=None)
-        with self._errors():
-            # No program reads it before it is complete.
-            self._connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF")
-            self._connection.execute(f"CREATE TABLE answers ({columns})")
-            self._connection.execute("BEGIN")
+        try:
+            with self._errors():
+                # No program reads it before it is complete.
+                self._connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF")
+                self._connection.execute(f"CREATE TABLE answers ({columns})")
+                self._connection.execute("BEGIN")
+        except BaseException:
+            self._connection.close()
+            raise
 
     def write(self, rows: Iterable[Row]) -> None:
         """Write rows in the order they come. Raises OutputError."""

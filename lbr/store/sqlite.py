@@ -366,9 +366,13 @@ def _prepare(engine: Engine, *pragmas: str) -> None:
 
     def prepare(connection: Any, _record: Any) -> None:
         # SQLAlchemy's, in Python: a check in the file could call it with a pattern that takes for ever.
-        connection.create_function("regexp", 2, None)
-        for pragma in (HARMLESS, *pragmas):
-            connection.execute(pragma)
+        try:
+            connection.create_function("regexp", 2, None)
+            for pragma in (HARMLESS, *pragmas):
+                connection.execute(pragma)
+        except BaseException:  # of what is no database, above all; the pool would forget the connection
+            connection.close()
+            raise
 
     event.listen(engine, "connect", prepare)
 
