@@ -170,6 +170,7 @@ async def test_a_cancelled_transaction_leaves_no_lock_behind(tmp_path: Path) -> 
     other.execute("ROLLBACK")
     other.close()
     assert left.name == str(path)
+    await left.close()
 
 
 async def test_a_cancelled_caller_hears_of_it_when_all_has_ended(database: Database) -> None:
