@@ -272,7 +272,7 @@ class SQLiteDatabase(Database):
         with files.new_private(target) as (part, _), self._engine.begin() as connection:
             connection.exec_driver_sql("BEGIN")
             connection.exec_driver_sql(SCHEMA_ROWS).all()
-            # Without locks, because nobody knows the file, and it may be on a network file system.
+            # Without locks, because no process knows the file yet, and it may be on a network file system.
             with closing(sqlite3.connect(f"{part.as_uri()}?nolock=1", uri=True)) as copy:
                 copy.execute("PRAGMA journal_mode = OFF")
                 driver: Any = connection.connection.driver_connection
