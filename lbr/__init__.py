@@ -40,7 +40,7 @@ from lbr.core.errors import (
     StoppedError,
     UsageError,
 )
-from lbr.core.types import Paused, Row
+from lbr.core.types import AnswerRow, Paused
 from lbr.store.enqueue import EnqueueCounts
 from lbr.store.reads import Attempt, JobDetail
 from lbr.store.redo import Reparsed
@@ -52,6 +52,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DB_URL_DEFAULT",
     "AlreadyRunningError",
+    "AnswerRow",
     "Attempt",
     "BadAnswer",
     "CallError",
@@ -75,7 +76,6 @@ __all__ = [
     "Permanent",
     "Reparsed",
     "RetryLater",
-    "Row",
     "RunChangedError",
     "RunMismatchError",
     "RunNotFoundError",

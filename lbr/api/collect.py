@@ -25,7 +25,7 @@ from lbr.store.database import opened
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Container, Sequence
 
-    from lbr.core.types import Json, PathOrUrl, Row, Run
+    from lbr.core.types import AnswerRow, Json, PathOrUrl, Run
     from lbr.io.table import Table
     from lbr.store.database import Database
 
@@ -196,7 +196,7 @@ async def _until_finished(database: Database, run: Run) -> None:
         await asyncio.sleep(WAIT_SECONDS)
 
 
-async def _counted(pages: AsyncIterator[list[Row]], collected: Collected) -> AsyncIterator[list[Row]]:
+async def _counted(pages: AsyncIterator[list[AnswerRow]], collected: Collected) -> AsyncIterator[list[AnswerRow]]:
     """Yield the pages and count their rows."""
     async for page in pages:
         collected.by_status.update([row.status for row in page])
@@ -207,7 +207,7 @@ async def _counted(pages: AsyncIterator[list[Row]], collected: Collected) -> Asy
         yield page
 
 
-async def _write(database: Database, run: Run, pages: AsyncIterator[list[Row]], output: Output) -> list[str]:
+async def _write(database: Database, run: Run, pages: AsyncIterator[list[AnswerRow]], output: Output) -> list[str]:
     """Write the pages; return the fields of answers that a table had no column for."""
     target = output.path
     if output.kind is not writers.OutputFormat.DB or target is None:

@@ -15,10 +15,10 @@ from lbr.store import reads
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Container
 
-    from lbr.core.types import Row, Run
+    from lbr.core.types import AnswerRow, Run
     from lbr.store.database import Database
 
-    Pages = AsyncIterator[list[Row]]
+    Pages = AsyncIterator[list[AnswerRow]]
 
 LOOK_SECONDS = 0.5
 PAUSE_SHARE = 10

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from lbr.api.status import RunStatus
     from lbr.api.task import ResolvedTask
-    from lbr.core.types import Json, PathOrUrl, Row
+    from lbr.core.types import AnswerRow, Json, PathOrUrl
     from lbr.store.database import Database
 
 RETURN_DTYPES = ("list[dict]", "list[str]", "list[tuple[str,str]]", "polars")
@@ -200,16 +200,18 @@ async def _report(database: Database, run: Run, every: int) -> None:
         await asyncio.sleep(REPORT_SECONDS)
 
 
-async def _answers(database: Database, run: Run, shape: Shape, keep: Sequence[str] = ()) -> AsyncIterator[list[Row]]:
+async def _answers(
+    database: Database, run: Run, shape: Shape, keep: Sequence[str] = ()
+) -> AsyncIterator[list[AnswerRow]]:
     """Yield a run's rows with one of two statuses: done or missing."""
     async for page in reads.rows(database, run, shape, include=keep):
         yield [row if row.status == JobState.DONE else row.missing() for row in page]
 
 
-async def _mirror(results_url: PathOrUrl, run: str, rows: list[Row]) -> bool:
+async def _mirror(results_url: PathOrUrl, run: str, rows: list[AnswerRow]) -> bool:
     """Write the rows to the results database; an error must not cost the caller the answers."""
 
-    async def pages() -> AsyncIterator[list[Row]]:
+    async def pages() -> AsyncIterator[list[AnswerRow]]:
         for start in range(0, len(rows), PAGE):
             yield rows[start : start + PAGE]
 
@@ -222,7 +224,12 @@ async def _mirror(results_url: PathOrUrl, run: str, rows: list[Row]) -> bool:
 
 
 def _shaped(
-    rows: list[Row], return_dtype: str, resolved: ResolvedTask, inputs: Sequence[tuple[Part, str]], *, unnest: bool
+    rows: list[AnswerRow],
+    return_dtype: str,
+    resolved: ResolvedTask,
+    inputs: Sequence[tuple[Part, str]],
+    *,
+    unnest: bool,
 ) -> Any:
     match return_dtype:
         case "list[str]":
@@ -285,7 +292,7 @@ async def export_jsonl(
         return await _export(_answers(database, exported, shape), fspath(out))
 
 
-async def _export(pages: AsyncIterator[list[Row]], out: str) -> int:
+async def _export(pages: AsyncIterator[list[AnswerRow]], out: str) -> int:
     count = 0
     async with writers.output_lock(out):
         with writers.open_writer(out, writers.OutputFormat.JSONL) as writer:

@@ -443,7 +443,7 @@ class Settlement:
 
 
 @value(frozen=True, slots=True)
-class Row:
+class AnswerRow:
     """One collected answer.
 
     `status` is a job state, or "missing" if the caller wants that for each job that is not done. `result` is None
@@ -464,7 +464,7 @@ class Row:
     usage: RowUsage | None = None
     kept: dict[str, Json] | None = None
 
-    def missing(self) -> Row:
+    def missing(self) -> AnswerRow:
         """Return the row of a missing answer; `error` stays."""
         return replace(self, status="missing", result=None, cut_off=False)
 

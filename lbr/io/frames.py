@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-    from lbr.core.types import Row
+    from lbr.core.types import AnswerRow
     from lbr.io.table import Table
 
 LOOK_SECONDS = 0.1
@@ -30,7 +30,7 @@ def polars() -> Any:
     return pl
 
 
-def frame(table: Table, rows: Iterable[Row]) -> Any:
+def frame(table: Table, rows: Iterable[AnswerRow]) -> Any:
     """Return rows as a DataFrame. Raises OutputError for a value that does not fit its column."""
     pl = polars()
     schema = {column.name: getattr(pl, column.kind) for column in table.columns}
@@ -51,7 +51,7 @@ class ParquetWriter:
         self._thread = threading.Thread(target=self._sink, args=(path,), daemon=True)
         self._thread.start()
 
-    def write(self, rows: Iterable[Row]) -> None:
+    def write(self, rows: Iterable[AnswerRow]) -> None:
         """Write rows in the order they come. Raises OutputError."""
         self._put(frame(self._table, rows))
 

@@ -16,7 +16,7 @@ from lbr.core.types import Part
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
-    from lbr.core.types import Json, Row, Task
+    from lbr.core.types import AnswerRow, Json, Task
 
 OWN_COLUMNS = {
     "default": ("result", "status", "error"),
@@ -114,7 +114,7 @@ class Table:
     left_out: set[str] = field(default_factory=set)
     row_bytes: int = 1
 
-    def cells(self, row: Row) -> list[Json]:
+    def cells(self, row: AnswerRow) -> list[Json]:
         """Return the cells of a row, as JSON values."""
         answer: dict[str, Json] = {}
         if self.fields and row.result is not None:
@@ -123,13 +123,13 @@ class Table:
         parts: dict[str, dict[str, Json]] = {"metadata": row.metadata or {}, "own": row.to_dict(), "answer": answer}
         return [parts[column.part].get(column.source) for column in self.columns]
 
-    def typed_cells(self, row: Row) -> list[Json]:
+    def typed_cells(self, row: AnswerRow) -> list[Json]:
         """Return the cells of a row in the types of their columns. Raises OutputError for a value that has no place."""
         cells = zip(self.columns, self.cells(row), strict=True)
         return [None if value is None else _typed(value, column, row) for column, value in cells]
 
 
-def _typed(value: Json, column: Column, row: Row) -> Json:
+def _typed(value: Json, column: Column, row: AnswerRow) -> Json:
     if column.kind is Kind.TEXT:
         return value if isinstance(value, str) else to_json(value).decode()
     number = type(value) in {int, float}

@@ -31,7 +31,7 @@ from lbr.io.table import Kind, Table
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Iterator
 
-    from lbr.core.types import Json, Row
+    from lbr.core.types import AnswerRow, Json
 
 STDOUT_NAME = "stdout"
 BUFFER_BYTES = 1 << 20
@@ -210,7 +210,7 @@ class JsonlWriter:
     def _begin(self) -> None:
         """Write what comes before the rows: nothing."""
 
-    def write(self, rows: Iterable[Row]) -> None:
+    def write(self, rows: Iterable[AnswerRow]) -> None:
         """Write rows in the order they come. Raises OutputError."""
         self._put(b"".join([self._encode(row) for row in rows]))
 
@@ -228,7 +228,7 @@ class JsonlWriter:
         with named_errors(self._name):
             self._handle.write(harmless(data.decode()).encode() if self._is_terminal else data)
 
-    def _encode(self, row: Row) -> bytes:
+    def _encode(self, row: AnswerRow) -> bytes:
         return orjson.dumps(row.to_dict(), option=orjson.OPT_APPEND_NEWLINE)
 
 
@@ -241,7 +241,7 @@ class CsvWriter(JsonlWriter):
     def _begin(self) -> None:
         self._put(b"\xef\xbb\xbf" * self._style.bom + self._line(one.name for one in self._table.columns))
 
-    def _encode(self, row: Row) -> bytes:
+    def _encode(self, row: AnswerRow) -> bytes:
         return self._line(self._table.cells(row))
 
     def _line(self, cells: Iterable[Json]) -> bytes:
@@ -259,7 +259,7 @@ class CsvWriter(JsonlWriter):
 class OpenaiWriter(JsonlWriter):
     """Writes each row as a line of the output of OpenAI's batches: a chat completion, or an error."""
 
-    def _encode(self, row: Row) -> bytes:
+    def _encode(self, row: AnswerRow) -> bytes:
         name, used, response, error = f"{row.key}-{row.idx}", row.usage or RowUsage(), None, None
         if row.result is None:
             error = {"code": row.status, "message": row.error or f"the job is {row.status}"}
@@ -279,7 +279,7 @@ class OpenaiWriter(JsonlWriter):
 class MessagesWriter(JsonlWriter):
     """Writes each answer as a chat: the instructions, the prompt and the answer, for fine-tuning. Others are left out."""
 
-    def _encode(self, row: Row) -> bytes:
+    def _encode(self, row: AnswerRow) -> bytes:
         if row.result is None:
             return b""
         prompt = [{"role": "user", "content": row.prompt.text}] if row.prompt.messages is None else row.prompt.messages
@@ -309,7 +309,7 @@ class SqliteWriter:
             self._connection.close()
             raise
 
-    def write(self, rows: Iterable[Row]) -> None:
+    def write(self, rows: Iterable[AnswerRow]) -> None:
         """Write rows in the order they come. Raises OutputError."""
         with self._errors():
             self._connection.executemany(self._insert, [self._table.typed_cells(row) for row in rows])

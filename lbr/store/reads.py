@@ -13,7 +13,7 @@ from sqlalchemy import Float, bindparam, case, cast, func, or_, select
 from lbr.core.errors import CUT_OFF, DatabaseError, UsageError
 from lbr.core.extras import Extra, Extras, Include, RowUsage
 from lbr.core.pricing import NANOS, output_limit
-from lbr.core.types import JobState, Millis, Part, Prompt, Row, Run, RunId, RunState, Shape
+from lbr.core.types import AnswerRow, JobState, Millis, Part, Prompt, Run, RunId, RunState, Shape
 from lbr.store import counters, runs
 from lbr.store.limits import LimitStatus, all_limits, is_ahead
 from lbr.store.schema import INFLIGHT, SILENT_MS, attempts, items, jobs, limits, outages, prompts, results, workers
@@ -214,7 +214,7 @@ class Attempt:
 class JobDetail:
     """Everything about one input's job. `settings` are its own, of a retry; None if it has none."""
 
-    row: Row
+    row: AnswerRow
     attempts: int
     crashes: int
     claim_seq: int
@@ -315,7 +315,7 @@ async def rows(
     include: Container[str] = (),
     *,
     between: tuple[int, int] | None = None,
-) -> AsyncIterator[list[Row]]:
+) -> AsyncIterator[list[AnswerRow]]:
     """Yield a run's rows in input order, page by page; each page is a short transaction of its own.
 
     `states` are those of the jobs to read, empty for all; `include` is what rows have beside their answers. `between`
@@ -345,7 +345,7 @@ def rows_by_state(connection: Connection, _now: Millis, run: Run) -> dict[str, i
 
 def _page(
     connection: Connection, _now: Millis, run: Run, query: Select[Any], include: Container[str], bound: dict[str, int]
-) -> tuple[int, list[Row]]:
+) -> tuple[int, list[AnswerRow]]:
     kept = tuple(kind for kind in Extra if kind in include)
     found = connection.execute(query, {"run": run.id, **bound}).all()
     whole = list(takewhile(lambda row: row[_BODY] is not None, found))
@@ -358,7 +358,7 @@ def _page(
     return len(found), page
 
 
-def _with_usage(connection: Connection, page: list[Row], ids: list[int]) -> list[Row]:
+def _with_usage(connection: Connection, page: list[AnswerRow], ids: list[int]) -> list[AnswerRow]:
     """Return rows with what their jobs' last calls took."""
     found: Sequence[Any] = connection.execute(_USAGE, {"ids": list(set(ids))}).all()
     usages = {
@@ -368,14 +368,14 @@ def _with_usage(connection: Connection, page: list[Row], ids: list[int]) -> list
     return [replace(row, usage=usages[job_id]) for row, job_id in zip(page, ids, strict=True)]
 
 
-def _to_rows(connection: Connection, found: Sequence[Sequence[Any]]) -> list[Row]:
+def _to_rows(connection: Connection, found: Sequence[Sequence[Any]]) -> list[AnswerRow]:
     """Turn database rows into collected ones; a job that is not done gets the message of its last failed try."""
     open_ids = list({job_id for _, _, _, _, job_id, _, state, *_ in found if state != JobState.DONE})
     last: dict[int, Any] = {}
     if open_ids:
         last = {row.id: row for row in connection.execute(_ERRORS, {"ids": open_ids}).all()}
     return [  # by position, in one expression: this runs for every row of a collect
-        Row(
+        AnswerRow(
             idx,
             key.hex(),
             Prompt.from_body(body, chat=True) if chat else Prompt(body),

@@ -24,7 +24,7 @@ from sqlalchemy.types import UserDefinedType
 
 from lbr.core import ownership
 from lbr.core.errors import DatabaseError, OutputError, UsageError
-from lbr.core.types import Prompt, Row
+from lbr.core.types import AnswerRow, Prompt
 from lbr.store import files
 from lbr.store.addresses import is_postgresql, sqlite_path
 from lbr.store.sql import if_small, pages
@@ -100,7 +100,7 @@ async def check(url: PathOrUrl, *, name: str, queue: Path | None) -> None:
             await connection.run_sync(_check_table)
 
 
-async def write_run(url: PathOrUrl, run: str, pages: AsyncIterable[list[Row]]) -> int:
+async def write_run(url: PathOrUrl, run: str, pages: AsyncIterable[list[AnswerRow]]) -> int:
     """Replace one run's rows in the results database, in one transaction; return how many rows.
 
     The file is created if it is new, private like the queue. Other runs' rows stay.
@@ -131,7 +131,7 @@ async def runs_in(url: PathOrUrl) -> list[str]:
         return list((await connection.execute(_RUNS)).scalars())
 
 
-async def read_run(url: PathOrUrl, run: str) -> AsyncIterator[list[Row]]:
+async def read_run(url: PathOrUrl, run: str) -> AsyncIterator[list[AnswerRow]]:
     """Yield one run's rows in order, page by page, chat messages as text; nothing if there is no such run."""
     path = sqlite_path(url)
 
@@ -181,7 +181,7 @@ def _the_queue() -> UsageError:
     return UsageError("expected a results database of its own, got: the queue; name another file for the results")
 
 
-def _to_columns(run: str, row: Row) -> dict[str, Any]:
+def _to_columns(run: str, row: AnswerRow) -> dict[str, Any]:
     plain = replace(row, kept=None) if row.kept else row
     fields = {"id": None, "metadata": None} | plain.to_dict() | {"run": run}
     for name in ("prompt", "metadata"):
@@ -190,11 +190,11 @@ def _to_columns(run: str, row: Row) -> dict[str, Any]:
     return fields
 
 
-def _from_columns(found: RowMapping) -> Row:
+def _from_columns(found: RowMapping) -> AnswerRow:
     try:
         metadata = None if found["metadata"] is None else orjson.loads(found["metadata"])
     except orjson.JSONDecodeError as error:  # also for what is no text
         shown = str(found["metadata"])[:200]
         raise DatabaseError(f"expected stored metadata to be JSON, got: {shown!r}") from error
     plain = {name: found[name] for name in ("idx", "key", "status", "result", "error")}
-    return Row(**plain, prompt=Prompt(found["prompt"]), custom_id=found["id"], metadata=metadata)
+    return AnswerRow(**plain, prompt=Prompt(found["prompt"]), custom_id=found["id"], metadata=metadata)

@@ -16,7 +16,7 @@ from openai.types.chat import ChatCompletion
 import lbr
 from lbr.core.errors import Family, Usage
 from lbr.core.extras import RowUsage
-from lbr.core.types import Failure, JobState, Outcome, Prompt, Reply, Row, Settlement, Shape
+from lbr.core.types import AnswerRow, Failure, JobState, Outcome, Prompt, Reply, Settlement, Shape
 from lbr.store import reads
 from lbr.store.database import opened
 from lbr.store.settle import settle
@@ -211,5 +211,5 @@ async def test_what_a_format_cannot_have_is_refused(how: dict[str, Any], words: 
 
 def test_rows_are_flat() -> None:
     """What was kept comes after the usage, in one object."""
-    row = Row(0, "k", Prompt("a"), "done", "A", usage=RowUsage("m"), kept={"reasoning": "why"})
+    row = AnswerRow(0, "k", Prompt("a"), "done", "A", usage=RowUsage("m"), kept={"reasoning": "why"})
     assert list(row.to_dict())[6:] == [*USED, "reasoning"]

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from lbr.core.errors import OutputError, UsageError
-from lbr.core.types import Part, Prompt, Row, Task
+from lbr.core.types import AnswerRow, Part, Prompt, Task
 from lbr.io.table import Kind, make_table
 from lbr.io.writers import OutputFormat, check_output, open_writer
 
@@ -25,7 +25,9 @@ def test_rows_come_back_in_order(tmp_path: Path, pages: list[int]) -> None:
     path, count = tmp_path / "o.parquet", 0
     with open_writer(str(path), OutputFormat.PARQUET, table=TABLE) as writer:
         for size in pages:
-            writer.write([Row(n, "k", Prompt(f"ü{n}"), "done", None, custom_id=n) for n in range(count, count + size)])
+            writer.write(
+                [AnswerRow(n, "k", Prompt(f"ü{n}"), "done", None, custom_id=n) for n in range(count, count + size)]
+            )
             count += size
         assert not path.exists()
     found = pl.read_parquet(path)
@@ -38,16 +40,16 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     """An error between the rows, and one of the file itself, leave no file and no thread that waits."""
     path = str(tmp_path / "o.parquet")
 
-    def write(row: Row, error: type[Exception] | None = None) -> None:
+    def write(row: AnswerRow, error: type[Exception] | None = None) -> None:
         with open_writer(path, OutputFormat.PARQUET, table=TABLE) as writer:
             writer.write([row])
             if error is not None:
                 raise error
 
     with pytest.raises(KeyError):
-        write(Row(0, "k", Prompt("a"), "done"), KeyError)
+        write(AnswerRow(0, "k", Prompt("a"), "done"), KeyError)
     with pytest.raises(OutputError, match=r"^input 1: id is \"x\", which a column of Int64 cannot hold"):
-        write(Row(1, "k", Prompt("a"), "done", custom_id="x"))
+        write(AnswerRow(1, "k", Prompt("a"), "done", custom_id="x"))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from lbr.core.errors import OutputError
 from lbr.core.extras import RowUsage
-from lbr.core.types import Part, Prompt, Row, Task
+from lbr.core.types import AnswerRow, Part, Prompt, Task
 from lbr.io.table import Kind, Kinds, answer_fields, make_table
 
 SCHEMA: dict[str, Any] = {
@@ -120,7 +120,7 @@ def test_cells_have_the_types_of_their_columns() -> None:
     """JSON values become cells; what is no text is JSON in a text column, and what the schema does not name is noted."""
     table = make_table(Task(model="m", schema=SCHEMA), [(Part.ID, "id"), (Part.METADATA, "deep")])
     answer = '{"label":"a","score":2,"count":3.0,"sure":true,"tags":["x"],"union":18446744073709551616,"other":1}'
-    row = Row(0, "k", Prompt("p"), "done", answer, custom_id=7, metadata={"deep": {"a": [None]}})
+    row = AnswerRow(0, "k", Prompt("p"), "done", answer, custom_id=7, metadata={"deep": {"a": [None]}})
     cells = dict(zip([one.name for one in table.columns], table.typed_cells(row), strict=True))
     assert {name: value for name, value in cells.items() if value is not None} == {
         "id": "7",
@@ -141,4 +141,4 @@ def test_a_value_without_a_place_is_an_error() -> None:
     """An integer that no column holds is not rounded: the message names the input and the way out."""
     table = make_table(Task(model="m", schema=SCHEMA))
     with pytest.raises(OutputError, match=r"^input 3: count is 9223372036854775808, .* Int64 .* --no-unnest"):
-        table.typed_cells(Row(3, "k", Prompt("p"), "done", '{"count":9223372036854775808}'))
+        table.typed_cells(AnswerRow(3, "k", Prompt("p"), "done", '{"count":9223372036854775808}'))

@@ -19,7 +19,7 @@ import orjson
 import pytest
 
 from lbr.core.errors import OutputError, UsageError
-from lbr.core.types import Part, Prompt, Row, Task
+from lbr.core.types import AnswerRow, Part, Prompt, Task
 from lbr.io.table import Table, make_table
 from lbr.io.writers import (
     CsvStyle,
@@ -37,8 +37,8 @@ from tests.support import Cli
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PLAIN = Row(0, "k0", Prompt(text="one"), "done", result="eins")
-FULL = Row(
+PLAIN = AnswerRow(0, "k0", Prompt(text="one"), "done", result="eins")
+FULL = AnswerRow(
     1,
     "k1",
     Prompt(messages=({"role": "user", "content": "zwei, «two»"},)),
@@ -430,7 +430,7 @@ class TestCsv:
     def test_every_text_comes_back(self, text: str, skips_spaces: bool) -> None:
         """What a CSV reader gets is what the model said, also if it skips spaces after delimiters."""
         handle = io.BytesIO()
-        CsvWriter(handle, table()).write([Row(0, "k", Prompt(text=text), "done", result=text)])
+        CsvWriter(handle, table()).write([AnswerRow(0, "k", Prompt(text=text), "done", result=text)])
         lines = io.StringIO(handle.getvalue().decode(), newline="")
         (row,) = csv.DictReader(lines, strict=True, skipinitialspace=skips_spaces)
         assert (row["prompt"], row["result"]) == (text, text)
@@ -442,7 +442,7 @@ class TestCsv:
     def test_on_request_no_cell_is_a_formula(self, text: str, safe: bool) -> None:
         """With `spreadsheet_safe`, what a spreadsheet would run has an apostrophe before it, the header too."""
         handle = io.BytesIO()
-        row = Row(0, "k", Prompt(text=text), "failed", text, text, text, {text: text})
+        row = AnswerRow(0, "k", Prompt(text=text), "failed", text, text, text, {text: text})
         columns = [(Part.METADATA, text), (Part.ID, "id")]
         CsvWriter(handle, table(*columns), CsvStyle(spreadsheet_safe=safe)).write([row])
         header, cells = csv.reader(io.StringIO(handle.getvalue().decode(), newline=""), strict=True)
@@ -493,11 +493,11 @@ class TestFailures:
         """A full disk behind stdout is an error whether it shows while writing or at the end."""
         code = f"""
             import os, sys; from lbr.io.writers import open_writer, OutputFormat
-            from lbr.core.types import Prompt, Row
+            from lbr.core.types import Prompt, AnswerRow
             os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
             try:
                 with open_writer(None, OutputFormat({format_.value!r})) as writer:
-                    writer.write([Row(0, 'k', Prompt(text='one'), 'done')] * {count})
+                    writer.write([AnswerRow(0, 'k', Prompt(text='one'), 'done')] * {count})
             except Exception as error:
                 print(type(error).__name__, error, file=sys.stderr, flush=True)
             os._exit(0)
@@ -516,14 +516,14 @@ class TestFailures:
         path.write_text("old")
         code = f"""
             import resource, signal, sys; from lbr.io.writers import open_writer, OutputFormat
-            from lbr.core.types import Prompt, Row, Task
+            from lbr.core.types import Prompt, AnswerRow, Task
             from lbr.io.table import make_table
             table = make_table(Task(model="m"))
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
             try:
                 with open_writer({str(path)!r}, OutputFormat({format_.value!r}), table=table) as writer:
-                    writer.write([Row(0, 'k', Prompt(text='one'), 'done')] * {count})
+                    writer.write([AnswerRow(0, 'k', Prompt(text='one'), 'done')] * {count})
             except Exception as error:
                 print(type(error).__name__, error)
         """
@@ -542,7 +542,7 @@ class TestFailures:
     def test_an_error_of_the_rows_is_not_taken_for_the_files(self, tmp_path: Path) -> None:
         """What fails while rows are fetched passes as it is, and nothing is written."""
 
-        def rows() -> Iterator[Row]:
+        def rows() -> Iterator[AnswerRow]:
             yield PLAIN
             raise ConnectionError("the database is gone")
 
