@@ -198,10 +198,11 @@ async def _until_finished(database: Database, run: Run) -> None:
 
 async def _counted(pages: AsyncIterator[list[AnswerRow]], collected: Collected) -> AsyncIterator[list[AnswerRow]]:
     """Yield the pages and count their rows."""
+    failed = JobState.FAILED
     async for page in pages:
         collected.by_status.update([row.status for row in page])
         collected.cut_off += sum([row.cut_off for row in page])
-        for reason in [row.error or "no reason given" for row in page if row.status == JobState.FAILED]:
+        for reason in [row.error or "no reason given" for row in page if row.status == failed]:
             if len(collected.reasons) < MAX_REASONS or reason in collected.reasons:
                 collected.reasons[reason] += 1
         yield page

@@ -470,11 +470,13 @@ class AnswerRow:
 
     def to_dict(self) -> dict[str, Json]:
         """Return the row as collected JSON: `id` and `metadata` only if the input had them; usage and what was kept last."""
-        own_id = {} if self.custom_id is None else {"id": self.custom_id}
+        fields: dict[str, Json] = {"idx": self.idx}
+        if self.custom_id is not None:
+            fields["id"] = self.custom_id
         prompt = self.prompt.text if self.prompt.messages is None else list(self.prompt.messages)
-        answer = {"prompt": prompt, "status": self.status, "result": self.result, "error": self.error}
-        metadata = {} if self.metadata is None else {"metadata": self.metadata}
-        fields = {"idx": self.idx, **own_id, "key": self.key, **answer, **metadata}
+        fields |= {"key": self.key, "prompt": prompt, "status": self.status, "result": self.result, "error": self.error}
+        if self.metadata is not None:
+            fields["metadata"] = self.metadata
         if self.usage is not None:
             fields |= {name: getattr(self.usage, name) for name in RowUsage.__slots__}
         return fields if self.kept is None else fields | self.kept

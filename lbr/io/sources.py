@@ -57,10 +57,10 @@ def items_of(
     """
     compiled = None if template is None else Template(template)
     for number, prompt in enumerate(prompts, start=1):
-        place = Place(PROMPTS, number)
         if compiled is None and isinstance(prompt, str) and _is_plain(prompt):
-            yield Item(Prompt(prompt), None, None, *place)
+            yield Item(Prompt(prompt), None, None, PROMPTS, number)
             continue
+        place = Place(PROMPTS, number)
         if isinstance(prompt, str):
             fields = {"prompt": prompt}
         elif isinstance(prompt, dict):

@@ -37,7 +37,8 @@ _COLLECTED = (
     *(jobs.c.id, prompts.c.key, jobs.c.state, prompts.c.chat, prompts.c.body),
     *(results.c.text, results.c.finish_reason),
 )
-_BODY = [column.name for column in _COLLECTED].index("body")
+_NAMES = [column.name for column in _COLLECTED]
+_JOB_ID, _STATE, _BODY = map(_NAMES.index, ("id", "state", "body"))
 _OTHERS = [column for table in (jobs, results) for column in table.c if column not in set(_COLLECTED)]
 
 
@@ -348,7 +349,8 @@ def _page(
 ) -> tuple[int, list[AnswerRow]]:
     kept = tuple(kind for kind in Extra if kind in include)
     found = connection.execute(query, {"run": run.id, **bound}).all()
-    whole = list(takewhile(lambda row: row[_BODY] is not None, found))
+    bodies = [row[_BODY] for row in found]
+    whole = found[: bodies.index(None)] if None in bodies else found
     page = _to_rows(connection, [row[: len(_COLLECTED)] for row in whole] if kept else whole)
     if kept:
         extras = (Extras(**dict(zip(kept, row[len(_COLLECTED) :], strict=True))) for row in whole)
@@ -370,7 +372,8 @@ def _with_usage(connection: Connection, page: list[AnswerRow], ids: list[int]) -
 
 def _to_rows(connection: Connection, found: Sequence[Sequence[Any]]) -> list[AnswerRow]:
     """Turn database rows into collected ones; a job that is not done gets the message of its last failed try."""
-    open_ids = list({job_id for _, _, _, _, job_id, _, state, *_ in found if state != JobState.DONE})
+    done, failed = JobState.DONE, JobState.FAILED
+    open_ids = list({row[_JOB_ID] for row in found if row[_STATE] != done})
     last: dict[int, Any] = {}
     if open_ids:
         last = {row.id: row for row in connection.execute(_ERRORS, {"ids": open_ids}).all()}
@@ -380,11 +383,11 @@ def _to_rows(connection: Connection, found: Sequence[Sequence[Any]]) -> list[Ans
             key.hex(),
             Prompt.from_body(body, chat=True) if chat else Prompt(body),
             state,
-            text if state == JobState.DONE else None,
+            text if state == done else None,
             last[job_id].error if job_id in last else None,
             _number(custom_id) if id_is_number else custom_id,
             None if metadata is None else json_object(metadata, "metadata"),
-            (ending if state == JobState.DONE else state == JobState.FAILED and last[job_id].ending) == CUT_OFF,
+            (ending if state == done else state == failed and last[job_id].ending) == CUT_OFF,
         )
         for idx, custom_id, metadata, id_is_number, job_id, key, state, chat, body, text, ending in found
     ]
