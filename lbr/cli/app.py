@@ -179,7 +179,7 @@ def lbr(context: click.Context, db: str, allow_network_fs: bool) -> None:
     """Run LLM prompts in batches that survive crashes.
 
     Enqueue prompts once, start workers in as many terminals as you like, and collect the answers in input order.
-    Exit codes: 0 success, 1 error, 2 wrong usage, 3 unfinished, 4 finished with failures, 5 the doctor found a
+    Exit codes: 0 success, 1 error, 2 wrong usage or bad input, 3 unfinished, 4 finished with failures, 5 the doctor found a
     problem, 130 interrupted.
     """
     context.obj = {"db_url": db, "allow_network_fs": allow_network_fs}

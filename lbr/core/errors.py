@@ -25,6 +25,8 @@ class UsageError(LbrError):
 class InputError(LbrError):
     """An input file or line is wrong; the message begins with its `source` and `line`."""
 
+    exit_code: ClassVar[int] = 2
+
     def __init__(self, message: str, *, source: str | None = None, line: int | None = None) -> None:
         self.message = message
         self.source = source

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -13,6 +16,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import polars as pl
 import psutil
 import pytest
 
@@ -39,7 +43,7 @@ CSV = {"p.csv": "city,state\nBend,OR\n"}
 
 @dataclass(frozen=True)
 class Case:
-    """A command that must be refused: with which words, and, where data is bad, with exit code 1."""
+    """A command that must be refused: with which words, and which exit code."""
 
     arguments: tuple[str, ...]
     says: tuple[str, ...]
@@ -148,7 +152,6 @@ def mortal() -> tuple[str, ...]:
             "not a JSON object",
             "(character 12)",
             "fix it",
-            code=1,
             files={"p.jsonl": GOOD_LINES + '{"prompt": oops}\n'},
             name="line 17 not JSON",
         ),
@@ -158,7 +161,6 @@ def mortal() -> tuple[str, ...]:
             "prompt and messages",
             "'text'",
             "--prompt-column",
-            code=1,
             files={"p.jsonl": GOOD_LINES + '{"text": "a"}\n'},
             name="no prompt field",
         ),
@@ -167,7 +169,6 @@ def mortal() -> tuple[str, ...]:
             "p.jsonl, line 17",
             "prompt is empty",
             "Use --skip-empty, or fill it in",
-            code=1,
             files={"p.jsonl": GOOD_LINES + '{"prompt": ""}\n'},
             name="empty prompt",
         ),
@@ -177,7 +178,6 @@ def mortal() -> tuple[str, ...]:
             "UTF-8",
             "0xff as byte 2",
             "--encoding cp1252",
-            code=1,
             files={"p.txt": b"a\nb\xff\n"},
             name="not UTF-8",
         ),
@@ -186,7 +186,6 @@ def mortal() -> tuple[str, ...]:
             "p.txt, line 2",
             "a NUL character",
             "remove it",
-            code=1,
             files={"p.txt": b"a\nb\x00\n"},
             name="NUL",
         ),
@@ -194,7 +193,6 @@ def mortal() -> tuple[str, ...]:
             "enqueue p.txt",
             "p.txt",
             "there is no input",
-            code=1,
             files={"p.txt": ""},
             name="empty input",
         ),
@@ -203,7 +201,6 @@ def mortal() -> tuple[str, ...]:
             "p.csv, line 3",
             "2 cells",
             "3",
-            code=1,
             files={"p.csv": "prompt,b\n1,2\n1,2,3\n"},
             name="ragged rows",
         ),
@@ -212,7 +209,6 @@ def mortal() -> tuple[str, ...]:
             "p.csv, line 3: column prompt is empty (and 6 more bad rows)\np.csv, line 4: ",
             "p.csv, line 7: ",
             "Use --skip-empty, or fill them in",
-            code=1,
             files={"p.csv": "prompt,b\na,1\n" + ",2\n" * 7},
             name="several bad rows",
         ),
@@ -226,12 +222,11 @@ def mortal() -> tuple[str, ...]:
         case("enqueue p.csv --model offline:echo --skip-bad runs.db", "than the queue", files=CSV),
         case("run p.csv -o o.csv --skip-bad o.csv", "o.csv is an input, or the file for bad rows", files=CSV),
         case("enqueue p.csv", "p.csv", "no column 'prompt'", "'city', 'state'", "--template", files=CSV),
-        case("enqueue - --run r", "there is no input", code=1, name="stdin empty"),
+        case("enqueue - --run r", "there is no input", name="stdin empty"),
         case(
             "enqueue - --run r --format jsonl",
             "stdin, line 1",
             "JSON object",
-            code=1,
             stdin=b"oops\n",
             name="stdin bad from its start",
         ),
@@ -242,6 +237,84 @@ def mortal() -> tuple[str, ...]:
 def test_bad_inputs_are_refused_with_file_and_line(wrong: Case, tmp_path: Path) -> None:
     """What cannot be read, or is not what it should be, is named with its place before a database is made."""
     refuse(tmp_path, wrong)
+
+
+def parquet(**columns: Any) -> bytes:
+    """Return a Parquet file."""
+    file = io.BytesIO()
+    pl.DataFrame(columns).write_parquet(file)
+    return file.getvalue()
+
+
+def batch(body: str = '{"messages": [{"role": "user", "content": "Hi"}]}', url: str = "/v1/chat/completions") -> str:
+    """Return a line of OpenAI's batch input."""
+    return f'{{"custom_id": "a", "method": "POST", "url": "{url}", "body": {body}}}\n'
+
+
+MESSAGES = '"messages": [{"role": "user", "content": "Hi"}]'
+BAD_ROWS: dict[str, tuple[str, str | bytes, str, str]] = {
+    "not UTF-8": ("p.txt", b"a\nb\xff\n", "line 2: the line is not UTF-8", ""),
+    "NUL": ("p.txt", b"a\n\0\n", "line 2: the line has a NUL character", ""),
+    "UTF-16 cut off": ("p.txt", "a\nb\n".encode("utf-16")[:-1], "line 2: cannot be read", ""),
+    "empty text": ("p.txt", "\n \n", "there is no input", ""),
+    "gzip cut off": ("p.txt.gz", gzip.compress(b"a\nb\n" * 999)[:-9], "the compressed file is cut off", ""),
+    "gzip damaged": ("p.csv.gz", b"\x1f\x8b\x08" + b"\xff" * 99, "line 1: cannot be read", ""),
+    "JSON": ("p.jsonl", GOOD_LINES + "{oops}\n", "line 17: the line is not a JSON object", ""),
+    "JSON cut off": ("p.jsonl", GOOD_LINES + '{"prompt": "x', "line 17: the line is not a JSON object", ""),
+    "a JSON array": ("p.jsonl", '["a"]\n', "line 1: expected a JSON object", ""),
+    "NaN": ("p.jsonl", '{"prompt": "a", "x": NaN}\n', "line 1: the line is not a JSON object", ""),
+    "long number": ("p.jsonl", f'{{"prompt": "a", "x": {"9" * 30}}}\n', "line 1: the number in 'x'", ""),
+    "half a pair": ("p.jsonl", '{"prompt": "\\ud800"}\n', "line 1: the line is not a JSON object", ""),
+    "escaped NUL": ("p.jsonl", '{"prompt": "a", "x": "\\u0000"}\n', "line 1: a field has a NUL character", ""),
+    "no prompt": ("p.jsonl", '{"text": "a"}\n', "line 1: expected one of the fields prompt and messages", ""),
+    "no such field": ("p.jsonl", '{"prompt": "a"}\n', "line 1: there is no field 'x'", "--prompt-column x"),
+    "prompt a number": ("p.jsonl", '{"prompt": 1}\n', "line 1: expected prompt to be a string", ""),
+    "prompt null": ("p.jsonl", '{"prompt": null}\n', "line 1: prompt is empty", ""),
+    "id a list": ("p.jsonl", '{"prompt": "a", "id": [1]}\n', "line 1: expected the id to be a string", ""),
+    "two ids": ("p.jsonl", '{"prompt": "a", "id": 1, "custom_id": 2}\n', "line 1: both id and custom_id", ""),
+    "no user": ("p.jsonl", '{"messages": [{"role": "system", "content": "a"}]}\n', "line 1: no message is of", ""),
+    "image": ("p.jsonl", '{"messages": [{"role": "user", "content": [{"type": "file"}]}]}\n', "line 1: ", ""),
+    "gz": ("p.jsonl.gz", gzip.compress(b'{"prompt": 1}\n'), "line 1: expected prompt to be a string", ""),
+    "batch url": ("p.jsonl", batch() + batch(url="/v1/embeddings"), "line 2: expected the url /v1/chat", ""),
+    "batch stream": ("p.jsonl", batch(f'{{{MESSAGES}, "stream": true}}'), "line 1: the body asks for a stream", ""),
+    "batch n": ("p.jsonl", batch(f'{{{MESSAGES}, "n": 2}}'), "line 1: the body asks for 2 answers", ""),
+    "batch empty": ("p.jsonl", batch("{}"), "line 1: expected messages to be a list", ""),
+    "batch model": ("p.jsonl", batch(f'{{{MESSAGES}, "model": 1}}'), "line 1: expected the model of the body", ""),
+    "ragged": ("p.csv", "prompt,b\n1,2\n1,2,3\n", "line 3: expected 2 cells", ""),
+    "quote": ("p.csv", 'prompt,b\n1,2\n"1,2\n', "line 3: the row is not valid CSV", ""),
+    "names twice": ("p.csv", "prompt,a,a\n1,2,3\n", "line 1: several columns have the same name: 'a'", ""),
+    "empty cell": ("p.csv", "prompt,b\n,2\n", "line 2: column prompt is empty", ""),
+    "header only": ("p.csv", "prompt,b\n", "there is no input", ""),
+    "nothing": ("p.csv", "", "the file is empty; the first line must name the columns", ""),
+    "no column": ("p.csv", "a,b\n1,2\n", "there is no column 'prompt'; there are: 'a', 'b'", ""),
+    "no id column": ("p.csv", "prompt\n1\n", "there is no column 'x'", "--id-column x"),
+    "tabs": ("p.tsv", "prompt\tb\n1\t2\t3\n", "line 2: expected 2 cells", ""),
+    "template": ("p.csv", "prompt\n1\n", "line 2: the template cannot be rendered", "--template {{prompt/0}}"),
+    "null": ("p.parquet", parquet(prompt=["a", None]), "line 2: prompt is empty", ""),
+    "infinity": ("p.parquet", parquet(prompt=["a"], x=[math.inf]), "line 1: a field cannot be written as JSON", ""),
+    "numbers": ("p.parquet", parquet(prompt=[1]), "line 1: expected column prompt to be a string", ""),
+    "bytes": ("p.parquet", parquet(prompt=["a"], x=[b"\0"]), "cannot read column 'x', which has the type Binary", ""),
+    "Parquet column": ("p.parquet", parquet(a=["a"]), "there is no column 'prompt'; there are: 'a'", ""),
+    "no Parquet": ("p.parquet", "prompt\na\n", "cannot read p.parquet as Parquet", ""),
+    "Parquet cut off": ("p.parquet", parquet(prompt=["a"])[:-20], "cannot read p.parquet as Parquet", ""),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_ROWS)
+def test_a_bad_row_of_any_format_leaves_nothing(bad: str, tmp_path: Path) -> None:
+    """A whole run names the file, and the line if there is one, and ends with 2 before it writes anything."""
+    name, content, says, flags = BAD_ROWS[bad]
+    place = f"{name}, {says}" if says.startswith("line") else name
+    command = f"run {name} -o out.csv {flags}"
+    refuse(tmp_path, Case(tuple(command.split()), (place, says), files={name: content}))
+
+
+def test_a_bad_row_in_the_last_of_many_files_leaves_nothing(tmp_path: Path) -> None:
+    """The file is named, and no earlier one is enqueued; nor is a pattern without a match an empty input."""
+    files = {"in/1.jsonl": GOOD_LINES, "in/2.jsonl": GOOD_LINES + "{oops}\n"}
+    for output in ("out.jsonl", "out.parquet", "out.sqlite", "out.db"):
+        refuse(tmp_path, Case(("run", "in/*.jsonl", "--run", "r", "-o", output), ("in/2.jsonl, line 17",), files=files))
+    refuse(tmp_path, Case(("run", "in/*.csv", "-o", "out.csv"), ("no file matches 'in/*.csv'",)))
 
 
 def test_bad_and_empty_rows_are_left_out_on_request(tmp_path: Path) -> None:
@@ -273,7 +346,7 @@ def test_bad_and_empty_rows_are_left_out_on_request(tmp_path: Path) -> None:
     assert (code, out.endswith(" 1 empty skipped, 2 bad skipped\n")) == (0, True), error
     code, out, error = lbr(tmp_path, "enqueue", "p.csv", "--encoding", "cp1252")
     assert (code, error.splitlines()[0]) == (
-        1,
+        2,
         "lbr: p.csv, line 3: column prompt is empty (and 2 more bad rows)",
     )
 
@@ -283,8 +356,8 @@ def test_bad_and_empty_rows_are_left_out_on_request(tmp_path: Path) -> None:
     [
         case("enqueue p.csv --template {{town}}", "p.csv", "'town'; there are: 'city', 'state'"),
         case("enqueue p.csv --template {{city", "not valid Jinja", "(line 1)"),
-        case("enqueue p.csv --template {{city}}{{1/0}}", "p.csv, line 2", "ZeroDivisionError", code=1),
-        case("enqueue p.csv --template {{city.__class__}}", "p.csv, line 2", "SecurityError", code=1),
+        case("enqueue p.csv --template {{city}}{{1/0}}", "p.csv, line 2", "ZeroDivisionError"),
+        case("enqueue p.csv --template {{city.__class__}}", "p.csv, line 2", "SecurityError"),
         case(
             f"enqueue p.csv --template {DEEP_TEMPLATE}",
             "the template does not compile: RecursionError",
@@ -381,7 +454,6 @@ def test_numbers_and_names_out_of_range_are_refused(wrong: Case, tmp_path: Path)
             "holds a different input 1",
             "--run",
             "--append",
-            code=1,
             files={"p.txt": "one\nTWO\nthree\n"},
             name="changed line",
         ),
