@@ -224,8 +224,10 @@ def check_new(file: os.PathLike[str] | str) -> Path:
 def new_private(path: Path) -> Iterator[tuple[Path, int]]:
     """Yield a hidden new file that only its owner can read, and its descriptor.
 
-    If the block succeeds, it gets its name, on the disk, else it is removed. Raises OSError.
+    If the block succeeds, it gets its name, on the disk, else it is removed. What killed processes left of the same file
+    is removed first. Raises OSError.
     """
+    remove_parts(path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}{PART}"))
     part = path.with_name(f".{path.name}.{uuid4().hex[:8]}{PART}")
     descriptor = os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     try:

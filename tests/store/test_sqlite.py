@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -914,3 +914,23 @@ async def test_an_interrupted_backup_leaves_nothing(
     await opened.close()
     await lbr.backup(copy, db_url=path)
     assert (await lbr.status(db_url=copy)).runs[0].jobs == 300
+
+
+async def test_a_backup_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    """A file that a living process writes, and those of backups with other names, stay."""
+    path, copy = tmp_path / "queue.db", tmp_path / "c[1].db"
+    await (await open_database(path, create=True)).close()
+    program = (
+        "import os, sys; from pathlib import Path; from lbr.store.files import new_private\n"
+        "with new_private(Path(sys.argv[1])) as (_, file): os.write(file, b'half'); os.kill(os.getpid(), 9)"
+    )
+    for name in ("c[1].db", "c1.db"):
+        await asyncio.to_thread(subprocess.run, [sys.executable, "-c", program, str(tmp_path / name)], check=False)
+    assert len(list(tmp_path.glob(".*.part"))) == 2
+    with suppress(InterruptedError), files.new_private(copy) as (held, file):
+        os.write(file, b"half")
+        await lbr.backup(copy, db_url=path)
+        (other,) = {*tmp_path.glob(".*.part")} - {held}
+        assert other.name.startswith(".c1.db.")
+        raise InterruptedError
+    assert (await lbr.status(db_url=copy)).runs == []
