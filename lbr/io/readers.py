@@ -63,11 +63,13 @@ class InputFormat(StrEnum):
 UNREADABLE = (OSError, UnicodeError, EOFError, zlib.error)
 GZIP, GZIP_ENDING = b"\x1f\x8b", ".gz"
 DELIMITER_OF = {InputFormat.CSV: None, InputFormat.TSV: "\t"}
-FORMAT_OF_ENDING = {f".{format_}": format_ for format_ in InputFormat} | {".ndjson": InputFormat.JSONL}
+FORMAT_OF_ENDING = {f".{format_}": format_ for format_ in InputFormat}
+FORMAT_OF_ENDING |= {".ndjson": InputFormat.JSONL, ".pq": InputFormat.PARQUET}
 INSTEAD_OF = {
     ".json": "write it as JSONL, one object per line (jq -c '.[]' does that), and name it .jsonl",
     ".parquet.gz": "unpack it, because Parquet is compressed inside",
-    ".xlsx": "save it as CSV",
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "save it as CSV"),
+    **dict.fromkeys((".zip", ".bz2", ".xz", ".zst", ".7z"), "unpack it, or compress it with gzip instead"),
 }
 
 

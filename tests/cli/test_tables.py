@@ -96,6 +96,29 @@ def test_a_merge_on_any_column_loses_no_row(cli: Cli) -> None:
         assert list(merged["answer.result"]) == list(given["text"]), name
 
 
+def test_pandas_and_polars_read_the_same_cells(cli: Cli) -> None:
+    """Of CSV, JSONL and SQLite; Parquet is read by polars alone, because pandas needs pyarrow for it."""
+    TABLE.to_csv(cli.folder / "in.csv", index=False)
+    cli("run", "in.csv", "-o", "out.csv", "--model", "offline:echo", "--prompt-column", "text")
+    out = {name: cli.folder / f"out.{name}" for name in ("csv", "jsonl", "sqlite", "parquet", "db")}
+    for name in ("jsonl", "sqlite", "parquet", "db"):
+        cli("collect", "in", "-o", out[name].name)
+    answers = pl.read_parquet(out["parquet"])
+    plain = answers.with_columns(pl.all().fill_null(""))
+    assert plain.rows() == pd.read_csv(out["csv"], **CSV).to_records(index=False).tolist()
+    assert plain.equals(pl.read_csv(out["csv"], infer_schema=False, empty_string_is_null=False))
+    for name, table in (("sqlite", "answers"), ("db", "results")):
+        with closing(sqlite3.connect(out[name])) as connection:
+            query = f"SELECT * FROM {table}"
+            found = pl.read_database(query, connection, infer_schema_length=None)
+            assert pd.read_sql(query, connection).to_dict("records") == found.to_dicts()
+            assert name == "db" or found.cast(answers.schema).equals(answers)
+    lines = pl.read_ndjson(out["jsonl"], infer_schema_length=None)
+    frame = pd.read_json(out["jsonl"], lines=True, dtype=False).drop(columns="error")  # null alone is NaN in pandas
+    assert frame.to_dict("records") == lines.drop("error").to_dicts()
+    assert lines["id"].to_list() == list(TABLE["id"])
+
+
 def test_answers_to_stdout(cli: Cli) -> None:
     """`lbr run -o -` writes nothing but rows to stdout, also if it reads stdin."""
     done = cli("run", "-", "--run", "r", "-o", "-", "--model", "offline:echo", "--with", "usage", stdin="one\ntwo\n")

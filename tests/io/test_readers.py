@@ -373,6 +373,7 @@ class TestSources:
             ("a.JSON.gz", "JSONL, one object per line"),
             ("a.parquet.gz", "unpack it"),
             ("a.xlsx", "save it as CSV"),
+            ("a.jsonl.zst", "unpack it, or compress it with gzip"),
         ],
     )
     def test_formats_that_are_not_read_are_refused(self, tmp_path: Path, name: str, way_out: str) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+import polars as pl
 import psutil
 import pytest
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 COUNT = 100_000
 LIMIT_BYTES = 250 * 1000 * 1000
+TABLE_BYTES = 300 * 1000 * 1000
 
 
 def peak_until_end(*processes: subprocess.Popen[str]) -> list[int]:
@@ -56,3 +58,22 @@ def test_hundred_thousand_prompts(cli: Cli) -> None:
     assert max(peaks) < LIMIT_BYTES, peaks
     assert min(peaks) > 20_000_000, peaks
     sys.stderr.write(f"peak memory of enqueue, two workers and collect: {[p // 10**6 for p in peaks]} MB\n")
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(600)
+def test_a_parquet_table_of_a_hundred_thousand_rows(cli: Cli) -> None:
+    """A table goes through one command, which stays under 300 MB, and comes back with every cell as it was."""
+    n = pl.int_range(COUNT, dtype=pl.Int64)
+    given = pl.select(sku=n, price=n / 7, in_stock=n % 3 == 0, prompt=pl.format("Is product {} good or bad?", n))
+    given.write_parquet(cli.folder / "table.parquet", row_group_size=COUNT // 8)
+    command = cli.start("run", "table.parquet", "-o", "out.parquet", "--model", "offline:echo")
+    (peak,) = peak_until_end(command)
+    told = command.communicate()
+    assert command.returncode == 0, told
+    got = pl.read_parquet(cli.folder / "out.parquet")
+    assert got.columns == [*given.columns, "result", "status", "error"]
+    assert given.equals(got.select(given.columns))
+    assert (got["result"] == got["prompt"]).all()
+    assert 20_000_000 < peak < TABLE_BYTES, peak
+    sys.stderr.write(f"peak memory of a run of a table: {peak // 10**6} MB\n")
