@@ -1,4 +1,4 @@
-"""A large queue and several processes: memory, claims, resuming, more workers, and what a command costs to start.
+"""A large queue, a large table and several processes: memory, claims, resuming, and what a command costs to start.
 
 Every figure is of real commands in processes of their own, on files in a folder of this disk. What is compared is
 measured in turn in the same run, and answers are checked before a figure is printed.
@@ -38,6 +38,25 @@ CLAIMED = 128
 TIMES = 25
 BURNT_JOBS = 2_000
 ROOM = 200 * 10**6
+TABLE_ROOM = 300 * 10**6
+MAKE_TABLE = """
+import sys, polars as pl
+n = pl.int_range(int(sys.argv[2]), dtype=pl.Int64)
+day = pl.date(2024, 1, 1) + pl.duration(days=n % 366)
+pl.LazyFrame().select(
+    sku=n, product=pl.format("product {}", n % 1000), price=n / 7, in_stock=n % 3 == 0, day=day,
+    prompt=pl.format("Is this review of product {} good or bad? It came on time and does what it should.", n),
+).sink_parquet(sys.argv[1], row_group_size=int(sys.argv[3]))
+"""
+CHECK_TABLE = """
+import sys, polars as pl
+given, got = (pl.scan_parquet(path) for path in sys.argv[1:])
+assert got.collect_schema().names() == [*given.collect_schema().names(), "result", "status", "error"]
+wrong = (pl.col("result") != pl.col("prompt")) | (pl.col("status") != "done") | pl.col("error").is_not_null()
+assert got.select(wrong.sum()).collect().item() == 0
+given = given.with_columns(pl.col("day").cast(pl.String))
+assert given.collect().equals(got.drop("result", "status", "error").collect())
+"""
 HERE = Path(__file__).parent
 """The folder that commands run in, because they import the functions from it."""
 
@@ -107,6 +126,27 @@ def memory(folder: Path, count: int) -> list[Target]:
         print(f"{count} prompts, {name}: {seconds:.1f} s, {count / seconds:,.0f}/s, {peak / 10**6:.0f} MB at its peak")
         found.append(Target(f"peak memory of {name}", peak / 10**6, ROOM / 10**6, " MB"))
     check(folder / "out.jsonl", count)
+    return found
+
+
+def table(folder: Path, count: int) -> list[Target]:
+    """Take a Parquet table through one `lbr run`, and compare what comes back cell by cell.
+
+    The tables are made and read by other processes: a child counts the memory of its parent as its own.
+    """
+    given, got = folder / "table.parquet", folder / "out.parquet"
+    subprocess.run([sys.executable, "-c", MAKE_TABLE, str(given), str(count), str(count // 8)], check=True)
+    whole = ("run", str(given), "-o", str(got), "--model", "offline:echo")
+    found = []
+    for name, arguments in (
+        ("run", whole),
+        ("the same run again", whole),
+        ("collect", ("collect", "table", "-o", str(got))),
+    ):
+        seconds, peak = run(folder, *arguments)
+        print(f"a table of {count} rows, {name}: {seconds:.1f} s, {peak / 10**6:.0f} MB at its peak")
+        found.append(Target(f"peak memory of {name} with a table", peak / 10**6, TABLE_ROOM / 10**6, " MB"))
+        subprocess.run([sys.executable, "-c", CHECK_TABLE, str(given), str(got)], check=True)
     return found
 
 
@@ -250,6 +290,8 @@ def main() -> None:
         many.mkdir()
         few.mkdir()
         found = memory(many, options.prompts)
+        with tempfile.TemporaryDirectory(dir=name) as tables:
+            found += table(Path(tables), options.prompts)
         write_prompts(few / "in.txt", FEW)
         run(few, "enqueue", str(few / "in.txt"), "--function", ECHO)
         steps: list[Callable[[], list[Target]]] = [
