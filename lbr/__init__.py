@@ -41,6 +41,7 @@ from lbr.core.errors import (
     UsageError,
 )
 from lbr.core.types import AnswerRow, Paused
+from lbr.models.answer import Answer
 from lbr.store.enqueue import EnqueueCounts
 from lbr.store.reads import Attempt, JobDetail
 from lbr.store.redo import Reparsed
@@ -52,6 +53,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DB_URL_DEFAULT",
     "AlreadyRunningError",
+    "Answer",
     "AnswerRow",
     "Attempt",
     "BadAnswer",

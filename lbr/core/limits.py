@@ -262,8 +262,6 @@ class Budget:
         return f"it may cost {dollars(self.limit)}, with {dollars(self.spent)} spent there is no room for a call"
 
 
-UNBOUNDED = (
-    "nothing bounds what a call may cost, so the run may exceed its limit by the calls in flight; "
-    "set max_tokens with --set max_tokens=N at the enqueue"
-)
-"""The warning for a run whose cost is limited but not the length of its answers."""
+UNBOUNDED = "nothing bounds what a call may cost, so the run may exceed its limit by the calls in flight"
+BOUND_ADVICE = "set max_tokens with --set max_tokens=N at the enqueue"
+"""The warning for a run whose cost is limited but not the length of its answers, and what to do if a model answers."""

@@ -71,8 +71,8 @@ def kind_of(task: Task) -> Kind:
 
 
 def tells_cost(task: Task, price: Price | None) -> bool:
-    """Return whether the cost of a model's call will be known: by its run's price, the provider, or the price table."""
-    is_reported = task.answerer.startswith((OFFLINE, OPENROUTER))
+    """Return whether the cost of a call may be known: by its run's price, the price table, or a report with the answer."""
+    is_reported = task.function is not None or task.answerer.startswith((OFFLINE, OPENROUTER))
     return is_reported or price is not None or table_price(task.answerer) is not None
 
 

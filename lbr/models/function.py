@@ -9,18 +9,16 @@ import functools
 import inspect
 import os
 import queue
-import reprlib
 import threading
 from typing import TYPE_CHECKING, Any
 
-from lbr.core.errors import CallError, Permanent
-from lbr.core.schema import is_base_model
-from lbr.core.text import to_json
-from lbr.core.types import Reply
+from lbr.core.errors import CallError
+from lbr.models.answer import reply_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from lbr.core.types import Reply
     from lbr.models.base import Request
 
 FORK_EXIT_CODE = 70
@@ -45,7 +43,7 @@ class FunctionModel:
         prompt = request.prompt
         argument = prompt.text if prompt.messages is None else list(prompt.messages)
         try:
-            return Reply(text=_text_of(await self._call(argument)))
+            return reply_of(await self._call(argument))
         except SystemExit as error:  # it must not end the worker and its other calls
             raise CallError(f"the function called exit: {error}", kind="SystemExit") from error
 
@@ -62,21 +60,6 @@ class FunctionModel:
     async def aclose(self) -> None:
         """End idle threads; one that still runs keeps no process alive."""
         self._threads.close()
-
-
-def _text_of(result: Any) -> str:
-    if isinstance(result, str):
-        return str(result)
-    try:
-        if isinstance(result, dict | list):
-            return to_json(result).decode()
-        if is_base_model(result):
-            return str(result.model_dump_json(by_alias=True))  # as the schema of a result type names the fields
-    except (TypeError, ValueError) as error:
-        name = type(result).__name__
-        raise Permanent(f"expected the function's {name} to be JSON, got: {error}") from error
-    shown = "None" if result is None else f"{type(result).__name__} {reprlib.repr(result)}"
-    raise Permanent(f"expected the function to return str, dict or BaseModel, got: {shown}")
 
 
 def _exit_fork(parent: int) -> None:

@@ -289,7 +289,7 @@ def _deltas(
         run_id, usage, failure = s.claim.run_id, s.outcome.usage, s.outcome.failure
         if s.outcome.is_paid:
             deltas[run_id, counters.ANSWERED] += 1
-        if run_id not in functions and s.outcome.is_unpriced:
+        if s.outcome.is_unpriced and (run_id not in functions or usage is not NO_USAGE):
             deltas[run_id, counters.UNPRICED] += 1
         if usage is not NO_USAGE:
             deltas[run_id, counters.INPUT_TOKENS] += usage.input_tokens or 0
@@ -353,6 +353,11 @@ def _pauses(mine: list[Settlement], both: list[Settlement], statuses: dict[int, 
 
 
 def _unpriced_message(model: str, *, counted: bool) -> str:
+    if model.startswith("function:"):
+        return (
+            f"its calls report {'tokens but no cost' if counted else 'neither tokens nor cost'}; return lbr.Answer with "
+            f"cost_usd, or with tokens and repeat the enqueue with --price in=…,out=…"
+        )
     if counted:
         return f"its calls report no cost and no price is known for {model}; repeat the enqueue with --price in=…,out=…"
     return (

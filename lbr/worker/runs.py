@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lbr.core import open_files
 from lbr.core.config import nanos_of
 from lbr.core.errors import NothingToServeError, UsageError
-from lbr.core.limits import UNBOUNDED, CallBound
+from lbr.core.limits import BOUND_ADVICE, UNBOUNDED, CallBound
 from lbr.core.pricing import (
     ASSUMED_OUTPUT_TOKENS,
     max_output_tokens,
@@ -133,7 +133,7 @@ class ServableRuns:
         self.refused.pop(run.id, None)
         notices = [f"run {run.name} goes on, but {problem}" for problem in unsent(run.task, run.keep)]
         if served.is_limited and served.bound is None:
-            notices.append(f"run {run.name}: {UNBOUNDED}")
+            notices.append(f"run {run.name}: {UNBOUNDED}{f'; {BOUND_ADVICE}' * (run.task.function is None)}")
         function = self._authority.function_for(run.task)
         if function is not None and has_other_code(function.identity.fingerprint, run.fingerprint):
             notices.append(
@@ -193,11 +193,6 @@ class ServableRuns:
 
 def check_tells_cost(run: Run) -> None:
     """Raise UsageError if the cost of a run cannot be limited, because the cost of its calls will not be known."""
-    if run.task.function is not None:
-        raise UsageError(
-            f"cannot limit the cost of run {run.name!r}: calls of {run.task.answerer} report no cost; serve it without "
-            f"--max-cost"
-        )
     if not tells_cost(run.task, run.price):
         problem = table_problem()
         why = f"and the price table cannot be loaded ({problem})" if problem else "which the price table does not have"

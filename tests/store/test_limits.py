@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import textwrap
 import urllib.request
 from typing import TYPE_CHECKING, Any
@@ -563,12 +564,13 @@ def test_a_cost_that_nobody_knows_cannot_be_limited(cli: Cli) -> None:
         assert "may cost $1.00" in cli("status", "in").stdout
 
 
-async def test_a_function_tells_no_cost(db_url: str) -> None:
-    """A function's run is not served under a budget, for nothing would ever hold it back."""
-    await lbr.enqueue(["one"], run="f", function=held, db_url=db_url)
-    with pytest.raises(UsageError, match="report no cost; serve it without max_cost=…"):
-        await lbr.work(run="f", functions=[held], max_cost=1, db_url=db_url)
-    assert (await lbr.work(run="f", functions=[held], db_url=db_url)).done == 1
+async def test_a_function_that_reports_no_cost_is_called_once(db_url: str) -> None:
+    """Nothing would hold its run back under a budget, so the run pauses after the first call."""
+    await lbr.enqueue(["one", "two", "three"], run="f", function=held, db_url=db_url)
+    report = await lbr.work(run="f", functions=[held], max_cost=1, db_url=db_url)
+    assert (report.done, report.paused["f"].cause) == (1, PauseCause.UNPRICED)
+    await lbr.resume("f", max_cost=math.inf, db_url=db_url)
+    assert (await lbr.work(run="f", functions=[held], db_url=db_url)).done == 2
 
 
 def counted_limits(cli: Cli) -> tuple[Any, ...]:
