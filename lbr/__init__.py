@@ -11,6 +11,7 @@ if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] in {"lbr", "-mlbr"} 
     sys.path.append(sys.path.pop(0))
 
 from lbr.api.collect import Collected, collect
+from lbr.api.compare import Comparison, compare
 from lbr.api.doctor import Finding, Gravity, doctor
 from lbr.api.enqueue import EnqueueReport, enqueue
 from lbr.api.estimate import Estimate, estimate
@@ -59,6 +60,7 @@ __all__ = [
     "BadAnswer",
     "CallError",
     "Collected",
+    "Comparison",
     "DatabaseBusyError",
     "DatabaseError",
     "EnqueueCounts",
@@ -91,6 +93,7 @@ __all__ = [
     "backup",
     "cancel",
     "collect",
+    "compare",
     "doctor",
     "enqueue",
     "estimate",

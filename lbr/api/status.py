@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lbr.core.errors import Family
 from lbr.core.pricing import NANOS, Price, dollars
-from lbr.core.text import duration, pluralize
+from lbr.core.text import aligned, duration, pluralize
 from lbr.core.types import JobState, PauseCause, Paused, Report, RunState
 from lbr.store import counters
 
@@ -273,10 +273,7 @@ def describe_list(runs: list[RunStatus]) -> str:
     """Return the table that `lbr list` prints, a line for each run."""
     if not runs:
         return NO_RUNS
-    rows = [_listed(one) for one in runs]
-    widths = [max(map(len, column)) for column in zip(LISTED, *rows, strict=True)]
-    aligned = [map(str.ljust, row, widths) for row in (LISTED, *rows)]
-    return "\n".join("  ".join(row).rstrip() for row in aligned)
+    return aligned([LISTED, *map(_listed, runs)])
 
 
 def _listed(run: RunStatus) -> tuple[str, ...]:

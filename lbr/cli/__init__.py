@@ -8,8 +8,8 @@ from lbr.cli.enqueue import enqueue, estimate
 
 for command in (
     *(enqueue, work.worker, work.worker_process, work.collect, work.run, estimate),
-    *(operate.status, operate.list_runs, operate.show, operate.retry, operate.cancel, operate.rm, operate.prune),
-    *(operate.pause, operate.resume, operate.limit, operate.move, operate.backup, operate.doctor),
+    *(operate.status, operate.list_runs, operate.show, operate.compare, operate.retry, operate.cancel, operate.rm),
+    *(operate.prune, operate.pause, operate.resume, operate.limit, operate.move, operate.backup, operate.doctor),
 ):
     lbr.add_command(command)
 

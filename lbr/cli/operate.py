@@ -1,4 +1,4 @@
-"""The commands that show and control runs: status, list, show, retry, cancel, rm, prune, pause, resume, limit, move, backup, doctor."""
+"""The commands that show and control runs: status, list, show, compare, retry, cancel, rm, prune, pause, resume, limit, move, backup, doctor."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import orjson
 
+from lbr.api import compare as compare_api
 from lbr.api import doctor as doctor_api
 from lbr.api import move as move_api
 from lbr.api import operate
@@ -127,6 +128,22 @@ def _usage_lines(of: JobDetail | Attempt, *, estimated: bool = False) -> list[st
     if of.cost_nanos is not None:
         parts.append(f"cost {'about ' * estimated}{dollars(of.cost_nanos)}{', estimated' * estimated}")
     return [f"  {', '.join(parts)}"] if parts else []
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN RUN...")
+@option("--rows", "N", "How many of the rows that differ to show.", type=click.IntRange(0), default=10)
+@as_json
+@with_database
+def compare(db: dict[str, Any], /, runs: tuple[str, ...], rows: int, json: bool) -> None:
+    """Compare runs with the same inputs: how often their answers agree, tokens, cost, latency, rows that differ."""
+    found = asyncio.run(compare_api.compare(runs, rows=rows, **db))
+    for one in found.runs:
+        if one["unfinished"]:
+            log(f"run {one['run']} has not finished: {pluralize(one['unfinished'], 'input')} may still be answered")
+        if one["unpriced"] and one["cost_usd"] is not None:
+            log(f"run {one['run']}: the cost of {pluralize(one['unpriced'], 'answer')} is not known, and not counted")
+    echo_json(found.to_dict()) if json else echo(compare_api.describe(found))
 
 
 @click.command()

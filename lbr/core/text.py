@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from lbr.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 
@@ -31,6 +34,12 @@ def read_text(path: str | Path, what: str) -> str:
 def pluralize(count: int, noun: str) -> str:
     """Return a count and its noun: `1 input`, `2 inputs`."""
     return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def duration(seconds: float) -> str:

@@ -216,6 +216,7 @@ async def test_every_argument_of_every_function_is_looked_at() -> None:
         "prompts": ["a"],
         "inputs": ["a"],
         "run": "r",
+        "runs": ["r", "s"],
         "idx": 0,
         "to_url": "x.db",
         "out": "x.jsonl",

@@ -47,8 +47,12 @@ def test_hundred_thousand_prompts(cli: Cli) -> None:
     peaks += peak_until_end(*workers)
     collect = cli.start("collect", "in", "-o", "out.jsonl")
     peaks += peak_until_end(collect)
+    cli("enqueue", "in.txt", "--run", "again", "--model", "offline:echo")
+    compare = cli.start("compare", "in", "again")
+    peaks += peak_until_end(compare)
     told = [process.communicate() for process in cli.started]
-    assert [process.returncode for process in cli.started] == [0, 0, 0, 0], told
+    assert [process.returncode for process in cli.started] == [0, 0, 0, 0, 0], told
+    assert f"equal answers of {COUNT} of {COUNT} inputs that all have answered: 100.0%" in told[-1][0]
     assert "locked" not in "".join(out + err for out, err in told)
     with (cli.folder / "out.jsonl").open() as file:
         for idx, line in enumerate(file):
@@ -57,7 +61,7 @@ def test_hundred_thousand_prompts(cli: Cli) -> None:
     assert idx == COUNT - 1
     assert max(peaks) < LIMIT_BYTES, peaks
     assert min(peaks) > 20_000_000, peaks
-    sys.stderr.write(f"peak memory of enqueue, two workers and collect: {[p // 10**6 for p in peaks]} MB\n")
+    sys.stderr.write(f"peak memory of enqueue, two workers, collect and compare: {[p // 10**6 for p in peaks]} MB\n")
 
 
 @pytest.mark.processes
