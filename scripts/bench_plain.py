@@ -71,7 +71,7 @@ def enqueue(path: Path, run_id: int, prompts: Sequence[str]) -> None:
             [(job_id, run_id, now) for job_id, *_ in bodies],
         )
         connection.executemany("INSERT INTO prompts (job_id, run_id, key, chat, body) VALUES (?, ?, ?, 0, ?)", bodies)
-        connection.executemany("INSERT INTO items (run_id, idx, job_id, first) VALUES (?, ?, ?, ?)", items)
+        connection.executemany("INSERT INTO items (run_id, idx, sample, job_id, first) VALUES (?, ?, 0, ?, ?)", items)
         connection.execute(
             "INSERT INTO counters (run_id, name, shard, value) VALUES (?, 'pending', 0, ?)",
             (run_id, len(bodies)),

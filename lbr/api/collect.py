@@ -240,6 +240,7 @@ async def _table(database: Database, run: Run, output: Output) -> Table:
         columns=output.columns,
         unnest=output.unnest,
         include=output.read,
+        samples=run.samples,
         fold=str.lower if output.kind is writers.OutputFormat.SQLITE else str,
     )
     if output.kind is writers.OutputFormat.PARQUET:

@@ -12,34 +12,42 @@ from lbr.core.config import DB_URL_DEFAULT, MAX_ATTEMPTS, at_least_one, load_env
 from lbr.core.errors import RunChangedError, UsageError
 from lbr.core.pricing import read_price
 from lbr.core.text import pluralize
-from lbr.core.types import KeyMaker
+from lbr.core.types import MAX_SAMPLES, Item, KeyMaker, Shape
 from lbr.io.samples import Sample
 from lbr.io.sources import Source, chunks
 from lbr.models.identity import has_other_code
 from lbr.store import enqueue as queueing
-from lbr.store import runs
+from lbr.store import reads, runs
 from lbr.store.database import file_of, opened
 from lbr.store.runs import RunSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from os import PathLike
 
     from lbr.api.task import ResolvedTask
-    from lbr.core.types import Item, Json, PathOrUrl, Run
+    from lbr.core.types import Json, PathOrUrl, Run
     from lbr.store.database import Database
     from lbr.store.enqueue import EnqueueCounts
 
 
+MAX_INPUTS = 2**62
+"""More than any run has."""
+
+
 @dataclass(frozen=True, slots=True)
 class EnqueueReport:
-    """What an enqueue did: the run, its counts, warnings for the user, and the numbers of rows left out."""
+    """What an enqueue did: the run, its counts, warnings for the user, and the numbers of rows left out.
+
+    `samples` is the number of answers per input.
+    """
 
     run: str
     counts: EnqueueCounts
     notices: list[str] = field(default_factory=list)
     skipped_bad: int = 0
     skipped_empty: int = 0
+    samples: int = 1
 
 
 @checked
@@ -65,6 +73,7 @@ async def enqueue(
     limit: int | None = None,
     pick: int | None = None,
     seed: int | None = None,
+    samples: int | None = None,
     max_attempts: int = MAX_ATTEMPTS,
     price: str | None = None,
     keep: str | Sequence[str] = (),
@@ -91,6 +100,8 @@ async def enqueue(
     `skip_bad`: a file for the rows that cannot be used, which are left out. `skip_empty`: leave out empty prompts.
     `limit`: take only the first inputs; the same call without it adds the rest. `pick`: take this number of inputs at
     random, always the same ones for a `seed` (None is 0), into a run of their own whose answers other runs reuse.
+    `samples`: the number of answers per prompt; None is 1 for a new run, and leaves that of another as it is. A larger
+    number adds answers to all prompts of the run.
     `max_attempts`: calls per job. `price`: for example "in=0.15,out=0.60", in US dollars per million tokens, from now on;
     None leaves it as it is.
     `keep`: what to keep besides the answers: "reasoning", "logprobs", "raw", or several of them.
@@ -127,7 +138,7 @@ async def enqueue(
         keep=keep,
         env=load_environment(Path.cwd()),
     )
-    spec = run_spec(source.run_name(run), resolved, max_attempts, price)
+    spec = run_spec(source.run_name(run), resolved, max_attempts, price, samples)
     _check_apart(skip_bad, file_of(db_url))
     await source.check()
     if servable:
@@ -149,11 +160,15 @@ def _check_apart(skip_bad: PathLike[str] | str | None, queue: Path | None) -> No
         raise UsageError(f"expected another file for the bad rows than the queue, got: {queue}")
 
 
-def run_spec(name: str, resolved: ResolvedTask, max_attempts: int, price: str | None) -> RunSpec:
+def run_spec(
+    name: str, resolved: ResolvedTask, max_attempts: int, price: str | None, samples: int | None = None
+) -> RunSpec:
     """Check the arguments of a run; UsageError for one out of range."""
     attempts = at_least_one("max_attempts", max_attempts)
     known_price = None if price is None else read_price(price)
-    return RunSpec(name, resolved.task, attempts, resolved.fingerprint, known_price, resolved.keep)
+    if samples is not None:
+        at_least_one("samples", samples, most=MAX_SAMPLES)
+    return RunSpec(name, resolved.task, attempts, resolved.fingerprint, known_price, resolved.keep, samples)
 
 
 async def put(
@@ -173,13 +188,45 @@ async def put(
         notices.append(
             f"run {run.name} was created with {pluralize(run.max_attempts, 'attempt')} per job, and keeps them"
         )
-    maker, added, counts = KeyMaker(spec.task), 0, queueing.EnqueueCounts()
+    maker = KeyMaker(spec.task)
+    counts = await _add_samples(database, run, maker, reuse=not fresh)
+    more, added = await _put_all(database, run, maker, items, append=append, reuse=not fresh, on_kept=on_kept)
+    counts += more
+    if spec.samples is not None and spec.samples > run.samples:
+        run = await database.write(runs.raise_samples, run, spec.samples)
+        counts += await _add_samples(database, run, maker, reuse=not fresh)
+    await database.write(runs.seal, run)
+    if counts.new:
+        await database.filled()
+    if not changed:
+        notices += await _note_reuse(database, run, spec, counts)
+    notices += _note_shared(run, counts)
+    held = await database.quick_read(queueing.next_idx, run)
+    if held > added and not append:
+        notices.append(
+            f"run {run.name} holds {pluralize(held, 'input')}, this input has {added}; the others stay in it"
+        )
+    return EnqueueReport(run.name, counts, notices, samples=run.samples)
+
+
+async def _put_all(
+    database: Database,
+    run: Run,
+    maker: KeyMaker,
+    items: Iterable[Item],
+    *,
+    append: bool,
+    reuse: bool,
+    on_kept: Callable[[int], None],
+) -> tuple[EnqueueCounts, int]:
+    """Put items into a run with all their samples; return what was done, and the number of items."""
+    added, counts = 0, queueing.EnqueueCounts()
     start = await database.quick_read(queueing.next_idx, run) if append else 0
-    for chunk in chunks(iter(items), queueing.CHUNK, characters=queueing.CHUNK_CHARACTERS):
+    for chunk in _chunks(items, run):
         keys = [maker.key(item.prompt) for item in chunk]
         while True:
             try:
-                counts += await database.write(queueing.add_chunk, run, start, chunk, keys, reuse=not fresh)
+                counts += await database.write(queueing.add_chunk, run, start, chunk, keys, reuse=reuse)
                 break
             except RunChangedError:
                 if not append:
@@ -189,17 +236,39 @@ async def put(
             await database.filled()
         start, added = start + len(chunk), added + len(chunk)
         on_kept(added)
-    await database.write(runs.seal, run)
-    if counts.new:
-        await database.filled()
-    if not changed:
-        notices += await _note_reuse(database, run, spec, counts)
-    held = await database.quick_read(queueing.next_idx, run)
-    if held > added and not append:
-        notices.append(
-            f"run {run.name} holds {pluralize(held, 'input')}, this input has {added}; the others stay in it"
-        )
-    return EnqueueReport(run.name, counts, notices)
+    return counts, added
+
+
+def _chunks(items: Iterable[Item], run: Run) -> Iterator[list[Item]]:
+    """Yield items in lists that one transaction holds with all their samples."""
+    size, characters = (max(1, most // run.samples) for most in (queueing.CHUNK, queueing.CHUNK_CHARACTERS))
+    return chunks(iter(items), size, characters=characters)
+
+
+async def _add_samples(database: Database, run: Run, maker: KeyMaker, *, reuse: bool) -> EnqueueCounts:
+    """Add the samples that inputs lack after the run got more of them, or after that was interrupted."""
+    counts = queueing.EnqueueCounts()
+    if run.samples == 1 or run.sealed_at is not None:
+        return counts
+    start = await database.read(queueing.first_lacking, run)
+    if start is None:
+        return counts
+    async for page in reads.rows(database, run, Shape.ORIGINAL, between=(start - 1, MAX_INPUTS)):
+        items = [Item(row.prompt, row.custom_id, row.metadata) for row in page if row.sample == 0]
+        for chunk in _chunks(items, run):
+            keys = [maker.key(item.prompt) for item in chunk]
+            counts += await database.write(queueing.add_chunk, run, start, chunk, keys, reuse=reuse)
+            start += len(chunk)
+    return replace(counts, inputs=0, known=0)
+
+
+def _note_shared(run: Run, counts: EnqueueCounts) -> list[str]:
+    """Return a notice if equal prompts share an answer although answers differ from call to call."""
+    temperature = run.task.settings.get("temperature")
+    if run.samples > 1 or not counts.duplicate or not isinstance(temperature, int | float) or temperature <= 0:
+        return []
+    shared = f"equal prompts share an answer ({pluralize(counts.duplicate, 'duplicate')})"
+    return [f"temperature is {temperature:g}, but {shared}; --samples (samples=) gives each prompt several"]
 
 
 async def _note_change(database: Database, run: Run, spec: RunSpec) -> list[str]:

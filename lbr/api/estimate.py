@@ -18,7 +18,7 @@ from lbr.core.pricing import (
     read_price,
     table_price,
 )
-from lbr.core.types import KeyMaker, Report
+from lbr.core.types import MAX_SAMPLES, KeyMaker, Report
 from lbr.io.samples import Sample
 from lbr.io.sources import Source
 
@@ -34,7 +34,7 @@ EXAMPLES = 3
 
 @dataclass(frozen=True, slots=True)
 class Estimate(Report):
-    """What calling every distinct prompt once would take; retries and answers that exist already do not count.
+    """What calling every distinct prompt `samples` times would take; retries and existing answers do not count.
 
     `empty` and `bad` count the rows without a usable prompt, `refusal` is what `lbr enqueue` would say about them, None if
     they are skipped. `examples` are the first distinct prompts, texts or lists of messages.
@@ -45,6 +45,7 @@ class Estimate(Report):
 
     model: str
     inputs: int
+    samples: int
     prompts: int
     duplicates: int
     empty: int
@@ -87,6 +88,7 @@ async def estimate(
     limit: int | None = None,
     pick: int | None = None,
     seed: int | None = None,
+    samples: int | None = None,
     count_bad: bool = False,
     price: str | None = None,
     output_tokens: int | None = None,
@@ -99,7 +101,7 @@ async def estimate(
 
     No key and no database is needed. Input tokens are estimated from the number of characters. Limits that OpenAI batch
     lines set for themselves do not count.
-    `function`: count and show its prompts; its output and cost are unknown.
+    `function`: count and show its prompts; its output and cost are unknown. `samples`: answers per prompt; None is 1.
     `count_bad`: count the rows that an enqueue would refuse, instead of raising InputError.
     `output_tokens` is the length of an answer; None is the setting max_tokens, or else an assumption.
     `price`, for example "in=0.15,out=0.60" in US dollars per million tokens; None is that of the price table.
@@ -124,6 +126,7 @@ async def estimate(
     fields = {"instructions": instructions, "template": template, "settings": settings, "schema": schema}
     task = _task(model, function, source=source, result_type=result_type, **fields)
     limits: dict[str, Any] = {"rpm": rpm, "tpm": tpm, "concurrency": concurrency, "seconds_per_call": seconds_per_call}
+    samples = 1 if samples is None else at_least_one("samples", samples, most=MAX_SAMPLES)
     at_least_one("concurrency", concurrency)
     positive("seconds_per_call", seconds_per_call)
     for name in [name for name in ("rpm", "tpm") if limits[name] is not None]:
@@ -133,12 +136,13 @@ async def estimate(
     refusal = source.bad.refusal()
     if not count or (refusal and not count_bad):
         raise refusal or source.nothing()
-    output = prompts * per_call
+    input_tokens, output = input_tokens * samples, prompts * samples * per_call
     known = None if length_from == "unknown" else given_price or table_price(task.answerer)
-    seconds, bound_by = time_at_limits(prompts, input_tokens + output, limits)
+    seconds, bound_by = time_at_limits(prompts * samples, input_tokens + output, limits)
     return Estimate(
         model=task.answerer,
         inputs=count,
+        samples=samples,
         prompts=prompts,
         duplicates=count - prompts,
         empty=source.bad.empty + source.bad.blank,

@@ -37,30 +37,33 @@ async def write_finished(
 ) -> None:
     """Write rows until every job has finished and all inputs are in, or the run is paused or cancelled.
 
-    `counted` passes the rows on. Raises UsageError for a file with something else than finished rows of this run.
+    `counted` passes the rows on. Raises UsageError for a file with something else than finished rows of this run, and
+    if its samples become more.
     """
     seen = None
-    with writers.open_appender(path) as (writer, written, last):
+    with writers.open_appender(path, run.samples) as (writer, written, last):
         if last is not None:
             await _check_same(database, run, path, *last)
         while True:
             started = time.monotonic()
             (counts,) = await database.read(reads.counts, [run.id])
+            if counts.run.samples != run.samples:
+                raise UsageError(f"run {run.name!r} gets more samples now; run the same command again")
             if seen != (seen := (counts.inputs, counts.open)) or counts.is_over:
-                written.extend(bytes(max(0, counts.inputs - len(written))))
+                written.extend(bytes(max(0, counts.inputs * run.samples - len(written))))
                 async for page in counted(_finished(database, run, order, include, written)):
                     writer.write(page)
                     writer.flush()
                     for row in page:
-                        written[row.idx] = 1
+                        written[row.idx * run.samples + (row.sample or 0)] = 1
             if counts.is_over:
                 return
             await asyncio.sleep(max(LOOK_SECONDS, PAUSE_SHARE * (time.monotonic() - started)))
 
 
 async def _check_same(database: Database, run: Run, path: str | None, idx: int, key: str) -> None:
-    async for (row,) in reads.rows(database, run, Shape.ORIGINAL, between=(idx - 1, idx + 1)):
-        if row.key == key:
+    async for page in reads.rows(database, run, Shape.ORIGINAL, between=(idx - 1, idx + 1)):
+        if any(row.key == key for row in page):
             return
     raise UsageError(f"{path} has rows of another run than {run.name!r}; name another file")
 
@@ -68,15 +71,20 @@ async def _check_same(database: Database, run: Run, path: str | None, idx: int, 
 async def _finished(database: Database, run: Run, order: Order, include: Container[str], written: bytearray) -> Pages:
     """Yield pages of finished rows without a 1 in `written`; in input order only those before the first open job."""
     chosen = takewhile if order is Order.INPUT else filter
-    after = written.find(0) - 1 if 0 in written else len(written)
+
+    def is_new(idx: int, sample: int | None) -> bool:
+        place = idx * run.samples + (sample or 0)
+        return place < len(written) and not written[place]
+
+    after = divmod(written.find(0) - 1 if 0 in written else len(written), run.samples)
     while found := await database.read(reads.places, run, after):
-        ended = [idx for idx, _ in chosen(lambda place: place[1] not in OPEN, found)]
-        new = [idx for idx in ended if idx < len(written) and not written[idx]]
+        ended = [(idx, sample) for idx, sample, _ in chosen(lambda place: place[2] not in OPEN, found)]
+        new = [idx for idx, sample in ended if is_new(idx, sample)]
         if new:
             between = (new[0] - 1, new[-1] + 1)
             async for page in reads.rows(database, run, Shape.ORIGINAL, include=include, between=between):
                 # A job may have been put back meanwhile.
-                yield [row for row in chosen(lambda row: row.status not in OPEN, page) if not written[row.idx]]
+                yield [row for row in chosen(lambda row: row.status not in OPEN, page) if is_new(row.idx, row.sample)]
         if order is Order.INPUT and len(ended) < len(found):
             return
-        after = found[-1][0]
+        after = found[-1][:2]

@@ -95,7 +95,7 @@ async def _prepare(source: Database, name: str, aim: str, notify: Callable[[str]
 
 async def _copy(source: Database, run: Run, target: Database, copy: Run) -> tuple[int, str]:
     """Copy what is missing, and compare; return the number of inputs and the hash of everything."""
-    async for page in transfer.pages(source, run, await target.read(enqueue.next_idx, copy)):
+    async for page in transfer.pages(source, run, await target.read(enqueue.last_place, copy)):
         await target.write(transfer.add_page, copy, page)
     here, there = await transfer.digest(source, run), await transfer.digest(target, copy)
     if here != there:

@@ -266,7 +266,12 @@ def _answerer(scope: str) -> str:
 
 
 @checked
-async def show(run: str, idx: int, *, db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_fs: bool = False) -> JobDetail:
-    """Return everything about one input: its job, its answer, and every attempt that failed or came too late."""
+async def show(
+    run: str, idx: int, *, sample: int = 0, db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_fs: bool = False
+) -> JobDetail:
+    """Return everything about one input: its job, its answer, and every attempt that failed or came too late.
+
+    `sample`: which of its answers, from 0, if the run has several samples.
+    """
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
-        return await database.read(reads.story, await database.read(reads.find_run, run), idx)
+        return await database.read(reads.story, await database.read(reads.find_run, run), idx, sample)

@@ -33,8 +33,8 @@ WAYS_ON = {
 class RunStatus(Report):
     """One run's numbers.
 
-    `jobs` are distinct inputs, `duplicates` the inputs that share another's job, `reused` the jobs answered from another
-    run. `pause_cause` is a fixed word, `pause_message` its explanation; both are None unless the run is paused.
+    `jobs` are distinct inputs, times `samples`, the answers per input; `duplicates` share another's job, `reused` are the
+    jobs answered from another run. `pause_cause` is a fixed word, `pause_message` its explanation; both are None unless the run is paused.
     `cost_usd` is None if no price was known or nothing was spent. Of it, `wasted_usd` went to failed or late attempts, and
     `estimated_usd` is estimated, for calls that died with their worker. `unpriced` counts calls of unknown cost.
     `price` is what the user set for a million tokens, None if the provider and the price table decide; `max_cost_usd` is
@@ -51,6 +51,7 @@ class RunStatus(Report):
     sealed: bool
     finished: bool
     inputs: int
+    samples: int
     jobs: int
     duplicates: int
     reused: int
@@ -133,8 +134,9 @@ def run_status(one: RunCounts, rate: float | None, now: Millis) -> RunStatus:
         sealed=run.sealed_at is not None,
         finished=one.finished,
         inputs=one.inputs,
+        samples=run.samples,
         jobs=one.jobs,
-        duplicates=one.inputs - one.jobs,
+        duplicates=one.inputs * run.samples - one.jobs,
         **{state.value: one.of(state) for state in JobState},
         **{name: counts[name] for name in PLAIN_COUNTERS},
         cost_usd=cost / NANOS if cost else None,
@@ -288,7 +290,8 @@ def _describe_run(run: RunStatus) -> list[str]:
         lines.append(f"  paused: {paused_words(run.run, run.pause)}")
     if not run.sealed:
         lines.append("  its enqueue has not finished: if none is running, run the same command again")
-    lines.append(f"  inputs {run.inputs}, jobs {run.jobs}, duplicates {run.duplicates}, reused {run.reused}")
+    samples = f", {run.samples} samples each" if run.samples > 1 else ""
+    lines.append(f"  inputs {run.inputs}{samples}, jobs {run.jobs}, duplicates {run.duplicates}, reused {run.reused}")
     counts = f"done {run.done}, failed {run.failed}, cancelled {run.cancelled}"
     lines += [f"  pending {run.pending}, in flight {run.inflight}, {counts}", *_describe_cost(run)]
     if run.errors:

@@ -53,6 +53,7 @@ input_options = options(
     option("--limit", "N", "Take only the first N inputs.", type=int),
     option("--pick", "N", "Take N inputs at random, in their order; their run is NAME-pick.", type=int),
     option("--seed", "N", "With --pick: a different number takes different inputs; 0 by default.", type=int),
+    option("--samples", "N", "Answers per prompt; a larger number adds some to a run. 1 by default.", type=int),
     option(
         "--price",
         "in=USD,out=USD",
@@ -114,6 +115,7 @@ def describe(report: api.EnqueueReport) -> str:
     """Return what an enqueue did, in words."""
     counts = report.counts
     words = [f"run {report.run}: {pluralize(counts.inputs, 'input')}"]
+    words += [f"{report.samples} samples each"] * (report.samples > 1)
     words += [f"{getattr(counts, name)} {name}" for name in ("new", "duplicate", "reused", "known")]
     words += [f"{report.skipped_empty} empty skipped"] * bool(report.skipped_empty)
     words += [f"{report.skipped_bad} bad skipped"] * bool(report.skipped_bad)
@@ -164,8 +166,8 @@ def enqueue(db: dict[str, Any], /, inputs: tuple[str, ...], json: bool, dry_run:
         return
     with counting_kept(inputs, append=flags["append"]) as on_progress:
         report = asyncio.run(enqueue_inputs(db, inputs, on_progress, **flags))
-    skipped = {"skipped_bad": report.skipped_bad, "skipped_empty": report.skipped_empty}
-    echo_json({"run": report.run} | asdict(report.counts) | skipped) if json else echo(describe(report))
+    others = {name: getattr(report, name) for name in ("skipped_bad", "skipped_empty", "samples")}
+    echo_json({"run": report.run} | asdict(report.counts) | others) if json else echo(describe(report))
 
 
 @click.command()
@@ -225,15 +227,16 @@ def _describe_estimate(found: Estimate) -> str:
         "unknown": "",
         "assumed": f"about {tokens}, assumed to be {each} per answer: set --output-tokens or --set max_tokens=…",
     }[found.output_tokens_from]
-    calls, all_tokens = pluralize(found.prompts, "call"), found.input_tokens + found.output_tokens
+    calls, all_tokens = pluralize(found.prompts * found.samples, "call"), found.input_tokens + found.output_tokens
     why = {
         "rpm": f"{calls} at {found.rpm or 0:g} per minute",
         "tpm": f"{all_tokens} tokens at {found.tpm or 0:g} per minute",
         "concurrency": f"{calls} of {found.seconds_per_call:g} s, {found.concurrency} at a time",
     }[found.bound_by]
     counts = f"{found.duplicates} duplicate, {found.empty} empty, {found.bad} bad"
+    samples = f"; {found.samples} samples each" if found.samples > 1 else ""
     lines = [
-        f"{found.model}: {pluralize(found.inputs, 'input')}, {found.prompts} distinct, {counts}",
+        f"{found.model}: {pluralize(found.inputs, 'input')}, {found.prompts} distinct, {counts}{samples}",
         f"input: about {pluralize(found.input_tokens, 'token')}, estimated at {CHARACTERS_PER_TOKEN} characters per token",
         f"output: {output}",
         f"cost: {_cost_words(found)}",

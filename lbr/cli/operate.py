@@ -65,7 +65,7 @@ def status(db: dict[str, Any], /, run: str | None, json: bool, watch: bool, inte
 def list_runs(db: dict[str, Any], /, json: bool) -> None:
     """List all runs, one per line: inputs, answers, failures, state, age, cost.
 
-    Done and failed count distinct inputs, because equal inputs share an answer.
+    Done and failed count jobs: one for each distinct input, because equal inputs share an answer, or for each sample.
     """
     found = asyncio.run(operate.status(**db)).runs
     if not json:
@@ -78,11 +78,12 @@ def list_runs(db: dict[str, Any], /, json: bool) -> None:
 @click.command()
 @click.argument("run")
 @click.argument("idx", type=click.IntRange(0, 2**63 - 1))
+@option("--sample", "N", "Which of its answers, counted from 0, if it has several.", type=int, default=0)
 @as_json
 @with_database
-def show(db: dict[str, Any], /, run: str, idx: int, json: bool) -> None:
+def show(db: dict[str, Any], /, run: str, idx: int, sample: int, json: bool) -> None:
     """Show everything about one input: its job, its answer, its failed attempts. IDX counts from 0."""
-    detail = asyncio.run(operate.show(run, idx, **db))
+    detail = asyncio.run(operate.show(run, idx, sample=sample, **db))
     fields = asdict(detail)
     del fields["row"]
     echo_json(detail.row.to_dict() | fields) if json else echo(_describe_job(detail))
@@ -91,7 +92,7 @@ def show(db: dict[str, Any], /, run: str, idx: int, json: bool) -> None:
 def _describe_job(detail: JobDetail) -> str:
     row, kept = detail.row, (detail.row.kept or {}).items()
     lines = [
-        f"input {row.idx}: {row.status}, key {row.key}",
+        f"input {row.idx}{'' if row.sample is None else f', sample {row.sample}'}: {row.status}, key {row.key}",
         f"prompt: {row.prompt.body()}",
         f"attempts charged {detail.attempts}, claims {detail.claim_seq}, crashes {detail.crashes}",
     ]

@@ -26,6 +26,7 @@ Json = Any
 """Anything that orjson reads: None, bool, int, float, str, list or dict of these."""
 PathOrUrl = str | os.PathLike[str]
 KEY_BYTES = 16
+MAX_SAMPLES = 10_000
 
 
 class JobState(StrEnum):
@@ -242,6 +243,13 @@ class KeyMaker:
         return digest.digest()
 
 
+def sample_key(key: bytes, sample: int) -> bytes:
+    """Return the key of one sample of an input, given the input's key, which is that of the first sample, 0."""
+    if sample == 0:
+        return key
+    return hashlib.blake2b(key + sample.to_bytes(8, "big"), digest_size=KEY_BYTES, person=b"sample").digest()
+
+
 @value(frozen=True, slots=True)
 class Paused:
     """Why a run is paused. Only people read `message`."""
@@ -276,7 +284,8 @@ class Run:
 
     `price` is what the user says that calls cost, None to ask the provider and the price table. `budget_nanos` is the
     most that the run may cost, in billionths of a US dollar, None without a limit. `input_columns` is `Item.columns` as
-    JSON, None without columns and for runs of older versions. `keep` is what is kept besides its answers.
+    JSON, None without columns and for runs of older versions. `keep` is what is kept besides its answers. `samples` is
+    the number of answers per input.
     """
 
     id: RunId
@@ -294,6 +303,7 @@ class Run:
     input_columns: str | None = None
     move: Move | None = None
     keep: tuple[Extra, ...] = ()
+    samples: int = 1
 
     def is_paused_by(self, *causes: PauseCause) -> bool:
         """Return whether one of these causes paused the run or, if REMOVING, cancelled it."""
@@ -347,7 +357,8 @@ class Claim:
     `tokens` were taken from its model's tokens a minute, 0 without that limit. `throttled` means that the model is
     limited to fewer calls at a time than the workers have slots. `settings` are the job's own and override the task's:
     those of its prompt, and over them those of a retry; None if it has none. `model` among them is the model that
-    answers instead of the run's. `probe` is set for the one call that checks whether an outage is over.
+    answers instead of the run's. `probe` is set for the one call that checks whether an outage is over. `sample` is the
+    number of the answer among those to the same input, from 0.
     """
 
     job_id: JobId
@@ -362,6 +373,7 @@ class Claim:
     throttled: bool = False
     settings: dict[str, Json] | None = None
     probe: bool = False
+    sample: int = 0
 
     @property
     def model(self) -> str | None:
@@ -449,7 +461,8 @@ class AnswerRow:
     `status` is a job state, or "missing" if the caller wants that for each job that is not done. `result` is None
     unless done; `error` is why the job failed, or the message of its last failed try. `cut_off` is True if the answer
     reached its token limit, even if the job failed because of it. `usage` and `kept`, None unless they were asked for,
-    are what its call took and what was kept of it beside the answer.
+    are what its call took and what was kept of it beside the answer. `sample` is None if the run has one answer per
+    input.
     """
 
     idx: int
@@ -463,6 +476,7 @@ class AnswerRow:
     cut_off: bool = False
     usage: RowUsage | None = None
     kept: dict[str, Json] | None = None
+    sample: int | None = None
 
     def missing(self) -> AnswerRow:
         """Return the row of a missing answer; `error` stays."""
@@ -471,6 +485,8 @@ class AnswerRow:
     def to_dict(self) -> dict[str, Json]:
         """Return the row as collected JSON: `id` and `metadata` only if the input had them; usage and what was kept last."""
         fields: dict[str, Json] = {"idx": self.idx}
+        if self.sample is not None:
+            fields["sample"] = self.sample
         if self.custom_id is not None:
             fields["id"] = self.custom_id
         prompt = self.prompt.text if self.prompt.messages is None else list(self.prompt.messages)

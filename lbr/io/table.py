@@ -41,7 +41,7 @@ class Kind(StrEnum):
 
 _KIND_OF_TYPES = {frozenset({"integer"}): Kind.INT, frozenset({"boolean"}): Kind.BOOL}
 _KIND_OF_TYPES |= dict.fromkeys([frozenset({"number"}), frozenset({"number", "integer"})], Kind.FLOAT)
-_KIND_OF_OWN = {"idx": Kind.INT, "cost_usd": Kind.FLOAT}
+_KIND_OF_OWN = {"idx": Kind.INT, "sample": Kind.INT, "cost_usd": Kind.FLOAT}
 _KIND_OF_OWN |= {name: Kind.INT for name in RowUsage.__slots__ if name.endswith(("tokens", "ms", "attempts"))}
 
 
@@ -154,12 +154,13 @@ def make_table(
     columns: str = "default",
     unnest: bool = True,
     include: Collection[str] = (),
+    samples: int = 1,
     fold: Callable[[str], str] = str,
 ) -> Table:
     """Return the table of a run's answers.
 
     `inputs` are the input's columns, `kind_of` the types of its metadata. With `unnest`, the fields of an answer are
-    columns. Names that are equal after `fold` are not distinct: the input's columns keep theirs, then lbr's own.
+    columns; with several `samples`, so is the number of the sample. Names that are equal after `fold` are not distinct: the input's columns keep theirs, then lbr's own.
     """
     given = [
         Column("metadata", name, kind_of(name), name)
@@ -170,7 +171,10 @@ def make_table(
     answer = answer_fields(task.schema) if unnest and task.schema is not None else {}
     own: list[Column] = []
     used = RowUsage.__slots__ if Include.USAGE in include else ()
-    for name in (*OWN_COLUMNS[columns], *used, *(kind.value for kind in Extra if kind in include)):
+    names = [*OWN_COLUMNS[columns]]
+    if samples > 1:
+        names.insert(names.index("idx") + 1 if "idx" in names else 0, "sample")
+    for name in (*names, *used, *(kind.value for kind in Extra if kind in include)):
         if name == "result" and answer:
             own += [Column("answer", one, kind, one) for one, kind in answer.items()]
         elif name != Part.PROMPT or all(part is not Part.PROMPT for part, _ in inputs):

@@ -380,10 +380,12 @@ def open_writer(
 
 
 @contextmanager
-def open_appender(path: str | None) -> Iterator[tuple[JsonlWriter, bytearray, tuple[int, str] | None]]:
+def open_appender(
+    path: str | None, samples: int = 1
+) -> Iterator[tuple[JsonlWriter, bytearray, tuple[int, str] | None]]:
     """Yield a writer behind the rows of a JSONL file, or into stdout, with a 1 for each row there and the last one's key.
 
-    A last line that was not written completely is cut off. Raises UsageError for a file with other lines, and
+    `samples` is the number of rows per input. A last line that was not written completely is cut off. Raises UsageError for a file with other lines, and
     OutputError if it cannot be written.
     """
     if path is None:
@@ -399,13 +401,13 @@ def open_appender(path: str | None) -> Iterator[tuple[JsonlWriter, bytearray, tu
             if isinstance(error, BlockingIOError):  # else a network file system without such locks
                 raise OutputError(f"another process appends to {path}; end it, or name another file") from error
         with named_errors(path):
-            written, last = _cut_to_rows(file, path)
+            written, last = _cut_to_rows(file, path, samples)
         writer = JsonlWriter(file, name=path)
         yield writer, written, last
         writer.close()
 
 
-def _cut_to_rows(file: IO[bytes], path: str) -> tuple[bytearray, tuple[int, str] | None]:
+def _cut_to_rows(file: IO[bytes], path: str, samples: int) -> tuple[bytearray, tuple[int, str] | None]:
     """Cut off a last line without an end; return which rows a file has, and the place and the key of the last one."""
     written, last, end = bytearray(), None, 0
     file.seek(0)
@@ -416,8 +418,9 @@ def _cut_to_rows(file: IO[bytes], path: str) -> tuple[bytearray, tuple[int, str]
         try:
             row = orjson.loads(line)
             last, status = (row["idx"], row["key"]), row["status"]
-            written.extend(bytes(max(0, last[0] + 1 - len(written))))
-            written[last[0]] = 1
+            place = last[0] * samples + row.get("sample", 0)
+            written.extend(bytes(max(0, place + 1 - len(written))))
+            written[place] = 1
         except (ValueError, LookupError, TypeError, MemoryError):
             status = None
         if status in {None, "pending", "inflight"}:

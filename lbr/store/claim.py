@@ -89,7 +89,7 @@ CLAIM, CLAIM_SUSPECT = _claim_due(DUE), _claim_due(DUE_SUSPECT)
 DUE_SIZED, DUE_SUSPECT_SIZED = _with_sizes(DUE), _with_sizes(DUE_SUSPECT)
 CLAIM_CHOSEN = _claim_where(PENDING & any_of(jobs.c.id, "ids"))
 PROMPTS = PreparedQuery(
-    select(prompts.c.job_id, prompts.c.key, prompts.c.body, prompts.c.chat, prompts.c.settings).where(
+    select(*(prompts.c[name] for name in ("job_id", "key", "body", "chat", "settings", "sample"))).where(
         any_of(prompts.c.job_id, "ids")
     )
 )
@@ -231,7 +231,7 @@ def _with_prompts(
     for job_id, run_id, claim_seq, _, attempts_, crashes in sorted(rows):
         if job_id not in found:
             raise DatabaseError(f"job {job_id} has no prompt: another program changed the database")
-        _, key, body, chat, settings = found[job_id]
+        _, key, body, chat, settings, sample = found[job_id]
         prompt = Prompt.from_body(body, chat=bool(chat))
         claims.append(
             Claim(
@@ -247,6 +247,7 @@ def _with_prompts(
                 throttled=run_id in throttled,
                 settings=_own_settings(prompt, settings),
                 probe=run_id in probed,
+                sample=sample or 0,
             )
         )
     return claims

@@ -11,7 +11,7 @@ import orjson
 from sqlalchemy import bindparam, func, insert, literal_column, select, update
 
 from lbr.core.errors import RunChangedError, UsageError
-from lbr.core.types import JobState, RunState, canonical_json
+from lbr.core.types import JobState, RunState, canonical_json, sample_key
 from lbr.store import counters
 from lbr.store.runs import check_not_moving, run_of
 from lbr.store.schema import extras, jobs, prompts, results, runs
@@ -32,11 +32,24 @@ CHUNK_CHARACTERS = 8_000_000
 """About what a transaction holds at most, so that it fits into memory and gets through a slow line in time."""
 
 _KNOWN = (
-    select(items_table.c.idx, prompts.c.key, items_table.c.custom_id, items_table.c.metadata)
+    select(items_table.c.idx, items_table.c.sample, prompts.c.key, items_table.c.custom_id, items_table.c.metadata)
     .join_from(items_table, prompts, items_table.c.job_id == prompts.c.job_id)
     .where(items_table.c.run_id == bindparam("run"))
     .where(items_table.c.idx >= bindparam("start"), items_table.c.idx < bindparam("end"))
+    .order_by(items_table.c.idx, items_table.c.sample)
+)
+_LAST = items_table.alias("last")
+_LACKING = (
+    select(items_table.c.idx)
+    .where(items_table.c.run_id == bindparam("run"), items_table.c.sample == 0)
+    .where(
+        ~select(literal_column("1"))
+        .where(_LAST.c.run_id == bindparam("run"), _LAST.c.idx == items_table.c.idx)
+        .where(_LAST.c.sample == bindparam("last"))
+        .exists()
+    )
     .order_by(items_table.c.idx)
+    .limit(1)
 )
 BY_KEY = select(prompts.c.key, prompts.c.job_id).where(
     prompts.c.run_id == bindparam("run"), any_of(prompts.c.key, "keys")
@@ -81,8 +94,10 @@ def _copying_extras(keep: tuple[Extra, ...]) -> BulkStatement:
 
 _JOB = ("id", "run_id", "state", "available_at", "claim_seq", "attempts", "crashes", "retry_seq", "finished_at")
 _ADD_JOBS = Inserting(jobs, *_JOB)
-_ADD_PROMPTS = Inserting(prompts, "job_id", "run_id", "key", "chat", "body")
-ADD_ITEMS = Inserting(items_table, "run_id", "idx", "job_id", "first", "custom_id", "metadata", "id_is_number")
+_ADD_PROMPTS = Inserting(prompts, "job_id", "run_id", "key", "chat", "body", "sample")
+ADD_ITEMS = Inserting(
+    items_table, "run_id", "idx", "sample", "job_id", "first", "custom_id", "metadata", "id_is_number"
+)
 
 _OTHER, _SOURCES = runs.alias("other"), jobs.alias("sources")
 # From the few runs of the function with other code to the run's answers: without such a run, no answer is read.
@@ -115,7 +130,7 @@ class EnqueueCounts:
     """What an enqueue did with its inputs.
 
     `known` were there already, `new` became jobs, `duplicate` share the job of an equal input, and `reused` of the new
-    ones were answered at once from another run.
+    ones were answered at once from another run. These four count each sample of an input.
     """
 
     inputs: int = 0
@@ -130,9 +145,10 @@ class EnqueueCounts:
 
 
 class _Entry(NamedTuple):
-    """An input that the run does not hold yet, with its job."""
+    """A sample of an input that the run does not hold yet, with its job."""
 
     idx: int
+    sample: int
     item: Item
     key: bytes
     job_id: int
@@ -143,6 +159,20 @@ def next_idx(connection: Connection, _now: Millis, run: Run) -> int:
     """Return the index after the run's last input."""
     last = connection.scalar(select(func.max(items_table.c.idx)).where(items_table.c.run_id == run.id))
     return 0 if last is None else int(last) + 1
+
+
+def last_place(connection: Connection, _now: Millis, run: Run) -> tuple[int, int]:
+    """Return the index and the sample of the run's last item, -1 and 0 if it has none."""
+    query = select(items_table.c.idx, items_table.c.sample).where(items_table.c.run_id == run.id)
+    query = query.order_by(items_table.c.idx.desc(), items_table.c.sample.desc()).limit(1)
+    found = connection.execute(query).one_or_none()
+    return (-1, 0) if found is None else (found.idx, found.sample)
+
+
+def first_lacking(connection: Connection, _now: Millis, run: Run) -> int | None:
+    """Return the index of the first input that does not have all of the run's samples; None without one."""
+    idx: int | None = connection.scalar(_LACKING, {"run": run.id, "last": run.samples - 1})
+    return idx
 
 
 def lender_with_other_code(connection: Connection, _now: Millis, run: Run, fingerprint: str) -> str | None:
@@ -174,19 +204,24 @@ def add_chunk(
     *,
     reuse: bool,
 ) -> EnqueueCounts:
-    """Make sure that the run holds these inputs from index `start` on; what is there already stays as it is.
+    """Make sure that the run holds all samples of these inputs from index `start` on; what is there stays as it is.
 
     `keys` are the items' content keys. Raises RunChangedError,
     and changes nothing, if the run holds a different input at one of these indexes.
     """
     take_turns(connection, run.id)
     span = {"run": run.id, "start": start, "end": start + len(items)}
-    known = {row.idx: row for row in connection.execute(_KNOWN, span).all()}
-    for idx, held in known.items():
-        _check_unchanged(run, held, items[idx - start], keys[idx - start])
-    fresh = [(start + n, item, keys[n]) for n, item in enumerate(items) if start + n not in known]
+    known = {(row.idx, row.sample): row for row in connection.execute(_KNOWN, span).all()}
+    for (idx, sample), held in known.items():
+        _check_unchanged(run, held, items[idx - start], sample_key(keys[idx - start], sample))
+    fresh = [
+        (start + n, sample, item, sample_key(keys[n], sample))
+        for n, item in enumerate(items)
+        for sample in range(run.samples)
+        if (start + n, sample) not in known
+    ]
     if not fresh:
-        return EnqueueCounts(inputs=len(items), known=len(items))
+        return EnqueueCounts(inputs=len(items), known=len(known))
     entries, new = _assign_jobs(connection, run, fresh)
     answered = _find_answers(connection, new, run.keep) if reuse else {}
     _insert_jobs(connection, run, entries, new, answered, now)
@@ -198,7 +233,7 @@ def add_chunk(
     counts[run.id, str(JobState.DONE)] = counts[run.id, counters.REUSED] = len(answered)
     counters.add(connection, counts)
     duplicates = len(entries) - len(new)
-    return EnqueueCounts(len(items), len(items) - len(entries), len(new), duplicates, len(answered))
+    return EnqueueCounts(len(items), len(known), len(new), duplicates, len(answered))
 
 
 def _check_unchanged(run: Run, held: AnyRow, item: Item, key: bytes) -> None:
@@ -234,7 +269,8 @@ def _id_text(item: Item) -> str | None:
 def _touch_run(connection: Connection, run: Run, now: Millis, columns: dict[str, Part] | None) -> None:
     """Note that inputs are arriving, so that no worker takes the run for complete, and the first one's columns.
 
-    Done last, because it locks the run's row. Raises UsageError if the run was cancelled or is being moved.
+    Done last, because it locks the run's row. Raises UsageError if the run was cancelled, is being moved, or has
+    another number of samples now.
     """
     values: dict[str, Any] = {"enqueued_at": now, "sealed_at": None}
     if columns is not None:
@@ -243,14 +279,17 @@ def _touch_run(connection: Connection, run: Run, now: Millis, columns: dict[str,
     touched = connection.execute(query.returning(runs)).one_or_none()
     if touched is None:
         raise UsageError(f"run {run.name!r} was cancelled; `lbr retry {run.name}` takes it up again")
-    check_not_moving(run_of(touched))
+    current = run_of(touched)
+    check_not_moving(current)
+    if current.samples != run.samples:
+        raise UsageError(f"another enqueue has changed the samples of run {run.name!r}; run the same command again")
 
 
 def _assign_jobs(
-    connection: Connection, run: Run, fresh: list[tuple[int, Item, bytes]]
+    connection: Connection, run: Run, fresh: list[tuple[int, int, Item, bytes]]
 ) -> tuple[list[_Entry], dict[bytes, int]]:
-    """Give every new input its job; return them with the keys that are new to the run."""
-    wanted = list(dict.fromkeys(key for _, _, key in fresh))
+    """Give every new sample its job; return them with the keys that are new to the run."""
+    wanted = list(dict.fromkeys(key for *_, key in fresh))
     found = connection.execute(BY_KEY, {"run": run.id, "keys": wanted}).all()
     jobs_by_key: dict[bytes, int] = {row.key: row.job_id for row in found}
     missing = [key for key in wanted if key not in jobs_by_key]
@@ -259,8 +298,8 @@ def _assign_jobs(
     jobs_by_key |= new
     unseen = set(new)
     entries = []
-    for idx, item, key in fresh:
-        entries.append(_Entry(idx, item, key, jobs_by_key[key], key in unseen))
+    for idx, sample, item, key in fresh:
+        entries.append(_Entry(idx, sample, item, key, jobs_by_key[key], key in unseen))
         unseen.discard(key)
     return entries, new
 
@@ -304,8 +343,8 @@ def _insert_jobs(
         for job_id in new.values()
     ]
     _ADD_JOBS.run_plain(connection, rows)
-    first = [(e.job_id, e.key, e.item.prompt) for e in entries if e.first]
-    bodies = [(job_id, run.id, key, prompt.form, prompt.body()) for job_id, key, prompt in first]
+    first = [(e.job_id, e.key, e.item.prompt, e.sample or None) for e in entries if e.first]
+    bodies = [(job_id, run.id, key, prompt.form, prompt.body(), sample) for job_id, key, prompt, sample in first]
     _ADD_PROMPTS.run_plain(connection, bodies)
     copies = list(answered.items())
     _COPY_RESULTS.run_plain(connection, copies)
@@ -316,7 +355,7 @@ def _insert_jobs(
 def _insert_items(connection: Connection, run: Run, entries: list[_Entry]) -> None:
     run_id = run.id
     rows = []
-    for idx, item, _, job_id, first in entries:
+    for idx, sample, item, _, job_id, first in entries:
         is_number = 1 if isinstance(item.custom_id, int) else None
-        rows.append((run_id, idx, job_id, int(first), _id_text(item), _metadata_json(item), is_number))
+        rows.append((run_id, idx, sample, job_id, int(first), _id_text(item), _metadata_json(item), is_number))
     ADD_ITEMS.run_plain(connection, rows)

@@ -53,6 +53,8 @@ SOLE_RETRY_SECONDS = 1.0
 MAX_ANSWER_AGE_SECONDS = 60.0
 STALL_SECONDS = 30.0
 """A transaction that takes longer than this is given up and run again, because the network may be cut."""
+MIGRATION_SECONDS = 3600.0
+"""The same for a migration, which may build an index of a large table."""
 # Advisory locks are shared by all users of a database; these numbers spell lbr.
 CREATION_LOCK, SOLE_LOCK = 0x6C_62_72_01, 0x6C_62_72_03
 # The server ends the transaction of a worker that is cut off, and so frees its locks.
@@ -240,13 +242,14 @@ class PostgresDatabase(Database):
         # The server frees a dead worker's locks at once, but also those of one that is only cut off.
         super().__init__(address.shown, patience=patience, spool_places=places, presence=Presence())
         self._clock = clock
+        self._stall_seconds = STALL_SECONDS
         self._server_time = 0, -math.inf  # its latest answer, and when that came
         self._writer = make_engine(address, "READ COMMITTED", WRITER_SETTINGS)
         self._reader = make_engine(address, "REPEATABLE READ", SERVER_SETTINGS, postgresql_readonly=True)
         self._listener = Listener(address)
 
     async def _write(self, work: Work[T]) -> T:
-        async with asyncio.timeout(STALL_SECONDS), self._writer.connect() as connection:
+        async with asyncio.timeout(self._stall_seconds), self._writer.connect() as connection:
             try:
                 result = await connection.run_sync(lambda plain: work(plain, self._time(plain, 0)))
                 await connection.commit()
@@ -294,8 +297,9 @@ class PostgresDatabase(Database):
         version = await self.read(lambda connection, _: schema.applied_version(connection))
         self.check_version(version, create=create)
         if version < schema.LATEST:
+            self._stall_seconds = MIGRATION_SECONDS if version else STALL_SECONDS
             await self.write(_create, self.presence.dead_workers)
-        self.patience = patience
+        self.patience, self._stall_seconds = patience, STALL_SECONDS
 
     async def close(self) -> None:
         """Close every connection."""

@@ -13,14 +13,14 @@ from sqlalchemy import Float, bindparam, case, cast, func, or_, select
 from lbr.core.errors import CUT_OFF, DatabaseError, UsageError
 from lbr.core.extras import Extra, Extras, Include, RowUsage
 from lbr.core.pricing import NANOS, output_limit
-from lbr.core.types import AnswerRow, JobState, Millis, Part, Prompt, Run, RunId, RunState, Shape
+from lbr.core.types import MAX_SAMPLES, AnswerRow, JobState, Millis, Part, Prompt, Run, RunId, RunState, Shape
 from lbr.store import counters, runs
 from lbr.store.limits import LimitStatus, all_limits, is_ahead
 from lbr.store.schema import INFLIGHT, SILENT_MS, attempts, items, jobs, limits, outages, prompts, results, workers
 from lbr.store.schema import counters as counters_table
 from lbr.store.schema import extras as extras_table
 from lbr.store.schema import runs as runs_table
-from lbr.store.sql import any_of, byte_length, if_small, json_object, pages
+from lbr.store.sql import any_of, byte_length, if_small, is_after, json_object, pages
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lbr.store.schema import AnyRow
 
 _COLLECTED = (
-    *(items.c.idx, items.c.custom_id, items.c.metadata, items.c.id_is_number),
+    *(items.c.idx, items.c.sample, items.c.custom_id, items.c.metadata, items.c.id_is_number),
     *(jobs.c.id, prompts.c.key, jobs.c.state, prompts.c.chat, prompts.c.body),
     *(results.c.text, results.c.finish_reason),
 )
@@ -61,15 +61,16 @@ def last_try(name: str) -> ColumnElement[Any]:
     return tries.order_by(_TRIES.c.id.desc()).limit(1).scalar_subquery()
 
 
-_AFTER = items.c.idx > bindparam("after")
+_AFTER = is_after(items.c.idx, items.c.sample)
+_IN_ORDER = (items.c.idx, items.c.sample)
 
 
 _STATES = (
-    select(items.c.idx, jobs.c.state)
+    select(items.c.idx, items.c.sample, jobs.c.state)
     .join_from(items, jobs, items.c.job_id == jobs.c.id)
     .where(items.c.run_id == bindparam("run"))
 )
-_PLACES = _STATES.where(_AFTER).order_by(items.c.idx).limit(5_000)
+_PLACES = _STATES.where(_AFTER).order_by(*_IN_ORDER).limit(5_000)
 
 
 @cache
@@ -82,14 +83,17 @@ def _rows_of(shape: Shape, kept: tuple[Extra, ...]) -> Select[Any]:
         query = query.outerjoin(extras_table, extras_table.c.job_id == jobs.c.id)
     if shape is Shape.UNIQUE:
         query = query.where(items.c.first == 1)
-    return query.where(_AFTER).order_by(items.c.idx).limit(bindparam("limit"))
+    return query.where(_AFTER).order_by(*_IN_ORDER).limit(bindparam("limit"))
 
 
-_DETAIL = _inputs(*_COLLECTED, *_OTHERS, prompts.c.settings).where(items.c.idx == bindparam("idx"))
+_DETAIL = _inputs(*_COLLECTED, *_OTHERS, prompts.c.settings).where(
+    items.c.idx == bindparam("idx"), items.c.sample == bindparam("sample")
+)
+# All samples of an input have its metadata.
 _METADATA = (
-    select(items.c.idx, *if_small(items.c.metadata).values())
-    .where(items.c.run_id == bindparam("run"), _AFTER, items.c.metadata.is_not(None))
-    .order_by(items.c.idx)
+    select(items.c.idx, items.c.sample, *if_small(items.c.metadata).values())
+    .where(items.c.run_id == bindparam("run"), _AFTER, items.c.sample == 0, items.c.metadata.is_not(None))
+    .order_by(*_IN_ORDER)
     .limit(bindparam("limit"))
 )
 _ERRORS = select(
@@ -161,7 +165,7 @@ class RunCounts:
 
     @property
     def jobs(self) -> int:
-        """How many distinct inputs there are."""
+        """How many jobs there are: one for each sample of each distinct input."""
         return sum(self.counts[state] for state in JobState)
 
     @property
@@ -320,22 +324,23 @@ async def rows(
     """Yield a run's rows in input order, page by page; each page is a short transaction of its own.
 
     `states` are those of the jobs to read, empty for all; `include` is what rows have beside their answers. `between`
-    are the places before the first row and behind the last.
+    are the indexes before the first input and behind the last.
     """
-    after = -1
+    after = -1, 0
     query = _rows_of(shape, tuple(kind for kind in Extra if kind in include))
     if states:
         query = query.where(jobs.c.state.in_(states))
     if between is not None:
-        after, until = between
+        after, until = (between[0], MAX_SAMPLES), between[1]
         query = query.where(items.c.idx < until)
     async for page in pages(lambda bound: database.read(_page, run, query, include, bound), after):
         yield list(page)
 
 
-def places(connection: Connection, _now: Millis, run: Run, after: int) -> list[tuple[int, str]]:
-    """Return the places of some thousand inputs behind `after`, each with the state of its job."""
-    return [(idx, state) for idx, state in connection.execute(_PLACES, {"run": run.id, "after": after}).all()]
+def places(connection: Connection, _now: Millis, run: Run, after: tuple[int, int]) -> list[tuple[int, int, str]]:
+    """Return the index and the sample of some thousand rows behind `after`, each with the state of its job."""
+    bound = {"run": run.id, "after": after[0], "after_sample": after[1]}
+    return [(idx, sample, state) for idx, sample, state in connection.execute(_PLACES, bound).all()]
 
 
 def rows_by_state(connection: Connection, _now: Millis, run: Run) -> dict[str, int]:
@@ -351,7 +356,7 @@ def _page(
     found = connection.execute(query, {"run": run.id, **bound}).all()
     bodies = [row[_BODY] for row in found]
     whole = found[: bodies.index(None)] if None in bodies else found
-    page = _to_rows(connection, [row[: len(_COLLECTED)] for row in whole] if kept else whole)
+    page = _to_rows(connection, run, [row[: len(_COLLECTED)] for row in whole] if kept else whole)
     if kept:
         extras = (Extras(**dict(zip(kept, row[len(_COLLECTED) :], strict=True))) for row in whole)
         page = [replace(row, kept=one.to_dict(kept)) for row, one in zip(page, extras, strict=True)]
@@ -370,10 +375,11 @@ def _with_usage(connection: Connection, page: list[AnswerRow], ids: list[int]) -
     return [replace(row, usage=usages[job_id]) for row, job_id in zip(page, ids, strict=True)]
 
 
-def _to_rows(connection: Connection, found: Sequence[Sequence[Any]]) -> list[AnswerRow]:
+def _to_rows(connection: Connection, run: Run, found: Sequence[Sequence[Any]]) -> list[AnswerRow]:
     """Turn database rows into collected ones; a job that is not done gets the message of its last failed try."""
     done, failed = JobState.DONE, JobState.FAILED
     open_ids = list({row[_JOB_ID] for row in found if row[_STATE] != done})
+    several = run.samples > 1
     last: dict[int, Any] = {}
     if open_ids:
         last = {row.id: row for row in connection.execute(_ERRORS, {"ids": open_ids}).all()}
@@ -388,8 +394,11 @@ def _to_rows(connection: Connection, found: Sequence[Sequence[Any]]) -> list[Ans
             _number(custom_id) if id_is_number else custom_id,
             None if metadata is None else json_object(metadata, "metadata"),
             (ending if state == done else state == failed and last[job_id].ending) == CUT_OFF,
+            None,
+            None,
+            sample if several else None,
         )
-        for idx, custom_id, metadata, id_is_number, job_id, key, state, chat, body, text, ending in found
+        for idx, sample, custom_id, metadata, id_is_number, job_id, key, state, chat, body, text, ending in found
     ]
 
 
@@ -470,9 +479,11 @@ def _first_columns(run: Run) -> dict[str, Part]:
         raise DatabaseError(f"cannot read the {what}: {error}") from error
 
 
-def story(connection: Connection, _now: Millis, run: Run, idx: int) -> JobDetail:
-    """Return everything about the input at a place; UsageError if there is none."""
-    bound = {"run": run.id, "idx": idx}
+def story(connection: Connection, _now: Millis, run: Run, idx: int, sample: int = 0) -> JobDetail:
+    """Return everything about a sample of the input at a place; UsageError if there is none."""
+    if not 0 <= sample < run.samples:
+        raise UsageError(f"expected a sample of run {run.name!r}, got: {sample}; there are 0 to {run.samples - 1}")
+    bound = {"run": run.id, "idx": idx, "sample": sample}
     found = connection.execute(_DETAIL, bound).one_or_none() if 0 <= idx < 2**63 else None
     if found is None:
         last = connection.scalar(select(func.max(items.c.idx)).where(items.c.run_id == run.id))
@@ -480,7 +491,7 @@ def story(connection: Connection, _now: Millis, run: Run, idx: int) -> JobDetail
         raise UsageError(f"expected an input of run {run.name!r}, got: {idx}; there are {there}")
     tried = select(*(attempts.c[name] for name in Attempt.__slots__)).where(attempts.c.job_id == found.id)
     tries = [Attempt(*one) for one in connection.execute(tried.order_by(attempts.c.id)).all()]
-    (row,) = _to_rows(connection, [found[: len(_COLLECTED)]])
+    (row,) = _to_rows(connection, run, [found[: len(_COLLECTED)]])
     if run.keep:
         kept = select(*(extras_table.c[kind] for kind in Extra)).where(extras_table.c.job_id == found.id)
         row = replace(row, kept=Extras(*(connection.execute(kept).one_or_none() or ())).to_dict(run.keep))

@@ -16,7 +16,9 @@ from sqlalchemy import (
     Text,
     bindparam,
     delete,
+    func,
     insert,
+    literal_column,
     select,
     text,
 )
@@ -27,7 +29,7 @@ from lbr.core.errors import DatabaseError, OutputError, UsageError
 from lbr.core.types import AnswerRow, Prompt
 from lbr.store import files
 from lbr.store.addresses import is_postgresql, sqlite_path
-from lbr.store.sql import if_small, pages
+from lbr.store.sql import if_small, is_after, pages
 from lbr.store.sqlite import (
     BEGIN_WRITING,
     SCHEMA_ROWS,
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator
     from pathlib import Path
 
-    from sqlalchemy import Connection, RowMapping
+    from sqlalchemy import ColumnElement, Connection, RowMapping, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from lbr.core.types import PathOrUrl
@@ -72,14 +74,23 @@ results = Table(
     Column("result", Text),
     Column("error", Text),
     Column("metadata", Text),
+    Column("sample", Integer, primary_key=True),
 )
+_OLD = [column.name for column in results.c][:-1]
+"""The columns in files of earlier versions."""
 _PAYLOADS = if_small(results.c.prompt, results.c.result, results.c.metadata)
-_ROWS = (
-    select(*(_PAYLOADS.get(column.name, column) for column in results.c))
-    .where(results.c.run == bindparam("run"), results.c.idx > bindparam("after"))
-    .order_by(results.c.idx)
-    .limit(bindparam("limit"))
-)
+
+
+def _rows_of(sample: ColumnElement[int]) -> Select[Any]:
+    number = sample.label("sample")
+    return (
+        select(*(_PAYLOADS.get(name, results.c[name]) for name in _OLD), number)
+        .where(results.c.run == bindparam("run"), is_after(results.c.idx, sample))
+        .order_by(results.c.idx, number)
+        .limit(bindparam("limit"))
+    )
+
+
 _RUNS = text("SELECT run FROM results GROUP BY run ORDER BY max(rowid)")
 
 
@@ -112,7 +123,7 @@ async def write_run(url: PathOrUrl, run: str, pages: AsyncIterable[list[AnswerRo
     count = 0
     async with _transaction(path, begin=BEGIN_WRITING) as connection:
         await connection.run_sync(_check_table)
-        await connection.run_sync(metadata.create_all)
+        await connection.run_sync(_upgrade)
         await connection.execute(delete(results).where(results.c.run == run))
         async for page in pages:
             await connection.execute(insert(results), [_to_columns(run, row) for row in page])
@@ -134,14 +145,20 @@ async def runs_in(url: PathOrUrl) -> list[str]:
 async def read_run(url: PathOrUrl, run: str) -> AsyncIterator[list[AnswerRow]]:
     """Yield one run's rows in order, page by page, chat messages as text; nothing if there is no such run."""
     path = sqlite_path(url)
+    async with _transaction(path) as connection:
+        is_old = await connection.run_sync(_names) == _OLD
+        sample = literal_column("0", Integer) if is_old else results.c.sample
+        several = bool(await connection.scalar(select(func.max(sample)).where(results.c.run == run)))
+    query = _rows_of(sample)
 
     async def read(bound: dict[str, int]) -> tuple[int, list[Any]]:
         async with _transaction(path) as connection:
-            rows = (await connection.execute(_ROWS, {"run": run, **bound})).all()
+            rows = (await connection.execute(query, {"run": run, **bound})).all()
         return len(rows), list(takewhile(lambda row: row.prompt is not None, rows))
 
     async for page in pages(read):
-        yield [_from_columns(row._mapping) for row in page]  # noqa: SLF001 - SQLAlchemy's public name
+        found = [_from_columns(row._mapping) for row in page]  # noqa: SLF001 - SQLAlchemy's public name
+        yield [replace(one, sample=row.sample) for one, row in zip(found, page, strict=True)] if several else found
 
 
 async def remove(url: PathOrUrl, *, run: str) -> bool:
@@ -169,12 +186,29 @@ def _check_table(connection: Connection) -> None:
         )
     if "schema_version" in {row.name for row in found}:
         raise _the_queue()
-    names = connection.exec_driver_sql("SELECT name FROM pragma_table_info('results')").scalars().all()
-    if names and names != [column.name for column in results.c]:
+    names = _names(connection)
+    if names and names not in (_OLD, [column.name for column in results.c]):
         raise OutputError(
             f"expected a results database of lbr, got: one with other columns ({', '.join(names)}); "
             f"name another file for the results"
         )
+
+
+def _names(connection: Connection) -> list[str]:
+    return list(connection.exec_driver_sql("SELECT name FROM pragma_table_info('results')").scalars())
+
+
+def _upgrade(connection: Connection) -> None:
+    """Make the table; that of an earlier version gets the column of samples, which is part of the key."""
+    is_old = _names(connection) == _OLD
+    if is_old:
+        connection.exec_driver_sql("ALTER TABLE results RENAME TO results_before")
+    metadata.create_all(connection)
+    if is_old:
+        names = ", ".join(_OLD)
+        copying = f"INSERT INTO results ({names}, sample) SELECT {names}, 0 FROM results_before ORDER BY rowid"  # noqa: S608 - our own names
+        connection.exec_driver_sql(copying)
+        connection.exec_driver_sql("DROP TABLE results_before")
 
 
 def _the_queue() -> UsageError:
@@ -183,7 +217,7 @@ def _the_queue() -> UsageError:
 
 def _to_columns(run: str, row: AnswerRow) -> dict[str, Any]:
     plain = replace(row, kept=None) if row.kept else row
-    fields = {"id": None, "metadata": None} | plain.to_dict() | {"run": run}
+    fields = {"id": None, "metadata": None} | plain.to_dict() | {"run": run, "sample": row.sample or 0}
     for name in ("prompt", "metadata"):
         if not isinstance(fields[name], str | None):
             fields[name] = orjson.dumps(fields[name]).decode()

@@ -38,7 +38,7 @@ FULL_TRIES = {"attempts": 0, "crashes": 0, "retry_seq": jobs.c.claim_seq, "worke
 
 _STATES = select(runs.c.id, runs.c.state).where(any_of(runs.c.id, "ids")).order_by(runs.c.id)
 _NEW = ("name", "task", "answerer", "fingerprint", "state", "max_attempts", "created_at", "enqueued_at", "price")
-_MAKE = Inserting(runs, *_NEW, "keep", unless="name")
+_MAKE = Inserting(runs, *_NEW, "keep", "samples", unless="name")
 
 SHOWN, BEFORE = 60, 20
 """How many characters of a long text are shown, and how many of them before the first difference."""
@@ -49,7 +49,7 @@ class RunSpec:
     """What an enqueue asks for. `fingerprint` is a function's, None for a model. Raises UsageError for a bad name.
 
     `price` is the price of calls from now on, None to leave it as it is; it is not part of the task. `keep` is what to
-    keep besides the answers.
+    keep besides the answers. `samples` is the number of answers per input, None to leave it as it is.
     """
 
     name: str
@@ -58,6 +58,7 @@ class RunSpec:
     fingerprint: str | None = None
     price: Price | None = None
     keep: tuple[Extra, ...] = ()
+    samples: int | None = None
 
     def __post_init__(self) -> None:
         """Check what no database should see."""
@@ -87,6 +88,7 @@ def run_of(row: AnyRow) -> Run:
             "price": None if row.price is None else Price.from_json(row.price),
             "keep": () if row.keep is None else tuple(map(Extra, orjson.loads(row.keep))),
             "move": None if row.move is None else Move(**orjson.loads(row.move)),
+            "samples": 1 if row.samples is None else row.samples,
         }
         pause = Paused(PauseCause(row.pause_cause), row.pause_message or "") if paused else None
     except (DatabaseError, ValueError, TypeError) as error:
@@ -119,8 +121,8 @@ def open_run(connection: Connection, now: Millis, spec: RunSpec) -> Run:
 
     A known run takes over the order of the spec's schema and settings, which is not part of the task.
 
-    Raises RunMismatchError if the name is that of another task or of a run that keeps something else, UsageError if the
-    run was cancelled or is being moved.
+    Raises RunMismatchError if the name is that of another task, of a run that keeps something else, or of one with more
+    samples, UsageError if the run was cancelled or is being moved.
     """
     run, _ = ensure(connection, spec, now)
     check_not_cancelled(run)
@@ -129,6 +131,11 @@ def open_run(connection: Connection, now: Millis, spec: RunSpec) -> Run:
         raise RunMismatchError(
             f"run {spec.name!r} keeps {','.join(run.keep) or 'only answers'}, not {','.join(spec.keep) or 'only answers'}, "
             f"and that cannot change; repeat its --keep, or use another name (--run)"
+        )
+    if spec.samples is not None and spec.samples < run.samples:
+        raise RunMismatchError(
+            f"run {spec.name!r} has {run.samples} samples of each input, and the number cannot become smaller; repeat "
+            f"its --samples, or use another name (--run), which reuses the answers"
         )
     values: dict[str, Any] = {}
     if spec.price is not None and spec.price != run.price:
@@ -148,7 +155,8 @@ def ensure(connection: Connection, spec: RunSpec, now: Millis) -> tuple[Run, boo
         task, price = spec.task, None if spec.price is None else spec.price.to_json()
         row = (spec.name, task.to_json(), task.answerer, spec.fingerprint, RunState.ACTIVE)
         keep = orjson.dumps(spec.keep).decode() if spec.keep else None
-        made = _MAKE.run_plain(connection, [(*row, spec.max_attempts, now, now, price, keep)])
+        values = (spec.max_attempts, now, now, price, keep, spec.samples)
+        made = _MAKE.run_plain(connection, [(*row, *values)])
     run = find(connection, spec.name)
     if run.task.canonical() != spec.task.canonical():
         if replace(run.task, fingerprint=spec.task.fingerprint).canonical() == spec.task.canonical():
@@ -161,6 +169,18 @@ def ensure(connection: Connection, spec: RunSpec, now: Millis) -> tuple[Run, boo
             f"Use another name (--run), or `lbr rm {spec.name}`"
         )
     return run, bool(made)
+
+
+def raise_samples(connection: Connection, now: Millis, run: Run, samples: int) -> Run:
+    """Set how many answers each input gets, if that is more; the run is complete again when it is sealed.
+
+    UsageError if it was cancelled or is being moved.
+    """
+    current = hold(connection, run)
+    check_not_cancelled(current)
+    check_not_moving(current)
+    values = {"samples": max(samples, current.samples), "enqueued_at": now, "sealed_at": None}
+    return change(connection, current, values)
 
 
 def change(connection: Connection, run: Run, values: dict[str, Any]) -> Run:

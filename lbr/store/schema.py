@@ -97,6 +97,8 @@ runs = Table(
     Column("move", Text),
     # As a JSON list, what is kept besides its answers; see `extras`.
     Column("keep", Text),
+    # How many answers each input gets, null for one.
+    Column("samples", Integer),
     CheckConstraint("state IN ('active', 'paused', 'cancelled')", name="runs_state"),
     sqlite_autoincrement=True,
 )
@@ -149,6 +151,8 @@ prompts = Table(
     Column("body", Text, nullable=False),
     # Settings of this job alone, as JSON, which a retry put over the task's.
     Column("settings", Text),
+    # The number of the answer among those to the same input, null for the first, 0.
+    Column("sample", SmallInteger),
 )
 # The key first, because an answer is searched for in all runs.
 Index("prompts_key", prompts.c.key, prompts.c.run_id, unique=True)
@@ -200,8 +204,9 @@ items = Table(
     metadata,
     Column("run_id", Id, primary_key=True),
     Column("idx", Id, primary_key=True),
+    Column("sample", SmallInteger, primary_key=True),
     Column("job_id", Id, nullable=False),
-    # 1 if this input is the first of its job: the order of distinct inputs.
+    # 1 if this row is the first of its job: the order of distinct inputs.
     Column("first", SmallInteger, nullable=False),
     *_columns(Text, "custom_id metadata", nullable=True),
     # 1 if the input's id is a number.
@@ -293,11 +298,11 @@ def _alter(connection: Connection, table: Table, change: str) -> None:
 
 
 def _add_missing(connection: Connection) -> None:
-    """Add the columns that older versions of the tables do not have."""
+    """Add the columns that older versions of the tables do not have, but for those of a primary key."""
     for table in metadata.sorted_tables:
         there = _names(connection, table.name)
         for column in table.columns:
-            if column.name not in there:
+            if column.name not in there and not column.primary_key:
                 _alter(connection, table, f"ADD COLUMN {column.name} {column.type.compile(connection.dialect)}")
 
 
@@ -384,6 +389,24 @@ def _drop_writers(connection: Connection) -> None:
     Table("writers", MetaData()).drop(connection, checkfirst=True)
 
 
+def _number_samples(connection: Connection) -> None:
+    """Put the number of the sample into the primary key of the items; all that are there are the first, 0."""
+    if "sample" in _names(connection, "items"):
+        return
+    if connection.dialect.name == "postgresql":
+        key = "DROP CONSTRAINT items_pkey, ADD PRIMARY KEY (run_id, idx, sample)"
+        _alter(connection, items, f"ADD COLUMN sample SMALLINT NOT NULL DEFAULT 0, {key}")
+        _alter(connection, items, "ALTER COLUMN sample DROP DEFAULT")
+        return
+    names = [one.name for one in items.c if one.name != "sample"]
+    old = Table("items_before", MetaData(), *map(Column, names))
+    _alter(connection, items, "RENAME TO items_before")
+    items.create(connection)
+    rows = select(*old.c, literal_column("0")).order_by(old.c.run_id, old.c.idx)
+    connection.execute(items.insert().from_select([*names, "sample"], rows))
+    old.drop(connection)
+
+
 MIGRATIONS: tuple[tuple[str, Callable[[Connection], None] | None], ...] = (
     ("create the tables", None),
     ("index the suspects", _index_suspects),
@@ -398,6 +421,7 @@ MIGRATIONS: tuple[tuple[str, Callable[[Connection], None] | None], ...] = (
     ("forget the numbers of transactions on a server", _drop_writers),
     ("count cached tokens", None),
     ("keep reasoning, log probabilities and raw answers", None),
+    ("number the samples of an input", _number_samples),
 )
 """Ordered and append-only: a database's version is the number of them that it has seen.
 

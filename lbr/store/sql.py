@@ -24,6 +24,7 @@ from sqlalchemy import (
     func,
     select,
     text,
+    tuple_,
     update,
 )
 from sqlalchemy.dialects import sqlite
@@ -332,21 +333,28 @@ def if_small(marker: ColumnElement[Any], *others: ColumnElement[Any]) -> dict[st
     }
 
 
-async def pages(
-    read: Callable[[dict[str, int]], Awaitable[tuple[int, Sequence[Any]]]], after: int = -1
-) -> AsyncIterator[Sequence[Any]]:
-    """Yield pages of rows with an `idx` behind `after`, in that order: at most 2,500 rows and some megabytes at a time.
+def is_after(idx: ColumnElement[int], sample: ColumnElement[int]) -> ColumnElement[bool]:
+    """Return whether a row comes behind the place that `pages` asks for."""
+    return tuple_(idx, sample) > tuple_(
+        bindparam("after", type_=idx.type), bindparam("after_sample", type_=sample.type)
+    )
 
-    `read` gets the values of `after`, `limit` and `cap`, and returns how many rows there were, and those before
-    the first that `if_small` left out.
+
+async def pages(
+    read: Callable[[dict[str, int]], Awaitable[tuple[int, Sequence[Any]]]], after: tuple[int, int] = (-1, 0)
+) -> AsyncIterator[Sequence[Any]]:
+    """Yield pages of rows behind an `idx` and `sample`, in that order: at most 2,500 rows and some megabytes at a time.
+
+    `read` gets the values of `after`, `after_sample`, `limit` and `cap`, and returns how many rows there were, and
+    those before the first that `if_small` left out.
     """
     limit = FIRST_PAGE
     while True:
         cap = PAGE_BYTES // limit if limit > 1 else _ANY_SIZE
-        count, whole = await read({"after": after, "limit": limit, "cap": cap})
+        count, whole = await read({"after": after[0], "after_sample": after[1], "limit": limit, "cap": cap})
         if whole:
             yield whole
-            after = whole[-1].idx
+            after = whole[-1].idx, whole[-1].sample or 0
         if len(whole) < count:
             limit = len(whole) or limit // 8 or 1
         elif count < limit:

@@ -22,7 +22,16 @@ from lbr.core.types import JobState, Move, PauseCause, Paused, Run, RunState
 from lbr.store import counters, enqueue, runs
 from lbr.store.schema import attempts, extras, items, jobs, prompts, results
 from lbr.store.schema import runs as runs_table
-from lbr.store.sql import Inserting, any_of, byte_length, lock_table, reserve_job_ids, take_turns, wake_workers
+from lbr.store.sql import (
+    Inserting,
+    any_of,
+    byte_length,
+    is_after,
+    lock_table,
+    reserve_job_ids,
+    take_turns,
+    wake_workers,
+)
 from lbr.store.sql import pages as pages_of_rows
 
 if TYPE_CHECKING:
@@ -60,8 +69,8 @@ _ITEMS = (
     .join_from(items, prompts, prompts.c.job_id == items.c.job_id, isouter=True)
     .outerjoin(results, results.c.job_id == items.c.job_id)
     .outerjoin(extras, extras.c.job_id == items.c.job_id)
-    .where(items.c.run_id == bindparam("run"), items.c.idx > bindparam("after"))
-    .order_by(items.c.idx)
+    .where(items.c.run_id == bindparam("run"), is_after(items.c.idx, items.c.sample))
+    .order_by(items.c.idx, items.c.sample)
     .limit(bindparam("limit"))
 )
 
@@ -87,16 +96,16 @@ _PARTS = (
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A run's inputs from `start` on, and the `_PARTS` of the jobs whose first input is among them."""
+    """A run's inputs behind `start`, an index and a sample, and the `_PARTS` of the jobs that are first among them."""
 
-    start: int
+    start: tuple[int, int]
     items: Sequence[AnyRow]
     parts: Sequence[Sequence[AnyRow]]
 
     @property
-    def end(self) -> int:
-        """The place behind the last input."""
-        return int(self.items[-1].idx) + 1
+    def end(self) -> tuple[int, int]:
+        """The index and the sample of the last row."""
+        return self.items[-1].idx, self.items[-1].sample
 
 
 def has_left(run: Run, aim: str) -> bool:
@@ -166,9 +175,9 @@ def _mark_removed(connection: Connection, _now: Millis, copy: Run) -> None:
     runs.change(connection, copy, runs.BEING_REMOVED | {"state": RunState.CANCELLED})
 
 
-async def pages(database: Database, run: Run, start: int = 0) -> AsyncGenerator[Page]:
-    """Yield a run's inputs from a place on, in pages of as many bytes as a transaction should hold."""
-    async for rows in pages_of_rows(lambda bound: database.read(_read_items, run, bound), after=start - 1):
+async def pages(database: Database, run: Run, start: tuple[int, int] = (-1, 0)) -> AsyncGenerator[Page]:
+    """Yield a run's inputs behind an index and a sample, in pages of as many bytes as a transaction should hold."""
+    async for rows in pages_of_rows(lambda bound: database.read(_read_items, run, bound), after=start):
         page = Page(start, rows, await database.read(_read_parts, rows))
         whole = {row.id for row in page.parts[0]}
         if lost := next((row for row in rows if row.key is None or (row.first and row.job_id not in whole)), None):
@@ -194,7 +203,7 @@ def add_page(connection: Connection, now: Millis, copy: Run, page: Page) -> None
     """Write a page behind what the copy holds. Safe to repeat. UsageError if another process changed the copy."""
     take_turns(connection, copy.id)
     _check_half_done(connection, copy)
-    place = enqueue.next_idx(connection, now, copy)
+    place = enqueue.last_place(connection, now, copy)
     if place == page.end:
         return
     if place != page.start:
@@ -237,7 +246,7 @@ async def digest(database: Database, run: Run) -> tuple[int, str]:
             # What a job has counts with its first input. The ids of rows do not, because each database has its own.
             facts = [[*row[2:]], *(by_job[row.job_id] if row.first else ())]
             running.update(orjson.dumps(facts, default=bytes.hex, option=orjson.OPT_APPEND_NEWLINE))
-        inputs += len(page.items)
+        inputs += sum(row.sample == 0 for row in page.items)
     return inputs, running.hexdigest()
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lbr.core.extras import Extra
     from lbr.core.pricing import Price
     from lbr.core.schema import Validator
+    from lbr.core.types import Json, Task
     from lbr.models.base import Model, Request
 
 T = TypeVar("T")
@@ -163,6 +164,12 @@ def _storable(reply: Reply, keep: tuple[Extra, ...]) -> Reply:
         reply.finish_reason and storable(reply.finish_reason),
         extras,
     )
+
+
+def seeded(own: dict[str, Json] | None, task: Task, sample: int) -> dict[str, Json] | None:
+    """Return a job's own settings with a seed of this sample; without a seed there, or in the task's, as they are."""
+    seed = {**task.settings, **(own or {})}.get("seed")
+    return own if type(seed) is not int else {**(own or {}), "seed": seed + sample}
 
 
 def priced(outcome: Outcome, price: Price) -> Outcome:

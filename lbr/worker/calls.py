@@ -17,7 +17,7 @@ from lbr.core.retry import RetryPolicy, decide, failure_of
 from lbr.core.types import Claim, JobId, JobState, Outcome, Settlement, WorkerId
 from lbr.models.base import Request
 from lbr.store.schema import SUSPECT_CRASHES
-from lbr.worker.attempt import Deadlines, OutOfFilesError, attempt, priced
+from lbr.worker.attempt import Deadlines, OutOfFilesError, attempt, priced, seeded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -180,6 +180,8 @@ class Calls:
                 wrong = Permanent(str(error), kind="UsageError") if isinstance(error, UsageError) else error
                 return Outcome(None, failure_of(wrong), latency_ms=0)
             settings = {name: value for name, value in settings.items() if name != "model"} or None
+        if claim.sample:
+            settings = seeded(settings, served.run.task, claim.sample)
         request = Request(
             prompt=claim.prompt,
             task=served.run.task,

@@ -17,8 +17,8 @@ from sqlalchemy.exc import DBAPIError
 from lbr import prompt_map
 from lbr.api.enqueue import enqueue as put_prompts
 from lbr.core.errors import AlreadyRunningError, DatabaseError, Family, Usage, UsageError
-from lbr.core.types import Failure, Outcome, Reply, Task
-from lbr.store import claim, enqueue, limits, reads, runs, schema, settle
+from lbr.core.types import Failure, Outcome, Reply, Shape, Task
+from lbr.store import claim, enqueue, limits, reads, runs, schema, settle, transfer
 from lbr.store.addresses import address_of
 from lbr.store.claim import CLAIM, CLAIM_CHOSEN, CLAIM_SUSPECT, DUE, DUE_SIZED, DUE_SUSPECT
 from lbr.store.database import open_database, sole_worker
@@ -122,6 +122,9 @@ async def fill(database: Database, *, statistics: str) -> int:
     return int((await database.read(lambda c, _: c.scalar(query))) or 0)
 
 
+AFTER = "(ROW(items.idx, items.sample) > ROW('3'::bigint, '0'::smallint))"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("statistics", ["fresh", "missing", "of finished jobs"])
@@ -131,6 +134,7 @@ async def test_plans_hold_at_a_million_jobs(live: Database, statistics: str) -> 
     ids = list(range(first, first + 128))
     bound: dict[str, Any] = {"run": 1, "now": FAR, "most": 128, "worker": 1, "until": FAR, "before": FAR, "ids": ids}
     bound["keys"] = [bytes(16), bytes(range(16))]
+    bound |= {"after": 3, "after_sample": 0, "limit": 5, "cap": 1_000}
     settling = {"job": ids, "seq": [0] * 128, "to": ["done"] * 128, "charge": [1] * 128}
     settling |= {"available": [1] * 128, "finished": [1] * 128}
     for statement, index in (
@@ -150,6 +154,9 @@ async def test_plans_hold_at_a_million_jobs(live: Database, statistics: str) -> 
         (enqueue._KEYS_OF_EQUALS, "prompts_key"),
         (enqueue._DONE, "jobs_pkey"),
         (claim.PROMPTS, "prompts"),
+        (reads._rows_of(Shape.ORIGINAL, ()), AFTER),
+        (reads._PLACES, AFTER),
+        (transfer._ITEMS, AFTER),
     ):
         steps = await plan(live, statement, bound | (settling if statement is settle.SETTLE else {}))
         assert index in steps, steps

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import select, text
 
+from lbr.api.enqueue import put as put_items
 from lbr.core.errors import (
     DatabaseError,
     Family,
@@ -29,8 +30,9 @@ from lbr.core.types import (
 )
 from lbr.store import enqueue, reads, schema
 from lbr.store.database import open_database
+from lbr.store.runs import RunSpec
 from lbr.store.settle import settle
-from tests.support import ECHO, Clock, Queue, answered, failed, is_postgresql, put, states
+from tests.support import ECHO, Clock, Queue, answered, assert_counted, failed, is_postgresql, put, states
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -69,6 +71,7 @@ async def test_schema_migrates_once(database: Database, db_url: str) -> None:
         (11, "forget the numbers of transactions on a server"),
         (12, "count cached tokens"),
         (13, "keep reasoning, log probabilities and raw answers"),
+        (14, "number the samples of an input"),
     ]
 
 
@@ -307,4 +310,53 @@ async def test_a_run_of_before_keeps_only_its_answers(db_url: str) -> None:
     assert (run.keep, row.result, row.kept) == ((), "answer", dict.fromkeys(Extra))
     again = await put(database, ["a"], name="keeps", keep=(Extra.RAW,))
     assert (again.keep, await states(database, again)) == ((Extra.RAW,), {"pending": 1})
+    await database.close()
+
+
+async def test_items_of_the_version_before_are_first_samples(db_url: str) -> None:
+    """Their key gets the number of the sample, 0; the run goes on, and can get more samples."""
+    database = await open_database(db_url, create=True)
+    run = await put(database, ["a", "b", "a"])
+    queue, worker, _ = await two_workers(database)
+    (claim, _) = await queue.claim(worker, [run.id], 5, lease=60)
+    await database.write(settle, [answered(claim, "kept")])
+    before = [row async for page in reads.rows(database, run, Shape.ORIGINAL) for row in page]
+    server = is_postgresql(db_url)
+    where = "lbr." if server else ""
+    columns = "run_id, idx, job_id, first, custom_id, metadata, id_is_number"
+    typed = "run_id INTEGER NOT NULL, idx INTEGER NOT NULL, job_id INTEGER NOT NULL, first SMALLINT NOT NULL"
+    typed += ", custom_id TEXT, metadata TEXT, id_is_number SMALLINT"
+    old_table = [
+        f"CREATE TABLE old ({typed}, PRIMARY KEY (run_id, idx)) WITHOUT ROWID",
+        f"INSERT INTO old SELECT {columns} FROM items",
+        "DROP TABLE items",
+        "ALTER TABLE old RENAME TO items",
+    ]
+    if server:
+        change = "DROP CONSTRAINT items_pkey, DROP COLUMN sample, ADD CONSTRAINT items_pkey PRIMARY KEY (run_id, idx)"
+        old_table = [f"ALTER TABLE lbr.items {change}"]
+    version = [name for name, _ in schema.MIGRATIONS].index("number the samples of an input")
+    for statement in (
+        *old_table,
+        f"ALTER TABLE {where}runs DROP COLUMN samples",
+        f"ALTER TABLE {where}prompts DROP COLUMN sample",
+        f"DELETE FROM {where}workers",
+        f"DELETE FROM {where}schema_version WHERE version > {version}",
+    ):
+        await database.write(_run, statement)
+    await database.close()
+    database = await open_database(db_url)
+    run = await database.read(reads.find_run, run.name)
+    assert (run.samples, [row async for page in reads.rows(database, run, Shape.ORIGINAL) for row in page]) == (
+        1,
+        before,
+    )
+    prompts = [Item(Prompt(text=text)) for text in ("a", "b", "a", "c")]
+    report = await put_items(database, RunSpec(run.name, ECHO, 8, samples=2), prompts)
+    assert (report.counts.known, report.counts.new, report.counts.duplicate) == (3, 4, 1)
+    run = await database.read(reads.find_run, run.name)
+    rows = [row async for page in reads.rows(database, run, Shape.ORIGINAL) for row in page]
+    assert [(row.idx, row.sample) for row in rows] == [(idx, sample) for idx in range(4) for sample in range(2)]
+    assert [row.result for row in rows] == ["kept", None, None, None, "kept", None, None, None]
+    await assert_counted(database, run)
     await database.close()

@@ -22,8 +22,8 @@ from sqlalchemy import column, select, table, text
 
 import lbr
 from lbr.core.errors import DatabaseBusyError, DatabaseError, MisfitError, UsageError
-from lbr.core.types import Item, KeyMaker, Prompt
-from lbr.store import enqueue, files, reads, runs, schema, sqlite
+from lbr.core.types import Item, KeyMaker, Prompt, Shape
+from lbr.store import enqueue, files, reads, runs, schema, sqlite, transfer
 from lbr.store.addresses import sqlite_path
 from lbr.store.claim import CLAIM, CLAIM_CHOSEN, DUE, DUE_SIZED, DUE_SUSPECT, PROMPTS
 from lbr.store.database import open_database
@@ -293,6 +293,7 @@ async def plan(database: Database, statement: Any) -> str:
     """Run a statement, undo it, and return SQLite's plan of what was sent, one line per step."""
     bound = {"ids": [1, 2], "keys": [b"k"], "worker": 1, "until": 1, "now": 1, "run": 1, "most": 5, "before": 1}
     bound |= {"job": 1, "seq": 1, "to": "done", "available": 1, "charge": 1, "finished": 1}
+    bound |= {"after": 3, "after_sample": 0, "limit": 5, "cap": 1_000}
     sent: list[tuple[str, Any]] = []
     steps: list[str] = []
     hearing = Hearing(lambda sql, values: sent.append((sql, values)))
@@ -335,6 +336,9 @@ async def test_plans_use_the_partial_indexes(database: Database) -> None:
         (enqueue.BY_KEY, "INDEX prompts_key (key=? AND run_id=?)"),
         (enqueue._KEYS_OF_EQUALS, "INDEX prompts_key (key=?)"),
         (enqueue._DONE, "INTEGER PRIMARY KEY"),
+        (reads._rows_of(Shape.ORIGINAL, ()), "items USING PRIMARY KEY (run_id=? AND (idx,sample)>(?,?))"),
+        (reads._PLACES, "items USING PRIMARY KEY (run_id=? AND (idx,sample)>(?,?))"),
+        (transfer._ITEMS, "items USING PRIMARY KEY (run_id=? AND (idx,sample)>(?,?))"),
     ):
         steps = await plan(database, statement)
         assert index in steps, steps
