@@ -65,7 +65,7 @@ async def test_settings_that_differ_from_the_runs_make_other_jobs(db_url: str, t
     settings = {"temperature": 0.5, "extra_body": {"user": "me"}}
     report = await lbr.enqueue(path, settings=settings, db_url=db_url)
     assert (report.counts.inputs, report.counts.new, report.counts.duplicate) == (4, 3, 1)
-    assert report.notices == []
+    assert [notice[:18] for notice in report.notices] == ["temperature is 0.5"]
     own = [prompt.settings for prompt in await prompts_of(db_url)]
     extra = {"user": "me", "stop": None}
     assert own == [None, None, {"temperature": 0.7}, {"temperature": 0.7, "extra_body": extra}]
