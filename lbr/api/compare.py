@@ -70,6 +70,9 @@ async def compare(
         found = [await database.read(reads.find_run, name) for name in names]
         for run in found:
             check_not_removing(run)
+        if len({run.samples for run in found}) > 1:
+            counts = ", ".join(f"{run.name} {run.samples}" for run in found)
+            raise UsageError(f"runs with different numbers of samples cannot be compared: {counts}")
         tally = _Tally(found, rows)
         async for page in _in_step(database, found):
             tally.add(page)

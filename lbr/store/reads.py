@@ -63,8 +63,6 @@ def last_try(name: str) -> ColumnElement[Any]:
 
 _AFTER = is_after(items.c.idx, items.c.sample)
 _IN_ORDER = (items.c.idx, items.c.sample)
-
-
 _STATES = (
     select(items.c.idx, items.c.sample, jobs.c.state)
     .join_from(items, jobs, items.c.job_id == jobs.c.id)

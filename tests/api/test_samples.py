@@ -83,6 +83,8 @@ async def test_each_sample_is_a_job_that_equal_prompts_share(db_url: str) -> Non
     assert await put(db_url, ["b", "new"], 4, run="more") == (2, 0, 8, 0, 3)
     assert await answer(db_url, "more") == 5
     assert [row["result"] for row in (await rows_of(db_url, "more"))[:3]] == [row["result"] for row in rows[3:6]]
+    with pytest.raises(UsageError, match="different numbers of samples cannot be compared: one 1, r 3"):
+        await lbr.compare(["one", "r"], db_url=db_url)
     (status,) = (await lbr.status("r", db_url=db_url)).runs
     assert (status.inputs, status.samples, status.jobs, status.duplicates) == (3, 3, 6, 3)
     async with opened(db_url) as database:
