@@ -46,6 +46,8 @@ MAX_LINE = 2**28
 """The most characters of a line, and of a cell."""
 SAMPLE_CHARACTERS = 2**16
 DELIMITERS = ",;\t|"
+SEPARATOR_LINE = re.compile(r'sep=([^\w"\s]|\t)\s*', re.IGNORECASE)
+"""A first line that tells Excel the delimiter, and is no header."""
 AGREEING = 0.9
 """The share of rows that have as many cells as the header."""
 
@@ -401,7 +403,10 @@ def _read_table(given: Input) -> Records:
     while room > 0 and (line := next(lines, None)) is not None:
         sample.append(line)
         room -= len(line)
-    delimiter = given.delimiter or _likely_delimiter(sample, given)
+    named = None
+    if sample and (named := SEPARATOR_LINE.fullmatch(sample[0])):
+        sample[0] = "\n"  # blank lines are skipped, but counted
+    delimiter = given.delimiter or (named[1] if named else _likely_delimiter(sample, given))
     rows = _rows(itertools.chain(sample, lines), given.name, delimiter, sample)
     place, text, cells = next(rows, (None, "", []))
     if place is None:

@@ -246,7 +246,8 @@ def _text_prompt(value: Json, what: str, place: Place) -> Prompt:
     if value is None or value == "" or (isinstance(value, str) and value.isspace()):
         raise place.error(f"{what} is empty", EmptyPromptError)
     if not isinstance(value, str):
-        raise place.error(f"expected {what} to be a string, got: {shown(value)}; put it in quotes")
+        way_out = "name chat messages `messages`" if isinstance(value, list) else "put it in quotes"
+        raise place.error(f"expected {what} to be a string, got: {shown(value)}; {way_out}")
     if "\x00" in value:
         raise place.error(f"{what} has a NUL character; remove it")
     if not value.isascii() and _HALF_PAIR.search(value):

@@ -269,6 +269,12 @@ BAD_ROWS: dict[str, tuple[str, str | bytes, str, str]] = {
     "no prompt": ("p.jsonl", '{"text": "a"}\n', "line 1: expected one of the fields prompt and messages", ""),
     "no such field": ("p.jsonl", '{"prompt": "a"}\n', "line 1: there is no field 'x'", "--prompt-column x"),
     "prompt a number": ("p.jsonl", '{"prompt": 1}\n', "line 1: expected prompt to be a string", ""),
+    "prompt a chat": (
+        "p.jsonl",
+        '{"prompt": [{}]}\n',
+        "line 1: expected prompt to be a string, got: [{}]; name chat",
+        "",
+    ),
     "prompt null": ("p.jsonl", '{"prompt": null}\n', "line 1: prompt is empty", ""),
     "id a list": ("p.jsonl", '{"prompt": "a", "id": [1]}\n', "line 1: expected the id to be a string", ""),
     "two ids": ("p.jsonl", '{"prompt": "a", "id": 1, "custom_id": 2}\n', "line 1: both id and custom_id", ""),

@@ -612,6 +612,16 @@ class TestCsvOfEveryDay:
         items = read(write(tmp_path, "in.csv", content + file.getvalue().encode(encoding)))
         assert [{"id": item.custom_id, "prompt": item.prompt.text, **(item.metadata or {})} for item in items] == rows
 
+    def test_a_line_for_excel_names_the_delimiter(self, tmp_path: Path) -> None:
+        """It is no header, lines are counted with it, and --delimiter goes before it."""
+        for encoding in ("utf-8-sig", "utf-16"):
+            content = 'sep=#\r\nid#prompt\r\n1#"a,b"\r\n'.encode(encoding)
+            (item,) = read(path := write(tmp_path, "in.csv", content))
+            assert (item.custom_id, item.prompt.text, item.line) == ("1", "a,b", 3)
+        with pytest.raises(UsageError, match="there are: 'id#prompt'"):
+            read(path, delimiter=",")
+        assert texts(write(tmp_path, "in.csv", "sep=a\nx\n"), prompt_column="sep=a") == ["x"]
+
     @pytest.mark.parametrize(
         "rows",
         [
