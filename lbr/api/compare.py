@@ -196,10 +196,11 @@ def _percentile(took: list[tuple[int, ...]], hundredths: int) -> int | None:
 
 def describe(found: Comparison) -> str:
     """Return the report that `lbr compare` prints."""
-    shares = [(f"equal answers of {found.answered} of {found.inputs} inputs that all have answered", found.agreement)]
+    counts = f"inputs {found.inputs}, answered by all {found.answered}, equal answers {found.equal}"
+    shares = [(f"{counts}: agreement", found.agreement)]
     shares += [(f"  {name}", share) for name, share in found.fields.items()]
     shares += [(f"  {' and '.join(pair['runs'])}", pair["agreement"]) for pair in found.pairs]
-    lines = [f"{printable(name)}: {'-' if share is None else f'{share:.1%}'}" for name, share in shares]
+    lines = [f"{printable(name)} {'-' if share is None else f'{share:.1%}'}" for name, share in shares]
     for row in found.differing:
         prompt = row["prompt"] if isinstance(row["prompt"], str) else json.dumps(row["prompt"], ensure_ascii=False)
         lines.append(f"input {row['idx']}: {printable(shortened(prompt))}")

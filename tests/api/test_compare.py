@@ -166,12 +166,12 @@ def test_the_command_prints_a_table(cli: Cli) -> None:
     assert lines[1].split()[:-4] == ["one", "function:say:one", "2", "0", "1,500.0", "-", "$1.00"]
     assert lines[2].split()[:-4] == ["two", "function:say:two", "2", "0", "-", "-", "$0.25"]
     assert lines[3:] == [
-        "equal answers of 2 of 2 inputs that all have answered: 0.0%",
+        "inputs 2, answered by all 2, equal answers 0: agreement 0.0%",
         r"input 0: a\x1b[31m\nb",
         f"  one: {'a' * 80}…",
         "  two: a",
     ]
-    assert "input" not in cli("compare", "one", "two", "--rows", "0").stdout.split("answered:")[1]
+    assert "input" not in cli("compare", "one", "two", "--rows", "0").stdout.split("agreement")[1]
     done = cli("compare", "one", "idle", "two", "--json")
     found = json.loads(done.stdout)
     assert (found["answered"], found["agreement"], len(found["pairs"])) == (0, None, 3)

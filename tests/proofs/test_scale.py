@@ -52,7 +52,7 @@ def test_hundred_thousand_prompts(cli: Cli) -> None:
     peaks += peak_until_end(compare)
     told = [process.communicate() for process in cli.started]
     assert [process.returncode for process in cli.started] == [0, 0, 0, 0, 0], told
-    assert f"equal answers of {COUNT} of {COUNT} inputs that all have answered: 100.0%" in told[-1][0]
+    assert f"answered by all {COUNT}, equal answers {COUNT}: agreement 100.0%" in told[-1][0]
     assert "locked" not in "".join(out + err for out, err in told)
     with (cli.folder / "out.jsonl").open() as file:
         for idx, line in enumerate(file):
