@@ -89,7 +89,7 @@ async def _in_step(database: Database, runs: list[Run]) -> AsyncIterator[list[tu
         count = min(map(len, pages))
         together = list(zip_longest(*(page[: count or 1] for page in pages)))
         for rows in together:
-            inputs = [row and (row.idx, row.prompt.text, row.prompt.messages) for row in rows]
+            inputs = [row and (row.idx, row.sample, row.prompt.text, row.prompt.messages) for row in rows]
             for run, row, one in zip(runs, rows, inputs, strict=True):
                 if one != inputs[0]:
                     first, second = ("missing" if one is None else shown(one.prompt.body()) for one in (rows[0], row))
@@ -137,7 +137,9 @@ class _Tally:
         for name in self._differ:
             self._differ[name] += len({json.dumps(one.get(name), sort_keys=True) for one in objects}) > 1
         if len(self._differing) < self._rows:
-            self._differing.append({"idx": row.idx, "prompt": row.to_dict()["prompt"], "answers": texts})
+            fields = row.to_dict()
+            place = {name: fields[name] for name in ("idx", "sample", "prompt") if name in fields}
+            self._differing.append(place | {"answers": texts})
 
     def comparison(self, runs: list[dict[str, Json]]) -> Comparison:
         """Return what was counted."""
@@ -203,7 +205,8 @@ def describe(found: Comparison) -> str:
     lines = [f"{printable(name)} {'-' if share is None else f'{share:.1%}'}" for name, share in shares]
     for row in found.differing:
         prompt = row["prompt"] if isinstance(row["prompt"], str) else json.dumps(row["prompt"], ensure_ascii=False)
-        lines.append(f"input {row['idx']}: {printable(shortened(prompt))}")
+        sample = f", sample {row['sample']}" if "sample" in row else ""
+        lines.append(f"input {row['idx']}{sample}: {printable(shortened(prompt))}")
         lines += [f"  {run}: {printable(shortened(text))}" for run, text in row["answers"].items()]
     return "\n".join([aligned([HEADER, *map(_cells, found.runs)]), *lines])
 

@@ -99,6 +99,21 @@ async def test_what_runs_took_is_counted_once_for_each_distinct_input(db_url: st
     assert list(found.runs[1].values())[2:] == [0, 0, 150, None, None, None, 0, None, None]
 
 
+async def test_samples_are_compared_one_by_one(db_url: str) -> None:
+    """The first answer of an input with the first, the second with the second; rows name the sample."""
+    for name, last in (("one", "x"), ("two", "y")):
+        count = iter(["same", last])
+
+        def say(prompt: str, answers: Any = count) -> str:
+            return str(next(answers))
+
+        await lbr.enqueue(["a"], run=name, function=say, version=name, samples=2, db_url=db_url)
+        await lbr.work(run=name, functions=[say], concurrency=1, db_url=db_url)
+    found = await lbr.compare(["one", "two"], db_url=db_url)
+    assert (found.inputs, found.equal) == (2, 1)
+    assert found.differing == [{"idx": 0, "sample": 1, "prompt": "a", "answers": {"one": "x", "two": "y"}}]
+
+
 @pytest.mark.parametrize(
     ("prompts", "difference"),
     [
