@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from lbr.api.arguments import checked
 from lbr.api.task import authorize, change_warnings
-from lbr.core.config import DB_URL_DEFAULT, OUTAGE_PATIENCE, PATIENCE, WorkOptions, load_environment, one_of
+from lbr.core import config
+from lbr.core.config import DB_URL_DEFAULT, WorkOptions, load_environment, one_of
 from lbr.core.types import Until
 from lbr.store import reads
 from lbr.store.database import opened
@@ -27,16 +28,16 @@ async def work(
     functions: Sequence[Callable[..., Any] | str] = (),
     result_types: Sequence[Any] = (),
     openrouter_api_key: str | None = None,
-    concurrency: int = 32,
-    lease: float = 60.0,
+    concurrency: int = config.CONCURRENCY,
+    lease: float = config.LEASE,
     until: str = Until.DONE,
-    grace: float = 30.0,
-    timeout: float = 120.0,
-    patience: float = PATIENCE,
+    grace: float = config.GRACE,
+    timeout: float = config.CALL_TIMEOUT,
+    patience: float = config.PATIENCE,
     rpm: int | None = None,
     tpm: int | None = None,
     max_cost: float | None = None,
-    outage_patience: float = OUTAGE_PATIENCE,
+    outage_patience: float = config.OUTAGE_PATIENCE,
     db_url: PathOrUrl = DB_URL_DEFAULT,
     allow_network_fs: bool = False,
     notify: Callable[[str], None] = lambda _: None,

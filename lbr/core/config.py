@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 DB_URL_DEFAULT = "sqlite+aiosqlite:///runs.db"
 MAX_ATTEMPTS = 8
+CONCURRENCY = 32
+LEASE = 60.0
+GRACE = 30.0
 CALL_TIMEOUT = 120.0
 PATIENCE = 120.0
 OUTAGE_PATIENCE = 3600.0
@@ -132,10 +135,10 @@ class WorkOptions:
     serves; `max_cost` limits the whole cost of each run that it serves, in US dollars. None keeps what is set.
     """
 
-    concurrency: int = 32
-    lease: float = 60.0
+    concurrency: int = CONCURRENCY
+    lease: float = LEASE
     until: Until = Until.DONE
-    grace: float = 30.0
+    grace: float = GRACE
     timeout: float = CALL_TIMEOUT
     patience: float = PATIENCE
     rpm: int | None = None
