@@ -13,7 +13,7 @@ from lbr.io import writers
 from lbr.store import reads
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Container
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Container
 
     from lbr.core.types import AnswerRow, Run
     from lbr.store.database import Database
@@ -40,25 +40,47 @@ async def write_finished(
     `counted` passes the rows on. Raises UsageError for a file with something else than finished rows of this run, and
     if its samples become more.
     """
-    seen = None
     with writers.open_appender(path, run.samples) as (writer, written, last):
         if last is not None:
             await _check_same(database, run, path, *last)
-        while True:
-            started = time.monotonic()
-            (counts,) = await database.read(reads.counts, [run.id])
-            if counts.run.samples != run.samples:
-                raise UsageError(f"run {run.name!r} gets more samples now; run the same command again")
-            if seen != (seen := (counts.inputs, counts.open)) or counts.is_over:
-                written.extend(bytes(max(0, counts.inputs * run.samples - len(written))))
-                async for page in counted(_finished(database, run, order, include, written)):
-                    writer.write(page)
-                    writer.flush()
-                    for row in page:
-                        written[row.idx * run.samples + (row.sample or 0)] = 1
-            if counts.is_over:
-                return
-            await asyncio.sleep(max(LOOK_SECONDS, PAUSE_SHARE * (time.monotonic() - started)))
+        pages = finished(database, run, written, order=order, include=include, sleep=_sleep)
+        async for page in counted(pages):
+            writer.write(page)
+            writer.flush()
+
+
+async def finished(
+    database: Database,
+    run: Run,
+    written: bytearray,
+    *,
+    order: Order,
+    include: Container[str],
+    sleep: Callable[[float], Awaitable[None]],
+) -> AsyncGenerator[list[AnswerRow], None]:
+    """Yield pages of rows without a 1 in `written` as their jobs finish, and set it, until all have or the run is over.
+
+    `sleep` gets how long the last look took, and waits until the next one.
+    """
+    seen = None
+    while True:
+        started = time.monotonic()
+        (counts,) = await database.read(reads.counts, [run.id])
+        if counts.run.samples != run.samples:
+            raise UsageError(f"run {run.name!r} gets more samples now; run the same command again")
+        if seen != (seen := (counts.inputs, counts.open)) or counts.is_over:
+            written.extend(bytes(max(0, counts.inputs * run.samples - len(written))))
+            async for page in _finished(database, run, order, include, written):
+                yield page
+                for row in page:
+                    written[row.idx * run.samples + (row.sample or 0)] = 1
+        if counts.is_over:
+            return
+        await sleep(time.monotonic() - started)
+
+
+async def _sleep(took: float) -> None:
+    await asyncio.sleep(max(LOOK_SECONDS, PAUSE_SHARE * took))
 
 
 async def _check_same(database: Database, run: Run, path: str | None, idx: int, key: str) -> None:
