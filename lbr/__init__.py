@@ -17,8 +17,10 @@ from lbr.api.enqueue import EnqueueReport, enqueue
 from lbr.api.estimate import Estimate, estimate
 from lbr.api.move import Moved, move
 from lbr.api.operate import backup, cancel, limit, pause, prune, remove, reparse, resume, retry, show, status
-from lbr.api.prompt_map import export_jsonl, prompt_map
+from lbr.api.prompt_map import export_jsonl, prompt_map, prompt_map_sync
+from lbr.api.rows import Row
 from lbr.api.status import RunStatus, Status
+from lbr.api.stream import stream
 from lbr.api.work import work
 from lbr.core.config import DB_URL_DEFAULT
 from lbr.core.errors import (
@@ -80,6 +82,7 @@ __all__ = [
     "Permanent",
     "Reparsed",
     "RetryLater",
+    "Row",
     "RunChangedError",
     "RunMismatchError",
     "RunNotFoundError",
@@ -102,6 +105,7 @@ __all__ = [
     "move",
     "pause",
     "prompt_map",
+    "prompt_map_sync",
     "prune",
     "remove",
     "reparse",
@@ -109,6 +113,7 @@ __all__ = [
     "retry",
     "show",
     "status",
+    "stream",
     "work",
 ]
 

@@ -5,15 +5,33 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, aclosing, contextmanager
 from os import PathLike
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeAlias, TypeVar
 
 from lbr.core.errors import LbrError, UsageError
+from lbr.core.types import Json
 from lbr.io.records import shown
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+Function: TypeAlias = Callable[..., Any] | str | None
+Inputs: TypeAlias = PathLike[str] | Iterable[PathLike[str] | str | dict[str, Json]]
+
+
+class Frame(Protocol):
+    """A DataFrame of pandas or polars."""
+
+    @property
+    def columns(self) -> Any:
+        """Its columns."""
+
+    @property
+    def shape(self) -> Any:
+        """The numbers of its rows and columns."""
+
 
 TYPES: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     (r"str \| Sequence", "a string or a list of them", (str, list, tuple)),
@@ -33,8 +51,8 @@ SECRET = re.compile(r".*(_key|_url)|out")
 PARAMETERS = {
     "db": ("db_url",),
     "format": ("format", "input_format"),
-    "function": ("function", "worker", "functions"),
-    "model": ("model", "model_name"),
+    "function": ("worker", "function", "functions"),
+    "model": ("model_name", "model"),
     "result_type": ("result_type", "result_types"),
     "set": ("settings",),
     "with": ("include",),
@@ -44,21 +62,65 @@ PARAMETERS = {
 _FLAG = re.compile(r"`[^`]*`|--([a-z][a-z-]*)(?: (in=…,out=…|[\w.-]+:[\w.-]*\w|[A-Z]{2,}|csv|cp1252|tab))?")
 
 
-def checked(function: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coroutine[Any, Any, R]]:
+def checked(
+    function: Callable[P, Coroutine[Any, Any, R]], options: Callable[..., Any] | None = None
+) -> Callable[P, Coroutine[Any, Any, R]]:
     """Check the types of a coroutine function's arguments against its annotations, and name parameters in errors.
 
-    The message with flags stays in the error's `in_flags`, for the command line.
+    The function's `**options` are the keyword parameters of `options`. The message with flags stays in the error's
+    `in_flags`, for the command line.
     """
-    signature = inspect.signature(function)
-    annotations = {name: str(one.annotation) for name, one in signature.parameters.items()}
+    signature = _signature(function, options)
+    checking = _checking(signature)
 
     @functools.wraps(function)
-    async def checking(*args: P.args, **kwargs: P.kwargs) -> R:
+    async def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with checking(*args, **kwargs):
+            return await function(*args, **kwargs)
+
+    vars(call)["__signature__"] = signature
+    return call
+
+
+def checked_stream(
+    function: Callable[P, AsyncGenerator[R, None]], options: Callable[..., Any] | None = None
+) -> Callable[P, AsyncGenerator[R, None]]:
+    """Do the same for an asynchronous generator, when it starts."""
+    signature = _signature(function, options)
+    checking = _checking(signature)
+
+    @functools.wraps(function)
+    async def call(*args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[R, None]:
+        with checking(*args, **kwargs):
+            async with aclosing(function(*args, **kwargs)) as found:
+                async for one in found:
+                    yield one
+
+    vars(call)["__signature__"] = signature
+    return call
+
+
+def _signature(function: Callable[..., Any], options: Callable[..., Any] | None) -> inspect.Signature:
+    """Return a function's signature with the keyword parameters of `options` in the place of its `**options`."""
+    own = inspect.signature(function)
+    if options is None:
+        return own
+    named = [one for one in own.parameters.values() if one.kind is not one.VAR_KEYWORD]
+    more = [one for one in inspect.signature(options).parameters.values() if one.kind is one.KEYWORD_ONLY]
+    return own.replace(parameters=[*named, *(one for one in more if one.name not in own.parameters)])
+
+
+def _checking(signature: inspect.Signature) -> Callable[..., AbstractContextManager[None]]:
+    """Return what checks the arguments of a call, and names parameters in the errors of its block."""
+    annotations = {name: str(one.annotation) for name, one in signature.parameters.items()}
+
+    @contextmanager
+    def checking(*args: Any, **kwargs: Any) -> Iterator[None]:
         for name, value in signature.bind(*args, **kwargs).arguments.items():
             if value is not None or not annotations[name].endswith("| None"):
                 _check(name, value, annotations[name])
         try:
-            return await function(*args, **kwargs)
+            yield
         except LbrError as error:
             if error.in_flags is None:
                 error.in_flags = str(error)
@@ -66,6 +128,13 @@ def checked(function: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Corout
             raise
 
     return checking
+
+
+def either(name: str, value: Any, other_name: str, other: Any) -> Any:
+    """Return the value of a parameter that has two names. Raises UsageError if both are given."""
+    if value is not None and other is not None:
+        raise UsageError(f"expected {name} or {other_name}, got: both")
+    return other if value is None else value
 
 
 def _check(name: str, value: Any, annotation: str) -> None:

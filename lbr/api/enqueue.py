@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lbr.api.arguments import checked
+from lbr.api.arguments import Frame, Inputs, checked
 from lbr.api.task import check_servable, resolve_task
 from lbr.core.config import DB_URL_DEFAULT, MAX_ATTEMPTS, at_least_one, load_environment
 from lbr.core.errors import RunChangedError, UsageError
@@ -52,7 +52,7 @@ class EnqueueReport:
 
 @checked
 async def enqueue(
-    inputs: PathLike[str] | Iterable[PathLike[str] | str | dict[str, Json]],
+    inputs: Inputs | Frame,
     *,
     run: str | None = None,
     model: str | None = None,
@@ -87,7 +87,7 @@ async def enqueue(
     """Put inputs into a run as deduplicated jobs. The same call again adds only what is missing, also after a crash.
 
     `inputs`: files (a `Path`, a pattern such as `Path("data/*.jsonl")`, or several; `Path("-")` is stdin), or prompts:
-    strings, or dicts like lines of JSONL.
+    strings, or dicts like lines of JSONL, or the rows of a DataFrame of pandas or polars.
     `run`: the run's name; None is the first file's stem. With `pick`, `-pick` is added.
     `model`: for example "openai-chat:gpt-4o-mini"; None is MODEL in the environment or `.env`, or else the model that
     lines of OpenAI's batch input name.

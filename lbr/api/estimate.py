@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lbr.api.arguments import checked
+from lbr.api.arguments import Frame, Inputs, checked
 from lbr.api.task import model_task, resolve_task
-from lbr.core.config import at_least_one, load_environment, positive
+from lbr.core.config import CONCURRENCY, at_least_one, load_environment, positive
 from lbr.core.errors import UsageError
 from lbr.core.pricing import (
     ASSUMED_OUTPUT_TOKENS,
@@ -69,7 +69,7 @@ class Estimate(Report):
 
 @checked
 async def estimate(
-    inputs: PathLike[str] | Iterable[PathLike[str] | str | dict[str, Json]],
+    inputs: Inputs | Frame,
     *,
     model: str | None = None,
     function: Callable[..., Any] | str | None = None,
@@ -94,7 +94,7 @@ async def estimate(
     output_tokens: int | None = None,
     rpm: float | None = None,
     tpm: float | None = None,
-    concurrency: int = 32,
+    concurrency: int = CONCURRENCY,
     seconds_per_call: float = SECONDS_PER_CALL,
 ) -> Estimate:
     """Return what a batch would take. Inputs are read as by `enqueue`; nothing is called or written.

@@ -1,104 +1,187 @@
-"""`prompt_map`: enqueue, work and collect in one awaitable call; and `export_jsonl`."""
+"""`prompt_map`: enqueue, work and collect in one call, awaited or not; and `export_jsonl`."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import sys
+import contextvars
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial, wraps
 from os import fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, Unpack, overload
 
-from lbr.api.arguments import checked
-from lbr.api.enqueue import put, run_spec
-from lbr.api.status import one_line, status_of
-from lbr.api.task import change_warnings, check_servable, resolve_task
-from lbr.core.config import CALL_TIMEOUT, DB_URL_DEFAULT, MAX_ATTEMPTS, WorkOptions, load_environment, one_of
+from lbr.api import progress
+from lbr.api.arguments import Frame, Function, Inputs, checked, either
+from lbr.api.call import Call, MapOptions, warn
+from lbr.api.rows import RETURN_DTYPES, Form, settled
+from lbr.core.config import DB_URL_DEFAULT, one_of
 from lbr.core.errors import DatabaseBusyError, LbrError, UsageError
-from lbr.core.types import JobState, Part, Run, RunState, Shape, canonical_json
+from lbr.core.text import pluralize
+from lbr.core.types import JobState, Part, Shape
 from lbr.io import frames, writers
-from lbr.io.samples import Sample
-from lbr.io.sources import Source
-from lbr.io.table import Kinds, make_table
-from lbr.store import reads, redo, results_db, runs
+from lbr.store import reads, results_db
 from lbr.store.database import file_of, opened, remove_queue, shown
 from lbr.store.sql import PAGE
-from lbr.worker.worker import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+    from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 
-    from lbr.api.status import RunStatus
-    from lbr.api.task import ResolvedTask
-    from lbr.core.types import AnswerRow, Json, PathOrUrl
+    import pandas as pd
+    import polars as pl
+
+    from lbr.api.rows import Row
+    from lbr.core.types import AnswerRow, PathOrUrl, Run
     from lbr.store.database import Database
 
-RETURN_DTYPES = ("list[dict]", "list[str]", "list[tuple[str,str]]", "polars")
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+F = TypeVar("F", bound=Frame)
+
 RESULTS_BESIDE = "runs.db"  # if the queue is on a server
-REPORT_SECONDS = 0.2
 
 
-@checked
-async def prompt_map(
-    prompts: Iterable[str | dict[str, Json]],
-    worker: Callable[[str], Awaitable[str]] | Callable[..., Any] | None = None,
+@overload
+async def prompt_map(  # type: ignore[overload-overlap] # a frame that is given back is the first of the two
+    prompts: F,
+    worker: Function = None,
     model_name: str | None = None,
     openrouter_api_key: str | None = None,
     *,
     result_type: Any = None,
-    instructions: str | None = None,
-    template: str | None = None,
-    prompt_column: str | None = None,
-    id_column: str | None = None,
-    limit: int | None = None,
-    pick: int | None = None,
-    seed: int | None = None,
-    settings: dict[str, Json] | None = None,
-    version: str | None = None,
-    concurrency: int = 32,
-    max_attempts: int = MAX_ATTEMPTS,
-    timeout: float = CALL_TIMEOUT,
-    lease: float = 60.0,
-    price: str | None = None,
-    keep: str | Sequence[str] = (),
-    db_url: PathOrUrl = DB_URL_DEFAULT,
-    results_db_url: PathOrUrl | None = None,
-    output_shape: str = Shape.UNIQUE,
-    return_dtype: str = "list[dict]",
+    return_dtype: None = None,
+    **options: Unpack[MapOptions],
+) -> F: ...
+
+
+@overload
+async def prompt_map(
+    prompts: Inputs | Frame,
+    worker: Function = None,
+    model_name: str | None = None,
+    openrouter_api_key: str | None = None,
+    *,
+    result_type: type[T],
+    return_dtype: Literal["list[dict]"] | None = None,
+    **options: Unpack[MapOptions],
+) -> list[Row[T]]: ...
+
+
+@overload
+async def prompt_map(
+    prompts: Inputs | Frame,
+    worker: Function = None,
+    model_name: str | None = None,
+    openrouter_api_key: str | None = None,
+    *,
+    result_type: str | None = None,
+    return_dtype: Literal["list[dict]"] | None = None,
+    **options: Unpack[MapOptions],
+) -> list[Row[Any]]: ...
+
+
+@overload
+async def prompt_map(
+    prompts: Inputs | Frame,
+    worker: Function = None,
+    model_name: str | None = None,
+    openrouter_api_key: str | None = None,
+    *,
+    result_type: Any = None,
+    return_dtype: Literal["list[str]"],
+    **options: Unpack[MapOptions],
+) -> list[str]: ...
+
+
+@overload
+async def prompt_map(
+    prompts: Inputs | Frame,
+    worker: Function = None,
+    model_name: str | None = None,
+    openrouter_api_key: str | None = None,
+    *,
+    result_type: Any = None,
+    return_dtype: Literal["list[tuple[str,str]]"],
+    **options: Unpack[MapOptions],
+) -> list[tuple[str, str]]: ...
+
+
+@overload
+async def prompt_map(
+    prompts: Inputs | Frame,
+    worker: Function = None,
+    model_name: str | None = None,
+    openrouter_api_key: str | None = None,
+    *,
+    result_type: Any = None,
+    return_dtype: Literal["polars"],
+    **options: Unpack[MapOptions],
+) -> pl.DataFrame: ...
+
+
+@overload
+async def prompt_map(
+    prompts: Inputs | Frame,
+    worker: Function = None,
+    model_name: str | None = None,
+    openrouter_api_key: str | None = None,
+    *,
+    result_type: Any = None,
+    return_dtype: Literal["pandas"],
+    **options: Unpack[MapOptions],
+) -> pd.DataFrame: ...
+
+
+@partial(checked, options=Call)
+async def prompt_map(
+    prompts: Inputs | Frame,
+    worker: Function = None,
+    model_name: str | None = None,
+    openrouter_api_key: str | None = None,
+    *,
+    model: str | None = None,
+    function: Function = None,
+    result_type: Any = None,
+    output_shape: str | None = None,
+    return_dtype: str | None = None,
     unnest: bool = True,
     progress_every: int | None = 200,
-    retry_failed: bool = True,
-    fresh: bool = False,
+    results_db_url: PathOrUrl | None = None,
     teardown: bool = False,
-    run: str | None = None,
+    **options: Any,
 ) -> Any:
     """Answer every prompt, keep every answer, and return them. The same call again resumes.
 
-    `prompts`: strings, or dicts with `prompt` or `messages` and other fields, as lines of JSONL, or files as for
-    `enqueue`. None of them: no rows.
-    `worker`: an async or plain function from str to str, dict or BaseModel that answers. Without it, `model_name` does,
-    for example "openai-chat:gpt-4o-mini" ("openai/gpt-4o-mini" with `openrouter_api_key`); without both, MODEL and
-    OPENROUTER_API_KEY from the environment or `.env`.
-    `result_type`: a pydantic class; each result is JSON that matches it.
-    `instructions`: the system prompt. `template`: a Jinja template of the prompt. `prompt_column`,
-    `id_column`: the columns of the prompt and of the id in a file. `settings`: of the model, for example
+    `prompts`: strings, or dicts with `prompt` or `messages` and other fields, as lines of JSONL; a DataFrame of pandas or
+    polars; or files as for `enqueue`. None of them: no rows.
+    `function` (or `worker`): an async or plain function from str to str, dict or BaseModel that answers. Without it,
+    `model` (or `model_name`) does, for example "openai-chat:gpt-4o-mini" ("openai/gpt-4o-mini" with
+    `openrouter_api_key`); without both, MODEL and OPENROUTER_API_KEY from the environment or `.env`.
+    `result_type`: a pydantic class; each result is JSON that matches it, and `row.parsed` an instance. Or `schema`, a JSON
+    schema.
+    `instructions`: the system prompt. `template`: a Jinja template of the prompt. `prompt_column`, `id_column`: the
+    columns, or the fields of dicts, with the prompt and the id. `settings`: of the model, for example
     {"temperature": 0}. `version`: distinguishes a function from earlier ones.
     `limit`: take only the first prompts. `pick`: take this number at random, always the same ones for a `seed`. A call
     with all of them reuses the answers.
     `concurrency`: calls at a time. `max_attempts`: calls per job. `timeout`: seconds that a call may take. `lease`:
     seconds before the jobs of a silent process are taken over.
+    `rpm`, `tpm`: requests and tokens a minute of all workers together; they stay set for the model. `max_cost`: the most
+    that the run may cost, in US dollars; then it is paused. None leaves the limits as they are.
     `price`: for example "in=0.15,out=0.60", in US dollars per million tokens, from now on; None leaves it as it is.
     `keep`: what to keep besides the answers, and to return in the rows: "reasoning", "logprobs", "raw".
     `db_url`: the queue, a path or URL. `results_db_url`: the database of results, None for `runs-results.db` beside
     `runs.db`.
     `output_shape`: "unique", a row per distinct prompt in order of first occurrence, or "original", a row per prompt.
-    Rows are idx, key, prompt, status ("done" or "missing"), result (None unless done), error, and id and metadata if the
-    prompt had them.
-    `return_dtype`: "list[dict]"; "list[str]", the results, "" if missing; "list[tuple[str,str]]", prompt and result; or
-    "polars", a DataFrame: the prompts' columns, then the answer (with `unnest`, a column for each field of
-    `result_type`), status and error.
-    `progress_every`: print a line to stderr after this number of finished jobs, None for never.
+    None is "original" for a frame, else "unique".
+    `return_dtype`: "list[dict]", each a `Row` of idx, key, prompt, status ("done" or "missing"), result (None unless
+    done), error, and id and metadata if the prompt had them; "list[str]", the results, "" if missing;
+    "list[tuple[str,str]]", prompt and result; "polars" or "pandas", a DataFrame: the prompts' columns, then the answer
+    (with `unnest`, a column for each field of the schema), status and error. None is "list[dict]", for a frame the frame
+    itself with these columns behind its own; a name that it has already becomes `answer.NAME`.
+    `progress_every`: print a line to stderr after this number of finished jobs, in a terminal or a notebook show a bar;
+    None for nothing.
     `retry_failed`: try again what failed in an earlier call. `fresh`: do not reuse answers of other runs.
     `teardown`: remove the queue and the results when everything is done, unless other runs or processes use them.
     `run`: its name; None for a name from the task and the prompts. If it holds more prompts, they are answered as well,
@@ -107,105 +190,89 @@ async def prompt_map(
     Raises UsageError, InputError, OutputError or DatabaseError; before any call if an argument is wrong. If you cancel or
     interrupt it, every answer is kept.
     """
-    shape = Shape(one_of("output_shape", output_shape, tuple(Shape)))
+    library = frames.library_of(prompts)
+    usual = Shape.UNIQUE if library is None else Shape.ORIGINAL
+    shape = Shape(one_of("output_shape", usual if output_shape is None else output_shape, tuple(Shape)))
+    dtype = one_of("return_dtype", (library or "list[dict]") if return_dtype is None else return_dtype, RETURN_DTYPES)
     if (every := progress_every or 0) < 0:
         raise UsageError(f"expected progress_every to be a whole number of at least 0, or None, got: {every}")
-    if one_of("return_dtype", return_dtype, RETURN_DTYPES) == "polars":
-        frames.polars()  # before any call is paid for
-    options = WorkOptions(concurrency=concurrency, lease=lease, timeout=timeout)
-    sample = Sample(limit, pick, seed)
-    source = Source(prompts, template=template, prompt_column=prompt_column, id_column=id_column, sample=sample)
-    resolved = resolve_task(
-        source=source,
-        model=model_name,
-        function=worker,
-        version=version,
-        instructions=instructions,
-        template=template,
-        settings=settings,
-        result_type=result_type,
+    call = Call(
+        prompts,
+        either("model", model, "model_name", model_name),
+        either("function", function, "worker", worker),
         openrouter_api_key=openrouter_api_key,
-        keep=keep,
-        env=load_environment(Path.cwd()),
+        result_type=result_type,
+        **options,
     )
-    if source.is_empty:
-        return _shaped([], return_dtype, resolved, [(Part.PROMPT, "prompt")], unnest=unnest)
-    beside = file_of(db_url) or Path(RESULTS_BESIDE)
+    form = Form(dtype, call.resolved, result_type, unnest, prompts if library == dtype else None)
+    if call.source.is_empty:
+        return form.of([], [(Part.PROMPT, "prompt")])
+    beside = file_of(call.db_url) or Path(RESULTS_BESIDE)
     results_url = results_db_url or beside.with_name(f"{beside.stem}-results{beside.suffix}")
-    await source.check()
     with suppress(DatabaseBusyError):  # it may be free when the answers are there
-        await results_db.check(results_url, name="results_db_url", queue=file_of(db_url))
-    await check_servable(resolved)
-    name = _run_name(resolved, source) if run is None else source.run_name(run)
-    spec = run_spec(name, resolved, max_attempts, price)
-    async with opened(db_url, create=True) as database:
-        report = await put(database, spec, source, fresh=fresh)
-        for notice in (*report.notices, *source.notices):
-            _log(notice)
-        found = await database.read(reads.find_run, name)
-        if retry_failed:
-            await redo.retry(database, found)
-        if found.state is RunState.PAUSED:  # if its cause is still there, it is paused again
-            await database.write(runs.resume, found, moved=False)
-        await _work(database, resolved, options, found, every)
-        rows = [row async for page in _answers(database, found, shape, found.keep) for row in page]
-        inputs = await reads.columns(database, found) if return_dtype == "polars" else []
-    mirrored = await _mirror(results_url, name, rows)
-    # The run may hold more, from a longer list; it begins with these, so the first of equal ones are among them.
-    asked = [row for row in rows if row.idx < report.counts.inputs]
-    answer = _shaped(asked, return_dtype, resolved, inputs, unnest=unnest)
+        await results_db.check(results_url, name="results_db_url", queue=file_of(call.db_url))
+    async with call.begun() as (database, run, inputs):
+        async with progress.shown(database, run.name, every):
+            await call.work(database, run)
+            rows = [row async for page in answers(database, run, shape, run.keep) for row in page]
+            # The run may hold more, from a longer list; it begins with these, so the first of equal ones are among them.
+            asked = [row for row in rows if row.idx < inputs]
+            _note_duplicates(len(asked), inputs)
+        columns = await reads.columns(database, run) if dtype in frames.LIBRARIES else []
+    mirrored = await _mirror(results_url, run.name, rows)
+    answer = form.of(asked, columns, call.source.places())
     if teardown and mirrored and all(row.status == JobState.DONE for row in rows):
-        await _tear_down(db_url, results_url, name)
+        await _tear_down(call.db_url, results_url, run.name)
     return answer
 
 
-def _run_name(resolved: ResolvedTask, source: Source) -> str:
-    """Return a name made of the task and the prompts, so that the same call finds its run again."""
-    digest = hashlib.blake2b(resolved.task.canonical() + ",".join(resolved.keep).encode(), digest_size=8)
-    for item in source:
-        metadata = "None" if item.metadata is None else canonical_json(item.metadata).decode()
-        own_id = "" if item.custom_id is None else str(item.custom_id)
-        for part in (item.prompt.body(), own_id, metadata):
-            data = part.encode()
-            digest.update(len(data).to_bytes(8, "big") + data)
-    return f"map-{digest.hexdigest()}"
+def _note_duplicates(rows: int, prompts: int) -> None:
+    if rows < prompts:
+        some = f"{pluralize(prompts, 'prompt')}, {rows} of them distinct: {pluralize(rows, 'row')}"
+        warn(f"{some}; output_shape='original' returns a row for each prompt")
 
 
-async def _work(database: Database, resolved: ResolvedTask, options: WorkOptions, run: Run, every: int) -> None:
-    worker = Worker(database, resolved.authority, options, run_names=[run.name], notify=_log)
-    reporting = asyncio.create_task(_report(database, run, every))
-    try:
-        await worker.run()
-    finally:
-        reporting.cancel()
-        await asyncio.gather(reporting, return_exceptions=True)
-        for notice in change_warnings(resolved.authority):
-            _log(notice)
+def in_thread(function: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, R]:
+    """Return a plain function that runs a coroutine function in a thread, and so also beside a running event loop.
+
+    Ctrl-C cancels the coroutine, and waits for that.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        stopped = False
+        cancel: Callable[[], object] = object  # until there is something to cancel
+
+        async def run() -> R:
+            nonlocal cancel
+            task = asyncio.ensure_future(function(*args, **kwargs))
+            cancel = partial(asyncio.get_running_loop().call_soon_threadsafe, task.cancel)
+            if stopped:
+                task.cancel()
+            return await task
+
+        context = contextvars.copy_context()  # by which a kernel knows the cell that prints
+        with ThreadPoolExecutor(1, "lbr") as pool:
+            try:
+                return pool.submit(context.run, asyncio.run, run()).result()
+            except KeyboardInterrupt:
+                stopped = True
+                with suppress(RuntimeError):  # it has ended meanwhile
+                    cancel()
+                raise
+
+    return call
 
 
-async def _report(database: Database, run: Run, every: int) -> None:
-    """Print a line whenever another `every` jobs have finished; never if that is 0."""
-    clock = asyncio.get_running_loop().time
-    started, last = clock(), 0
-    first: RunStatus | None = None
-    while every:
-        (now,) = status_of(await database.read(reads.overview, run.name)).runs
-        ended = now.done + now.failed
-        if first is None:
-            first, last = now, ended
-        if ended // every > last // every:
-            new = ended - first.done - first.failed
-            _log(one_line(now, rate=new / (clock() - started) if now.done > first.done else 0.0))
-        last = ended
-        await asyncio.sleep(REPORT_SECONDS)
+prompt_map_sync = in_thread(prompt_map)
 
 
-async def _answers(
+async def answers(
     database: Database, run: Run, shape: Shape, keep: Sequence[str] = ()
 ) -> AsyncIterator[list[AnswerRow]]:
     """Yield a run's rows with one of two statuses: done or missing."""
     async for page in reads.rows(database, run, shape, include=keep):
-        yield [row if row.status == JobState.DONE else row.missing() for row in page]
+        yield [settled(row) for row in page]
 
 
 async def _mirror(results_url: PathOrUrl, run: str, rows: list[AnswerRow]) -> bool:
@@ -218,34 +285,9 @@ async def _mirror(results_url: PathOrUrl, run: str, rows: list[AnswerRow]) -> bo
     try:
         await results_db.write_run(results_url, run, pages())
     except LbrError as error:
-        _log(f"the results database was not written: {error}")
+        warn(f"the results database was not written: {error}")
         return False
     return True
-
-
-def _shaped(
-    rows: list[AnswerRow],
-    return_dtype: str,
-    resolved: ResolvedTask,
-    inputs: Sequence[tuple[Part, str]],
-    *,
-    unnest: bool,
-) -> Any:
-    match return_dtype:
-        case "list[str]":
-            return [row.result or "" for row in rows]
-        case "list[tuple[str,str]]":
-            return [(row.prompt.body(), row.result or "") for row in rows]
-        case "polars":
-            kinds, ids = Kinds(), Kinds()
-            for row in rows:
-                kinds.note(row.metadata or {})
-                ids.note({"id": row.custom_id})
-            table = make_table(
-                resolved.task, inputs, kind_of=kinds.of, id_kind=ids.of("id"), unnest=unnest, include=resolved.keep
-            )
-            return frames.frame(table, rows)
-    return [row.to_dict() for row in rows]
 
 
 async def _tear_down(db_url: PathOrUrl, results_url: PathOrUrl, run: str) -> None:
@@ -255,14 +297,9 @@ async def _tear_down(db_url: PathOrUrl, results_url: PathOrUrl, run: str) -> Non
     ):
         try:
             if not await removing:
-                _log(f"teardown: {name} stays: it holds other runs, or another process uses it")
+                warn(f"teardown: {name} stays: it holds other runs, or another process uses it")
         except LbrError as error:
-            _log(f"teardown: {error}")
-
-
-def _log(line: str) -> None:
-    with suppress(OSError):  # stderr may be closed
-        print(f"lbr: {line}", file=sys.stderr)
+            warn(f"teardown: {error}")
 
 
 @checked
@@ -289,7 +326,7 @@ async def export_jsonl(
         if run is None and not (found := await database.read(reads.all_runs)):
             raise UsageError(f"there are no runs in {database.name}")
         exported = found[-1] if run is None else await database.read(reads.find_run, run)
-        return await _export(_answers(database, exported, shape), fspath(out))
+        return await _export(answers(database, exported, shape), fspath(out))
 
 
 async def _export(pages: AsyncIterator[list[AnswerRow]], out: str) -> int:

@@ -187,18 +187,17 @@ def _is_throttled(fields: dict[str, Json]) -> bool:
     return fields["at_a_time"] is not None and bool(fields["at_a_time"] < fields["slots"])
 
 
-def one_line(status: RunStatus, *, rate: float | None = None) -> str:
-    """Return a line of progress; `rate` replaces the workers' own rate."""
+def one_line(status: RunStatus) -> str:
+    """Return a line of progress."""
     ended = status.done + status.failed + status.cancelled
     parts = [f"{status.run}: {ended}/{status.jobs} jobs", f"{status.done} done"]
     if status.failed:
         parts.append(f"{status.failed} failed")
     if status.inflight:
         parts.append(f"{status.inflight} in flight")
-    now = status.rate if rate is None else rate
     left = status.pending + status.inflight
-    if now and left:
-        parts += [f"{now:.1f}/s", f"{duration(left / now)} left"]
+    if status.rate and left:
+        parts += [f"{status.rate:.1f}/s", f"{duration(left / status.rate)} left"]
     return ", ".join(parts)
 
 

@@ -8,7 +8,7 @@ import gc
 import os
 import sys
 import time
-from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lbr.api import collect as collect_api
-from lbr.api import operate, work
+from lbr.api import operate, progress, work
 from lbr.api.status import one_line, paused_words, printable, unfinished_words
 from lbr.cli.app import EXIT_FAILURES, EXIT_UNFINISHED, choice, log, option, options, switch, with_database
 from lbr.cli.enqueue import counting_kept, enqueue_inputs, inputs_argument, show_dry_run, task_options
@@ -376,7 +376,7 @@ def _list(value: str | None) -> tuple[str, ...]:
 @asynccontextmanager
 async def _progress(db: dict[str, Any], /, run: str) -> AsyncIterator[None]:
     """Show a run's progress: a bar on a terminal, else a line from time to time."""
-    with (_bar if sys.stderr.isatty() else _lines)(run) as show:
+    with (progress.bar if sys.stderr.isatty() else _lines)(run) as show:
 
         async def watch() -> None:
             async for status in operate.follow(run, seconds=LOOK_SECONDS, **db):
@@ -390,29 +390,6 @@ async def _progress(db: dict[str, Any], /, run: str) -> AsyncIterator[None]:
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
-
-
-@contextmanager
-def _bar(run: str) -> Iterator[Show]:
-    from rich.console import Console  # noqa: PLC0415 - only for a terminal
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn  # noqa: PLC0415
-
-    words, left_words = (TextColumn(f"{{task.{name}}}", markup=False) for name in ("description", "fields[left]"))
-    bar = Progress(words, BarColumn(), MofNCompleteColumn(), left_words, console=Console(stderr=True))
-    task = bar.add_task(run, total=None, left="")
-
-    def show(status: RunStatus) -> None:
-        ended = status.done + status.failed + status.cancelled
-        failed = f" ({status.failed} failed)" if status.failed else ""
-        left = "" if status.eta_seconds is None else f"{duration(status.eta_seconds)} left"
-        bar.update(task, total=status.jobs, completed=ended, description=f"{run}{failed}", left=left)
-
-    bar.start()  # from now on, what is written to stderr appears above it
-    try:
-        yield show
-    finally:
-        with suppress(OSError):  # the terminal may be closed before the work is done
-            bar.stop()
 
 
 @contextmanager

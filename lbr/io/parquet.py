@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lbr.core.errors import InputError, UsageError
-from lbr.io.frames import polars
+from lbr.io import frames
 from lbr.io.records import Fields, Place, json_of
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def read_parquet(given: Input) -> Iterator[tuple[Place, str, Fields | InputError
     """Yield place (a row, counted from 1), JSON and fields of each row. Raises UsageError for types without JSON."""
     if not os.path.isfile(given.source):
         raise UsageError(f"expected a Parquet file, got: the stream {given.source}; name a file")
-    pl = polars()
+    pl = frames.library("polars")
     with _named(pl, given.name):
         frame = pl.scan_parquet(given.source, glob=False, hive_partitioning=False)
         schema = frame.collect_schema()

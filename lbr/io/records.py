@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+from datetime import timedelta
 from decimal import Decimal
 from functools import lru_cache, wraps
 from inspect import isroutine
@@ -321,6 +322,8 @@ def _as_json(value: Any) -> Any:
         return number if value.is_nan() or Decimal(repr(_finite(number))) == value else str(value)
     if hasattr(value, "isoformat"):
         return value.isoformat()
+    if isinstance(value, timedelta) or type(value).__module__.partition(".")[0] == "pandas":  # a period, an interval
+        return str(value)
     raise TypeError(f"Type is not JSON serializable: {type(value).__name__}")
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lbr.core.config import one_of
 from lbr.core.errors import InputError, UsageError
 from lbr.core.types import Item, Prompt
-from lbr.io import readers
+from lbr.io import frames, readers
 from lbr.io.records import Place, Template, item_of, json_of, shortened
 from lbr.io.samples import ALL
 from lbr.io.writers import check_output
@@ -48,16 +48,19 @@ def items_of(
     prompts: Iterable[str | dict[str, Json]],
     *,
     template: str | None = None,
+    prompt_column: str | None = None,
+    id_column: str | None = None,
     fit: Callable[[Item], Item] = lambda item: item,
 ) -> Iterator[Item]:
     """Yield the items of prompts in memory: strings, or dicts like the lines of a JSONL file.
 
-    `fit` may change or refuse an item that has settings of its own. Raises InputError that counts prompts from 1, as
+    `prompt_column` and `id_column` are fields of dicts. `fit` may change or refuse an item that has settings of its own. Raises InputError that counts prompts from 1, as
     lines are.
     """
     compiled = None if template is None else Template(template)
+    plain = template is None and prompt_column is None and id_column is None
     for number, prompt in enumerate(prompts, start=1):
-        if compiled is None and isinstance(prompt, str) and _is_plain(prompt):
+        if plain and isinstance(prompt, str) and _is_plain(prompt):
             yield Item(Prompt(prompt), None, None, PROMPTS, number)
             continue
         place = Place(PROMPTS, number)
@@ -67,7 +70,7 @@ def items_of(
             fields = json_of(prompt, place)[0]
         else:
             raise place.error(f"expected a string or a dict, got: {shortened(repr(prompt))}")
-        item = item_of(fields, place, compiled, None)
+        item = item_of(fields, place, compiled, prompt_column, id_column)
         yield item if item.prompt.settings is None else fit(item)
 
 
@@ -79,12 +82,13 @@ def _is_plain(text: str) -> bool:
 class Source:
     """Files (`Path`, or several) or prompts: files are read twice, to check them first, streams and prompts as they come.
 
-    A path may be a pattern. `fit` changes or refuses items that have settings of their own. Raises UsageError for a mixture, for a frame or a mapping, and for flags that do not fit.
+    A path may be a pattern; the rows of a frame are prompts. `fit` changes or refuses items that have settings of their
+    own. Raises UsageError for a mixture, for a mapping, and for flags that do not fit.
     """
 
     def __init__(
         self,
-        given: PathLike[str] | Iterable[PathLike[str] | str | dict[str, Json]],
+        given: object,
         *,
         input_format: str | None = None,
         template: str | None = None,
@@ -104,12 +108,8 @@ class Source:
         self._begun: Iterator[Item] | None = None
         self._files, self._prompts = _files_and_prompts(given)
         self._template, self._sample = template, sample
-        self._how: dict[str, Any] = {
-            "prompt_column": prompt_column,
-            "id_column": id_column,
-            "delimiter": delimiter,
-            "encoding": encoding,
-        }
+        self._columns: dict[str, Any] = {"prompt_column": prompt_column, "id_column": id_column}
+        self._how: dict[str, Any] = {"delimiter": delimiter, "encoding": encoding}
         self._skip: dict[str, Any] = {
             "skip_bad": None if skip_bad is None else str(Path(skip_bad)),
             "skip_empty": skip_empty,
@@ -121,6 +121,8 @@ class Source:
             (name for name, value in (self._how | self._skip).items() if value not in (None, False)), None
         ):
             raise UsageError(f"expected {flag} with files, got: prompts")
+        elif template is not None and prompt_column is not None:
+            raise UsageError("--template and --prompt-column exclude each other; name the column in the template")
 
     def _check_files(self, bad_file: str | None) -> None:
         readers.check_sources(self._files)
@@ -184,10 +186,15 @@ class Source:
         if self._begun is not None:
             return map(self.fit, self._begun)
         if not self._files:
-            return self._sample.of(items_of(self._prompts, template=self._template, fit=self.fit))
+            prompts = items_of(self._prompts, template=self._template, fit=self.fit, **self._columns)
+            return self._sample.of(prompts)
         self.bad = readers.BadRows(**self._skip, at_once=at_once and not dry, dry=dry)
-        how = self._how | {"fit": self.fit, "sample": self._sample}
+        how = self._how | self._columns | {"fit": self.fit, "sample": self._sample}
         return readers.read_items(self._files, template=self._template, bad=self.bad, **how)
+
+    def places(self) -> list[int] | None:
+        """Return where the picked prompts are among all of them; None if they are the first ones."""
+        return None if self._sample.pick is None else [(item.line or 1) - 1 for item in self.read()]
 
     def nothing(self) -> InputError:
         """Return the error for a source without inputs."""
@@ -219,11 +226,13 @@ def stem_of(source: str) -> str:
 def _files_and_prompts(given: object) -> tuple[list[str], list[Any]]:
     if isinstance(given, PathLike):
         return expanded([str(Path(given))]), []
+    if frames.library_of(given) is not None:
+        return [], frames.records(given)
     advice = None
     if isinstance(given, Mapping):
         advice = "its texts as a list, or a list with the dict in it for one record"
     elif hasattr(type(given), "columns"):  # no library of frames is imported here
-        advice = 'df["prompt"].to_list(), or for records df.to_dict("records") in pandas, df.to_dicts() in polars'
+        advice = "a DataFrame of pandas or polars (of a LazyFrame, df.collect()), or a list of dicts"
     if advice or isinstance(given, str) or not isinstance(given, Iterable):
         wrong = f"the string {given[:60]!r}" if isinstance(given, str) else f"a {type(given).__name__}"
         raise UsageError(f"expected a list of prompts or a Path, got: {wrong}{f'; give {advice}' if advice else ''}")

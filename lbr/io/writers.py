@@ -88,7 +88,7 @@ def check_output(path: str | None, format: OutputFormat | None = None) -> None: 
             raise UsageError(f"the format {format} cannot be written to stdout; name a file with -o FILE")
         return
     if format is OutputFormat.PARQUET:
-        frames.polars()
+        frames.library("polars")
     with named_errors(path):
         target = _target(path)
         if target.is_dir():

@@ -34,7 +34,6 @@ class DataFrame:
 
 TABLES: list[Any] = [
     DataFrame(),
-    pl.DataFrame({"prompt": ["a"]}),
     pl.LazyFrame({"prompt": ["a"]}),
     {"a": 1},
     MappingProxyType({"prompt": "a"}),
@@ -43,7 +42,7 @@ TABLES: list[Any] = [
 
 @pytest.mark.parametrize("given", TABLES, ids=lambda given: type(given).__name__)
 async def test_a_table_is_no_list_of_prompts(given: Any) -> None:
-    """A frame or a mapping would be read by the names in it; it is refused, with what to give instead."""
+    """A mapping or another library's frame would be read by the names in it; it is refused, with what to give instead."""
     words = r"^expected a list of prompts or a Path, got: a (DataFrame|LazyFrame|dict|mappingproxy); give "
     for asking in (
         partial(lbr.prompt_map, given, up),
@@ -56,23 +55,26 @@ async def test_a_table_is_no_list_of_prompts(given: Any) -> None:
 
 
 async def test_the_way_out_fits_the_table() -> None:
-    """What is named instead is there: a column of it, or its rows as records."""
+    """What is named instead is there: the frame itself, a column of it, or its rows as records."""
     frame = pl.DataFrame({"prompt": ["a", "b"], "topic": ["x", "y"]})
-    words = (
-        r'df\["prompt"\]\.to_list\(\), or for records df\.to_dict\("records"\) in pandas, df\.to_dicts\(\) in polars$'
-    )
-    for given in (frame, DataFrame()):
+    words = r"give a DataFrame of pandas or polars \(of a LazyFrame, df\.collect\(\)\), or a list of dicts$"
+    for given in (frame.lazy(), DataFrame()):
         with pytest.raises(UsageError, match=words):
             await lbr.prompt_map(given, up)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"a list with the dict in it for one record$"):
         await lbr.prompt_map({"prompt": "a"}, up)
     assert await lbr.prompt_map(frame["prompt"], up, return_dtype="list[str]") == ["A", "B"]
     assert await lbr.prompt_map(frame["prompt"].to_list(), up, return_dtype="list[str]") == ["A", "B"]
-    rows = await lbr.prompt_map(frame.to_dicts(), up)
-    assert [(row["result"], row["metadata"]) for row in rows] == [
-        ("A", {"topic": "x"}),
-        ("B", {"topic": "y"}),
-    ]
+    for rows in (
+        await lbr.prompt_map(frame, up, return_dtype="list[dict]"),
+        await lbr.prompt_map(frame.to_dicts(), up),
+    ):
+        assert [(row["result"], row["metadata"]) for row in rows] == [
+            ("A", {"topic": "x"}),
+            ("B", {"topic": "y"}),
+        ]
+    assert (await lbr.enqueue(frame, run="r", model="offline:echo")).counts.new == 2
+    assert (await lbr.estimate(frame, model="offline:echo", template="{{ topic }}")).examples == ["x", "y"]
 
 
 class City(BaseModel):

@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import re
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -25,7 +26,7 @@ import pytest
 from pydantic import BaseModel
 
 import lbr
-from lbr import DB_URL_DEFAULT, LbrError, Pause, Permanent, export_jsonl, prompt_map
+from lbr import DB_URL_DEFAULT, LbrError, Pause, Permanent, export_jsonl, prompt_map, prompt_map_sync
 from lbr.core.errors import InputError, OutputError, UsageError
 from lbr.store import results_db
 from tests.support import is_postgresql
@@ -238,23 +239,20 @@ async def test_a_sample_is_answered_first(calls: Calls, db_url: str) -> None:
 
 
 @pytest.mark.parametrize("shape", ["unique", "original"])
-async def test_fewer_prompts_get_their_rows_alone(shape: str, db_url: str, capfd: pytest.CaptureFixture[str]) -> None:
+async def test_fewer_prompts_get_their_rows_alone(shape: Any, db_url: str, caplog: pytest.LogCaptureFixture) -> None:
     """A run that holds more than this call asks gives back what was asked; the results database keeps all of it."""
     given: dict[str, Any] = {"run": "my", "db_url": db_url, "results_db_url": "answers.db"}
     await prompt_map(["a", "b", "a", "c"], shout, output_shape=shape, **given)
     mirrored = rows_of("answers.db")
-    capfd.readouterr()
     expected = ["A", "B", "A"] if shape == "original" else ["A", "B"]
-    for dtype, answer in {
-        "list[str]": expected,
-        "list[tuple[str,str]]": [(one.lower(), one) for one in expected],
-    }.items():
+    forms: dict[Any, Any] = {"list[str]": expected, "list[tuple[str,str]]": [(one.lower(), one) for one in expected]}
+    for dtype, answer in forms.items():
         assert await prompt_map(["a", "b", "a"], shout, output_shape=shape, return_dtype=dtype, **given) == answer
     rows = await prompt_map(["a", "b", "a"], shout, output_shape=shape, **given)
     assert [(row["idx"], row["result"]) for row in rows] == list(enumerate(expected))
     frame = await prompt_map(["a", "b", "a"], shout, output_shape=shape, return_dtype="polars", **given)
     assert frame["result"].to_list() == expected
-    assert "run my holds 4 inputs, this input has 3; the others stay in it" in capfd.readouterr().err
+    assert "run my holds 4 inputs, this input has 3; the others stay in it" in caplog.messages
     assert rows_of("answers.db") == mirrored
     assert len(mirrored) == (4 if shape == "original" else 3)
 
@@ -517,7 +515,7 @@ async def test_wrong_place_for_results_is_told_before_a_call(url: str, words: st
 
 
 async def test_a_place_for_results_that_goes_away_does_not_cost_the_answers(
-    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Rows are returned though the folder for the results was removed meanwhile; the caller is told."""
     folder = Path("there")
@@ -529,7 +527,7 @@ async def test_a_place_for_results_that_goes_away_does_not_cost_the_answers(
 
     (row,) = await prompt_map(["a"], remove, results_db_url="there/r.db")
     assert row["result"] == "a"
-    assert "the results database was not written: expected a folder" in capfd.readouterr().err
+    assert "the results database was not written: expected a folder" in caplog.text
 
 
 async def test_results_database_mirrors_the_shape(db_url: str) -> None:
@@ -577,7 +575,7 @@ async def test_teardown_after_a_complete_run() -> None:
     assert list(Path().glob("runs*")) == []
 
 
-async def test_teardown_spares_what_is_not_done_or_not_ours(capfd: pytest.CaptureFixture[str]) -> None:
+async def test_teardown_spares_what_is_not_done_or_not_ours(caplog: pytest.LogCaptureFixture) -> None:
     """Teardown keeps the files after a failure, beside other runs, and while another process has them open."""
 
     async def picky(prompt: str) -> str:
@@ -590,7 +588,7 @@ async def test_teardown_spares_what_is_not_done_or_not_ours(capfd: pytest.Captur
     await prompt_map(["a"], shout, db_url="other.db")
     await prompt_map(["b"], shout, db_url="other.db", teardown=True)
     assert Path("other.db").exists()
-    assert "holds other runs" in capfd.readouterr().err
+    assert "holds other runs" in caplog.text
     await prompt_map(["a"], shout, db_url="used.db")
     program = "import sqlite3, sys; c = sqlite3.connect('used.db'); c.execute('SELECT 1 FROM jobs').fetchone(); "
     program += "print('open', flush=True); sys.stdin.read()"
@@ -600,7 +598,7 @@ async def test_teardown_spares_what_is_not_done_or_not_ours(capfd: pytest.Captur
     await prompt_map(["a"], shout, db_url="used.db", teardown=True)
     holder.communicate()
     assert Path("used.db").exists()
-    assert "another process uses it" in capfd.readouterr().err
+    assert "another process uses it" in caplog.text
 
 
 async def test_progress_lines(capfd: pytest.CaptureFixture[str]) -> None:
@@ -700,7 +698,7 @@ async def test_missing_key_leaves_nothing_behind() -> None:
 
 
 async def test_locked_results_database_does_not_cost_the_answers(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Rows are returned though somebody keeps the results database locked; the caller is told."""
     pragmas = ("PRAGMA busy_timeout = 50", "PRAGMA synchronous = FULL")
@@ -711,7 +709,7 @@ async def test_locked_results_database_does_not_cost_the_answers(
     rows = await prompt_map(["b"], shout, teardown=True)
     holder.close()
     assert [row["result"] for row in rows] == ["B"]
-    assert "the results database was not written" in capfd.readouterr().err
+    assert "the results database was not written" in caplog.text
     assert Path("runs.db").exists()
 
 
@@ -817,3 +815,106 @@ async def test_a_results_database_with_code_of_its_own_is_refused(
     with pytest.raises(OutputError, match=what):
         await prompt_map(["a"], count, version="1", db_url=db_url, results_db_url="answers.db")
     assert calls == []
+
+
+async def test_both_names_of_the_model_and_the_function() -> None:
+    """Each has the name of the other functions and the seed's; both of a pair are an error."""
+    assert await prompt_map(["a"], function=shout, return_dtype="list[str]") == ["A"]
+    assert await prompt_map(["a"], model="offline:echo", return_dtype="list[str]") == ["a"]
+    given: dict[str, Any]
+    for given, words in (
+        ({"function": shout, "worker": shout}, "expected function or worker, got: both"),
+        ({"model": "offline:echo", "model_name": "offline:echo"}, "expected model or model_name, got: both"),
+        ({"model": "offline:echo", "worker": shout}, "expected a model or a function, got: both"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            await prompt_map(["a"], **given)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'modle'"):
+        await prompt_map(["a"], modle="offline:echo")  # type: ignore[call-overload]
+
+
+async def test_duplicates_are_noted(caplog: pytest.LogCaptureFixture) -> None:
+    """A list with equal prompts and a row for each distinct one gets one line, each time; no other call does."""
+    for _ in range(2):
+        await prompt_map(CITIES, shout)
+    await prompt_map(CITIES, shout, output_shape="original")
+    await prompt_map(["Oslo"], shout)
+    line = "5 prompts, 3 of them distinct: 3 rows; output_shape='original' returns a row for each prompt"
+    assert caplog.messages == [line, line]
+    assert {(one.name, one.levelname) for one in caplog.records} == {("lbr", "WARNING")}
+
+
+async def test_a_schema_limits_and_a_budget(db_url: str) -> None:
+    """Answers match a JSON schema; the limits are set; a run that has spent what it may pauses, and more lets it go on."""
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    given: dict[str, Any] = {"model": "offline:echo", "schema": schema, "price": "in=1,out=1", "db_url": db_url}
+    (row,) = await prompt_map(["a"], **given, rpm=50_000, tpm=9_000_000, max_cost=1.0)
+    assert isinstance(json.loads(row["result"])["n"], int)
+    assert row.parsed is None
+    (limits,) = await lbr.limit("offline:echo", db_url=db_url)
+    assert (limits["rpm"], limits["tpm"]) == (50_000, 9_000_000)
+    prompts = [f"p{n}" for n in range(60)]
+    few = await prompt_map(prompts, **given, run="r", concurrency=2, max_cost=1e-5)
+    assert 0 < sum(row["status"] == "done" for row in few) < 60
+    (run,) = (await lbr.status("r", db_url=db_url)).runs
+    assert (run.pause_cause, run.max_cost_usd) == ("budget", 1e-5)
+    every = await prompt_map(prompts, **given, run="r", max_cost=1.0)
+    assert {row["status"] for row in every} == {"done"}
+
+
+async def test_records_may_name_their_columns() -> None:
+    """Dicts take `prompt_column`, `id_column` and `template` as files do."""
+    records = [{"text": "a", "sku": 7, "n": 1}, {"text": "b", "sku": 8, "n": 2}]
+    rows = await prompt_map(records, shout, prompt_column="text", id_column="sku")
+    assert [(row["prompt"], row["id"], row["metadata"]) for row in rows] == [("a", 7, {"n": 1}), ("b", 8, {"n": 2})]
+    assert records[0] == {"text": "a", "sku": 7, "n": 1}
+    texts = await prompt_map(records, shout, template="{{ text }}{{ n }}", return_dtype="list[str]")
+    assert texts == ["A1", "B2"]
+    for given, words in (
+        ({"prompt_column": "txt"}, "^prompts, line 1: there is no field 'txt'; there are: 'text', 'sku', 'n'"),
+        ({"prompt_column": "text", "template": "{{ text }}"}, "template=… and prompt_column=… exclude each other"),
+    ):
+        with pytest.raises(LbrError, match=words):
+            await prompt_map(records, shout, **given)  # type: ignore[call-overload]
+
+
+def test_without_a_loop_and_beside_one() -> None:
+    """The plain function has the same rows and errors, in a script and in a thread whose loop is running."""
+    assert prompt_map_sync(CITIES, shout, return_dtype="list[str]") == ["OSLO", "BERGEN", "NARVIK"]
+    with pytest.raises(UsageError, match="expected fresh to be True or False"):
+        prompt_map_sync(["a"], shout, fresh=1)  # type: ignore[call-overload]
+
+    async def cell() -> Any:
+        return prompt_map_sync(["a"], shout)
+
+    (row,) = asyncio.run(cell())
+    assert row["result"] == "A"
+
+
+INTERRUPTED = """
+import time
+import lbr
+
+def answer(prompt):
+    print("called", flush=True)
+    time.sleep(0.05)
+    return prompt
+
+lbr.prompt_map_sync([f"p{n}" for n in range(500)], answer, version="1", run="r", concurrency=2)
+"""
+
+
+def test_ctrl_c_reaches_the_plain_function(tmp_path: Path) -> None:
+    """The process ends soon, with the jobs given back and the answers kept."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    assert child.stdout is not None
+    for _ in range(8):
+        child.stdout.readline()
+    child.send_signal(signal.SIGINT)
+    _, printed = child.communicate(timeout=30)
+    assert "KeyboardInterrupt" in printed
+    (run,) = asyncio.run(lbr.status("r")).runs
+    assert run.inflight == 0
+    assert 0 < run.done < 500
