@@ -13,7 +13,6 @@ import lbr
 from lbr import Pause, Permanent, Row
 from lbr.core.errors import InputError, UsageError
 
-
 STATE: dict[str, Any] = {}
 """What functions change: a global is not part of their identity."""
 
