@@ -217,7 +217,7 @@ async def prompt_map(
             rows = [row async for page in answers(database, run, shape, run.keep) for row in page]
             # The run may hold more, from a longer list; it begins with these, so the first of equal ones are among them.
             asked = [row for row in rows if row.idx < inputs]
-            _note_duplicates(len(asked), inputs)
+            _note_duplicates(len({row.idx for row in asked}), inputs)
         columns = await reads.columns(database, run) if dtype in frames.LIBRARIES else []
     mirrored = await _mirror(results_url, run.name, rows)
     answer = form.of(asked, columns, call.source.places())
