@@ -64,11 +64,11 @@ async def _look(database: Database, run: str) -> RunStatus:
 
 
 def last_line(status: RunStatus) -> str:
-    """Return how a call ended: its run, the counts of its jobs, what it cost, and why it is paused if it is."""
+    """Return how a call ended: its run, the counts of its jobs, what it cost, and why it is paused if work is left."""
     counts = [f"{status.done} of {pluralize(status.jobs, 'job')} done"]
     counts += [f"{count} {word}" for word in ("reused", "failed", "cancelled") if (count := getattr(status, word))]
     cost = "" if status.cost_usd is None else f"; cost {dollars(round(status.cost_usd * NANOS))}"
-    pause = "" if status.pause is None else f"; paused: {paused_words(status.run, status.pause)}"
+    pause = "" if status.pause is None or status.finished else f"; paused: {paused_words(status.run, status.pause)}"
     return printable(f"run {status.run}: {', '.join(counts)}{cost}{pause}")
 
 

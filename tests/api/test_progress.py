@@ -34,7 +34,7 @@ async def test_lines_of_a_status() -> None:
     assert last_line(now) == "run r: 2 of 2 jobs done; cost $0.000004"
     half = replace(now, done=1, failed=1, jobs=4, pending=2, rate=2.0, cost_usd=None)
     assert bar_line(half) == f"{'█' * 15}{'░' * 15} r: 2/4 jobs, 1 done, 1 failed, 2.0/s, 1.0 s left"
-    paused = replace(half, state="paused", pause_cause="budget", pause_message="it has cost $1")
+    paused = replace(half, finished=False, state="paused", pause_cause="budget", pause_message="it has cost $1")
     assert last_line(paused).startswith("run r: 1 of 4 jobs done, 1 failed; paused: it has cost $1; `lbr resume r")
 
 

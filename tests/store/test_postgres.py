@@ -373,7 +373,7 @@ async def test_a_pooled_url_works(url: str) -> None:
     assert [row["result"] for row in rows] == ["a", "b"]
 
 
-async def test_teardown_drops_the_queue_of_its_sole_user(url: str, capfd: pytest.CaptureFixture[str]) -> None:
+async def test_teardown_drops_the_queue_of_its_sole_user(url: str, caplog: pytest.LogCaptureFixture) -> None:
     """After a complete run teardown leaves nothing, but not while others use the queue or keep a run in it."""
 
     async def shout(prompt: str) -> str:
@@ -390,7 +390,7 @@ async def test_teardown_drops_the_queue_of_its_sole_user(url: str, capfd: pytest
     assert not await torn_down()
     await other.close()
     assert not await torn_down()
-    assert "stays: it holds other runs, or another process uses it" in capfd.readouterr().err
+    assert "stays: it holds other runs, or another process uses it" in caplog.text
 
 
 @pytest.mark.slow
