@@ -9,6 +9,8 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import pytest
+
 import lbr
 from lbr.api.progress import bar_line, last_line
 from lbr.core.text import harmless
@@ -38,6 +40,7 @@ async def test_lines_of_a_status() -> None:
     assert last_line(paused).startswith("run r: 1 of 4 jobs done, 1 failed; paused: it has cost $1; `lbr resume r")
 
 
+@pytest.mark.slow
 def test_lines_of_a_script_and_the_bar_of_a_terminal(tmp_path: Path) -> None:
     """Each on stderr, and both end with the run, its counts and its cost."""
     piped = subprocess.run([sys.executable, "-c", PROGRAM], cwd=tmp_path, capture_output=True, text=True, check=True)
