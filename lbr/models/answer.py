@@ -106,7 +106,7 @@ def _of_agent(result: Any) -> Reply:
 
 def _text_of_output(output: Any, usage: Usage) -> str:
     if isinstance(output, str):
-        return output
+        return str(getattr(output, "value", output))  # of an enum of strings
     from pydantic_core import to_json as dump  # noqa: PLC0415
 
     try:  # it is of any type that the agent may have

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from decimal import Decimal
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,12 @@ class Box(BaseModel):
     """An answer with an alias."""
 
     in_it: int = Field(alias="inIt")
+
+
+class Mood(str, enum.Enum):  # noqa: UP042 - StrEnum converts by itself
+    """An output that is a string and more."""
+
+    GOOD = "good"
 
 
 @dataclasses.dataclass
@@ -156,6 +163,7 @@ async def test_the_cost_of_an_agent_is_whole_or_unknown() -> None:
         (list[Box], [{"inIt": 3}], '[{"inIt":3}]'),
         (Point, {"x": 0.5}, '{"x":0.5}'),
         (int, 3, "3"),
+        (Mood, "good", "good"),
     ],
 )
 async def test_the_output_of_an_agent_may_have_any_type(kind: Any, arguments: Any, stored: str) -> None:
