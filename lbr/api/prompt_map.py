@@ -155,7 +155,7 @@ async def prompt_map(
 
     `prompts`: strings, or dicts with `prompt` or `messages` and other fields, as lines of JSONL; a DataFrame of pandas or
     polars; or files as for `enqueue`. None of them: no rows.
-    `function` (or `worker`): an async or plain function from str to str, dict or BaseModel that answers. Without it,
+    `function` (or `worker`): an async or plain function from str to str, dict, BaseModel or `Answer`. Without it,
     `model` (or `model_name`) does, for example "openai-chat:gpt-4o-mini" ("openai/gpt-4o-mini" with
     `openrouter_api_key`); without both, MODEL and OPENROUTER_API_KEY from the environment or `.env`.
     `result_type`: a pydantic class; each result is JSON that matches it, and `row.parsed` an instance. Or `schema`, a JSON
