@@ -42,6 +42,7 @@ class Options(TypedDict, total=False):
     limit: int | None
     pick: int | None
     seed: int | None
+    samples: int
     settings: dict[str, Json] | None
     version: str | None
     concurrency: int
@@ -97,6 +98,7 @@ class Call:
     limit: int | None = None
     pick: int | None = None
     seed: int | None = None
+    samples: int = 1
     settings: dict[str, Json] | None = None
     version: str | None = None
     concurrency: int = config.CONCURRENCY
@@ -136,8 +138,10 @@ class Call:
         """
         await self.source.check()
         await check_servable(self.resolved)
-        name = _run_name(self.resolved, self.source) if self.run is None else self.source.run_name(self.run)
-        spec = run_spec(name, self.resolved, self.max_attempts, self.price)
+        name = (
+            _run_name(self.resolved, self.source, self.samples) if self.run is None else self.source.run_name(self.run)
+        )
+        spec = run_spec(name, self.resolved, self.max_attempts, self.price, self.samples)
         async with opened(self.db_url, create=True) as database:
             report = await put(database, spec, self.source, fresh=self.fresh)
             for notice in (*report.notices, *self.source.notices):
@@ -163,8 +167,8 @@ def warn(line: str) -> None:
     LOGGER.warning("%s", line)
 
 
-def _run_name(resolved: ResolvedTask, source: Source) -> str:
-    """Return a name made of the task and the prompts, so that the same call finds its run again."""
+def _run_name(resolved: ResolvedTask, source: Source, samples: int) -> str:
+    """Return a name made of the task, the prompts and the samples, so that the same call finds its run again."""
     digest = hashlib.blake2b(resolved.task.canonical() + ",".join(resolved.keep).encode(), digest_size=8)
     for item in source:
         metadata = "None" if item.metadata is None else canonical_json(item.metadata).decode()
@@ -172,4 +176,4 @@ def _run_name(resolved: ResolvedTask, source: Source) -> str:
         for part in (item.prompt.body(), own_id, metadata):
             data = part.encode()
             digest.update(len(data).to_bytes(8, "big") + data)
-    return f"map-{digest.hexdigest()}"
+    return f"map-{digest.hexdigest()}{f'-{samples}' * (samples > 1)}"

@@ -164,7 +164,7 @@ async def prompt_map(
     columns, or the fields of dicts, with the prompt and the id. `settings`: of the model, for example
     {"temperature": 0}. `version`: distinguishes a function from earlier ones.
     `limit`: take only the first prompts. `pick`: take this number at random, always the same ones for a `seed`. A call
-    with all of them reuses the answers.
+    with all of them reuses the answers. `samples`: answers per prompt, each in a row with its number, `sample`.
     `concurrency`: calls at a time. `max_attempts`: calls per job. `timeout`: seconds that a call may take. `lease`:
     seconds before the jobs of a silent process are taken over.
     `rpm`, `tpm`: requests and tokens a minute of all workers together; they stay set for the model. `max_cost`: the most
@@ -204,7 +204,8 @@ async def prompt_map(
         result_type=result_type,
         **options,
     )
-    form = Form(dtype, call.resolved, result_type, unnest, prompts if library == dtype else None)
+    frame = prompts if library == dtype else None
+    form = Form(dtype, call.resolved, result_type, unnest, call.samples, frame)
     if call.source.is_empty:
         return form.of([], [(Part.PROMPT, "prompt")])
     beside = file_of(call.db_url) or Path(RESULTS_BESIDE)

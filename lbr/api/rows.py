@@ -58,6 +58,7 @@ class Form:
     resolved: ResolvedTask
     result_type: Any
     unnest: bool
+    samples: int
     frame: Any
 
     def __post_init__(self) -> None:
@@ -91,7 +92,8 @@ class Form:
         return frames.beside(frames.taken(self.frame, taken), self._framed(table, rows))
 
     def _table(self, inputs: Sequence[tuple[Part, str]], **kinds: Any) -> Table:
-        return make_table(self.resolved.task, inputs, unnest=self.unnest, include=self.resolved.keep, **kinds)
+        kinds |= {"unnest": self.unnest, "include": self.resolved.keep, "samples": self.samples}
+        return make_table(self.resolved.task, inputs, **kinds)
 
     def _framed(self, table: Table, rows: list[AnswerRow]) -> Any:
         frame = frames.frame(table, rows, self.dtype)

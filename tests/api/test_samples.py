@@ -8,6 +8,7 @@ import sqlite3
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import polars as pl
 import pytest
 
@@ -336,3 +337,28 @@ async def test_an_estimate_counts_each_call(tmp_path: Path) -> None:
     assert (one.samples, three.samples, three.prompts) == (1, 3, 2)
     for name in ("input_tokens", "output_tokens", "cost_usd", "seconds"):
         assert getattr(three, name) == pytest.approx(3 * getattr(one, name))
+
+
+async def test_a_call_from_python_returns_all_samples(tmp_path: Path) -> None:
+    """In rows, frames and a stream; calls with more or fewer reuse each other's answers."""
+    how: dict[str, Any] = {"db_url": tmp_path / "q.db", "progress_every": None}
+    one = await lbr.prompt_map(["a", "b", "a"], number, **how)
+    before = len(CALLS)
+    rows = await lbr.prompt_map(["a", "b", "a"], number, samples=3, **how)
+    assert [(row["idx"], row["sample"]) for row in rows] == grid(2, 3)
+    assert [row["result"] for row in rows[::3]] == [row["result"] for row in one]
+    assert len(CALLS) == before + 4
+    assert await lbr.prompt_map(["a", "b", "a"], number, samples=2, **how) == [row for row in rows if row["sample"] < 2]
+    texts = await lbr.prompt_map(["b"], number, samples=3, return_dtype="list[str]", **how)
+    assert texts == [row["result"] for row in rows[3:]]
+    for frame in (pl.DataFrame({"t": ["b", "a"]}), pd.DataFrame({"t": ["b", "a"]}, index=[7, 8])):
+        made = await lbr.prompt_map(frame, number, prompt_column="t", samples=3, **how)
+        assert made["t"].to_list() == ["b"] * 3 + ["a"] * 3
+        assert made["sample"].to_list() == [0, 1, 2] * 2
+        assert made["result"].to_list() == [row["result"] for row in (*rows[3:], *rows[:3])]
+        assert not isinstance(made, pd.DataFrame) or list(made.index) == [7, 7, 7, 8, 8, 8]
+    streamed = [row async for row in lbr.stream(["a", "b", "a"], number, samples=3, db_url=how["db_url"])]
+    assert streamed == [*rows, *(row | {"idx": 2} for row in rows[:3])]
+    assert len(CALLS) == before + 4
+    with pytest.raises(UsageError, match="expected samples to be a whole number from 1"):
+        await lbr.prompt_map(["a"], number, samples=0, **how)

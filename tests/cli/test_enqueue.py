@@ -125,7 +125,7 @@ def test_a_dry_run_shows_what_would_happen_and_leaves_nothing(tmp_path: Path, co
     assert [line.split(":")[0] for line in shown[8:]] == ["input", "output", "cost", "time"]
     assert f"4 calls of 3 s, {64 if command[0] == 'run' else 32} at a time" in shown[-1]
     refused = cli(*(word for word in given if word != "--dry-run"), check=False)
-    assert (done.returncode, refused.returncode) == (1, 1)
+    assert (done.returncode, refused.returncode) == (2, 2)
     assert "dry run: nothing was written and no model was called" in done.stderr
     skipped = cli(*given, "--skip-empty", "--skip-bad", "bad.jsonl", "--pick", "2")
     assert "2 inputs, 2 distinct, 0 duplicate, 1 empty, 1 bad" in skipped.stdout
