@@ -82,7 +82,7 @@ def test_the_full_run_reuses_the_answers_of_a_sample(cli: Cli) -> None:
     assert "run in-pick: 5 inputs, 0 new, 0 duplicate, 0 reused, 5 known" in cli(*command, "--pick", "5").stderr
     refused = cli(*command, "--pick", "5", "--seed", "1", check=False)
     assert (refused.returncode, "run 'in-pick' holds a different sample; use another run" in refused.stderr) == (
-        1,
+        2,
         True,
     )
     assert "run in: 40 inputs, 40 new, 0 duplicate, 5 reused" in cli(*command).stderr
