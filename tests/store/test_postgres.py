@@ -122,7 +122,7 @@ async def fill(database: Database, *, statistics: str) -> int:
     return int((await database.read(lambda c, _: c.scalar(query))) or 0)
 
 
-AFTER = "(ROW(items.idx, items.sample) > ROW('3'::bigint, '0'::smallint))"
+AFTER = "AND (ROW(idx, sample) > ROW('3'::bigint, '0'::smallint))"
 
 
 @pytest.mark.slow
