@@ -22,7 +22,7 @@ from lbr.store.runs import cancel_unchanged
 from lbr.worker.runs import check_tells_cost, check_tells_other_cost
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from os import PathLike
 
     from lbr.core.types import Json, PathOrUrl, Paused, Run
@@ -42,19 +42,6 @@ async def status(
     """Return the state of one run, or of all, with the workers that report."""
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         return status_of(await database.read(reads.overview, run))
-
-
-async def follow(
-    run: str, *, seconds: float, db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_fs: bool = False
-) -> AsyncIterator[RunStatus]:
-    """Yield a run's status now and then every `seconds`, until it has finished."""
-    async with opened(db_url, allow_network_fs=allow_network_fs) as database:
-        while True:
-            (now,) = status_of(await database.read(reads.overview, run)).runs
-            yield now
-            if now.finished:
-                return
-            await asyncio.sleep(seconds)
 
 
 @checked

@@ -5,24 +5,25 @@ from __future__ import annotations
 import asyncio
 import sys
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lbr.api.status import one_line, paused_words, printable, status_of
+from lbr.api.status import paused_words, printable, status_of
+from lbr.api.view import Watch, is_terminal
 from lbr.core.pricing import NANOS, dollars
-from lbr.core.text import duration, harmless, pluralize
+from lbr.core.text import harmless, pluralize
 from lbr.store import reads
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
     from lbr.api.status import RunStatus
+    from lbr.api.view import RunView
     from lbr.store.database import Database
 
-    Show = Callable[[RunStatus], None]
+    Show = Callable[[RunView], None]
 
 REPORT_SECONDS = 0.2
-BAR_CHARACTERS = 30
+NOTEBOOK_WIDTH = 80
 
 
 @asynccontextmanager
@@ -31,35 +32,29 @@ async def shown(database: Database, run: str, every: int) -> AsyncIterator[None]
     if not every:
         yield
         return
-    shows = _notebook if _is_notebook() else bar if sys.stderr is not None and sys.stderr.isatty() else _lines
+    watch = Watch()
+    shows = _notebook if _is_notebook() else _terminal if is_terminal() else _lines
     with shows(run, every) as show:
-        watching = asyncio.create_task(_watch(database, run, show))
+        watching = asyncio.create_task(_watch(database, run, watch, show))
         try:
             yield
-            last = await _look(database, run)
+            last = await _look(database, run, watch)
             show(last)
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
-    _print(last_line(last))
+    _print(last_line(last.status))
 
 
-async def _watch(database: Database, run: str, show: Show) -> None:
-    """Show the run now and then, with the rate since the first look, which counts this process's calls from the start."""
-    clock = asyncio.get_running_loop().time
-    started, first = clock(), await _look(database, run)
-    show(first)
+async def _watch(database: Database, run: str, watch: Watch, show: Show) -> None:
+    """Show the run now and then."""
     while True:
+        show(await _look(database, run, watch))
         await asyncio.sleep(REPORT_SECONDS)
-        now = await _look(database, run)
-        new = now.done + now.failed - first.done - first.failed
-        rate = new / (clock() - started) if now.done > first.done else None
-        left = None if rate is None else (now.pending + now.inflight) / rate
-        show(replace(now, rate=rate, eta_seconds=left))
 
 
-async def _look(database: Database, run: str) -> RunStatus:
-    (now,) = status_of(await database.read(reads.overview, run)).runs
+async def _look(database: Database, run: str, watch: Watch) -> RunView:
+    (now,) = watch.views(status_of(await database.read(reads.overview, run)))
     return now
 
 
@@ -72,49 +67,26 @@ def last_line(status: RunStatus) -> str:
     return printable(f"run {status.run}: {', '.join(counts)}{cost}{pause}")
 
 
-def bar_line(status: RunStatus) -> str:
-    """Return a bar and a line of progress."""
-    ended = status.done + status.failed + status.cancelled
-    full = BAR_CHARACTERS * ended // max(1, status.jobs)
-    return printable(f"{'█' * full}{'░' * (BAR_CHARACTERS - full)} {one_line(status)}")
-
-
 @contextmanager
 def _lines(_: str, every: int) -> Iterator[Show]:
     last: int | None = None
 
-    def show(status: RunStatus) -> None:
+    def show(view: RunView) -> None:
         nonlocal last
-        ended = status.done + status.failed
-        if last is not None and ended // every > last // every and status.pending + status.inflight:
-            _print(one_line(status))
+        ended = view.status.done + view.status.failed
+        if last is not None and ended // every > last // every and view.status.pending + view.status.inflight:
+            _print(view.line)
         last = ended
 
     yield show
 
 
 @contextmanager
-def bar(run: str, _: int = 0) -> Iterator[Show]:
-    """Yield what shows a run as a bar in a terminal."""
-    from rich.console import Console  # noqa: PLC0415 - only for a terminal
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn  # noqa: PLC0415
+def _terminal(_: str, _every: int) -> Iterator[Show]:
+    from lbr.api.draw import Screen  # noqa: PLC0415 - only for a terminal
 
-    words, left_words = (TextColumn(f"{{task.{name}}}", markup=False) for name in ("description", "fields[left]"))
-    progress = Progress(words, BarColumn(), MofNCompleteColumn(), left_words, console=Console(stderr=True))
-    task = progress.add_task(run, total=None, left="")
-
-    def show(status: RunStatus) -> None:
-        ended = status.done + status.failed + status.cancelled
-        failed = f" ({status.failed} failed)" if status.failed else ""
-        left = "" if status.eta_seconds is None else f"{duration(status.eta_seconds)} left"
-        progress.update(task, total=status.jobs, completed=ended, description=f"{run}{failed}", left=left)
-
-    progress.start()  # from now on, what is written to stderr appears above it
-    try:
-        yield show
-    finally:
-        with suppress(OSError):  # the terminal may be closed before the work is done
-            progress.stop()
+    with Screen() as screen:
+        yield lambda view: screen.show([view])
 
 
 def _is_notebook() -> bool:
@@ -128,9 +100,16 @@ def _is_notebook() -> bool:
 def _notebook(run: str, _: int) -> Iterator[Show]:
     from IPython.display import display  # noqa: PLC0415 - it is there in a kernel
 
+    from lbr.api.draw import frame  # noqa: PLC0415 - only for a notebook
+
     show: Any = display  # it has no types
     handle = show({"text/plain": run}, raw=True, display_id=True)
-    yield lambda status: handle.update({"text/plain": bar_line(status)}, raw=True)
+
+    def update(view: RunView) -> None:
+        lines = "\n".join(line.plain for line in frame([view], width=NOTEBOOK_WIDTH))
+        handle.update({"text/plain": lines}, raw=True)
+
+    yield update
 
 
 def _print(line: str) -> None:

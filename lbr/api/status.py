@@ -187,20 +187,6 @@ def _is_throttled(fields: dict[str, Json]) -> bool:
     return fields["at_a_time"] is not None and bool(fields["at_a_time"] < fields["slots"])
 
 
-def one_line(status: RunStatus) -> str:
-    """Return a line of progress."""
-    ended = status.done + status.failed + status.cancelled
-    parts = [f"{status.run}: {ended}/{status.jobs} jobs", f"{status.done} done"]
-    if status.failed:
-        parts.append(f"{status.failed} failed")
-    if status.inflight:
-        parts.append(f"{status.inflight} in flight")
-    left = status.pending + status.inflight
-    if status.rate and left:
-        parts += [f"{status.rate:.1f}/s", f"{duration(left / status.rate)} left"]
-    return ", ".join(parts)
-
-
 def paused_words(run: str, pause: Paused) -> str:
     """Return why a run is paused, and what to do about it."""
     if pause.cause is PauseCause.MOVED_TO:

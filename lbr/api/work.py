@@ -40,6 +40,7 @@ async def work(
     outage_patience: float = config.OUTAGE_PATIENCE,
     db_url: PathOrUrl = DB_URL_DEFAULT,
     allow_network_fs: bool = False,
+    verbose: bool = False,
     notify: Callable[[str], None] = lambda _: None,
     on_start: Callable[[Worker], None] = lambda _: None,
 ) -> WorkReport:
@@ -54,12 +55,13 @@ async def work(
     `rpm`, `tpm`: requests and tokens a minute of all workers together, for each model or function that this one serves.
     `max_cost`: the most that each run that it serves may cost, in US dollars. None leaves the limits as they are.
     `outage_patience`: how long to wait for an unreachable model before its runs are paused.
-    `notify`: called with each message for the user. `on_start`: called with the worker, which you can `drain` or `abort`.
+    `notify`: called with each message for the user, with one for each failed attempt if `verbose`. `on_start`: called with the worker, which you can `drain` or `abort`.
 
     Raises UsageError, NothingToServeError or DatabaseError. Cancelled, it gives its jobs back first.
     """
     end = Until(one_of("until", until, tuple(Until)))
-    options = WorkOptions(concurrency, lease, end, grace, timeout, patience, rpm, tpm, max_cost, outage_patience)
+    rest: dict[str, Any] = {"max_cost": max_cost, "outage_patience": outage_patience, "verbose": verbose}
+    options = WorkOptions(concurrency, lease, end, grace, timeout, patience, rpm, tpm, **rest)
     env = load_environment(Path.cwd())
     key = openrouter_api_key or env.get("OPENROUTER_API_KEY") or None
     names = [run] if isinstance(run, str) else run

@@ -9,6 +9,8 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,7 +46,7 @@ class Group(click.Group):
             extra.setdefault("default_map", _read_config(self))
             return super().main(*args, **extra)
         except LbrError as error:
-            log(error.in_flags or str(error))
+            log(error.in_flags or str(error), error=True)
             try:
                 sys.stdout.flush()
             except (AttributeError, OSError, ValueError):  # it is closed or full, and Python would flush it again
@@ -134,10 +136,34 @@ def _report_unknown_variables(group: click.Group) -> None:
                 log(f"the variable {name} is ignored because no flag has that name; did you mean LBR_{close}?")
 
 
-def log(text: str) -> None:
-    """Print a message on stderr, because stdout carries data only. If stderr is closed, work continues."""
+@dataclass(slots=True)
+class Talk:
+    """How this process prints messages: all of them or only errors if `quiet`, more if `verbose`; as text, or as JSON."""
+
+    quiet: bool = False
+    verbose: bool = False
+    log_format: str = "text"
+
+
+talk = Talk()
+
+
+def log(text: str, *, error: bool = False, **fields: Any) -> None:
+    """Print a message on stderr, because stdout carries data only. If stderr is closed, work continues.
+
+    `error` marks what is printed even with -q; `fields` are more numbers for a log in JSON.
+    """
+    if talk.quiet and not error:
+        return
+    line = f"lbr: {text}"
+    if talk.log_format == "json":
+        when = datetime.now(UTC).isoformat(timespec="milliseconds")
+        message = text.encode(errors="replace").decode()
+        line = orjson.dumps(
+            {"time": when, "level": "error" if error else "info", "message": message, **fields}
+        ).decode()
     with suppress(OSError, AttributeError):  # it is None if it was closed from the start
-        sys.stderr.write(harmless(f"lbr: {text}\n"))  # not click, which would write into a progress bar
+        sys.stderr.write(harmless(f"{line}\n"))  # not click, which would write into a progress bar
         sys.stderr.flush()
 
 
@@ -183,6 +209,7 @@ def lbr(context: click.Context, db: str, allow_network_fs: bool) -> None:
     problem, 130 interrupted.
     """
     context.obj = {"db_url": db, "allow_network_fs": allow_network_fs}
+    talk.quiet, talk.verbose, talk.log_format = False, False, "text"
     group = context.command
     # A hidden command is a child process, whose parent has printed them.
     if isinstance(group, click.Group) and not group.commands[context.invoked_subcommand or ""].hidden:
@@ -202,6 +229,22 @@ def switch(name: str, meaning: str) -> Callable[[F], F]:
 def choice(name: str, values: Iterable[str], meaning: str, **more: Any) -> Callable[[F], F]:
     """Return a flag that takes one of these values."""
     return click.option(name, type=click.Choice(list(map(str, values))), help=meaning, **more)
+
+
+def _set_talk(_: click.Context, parameter: click.Parameter, value: Any) -> None:
+    setattr(talk, str(parameter.name), value)
+    if talk.quiet and talk.verbose:
+        raise UsageError("--quiet and --verbose exclude each other; give one of them")
+
+
+_of_talk: dict[str, Any] = {"expose_value": False, "callback": _set_talk}
+talk_options = options(
+    click.option("-q", "--quiet", is_flag=True, help="Print errors only.", **_of_talk),
+    click.option(
+        "-v", "--verbose", is_flag=True, help="Print every failed attempt, not only the first of a kind.", **_of_talk
+    ),
+    choice("--log-format", ("text", "json"), "Messages and progress as text, or as JSON.", default="text", **_of_talk),
+)
 
 
 def with_database(command: Callable[..., Any]) -> Callable[..., Any]:

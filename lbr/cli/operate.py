@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from collections import Counter
 from contextlib import nullcontext, suppress
@@ -18,7 +17,9 @@ from lbr.api import doctor as doctor_api
 from lbr.api import move as move_api
 from lbr.api import operate
 from lbr.api.status import describe, describe_limit, describe_list, printable, resumed_words
+from lbr.api.view import is_terminal
 from lbr.cli.app import echo, echo_json, log, option, read_settings, switch, with_database
+from lbr.cli.view import watch_status
 from lbr.core.config import positive
 from lbr.core.errors import StoppedError, UsageError
 from lbr.core.pricing import dollars
@@ -51,10 +52,12 @@ def status(db: dict[str, Any], /, run: str | None, json: bool, watch: bool, inte
     with suppress(KeyboardInterrupt) if watch else nullcontext():
         while True:
             found = asyncio.run(operate.status(run, **db))
-            if watch and not json and sys.stdout.isatty():
-                click.clear()
+            over = not watch or all(one.finished or one.state == "cancelled" for one in found.runs)
+            if not over and not json and is_terminal(stderr=False):
+                asyncio.run(watch_status(db, run, pause_seconds))
+                return
             echo_json(found.to_dict()) if json else echo(describe(found))
-            if not watch or all(one.finished or one.state == "cancelled" for one in found.runs):
+            if over:
                 return
             time.sleep(pause_seconds)
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import gc
 import os
-import sys
+import select
 import time
-from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +15,23 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lbr.api import collect as collect_api
-from lbr.api import operate, progress, work
-from lbr.api.status import one_line, paused_words, printable, unfinished_words
-from lbr.cli.app import EXIT_FAILURES, EXIT_UNFINISHED, choice, log, option, options, switch, with_database
+from lbr.api import operate, work
+from lbr.api.status import paused_words, printable, unfinished_words
+from lbr.cli.app import (
+    EXIT_FAILURES,
+    EXIT_UNFINISHED,
+    choice,
+    log,
+    option,
+    options,
+    switch,
+    talk,
+    talk_options,
+    with_database,
+)
 from lbr.cli.enqueue import counting_kept, enqueue_inputs, inputs_argument, show_dry_run, task_options
 from lbr.cli.enqueue import describe as describe_enqueue
+from lbr.cli.view import Shown, shown
 from lbr.core import open_files
 from lbr.core.config import MAX_PROCESSES, WorkOptions, at_least_one, some_of
 from lbr.core.errors import UsageError
@@ -34,17 +45,12 @@ from lbr.worker.processes import handled_signals, run_processes
 
 if TYPE_CHECKING:
     import signal
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
     from lbr.api.collect import Collected
-    from lbr.api.status import RunStatus
     from lbr.worker.calls import WorkReport
     from lbr.worker.worker import Worker
 
-    Show = Callable[[RunStatus], None]
-
-LOOK_SECONDS = 0.5
-LINE_SECONDS = 10.0
 SHOWN_REASONS = 3
 
 
@@ -89,6 +95,7 @@ OUTPUT = "A .jsonl, .csv, .parquet, .sqlite or .db file"
 
 async def _serve(
     db: dict[str, Any],
+    show: Shown | None = None,
     *,
     function: tuple[str, ...],
     result_type: tuple[str, ...],
@@ -98,6 +105,7 @@ async def _serve(
     """Run a worker that handles signals: the first Ctrl-C, SIGTERM or SIGHUP drains it, the second releases all jobs.
 
     `parent` is the end of a pipe that is closed when the process that started this one ends; then it drains as well.
+    `show` prints its messages; the parent of several processes does for them.
     """
     gc.freeze()  # modules live as long as this process, and need not be looked through
     open_files.raise_limit()
@@ -109,14 +117,18 @@ async def _serve(
             nonlocal stopping
             if stopping:
                 worker.abort()
+                if show is not None:
+                    show.stop(0)
                 return
             stopping = True
             _leave_closed_terminal()
             worker.drain()
-            log("stopping: finishing the calls in flight; press Ctrl-C again to give them back at once")
+            if show is not None:
+                show.stop(how["grace"])
 
         def end_with_parent(pipe: int) -> None:
             loop.remove_reader(pipe)
+            _leave_closed_terminal()
             worker.drain()
             log("the process that started this one is gone: finishing the calls in flight")
 
@@ -126,30 +138,31 @@ async def _serve(
             stack.callback(loop.remove_reader, parent)
 
     with ExitStack() as stack:
-        return await work.work(functions=function, result_types=result_type, **how, **db, notify=log, on_start=listen)
+        how |= {"notify": log if show is None else show.notify, "verbose": talk.verbose, "on_start": listen}
+        return await work.work(functions=function, result_types=result_type, **how, **db)
 
 
 def _leave_closed_terminal() -> None:
-    """Replace a closed terminal by /dev/null: a function that prints must not fail because of it."""
+    """Replace a closed terminal or pipe by /dev/null: a function that prints must not fail because of it."""
     for number in (1, 2):
-        try:
-            os.write(number, b"")
-        except OSError as error:
-            if error.errno == errno.EIO:
-                with Path(os.devnull).open("wb") as nothing:
-                    os.dup2(nothing.fileno(), number)
+        polled = select.poll()
+        polled.register(number, 0)
+        if any(event & (select.POLLHUP | select.POLLERR) for _, event in polled.poll(0)):
+            with Path(os.devnull).open("wb") as nothing:
+                os.dup2(nothing.fileno(), number)
 
 
 async def _work_alone(db: dict[str, Any], *, run: tuple[str, ...], **how: Any) -> int:
     """Run one worker in this process, and return its exit code."""
-    report = await _serve(db, run=run or None, **how)
+    async with shown(db, run) if how.get("parent") is None else nullcontext() as show:
+        report = await _serve(db, show, run=run or None, **how)
     log(f"worker: {_describe_work(report)}")
     for name, count in report.cut_off.items():
         log(f"run {name}: {_cut_off_words(name, count, limited=name in report.limited)}")
     for name, pause in report.paused.items():
-        log(f"run {name} is paused: {paused_words(name, pause)}")
+        log(f"run {name} is paused: {paused_words(name, pause)}", error=True)
     for name in report.interrupted:
-        log(f"the enqueue of run {name} has not finished; run the same enqueue again")
+        log(f"the enqueue of run {name} has not finished; run the same enqueue again", error=True)
     code = EXIT_UNFINISHED if report.paused or report.interrupted else 0
     if report.failed and how.get("until") != Until.FOREVER:
         # A service restarts what exits with an error, and would do so for each failed job.
@@ -192,7 +205,16 @@ async def _work_in_processes(db: dict[str, Any], count: int, **flags: Any) -> in
     for flag, value in flags.items():
         for one in value if isinstance(value, tuple) else () if value is None else (value,):
             arguments += [f"--{flag.replace('_', '-')}", str(one)]
-    codes = await run_processes(arguments, count, environment=environment, notify=log)
+    arguments += ["--quiet"] * talk.quiet + ["--verbose"] * talk.verbose + ["--log-format", talk.log_format]
+    async with shown(db, flags["run"]) as show:
+        codes = await run_processes(
+            arguments,
+            count,
+            environment=environment,
+            notify=show.notify,
+            on_stop=lambda: show.stop(flags["grace"]),
+            on_line=None if show.screen is None else show.pass_on,
+        )
     return max((code for code in codes if code >= 0), default=1)
 
 
@@ -206,6 +228,7 @@ def _work_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
 @click.command()
 @serving_options
 @processes_option
+@talk_options
 @switch("--exclusive", "Exit at once, with 0, if another exclusive worker is running.")
 @with_database
 def worker(db: dict[str, Any], /, processes: int, exclusive: bool, **flags: Any) -> None:
@@ -228,6 +251,7 @@ def worker(db: dict[str, Any], /, processes: int, exclusive: bool, **flags: Any)
 
 @click.command("worker-process", hidden=True)
 @serving_options
+@talk_options
 @click.option("--parent", type=int)
 @click.pass_obj
 def worker_process(db: dict[str, Any], /, **flags: Any) -> None:
@@ -311,6 +335,7 @@ def _reasons(collected: Collected) -> str:
 @task_options
 @work_options
 @processes_option
+@talk_options
 @with_database
 def run(db: dict[str, Any], /, inputs: tuple[str, ...], output: str, dry_run: bool, **flags: Any) -> None:
     """Enqueue, work and collect in one command; run it again to resume.
@@ -350,11 +375,11 @@ async def _run(
     log(describe_enqueue(enqueued))
     how |= {name: _list(flags[name]) for name in ("function", "result_type")}
     worked: WorkReport | None = None
-    async with _progress(db, enqueued.run):
-        if processes > 1:
-            await _work_in_processes(db, processes, run=(enqueued.run,), until="done", **how)
-        else:
-            worked = await _serve(db, run=enqueued.run, **how)
+    if processes > 1:
+        await _work_in_processes(db, processes, run=(enqueued.run,), until="done", **how)
+    else:
+        async with shown(db, (enqueued.run,)) as show:
+            worked = await _serve(db, show, run=enqueued.run, **how)
     (now,) = (await operate.status(enqueued.run, **db)).runs
     if now.finished:
         collected = await collect_api.collect(now.run, **output, **db)
@@ -362,7 +387,8 @@ async def _run(
         log(f"{_describe_rows(collected)}, in {where}, after {duration(time.monotonic() - started)}")
         code = _collected_code(collected)
     else:
-        log(f"{one_line(now)}; unfinished, nothing was written; {unfinished_words(now.run, now.pause)}")
+        counts = f"{now.run}: {now.done + now.failed + now.cancelled}/{now.jobs} jobs, {now.done} done"
+        log(f"{counts}; unfinished, nothing was written; {unfinished_words(now.run, now.pause)}", error=True)
         code = EXIT_UNFINISHED
     if worked is not None:
         _leave_stuck(worked, code)
@@ -371,35 +397,3 @@ async def _run(
 
 def _list(value: str | None) -> tuple[str, ...]:
     return () if value is None else (value,)
-
-
-@asynccontextmanager
-async def _progress(db: dict[str, Any], /, run: str) -> AsyncIterator[None]:
-    """Show a run's progress: a bar on a terminal, else a line from time to time."""
-    with (progress.bar if sys.stderr.isatty() else _lines)(run) as show:
-
-        async def watch() -> None:
-            async for status in operate.follow(run, seconds=LOOK_SECONDS, **db):
-                show(status)
-
-        watching = asyncio.create_task(watch())
-        try:
-            yield
-            (last,) = (await operate.status(run, **db)).runs
-            show(last)
-        finally:
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
-
-
-@contextmanager
-def _lines(_: str) -> Iterator[Show]:
-    last = time.monotonic()
-
-    def show(status: RunStatus) -> None:
-        nonlocal last
-        if time.monotonic() - last >= LINE_SECONDS:
-            last = time.monotonic()
-            log(one_line(status))
-
-    yield show

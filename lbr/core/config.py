@@ -133,6 +133,7 @@ class WorkOptions:
     database that is busy or away, `outage_patience` how long to wait for an unreachable model before its runs are
     paused. `rpm` and `tpm` limit the requests and tokens a minute of all workers together, for each model that this one
     serves; `max_cost` limits the whole cost of each run that it serves, in US dollars. None keeps what is set.
+    With `verbose`, it reports every failed attempt, not only the first of each kind.
     """
 
     concurrency: int = CONCURRENCY
@@ -145,6 +146,7 @@ class WorkOptions:
     tpm: int | None = None
     max_cost: float | None = None
     outage_patience: float = OUTAGE_PATIENCE
+    verbose: bool = False
 
     def __post_init__(self) -> None:
         at_least_one("concurrency", self.concurrency, most=MAX_SLOTS)

@@ -94,11 +94,8 @@ _METADATA = (
     .order_by(*_IN_ORDER)
     .limit(bindparam("limit"))
 )
-_ERRORS = select(
-    jobs.c.id,
-    last_try("message").label("error"),
-    last_try("finish_reason").label("ending"),
-).where(any_of(jobs.c.id, "ids"))
+_LAST = (last_try("message").label("error"), last_try("finish_reason").label("ending"))
+_ERRORS = select(jobs.c.id, *_LAST).where(any_of(jobs.c.id, "ids"))
 _USED = ("finish_reason", "input_tokens", "output_tokens", "cached_tokens", "cost_nanos", "latency_ms")
 _ENDED = [case((jobs.c.state == JobState.DONE, results.c[name]), else_=last_try(name)) for name in _USED]
 _USAGE = select(jobs.c.id, results.c.model, *_ENDED, jobs.c.attempts).where(any_of(jobs.c.id, "ids"))
@@ -246,9 +243,10 @@ def all_runs(connection: Connection, _now: Millis) -> list[Run]:
     return runs.all_runs(connection)
 
 
-def open_runs(connection: Connection, _now: Millis) -> list[Run]:
-    """Return the runs that still have jobs to do or inputs to come, oldest first."""
-    return runs.all_runs(connection, or_(runs_table.c.sealed_at.is_(None), runs_table.c.id.in_(_OPEN)))
+def open_runs(connection: Connection, _now: Millis, also: Collection[str] = ()) -> list[Run]:
+    """Return the runs that still have jobs to do or inputs to come, and those of these names, oldest first."""
+    named = runs_table.c.name.in_(also)
+    return runs.all_runs(connection, or_(runs_table.c.sealed_at.is_(None), runs_table.c.id.in_(_OPEN), named))
 
 
 def counts(connection: Connection, _now: Millis, run_ids: Iterable[RunId]) -> list[RunCounts]:
@@ -275,9 +273,12 @@ def time(_connection: Connection, now: Millis) -> Millis:
     return now
 
 
-def overview(connection: Connection, now: Millis, name: str | None = None) -> Overview:
-    """Return one run, or all of them, with their counts, and the workers, cooldowns and limits of the database."""
-    found = runs.all_runs(connection) if name is None else [runs.find(connection, name)]
+def overview(connection: Connection, now: Millis, name: str | Collection[str] | None = None) -> Overview:
+    """Return one run, all of them, or the open ones and those named, with their counts; and the workers and limits."""
+    if isinstance(name, str):
+        found = [runs.find(connection, name)]
+    else:
+        found = runs.all_runs(connection) if name is None else open_runs(connection, now, name)
     seen = connection.execute(select(workers).order_by(workers.c.id)).all()
     held = connection.execute(_HELD).all()
     cooling = connection.execute(_COOLDOWNS.where(limits.c.cooldown_until > now)).all()

@@ -110,6 +110,7 @@ class Calls:
         self._fail = failed
         self._outage_patience = options.outage_patience
         self._notify = notify
+        self._verbose = options.verbose
         self._held: dict[_Slot, _Held] = {}
         self._suspicions: dict[str, Suspicion] = {}
         self._outages: set[str] = set()
@@ -293,15 +294,14 @@ class Calls:
                 self._report.limited.add(run.name)
 
     def _report_failure(self, settlement: Settlement, *, given_back: bool) -> None:
-        """Report each kind of failure once and early, so that a typo in a function is found before eight tries."""
+        """Report each kind of failure once and early, or every failure if verbose, so that a typo in a function is found before eight tries."""
         failure = settlement.outcome.failure
         if failure is not None:
             fails = settlement.state is JobState.FAILED and not given_back
             after = "failed" if fails else "to be tried again"
             job = settlement.claim.job_id
-            self._warn_once(
-                f"first {failure.error}", f"first {failure.error}, job {job} {after}: {failure.message[:200]}"
-            )
+            words = f"{failure.error}, job {job} {after}: {failure.message[:200]}"
+            self._notify(words) if self._verbose else self._warn_once(failure.error, f"first {words}")
         if (problem := table_problem()) is not None and settlement.outcome.is_unpriced:
             self._warn_once(
                 "price table",

@@ -7,11 +7,12 @@ import os
 import signal
 import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+READ_BYTES = 65_536
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -51,12 +52,15 @@ async def run_processes(
     *,
     environment: Mapping[str, str],
     notify: Callable[[str], None] = lambda _: None,
+    on_stop: Callable[[], None] = lambda: None,
+    on_line: Callable[[str], None] | None = None,
 ) -> list[int]:
     """Run `lbr` with these arguments in `count` processes until all have ended; return their exit codes.
 
     `environment` is added to this process's own. A negative code is the signal that killed a process. Each process gets
     `--parent` with a pipe that closes when this process ends, and has its own group, so that a Ctrl-C reaches it once,
-    through this process.
+    through this process. `on_stop` is called after each such signal. `on_line` gets the lines that they write to stderr
+    and to a terminal, which otherwise are this process's own.
     """
     children: list[asyncio.subprocess.Process] = []
     stopping = False
@@ -65,8 +69,12 @@ async def run_processes(
         nonlocal stopping
         stopping = True
         _terminate(children)
+        on_stop()
 
     async def wait_for(child: asyncio.subprocess.Process) -> int:
+        stream = child.stdout or child.stderr
+        if stream is not None and on_line is not None:
+            await _read_lines(stream, on_line)
         code = await child.wait()
         if code == -signal.SIGTERM and stopping:
             return 0  # our own signal, before the child listened to signals and so before it held a job
@@ -75,6 +83,9 @@ async def run_processes(
             notify(f"worker process {child.pid} was killed by {name}; its jobs will be reclaimed")
         return code
 
+    output: dict[str, Any] = {} if on_line is None else {"stderr": asyncio.subprocess.PIPE}
+    if output and sys.stdout is not None and sys.stdout.isatty():  # the same terminal
+        output = {"stdout": asyncio.subprocess.PIPE, "stderr": asyncio.subprocess.STDOUT}
     theirs, ours = os.pipe()
     # -P: a queue.py or a folder lbr in the working directory must not be imported instead of the real one.
     command = [sys.executable, "-P", "-m", "lbr", *arguments, "--parent", str(theirs)]
@@ -82,7 +93,7 @@ async def run_processes(
         try:
             while len(children) < count and not stopping:
                 child = await asyncio.create_subprocess_exec(
-                    *command, process_group=0, env=os.environ | environment, pass_fds=(theirs,)
+                    *command, process_group=0, env=os.environ | environment, pass_fds=(theirs,), **output
                 )
                 children.append(child)
             if stopping:
@@ -92,6 +103,19 @@ async def run_processes(
             _terminate(children)
             os.close(ours)
             os.close(theirs)
+
+
+async def _read_lines(stream: asyncio.StreamReader, on_line: Callable[[str], None]) -> None:
+    """Pass on lines until the stream ends; one that is too long is broken."""
+    rest = b""
+    while chunk := await stream.read(READ_BYTES):
+        *lines, rest = (rest + chunk).split(b"\n")
+        if len(rest) > READ_BYTES:
+            lines, rest = [*lines, rest], b""
+        for line in lines:
+            on_line(line.decode(errors="replace"))
+    if rest:
+        on_line(rest.decode(errors="replace"))
 
 
 def _terminate(children: Sequence[asyncio.subprocess.Process]) -> None:

@@ -610,7 +610,7 @@ async def test_progress_lines(capfd: pytest.CaptureFixture[str]) -> None:
 
     await prompt_map([f"p{n}" for n in range(100)], slow, concurrency=2, progress_every=10, run="m")
     told = capfd.readouterr()
-    assert "/100 jobs" in told.err
+    assert " of 100 (" in told.err
     assert told.out == ""
     await prompt_map(["x"], slow, progress_every=None)
     assert capfd.readouterr() == ("", "")
@@ -624,9 +624,9 @@ async def test_no_rate_before_the_first_answer(capfd: pytest.CaptureFixture[str]
         raise lbr.Permanent("no")
 
     await prompt_map([f"p{n}" for n in range(40)], fails, concurrency=2, progress_every=5)
-    lines = [line for line in capfd.readouterr().err.splitlines() if "/40 jobs" in line]
+    lines = [line for line in capfd.readouterr().err.splitlines() if " of 40 (" in line]
     assert lines
-    assert not [line for line in lines if "/s" in line or "left" in line]
+    assert not [line for line in lines if "/min" in line or "left" in line]
 
 
 async def test_runs_beside_other_work_in_one_loop(db_url: str) -> None:

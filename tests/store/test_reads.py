@@ -10,6 +10,7 @@ import pytest
 
 import lbr
 from lbr.api import status
+from lbr.api.view import Watch
 from lbr.core.types import (
     Part,
     Shape,
@@ -130,8 +131,8 @@ async def test_only_a_run_at_work_has_an_end_in_sight(database: Database) -> Non
     found = status.status_of(await database.read(reads.overview))
     nothing = dict.fromkeys(names, (None, None))
     assert {one.run: (one.rate, one.eta_seconds) for one in found.runs} == nothing | {"working": (2.0, 1.0)}
-    assert "2.0/s, 1.0 s left" in status.one_line(found.runs[0])
-    assert ["left" in status.one_line(one) for one in found.runs] == [True, False, False, False, False]
+    views = Watch().views(found)
+    assert [one.rest for one in views] == ["1 s left", "", "", "", ""]
     none = dict.fromkeys(("probe_at", "wait_ms", "waited_ms", "patience_ms", "done"), 0)
     away = schema.outages.insert().values(answerer=ECHO.answerer, since=1, reason="refused", **none)
     await database.write(lambda c, _: c.execute(away))
