@@ -155,7 +155,7 @@ async def prune(
                 if not await database.write(cancel_unchanged, seen.run, seen.counts):
                     continue
                 await _remove_cancelled(database, seen.run, notify)
-            pruned.append(run_status(seen, None, now))
+            pruned.append(run_status(seen, now))
         if not dry_run:
             await database.give_back_space()
     return pruned

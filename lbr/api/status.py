@@ -10,11 +10,15 @@ from lbr.core.pricing import NANOS, Price, dollars
 from lbr.core.text import aligned, duration, pluralize
 from lbr.core.types import JobState, PauseCause, Paused, Report, RunState
 from lbr.store import counters
+from lbr.store.pulses import NO_PACE
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from lbr.core.types import Json, Millis
     from lbr.store.limits import LimitStatus
-    from lbr.store.reads import Overview, RunCounts, WorkerSeen
+    from lbr.store.pulses import Pace
+    from lbr.store.reads import Overview, RunCounts
 
 
 LISTED = ("run", "model or function", "inputs", "done", "failed", "state", "age", "cost")
@@ -38,9 +42,11 @@ class RunStatus(Report):
     `cost_usd` is None if no price was known or nothing was spent. Of it, `wasted_usd` went to failed or late attempts, and
     `estimated_usd` is estimated, for calls that died with their worker. `unpriced` counts calls of unknown cost.
     `price` is what the user set for a million tokens, None if the provider and the price table decide; `max_cost_usd` is
-    None without a limit. `errors` counts failed attempts by family. `rate` is jobs per second; it and `eta_seconds` are
-    None if no worker holds jobs of the run, before the first answer, during an outage, and if nothing is left.
-    `age_seconds` counts from the first enqueue.
+    None without a limit. `errors` counts failed attempts by family. `retrying` is how many of the pending jobs were tried
+    before, of which 10,000 are counted. `rate` is how many jobs of this run were answered per second in the last minute or
+    two, `per_minute` the same per minute, and `eta_seconds` the time left; they are None if no worker has answered any
+    lately, during an outage, and if nothing is left. `elapsed_seconds` is how long workers have been working on it without
+    a long pause, None before the first call. `age_seconds` counts from the first enqueue.
     """
 
     run: str
@@ -56,6 +62,7 @@ class RunStatus(Report):
     duplicates: int
     reused: int
     pending: int
+    retrying: int
     inflight: int
     done: int
     failed: int
@@ -72,6 +79,8 @@ class RunStatus(Report):
     max_cost_usd: float | None
     errors: dict[str, int]
     rate: float | None
+    per_minute: float | None
+    elapsed_seconds: float | None
     eta_seconds: float | None
     age_seconds: float
 
@@ -104,26 +113,21 @@ class Status(Report):
 
 def status_of(view: Overview) -> Status:
     """Return the state of everything that the store reports."""
-    live = [worker for worker in view.workers if worker.is_live]
     away = {one.answerer for one in view.outages}
     return Status(
-        runs=[run_status(one, _rate(one, live, away), view.now) for one in view.runs],
-        workers=[{name: value for name, value in one._asdict().items() if name != "runs"} for one in live],
+        runs=[run_status(one, view.now, view.paces[one.run.id], away) for one in view.runs],
+        workers=[one._asdict() for one in view.workers if one.is_live],
         cooldowns=[one._asdict() for one in view.cooldowns],
         outages=[one._asdict() for one in view.outages],
         limits=[limit_fields(one) for one in view.limits],
     )
 
 
-def _rate(one: RunCounts, live: list[WorkerSeen], away: set[str]) -> float | None:
-    answered = one.of(JobState.DONE) > one.counts[counters.REUSED]
-    if one.run.state is not RunState.ACTIVE or not one.open or not answered or one.run.task.answerer in away:
-        return None
-    return sum(worker.rate for worker in live if one.run.id in worker.runs) or None
-
-
-def run_status(one: RunCounts, rate: float | None, now: Millis) -> RunStatus:
-    """Return the numbers of a run that works at this rate, None if it does not."""
+def run_status(one: RunCounts, now: Millis, pace: Pace = NO_PACE, away: Container[str] = ()) -> RunStatus:
+    """Return the numbers of a run; `away` are the models that all workers wait for."""
+    goes = one.run.state is RunState.ACTIVE and one.open and one.run.task.answerer not in away
+    rate = pace.rate if goes else None
+    elapsed = None if pace.began is None or pace.ended is None else max(0, pace.ended - pace.began) / 1000
     run, counts, cost = one.run, one.counts, one.counts[counters.COST_NANOS]
     return RunStatus(
         run=run.name,
@@ -145,7 +149,10 @@ def run_status(one: RunCounts, rate: float | None, now: Millis) -> RunStatus:
         price=None if run.price is None else run.price.to_dict(),
         max_cost_usd=None if run.budget_nanos is None else run.budget_nanos / NANOS,
         errors={one.value: counts[counters.TRY + one] for one in Family if counts[counters.TRY + one]},
+        retrying=pace.retrying,
         rate=rate,
+        per_minute=None if rate is None else rate * 60,
+        elapsed_seconds=elapsed,
         eta_seconds=None if rate is None else one.open / rate,
         age_seconds=max(0, now - run.created_at) / 1000,
     )
@@ -278,13 +285,15 @@ def _describe_run(run: RunStatus) -> list[str]:
     samples = f", {run.samples} samples each" if run.samples > 1 else ""
     lines.append(f"  inputs {run.inputs}{samples}, jobs {run.jobs}, duplicates {run.duplicates}, reused {run.reused}")
     counts = f"done {run.done}, failed {run.failed}, cancelled {run.cancelled}"
-    lines += [f"  pending {run.pending}, in flight {run.inflight}, {counts}", *_describe_cost(run)]
+    retrying = f" ({run.retrying} of them tried before)" if run.retrying else ""
+    lines += [f"  pending {run.pending}{retrying}, in flight {run.inflight}, {counts}", *_describe_cost(run)]
     if run.errors:
         lines.append("  failed attempts: " + ", ".join(f"{n} {family}" for family, n in run.errors.items()))
     if run.crashed or run.stale:
         lines.append(f"  leases expired {run.crashed}, answers that came too late {run.stale}")
     if run.rate is not None and run.eta_seconds is not None:
-        lines.append(f"  {run.rate:.1f} jobs/s, {duration(run.eta_seconds)} left")
+        rate = f"{run.rate:.1f} jobs/s" if run.rate >= 1 else f"{run.rate * 60:.1f} jobs/min"
+        lines.append(f"  {rate}, {duration(run.elapsed_seconds or 0)} elapsed, {duration(run.eta_seconds)} left")
     if run.failed:
         lines.append(f"  `lbr retry {run.run}` puts the failed jobs back")
     return lines

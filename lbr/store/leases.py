@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import bindparam, case, delete, func, insert, literal_column, select, update
 
 from lbr.core import ownership
+from lbr.core.errors import DatabaseError
 from lbr.core.retry import MAX_AHEAD_MS
 from lbr.core.types import JobId, JobState, Millis, RunId, RunState, WorkerId
 from lbr.store import counters, files
+from lbr.store import pulses as pulses_store
 from lbr.store.claim import DUE, DUE_SUSPECT
 from lbr.store.limits import forget_estimates, give_back, likely_costs, load_capacity
 from lbr.store.runs import hold_states
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import ColumnElement, Connection
 
+    from lbr.core.pulses import Pulse
     from lbr.core.types import Claim
     from lbr.store.database import Database
     from lbr.store.schema import AnyRow
@@ -122,7 +125,7 @@ class Reclaimed:
 
 
 async def register(database: Database, *, host: str, pid: int, concurrency: int) -> WorkerId:
-    """Add a worker and return its id; forget workers that have been silent for a day."""
+    """Add a worker and return its id; forget workers that have been silent for a day, and fold a few old pulses."""
     worker = await database.write(_add_worker, host=host, pid=pid, concurrency=concurrency)
     database.presence.appear(worker)
     return worker
@@ -130,18 +133,20 @@ async def register(database: Database, *, host: str, pid: int, concurrency: int)
 
 def _add_worker(connection: Connection, now: Millis, /, **values: str | int) -> WorkerId:
     connection.execute(delete(workers).where(workers.c.seen_at < now - WORKER_MEMORY_MS))
+    pulses_store.fold(connection, now)
     row = {"started_at": now, "seen_at": now, "settled": 0, "rate_milli": 0}
     query = insert(workers).values(**values, **row).returning(workers.c.id)
     return WorkerId(connection.execute(query).scalar_one())
 
 
-async def unregister(database: Database, worker: WorkerId) -> None:
-    """Remove a worker that ends and has released what it knows to hold."""
-    await database.write(_remove_ended, worker)
+async def unregister(database: Database, worker: WorkerId, pulses: Sequence[Pulse] = ()) -> None:
+    """Remove a worker that ends and has released what it knows to hold; `pulses` are its last ones."""
+    await database.write(_remove_ended, worker, pulses)
     database.presence.forget([worker])
 
 
-def _remove_ended(connection: Connection, now: Millis, worker: WorkerId) -> None:
+def _remove_ended(connection: Connection, now: Millis, worker: WorkerId, pulses: Sequence[Pulse]) -> None:
+    pulses_store.write(connection, now, worker, pulses)
     _release_unknown(connection, now, worker, {})
     _remove(connection, [worker])
 
@@ -197,8 +202,11 @@ def renew(
     settled: int,
     rate: float,
     seen: float,
-) -> set[JobId]:
-    """Extend the leases of a worker's claims and report that it lives; return the jobs that it lost.
+    pulses: Sequence[Pulse] = (),
+) -> tuple[Millis, set[JobId]]:
+    """Extend the leases of a worker's claims and report that it lives, with its pulses.
+
+    Return the time of the database's clock, and the jobs that the worker has lost.
 
     A lease that ran out, but whose job no worker has claimed since, is taken up again as if it had held. Jobs that
     are the worker's without its knowing, because the reply to their claim was lost, are released; `seen` is since when
@@ -217,7 +225,8 @@ def renew(
     # A renewal that is repeated must not take later claims for lost ones.
     age = min(LOST_MS, round(lease * 500)) + round((time.monotonic() - seen) * 1000)
     _release_unknown(connection, now, worker, held, until - age)
-    return lost
+    pulses_store.write(connection, now, worker, pulses)
+    return now, lost
 
 
 def _release_unknown(
@@ -256,6 +265,15 @@ def _release(connection: Connection, rows: Sequence[AnyRow]) -> None:
 def dead_workers(connection: Connection, _now: Millis, presence: Presence) -> list[WorkerId]:
     """Return the registered workers that have ended for certain."""
     return presence.dead_workers(connection.scalars(select(workers.c.id)).all()) if presence.knows else []
+
+
+def clock_error(now: Millis, worker: WorkerId, seen_at: Millis, database: str) -> DatabaseError:
+    """Return the error of a worker whose clock is far from that of another one."""
+    ours, theirs = (time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(at / 1000)) for at in (now, seen_at))
+    return DatabaseError(
+        f"the clock of this process says {ours} UTC, but worker {worker}, which works on {database} too, has just written "
+        f"{theirs} UTC: leases need one clock. Set the wrong one right, then start this worker again"
+    )
 
 
 async def reclaim(database: Database, dead: Collection[WorkerId] = ()) -> list[Reclaimed]:

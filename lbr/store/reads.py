@@ -14,9 +14,9 @@ from lbr.core.errors import CUT_OFF, DatabaseError, UsageError
 from lbr.core.extras import Extra, Extras, Include, RowUsage
 from lbr.core.pricing import NANOS, output_limit
 from lbr.core.types import MAX_SAMPLES, AnswerRow, JobState, Millis, Part, Prompt, Run, RunId, RunState, Shape
-from lbr.store import counters, runs
+from lbr.store import counters, pulses, runs
 from lbr.store.limits import LimitStatus, all_limits, is_ahead
-from lbr.store.schema import INFLIGHT, SILENT_MS, attempts, items, jobs, limits, outages, prompts, results, workers
+from lbr.store.schema import SILENT_MS, attempts, items, jobs, limits, outages, prompts, results, workers
 from lbr.store.schema import counters as counters_table
 from lbr.store.schema import extras as extras_table
 from lbr.store.schema import runs as runs_table
@@ -100,7 +100,6 @@ _USED = ("finish_reason", "input_tokens", "output_tokens", "cached_tokens", "cos
 _ENDED = [case((jobs.c.state == JobState.DONE, results.c[name]), else_=last_try(name)) for name in _USED]
 _USAGE = select(jobs.c.id, results.c.model, *_ENDED, jobs.c.attempts).where(any_of(jobs.c.id, "ids"))
 _USAGE = _USAGE.outerjoin_from(jobs, results, results.c.job_id == jobs.c.id)
-_HELD = select(jobs.c.worker_id, jobs.c.run_id).where(INFLIGHT).distinct()
 _COOLDOWNS = select(limits.c.answerer, limits.c.cooldown_until, limits.c.reason)
 _OUTAGES = select(outages.c.answerer, outages.c.since, outages.c.reason, outages.c.probe_at)
 _OPEN = (
@@ -129,7 +128,7 @@ class OutageSeen(NamedTuple):
 
 
 class WorkerSeen(NamedTuple):
-    """A worker as it last reported: jobs settled in all, and per second recently. `runs` are those whose jobs it holds."""
+    """A worker as it last reported: jobs settled in all, and per second recently."""
 
     host: str
     pid: int
@@ -138,7 +137,6 @@ class WorkerSeen(NamedTuple):
     rate: float
     up_seconds: float
     seen_seconds_ago: float
-    runs: frozenset[RunId]
 
     @property
     def is_live(self) -> bool:
@@ -181,7 +179,7 @@ class RunCounts:
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """Runs, workers, cooldowns, outages and limits at one moment."""
+    """Runs with their paces, workers, cooldowns, outages and limits at one moment."""
 
     now: Millis
     runs: list[RunCounts]
@@ -189,6 +187,7 @@ class Overview:
     cooldowns: list[Cooldown]
     outages: list[OutageSeen]
     limits: list[LimitStatus]
+    paces: dict[RunId, pulses.Pace]
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,27 +278,27 @@ def overview(connection: Connection, now: Millis, name: str | Collection[str] | 
         found = [runs.find(connection, name)]
     else:
         found = runs.all_runs(connection) if name is None else open_runs(connection, now, name)
+    counted = _counts(connection, found)
     seen = connection.execute(select(workers).order_by(workers.c.id)).all()
-    held = connection.execute(_HELD).all()
     cooling = connection.execute(_COOLDOWNS.where(limits.c.cooldown_until > now)).all()
     away = _OUTAGES.where(outages.c.since.is_not(None)).order_by(outages.c.answerer)
     return Overview(
         now=now,
-        runs=_counts(connection, found),
-        workers=[_worker(row, held, now) for row in seen],
+        runs=counted,
+        workers=[_worker(row, now) for row in seen],
         cooldowns=[Cooldown(who, (until - now) / 1000, why) for who, until, why in cooling if is_ahead(until, now)],
         outages=[
             OutageSeen(who, why, (now - since) / 1000, max(0, probe_at - now) / 1000)
             for who, since, why, probe_at in connection.execute(away).all()
         ],
         limits=all_limits(connection, now),
+        paces=pulses.paces(connection, now, counted),
     )
 
 
-def _worker(row: AnyRow, held: Sequence[AnyRow], now: Millis) -> WorkerSeen:
-    own = frozenset(RunId(one.run_id) for one in held if one.worker_id == row.id)
+def _worker(row: AnyRow, now: Millis) -> WorkerSeen:
     times = ((now - row.started_at) / 1000, (now - row.seen_at) / 1000)
-    return WorkerSeen(row.host, row.pid, row.concurrency, row.settled, row.rate_milli / 1000, *times, own)
+    return WorkerSeen(row.host, row.pid, row.concurrency, row.settled, row.rate_milli / 1000, *times)
 
 
 def _counts(connection: Connection, found: list[Run]) -> list[RunCounts]:

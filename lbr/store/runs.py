@@ -14,7 +14,7 @@ from lbr.core.extras import Extra
 from lbr.core.pricing import Price
 from lbr.core.types import JobState, Move, PauseCause, Paused, Run, RunId, RunState, Task, canonical_json
 from lbr.store import counters
-from lbr.store.schema import attempts, extras, items, jobs, outages, prompts, results, runs
+from lbr.store.schema import attempts, extras, items, jobs, outages, prompts, pulses, results, runs
 from lbr.store.schema import counters as counters_table
 from lbr.store.sql import Inserting, any_of, wake_workers
 
@@ -392,6 +392,7 @@ def _remove_items(connection: Connection, _now: Millis, run: Run) -> int:
     gone = connection.execute(removing).rowcount
     if not gone:
         connection.execute(delete(counters_table).where(counters_table.c.run_id == run.id))
+        connection.execute(delete(pulses).where(pulses.c.run_id == run.id))
         connection.execute(delete(runs).where(runs.c.id == run.id))
     return gone
 

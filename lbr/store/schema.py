@@ -274,12 +274,24 @@ workers = Table(
     sqlite_autoincrement=True,
 )
 
+# What a worker did for a run in a minute, and of worker 0 what all did in an hour; see `lbr.core.pulses.Pulse`.
+pulses = Table(
+    "pulses",
+    metadata,
+    *(Column(name, Id, primary_key=True) for name in ("run_id", "minute", "worker_id")),
+    *_columns(Id, "since until done failed retried limited input_tokens output_tokens cost_nanos slowest_ms slots"),
+    Column("slowest_job", Id),
+    Column("histogram", Text, nullable=False),
+    sqlite_with_rowid=False,
+)
+_unfolded = Index("pulses_unfolded", pulses.c.minute, sqlite_where=text("worker_id > 0"))
+
 
 def _set_postgresql_options() -> None:
     """Set what only PostgreSQL knows of tables and indexes: its dialect is not imported for a file."""
     jobs.dialect_kwargs["postgresql_with"] = HOT
     counters.dialect_kwargs["postgresql_with"] = HOT | {"fillfactor": 25, "autovacuum_vacuum_threshold": 200}
-    for index in (_pending, _suspects, _leases):
+    for index in (_pending, _suspects, _leases, _unfolded):
         index.dialect_kwargs["postgresql_where"] = index.dialect_kwargs["sqlite_where"]
 
 
@@ -422,6 +434,7 @@ MIGRATIONS: tuple[tuple[str, Callable[[Connection], None] | None], ...] = (
     ("count cached tokens", None),
     ("keep reasoning, log probabilities and raw answers", None),
     ("number the samples of an input", _number_samples),
+    ("count what each worker does in a minute", None),
 )
 """Ordered and append-only: a database's version is the number of them that it has seen.
 

@@ -13,6 +13,7 @@ from lbr.core.errors import CUT_OFF, CallError, NothingToServeError, Permanent, 
 from lbr.core.open_files import exhausted_message
 from lbr.core.outages import Suspicion
 from lbr.core.pricing import output_limit, table_problem
+from lbr.core.pulses import Pulses
 from lbr.core.retry import RetryPolicy, decide, failure_of
 from lbr.core.types import Claim, JobId, JobState, Outcome, Settlement, WorkerId
 from lbr.models.base import Request
@@ -86,7 +87,7 @@ class _Held:
 
 
 class Calls:
-    """Runs calls; `ended` holds how they ended, until `forget` gets what the database made of it.
+    """Runs calls; `ended` holds how they ended, until `forget` gets what the database made of it; `pulses` count them.
 
     `changed` is called when calls have ended, or a call was lost; `failed` with what must end the worker.
     """
@@ -117,6 +118,7 @@ class Calls:
         self._suspects: set[_Slot] = set()
         self._failed: set[JobId] = set()
         self.ended: list[Settlement] = []
+        self.pulses = Pulses()
         self.calling = 0
         self._warned: set[str] = set()
         self._long_waits: dict[str, float] = {}
@@ -253,12 +255,15 @@ class Calls:
     def forget(self, batch: Sequence[Settlement], settled: Settled) -> None:
         """Free the slots of the first calls that have ended, which are settled now, and report them."""
         del self.ended[: len(batch)]
+        self.pulses.begin(time.monotonic())
         for settlement in batch:
             claim = settlement.claim
             held = self._held.pop(_slot(claim), None)
             if claim.job_id in settled.taken:
                 given_back = claim.job_id in settled.given_back
-                self._count(settlement, JobState.PENDING if given_back else settlement.state, held)
+                state = JobState.PENDING if given_back else settlement.state
+                self._count(settlement, state, held)
+                self.pulses.note(settlement, state)
                 self._report_failure(settlement, given_back=given_back)
         earlier = self._failed & settled.given_back
         self._failed -= earlier

@@ -19,7 +19,7 @@ from lbr.core import open_files
 from lbr.core.errors import DatabaseBusyError, DatabaseError, LbrError, RunNotFoundError
 from lbr.core.retry import RetryPolicy
 from lbr.core.types import RunId, Until, WorkerId
-from lbr.store import leases, reads
+from lbr.store import leases, pulses, reads
 from lbr.store.claim import ClaimRequest, claim, settle_and_claim
 from lbr.store.database import local_clock
 from lbr.store.leases import MAX_SKEW_MS
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.1
 TICK_SECONDS = 5.0
 CHECK_SECONDS = 1.0
+FOLD_SECONDS = 3_600.0
 STANDSTILL_SECONDS = 1.0
 JITTER_SECONDS = 1.0
 LATEST_TURNS = 4
@@ -96,7 +97,7 @@ class Worker:
         self._error: BaseException | None = None
         self._stopping = self._aborting = self._database_failed = False
         self._deadline = 0.0
-        self._next_poll = self._next_due = self._next_check = 0.0
+        self._next_poll = self._next_due = self._next_check = self._next_fold = 0.0
         # How far our clock was ahead of the machine's monotonic one, and reports that were far from it.
         self._lead = _lead_ms()
         self._far_off: Mapping[WorkerId, Millis] = {}
@@ -150,6 +151,7 @@ class Worker:
             await self._reclaim(starting=True)
             await self._update_runs()
             host, slots = socket.gethostname(), self._runs.slots
+            self._calls.pulses.sync(await self._database.quick_read(reads.time), time.monotonic())
             self._id = await leases.register(self._database, host=host, pid=os.getpid(), concurrency=slots)
             self._calls.worker = self._id
             self._calls.owner = asyncio.current_task()
@@ -298,7 +300,7 @@ class Worker:
             while self._calls.ended and not self._database_failed:
                 await self._take_turn()
             if not self._database_failed:
-                await leases.unregister(self._database, self._id)
+                await leases.unregister(self._database, self._id, self._calls.pulses.take((), time.monotonic()))
         except Exception as error:  # noqa: BLE001 - whatever it is, finished answers must be kept
             self._error = self._error or error
         if self._error is not None:
@@ -430,6 +432,8 @@ class Worker:
                     await self._update_runs()  # the loop does not while there is more to claim, or no slot is free
                 if self._more and not self._stopping:
                     await self._reclaim()  # nor this
+                if time.monotonic() >= self._next_fold and not await self._database.write(pulses.fold):
+                    self._next_fold = time.monotonic() + FOLD_SECONDS
         except Exception as error:  # noqa: BLE001 - without renewals the worker must end
             self._fail(error)
 
@@ -439,7 +443,7 @@ class Worker:
         self._settled.append((now, self.report.done + self.report.failed))
         (then, before), (_, settled) = self._settled[0], self._settled[-1]
         claims = self._calls.claims
-        lost = await self._database.write(
+        database_now, lost = await self._database.write(
             leases.renew,
             self._id,
             claims,
@@ -447,7 +451,9 @@ class Worker:
             settled=settled,
             rate=max(0, settled - before) / max(1.0, now - then),
             seen=self._claiming_since or now,
+            pulses=self._calls.pulses.take(claims, now),
         )
+        self._calls.pulses.sync(database_now, time.monotonic())
         for one in claims:
             if one.job_id in lost:
                 self._calls.lose(one)
@@ -472,7 +478,7 @@ class Worker:
                 now, reports = await self._database.quick_read(leases.far_reports, self._database.presence, self._id)
                 for worker, seen_at in reports.items():
                     if self._far_off.get(worker, seen_at) != seen_at:
-                        raise _clock_error(now, worker, seen_at, self._database.name)
+                        raise leases.clock_error(now, worker, seen_at, self._database.name)
                 waits = (starting or jumped) and self._database.presence.knows and not deadline
                 if waits and reports.keys() - self._far_off.keys():
                     deadline = time.monotonic() + CLOCK_SECONDS
@@ -490,11 +496,3 @@ class Worker:
 
 def _lead_ms() -> float:
     return local_clock() - time.monotonic() * 1000
-
-
-def _clock_error(now: Millis, worker: WorkerId, seen_at: Millis, database: str) -> DatabaseError:
-    ours, theirs = (time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(at / 1000)) for at in (now, seen_at))
-    return DatabaseError(
-        f"the clock of this process says {ours} UTC, but worker {worker}, which works on {database} too, has just written "
-        f"{theirs} UTC: leases need one clock. Set the wrong one right, then start this worker again"
-    )

@@ -9,23 +9,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import lbr
-from lbr.api import status
-from lbr.api.view import Watch
 from lbr.core.types import (
     Part,
     Shape,
-    WorkerId,
 )
-from lbr.store import reads, results_db, runs, schema, sql
+from lbr.store import reads, results_db, sql
 from lbr.store.database import opened
-from lbr.store.settle import settle
-from tests.support import ECHO, Queue, answered, put
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from lbr.store.database import Database
 
 MEGABYTES, POLARS_MEGABYTES = 200, 60
 MEASURE = (
@@ -103,38 +97,3 @@ def test_large_answers_take_little_memory(db_url: str, tmp_path: Path, new_datab
     peaks["move"] = run("move", db_url, target, "r")
     assert (tmp_path / "o.jsonl").stat().st_size > 200_000_000
     assert {name: peak for name, peak in peaks.items() if peak >= MEGABYTES} == {}
-
-
-async def two_workers(database: Database) -> tuple[Queue, WorkerId, WorkerId]:
-    """Return a queue and two registered workers."""
-    queue = Queue(database)
-    first = await queue.register(host="a", pid=1, concurrency=4)
-    return queue, first, await queue.register(host="b", pid=2, concurrency=4)
-
-
-async def test_only_a_run_at_work_has_an_end_in_sight(database: Database) -> None:
-    """A run has a rate once it has an answer, while a worker holds jobs of it, and its model is not waited for."""
-    names = ("working", "unanswered", "unserved", "paused", "cancelled")
-    runs_of = {name: await put(database, ["a", "b", "c"], name=name, reuse=False) for name in names}
-    queue, worker, other = await two_workers(database)
-    held = []
-    for name, run in runs_of.items():
-        first, second = await queue.claim(worker, [run.id], 2, lease=60)
-        held.append(second)
-        if name != "unanswered":
-            await database.write(settle, [answered(first)])
-    await queue.release(worker, [held[2]])
-    await queue.renew(worker, held, lease=60, settled=10, rate=2.0)
-    await queue.renew(other, [], lease=60, settled=10, rate=500.0)
-    await database.write(runs.pause, runs_of["paused"], "no credit")
-    await runs.cancel(database, runs_of["cancelled"])
-    found = status.status_of(await database.read(reads.overview))
-    nothing = dict.fromkeys(names, (None, None))
-    assert {one.run: (one.rate, one.eta_seconds) for one in found.runs} == nothing | {"working": (2.0, 1.0)}
-    views = Watch().views(found)
-    assert [one.rest for one in views] == ["1 s left", "", "", "", ""]
-    none = dict.fromkeys(("probe_at", "wait_ms", "waited_ms", "patience_ms", "done"), 0)
-    away = schema.outages.insert().values(answerer=ECHO.answerer, since=1, reason="refused", **none)
-    await database.write(lambda c, _: c.execute(away))
-    found = status.status_of(await database.read(reads.overview))
-    assert {one.run: (one.rate, one.eta_seconds) for one in found.runs} == nothing

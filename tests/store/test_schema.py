@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import select, text
 
+import lbr
 from lbr.api.enqueue import put as put_items
 from lbr.core.errors import (
     DatabaseError,
@@ -28,7 +29,7 @@ from lbr.core.types import (
     Shape,
     WorkerId,
 )
-from lbr.store import enqueue, reads, schema
+from lbr.store import enqueue, pulses, reads, schema
 from lbr.store.database import open_database
 from lbr.store.runs import RunSpec
 from lbr.store.settle import settle
@@ -72,6 +73,7 @@ async def test_schema_migrates_once(database: Database, db_url: str) -> None:
         (12, "count cached tokens"),
         (13, "keep reasoning, log probabilities and raw answers"),
         (14, "number the samples of an input"),
+        (15, "count what each worker does in a minute"),
     ]
 
 
@@ -359,4 +361,26 @@ async def test_items_of_the_version_before_are_first_samples(db_url: str) -> Non
     assert [(row.idx, row.sample) for row in rows] == [(idx, sample) for idx in range(4) for sample in range(2)]
     assert [row.result for row in rows] == ["kept", None, None, None, "kept", None, None, None]
     await assert_counted(database, run)
+    await database.close()
+
+
+async def test_a_run_of_before_has_pulses_from_now_on(db_url: str) -> None:
+    """A queue without the table of pulses gets it; what was done before is not in it, and the run goes on."""
+    database = await open_database(db_url, create=True)
+    run = await put(database, ["a", "b"])
+    queue, worker, _ = await two_workers(database)
+    await database.write(settle, [answered(one) for one in await queue.claim(worker, [run.id], 1, lease=60)])
+    where = "lbr." if is_postgresql(db_url) else ""
+    version = [name for name, _ in schema.MIGRATIONS].index("count what each worker does in a minute")
+    for statement in (
+        f"DROP TABLE {where}pulses",
+        f"DELETE FROM {where}workers",
+        f"DELETE FROM {where}schema_version WHERE version > {version}",
+    ):
+        await database.write(_run, statement)
+    await database.close()
+    assert (await lbr.work(db_url=db_url)).done == 1
+    database = await open_database(db_url)
+    (pulse,) = await database.read(pulses.series, run.id, run.created_at)
+    assert (pulse.done, await states(database, run)) == (1, {"done": 2})
     await database.close()

@@ -23,7 +23,7 @@ from sqlalchemy import column, select, table, text
 import lbr
 from lbr.core.errors import DatabaseBusyError, DatabaseError, MisfitError, UsageError
 from lbr.core.types import Item, KeyMaker, Prompt, Shape
-from lbr.store import enqueue, files, reads, runs, schema, sqlite, transfer
+from lbr.store import enqueue, files, pulses, reads, runs, schema, sqlite, transfer
 from lbr.store.addresses import sqlite_path
 from lbr.store.claim import CLAIM, CLAIM_CHOSEN, DUE, DUE_SIZED, DUE_SUSPECT, PROMPTS
 from lbr.store.database import open_database
@@ -293,7 +293,7 @@ async def plan(database: Database, statement: Any) -> str:
     """Run a statement, undo it, and return SQLite's plan of what was sent, one line per step."""
     bound = {"ids": [1, 2], "keys": [b"k"], "worker": 1, "until": 1, "now": 1, "run": 1, "most": 5, "before": 1}
     bound |= {"job": 1, "seq": 1, "to": "done", "available": 1, "charge": 1, "finished": 1}
-    bound |= {"after": 3, "after_sample": 0, "limit": 5, "cap": 1_000}
+    bound |= {"after": 3, "after_sample": 0, "limit": 5, "cap": 1_000, "runs": [1], "first": 1, "seen": 1}
     sent: list[tuple[str, Any]] = []
     steps: list[str] = []
     hearing = Hearing(lambda sql, values: sent.append((sql, values)))
@@ -332,6 +332,11 @@ async def test_plans_use_the_partial_indexes(database: Database) -> None:
         (RENEW, "INTEGER PRIMARY KEY"),
         (SETTLE.each, "INTEGER PRIMARY KEY"),
         (STATUS, "INTEGER PRIMARY KEY"),
+        (pulses._RETRYING, "INDEX jobs_pending (run_id=? AND available_at>?)"),
+        (pulses._ANSWERED, "SEARCH pulses USING PRIMARY KEY (run_id=? AND minute>?)"),
+        (pulses._STRETCHES, "SEARCH pulses USING PRIMARY KEY (run_id=? AND minute>?)"),
+        (pulses._STRETCHES, "SEARCH pulses_1 USING PRIMARY KEY (run_id=?)"),
+        (pulses._OLD, "INDEX pulses_unfolded (minute<?)"),
         (PROMPTS, "INTEGER PRIMARY KEY"),
         (enqueue.BY_KEY, "INDEX prompts_key (key=? AND run_id=?)"),
         (enqueue._KEYS_OF_EQUALS, "INDEX prompts_key (key=?)"),

@@ -139,9 +139,12 @@ class Queue:
     async def renew(
         self, worker: WorkerId, claims: Iterable[Claim], *, lease: float, settled: int, rate: float
     ) -> set[JobId]:
-        """Extend leases."""
-        given = {"lease": lease, "rate": rate, "seen": time.monotonic()}
-        return await self._database.write(leases.renew, worker, list(claims), settled=settled, **given)
+        """Extend leases and return the jobs that were lost."""
+        held, seen = list(claims), time.monotonic()
+        _, lost = await self._database.write(
+            leases.renew, worker, held, lease=lease, settled=settled, rate=rate, seen=seen
+        )
+        return lost
 
     async def release(self, worker: WorkerId, claims: Iterable[Claim], *, unused: bool = False) -> int:
         """Give claims back."""
