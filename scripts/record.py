@@ -15,7 +15,8 @@ from rich.text import Text
 from tests.support.terminal import Terminal
 
 TARGET = Path("docs/run.svg")
-COLUMNS, ROWS, LOOK_SECONDS, SHOWN_SECONDS = 92, 10, 3.0, 1.5
+COLUMNS, ROWS, LOOK_SECONDS = 92, 10, 3.0
+SHOWN_SECONDS, END_SECONDS = 1.5, 4.5
 COMMAND = ("run", "reviews.csv", "-o", "answers.csv", "--model", "offline:echo")
 OFFLINE = ("latency=0.8", "rate_limit_rate=0.04", "retry_after=5", "failure_rate=0.02", "seed=7")
 MORE = ("--template", "Sentiment of {{ text }}?", "--price", "in=15,out=60", "--concurrency", "24")
@@ -36,26 +37,28 @@ def frames() -> list[str]:
 
 
 def picture(screens: list[str]) -> str:
-    """Return an SVG that shows the screens one after another, again and again."""
-    screens = [*screens, screens[-1], screens[-1]]
-    span = len(screens) * SHOWN_SECONDS
+    """Return an SVG that shows the screens one after another, again and again; only the last one where nothing moves."""
+    last = len(screens) - 1
+    span = last * SHOWN_SECONDS + END_SECONDS
     parts: list[str] = []
-    head = ""
     for place, screen in enumerate(screens):
         console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
         lines = screen.split("\n")
         console.print(Text.from_ansi("\n".join(lines + [""] * (ROWS - len(lines)))))
         svg = console.export_svg(title="lbr run", unique_id=f"f{place}")
         svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL).replace("Fira Code", "ui-monospace")
-        head = head or svg[: svg.index(">") + 1]
-        body = svg[svg.index(">") + 1 : svg.rindex("</svg>")]
-        parts.append(f'<g class="frame" style="animation-delay: {place * SHOWN_SECONDS - span:g}s">{body}</g>')
-    share = 100 / len(screens)
+        head, body = svg.strip().removesuffix("</svg>").split(">", maxsplit=1)
+        kind, delay = "last" if place == last else "frame", place * SHOWN_SECONDS - span
+        parts.append(f'<g class="{kind}" style="animation-delay: {delay:g}s">{body}</g>')
+    shown, kept = 100 * SHOWN_SECONDS / span, 100 * END_SECONDS / span
     style = (
         f".frame {{ animation: show {span:g}s step-end infinite; visibility: hidden }} "
-        f"@keyframes show {{ 0% {{ visibility: visible }} {share:.3f}% {{ visibility: hidden }} }}"
+        f".last {{ animation: stay {span:g}s step-end infinite }} "
+        f"@keyframes show {{ 0% {{ visibility: visible }} {shown:.2f}% {{ visibility: hidden }} }} "
+        f"@keyframes stay {{ 0% {{ visibility: visible }} {kept:.2f}% {{ visibility: hidden }} }} "
+        f"@media (prefers-reduced-motion) {{ .frame, .last {{ animation: none }} }}"
     )
-    return "\n".join([head, f"<style>{style}</style>", *parts, "</svg>\n"])
+    return "\n".join([f"{head}>", f"<style>{style}</style>", *parts, "</svg>\n"])
 
 
 def main() -> None:
