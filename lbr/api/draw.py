@@ -63,7 +63,8 @@ def _whole(view: RunView, width: int, *, ascii_only: bool) -> list[Text]:
     bar = _bar(view, width - cell_len(name) - 2 - len(right), ascii_only=ascii_only)
     lines = [Text.assemble((name, "bold"), "  ", bar, right)]
     lines += _flowed([*view.counts, view.money], width)
-    lines += _flowed([view.rate, f"elapsed {span(view.elapsed)}", view.rest, view.tokens], width)
+    elapsed = "" if view.elapsed is None else f"elapsed {span(view.elapsed)}"
+    lines += _flowed([view.rate, elapsed, view.rest, view.tokens], width)
     if view.errors:
         lines += _wrapped(f"failed attempts: {view.errors}", width, "dim")
     return lines + _reason(view, width)

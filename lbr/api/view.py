@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from lbr.api.status import paused_words, printable, status_of
 from lbr.core.config import DB_URL_DEFAULT
 from lbr.core.errors import Family, LbrError
-from lbr.core.text import duration
+from lbr.core.text import duration, pluralize
 from lbr.core.types import RunState
 from lbr.store import reads
 from lbr.store.database import opened
@@ -35,12 +35,12 @@ CUT_AT = 120
 class RunView:
     """A run at one moment: `per_minute` are answers, `elapsed` and `left` seconds, and `reason` is why it waits.
 
-    `per_minute` and `left` are None if they are not known, `reason` if it does not wait.
+    All of them are None if they are not known, `reason` if it does not wait.
     """
 
     status: RunStatus
     per_minute: float | None
-    elapsed: float
+    elapsed: float | None
     left: float | None
     reason: str | None
 
@@ -63,8 +63,13 @@ class RunView:
     def counts(self) -> list[str]:
         """The jobs by what became of them."""
         one = self.status
-        more = (("failed", one.failed), ("cancelled", one.cancelled), ("in flight", one.inflight))
-        return [f"{one.done:,} done", *(f"{count:,} {word}" for word, count in more if count)]
+        more = (
+            (one.failed, "failed"),
+            (one.cancelled, "cancelled"),
+            (one.retrying, "retrying"),
+            (one.inflight, "in flight"),
+        )
+        return [f"{one.done:,} done", *(f"{count:,} {word}" for count, word in more if count)]
 
     @property
     def rate(self) -> str:
@@ -124,12 +129,12 @@ class Watch:
     def view(self, status: Status, run: RunStatus, clock: float, now: float) -> RunView:
         """Return what is going on in one of the runs; `clock` only runs on, `now` is the time of day, both in seconds."""
         rate, left = self._rate(run, clock), None
-        per_minute = run.rate and 60 * run.rate if rate is None else rate
+        per_minute = run.per_minute if rate is None else rate
         reason = reason_of(status, run, now, at_work=self.at_work)
         is_away = any(one["answerer"] == run.answerer for one in status.outages)
         if per_minute and run.state == RunState.ACTIVE and not is_away:
             left = 60 * (run.pending + run.inflight) / per_minute
-        elapsed = clock - self.started if self.at_work else run.age_seconds
+        elapsed = clock - self.started if self.at_work else run.elapsed_seconds
         return RunView(run, per_minute, elapsed, left or None, reason)
 
     def _rate(self, run: RunStatus, clock: float) -> float | None:
@@ -170,6 +175,8 @@ def reason_of(status: Status, run: RunStatus, now: float, *, at_work: bool = Fal
         return _limited(limit)
     if not at_work and not status.workers:
         return "no worker is running; `lbr worker` starts one"
+    if run.retrying == run.pending:
+        return f"waiting to try {pluralize(run.retrying, 'failed call')} again"
     return _limited(limit)
 
 

@@ -45,7 +45,7 @@ def later(start: RunStatus) -> RunStatus:
     """Return a status from the middle of the run."""
     used: dict[str, Any] = {"input_tokens": 1_234_567, "output_tokens": 310_222, "cost_usd": 1.2345678}
     errors = {"rate_limited": 812, "transient": 14}
-    return replace(start, done=4_310, failed=11, pending=5_647, errors=errors, rate=6.9, **used)
+    return replace(start, done=4_310, failed=11, pending=5_647, errors=errors, retrying=3, per_minute=414.0, **used)
 
 
 def seen(
@@ -83,7 +83,7 @@ def test_rate_limits(start: RunStatus, width: int, done: int) -> None:
         shown
         == f"""\
 reviews  {"━" * done}{"─" * (width - 33 - done)}   43 %  4,321 of 10,000
-  4,310 done · 11 failed · 32 in flight · $1.23 of $5.00
+  4,310 done · 11 failed · 3 retrying · 32 in flight · $1.23 of $5.00
   414/min · elapsed 10 min 29 s · 13 min 43 s left · tokens 1.2M in, 310k out
   failed attempts: 812 rate limited, 14 transient
   rate limited, next call in 12 s, 6 of 32 at a time"""
@@ -123,7 +123,7 @@ def test_a_drain(start: RunStatus) -> None:
 
 def test_the_end(start: RunStatus) -> None:
     """All jobs have ended, which is shown without a time that is left."""
-    end = replace(later(start), done=9_989, pending=0, inflight=0, finished=True)
+    end = replace(later(start), done=9_989, pending=0, retrying=0, inflight=0, finished=True)
     first, *_ = shown = drawn(seen(end)).splitlines()
     assert first == f"reviews  {'━' * 46}  100 %  10,000 of 10,000"
     assert shown[2] == "  414/min · elapsed 10 min 29 s · tokens 1.2M in, 310k out"
@@ -171,6 +171,7 @@ def test_reasons(start: RunStatus) -> None:
     probing = AWAY | {"probe_seconds": 0.0}
     assert str(reason(middle, outages=[probing], cooldowns=[COOLING])).endswith("(Connection refused), trying now")
     unserved = replace(middle, inflight=0)
+    assert reason(replace(unserved, pending=3)) == "waiting to try 3 failed calls again"
     nobody = replace(seen(unserved), workers=[])
     assert reason_of(nobody, unserved, NOW) == "no worker is running; `lbr worker` starts one"
     assert reason_of(nobody, unserved, NOW, at_work=True) is None
@@ -183,20 +184,20 @@ def test_reasons(start: RunStatus) -> None:
 def test_a_rate_is_of_the_latest_minute(start: RunStatus) -> None:
     """Answers of other runs, answers that were reused, and what was long ago do not count."""
     watch = Watch()
-    base = replace(start, done=100, reused=100, rate=None)
+    base = replace(start, done=100, reused=100)
 
     def rate(done: int, at: float) -> float | None:
         return watch.view(seen(base), replace(base, done=done), at, NOW).per_minute
 
     assert [rate(100, 0), rate(100, 1), rate(110, 11), rate(120, 21)] == [None, None, 60, 60]
     assert [rate(120, at) for at in (61, 90, 160)] == [20, None, None]
-    assert watch.view(seen(base), replace(base, rate=2.0), 170, NOW).per_minute == 120
+    assert watch.view(seen(base), replace(base, per_minute=120.0), 170, NOW).per_minute == 120
 
 
 def test_a_line_for_a_log(start: RunStatus) -> None:
     """The same in one line."""
     view = Watch().views(seen(later(start), limits=[LIMIT]))[0]
-    expected = "reviews: 4,321 of 10,000 (43 %), 11 failed, 32 in flight, 414/min, 13 min 43 s left, $1.23 of $5.00"
+    expected = "reviews: 4,321 of 10,000 (43 %), 11 failed, 3 retrying, 32 in flight, 414/min, 13 min 43 s left, $1.23 of $5.00"
     assert view.line == f"{expected}; rate limited, 6 of 32 at a time"
 
 
