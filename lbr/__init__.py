@@ -15,6 +15,7 @@ from lbr.api.compare import Comparison, compare
 from lbr.api.doctor import Finding, Gravity, doctor
 from lbr.api.enqueue import EnqueueReport, enqueue
 from lbr.api.estimate import Estimate, estimate
+from lbr.api.failures import FailureGroup, failures
 from lbr.api.move import Moved, move
 from lbr.api.operate import backup, cancel, limit, pause, prune, remove, reparse, resume, retry, show, status
 from lbr.api.prompt_map import export_jsonl, prompt_map, prompt_map_sync
@@ -68,6 +69,7 @@ __all__ = [
     "EnqueueCounts",
     "EnqueueReport",
     "Estimate",
+    "FailureGroup",
     "Finding",
     "Gravity",
     "InputError",
@@ -101,6 +103,7 @@ __all__ = [
     "enqueue",
     "estimate",
     "export_jsonl",
+    "failures",
     "limit",
     "move",
     "pause",

@@ -15,9 +15,10 @@ from lbr.core.errors import UsageError
 from lbr.core.text import pluralize, seconds_of
 from lbr.core.types import JobState
 from lbr.models.base import model_string
-from lbr.store import leases, limits, reads, redo, runs
+from lbr.store import inputs, leases, limits, reads, redo, runs
 from lbr.store.database import backup as backup_queue
-from lbr.store.database import opened
+from lbr.store.database import file_of, opened
+from lbr.store.health import open_unchanged
 from lbr.store.runs import cancel_unchanged
 from lbr.worker.runs import check_tells_cost, check_tells_other_cost
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 FUNCTION = "function:"
 MAX_SCOPE = 1_000
 WAIT_SECONDS = 0.2
+NAMES_SECONDS = 2.0
 
 
 @checked
@@ -42,6 +44,18 @@ async def status(
     """Return the state of one run, or of all, with the workers that report."""
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         return status_of(await database.read(reads.overview, run))
+
+
+async def names(db_url: PathOrUrl) -> list[tuple[str, str]]:
+    """Return the names of the newest runs, each with its model or function, and change nothing; [] without a queue."""
+    if (file := file_of(db_url)) is not None and not file.is_file():
+        return []
+    database = open_unchanged(db_url)
+    try:
+        async with asyncio.timeout(NAMES_SECONDS):
+            return await database.quick_read(runs.newest_names)
+    finally:
+        await database.close()
 
 
 @checked
@@ -254,11 +268,23 @@ def _answerer(scope: str) -> str:
 
 @checked
 async def show(
-    run: str, idx: int, *, sample: int = 0, db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_fs: bool = False
+    run: str,
+    idx: int | None = None,
+    *,
+    custom_id: str | None = None,
+    sample: int = 0,
+    db_url: PathOrUrl = DB_URL_DEFAULT,
+    allow_network_fs: bool = False,
 ) -> JobDetail:
     """Return everything about one input: its job, its answer, and every attempt that failed or came too late.
 
-    `sample`: which of its answers, from 0, if the run has several samples.
+    `idx` is its index from 0, or `custom_id` its id as text. `sample`: which of its answers, from 0, if the run has
+    several samples.
     """
+    if (idx is None) == (custom_id is None):
+        raise UsageError("name one input: by its index, from 0, or by its id")
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
-        return await database.read(reads.story, await database.read(reads.find_run, run), idx, sample)
+        found = await database.read(reads.find_run, run)
+        if custom_id is not None:
+            idx = await database.read(inputs.idx_of, found, custom_id)
+        return await database.read(reads.story, found, idx or 0, sample)

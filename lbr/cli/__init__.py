@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from lbr.cli import operate, work
+from lbr.cli import look, operate, work
 from lbr.cli.app import lbr, main
+from lbr.cli.completion import completion
 from lbr.cli.enqueue import enqueue, estimate
+from lbr.cli.examples import epilog_of
 
 for command in (
     *(enqueue, work.worker, work.worker_process, work.collect, work.run, estimate),
-    *(operate.status, operate.list_runs, operate.show, operate.compare, operate.retry, operate.cancel, operate.rm),
+    *(
+        operate.status,
+        operate.list_runs,
+        look.failures,
+        look.show,
+        operate.compare,
+        operate.retry,
+        operate.cancel,
+        operate.rm,
+    ),
     *(operate.prune, operate.pause, operate.resume, operate.limit, operate.move, operate.backup, operate.doctor),
+    completion,
 ):
+    if not command.hidden:
+        command.epilog = epilog_of(str(command.name))
     lbr.add_command(command)
 
 __all__ = ["lbr", "main"]

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import click
 import orjson
 
+from lbr.cli import completion
+from lbr.cli.examples import SECTIONS
 from lbr.core.config import load_environment
 from lbr.core.errors import DatabaseError, LbrError, MisfitError, OutputError, StoppedError, UsageError
 from lbr.core.text import harmless, parse_json
@@ -46,12 +48,22 @@ class Group(click.Group):
             extra.setdefault("default_map", _read_config(self))
             return super().main(*args, **extra)
         except LbrError as error:
+            if completion.VARIABLE in os.environ:
+                sys.exit(error.exit_code)
             log(error.in_flags or str(error), error=True)
             try:
                 sys.stdout.flush()
             except (AttributeError, OSError, ValueError):  # it is closed or full, and Python would flush it again
                 sys.stdout = None
             sys.exit(error.exit_code)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands in their sections, a line for each."""
+        width = max(len(name) for names in SECTIONS.values() for name in names)
+        for title, names in SECTIONS.items():
+            with formatter.section(title):
+                helps = [self.commands[name].get_short_help_str(formatter.width) for name in names]
+                formatter.write_dl([(name.ljust(width), text) for name, text in zip(names, helps, strict=True)])
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; DatabaseError instead of a traceback if an invalid value in the database made it fail.
@@ -196,6 +208,7 @@ def echo_json(value: Any) -> None:
     metavar="PATH_OR_URL",
     default="runs.db",
     show_envvar=True,
+    shell_complete=completion.files,
     help="The queue: a SQLite file, which the first enqueue creates, or a postgresql:// URL.",
 )
 @click.option("--allow-network-fs", is_flag=True, help="Use a SQLite file on a network file system, at your own risk.")
@@ -216,9 +229,12 @@ def lbr(context: click.Context, db: str, allow_network_fs: bool) -> None:
         _report_unknown_variables(group)
 
 
+run_argument = click.argument("run", shell_complete=completion.run_names)
+
+
 def option(name: str, metavar: str | None, meaning: str, **more: Any) -> Callable[[F], F]:
     """Return a flag with a value."""
-    return click.option(name, metavar=metavar, help=meaning, **more)
+    return click.option(name, metavar=metavar, help=meaning, shell_complete=completion.OFFERS.get(name), **more)
 
 
 def switch(name: str, meaning: str) -> Callable[[F], F]:
@@ -252,11 +268,17 @@ def with_database(command: Callable[..., Any]) -> Callable[..., Any]:
 
     def remember(context: click.Context, _: click.Parameter, value: str | None) -> None:
         if value is not None:
-            context.obj["db_url"] = value  # the one object of this command and the group
+            context.ensure_object(dict)["db_url"] = value  # the one object of this command and the group
 
     meaning = "The queue; same as `lbr --db` before the command."
     option = click.option(
-        "--db", metavar="PATH_OR_URL", callback=remember, expose_value=False, show_default=False, help=meaning
+        "--db",
+        metavar="PATH_OR_URL",
+        callback=remember,
+        expose_value=False,
+        show_default=False,
+        shell_complete=completion.files,
+        help=meaning,
     )
     return option(click.pass_obj(command))
 

@@ -16,6 +16,7 @@ import orjson
 
 from lbr.api import enqueue as api
 from lbr.api import estimate as estimate_api
+from lbr.cli import completion
 from lbr.cli.app import choice, echo, echo_json, log, option, options, read_settings, switch, with_database
 from lbr.core.config import MAX_ATTEMPTS, WorkOptions
 from lbr.core.errors import InputError, StoppedError
@@ -75,7 +76,11 @@ task_options = options(
 
 
 inputs_argument = click.argument(
-    "inputs", nargs=-1, required=True, callback=lambda _context, _argument, inputs: tuple(expanded(inputs))
+    "inputs",
+    nargs=-1,
+    required=True,
+    shell_complete=completion.files,
+    callback=lambda _context, _argument, inputs: tuple(expanded(inputs)),
 )
 
 
@@ -181,7 +186,7 @@ def enqueue(db: dict[str, Any], /, inputs: tuple[str, ...], json: bool, dry_run:
 @option("--seconds-per-call", None, "Seconds that one call takes.", default=estimate_api.SECONDS_PER_CALL)
 @switch("--json", "Print one JSON object.")
 def estimate(inputs: tuple[str, ...], json: bool, **flags: Any) -> None:
-    """Estimate a batch before you spend anything: rows, tokens, cost, time.
+    """Estimate tokens, cost and time before you spend anything.
 
     INPUTS are read as by `lbr enqueue`. Only models are estimated, not functions. Nothing is called or written; you
     need neither a key nor a database.

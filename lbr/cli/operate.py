@@ -6,11 +6,9 @@ import asyncio
 import time
 from collections import Counter
 from contextlib import nullcontext, suppress
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
-import orjson
 
 from lbr.api import compare as compare_api
 from lbr.api import doctor as doctor_api
@@ -18,15 +16,12 @@ from lbr.api import move as move_api
 from lbr.api import operate
 from lbr.api.status import describe, describe_limit, describe_list, printable, resumed_words
 from lbr.api.view import is_terminal
-from lbr.cli.app import echo, echo_json, log, option, read_settings, switch, with_database
+from lbr.cli import completion
+from lbr.cli.app import echo, echo_json, log, option, read_settings, run_argument, switch, with_database
 from lbr.cli.view import watch_status
 from lbr.core.config import positive
 from lbr.core.errors import StoppedError, UsageError
-from lbr.core.pricing import dollars
 from lbr.core.text import pluralize
-
-if TYPE_CHECKING:
-    from lbr.store.reads import Attempt, JobDetail
 
 EXIT_PROBLEM = 5
 CONDITION = (
@@ -41,13 +36,16 @@ as_json = switch("--json", "Print one JSON object.")
 
 
 @click.command()
-@click.argument("run", required=False)
+@click.argument("run", required=False, shell_complete=completion.run_names)
 @as_json
 @switch("--watch", "Refresh every few seconds, until all runs are finished.")
 @option("--interval", None, "Seconds between refreshes.", default=2.0)
 @with_database
 def status(db: dict[str, Any], /, run: str | None, json: bool, watch: bool, interval: float) -> None:
-    """Show the progress of one run or all: counts, speed, tokens, cost, failures, workers."""
+    """Show the progress of one run or all.
+
+    Counts, speed, tokens, cost, failed attempts, and the workers.
+    """
     pause_seconds = max(0.1, positive("interval", interval))
     with suppress(KeyboardInterrupt) if watch else nullcontext():
         while True:
@@ -66,9 +64,9 @@ def status(db: dict[str, Any], /, run: str | None, json: bool, watch: bool, inte
 @switch("--json", "Print one JSON object per run.")
 @with_database
 def list_runs(db: dict[str, Any], /, json: bool) -> None:
-    """List all runs, one per line: inputs, answers, failures, state, age, cost.
+    """List all runs, one per line.
 
-    Done and failed count jobs: one for each distinct input, because equal inputs share an answer, or for each sample.
+    The columns are inputs, done, failed, state, age and cost. Done and failed count jobs: one for each distinct input, because equal inputs share an answer, or for each sample.
     """
     found = asyncio.run(operate.status(**db)).runs
     if not json:
@@ -79,68 +77,15 @@ def list_runs(db: dict[str, Any], /, json: bool) -> None:
 
 
 @click.command()
-@click.argument("run")
-@click.argument("idx", type=click.IntRange(0, 2**63 - 1))
-@option("--sample", "N", "Which of its answers, counted from 0, if it has several.", type=int, default=0)
-@as_json
-@with_database
-def show(db: dict[str, Any], /, run: str, idx: int, sample: int, json: bool) -> None:
-    """Show everything about one input: its job, its answer, its failed attempts. IDX counts from 0."""
-    detail = asyncio.run(operate.show(run, idx, sample=sample, **db))
-    fields = asdict(detail)
-    del fields["row"]
-    echo_json(detail.row.to_dict() | fields) if json else echo(_describe_job(detail))
-
-
-def _describe_job(detail: JobDetail) -> str:
-    row, kept = detail.row, (detail.row.kept or {}).items()
-    lines = [
-        f"input {row.idx}{'' if row.sample is None else f', sample {row.sample}'}: {row.status}, key {row.key}",
-        f"prompt: {row.prompt.body()}",
-        f"attempts charged {detail.attempts}, claims {detail.claim_seq}, crashes {detail.crashes}",
-    ]
-    if detail.settings:
-        lines.append("its own: " + ", ".join(f"{name}={value}" for name, value in detail.settings.items()))
-    if row.result is not None:
-        called = f"{detail.model or 'function'}, {detail.latency_ms} ms"
-        source = "reused from another run" if detail.reused else called
-        lines.append(f"answer ({source}{_ending(detail, ', ')}): {row.result}")
-        lines += _usage_lines(detail)
-        lines += [
-            f"  {kind}: {one if isinstance(one, str) else orjson.dumps(one).decode()}" for kind, one in kept if one
-        ]
-    for one in detail.tries:
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.at / 1000))
-        lines.append(f"{when} claim {one.claim_seq} {one.what}: {one.family or '-'} {one.error}: {one.message}")
-        if one.text:
-            ending = _ending(one, " (")
-            lines.append(f"  raw answer{ending}{')' * bool(ending)}: {one.text}")
-        # Nothing is known of a call that died with its worker.
-        lines += _usage_lines(one, estimated=one.what == "crashed")
-    return "\n".join(lines)
-
-
-def _ending(of: JobDetail | Attempt, before: str) -> str:
-    return "" if of.finish_reason in {None, "stop"} else f"{before}finish reason {of.finish_reason}"
-
-
-def _usage_lines(of: JobDetail | Attempt, *, estimated: bool = False) -> list[str]:
-    """Return a line with the tokens and the cost of an answer or an attempt, none if neither is known."""
-    counts = ((of.input_tokens, "in"), (of.output_tokens, "out"))
-    tokens = ", ".join(f"{count} {way}" for count, way in counts if count is not None)
-    parts = [f"tokens {tokens}"] if tokens else []
-    if of.cost_nanos is not None:
-        parts.append(f"cost {'about ' * estimated}{dollars(of.cost_nanos)}{', estimated' * estimated}")
-    return [f"  {', '.join(parts)}"] if parts else []
-
-
-@click.command()
-@click.argument("runs", nargs=-1, required=True, metavar="RUN RUN...")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN RUN...", shell_complete=completion.run_names)
 @option("--rows", "N", "How many of the rows that differ to show.", type=click.IntRange(0), default=10)
 @as_json
 @with_database
 def compare(db: dict[str, Any], /, runs: tuple[str, ...], rows: int, json: bool) -> None:
-    """Compare runs with the same inputs: how often their answers agree, tokens, cost, latency, rows that differ."""
+    """Compare runs with the same inputs.
+
+    Shows how often their answers agree, tokens, cost, latency, and rows that differ.
+    """
     found = asyncio.run(compare_api.compare(runs, rows=rows, **db))
     for one in found.runs:
         if one["unfinished"]:
@@ -151,7 +96,7 @@ def compare(db: dict[str, Any], /, runs: tuple[str, ...], rows: int, json: bool)
 
 
 @click.command()
-@click.argument("run")
+@run_argument
 @option("--where", "CONDITION", CONDITION, multiple=True)
 @option("--set", "NAME=VALUE", SETTING, multiple=True)
 @option("--model", "MODEL", OTHER_MODEL)
@@ -161,9 +106,9 @@ def compare(db: dict[str, Any], /, runs: tuple[str, ...], rows: int, json: bool)
 def retry(
     db: dict[str, Any], /, run: str, where: tuple[str, ...], reparse: bool, result_type: tuple[str, ...], **flags: Any
 ) -> None:
-    """Put failed and cancelled jobs back to pending, with all their attempts, or the jobs that --where selects.
+    """Put failed jobs, or those that you select, back to pending.
 
-    The answers of selected jobs leave the results and stay in the history that `lbr show` prints.
+    These are all failed and cancelled jobs, or those that --where selects; each gets all its attempts again. The answers of selected jobs leave the results and stay in the history that `lbr show` prints.
     """
     if result_type and not reparse:
         raise UsageError("--result-type needs --reparse; to check new answers, use it with `lbr worker`")
@@ -182,19 +127,25 @@ def retry(
 
 
 @click.command()
-@click.argument("run")
+@run_argument
 @with_database
 def cancel(db: dict[str, Any], /, run: str) -> None:
-    """Cancel a run's pending jobs; calls in flight finish and their answers are kept."""
+    """Cancel a run's pending jobs.
+
+    Calls in flight finish, and their answers are kept.
+    """
     echo(f"run {run}: {pluralize(asyncio.run(operate.cancel(run, **db)), 'job')} cancelled")
 
 
 @click.command()
-@click.argument("run")
+@run_argument
 @switch("--yes", "Do not ask, even if the run has answers.")
 @with_database
 def rm(db: dict[str, Any], /, run: str, yes: bool) -> None:
-    """Remove a run with its inputs and answers, after its calls in flight have finished."""
+    """Remove a run with its inputs and answers.
+
+    Its calls in flight finish first.
+    """
     (found,) = asyncio.run(operate.status(run, **db)).runs
     question = f"Remove run {run} with {pluralize(found.done, 'answer')}?"
     if found.done and not yes and not click.confirm(question, err=True):
@@ -209,7 +160,10 @@ def rm(db: dict[str, Any], /, run: str, yes: bool) -> None:
 @switch("--dry-run", "List the runs, and remove nothing.")
 @with_database
 def prune(db: dict[str, Any], /, older: str, yes: bool, dry_run: bool) -> None:
-    """Remove the finished and cancelled runs that have not changed for some time, with their inputs and answers."""
+    """Remove old runs that are finished or cancelled.
+
+    Their inputs and answers go with them. A run is old if it has not changed for the time of --older.
+    """
     found = asyncio.run(operate.prune(older, dry_run=True, **db))
     if found:
         echo(describe_list(found))
@@ -227,26 +181,29 @@ def prune(db: dict[str, Any], /, older: str, yes: bool, dry_run: bool) -> None:
 @click.argument("file", type=click.Path(dir_okay=False))
 @with_database
 def backup(db: dict[str, Any], /, file: str) -> None:
-    """Copy the queue to a new FILE, as it is at one moment, while workers go on.
+    """Copy the queue to a new FILE, while workers go on.
 
-    Only for a SQLite queue; on PostgreSQL, use pg_dump.
+    The copy is of one moment. Only for a SQLite queue; on PostgreSQL, use pg_dump.
     """
     asyncio.run(operate.backup(file, **db))
     echo(f"{db['db_url']}: copied to {file}")
 
 
 @click.command()
-@click.argument("run")
+@run_argument
 @option("--reason", None, "The reason that `lbr status` shows.", default="by the user")
 @with_database
 def pause(db: dict[str, Any], /, run: str, reason: str) -> None:
-    """Stop all workers from claiming a run's jobs, until `lbr resume`."""
+    """Stop all workers from claiming a run's jobs.
+
+    Calls in flight finish. `lbr resume` lets the run go on.
+    """
     asyncio.run(operate.pause(run, reason=reason, **db))
     echo(f"run {run}: paused")
 
 
 @click.command()
-@click.argument("run")
+@run_argument
 @option("--max-cost", "DOLLARS", "What the run may cost in total from now on; inf removes the limit.", type=float)
 @with_database
 def resume(db: dict[str, Any], /, run: str, max_cost: float | None) -> None:
@@ -258,16 +215,16 @@ def resume(db: dict[str, Any], /, run: str, max_cost: float | None) -> None:
 
 
 @click.command()
-@click.argument("scope", required=False)
+@click.argument("scope", required=False, shell_complete=completion.models)
 @option("--rpm", "N|none", "Requests per minute, all workers together.")
 @option("--tpm", "N|none", "Tokens per minute, all workers together, input and output.")
 @option("--concurrency", "N|auto", "Calls at a time, all workers together; auto learns it.")
 @switch("--json", "Print one JSON object per model.")
 @with_database
 def limit(db: dict[str, Any], /, scope: str | None, json: bool, **flags: str | None) -> None:
-    """Show or change a model's rate limits. Running workers pick up changes immediately.
+    """Show or change a model's rate limits.
 
-    SCOPE is a model or function as `lbr status` names it, for example openai-chat:gpt-4o-mini; all its runs share the
+    Running workers pick up changes immediately. SCOPE is a model or function as `lbr status` names it, for example openai-chat:gpt-4o-mini; all its runs share the
     limits, in every worker of the queue. Without a SCOPE, the limits of all models are shown.
     """
     values: dict[str, int | None] = {}
@@ -288,14 +245,14 @@ def limit(db: dict[str, Any], /, scope: str | None, json: bool, **flags: str | N
 
 
 @click.command()
-@click.argument("from_url", metavar="FROM_URL")
-@click.argument("to_url", metavar="TO_URL")
-@click.argument("run")
+@click.argument("from_url", metavar="FROM_URL", shell_complete=completion.files)
+@click.argument("to_url", metavar="TO_URL", shell_complete=completion.files)
+@run_argument
 @switch("--restart", "Copy everything again, instead of continuing an interrupted copy.")
 @as_json
 @click.pass_obj
 def move(db: dict[str, Any], /, from_url: str, to_url: str, run: str, restart: bool, json: bool) -> None:
-    """Copy a run with its answers into another database, to continue there.
+    """Copy a run into another database, to continue there.
 
     The run must be paused, finished or cancelled, and no worker may hold a job of it. Everything is copied and
     compared; a paused copy stays in the old database. If the command is interrupted, run it again.
@@ -324,9 +281,9 @@ def move(db: dict[str, Any], /, from_url: str, to_url: str, run: str, restart: b
 @switch("--json", "Print one JSON object per finding.")
 @with_database
 def doctor(db: dict[str, Any], /, fix: bool, json: bool) -> None:
-    """Check the database, and print what is wrong and what to do; workers can continue.
+    """Check the database, and print what is wrong and what to do.
 
-    Checks the file or server, its settings, damage, leases, counters, keys, paused runs and kept answers. Nothing is
+    Workers can continue. Checks the file or server, its settings, damage, leases, counters, keys, paused runs and kept answers. Nothing is
     changed without --fix. Exits with 5 if there is a warning or an error.
     """
     found = asyncio.run(doctor_api.doctor(fix=fix, **db))

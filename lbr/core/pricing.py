@@ -140,6 +140,16 @@ def table_price(model: str) -> Price | None:
         return None
 
 
+def table_models(provider: str) -> list[str]:
+    """Return the models of a provider that are in the installed price table; none if it cannot be loaded."""
+    try:
+        from genai_prices.data import providers  # noqa: PLC0415 - takes half a second
+    except Exception:  # noqa: BLE001 - as above
+        return []
+    ids = {provider, provider.removesuffix("-chat")}
+    return [f"{provider}:{model.id}" for one in providers if one.id in ids for model in one.models]
+
+
 def tokens_of(characters: int) -> int:
     """Return about how many tokens this many characters are, rounded up."""
     return -(-characters // CHARACTERS_PER_TOKEN)

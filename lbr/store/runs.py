@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 BATCH = 5_000
 NAME_LENGTH = 200
 REASON_LENGTH = 1_000
+NEWEST = 500
 
 BEING_REMOVED = {"pause_cause": PauseCause.REMOVING, "pause_message": "being removed"}
 NOT_PAUSED = {"pause_cause": None, "pause_message": None, "move": None}
@@ -108,6 +109,12 @@ def find(connection: Connection, name: str) -> Run:
     more = f" and {total - len(names)} more" if total and total > len(names) else ""
     known = f"runs here: {', '.join(names)}{more}" if names else "there are no runs here yet"
     raise RunNotFoundError(f"no run named {name!r}; {known}")
+
+
+def newest_names(connection: Connection, _now: Millis) -> list[tuple[str, str]]:
+    """Return the names of the newest runs, the latest first, each with its model or function."""
+    query = select(runs.c.name, runs.c.answerer).order_by(runs.c.id.desc()).limit(NEWEST)
+    return [(row.name, row.answerer) for row in connection.execute(query).all()]
 
 
 def all_runs(connection: Connection, where: ColumnElement[bool] | None = None) -> list[Run]:

@@ -243,6 +243,6 @@ def test_the_command_line_keeps_and_writes(cli: Cli, server: Scripted) -> None:
     row = json.loads((cli.folder / "a.jsonl").read_text())
     assert (row["reasoning"], row["logprobs"], "raw" in row) == (KEPT["reasoning"], LOGPROBS, False)
     shown = cli("show", "p", "0").stdout
-    assert "\n  reasoning: 6 times 7\n" in shown
-    assert f"\n  raw: {BODY}" in shown
+    assert "\n\nreasoning\n  6 times 7\n" in shown
+    assert f"\n\nraw\n  {BODY}" in shown
     assert json.loads(cli("show", "p", "0", "--json").stdout)["logprobs"] == LOGPROBS

@@ -214,7 +214,7 @@ class TestWorkers:
         story = json.loads(cli("show", "r", "0", "--json").stdout)
         assert story["cost_nanos"] == story["input_tokens"] * 150 + story["output_tokens"] * 600
         line = (
-            f"  tokens {story['input_tokens']} in, {story['output_tokens']} out, cost {dollars(story['cost_nanos'])}\n"
+            f", tokens {story['input_tokens']} in, {story['output_tokens']} out, cost {dollars(story['cost_nanos'])}\n"
         )
         assert line in cli("show", "r", "0").stdout
 

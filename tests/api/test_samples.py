@@ -246,7 +246,7 @@ async def test_show_takes_the_sample(db_url: str, cli: Cli) -> None:
     rows = await rows_of(db_url)
     assert [(await operate.show("r", 0, sample=n, db_url=db_url)).row.to_dict() for n in (0, 1)] == rows
     shown_row = cli("show", "r", "0", "--sample", "1").stdout
-    assert shown_row.startswith(f"input 0, sample 1: done, key {rows[1]['key']}\n")
+    assert shown_row.startswith(f"run r, input 0, sample 1: done\nkey {rows[1]['key']}\n")
     done = cli("show", "r", "0", "--sample", "2", check=False)
     assert (done.returncode, done.stderr) == (2, "lbr: expected a sample of run 'r', got: 2; there are 0 to 1\n")
 

@@ -46,7 +46,7 @@ def test_an_answer_cut_off_is_asked_for_once(cli: Cli, content: str, limit: bool
         else "3 answers cut off at the token limit of the model; ask for shorter answers or use another model, or redo: "
         "`lbr retry in --where finish_reason=length`"
     )
-    assert f"lbr: run in: {advice}\n" in worker.stderr
+    assert f"lbr: {advice}\n" in worker.stderr
     assert f"lbr: {advice}\n" in cli("collect", "in", check=False).stderr
     (one,) = show(cli)["tries"]
     cut = "max_tokens=5" if limit else "the token limit of the model"
@@ -67,7 +67,8 @@ def test_an_answer_broken_off_is_never_done(cli: Cli) -> None:
     assert [(t["family"], t["text"], t["finish_reason"]) for t in show(cli)["tries"]] == [
         ("transient", "The half of", "abort")
     ] * 2
-    assert "raw answer (finish reason abort): The half of" in cli("show", "in", "0").stdout
+    assert ", finish reason abort, tokens 10 in, 5 out" in (shown := cli("show", "in", "0").stdout)
+    assert shown.count("  raw answer\n    The half of") == 2
     assert cli.status("in")["output_tokens"] == 10
 
 

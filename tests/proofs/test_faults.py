@@ -125,7 +125,7 @@ def test_an_answer_cut_off_says_so(local: Cli) -> None:
     )
     assert "lbr: 1 answer cut off" in local("collect", "in", "--shape", "unique").stderr
     assert show(local, 0)["finish_reason"] == "length"
-    assert "ms, finish reason length): I was about to" in local("show", "in", "0").stdout
+    assert "ms, finish reason length, " in local("show", "in", "0").stdout
 
 
 # --- an account that is empty -----------------------------------------------------------------------------------------

@@ -290,7 +290,7 @@ def test_names_do_not_steer_a_terminal(queue: Queue) -> None:
     status = hostile.call(("status",)).out
     assert r"run x\x1b[2J\x9b31m\nrun y: finished (offline:echo): finished" in status.splitlines()
     shown = hostile.call(("show", "f", "0")).out
-    assert "ms): one\n\\u001b]0;title\\u0007two\\u202e\ttab\r\nend\n" in shown
+    assert "\n  one\n  \\u001b]0;title\\u0007two\\u202e\ttab\r\n  end\n" in shown
     # Data are what they are.
     rows = [json.loads(line) for line in hostile.call(("collect", "f")).out.splitlines()]
     assert rows[0]["result"] == "one\n\x1b]0;title\x07two\u202e\ttab\r\nend"
