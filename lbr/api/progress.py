@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from lbr.api.status import paused_words, printable, status_of
+from lbr.api.status import status_of
+from lbr.api.summary import ending_of
 from lbr.api.view import Watch, is_terminal
-from lbr.core.pricing import NANOS, dollars
-from lbr.core.text import harmless, pluralize
+from lbr.core.text import harmless
 from lbr.store import reads
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
-    from lbr.api.status import RunStatus
     from lbr.api.view import RunView
     from lbr.store.database import Database
 
@@ -32,18 +32,17 @@ async def shown(database: Database, run: str, every: int) -> AsyncIterator[None]
     if not every:
         yield
         return
-    watch = Watch()
+    started, watch = time.monotonic(), Watch()
     shows = _notebook if _is_notebook() else _terminal if is_terminal() else _lines
     with shows(run, every) as show:
         watching = asyncio.create_task(_watch(database, run, watch, show))
         try:
             yield
-            last = await _look(database, run, watch)
-            show(last)
+            show(await _look(database, run, watch))
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
-    _print(last_line(last.status))
+    _print((await ending_of(database, run)).all_in_one(time.monotonic() - started))
 
 
 async def _watch(database: Database, run: str, watch: Watch, show: Show) -> None:
@@ -56,15 +55,6 @@ async def _watch(database: Database, run: str, watch: Watch, show: Show) -> None
 async def _look(database: Database, run: str, watch: Watch) -> RunView:
     (now,) = watch.views(status_of(await database.read(reads.overview, run)))
     return now
-
-
-def last_line(status: RunStatus) -> str:
-    """Return how a call ended: its run, the counts of its jobs, what it cost, and why it is paused if work is left."""
-    counts = [f"{status.done} of {pluralize(status.jobs, 'job')} done"]
-    counts += [f"{count} {word}" for word in ("reused", "failed", "cancelled") if (count := getattr(status, word))]
-    cost = "" if status.cost_usd is None else f"; cost {dollars(round(status.cost_usd * NANOS))}"
-    pause = "" if status.pause is None or status.finished else f"; paused: {paused_words(status.run, status.pause)}"
-    return printable(f"run {status.run}: {', '.join(counts)}{cost}{pause}")
 
 
 @contextmanager

@@ -7,7 +7,8 @@ import gc
 import os
 import select
 import time
-from contextlib import ExitStack, nullcontext
+from collections import Counter
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lbr.api import collect as collect_api
-from lbr.api import operate, work
-from lbr.api.status import paused_words, printable, unfinished_words
+from lbr.api import operate, summary, work
+from lbr.api.status import printable, unfinished_words
+from lbr.cli import completion
 from lbr.cli.app import (
     EXIT_FAILURES,
     EXIT_UNFINISHED,
@@ -24,6 +26,7 @@ from lbr.cli.app import (
     log,
     option,
     options,
+    run_argument,
     switch,
     talk,
     talk_options,
@@ -34,13 +37,14 @@ from lbr.cli.enqueue import describe as describe_enqueue
 from lbr.cli.view import Shown, shown
 from lbr.core import open_files
 from lbr.core.config import MAX_PROCESSES, WorkOptions, at_least_one, some_of
-from lbr.core.errors import UsageError
+from lbr.core.errors import LbrError, UsageError
 from lbr.core.extras import Extra, Include
-from lbr.core.text import duration, pluralize
-from lbr.core.types import JobState, Order, Shape, Until
+from lbr.core.text import pluralize
+from lbr.core.types import JobState, Order, RunState, Shape, Until
 from lbr.io import writers
 from lbr.io.table import OWN_COLUMNS
 from lbr.store.database import file_of, sole_worker
+from lbr.worker.calls import WorkReport
 from lbr.worker.processes import handled_signals, run_processes
 
 if TYPE_CHECKING:
@@ -48,7 +52,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from lbr.api.collect import Collected
-    from lbr.worker.calls import WorkReport
     from lbr.worker.worker import Worker
 
 SHOWN_REASONS = 3
@@ -91,6 +94,8 @@ output_options = options(
     option("--with", "WHAT,…", f"Add what a row has beside its answer: {', '.join(Include)}.", multiple=True),
 )
 OUTPUT = "A .jsonl, .csv, .parquet, .sqlite or .db file"
+
+OUTPUT_OPTION: dict[str, Any] = {"metavar": "FILE", "shell_complete": completion.files}
 
 
 async def _serve(
@@ -154,13 +159,15 @@ def _leave_closed_terminal() -> None:
 
 async def _work_alone(db: dict[str, Any], *, run: tuple[str, ...], **how: Any) -> int:
     """Run one worker in this process, and return its exit code."""
+    started = time.monotonic()
     async with shown(db, run) if how.get("parent") is None else nullcontext() as show:
         report = await _serve(db, show, run=run or None, **how)
     log(f"worker: {_describe_work(report)}")
-    for name, count in report.cut_off.items():
-        log(f"run {name}: {_cut_off_words(name, count, limited=name in report.limited)}")
-    for name, pause in report.paused.items():
-        log(f"run {name} is paused: {paused_words(name, pause)}", error=True)
+    if "parent" in how:  # which prints the end of its runs once
+        for name, count in report.cut_off.items():
+            log(f"run {name}: {summary.cut_off_words(name, count, limited=name in report.limited)}")
+    else:
+        await _log_end(db, report, started)
     for name in report.interrupted:
         log(f"the enqueue of run {name} has not finished; run the same enqueue again", error=True)
     code = EXIT_UNFINISHED if report.paused or report.interrupted else 0
@@ -169,6 +176,14 @@ async def _work_alone(db: dict[str, Any], *, run: tuple[str, ...], **how: Any) -
         code = EXIT_FAILURES
     _leave_stuck(report, code)
     return code
+
+
+async def _log_end(db: dict[str, Any], report: WorkReport, started: float) -> None:
+    if not report.by_run and not report.paused:
+        return
+    with suppress(LbrError):  # the work is done, even if the queue is gone since
+        for line, is_problem in await summary.work_lines(report, time.monotonic() - started, **db):
+            log(line, error=is_problem)
 
 
 def _leave_stuck(report: WorkReport, code: int) -> None:
@@ -183,15 +198,6 @@ def _describe_work(report: WorkReport) -> str:
     counts = (("retried", report.retried), ("reclaimed", report.reclaimed), ("released", report.released))
     more = [f"{count} {word}" for word, count in (*counts, ("too late", report.stale)) if count]
     return ", ".join([f"{report.done} done", f"{report.failed} failed", *more])
-
-
-def _cut_off_words(run: str, count: int, *, limited: bool) -> str:
-    """Return what to do about answers that reached a token limit; `limited` is True if the settings set it."""
-    answers, command = f"{pluralize(count, 'answer')} cut off", f"lbr retry {run} --where finish_reason=length"
-    if limited:
-        return f"{answers} at max_tokens; to redo: `{command} --set max_tokens=NUMBER`"
-    advice = "ask for shorter answers or use another model, or redo"
-    return f"{answers} at the token limit of the model; {advice}: `{command}`"
 
 
 async def _work_in_processes(db: dict[str, Any], count: int, **flags: Any) -> int:
@@ -232,7 +238,9 @@ def _work_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
 @switch("--exclusive", "Exit at once, with 0, if another exclusive worker is running.")
 @with_database
 def worker(db: dict[str, Any], /, processes: int, exclusive: bool, **flags: Any) -> None:
-    """Process jobs; start as many workers as you like, in any number of terminals.
+    """Process jobs; start as many workers as you like.
+
+    Start them in any number of terminals.
 
     Ctrl-C, SIGTERM or a closed terminal (SIGHUP, unless under nohup) makes the worker finish its calls in flight and
     claim no more; a second signal gives them back at once. Other workers take over the jobs of a killed worker, at the
@@ -242,9 +250,13 @@ def worker(db: dict[str, Any], /, processes: int, exclusive: bool, **flags: Any)
 
     async def work_exclusively() -> int:
         async with sole_worker(db["db_url"]) if exclusive else nullcontext():
-            if processes > 1:
-                return await _work_in_processes(db, processes, **flags)
-            return await _work_alone(db, **flags)
+            if processes == 1:
+                return await _work_alone(db, **flags)
+            started, before = time.monotonic(), (await operate.status(**db)).runs
+            code = await _work_in_processes(db, processes, **flags)
+            names = flags["run"] or [one.run for one in before if one.word == RunState.ACTIVE]
+            await _log_end(db, WorkReport(by_run=Counter(names), failed=1), started)
+            return code
 
     click.get_current_context().exit(asyncio.run(work_exclusively()))
 
@@ -264,8 +276,8 @@ def worker_process(db: dict[str, Any], /, **flags: Any) -> None:
 
 
 @click.command()
-@click.argument("run")
-@click.option("-o", "--output", metavar="FILE", help=f"{OUTPUT}; JSONL to stdout by default.")
+@run_argument
+@click.option("-o", "--output", help=f"{OUTPUT}; JSONL to stdout by default.", **OUTPUT_OPTION)
 @choice("--format", writers.OutputFormat, "The output's format; by default what the file name ends with.")
 @output_options
 @switch("--failed", "Write failed rows only: short for --status failed.")
@@ -281,7 +293,9 @@ def collect(db: dict[str, Any], /, run: str, output: str | None, **flags: Any) -
     """
     how = _output_arguments(flags)
     collected = asyncio.run(collect_api.collect(run, out="-" if output is None else output, **how, **flags, **db))
-    log(_describe_rows(collected))
+    counts = ", ".join(f"{count} {status}" for status, count in sorted(collected.by_status.items()))
+    log(f"run {collected.run}: {pluralize(collected.total, 'row')}: {counts or 'none'}")
+    _report_collected(collected)
     click.get_current_context().exit(_collected_code(collected))
 
 
@@ -291,31 +305,34 @@ def _output_arguments(flags: dict[str, Any]) -> dict[str, Any]:
     return how | {"unnest": not flags.pop("no_unnest"), "include": flags.pop("with")}
 
 
-def _describe_rows(collected: Collected) -> str:
-    counts = ", ".join(f"{count} {status}" for status, count in sorted(collected.by_status.items()))
-    return f"run {collected.run}: {pluralize(collected.total, 'row')}: {counts or 'none'}"
-
-
 def _collected_code(collected: Collected) -> int:
-    """Return 3 if answers may still come, 4 if some never will, else 0; print what to do."""
-    if collected.left_out:
-        names = ", ".join(map(repr, collected.left_out[:5])) + ", …" * (len(collected.left_out) > 5)
-        log(f"fields that the schema does not name have no column: {names}; --no-unnest and JSONL keep them")
+    """Return 3 if answers may still come, 4 if some never will, else 0."""
+    if collected.unfinished or not collected.sealed:
+        return EXIT_UNFINISHED
+    return EXIT_FAILURES if collected.failed else 0
+
+
+def _report_collected(collected: Collected) -> None:
+    """Print what is wrong with the rows, and what to do."""
+    _report_left_out(collected)
     if collected.cut_off:
-        log(_cut_off_words(collected.run, collected.cut_off, limited=collected.limited))
+        log(summary.cut_off_words(collected.run, collected.cut_off, limited=collected.limited))
     if not collected.sealed:
         log(f"the enqueue of run {collected.run} has not finished; run it again if it was interrupted")
     if collected.unfinished or not collected.sealed:
         one = collected.unfinished == 1
         rows, them = ("1 row is", "it") if one else (f"{collected.unfinished} rows are", "them")
         log(f"{rows} not finished; `lbr worker` finishes {them}")
-        return EXIT_UNFINISHED
-    if collected.failed:
+    elif collected.failed:
         one = collected.failed == 1
         rows, jobs = ("1 row has", "its job") if one else (f"{collected.failed} rows have", "their jobs")
         log(f"{rows} no answer{_reasons(collected)}; `lbr retry {collected.run}` puts {jobs} back")
-        return EXIT_FAILURES
-    return 0
+
+
+def _report_left_out(collected: Collected) -> None:
+    if collected.left_out:
+        names = ", ".join(map(repr, collected.left_out[:5])) + ", …" * (len(collected.left_out) > 5)
+        log(f"fields that the schema does not name have no column: {names}; --no-unnest and JSONL keep them")
 
 
 def _reasons(collected: Collected) -> str:
@@ -330,7 +347,7 @@ def _reasons(collected: Collected) -> str:
 
 @click.command()
 @inputs_argument
-@click.option("-o", "--output", metavar="FILE", required=True, help=f"{OUTPUT}; - is stdout.")
+@click.option("-o", "--output", required=True, help=f"{OUTPUT}; - is stdout.", **OUTPUT_OPTION)
 @output_options
 @task_options
 @work_options
@@ -338,7 +355,7 @@ def _reasons(collected: Collected) -> str:
 @talk_options
 @with_database
 def run(db: dict[str, Any], /, inputs: tuple[str, ...], output: str, dry_run: bool, **flags: Any) -> None:
-    """Enqueue, work and collect in one command; run it again to resume.
+    """Enqueue, work and collect; run it again to resume.
 
     Other workers may help. The output is written when every job is finished.
     """
@@ -380,16 +397,23 @@ async def _run(
     else:
         async with shown(db, (enqueued.run,)) as show:
             worked = await _serve(db, show, run=enqueued.run, **how)
-    (now,) = (await operate.status(enqueued.run, **db)).runs
+    ending = await summary.run_ending(enqueued.run, **db)
+    now = ending.status
     if now.finished:
         collected = await collect_api.collect(now.run, **output, **db)
         where = "stdout" if output["out"] == "-" else output["out"]
-        log(f"{_describe_rows(collected)}, in {where}, after {duration(time.monotonic() - started)}")
-        code = _collected_code(collected)
+        _report_left_out(collected)
+        problems = ending.problems(collected.cut_off, limited=collected.limited)
+        file, code = [f"{pluralize(collected.total, 'row')} in {where}"], _collected_code(collected)
     else:
-        counts = f"{now.run}: {now.done + now.failed + now.cancelled}/{now.jobs} jobs, {now.done} done"
-        log(f"{counts}; unfinished, nothing was written; {unfinished_words(now.run, now.pause)}", error=True)
-        code = EXIT_UNFINISHED
+        problems = ending.problems()[: bool(now.failed)]  # why it is paused, the next line says
+        problems.append(f"unfinished, nothing was written; {unfinished_words(now.run, now.pause)}")
+        file, code = [], EXIT_UNFINISHED
+    log(ending.line(time.monotonic() - started))
+    for line in problems:
+        log(line, error=True)
+    for line in file:
+        log(line)
     if worked is not None:
         _leave_stuck(worked, code)
     return code

@@ -51,8 +51,8 @@ class WorkReport:
     """What one worker did: jobs done, failed and put back for a retry, and what it left.
 
     `stale` counts answers that came too late, `released` jobs given back unfinished, `reclaimed` those taken from dead
-    workers, `stuck` calls that could not be cancelled. `cut_off` counts the answers that reached a token limit, by run;
-    `limited` names the runs whose settings set that limit. `paused` maps runs to their pauses; `interrupted` names runs
+    workers, `stuck` calls that could not be cancelled. `by_run` counts the jobs done and failed, and `cut_off` the
+    answers that reached a token limit, by run; `limited` names the runs whose settings set that limit. `paused` maps runs to their pauses; `interrupted` names runs
     whose enqueue did not finish. `drained` is True if the worker was asked to stop.
     """
 
@@ -64,6 +64,7 @@ class WorkReport:
     reclaimed: int = 0
     stuck: int = 0
     drained: bool = False
+    by_run: Counter[str] = field(default_factory=Counter)
     cut_off: Counter[str] = field(default_factory=Counter)
     limited: set[str] = field(default_factory=set)
     paused: dict[str, Paused] = field(default_factory=dict)
@@ -292,8 +293,11 @@ class Calls:
                     self._failed.add(settlement.claim.job_id)
             case _:
                 self._report.retried += 1
-        if settlement.outcome.finish_reason == CUT_OFF and state is not JobState.PENDING and held is not None:
-            run = held.served.run
+        if held is None or state is JobState.PENDING:
+            return
+        run = held.served.run
+        self._report.by_run[run.name] += 1
+        if settlement.outcome.finish_reason == CUT_OFF:
             self._report.cut_off[run.name] += 1
             if output_limit({**run.task.settings, **(settlement.claim.settings or {})}) is not None:
                 self._report.limited.add(run.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -41,7 +42,10 @@ def test_a_notebook_is_executed(tmp_path: Path) -> None:
         {
             "results": [one["data"]["text/plain"] for one in cell.outputs if one.output_type == "execute_result"],
             "bars": [one["data"]["text/plain"] for one in cell.outputs if one.output_type == "display_data"],
-            "lines": "".join(one.text for one in cell.outputs if one.output_type == "stream").splitlines(),
+            "lines": [
+                re.sub(r" in [0-9.]+ s$", "", line)
+                for line in "".join(one.text for one in cell.outputs if one.output_type == "stream").splitlines()
+            ],
         }
         for cell in notebook.cells
     ]

@@ -227,8 +227,8 @@ def test_run_says_how_many_failed_why_and_how_to_retry(cli: Cli) -> None:
     for _ in range(2):
         done = cli("run", "in.txt", "-o", "out.jsonl", *flags, check=False)
         assert done.returncode == 4
-        assert "2 rows have no answer: failed, by the setting failure_rate; " in done.stderr
-        assert "`lbr retry in` puts their jobs back" in done.stderr
+        assert "lbr: 2 failed (transient): failed, by the setting failure_rate; `lbr failures in` shows" in done.stderr
+        assert "`lbr retry in` puts them back" in done.stderr
 
 
 async def test_a_run_is_removed_from_python(cli: Cli) -> None:

@@ -124,7 +124,8 @@ def test_answers_to_stdout(cli: Cli) -> None:
     done = cli("run", "-", "--run", "r", "-o", "-", "--model", "offline:echo", "--with", "usage", stdin="one\ntwo\n")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(row["result"], row["model"]) for row in rows] == [("one", "offline:echo"), ("two", "offline:echo")]
-    assert "2 rows: 2 done, in stdout, after" in done.stderr
+    assert "2 of 2 jobs done in" in done.stderr
+    assert "lbr: 2 rows in stdout\n" in done.stderr
     refused = cli("run", "-", "--run", "r2", "-o", "o.jsonl", "--no-unnest", stdin="one", check=False)
     assert (refused.returncode, "--no-unnest is for tables, got: jsonl" in refused.stderr) == (2, True)
 

@@ -605,7 +605,7 @@ def test_failures_and_retry(cli: Cli) -> None:
     write(cli.folder, ["good", "bad", "good"])
     done = cli("run", "in.txt", "-o", "out.csv", "--function", "shaky:answer", check=False)
     assert done.returncode == 4, done.stderr
-    assert "1 row has no answer: not today; `lbr retry in`" in done.stderr
+    assert "1 failed (permanent): not today; `lbr failures in` shows why, `lbr retry in` puts" in done.stderr
     assert re.search(r"^bad,,failed,not today$", (cli.folder / "out.csv").read_text(), re.MULTILINE)
     (cli.folder / "mended").touch()
     assert cli("retry", "in").stdout == "run in: 1 job back to pending\n"
