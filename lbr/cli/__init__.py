@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from lbr.cli import look, operate, work
+from lbr.cli import completion, look, operate, work
 from lbr.cli.app import lbr, main
-from lbr.cli.completion import completion
 from lbr.cli.enqueue import enqueue, estimate
 from lbr.cli.examples import epilog_of
 
@@ -21,7 +20,7 @@ for command in (
         operate.rm,
     ),
     *(operate.prune, operate.pause, operate.resume, operate.limit, operate.move, operate.backup, operate.doctor),
-    completion,
+    completion.completion,
 ):
     if not command.hidden:
         command.epilog = epilog_of(str(command.name))

@@ -70,7 +70,7 @@ def test_a_run_that_ends(cli: Cli, terminal: Callable[..., Terminal]) -> None:
     assert running.end() == 0
     assert not re.search(r"\x1b\[[0-9;]*3[0-9][;m]", running.raw)
     assert " of 40" in running.raw
-    assert " of 40" not in running.screen
+    assert "%" not in running.screen
     assert running.screen.count("called p") == 40
     assert "in out.jsonl" in running.screen
 
