@@ -81,8 +81,15 @@ class Shown:
     def _draw(self) -> None:
         if self.screen is None or self._views is None:
             return
-        repeated = [one for one in self._kinds.values() if one[0] > 1][-SHOWN_KINDS:]
-        self.screen.show(self._views, [f"{count} times: {message}" for count, message in repeated], self._stopping())
+        self.screen.show(self._views, self._repeated()[-SHOWN_KINDS:], self._stopping())
+
+    def end(self) -> None:
+        """Print what was only counted, when the view is gone."""
+        for message in self._repeated() if self.screen is not None and not talk.verbose else ():
+            log(message)
+
+    def _repeated(self) -> list[str]:
+        return [f"{count} times: {message}" for count, message in self._kinds.values() if count > 1]
 
     def _stopping(self) -> str:
         if self._deadline is None:
@@ -105,8 +112,11 @@ async def shown(db: dict[str, Any], runs: Collection[str]) -> AsyncIterator[Show
         if is_terminal() and not (talk.quiet or talk.log_format == "json"):
             from lbr.api.draw import Screen  # noqa: PLC0415 - only for a terminal
 
-            screen = stack.enter_context(Screen())
+            screen = Screen()
         show = Shown(screen)
+        stack.callback(show.end)
+        if screen is not None:
+            stack.enter_context(screen)
         watching = asyncio.create_task(_watch(show, db, runs))
         try:
             yield show
