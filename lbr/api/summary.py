@@ -72,10 +72,10 @@ def cut_off_words(run: str, count: int, *, limited: bool) -> str:
 
 async def ending_of(database: Database, run: str, *, with_failures: bool = True) -> Ending:
     """Return how a run stands; with its failed jobs in groups, unless that is not asked for."""
-    (now,) = status_of(await database.read(reads.overview, run)).runs
+    (now,) = status_of(await database.quick_read(reads.overview, run)).runs
     if not (now.failed and with_failures):
         return Ending(now)
-    return Ending(now, await groups_of(database, await database.read(reads.find_run, run)))
+    return Ending(now, await groups_of(database, await database.quick_read(reads.find_run, run)))
 
 
 async def run_ending(run: str, *, db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_fs: bool = False) -> Ending:
