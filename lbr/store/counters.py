@@ -34,6 +34,8 @@ UNPRICED = "unpriced"
 REUSED = "reused"
 STALE = "stale"
 CRASHED = "crashed"
+OPENED = "opened"
+"""How many times the run got jobs to do, or was resumed; see `lbr.store.endings`."""
 TRY = "try:"
 """Prefix of a family's count of tries that were no plain success, for example `try:transient`."""
 
@@ -102,8 +104,8 @@ FIXING = RunId(0)
 """No run has this id: fixes take turns by it, so that two do not both add the same difference."""
 
 _USAGE = (INPUT_TOKENS, OUTPUT_TOKENS, COST_NANOS)
-_NOT_IN_ROWS = frozenset({ANSWERED, UNPRICED})
-"""Which attempts were paid for is known when they are settled; their rows do not show it."""
+_NOT_IN_ROWS = frozenset({ANSWERED, UNPRICED, OPENED})
+"""Which attempts were paid for is known when they are settled; the rows do not show it, nor how often jobs came."""
 _NO_USAGE: list[ColumnElement[int]] = [literal_column("0") for _ in _USAGE]
 _COUNTED = union_all(
     select(

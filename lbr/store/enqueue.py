@@ -231,6 +231,7 @@ def add_chunk(
         wake_workers(connection)
     counts = Counter({(run.id, str(JobState.PENDING)): len(new) - len(answered)})
     counts[run.id, str(JobState.DONE)] = counts[run.id, counters.REUSED] = len(answered)
+    counts[run.id, counters.OPENED] = 1
     counters.add(connection, counts)
     duplicates = len(entries) - len(new)
     return EnqueueCounts(len(items), len(known), len(new), duplicates, len(answered))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,6 @@ from lbr.store.schema import counters as counters_table
 from lbr.store.sql import Inserting, any_of, wake_workers
 
 if TYPE_CHECKING:
-    from collections import Counter
     from collections.abc import Callable, Iterable, Sequence
 
     from sqlalchemy import ColumnElement, Connection
@@ -296,6 +296,7 @@ def _set_state(connection: Connection, run: Run, values: dict[str, Any], check: 
     if values["state"] is RunState.ACTIVE:
         # Calls are made again, whatever was known of an outage.
         connection.execute(delete(outages).where(outages.c.answerer == run.task.answerer))
+        counters.add(connection, Counter({(run.id, counters.OPENED): int(current.state is RunState.PAUSED)}))
     wake_workers(connection)
     return change(connection, run, values)
 
@@ -363,7 +364,9 @@ def move_page(connection: Connection, run: Run, page: Sequence[Sequence[Any]], t
         values |= {"finished_at": None, "available_at": now} | FULL_TRIES
     query = update(jobs).where(any_of(jobs.c.id, "ids")).values(**values)
     connection.execute(query, {"ids": [row[0] for row in page]})
-    counters.add(connection, counters.moved((run.id, row[1], target) for row in page))
+    deltas = counters.moved((run.id, row[1], target) for row in page)
+    deltas[run.id, counters.OPENED] = int(target is JobState.PENDING)
+    counters.add(connection, deltas)
     if target is JobState.PENDING:
         wake_workers(connection)
 

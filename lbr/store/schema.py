@@ -99,6 +99,8 @@ runs = Table(
     Column("keep", Text),
     # How many answers each input gets, null for one.
     Column("samples", Integer),
+    # The number of its end that was reported last; see `lbr.store.endings`.
+    Column("reported", Id),
     CheckConstraint("state IN ('active', 'paused', 'cancelled')", name="runs_state"),
     sqlite_autoincrement=True,
 )
@@ -435,6 +437,7 @@ MIGRATIONS: tuple[tuple[str, Callable[[Connection], None] | None], ...] = (
     ("keep reasoning, log probabilities and raw answers", None),
     ("number the samples of an input", _number_samples),
     ("count what each worker does in a minute", None),
+    ("note which ends of runs were reported", None),
 )
 """Ordered and append-only: a database's version is the number of them that it has seen.
 

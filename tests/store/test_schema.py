@@ -29,7 +29,7 @@ from lbr.core.types import (
     Shape,
     WorkerId,
 )
-from lbr.store import enqueue, pulses, reads, schema
+from lbr.store import endings, enqueue, pulses, reads, schema
 from lbr.store.database import open_database
 from lbr.store.runs import RunSpec
 from lbr.store.settle import settle
@@ -74,6 +74,7 @@ async def test_schema_migrates_once(database: Database, db_url: str) -> None:
         (13, "keep reasoning, log probabilities and raw answers"),
         (14, "number the samples of an input"),
         (15, "count what each worker does in a minute"),
+        (16, "note which ends of runs were reported"),
     ]
 
 
@@ -383,4 +384,25 @@ async def test_a_run_of_before_has_pulses_from_now_on(db_url: str) -> None:
     database = await open_database(db_url)
     (pulse,) = await database.read(pulses.series, run.id, run.created_at)
     assert (pulse.done, await states(database, run)) == (1, {"done": 2})
+    await database.close()
+
+
+async def test_ends_of_before_are_not_reported_yet(db_url: str) -> None:
+    """A run that goes on under this version has an end to report, whether its jobs were counted before or not."""
+    database = await open_database(db_url, create=True)
+    run = await put(database, ["a"])
+    where = "lbr." if is_postgresql(db_url) else ""
+    version = [name for name, _ in schema.MIGRATIONS].index("note which ends of runs were reported")
+    for statement in (
+        f"ALTER TABLE {where}runs DROP COLUMN reported",
+        f"DELETE FROM {where}counters WHERE name = 'opened'",
+        f"DELETE FROM {where}schema_version WHERE version > {version}",
+    ):
+        await database.write(_run, statement)
+    await database.close()
+    database = await open_database(db_url)
+    queue, worker, _ = await two_workers(database)
+    assert await database.read(endings.unreported, [run.id]) == []
+    await database.write(settle, [answered(one) for one in await queue.claim(worker, [run.id], 1, lease=60)])
+    assert [len((await database.write(endings.take, [run.id]))[1]) for _ in range(2)] == [1, 0]
     await database.close()
