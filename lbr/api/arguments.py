@@ -52,6 +52,7 @@ PARAMETERS = {
     "db": ("db_url",),
     "format": ("format", "input_format"),
     "function": ("worker", "function", "functions"),
+    "notify": ("notify_url",),
     "model": ("model_name", "model"),
     "result_type": ("result_type", "result_types"),
     "set": ("settings",),

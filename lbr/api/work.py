@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lbr.api.arguments import checked
+from lbr.api.finish import Hooks, reported
+from lbr.api.metrics import served
 from lbr.api.task import authorize, change_warnings
 from lbr.core import config
 from lbr.core.config import DB_URL_DEFAULT, WorkOptions, load_environment, one_of
@@ -38,6 +40,9 @@ async def work(
     tpm: int | None = None,
     max_cost: float | None = None,
     outage_patience: float = config.OUTAGE_PATIENCE,
+    on_finish: str | None = None,
+    notify_url: str | None = None,
+    metrics: int | None = None,
     db_url: PathOrUrl = DB_URL_DEFAULT,
     allow_network_fs: bool = False,
     verbose: bool = False,
@@ -55,6 +60,9 @@ async def work(
     `rpm`, `tpm`: requests and tokens a minute of all workers together, for each model or function that this one serves.
     `max_cost`: the most that each run that it serves may cost, in US dollars. None leaves the limits as they are.
     `outage_patience`: how long to wait for an unreachable model before its runs are paused.
+    `on_finish`: a command line for /bin/sh, run when a run that it serves has finished or is paused; `notify_url`: gets a
+    POST of JSON then. Of several workers, one does it.
+    `metrics`: a port of 127.0.0.1 that serves numbers of the queue for Prometheus; 0 takes a free one.
     `notify`: called with each message for the user, with one for each failed attempt if `verbose`. `on_start`: called with the worker, which you can `drain` or `abort`.
 
     Raises UsageError, NothingToServeError or DatabaseError. Cancelled, it gives its jobs back first.
@@ -66,11 +74,13 @@ async def work(
     key = openrouter_api_key or env.get("OPENROUTER_API_KEY") or None
     names = [run] if isinstance(run, str) else run
     authority = authorize(functions, result_types, openrouter_api_key=key, runs_are_named=names is not None)
+    hooks = Hooks(on_finish, notify_url, db_url, notify)
     async with opened(db_url, allow_network_fs=allow_network_fs, patience=patience) as database:
         worker = Worker(database, authority, options, run_names=names, notify=notify)
         on_start(worker)
         try:
-            return await worker.run()
+            async with served(database, metrics, notify), reported(database, worker.served, hooks):
+                return await worker.run()
         finally:
             for notice in change_warnings(authority):
                 notify(notice)

@@ -8,7 +8,7 @@ import os
 import select
 import time
 from collections import Counter
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import AsyncExitStack, ExitStack, nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ import click
 
 from lbr.api import collect as collect_api
 from lbr.api import operate, summary, work
+from lbr.api.finish import Hooks, report_end
+from lbr.api.metrics import served
 from lbr.api.status import printable, unfinished_words
 from lbr.cli import completion
 from lbr.cli.app import (
@@ -43,7 +45,7 @@ from lbr.core.text import pluralize
 from lbr.core.types import JobState, Order, RunState, Shape, Until
 from lbr.io import writers
 from lbr.io.table import OWN_COLUMNS
-from lbr.store.database import file_of, sole_worker
+from lbr.store.database import file_of, opened, sole_worker
 from lbr.worker.calls import WorkReport
 from lbr.worker.processes import handled_signals, run_processes
 
@@ -78,11 +80,17 @@ work_options = options(
     _of_work("max-cost", float, "What each run may cost in total; then the run is paused.", "DOLLARS"),
 )
 processes_option = option("--processes", None, "Number of worker processes to start.", type=int, default=1)
+_ENDS = "when a run has finished or is paused; of several workers, one does it."
+hook_options = options(
+    option("--on-finish", "COMMAND", f"A command line to run {_ENDS}"),
+    option("--notify", "URL", f"A URL to send JSON to {_ENDS}"),
+)
 serving_options = options(
     option("--run", "NAME", "A run to work on; by default all that it can.", multiple=True),
     option("--function", "MODULE:NAME", "A function that it may call.", multiple=True),
     option("--result-type", "MODULE:CLASS", "A class to check answers with.", multiple=True),
     work_options,
+    hook_options,
     choice("--until", Until, UNTIL, default=str(Until.DONE)),
 )
 output_options = options(
@@ -104,6 +112,7 @@ async def _serve(
     *,
     function: tuple[str, ...],
     result_type: tuple[str, ...],
+    notify: str | None = None,
     parent: int | None = None,
     **how: Any,
 ) -> WorkReport:
@@ -144,7 +153,8 @@ async def _serve(
 
     with ExitStack() as stack:
         how |= {"notify": log if show is None else show.notify, "verbose": talk.verbose, "on_start": listen}
-        return await work.work(functions=function, result_types=result_type, **how, **db)
+        how |= {"functions": function, "result_types": result_type, "notify_url": notify}
+        return await work.work(**how, **db)
 
 
 def _leave_closed_terminal() -> None:
@@ -204,9 +214,12 @@ async def _work_in_processes(db: dict[str, Any], count: int, **flags: Any) -> in
     """Work in several processes; return the worst exit code of those that were not killed."""
     # Check here once, instead of in every child.
     _work_flags(flags)
+    Hooks(flags.get("on_finish"), flags.get("notify"), db["db_url"], log)
     await work.check_queue(**db, names=flags["run"], patience=flags["patience"])
-    # Not as a flag, because a URL may have a password in it, and every user of the machine sees the flags.
+    # Not as flags, because these may hold a password, and every user of the machine sees the flags.
     environment = {"LBR_DB": db["db_url"], "LBR_ALLOW_NETWORK_FS": str(int(db["allow_network_fs"]))}
+    hooks = {name: value for name in ("on_finish", "notify") if (value := flags.pop(name, None)) is not None}
+    environment |= {f"LBR_WORKER_PROCESS_{name.upper()}": value for name, value in hooks.items()}
     arguments = ["worker-process"]
     for flag, value in flags.items():
         for one in value if isinstance(value, tuple) else () if value is None else (value,):
@@ -235,6 +248,7 @@ def _work_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
 @serving_options
 @processes_option
 @talk_options
+@option("--metrics", "PORT", "Serve numbers for Prometheus at this port of 127.0.0.1; 0 takes a free one.", type=int)
 @switch("--exclusive", "Exit at once, with 0, if another exclusive worker is running.")
 @with_database
 def worker(db: dict[str, Any], /, processes: int, exclusive: bool, **flags: Any) -> None:
@@ -249,9 +263,15 @@ def worker(db: dict[str, Any], /, processes: int, exclusive: bool, **flags: Any)
     at_least_one("processes", processes, most=MAX_PROCESSES)
 
     async def work_exclusively() -> int:
-        async with sole_worker(db["db_url"]) if exclusive else nullcontext():
+        async with AsyncExitStack() as stack:
+            if exclusive:
+                await stack.enter_async_context(sole_worker(db["db_url"]))
             if processes == 1:
                 return await _work_alone(db, **flags)
+            if (port := flags.pop("metrics")) is not None:
+                how = {"allow_network_fs": db["allow_network_fs"], "patience": flags["patience"]}
+                database = await stack.enter_async_context(opened(db["db_url"], **how))
+                await stack.enter_async_context(served(database, port, log))
             started, before = time.monotonic(), (await operate.status(**db)).runs
             code = await _work_in_processes(db, processes, **flags)
             names = flags["run"] or [one.run for one in before if one.word == RunState.ACTIVE]
@@ -351,6 +371,7 @@ def _reasons(collected: Collected) -> str:
 @output_options
 @task_options
 @work_options
+@hook_options
 @processes_option
 @talk_options
 @with_database
@@ -369,12 +390,13 @@ def run(db: dict[str, Any], /, inputs: tuple[str, ...], output: str, dry_run: bo
     collect_api.check_kept(written.read, some_of("--keep", flags["keep"], tuple(Extra)))
     at_least_one("processes", flags["processes"], most=MAX_PROCESSES)
     how = _work_flags(flags)
+    hooks = Hooks(flags.pop("on_finish"), flags.pop("notify"), db["db_url"], log)
     if dry_run:
         show_dry_run(inputs, **flags | {"concurrency": flags["concurrency"] * flags["processes"]})
         return
     rest = {name: value for name, value in flags.items() if name not in how}
     with counting_kept(inputs, append=flags["append"]) as on_progress:
-        code = asyncio.run(_run(db, inputs, {"out": output} | style, on_progress, how, **rest))
+        code = asyncio.run(_run(db, inputs, {"out": output} | style, on_progress, how, hooks, **rest))
     click.get_current_context().exit(code)
 
 
@@ -384,6 +406,7 @@ async def _run(
     output: dict[str, Any],
     on_progress: Callable[[int], None],
     how: dict[str, Any],
+    hooks: Hooks,
     processes: int,
     **flags: Any,
 ) -> int:
@@ -414,6 +437,8 @@ async def _run(
         log(line, error=True)
     for line in file:
         log(line)
+    written = output["out"] if now.finished and output["out"] != "-" else None
+    await report_end(now.run, hooks, file=written, allow_network_fs=db["allow_network_fs"])
     if worked is not None:
         _leave_stuck(worked, code)
     return code

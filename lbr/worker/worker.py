@@ -76,6 +76,7 @@ class Worker:
         self._start_limits = StartLimits(database, options)
         limits_cost, room = options.max_cost is not None, open_files.room()
         self._runs = ServableRuns(authority, concurrency=options.concurrency, room=room, limits_cost=limits_cost)
+        self.served = self._runs.served  # by their ids; public, because others follow them
         self._completion = Completion(self._runs, named=run_names is not None, notify=notify)
         self.report = WorkReport()
         self._wake = asyncio.Event()
@@ -96,8 +97,7 @@ class Worker:
         self._settled = deque([(time.monotonic(), 0)], maxlen=LATEST_TICKS)
         self._error: BaseException | None = None
         self._stopping = self._aborting = self._database_failed = False
-        self._deadline = 0.0
-        self._next_poll = self._next_due = self._next_check = self._next_fold = 0.0
+        self._deadline = self._next_poll = self._next_due = self._next_check = self._next_fold = 0.0
         # How far our clock was ahead of the machine's monotonic one, and reports that were far from it.
         self._lead = _lead_ms()
         self._far_off: Mapping[WorkerId, Millis] = {}
