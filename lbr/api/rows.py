@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from lbr.api.call import warn
-from lbr.core.schema import import_type
+from lbr.core.errors import UsageError
+from lbr.core.schema import import_type, problems_of
 from lbr.core.types import JobState, Part
 from lbr.io import frames
 from lbr.io.table import Kinds, make_table
@@ -32,11 +33,20 @@ class Row(dict[str, Any], Generic[T]):
 
     @cached_property
     def parsed(self) -> T | None:
-        """The result as an instance of the call's `result_type`; None if it had none, or if the row has no result."""
+        """The result as an instance of the call's `result_type`; None if it had none, or if the row has no result.
+
+        Raises UsageError for an answer that was kept and does not fit, because the class has changed.
+        """
         result = self["result"]
         if self._result_type is None or result is None:
             return None
-        parsed: T = _adapter(self._result_type).validate_json(result)
+        try:
+            parsed: T = _adapter(self._result_type).validate_json(result)
+        except Exception as error:  # a user's validator may raise anything
+            raise UsageError(
+                f"the answer of input {self['idx']} does not fit the result type as it is now: {problems_of(error)[0]}. Kept "
+                f"answers are not validated again; `fresh=True` with another `run` asks again"
+            ) from error
         return parsed
 
 
@@ -103,6 +113,6 @@ class Form:
         return frame
 
 
-def settled(row: AnswerRow) -> AnswerRow:
-    """Return a row with one of two statuses: done or missing."""
-    return row if row.status == JobState.DONE else row.missing()
+def settled(row: AnswerRow, reason: str | None = None) -> AnswerRow:
+    """Return a row with one of two statuses: done or missing. `reason` is the error of a missing row that has none."""
+    return row if row.status == JobState.DONE else replace(row.missing(), error=row.error or reason)

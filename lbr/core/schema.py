@@ -138,7 +138,7 @@ class Validator:
         else:
             from pydantic import TypeAdapter  # noqa: PLC0415
 
-            self._judge = functools.partial(_judge_by_type, TypeAdapter(result_type))
+            self._judge = functools.partial(_judge_by_type, TypeAdapter(result_type), schema)
 
     def check(self, text: str) -> str:
         """Return the answer as compact JSON; BadAnswer, with up to five problems and the raw text, if it does not fit.
@@ -169,17 +169,41 @@ def _judge_by_schema(validator: Draft202012Validator, _: str, value: Json) -> tu
     return answer, [f"{_json_path(error.instance_path)}: {error.message}" for error in errors]
 
 
-def _judge_by_type(adapter: TypeAdapter[Any], text: str, _: Json) -> tuple[str, list[str]]:
+def _judge_by_type(adapter: TypeAdapter[Any], schema: dict[str, Json], text: str, value: Json) -> tuple[str, list[str]]:
+    try:
+        read = adapter.validate_json(text)
+        # By alias, so that the answer fits the schema that was asked for and the type can read it back.
+        answer = adapter.dump_json(read, by_alias=True).decode()
+    except Exception as error:  # noqa: BLE001 - a user's validator may raise anything, here for this answer
+        return "", problems_of(error)
+    if not _reads_back(adapter, answer, read) and _fits(schema, value):
+        answer = to_json(value).decode()  # as it came
+    return answer, []
+
+
+def _reads_back(adapter: TypeAdapter[Any], answer: str, read: Any) -> bool:
+    """Return whether a type reads its own JSON as the same value; not if it writes other names than it reads."""
+    try:
+        return bool(adapter.validate_json(answer) == read)
+    except Exception:  # noqa: BLE001 - a user's validator may raise anything
+        return False
+
+
+def _fits(schema: dict[str, Json], value: Json) -> bool:
+    try:
+        return _build_validator(schema).is_valid(value)
+    except UsageError:  # pydantic knows more patterns
+        return False
+
+
+def problems_of(error: Exception) -> list[str]:
+    """Return what is wrong with an answer, given what a result type raised."""
     from pydantic import ValidationError  # noqa: PLC0415
 
-    try:
-        # By alias, so that the answer fits the schema that was asked for and the type can read it back.
-        return adapter.dump_json(adapter.validate_json(text), by_alias=True).decode(), []
-    except ValidationError as error:
-        found = error.errors(include_url=False, include_input=False, include_context=False)
-        return "", [f"{_json_path(one['loc'])}: {one['msg']}" for one in found]
-    except Exception as error:  # noqa: BLE001 - a user's validator may raise anything, here for this answer
-        return "", [f"$: the result type failed with {type(error).__name__}: {_first_line(error)}"]
+    if not isinstance(error, ValidationError):
+        return [f"$: the result type failed with {type(error).__name__}: {_first_line(error)}"]
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    return [f"{_json_path(one['loc'])}: {one['msg']}" for one in found]
 
 
 def _json_path(steps: Iterable[str | int]) -> str:

@@ -6,7 +6,7 @@ import copy
 import json
 import pickle
 from datetime import UTC, date, datetime, timedelta
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import orjson
@@ -14,7 +14,7 @@ import pandas as pd
 import polars as pl
 import pytest
 from pandas.testing import assert_frame_equal
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field, create_model
 
 import lbr
 from lbr import Permanent, Row, prompt_map
@@ -54,6 +54,26 @@ async def test_rows_are_dicts_with_an_instance() -> None:
         assert (twin, twin.parsed) == (done, done.parsed)
     (plain,) = await prompt_map(["good"], judge, version="2")
     assert plain.parsed is None
+
+
+async def test_a_class_that_no_longer_reads_its_answers() -> None:
+    """An answer that was kept is not validated again, so `parsed` has an error that says how to ask again."""
+
+    def with_least(least: int) -> type[BaseModel]:
+        def check(points: int) -> int:
+            if points < least:
+                raise ValueError("too few")
+            return points
+
+        return create_model("Points", points=(Annotated[int, AfterValidator(check)], ...))
+
+    (row,) = await prompt_map(["good"], judge, result_type=with_least(0))
+    assert row.parsed == row.parsed
+    (row,) = await prompt_map(["good"], judge, result_type=with_least(5))
+    assert row["result"] == '{"points":4}'
+    words = r"the answer of input 0 does not fit the result type as it is now: \$.points: Value error, too few. .*`fresh=True`"
+    with pytest.raises(UsageError, match=words):
+        _ = row.parsed
 
 
 def pandas_frame() -> pd.DataFrame:
@@ -199,7 +219,14 @@ async def test_lists_and_frames_as_the_other_kind() -> None:
         ),
         (pd.DataFrame([["a", "b"]], columns=["prompt", "prompt"]), "the frame has several columns named 'prompt'"),
         (pd.DataFrame([["a", "b"]], columns=[1, "1"]), "the frame has several columns named '1'"),
-        (pd.DataFrame({"prompt": ["a", None]}), "^prompts, line 2: prompt is empty"),
+        (
+            pd.DataFrame({"prompt": ["a", None]}),
+            r"^prompts, line 2: prompt is empty. Fill it in, or leave such prompts out; .* df.dropna\(subset=",
+        ),
+        (
+            pd.DataFrame({"prompt": ["a"], "x": [b"y"]}),
+            "^prompts, line 1: field 'x' cannot be written as JSON: .*bytes",
+        ),
         (pl.DataFrame({"text": ["a"]}), "expected one of the fields prompt and messages, got: 'text'; set prompt_col"),
     ],
 )

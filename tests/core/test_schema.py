@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from pydantic import BaseModel, Field, RootModel, field_validator
+from pydantic import BaseModel, ConfigDict, Field, RootModel, computed_field, field_validator
 
 from lbr.core.errors import BadAnswer, Family, UsageError
 from lbr.core.schema import Validator, import_type, load_schema, schema_of
@@ -396,3 +396,28 @@ def test_a_validator_that_fails_is_a_bad_answer() -> None:
     with pytest.raises(BadAnswer, match="the result type failed with KeyError: 'fine'") as caught:
         validator.check('{"score": "fine"}')
     assert caught.value.text == '{"score": "fine"}'
+
+
+def test_a_class_that_does_not_read_what_it_writes() -> None:
+    """Its answer stays as it came, so that the class reads the same value from it; but not if the schema forbids that."""
+
+    class Price(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+        share: float = Field(validation_alias="percent", serialization_alias="part")
+        unit: str = "%"
+
+        @field_validator("share", mode="before")
+        @classmethod
+        def scale(cls, value: float | str) -> float:
+            return float(str(value).rstrip("%")) / 100
+
+        @computed_field  # type: ignore[prop-decorator]
+        @property
+        def is_half(self) -> bool:
+            return self.share == 0.5
+
+    validator = Validator(schema_of(Price), Price)
+    assert validator.check('{"percent": 50}') == '{"percent":50}'
+    assert validator.check('{"percent": "50%"}') == '{"part":0.5,"unit":"%","is_half":true}'
+    with pytest.raises(BadAnswer, match=r"\$.part: Extra inputs are not permitted"):
+        validator.check('{"percent": 5, "part": 1}')
