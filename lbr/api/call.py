@@ -13,7 +13,7 @@ from lbr.api.enqueue import put, run_spec
 from lbr.api.task import change_warnings, check_servable, resolve_task
 from lbr.core import config
 from lbr.core.config import WorkOptions, load_environment
-from lbr.core.types import RunState, canonical_json
+from lbr.core.types import PauseCause, RunState, canonical_json
 from lbr.io.samples import Sample
 from lbr.io.sources import Source
 from lbr.store import reads, redo, runs
@@ -154,12 +154,17 @@ class Call:
             yield database, found, report.counts.inputs
 
     async def work(self, database: Database, run: Run) -> None:
-        """Answer the prompts of the run. Cancelled, it gives its jobs back first."""
+        """Answer the prompts of the run, and warn if it is paused. Cancelled, it gives its jobs back first."""
         try:
-            await Worker(database, self.resolved.authority, self.options, run_names=[run.name], notify=warn).run()
+            worker = Worker(database, self.resolved.authority, self.options, run_names=[run.name], notify=warn)
+            report = await worker.run()
         finally:
             for notice in change_warnings(self.resolved.authority):
                 warn(notice)
+        pause = report.paused.get(run.name)
+        if pause is not None and pause.cause in {PauseCause.BUDGET, PauseCause.USER}:  # the worker reports the others
+            higher = " with a higher max_cost" * (pause.cause is PauseCause.BUDGET)
+            warn(f"run {run.name} is paused: {pause.message}; the same call{higher} goes on")
 
 
 def warn(line: str) -> None:

@@ -18,7 +18,7 @@ from lbr.api.rows import RETURN_DTYPES, Form, settled
 from lbr.core.config import DB_URL_DEFAULT, one_of
 from lbr.core.errors import DatabaseBusyError, LbrError, UsageError
 from lbr.core.text import pluralize
-from lbr.core.types import JobState, Part, Shape
+from lbr.core.types import JobState, Part, RunState, Shape
 from lbr.io import frames, writers
 from lbr.store import reads, results_db
 from lbr.store.database import file_of, opened, remove_queue, shown
@@ -271,9 +271,11 @@ prompt_map_sync = in_thread(prompt_map)
 async def answers(
     database: Database, run: Run, shape: Shape, keep: Sequence[str] = ()
 ) -> AsyncIterator[list[AnswerRow]]:
-    """Yield a run's rows with one of two statuses: done or missing."""
+    """Yield a run's rows with one of two statuses: done or missing, with the pause as the error if it is paused."""
+    now = await database.read(reads.find_run, run.name)
+    words = f"the run is paused: {now.pause.message}" if now.state is RunState.PAUSED and now.pause else None
     async for page in reads.rows(database, run, shape, include=keep):
-        yield [settled(row) for row in page]
+        yield [settled(row, words) for row in page]
 
 
 async def _mirror(results_url: PathOrUrl, run: str, rows: list[AnswerRow]) -> bool:

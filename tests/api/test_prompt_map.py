@@ -326,7 +326,10 @@ async def test_rerun_after_a_pause_goes_on(calls: Calls, db_url: str) -> None:
         return prompt
 
     rows = await prompt_map(["a", "b"], paid, concurrency=1, db_url=db_url)
-    assert [(row["status"], row["error"]) for row in rows] == [("missing", "no credit"), ("missing", None)]
+    assert [(row["status"], row["error"]) for row in rows] == [
+        ("missing", "no credit"),
+        ("missing", "the run is paused: Pause: no credit"),
+    ]
     calls.broken = set()
     assert [row["status"] for row in await prompt_map(["a", "b"], paid, db_url=db_url)] == ["done", "done"]
     assert calls.made == Counter({"a": 2, "b": 1})
@@ -438,12 +441,12 @@ async def test_wrong_prompts(prompts: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ({1}, "a field cannot be written as JSON: Type is not JSON serializable: set"),
+        ({1}, "field 'of mine' cannot be written as JSON: Type is not JSON serializable: set"),
         (b"x", "Type is not JSON serializable: bytes; convert or remove it"),
         (2**70, "Integer exceeds 64-bit range"),
         ({1: "one"}, "Dict key must be str"),
         ("\ud800", "str is not valid UTF-8: surrogates not allowed"),
-        (json.loads("[" * 300 + "]" * 300), "a field cannot be written as JSON: Recursion limit reached"),
+        (json.loads("[" * 300 + "]" * 300), "field 'of mine' cannot be written as JSON: Recursion limit"),
     ],
 )
 async def test_fields_that_no_row_can_hold(value: Any, words: str) -> None:
@@ -844,7 +847,7 @@ async def test_duplicates_are_noted(caplog: pytest.LogCaptureFixture) -> None:
     assert {(one.name, one.levelname) for one in caplog.records} == {("lbr", "WARNING")}
 
 
-async def test_a_schema_limits_and_a_budget(db_url: str) -> None:
+async def test_a_schema_limits_and_a_budget(db_url: str, caplog: pytest.LogCaptureFixture) -> None:
     """Answers match a JSON schema; the limits are set; a run that has spent what it may pauses, and more lets it go on."""
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
     given: dict[str, Any] = {"model": "offline:echo", "schema": schema, "price": "in=1,out=1", "db_url": db_url}
@@ -854,8 +857,13 @@ async def test_a_schema_limits_and_a_budget(db_url: str) -> None:
     (limits,) = await lbr.limit("offline:echo", db_url=db_url)
     assert (limits["rpm"], limits["tpm"]) == (50_000, 9_000_000)
     prompts = [f"p{n}" for n in range(60)]
-    few = await prompt_map(prompts, **given, run="r", concurrency=2, max_cost=1e-5)
+    few = await prompt_map(prompts, **given, run="r", concurrency=2, max_cost=1e-5, progress_every=None)
     assert 0 < sum(row["status"] == "done" for row in few) < 60
+    why = "it may cost $0.00001, with "
+    assert all(row["error"] is None or row["error"].startswith(f"the run is paused: {why}") for row in few)
+    assert all((row["status"] == "done") == (row["error"] is None) for row in few)
+    assert f"run r is paused: {why}" in caplog.text
+    assert "the same call with a higher max_cost goes on" in caplog.text
     (run,) = (await lbr.status("r", db_url=db_url)).runs
     assert (run.pause_cause, run.max_cost_usd) == ("budget", 1e-5)
     every = await prompt_map(prompts, **given, run="r", max_cost=1.0)
