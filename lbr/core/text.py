@@ -79,9 +79,9 @@ def parse_json(text: str) -> Any:
 
 
 def to_json(value: Any) -> bytes:
-    """Return a value as compact JSON. Raises TypeError or ValueError for what JSON cannot hold."""
+    """Return a value, also one of numpy, as compact JSON. Raises TypeError or ValueError for what JSON cannot hold."""
     try:
-        return orjson.dumps(value)
+        return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
     except TypeError as error:
         try:
             return orjson.dumps(_with_digits(value))

@@ -280,7 +280,7 @@ def check_storable(fields: Fields, place: Place, line: str = "") -> None:
     try:
         text = canonical_json([[fields]])  # a row nests metadata deeper than its line did
     except TypeError as error:
-        raise not_json(error, place) from error
+        raise _not_json(error, place, fields) from error
     if b"\\u0000" in text.replace(rb"\\", b""):
         raise place.error("a field has a NUL character (\\u0000); remove it")
     if not EXACT_TYPES.issuperset(map(type, fields.values())) and LONG.search(line):
@@ -295,7 +295,7 @@ def json_of(record: dict[str, Any], place: Place) -> tuple[Fields, bytes]:
     try:
         text = orjson.dumps(_finite(record), default=_as_json)
     except TypeError as error:
-        raise not_json(error, place) from error
+        raise _not_json(error, place, record) from error
     fields: Fields = orjson.loads(text)
     check_storable(fields, place)
     return fields, text
@@ -327,9 +327,17 @@ def _as_json(value: Any) -> Any:
     raise TypeError(f"Type is not JSON serializable: {type(value).__name__}")
 
 
-def not_json(error: TypeError, place: Place) -> InputError:
-    """Return the error for fields that orjson refused."""
-    return place.error(f"a field cannot be written as JSON: {error.__cause__ or error}; convert or remove it")
+def _not_json(error: TypeError, place: Place, fields: dict[str, Any]) -> InputError:
+    """Return the error for fields that orjson refused, with the name of the first of them."""
+    what = next((f"field {shown(name)}" for name, value in fields.items() if not _is_json(value)), "a field")
+    return place.error(f"{what} cannot be written as JSON: {error.__cause__ or error}; convert or remove it")
+
+
+def _is_json(value: object) -> bool:
+    try:
+        return bool(orjson.dumps(value, default=_as_json))
+    except TypeError:
+        return False
 
 
 def not_finite(value: object) -> Iterator[tuple[str, float]]:

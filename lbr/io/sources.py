@@ -15,7 +15,7 @@ from lbr.core.config import one_of
 from lbr.core.errors import InputError, UsageError
 from lbr.core.types import Item, Prompt
 from lbr.io import frames, readers
-from lbr.io.records import Place, Template, item_of, json_of, shortened
+from lbr.io.records import EmptyPromptError, Place, Template, item_of, json_of, shortened
 from lbr.io.samples import ALL
 from lbr.io.writers import check_output
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lbr.io.samples import Sample
 
 PROMPTS = "prompts"
+EMPTY_WAY_OUT = "Fill it in, or leave such prompts out; of a DataFrame, for example with df.dropna(subset=[…])"
 CHECKED_AT_ONCE = 5_000
 """Inputs that are checked before a caller may be cancelled."""
 
@@ -70,7 +71,10 @@ def items_of(
             fields = json_of(prompt, place)[0]
         else:
             raise place.error(f"expected a string or a dict, got: {shortened(repr(prompt))}")
-        item = item_of(fields, place, compiled, prompt_column, id_column)
+        try:
+            item = item_of(fields, place, compiled, prompt_column, id_column)
+        except EmptyPromptError as error:
+            raise place.error(f"{error.message}. {EMPTY_WAY_OUT}", EmptyPromptError) from error
         yield item if item.prompt.settings is None else fit(item)
 
 

@@ -60,7 +60,7 @@ def _text_of(result: Any) -> str:
         name = type(result).__name__
         raise Permanent(f"expected the function's {name} to be JSON, got: {error}") from error
     shown = "None" if result is None else f"{type(result).__name__} {reprlib.repr(result)}"
-    raise Permanent(f"expected the function to return str, dict or BaseModel, got: {shown}")
+    raise Permanent(f"expected the function to return str, dict, list or BaseModel, got: {shown}")
 
 
 def _reported(answer: Answer) -> Reply:

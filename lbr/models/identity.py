@@ -12,6 +12,7 @@ import functools
 import hashlib
 import inspect
 import re
+import reprlib
 import sys
 import types
 from argparse import Namespace
@@ -41,7 +42,12 @@ def import_function(spec: str) -> AnyFunction:
 
     Raises UsageError with the step that failed, also for whatever the module raises when it is imported.
     """
-    found = import_named(spec, example="pkg.module:function")
+    try:
+        found = import_named(spec, example="pkg.module:function")
+    except UsageError as error:
+        if isinstance(error.__cause__, ModuleNotFoundError) and error.__cause__.name == spec.partition(":")[0]:
+            raise UsageError(f"{error}; if it is a model, name it as the model and not as the function") from error
+        raise
     if isinstance(found, type) or not callable(found):
         shown = f"the class {found.__qualname__}" if isinstance(found, type) else type(found).__name__
         raise UsageError(f"expected {spec!r} to be a function, got: {shown}")
@@ -84,13 +90,18 @@ def name_function(function: AnyFunction | str, *, version: str | None = None) ->
     """
     if not isinstance(function, str):
         if not callable(function):
-            raise UsageError(f"expected a function from str to str, got: {function!r}")
+            raise _no_function(function)
         return NamedFunction(function, identify(function, version=version))
     found = import_function(function)
     identity = identify(found, version=version)
     if identity.anonymous:
         identity = replace(identity, name=function, anonymous=False)
     return NamedFunction(found, identity)
+
+
+def _no_function(value: object) -> UsageError:
+    way_out = "; write a function that returns `await agent.run(prompt)`" if hasattr(value, "run_sync") else ""
+    return UsageError(f"expected a function from str to str, got: {reprlib.repr(value)}{way_out}")
 
 
 def identify(function: AnyFunction, *, version: str | None = None) -> Identity:

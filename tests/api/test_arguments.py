@@ -6,7 +6,7 @@ import inspect
 import re
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -121,6 +121,11 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (prompt_map, {"settings": [1]}, "expected settings to be a dict, got: [1]"),
     (prompt_map, {"settings": ""}, "expected settings to be a dict, got: ''"),
     (prompt_map, {"worker": 5}, "expected a function from str to str, got: 5"),
+    (
+        prompt_map,
+        {"worker": SimpleNamespace(run_sync=1)},  # as an agent has it
+        "expected a function from str to str, got: namespace(run_sync=1); write a function that returns `await agent.run(",
+    ),
     (
         prompt_map,
         {"worker": None, "model_name": up},

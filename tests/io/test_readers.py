@@ -165,7 +165,7 @@ class TestJsonl:
             ('{"messages":"a"}', "expected messages to be a list of at least one, got: 'a'"),
             (
                 '{"prompt":"a","x":' + "[" * 260 + "]" * 260 + "}",
-                "a field cannot be written as JSON: Recursion limit reached",
+                "field 'x' cannot be written as JSON: Recursion limit reached",
             ),
         ],
     )

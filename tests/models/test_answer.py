@@ -91,7 +91,7 @@ def test_other_fields_of_an_answer_are_checked() -> None:
     """A model that is no text and a text that is no answer are refused."""
     with pytest.raises(Permanent, match="expected model of lbr.Answer to be a string, or None, got: 3"):
         reply_of(lbr.Answer("hi", model=3))  # type: ignore[arg-type]
-    with pytest.raises(Permanent, match="expected the function to return str, dict or BaseModel, got: None"):
+    with pytest.raises(Permanent, match="expected the function to return str, dict, list or BaseModel, got: None"):
         reply_of(lbr.Answer(None, input_tokens=3))  # type: ignore[arg-type]
 
 

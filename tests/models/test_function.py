@@ -12,6 +12,7 @@ import textwrap
 import threading
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from pydantic import BaseModel, Field
 from sqlalchemy import update
@@ -95,6 +96,7 @@ async def test_a_chat_prompt_arrives_as_messages() -> None:
         ({"b": 1, "a": [None]}, '{"b":1,"a":[null]}'),
         ([], "[]"),
         (Box(inIt=3), '{"inIt":3}'),
+        ({"a": np.float32(0.5), "b": np.array([1, 2]), "c": np.nan}, '{"a":0.5,"b":[1,2],"c":null}'),
         ({"a": [2**70, -(2**70)], "b": float("nan")}, f'{{"a":[{2**70},{-(2**70)}],"b":null}}'),
     ],
 )
@@ -106,10 +108,10 @@ async def test_results_become_text(result: Any, text: Any) -> None:
 @pytest.mark.parametrize(
     ("result", "message"),
     [
-        (None, "expected the function to return str, dict or BaseModel, got: None"),
-        (b"x", "expected the function to return str, dict or BaseModel, got: bytes b'x'"),
-        (3, "expected the function to return str, dict or BaseModel, got: int 3"),
-        ((1,), "expected the function to return str, dict or BaseModel, got: tuple (1,)"),
+        (None, "expected the function to return str, dict, list or BaseModel, got: None"),
+        (b"x", "expected the function to return str, dict, list or BaseModel, got: bytes b'x'"),
+        (3, "expected the function to return str, dict, list or BaseModel, got: int 3"),
+        ((1,), "expected the function to return str, dict, list or BaseModel, got: tuple (1,)"),
         (
             {"a": 2**70, "b": object},
             "expected the function's dict to be JSON, got: Type is not JSON serializable: type",
@@ -122,7 +124,7 @@ async def test_results_become_text(result: Any, text: Any) -> None:
         ),
         (
             "x".encode,
-            "expected the function to return str, dict or BaseModel, got: builtin_function_or_method <built-in",
+            "expected the function to return str, dict, list or BaseModel, got: builtin_function_or_method <built-in",
         ),
     ],
 )

@@ -77,6 +77,10 @@ def test_a_function_is_found_in_the_working_directory(module: Any, tmp_path: Pat
             "fn_needs:f",
             "cannot import 'fn_needs:f': module 'fn_needs' failed with ModuleNotFoundError: No module named 'x_y",
         ),
+        (
+            "offline:echo",
+            "cannot import 'offline:echo': module 'offline' failed with ModuleNotFoundError: No module named 'offline'; if",
+        ),
         ("fn_syntax:f", "cannot import 'fn_syntax:f': module 'fn_syntax' failed with SyntaxError: "),
         ("fn_exit:f", "cannot import 'fn_exit:f': module 'fn_exit' failed with SystemExit: 3"),
         (
