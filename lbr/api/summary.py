@@ -94,7 +94,7 @@ async def work_lines(
     if len(ends) == 1:
         problems = ends[0].problems(report.cut_off[names[0]], limited=names[0] in report.limited)
         return [(ends[0].line(seconds), False), *((line, True) for line in problems)]
-    ends.sort(key=lambda one: (one.status.pause is None, -one.status.failed))
+    ends.sort(key=lambda one: (one.status.pause is None, -one.status.failed, one.status.run))
     lines = [(one.all_in_one(), bool(one.problems())) for one in ends]
     more = len(lines) - MOST_RUNS + 1
     return lines if more <= 1 else [*lines[: MOST_RUNS - 1], (f"and {more} more runs; `lbr list` shows them", False)]
