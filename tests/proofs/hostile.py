@@ -17,6 +17,7 @@ from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import lbr.cli
 
@@ -133,7 +134,12 @@ def commands(folder: Path) -> dict[str, tuple[str, ...]]:
     return {
         "status": ("status",),
         "status json": ("status", "--json"),
+        "list": ("list",),
+        "failures": ("failures", "f"),
+        "failures rows": ("failures", "f", "--rows"),
+        "compare": ("compare", "t", "s"),
         "show done": ("show", "f", "0"),
+        "show id": ("show", "f", "--id", "a"),
         "show failed": ("show", "f", "3"),
         "show json": ("show", "f", "3", "--json"),
         "show priced": ("show", "m", "0"),
@@ -209,10 +215,10 @@ def _limited() -> Iterator[None]:
 
 def call(arguments: Sequence[str]) -> Done:
     """Run a command in this process as a terminal would have it."""
-    # A progress bar steers the terminal, as it must.
-    out, err = (_Terminal(terminal=arguments[0] != "run") for _ in range(2))
+    out, err = (_Terminal(terminal=True) for _ in range(2))
     code: int | str
-    with redirect_stdout(out), redirect_stderr(err), _limited():
+    # On another terminal a view is drawn, which steers it, as it must.
+    with redirect_stdout(out), redirect_stderr(err), _limited(), patch.dict(os.environ, TERM="dumb"):
         try:
             lbr.cli.lbr(args=list(arguments), prog_name="lbr")
             code = 0

@@ -140,7 +140,7 @@ def test_every_column_may_hold_anything(queue: Queue) -> None:
         ),
         ("runs", "name", "no utf-8", "status", "expected text in UTF-8 in a column name, got: other bytes"),
         ("sqlite_sequence", "seq", "text", "enqueue another", "4 new"),
-        ("limits", "requests", "fraction", "run", "5 done"),
+        ("limits", "requests", "fraction", "run", "4 of 4 jobs done"),
         ("prompts", "body", "deep", "collect unique", "expected stored messages to be JSON"),
     ],
 )
