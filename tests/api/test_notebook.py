@@ -50,13 +50,13 @@ def test_a_notebook_is_executed(tmp_path: Path) -> None:
         for cell in notebook.cells
     ]
     bar = shown[1].pop("bars")[0]
-    assert bar.startswith(f"r  {'━' * 59}  100 %  2 of 2\n  2 done\n")
+    assert bar.startswith(f"r  {'━' * 62}  100 %  2 of 2\n  2 done\n")
     assert shown[1] == {
         "results": ["['A', 'B']"],
         "lines": ["lbr: run r: 2 of 2 jobs done"],
     }
     assert "'result': 'C'" in shown[2]["results"][0]
-    assert shown[2]["bars"][0].startswith(f"s  {'━' * 59}  100 %  1 of 1\n")
+    assert shown[2]["bars"][0].startswith(f"s  {'━' * 62}  100 %  1 of 1\n")
     assert shown[2]["lines"] == [
         "2 prompts, 1 of them distinct: 1 row; output_shape='original' returns a row for each prompt",
         "lbr: run s: 1 of 1 job done",
