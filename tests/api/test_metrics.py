@@ -134,7 +134,7 @@ async def test_the_parent_of_several_processes_serves(cli: Cli) -> None:
     """One port shows the work of both, while they work."""
     (cli.folder / "in.txt").write_text("".join(f"{n}\n" for n in range(4)))
     cli("enqueue", "in.txt", "--model", "offline:echo", "--set", "latency=30", "--run", "r")
-    process = cli.start("worker", "--processes", "2", "--concurrency", "2", "--metrics", "0")
+    process = cli.start("worker", "--processes", "2", "--concurrency", "2", "--grace", "0.1", "--metrics", "0")
     assert process.stderr is not None
     line = await asyncio.to_thread(process.stderr.readline)
     url = line.strip().rpartition(" ")[2]
@@ -144,7 +144,6 @@ async def test_the_parent_of_several_processes_serves(cli: Cli) -> None:
             async with session.get(url) as answer:
                 text = await answer.text()
     assert value(text, "lbr_workers") == 2
-    process.terminate()
     process.terminate()
     _, rest = await asyncio.to_thread(process.communicate)
     assert "metrics" not in rest
