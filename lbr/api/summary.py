@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lbr.store.database import Database
     from lbr.worker.calls import WorkReport
 
-MOST_RUNS = 4
+MAX_RUNS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,5 +96,5 @@ async def work_lines(
         return [(ends[0].line(seconds), False), *((line, True) for line in problems)]
     ends.sort(key=lambda one: (one.status.pause is None, -one.status.failed, one.status.run))
     lines = [(one.all_in_one(), bool(one.problems())) for one in ends]
-    more = len(lines) - MOST_RUNS + 1
-    return lines if more <= 1 else [*lines[: MOST_RUNS - 1], (f"and {more} more runs; `lbr list` shows them", False)]
+    more = len(lines) - MAX_RUNS + 1
+    return lines if more <= 1 else [*lines[: MAX_RUNS - 1], (f"and {more} more runs; `lbr list` shows them", False)]
