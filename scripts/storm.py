@@ -128,27 +128,29 @@ class Storm:
         for number in range(self._kills):
             await asyncio.sleep(self._rng.expovariate(1 / PAUSE))
             self._begun[number * RUNS // self._kills].set()
-            pid = await asyncio.to_thread(self._victim, anyone=number % 4 == 0)
-            kind, process = self._alive.pop(pid)
+            kind, process = await self._victim(anyone=number % 4 == 0)
             process.kill()
             self.tally.kills[kind.partition(" ")[0]] += 1
             if kind == "worker":
                 # At once, long before its leases run out.
-                self.tally.held[pid] = (await asyncio.to_thread(self.queue.held)).get(pid, 0)
+                self.tally.held[process.pid] = (await asyncio.to_thread(self.queue.held)).get(process.pid, 0)
             if number % 25 == 24:
                 print(f"{number + 1} kills, {sum(self.tally.held.values())} calls were held", flush=True)
 
-    def _victim(self, *, anyone: bool) -> int:
+    async def _victim(self, *, anyone: bool) -> tuple[str, asyncio.subprocess.Process]:
         """Choose whom to kill: anyone, in whatever it does, or a worker that holds claims, but no job's third death.
 
         Where an enqueue takes its time and nothing else is to do, jobs that were in two crashes run before it ends.
         """
         deadline = time.monotonic() + VICTIM_SECONDS
         while time.monotonic() < deadline:
-            alive = set(self._alive) - self.queue.on_last_tries()
-            if chosen := sorted(alive if anyone else alive & set(self.queue.held())):
-                return self._rng.choice(chosen)
-            time.sleep(0.01)
+            kept = await asyncio.to_thread(self.queue.on_last_tries)
+            held = set() if anyone else set(await asyncio.to_thread(self.queue.held))
+            # Looked at last: one may have come to its own end meanwhile.
+            alive = set(self._alive) - kept
+            if chosen := sorted(alive if anyone else alive & held):
+                return self._alive.pop(self._rng.choice(chosen))
+            await asyncio.sleep(0.01)
         raise TimeoutError(
             f"expected somebody to kill within {VICTIM_SECONDS:g} s, got: nobody; if all is done, raise --jobs"
         )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lbr.core.errors import Family
 from lbr.core.types import JobState, RunState, Settlement
 from lbr.store.leases import LOST_MS, MAX_CRASHES
+from lbr.store.limits import is_ahead
 from lbr.store.schema import SUSPECT_CRASHES
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ class Model:
         taken: list[Key] = []
         for name in names:
             run = self.runs[name]
-            if run.state is RunState.ACTIVE and self.cooldowns.get(run.answerer, 0) <= now:
+            if run.state is RunState.ACTIVE and not is_ahead(self.cooldowns.get(run.answerer, 0), now):
                 due = [
                     key
                     for key, job in self.jobs.items()
