@@ -19,7 +19,7 @@ from lbr.core.text import duration, pluralize
 from lbr.core.types import PauseCause, Paused, Report, RunState
 from lbr.models.base import Kind, kind_of
 from lbr.models.build import Authority, build_model
-from lbr.store import counters, files, health, reads, schema
+from lbr.store import counters, files, health, migrations, reads
 from lbr.store.database import file_of, local_clock, opened
 from lbr.worker import kept_answers
 
@@ -136,7 +136,7 @@ async def examine(
                 found += outside
         if version is not None:
             found += [_schema(version), *await (_server(queue) if path is None else _integrity(queue))]
-        if version == schema.LATEST:
+        if version == migrations.LATEST:
             found += await _tables(queue, fix=fix)
     finally:
         await database.close()
@@ -284,12 +284,12 @@ def _schema(version: int) -> Finding:
     match version:
         case 0:
             return Finding("schema", WARNING, "no lbr queue here yet", "`lbr enqueue` creates it")
-        case schema.LATEST:
+        case migrations.LATEST:
             return Finding("schema", OK, f"version {version}")
-    if version > schema.LATEST:
-        found = f"version {version}, of a newer lbr; this one knows {schema.LATEST}"
+    if version > migrations.LATEST:
+        found = f"version {version}, of a newer lbr; this one knows {migrations.LATEST}"
         return Finding("schema", ERROR, found, "use the lbr that wrote it")
-    found = f"version {version}, of an older lbr; this one reads {schema.LATEST}"
+    found = f"version {version}, of an older lbr; this one reads {migrations.LATEST}"
     do = "run any other command, for example `lbr status`: it upgrades the queue"
     return Finding("schema", NOTE, found, do)
 

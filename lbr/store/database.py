@@ -23,7 +23,7 @@ from lbr.core.errors import DatabaseError, UsageError
 from lbr.core.types import Millis
 from lbr.store import files
 from lbr.store.addresses import address_of, is_postgresql, sqlite_path
-from lbr.store.schema import LATEST
+from lbr.store.migrations import LATEST
 from lbr.store.sql import SCHEMA
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Integer, LargeBinary, func, select, text
 from sqlalchemy.types import Float
 
-from lbr.store import schema
+from lbr.store import migrations, schema
 from lbr.store.addresses import is_postgresql, sqlite_path
 from lbr.store.database import local_clock
 from lbr.store.schema import INFLIGHT, jobs
@@ -57,7 +57,7 @@ def version(connection: Connection, now: Millis, database: Database) -> int:
     """Return the version of the schema, 0 for an empty database. Raises DatabaseError for another program's file."""
     if isinstance(database, SQLiteDatabase):
         return database.version(connection, now)
-    return schema.applied_version(connection)
+    return migrations.applied_version(connection)
 
 
 def server_facts(connection: Connection, now: Millis, before: Millis) -> ServerFacts:

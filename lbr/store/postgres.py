@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from lbr.core.errors import AlreadyRunningError, DatabaseError, UsageError
 from lbr.core.types import Millis
-from lbr.store import files, schema
+from lbr.store import files, migrations, schema
 from lbr.store.addresses import Address, address_of
 from lbr.store.database import Database
 from lbr.store.leases import Presence
@@ -294,9 +294,9 @@ class PostgresDatabase(Database):
     async def prepare(self, *, create: bool) -> None:
         """Upgrade older tables; create missing ones only with `create`."""
         patience, self.patience = self.patience, min(self.patience, OPEN_PATIENCE_SECONDS)
-        version = await self.read(lambda connection, _: schema.applied_version(connection))
+        version = await self.read(lambda connection, _: migrations.applied_version(connection))
         self.check_version(version, create=create)
-        if version < schema.LATEST:
+        if version < migrations.LATEST:
             self._stall_seconds = MIGRATION_SECONDS if version else STALL_SECONDS
             await self.write(_create, self.presence.dead_workers)
         self.patience, self._stall_seconds = patience, STALL_SECONDS
@@ -311,7 +311,7 @@ class PostgresDatabase(Database):
 def _create(connection: Connection, now: Millis, dead_workers: Any) -> None:
     connection.execute(_CREATING)
     connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
-    schema.migrate(connection, now, dead_workers)
+    migrations.migrate(connection, now, dead_workers)
 
 
 def _drop(connection: Connection, _now: Millis, run: str) -> bool:

@@ -20,7 +20,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
 from lbr.core import open_files
 from lbr.core.config import PATIENCE
 from lbr.core.errors import AlreadyRunningError, DatabaseBusyError, DatabaseError, MisfitError, OutputError, UsageError
-from lbr.store import files, schema
+from lbr.store import files, migrations, schema
 from lbr.store.addresses import sqlite_path, synchronous_in
 from lbr.store.database import Database, local_clock, to_its_end
 from lbr.store.leases import Presence
@@ -226,7 +226,7 @@ class SQLiteDatabase(Database):
         with self._errors():
             version = await self.quick_read(self.version) if self.path.exists() else 0
             self.check_version(version, create=create)
-            if version == schema.LATEST:
+            if version == migrations.LATEST:
                 await self._in_thread(self._use_wal)
                 return
             async with files.creation_lock(self.path):
@@ -234,7 +234,7 @@ class SQLiteDatabase(Database):
                 if not version:  # later, only VACUUM changes it
                     await self._in_thread(self._pragma, "auto_vacuum = INCREMENTAL")
                 await self._in_thread(self._use_wal)
-                await self.write(schema.migrate, self.presence.dead_workers)
+                await self.write(migrations.migrate, self.presence.dead_workers)
 
     def _use_wal(self) -> None:
         """Let readers and the writer work side by side; the file keeps the mode."""
@@ -293,7 +293,7 @@ class SQLiteDatabase(Database):
                 f"expected an lbr database at {self.path}, got: one with {running}, which would run in lbr's "
                 f"transactions and which lbr never makes; drop what another program has added, or restore a copy"
             )
-        return schema.applied_version(connection)
+        return migrations.applied_version(connection)
 
     async def close(self) -> None:
         """Close every connection, one that is in a transaction at the end of that."""

@@ -23,7 +23,7 @@ import lbr
 from lbr.api.doctor import Finding, Gravity, examine, has_wal_reset_bug
 from lbr.core.errors import UsageError
 from lbr.core.types import PauseCause
-from lbr.store import counters, files, health, runs, schema
+from lbr.store import counters, files, health, migrations, runs
 from lbr.store.database import local_clock, open_database
 from lbr.store.settle import settle
 from lbr.worker import kept_answers
@@ -306,11 +306,11 @@ async def test_newer_and_older_schemas_are_found(database: Database, db_url: str
     assert found["schema"][0].gravity is Gravity.ERROR
     assert "version 99, of a newer lbr" in found["schema"][0].found
     assert "counters" not in found
-    change(db_url, f"DELETE FROM schema_version WHERE version >= {schema.LATEST}")
+    change(db_url, f"DELETE FROM schema_version WHERE version >= {migrations.LATEST}")
     found = by_check(await lbr.doctor(db_url=db_url))
     assert found["schema"][0].gravity is Gravity.NOTE
     assert "counters" not in found
-    assert f"version {schema.LATEST - 1}, of an older lbr" in (await examined(db_url))["schema"][0].found
+    assert f"version {migrations.LATEST - 1}, of an older lbr" in (await examined(db_url))["schema"][0].found
 
 
 async def test_a_bad_task_does_not_hide_other_findings(database: Database, db_url: str, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import polars as pl
 import psutil
 import pytest
 
-from lbr.store.schema import LATEST
+from lbr.store.migrations import LATEST
 from tests.support import Cli, forks
 
 if TYPE_CHECKING:

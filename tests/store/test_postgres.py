@@ -18,7 +18,7 @@ from lbr import prompt_map
 from lbr.api.enqueue import enqueue as put_prompts
 from lbr.core.errors import AlreadyRunningError, DatabaseError, Family, Usage, UsageError
 from lbr.core.types import Failure, Outcome, Reply, Shape, Task
-from lbr.store import claim, enqueue, limits, reads, runs, schema, settle, transfer
+from lbr.store import claim, enqueue, limits, migrations, reads, runs, settle, transfer
 from lbr.store.addresses import address_of
 from lbr.store.claim import CLAIM, CLAIM_CHOSEN, CLAIM_SUSPECT, DUE, DUE_SIZED, DUE_SUSPECT
 from lbr.store.database import open_database, sole_worker
@@ -209,7 +209,7 @@ async def test_missing_queue_is_told(url: str) -> None:
 async def test_newer_schema_is_refused(live: Database, url: str) -> None:
     """A queue of a newer lbr is left as it is."""
     postgres.execute(url, "INSERT INTO lbr.schema_version VALUES (99, 'future', 0)")
-    with pytest.raises(DatabaseError, match=rf"schema version {schema.LATEST} or older, got: 99.*a newer lbr"):
+    with pytest.raises(DatabaseError, match=rf"schema version {migrations.LATEST} or older, got: 99.*a newer lbr"):
         await open_database(url, create=True)
 
 

@@ -29,7 +29,7 @@ from lbr.core.types import (
     Shape,
     WorkerId,
 )
-from lbr.store import endings, enqueue, pulses, reads, schema
+from lbr.store import endings, enqueue, migrations, pulses, reads, schema
 from lbr.store.database import open_database
 from lbr.store.runs import RunSpec
 from lbr.store.settle import settle
@@ -170,7 +170,7 @@ async def test_answers_of_the_version_before_have_no_cached_tokens(db_url: str) 
     (claim,) = await queue.claim(worker, [run.id], 5, lease=60)
     await database.write(settle, [answered(claim)])
     where = "lbr." if is_postgresql(db_url) else ""
-    version = [name for name, _ in schema.MIGRATIONS].index("count cached tokens")
+    version = [name for name, _ in migrations.MIGRATIONS].index("count cached tokens")
     for statement in (
         f"ALTER TABLE {where}results DROP COLUMN cached_tokens",
         f"ALTER TABLE {where}attempts DROP COLUMN cached_tokens",
@@ -338,7 +338,7 @@ async def test_items_of_the_version_before_are_first_samples(db_url: str) -> Non
     if server:
         change = "DROP CONSTRAINT items_pkey, DROP COLUMN sample, ADD CONSTRAINT items_pkey PRIMARY KEY (run_id, idx)"
         old_table = [f"ALTER TABLE lbr.items {change}"]
-    version = [name for name, _ in schema.MIGRATIONS].index("number the samples of an input")
+    version = [name for name, _ in migrations.MIGRATIONS].index("number the samples of an input")
     for statement in (
         *old_table,
         f"ALTER TABLE {where}runs DROP COLUMN samples",
@@ -372,7 +372,7 @@ async def test_a_run_of_before_has_pulses_from_now_on(db_url: str) -> None:
     queue, worker, _ = await two_workers(database)
     await database.write(settle, [answered(one) for one in await queue.claim(worker, [run.id], 1, lease=60)])
     where = "lbr." if is_postgresql(db_url) else ""
-    version = [name for name, _ in schema.MIGRATIONS].index("count what each worker does in a minute")
+    version = [name for name, _ in migrations.MIGRATIONS].index("count what each worker does in a minute")
     for statement in (
         f"DROP TABLE {where}pulses",
         f"DELETE FROM {where}workers",
@@ -392,7 +392,7 @@ async def test_ends_of_before_are_not_reported_yet(db_url: str) -> None:
     database = await open_database(db_url, create=True)
     run = await put(database, ["a"])
     where = "lbr." if is_postgresql(db_url) else ""
-    version = [name for name, _ in schema.MIGRATIONS].index("note which ends of runs were reported")
+    version = [name for name, _ in migrations.MIGRATIONS].index("note which ends of runs were reported")
     for statement in (
         f"ALTER TABLE {where}runs DROP COLUMN reported",
         f"DELETE FROM {where}counters WHERE name = 'opened'",

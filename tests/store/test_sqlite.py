@@ -23,7 +23,7 @@ from sqlalchemy import column, select, table, text
 import lbr
 from lbr.core.errors import DatabaseBusyError, DatabaseError, MisfitError, UsageError
 from lbr.core.types import Item, KeyMaker, Prompt, Shape
-from lbr.store import enqueue, files, pulses, reads, runs, schema, sqlite, transfer
+from lbr.store import enqueue, files, migrations, pulses, reads, runs, schema, sqlite, transfer
 from lbr.store.addresses import sqlite_path
 from lbr.store.claim import CLAIM, CLAIM_CHOSEN, DUE, DUE_SIZED, DUE_SUSPECT, PROMPTS
 from lbr.store.database import open_database
@@ -537,7 +537,7 @@ async def test_newer_schema_is_refused(tmp_path: Path) -> None:
     with sqlite3.connect(path) as connection:
         connection.execute("INSERT INTO schema_version VALUES (99, 'future', 0)")
     connection.close()
-    with pytest.raises(DatabaseError, match=rf"schema version {schema.LATEST} or older, got: 99.*a newer lbr"):
+    with pytest.raises(DatabaseError, match=rf"schema version {migrations.LATEST} or older, got: 99.*a newer lbr"):
         await open_database(str(path), create=True)
 
 
@@ -558,7 +558,7 @@ async def test_many_processes_may_create_at_once(tmp_path: Path) -> None:
     await asyncio.gather(*(asyncio.to_thread(cli, *words, f"r{n}", stdin="a\n") for n in range(5)))
     database = await open_database(str(tmp_path / "runs.db"))
     version = await database.read(lambda c, _: c.execute(text("SELECT count(*) FROM schema_version")))
-    assert version.scalar() == schema.LATEST
+    assert version.scalar() == migrations.LATEST
     assert {run.name for run in await database.read(reads.all_runs)} == {f"r{n}" for n in range(5)}
     await database.close()
 
