@@ -1,7 +1,7 @@
 """The documentation says what the program does: help, signatures, settings, links, and every example's output.
 
-A block's fence tells what is checked: `console` runs in a folder that its page's blocks share, and must print what
-is shown; `console volatile` runs, but may print something else; `python` compiles; `title=NAME` makes a file of it.
+A block's fence says what is checked: `console` runs in a folder that its page's blocks share, and must print what is
+shown; below a line `<!-- volatile -->` it may print something else; `python` compiles; `title="NAME"` makes a file.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import docs_site
 import pytest
 
 import lbr
 from lbr.cli import lbr as group
+from lbr.core.config import WorkOptions
 from tests.support import ROOT, Cli
 
 if TYPE_CHECKING:
@@ -33,7 +35,8 @@ COMMANDS = {name: command for name, command in group.commands.items() if not com
 END_OF_OUTPUT = "\x1e"
 
 _LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
-_TITLE = re.compile(r"\btitle=(\S+)")
+_TITLE = re.compile(r'\btitle="([^"\s]+)"')
+_VOLATILE = "<!-- volatile -->"
 _TIMES = re.compile(r"\d+(\.\d+)? (ms|s)\b")
 
 
@@ -45,6 +48,7 @@ class Block:
     line: int
     words: tuple[str, ...]
     text: str
+    volatile: bool = False
 
     @property
     def title(self) -> str | None:
@@ -64,15 +68,16 @@ class Example:
 def blocks_of(page: Path) -> Iterator[Block]:
     """Yield the fenced blocks of a page in order."""
     words: tuple[str, ...] | None = None
-    start, lines = 0, []
+    start, lines, volatile = 0, [""], False
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.startswith("```"):
             lines.append(line)
         elif words is None:
+            volatile = lines[-1:] == [_VOLATILE]
             words, start, lines = tuple(line[3:].split()), number, []
         else:
-            yield Block(page, start, words, "".join(f"{one}\n" for one in lines))
-            words = None
+            yield Block(page, start, words, "".join(f"{one}\n" for one in lines), volatile)
+            words, lines = None, [""]
     assert words is None, f"{page}, line {start}: this block has no end"
 
 
@@ -123,25 +128,30 @@ def anchors_of(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def sections_of(page: Path) -> dict[str, str]:
-    """Return the text under each second-level heading."""
-    parts = re.split(r"^## (.*)\n", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    return dict(zip(parts[1::2], parts[2::2], strict=True))
+@pytest.mark.parametrize("page", docs_site.generated_pages(), ids=name_of)
+def test_generated_pages_are_up_to_date(page: Path) -> None:
+    """The help of all commands and the settings of a worker are those of the code; `./scripts/docs` writes them."""
+    assert page.read_text(encoding="utf-8") == docs_site.generated_pages()[page]
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_help_is_documented(command: str, tmp_path: Path) -> None:
-    """The page of commands has each command's help, word for word; `./scripts/docs` writes it."""
-    cli = Cli(tmp_path, COLUMNS=HELP_COLUMNS)
-    shown = cli(*command.split(), "--help").stdout
-    section = sections_of(ROOT / "docs/reference/commands.md")[f"lbr {command}".strip()]
-    assert section.strip() == f"```text\n{shown}```"
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_fences_are_those_of_the_site(page: Path) -> None:
+    """A fence has a language and at most a title in quotes; the site shows any other as plain text."""
+    for block in blocks_of(page):
+        assert len(block.words) == 1 + (block.title is not None), f"{page}, line {block.line}: {block.words}"
 
 
-def test_no_other_command_is_documented() -> None:
-    """The page of commands has no section of a command that is gone."""
-    sections = sections_of(ROOT / "docs/reference/commands.md")
-    assert list(sections) == ["lbr", *(f"lbr {command}" for command in COMMANDS)]
+@pytest.mark.parametrize(("name", "bounds"), docs_site.BOUNDS.items())
+def test_ranges_are_those_of_the_code(name: str, bounds: tuple[str, float | None]) -> None:
+    """A setting takes the end of the range that the page shows, and nothing beyond it."""
+    least, most = bounds
+    ends = [float(least)] if least[0].isdigit() else []
+    inside: dict[str, Any] = {name: most or 1}
+    assert getattr(WorkOptions(**inside), name) == inside[name]
+    for value in [ends[0] - 0.25 if ends else 0, *([most + 1] if most else [])]:
+        outside: dict[str, Any] = {name: value}
+        with pytest.raises(lbr.UsageError):
+            WorkOptions(**outside)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -157,10 +167,11 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_every_page_is_in_the_index() -> None:
-    """The index links to every page of the documentation."""
-    index = ROOT / "docs/index.md"
-    linked = {(index.parent / link).resolve() for link in _LINK.findall(index.read_text(encoding="utf-8"))}
-    assert set(PAGES) - {index} <= linked
+    """The index lists every page, and only once, because it is the site's navigation."""
+    listed = [path for _, _, path, _ in docs_site.entries()]
+    assert sorted(listed) == sorted(
+        str(page.relative_to(ROOT / "docs")) for page in PAGES[1:] if page.name != "index.md"
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -203,36 +214,20 @@ def test_console_examples_run(page: Path, tmp_path: Path) -> None:
             continue
         printed = run_examples(block, cli)
         assert not any("Traceback" in one for one in printed), f"{page}, line {block.line}: {printed}"
-        if "volatile" in block.words:
+        if block.volatile:
             continue
         for example, output in zip(examples_of(block), printed, strict=True):
             assert normal(output) == normal(example.shown), f"{page}, line {block.line}: {example.command}"
 
 
-def documented_signatures() -> dict[str, inspect.Signature]:
-    """Return the signatures that the Python page shows, by name; `...` stands for a default that is a function."""
-    shown: dict[str, Any] = dict(vars(lbr))
-    for block in blocks_of(ROOT / "docs/reference/python.md"):
-        exec(compile(block.text, "python.md", "exec"), shown)  # noqa: S102 - our own page
-    return {name: inspect.signature(shown[name]) for name in lbr.__all__ if inspect.isfunction(shown[name])}
-
-
-@pytest.mark.parametrize("name", [n for n in lbr.__all__ if inspect.isfunction(getattr(lbr, n))])
-def test_signature_is_documented(name: str) -> None:
-    """The Python page shows each public function with its real parameters and defaults."""
-    real, shown = inspect.signature(getattr(lbr, name)), documented_signatures()[name]
-    assert [(p.name, p.kind) for p in shown.parameters.values()] == [(p.name, p.kind) for p in real.parameters.values()]
-    for parameter in real.parameters.values():
-        default = shown.parameters[parameter.name].default
-        assert default == parameter.default or (default is ... and callable(parameter.default))
-
-
 def test_every_public_name_is_documented() -> None:
-    """The Python page has a heading or a table row for each public name, and `dir` shows these names alone."""
-    page = ROOT / "docs/reference/python.md"
-    rows = re.findall(r"^\| `(\w+)` \|", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    headings = ", ".join(sections_of(page)).split(", ")
-    assert sorted({*rows, *headings} - {"What functions return"}) == sorted(lbr.__all__)
+    """The Python page has each public name: its signature from the code, or a row; `dir` shows these names alone."""
+    text = (ROOT / "docs/reference/python.md").read_text(encoding="utf-8")
+    made = re.findall(r"^::: lbr\.(\w+)$", text, flags=re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE)
+    headings = ", ".join(re.findall(r"^## (.*)$", text, flags=re.MULTILINE)).split(", ")
+    assert {*made, *rows, *headings} - {"What functions return"} == set(lbr.__all__)
+    assert {name for name in lbr.__all__ if inspect.isfunction(getattr(lbr, name))} <= set(made)
     assert dir(lbr) == sorted(lbr.__all__)
 
 
