@@ -13,6 +13,7 @@ from lbr.api.enqueue import put, run_spec
 from lbr.api.task import change_warnings, check_servable, resolve_task
 from lbr.core import config
 from lbr.core.config import WorkOptions, load_environment
+from lbr.core.pricing import read_price
 from lbr.core.types import PauseCause, RunState, canonical_json
 from lbr.io.samples import Sample
 from lbr.io.sources import Source
@@ -53,6 +54,7 @@ class Options(TypedDict, total=False):
     tpm: int | None
     max_cost: float | None
     price: str | None
+    batch_factor: float | None
     keep: str | Sequence[str]
     db_url: PathOrUrl
     retry_failed: bool
@@ -109,6 +111,7 @@ class Call:
     tpm: int | None = None
     max_cost: float | None = None
     price: str | None = None
+    batch_factor: float | None = None
     keep: str | Sequence[str] = ()
     db_url: PathOrUrl = config.DB_URL_DEFAULT
     retry_failed: bool = True
@@ -141,7 +144,7 @@ class Call:
         name = (
             _run_name(self.resolved, self.source, self.samples) if self.run is None else self.source.run_name(self.run)
         )
-        spec = run_spec(name, self.resolved, self.max_attempts, self.price, self.samples)
+        spec = run_spec(name, self.resolved, self.max_attempts, read_price(self.price, self.batch_factor), self.samples)
         async with opened(self.db_url, create=True) as database:
             report = await put(database, spec, self.source, fresh=self.fresh)
             for notice in (*report.notices, *self.source.notices):

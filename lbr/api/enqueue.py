@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from os import PathLike
 
     from lbr.api.task import ResolvedTask
+    from lbr.core.pricing import Price
     from lbr.core.types import Json, PathOrUrl, Run
     from lbr.store.database import Database
     from lbr.store.enqueue import EnqueueCounts
@@ -76,6 +77,7 @@ async def enqueue(
     samples: int | None = None,
     max_attempts: int = MAX_ATTEMPTS,
     price: str | None = None,
+    batch_factor: float | None = None,
     keep: str | Sequence[str] = (),
     append: bool = False,
     fresh: bool = False,
@@ -103,7 +105,7 @@ async def enqueue(
     `samples`: the number of answers per prompt; None is 1 for a new run, and leaves that of another as it is. A larger
     number adds answers to all prompts of the run.
     `max_attempts`: calls per job. `price`: for example "in=0.15,out=0.60", in US dollars per million tokens, from now on;
-    None leaves it as it is.
+    None leaves it as it is. `batch_factor`: what flex and batch cost of it; None is 0.5.
     `keep`: what to keep besides the answers: "reasoning", "logprobs", "raw", or several of them.
     `append`: put the inputs behind those of the run, which they otherwise must begin with.
     `fresh`: do not reuse answers of other runs.
@@ -138,7 +140,7 @@ async def enqueue(
         keep=keep,
         env=load_environment(Path.cwd()),
     )
-    spec = run_spec(source.run_name(run), resolved, max_attempts, price, samples)
+    spec = run_spec(source.run_name(run), resolved, max_attempts, read_price(price, batch_factor), samples)
     _check_apart(skip_bad, file_of(db_url))
     await source.check()
     if servable:
@@ -161,14 +163,13 @@ def _check_apart(skip_bad: PathLike[str] | str | None, queue: Path | None) -> No
 
 
 def run_spec(
-    name: str, resolved: ResolvedTask, max_attempts: int, price: str | None, samples: int | None = None
+    name: str, resolved: ResolvedTask, max_attempts: int, price: Price | None, samples: int | None = None
 ) -> RunSpec:
     """Check the arguments of a run; UsageError for one out of range."""
     attempts = at_least_one("max_attempts", max_attempts)
-    known_price = None if price is None else read_price(price)
     if samples is not None:
         at_least_one("samples", samples, most=MAX_SAMPLES)
-    return RunSpec(name, resolved.task, attempts, resolved.fingerprint, known_price, resolved.keep, samples)
+    return RunSpec(name, resolved.task, attempts, resolved.fingerprint, price, resolved.keep, samples)
 
 
 async def put(

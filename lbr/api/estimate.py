@@ -15,8 +15,9 @@ from lbr.core.pricing import (
     NANOS,
     estimate_tokens,
     max_output_tokens,
+    price_of,
+    processing_of,
     read_price,
-    table_price,
 )
 from lbr.core.types import MAX_SAMPLES, KeyMaker, Report
 from lbr.io.samples import Sample
@@ -91,6 +92,7 @@ async def estimate(
     samples: int | None = None,
     count_bad: bool = False,
     price: str | None = None,
+    batch_factor: float | None = None,
     output_tokens: int | None = None,
     rpm: float | None = None,
     tpm: float | None = None,
@@ -105,12 +107,13 @@ async def estimate(
     `count_bad`: count the rows that an enqueue would refuse, instead of raising InputError.
     `output_tokens` is the length of an answer; None is the setting max_tokens, or else an assumption.
     `price`, for example "in=0.15,out=0.60" in US dollars per million tokens; None is that of the price table.
+    `batch_factor`: what flex and batch cost of `price`; None is 0.5.
     The time is the longest of three: `rpm` calls a minute, `tpm` tokens a minute (None: no limit), and `concurrency`
     calls at a time of `seconds_per_call` each.
 
     Raises UsageError, or InputError with file and line.
     """
-    given_price = None if price is None else read_price(price)
+    given_price = read_price(price, batch_factor)
     source = Source(
         inputs,
         input_format=input_format,
@@ -137,7 +140,7 @@ async def estimate(
     if not count or (refusal and not count_bad):
         raise refusal or source.nothing()
     input_tokens, output = input_tokens * samples, prompts * samples * per_call
-    known = None if length_from == "unknown" else given_price or table_price(task.answerer)
+    known = None if length_from == "unknown" else price_of(task.answerer, given_price, processing_of(task.settings))
     seconds, bound_by = time_at_limits(prompts * samples, input_tokens + output, limits)
     return Estimate(
         model=task.answerer,

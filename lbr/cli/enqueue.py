@@ -60,6 +60,7 @@ input_options = options(
         "in=USD,out=USD",
         "US dollars per million tokens; by default what the provider or the price table says.",
     ),
+    option("--batch-factor", "FACTOR", "What flex and batch cost of --price; 0.5 by default.", type=float),
 )
 task_options = options(
     option("--run", "NAME", "The run's name; by default the input file's name without ending."),

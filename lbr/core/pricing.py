@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import orjson
 
@@ -26,14 +27,28 @@ CHARACTERS_PER_TOKEN = 4
 """What English comes to with most tokenizers."""
 ASSUMED_OUTPUT_TOKENS = 256
 """Tokens of an answer that nothing limits."""
+BATCH_FACTOR = 0.5
+"""What flex and batch cost of the standard price, if the price table has no price of their own."""
+
+Processing = Literal["standard", "flex", "batch"]
 
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """What a model costs, in US dollars per million tokens of input and of output."""
+    """What a model costs, in US dollars per million tokens of input and of output; flex and batch cost a factor of it."""
 
     input_per_million: float
     output_per_million: float
+    batch_factor: float = BATCH_FACTOR
+
+    def at(self, processing: Processing) -> Price:
+        """Return the price of calls that are processed so."""
+        if processing == "standard":
+            return self
+        factor = self.batch_factor
+        return replace(
+            self, input_per_million=self.input_per_million * factor, output_per_million=self.output_per_million * factor
+        )
 
     def cost_nanos(self, input_tokens: int, output_tokens: int) -> int:
         """Return what this many tokens cost."""
@@ -60,24 +75,34 @@ class Price:
 
     def to_json(self) -> str:
         """Return the text that the store keeps."""
-        return orjson.dumps(self.to_dict()).decode()
+        factor = {} if self.batch_factor == BATCH_FACTOR else {"batch_factor": self.batch_factor}
+        return orjson.dumps(self.to_dict() | factor).decode()
 
     @classmethod
     def from_json(cls, text: str) -> Price:
         """Read a stored price. Raises DatabaseError if it is not one."""
         try:
             found = orjson.loads(text)
-            return cls(_number(found["in"]), _number(found["out"]))
+            return cls(*map(_number, (found["in"], found["out"], found.get("batch_factor", BATCH_FACTOR))))
         except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             raise DatabaseError(f"expected a stored price, got: {text[:200]!r}") from error
 
 
-def read_price(text: str) -> Price:
-    """Read `in=0.15,out=0.60`, in either order. Raises UsageError for anything else."""
+def read_price(text: str | None, batch_factor: float | None = None) -> Price | None:
+    """Read `in=0.15,out=0.60`, in either order; None for None.
+
+    `batch_factor`: what flex and batch cost of it. Raises UsageError for anything else, or a factor without a price.
+    """
+    if batch_factor is not None and (type(batch_factor) not in {int, float} or not 0 <= batch_factor <= 1):
+        raise UsageError(f"expected --batch-factor to be a number from 0 to 1, got: {batch_factor!r}")
+    if text is None:
+        if batch_factor is not None:
+            raise UsageError("--batch-factor is a factor of your own price; add --price in=…,out=…, or leave it out")
+        return None
     try:
         (first, low), (second, high) = (part.split("=") for part in text.split(","))
         found = {first.strip(): _number(low), second.strip(): _number(high)}
-        return Price(found["in"], found["out"])
+        return Price(found["in"], found["out"], BATCH_FACTOR if batch_factor is None else float(batch_factor))
     except (KeyError, ValueError):
         raise UsageError(
             f"expected a price like {FORM}, from 0 to {MAX_PRICE:,.0f} each, got: {text[:100]!r}"
@@ -118,7 +143,19 @@ def table_problem() -> str | None:
     return _problem
 
 
-def table_price(model: str) -> Price | None:
+def price_of(model: str, given: Price | None = None, processing: Processing = "standard") -> Price | None:
+    """Return what calls of a model cost if they are processed so: at the user's price, else the price table's."""
+    return table_price(model, processing) if given is None else given.at(processing)
+
+
+def processing_of(settings: Mapping[str, Json]) -> Processing:
+    """Return how a provider is asked to process calls with these settings."""
+    body = settings.get("extra_body")
+    tier = body.get("service_tier") if isinstance(body, dict) else None
+    return "flex" if "flex" in (settings.get("service_tier"), tier) else "standard"
+
+
+def table_price(model: str, processing: Processing = "standard") -> Price | None:
     """Return the installed price table's price of a model's full name, `provider:model`; None without one.
 
     Uses no network. If the price rises with the length of the input, it is that of a short one. If the table cannot be
@@ -134,10 +171,37 @@ def table_price(model: str) -> Price | None:
             from genai_prices.data_snapshot import get_snapshot  # noqa: PLC0415
 
             get_snapshot()
-        found = calc_price(Tokens(input_tokens=1_000, output_tokens=1_000), name, provider_id=provider)
-        return Price(_number(found.input_price * 1_000), _number(found.output_price * 1_000))
+        tokens = Tokens(input_tokens=1_000, output_tokens=1_000)
+        found = calc_price(tokens, name, provider_id=provider)
+        context, factor = table_context(found.provider, found.model, processing)
+        if context:
+            found = calc_price(tokens, name, provider_id=provider, price_context=context)
+        return Price(*(_number(price * factor * 1_000) for price in (found.input_price, found.output_price)))
     except Exception:  # noqa: BLE001 - another's package and table, which may be damaged in any way
         return None
+
+
+_CONTEXTS = {
+    "flex": ({"service_tier": "flex"}, {"processing": "batch"}),  # providers sell both at one price
+    "batch": ({"processing": "batch"},),
+}
+_SELL_FLEX = frozenset({"openai", "azure", "google"})
+"""The providers at which flex is cheaper; Groq's is not."""
+
+
+def table_context(provider: Any, model: Any, processing: Processing) -> tuple[dict[str, str] | None, Decimal]:
+    """Return what selects the price table's price of a processing, and the factor that it still lacks.
+
+    Without a price of their own in the table, flex and batch cost half.
+    """
+    if processing == "standard" or (processing == "flex" and provider.id not in _SELL_FLEX):
+        return None, Decimal(1)
+    now = datetime.now(UTC)
+    if any(one is model for one in provider.models):  # else the table ignores what selects a price
+        for context in _CONTEXTS[processing]:
+            if model.get_prices(now, context) != model.get_prices(now):
+                return context, Decimal(1)
+    return None, Decimal(str(BATCH_FACTOR))
 
 
 def table_models(provider: str) -> list[str]:

@@ -21,6 +21,7 @@ from lbr.core.config import hide_user
 from lbr.core.errors import CallError, Family
 from lbr.core.extras import Extra, Extras
 from lbr.core.messages import texts_in, with_instructions
+from lbr.core.pricing import processing_of
 from lbr.core.types import Reply
 from lbr.models.base import messages_of
 from lbr.models.checks import settings_of, takes_max_completion_tokens
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from aiohttp import ClientTimeout
 
     from lbr.core.errors import Usage
+    from lbr.core.pricing import Processing
     from lbr.core.types import Json
     from lbr.models.base import Model, Request
 
@@ -100,7 +102,7 @@ class ChatModel:
             raise self._failed(head.code, head.headers, content)
         seconds = (request.timeout or MAX_SILENCE_SECONDS) - (time.monotonic() - started)
         await self._reader.costs.ready(seconds / 2)
-        return self._reader.read(content, keep=bool(request.keep))
+        return self._reader.read(content, keep=bool(request.keep), processing=processing_of(settings))
 
     def _body_start(self, settings: Mapping[str, Json], *, logprobs: bool = False) -> bytes | None:
         """Return a body up to its messages; None if only pydantic-ai knows how these settings are sent."""
@@ -314,8 +316,8 @@ class Reader:
         self.costs = Costs(provider, model, base_url)
         self._api_key = api_key
 
-    def read(self, content: bytes, *, keep: bool = False) -> Reply:
-        """Read the body of an answer with a status of 2xx, to `keep` with all that came with it.
+    def read(self, content: bytes, *, keep: bool = False, processing: Processing = "standard") -> Reply:
+        """Read the body of an answer with a status of 2xx, to `keep` with all that came with it, at that price.
 
         Raises CallError, with what came, if it cannot be used.
         """
@@ -326,7 +328,7 @@ class Reader:
         text = whole = _text_of(message)
         if "<think>" in text:  # of a thought without an end, only the tag is left out
             text = _THOUGHT.sub("", text).replace("<think>", "", 1)
-        usage, ending = self.costs.usage(body), ending_of(choice.get("finish_reason"))
+        usage, ending = self.costs.usage(body, processing), ending_of(choice.get("finish_reason"))
         if error := body.get("error") or choice.get("error"):
             self._check_error(error, text, usage, ending)
         refusal = message.get("refusal")

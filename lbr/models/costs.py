@@ -12,10 +12,12 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from lbr.core.errors import MAX_TOKENS, NO_USAGE, Usage
-from lbr.core.pricing import loading_table
+from lbr.core.pricing import loading_table, table_context
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from lbr.core.pricing import Processing
 
 
 class Costs:
@@ -52,8 +54,8 @@ class Costs:
             self._counts = _counts_in(table, (*self._places, ("openai", None)))
             self._table = table
 
-    def usage(self, body: Mapping[str, Any]) -> Usage:
-        """Return what an answer took, as far as its body says so."""
+    def usage(self, body: Mapping[str, Any], processing: Processing = "standard") -> Usage:
+        """Return what an answer took, as far as its body says so; `processing` is what was asked for."""
         usage = body.get("usage")
         if type(usage) is not dict:
             return NO_USAGE
@@ -72,33 +74,43 @@ class Costs:
             prompt, completion, cached = counts["input_tokens"], counts["output_tokens"], counts.get(_CACHED[0])
             if not reported:
                 # Free by the provider's report, unless the table knows better.
-                price = self._price(body, counts)
+                price = self._price(body, counts, processing)
                 reported = reported if price is None else price
         return Usage(prompt, completion, None if reported is None else round(reported * 10**9), cached)
 
-    def _price(self, body: Mapping[str, Any], counts: Mapping[str, int]) -> Decimal | None:
+    def _price(self, body: Mapping[str, Any], counts: Mapping[str, int], processing: Processing) -> Decimal | None:
         """Return the price by the table; None if it does not know the model."""
         model, tier = body.get("model"), body.get("service_tier")
         name = model if isinstance(model, str) and model else self.model
+        if processing == "flex" and tier not in {None, "flex"}:
+            processing = "standard"  # the provider reports how it processed the call
         minute = int(time.time()) // 60  # prices may change with the time of day
         try:
-            found = self._rates(name, tier if isinstance(tier, str) else None, minute)
-            return None if found is None else _price_of(counts, *found)
+            found = self._rates(name, tier if isinstance(tier, str) else None, processing, minute)
+            if found is None:
+                return None
+            price = _price_of(counts, *found[1:])
+            return None if price is None else price * found[0]
         except Exception:  # noqa: BLE001 - an unknown price must not lose an answer that is paid for
             return None
 
-    def _find_rates(self, name: str, tier: str | None, _minute: int) -> tuple[Any, dict[str, Any], set[str]] | None:
-        """Return what the table has for a model, and its prices by kind of token; None if it does not know the model."""
+    def _find_rates(
+        self, name: str, tier: str | None, processing: Processing, _minute: int
+    ) -> tuple[Decimal, Any, dict[str, Any], set[str]] | None:
+        """Return a factor, what the table has for a model, and its prices by kind; None if it does not know the model."""
         for place in self._places:
             with suppress(LookupError):
                 provider, model = self._table.find_provider_model(name, None, *place)
-                own = tier and any(one is model for one in provider.models)  # a tier is the model's own provider's
-                found = model.get_prices(datetime.now(UTC), {"service_tier": tier} if own else None)
+                own = any(one is model for one in provider.models)  # a tier is the model's own provider's
+                context, factor = {"service_tier": tier} if tier and own else None, Decimal(1)
+                if processing != "standard":
+                    context, factor = table_context(provider, model, processing)
+                found = model.get_prices(datetime.now(UTC), context)
                 prices = {
                     kind.replace("_mtok", "_tokens"): price for kind, price in vars(found).items() if price is not None
                 }
                 odd = {kind for kind, price in prices.items() if kind not in _KINDS or type(price) is not Decimal}
-                return found, prices, odd | ({"input_tokens"} if "requests_kcount" in odd else set())
+                return factor, found, prices, odd | ({"input_tokens"} if "requests_kcount" in odd else set())
         return None
 
 

@@ -41,6 +41,7 @@ from pydantic_ai.tools import ToolDefinition
 
 from lbr.core.errors import Permanent, Usage, UsageError
 from lbr.core.extras import Extra, Extras
+from lbr.core.pricing import processing_of, table_context
 from lbr.core.types import Reply
 from lbr.models.base import messages_of
 from lbr.models.chat import ANSWER_TOOL, Reader, extras
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from pydantic_ai.profiles import ModelProfile
     from pydantic_ai.providers import Provider
 
+    from lbr.core.pricing import Processing
     from lbr.core.types import Json
     from lbr.models.base import Request
 
@@ -106,6 +108,7 @@ class PydanticAIModel:
         history, schema = history_of(request), request.task.schema
         parameters = None if schema is None else parameters_of(schema, self._model.profile)
         settings: Any = self._settings_of(request)
+        processing = processing_of(settings)
         failure: Exception | None = None
         answers: list[httpx2.Response] = []
         token = _answers.set(answers)
@@ -121,14 +124,15 @@ class PydanticAIModel:
             # pydantic-ai rejects answers with an unusual envelope, and reports an error with status 200 as missing fields.
             self._reader.costs.begin()
             await self._reader.costs.ready(TABLE_SECONDS)
-            return self._reader.read(answers[-1].content, keep=bool(request.keep))
+            return self._reader.read(answers[-1].content, keep=bool(request.keep), processing=processing)
         if failure is not None:
             url = str(answers[-1].request.url.copy_with(username=None, password=None, query=None)) if answers else None
             raise from_exception(failure, url=url, api_key=self._api_key) from failure
         if answers and answers[-1].is_error:  # Azure's content filter, of which pydantic-ai makes an answer
             reason = filter_words(response.provider_details) or "content filter"
             raise Permanent(f"the provider refused the prompt; {reason} (HTTP 400)", kind="ContentFilterError")
-        return replace(reply_of(response), extras=_extras_of(response, answers) if request.keep else None)
+        reply = reply_of(response, processing)
+        return replace(reply, extras=_extras_of(response, answers) if request.keep else None)
 
     def _settings_of(self, request: Request) -> dict[str, Json]:
         settings = dict(settings_of(request, self._settings))
@@ -325,10 +329,10 @@ def _content(part: Mapping[str, Any]) -> pm.UserContent:
 # --- what comes back --------------------------------------------------------------------------------------------------
 
 
-def reply_of(response: pm.ModelResponse) -> Reply:
-    """Read a response. Raises CallError if it holds no answer."""
+def reply_of(response: pm.ModelResponse, processing: Processing = "standard") -> Reply:
+    """Read a response, whose call was asked to be processed so. Raises CallError if it holds no answer."""
     text, details = _text_of(response), response.provider_details or {}
-    usage, cost = response.usage, _cost_nanos(response)
+    usage, cost = response.usage, _cost_nanos(response, processing)
     counted = Usage(cost_nanos=cost)
     if not usage.unmeasured_requests:
         counted = Usage(usage.input_tokens, usage.output_tokens, cost, usage.cache_read_tokens or None)
@@ -359,11 +363,16 @@ def _extras_of(response: pm.ModelResponse, answers: Sequence[httpx2.Response]) -
     return extras(thoughts, logprobs, whole)
 
 
-def _cost_nanos(response: pm.ModelResponse) -> int | None:
-    reported = (response.provider_details or {}).get("cost")
+def _cost_nanos(response: pm.ModelResponse, processing: Processing) -> int | None:
+    details = response.provider_details or {}
     try:
-        price = response.cost().total_price if reported is None else Decimal(str(reported))
-        return round(price * 10**9)
+        if (reported := details.get("cost")) is not None:
+            return round(Decimal(str(reported)) * 10**9)
+        found, factor = response.cost(), Decimal(1)
+        if processing == "batch" or (processing == "flex" and details.get("service_tier", "flex") == "flex"):
+            context, factor = table_context(found.provider, found.model, processing)
+            found = replace(response, provider_details={**details, **(context or {})}).cost()
+        return round(found.total_price * factor * 10**9)
     except Exception:  # noqa: BLE001 - an unknown price must not lose an answer that is paid for
         return None
 

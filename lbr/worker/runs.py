@@ -12,6 +12,7 @@ from lbr.core.limits import BOUND_ADVICE, UNBOUNDED, CallBound
 from lbr.core.pricing import (
     ASSUMED_OUTPUT_TOKENS,
     max_output_tokens,
+    processing_of,
     table_price,
     table_problem,
     task_characters,
@@ -98,7 +99,7 @@ class ServableRuns:
         notices = []
         for run in runs:
             if run.id in self.served:  # for the calls that end from now on
-                self.served[run.id].price = run.price
+                self.served[run.id].price = _own_price(run)
             if run.state is RunState.ACTIVE and not self._is_served(run) and not self._is_refused(run):
                 notices += self._try_to_serve(run)
         if self.slots < self._concurrency and not self._warned_room:
@@ -152,9 +153,9 @@ class ServableRuns:
             self._models[identity] = build_model(
                 run.task, self._authority, concurrency=self._concurrency, connections=self._connections
             )
-        price = table_price(run.task.answerer) if is_limited else None
+        price = table_price(run.task.answerer, processing_of(run.task.settings)) if is_limited else None
         extra = _extra_tokens(run.task)
-        return ServedRun(run, self._models[identity], validator, run.price, extra, is_limited, price, self)
+        return ServedRun(run, self._models[identity], validator, _own_price(run), extra, is_limited, price, self)
 
     def by_other_model(self, served: ServedRun, model: str) -> ServedRun:
         """Return a served run for jobs with a model of their own, at that model's price.
@@ -209,6 +210,10 @@ def check_tells_other_cost(run: Run, model: str) -> None:
             f"the cost of run {run.name!r} is limited, and no price is known for {model}; use another model, or remove "
             f"the limit: `lbr resume {run.name} --max-cost inf`"
         )
+
+
+def _own_price(run: Run) -> Price | None:
+    return None if run.price is None else run.price.at(processing_of(run.task.settings))
 
 
 def _extra_tokens(task: Task) -> int:

@@ -15,6 +15,8 @@ from lbr.core.pricing import (
     dollars,
     estimate_tokens,
     max_output_tokens,
+    price_of,
+    processing_of,
     read_price,
     table_price,
     task_characters,
@@ -107,6 +109,47 @@ class TestPrices:
     def test_the_table_says_dollars_for_a_million(self) -> None:
         """A model whose price is known for certain has that price."""
         assert table_price(MODEL) == MINI
+
+    @pytest.mark.parametrize(
+        ("model", "processing", "factor"),
+        [
+            ("openai-chat:gpt-5-mini", "flex", 0.5),  # by the table's own prices
+            ("openai-chat:gpt-5-mini", "batch", 0.5),
+            ("azure:gpt-5-mini", "flex", 0.5),  # the table has none
+            ("google:gemini-2.5-pro", "flex", 0.5),  # by its prices of a batch
+            ("groq:openai/gpt-oss-20b", "flex", 1),  # Groq sells more calls a minute, at the same price
+            ("groq:openai/gpt-oss-20b", "batch", 0.5),
+        ],
+    )
+    def test_flex_and_batch_cost_half_where_they_do(self, model: str, processing: Any, factor: float) -> None:
+        """By the table's own prices, else by half of the standard ones."""
+        standard, found = table_price(model), price_of(model, None, processing)
+        assert standard is not None
+        assert found is not None
+        assert found.output_per_million == pytest.approx(standard.output_per_million * factor)
+        assert found.input_per_million < standard.input_per_million or factor == 1
+
+    def test_a_price_of_ones_own_has_a_factor(self) -> None:
+        """It is stored with the price, and comes before the table."""
+        assert price_of(MODEL, MINI, "flex") == Price(0.075, 0.3)
+        assert price_of(MODEL, MINI) is MINI
+        own = read_price("in=1,out=2", 0.4)
+        assert own is not None
+        assert Price.from_json(own.to_json()) == own
+        assert own.at("batch").to_dict() == {"in": 0.4, "out": 0.8}
+
+    @pytest.mark.parametrize(("price", "factor"), [(None, 0.5), ("in=1,out=1", 1.5), ("in=1,out=1", float("nan"))])
+    def test_a_factor_of_nothing_and_an_odd_one_are_refused(self, price: str | None, factor: float) -> None:
+        """The message names the flag."""
+        with pytest.raises(UsageError, match="--batch-factor"):
+            read_price(price, factor)
+
+    def test_processing_is_that_of_the_settings(self) -> None:
+        """Wherever they have it."""
+        assert (
+            processing_of({"service_tier": "flex"}) == processing_of({"extra_body": {"service_tier": "flex"}}) == "flex"
+        )
+        assert processing_of({"service_tier": "priority"}) == processing_of({}) == "standard"
 
     @pytest.mark.parametrize("model", ["offline:echo", "function:m:f", f"{MODEL}-nobodys", "nobody:x", "x", ""])
     def test_what_the_table_does_not_know_has_no_price(self, model: str) -> None:

@@ -109,3 +109,38 @@ async def test_tokens_and_cost_are_the_same(provider: str, url: str) -> None:
                 "usage": told,
             }
             assert costs.usage(body) == as_pydantic_ai_has_it(provider, url, body), (model, told)
+
+
+@pytest.mark.parametrize(
+    ("url", "model", "processing", "reported", "factor"),
+    [
+        ("https://api.openai.com/v1/", "gpt-5-mini", "flex", "flex", "0.5"),
+        ("https://api.openai.com/v1/", "gpt-5-mini", "flex", None, "0.5"),
+        ("https://api.openai.com/v1/", "gpt-5-mini", "flex", "default", "1"),  # the provider chose another tier
+        ("https://api.openai.com/v1/", "gpt-5-mini", "batch", "default", "0.5"),
+        ("https://generativelanguage.googleapis.com/v1beta/openai/", "gemini-2.5-pro", "flex", None, "0.5"),
+        ("https://api.groq.com/openai/v1/", "openai/gpt-oss-20b", "flex", "flex", "1"),
+    ],
+)
+async def test_flex_and_batch_are_priced_as_they_were_processed(
+    url: str, model: str, processing: Any, reported: str | None, factor: str
+) -> None:
+    """At half the price of the same tokens, unless the provider says that it did not process them so."""
+    costs = Costs("openai", "asked", url)
+    costs.begin()
+    await costs.ready(60)
+    body = {"model": model, "usage": {"prompt_tokens": 100_000, "completion_tokens": 5_000}}
+    standard = costs.usage(body).cost_nanos
+    assert standard
+    found = costs.usage({**body, "service_tier": reported}, processing)
+    assert found.cost_nanos == round(standard * Decimal(factor))
+
+
+async def test_cached_tokens_of_flex_are_cheaper_still() -> None:
+    """Both discounts count, by the table."""
+    costs = Costs("openai", "asked", "https://api.openai.com/v1/")
+    costs.begin()
+    await costs.ready(60)
+    usage = {"prompt_tokens": 100_000, "completion_tokens": 0, "prompt_tokens_details": {"cached_tokens": 90_000}}
+    found = costs.usage({"model": "gpt-5-mini", "service_tier": "flex", "usage": usage}, "flex")
+    assert found == Usage(100_000, 0, 10_000 * 125 + 90_000 * 25 // 2, 90_000)
