@@ -70,7 +70,7 @@ class ChatModel:
         api_key: str | None = None,
         connections: Connections | None = None,
     ) -> None:
-        self._endpoint = endpoint
+        self.endpoint = endpoint
         self._settings = task_settings
         self._format = {} if response_format is None else {"response_format": response_format}
         self._start = self._body_start(task_settings)
@@ -79,35 +79,41 @@ class ChatModel:
         self._lock = asyncio.Lock()
         self._api_key = api_key
         self._connections = connections or Connections()
-        self._reader = Reader(endpoint.provider, endpoint.model, endpoint.base_url, api_key)
+        self.reader = Reader(endpoint.provider, endpoint.model, endpoint.base_url, api_key)
 
     async def answer(self, request: Request) -> Reply:
         """Make one call. Raises CallError with the family of the failure."""
+        body = self.body(request)
+        if body is None:
+            return await (await self._pydantic_ai()).answer(request)
+        settings = settings_of(request, self._settings)
+        self.reader.costs.begin()
+        started = time.monotonic()
+        head, content = await self._connections.fetch(
+            "POST",
+            self.endpoint.url,
+            timeout=_timeout(settings.get("timeout"), request.timeout),
+            data=body,
+            headers=self.endpoint.headers,
+        )
+        if head.code >= 300:
+            raise self.failed(head.code, head.headers, content)
+        seconds = (request.timeout or MAX_SILENCE_SECONDS) - (time.monotonic() - started)
+        await self.reader.costs.ready(seconds / 2)
+        return self.reader.read(content, keep=bool(request.keep), processing=processing_of(settings))
+
+    def body(self, request: Request) -> bytes | None:
+        """Return the body of a request; None if only pydantic-ai knows how it is sent. Raises Permanent if nothing can."""
         settings, logprobs = settings_of(request, self._settings), Extra.LOGPROBS in request.keep
         is_common = request.settings is None and not logprobs
         start = self._start if is_common else self._body_start(settings, logprobs=logprobs)
         messages = None if start is None else _messages_of(request)
-        if start is None or messages is None:
-            return await (await self._pydantic_ai()).answer(request)
-        self._reader.costs.begin()
-        started = time.monotonic()
-        head, content = await self._connections.fetch(
-            "POST",
-            self._endpoint.url,
-            timeout=_timeout(settings.get("timeout"), request.timeout),
-            data=b"".join((start, orjson.dumps(messages), b"}")),
-            headers=self._endpoint.headers,
-        )
-        if head.code >= 300:
-            raise self._failed(head.code, head.headers, content)
-        seconds = (request.timeout or MAX_SILENCE_SECONDS) - (time.monotonic() - started)
-        await self._reader.costs.ready(seconds / 2)
-        return self._reader.read(content, keep=bool(request.keep), processing=processing_of(settings))
+        return None if start is None or messages is None else b"".join((start, orjson.dumps(messages), b"}"))
 
     def _body_start(self, settings: Mapping[str, Json], *, logprobs: bool = False) -> bytes | None:
         """Return a body up to its messages; None if only pydantic-ai knows how these settings are sent."""
-        fields = fields_of(self._endpoint, settings)
-        if fields is None or (logprobs and not sends_logprobs(self._endpoint.name)):
+        fields = fields_of(self.endpoint, settings)
+        if fields is None or (logprobs and not sends_logprobs(self.endpoint.name)):
             return None
         more = {"logprobs": True} if logprobs else {}
         return orjson.dumps({**more, **self._format, **fields})[:-1] + b',"messages":'
@@ -119,8 +125,8 @@ class ChatModel:
                 self._other = await asyncio.to_thread(self._build_other)  # takes a second or two
             return self._other
 
-    def _failed(self, status: int, headers: Mapping[str, str], content: bytes) -> CallError:
-        """Return the error for an answer with a status of 300 or more."""
+    def failed(self, status: int, headers: Mapping[str, str], content: bytes, url: str | None = None) -> CallError:
+        """Return the error for an answer with a status of 300 or more; `url` is None for one of chat completions."""
         if status < 400:
             place = hide_user(headers.get("location", "another URL").partition("?")[0])
             words = f"the server redirects to {place}, and lbr does not follow; correct the provider's base URL"
@@ -133,11 +139,11 @@ class ChatModel:
         if isinstance(error, dict):
             error = error.get("error", error)
         return call_error(
-            f"status_code: {status}, model_name: {self._endpoint.model}, body: {error}",
+            f"status_code: {status}, model_name: {self.endpoint.model}, body: {error}",
             status=status,
             body=error,
             headers=headers,
-            url=self._endpoint.url,
+            url=url or self.endpoint.url,
             api_key=self._api_key,
         )
 

@@ -11,13 +11,16 @@ import errno
 import functools
 import os
 import ssl
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.request import getproxies, proxy_bypass
 
 from lbr.models.failures import call_error
 
 if TYPE_CHECKING:
-    from aiohttp import ClientRequest, ClientTimeout, TCPConnector
+    from collections.abc import AsyncIterator
+
+    from aiohttp import ClientRequest, ClientResponse, ClientTimeout, TCPConnector
     from aiohttp.client_proto import ResponseHandler
     from aiohttp.http import RawResponseMessage
     from aiohttp.streams import StreamReader
@@ -70,7 +73,14 @@ class Connections:
 
     def _request(self, url: str) -> ClientRequest:
         """Return what aiohttp's connector needs to connect to a URL, through a proxy if the environment names one."""
-        from aiohttp import ClientRequest, InvalidURL  # noqa: PLC0415
+        from aiohttp import ClientRequest  # noqa: PLC0415
+
+        target, proxy, trust = self._route(url)
+        return ClientRequest("POST", target, loop=asyncio.get_running_loop(), proxy=proxy, ssl=trust)
+
+    def _route(self, url: str) -> tuple[URL, URL | None, ssl.SSLContext | bool]:
+        """Return a URL, the proxy to it if the environment names one, and the certificates to trust."""
+        from aiohttp import InvalidURL  # noqa: PLC0415
         from yarl import URL  # noqa: PLC0415
 
         target, proxies = URL(url, encoded=True), environment_proxies()
@@ -84,8 +94,29 @@ class Connections:
         except ValueError as error:
             raise InvalidURL(proxy or "") from error
         is_encrypted = target.scheme == "https" or (proxy or "").startswith("https:")
-        trust = self._trust if is_encrypted else True
-        return ClientRequest("POST", target, loop=asyncio.get_running_loop(), proxy=proxy_url, ssl=trust)
+        return target, proxy_url, self._trust if is_encrypted else True
+
+    @asynccontextmanager
+    async def stream(
+        self, method: str, url: str, *, timeout: ClientTimeout, headers: tuple[tuple[str, str], ...], data: Any = None
+    ) -> AsyncIterator[ClientResponse]:
+        """Make one call whose request or answer is too large for memory; the block reads the answer.
+
+        It follows the rules of `fetch`. A POST is sent once. Raises CallError if the connection fails.
+        """
+        import aiohttp  # noqa: PLC0415
+
+        try:
+            target, proxy, trust = self._route(url)
+            async with (
+                aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), timeout=timeout) as session,
+                session.request(
+                    method, target, data=data, headers=headers, proxy=proxy, ssl=trust, allow_redirects=False
+                ) as answer,
+            ):
+                yield answer
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise lost(error, url) from error
 
     async def fetch(
         self,

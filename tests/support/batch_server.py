@@ -279,7 +279,7 @@ class BatchServer:
 
     def _outputs(self, lines: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for line in lines:
-            body = json.loads(completion(self.answer(line["body"])))
+            body = {**json.loads(completion(self.answer(line["body"]))), "model": line["body"]["model"]}
             response = {"status_code": 200, "request_id": "r", "body": body}
             yield {"id": "batch_req", "custom_id": line["custom_id"], "response": response, "error": None}
 
