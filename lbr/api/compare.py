@@ -184,12 +184,13 @@ def _figures(run: Run, statuses: Counter[str], took: list[tuple[int, ...]]) -> d
         "output_tokens": _per(written, written_known),
         "cost_usd": _per(nanos, NANOS * bool(priced)),
         "unpriced": answers - priced,
-        **{f"p{percent}_ms": _percentile(took, answers * percent) for percent in (50, 95)},
+        **{f"p{percent}_ms": _percentile([row for row in took if row[0] >= 0], percent) for percent in (50, 95)},
     }
 
 
-def _percentile(took: list[tuple[int, ...]], hundredths: int) -> int | None:
-    """Return the latency that this many hundredths of an answer did not exceed; None without an answer."""
+def _percentile(took: list[tuple[int, ...]], percent: int) -> int | None:
+    """Return the latency that this percentage of the answers did not exceed; None without an answer."""
+    hundredths = percent * sum(row[1] for row in took)
     for latency_ms, answers, *_ in took:
         if (hundredths := hundredths - 100 * answers) <= 0:
             return latency_ms

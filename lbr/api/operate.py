@@ -15,7 +15,7 @@ from lbr.core.errors import UsageError
 from lbr.core.text import pluralize, seconds_of
 from lbr.core.types import JobState
 from lbr.models.base import model_string
-from lbr.store import inputs, leases, limits, reads, redo, runs
+from lbr.store import batches, inputs, leases, limits, reads, redo, runs
 from lbr.store.database import backup as backup_queue
 from lbr.store.database import file_of, opened
 from lbr.store.health import open_unchanged
@@ -105,9 +105,13 @@ async def reparse(
 
 @checked
 async def cancel(run: str, *, db_url: PathOrUrl = DB_URL_DEFAULT, allow_network_fs: bool = False) -> int:
-    """Cancel a run and its pending jobs; return how many. Calls in flight finish, and their answers are kept."""
+    """Cancel a run and its pending jobs; return how many. Calls in flight finish, and their answers are kept.
+
+    The next worker asks the provider to end its batches, and keeps the answers that they have.
+    """
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
-        return await runs.cancel(database, await database.read(reads.find_run, run))
+        found = await database.read(reads.find_run, run)
+        return await runs.cancel(database, found) + await database.write(batches.cancel, found)
 
 
 @checked
@@ -121,11 +125,13 @@ async def remove(
     """Remove a run with its inputs and answers; return how many jobs it had.
 
     It is cancelled first, and calls in flight are waited for. Safe to repeat after an interruption. Raises UsageError
-    for a run that is being or was moved.
+    for a run that is being or was moved, and while a batch of it is open.
     """
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
         found = await database.read(reads.find_run, run)
+        await database.read(batches.check_none_out, found)
         await runs.cancel(database, found)
+        await database.read(batches.check_none_out, found)  # again: none can come now
         count = await _remove_cancelled(database, found, notify)
         await database.give_back_space()
         return count
@@ -156,14 +162,17 @@ async def prune(
     """Remove the finished and cancelled runs whose last change is `older`, for example `30d`; return them.
 
     `runs` limits this to some names. With `dry_run`, nothing is removed. A run that changes meanwhile stays, and so
-    does one that was moved. Safe to repeat after an interruption. Raises UsageError for what is no time span.
+    does one that was moved, or has a batch out. Safe to repeat after an interruption. Raises UsageError for what is no
+    time span.
     """
     age_ms = seconds_of("--older", older) * 1000
     pruned = []
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
-        now = await database.read(reads.time)
+        now, out = await database.read(reads.time), await database.read(batches.runs_of_open)
         for seen in await database.read(reads.idle_runs, age_ms):
             if runs is not None and seen.run.name not in runs:
+                continue
+            if seen.run.id in out:
                 continue
             if not dry_run:
                 if not await database.write(cancel_unchanged, seen.run, seen.counts):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
+from lbr.core.batches import Lane
 from lbr.core.errors import UsageError
 from lbr.core.pricing import NANOS
 from lbr.core.types import Until
@@ -133,7 +134,7 @@ class WorkOptions:
     database that is busy or away, `outage_patience` how long to wait for an unreachable model before its runs are
     paused. `rpm` and `tpm` limit the requests and tokens a minute of all workers together, for each model that this one
     serves; `max_cost` limits the whole cost of each run that it serves, in US dollars. None keeps what is set.
-    With `verbose`, it reports every failed attempt, not only the first of each kind.
+    With `verbose`, it reports every failed attempt, not only the first of each kind. `lane` is which lanes it serves.
     """
 
     concurrency: int = CONCURRENCY
@@ -147,6 +148,7 @@ class WorkOptions:
     max_cost: float | None = None
     outage_patience: float = OUTAGE_PATIENCE
     verbose: bool = False
+    lane: Lane = Lane.ALL
 
     def __post_init__(self) -> None:
         at_least_one("concurrency", self.concurrency, most=MAX_SLOTS)

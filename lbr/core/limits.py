@@ -199,7 +199,7 @@ class Budget:
     `calls` are answered calls whose cost is known, `inflight` those that have not ended, and `pending` the jobs that
     wait for one. `highest` is the highest cost of a call so far, or the highest bound of a claimed one; `estimated` is
     the part of `spent` for calls that died with their worker. With `bounded`, the maximum cost of each call is known,
-    so that the first ones need not go alone.
+    so that the first ones need not go alone. `parked` are the jobs in batches, which may cost `held` together.
     """
 
     limit: int
@@ -210,6 +210,8 @@ class Budget:
     highest: int = 0
     estimated: int = 0
     bounded: bool = False
+    parked: int = 0
+    held: int = 0
 
     @property
     def mean(self) -> int:
@@ -232,7 +234,7 @@ class Budget:
 
         If only the average cost of a call still fits, one goes alone, like the first call of an unbounded run.
         """
-        left = self.limit - self.spent
+        left = self.limit - self.spent - self.held
         if left <= 0 or self.mean > left:
             return 0
         rooms = []
@@ -247,14 +249,26 @@ class Budget:
         reserved = self.reserved
         for count, bound in enumerate(bounds):
             reserved, flights = max(reserved, bound), self.inflight + count + 1
-            if flights > 1 and flights * reserved > self.limit - self.spent:
+            alone = flights == 1 and not self.held
+            if not alone and flights * reserved > self.limit - self.spent - self.held:
                 return count
         return len(bounds)
 
+    def reserve(self, bounds: Sequence[int]) -> tuple[int, int]:
+        """Return how many calls of a batch, in this order, fit with what each may cost, and their cost together."""
+        total, left = 0, self.limit - self.spent - self.held - self.inflight * self.reserved
+        if self.room == 0:
+            return 0, 0
+        for count, bound in enumerate(bounds):
+            if total + bound > left and (count or self.inflight or self.held):
+                return count, total
+            total += bound
+        return len(bounds), total
+
     @property
     def is_spent(self) -> bool:
-        """Whether not even one more call fits, and none is in flight that might leave room."""
-        return self.inflight == 0 and self.room == 0
+        """Whether not even one more call fits, and none is in flight or in a batch that might leave room."""
+        return self.inflight == 0 and self.parked == 0 and self.room == 0
 
     @property
     def spent_message(self) -> str:

@@ -304,6 +304,7 @@ class Run:
     move: Move | None = None
     keep: tuple[Extra, ...] = ()
     samples: int = 1
+    lane: str | None = None
 
     def is_paused_by(self, *causes: PauseCause) -> bool:
         """Return whether one of these causes paused the run or, if REMOVING, cancelled it."""

@@ -14,7 +14,7 @@ from lbr.core.types import NO_HISTORY, BadTry, Claim, History, JobId, JobState, 
 from lbr.store import counters
 from lbr.store.limits import load_capacity
 from lbr.store.outages import note_probes
-from lbr.store.schema import PENDING, SUSPECT_CRASHES, attempts, jobs, prompts
+from lbr.store.schema import PENDING, SUSPECT_CRASHES, TRIED, attempts, jobs, prompts
 from lbr.store.settle import settle
 from lbr.store.sql import PreparedQuery, any_of, json_object
 
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from lbr.store.settle import Settled
 
 
-def _due(*, suspects: bool) -> Select[tuple[int]]:
+def _due(*also: ColumnElement[bool], suspects: bool = False) -> Select[tuple[int]]:
     """Select the ids of a run's jobs that may be claimed now, the longest due first."""
     crashes: ColumnElement[bool] = literal_column(f"jobs.crashes {'>=' if suspects else '<'} {SUSPECT_CRASHES}")
     return (
         select(jobs.c.id)
-        .where(PENDING, jobs.c.run_id == bindparam("run"), jobs.c.available_at <= bindparam("now"), crashes)
+        .where(PENDING, jobs.c.run_id == bindparam("run"), jobs.c.available_at <= bindparam("now"), crashes, *also)
         .order_by(jobs.c.available_at, jobs.c.id)
         .limit(bindparam("most"))
     )
@@ -83,10 +83,12 @@ class _Claimed(NamedTuple):
     crashes: int
 
 
-DUE, DUE_SUSPECT = _due(suspects=False), _due(suspects=True)
-CLAIM, CLAIM_SUSPECT = _claim_due(DUE), _claim_due(DUE_SUSPECT)
+DUE, DUE_SUSPECT, DUE_TRIED = _due(), _due(suspects=True), _due(TRIED)
+DUE_FRESH = _due(~TRIED)
+"""For a batch."""
+CLAIM, CLAIM_SUSPECT, CLAIM_TRIED = _claim_due(DUE), _claim_due(DUE_SUSPECT), _claim_due(DUE_TRIED)
 # If tokens or dollars are limited: first look how large the prompts are, then claim those that fit.
-DUE_SIZED, DUE_SUSPECT_SIZED = _with_sizes(DUE), _with_sizes(DUE_SUSPECT)
+DUE_SIZED, DUE_SUSPECT_SIZED, DUE_TRIED_SIZED = map(_with_sizes, (DUE, DUE_SUSPECT, DUE_TRIED))
 CLAIM_CHOSEN = _claim_where(PENDING & any_of(jobs.c.id, "ids"))
 PROMPTS = PreparedQuery(
     select(*(prompts.c[name] for name in ("job_id", "key", "body", "chat", "settings", "sample"))).where(
@@ -121,7 +123,7 @@ class ClaimRequest:
 
 def claim(connection: Connection, now: Millis, request: ClaimRequest) -> list[Claim]:
     """Claim due jobs. Runs that are not active and models that cool down are passed over; other limits are kept."""
-    capacity = load_capacity(connection, request.run_ids, now, request.worker, lock=True)
+    capacity = load_capacity(connection, request.run_ids, now, request.worker, lock=True, bounded=request.bounds)
     rows, tokens = _take(connection, capacity, request)
     claims = _with_prompts(connection, capacity, rows, tokens)
     probes = {capacity.answerers[one.run_id]: one for one in claims if one.probe}
@@ -158,7 +160,8 @@ def _take(connection: Connection, capacity: Capacity, request: ClaimRequest) -> 
         bound = {"run": run_id, "most": room, "worker": request.worker, "now": capacity.now, "until": until}
         sizes = _fitting(connection, capacity, bound, request)
         if sizes is None:
-            found = (CLAIM_SUSPECT if request.suspects else CLAIM).all(connection, bound)
+            claiming = CLAIM_TRIED if run_id in capacity.batching else CLAIM
+            found = (CLAIM_SUSPECT if request.suspects else claiming).all(connection, bound)
             capacity.take(run_id, len(found))
         else:
             chosen = {"ids": list(sizes), "worker": request.worker, "until": until}
@@ -187,8 +190,8 @@ def _fitting(
     call_bound = request.bounds.get(run_id)
     if (limit is None or limit.tpm is None) and (budget is None or call_bound is None):
         return None
-    query = DUE_SUSPECT_SIZED if request.suspects else DUE_SIZED
-    found = connection.execute(query, bound).all()
+    query = DUE_TRIED_SIZED if run_id in capacity.batching else DUE_SIZED
+    found = connection.execute(DUE_SUSPECT_SIZED if request.suspects else query, bound).all()
     sizes = [_size(row, request.extra.get(run_id, 0), call_bound) for row in found]
     count = len(sizes)
     if limit is not None:
@@ -203,13 +206,13 @@ def _size(row: AnyRow, extra: int, bound: CallBound | None) -> _Size:
     tokens = tokens_of(row.characters if chat is None else characters_of(chat))
     if bound is None:
         return _Size(extra + tokens, 0)
-    own = _own_settings(chat, row.settings) or {}
+    own = own_settings(chat, row.settings) or {}
     if (price := table_price(own.get("model", ""))) is not None:
         bound = replace(bound, price=price)
     return _Size(extra + tokens, bound.nanos(tokens, max_output_tokens(own)))
 
 
-def _own_settings(prompt: Prompt | None, stored: str | None) -> dict[str, Any] | None:
+def own_settings(prompt: Prompt | None, stored: str | None) -> dict[str, Any] | None:
     """Return what overrides the run's settings: those of the prompt, and over them the stored ones, of a retry."""
     of_prompt = None if prompt is None else prompt.settings
     if stored is None:
@@ -245,7 +248,7 @@ def _with_prompts(
                 histories.get(job_id, NO_HISTORY),
                 tokens=tokens.get(job_id, 0),
                 throttled=run_id in throttled,
-                settings=_own_settings(prompt, settings),
+                settings=own_settings(prompt, settings),
                 probe=run_id in probed,
                 sample=sample or 0,
             )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import case, func, literal_column, null, select, union_all
 
 from lbr.core.types import JobState, PauseCause, RunId
-from lbr.store.schema import attempts, counters, jobs, results, runs
+from lbr.store.schema import IS_PARKED, attempts, batches, counters, jobs, results, runs
 from lbr.store.sql import BulkStatement, Rows, shard, take_turns, types_of
 
 if TYPE_CHECKING:
@@ -36,6 +36,10 @@ STALE = "stale"
 CRASHED = "crashed"
 OPENED = "opened"
 """How many times the run got jobs to do, or was resumed; see `lbr.store.endings`."""
+PARKED = "at_provider"
+"""Those of the pending jobs that are in a batch."""
+RESERVED = "reserved_nanos"
+"""What the run's batches may still cost."""
 TRY = "try:"
 """Prefix of a family's count of tries that were no plain success, for example `try:transient`."""
 
@@ -121,6 +125,12 @@ _COUNTED = union_all(
     select(jobs.c.run_id, literal_column("'jobs'"), jobs.c.state, null(), func.count(), *_NO_USAGE).group_by(
         jobs.c.run_id, jobs.c.state
     ),
+    select(jobs.c.run_id, literal_column("'jobs'"), literal_column(f"'{PARKED}'"), null(), func.count(), *_NO_USAGE)
+    .where(IS_PARKED)
+    .group_by(jobs.c.run_id),
+    select(batches.c.run_id, literal_column("'jobs'"), literal_column(f"'{RESERVED}'"), null())
+    .add_columns(func.sum(batches.c.reserved_nanos), *_NO_USAGE)
+    .group_by(batches.c.run_id),
     select(counters.c.run_id, literal_column("'counters'"), counters.c.name, null(), func.sum(counters.c.value))
     .add_columns(*_NO_USAGE)
     .group_by(counters.c.run_id, counters.c.name),
@@ -173,7 +183,7 @@ def _counts_of(row: AnyRow) -> Counter[str]:
     """Return what one row of `_COUNTED` adds to its run's counts."""
     found = Counter({name: int(getattr(row, name) or 0) for name in _USAGE})
     if row.source != "attempts":
-        found[row.name or REUSED] = row.total
+        found[row.name or REUSED] = int(row.total)
         return found
     if row.family is not None:
         found[TRY + row.family] = row.total

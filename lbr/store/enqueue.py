@@ -67,7 +67,7 @@ _HELD_ANSWERS = (
     .with_for_update(read=True)
 )
 _COUNTED = ("input_tokens", "output_tokens", "cached_tokens", "cost_nanos", "latency_ms")
-_COPIED = ("text", "model", "finish_reason", *_COUNTED)
+_COPIED = ("text", "model", "finish_reason", "lane", *_COUNTED)
 
 
 def _copying(rows: Rows) -> Any:

@@ -21,14 +21,14 @@ from lbr.core.retry import MAX_AHEAD_MS
 from lbr.core.types import JobId, JobState, Millis, RunId, RunState, WorkerId
 from lbr.store import counters, files
 from lbr.store import pulses as pulses_store
-from lbr.store.claim import DUE, DUE_SUSPECT
+from lbr.store.claim import DUE, DUE_SUSPECT, DUE_TRIED
 from lbr.store.limits import forget_estimates, give_back, likely_costs, load_capacity
 from lbr.store.runs import hold_states
-from lbr.store.schema import INFLIGHT, PENDING, attempts, jobs, runs, workers
+from lbr.store.schema import INFLIGHT, NOT_PARKED, PENDING, attempts, jobs, runs, workers
 from lbr.store.sql import Inserting, any_of
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 
     from sqlalchemy import ColumnElement, Connection
 
@@ -162,10 +162,15 @@ def far_reports(
 
 
 def check_due(
-    connection: Connection, now: Millis, presence: Presence, run_ids: Sequence[RunId], worker: WorkerId = NO_WORKER
+    connection: Connection,
+    now: Millis,
+    presence: Presence,
+    run_ids: Sequence[RunId],
+    worker: WorkerId = NO_WORKER,
+    bounded: Container[RunId] = (),
 ) -> DueWork:
     """Look, without a lock, whether a claim or a reclaim would find anything."""
-    capacity = load_capacity(connection, run_ids, now, worker, lock=False)
+    capacity = load_capacity(connection, run_ids, now, worker, lock=False, bounded=bounded)
     due = suspects = expired = False
     times: list[int | None] = list(capacity.waits)
     for run_id in capacity.answerers:
@@ -173,9 +178,9 @@ def check_due(
         if wait := capacity.wait_ms(run_id):
             times.append(now + wait)
             continue
-        due |= connection.scalar(DUE, bound) is not None
+        due |= connection.scalar(DUE_TRIED if run_id in capacity.batching else DUE, bound) is not None
         suspects |= connection.scalar(DUE_SUSPECT, bound) is not None
-        later = select(func.min(jobs.c.available_at)).where(PENDING, jobs.c.run_id == run_id)
+        later = select(func.min(jobs.c.available_at)).where(PENDING, NOT_PARKED, jobs.c.run_id == run_id)
         first: int | None = connection.scalar(later.where(jobs.c.available_at > now))
         expired |= first is not None and first > now + MAX_AHEAD_MS
         times.append(first)
@@ -188,7 +193,7 @@ def check_due(
 
 def bring_forward(connection: Connection, now: Millis, run_ids: Sequence[RunId]) -> None:
     """Make jobs due now that wait for a time that only a wrong clock can have set."""
-    stranded = (PENDING, any_of(jobs.c.run_id, "runs"), jobs.c.available_at > now + MAX_AHEAD_MS)
+    stranded = (PENDING, NOT_PARKED, any_of(jobs.c.run_id, "runs"), jobs.c.available_at > now + MAX_AHEAD_MS)
     connection.execute(update(jobs).where(*stranded).values(available_at=now), {"runs": list(run_ids)})
 
 

@@ -14,18 +14,29 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import bindparam, func, literal_column, select, update
 
 from lbr.core import limits as arithmetic
+from lbr.core.batches import AUTO_REQUESTS, TAIL, Lane
 from lbr.core.errors import DatabaseError
 from lbr.core.limits import Budget, Limit
 from lbr.core.retry import MAX_AHEAD_MS
 from lbr.core.types import JobState, PauseCause, Paused, RunId, RunState
-from lbr.store.counters import ANSWERED, COST_NANOS, ESTIMATED_NANOS, REUSED, UNPRICED, estimated, of_runs
+from lbr.store.counters import (
+    ANSWERED,
+    COST_NANOS,
+    ESTIMATED_NANOS,
+    PARKED,
+    RESERVED,
+    REUSED,
+    UNPRICED,
+    estimated,
+    of_runs,
+)
 from lbr.store.outages import waiting
 from lbr.store.runs import pausing
 from lbr.store.schema import SILENT_MS, attempts, counters, limits, outages, runs, workers
 from lbr.store.sql import Inserting, PreparedQuery, Updating, any_of, wake_workers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Container, Iterable, Mapping, Sequence
 
     from sqlalchemy import Connection
 
@@ -37,7 +48,8 @@ _LEARNED = ("slots", "threshold", "cut_at", "requests", "tokens", "balanced_at",
 _COLUMNS = [limits.c[one.name] for one in fields(Limit)]
 _NO_LIMIT = Limit()
 _OPEN = PreparedQuery(
-    select(runs.c.id, runs.c.budget_nanos, runs.c.answerer, outages.c.since, limits.c.cooldown_until, *_COLUMNS)
+    select(runs.c.id, runs.c.budget_nanos, runs.c.lane, runs.c.answerer, outages.c.since, limits.c.cooldown_until)
+    .add_columns(*_COLUMNS)
     .join_from(runs, limits, runs.c.answerer == limits.c.answerer, isouter=True)
     .join(outages, runs.c.answerer == outages.c.answerer, isouter=True)
     .where(any_of(runs.c.id, "ids"), runs.c.state == RunState.ACTIVE)
@@ -69,6 +81,8 @@ _CALLS = PreparedQuery(
 _MAKE = Inserting(limits, "answerer", "cooldown_until", "reason", unless="answerer")
 
 
+BATCH_WAIT_MS = 5_000
+"""How long to wait if only the end of a batch can leave room in a budget."""
 _SAVE = Updating(limits, "answerer", *_LEARNED)
 
 
@@ -80,7 +94,7 @@ class Capacity:
     anything back, refilled, and `budgets` those of the runs that have one. `ceiling` is how many slots all workers
     have; `waits` are the times when cooldowns end. `debited` are the models, and `raised` the runs whose highest cost,
     to be saved. Of a model in `probes` one job may be claimed; its run is noted there. `outages` are the models that
-    all workers wait for, with the cause.
+    all workers wait for, with the cause. Of a run in `batching`, only jobs that were tried may be claimed.
     """
 
     now: Millis
@@ -94,6 +108,7 @@ class Capacity:
     raised: set[RunId] = field(default_factory=set)
     probes: dict[str, RunId | None] = field(default_factory=dict)
     outages: dict[str, str] = field(default_factory=dict)
+    batching: set[RunId] = field(default_factory=set)
 
     def pass_over(self, until: Mapping[str, int]) -> None:
         """Claim nothing of these models until their times."""
@@ -121,7 +136,7 @@ class Capacity:
         """Return after how long a run's job may perhaps be claimed, 0 for now or if the run must be paused."""
         limit, budget = self.limit(run_id), self.budgets.get(run_id)
         if budget is not None and budget.room == 0:
-            return 0 if budget.is_spent else arithmetic.RETRY_MS
+            return 0 if budget.is_spent else arithmetic.RETRY_MS if budget.inflight else BATCH_WAIT_MS
         return 0 if limit is None else arithmetic.wait_ms(limit, self.inflight[self.answerers[run_id]])
 
     def is_throttled(self, run_id: RunId) -> bool:
@@ -163,15 +178,25 @@ def is_ahead(until: int, now: int) -> bool:
 
 
 def load_capacity(
-    connection: Connection, run_ids: Sequence[RunId], now: Millis, worker: WorkerId, *, lock: bool
+    connection: Connection,
+    run_ids: Sequence[RunId],
+    now: Millis,
+    worker: WorkerId,
+    *,
+    lock: bool,
+    bounded: Container[RunId] = (),
 ) -> Capacity:
-    """Return what may be claimed of these runs; with `lock` it stays so until the transaction ends."""
+    """Return what may be claimed of these runs; with `lock` it stays so until the transaction ends.
+
+    `bounded` are those of which the maximum cost of a call is known.
+    """
     capacity = Capacity(now)
     known: dict[str, Limit] = {}
     limited: list[RunId] = []
     away: set[str] = set()
     rows = _OPEN.all(connection, {"ids": list(run_ids)})
-    for run_id, budget, who, since, cooldown_until, *values in rows:
+    lanes = {RunId(row[0]): Lane(row[2]) for row in rows if row[2] in {Lane.BATCH, Lane.AUTO}}
+    for run_id, budget, _, who, since, cooldown_until, *values in rows:
         if cooldown_until is not None and is_ahead(cooldown_until, now):
             capacity.waits.append(cooldown_until)
             continue
@@ -194,7 +219,22 @@ def load_capacity(
         capacity.pass_over({who: until for who, (_, until) in found.items() if until})
     if any(limit != _NO_LIMIT for limit in known.values()):
         _load_limits(connection, capacity, known, lock=lock)
+    counts = of_runs(connection, lanes) if lanes else {}
+    capacity.batching = {
+        run_id
+        for run_id, lane in lanes.items()
+        if is_batching(lane, counts[run_id], capacity.budgets.get(run_id), bounded=run_id in bounded)
+    }
     return capacity
+
+
+def is_batching(lane: Lane, counts: Counter[str], budget: Budget | None, *, bounded: bool) -> bool:
+    """Return whether a run's jobs wait for a batch unless they were tried; `bounded` as in `Budget`."""
+    left = counts[JobState.PENDING] - counts[PARKED]
+    if left <= (AUTO_REQUESTS - 1 if lane is Lane.AUTO else TAIL):
+        return False
+    # Without a bound, the first calls show what a batch may cost.
+    return budget is None or bounded or budget.calls >= arithmetic.KNOWN_CALLS
 
 
 def _load_limits(connection: Connection, capacity: Capacity, known: dict[str, Limit], *, lock: bool) -> None:
@@ -379,9 +419,11 @@ def budget_of(limit: int, counts: Counter[str], highest: int | None = None) -> B
         spent=counts[COST_NANOS],
         calls=max(0, answered - counts[UNPRICED]),
         inflight=counts[JobState.INFLIGHT],
-        pending=counts[JobState.PENDING],
+        pending=counts[JobState.PENDING] - counts[PARKED],
         highest=highest or 0,
         estimated=counts[ESTIMATED_NANOS],
+        parked=counts[PARKED],
+        held=counts[RESERVED],
     )
 
 

@@ -20,6 +20,7 @@ from lbr.store.schema import (
     schema_version,
     set_postgresql_options,
     suspects,
+    tried,
     workers,
 )
 
@@ -58,6 +59,11 @@ def _index_suspects(connection: Connection) -> None:
     # The youngest of all indexes, even in a new database: of two that would do, SQLite takes that.
     suspects.drop(connection, checkfirst=True)
     suspects.create(connection)
+
+
+def _index_tried(connection: Connection) -> None:
+    tried.drop(connection, checkfirst=True)
+    tried.create(connection)
 
 
 def _move_keys(connection: Connection) -> None:
@@ -172,6 +178,7 @@ MIGRATIONS: tuple[tuple[str, Callable[[Connection], None] | None], ...] = (
     ("number the samples of an input", _number_samples),
     ("count what each worker does in a minute", None),
     ("note which ends of runs were reported", None),
+    ("send jobs in batches", _index_tried),
 )
 """Ordered and append-only: a database's version is the number of them that it has seen.
 

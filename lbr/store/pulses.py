@@ -15,7 +15,7 @@ from sqlalchemy import bindparam, delete, func, literal_column, select
 from lbr.core.pulses import BINS, COUNTS, MINUTE_MS, Pulse
 from lbr.core.types import JobState, Millis, RunId, RunState, WorkerId
 from lbr.store import counters
-from lbr.store.schema import PENDING, SILENT_MS, jobs, pulses, runs, workers
+from lbr.store.schema import NOT_PARKED, PENDING, SILENT_MS, jobs, pulses, runs, workers
 from lbr.store.sql import BulkStatement, Rows, any_of, take_turns, types_of
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ _STRETCHES = (
 )
 _TRIED = select(jobs.c.id).where(
     PENDING,
+    NOT_PARKED,
     jobs.c.run_id == bindparam("run"),
     jobs.c.available_at > bindparam("after"),
     jobs.c.claim_seq > jobs.c.retry_seq,

@@ -16,7 +16,7 @@ from lbr.core.pricing import NANOS, output_limit
 from lbr.core.types import MAX_SAMPLES, AnswerRow, JobState, Millis, Part, Prompt, Run, RunId, RunState, Shape
 from lbr.store import counters, pulses, runs
 from lbr.store.limits import LimitStatus, all_limits, is_ahead
-from lbr.store.schema import SILENT_MS, attempts, items, jobs, limits, outages, prompts, results, workers
+from lbr.store.schema import LATENCY, SILENT_MS, attempts, items, jobs, limits, outages, prompts, results, workers
 from lbr.store.schema import counters as counters_table
 from lbr.store.schema import extras as extras_table
 from lbr.store.schema import runs as runs_table
@@ -97,7 +97,8 @@ _METADATA = (
 _LAST = (last_try("message").label("error"), last_try("finish_reason").label("ending"))
 _ERRORS = select(jobs.c.id, *_LAST).where(any_of(jobs.c.id, "ids"))
 _USED = ("finish_reason", "input_tokens", "output_tokens", "cached_tokens", "cost_nanos", "latency_ms")
-_ENDED = [case((jobs.c.state == JobState.DONE, results.c[name]), else_=last_try(name)) for name in _USED]
+_OF_RESULT = {**results.c, "latency_ms": LATENCY}
+_ENDED = [case((jobs.c.state == JobState.DONE, _OF_RESULT[name]), else_=last_try(name)) for name in _USED]
 _USAGE = select(jobs.c.id, results.c.model, *_ENDED, jobs.c.attempts).where(any_of(jobs.c.id, "ids"))
 _USAGE = _USAGE.outerjoin_from(jobs, results, results.c.job_id == jobs.c.id)
 _COOLDOWNS = select(limits.c.answerer, limits.c.cooldown_until, limits.c.reason)

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from sqlalchemy import delete, func, select, true, update
 
+from lbr.core.batches import Lane
 from lbr.core.errors import DatabaseError, RunMismatchError, RunNotFoundError, UsageError
 from lbr.core.extras import Extra
 from lbr.core.pricing import Price
 from lbr.core.types import JobState, Move, PauseCause, Paused, Run, RunId, RunState, Task, canonical_json
 from lbr.store import counters
-from lbr.store.schema import attempts, extras, items, jobs, outages, prompts, pulses, results, runs
+from lbr.store.schema import NOT_PARKED, attempts, batches, extras, items, jobs, outages, prompts, pulses, results, runs
 from lbr.store.schema import counters as counters_table
 from lbr.store.sql import Inserting, any_of, wake_workers
 
@@ -39,7 +40,7 @@ FULL_TRIES = {"attempts": 0, "crashes": 0, "retry_seq": jobs.c.claim_seq, "worke
 
 _STATES = select(runs.c.id, runs.c.state).where(any_of(runs.c.id, "ids")).order_by(runs.c.id)
 _NEW = ("name", "task", "answerer", "fingerprint", "state", "max_attempts", "created_at", "enqueued_at", "price")
-_MAKE = Inserting(runs, *_NEW, "keep", "samples", unless="name")
+_MAKE = Inserting(runs, *_NEW, "keep", "samples", "lane", unless="name")
 
 SHOWN, BEFORE = 60, 20
 """How many characters of a long text are shown, and how many of them before the first difference."""
@@ -50,7 +51,8 @@ class RunSpec:
     """What an enqueue asks for. `fingerprint` is a function's, None for a model. Raises UsageError for a bad name.
 
     `price` is the price of calls from now on, None to leave it as it is; it is not part of the task. `keep` is what to
-    keep besides the answers. `samples` is the number of answers per input, None to leave it as it is.
+    keep besides the answers. `samples` is the number of answers per input, and `lane` a `lbr.core.batches.Lane`, None to
+    leave them as they are.
     """
 
     name: str
@@ -60,6 +62,7 @@ class RunSpec:
     price: Price | None = None
     keep: tuple[Extra, ...] = ()
     samples: int | None = None
+    lane: str | None = None
 
     def __post_init__(self) -> None:
         """Check what no database should see."""
@@ -147,6 +150,8 @@ def open_run(connection: Connection, now: Millis, spec: RunSpec) -> Run:
     values: dict[str, Any] = {}
     if spec.price is not None and spec.price != run.price:
         values["price"] = spec.price.to_json()
+    if spec.lane is not None and spec.lane != (run.lane or Lane.ONLINE):
+        values["lane"] = spec.lane
     if run.task.to_json() != spec.task.to_json():
         values["task"] = spec.task.to_json()
     return change(connection, run, values) if values else run
@@ -162,7 +167,7 @@ def ensure(connection: Connection, spec: RunSpec, now: Millis) -> tuple[Run, boo
         task, price = spec.task, None if spec.price is None else spec.price.to_json()
         row = (spec.name, task.to_json(), task.answerer, spec.fingerprint, RunState.ACTIVE)
         keep = orjson.dumps(spec.keep).decode() if spec.keep else None
-        values = (spec.max_attempts, now, now, price, keep, spec.samples)
+        values = (spec.max_attempts, now, now, price, keep, spec.samples, spec.lane)
         made = _MAKE.run_plain(connection, [(*row, *values)])
     run = find(connection, spec.name)
     if run.task.canonical() != spec.task.canonical():
@@ -347,7 +352,7 @@ def _cancel_page(connection: Connection, now: Millis, run: Run, after: int) -> S
         return []  # a retry made it active meanwhile, and puts the jobs back
     query = (
         select(jobs.c.id, jobs.c.state)
-        .where(jobs.c.id > after, jobs.c.run_id == run.id, jobs.c.state == JobState.PENDING)
+        .where(jobs.c.id > after, jobs.c.run_id == run.id, jobs.c.state == JobState.PENDING, NOT_PARKED)
         .order_by(jobs.c.id)
         .limit(BATCH)
         .with_for_update()
@@ -402,7 +407,8 @@ def _remove_items(connection: Connection, _now: Millis, run: Run) -> int:
     gone = connection.execute(removing).rowcount
     if not gone:
         connection.execute(delete(counters_table).where(counters_table.c.run_id == run.id))
-        connection.execute(delete(pulses).where(pulses.c.run_id == run.id))
+        for table in (pulses, batches):
+            connection.execute(delete(table).where(table.c.run_id == run.id))
         connection.execute(delete(runs).where(runs.c.id == run.id))
     return gone
 

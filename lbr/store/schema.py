@@ -16,9 +16,12 @@ from sqlalchemy import (
     SmallInteger,
     Table,
     Text,
+    case,
     literal_column,
     text,
 )
+
+from lbr.core.batches import PARKED
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Row
@@ -89,6 +92,8 @@ runs = Table(
     Column("samples", Integer),
     # The number of its end that was reported last; see `lbr.store.endings`.
     Column("reported", Id),
+    # A Lane, null for online.
+    Column("lane", Text),
     CheckConstraint("state IN ('active', 'paused', 'cancelled')", name="runs_state"),
     sqlite_autoincrement=True,
 )
@@ -125,8 +130,16 @@ _SUSPECT = text(f"state = 'pending' AND crashes >= {SUSPECT_CRASHES}")
 suspects = Index("jobs_suspects", *_ORDER, sqlite_where=_SUSPECT)
 _leases = Index("jobs_lease", jobs.c.lease_until, sqlite_where=text("state = 'inflight'"))
 
+# In a run of the batch lane, a claim would read every job that waits for a batch to find those that were tried.
+_TRIED = "claim_seq > retry_seq"
+tried = Index("jobs_tried", *_ORDER, sqlite_where=text(f"state = 'pending' AND {_TRIED}"))
+
 # Literals, so that the partial indexes serve the statements that name them.
 PENDING: ColumnElement[bool] = literal_column("jobs.state = 'pending'")
+TRIED: ColumnElement[bool] = literal_column("jobs.claim_seq > jobs.retry_seq")
+"""Claimed since it was enqueued or retried by the user."""
+IS_PARKED: ColumnElement[bool] = literal_column(f"(jobs.state = 'pending' AND jobs.available_at = {PARKED})")
+NOT_PARKED: ColumnElement[bool] = literal_column(f"jobs.available_at < {PARKED}")
 INFLIGHT: ColumnElement[bool] = literal_column("jobs.state = 'inflight'")
 
 # What never changes of a job. The key is here, because every index of jobs costs PostgreSQL an entry at each claim
@@ -160,7 +173,12 @@ results = Table(
     Column("reused_from", Id),
     # Tokens of the input that the provider had in its cache.
     Column("cached_tokens", Id),
+    # "batch" for an answer of a batch, whose latency means nothing; null for others.
+    Column("lane", Text),
 )
+
+LATENCY: ColumnElement[int | None] = case((results.c.lane.is_(None), results.c.latency_ms))
+"""That of an answer, null if it is of a batch."""
 
 # What came with an answer, if its run keeps it: null if it is not kept, empty if none came. Raw is the body as it came.
 extras = Table(
@@ -277,9 +295,38 @@ pulses = Table(
 _unfolded = Index("pulses_unfolded", pulses.c.minute, sqlite_where=text("worker_id > 0"))
 
 
+# What a provider answers within a day; see `lbr.core.batches.BatchRow`.
+batches = Table(
+    "batches",
+    metadata,
+    _id(),
+    Column("run_id", Id, nullable=False),
+    Column("nonce", Text, nullable=False, unique=True),
+    Column("state", Text, nullable=False),
+    Column("count", Integer, nullable=False),
+    *_columns(Id, "reserved_nanos cursor"),
+    *_columns(Millis, "created_at next_poll_at"),
+    Column("bytes", Id),
+    # `found` is a `lbr.core.batches.Found` as JSON.
+    *_columns(Text, "provider credential file_id found error", nullable=True),
+    *_columns(Millis, "sent_at looked_at ended_at lease_until", nullable=True),
+    Column("worker_id", Id),
+    sqlite_autoincrement=True,
+)
+
+# The jobs of the batches that are not settled or released.
+batch_jobs = Table(
+    "batch_jobs",
+    metadata,
+    *(Column(name, Id, primary_key=True) for name in ("batch_id", "job_id")),
+    *_columns(Id, "claim_seq"),
+    sqlite_with_rowid=False,
+)
+
+
 def set_postgresql_options() -> None:
     """Set what only PostgreSQL knows of tables and indexes: its dialect is not imported for a file."""
     jobs.dialect_kwargs["postgresql_with"] = HOT
     counters.dialect_kwargs["postgresql_with"] = HOT | {"fillfactor": 25, "autovacuum_vacuum_threshold": 200}
-    for index in (_pending, suspects, _leases, _unfolded):
+    for index in (_pending, suspects, tried, _leases, _unfolded):
         index.dialect_kwargs["postgresql_where"] = index.dialect_kwargs["sqlite_where"]

@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sqlalchemy import literal_column, null, select, update
+from sqlalchemy import case, literal_column, null, select, update
 
 from lbr.core import value
 from lbr.core.errors import NO_USAGE, DatabaseError, Family
@@ -17,7 +17,7 @@ from lbr.store import counters
 from lbr.store.limits import Feedback, apply_feedback, forget_estimates, raise_highest
 from lbr.store.outages import judge_failures, pause_wrong_set_ups
 from lbr.store.runs import hold_states, pausing, resting_state
-from lbr.store.schema import attempts, extras, jobs, prompts, results, runs
+from lbr.store.schema import IS_PARKED, attempts, extras, jobs, prompts, results, runs
 from lbr.store.sql import BulkStatement, Inserting, PreparedQuery, Rows, any_of
 
 if TYPE_CHECKING:
@@ -403,7 +403,9 @@ class JobStanding(NamedTuple):
 
 def jobs_of_keys(connection: Connection, _now: Millis, keys: Sequence[bytes]) -> dict[bytes, list[JobStanding]]:
     """Return the jobs of all runs that ask for the content of these keys, by key."""
-    columns = (prompts.c.key, jobs.c.id, jobs.c.run_id, jobs.c.state, jobs.c.claim_seq, prompts.c.settings)
+    # A job in a batch is held, as if a worker called.
+    state = case((IS_PARKED, literal_column("'inflight'")), else_=jobs.c.state)
+    columns = (prompts.c.key, jobs.c.id, jobs.c.run_id, state, jobs.c.claim_seq, prompts.c.settings)
     query = select(*columns).join(jobs, jobs.c.id == prompts.c.job_id).where(any_of(prompts.c.key, "keys"))
     by_key: dict[bytes, list[JobStanding]] = {key: [] for key in keys}
     for key, job_id, run_id, state, claim_seq, settings in connection.execute(query, {"keys": list(keys)}).all():

@@ -19,7 +19,7 @@ from lbr.core.errors import DatabaseError, RunNotFoundError, UsageError
 from lbr.core.extras import Extra
 from lbr.core.text import pluralize
 from lbr.core.types import JobState, Move, PauseCause, Paused, Run, RunState
-from lbr.store import counters, enqueue, runs
+from lbr.store import batches, counters, enqueue, runs
 from lbr.store.schema import attempts, extras, items, jobs, prompts, results
 from lbr.store.schema import runs as runs_table
 from lbr.store.sql import (
@@ -123,7 +123,7 @@ def is_half_done(copy: Run, run: Run) -> bool:
     return copy.is_paused_by(PauseCause.MOVING_FROM) and is_copy(copy, run)
 
 
-def prepare(connection: Connection, _now: Millis, name: str, aim: str) -> tuple[Run, Counter[str]]:
+def prepare(connection: Connection, now: Millis, name: str, aim: str) -> tuple[Run, Counter[str]]:
     """Return a run that may leave for `aim`, or has left, with its counts. UsageError says what must happen first."""
     run = runs.find(connection, name)
     counts = counters.of_runs(connection, [run.id])[run.id]
@@ -131,6 +131,7 @@ def prepare(connection: Connection, _now: Millis, name: str, aim: str) -> tuple[
         return run, counts
     runs.check_not_moving(run)
     runs.check_not_removing(run)
+    batches.check_none_out(connection, now, run)
     if run.sealed_at is None:
         raise UsageError(
             f"run {run.name!r} may not have all of its inputs: its enqueue has not finished; run it again first"

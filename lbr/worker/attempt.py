@@ -110,11 +110,27 @@ async def attempt(
         raise
     except BaseException as error:  # noqa: BLE001 - whatever it is fails the job, not the worker
         failure = failure_of(error)
-    if failure is not None and failure.family is Family.CUT_OFF:
-        limit = output_limit({**request.task.settings, **(request.settings or {})})
-        place = limit or "the token limit of the model"
-        failure = replace(failure, message=f"the answer was cut off at {place}: {failure.message}")
+    failure = _with_limit(failure, {**request.task.settings, **(request.settings or {})})
     return Outcome(reply, failure, latency_ms=round((time.perf_counter() - started) * 1000))
+
+
+def _with_limit(failure: Failure | None, settings: dict[str, Json]) -> Failure | None:
+    """Return a failure that names the limit which has cut its answer off."""
+    if failure is None or failure.family is not Family.CUT_OFF:
+        return failure
+    place = output_limit(settings) or "the token limit of the model"
+    return replace(failure, message=f"the answer was cut off at {place}: {failure.message}")
+
+
+def checked(outcome: Outcome, validator: Validator | None, task: Task, keep: tuple[Extra, ...]) -> Outcome:
+    """Return the outcome of a batch's request as that of a call: storable, and with an answer that fits the schema."""
+    if outcome.reply is None:
+        return replace(outcome, failure=_with_limit(outcome.failure, task.settings), latency_ms=0)
+    try:
+        reply, failure = _validated(_storable(outcome.reply, keep), validator)
+    except Permanent as error:
+        reply, failure = None, failure_of(error)
+    return Outcome(reply, _with_limit(failure, task.settings), latency_ms=0)
 
 
 async def _answer(
@@ -131,6 +147,10 @@ async def _answer(
             raise OutOfFilesError from error
         raise
     late_calls.note(late=False)
+    return _validated(reply, validator)
+
+
+def _validated(reply: Reply, validator: Validator | None) -> tuple[Reply | None, Failure | None]:
     if validator is None:
         return reply, None
     try:

@@ -21,18 +21,17 @@ from lbr.core.retry import RetryPolicy
 from lbr.core.types import RunId, Until, WorkerId
 from lbr.store import leases, pulses, reads
 from lbr.store.claim import ClaimRequest, claim, settle_and_claim
-from lbr.store.database import local_clock
-from lbr.store.leases import MAX_SKEW_MS
 from lbr.store.settle import settle
 from lbr.worker.calls import MAX_ROWS, MAX_SERVER_ROWS, Calls, WorkReport, pace
+from lbr.worker.clock import ClockCheck
 from lbr.worker.kept_answers import keep_unwritten, reclaim
 from lbr.worker.runs import Completion, ServableRuns, StartLimits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from lbr.core.config import WorkOptions
-    from lbr.core.types import Claim, Millis, Run, Settlement
+    from lbr.core.types import Claim, Run, Settlement
     from lbr.models.build import Authority
     from lbr.store.database import Database
     from lbr.store.leases import DueWork
@@ -46,8 +45,6 @@ STANDSTILL_SECONDS = 1.0
 JITTER_SECONDS = 1.0
 LATEST_TURNS = 4
 LATEST_TICKS = 7
-CLOCK_SECONDS = 2 * TICK_SECONDS
-"""How long to wait for the next report of a living worker whose latest one is far from our time."""
 
 
 class Worker:
@@ -98,10 +95,7 @@ class Worker:
         self._error: BaseException | None = None
         self._stopping = self._aborting = self._database_failed = False
         self._deadline = self._next_poll = self._next_due = self._next_check = self._next_fold = 0.0
-        # How far our clock was ahead of the machine's monotonic one, and reports that were far from it.
-        self._lead = _lead_ms()
-        self._far_off: Mapping[WorkerId, Millis] = {}
-        self._comparing = asyncio.Lock()
+        self._clock = ClockCheck(database, notify, lambda: self._stopping)
 
     def drain(self) -> None:
         """Claim no more, finish the calls in flight within the grace, then release the rest and return."""
@@ -147,7 +141,7 @@ class Worker:
 
     async def _run(self) -> WorkReport:
         try:
-            await self._check_clock(starting=True)
+            await self._clock.check(self._id, starting=True)
             await self._reclaim(starting=True)
             await self._update_runs()
             host, slots = socket.gethostname(), self._runs.slots
@@ -177,7 +171,7 @@ class Worker:
                     await self._sleep(POLL_SECONDS)
                     continue
                 if not compared:  # again, to see a worker that started at the same moment
-                    await self._check_clock(starting=True)
+                    await self._clock.check(self._id, starting=True)
                     compared = True
                 await self._take_turn()
                 if not self._more and not self._stopping and await self._is_finished():
@@ -212,10 +206,10 @@ class Worker:
         free, freed = self._free(), self._calls.freed_by(batch)
         if self._stopping or self._calls.alone or free + freed <= 0:
             return 0, 0
-        if self._clock_jumped():
+        if self._clock.has_jumped:
             if batch:
                 return 0, 0  # answers do not wait for the comparison
-            await self._check_clock()
+            await self._clock.check(self._id)
         is_likely = self._more or (self._throttled and (freed > 0 or self._freed))
         return (free, freed) if is_likely or await self._is_due() else (0, 0)
 
@@ -438,7 +432,7 @@ class Worker:
             self._fail(error)
 
     async def _renew(self) -> None:
-        await self._check_clock()
+        await self._clock.check(self._id)
         now = time.monotonic()
         self._settled.append((now, self.report.done + self.report.failed))
         (then, before), (_, settled) = self._settled[0], self._settled[-1]
@@ -457,42 +451,3 @@ class Worker:
         for one in claims:
             if one.job_id in lost:
                 self._calls.lose(one)
-
-    def _clock_jumped(self) -> bool:
-        return abs(_lead_ms() - self._lead) > MAX_SKEW_MS
-
-    async def _check_clock(self, *, starting: bool = False) -> None:
-        """Raise DatabaseError if another worker of the file uses a clock that is far from ours.
-
-        An old report does not count: its worker may stand still, or the machine's clock was set. A new one does, so at
-        the start and after our clock has jumped this waits for one.
-        """
-        if not self._database.one_writer:  # a server has one clock for all
-            self._lead = _lead_ms()
-            return
-        async with self._comparing:
-            lead, jumped, deadline = _lead_ms(), self._clock_jumped(), 0.0
-            if jumped:
-                self._far_off = {}
-            while True:
-                now, reports = await self._database.quick_read(leases.far_reports, self._database.presence, self._id)
-                for worker, seen_at in reports.items():
-                    if self._far_off.get(worker, seen_at) != seen_at:
-                        raise leases.clock_error(now, worker, seen_at, self._database.name)
-                waits = (starting or jumped) and self._database.presence.knows and not deadline
-                if waits and reports.keys() - self._far_off.keys():
-                    deadline = time.monotonic() + CLOCK_SECONDS
-                    others = ", ".join(map(str, reports))
-                    self._notify(
-                        f"comparing clocks with worker {others}, which has not reported lately; this may take "
-                        f"{CLOCK_SECONDS:.0f} s"
-                    )
-                self._far_off = reports
-                if not reports or time.monotonic() >= deadline or self._stopping:
-                    break
-                await asyncio.sleep(POLL_SECONDS)
-            self._lead = lead
-
-
-def _lead_ms() -> float:
-    return local_clock() - time.monotonic() * 1000

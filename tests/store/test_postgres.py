@@ -180,7 +180,7 @@ async def test_everything_is_in_a_schema_of_its_own(url: str) -> None:
             "SELECT table_schema, count(*) FROM information_schema.tables "
             "WHERE table_schema NOT LIKE 'pg_%' AND table_schema <> 'information_schema' GROUP BY 1 ORDER BY 1"
         ).fetchall()
-        assert found == [("lbr", 13), ("public", 1)]
+        assert found == [("lbr", 15), ("public", 1)]
         assert connection.execute("SELECT count(*) FROM jobs").fetchone() == (0,)
 
 

@@ -29,7 +29,7 @@ from lbr.core.types import (
     Shape,
     WorkerId,
 )
-from lbr.store import endings, enqueue, migrations, pulses, reads, schema
+from lbr.store import endings, enqueue, migrations, pulses, reads, runs, schema
 from lbr.store.database import open_database
 from lbr.store.runs import RunSpec
 from lbr.store.settle import settle
@@ -75,6 +75,7 @@ async def test_schema_migrates_once(database: Database, db_url: str) -> None:
         (14, "number the samples of an input"),
         (15, "count what each worker does in a minute"),
         (16, "note which ends of runs were reported"),
+        (17, "send jobs in batches"),
     ]
 
 
@@ -405,4 +406,34 @@ async def test_ends_of_before_are_not_reported_yet(db_url: str) -> None:
     assert await database.read(endings.unreported, [run.id]) == []
     await database.write(settle, [answered(one) for one in await queue.claim(worker, [run.id], 1, lease=60)])
     assert [len((await database.write(endings.take, [run.id]))[1]) for _ in range(2)] == [1, 0]
+    await database.close()
+
+
+async def test_runs_of_before_are_online(db_url: str) -> None:
+    """A run that goes on under this version is answered online; it may be sent in batches from the next enqueue on."""
+    database = await open_database(db_url, create=True)
+    run = await put(database, ["a", "b"])
+    queue, worker, _ = await two_workers(database)
+    await database.write(settle, [answered(one) for one in await queue.claim(worker, [run.id], 1, lease=60)])
+    where = "lbr." if is_postgresql(db_url) else ""
+    version = [name for name, _ in migrations.MIGRATIONS].index("send jobs in batches")
+    for statement in (
+        f"DROP TABLE {where}batches",
+        f"DROP TABLE {where}batch_jobs",
+        f"DROP INDEX {where}jobs_tried",
+        f"ALTER TABLE {where}runs DROP COLUMN lane",
+        f"ALTER TABLE {where}results DROP COLUMN lane",
+        f"DELETE FROM {where}workers",
+        f"DELETE FROM {where}schema_version WHERE version > {version}",
+    ):
+        await database.write(_run, statement)
+    await database.close()
+    assert (await lbr.work(db_url=db_url)).done == 1
+    database = await open_database(db_url)
+    assert (await database.read(reads.find_run, "r")).lane is None
+    spec = RunSpec("r", ECHO, 8, lane="batch")
+    assert (await database.write(runs.open_run, spec)).lane == "batch"
+    assert (await database.write(runs.open_run, replace(spec, lane=None))).lane == "batch"
+    assert (await database.write(runs.open_run, replace(spec, lane="online"))).lane == "online"
+    await assert_counted(database, run)
     await database.close()

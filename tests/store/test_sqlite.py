@@ -25,7 +25,7 @@ from lbr.core.errors import DatabaseBusyError, DatabaseError, MisfitError, Usage
 from lbr.core.types import Item, KeyMaker, Prompt, Shape
 from lbr.store import enqueue, files, migrations, pulses, reads, runs, schema, sqlite, transfer
 from lbr.store.addresses import sqlite_path
-from lbr.store.claim import CLAIM, CLAIM_CHOSEN, DUE, DUE_SIZED, DUE_SUSPECT, PROMPTS
+from lbr.store.claim import CLAIM, CLAIM_CHOSEN, DUE, DUE_FRESH, DUE_SIZED, DUE_SUSPECT, DUE_TRIED, PROMPTS
 from lbr.store.database import open_database
 from lbr.store.leases import CLAIMED_BY, EXPIRED, RENEW
 from lbr.store.settle import SETTLE, STATUS, settle
@@ -325,6 +325,8 @@ async def test_plans_use_the_partial_indexes(database: Database) -> None:
         (DUE, "INDEX jobs_pending (run_id=? AND available_at<?)"),
         (DUE_SUSPECT, "INDEX jobs_suspects (run_id=? AND available_at<?)"),
         (CLAIM, "INDEX jobs_pending (run_id=? AND available_at<?)"),
+        (DUE_FRESH, "INDEX jobs_pending (run_id=? AND available_at<?)"),
+        (DUE_TRIED, "INDEX jobs_tried (run_id=? AND available_at<?)"),
         (DUE_SIZED, "INDEX jobs_pending (run_id=? AND available_at<?)"),
         (CLAIM_CHOSEN, "INTEGER PRIMARY KEY"),
         (EXPIRED, "INDEX jobs_lease (lease_until<?)"),
@@ -332,7 +334,7 @@ async def test_plans_use_the_partial_indexes(database: Database) -> None:
         (RENEW, "INTEGER PRIMARY KEY"),
         (SETTLE.each, "INTEGER PRIMARY KEY"),
         (STATUS, "INTEGER PRIMARY KEY"),
-        (pulses._RETRYING, "INDEX jobs_pending (run_id=? AND available_at>?)"),
+        (pulses._RETRYING, "INDEX jobs_tried (run_id=? AND available_at>? AND available_at<?)"),
         (pulses._ANSWERED, "SEARCH pulses USING PRIMARY KEY (run_id=? AND minute>?)"),
         (pulses._STRETCHES, "SEARCH pulses USING PRIMARY KEY (run_id=? AND minute>?)"),
         (pulses._STRETCHES, "SEARCH pulses_1 USING PRIMARY KEY (run_id=?)"),

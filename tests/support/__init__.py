@@ -85,9 +85,10 @@ async def put(
     task: Task = ECHO,
     keep: tuple[Extra, ...] = (),
     reuse: bool = True,
+    lane: str | None = None,
 ) -> Run:
     """Enqueue prompts into a run and seal it."""
-    run = await database.write(runs.open_run, runs.RunSpec(name, task, 8, keep=keep))
+    run = await database.write(runs.open_run, runs.RunSpec(name, task, 8, keep=keep, lane=lane))
     items = [Item(Prompt(text=prompt)) for prompt in prompts]
     maker = KeyMaker(task)
     await database.write(enqueue.add_chunk, run, 0, items, [maker.key(i.prompt) for i in items], reuse=reuse)

@@ -671,7 +671,7 @@ async def test_a_machine_whose_clock_was_set_starts_workers(
     live: Database, monkeypatch: pytest.MonkeyPatch, hours: int
 ) -> None:
     """Reports from before say nothing: neither of workers that live, but have not reported since, nor of dead ones."""
-    monkeypatch.setattr("lbr.worker.worker.CLOCK_SECONDS", 0.3)
+    monkeypatch.setattr("lbr.worker.clock.CLOCK_SECONDS", 0.3)
     run = await put(live, ["a", "b"], task=asks(upper))
     queue = Queue(live)
     for leaves in (False, True):
