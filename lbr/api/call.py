@@ -45,10 +45,11 @@ class Options(TypedDict, total=False):
     seed: int | None
     samples: int
     settings: dict[str, Json] | None
+    tier: str | None
     version: str | None
     concurrency: int
     max_attempts: int
-    timeout: float
+    timeout: float | None
     lease: float
     rpm: int | None
     tpm: int | None
@@ -102,10 +103,11 @@ class Call:
     seed: int | None = None
     samples: int = 1
     settings: dict[str, Json] | None = None
+    tier: str | None = None
     version: str | None = None
     concurrency: int = config.CONCURRENCY
     max_attempts: int = config.MAX_ATTEMPTS
-    timeout: float = config.CALL_TIMEOUT
+    timeout: float | None = None
     lease: float = config.LEASE
     rpm: int | None = None
     tpm: int | None = None
@@ -128,8 +130,10 @@ class Call:
         columns: dict[str, Any] = {"prompt_column": self.prompt_column, "id_column": self.id_column}
         sample = Sample(self.limit, self.pick, self.seed)
         self.source = Source(self.prompts, template=self.template, sample=sample, **columns)
-        of_task = ("model", "function", "version", "instructions", "template", "settings", "schema", "result_type")
-        asked = {name: getattr(self, name) for name in (*of_task, "openrouter_api_key", "keep")}
+        of_task = ("model", "function", "version", "instructions", "template", "settings", "tier")
+        asked = {
+            name: getattr(self, name) for name in (*of_task, "schema", "result_type", "openrouter_api_key", "keep")
+        }
         self.resolved = resolve_task(source=self.source, env=load_environment(Path.cwd()), **asked)
 
     @asynccontextmanager

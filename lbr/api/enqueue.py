@@ -64,6 +64,7 @@ async def enqueue(
     schema: dict[str, Json] | None = None,
     result_type: Any = None,
     settings: dict[str, Json] | None = None,
+    tier: str | None = None,
     prompt_column: str | None = None,
     id_column: str | None = None,
     input_format: str | None = None,
@@ -96,6 +97,7 @@ async def enqueue(
     `function`: answers instead of a model, as an object or "pkg.mod:name"; `version` distinguishes it from earlier ones.
     `instructions`: the system prompt. `template`: a Jinja template of the prompt, filled from the fields of each input.
     `schema`, or `result_type`, a pydantic class: what answers must match. `settings`: for example {"temperature": 0}.
+    `tier`: "flex" for slower answers at half the price, "standard"; None leaves it as it is.
     `prompt_column`, `id_column`: the columns of the prompt and of the id. `input_format`: text, jsonl, csv, tsv or
     parquet; None goes by the file's name.
     `delimiter`, `encoding`: of the files; None finds them.
@@ -135,6 +137,7 @@ async def enqueue(
         instructions=instructions,
         template=template,
         settings=settings,
+        tier=tier,
         schema=schema,
         result_type=result_type,
         keep=keep,

@@ -19,6 +19,7 @@ from lbr.core.pricing import (
     processing_of,
     read_price,
 )
+from lbr.core.tiers import sent_settings
 from lbr.core.types import MAX_SAMPLES, KeyMaker, Report
 from lbr.io.samples import Sample
 from lbr.io.sources import Source
@@ -79,6 +80,7 @@ async def estimate(
     schema: dict[str, Json] | None = None,
     result_type: Any = None,
     settings: dict[str, Json] | None = None,
+    tier: str | None = None,
     prompt_column: str | None = None,
     id_column: str | None = None,
     input_format: str | None = None,
@@ -107,7 +109,7 @@ async def estimate(
     `count_bad`: count the rows that an enqueue would refuse, instead of raising InputError.
     `output_tokens` is the length of an answer; None is the setting max_tokens, or else an assumption.
     `price`, for example "in=0.15,out=0.60" in US dollars per million tokens; None is that of the price table.
-    `batch_factor`: what flex and batch cost of `price`; None is 0.5.
+    `tier`: "flex" for its prices. `batch_factor`: what flex and batch cost of `price`; None is 0.5.
     The time is the longest of three: `rpm` calls a minute, `tpm` tokens a minute (None: no limit), and `concurrency`
     calls at a time of `seconds_per_call` each.
 
@@ -126,7 +128,7 @@ async def estimate(
         skip_empty=skip_empty,
         sample=Sample(limit, pick, seed),
     )
-    fields = {"instructions": instructions, "template": template, "settings": settings, "schema": schema}
+    fields = {"instructions": instructions, "template": template, "settings": settings, "schema": schema, "tier": tier}
     task = _task(model, function, source=source, result_type=result_type, **fields)
     limits: dict[str, Any] = {"rpm": rpm, "tpm": tpm, "concurrency": concurrency, "seconds_per_call": seconds_per_call}
     samples = 1 if samples is None else at_least_one("samples", samples, most=MAX_SAMPLES)
@@ -140,7 +142,9 @@ async def estimate(
     if not count or (refusal and not count_bad):
         raise refusal or source.nothing()
     input_tokens, output = input_tokens * samples, prompts * samples * per_call
-    known = None if length_from == "unknown" else price_of(task.answerer, given_price, processing_of(task.settings))
+    known = (
+        None if length_from == "unknown" else price_of(task.answerer, given_price, processing_of(sent_settings(task)))
+    )
     seconds, bound_by = time_at_limits(prompts * samples, input_tokens + output, limits)
     return Estimate(
         model=task.answerer,

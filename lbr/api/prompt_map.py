@@ -163,10 +163,11 @@ async def prompt_map(
     `instructions`: the system prompt. `template`: a Jinja template of the prompt. `prompt_column`, `id_column`: the
     columns, or the fields of dicts, with the prompt and the id. `settings`: of the model, for example
     {"temperature": 0}. `version`: distinguishes a function from earlier ones.
+    `tier`: "flex" for slower answers at half the price, "standard"; None leaves it as it is.
     `limit`: take only the first prompts. `pick`: take this number at random, always the same ones for a `seed`. A call
     with all of them reuses the answers. `samples`: answers per prompt, each in a row with its number, `sample`.
-    `concurrency`: calls at a time. `max_attempts`: calls per job. `timeout`: seconds that a call may take. `lease`:
-    seconds before the jobs of a silent process are taken over.
+    `concurrency`: calls at a time. `max_attempts`: calls per job. `timeout`: seconds that a call may take; None is 120,
+    or 900 at flex. `lease`: seconds before the jobs of a silent process are taken over.
     `rpm`, `tpm`: requests and tokens a minute of all workers together; they stay set for the model. `max_cost`: the most
     that the run may cost, in US dollars; then it is paused. None leaves the limits as they are.
     `price`: for example "in=0.15,out=0.60", in US dollars per million tokens, from now on; None leaves it as it is.

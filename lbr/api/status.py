@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lbr.core.errors import Family
 from lbr.core.pricing import NANOS, Price, dollars
 from lbr.core.text import aligned, duration, pluralize
+from lbr.core.tiers import FLEX
 from lbr.core.types import JobState, PauseCause, Paused, Report, RunState
 from lbr.store import counters
 from lbr.store.pulses import NO_PACE
@@ -43,7 +44,7 @@ class RunStatus(Report):
     `estimated_usd` is estimated, for calls that died with their worker. `unpriced` counts calls of unknown cost.
     `price` is what the user set for a million tokens, None if the provider and the price table decide; `max_cost_usd` is
     None without a limit. `errors` counts failed attempts by family. `retrying` is how many of the pending jobs were tried
-    before, of which 10,000 are counted. `rate` is how many jobs of this run were answered per second in the last minute or
+    before, of which 10,000 are counted. `tier` is None if it was never set. `rate` is how many jobs of this run were answered per second in the last minute or
     two, `per_minute` the same per minute, and `eta_seconds` the time left; they are None if no worker has answered any
     lately, during an outage, and if nothing is left. `elapsed_seconds` is how long workers have been working on it without
     a long pause, None before the first call. `age_seconds` counts from the first enqueue.
@@ -54,6 +55,7 @@ class RunStatus(Report):
     pause_cause: str | None
     pause_message: str | None
     answerer: str
+    tier: str | None
     sealed: bool
     finished: bool
     inputs: int
@@ -135,6 +137,7 @@ def run_status(one: RunCounts, now: Millis, pace: Pace = NO_PACE, away: Containe
         pause_cause=None if run.pause is None else run.pause.cause,
         pause_message=None if run.pause is None else run.pause.message,
         answerer=run.task.answerer,
+        tier=run.task.tier,
         sealed=run.sealed_at is not None,
         finished=one.finished,
         inputs=one.inputs,
@@ -277,7 +280,7 @@ def _listed(run: RunStatus) -> tuple[str, ...]:
 
 
 def _describe_run(run: RunStatus) -> list[str]:
-    lines = [f"run {run.run} ({run.answerer}): {run.word}"]
+    lines = [f"run {run.run} ({run.answerer}{', flex' * (run.tier == FLEX)}): {run.word}"]
     if run.pause is not None:
         lines.append(f"  paused: {paused_words(run.run, run.pause)}")
     if not run.sealed:

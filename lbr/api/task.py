@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from lbr.core.config import some_of
+from lbr.core.config import one_of, some_of
 from lbr.core.errors import InputError, UsageError
 from lbr.core.extras import Extra
 from lbr.core.pricing import max_output_tokens
 from lbr.core.schema import import_type, schema_of
+from lbr.core.tiers import TIERS, check_tier
 from lbr.core.types import Task, canonical_json
 from lbr.io.records import not_finite, shown
 from lbr.models import chat
@@ -82,6 +83,7 @@ def resolve_task(
         task = _function_task(named, common)
         authority = replace(authority, functions=(named,))
     kept = tuple(map(Extra, some_of("--keep", keep, tuple(Extra))))
+    check_tier(task)
     _check_storable(task)
     check_task(task)
     check_keep(task, kept)
@@ -104,6 +106,7 @@ def model_task(
     of_lines = _model_of_lines(model, env, source)
     name = _model_name(model or of_lines, env, f"{USE_MODEL}, or set MODEL in the environment or .env")
     task = Task(model=name, **_common_fields(result_type, **fields))
+    check_tier(task)
     _check_storable(task)
     if kind_of(task) is Kind.OFFLINE:
         check_task(task)
@@ -120,13 +123,15 @@ def _common_fields(
     template: str | None = None,
     settings: Mapping[str, Json] | None = None,
     schema: dict[str, Json] | None = None,
+    tier: str | None = None,
 ) -> dict[str, Any]:
     """Return the fields that every task has; UsageError for two schemas."""
     if schema is not None and result_type is not None:
         raise UsageError("expected a schema or a result type, got: both")
     if result_type is not None:
         schema = schema_of(_imported(result_type))
-    given = {"settings": dict(settings or {}), "schema": schema}
+    tier = None if tier is None else one_of("--tier", tier, TIERS)
+    given = {"settings": dict(settings or {}), "schema": schema, "tier": tier}
     return {"instructions": instructions or None, "template": template, **given}
 
 

@@ -34,7 +34,7 @@ async def work(
     lease: float = config.LEASE,
     until: str = Until.DONE,
     grace: float = config.GRACE,
-    timeout: float = config.CALL_TIMEOUT,
+    timeout: float | None = None,
     patience: float = config.PATIENCE,
     rpm: int | None = None,
     tpm: int | None = None,
@@ -53,7 +53,7 @@ async def work(
 
     `run`: the runs to serve, None for all that this process can serve.
     `functions`, `result_types`: what it may use besides models, as objects or "pkg.mod:name".
-    `concurrency`: calls at a time. `timeout`: the longest that a call may take.
+    `concurrency`: calls at a time. `timeout`: the longest that a call may take; None is 120, or 900 at flex.
     `lease`: seconds before a silent worker's jobs are taken over.
     `until`: "done", when every job has finished; "empty", when nothing can be claimed; or "forever".
     `grace`: how long a drain waits for calls in flight. `patience`: how long a busy or unreachable database is waited for.

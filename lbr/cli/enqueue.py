@@ -23,6 +23,7 @@ from lbr.core.errors import InputError, StoppedError
 from lbr.core.pricing import CHARACTERS_PER_TOKEN, NANOS, Price, dollars, table_problem
 from lbr.core.schema import load_schema
 from lbr.core.text import duration, pluralize, read_text
+from lbr.core.tiers import TIERS
 from lbr.io.readers import InputFormat, is_stream
 from lbr.io.sources import expanded
 from lbr.models.offline import ECHO
@@ -46,6 +47,7 @@ input_options = options(
     option("--schema", "FILE", "A JSON schema that every answer must fit."),
     option("--result-type", "MODULE:CLASS", "A pydantic class that every answer must fit."),
     option("--set", "NAME=VALUE", SETTING, multiple=True),
+    choice("--tier", TIERS, "flex: slower answers at half the price, of OpenAI, Azure and Gemini."),
     choice("--format", InputFormat, "The input's format; by default what the file name ends with."),
     option("--delimiter", "CHAR", "What separates CSV cells; detected by default."),
     option("--encoding", "NAME", "For example cp1252; by default UTF-8, or what the BOM says."),

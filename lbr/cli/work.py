@@ -71,7 +71,7 @@ def _of_work(name: str, kind: type, meaning: str, metavar: str | None = None) ->
 work_options = options(
     _of_work("concurrency", int, "Calls at a time, per process."),
     _of_work("lease", float, "Seconds before a silent worker's jobs are taken over."),
-    _of_work("timeout", float, "Seconds that one call may take."),
+    _of_work("timeout", float, "Seconds that one call may take; 120 by default, 900 for runs of the flex tier."),
     _of_work("grace", float, "Seconds to wait for calls in flight when the worker is stopped."),
     _of_work("patience", float, "Seconds to wait for a database that is busy or unreachable."),
     _of_work("outage-patience", float, "Seconds to wait for an unreachable model before its runs are paused."),

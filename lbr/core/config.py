@@ -130,7 +130,7 @@ class WorkOptions:
     """How one worker process works. Times are in seconds. Raises UsageError for a value out of range.
 
     `concurrency` is the number of slots, `lease` how long a claim holds without renewal, `timeout` the longest that
-    one call may take, `grace` how long a drain waits for the calls in flight, `patience` how long to wait for a
+    one call may take (None by the run's tier), `grace` how long a drain waits for the calls in flight, `patience` how long to wait for a
     database that is busy or away, `outage_patience` how long to wait for an unreachable model before its runs are
     paused. `rpm` and `tpm` limit the requests and tokens a minute of all workers together, for each model that this one
     serves; `max_cost` limits the whole cost of each run that it serves, in US dollars. None keeps what is set.
@@ -141,7 +141,7 @@ class WorkOptions:
     lease: float = LEASE
     until: Until = Until.DONE
     grace: float = GRACE
-    timeout: float = CALL_TIMEOUT
+    timeout: float | None = None
     patience: float = PATIENCE
     rpm: int | None = None
     tpm: int | None = None
@@ -152,8 +152,10 @@ class WorkOptions:
 
     def __post_init__(self) -> None:
         at_least_one("concurrency", self.concurrency, most=MAX_SLOTS)
-        for name in ("lease", "timeout", "patience", "outage_patience"):
+        for name in ("lease", "patience", "outage_patience"):
             positive(name, getattr(self, name))
+        if self.timeout is not None:
+            positive("timeout", self.timeout)
         if not 0.5 <= self.lease <= 86_400:
             raise UsageError(f"expected lease to be from 0.5 to 86400 seconds, got: {self.lease:g}")
         positive("grace", self.grace, or_zero=True)

@@ -98,6 +98,7 @@ class Symptom(StrEnum):
     SERVER_ERROR = "server error"  # 5xx
     DENIED = "denied"  # 401: the key
     FORBIDDEN = "forbidden"  # 403: the key, or a firewall that rejects this prompt
+    NO_CAPACITY = "no capacity"  # of the flex tier: not because of the number of calls
     SET_UP = "set-up"  # 400, 404, 405, 422: a wrong model, route or parameter would fail every job
 
 

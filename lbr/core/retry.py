@@ -56,7 +56,8 @@ def failure_of(error: BaseException) -> Failure:
 
 def is_overload(failure: Failure) -> bool:
     """Return whether fewer calls at a time could have avoided a failure: a rate limit, or an overloaded model."""
-    return failure.family is Family.RATE_LIMITED or failure.overloaded
+    is_limit = failure.family is Family.RATE_LIMITED and failure.symptom is not Symptom.NO_CAPACITY
+    return is_limit or failure.overloaded
 
 
 def storable(text: str) -> str:
@@ -87,11 +88,13 @@ def wait_seconds(failure: Failure, tries: int, policy: RetryPolicy, rng: Random)
     """Return how long to wait after a failure: the provider's Retry-After, capped, plus jitter; otherwise backoff.
 
     Backoff is full jitter under a ceiling that doubles up to `backoff_most` (see "Exponential Backoff And Jitter", AWS
-    Architecture Blog, 2015). A provider that asks for next to nothing again and again gets more each time.
+    Architecture Blog, 2015). A provider that asks for next to nothing again and again gets more each time. A lack of
+    capacity may last for hours, so that its ceiling is that of a Retry-After.
     """
     doubled = 2.0 ** min(tries - 1, 32)
     if failure.retry_after is None:
-        ceiling = min(policy.backoff_most, policy.backoff_first * doubled)
+        most = policy.retry_after_most if failure.symptom is Symptom.NO_CAPACITY else policy.backoff_most
+        ceiling = min(most, policy.backoff_first * doubled)
         return max(policy.backoff_first / 2, rng.random() * ceiling)
     least = min(policy.backoff_most, policy.retry_after_least * doubled)
     asked = min(max(least, failure.retry_after), policy.retry_after_most)
@@ -126,9 +129,10 @@ def decide(
         case Family.RATE_LIMITED:
             # A failed job cools the model down too: a refusal may be about the key.
             wait = wait_seconds(failure, history.limited_tries + 1, policy, rng)
-            impatient = history.limited_ms > policy.limited_patience * 1000
+            is_limit = failure.symptom is not Symptom.NO_CAPACITY  # which says nothing about other calls, and may last
+            impatient = is_limit and history.limited_ms > policy.limited_patience * 1000
             spent = impatient and tries >= policy.max_attempts
-            return settle(JobState.FAILED if spent else JobState.PENDING, int(impatient), wait, cool_down=True)
+            return settle(JobState.FAILED if spent else JobState.PENDING, int(impatient), wait, cool_down=is_limit)
         case Family.BAD_ANSWER:
             spent = history.bad_answers >= policy.bad_answer_retries
             return settle(JobState.FAILED if spent else JobState.PENDING)

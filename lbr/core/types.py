@@ -116,7 +116,7 @@ class Task:
 
     `function` is `module:qualname` or the name that it was found by, `version` what its author set. `fingerprint` is
     set for functions that their name does not identify (lambdas, nested functions, methods of objects). `schema` is
-    the JSON schema of the answer, None for free text.
+    the JSON schema of the answer, None for free text. `tier` is not part of keys; see `lbr.core.tiers`.
     """
 
     model: str | None = None
@@ -127,6 +127,7 @@ class Task:
     template: str | None = None
     settings: dict[str, Json] = field(default_factory=dict)
     schema: dict[str, Json] | None = None
+    tier: str | None = None
 
     @property
     def answerer(self) -> str:
@@ -139,7 +140,7 @@ class Task:
 
     def canonical(self) -> bytes:
         """Return the task for keys and comparisons, which do not depend on the order of schema and settings."""
-        return canonical_json(self._fields())
+        return canonical_json({name: one for name, one in self._fields().items() if name != "tier"})
 
     def _fields(self) -> dict[str, Json]:
         # Unset fields are left out, so that a new field keeps the keys of old tasks.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lbr.core.errors import UsageError
 from lbr.core.extras import Extra
 from lbr.core.pricing import max_output_tokens
+from lbr.core.tiers import sent_settings
 from lbr.core.types import canonical_json
 from lbr.models import chat, checks, offline
 from lbr.models.base import Kind, kind_of
@@ -79,7 +80,7 @@ def check_task(task: Task) -> None:
     """Raise UsageError for a task that no worker could serve; needs neither a key nor a network."""
     if task.schema is not None:
         build_validator(task, Authority())
-    name = task.model or ""
+    name, settings = task.model or "", sent_settings(task)
     match kind_of(task):
         case Kind.FUNCTION if task.settings:
             names = ", ".join(sorted(task.settings))
@@ -89,9 +90,9 @@ def check_task(task: Task) -> None:
         case Kind.PROVIDER:
             if task.schema is not None:
                 checks.check_schema(task.schema)
-            if not chat.sends(name, task.settings):
-                _pydantic_ai(name).check_model(name, task.settings)
-            max_output_tokens(task.settings)  # raises for what no worker can read
+            if not chat.sends(name, settings):
+                _pydantic_ai(name).check_model(name, settings)
+            max_output_tokens(settings)  # raises for what no worker can read
 
 
 def check_keep(task: Task, keep: Collection[str]) -> None:
@@ -110,10 +111,10 @@ def unsent(task: Task, keep: Collection[str] = ()) -> list[str]:
 
     The enqueue refuses such settings; workers go on with a run of an older version that has them.
     """
-    name = task.model or ""
-    if kind_of(task) is not Kind.PROVIDER or chat.sends(name, task.settings):
+    name, settings = task.model or "", sent_settings(task)
+    if kind_of(task) is not Kind.PROVIDER or chat.sends(name, settings):
         return []
-    return checks.not_kept(task.settings, keep) or [*_pydantic_ai(name).unsent(name, task.settings, task.schema)]
+    return checks.not_kept(settings, keep) or [*_pydantic_ai(name).unsent(name, settings, task.schema)]
 
 
 def build_model(task: Task, authority: Authority, *, concurrency: int, connections: Connections | None = None) -> Model:
@@ -143,7 +144,7 @@ def _pydantic_ai(name: str) -> ModuleType:
 
 def _provider_model(task: Task, authority: Authority, connections: Connections | None) -> Model:
     """Build the chat adapter if it can serve the task, else pydantic-ai's."""
-    key, name, settings = authority.openrouter_api_key, task.model or "", task.settings
+    key, name, settings = authority.openrouter_api_key, task.model or "", sent_settings(task)
     checks.check_authority(settings)  # again: a program other than lbr may have written the database
     checks.check_environment(name, key)
     checks.check_trust()

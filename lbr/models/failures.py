@@ -43,6 +43,8 @@ _KINDS = {
         "project_spend_limit_exceeded organization_usage_limit_exceeded",
     ),
     "ModelRateLimitError": _Kind(Family.RATE_LIMITED, None, (429,)),
+    # OpenAI and Azure: 429; Groq: 498. Nothing is charged, and fewer calls at a time would not help.
+    "FlexUnavailable": _Kind(Family.RATE_LIMITED, Symptom.NO_CAPACITY, (498,), "resource_unavailable"),
     "ModelOverloadedError": _Kind(
         Family.RATE_LIMITED,
         Symptom.SERVER_ERROR,
@@ -79,6 +81,8 @@ _TEXTS = [
     ),
     # OpenAI: the code is rate_limit_exceeded, but no wait is long enough.
     ({429}, "ModelRequestRejectedError", "^request too large"),
+    # OpenAI's documentation names only these words, and relays drop its code.
+    ({429}, "FlexUnavailable", r"^resource unavailable\b"),
     # xAI, OpenRouter's free models, and relays that drop OpenAI's code. Google words every limit so, but names a wait.
     ({401, 403, 429}, "ModelQuotaExceededError", _NO_CREDIT),
     # vLLM and OpenRouter: the code is the status.
@@ -101,7 +105,7 @@ def kind_of(status: int, body: object, known: str | None = None, *, waits: bool 
         is_limit = waits and status == 429 and kind == "ModelQuotaExceededError"
         if status in statuses and not is_limit and re.search(pattern, message, re.IGNORECASE):
             return kind
-    if known is not None and (status != 429 or known == "ModelQuotaExceededError"):
+    if known is not None and (status not in {429, 498} or known == "ModelQuotaExceededError"):
         return known
     return _STATUSES.get(status) or ("ModelServerError" if 500 <= status < 600 else "ModelHTTPError")
 
@@ -141,7 +145,7 @@ def call_error(
         symptom = Symptom.FORBIDDEN
     elif status == 413 or (symptom is Symptom.SET_UP and not status):
         symptom = None
-    if wait is None and family is Family.RATE_LIMITED:
+    if wait is None and family is Family.RATE_LIMITED and symptom is not Symptom.NO_CAPACITY:
         # Resets come with every answer, and do not say when a broken server will recover.
         wait = _reset_wait(all_headers, now)
     is_late = unreachable and kind == "ModelTimeoutError"

@@ -120,7 +120,7 @@ def judge_failures(
 
 def _needs_judging(settlement: Settlement) -> bool:
     failure = settlement.outcome.failure
-    return settlement.claim.probe or (failure is not None and failure.symptom is not None)
+    return settlement.claim.probe or (failure is not None and failure.symptom not in {None, Symptom.NO_CAPACITY})
 
 
 def _lock(connection: Connection, batch: list[Settlement], models: list[str]) -> dict[str, ModelState]:

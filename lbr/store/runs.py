@@ -129,7 +129,8 @@ def all_runs(connection: Connection, where: ColumnElement[bool] | None = None) -
 def open_run(connection: Connection, now: Millis, spec: RunSpec) -> Run:
     """Return the run of that name, created if it is new, with the price and the order of fields in the spec.
 
-    A known run takes over the order of the spec's schema and settings, which is not part of the task.
+    A known run takes over the order of the spec's schema and settings, and its tier if it has one: they are not part of
+    the task.
 
     Raises RunMismatchError if the name is that of another task, of a run that keeps something else, or of one with more
     samples, UsageError if the run was cancelled or is being moved.
@@ -152,8 +153,9 @@ def open_run(connection: Connection, now: Millis, spec: RunSpec) -> Run:
         values["price"] = spec.price.to_json()
     if spec.lane is not None and spec.lane != (run.lane or Lane.ONLINE):
         values["lane"] = spec.lane
-    if run.task.to_json() != spec.task.to_json():
-        values["task"] = spec.task.to_json()
+    task = replace(spec.task, tier=spec.task.tier or run.task.tier)
+    if run.task.to_json() != task.to_json():
+        values["task"] = task.to_json()
     return change(connection, run, values) if values else run
 
 
@@ -416,7 +418,7 @@ def _remove_items(connection: Connection, _now: Millis, run: Run) -> int:
 def differences(old: Task, new: Task) -> list[str]:
     """Return a line for each field in which two tasks differ, with the text around the first difference."""
     found = []
-    for name in Task.__slots__:
+    for name in (name for name in Task.__slots__ if name != "tier"):
         texts = [canonical_json(getattr(task, name)).decode() for task in (old, new)]
         if texts[0] != texts[1]:
             start = max(0, len(os.path.commonprefix(texts)) - BEFORE)  # noqa: RUF071 - of texts

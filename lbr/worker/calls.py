@@ -9,12 +9,14 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from lbr.core.config import CALL_TIMEOUT
 from lbr.core.errors import CUT_OFF, CallError, NothingToServeError, Permanent, UsageError
 from lbr.core.open_files import exhausted_message
 from lbr.core.outages import Suspicion
-from lbr.core.pricing import output_limit, table_problem
+from lbr.core.pricing import output_limit, processing_of, table_problem
 from lbr.core.pulses import Pulses
 from lbr.core.retry import RetryPolicy, decide, failure_of
+from lbr.core.tiers import FLEX_TIMEOUT, sent_settings
 from lbr.core.types import Claim, JobId, JobState, Outcome, Settlement, WorkerId
 from lbr.models.base import Request
 from lbr.store.schema import SUSPECT_CRASHES
@@ -106,7 +108,8 @@ class Calls:
     ) -> None:
         self._report = report
         self._policy = policy
-        self._deadlines = Deadlines(options.timeout)
+        self._deadlines = Deadlines(options.timeout or CALL_TIMEOUT)
+        self._flex_deadlines = Deadlines(options.timeout or FLEX_TIMEOUT)
         self._rng = rng
         self._changed = changed
         self._fail = failed
@@ -186,6 +189,8 @@ class Calls:
             settings = {name: value for name, value in settings.items() if name != "model"} or None
         if claim.sample:
             settings = seeded(settings, served.run.task, claim.sample)
+        is_flex = processing_of({**sent_settings(served.run.task), **(settings or {})}) == "flex"
+        deadlines = self._flex_deadlines if is_flex else self._deadlines
         request = Request(
             prompt=claim.prompt,
             task=served.run.task,
@@ -193,12 +198,12 @@ class Calls:
             seq=claim.claim_seq,
             last_bad=claim.history.last_bad,
             settings=settings,
-            timeout=self._deadlines.seconds,
+            timeout=deadlines.seconds,
             keep=served.run.keep,
         )
         while True:
             try:
-                outcome = await attempt(served.model, served.validator, request, self._deadlines, served.late_calls)
+                outcome = await attempt(served.model, served.validator, request, deadlines, served.late_calls)
                 break
             except OutOfFilesError:
                 self._warn_once("out of files", f"{exhausted_message()}; calls wait until one is free")

@@ -19,6 +19,7 @@ from lbr.core.pricing import (
     tokens_of,
 )
 from lbr.core.text import pluralize
+from lbr.core.tiers import sent_settings
 from lbr.core.types import JobState, PauseCause, RunState
 from lbr.models.base import Kind, kind_of, tells_cost
 from lbr.models.build import build_model, build_validator, unsent
@@ -153,7 +154,7 @@ class ServableRuns:
             self._models[identity] = build_model(
                 run.task, self._authority, concurrency=self._concurrency, connections=self._connections
             )
-        price = table_price(run.task.answerer, processing_of(run.task.settings)) if is_limited else None
+        price = table_price(run.task.answerer, processing_of(sent_settings(run.task))) if is_limited else None
         extra = _extra_tokens(run.task)
         return ServedRun(run, self._models[identity], validator, _own_price(run), extra, is_limited, price, self)
 
@@ -213,7 +214,7 @@ def check_tells_other_cost(run: Run, model: str) -> None:
 
 
 def _own_price(run: Run) -> Price | None:
-    return None if run.price is None else run.price.at(processing_of(run.task.settings))
+    return None if run.price is None else run.price.at(processing_of(sent_settings(run.task)))
 
 
 def _extra_tokens(task: Task) -> int:

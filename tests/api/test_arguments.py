@@ -113,7 +113,7 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (prompt_map, {"run": 5}, "expected run to be a string, got: 5"),
     (prompt_map, {"price": 0.3}, "expected price to be a string, got: 0.3"),
     (prompt_map, {"price": {"in": 1}}, "expected price to be a string, got: {'in': 1}"),
-    (prompt_map, {"timeout": None}, "expected timeout to be a number above 0, got: None"),
+    (prompt_map, {"timeout": 0}, "expected timeout to be a number above 0, got: 0"),
     (prompt_map, {"timeout": "5"}, "expected timeout to be a number above 0, got: '5'"),
     (prompt_map, {"timeout": True}, "expected timeout to be a number above 0, got: True"),
     (prompt_map, {"timeout": 10**400}, "expected timeout to be a number above 0, got: 1000"),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lbr.core.errors import CallError, Family, Pause, Permanent, RetryLater
+from lbr.core.errors import CallError, Family, Pause, Permanent, RetryLater, Symptom
 from lbr.core.retry import RetryPolicy, decide, failure_of, wait_seconds
 from lbr.core.types import Claim, Failure, History, JobId, JobState, Outcome, Prompt, Reply, RunId
 
@@ -58,6 +58,15 @@ def test_every_family_has_its_way(
     assert (decided.pause is not None) == (family is Family.ACCOUNT)
     assert decided.cool_down == (family is Family.RATE_LIMITED)
     assert (decided.wait_ms > 0) >= decided.cool_down
+
+
+def test_a_lack_of_flex_capacity_is_waited_out() -> None:
+    """For hours, at no charge, with longer waits, and without a word about other calls."""
+    lack = Outcome(None, Failure(Family.RATE_LIMITED, "E", "none", symptom=Symptom.NO_CAPACITY), 1)
+    past = History(limited_tries=50, limited_ms=36_000_000)
+    found = [decide(claim(7, past), lack, POLICY, Random(seed)) for seed in range(50)]
+    assert {(one.state, one.charge, one.cool_down) for one in found} == {(JobState.PENDING, 0, False)}
+    assert 60_000 < max(one.wait_ms for one in found) <= 600_000
 
 
 @given(st.integers(1, 10_000), st.integers(0, 2**32))

@@ -256,6 +256,30 @@ async def test_what_providers_really_say(
     assert str(error)
 
 
+@pytest.mark.parametrize(
+    ("model", "status", "body"),
+    [
+        (OPENAI, 429, openai("No capacity", "resource_unavailable", "resource_unavailable")),
+        (RESPONSES, 429, openai("No capacity", "invalid_request_error", "resource_unavailable")),
+        (
+            OPENAI,
+            429,
+            openai("Resource unavailable. Please try again.", "requests", "rate_limit_exceeded"),
+        ),  # of a relay
+        (OPENAI, 498, openai("Flex tier capacity exceeded", "capacity_exceeded", None)),  # Groq
+    ],
+)
+async def test_a_lack_of_flex_capacity_is_no_overload(
+    monkeypatch: pytest.MonkeyPatch, model: str, status: int, body: Any
+) -> None:
+    """It is waited out, but it is no reason to make fewer calls, and resets of limits do not end it."""
+    with Scripted(status, json.dumps(body), {"x-ratelimit-reset-tokens": "6m0s"}) as server:
+        error = await fail(monkeypatch, model, server)
+    assert (error.family, error.symptom, error.retry_after) == (LIMITED, Symptom.NO_CAPACITY, None)
+    assert error.kind == "FlexUnavailable"
+    assert not is_overload(failure_of(error))
+
+
 def chat(content: Any, finish: str, **message: Any) -> dict[str, Any]:
     """Return a chat completion."""
     message = {"role": "assistant", "content": content, **message}

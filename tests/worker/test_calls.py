@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import urllib.request
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from bench_chat import chat_server
 from genai_prices import data_snapshot
+from sqlalchemy import func, select
 
+from lbr.api.enqueue import enqueue
+from lbr.api.operate import status
+from lbr.api.task import authorize
+from lbr.core.config import WorkOptions
 from lbr.core.errors import Usage
+from lbr.core.limits import FIRST_SLOTS
+from lbr.core.retry import RetryPolicy
 from lbr.models.chat import ChatModel, endpoint_of
 from lbr.models.costs import Costs
+from lbr.store.database import opened
+from lbr.store.limits import all_limits
+from lbr.store.schema import jobs, limits
 from lbr.worker.attempt import Deadlines, LateCalls, attempt
+from lbr.worker.worker import Worker
 from tests.models.test_chat import asking, completion
 from tests.support import Cli
 from tests.support.chat_wire import MODELS, Wire, chat_model, environment, http, reference_model
+from tests.support.http_server import Request, Script, Server, prompt_of, reply
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -113,3 +127,38 @@ async def test_what_could_not_be_built_is_built_for_a_later_call(wire: Wire) -> 
         await model.answer(asking("<|x|>"))
     assert (await model.answer(asking("<|x|>"))).text == "fine"
     await model.aclose()
+
+
+@pytest.mark.slow
+async def test_a_lack_of_flex_capacity_slows_nothing_else_down(db_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers wait it out job by job: no attempt is charged, nothing is learned, no worker cools down."""
+    lack = {"message": "Resource unavailable", "type": "resource_unavailable", "code": "resource_unavailable"}
+    bodies: list[Any] = []
+
+    def respond(request: Request) -> Script:
+        bodies.append(request.json())
+        prompt = prompt_of(request)
+        asked[prompt] += 1
+        if asked[prompt] < 3:
+            return reply(429, json.dumps({"error": lack}), {"x-ratelimit-reset-tokens": "6m"})
+        return reply(200, json.dumps(completion(model="gpt-5-mini", service_tier="flex")))
+
+    asked: Counter[str] = Counter()
+    policy = RetryPolicy(backoff_first=0.02, retry_after_most=0.05)
+    with Server(respond) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-of-this-test")
+        await enqueue([f"p{n}" for n in range(40)], run="r", model="openai-chat:gpt-5-mini", tier="flex", db_url=db_url)
+        async with opened(db_url) as one, opened(db_url) as other:
+            workers = [Worker(it, authorize(), WorkOptions(concurrency=8), policy=policy) for it in (one, other)]
+            await asyncio.gather(*(worker.run() for worker in workers))
+            learned = await one.read(all_limits)
+            attempts = await one.read(lambda c, _: c.scalar(select(func.max(jobs.c.attempts))))
+            cooled = await one.read(lambda c, _: c.scalar(select(func.max(limits.c.cooldown_until))))
+    assert {body["service_tier"] for body in bodies} == {"flex"}
+    assert len(bodies) == 120
+    (found,) = (await status(db_url=db_url)).runs
+    assert (found.done, found.errors, attempts) == (40, {"rate_limited": 80}, 1)
+    assert found.cost_usd == pytest.approx(40 * (10 * 125 + 5 * 1000) / 1e9)
+    assert [(it.limit.slots, it.limit.cut_at, it.limit.refused) for it in learned] == [(FIRST_SLOTS, None, None)]
+    assert cooled == 0
