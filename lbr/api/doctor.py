@@ -19,13 +19,14 @@ from lbr.core.text import duration, pluralize
 from lbr.core.types import PauseCause, Paused, Report, RunState
 from lbr.models.base import Kind, kind_of
 from lbr.models.build import Authority, build_model
-from lbr.store import counters, files, health, migrations, reads
+from lbr.store import batches, counters, files, health, migrations, reads
 from lbr.store.database import file_of, local_clock, opened
 from lbr.worker import kept_answers
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
+    from lbr.core.batches import BatchRow
     from lbr.core.types import Millis, PathOrUrl, Run
     from lbr.store.counters import Drift
     from lbr.store.database import Database
@@ -154,6 +155,7 @@ async def _tables(queue: _Examination, *, fix: bool) -> list[Finding | None]:
     """Return the findings about the tables of this version."""
     view = await queue.look("runs", queue.database.read(reads.overview))
     expired = await queue.look("leases", queue.database.read(health.expired))
+    overdue = await queue.look("batches", queue.database.read(batches.overdue))
     drifts, fixed = await queue.look("counters", queue.database.read(counters.recount)), None
     if fix and drifts and (fixed := await queue.look("fix", _fix(queue))) is not None:
         drifts = await queue.look("counters", queue.database.read(counters.recount))
@@ -163,7 +165,13 @@ async def _tables(queue: _Examination, *, fix: bool) -> list[Finding | None]:
     runs = [one for one in view.runs if one.run.state is not RunState.CANCELLED]
     authority = Authority(openrouter_api_key=os.environ.get("OPENROUTER_API_KEY") or None)
     keys = [await _key(one.run, authority) for one in runs if not one.finished]
-    return [_leases(view, *expired) if expired else None, *found, *_runs(runs, view.now), *keys]
+    return [
+        _leases(view, *expired) if expired else None,
+        *found,
+        *_runs(runs, view.now),
+        *keys,
+        *_batches(overdue or []),
+    ]
 
 
 async def _fix(queue: _Examination) -> list[Drift]:
@@ -304,6 +312,21 @@ async def _integrity(queue: _Examination) -> list[Finding]:
         f"`sqlite3 {queue.path} .recover` make a new file"
     )
     return [Finding("integrity", ERROR, f"the file is damaged: {'; '.join(damages)}", do)]
+
+
+def _batches(overdue: Sequence[tuple[BatchRow, str]]) -> list[Finding]:
+    """Return a finding for each batch that should have ended; its jobs wait for it."""
+    return [
+        Finding(
+            "batches",
+            WARNING,
+            f"run {name}: batch {row.nonce} of {pluralize(row.count, 'request')} is {row.state}, and providers promise an "
+            f"answer within a day{f' ({row.error})' if row.error else ''}",
+            f"start a worker with the key that it was made with; if the provider has lost it, `lbr batches --forget "
+            f"{row.nonce}` puts its jobs back",
+        )
+        for row, name in overdue
+    ]
 
 
 def _leases(view: Overview, expired: int, oldest_ms: int) -> Finding:

@@ -465,9 +465,3 @@ def overdue(connection: Connection, now: Millis) -> list[tuple[BatchRow, str]]:
     query = select(batches, runs.c.name).join_from(batches, runs, runs.c.id == batches.c.run_id).where(OPEN)
     rows = connection.execute(query.where(batches.c.sent_at < now - OVERDUE_MS).order_by(batches.c.id)).all()
     return [(row_of(row), row.name) for row in rows]
-
-
-def orphans(connection: Connection, _now: Millis) -> int:
-    """Return how many parked jobs are in no open batch: another program has changed the database."""
-    lost = (IS_PARKED, jobs.c.id.not_in(select(batch_jobs.c.job_id)))
-    return connection.scalar(select(func.count()).select_from(jobs).where(*lost)) or 0

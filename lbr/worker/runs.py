@@ -26,11 +26,13 @@ from lbr.models.build import build_model, build_validator, unsent
 from lbr.models.http import Connections
 from lbr.models.identity import has_other_code
 from lbr.store import limits
+from lbr.store.counters import PARKED
 from lbr.worker.attempt import LateCalls
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from lbr.core.batches import BatchProvider
     from lbr.core.config import WorkOptions
     from lbr.core.pricing import Price
     from lbr.core.schema import Validator
@@ -158,6 +160,12 @@ class ServableRuns:
         extra = _extra_tokens(run.task)
         return ServedRun(run, self._models[identity], validator, _own_price(run), extra, is_limited, price, self)
 
+    def batches_of(self, run: Run) -> tuple[BatchProvider, Validator | None]:
+        """Build what sends a run's batches and checks their answers. Raises UsageError if this process may not."""
+        from lbr.models.batches import batch_provider  # noqa: PLC0415 - only runs with batches need it
+
+        return batch_provider(run.task, self._authority, run.keep), build_validator(run.task, self._authority)
+
     def by_other_model(self, served: ServedRun, model: str) -> ServedRun:
         """Return a served run for jobs with a model of their own, at that model's price.
 
@@ -284,7 +292,13 @@ class Completion:
         return True
 
     def _report_waiting(self, one: RunCounts) -> None:
-        held = one.of(JobState.INFLIGHT)
+        held, parked = one.of(JobState.INFLIGHT), one.counts[PARKED]
+        if parked and parked == one.open and not self._warned:
+            self._warned = True
+            self._notify(
+                f"run {one.run.name}: waiting for {pluralize(parked, 'job')} that the provider answers in batches, which "
+                f"may take a day; you may stop this worker, and any other continues"
+            )
         if held and not one.of(JobState.PENDING) and not self._warned:
             self._warned = True
             self._notify(

@@ -16,12 +16,14 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from lbr.core import open_files
+from lbr.core.batches import Lane
 from lbr.core.errors import DatabaseBusyError, DatabaseError, LbrError, RunNotFoundError
 from lbr.core.retry import RetryPolicy
 from lbr.core.types import RunId, Until, WorkerId
 from lbr.store import leases, pulses, reads
 from lbr.store.claim import ClaimRequest, claim, settle_and_claim
 from lbr.store.settle import settle
+from lbr.worker.batches import Batches
 from lbr.worker.calls import MAX_ROWS, MAX_SERVER_ROWS, Calls, WorkReport, pace
 from lbr.worker.clock import ClockCheck
 from lbr.worker.kept_answers import keep_unwritten, reclaim
@@ -81,8 +83,18 @@ class Worker:
         self._calls = Calls(
             self.report, options, policy=policy, rng=self._rng, changed=self._wake.set, failed=self._fail, notify=notify
         )
+        self._batches = Batches(
+            *(database, self._runs),
+            lease=options.lease,
+            policy=policy,
+            rng=self._rng,
+            report=self.report,
+            notify=notify,
+            changed=self._batch_changed,
+        )
         self._id = WorkerId(0)
         self._run_ids: list[RunId] = []
+        self._serves: list[Run] = []
         self._claims = 0
         self._claiming_since: float | None = None
         self._unused: list[Claim] = []
@@ -106,6 +118,10 @@ class Worker:
         """Release everything at once; nothing is charged."""
         self._aborting = True
         self.drain()
+
+    def _batch_changed(self) -> None:
+        self._next_poll = self._next_due = self._next_check = 0.0
+        self._wake.set()
 
     def _stop(self) -> None:
         if not self._stopping:
@@ -149,18 +165,35 @@ class Worker:
             self._id = await leases.register(self._database, host=host, pid=os.getpid(), concurrency=slots)
             self._calls.worker = self._id
             self._calls.owner = asyncio.current_task()
-            ticking = asyncio.create_task(self._tick())
+            ticking, batching = asyncio.create_task(self._tick()), asyncio.create_task(self._batch())
             try:
                 await self._work()
             finally:
                 self._stop()
                 ticking.cancel()
+                await self._end_batching(batching)
                 await self._wind_up()
                 await asyncio.gather(ticking, return_exceptions=True)
         finally:
             self._database.presence.leave(self._id)
             await self._runs.aclose()
         return self.report
+
+    async def _batch(self) -> None:
+        """Serve the batch lane."""
+        try:
+            if self._options.lane is not Lane.ONLINE:
+                await self._batches.run(self._id, lambda: self._serves, named=self._run_names is not None)
+        except Exception as error:  # noqa: BLE001 - as for the other lane
+            self._fail(error)
+
+    async def _end_batching(self, batching: asyncio.Task[None]) -> None:
+        """Let a step come to its end within the grace."""
+        self._batches.stop()
+        left = 0.0 if self._aborting else max(0.0, self._deadline - time.monotonic())
+        await asyncio.wait([batching], timeout=left)
+        batching.cancel()
+        await asyncio.gather(batching, return_exceptions=True)
 
     async def _work(self) -> None:
         """Take turns until nothing is left to do; after a stop, until the calls have ended or the grace is over."""
@@ -332,7 +365,8 @@ class Worker:
                 raise self._runs.refused[run.id]
         for notice in notices:
             self._notify(notice)
-        self._run_ids = [run.id for run in found if run.id in self._runs.served]
+        self._serves = [run for run in found if run.id in self._runs.served]
+        self._run_ids = [] if self._options.lane is Lane.BATCH else [run.id for run in self._serves]
         await self._start_limits.apply(self._runs.served.values(), found)
 
     async def _find_runs(self) -> list[Run]:
@@ -382,7 +416,9 @@ class Worker:
         return work.due
 
     async def _due_work(self) -> DueWork:
-        return await self._database.quick_read(leases.check_due, self._database.presence, self._run_ids, self._id)
+        bounded = {run_id for run_id in self._run_ids if self._runs.served[run_id].bound is not None}
+        presence = self._database.presence
+        return await self._database.quick_read(leases.check_due, presence, self._run_ids, self._id, bounded)
 
     async def _reclaim(self, *, starting: bool = False) -> None:
         reclaimed, failed = await reclaim(self._database, self._notify, starting=starting)
@@ -397,6 +433,8 @@ class Worker:
         self._next_check = now + CHECK_SECONDS
         wanted = await self._find_runs()
         if until is Until.EMPTY:
+            if self._options.lane is not Lane.ONLINE and not self._batches.idle:
+                return False
             work = await self._due_work()
             if work.due or work.suspects or work.expired:
                 return False
