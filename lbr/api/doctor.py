@@ -120,9 +120,14 @@ class _Examination:
 
 
 async def examine(
-    url: PathOrUrl, *, fix: bool = False, allow_network_fs: bool = False, clock: Callable[[], Millis] | None = None
+    url: PathOrUrl,
+    *,
+    fix: bool = False,
+    quick: bool = False,
+    allow_network_fs: bool = False,
+    clock: Callable[[], Millis] | None = None,
 ) -> list[Finding]:
-    """Do what `doctor` does; `clock` replaces the queue's."""
+    """Do what `doctor` does; `clock` replaces the queue's. With `quick`, leave out what reads all of the queue."""
     queue = _Examination(url, health.open_unchanged(url, clock), file_of(url), allow_network_fs)
     database, path = queue.database, queue.path
     found: list[Finding | None] = []
@@ -136,9 +141,9 @@ async def examine(
             if outside and (version is not None or refused):  # else it may be any program's
                 found += outside
         if version is not None:
-            found += [_schema(version), *await (_server(queue) if path is None else _integrity(queue))]
+            found += [_schema(version), *await (_server(queue) if path is None else _integrity(queue, quick=quick))]
         if version == migrations.LATEST:
-            found += await _tables(queue, fix=fix)
+            found += await _tables(queue, fix=fix, quick=quick)
     finally:
         await database.close()
     return [*queue.problems, *(one for one in found if one is not None), *_kept(database)]
@@ -151,12 +156,14 @@ async def _version(queue: _Examination, *, refused: bool) -> int | None:
     return None if refused else await queue.database.read(health.version, queue.database)
 
 
-async def _tables(queue: _Examination, *, fix: bool) -> list[Finding | None]:
+async def _tables(queue: _Examination, *, fix: bool, quick: bool) -> list[Finding | None]:
     """Return the findings about the tables of this version."""
     view = await queue.look("runs", queue.database.read(reads.overview))
     expired = await queue.look("leases", queue.database.read(health.expired))
     overdue = await queue.look("batches", queue.database.read(batches.overdue))
-    drifts, fixed = await queue.look("counters", queue.database.read(counters.recount)), None
+    drifts, fixed = None, None
+    if not quick:
+        drifts = await queue.look("counters", queue.database.read(counters.recount))
     if fix and drifts and (fixed := await queue.look("fix", _fix(queue))) is not None:
         drifts = await queue.look("counters", queue.database.read(counters.recount))
     found: list[Finding | None] = [_counters(drifts, fixed)]
@@ -302,7 +309,9 @@ def _schema(version: int) -> Finding:
     return Finding("schema", NOTE, found, do)
 
 
-async def _integrity(queue: _Examination) -> list[Finding]:
+async def _integrity(queue: _Examination, *, quick: bool) -> list[Finding]:
+    if quick:
+        return []
     damages = await queue.look("integrity", queue.database.read(health.damages))
     queue.is_sound = damages == []
     if not damages:

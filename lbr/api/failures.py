@@ -69,13 +69,18 @@ async def groups_of(database: Database, run: Run) -> list[FailureGroup]:
     counts: Counter[tuple[str, str, str]] = Counter()
     async for page in inputs.failed_jobs(database, run):
         for one in page:
-            kind = (one.family, one.error, " ".join(_VARYING.sub("#", one.message).split()[:FIRST_WORDS]))
+            kind = kind_of(one.family, one.error, one.message)
             if kind not in counts and len(counts) >= MAX_GROUPS:
                 kind = (one.family, one.error, "")
             first.setdefault(kind, one)
             counts[kind] += 1
     found = ((first[kind], count) for kind, count in counts.most_common())
     return [FailureGroup(one.family, one.error, one.message, count, one.idx, one.sample) for one, count in found]
+
+
+def kind_of(family: str, error: str, message: str) -> tuple[str, str, str]:
+    """Return what failures of the same kind have in common: the message's first words, numbers and quoted text aside."""
+    return family, error, " ".join(_VARYING.sub("#", message).split()[:FIRST_WORDS])
 
 
 def kinds_of(groups: Sequence[FailureGroup]) -> str:

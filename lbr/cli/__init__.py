@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lbr.cli import completion, look, operate, work
 from lbr.cli.app import lbr, main
+from lbr.cli.dashboard import dashboard
 from lbr.cli.enqueue import enqueue, estimate
 from lbr.cli.examples import epilog_of
 
@@ -20,6 +21,7 @@ for command in (
         operate.rm,
     ),
     *(operate.prune, operate.pause, operate.resume, operate.limit, operate.move, operate.backup, operate.doctor),
+    dashboard,
     completion.completion,
 ):
     if not command.hidden:

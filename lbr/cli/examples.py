@@ -2,7 +2,7 @@
 
 SECTIONS = {
     "Run": ("run", "enqueue", "worker", "collect", "estimate"),
-    "Look": ("status", "list", "failures", "show", "compare", "doctor"),
+    "Look": ("status", "dashboard", "list", "failures", "show", "compare", "doctor"),
     "Operate": ("retry", "pause", "resume", "cancel", "limit", "rm", "prune", "move", "backup", "completion"),
 }
 EXAMPLES = {
@@ -18,6 +18,7 @@ EXAMPLES = {
     "collect": ("collect reviews -o answers.csv", "collect reviews --failed"),
     "estimate": ("estimate reviews.csv --model openai-chat:gpt-4o-mini --output-tokens 300",),
     "status": ("status", "status reviews --watch"),
+    "dashboard": ("dashboard", "dashboard --read-only --port 8765 --token-file ~/.lbr-token"),
     "list": ("list", "list --db postgresql://host/name"),
     "failures": ("failures reviews", "failures reviews --rows"),
     "show": ("show reviews 17", "show reviews --id customer-42"),

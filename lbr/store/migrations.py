@@ -12,6 +12,7 @@ from lbr.core.errors import DatabaseError
 from lbr.core.types import Move, PauseCause, Paused, RunState
 from lbr.store.schema import (
     LIVE_MS,
+    failed,
     items,
     jobs,
     metadata,
@@ -179,6 +180,7 @@ MIGRATIONS: tuple[tuple[str, Callable[[Connection], None] | None], ...] = (
     ("count what each worker does in a minute", None),
     ("note which ends of runs were reported", None),
     ("send jobs in batches", _index_tried),
+    ("index the failed jobs", lambda connection: failed.create(connection, checkfirst=True)),
 )
 """Ordered and append-only: a database's version is the number of them that it has seen.
 

@@ -103,6 +103,10 @@ _USAGE = select(jobs.c.id, results.c.model, *_ENDED, jobs.c.attempts).where(any_
 _USAGE = _USAGE.outerjoin_from(jobs, results, results.c.job_id == jobs.c.id)
 _COOLDOWNS = select(limits.c.answerer, limits.c.cooldown_until, limits.c.reason)
 _OUTAGES = select(outages.c.answerer, outages.c.since, outages.c.reason, outages.c.probe_at)
+_LAST_IDX = select(runs_table.c.id).where(any_of(runs_table.c.id, "ids"))
+_LAST_IDX = _LAST_IDX.add_columns(  # a subquery for each run, because a maximum by group reads all inputs
+    select(items.c.idx).where(items.c.run_id == runs_table.c.id).order_by(items.c.idx.desc()).limit(1).scalar_subquery()
+)
 _OPEN = (
     select(counters_table.c.run_id)
     .where(counters_table.c.name.in_([JobState.PENDING, JobState.INFLIGHT]))
@@ -305,9 +309,8 @@ def _worker(row: AnyRow, now: Millis) -> WorkerSeen:
 def _counts(connection: Connection, found: list[Run]) -> list[RunCounts]:
     ids = [run.id for run in found]
     by_run = counters.of_runs(connection, ids)
-    last = select(items.c.run_id, func.max(items.c.idx)).where(items.c.run_id.in_(ids))
-    rows = connection.execute(last.group_by(items.c.run_id)).all()
-    inputs = {run_id: idx + 1 for run_id, idx in rows}
+    rows = connection.execute(_LAST_IDX, {"ids": ids}).all()
+    inputs = {run_id: 0 if idx is None else idx + 1 for run_id, idx in rows}
     return [RunCounts(run, inputs.get(run.id, 0), by_run[run.id]) for run in found]
 
 

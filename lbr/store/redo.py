@@ -63,11 +63,13 @@ def _of_failure(name: str) -> ColumnElement[Any]:
 
 
 _SEEN = (jobs.c.id, jobs.c.state, jobs.c.claim_seq)
-_ENDED = _page_of(
+ENDED = (
     select(*_SEEN, *map(_of_failure, ("family", "error", "message")))
     .add_columns(func.coalesce(_of_failure("finish_reason"), results.c.finish_reason).label("finish_reason"))
     .outerjoin_from(jobs, results, results.c.job_id == jobs.c.id)
 )
+"""Jobs with all that a `Condition` looks at."""
+_ENDED = _page_of(ENDED)
 _USAGE = ("input_tokens", "output_tokens", "cost_nanos", "cached_tokens")
 _RESULT = ("finish_reason", *_USAGE)
 _LAST_TEXTS = _page_of(
@@ -122,7 +124,7 @@ class Condition:
         return frozenset({JobState(self.value)}) if self.name == "status" else _STATES[self.name]
 
     def holds(self, row: AnyRow) -> bool:
-        """Return whether a job of `_ENDED` meets it."""
+        """Return whether a job of `ENDED` meets it."""
         if self.name == "error":
             return self.value.casefold() in f"{row.error or ''}\n{row.message or ''}".casefold()
         return bool(getattr(row, "state" if self.name == "status" else self.name) == self.value)

@@ -129,6 +129,7 @@ _pending = Index("jobs_pending", *_ORDER, sqlite_where=text("state = 'pending'")
 _SUSPECT = text(f"state = 'pending' AND crashes >= {SUSPECT_CRASHES}")
 suspects = Index("jobs_suspects", *_ORDER, sqlite_where=_SUSPECT)
 _leases = Index("jobs_lease", jobs.c.lease_until, sqlite_where=text("state = 'inflight'"))
+failed = Index("jobs_failed", jobs.c.run_id, jobs.c.id, sqlite_where=text("state = 'failed'"))
 
 # In a run of the batch lane, a claim would read every job that waits for a batch to find those that were tried.
 _TRIED = "claim_seq > retry_seq"
@@ -141,6 +142,7 @@ TRIED: ColumnElement[bool] = literal_column("jobs.claim_seq > jobs.retry_seq")
 IS_PARKED: ColumnElement[bool] = literal_column(f"(jobs.state = 'pending' AND jobs.available_at = {PARKED})")
 NOT_PARKED: ColumnElement[bool] = literal_column(f"jobs.available_at < {PARKED}")
 INFLIGHT: ColumnElement[bool] = literal_column("jobs.state = 'inflight'")
+FAILED: ColumnElement[bool] = literal_column("jobs.state = 'failed'")
 
 # What never changes of a job. The key is here, because every index of jobs costs PostgreSQL an entry at each claim
 # and each settlement.
@@ -328,5 +330,5 @@ def set_postgresql_options() -> None:
     """Set what only PostgreSQL knows of tables and indexes: its dialect is not imported for a file."""
     jobs.dialect_kwargs["postgresql_with"] = HOT
     counters.dialect_kwargs["postgresql_with"] = HOT | {"fillfactor": 25, "autovacuum_vacuum_threshold": 200}
-    for index in (_pending, suspects, tried, _leases, _unfolded):
+    for index in (_pending, suspects, tried, _leases, failed, _unfolded):
         index.dialect_kwargs["postgresql_where"] = index.dialect_kwargs["sqlite_where"]
