@@ -88,10 +88,10 @@ async def _serve(shown: Dashboard, host: str, port: int, *, opens: bool) -> None
             ) from error
         name = f"[{host}]" if ":" in host else host
         address = f"http://{name}:{runner.addresses[0][1]}/#{shown.token}"
-        echo(address)
-        with suppress(AttributeError, OSError):
-            sys.stdout.flush()
         with handled_signals(lambda _: ended.set()), _opened(address if opens and _has_browser() else None):
+            echo(address)
+            with suppress(AttributeError, OSError):
+                sys.stdout.flush()
             await ended.wait()
         log("the dashboard has ended; workers go on")
     finally:

@@ -16,7 +16,7 @@ from lbr.core.messages import texts_in
 from lbr.core.pricing import NANOS
 from lbr.core.pulses import MINUTE_MS, Pulse, percentile
 from lbr.core.types import JobState, Millis, Prompt
-from lbr.store import pages, pulses, reads
+from lbr.store import counters, pages, pulses, reads
 from lbr.store.pages import Filter, Place
 from lbr.store.redo import read_conditions
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lbr.api.status import RunStatus, Status
     from lbr.core.types import Json, PathOrUrl, Run
     from lbr.store.database import Database
-    from lbr.store.reads import Attempt, Overview
+    from lbr.store.reads import Attempt, Overview, RunCounts
 
 MAX_MINUTES = 48 * 60
 """Older pulses are folded into hours."""
@@ -42,19 +42,21 @@ async def runs(database: Database, now: float) -> dict[str, Json]:
     status = status_of(view)
     sparks = await database.read(pages.sparks, [one.run.id for one in view.runs])
     found = [
-        _run(status, one, now) | {"spark": sparks[counted.run.id]}
+        _run(status, one, counted, now) | {"spark": sparks[counted.run.id]}
         for one, counted in zip(status.runs, view.runs, strict=True)
     ]
     return {"attention": _attention(view, status, now), "runs": found[::-1]}
 
 
-def _run(status: Status, one: RunStatus, now: float) -> dict[str, Json]:
+def _run(status: Status, one: RunStatus, counted: RunCounts, now: float) -> dict[str, Json]:
+    parked = counted.counts[counters.PARKED]
+    counts = {state.value: counted.of(state) for state in JobState}
     return {
         "name": one.run,
         "model": one.answerer,
         "state": one.word,
         "reason": reason_of(status, one, now),
-        "counts": {state.value: getattr(one, state.value) for state in JobState},
+        "counts": counts | {"pending": one.pending - parked, "at_provider": parked},
         "inputs": one.inputs,
         "per_minute": one.per_minute,
         "eta_seconds": one.eta_seconds,
@@ -84,7 +86,7 @@ async def run(database: Database, name: str, now: float) -> dict[str, Json]:
     (one,) = view.runs
     status, found = status_of(view), await database.read(pages.failures, one.run)
     (numbers,), task = status.runs, one.run.task
-    return _run(status, numbers, now) | {
+    return _run(status, numbers, one, now) | {
         "spark": (await database.read(pages.sparks, [one.run.id]))[one.run.id],
         "task": {
             "model": task.answerer,

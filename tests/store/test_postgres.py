@@ -18,7 +18,7 @@ from lbr import prompt_map
 from lbr.api.enqueue import enqueue as put_prompts
 from lbr.core.errors import AlreadyRunningError, DatabaseError, Family, Usage, UsageError
 from lbr.core.types import Failure, Outcome, Reply, Shape, Task
-from lbr.store import claim, enqueue, limits, migrations, reads, runs, settle, transfer
+from lbr.store import claim, enqueue, limits, migrations, pages, reads, runs, settle, transfer
 from lbr.store.addresses import address_of
 from lbr.store.claim import CLAIM, CLAIM_CHOSEN, CLAIM_SUSPECT, DUE, DUE_SIZED, DUE_SUSPECT
 from lbr.store.database import open_database, sole_worker
@@ -134,7 +134,7 @@ async def test_plans_hold_at_a_million_jobs(live: Database, statistics: str) -> 
     ids = list(range(first, first + 128))
     bound: dict[str, Any] = {"run": 1, "now": FAR, "most": 128, "worker": 1, "until": FAR, "before": FAR, "ids": ids}
     bound["keys"] = [bytes(16), bytes(range(16))]
-    bound |= {"after": 3, "after_sample": 0, "limit": 5, "cap": 1_000}
+    bound |= {"after": 3, "after_sample": 0, "limit": 5, "cap": 1_000, "look": 50, "available": 0}
     settling = {"job": ids, "seq": [0] * 128, "to": ["done"] * 128, "charge": [1] * 128}
     settling |= {"available": [1] * 128, "finished": [1] * 128}
     for statement, index in (
@@ -157,6 +157,11 @@ async def test_plans_hold_at_a_million_jobs(live: Database, statistics: str) -> 
         (reads._rows_of(Shape.ORIGINAL, ()), AFTER),
         (reads._PLACES, AFTER),
         (transfer._ITEMS, AFTER),
+        (pages.LOOKS["failed"], "jobs_failed"),
+        (pages.LOOKS["pending"], "jobs_pending"),
+        (pages.LOOKS[""], "jobs_pkey"),
+        (pages.SHORT, "jobs_pkey"),
+        (pages.FAILURES, "jobs_failed"),
     ):
         steps = await plan(live, statement, bound | (settling if statement is settle.SETTLE else {}))
         assert index in steps, steps

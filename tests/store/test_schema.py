@@ -76,6 +76,7 @@ async def test_schema_migrates_once(database: Database, db_url: str) -> None:
         (15, "count what each worker does in a minute"),
         (16, "note which ends of runs were reported"),
         (17, "send jobs in batches"),
+        (18, "index the failed jobs"),
     ]
 
 

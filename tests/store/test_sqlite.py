@@ -23,7 +23,7 @@ from sqlalchemy import column, select, table, text
 import lbr
 from lbr.core.errors import DatabaseBusyError, DatabaseError, MisfitError, UsageError
 from lbr.core.types import Item, KeyMaker, Prompt, Shape
-from lbr.store import enqueue, files, migrations, pulses, reads, runs, schema, sqlite, transfer
+from lbr.store import enqueue, files, migrations, pages, pulses, reads, runs, schema, sqlite, transfer
 from lbr.store.addresses import sqlite_path
 from lbr.store.claim import CLAIM, CLAIM_CHOSEN, DUE, DUE_FRESH, DUE_SIZED, DUE_SUSPECT, DUE_TRIED, PROMPTS
 from lbr.store.database import open_database
@@ -294,6 +294,7 @@ async def plan(database: Database, statement: Any) -> str:
     bound = {"ids": [1, 2], "keys": [b"k"], "worker": 1, "until": 1, "now": 1, "run": 1, "most": 5, "before": 1}
     bound |= {"job": 1, "seq": 1, "to": "done", "available": 1, "charge": 1, "finished": 1}
     bound |= {"after": 3, "after_sample": 0, "limit": 5, "cap": 1_000, "runs": [1], "first": 1, "seen": 1}
+    bound |= {"look": 50}
     sent: list[tuple[str, Any]] = []
     steps: list[str] = []
     hearing = Hearing(lambda sql, values: sent.append((sql, values)))
@@ -346,6 +347,12 @@ async def test_plans_use_the_partial_indexes(database: Database) -> None:
         (reads._rows_of(Shape.ORIGINAL, ()), "items USING PRIMARY KEY (run_id=? AND (idx,sample)>(?,?))"),
         (reads._PLACES, "items USING PRIMARY KEY (run_id=? AND (idx,sample)>(?,?))"),
         (transfer._ITEMS, "items USING PRIMARY KEY (run_id=? AND (idx,sample)>(?,?))"),
+        (pages.LOOKS["failed"], "INDEX jobs_failed (run_id=? AND id>?)"),
+        (pages.LOOKS["pending"], "INDEX jobs_pending (run_id=? AND available_at>?)"),
+        (pages.LOOKS[""], "INTEGER PRIMARY KEY (rowid>?)"),
+        (pages.SHORT, "INTEGER PRIMARY KEY"),
+        (pages.FAILURES, "INDEX jobs_failed (run_id=?)"),
+        (pages.SPARKS, "SEARCH pulses USING PRIMARY KEY (run_id=? AND minute>?)"),
     ):
         steps = await plan(database, statement)
         assert index in steps, steps
