@@ -29,7 +29,9 @@ def test_the_command_prints_its_address_and_keeps_its_token(cli: Cli) -> None:
         seen.append(re.fullmatch(r"http://127\.0\.0\.1:(\d+)/#([\w-]{43})\n", process.stdout.readline()))
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 0
-    assert seen[0] and seen[1] and seen[0][2] == seen[1][2]
+    assert seen[0]
+    assert seen[1]
+    assert seen[0][2] == seen[1][2]
     assert (cli.folder / "token").stat().st_mode & 0o777 == 0o600
     (cli.folder / "token").chmod(0o644)
     done = cli("dashboard", "--no-open", "--token-file", "token", check=False)
