@@ -13,7 +13,7 @@ from aiohttp import ClientSession, web
 from lbr.core.errors import Family
 from lbr.core.retry import RetryPolicy
 from lbr.core.types import Failure, RunState
-from lbr.store import reads, runs
+from lbr.store import reads, schema
 from lbr.store.database import open_database
 from lbr.store.settle import settle
 from lbr.web.server import HEADERS, Dashboard, application
@@ -187,7 +187,8 @@ async def test_jobs_are_found_and_come_by_pages(filled: Database, db_url: str) -
     async with served(db_url) as ask:
 
         async def all_of(query: str) -> list[Any]:
-            found, after = [], ""
+            found: list[Any] = []
+            after: str | None = ""
             while after is not None:
                 page = await ask.get(f"/api/runs/r/jobs?{query}&after={after}")
                 found += page["jobs"]
@@ -253,7 +254,7 @@ async def test_workers_doctor_and_an_empty_folder(filled: Database, db_url: str,
 
 async def test_a_damaged_run_is_told_of(filled: Database, db_url: str) -> None:
     """A value that lbr never writes ends in an error with the headers of all answers, not in a broken connection."""
-    await filled.write(lambda connection, _: connection.execute(runs.runs.update().values(keep="nonsense")))
+    await filled.write(lambda connection, _: connection.execute(schema.runs.update().values(keep="nonsense")))
     async with served(db_url) as ask:
         status, body = await ask("/api/runs/r")
         assert status in {500, 503}, body
