@@ -57,6 +57,7 @@ class Options(TypedDict, total=False):
     price: str | None
     batch_factor: float | None
     keep: str | Sequence[str]
+    warm_cache: bool
     db_url: PathOrUrl
     retry_failed: bool
     fresh: bool
@@ -115,6 +116,7 @@ class Call:
     price: str | None = None
     batch_factor: float | None = None
     keep: str | Sequence[str] = ()
+    warm_cache: bool = False
     db_url: PathOrUrl = config.DB_URL_DEFAULT
     retry_failed: bool = True
     fresh: bool = False
@@ -148,7 +150,8 @@ class Call:
         name = (
             _run_name(self.resolved, self.source, self.samples) if self.run is None else self.source.run_name(self.run)
         )
-        spec = run_spec(name, self.resolved, self.max_attempts, read_price(self.price, self.batch_factor), self.samples)
+        price, warm = read_price(self.price, self.batch_factor), self.warm_cache
+        spec = run_spec(name, self.resolved, self.max_attempts, price, self.samples, warm_cache=warm)
         async with opened(self.db_url, create=True) as database:
             report = await put(database, spec, self.source, fresh=self.fresh)
             for notice in (*report.notices, *self.source.notices):

@@ -80,6 +80,7 @@ async def enqueue(
     price: str | None = None,
     batch_factor: float | None = None,
     keep: str | Sequence[str] = (),
+    warm_cache: bool = False,
     append: bool = False,
     fresh: bool = False,
     servable: bool = False,
@@ -109,6 +110,7 @@ async def enqueue(
     `max_attempts`: calls per job. `price`: for example "in=0.15,out=0.60", in US dollars per million tokens, from now on;
     None leaves it as it is. `batch_factor`: what flex and batch cost of it; None is 0.5.
     `keep`: what to keep besides the answers: "reasoning", "logprobs", "raw", or several of them.
+    `warm_cache`: let the run's first call go alone, so that the others find long instructions in the provider's cache.
     `append`: put the inputs behind those of the run, which they otherwise must begin with.
     `fresh`: do not reuse answers of other runs.
     `servable`: write nothing if this process could not serve the run, for example because a key is missing.
@@ -143,7 +145,8 @@ async def enqueue(
         keep=keep,
         env=load_environment(Path.cwd()),
     )
-    spec = run_spec(source.run_name(run), resolved, max_attempts, read_price(price, batch_factor), samples)
+    known_price = read_price(price, batch_factor)
+    spec = run_spec(source.run_name(run), resolved, max_attempts, known_price, samples, warm_cache=warm_cache)
     _check_apart(skip_bad, file_of(db_url))
     await source.check()
     if servable:
@@ -166,13 +169,21 @@ def _check_apart(skip_bad: PathLike[str] | str | None, queue: Path | None) -> No
 
 
 def run_spec(
-    name: str, resolved: ResolvedTask, max_attempts: int, price: Price | None, samples: int | None = None
+    name: str,
+    resolved: ResolvedTask,
+    max_attempts: int,
+    price: Price | None,
+    samples: int | None = None,
+    *,
+    warm_cache: bool = False,
 ) -> RunSpec:
     """Check the arguments of a run; UsageError for one out of range."""
     attempts = at_least_one("max_attempts", max_attempts)
     if samples is not None:
         at_least_one("samples", samples, most=MAX_SAMPLES)
-    return RunSpec(name, resolved.task, attempts, resolved.fingerprint, price, resolved.keep, samples)
+    return RunSpec(
+        name, resolved.task, attempts, resolved.fingerprint, price, resolved.keep, samples, warm_cache=warm_cache
+    )
 
 
 async def put(

@@ -173,6 +173,7 @@ async def prompt_map(
     `price`: for example "in=0.15,out=0.60", in US dollars per million tokens, from now on; None leaves it as it is.
     `batch_factor`: what flex and batch cost of `price`; None is 0.5.
     `keep`: what to keep besides the answers, and to return in the rows: "reasoning", "logprobs", "raw".
+    `warm_cache`: let the first call go alone, so that the others find long instructions in the provider's cache.
     `db_url`: the queue, a path or URL. `results_db_url`: the database of results, None for `runs-results.db` beside
     `runs.db`.
     `output_shape`: "unique", a row per distinct prompt in order of first occurrence, or "original", a row per prompt.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 LISTED = ("run", "model or function", "inputs", "done", "failed", "state", "age", "cost")
 NO_RUNS = "no runs yet; `lbr enqueue` creates one"
-PLAIN_COUNTERS = ("reused", "stale", "crashed", "input_tokens", "output_tokens", "unpriced")
+PLAIN_COUNTERS = ("reused", "stale", "crashed", "input_tokens", "cached_tokens", "output_tokens", "unpriced")
 WAYS_ON = {
     PauseCause.MOVING_FROM: "finish that with the same `lbr move`",
     PauseCause.REMOVING: "`lbr rm {run}` finishes that",
@@ -44,7 +44,8 @@ class RunStatus(Report):
     `estimated_usd` is estimated, for calls that died with their worker. `unpriced` counts calls of unknown cost.
     `price` is what the user set for a million tokens, None if the provider and the price table decide; `max_cost_usd` is
     None without a limit. `errors` counts failed attempts by family. `retrying` is how many of the pending jobs were tried
-    before, of which 10,000 are counted. `tier` is None if it was never set. `rate` is how many jobs of this run were answered per second in the last minute or
+    before, of which 10,000 are counted. `tier` is None if it was never set. `cached_tokens` are those
+    of the input tokens that the provider had in its cache. `rate` is how many jobs of this run were answered per second in the last minute or
     two, `per_minute` the same per minute, and `eta_seconds` the time left; they are None if no worker has answered any
     lately, during an outage, and if nothing is left. `elapsed_seconds` is how long workers have been working on it without
     a long pause, None before the first call. `age_seconds` counts from the first enqueue.
@@ -72,6 +73,7 @@ class RunStatus(Report):
     stale: int
     crashed: int
     input_tokens: int
+    cached_tokens: int
     output_tokens: int
     cost_usd: float | None
     wasted_usd: float | None
@@ -90,6 +92,12 @@ class RunStatus(Report):
     def word(self) -> str:
         """The run's state in a word: finished, active, paused or cancelled."""
         return "finished" if self.finished and self.state != RunState.CANCELLED else self.state
+
+    @property
+    def tokens(self) -> str:
+        """The tokens in words."""
+        cached = f" ({self.cached_tokens} of them cached)" if self.cached_tokens else ""
+        return f"tokens {self.input_tokens} in{cached}, {self.output_tokens} out"
 
     @property
     def pause(self) -> Paused | None:
@@ -312,7 +320,7 @@ def _describe_cost(run: RunStatus) -> list[str]:
         cost += f", and {pluralize(run.unpriced, 'call')} of unknown cost"
     lines = []
     if run.input_tokens or run.output_tokens or cost:
-        lines.append(f"  tokens {run.input_tokens} in, {run.output_tokens} out{cost}")
+        lines.append(f"  {run.tokens}{cost}")
     if run.price is not None:
         price = Price(run.price["in"], run.price["out"])
         lines.append(f"  price of calls {price.words()}, in dollars for a million tokens")

@@ -38,7 +38,7 @@ class Ending:
         more = (("reused", one.reused), ("cancelled", one.cancelled), ("unfinished", left))
         counts = [f"{one.done} of {pluralize(one.jobs, 'job')} done", *(f"{n} {word}" for word, n in more if n)]
         took = "" if seconds is None else f" in {duration(seconds)}"
-        used = [f"tokens {one.input_tokens} in, {one.output_tokens} out"] * bool(one.input_tokens or one.output_tokens)
+        used = [one.tokens] * bool(one.input_tokens or one.output_tokens)
         used += [] if one.cost_usd is None else [f"cost {dollars(round(one.cost_usd * NANOS))}"]
         return printable("; ".join([f"run {one.run}: {', '.join(counts)}{took}", *[", ".join(used)] * bool(used)]))
 

@@ -72,6 +72,7 @@ task_options = options(
     input_options,
     option("--max-attempts", None, "Attempts per job before it fails.", type=ATTEMPTS, default=MAX_ATTEMPTS),
     option("--keep", "KINDS", KEEP, multiple=True),
+    switch("--warm-cache", "Let the first call go alone, to fill the provider's cache for the others."),
     switch("--append", "Add the inputs to the end of the run."),
     switch("--fresh", "Do not reuse answers of other runs."),
     switch("--dry-run", "Only show three prompts, counts and the estimate; no key is needed."),

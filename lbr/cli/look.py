@@ -130,7 +130,7 @@ def _attempt_lines(one: Attempt) -> list[str]:
 def _facts(of: JobDetail | Attempt, *, estimated: bool = False) -> list[str]:
     """Return the finish reason, the tokens and the cost of an answer or an attempt, as far as they are known."""
     facts = [] if of.finish_reason in {None, "stop"} else [f"finish reason {of.finish_reason}"]
-    counts = ((of.input_tokens, "in"), (of.output_tokens, "out"))
+    counts = ((of.input_tokens, "in"), (of.cached_tokens, "cached"), (of.output_tokens, "out"))
     tokens = ", ".join(f"{count} {way}" for count, way in counts if count is not None)
     facts += [f"tokens {tokens}"] if tokens else []
     if of.cost_nanos is not None:

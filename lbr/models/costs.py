@@ -7,6 +7,7 @@ import functools
 import math
 import time
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -111,6 +112,22 @@ class Costs:
                 }
                 odd = {kind for kind, price in prices.items() if kind not in _KINDS or type(price) is not Decimal}
                 return factor, found, prices, odd | ({"input_tokens"} if "requests_kcount" in odd else set())
+        return None
+
+
+def cost_nanos(response: Any, processing: Processing) -> int | None:
+    """Return what a response of pydantic-ai, whose call was asked to be processed so, cost; None if that is not known."""
+    details = response.provider_details or {}
+    try:
+        if (reported := details.get("cost")) is not None:
+            return round(Decimal(str(reported)) * 10**9)
+        found, factor = response.cost(), Decimal(1)
+        if processing == "batch" or (processing == "flex" and details.get("service_tier", "flex") == "flex"):
+            context, factor = table_context(found.provider, found.model, processing)
+            found = replace(response, provider_details={**details, **(context or {})}).cost()
+        price: Decimal = found.total_price * factor
+        return round(price * 10**9)
+    except Exception:  # noqa: BLE001 - an unknown price must not lose an answer that is paid for
         return None
 
 

@@ -19,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import replace
-from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 import httpx2
@@ -41,11 +40,12 @@ from pydantic_ai.tools import ToolDefinition
 
 from lbr.core.errors import Permanent, Usage, UsageError
 from lbr.core.extras import Extra, Extras
-from lbr.core.pricing import processing_of, table_context
+from lbr.core.pricing import processing_of
 from lbr.core.types import Reply
 from lbr.models.base import messages_of
 from lbr.models.chat import ANSWER_TOOL, Reader, extras
 from lbr.models.checks import check_authority, settings_of, takes_max_completion_tokens
+from lbr.models.costs import cost_nanos
 from lbr.models.failures import check_answer, clean, ending_of, filter_words, from_exception
 from lbr.models.http import Connections, unsupported_proxy
 
@@ -332,7 +332,7 @@ def _content(part: Mapping[str, Any]) -> pm.UserContent:
 def reply_of(response: pm.ModelResponse, processing: Processing = "standard") -> Reply:
     """Read a response, whose call was asked to be processed so. Raises CallError if it holds no answer."""
     text, details = _text_of(response), response.provider_details or {}
-    usage, cost = response.usage, _cost_nanos(response, processing)
+    usage, cost = response.usage, cost_nanos(response, processing)
     counted = Usage(cost_nanos=cost)
     if not usage.unmeasured_requests:
         counted = Usage(usage.input_tokens, usage.output_tokens, cost, usage.cache_read_tokens or None)
@@ -361,20 +361,6 @@ def _extras_of(response: pm.ModelResponse, answers: Sequence[httpx2.Response]) -
     logprobs = next((one["logprobs"] for one in details if one.get("logprobs")), None)
     whole = answers[-1].content if answers else pm.ModelMessagesTypeAdapter.dump_json([response], fallback=str)
     return extras(thoughts, logprobs, whole)
-
-
-def _cost_nanos(response: pm.ModelResponse, processing: Processing) -> int | None:
-    details = response.provider_details or {}
-    try:
-        if (reported := details.get("cost")) is not None:
-            return round(Decimal(str(reported)) * 10**9)
-        found, factor = response.cost(), Decimal(1)
-        if processing == "batch" or (processing == "flex" and details.get("service_tier", "flex") == "flex"):
-            context, factor = table_context(found.provider, found.model, processing)
-            found = replace(response, provider_details={**details, **(context or {})}).cost()
-        return round(found.total_price * factor * 10**9)
-    except Exception:  # noqa: BLE001 - an unknown price must not lose an answer that is paid for
-        return None
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 INPUT_TOKENS = "input_tokens"
 OUTPUT_TOKENS = "output_tokens"
+CACHED_TOKENS = "cached_tokens"
+"""Those of the input tokens that the provider had in its cache; of calls that an earlier version made, none."""
 COST_NANOS = "cost_nanos"
 WASTED_NANOS = "wasted_nanos"
 """The part of the cost of failed tries, and of answers that came too late."""
@@ -108,7 +110,7 @@ FIXING = RunId(0)
 """No run has this id: fixes take turns by it, so that two do not both add the same difference."""
 
 _USAGE = (INPUT_TOKENS, OUTPUT_TOKENS, COST_NANOS)
-_NOT_IN_ROWS = frozenset({ANSWERED, UNPRICED, OPENED})
+_NOT_IN_ROWS = frozenset({ANSWERED, UNPRICED, OPENED, CACHED_TOKENS})
 """Which attempts were paid for is known when they are settled; the rows do not show it, nor how often jobs came."""
 _NO_USAGE: list[ColumnElement[int]] = [literal_column("0") for _ in _USAGE]
 _COUNTED = union_all(

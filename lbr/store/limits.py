@@ -22,10 +22,12 @@ from lbr.core.types import JobState, PauseCause, Paused, RunId, RunState
 from lbr.store.counters import (
     ANSWERED,
     COST_NANOS,
+    CRASHED,
     ESTIMATED_NANOS,
     PARKED,
     RESERVED,
     REUSED,
+    TRY,
     UNPRICED,
     estimated,
     of_runs,
@@ -48,8 +50,8 @@ _LEARNED = ("slots", "threshold", "cut_at", "requests", "tokens", "balanced_at",
 _COLUMNS = [limits.c[one.name] for one in fields(Limit)]
 _NO_LIMIT = Limit()
 _OPEN = PreparedQuery(
-    select(runs.c.id, runs.c.budget_nanos, runs.c.lane, runs.c.answerer, outages.c.since, limits.c.cooldown_until)
-    .add_columns(*_COLUMNS)
+    select(runs.c.id, runs.c.budget_nanos, runs.c.lane, runs.c.warm_cache, runs.c.answerer)
+    .add_columns(outages.c.since, limits.c.cooldown_until, *_COLUMNS)
     .join_from(runs, limits, runs.c.answerer == limits.c.answerer, isouter=True)
     .join(outages, runs.c.answerer == outages.c.answerer, isouter=True)
     .where(any_of(runs.c.id, "ids"), runs.c.state == RunState.ACTIVE)
@@ -81,6 +83,8 @@ _CALLS = PreparedQuery(
 _MAKE = Inserting(limits, "answerer", "cooldown_until", "reason", unless="answerer")
 
 
+MAX_COLD_CALLS = 3
+"""After this many failed calls, a run no longer waits for a first answer to fill the provider's cache."""
 BATCH_WAIT_MS = 5_000
 """How long to wait if only the end of a batch can leave room in a budget."""
 _SAVE = Updating(limits, "answerer", *_LEARNED)
@@ -95,6 +99,7 @@ class Capacity:
     have; `waits` are the times when cooldowns end. `debited` are the models, and `raised` the runs whose highest cost,
     to be saved. Of a model in `probes` one job may be claimed; its run is noted there. `outages` are the models that
     all workers wait for, with the cause. Of a run in `batching`, only jobs that were tried may be claimed.
+    Of a run in `cold`, whose calls in flight are counted there, one job at a time.
     """
 
     now: Millis
@@ -109,6 +114,7 @@ class Capacity:
     probes: dict[str, RunId | None] = field(default_factory=dict)
     outages: dict[str, str] = field(default_factory=dict)
     batching: set[RunId] = field(default_factory=set)
+    cold: dict[RunId, int] = field(default_factory=dict)
 
     def pass_over(self, until: Mapping[str, int]) -> None:
         """Claim nothing of these models until their times."""
@@ -130,6 +136,8 @@ class Capacity:
             rooms.append(self.budgets[run_id].room)
         if who in self.probes:
             rooms.append(int(self.probes[who] is None))
+        if run_id in self.cold:
+            rooms.append(1 - self.cold[run_id])
         return min(room for room in rooms if room is not None)
 
     def wait_ms(self, run_id: RunId) -> int:
@@ -137,6 +145,8 @@ class Capacity:
         limit, budget = self.limit(run_id), self.budgets.get(run_id)
         if budget is not None and budget.room == 0:
             return 0 if budget.is_spent else arithmetic.RETRY_MS if budget.inflight else BATCH_WAIT_MS
+        if self.cold.get(run_id):
+            return arithmetic.RETRY_MS
         return 0 if limit is None else arithmetic.wait_ms(limit, self.inflight[self.answerers[run_id]])
 
     def is_throttled(self, run_id: RunId) -> bool:
@@ -155,6 +165,8 @@ class Capacity:
             self.inflight[who] += calls
         if calls and who in self.probes:
             self.probes[who] = run_id
+        if run_id in self.cold:
+            self.cold[run_id] += calls
         budget = self.budgets.get(run_id)
         if budget is not None:
             inflight, most = budget.inflight + calls, max(budget.highest, highest)
@@ -196,7 +208,8 @@ def load_capacity(
     away: set[str] = set()
     rows = _OPEN.all(connection, {"ids": list(run_ids)})
     lanes = {RunId(row[0]): Lane(row[2]) for row in rows if row[2] in {Lane.BATCH, Lane.AUTO}}
-    for run_id, budget, _, who, since, cooldown_until, *values in rows:
+    first = {RunId(row[0]) for row in rows if row[3]}
+    for run_id, budget, _, _, who, since, cooldown_until, *values in rows:
         if cooldown_until is not None and is_ahead(cooldown_until, now):
             capacity.waits.append(cooldown_until)
             continue
@@ -204,7 +217,7 @@ def load_capacity(
         known[who] = _limit_of(who, values)
         if since is not None:
             away.add(who)
-        if budget is not None:
+        if budget is not None or run_id in first:
             limited.append(run_id)
     if limited:  # runs before models, as a settlement does
         found_runs = connection.execute(_BUDGETS.with_for_update() if lock else _BUDGETS, {"ids": limited}).all()
@@ -212,6 +225,7 @@ def load_capacity(
         # The others were paused while we waited for the lock, perhaps for this very budget.
         for run_id in set(limited) - {row.id for row in found_runs}:
             del capacity.answerers[run_id]
+        capacity.cold = _cold(connection, first & capacity.answerers.keys(), lock=lock)
     if away:
         found = waiting(connection, away, worker, now, lock=lock)
         capacity.outages = {who: reason for who, (reason, _) in found.items()}
@@ -226,6 +240,23 @@ def load_capacity(
         if is_batching(lane, counts[run_id], capacity.budgets.get(run_id), bounded=run_id in bounded)
     }
     return capacity
+
+
+def _cold(connection: Connection, run_ids: set[RunId], *, lock: bool) -> dict[RunId, int]:
+    """Return those of the runs whose first call must go alone, with their calls in flight; with `lock`, end it for others.
+
+    A first call that fails, or dies with its worker, is followed by another one, alone as well, up to MAX_COLD_CALLS.
+    """
+    counts = of_runs(connection, run_ids) if run_ids else {}
+    cold = {
+        run_id: found[JobState.INFLIGHT]
+        for run_id, found in counts.items()
+        if not found[ANSWERED]
+        and sum(count for name, count in found.items() if name.startswith(TRY) or name == CRASHED) < MAX_COLD_CALLS
+    }
+    if lock and (warm := run_ids - cold.keys()):
+        connection.execute(update(runs).where(runs.c.id.in_(warm)).values(warm_cache=None))
+    return cold
 
 
 def is_batching(lane: Lane, counts: Counter[str], budget: Budget | None, *, bounded: bool) -> bool:

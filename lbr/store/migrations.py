@@ -181,6 +181,7 @@ MIGRATIONS: tuple[tuple[str, Callable[[Connection], None] | None], ...] = (
     ("note which ends of runs were reported", None),
     ("send jobs in batches", _index_tried),
     ("index the failed jobs", lambda connection: failed.create(connection, checkfirst=True)),
+    ("let a run's first call go alone", None),
 )
 """Ordered and append-only: a database's version is the number of them that it has seen.
 

@@ -52,7 +52,7 @@ class RunSpec:
 
     `price` is the price of calls from now on, None to leave it as it is; it is not part of the task. `keep` is what to
     keep besides the answers. `samples` is the number of answers per input, and `lane` a `lbr.core.batches.Lane`, None to
-    leave them as they are.
+    leave them as they are. `warm_cache` lets the first call go alone, so that the others find the provider's cache filled.
     """
 
     name: str
@@ -63,6 +63,7 @@ class RunSpec:
     keep: tuple[Extra, ...] = ()
     samples: int | None = None
     lane: str | None = None
+    warm_cache: bool = False
 
     def __post_init__(self) -> None:
         """Check what no database should see."""
@@ -153,6 +154,8 @@ def open_run(connection: Connection, now: Millis, spec: RunSpec) -> Run:
         values["price"] = spec.price.to_json()
     if spec.lane is not None and spec.lane != (run.lane or Lane.ONLINE):
         values["lane"] = spec.lane
+    if spec.warm_cache:
+        values["warm_cache"] = 1
     task = replace(spec.task, tier=spec.task.tier or run.task.tier)
     if run.task.to_json() != task.to_json():
         values["task"] = task.to_json()

@@ -94,6 +94,8 @@ runs = Table(
     Column("reported", Id),
     # A Lane, null for online.
     Column("lane", Text),
+    # 1 until a first call, which goes alone, has filled the provider's cache.
+    Column("warm_cache", Integer),
     CheckConstraint("state IN ('active', 'paused', 'cancelled')", name="runs_state"),
     sqlite_autoincrement=True,
 )

@@ -295,6 +295,7 @@ def _deltas(
             deltas[run_id, counters.INPUT_TOKENS] += usage.input_tokens or 0
             deltas[run_id, counters.OUTPUT_TOKENS] += usage.output_tokens or 0
             deltas[run_id, counters.COST_NANOS] += usage.cost_nanos or 0
+            deltas[run_id, counters.CACHED_TOKENS] += usage.cached_tokens or 0
         if failure is not None:
             deltas[run_id, counters.TRY + failure.family] += 1
     for s in stale:

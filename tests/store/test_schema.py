@@ -438,3 +438,25 @@ async def test_runs_of_before_are_online(db_url: str) -> None:
     assert (await database.write(runs.open_run, replace(spec, lane="online"))).lane == "online"
     await assert_counted(database, run)
     await database.close()
+
+
+async def test_no_run_of_before_waits_for_a_first_call(db_url: str) -> None:
+    """A run that goes on under this version claims at once; it may be asked to wait from the next enqueue on."""
+    database = await open_database(db_url, create=True)
+    run = await put(database, ["a", "b"])
+    where = "lbr." if is_postgresql(db_url) else ""
+    version = [name for name, _ in migrations.MIGRATIONS].index("let a run's first call go alone")
+    for statement in (
+        f"ALTER TABLE {where}runs DROP COLUMN warm_cache",
+        f"DELETE FROM {where}schema_version WHERE version > {version}",
+    ):
+        await database.write(_run, statement)
+    await database.close()
+    database = await open_database(db_url)
+    queue, worker, _ = await two_workers(database)
+    claims = await queue.claim(worker, [run.id], 2, lease=60)
+    assert len(claims) == 2
+    await queue.release(worker, claims)
+    await database.write(runs.open_run, RunSpec("r", ECHO, 8, warm_cache=True))
+    assert len(await queue.claim(worker, [run.id], 2, lease=60)) == 1
+    await database.close()

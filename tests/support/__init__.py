@@ -86,9 +86,11 @@ async def put(
     keep: tuple[Extra, ...] = (),
     reuse: bool = True,
     lane: str | None = None,
+    warm_cache: bool = False,
 ) -> Run:
     """Enqueue prompts into a run and seal it."""
-    run = await database.write(runs.open_run, runs.RunSpec(name, task, 8, keep=keep, lane=lane))
+    spec = runs.RunSpec(name, task, 8, keep=keep, lane=lane, warm_cache=warm_cache)
+    run = await database.write(runs.open_run, spec)
     items = [Item(Prompt(text=prompt)) for prompt in prompts]
     maker = KeyMaker(task)
     await database.write(enqueue.add_chunk, run, 0, items, [maker.key(i.prompt) for i in items], reuse=reuse)

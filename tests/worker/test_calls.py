@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 import urllib.request
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -162,3 +163,33 @@ async def test_a_lack_of_flex_capacity_slows_nothing_else_down(db_url: str, monk
     assert found.cost_usd == pytest.approx(40 * (10 * 125 + 5 * 1000) / 1e9)
     assert [(it.limit.slots, it.limit.cut_at, it.limit.refused) for it in learned] == [(FIRST_SLOTS, None, None)]
     assert cooled == 0
+
+
+async def test_a_first_call_fills_the_cache_for_the_others(db_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No worker calls before it is answered; the cached tokens of the others are counted, at their price."""
+    began: list[float] = []
+    ended: list[float] = []
+    first = threading.Lock()
+
+    def respond(_: Request) -> Script:
+        began.append(time.monotonic())
+        cached = {"prompt_tokens_details": {"cached_tokens": 0 if first.acquire(blocking=False) else 1_000}}
+        usage = {"prompt_tokens": 1_200, "completion_tokens": 5, "total_tokens": 1_205, **cached}
+        seconds = 0.5 if len(began) == 1 else 0.0
+        ended.append(time.monotonic() + seconds)
+        return reply(200, json.dumps(completion(model="gpt-5-mini", usage=usage)), seconds=seconds)
+
+    with Server(respond) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-of-this-test")
+        asked: dict[str, Any] = {"model": "openai-chat:gpt-5-mini", "warm_cache": True, "db_url": db_url}
+        await enqueue([f"p{n}" for n in range(20)], run="r", **asked)
+        async with opened(db_url) as one, opened(db_url) as other:
+            workers = [Worker(it, authorize(), WorkOptions(concurrency=8)) for it in (one, other)]
+            await asyncio.gather(*(worker.run() for worker in workers))
+    assert len(began) == 20
+    assert min(began[1:]) >= ended[0]
+    (found,) = (await status(db_url=db_url)).runs
+    assert (found.done, found.input_tokens, found.cached_tokens) == (20, 24_000, 19_000)
+    assert found.cost_usd == pytest.approx((5_000 * 250 + 19_000 * 25 + 100 * 2_000) / 1e9)
+    assert found.tokens == "tokens 24000 in (19000 of them cached), 100 out"
