@@ -322,7 +322,7 @@ def _describe_cost(run: RunStatus) -> list[str]:
     if run.input_tokens or run.output_tokens or cost:
         lines.append(f"  {run.tokens}{cost}")
     if run.price is not None:
-        price = Price(run.price["in"], run.price["out"])
+        price = Price(run.price["in"], run.price["out"], cached_per_million=run.price.get("cached"))
         lines.append(f"  price of calls {price.words()}, in dollars for a million tokens")
     if run.max_cost_usd is not None:
         lines.append(f"  may cost {_dollars(run.max_cost_usd)}")

@@ -60,7 +60,7 @@ input_options = options(
     option(
         "--price",
         "in=USD,out=USD",
-        "US dollars per million tokens; by default what the provider or the price table says.",
+        "US dollars per million tokens, perhaps with cached=USD; by default what the provider or the price table says.",
     ),
     option("--batch-factor", "FACTOR", "What flex and batch cost of --price; 0.5 by default.", type=float),
 )
@@ -259,7 +259,7 @@ def _cost_words(found: Estimate) -> str:
         problem = table_problem()
         why = "" if problem is None else f", because the price table cannot be loaded ({problem})"
         return f"price unknown{why}: set --price in=…,out=…"
-    price = Price(found.price["in"], found.price["out"]).words()
+    price = Price(found.price["in"], found.price["out"], cached_per_million=found.price.get("cached")).words()
     source = ", by the price table" if found.price_from == "table" else ""
     cost = dollars(estimate_api.rounded(found.cost_usd * NANOS))
     return f"about {cost} at {price} per million tokens{source}"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from lbr.core.types import Json, Prompt, Task
 
-FORM = "in=0.15,out=0.60 (US dollars per million input and output tokens)"
+FORM = "in=0.15,out=0.60 (US dollars per million input and output tokens; cached=0.08 for input from the cache)"
 MAX_PRICE = 1_000_000.0
 """Dollars per million tokens: a dollar per token is a typing error."""
 NANOS = 10**9
@@ -35,20 +35,23 @@ Processing = Literal["standard", "flex", "batch"]
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """What a model costs, in US dollars per million tokens of input and of output; flex and batch cost a factor of it."""
+    """What a model costs, in US dollars per million tokens of input and of output; flex and batch cost a factor of it.
+
+    Input from the provider's cache costs as much as other input unless `cached_per_million` is set.
+    """
 
     input_per_million: float
     output_per_million: float
     batch_factor: float = BATCH_FACTOR
+    cached_per_million: float | None = None
 
     def at(self, processing: Processing) -> Price:
         """Return the price of calls that are processed so."""
         if processing == "standard":
             return self
-        factor = self.batch_factor
-        return replace(
-            self, input_per_million=self.input_per_million * factor, output_per_million=self.output_per_million * factor
-        )
+        factor, cached = self.batch_factor, self.cached_per_million
+        cached = None if cached is None else cached * factor
+        return Price(self.input_per_million * factor, self.output_per_million * factor, factor, cached)
 
     def cost_nanos(self, input_tokens: int, output_tokens: int) -> int:
         """Return what this many tokens cost."""
@@ -62,16 +65,19 @@ class Price:
         if usage.input_tokens is None or usage.output_tokens is None:
             return usage
         cost = self.cost_nanos(usage.input_tokens, usage.output_tokens)
+        if self.cached_per_million is not None:
+            cached = min(usage.cached_tokens or 0, usage.input_tokens)
+            cost -= round(cached * (self.input_per_million - self.cached_per_million) * 1000)
         return replace(usage, cost_nanos=cost if cost <= MAX_NANOS else None)
 
     def words(self) -> str:
         """Return the price as `read_price` reads it."""
-        prices = (Decimal(str(price)).normalize() for price in (self.input_per_million, self.output_per_million))
-        return "in={:f},out={:f}".format(*prices)
+        return ",".join(f"{name}={Decimal(str(price)).normalize():f}" for name, price in self.to_dict().items())
 
     def to_dict(self) -> dict[str, float]:
         """Return the price as JSON has it."""
-        return {"in": self.input_per_million, "out": self.output_per_million}
+        cached = {} if self.cached_per_million is None else {"cached": self.cached_per_million}
+        return {"in": self.input_per_million, "out": self.output_per_million} | cached
 
     def to_json(self) -> str:
         """Return the text that the store keeps."""
@@ -83,13 +89,14 @@ class Price:
         """Read a stored price. Raises DatabaseError if it is not one."""
         try:
             found = orjson.loads(text)
-            return cls(*map(_number, (found["in"], found["out"], found.get("batch_factor", BATCH_FACTOR))))
+            low, high, factor = map(_number, (found["in"], found["out"], found.get("batch_factor", BATCH_FACTOR)))
+            return cls(low, high, factor, _number(found["cached"]) if "cached" in found else None)
         except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             raise DatabaseError(f"expected a stored price, got: {text[:200]!r}") from error
 
 
 def read_price(text: str | None, batch_factor: float | None = None) -> Price | None:
-    """Read `in=0.15,out=0.60`, in either order; None for None.
+    """Read `in=0.15,out=0.60`, perhaps with `cached=0.08`, in any order; None for None.
 
     `batch_factor`: what flex and batch cost of it. Raises UsageError for anything else, or a factor without a price.
     """
@@ -100,13 +107,22 @@ def read_price(text: str | None, batch_factor: float | None = None) -> Price | N
             raise UsageError("--batch-factor is a factor of your own price; add --price in=…,out=…, or leave it out")
         return None
     try:
-        (first, low), (second, high) = (part.split("=") for part in text.split(","))
-        found = {first.strip(): _number(low), second.strip(): _number(high)}
-        return Price(found["in"], found["out"], BATCH_FACTOR if batch_factor is None else float(batch_factor))
+        found = _parts_of(text)
+        factor = BATCH_FACTOR if batch_factor is None else float(batch_factor)
+        return Price(found["in"], found["out"], factor, found.get("cached"))
     except (KeyError, ValueError):
         raise UsageError(
             f"expected a price like {FORM}, from 0 to {MAX_PRICE:,.0f} each, got: {text[:100]!r}"
         ) from None
+
+
+def _parts_of(text: str) -> dict[str, float]:
+    """Return the parts of a price by name. Raises ValueError for one that is odd, or given twice."""
+    parts = [part.split("=") for part in text.split(",")]
+    found = {name.strip(): _number(price) for name, price in parts}
+    if len(found) < len(parts) or not found.keys() <= {"in", "out", "cached"}:
+        raise ValueError(text)
+    return found
 
 
 def _number(value: Any) -> float:

@@ -44,6 +44,9 @@ BAD_PRICES = (
     "in=1,out=1000001",
     "in=1;out=2",
     "input=1,output=2",
+    "in=1,out=2,cached=",
+    "in=1,cached=1",
+    "in=1,out=2,cached=1,cached=1",
 )
 
 
@@ -87,6 +90,16 @@ class TestPrices:
         assert MINI.apply(Usage(10, 20, 5)) == Usage(10, 20, 10 * 150 + 20 * 600)
         assert MINI.apply(Usage(10, None, 5)) == Usage(10, None, 5)
         assert MINI.apply(Usage(cost_nanos=5)) == Usage(cost_nanos=5)
+
+    def test_cached_tokens_have_a_price_of_their_own(self) -> None:
+        """If it is given; it is stored and printed with the others, and flex costs a factor of it too."""
+        price = read_price("in=1,out=2,cached=0.1")
+        assert price is not None
+        assert price.apply(Usage(100, 10, None, 80)).cost_nanos == 20 * 1000 + 80 * 100 + 10 * 2000
+        assert price.at("flex").apply(Usage(100, 10, None, 80)).cost_nanos == (20 * 1000 + 80 * 100 + 10 * 2000) / 2
+        assert price.apply(Usage(100, 0, None, 900)).cost_nanos == 100 * 100
+        assert Price.from_json(price.to_json()) == price == read_price(price.words())
+        assert MINI.apply(Usage(10, 20, 5, 10)).cost_nanos == 10 * 150 + 20 * 600
 
     def test_a_cost_that_no_database_holds_is_left_out(self) -> None:
         """The counts stay."""
