@@ -135,13 +135,13 @@ def plan(connection: Connection, now: Millis, request: PlanRequest) -> BatchRow 
     A run whose budget is spent is paused.
     """
     hold_states(connection, [request.run_id], to_change=True)
-    chosen = _choose(connection, now, request, DUE_FRESH.with_for_update(of=jobs, skip_locked=True))
+    chosen = _choose(connection, now, request, DUE_FRESH.with_for_update(skip_locked=True))
     if chosen.pause is not None:
         connection.execute(update(runs).where(runs.c.id == request.run_id).values(pausing(chosen.pause)))
     if not chosen.ids:
         return None
     parking = update(jobs).where(any_of(jobs.c.id, "ids")).values(claim_seq=jobs.c.claim_seq + 1, available_at=PARKED)
-    parked = connection.execute(parking.returning(jobs.c.id, jobs.c.claim_seq), {"ids": chosen.ids}).all()
+    parked = connection.execute(parking.returning(jobs.c.id, jobs.c.claim_seq), {"ids": list(chosen.ids)}).all()
     values = {"run_id": request.run_id, "nonce": new_nonce(), "state": BatchState.PLANNED, "count": len(parked)}
     times = {"created_at": now, "next_poll_at": now, "cursor": 0, "reserved_nanos": chosen.nanos}
     made = connection.execute(insert(batches).values(values | times | _lease(now, request)).returning(batches)).one()
@@ -159,7 +159,7 @@ def _lease(now: Millis, request: PlanRequest) -> dict[str, int]:
 class _Chosen(NamedTuple):
     """The jobs for a batch that may be planned now, and what they may cost; or why the run must pause."""
 
-    ids: Sequence[JobId] = ()
+    ids: Sequence[int] = ()
     nanos: int = 0
     pause: Paused | None = None
 
@@ -177,28 +177,30 @@ def _choose(connection: Connection, now: Millis, request: PlanRequest, due: Sele
         if budget.is_spent:
             return _Chosen(pause=Paused(PauseCause.BUDGET, budget.spent_message))
     most = _most(connection, now, request)
-    found = connection.execute(_with_sizes(due), {"run": run.id, "now": now, "most": most}).all() if most else ()
+    found = connection.execute(due, {"run": run.id, "now": now, "most": most}).all() if most else ()
+    ids = [row.id for row in found]
     is_whole = run.sealed_at is not None or now - run.enqueued_at > ABANDONED_MS
     least = min(most, AUTO_REQUESTS if run.lane == Lane.AUTO else TAIL + 1) if is_whole else most
-    if not most or len(found) < least:
+    if not most or len(ids) < least:
         return _Chosen()
-    count, nanos = len(found), 0
+    count, nanos = len(ids), 0
     if budget is not None:
-        count, nanos = budget.reserve([_bound_of(row, budget, request.bound) for row in found])
-    return _Chosen([JobId(row.id) for row in found[:count]], nanos)
+        count, nanos = budget.reserve(_bounds(connection, ids, budget, request.bound))
+    return _Chosen(ids[:count], nanos)
 
 
-def _with_sizes(due: Select[tuple[int]]) -> Any:
-    # The characters of the stored form, because a batch of images would not fit into memory.
-    sized = due.add_columns(func.length(prompts.c.body).label("characters"), prompts.c.settings)
-    return sized.join_from(jobs, prompts, prompts.c.job_id == jobs.c.id)
-
-
-def _bound_of(row: AnyRow, budget: Budget, bound: CallBound | None) -> int:
+def _bounds(connection: Connection, ids: Sequence[int], budget: Budget, bound: CallBound | None) -> list[int]:
+    """Return what the call of each job may cost."""
     if bound is None:
-        return budget.reserved
-    own = own_settings(None, row.settings) or {}
-    return bound.nanos(tokens_of(row.characters), max_output_tokens(own))
+        return [budget.reserved] * len(ids)
+    # The characters of the stored form, because the texts of a batch of images would not fit into memory.
+    sizes = select(prompts.c.job_id, func.length(prompts.c.body), prompts.c.settings)
+    rows = connection.execute(sizes.where(any_of(prompts.c.job_id, "ids")), {"ids": list(ids)}).all()
+    costs = {
+        job_id: bound.nanos(tokens_of(characters), max_output_tokens(own_settings(None, settings) or {}))
+        for job_id, characters, settings in rows
+    }
+    return [costs.get(job_id, 0) for job_id in ids]
 
 
 def _most(connection: Connection, now: Millis, request: PlanRequest) -> int:

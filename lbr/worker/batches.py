@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import IO, TYPE_CHECKING
 
 from lbr.core.batches import (
     MAX_BATCHES,
@@ -27,8 +27,8 @@ from lbr.core.batches import (
     custom_id,
     read_custom_id,
 )
-from lbr.core.errors import CallError, Family, LbrError
-from lbr.core.retry import decide
+from lbr.core.errors import CallError, DatabaseError, Family, LbrError
+from lbr.core.retry import MESSAGE_LIMIT, decide, storable
 from lbr.core.text import pluralize
 from lbr.core.types import Claim, JobState, Millis, PauseCause, Paused, Prompt, RunState
 from lbr.store import batches, reads
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
     from random import Random
 
-    from lbr.core.batches import BatchProvider, BatchRow
+    from lbr.core.batches import BatchProvider, BatchRow, Found
     from lbr.core.retry import RetryPolicy
     from lbr.core.schema import Validator
     from lbr.core.types import JobId, Outcome, Run, RunId, Settlement, WorkerId
@@ -119,10 +119,10 @@ class Batches:
 
     async def _take_step(self, worker: WorkerId, runs: Collection[Run], *, named: bool) -> bool:
         """Do the step that is due; return whether there was one."""
-        ids = {run.id for run in runs} if named else await self._database.quick_read(batches.runs_of_open)
-        ids -= self._refused
+        open_ = await self._database.quick_read(batches.runs_of_open)
+        ids = (open_ & {run.id for run in runs} if named else open_) - self._refused
         row = None
-        if ids and await self._database.quick_read(batches.is_due, ids):
+        if await self._database.quick_read(batches.is_due, ids):
             row = await self._database.write(batches.take, worker, ids, self._lease)
         if row is None:
             row = await self._plan(worker, runs)
@@ -138,18 +138,17 @@ class Batches:
         return True
 
     async def _keep(self, row: BatchRow) -> None:
-        while True:
-            await asyncio.sleep(self._lease / 3)
-            await self._database.write(batches.renew, row, self._lease)
+        with suppress(DatabaseError):  # without its lease, a step changes nothing
+            while True:
+                await asyncio.sleep(self._lease / 3)
+                await self._database.write(batches.renew, row, self._lease)
 
     async def _plan(self, worker: WorkerId, runs: Collection[Run]) -> BatchRow | None:
         for run in runs:
-            if run.lane not in {Lane.BATCH, Lane.AUTO} or run.id in self._refused or not self._provider(run):
-                continue
-            provider = self._providers[run.id][0]
-            most = min(MAX_REQUESTS, provider.max_requests)
             served = self._runs.served.get(run.id)
-            bound = None if served is None else served.bound
+            if served is None or run.lane not in {Lane.BATCH, Lane.AUTO} or not self._provider(run):
+                continue
+            most, bound = min(MAX_REQUESTS, self._providers[run.id][0].max_requests), served.bound
             if bound is not None:
                 bound = replace(bound, price=bound.price.at("batch"))
             request = PlanRequest(worker, self._lease, run.id, most, MAX_BATCHES, bound)
@@ -209,11 +208,12 @@ class Batches:
         self._warn(f"run {run.name}: batch {row.nonce}, {row.state}: {error}")
         if not row.state.may_be_out and family in {Family.PERMANENT, Family.ACCOUNT}:
             cause = PauseCause.ACCOUNT if family is Family.ACCOUNT else PauseCause.SET_UP
-            await self._release(run, row, str(error), Paused(cause, f"its batch was refused: {error}"))
+            await self._release(run, row, error, Paused(cause, f"its batch was refused: {_words(error)}"))
         else:
-            await self._put_back(row, RETRY_MS, str(error))
+            await self._put_back(row, RETRY_MS, _words(error))
 
-    async def _release(self, run: Run, row: BatchRow, error: str, pause: Paused | None) -> None:
+    async def _release(self, run: Run, row: BatchRow, why: Exception | str, pause: Paused | None) -> None:
+        error = _words(why)
         count = await self._database.write(batches.release, row, error, pause)
         self._notify(f"run {run.name}: batch {row.nonce} was not accepted, {pluralize(count, 'job')} put back: {error}")
         if pause is not None:
@@ -237,7 +237,7 @@ class Batches:
         await self._send(run, row, provider)
 
     async def _build(
-        self, run: Run, row: BatchRow, provider: BatchProvider, file: BinaryIO
+        self, run: Run, row: BatchRow, provider: BatchProvider, file: IO[bytes]
     ) -> tuple[list[JobId], list[JobId]]:
         """Write the upload; return the jobs that a batch cannot ask for, and those for which there is no room."""
         others: list[JobId] = []
@@ -261,7 +261,8 @@ class Batches:
         return others, full
 
     async def _send(self, run: Run, row: BatchRow, provider: BatchProvider) -> None:
-        if row.file_id is None or row.credential != provider.credential:  # uploaded with another key
+        file_id = row.file_id
+        if file_id is None or row.credential != provider.credential:  # uploaded with another key
             await self._upload(run, row, provider)
             return
         began = time.time(), time.monotonic()
@@ -271,20 +272,25 @@ class Batches:
             await self._database.write(batches.withdraw, row, RETRY_MS, "the machine stood still")
             return
         try:
-            found = await provider.create(row.file_id, row.nonce)
+            found = await provider.create(file_id, row.nonce)
         except Refused as error:
-            pause = Paused(PauseCause.SET_UP, f"its batch was refused: {error}")
-            await self._release(run, row, str(error), pause)
+            pause = Paused(PauseCause.SET_UP, f"its batch was refused: {_words(error)}")
+            await self._release(run, row, error, pause)
         except Exception as error:  # noqa: BLE001 - whatever it is, the provider may have the batch
             self._warn(
                 f"run {run.name}: batch {row.nonce}: no certain reply to its creation, so lbr looks for it: {error}"
             )
-            await self._database.write(batches.doubt, row, FIRST_POLL_MS, str(error))
+            await self._database.write(batches.doubt, row, FIRST_POLL_MS, _words(error))
         else:
             self._notify(
                 f"run {run.name}: sent batch {row.nonce} of {pluralize(row.count, 'request')} to {provider.name}"
             )
-            await self._database.write(batches.sent, row, found, FIRST_POLL_MS)
+            await self._sent(row, found)
+
+    async def _sent(self, row: BatchRow, found: Found) -> None:
+        """Record a batch that the provider has; how it ended, if it did, is judged by the next step, a poll."""
+        wait = 0 if found.ended else FIRST_POLL_MS
+        await self._database.write(batches.sent, row, replace(found, ended=False), wait)
 
     async def _look(self, run: Run, row: BatchRow, provider: BatchProvider) -> None:
         if row.credential != provider.credential:
@@ -293,7 +299,7 @@ class Batches:
         found = await provider.find(row.nonce, Millis(min(row.sent_at or now, now) - SINCE_MS))
         if found is not None:
             self._notify(f"run {run.name}: found batch {row.nonce} at {provider.name}")
-            await self._database.write(batches.sent, row, found, FIRST_POLL_MS)
+            await self._sent(row, found)
         elif await self._database.write(batches.not_found, row):
             self._notify(f"run {run.name}: {provider.name} never had batch {row.nonce}; it is sent again")
 
@@ -358,6 +364,11 @@ class Batches:
             self._notify(f"run {name} is paused now: {pause.message}")
         self._changed()
         return row
+
+
+def _words(error: Exception | str) -> str:
+    """Return an error as the database can hold it."""
+    return storable(str(error).replace("\x00", ""))[:MESSAGE_LIMIT]
 
 
 def _other_key(row: BatchRow) -> str:

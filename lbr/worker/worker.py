@@ -94,7 +94,7 @@ class Worker:
         )
         self._id = WorkerId(0)
         self._run_ids: list[RunId] = []
-        self._serves: list[Run] = []
+        self._found: list[Run] = []
         self._claims = 0
         self._claiming_since: float | None = None
         self._unused: list[Claim] = []
@@ -183,7 +183,7 @@ class Worker:
         """Serve the batch lane."""
         try:
             if self._options.lane is not Lane.ONLINE:
-                await self._batches.run(self._id, lambda: self._serves, named=self._run_names is not None)
+                await self._batches.run(self._id, lambda: self._found, named=self._run_names is not None)
         except Exception as error:  # noqa: BLE001 - as for the other lane
             self._fail(error)
 
@@ -365,8 +365,9 @@ class Worker:
                 raise self._runs.refused[run.id]
         for notice in notices:
             self._notify(notice)
-        self._serves = [run for run in found if run.id in self._runs.served]
-        self._run_ids = [] if self._options.lane is Lane.BATCH else [run.id for run in self._serves]
+        self._found = found
+        calls = self._options.lane is not Lane.BATCH
+        self._run_ids = [run.id for run in found if calls and run.id in self._runs.served]
         await self._start_limits.apply(self._runs.served.values(), found)
 
     async def _find_runs(self) -> list[Run]:
@@ -432,9 +433,9 @@ class Worker:
             return False
         self._next_check = now + CHECK_SECONDS
         wanted = await self._find_runs()
+        if self._options.lane is not Lane.ONLINE and not self._batches.idle:
+            return False
         if until is Until.EMPTY:
-            if self._options.lane is not Lane.ONLINE and not self._batches.idle:
-                return False
             work = await self._due_work()
             if work.due or work.suspects or work.expired:
                 return False
