@@ -94,7 +94,7 @@ def _copying_extras(keep: tuple[Extra, ...]) -> BulkStatement:
 
 _JOB = ("id", "run_id", "state", "available_at", "claim_seq", "attempts", "crashes", "retry_seq", "finished_at")
 _ADD_JOBS = Inserting(jobs, *_JOB)
-_ADD_PROMPTS = Inserting(prompts, "job_id", "run_id", "key", "chat", "body", "sample")
+_ADD_PROMPTS = Inserting(prompts, "job_id", "run_id", "key", "chat", "body", "sample", "idx")
 ADD_ITEMS = Inserting(
     items_table, "run_id", "idx", "sample", "job_id", "first", "custom_id", "metadata", "id_is_number"
 )
@@ -344,8 +344,8 @@ def _insert_jobs(
         for job_id in new.values()
     ]
     _ADD_JOBS.run_plain(connection, rows)
-    first = [(e.job_id, e.key, e.item.prompt, e.sample or None) for e in entries if e.first]
-    bodies = [(job_id, run.id, key, prompt.form, prompt.body(), sample) for job_id, key, prompt, sample in first]
+    first = [(e, e.item.prompt) for e in entries if e.first]
+    bodies = [(e.job_id, run.id, e.key, asked.form, asked.body(), e.sample or None, e.idx) for e, asked in first]
     _ADD_PROMPTS.run_plain(connection, bodies)
     copies = list(answered.items())
     _COPY_RESULTS.run_plain(connection, copies)

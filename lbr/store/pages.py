@@ -58,7 +58,11 @@ LOOKS: dict[str, Select[Any]] = {
     "": _some(jobs.c.id > bindparam("after")),
 }
 _FIRST = select(items.c.job_id).where(items.c.run_id == bindparam("run")).order_by(items.c.idx, items.c.sample).limit(1)
-_PLACES = select(items.c.job_id, items.c.idx, items.c.sample).where(
+_PLACES = select(prompts.c.job_id, prompts.c.idx, func.coalesce(prompts.c.sample, 0).label("sample")).where(
+    any_of(prompts.c.job_id, "ids"), prompts.c.idx.is_not(None)
+)
+# Of jobs that older versions wrote: no index leads from them to their inputs, so this reads the run's inputs.
+_OLD_PLACES = select(items.c.job_id, items.c.idx, items.c.sample).where(
     items.c.run_id == bindparam("run"), items.c.first == 1, any_of(items.c.job_id, "ids")
 )
 _USED = ("input_tokens", "output_tokens", "cost_nanos", "latency_ms")
@@ -157,8 +161,10 @@ def _matching(connection: Connection, rows: list[AnyRow], given: Filter) -> list
 
 
 def _places(connection: Connection, run: Run, ids: Sequence[int]) -> dict[int, tuple[int, int]]:
-    """Return the first inputs of jobs. No index leads from a job to its inputs, so this reads the run's inputs once."""
-    found = connection.execute(_PLACES, {"run": run.id, "ids": list(ids)}).all() if ids else []
+    """Return the index and the sample of the first inputs of jobs."""
+    found = list(connection.execute(_PLACES, {"ids": list(ids)}).all()) if ids else []
+    if missing := set(ids) - {row.job_id for row in found}:
+        found += connection.execute(_OLD_PLACES, {"run": run.id, "ids": list(missing)}).all()
     return {row.job_id: (row.idx, row.sample) for row in found}
 
 

@@ -160,6 +160,8 @@ prompts = Table(
     Column("settings", Text),
     # The number of the answer among those to the same input, null for the first, 0.
     Column("sample", SmallInteger),
+    # The first input that it answers; null in what older versions wrote.
+    Column("idx", Id),
 )
 # The key first, because an answer is searched for in all runs.
 Index("prompts_key", prompts.c.key, prompts.c.run_id, unique=True)
