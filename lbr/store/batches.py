@@ -366,10 +366,11 @@ def settle_page(
     ours = {job_id: s for job_id, s in by_job.items() if (job_id, s.claim.claim_seq) in known}
     before = set(connection.execute(_PARKED, {"ids": sorted(ours)}).scalars())
     settled = settle(connection, now, [s for job_id, s in sorted(ours.items()) if job_id in before])
-    taken = sorted(before - set(connection.execute(_PARKED, {"ids": sorted(before)}).scalars()))
+    if not before <= settled.taken:
+        raise DatabaseError(f"expected {len(before)} answers of batch {row.nonce} to be taken; nothing was written")
     marking = update(results).where(any_of(results.c.job_id, "ids")).values(lane=Lane.BATCH)
-    connection.execute(marking, {"ids": taken})
-    counters.add(connection, Counter({(row.run_id, counters.PARKED): -len(taken)}))
+    connection.execute(marking, {"ids": sorted(before)})
+    counters.add(connection, Counter({(row.run_id, counters.PARKED): -len(before)}))
     return moved, settled
 
 
@@ -405,8 +406,8 @@ def _ended(now: Millis, state: BatchState) -> dict[str, Any]:
 
 
 def _close(connection: Connection, now: Millis, closed: BatchRow, row: BatchRow, *, fresh: bool) -> int:
-    counters.add(connection, Counter({(row.run_id, counters.RESERVED): -row.reserved_nanos}))
     count = _unpark(connection, now, closed, jobs.c.id.in_(_OF_BATCH), {}, fresh=fresh)
+    counters.add(connection, Counter({(row.run_id, counters.RESERVED): -row.reserved_nanos}))
     connection.execute(delete(batch_jobs).where(batch_jobs.c.batch_id == row.id))
     return count
 

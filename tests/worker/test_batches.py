@@ -173,6 +173,23 @@ async def test_a_refused_batch_pauses_the_run(laptop: Laptop, server: BatchServe
 
 
 @pytest.mark.slow
+async def test_a_wrong_set_up_pauses_the_run(laptop: Laptop, server: BatchServer) -> None:
+    """If all lines of a batch fail alike, no job is charged, and none goes online at the full price."""
+    run = await laptop.put(6 * MANY)
+    server.plan = Plan(errors=6 * MANY)
+    await laptop.work()
+    found = await laptop.database.read(reads.find_run, run.name)
+    assert found.is_paused_by(PauseCause.SET_UP)
+    assert await states(laptop.database, run) == {"pending": 6 * MANY}
+    server.plan = Plan()
+    await laptop.database.write(runs.resume, run)
+    await laptop.work()
+    assert await states(laptop.database, run) == {"done": 6 * MANY}
+    check_paid_once(server)
+    await assert_counted(laptop.database, run)
+
+
+@pytest.mark.slow
 async def test_too_many_tokens_are_sent_in_halves(laptop: Laptop, server: BatchServer) -> None:
     """The provider says so after it has accepted the batch; no job is charged and no call made online."""
     run = await laptop.put(4 * MANY)
