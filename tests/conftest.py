@@ -45,9 +45,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every proof as slow."""
+    """Mark every proof as slow, and commands on PostgreSQL, whose store has quick tests of its own."""
     for item in items:
-        if item.path.is_relative_to(ROOT / "tests" / "proofs"):
+        given = getattr(getattr(item, "callspec", None), "params", {})
+        commands_on_server = given.get("db_url") == "postgresql" and "cli" in getattr(item, "fixturenames", ())
+        if commands_on_server or item.path.is_relative_to(ROOT / "tests" / "proofs"):
             item.add_marker("slow")
 
 

@@ -87,6 +87,7 @@ def _read_until(terminal: int, pattern: bytes) -> str:
     return told.decode(errors="replace")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("db_url", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("shell", SHELLS)
 def test_tab_in_a_real_shell(queue: Cli, shell: str) -> None:

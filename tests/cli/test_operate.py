@@ -106,7 +106,8 @@ class TestBackup:
     def test_workers_go_on_and_the_copy_is_whole(self, cli: Cli) -> None:
         """The copy of one moment is sound, private and can be worked on; nothing is left beside it."""
         enqueue(cli, "slow", [f"p{n}" for n in range(400)], "--set", "latency=0.05")
-        worker = cli.start("worker", "--concurrency", "8", "--until", "forever")
+        # What it holds in the copy comes back when its leases end.
+        worker = cli.start("worker", "--concurrency", "8", "--until", "forever", "--lease", "3")
         cli.wait_for("slow", "done", 20)
         assert cli("backup", "copy.db").stdout.endswith(": copied to copy.db\n")
         worker.send_signal(signal.SIGTERM)

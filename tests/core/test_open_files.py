@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
     from lbr.store.database import Database
 
+pytestmark = pytest.mark.slow
+
 MODEL = "openai-chat:gpt-4o-mini"
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from lbr import RunStatus, Worker, WorkReport
 
+pytestmark = pytest.mark.slow
+
 LOST: tuple[Lost, ...] = ("reply", "commit", "late")
 WRITTEN: tuple[Lost, ...] = ("reply", "late")
 

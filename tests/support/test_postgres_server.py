@@ -21,6 +21,8 @@ from tests.support import PATIENCE_SECONDS, ROOT, Cli, assert_counted, postgres,
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+pytestmark = pytest.mark.slow
+
 
 def postmaster(folder: Path) -> int:
     """Return the process of a running server."""
