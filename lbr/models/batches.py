@@ -15,6 +15,7 @@ import orjson
 from lbr.core.batches import Found, Refused, Unsure, WrongKey
 from lbr.core.errors import CallError, UsageError
 from lbr.core.retry import failure_of
+from lbr.core.tiers import sent_settings
 from lbr.core.types import Outcome
 from lbr.models import chat
 from lbr.models.base import Kind, Request, kind_of
@@ -271,7 +272,7 @@ def check_lane(task: Task, base_url: str | None) -> None:
     name, why = task.model or "", ""
     provider, _, model = name.partition(":")
     host = urlsplit(base_url or "").hostname or ""
-    settings = {one: value for one, value in task.settings.items() if one != "extra_body"}
+    settings = {one: value for one, value in sent_settings(task).items() if one != "extra_body"}
     if kind_of(task) is Kind.FUNCTION:
         why = "a function of yours answers, not a provider"
     elif kind_of(task) is Kind.OFFLINE:

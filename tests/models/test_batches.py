@@ -236,6 +236,7 @@ async def test_files_go_through_the_proxy_of_the_environment(
         (TASK, "https://me.openai.azure.com/openai/v1", "Azure"),
         (TASK, "https://api.together.xyz/v1", "metadata"),
         (Task(model="openai-chat:gpt-5", settings={"service_tier": "flex"}), None, "--tier"),
+        (Task(model="openai-chat:gpt-5", tier="flex"), None, "--tier"),
         (Task(model="openai-chat:gpt-5", settings={"openai_user": "me"}), None, "openai_user"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 from genai_prices.data_snapshot import get_snapshot
 
 from lbr.core.errors import Usage
-from lbr.models.costs import Costs
+from lbr.models.costs import Costs, cost_nanos
 
 WHERE = [
     ("openai", "https://api.openai.com/v1/"),
@@ -144,3 +144,28 @@ async def test_cached_tokens_of_flex_are_cheaper_still() -> None:
     usage = {"prompt_tokens": 100_000, "completion_tokens": 0, "prompt_tokens_details": {"cached_tokens": 90_000}}
     found = costs.usage({"model": "gpt-5-mini", "service_tier": "flex", "usage": usage}, "flex")
     assert found == Usage(100_000, 0, 10_000 * 125 + 90_000 * 25 // 2, 90_000)
+
+
+@pytest.mark.parametrize(
+    ("provider", "model", "reported", "factor"),
+    [
+        ("google", "gemini-2.5-pro", None, "0.5"),
+        ("google", "gemini-2.5-pro", "flex", "0.5"),
+        ("google", "gemini-2.5-pro", "standard", "1"),  # the provider chose another tier
+        ("azure", "gpt-5-mini", "flex", "0.5"),
+        ("openai", "gpt-5-mini", "flex", "0.5"),
+    ],
+)
+def test_flex_costs_half_through_pydantic_ai(provider: str, model: str, reported: str | None, factor: str) -> None:
+    """The same, for responses of the other adapter."""
+    from pydantic_ai.messages import ModelResponse
+    from pydantic_ai.usage import RequestUsage
+
+    def answer(details: Any) -> ModelResponse:
+        usage = RequestUsage(input_tokens=100_000, output_tokens=5_000)
+        return ModelResponse([], usage=usage, model_name=model, provider_name=provider, provider_details=details)
+
+    standard = cost_nanos(answer(None), "standard")
+    assert standard
+    found = cost_nanos(answer({"service_tier": reported} if reported else None), "flex")
+    assert found == round(standard * Decimal(factor))

@@ -18,6 +18,7 @@ from sqlalchemy import func, select
 from lbr.api.enqueue import enqueue
 from lbr.api.operate import status
 from lbr.api.task import authorize
+from lbr.api.work import work
 from lbr.core.config import WorkOptions
 from lbr.core.errors import Usage
 from lbr.core.limits import FIRST_SLOTS
@@ -32,7 +33,7 @@ from lbr.worker.worker import Worker
 from tests.models.test_chat import asking, completion
 from tests.support import Cli
 from tests.support.chat_wire import MODELS, Wire, chat_model, environment, http, reference_model
-from tests.support.http_server import Request, Script, Server, prompt_of, reply
+from tests.support.http_server import Request, Script, Scripted, Server, prompt_of, reply
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -144,7 +145,14 @@ async def test_a_lack_of_flex_capacity_slows_nothing_else_down(db_url: str, monk
             return reply(429, json.dumps({"error": lack}), {"x-ratelimit-reset-tokens": "6m"})
         return reply(200, json.dumps(completion(model="gpt-5-mini", service_tier="flex")))
 
+    async def noted(model: ChatModel, request: Any) -> Any:
+        timeouts.add(request.timeout)
+        return await answer(model, request)
+
     asked: Counter[str] = Counter()
+    timeouts: set[float] = set()
+    answer = ChatModel.answer
+    monkeypatch.setattr(ChatModel, "answer", noted)
     policy = RetryPolicy(backoff_first=0.02, retry_after_most=0.05)
     with Server(respond) as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
@@ -158,6 +166,7 @@ async def test_a_lack_of_flex_capacity_slows_nothing_else_down(db_url: str, monk
             cooled = await one.read(lambda c, _: c.scalar(select(func.max(limits.c.cooldown_until))))
     assert {body["service_tier"] for body in bodies} == {"flex"}
     assert len(bodies) == 120
+    assert timeouts == {900.0}
     (found,) = (await status(db_url=db_url)).runs
     assert (found.done, found.errors, attempts) == (40, {"rate_limited": 80}, 1)
     assert found.cost_usd == pytest.approx(40 * (10 * 125 + 5 * 1000) / 1e9)
@@ -193,3 +202,18 @@ async def test_a_first_call_fills_the_cache_for_the_others(db_url: str, monkeypa
     assert (found.done, found.input_tokens, found.cached_tokens) == (20, 24_000, 19_000)
     assert found.cost_usd == pytest.approx((5_000 * 250 + 19_000 * 25 + 100 * 2_000) / 1e9)
     assert found.tokens == "tokens 24000 in (19000 of them cached), 100 out"
+
+
+async def test_a_price_of_ones_own_is_factored_at_flex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the cost is limited: what a call may cost at most is less, so that more calls fit."""
+    body = json.dumps(completion(model="gpt-5-mini", service_tier="flex"))
+    db_url = f"sqlite:///{tmp_path / 'q.db'}"
+    with Scripted(200, body) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-of-this-test")
+        asked: dict[str, Any] = {"model": "openai-chat:gpt-5-mini", "tier": "flex", "settings": {"max_tokens": 5}}
+        await enqueue(["a", "b"], run="r", price="in=1,out=2", batch_factor=0.3, db_url=db_url, **asked)
+        await work(max_cost=1, db_url=db_url)
+    (found,) = (await status(db_url=db_url)).runs
+    assert (found.done, found.price) == (2, {"in": 1.0, "out": 2.0})
+    assert found.cost_usd == pytest.approx(2 * (10 * 1 + 5 * 2) * 0.3 / 1e6)
