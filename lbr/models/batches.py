@@ -233,7 +233,8 @@ def _id_in(found: Mapping[str, Any]) -> str:
 def _found(batch: Mapping[str, Any]) -> Found:
     """Read a batch."""
     status, errors = str(batch.get("status")).lower(), batch.get("errors")
-    counts, first = batch.get("request_counts"), {}
+    counts = batch.get("request_counts")
+    first: dict[str, Any] = {}
     match errors:
         case {"data": [dict(first), *_]}:
             pass

@@ -95,7 +95,7 @@ def has_died(process: BaseProcess) -> bool:
 
 def _measure(url: str, server: str, found: SimpleQueue[int]) -> None:
     os.environ |= {"OPENAI_BASE_URL": server, "OPENAI_API_KEY": KEY}
-    lane.MAX_REQUESTS = 50_000
+    lane.MAX_REQUESTS = 50_000  # type: ignore[attr-defined]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     asyncio.run(_work(url))
     found.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
