@@ -7,6 +7,7 @@ them. Batches are locked before runs, runs before jobs.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -75,6 +76,7 @@ _LINES = select(batch_jobs.c.job_id, batch_jobs.c.claim_seq).where(
     batch_jobs.c.batch_id == bindparam("batch"), any_of(batch_jobs.c.job_id, "ids")
 )
 _PARKED = select(jobs.c.id).where(IS_PARKED, any_of(jobs.c.id, "ids")).order_by(jobs.c.id).with_for_update()
+_ID = re.compile(r"[\w.:-]{1,200}", re.ASCII)
 _NO_LEASE = {"worker_id": None, "lease_until": None}
 
 
@@ -105,6 +107,9 @@ def row_of(row: AnyRow) -> BatchRow:
         if row.found is not None:
             stored = json_object(row.found, "state of a batch")
             found = Found(**{**stored, "files": tuple(stored.get("files", ()))})
+        names = () if found is None else (found.provider_id, *found.files)
+        if not all(_ID.fullmatch(name) for name in (row.file_id or "none", *names)):  # they become parts of addresses
+            raise DatabaseError(f"expected the provider's ids, got: {row.file_id!r}, {names!r}"[:200])  # noqa: TRY301 - as others
         return BatchRow(**values | {"state": BatchState(row.state), "found": found})
     except (DatabaseError, ValueError, TypeError) as error:
         raise DatabaseError(f"cannot read batch {row.nonce!r}: {error}") from error

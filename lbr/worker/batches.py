@@ -53,7 +53,7 @@ FIRST_POLL_MS, MAX_POLL_MS = 30_000, 600_000
 RETRY_MS = 60_000
 """How long to wait after a failed call to the provider."""
 LEASE = 60.0
-"""Seconds that a step holds a batch without renewal."""
+"""Seconds that a step holds a batch without renewal; much less than what counts as the time of a wrong clock."""
 MAX_DELAY = 15.0
 """If so many seconds have passed since the intent, the machine has slept, and the batch may be another worker's."""
 SINCE_MS = 24 * 3600 * 1000
@@ -76,7 +76,6 @@ class Batches:
         database: Database,
         runs: ServableRuns,
         *,
-        lease: float,
         policy: RetryPolicy,
         rng: Random,
         report: WorkReport,
@@ -85,7 +84,6 @@ class Batches:
     ) -> None:
         self._database = database
         self._runs = runs
-        self._lease = max(LEASE, lease)
         self._policy = policy
         self._rng = rng
         self._report = report
@@ -123,7 +121,7 @@ class Batches:
         ids = (open_ & {run.id for run in runs} if named else open_) - self._refused
         row = None
         if await self._database.quick_read(batches.is_due, ids):
-            row = await self._database.write(batches.take, worker, ids, self._lease)
+            row = await self._database.write(batches.take, worker, ids, LEASE)
         if row is None:
             row = await self._plan(worker, runs)
         if row is None:
@@ -140,8 +138,8 @@ class Batches:
     async def _keep(self, row: BatchRow) -> None:
         with suppress(DatabaseError):  # without its lease, a step changes nothing
             while True:
-                await asyncio.sleep(self._lease / 3)
-                await self._database.write(batches.renew, row, self._lease)
+                await asyncio.sleep(LEASE / 3)
+                await self._database.write(batches.renew, row, LEASE)
 
     async def _plan(self, worker: WorkerId, runs: Collection[Run]) -> BatchRow | None:
         for run in runs:
@@ -151,7 +149,7 @@ class Batches:
             most, bound = min(MAX_REQUESTS, self._providers[run.id][0].max_requests), served.bound
             if bound is not None:
                 bound = replace(bound, price=bound.price.at("batch"))
-            request = PlanRequest(worker, self._lease, run.id, most, MAX_BATCHES, bound)
+            request = PlanRequest(worker, LEASE, run.id, most, MAX_BATCHES, bound)
             if await self._database.quick_read(batches.can_plan, request):
                 return await self._database.write(batches.plan, request)
         return None
@@ -203,7 +201,7 @@ class Batches:
         await self._database.write(batches.put_back, row, wait_ms, error)
 
     async def _failed(self, run: Run, row: BatchRow, error: Exception) -> None:
-        """Wait after a failed call. What the user must fix pauses the run, whose jobs stay in the batch."""
+        """Wait after a failed call. If the user must fix something before the batch is sent, the run pauses."""
         family = error.family if isinstance(error, CallError) else Family.TRANSIENT
         self._warn(f"run {run.name}: batch {row.nonce}, {row.state}: {error}")
         if not row.state.may_be_out and family in {Family.PERMANENT, Family.ACCOUNT}:
@@ -266,7 +264,7 @@ class Batches:
             await self._upload(run, row, provider)
             return
         began = time.time(), time.monotonic()
-        row = await self._database.write(batches.intend, row, self._lease)
+        row = await self._database.write(batches.intend, row, LEASE)
         # The clock that stops while the machine sleeps, and the one that does not.
         if max(time.time() - began[0], time.monotonic() - began[1]) > MAX_DELAY:
             await self._database.write(batches.withdraw, row, RETRY_MS, "the machine stood still")
@@ -343,7 +341,8 @@ class Batches:
             except (CallError, BatchError, OSError) as error:
                 self._warn(f"run {run.name}: the upload of batch {row.nonce} stays at {provider.name}: {error}")
         missing = await self._database.write(batches.finish, row)
-        without = f"; {pluralize(missing, 'job')} without an answer go online" * bool(missing)
+        end = "are cancelled" if run.state is RunState.CANCELLED else "go online"
+        without = f"; {pluralize(missing, 'job')} without an answer {end}" * bool(missing)
         self._notify(f"run {run.name}: settled batch {row.nonce} of {pluralize(row.count, 'request')}{without}")
 
     async def _settle_page(self, run: Run, row: BatchRow, page: Sequence[Settlement], cursor: int) -> BatchRow:

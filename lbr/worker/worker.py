@@ -84,8 +84,8 @@ class Worker:
             self.report, options, policy=policy, rng=self._rng, changed=self._wake.set, failed=self._fail, notify=notify
         )
         self._batches = Batches(
-            *(database, self._runs),
-            lease=options.lease,
+            database,
+            self._runs,
             policy=policy,
             rng=self._rng,
             report=self.report,

@@ -10,19 +10,22 @@ from sqlalchemy import select, update
 
 from lbr.api import doctor
 from lbr.core.batches import LOOK_AGAIN_MS, PARKED, TOKEN_LIMIT, BatchState, Found
-from lbr.core.errors import Family, Usage, UsageError
+from lbr.core.errors import DatabaseError, Family, Usage, UsageError
 from lbr.core.limits import CallBound
 from lbr.core.pricing import Price
 from lbr.core.types import Failure, Outcome, PauseCause, Reply, RunState, Settlement, WorkerId
 from lbr.store import batches, counters, limits, reads, redo, runs, settle, taken, transfer
 from lbr.store.batches import LostBatchError, PlanRequest
+from lbr.store.schema import batches as table
 from lbr.store.schema import jobs, results
 from lbr.store.schema import runs as runs_table
 from tests.support import Queue, answered, assert_counted, failed, put, states
 
 if TYPE_CHECKING:
+    from sqlalchemy import Connection, Update
+
     from lbr.core.batches import BatchRow
-    from lbr.core.types import Claim, Run
+    from lbr.core.types import Claim, Millis, Run
     from lbr.store.database import Database
     from tests.support import Clock
 
@@ -418,3 +421,20 @@ async def test_doctor_sees_what_is_overdue(database: Database, clock: Clock) -> 
     [finding] = doctor._batches([(row, name)])
     assert f"run r: batch {row.nonce} of 130 requests is sent" in finding.found
     assert f"`lbr batches --forget {row.nonce}`" in (finding.do or "")
+
+
+async def test_a_hostile_queue_names_no_address(database: Database) -> None:
+    """The ids of a provider are no paths, whoever has written them."""
+    run = await enqueued(database)
+    await database.write(batches.sent, await intended(database, run), SENT, 0)
+    ids = ({"file_id": "../models"}, {"found": '{"provider_id": "a/../../files/b"}'})
+    for values in (*ids, {"found": '{"provider_id": "b", "files": ["../x"]}'}, {"found": "[]"}):
+        await database.write(change, update(table).values(values))
+        with pytest.raises(DatabaseError, match="cannot read batch"):
+            await take(database, run)
+        await database.write(change, update(table).values(file_id="f", found=None))
+
+
+def change(connection: Connection, _now: Millis, statement: Update) -> None:
+    """Write past the store."""
+    connection.execute(statement)
