@@ -68,7 +68,8 @@ class Seen:
         for row in tables["counters"]:
             self.counters[runs[row.run_id]][row.name] += row.value
         for count in self.counters.values():
-            del count[counters.ANSWERED], count[counters.OPENED]  # not told by the rows
+            for name in (counters.ANSWERED, counters.OPENED, counters.CACHED_TOKENS):  # not told by the rows
+                del count[name]
         self.counters = {name: _without_zeros(count) for name, count in self.counters.items()}
 
     def _job(self, row: Any, prompt: Any, result: Any, tries: list[Any], workers: dict[int, int]) -> Job:
