@@ -44,8 +44,8 @@ class RunStatus(Report):
     `estimated_usd` is estimated, for calls that died with their worker. `unpriced` counts calls of unknown cost.
     `price` is what the user set for a million tokens, None if the provider and the price table decide; `max_cost_usd` is
     None without a limit. `errors` counts failed attempts by family. `retrying` is how many of the pending jobs were tried
-    before, of which 10,000 are counted. `tier` is None if it was never set. `cached_tokens` are those
-    of the input tokens that the provider had in its cache. `rate` is how many jobs of this run were answered per second in the last minute or
+    before, of which 10,000 are counted. `tier` is None if it was never set. `cached_tokens` are those of the input tokens
+    that the provider had in its cache. `rate` is how many jobs of this run were answered per second in the last minute or
     two, `per_minute` the same per minute, and `eta_seconds` the time left; they are None if no worker has answered any
     lately, during an outage, and if nothing is left. `elapsed_seconds` is how long workers have been working on it without
     a long pause, None before the first call. `age_seconds` counts from the first enqueue.

@@ -244,7 +244,7 @@ _FITS: dict[str, Callable[[Json], bool]] = {
     "timeout": lambda value: type(value) in {int, float} and value > 0,
     "max_tokens": lambda value: type(value) is int,
     "seed": lambda value: type(value) is int,
-    "service_tier": lambda value: value in {"auto", "default", "flex", "priority"},
+    "service_tier": lambda value: value in ("auto", "default", "flex", "priority"),
     "stop_sequences": lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value),
 }
 _OWN_FIELDS = frozenset({"model", "messages", "stream", "stream_options", "tools"})

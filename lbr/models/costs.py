@@ -83,7 +83,7 @@ class Costs:
         """Return the price by the table; None if it does not know the model."""
         model, tier = body.get("model"), body.get("service_tier")
         name = model if isinstance(model, str) and model else self.model
-        if processing == "flex" and tier not in {None, "flex"}:
+        if processing == "flex" and tier is not None and tier != "flex":
             processing = "standard"  # the provider reports how it processed the call
         minute = int(time.time()) // 60  # prices may change with the time of day
         try:

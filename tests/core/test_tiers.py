@@ -12,7 +12,7 @@ from lbr.api.operate import status
 from lbr.core.errors import RunMismatchError, UsageError
 from lbr.core.tiers import check_tier, sent_settings
 from lbr.core.types import KeyMaker, Prompt, Task
-from lbr.models.build import unsent
+from lbr.models.build import check_task, unsent
 
 if TYPE_CHECKING:
     from lbr.store.database import Database
@@ -50,6 +50,12 @@ def test_a_tier_that_no_call_could_have_is_refused(task: Any, words: str) -> Non
     """With the reason, and what to do."""
     with pytest.raises(UsageError, match=words):
         check_tier(Task(**task, tier="flex"))
+
+
+def test_an_odd_tier_is_left_to_the_check_of_settings() -> None:
+    """Of a setting, whatever type it has."""
+    with pytest.raises(UsageError, match="the setting service_tier cannot be"):
+        check_task(Task(model=MODEL, settings={"service_tier": [1]}))
 
 
 def test_a_redone_job_of_another_model_goes_without() -> None:

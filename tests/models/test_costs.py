@@ -117,13 +117,14 @@ async def test_tokens_and_cost_are_the_same(provider: str, url: str) -> None:
         ("https://api.openai.com/v1/", "gpt-5-mini", "flex", "flex", "0.5"),
         ("https://api.openai.com/v1/", "gpt-5-mini", "flex", None, "0.5"),
         ("https://api.openai.com/v1/", "gpt-5-mini", "flex", "default", "1"),  # the provider chose another tier
+        ("https://api.openai.com/v1/", "gpt-5-mini", "flex", [], "1"),
         ("https://api.openai.com/v1/", "gpt-5-mini", "batch", "default", "0.5"),
         ("https://generativelanguage.googleapis.com/v1beta/openai/", "gemini-2.5-pro", "flex", None, "0.5"),
         ("https://api.groq.com/openai/v1/", "openai/gpt-oss-20b", "flex", "flex", "1"),
     ],
 )
 async def test_flex_and_batch_are_priced_as_they_were_processed(
-    url: str, model: str, processing: Any, reported: str | None, factor: str
+    url: str, model: str, processing: Any, reported: Any, factor: str
 ) -> None:
     """At half the price of the same tokens, unless the provider says that it did not process them so."""
     costs = Costs("openai", "asked", url)
