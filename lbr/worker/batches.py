@@ -119,8 +119,10 @@ class Batches:
         """Do the step that is due; return whether there was one."""
         open_ = await self._database.quick_read(batches.runs_of_open)
         ids = (open_ & {run.id for run in runs} if named else open_) - self._refused
-        row = None
-        if await self._database.quick_read(batches.is_due, ids):
+        row, due = None, False
+        if ids:
+            due = await self._database.quick_read(batches.is_due, ids)
+        if due:
             row = await self._database.write(batches.take, worker, ids, LEASE)
         if row is None:
             row = await self._plan(worker, runs)

@@ -198,6 +198,7 @@ async def test_an_end_unparks_and_what_was_tried_goes_online(database: Database)
     await assert_counted(database, run)
 
 
+@pytest.mark.slow
 async def test_the_last_hundred_jobs_go_online(database: Database, clock: Clock) -> None:
     """A batch needs more jobs than that, 1,000 with the lane auto, and all inputs or as many as it may have."""
     tail, auto = await enqueued(database, 100), await enqueued(database, 999, "auto", "auto")
@@ -280,6 +281,7 @@ async def test_of_two_workers_one_takes_a_step(database: Database, clock: Clock)
     assert await parked(database) == MANY
 
 
+@pytest.mark.slow
 async def test_cancel_keeps_what_the_provider_has(database: Database) -> None:
     """Jobs of an unsent batch are cancelled at once, those of a sent one when it has ended, without their answers."""
     run = await enqueued(database, 3 * MANY)
@@ -320,6 +322,7 @@ async def test_a_paused_run_sends_nothing_more(database: Database) -> None:
     assert (await taken_as(database, run, BatchState.UPLOADED)).nonce == planned.nonce
 
 
+@pytest.mark.slow
 async def test_a_budget_holds_what_batches_may_cost(database: Database) -> None:
     """A batch has as many requests as fit; with it out, the run is not paused, and afterwards pays for what it got."""
     run, queue = await enqueued(database, 3 * MANY), Queue(database)
@@ -336,6 +339,7 @@ async def test_a_budget_holds_what_batches_may_cost(database: Database) -> None:
     await assert_counted(database, run)
 
 
+@pytest.mark.slow
 async def test_a_spent_budget_pauses_the_run(database: Database) -> None:
     """Not while a batch is out, although nothing is in flight and nothing fits; then at once."""
     run = await enqueued(database, 3 * MANY)
@@ -351,6 +355,7 @@ async def test_a_spent_budget_pauses_the_run(database: Database) -> None:
     assert pause.cause is PauseCause.BUDGET
 
 
+@pytest.mark.slow
 async def test_the_first_calls_show_the_cost_if_nothing_bounds_it(database: Database) -> None:
     """A run with a budget begins online, one call at first, as it does without batches."""
     run, queue = await enqueued(database, 3 * MANY), Queue(database)
@@ -366,6 +371,7 @@ async def test_the_first_calls_show_the_cost_if_nothing_bounds_it(database: Data
     assert row.reserved_nanos == row.count * CENT // 10
 
 
+@pytest.mark.slow
 async def test_too_many_tokens_halve_the_next_batch(database: Database, clock: Clock) -> None:
     """It waits ten minutes, and for every other batch of the account."""
     run, other = await enqueued(database, 3 * MANY), await enqueued(database, name="other")
@@ -394,6 +400,7 @@ async def test_a_user_forgets_a_batch(database: Database) -> None:
     await assert_counted(database, run)
 
 
+@pytest.mark.slow
 async def test_jobs_that_do_not_fit_into_the_file_are_left_out(database: Database) -> None:
     """For another batch, or online if the batch cannot ask for them."""
     run, queue = await enqueued(database, 300), Queue(database)
