@@ -75,6 +75,19 @@ def test_a_run_that_ends(cli: Cli, terminal: Callable[..., Terminal]) -> None:
     assert "in out.jsonl" in running.screen
 
 
+@pytest.mark.slow
+def test_a_run_whose_budget_is_spent(cli: Cli, terminal: Callable[..., Terminal]) -> None:
+    """The view has the cost and the most that it may be; then the run says that it is paused, and what to do."""
+    dear = ("offline:echo", "--set", "latency=0.3", "--price", "in=1000000,out=1000000", "--max-cost", "20")
+    running = terminal(*RUN, *dear, "--concurrency", "2", columns=120)
+    assert re.search(r"\$\d+\.00 of \$20\.00", running.until(" of $20.00"))
+    assert running.end() == 3
+    shown = re.sub(r"\s+", " ", running.screen)
+    assert re.search(r"paused: .*\$20.*`lbr resume in --max-cost DOLLARS` lets it cost more", shown)
+    (run,) = json.loads(cli("status", "--json").stdout)["runs"]
+    assert (run["pause_cause"], 14 <= run["cost_usd"] <= 20, run["inflight"]) == ("budget", True, 0)
+
+
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ctrl_c(cli: Cli, terminal: Callable[..., Terminal], processes: int) -> None:
     """The first shows what happens next and what a second one does, which gives the calls back; one view of all."""
