@@ -19,7 +19,7 @@ from lbr.core.extras import Extra, Include
 from lbr.core.types import JobState, Order, Shape
 from lbr.io import writers
 from lbr.io.table import OWN_COLUMNS, Kind, Kinds, make_table
-from lbr.store import reads, results_db, runs
+from lbr.store import inputs, reads, results_db, runs
 from lbr.store.database import opened
 
 if TYPE_CHECKING:
@@ -230,11 +230,11 @@ async def _table(database: Database, run: Run, output: Output) -> Table:
     if output.kind not in writers.TABLES:
         return make_table(run.task)
     kinds, typed = Kinds(), output.kind in writers.TYPED
-    inputs = await reads.columns(database, run, kinds.note if typed else None)
-    numbers = typed and await database.read(reads.ids_are_numbers, run)
+    found = await reads.columns(database, run, kinds.note if typed else None)
+    numbers = typed and await database.read(inputs.ids_are_numbers, run)
     table = make_table(
         run.task,
-        inputs,
+        found,
         kind_of=kinds.of,
         id_kind=Kind.INT if numbers else Kind.TEXT,
         columns=output.columns,

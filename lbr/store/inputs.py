@@ -1,4 +1,4 @@
-"""Inputs of a run, found by their id, or because their jobs failed. Nothing here writes."""
+"""Inputs of a run, found by their id, or because their jobs failed; and what kind their ids are. Nothing here writes."""
 
 from __future__ import annotations
 
@@ -65,3 +65,12 @@ def idx_of(connection: Connection, _now: Millis, run: Run, custom_id: str) -> in
         how_many = f"inputs {found[0]}, {found[1]} and perhaps more have" if found else "no input has"
         raise UsageError(f"{how_many} the id {custom_id!r} in run {run.name!r}; name the index of one, from 0")
     return int(found[0])
+
+
+def ids_are_numbers(connection: Connection, _now: Millis, run: Run) -> bool:
+    """Return whether every id of a run's inputs is a number of at most 64 bits."""
+    length, largest = func.length(items.c.custom_id), str(2**63 - 1)
+    fits = (length < len(largest)) | ((length == len(largest)) & (items.c.custom_id <= largest))
+    is_number = (func.coalesce(items.c.id_is_number, 0) == 1) & fits
+    query = select(items.c.idx).where(items.c.run_id == run.id, items.c.custom_id.is_not(None), ~is_number)
+    return connection.scalar(query.limit(1)) is None

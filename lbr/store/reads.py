@@ -454,15 +454,6 @@ def _has_id(connection: Connection, _now: Millis, run: Run) -> bool:
     return connection.scalar(query) is not None
 
 
-def ids_are_numbers(connection: Connection, _now: Millis, run: Run) -> bool:
-    """Return whether every id of a run's inputs is a number of at most 64 bits."""
-    length, largest = func.length(items.c.custom_id), str(2**63 - 1)
-    fits = (length < len(largest)) | ((length == len(largest)) & (items.c.custom_id <= largest))
-    is_number = (func.coalesce(items.c.id_is_number, 0) == 1) & fits
-    query = select(items.c.idx).where(items.c.run_id == run.id, items.c.custom_id.is_not(None), ~is_number)
-    return connection.scalar(query.limit(1)) is None
-
-
 def typical_bytes(connection: Connection, _now: Millis, run: Run) -> int:
     """Return the root mean square of the bytes of a run's rows: few large ones weigh more than in the average."""
     sizes = [func.coalesce(byte_length(one), 0) for one in (prompts.c.body, results.c.text, items.c.metadata)]
