@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import bindparam, case, delete, func, insert, literal_column, select, update
 
 from lbr.core import ownership
+from lbr.core.batches import PARKED
 from lbr.core.errors import DatabaseError
 from lbr.core.retry import MAX_AHEAD_MS
 from lbr.core.types import JobId, JobState, Millis, RunId, RunState, WorkerId
@@ -180,8 +181,10 @@ def check_due(
             continue
         due |= connection.scalar(DUE_TRIED if run_id in capacity.batching else DUE, bound) is not None
         suspects |= connection.scalar(DUE_SUSPECT, bound) is not None
-        later = select(func.min(jobs.c.available_at)).where(PENDING, NOT_PARKED, jobs.c.run_id == run_id)
-        first: int | None = connection.scalar(later.where(jobs.c.available_at > now))
+        later = select(func.min(jobs.c.available_at)).where(PENDING, jobs.c.run_id == run_id)
+        first: int | None = connection.scalar(later.where(NOT_PARKED, jobs.c.available_at > now))
+        if first is None:  # perhaps another program wrote what is no time
+            first = connection.scalar(later.where(jobs.c.available_at > PARKED))
         expired |= first is not None and first > now + MAX_AHEAD_MS
         times.append(first)
     lease_end: int | None = connection.scalar(select(func.min(jobs.c.lease_until)).where(INFLIGHT))

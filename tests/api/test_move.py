@@ -181,6 +181,7 @@ async def test_what_a_run_keeps_comes_along(urls: tuple[str, str], monkeypatch: 
 STEPS = ("open_copy", "add_page", "digest", "depart", "arrive")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("step", STEPS)
 async def test_a_move_that_dies_at_any_step_goes_on(
