@@ -172,11 +172,11 @@ async def _work_alone(db: dict[str, Any], *, run: tuple[str, ...], **how: Any) -
     started = time.monotonic()
     async with shown(db, run) if how.get("parent") is None else nullcontext() as show:
         report = await _serve(db, show, run=run or None, **how)
-    log(f"worker: {_describe_work(report)}")
     if "parent" in how:  # which prints the end of its runs once
         for name, count in report.cut_off.items():
             log(f"run {name}: {summary.cut_off_words(name, count, limited=name in report.limited)}")
     else:
+        log(f"worker: {_describe_work(report)}")
         await _log_end(db, report, started)
     for name in report.interrupted:
         log(f"the enqueue of run {name} has not finished; run the same enqueue again", error=True)
