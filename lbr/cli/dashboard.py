@@ -26,11 +26,12 @@ if TYPE_CHECKING:
 
 TOKEN_BYTES = 32
 MIN_TOKEN = 32
+LOCAL_HOST, ANY_ADDRESS = "127.0.0.1", frozenset({"0.0.0.0", "::", ""})  # noqa: S104 - what users may ask for
 
 
 @click.command()
 @option("--port", "PORT", "The port; 0 takes a free one.", type=click.IntRange(0, 65_535), default=0)
-@option("--host", "ADDRESS", "The address to listen at.", default="127.0.0.1")
+@option("--host", "ADDRESS", "The address to listen at.", default=LOCAL_HOST)
 @click.option("--allow-host", metavar="NAME", multiple=True, help="Another name of this machine; may be repeated.")
 @switch("--read-only", "Refuse to pause, resume, cancel and retry.")
 @switch("--no-open", "Do not open the browser.")
@@ -45,15 +46,15 @@ def dashboard(db: dict[str, Any], /, port: int, host: str, no_open: bool, token_
     """
     from lbr.web.server import LOCAL_HOSTS, Dashboard  # noqa: PLC0415 - it takes a tenth of a second
 
-    token = secrets.token_urlsafe(TOKEN_BYTES) if token_file is None else _kept_token(Path(token_file))
-    hosts = LOCAL_HOSTS | {name.lower() for name in more["allow_host"]}
+    token = secrets.token_urlsafe(TOKEN_BYTES) if token_file is None else kept_token(Path(token_file))
+    hosts = LOCAL_HOSTS | {name.lower() for name in (*more["allow_host"], *({host} - ANY_ADDRESS))}
     shown = Dashboard(
         token=token, read_only=more["read_only"], hosts=hosts, metrics_token=more["metrics_token"] or None, **db
     )
     asyncio.run(_serve(shown, host, port, opens=not no_open))
 
 
-def _kept_token(path: Path) -> str:
+def kept_token(path: Path) -> str:
     """Return the token in a file, which is created, for its owner only, if it is missing."""
     try:
         with suppress(FileExistsError), open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
@@ -86,7 +87,8 @@ async def _serve(shown: Dashboard, host: str, port: int, *, opens: bool) -> None
             raise UsageError(
                 f"cannot listen at {host} port {port}: {error.strerror}; --port 0 takes a free one"
             ) from error
-        name = f"[{host}]" if ":" in host else host
+        known = LOCAL_HOST if host in ANY_ADDRESS else host
+        name = f"[{known}]" if ":" in known else known
         address = f"http://{name}:{runner.addresses[0][1]}/#{shown.token}"
         with handled_signals(lambda _: ended.set()), _opened(address if opens and _has_browser() else None):
             echo(address)

@@ -11,9 +11,11 @@ from lbr.core.errors import UsageError
 from lbr.core.pulses import MINUTE_MS
 from lbr.core.types import JobState, Millis, Run, RunId
 from lbr.store import redo, runs
+from lbr.store.batches import row_of
 from lbr.store.pulses import HOUR
 from lbr.store.reads import JobDetail, last_try, story
 from lbr.store.schema import FAILED, INFLIGHT, PENDING, items, jobs, prompts, pulses, results, workers
+from lbr.store.schema import batches as batches_table
 from lbr.store.schema import runs as runs_table
 from lbr.store.sql import any_of
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection, Select
 
+    from lbr.core.batches import BatchRow
     from lbr.store.redo import Condition
     from lbr.store.schema import AnyRow
 
@@ -92,6 +95,12 @@ _HELD = (
     .join_from(jobs, workers, workers.c.id == jobs.c.worker_id)
     .where(INFLIGHT)
     .group_by(jobs.c.worker_id, workers.c.host, workers.c.pid)
+)
+_BATCHES = (
+    select(batches_table, runs_table.c.name.label("run"))
+    .join_from(batches_table, runs_table, runs_table.c.id == batches_table.c.run_id)
+    .order_by(batches_table.c.id.desc())
+    .limit(SHOWN)
 )
 
 
@@ -210,6 +219,11 @@ def sparks(connection: Connection, now: Millis, ids: Sequence[RunId]) -> dict[Ru
         if row.minute - first <= HOUR:
             found[row.run_id][row.minute - first - 1] = int(row.ended)
     return found
+
+
+def batches(connection: Connection, _now: Millis) -> list[tuple[BatchRow, str]]:
+    """Return the newest batches, the newest first, each with the name of its run."""
+    return [(row_of(row), row.run) for row in connection.execute(_BATCHES).all()]
 
 
 def held(connection: Connection, _now: Millis) -> dict[tuple[str, int], int]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lbr.api.status import RunStatus, Status
+    from lbr.core.batches import BatchRow
     from lbr.core.types import Json, PathOrUrl, Run
     from lbr.store.database import Database
     from lbr.store.reads import Attempt, Overview, RunCounts
@@ -256,6 +257,29 @@ async def workers(database: Database) -> dict[str, Json]:
             if one.is_live
         ],
         "limits": [limit_fields(one) | {"command": f"lbr limit {one.answerer} --rpm N"} for one in view.limits],
+    }
+
+
+async def batches(database: Database) -> dict[str, Json]:
+    """Return the newest batches, with what the provider and lbr say of them."""
+    found = await database.read(pages.batches)
+    return {"batches": [_batch(row, name) for row, name in found]}
+
+
+def _batch(row: BatchRow, run: str) -> dict[str, Json]:
+    at_provider = row.found
+    notes = [row.error] if at_provider is None else [row.error, at_provider.error, at_provider.message]
+    return {
+        "id": row.nonce,
+        "run": run,
+        "provider_id": None if at_provider is None else at_provider.provider_id,
+        "state": row.state,
+        "jobs": row.count,
+        "completed": None if at_provider is None else at_provider.completed,
+        "created_at": row.created_at,
+        "sent_at": row.sent_at,
+        "ended_at": row.ended_at,
+        "message": "; ".join(dict.fromkeys(note for note in notes if note)) or None,
     }
 
 

@@ -6,8 +6,10 @@ cookies, so no other site can make a browser send it.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
+import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
     from lbr.core.types import Json, PathOrUrl
     from lbr.store.database import Database
 
+# Without a handler, Python would print each broken request, with the bytes that came, on the terminal.
+logging.getLogger("aiohttp.server").addHandler(logging.NullHandler())
+
 ASSETS = Path(__file__).with_name("assets")
 KINDS = {
     ".html": "text/html; charset=utf-8",
@@ -41,6 +46,11 @@ KINDS = {
 }
 LOCAL_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 MAX_BODY = 1_000_000
+PATIENCE_SECONDS, ANSWER_SECONDS = 5.0, 10.0
+"""How long a read tries again while the database is busy or away, and when a request ends without its answer.
+
+The page waits for 15 seconds, and must show what it is that does not answer.
+"""
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
@@ -63,15 +73,19 @@ class Dashboard:
     hosts: frozenset[str] = LOCAL_HOSTS
     metrics_token: str | None = None
     _database: Database | None = field(default=None, init=False)
+    _opening: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
 
     async def database(self) -> Database | None:
         """Return the queue, opened once; None as long as its file is missing."""
-        if self._database is None:
-            file = file_of(self.db_url)
-            if file is not None and not file.exists():
-                return None
-            self._database = await open_database(self.db_url, allow_network_fs=self.allow_network_fs)
-        return self._database
+        async with self._opening:
+            if self._database is None:
+                file = file_of(self.db_url)
+                if file is not None and not file.exists():
+                    return None
+                self._database = await open_database(
+                    self.db_url, allow_network_fs=self.allow_network_fs, patience=PATIENCE_SECONDS
+                )
+            return self._database
 
     async def close(self) -> None:
         """Close the queue."""
@@ -85,13 +99,17 @@ class Dashboard:
         except ValueError:
             return False
 
+    def is_own(self, origin: str) -> bool:
+        """Return whether a request came from a page of such a name."""
+        return self.is_known(origin.partition("//")[2])
+
     def is_allowed(self, request: web.Request) -> bool:
         """Return whether a request for data carries the token, or one for metrics theirs."""
-        given = request.headers.get("Authorization", "").removeprefix("Bearer ").encode()
+        given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
         known = [self.token]
         if request.path == "/metrics" and self.metrics_token:
             known.append(self.metrics_token)
-        return any(hmac.compare_digest(given, one.encode()) for one in known)
+        return any(hmac.compare_digest(given, f"Bearer {one}".encode()) for one in known)
 
 
 def application(dashboard: Dashboard) -> web.Application:
@@ -135,7 +153,7 @@ def _refused(dashboard: Dashboard, request: web.Request) -> web.Response | None:
     if not dashboard.is_known(request.host):
         return _problem(421, "call this machine localhost or 127.0.0.1, or name the host with --allow-host")
     origin = request.headers.get("Origin")
-    if origin is not None and not dashboard.is_known(urlsplit(origin).netloc if "//" in origin else origin):
+    if origin is not None and not dashboard.is_own(origin):
         return _problem(403, "a page of another site may not ask this")
     if request.method not in {"GET", "HEAD", "POST"}:
         return _problem(405, f"{request.method} is not allowed")
@@ -200,7 +218,8 @@ def _pages(dashboard: Dashboard) -> dict[str, Callable[[web.Request], Awaitable[
         return {"workers": [], "limits": []} if database is None else await data.workers(database)
 
     async def batches(_: web.Request) -> dict[str, Json]:
-        return {"batches": []}
+        database = await dashboard.database()
+        return {"batches": []} if database is None else await data.batches(database)
 
     async def doctor(_: web.Request) -> dict[str, Json]:
         return await data.doctor(dashboard.db_url, allow_network_fs=dashboard.allow_network_fs)
@@ -226,7 +245,12 @@ async def _queue(dashboard: Dashboard) -> Database:
 
 def _answering(read: Callable[[web.Request], Awaitable[dict[str, Json]]]) -> Handler:
     async def answer(request: web.Request) -> web.StreamResponse:
-        response = _json(await read(request))
+        reading = asyncio.ensure_future(read(request))
+        # A read cannot be cancelled: it ends later, unseen.
+        if not (await asyncio.wait([reading], timeout=ANSWER_SECONDS))[0]:
+            reading.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+            return _problem(503, "the database does not answer; lbr dashboard still runs")
+        response = _json(reading.result())
         tag = hashlib.blake2b(bytes(response.body or b""), digest_size=16).hexdigest()  # type: ignore[arg-type]
         if request.headers.get("If-None-Match") == f'"{tag}"':
             response = web.Response(status=304)
@@ -249,7 +273,8 @@ def _action(dashboard: Dashboard) -> Handler:
             raise web.HTTPBadRequest(reason="expected a JSON object") from error
         if not isinstance(given, dict):
             raise web.HTTPBadRequest(reason="expected a JSON object")
-        return _json(await action(request.match_info["name"], given, dashboard.db_url))
+        queue = {"db_url": dashboard.db_url, "allow_network_fs": dashboard.allow_network_fs}
+        return _json(await action(request.match_info["name"], given, queue))
 
     return act
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from contextlib import asynccontextmanager
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from lbr.store.database import Database
+    from tests.support.proxy import Proxy
 
 TOKEN = "t" * 43
 BAD = Failure(Family.BAD_ANSWER, "BadAnswer", "expected 17 <script>", text="<img src=x onerror=alert(1)>")
@@ -258,3 +260,76 @@ async def test_a_damaged_run_is_told_of(filled: Database, db_url: str) -> None:
     async with served(db_url) as ask:
         status, body = await ask("/api/runs/r")
         assert status in {500, 503}, body
+
+
+RAW = [
+    ("a token that is no text", b"Host: localhost\r\nAuthorization: Bearer \xff\xfe", 401),
+    ("a token without its word", b"Host: localhost\r\nAuthorization: %s" % TOKEN.encode(), 401),
+    ("an origin that is no address", b"Host: localhost\r\nOrigin: http://[", 403),
+    ("a host that is no name", b"Host: [", 421),
+]
+
+
+@pytest.mark.parametrize(("what", "headers", "status"), RAW, ids=[one[0] for one in RAW])
+async def test_nonsense_is_refused_like_the_rest(what: str, headers: bytes, status: int, tmp_path: Any) -> None:
+    """Headers that no browser sends get an answer with all the headers of the others, not a broken one."""
+    async with served(str(tmp_path / "queue.db")) as ask:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(ask.base.rpartition(":")[2]))
+        writer.write(b"GET /api/runs HTTP/1.1\r\n%s\r\nConnection: close\r\n\r\n" % headers)
+        found = (await reader.read()).decode()
+        writer.close()
+        assert found.startswith(f"HTTP/1.1 {status} "), (what, found)
+        assert all(f"{name}: {value}\r\n" in found for name, value in HEADERS.items())
+
+
+async def test_batches_are_shown_with_what_went_wrong(filled: Database, db_url: str) -> None:
+    """The newest first; without one the list is empty."""
+    async with served(db_url) as ask:
+        assert await ask.get("/api/batches") == {"batches": []}
+        row = {"run_id": 1, "count": 5, "reserved_nanos": 0, "cursor": 0, "created_at": 7, "next_poll_at": 8}
+        found = '{"provider_id": "batch_1", "completed": 3, "message": "too many <tokens>"}'
+        rows = [row | {"nonce": "a", "state": "planned"}, row | {"nonce": "b", "state": "sent", "found": found}]
+        for one in rows:
+            await filled.write(lambda connection, _, one: connection.execute(schema.batches.insert(), one), one)
+        newest, oldest = (await ask.get("/api/batches"))["batches"]
+        assert (newest["id"], newest["run"], newest["state"], newest["jobs"]) == ("b", "r", "sent", 5)
+        assert (newest["provider_id"], newest["completed"], newest["message"]) == ("batch_1", 3, "too many <tokens>")
+        assert (oldest["id"], oldest["provider_id"], oldest["message"]) == ("a", None, None)
+
+
+async def test_a_killed_worker_is_told_of(filled: Database, db_url: str) -> None:
+    """While it is silent, the page names it and what helps, and shows no rate."""
+    now = await open_database(db_url)
+    queue = Queue(now)
+    worker = await queue.register(host="h", pid=8, concurrency=4)
+    async with served(db_url) as ask:
+        assert (await ask.get("/api/runs"))["attention"] == []
+        silent = (
+            schema.workers.update()
+            .where(schema.workers.c.id == worker)
+            .values(seen_at=schema.workers.c.seen_at - 60_000)
+        )
+        await now.write(lambda connection, _: connection.execute(silent))
+        shown = await ask.get("/api/runs")
+        assert [one["command"] for one in shown["attention"]] == ["lbr worker", None]
+        assert "worker h 8 has not reported for 6" in shown["attention"][1]["text"]
+        (run,) = shown["runs"]
+        assert (run["per_minute"], run["eta_seconds"]) == (None, None)
+        assert "no worker is running" in run["reason"]
+        assert (await ask.get("/api/workers"))["workers"] == []
+    await now.close()
+
+
+async def test_a_server_that_is_away_is_told_of(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request ends with what is wrong before the page gives up on it; the next one finds the server again."""
+    await (await open_database(proxy.url, create=True)).close()
+    async with served(proxy.url) as ask:
+        assert await ask.get("/api/runs") == {"attention": [], "runs": []}
+        with monkeypatch.context() as patched:
+            patched.setattr("lbr.web.server.ANSWER_SECONDS", 0.2)
+            proxy.silence(True)
+            status, body = await ask("/api/runs")
+            assert (status, body["error"]) == (503, "the database does not answer; lbr dashboard still runs")
+        proxy.silence(False)
+        proxy.cut()
+        assert await ask.get("/api/runs") == {"attention": [], "runs": []}
