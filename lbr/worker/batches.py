@@ -7,7 +7,6 @@ the creation of a batch may not be repeated: its intent is recorded first, and a
 from __future__ import annotations
 
 import asyncio
-import os
 import tempfile
 import time
 from contextlib import suppress
@@ -222,7 +221,7 @@ class Batches:
     # --- the steps ----------------------------------------------------------------------------------------------------
 
     async def _upload(self, run: Run, row: BatchRow, provider: BatchProvider) -> None:
-        with tempfile.NamedTemporaryFile(prefix="lbr-", suffix=".jsonl") as file:  # only its owner may read it
+        with tempfile.TemporaryFile() as file:  # it has no name, so that no prompt stays if this process dies
             others, full = await self._build(run, row, provider, file)
             for ids, fresh in ((others, False), (full, True)):
                 if ids:
@@ -230,8 +229,9 @@ class Batches:
             if not row.count:
                 await self._database.write(batches.release, row, "no request of it can be sent in a batch")
                 return
-            size = os.stat(file.name).st_size
-            file_id = await provider.upload(row.nonce, Path(file.name))
+            size = file.tell()
+            file.seek(0)
+            file_id = await provider.upload(row.nonce, Path(f"/dev/fd/{file.fileno()}"))
         values = {"file_id": file_id, "bytes": size, "provider": provider.name, "credential": provider.credential}
         row = await self._database.write(batches.uploaded, row, **values)
         await self._send(run, row, provider)
