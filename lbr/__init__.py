@@ -10,6 +10,7 @@ if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] in {"lbr", "-mlbr"} 
     # `python -m lbr` puts the working directory first, where a queue.py would be imported instead of Python's own.
     sys.path.append(sys.path.pop(0))
 
+from lbr.api.batches import BatchStatus, batches, forget_batch
 from lbr.api.collect import Collected, collect
 from lbr.api.compare import Comparison, compare
 from lbr.api.doctor import Finding, Gravity, doctor
@@ -61,6 +62,7 @@ __all__ = [
     "AnswerRow",
     "Attempt",
     "BadAnswer",
+    "BatchStatus",
     "CallError",
     "Collected",
     "Comparison",
@@ -96,6 +98,7 @@ __all__ = [
     "Worker",
     "__version__",
     "backup",
+    "batches",
     "cancel",
     "collect",
     "compare",
@@ -104,6 +107,7 @@ __all__ = [
     "estimate",
     "export_jsonl",
     "failures",
+    "forget_batch",
     "limit",
     "move",
     "pause",

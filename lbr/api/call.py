@@ -44,6 +44,7 @@ class Options(TypedDict, total=False):
     pick: int | None
     seed: int | None
     samples: int
+    lane: str | None
     settings: dict[str, Json] | None
     tier: str | None
     version: str | None
@@ -103,6 +104,7 @@ class Call:
     pick: int | None = None
     seed: int | None = None
     samples: int = 1
+    lane: str | None = None
     settings: dict[str, Json] | None = None
     tier: str | None = None
     version: str | None = None
@@ -151,7 +153,7 @@ class Call:
             _run_name(self.resolved, self.source, self.samples) if self.run is None else self.source.run_name(self.run)
         )
         price, warm = read_price(self.price, self.batch_factor), self.warm_cache
-        spec = run_spec(name, self.resolved, self.max_attempts, price, self.samples, warm_cache=warm)
+        spec = run_spec(name, self.resolved, self.max_attempts, price, self.samples, lane=self.lane, warm_cache=warm)
         async with opened(self.db_url, create=True) as database:
             report = await put(database, spec, self.source, fresh=self.fresh)
             for notice in (*report.notices, *self.source.notices):

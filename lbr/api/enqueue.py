@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from lbr.core.text import pluralize
 from lbr.core.types import MAX_SAMPLES, Item, KeyMaker, Shape
 from lbr.io.samples import Sample
 from lbr.io.sources import Source, chunks
+from lbr.models.batches import check_lane
 from lbr.models.identity import has_other_code
 from lbr.store import enqueue as queueing
 from lbr.store import reads, runs
@@ -76,6 +78,7 @@ async def enqueue(
     pick: int | None = None,
     seed: int | None = None,
     samples: int | None = None,
+    lane: str | None = None,
     max_attempts: int = MAX_ATTEMPTS,
     price: str | None = None,
     batch_factor: float | None = None,
@@ -107,6 +110,8 @@ async def enqueue(
     random, always the same ones for a `seed` (None is 0), into a run of their own whose answers other runs reuse.
     `samples`: the number of answers per prompt; None is 1 for a new run, and leaves that of another as it is. A larger
     number adds answers to all prompts of the run.
+    `lane`: "batch" to send the jobs to the provider in batches, which cost half and take up to a day; "auto" does so while
+    many are left; "online", or None for a new run, calls. None leaves the lane of another run as it is.
     `max_attempts`: calls per job. `price`: for example "in=0.15,out=0.60", in US dollars per million tokens, from now on;
     None leaves it as it is. `batch_factor`: what flex and batch cost of it; None is 0.5.
     `keep`: what to keep besides the answers: "reasoning", "logprobs", "raw", or several of them.
@@ -146,7 +151,9 @@ async def enqueue(
         env=load_environment(Path.cwd()),
     )
     known_price = read_price(price, batch_factor)
-    spec = run_spec(source.run_name(run), resolved, max_attempts, known_price, samples, warm_cache=warm_cache)
+    spec = run_spec(
+        source.run_name(run), resolved, max_attempts, known_price, samples, lane=lane, warm_cache=warm_cache
+    )
     _check_apart(skip_bad, file_of(db_url))
     await source.check()
     if servable:
@@ -175,14 +182,24 @@ def run_spec(
     price: Price | None,
     samples: int | None = None,
     *,
+    lane: str | None = None,
     warm_cache: bool = False,
 ) -> RunSpec:
     """Check the arguments of a run; UsageError for one out of range."""
     attempts = at_least_one("max_attempts", max_attempts)
     if samples is not None:
         at_least_one("samples", samples, most=MAX_SAMPLES)
+    check_lane(lane, resolved.task, os.environ.get("OPENAI_BASE_URL"))
     return RunSpec(
-        name, resolved.task, attempts, resolved.fingerprint, price, resolved.keep, samples, warm_cache=warm_cache
+        name,
+        resolved.task,
+        attempts,
+        resolved.fingerprint,
+        price,
+        resolved.keep,
+        samples,
+        lane=lane,
+        warm_cache=warm_cache,
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lbr.api.arguments import Frame, Inputs, checked
 from lbr.api.task import model_task, resolve_task
+from lbr.core.batches import AUTO_REQUESTS, TAIL, Lane
 from lbr.core.config import CONCURRENCY, at_least_one, load_environment, positive
 from lbr.core.errors import UsageError
 from lbr.core.pricing import (
@@ -23,6 +25,7 @@ from lbr.core.tiers import sent_settings
 from lbr.core.types import MAX_SAMPLES, KeyMaker, Report
 from lbr.io.samples import Sample
 from lbr.io.sources import Source
+from lbr.models.batches import check_lane
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 
 SECONDS_PER_CALL = 3.0
 EXAMPLES = 3
+DAY_SECONDS = 86_400.0
+"""The longest that a provider takes for a batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +47,7 @@ class Estimate(Report):
     they are skipped. `examples` are the first distinct prompts, texts or lists of messages.
     `output_tokens_from` is the source of an answer's length: "given", "max_tokens", "assumed", or for a function
     "unknown". `price` is for a million tokens, `price_from` its source: "given" or "table"; both and `cost_usd` are None if
-    no price is known. `bound_by` is what limits the speed: "rpm", "tpm" or "concurrency".
+    no price is known. `bound_by` is what limits the speed: "rpm", "tpm", "concurrency", or "batch" for a provider's batches.
     """
 
     model: str
@@ -92,6 +97,7 @@ async def estimate(
     pick: int | None = None,
     seed: int | None = None,
     samples: int | None = None,
+    lane: str | None = None,
     count_bad: bool = False,
     price: str | None = None,
     batch_factor: float | None = None,
@@ -106,6 +112,7 @@ async def estimate(
     No key and no database is needed. Input tokens are estimated from the number of characters. Limits that OpenAI batch
     lines set for themselves do not count.
     `function`: count and show its prompts; its output and cost are unknown. `samples`: answers per prompt; None is 1.
+    `lane`: "batch", or "auto" with many prompts, estimates the provider's batches, which take up to a day.
     `count_bad`: count the rows that an enqueue would refuse, instead of raising InputError.
     `output_tokens` is the length of an answer; None is the setting max_tokens, or else an assumption.
     `price`, for example "in=0.15,out=0.60" in US dollars per million tokens; None is that of the price table.
@@ -142,10 +149,13 @@ async def estimate(
     if not count or (refusal and not count_bad):
         raise refusal or source.nothing()
     input_tokens, output = input_tokens * samples, prompts * samples * per_call
-    known = (
-        None if length_from == "unknown" else price_of(task.answerer, given_price, processing_of(sent_settings(task)))
-    )
-    seconds, bound_by = time_at_limits(prompts * samples, input_tokens + output, limits)
+    check_lane(lane, task, os.environ.get("OPENAI_BASE_URL"))
+    calls = prompts * samples
+    batched = lane in {Lane.BATCH, Lane.AUTO} and calls >= (AUTO_REQUESTS if lane == Lane.AUTO else TAIL + 1)
+    processing = "batch" if batched else processing_of(sent_settings(task))
+    known = None if length_from == "unknown" else price_of(task.answerer, given_price, processing)
+    limited = time_at_limits(calls, input_tokens + output, limits)
+    seconds, bound_by = (DAY_SECONDS, "batch") if batched else limited
     return Estimate(
         model=task.answerer,
         inputs=count,

@@ -8,7 +8,8 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from lbr.api.arguments import checked
-from lbr.api.status import RunStatus, Status, limit_fields, run_status, status_of
+from lbr.api.batches import look
+from lbr.api.status import RunStatus, Status, limit_fields, run_status
 from lbr.api.task import answer_validator, check_settings
 from lbr.core.config import DB_URL_DEFAULT, a_minute, at_least_one, nanos_of, one_of
 from lbr.core.errors import UsageError
@@ -43,7 +44,7 @@ async def status(
 ) -> Status:
     """Return the state of one run, or of all, with the workers that report."""
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
-        return status_of(await database.read(reads.overview, run))
+        return await look(database, run)
 
 
 async def names(db_url: PathOrUrl) -> list[tuple[str, str]]:

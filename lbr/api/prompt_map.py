@@ -171,6 +171,8 @@ async def prompt_map(
     `rpm`, `tpm`: requests and tokens a minute of all workers together; they stay set for the model. `max_cost`: the most
     that the run may cost, in US dollars; then it is paused. None leaves the limits as they are.
     `price`: for example "in=0.15,out=0.60", in US dollars per million tokens, from now on; None leaves it as it is.
+    `lane`: "batch" to send the prompts to the provider in batches, which cost half and take up to a day; "auto" does so
+    while many are left.
     `batch_factor`: what flex and batch cost of `price`; None is 0.5.
     `keep`: what to keep besides the answers, and to return in the rows: "reasoning", "logprobs", "raw".
     `warm_cache`: let the first call go alone, so that the others find long instructions in the provider's cache.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from lbr.core.batches import BatchState, Lane
 from lbr.core.errors import Family
 from lbr.core.pricing import NANOS, Price, dollars
 from lbr.core.text import aligned, duration, pluralize
@@ -42,6 +43,7 @@ class RunStatus(Report):
     jobs answered from another run. `pause_cause` is a fixed word, `pause_message` its explanation; both are None unless the run is paused.
     `cost_usd` is None if no price was known or nothing was spent. Of it, `wasted_usd` went to failed or late attempts, and
     `estimated_usd` is estimated, for calls that died with their worker. `unpriced` counts calls of unknown cost.
+    `at_provider` is how many of the pending jobs are in a batch; `lane` is online, batch or auto.
     `price` is what the user set for a million tokens, None if the provider and the price table decide; `max_cost_usd` is
     None without a limit. `errors` counts failed attempts by family. `retrying` is how many of the pending jobs were tried
     before, of which 10,000 are counted. `tier` is None if it was never set. `cached_tokens` are those of the input tokens
@@ -61,11 +63,13 @@ class RunStatus(Report):
     finished: bool
     inputs: int
     samples: int
+    lane: str
     jobs: int
     duplicates: int
     reused: int
     pending: int
     retrying: int
+    at_provider: int
     inflight: int
     done: int
     failed: int
@@ -110,7 +114,7 @@ class RunStatus(Report):
 class Status(Report):
     """Runs, the workers that report, models that are not called for now, and the limits of models.
 
-    `cooldowns` have `answerer`, `seconds` (left) and `reason`; `outages` have `answerer`, `reason`, `seconds` (since
+    `batches` are the open ones, as `lbr.batches` returns them. `cooldowns` have `answerer`, `seconds` (left) and `reason`; `outages` have `answerer`, `reason`, `seconds` (since
     it was last reached) and `probe_seconds` (until the next probe).
     """
 
@@ -119,6 +123,7 @@ class Status(Report):
     cooldowns: list[dict[str, Json]]
     outages: list[dict[str, Json]]
     limits: list[dict[str, Json]]
+    batches: list[dict[str, Json]] = field(default_factory=list)
 
 
 def status_of(view: Overview) -> Status:
@@ -150,6 +155,7 @@ def run_status(one: RunCounts, now: Millis, pace: Pace = NO_PACE, away: Containe
         finished=one.finished,
         inputs=one.inputs,
         samples=run.samples,
+        lane=run.lane or Lane.ONLINE,
         jobs=one.jobs,
         duplicates=one.inputs * run.samples - one.jobs,
         **{state.value: one.of(state) for state in JobState},
@@ -161,10 +167,11 @@ def run_status(one: RunCounts, now: Millis, pace: Pace = NO_PACE, away: Containe
         max_cost_usd=None if run.budget_nanos is None else run.budget_nanos / NANOS,
         errors={one.value: counts[counters.TRY + one] for one in Family if counts[counters.TRY + one]},
         retrying=pace.retrying,
+        at_provider=counts[counters.PARKED],
         rate=rate,
         per_minute=None if rate is None else rate * 60,
         elapsed_seconds=elapsed,
-        eta_seconds=None if rate is None else one.open / rate,
+        eta_seconds=None if rate is None or counts[counters.PARKED] else one.open / rate,
         age_seconds=max(0, now - run.created_at) / 1000,
     )
 
@@ -248,7 +255,7 @@ def printable(text: str) -> str:
 
 def describe(status: Status) -> str:
     """Return the report that `lbr status` prints."""
-    lines = [line for run in status.runs for line in _describe_run(run)]
+    lines = [line for run in status.runs for line in _describe_run(run, batch_words(status, run))]
     if not status.runs:
         lines.append(NO_RUNS)
     lines += [
@@ -287,7 +294,28 @@ def _listed(run: RunStatus) -> tuple[str, ...]:
     return (printable(run.run), printable(run.answerer), *counts, run.word, duration(run.age_seconds), cost)
 
 
-def _describe_run(run: RunStatus) -> list[str]:
+def batch_words(status: Status, run: RunStatus) -> str:
+    """Return how many jobs of a run wait for its batches, and when a worker asks; empty if none do."""
+    mine = [one for one in status.batches if one["run"] == run.run]
+    if not run.at_provider or not mine:
+        return ""
+    jobs, noun = f"{run.at_provider:,} job{'s' * (run.at_provider != 1)}", "batch" if len(mine) == 1 else "batches"
+    sent = [one["seconds_since_sent"] for one in mine if one["seconds_since_sent"] is not None]
+    place = f"at the provider, sent {duration(max(sent))} ago" if sent else "to be sent"
+    unsure = sum(one["state"] in {BatchState.SENDING, BatchState.UNSURE} for one in mine)
+    place += f", {unsure} not confirmed" if unsure else ""
+    step = min(one["next_step_seconds"] for one in mine)
+    then = (
+        f"next look in {duration(step)}"
+        if step
+        else "a look is due"
+        if status.workers
+        else "a look is due; start `lbr worker`"
+    )
+    return f"{jobs} in {len(mine)} {noun} {place}; {then}"
+
+
+def _describe_run(run: RunStatus, batched: str) -> list[str]:
     lines = [f"run {run.run} ({run.answerer}{', flex' * (run.tier == FLEX)}): {run.word}"]
     if run.pause is not None:
         lines.append(f"  paused: {paused_words(run.run, run.pause)}")
@@ -297,7 +325,11 @@ def _describe_run(run: RunStatus) -> list[str]:
     lines.append(f"  inputs {run.inputs}{samples}, jobs {run.jobs}, duplicates {run.duplicates}, reused {run.reused}")
     counts = f"done {run.done}, failed {run.failed}, cancelled {run.cancelled}"
     retrying = f" ({run.retrying} of them tried before)" if run.retrying else ""
-    lines += [f"  pending {run.pending}{retrying}, in flight {run.inflight}, {counts}", *_describe_cost(run)]
+    lines += [
+        f"  pending {run.pending}{retrying}, in flight {run.inflight}, {counts}",
+        *[f"  {batched}"] * bool(batched),
+    ]
+    lines += _describe_cost(run)
     if run.errors:
         lines.append("  failed attempts: " + ", ".join(f"{n} {family}" for family, n in run.errors.items()))
     if run.crashed or run.stale:

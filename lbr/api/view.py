@@ -11,12 +11,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lbr.api.status import paused_words, printable, status_of
+from lbr.api.batches import look
+from lbr.api.status import batch_words, paused_words, printable
 from lbr.core.config import DB_URL_DEFAULT
 from lbr.core.errors import Family, LbrError
 from lbr.core.text import duration, pluralize
 from lbr.core.types import RunState
-from lbr.store import reads
 from lbr.store.database import opened
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class RunView:
             (one.cancelled, "cancelled"),
             (one.retrying, "retrying"),
             (one.inflight, "in flight"),
+            (one.at_provider, "at the provider"),
         )
         return [f"{one.done:,} done", *(f"{count:,} {word}" for count, word in more if count)]
 
@@ -132,7 +133,7 @@ class Watch:
         per_minute = run.per_minute if rate is None else rate
         reason = reason_of(status, run, now, at_work=self.at_work)
         is_away = any(one["answerer"] == run.answerer for one in status.outages)
-        if per_minute and run.state == RunState.ACTIVE and not is_away:
+        if per_minute and run.state == RunState.ACTIVE and not is_away and not run.at_provider:
             left = 60 * (run.pending + run.inflight) / per_minute
         elapsed = clock - self.started if self.at_work else run.elapsed_seconds
         return RunView(run, per_minute, elapsed, left or None, reason)
@@ -173,11 +174,18 @@ def reason_of(status: Status, run: RunStatus, now: float, *, at_work: bool = Fal
         return f"rate limited, {held}" if Family.RATE_LIMITED in run.errors else f"starting slowly, {held}"
     if run.inflight:
         return _limited(limit)
+    return _idle(status, run, at_work=at_work) or _limited(limit)
+
+
+def _idle(status: Status, run: RunStatus, *, at_work: bool) -> str | None:
+    """Return why none of a run's pending jobs is called; None if nothing is known of that."""
+    if run.at_provider == run.pending:
+        return batch_words(status, run)
     if not at_work and not status.workers:
         return "no worker is running; `lbr worker` starts one"
     if run.retrying == run.pending:
         return f"waiting to try {pluralize(run.retrying, 'failed call')} again"
-    return _limited(limit)
+    return None
 
 
 def _limited(limit: dict[str, Json]) -> str | None:
@@ -250,7 +258,7 @@ async def follow(
         while True:
             seen: Status | None = None
             with suppress(LbrError):
-                seen = status_of(await database.read(reads.overview, known))
+                seen = await look(database, known)
             if seen is not None:
                 if not names:
                     known.update(one.run for one in seen.runs if one.state == RunState.ACTIVE or not at_work)

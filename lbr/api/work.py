@@ -10,6 +10,7 @@ from lbr.api.finish import Hooks, reported
 from lbr.api.metrics import served
 from lbr.api.task import authorize, change_warnings
 from lbr.core import config
+from lbr.core.batches import Lane
 from lbr.core.config import DB_URL_DEFAULT, WorkOptions, load_environment, one_of
 from lbr.core.types import Until
 from lbr.store import reads
@@ -43,6 +44,7 @@ async def work(
     on_finish: str | None = None,
     notify_url: str | None = None,
     metrics: int | None = None,
+    lane: str = Lane.ALL,
     db_url: PathOrUrl = DB_URL_DEFAULT,
     allow_network_fs: bool = False,
     verbose: bool = False,
@@ -63,12 +65,14 @@ async def work(
     `on_finish`: a command line for /bin/sh, run when a run that it serves has finished or is paused; `notify_url`: gets a
     POST of JSON then. Of several workers, one does it.
     `metrics`: a port of 127.0.0.1 that serves numbers of the queue for Prometheus; 0 takes a free one.
+    `lane`: "online" to only call, "batch" to only send and settle batches, or "all".
     `notify`: called with each message for the user, with one for each failed attempt if `verbose`. `on_start`: called with the worker, which you can `drain` or `abort`.
 
     Raises UsageError, NothingToServeError or DatabaseError. Cancelled, it gives its jobs back first.
     """
     end = Until(one_of("until", until, tuple(Until)))
     rest: dict[str, Any] = {"max_cost": max_cost, "outage_patience": outage_patience, "verbose": verbose}
+    rest["lane"] = Lane(one_of("lane", lane, (Lane.ONLINE, Lane.BATCH, Lane.ALL)))
     options = WorkOptions(concurrency, lease, end, grace, timeout, patience, rpm, tpm, **rest)
     env = load_environment(Path.cwd())
     key = openrouter_api_key or env.get("OPENROUTER_API_KEY") or None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lbr.cli import completion, look, operate, work
+from lbr.cli import batches, completion, look, operate, work
 from lbr.cli.app import lbr, main
 from lbr.cli.dashboard import dashboard
 from lbr.cli.enqueue import enqueue, estimate
@@ -22,6 +22,7 @@ for command in (
     ),
     *(operate.prune, operate.pause, operate.resume, operate.limit, operate.move, operate.backup, operate.doctor),
     dashboard,
+    batches.batches,
     completion.completion,
 ):
     if not command.hidden:

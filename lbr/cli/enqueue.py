@@ -18,6 +18,7 @@ from lbr.api import enqueue as api
 from lbr.api import estimate as estimate_api
 from lbr.cli import completion
 from lbr.cli.app import choice, echo, echo_json, log, option, options, read_settings, switch, with_database
+from lbr.core.batches import LANES
 from lbr.core.config import MAX_ATTEMPTS, WorkOptions
 from lbr.core.errors import InputError, StoppedError
 from lbr.core.pricing import CHARACTERS_PER_TOKEN, NANOS, Price, dollars, table_problem
@@ -57,6 +58,7 @@ input_options = options(
     option("--pick", "N", "Take N inputs at random, in their order; their run is NAME-pick.", type=int),
     option("--seed", "N", "With --pick: a different number takes different inputs; 0 by default.", type=int),
     option("--samples", "N", "Answers per prompt; a larger number adds some to a run. 1 by default.", type=int),
+    choice("--lane", LANES, "Call, or send batches, at half the price, or batches while many jobs are left."),
     option(
         "--price",
         "in=USD,out=USD",
@@ -240,6 +242,7 @@ def _describe_estimate(found: Estimate) -> str:
     why = {
         "rpm": f"{calls} at {found.rpm or 0:g} per minute",
         "tpm": f"{all_tokens} tokens at {found.tpm or 0:g} per minute",
+        "batch": "the provider's batches take up to a day, and often less",
         "concurrency": f"{calls} of {found.seconds_per_call:g} s, {found.concurrency} at a time",
     }[found.bound_by]
     counts = f"{found.duplicates} duplicate, {found.empty} empty, {found.bad} bad"
@@ -262,4 +265,5 @@ def _cost_words(found: Estimate) -> str:
     price = Price(found.price["in"], found.price["out"], cached_per_million=found.price.get("cached")).words()
     source = ", by the price table" if found.price_from == "table" else ""
     cost = dollars(estimate_api.rounded(found.cost_usd * NANOS))
-    return f"about {cost} at {price} per million tokens{source}"
+    batched = ", in batches" if found.bound_by == "batch" else ""
+    return f"about {cost} at {price} per million tokens{source}{batched}"

@@ -3,7 +3,19 @@
 SECTIONS = {
     "Run": ("run", "enqueue", "worker", "collect", "estimate"),
     "Look": ("status", "dashboard", "list", "failures", "show", "compare", "doctor"),
-    "Operate": ("retry", "pause", "resume", "cancel", "limit", "rm", "prune", "move", "backup", "completion"),
+    "Operate": (
+        "retry",
+        "pause",
+        "resume",
+        "cancel",
+        "limit",
+        "batches",
+        "rm",
+        "prune",
+        "move",
+        "backup",
+        "completion",
+    ),
 }
 EXAMPLES = {
     "run": (
@@ -32,6 +44,7 @@ EXAMPLES = {
     "resume": ("resume reviews --max-cost 20",),
     "cancel": ("cancel reviews",),
     "limit": ("limit", "limit openai-chat:gpt-4o-mini --rpm 500 --tpm 200000"),
+    "batches": ("batches", "batches --forget 1f0c2b9a7d3e"),
     "rm": ("rm reviews",),
     "prune": ("prune --older 30d --dry-run",),
     "move": ("move runs.db postgresql://host/name reviews",),

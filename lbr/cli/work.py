@@ -38,6 +38,7 @@ from lbr.cli.enqueue import counting_kept, enqueue_inputs, inputs_argument, show
 from lbr.cli.enqueue import describe as describe_enqueue
 from lbr.cli.view import Shown, shown
 from lbr.core import open_files
+from lbr.core.batches import Lane
 from lbr.core.config import MAX_PROCESSES, WorkOptions, at_least_one, some_of
 from lbr.core.errors import LbrError, UsageError
 from lbr.core.extras import Extra, Include
@@ -92,6 +93,9 @@ serving_options = options(
     work_options,
     hook_options,
     choice("--until", Until, UNTIL, default=str(Until.DONE)),
+    choice(
+        "--lane", (Lane.ONLINE, Lane.BATCH, Lane.ALL), "What it does: only call, only batches, or all.", default="all"
+    ),
 )
 output_options = options(
     choice("--shape", Shape, "Write a row for every input, or for every distinct one.", default=str(Shape.ORIGINAL)),
@@ -238,8 +242,8 @@ async def _work_in_processes(db: dict[str, Any], count: int, **flags: Any) -> in
 
 
 def _work_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of a command's flags that WorkOptions has; UsageError for a value out of range."""
-    how = {one.name: flags[one.name] for one in fields(WorkOptions) if one.name in flags}
+    """Return those of a command's flags that WorkOptions has, except the run's own lane; UsageError for a bad value."""
+    how = {one.name: flags[one.name] for one in fields(WorkOptions) if one.name in flags and one.name != "lane"}
     WorkOptions(**how)
     return how
 

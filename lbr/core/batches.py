@@ -46,6 +46,10 @@ class Lane(StrEnum):
     ALL = "all"
 
 
+LANES = (Lane.ONLINE, Lane.BATCH, Lane.AUTO)
+"""The lanes that a run may have."""
+
+
 class BatchState(StrEnum):
     """Where a batch is. Its jobs are parked until it is settled or released."""
 

@@ -55,6 +55,7 @@ class RowUsage:
     """What the call took that ended a job: that of its answer, or of its last failed try.
 
     `model` is the name that the provider reported. What is not known is None. `attempts` are those charged to the job.
+    `lane` of an answer is "online" or "batch".
     """
 
     model: str | None = None
@@ -65,3 +66,4 @@ class RowUsage:
     cost_usd: float | None = None
     latency_ms: int | None = None
     attempts: int = 0
+    lane: str | None = None

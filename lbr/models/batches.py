@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from lbr.core.batches import Found, Refused, Unsure, WrongKey
+from lbr.core.batches import LANES, Found, Lane, Refused, Unsure, WrongKey
 from lbr.core.errors import CallError, UsageError
 from lbr.core.retry import failure_of
 from lbr.core.tiers import sent_settings
@@ -268,8 +268,15 @@ _HOSTS = {
 }
 
 
-def check_lane(task: Task, base_url: str | None) -> None:
-    """Raise UsageError if no batch can ask for a task; `base_url` is that of OpenAI's format, None for its own."""
+def check_lane(lane: str | None, task: Task, base_url: str | None) -> None:
+    """Raise UsageError for an unknown lane, or if no batch can ask for a task.
+
+    `base_url` is where calls in OpenAI's format go, None to OpenAI.
+    """
+    if lane not in {None, *LANES}:
+        raise UsageError(f"expected the lane to be {', '.join(LANES[:-1])} or {LANES[-1]}, got: {lane!r}")
+    if lane in {None, Lane.ONLINE}:
+        return
     name, why = task.model or "", ""
     provider, _, model = name.partition(":")
     host = urlsplit(base_url or "").hostname or ""
@@ -299,5 +306,5 @@ def batch_provider(task: Task, authority: Authority, keep: tuple[Extra, ...] = (
         raise UsageError(
             f"no batches for model {task.model!r}: this process cannot call it by OpenAI's chat completions"
         )
-    check_lane(task, model.endpoint.base_url)
+    check_lane(Lane.BATCH, task, model.endpoint.base_url)
     return ChatBatches(model, connections, task, keep)

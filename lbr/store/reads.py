@@ -99,7 +99,8 @@ _ERRORS = select(jobs.c.id, *_LAST).where(any_of(jobs.c.id, "ids"))
 _USED = ("finish_reason", "input_tokens", "output_tokens", "cached_tokens", "cost_nanos", "latency_ms")
 _OF_RESULT = {**results.c, "latency_ms": LATENCY}
 _ENDED = [case((jobs.c.state == JobState.DONE, _OF_RESULT[name]), else_=last_try(name)) for name in _USED]
-_USAGE = select(jobs.c.id, results.c.model, *_ENDED, jobs.c.attempts).where(any_of(jobs.c.id, "ids"))
+_LANE = case((jobs.c.state == JobState.DONE, func.coalesce(results.c.lane, "online")))
+_USAGE = select(jobs.c.id, results.c.model, *_ENDED, jobs.c.attempts, _LANE).where(any_of(jobs.c.id, "ids"))
 _USAGE = _USAGE.outerjoin_from(jobs, results, results.c.job_id == jobs.c.id)
 _COOLDOWNS = select(limits.c.answerer, limits.c.cooldown_until, limits.c.reason)
 _OUTAGES = select(outages.c.answerer, outages.c.since, outages.c.reason, outages.c.probe_at)
@@ -371,8 +372,10 @@ def _with_usage(connection: Connection, page: list[AnswerRow], ids: list[int]) -
     """Return rows with what their jobs' last calls took."""
     found: Sequence[Any] = connection.execute(_USAGE, {"ids": list(set(ids))}).all()
     usages = {
-        job_id: RowUsage(model, ending, read, written, cached, None if nanos is None else nanos / NANOS, ms, tried)
-        for job_id, model, ending, read, written, cached, nanos, ms, tried in found
+        job_id: RowUsage(
+            model, ending, read, written, cached, None if nanos is None else nanos / NANOS, ms, tried, lane
+        )
+        for job_id, model, ending, read, written, cached, nanos, ms, tried, lane in found
     }
     return [replace(row, usage=usages[job_id]) for row, job_id in zip(page, ids, strict=True)]
 

@@ -242,12 +242,16 @@ async def test_files_go_through_the_proxy_of_the_environment(
 )
 def test_models_without_batches_are_refused_with_the_reason(task: Task, base_url: str | None, words: str) -> None:
     with pytest.raises(UsageError, match=words) as caught:
-        check_lane(task, base_url)
+        check_lane("batch", task, base_url)
     assert "Leave --lane out" in str(caught.value)
 
 
 def test_models_with_batches() -> None:
     settings = {"temperature": 0.5, "max_tokens": 9, "extra_body": {"reasoning_effort": "low"}}
-    check_lane(Task(model="openai-chat:gpt-4o-mini", settings=settings), "https://api.groq.com/openai/v1")
-    check_lane(TASK, None)
+    check_lane("auto", Task(model="openai-chat:gpt-4o-mini", settings=settings), "https://api.groq.com/openai/v1")
+    check_lane("batch", TASK, None)
+    for lane in (None, "online"):
+        check_lane(lane, Task(model="offline:echo"), None)
+    with pytest.raises(UsageError, match="expected the lane to be online, batch or auto, got: 'all'"):
+        check_lane("all", TASK, None)
     assert "OPENAI_BASE_URL" not in os.environ
