@@ -1,7 +1,7 @@
 // What the user can do to a run. Each action says what it does before it costs anything, and what it did.
 import { post } from "./api.js";
 import { ask, toast } from "./dom.js";
-import { plural, words } from "./format.js";
+import { plural, prose, words } from "./format.js";
 
 async function act(name, action, body, done, refresh) {
   try {
@@ -17,7 +17,7 @@ export const pause = (name, refresh) => act(name, "pause", {}, () => `${name} is
 export async function resume(one, refresh) {
   const answer = await ask({
     title: `Resume ${one.name}`,
-    text: one.reason ?? "Its jobs can be claimed again.",
+    text: one.reason ? prose(one.reason) : "Its jobs can be claimed again.",
     field: { label: "Most that the run may cost, in dollars", value: one.budget_usd ?? "", hint: "The total, with what it has cost so far. Empty leaves it as it is." },
     confirm: "Resume",
   });

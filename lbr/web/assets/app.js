@@ -1,7 +1,6 @@
 // Chooses the page of the address, and keeps it up to date while it is visible.
 import { forgetAnswers, get, Problem, setToken, takeToken } from "./api.js";
 import { h, patch } from "./dom.js";
-import { clock } from "./format.js";
 import { job } from "./job.js";
 import { jobs } from "./jobs.js";
 import { run } from "./run.js";
@@ -57,7 +56,7 @@ async function refresh() {
     seenAt = Date.now();
     connected();
     show(page.view(...data), page.title(...data));
-    page.drawn?.(body, ...data);
+    page.drawn?.(...data);
   } catch (problem) {
     if (mine !== round) return;
     if (!(problem instanceof Problem)) throw problem;
@@ -111,9 +110,9 @@ function askToken() {
 }
 
 function move(step) {
-  const places = [...main.querySelectorAll("[data-row] a:first-of-type")].filter((link) => link.closest("[data-row]").querySelector("a") === link);
-  const at = places.findIndex((link) => link.closest("[data-row]").contains(document.activeElement));
-  places[at < 0 ? (step > 0 ? 0 : places.length - 1) : at + step]?.focus();
+  const rows = [...main.querySelectorAll("[data-row]")];
+  const at = rows.findIndex((row) => row.contains(document.activeElement));
+  rows.at(at < 0 && step < 0 ? -1 : Math.max(0, at + step))?.querySelector("a").focus();
 }
 
 document.addEventListener("keydown", (event) => {
@@ -133,7 +132,6 @@ document.querySelector(".skip").addEventListener("click", (event) => {
 });
 document.addEventListener("visibilitychange", () => {
   if (!document.hidden && page) refresh();
-  else live.textContent = `As of ${clock(Date.now())}`;
 });
 addEventListener("hashchange", open);
 open();

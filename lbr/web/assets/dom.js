@@ -77,7 +77,7 @@ export function toast(text, kind = "") {
 
 /** Ask in a dialog; `field` is {label, value, hint} of a number to ask for. Return {value}, or null if the user cancels. */
 export function ask({ title, text, field, confirm, danger }) {
-  const input = field && h("input", { type: "number", min: "0", step: "any", inputmode: "decimal", value: field.value });
+  const input = field && h("input", { type: "number", min: "0", step: "any", inputmode: "decimal", value: field.value, autofocus: true });
   const close = (value) => () => dialog.close(value);
   const dialog = h("dialog", { "aria-labelledby": "asked" },
     h("form", { on: { submit: close("yes") } },
@@ -85,8 +85,8 @@ export function ask({ title, text, field, confirm, danger }) {
       h("p", {}, text),
       field && h("label", { class: "field" }, field.label, input, h("small", {}, field.hint)),
       h("div", { class: "actions" },
-        h("button", { type: "button", on: { click: close("") } }, "Back"),
-        h("button", { class: danger ? "danger" : "primary", autofocus: true }, confirm))));
+        h("button", { type: "button", autofocus: danger, on: { click: close("") } }, "Back"),
+        h("button", { class: danger ? "danger" : "primary", autofocus: !danger && !field }, confirm))));
   document.body.append(dialog);
   dialog.showModal();
   return new Promise((resolve) => {

@@ -5,7 +5,7 @@ import { bar, clock, compact, count, money, NONE, pill, plural, prose, rate, spa
 import { Plots } from "./plots.js";
 import { address, progress } from "./runs.js";
 
-const SPANS = [[60, "1 h"], [360, "6 h"], [1440, "24 h"], [2880, "48 h"]];
+const SPANS = [[15, "15 min"], [60, "1 h"], [360, "6 h"], [1440, "24 h"], [2880, "48 h"]];
 
 export function run([name], query, refresh) {
   const plots = new Plots();
@@ -29,7 +29,7 @@ export function run([name], query, refresh) {
       errors(one, refresh),
       task(one),
     ],
-    drawn: (_, one, series) => plots.update(series),
+    drawn: (one, series) => plots.update(series),
   };
 }
 

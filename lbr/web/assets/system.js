@@ -7,7 +7,7 @@ function table(title, heads, rows, empty) {
   const cell = (value, place) => (place === 0 ? h("th", { scope: "row" }, value) : h("td", { "data-label": heads[place] }, value));
   return h("section", {}, title && h("h2", {}, title), h("div", { class: "panel" }, h("table", { class: "plain" },
     h("thead", {}, h("tr", {}, heads.map((head) => h("th", { scope: "col" }, head)))),
-    h("tbody", {}, rows.map((row) => h("tr", { "data-row": true }, row.map(cell)))))));
+    h("tbody", {}, rows.map((row) => h("tr", {}, row.map(cell)))))));
 }
 
 export function workers() {
