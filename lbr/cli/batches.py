@@ -20,7 +20,7 @@ from lbr.core.text import pluralize
 @switch("--json", "Print one JSON object per batch.")
 @with_database
 def batches(db: dict[str, Any], /, run: str | None, forget: str | None, json: bool) -> None:
-    """Show the batches of a run or of all: state, size, age, and when a worker asks again.
+    """Show batches: state, size, age and next look.
 
     A worker takes each step when it is due; `lbr worker --until empty` takes those of now.
     """

@@ -229,6 +229,7 @@ async def test_every_argument_of_every_function_is_looked_at() -> None:
         "out": "x.jsonl",
         "file": "copy.db",
         "older": "30d",
+        "nonce": "1a2b3c4d5e6f",
     }
     for name in lbr.__all__:
         function = getattr(lbr, name)

@@ -189,6 +189,7 @@ async def test_other_inputs_name_no_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("db_url", ["sqlite"], indirect=True)
 def test_a_batch_file_of_fifty_thousand_lines(cli: Cli) -> None:
     """All lines are answered, in order, with equal ones called once."""
     write_lines(cli.folder, *(line(n, seed=n % 40_000, response_format=FORMAT) for n in range(50_000)))

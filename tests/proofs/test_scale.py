@@ -66,6 +66,7 @@ def test_hundred_thousand_prompts(cli: Cli) -> None:
 
 @pytest.mark.processes
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("db_url", ["sqlite"], indirect=True)
 def test_a_parquet_table_of_a_hundred_thousand_rows(cli: Cli) -> None:
     """A table goes through one command, which stays under 300 MB, and comes back with every cell as it was."""
     n = pl.int_range(COUNT, dtype=pl.Int64)
