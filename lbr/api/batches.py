@@ -12,13 +12,11 @@ from lbr.core.config import DB_URL_DEFAULT
 from lbr.core.text import aligned, duration
 from lbr.core.types import Report
 from lbr.store import batches as store
-from lbr.store import counters, reads, runs
+from lbr.store import counters, reads
 from lbr.store.database import opened
 
 if TYPE_CHECKING:
     from collections.abc import Collection
-
-    from sqlalchemy import Connection
 
     from lbr.api.status import Status
     from lbr.core.batches import BatchRow
@@ -71,11 +69,9 @@ def _status_of(row: BatchRow, run: str, now: Millis) -> BatchStatus:
     )
 
 
-def _read(connection: Connection, now: Millis, run: str | None) -> list[BatchStatus]:
-    found = runs.all_runs(connection) if run is None else [runs.find(connection, run)]
-    names = {one.id: one.name for one in found}
-    rows = store.all_batches(connection, now, None if run is None else found[0].id)
-    return [_status_of(row, names[row.run_id], now) for row in rows if row.run_id in names]
+async def _read(database: Database, run: str | None) -> list[BatchStatus]:
+    now, found = await database.read(store.of_runs, run)
+    return [_status_of(row, name, now) for name, row in found]
 
 
 @checked
@@ -84,7 +80,7 @@ async def batches(
 ) -> list[BatchStatus]:
     """Return the batches of one run, or of all, the oldest first."""
     async with opened(db_url, allow_network_fs=allow_network_fs) as database:
-        return await database.read(_read, run)
+        return await _read(database, run)
 
 
 @checked
@@ -103,7 +99,7 @@ async def look(database: Database, names: str | Collection[str] | None) -> Statu
     status = status_of(view)
     if not any(one.counts[counters.PARKED] for one in view.runs):
         return status
-    found = await database.read(_read, names if isinstance(names, str) else None)
+    found = await _read(database, names if isinstance(names, str) else None)
     return replace(status, batches=[one.to_dict() for one in found if BatchState(one.state).is_open])
 
 

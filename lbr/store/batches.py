@@ -35,7 +35,7 @@ from lbr.core.types import Claim, JobId, JobState, Millis, PauseCause, Paused, P
 from lbr.store import counters
 from lbr.store.claim import DUE_FRESH, own_settings
 from lbr.store.limits import budget_of, is_batching
-from lbr.store.runs import hold_states, pausing
+from lbr.store.runs import all_runs, find, hold_states, pausing
 from lbr.store.schema import IS_PARKED, batch_jobs, batches, jobs, prompts, results, runs
 from lbr.store.settle import Settled, settle
 from lbr.store.sql import Inserting, any_of, json_object, wake_workers
@@ -119,6 +119,14 @@ def all_batches(connection: Connection, _now: Millis, run_id: RunId | None = Non
     """Return the batches of a run, or all, the oldest first."""
     query = select(batches).order_by(batches.c.id)
     return [row_of(row) for row in connection.execute(query if run_id is None else query.where(_of(run_id))).all()]
+
+
+def of_runs(connection: Connection, now: Millis, name: str | None) -> tuple[Millis, list[tuple[str, BatchRow]]]:
+    """Return the time, and the batches of the run of that name, or all, the oldest first, with their runs' names."""
+    found = all_runs(connection) if name is None else [find(connection, name)]
+    names = {run.id: run.name for run in found}
+    rows = all_batches(connection, now, None if name is None else found[0].id)
+    return now, [(names[row.run_id], row) for row in rows if row.run_id in names]
 
 
 def _of(run_id: RunId) -> ColumnElement[bool]:

@@ -35,6 +35,7 @@ USED = {
     "cost_usd": 0.7,
     "latency_ms": 5,
     "attempts": 1,
+    "lane": "online",
 }
 CUT = Failure(Family.CUT_OFF, "BadAnswer", "cut", text="half", usage=USAGE, finish_reason="length")
 
@@ -57,7 +58,7 @@ async def test_usage_of_each_row(db_url: str) -> None:
     assert [{name: row[name] for name in USED} for row in rows] == [
         USED,
         USED,
-        USED | {"model": None, "finish_reason": "length"},
+        USED | {"model": None, "finish_reason": "length", "lane": None},
         dict.fromkeys(USED) | {"attempts": 0},
     ]
     plain = (await lbr.collect("r", db_url=db_url)).rows or []

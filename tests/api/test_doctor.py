@@ -260,6 +260,7 @@ async def test_two_fixes_at_once_fix_once(database: Database, db_url: str, clock
         await one.close()
 
 
+@pytest.mark.slow
 async def test_a_fix_keeps_what_is_counted_meanwhile(database: Database, db_url: str, clock: Clock) -> None:
     """Settlements that are written during a fix are counted, neither lost nor counted twice."""
     run = await put(database, [f"p{n}" for n in range(300)])

@@ -83,6 +83,7 @@ async def test_rows_come_as_jobs_finish_and_once(db_url: str, tmp_path: Path, mo
         assert out.read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["input", "finished"])
 async def test_a_large_run_is_written_whole(db_url: str, tmp_path: Path, order: str) -> None:
     """More rows than one look and one page read, some of them in the file already."""
@@ -159,6 +160,7 @@ def test_a_torn_row_is_cut_off(tmp_path: Path) -> None:
         assert out.read_bytes() == row % 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_whole_lines_and_a_closed_pipe_ends_it_quietly(cli: Cli) -> None:
     """The commands exit as others that are interrupted, and print no traceback; afterwards the file goes on."""
     (cli.folder / "p.txt").write_text("".join(f"{i}\n" for i in range(40)))

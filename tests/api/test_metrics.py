@@ -129,6 +129,7 @@ async def test_a_worker_serves_this_machine_only(db_url: str) -> None:
         assert free.connect_ex(("127.0.0.1", port)) != 0
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 async def test_the_parent_of_several_processes_serves(cli: Cli) -> None:
     """One port shows the work of both, while they work."""

@@ -232,6 +232,7 @@ async def may_go_on(url: str) -> bool:
     return True
 
 
+@pytest.mark.slow
 async def test_two_moves_at_once(urls: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """One of them completes the copy, and the other one does no harm."""
     monkeypatch.setattr(sql, "FIRST_PAGE", 2)
@@ -251,6 +252,7 @@ async def test_two_moves_at_once(urls: tuple[str, str], monkeypatch: pytest.Monk
         await assert_counted(database, copy)
 
 
+@pytest.mark.slow
 async def test_a_run_that_goes_on_while_it_is_copied_stays(
     urls: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

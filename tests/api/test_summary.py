@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import pytest
+
 import lbr
 from lbr.api import summary
 from lbr.api.failures import FailureGroup
@@ -54,6 +56,7 @@ async def test_the_lines_of_one_run(db_url: str) -> None:
     )
 
 
+@pytest.mark.slow
 async def test_a_worker_of_many_runs_says_what_matters(db_url: str) -> None:
     """One line each, those with a problem first, and no more than fit; a run on which nothing was done has none."""
     names = ["a", "b", "c", "d", "e"]

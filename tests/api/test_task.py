@@ -263,6 +263,7 @@ def test_a_file_of_wrong_types_is_an_error(tmp_path: Path, table: str, column: s
     assert all(says in done.stderr for done in failed), told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [401, 429, 500])
 def test_a_key_is_nowhere(tmp_path: Path, status: int) -> None:
     """A key that the provider even repeats is in no output, no file, no command line and no message."""

@@ -615,6 +615,7 @@ def test_database_urls_that_name_no_file_are_refused(url: str, says: tuple[str, 
     refuse(tmp_path, Case(("--db", url, "enqueue", "p.txt"), says, 2, {"p.txt": "a\n"}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("locked", "mode", "command", "code", "says"),
     [
@@ -664,7 +665,7 @@ def test_permissions_are_told_of(
         case(
             "status",
             "a flag in lbr.toml, got: 'wroker'",
-            "the tables [backup], [cancel]",
+            "the tables [backup], [batches], [cancel]",
             files={"lbr.toml": "[wroker]\nconcurrency = 3"},
             name="unknown table",
         ),
@@ -701,6 +702,7 @@ def test_every_path_is_the_file_of_that_name(name: str, tmp_path: Path) -> None:
     assert rows == [("../x", "one", "one"), ("../x", "two", "two")]
 
 
+@pytest.mark.slow
 def test_a_full_or_closed_stdout_is_told_of(held: Path) -> None:
     """A reader that leaves early ends the command quietly, a full disk is an error with its reason."""
     command = f"{sys.executable} -m lbr"
@@ -729,6 +731,7 @@ def test_nobody_answers_by_accident(tmp_path: Path, command: str) -> None:
     refuse(tmp_path, Case(tuple(command.split()), says, 2, {"p.txt": "a\n"}, environment={"MODEL": ""}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["enqueue - --run r", "estimate -"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_read_that_waits_for_stdin_can_be_interrupted(number: signal.Signals, command: str, tmp_path: Path) -> None:

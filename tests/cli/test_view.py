@@ -44,6 +44,7 @@ def terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
         one.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [80, 120])
 def test_a_run_that_is_rate_limited(cli: Cli, terminal: Callable[..., Terminal], columns: int) -> None:
     """The bar is as wide as the terminal, says what it waits for, and gives way to the last lines."""

@@ -327,6 +327,7 @@ class TestLock:
         await asyncio.gather(write("one"), write("two"))
         assert inside in (["one", "one", "two", "two"], ["two", "two", "one", "one"])
 
+    @pytest.mark.slow
     @pytest.mark.processes
     def test_two_processes_write_one_after_the_other(self, tmp_path: Path) -> None:
         """Of two processes that write one file at once, each waits for the other, and the file is whole."""

@@ -56,6 +56,7 @@ def who(request: pytest.FixtureRequest, llmock: str, monkeypatch: pytest.MonkeyP
     return {"model_name": "openai-chat:gpt-4o-mini"}
 
 
+@pytest.mark.slow
 async def test_shapes_dtypes_results_and_export(who: dict[str, Any]) -> None:
     """Both shapes, every return type, the results database and the export tell the same answers, in order."""
     unique = await prompt_map(CITIES, **who)

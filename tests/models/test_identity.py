@@ -807,6 +807,7 @@ def run_program(tmp_path: Path, *, seed: Any, padding: Any = "", how: Any = "fil
     return [line.split() for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_fingerprint_is_the_same_in_every_process(tmp_path: Path) -> None:
     """Neither hash seed nor file nor line number reach a fingerprint."""
     first = run_program(tmp_path / "a", seed=1)

@@ -77,6 +77,7 @@ def calls(cli: Cli) -> list[str]:
     return log.read_text().split() if log.exists() else []
 
 
+@pytest.mark.slow
 @on_a_file
 @pytest.mark.processes
 @pytest.mark.parametrize("kind", ["starts", "works"])

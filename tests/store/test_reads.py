@@ -28,6 +28,7 @@ MEASURE = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", Shape)
 async def test_rows_of_every_size_come_in_order(
     db_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: Shape

@@ -668,6 +668,7 @@ async def fill_wal(database: Database, path: Path) -> int:
     return Path(f"{path}-wal").stat().st_size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["in their transaction", "anywhere"])
 async def test_cancelled_reads_keep_no_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     """Reads, more at a time than there are connections, that are cancelled at any moment hold no checkpoint up later."""
@@ -842,6 +843,7 @@ def test_a_mount_point_with_white_space_is_read() -> None:
     assert files.is_mount_point(Path("/my data/q\\.db"), "30 1 0:40 / /my\\040data/q\\134.db rw - ext4 x rw\n")
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
 def test_a_file_that_is_bind_mounted_is_refused(tmp_path: Path) -> None:

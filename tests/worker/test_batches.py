@@ -115,6 +115,7 @@ async def test_a_batch_is_sent_polled_and_settled(laptop: Laptop, server: BatchS
     await assert_counted(laptop.database, run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [Fault.DROP, Fault.LATE_500])
 async def test_a_batch_whose_reply_was_lost_is_adopted(laptop: Laptop, server: BatchServer, fault: Fault) -> None:
     """It is found by its marker, also on a later page and when the list shows it late."""

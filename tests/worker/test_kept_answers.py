@@ -49,6 +49,7 @@ async def claimed(database: Database, prompts: list[str], *, keep: tuple[Extra, 
     return run, await Queue(database).claim(worker, [run.id], len(prompts), lease=60)
 
 
+@pytest.mark.slow
 async def test_workers_that_start_together_settle_each_answer_once(
     queue: Database, db_url: str, tmp_path: Path
 ) -> None:

@@ -219,6 +219,7 @@ def test_drain_on_signal(cli: Cli, number: signal.Signals) -> None:
     recount(cli)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("db_url", "first"),
     [("sqlite", signal.SIGTERM), ("sqlite", signal.SIGHUP), ("postgresql", signal.SIGTERM)],
