@@ -167,7 +167,6 @@ async def _tables(queue: _Examination, *, fix: bool, quick: bool) -> list[Findin
     if fix and drifts and (fixed := await queue.look("fix", _fix(queue))) is not None:
         drifts = await queue.look("counters", queue.database.read(counters.recount))
     found: list[Finding | None] = [_counters(drifts, fixed)]
-    found += [_overdue(*one) for one in await queue.look("batches", queue.database.read(batches.overdue)) or ()]
     if view is None:
         return found
     runs = [one for one in view.runs if one.run.state is not RunState.CANCELLED]
@@ -180,13 +179,6 @@ async def _tables(queue: _Examination, *, fix: bool, quick: bool) -> list[Findin
         *keys,
         *_batches(overdue or []),
     ]
-
-
-def _overdue(row: BatchRow, run: str) -> Finding:
-    jobs, where = f"{pluralize(row.count, 'job')} of run {run}", f"in batch {row.nonce}, which is {row.state}"
-    found = f"{jobs} wait for more than a day {where} at {row.provider}" + f": {row.error}" * bool(row.error)
-    do = f"start `lbr worker --run {run}` with the key that sent it; or give it up: `lbr batches --forget {row.nonce}`"
-    return Finding("batches", WARNING, found, do)
 
 
 async def _fix(queue: _Examination) -> list[Drift]:
