@@ -45,12 +45,18 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every proof as slow, and commands on PostgreSQL, whose store has quick tests of its own."""
+    """Mark every proof as slow, and commands on PostgreSQL, whose store has quick tests of its own.
+
+    Of these, `again` are those that SQLite shows as well: CI, which has half an hour, leaves them out.
+    """
     for item in items:
         given = getattr(getattr(item, "callspec", None), "params", {})
-        commands_on_server = given.get("db_url") == "postgresql" and "cli" in getattr(item, "fixturenames", ())
-        if commands_on_server or item.path.is_relative_to(ROOT / "tests" / "proofs"):
+        on_server = given.get("db_url") == "postgresql" and "cli" in getattr(item, "fixturenames", ())
+        is_proof = item.path.is_relative_to(ROOT / "tests" / "proofs")
+        if on_server or is_proof:
             item.add_marker("slow")
+        if on_server and (not is_proof or item.path.name in {"test_model_outages.py", "test_scale.py"}):
+            item.add_marker("again")
 
 
 @pytest.fixture(autouse=True)
